@@ -1,0 +1,52 @@
+# One door for people and CI. `make help` lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast check format lint types proto proto-check lock clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+CLIENT_VENV := .venv-tritonclient
+CLIENT_STAMP := $(CLIENT_VENV)/.installed
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): locks/shoal.txt pyproject.toml tools/venv.sh
+	@tools/venv.sh $(VENV) locks/shoal.txt .
+	@touch $@
+
+$(CLIENT_STAMP): locks/tritonclient.txt tools/venv.sh
+	@tools/venv.sh $(CLIENT_VENV) locks/tritonclient.txt
+	@touch $@
+
+demo: $(STAMP) ## Start a node, send real files through it both ways, check every answer, stop
+	@$(PY) examples/filetypes/demo.py
+
+test: $(STAMP) $(CLIENT_STAMP) ## Run every test
+	@$(PY) -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## Run the tests that start no whole node
+	@$(PY) -m pytest -m "not node" $(ARGS)
+
+check: $(STAMP) lint types proto-check test ## Format, lint, types, fresh generated code, and every test
+
+format: $(STAMP) ## Format the code
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix-only --quiet .
+
+lint: $(STAMP) ## Check format and lint
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check .
+
+types: $(STAMP) ## Check types
+	@$(VENV)/bin/mypy
+
+proto: $(STAMP) ## Generate the Python stubs from proto/
+	@$(PY) tools/gen_proto.py
+
+proto-check: $(STAMP) ## Fail when the generated stubs are stale
+	@$(PY) tools/gen_proto.py --check
+
+lock: ## Renew the lock files
+	@tools/lock.sh
+
+clean: ## Remove the environments and caches
+	rm -rf $(VENV) $(CLIENT_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

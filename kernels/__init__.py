@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: no gRPC, no asyncio. One operation per file."""

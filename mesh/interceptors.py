@@ -1,0 +1,218 @@
+"""What every call passes on its way in and out: a span, and the translation of errors.
+
+On the way in, a handler's ShoalError becomes its gRPC status; anything else is a fault: the log gets the whole of it, the
+caller a fixed text. On the way out, the trace goes along, and a foreign status becomes a ShoalError (`translated`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from opentelemetry import context, propagate, trace
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+from shoal.errors import Code, ResourceExhausted, ShoalError, from_status
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_KEY = "retry-after-ms"
+"""Trailing metadata of a refused call: when to come back, in milliseconds."""
+
+_STATUS = {status.value[0]: status for status in grpc.StatusCode}
+# Health checks come twice a second from every Envoy: a span for each would drown the rest.
+_UNTRACED = ("/grpc.health.v1.Health/", "/envoy.service.discovery.v3.", "/grpc.reflection.")
+
+
+def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """The gRPC status code, message and trailing metadata that a caller is shown for `error`."""
+    if isinstance(error, ShoalError):
+        trailing = () if error.retry_after_ms is None else ((RETRY_AFTER_KEY, str(error.retry_after_ms)),)
+        return _STATUS[int(error.code)], error.message, trailing
+    return grpc.StatusCode.INTERNAL, "internal error: the log of the service has the cause", ()
+
+
+def translate(error: grpc.RpcError, doing: str = "") -> ShoalError:
+    """The ShoalError of a failed call; `doing` opens its message."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return from_status(Code.UNKNOWN, f"{doing}: {error}" if doing else str(error))
+    trailing = {key: value for key, value in error.trailing_metadata() or ()}
+    after = trailing.get(RETRY_AFTER_KEY)
+    after_ms = int(after) if isinstance(after, str) and after.isdecimal() else None
+    details = error.details() or "no details"
+    return from_status(error.code().value[0], f"{doing}: {details}" if doing else details, retry_after_ms=after_ms)
+
+
+@contextmanager
+def translated(doing: str = "") -> Iterator[None]:
+    """Raises calls' failures inside the block as ShoalError, the cause kept."""
+    try:
+        yield
+    except grpc.RpcError as err:
+        raise translate(err, doing) from err
+
+
+Handler = grpc.RpcMethodHandler[Any, Any] | None
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
+
+
+class ServerInterceptor(grpc.aio.ServerInterceptor):
+    """One interceptor for all methods of a service, so that none can be forgotten.
+
+    It also knows the open streams, so that a stop does not wait for a watcher who would never leave: `end_idle_streams`.
+    """
+
+    def __init__(self) -> None:
+        self._tracer = trace.get_tracer("shoal")
+        self._streams: dict[asyncio.Task[Any], float] = {}
+        self._ended: set[asyncio.Task[Any]] = set()
+
+    def end_idle_streams(self, idle_s: float) -> int:
+        """Ends streams that sent nothing for `idle_s` with UNAVAILABLE (a client watches again elsewhere). Says how many."""
+        before = asyncio.get_running_loop().time() - idle_s
+        idle = [task for task, last in self._streams.items() if last <= before and task not in self._ended]
+        self._ended.update(idle)
+        for task in idle:
+            task.cancel()
+        return len(idle)
+
+    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
+        behaviour = getattr(handler, kind)
+        if not inspect.iscoroutinefunction(behaviour) and not inspect.isasyncgenfunction(behaviour):
+            return handler  # grpc's own synchronous handlers (reflection): nothing of ours to translate.
+        method = handler_call_details.method
+        wrapped: Any
+        if inspect.isasyncgenfunction(behaviour):
+            wrapped = self._stream(method, behaviour)
+        else:
+            wrapped = self._single(method, behaviour)
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+    def _single(self, method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, ctx: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            with self._span(method, ctx) as span:
+                try:
+                    return await behaviour(request, ctx)
+                except (asyncio.CancelledError, grpc.aio.AbortError):
+                    raise
+                except Exception as err:
+                    await _refuse(method, err, ctx, span)
+
+        return call
+
+    def _stream(self, method: str, behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        async def call(request: Any, ctx: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            task = asyncio.current_task()
+            assert task is not None  # grpc.aio runs every handler in a task.
+            clock = asyncio.get_running_loop().time
+            self._streams[task] = clock()
+            with self._span(method, ctx) as span:
+                try:
+                    async for response in behaviour(request, ctx):
+                        yield response
+                        self._streams[task] = clock()
+                except asyncio.CancelledError:
+                    if task not in self._ended:
+                        raise
+                    task.uncancel()
+                    await ctx.abort(grpc.StatusCode.UNAVAILABLE, "this instance is stopping: open the stream again")
+                except grpc.aio.AbortError:
+                    raise
+                except Exception as err:
+                    await _refuse(method, err, ctx, span)
+                finally:
+                    self._streams.pop(task, None)
+                    self._ended.discard(task)
+
+        return call
+
+    @contextmanager
+    def _span(self, method: str, ctx: grpc.aio.ServicerContext[Any, Any]) -> Iterator[Span]:
+        if method.startswith(_UNTRACED):
+            yield trace.INVALID_SPAN
+            return
+        carrier = {key: value for key, value in ctx.invocation_metadata() or () if isinstance(value, str)}
+        parent = propagate.extract(carrier)
+        span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, {"rpc.system": "grpc"})
+        token = context.attach(trace.set_span_in_context(span, parent))
+        try:
+            yield span
+        finally:
+            try:
+                context.detach(token)
+            except ValueError:  # pragma: no cover - a stream closed from another task: its context dies with it.
+                pass
+            span.end()
+
+
+async def _refuse(method: str, error: Exception, ctx: grpc.aio.ServicerContext[Any, Any], span: Span) -> None:
+    if isinstance(error, grpc.aio.AioRpcError):
+        error = translate(error, f"{method} called another service")
+    code, message, trailing = status_of(error)
+    span.set_attribute("rpc.grpc.status_code", code.value[0])
+    if not isinstance(error, ShoalError):
+        log.error("unexpected error in %s", method, exc_info=error)
+        span.set_status(Status(StatusCode.ERROR, type(error).__name__))
+        span.record_exception(error)
+    elif code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNKNOWN):
+        log.error("%s failed: %s", method, message, exc_info=error)
+        span.set_status(Status(StatusCode.ERROR, message))
+    else:
+        level = logging.INFO if isinstance(error, ResourceExhausted) else logging.DEBUG
+        log.log(level, "%s refused with %s: %s", method, code.name, message)
+    await ctx.abort(code, message, trailing)
+
+
+def _with_trace(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    if not carrier:
+        return details
+    metadata = grpc.aio.Metadata(*(details.metadata or ()))
+    for key, value in carrier.items():
+        metadata.add(key, value)
+    return grpc.aio.ClientCallDetails(
+        details.method, details.timeout, metadata, details.credentials, details.wait_for_ready
+    )
+
+
+class _Traced:
+    """Lets the current trace travel with the call."""
+
+    async def _go(self, continuation: Callable[..., Awaitable[Any]], details: Any, request: Any) -> Any:
+        return await continuation(_with_trace(details), request)
+
+
+class _UnaryUnary(_Traced, grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await self._go(continuation, client_call_details, request)
+
+
+class _UnaryStream(_Traced, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await self._go(continuation, client_call_details, request)
+
+
+class _StreamUnary(_Traced, grpc.aio.StreamUnaryClientInterceptor):
+    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await self._go(continuation, client_call_details, request_iterator)
+
+
+class _StreamStream(_Traced, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await self._go(continuation, client_call_details, request_iterator)
+
+
+def client_interceptors() -> Sequence[grpc.aio.ClientInterceptor]:
+    """For a channel: one for each kind of call, as grpc.aio wants them."""
+    return [_UnaryUnary(), _UnaryStream(), _StreamUnary(), _StreamStream()]

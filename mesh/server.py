@@ -1,0 +1,150 @@
+"""The gRPC server under every service: health and reflection, errors and spans, and a stop that cuts no call.
+
+    STARTING ──serve()──> SERVING ──exit──> DRAINING (health NOT_SERVING, calls in flight finish) ──> STOPPED
+
+Deregistration comes before: in each service's `app`, the Registration starts after the server, so it ends before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from mesh.channel import MESSAGE_BYTES
+from mesh.interceptors import ServerInterceptor
+
+log = logging.getLogger(__name__)
+
+_IDLE_STREAM_S = 0.25
+# While stopping: a stream that sent nothing for so long has nothing in flight.
+
+
+@dataclass(frozen=True)
+class Rpc:
+    """One gRPC service: its descriptor, and what adds its servicer to a server."""
+
+    descriptor: ServiceDescriptor
+    add: Callable[[grpc.aio.Server], None]
+
+
+class GrpcServer:
+    """Serves `rpcs` at `listen` for as long as the block lasts.
+
+    Use as `async with`: entering binds and starts with health NOT_SERVING; `serve()` says SERVING; leaving says
+    NOT_SERVING, lets calls in flight finish for `drain_ms`, and stops.
+
+    Raises (on entering):
+        OSError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        listen: str,
+        rpcs: Sequence[Rpc],
+        *,
+        drain_ms: int,
+        message_bytes: int = MESSAGE_BYTES,
+        generic: Sequence[grpc.GenericRpcHandler] = (),
+        with_health: bool = True,
+    ) -> None:
+        self._listen = listen
+        self._rpcs = tuple(rpcs)
+        self._drain_s = drain_ms / 1000
+        self._message_bytes = message_bytes
+        self._generic = tuple(generic)
+        self._with_health = with_health
+        self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
+        self._health = health.aio.HealthServicer()
+        self._interceptor = ServerInterceptor()
+        self.address = listen
+        """Where it really listens: with port 0, the port that was free."""
+
+    async def __aenter__(self) -> GrpcServer:
+        self._server = grpc.aio.server(
+            interceptors=[self._interceptor],
+            options=[
+                ("grpc.max_send_message_length", self._message_bytes),
+                ("grpc.max_receive_message_length", self._message_bytes),
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        for rpc in self._rpcs:
+            rpc.add(self._server)
+        if self._with_health:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
+        if self._generic:
+            self._server.add_generic_rpc_handlers(self._generic)
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._listen.startswith("unix:"):
+            path = Path(self._listen.removeprefix("unix:"))
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # Left by a process that was killed; the launcher sees to it that none lives.
+        try:
+            port = self._server.add_insecure_port(self._listen)
+        except RuntimeError as err:
+            raise OSError(f"cannot listen on {self._listen}: is it in use?") from err
+        if not self._listen.startswith("unix:"):
+            self.address = f"{self._listen.rpartition(':')[0]}:{port}"
+        await self._server.start()
+        return self
+
+    async def serve(self) -> None:
+        """Says SERVING to health checks: for the server as a whole and for each of its services."""
+        await self._say(health_pb2.HealthCheckResponse.SERVING)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        stopped = asyncio.ensure_future(self._server.stop(self._drain_s))
+        while not stopped.done():
+            await asyncio.wait([stopped], timeout=_IDLE_STREAM_S)
+            self._interceptor.end_idle_streams(_IDLE_STREAM_S)
+        if self._listen.startswith("unix:"):
+            Path(self._listen.removeprefix("unix:")).unlink(missing_ok=True)
+
+    async def _say(self, status: int) -> None:
+        for name in ["", *self._names]:
+            await self._health.set(name, status)
+
+
+async def until_stopped() -> None:
+    """Waits for SIGTERM or SIGINT. A second one ends the process at once.
+
+    Also ends when the process that started this one is gone (SHOAL_PARENT_PID), so that no orphan keeps a socket or a
+    lease.
+    """
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        log.info("stopping on %s", signal.Signals(number).name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    parent = os.environ.get("SHOAL_PARENT_PID")
+    while not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), 1.0)
+        if parent and os.getppid() != int(parent) and not stop.is_set():
+            log.warning("the launcher (pid %s) is gone: stopping", parent)
+            stop.set()

@@ -1,0 +1,132 @@
+"""The errors of Shoal, the same classes on both ends of a call.
+
+A service raises one; the interceptor at its edge turns it into a gRPC status; the client turns the status back into the
+same class. So what a user catches is what the service meant.
+
+    ShoalError
+    ├── InvalidArgument      the request is wrong: the message says which field, what was expected and what came
+    ├── NotFound             no such model, job, artifact, instance ...
+    ├── AlreadyExists        the name is taken by something else
+    ├── FailedPrecondition   right request, wrong moment: the message says what must happen first
+    ├── OutOfRange           an offset or token beyond what is there
+    ├── Unauthenticated      no valid identity
+    ├── PermissionDenied     a valid identity that may not do this
+    ├── ResourceExhausted    overload or a quota: come back after `retry_after_ms`
+    ├── Aborted              lost a race: read again, then retry
+    ├── Cancelled            the caller gave up
+    ├── DeadlineExceeded     not done in time
+    ├── Unimplemented        Shoal does not do this
+    ├── Unavailable          nobody there just now: retry
+    ├── DataLoss             stored bytes are not what was stored
+    └── Internal             a fault of the service; its log has the cause
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class Code(IntEnum):
+    """Canonical status codes; the numbers are gRPC's (https://grpc.io/docs/guides/status-codes/)."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class ShoalError(Exception):
+    """Base of all errors that Shoal raises on purpose. `code` is the status that the other end sees."""
+
+    code: ClassVar[Code] = Code.UNKNOWN
+
+    def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_ms = retry_after_ms
+
+
+class InvalidArgument(ShoalError):
+    code = Code.INVALID_ARGUMENT
+
+
+class NotFound(ShoalError):
+    code = Code.NOT_FOUND
+
+
+class AlreadyExists(ShoalError):
+    code = Code.ALREADY_EXISTS
+
+
+class FailedPrecondition(ShoalError):
+    code = Code.FAILED_PRECONDITION
+
+
+class OutOfRange(ShoalError):
+    code = Code.OUT_OF_RANGE
+
+
+class Unauthenticated(ShoalError):
+    code = Code.UNAUTHENTICATED
+
+
+class PermissionDenied(ShoalError):
+    code = Code.PERMISSION_DENIED
+
+
+class ResourceExhausted(ShoalError):
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class Aborted(ShoalError):
+    code = Code.ABORTED
+
+
+class Cancelled(ShoalError):
+    code = Code.CANCELLED
+
+
+class DeadlineExceeded(ShoalError):
+    code = Code.DEADLINE_EXCEEDED
+
+
+class Unimplemented(ShoalError):
+    code = Code.UNIMPLEMENTED
+
+
+class Unavailable(ShoalError):
+    code = Code.UNAVAILABLE
+
+
+class DataLoss(ShoalError):
+    code = Code.DATA_LOSS
+
+
+class Internal(ShoalError):
+    code = Code.INTERNAL
+
+
+BY_CODE: dict[Code, type[ShoalError]] = {error.code: error for error in ShoalError.__subclasses__()}
+
+
+def from_status(code: int, message: str, *, retry_after_ms: int | None = None) -> ShoalError:
+    """The error of a numeric gRPC status; ShoalError itself for UNKNOWN or a number that is not one."""
+    try:
+        error = BY_CODE.get(Code(code), ShoalError)
+    except ValueError:
+        error = ShoalError
+    return error(message, retry_after_ms=retry_after_ms)

@@ -1,0 +1,51 @@
+"""Generates the Python stubs of proto/ into shoal/, or (--check) fails when the committed ones are stale."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from grpc_tools import protoc
+
+ROOT = Path(__file__).resolve().parent.parent
+PROTO = ROOT / "proto"
+
+
+def generate(out: Path) -> None:
+    """Writes every stub below `out`, in folders that mirror proto/."""
+    protos = sorted(str(path) for path in PROTO.rglob("*.proto"))
+    well_known = str(resources.files("grpc_tools") / "_proto")
+    outs = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
+    if protoc.main(["protoc", f"-I{PROTO}", f"-I{well_known}", *outs, *protos]) != 0:
+        sys.exit("protoc refused the .proto files: its messages are above")
+    for stub in out.rglob("*_pb2_grpc.py"):
+        if "class " not in stub.read_text():  # Messages only: an empty service module helps nobody.
+            stub.unlink()
+
+
+def stale(fresh: Path) -> list[str]:
+    """Names the committed stubs under shoal/ that differ from `fresh`, are missing, or are left over."""
+    new = {path.relative_to(fresh): path.read_bytes() for path in fresh.rglob("*_pb2*")}
+    old = {
+        path.relative_to(ROOT): path.read_bytes()
+        for path in (ROOT / "shoal").rglob("*_pb2*.py*")
+        if path.suffix != ".pyc"
+    }
+    return sorted(str(path) for path in new.keys() | old.keys() if new.get(path) != old.get(path))
+
+
+def main() -> None:
+    if "--check" not in sys.argv[1:]:
+        generate(ROOT)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder))
+        if names := stale(Path(folder)):
+            sys.exit("stale generated code, run `make proto`:\n  " + "\n  ".join(names))
+    print("generated code is fresh")
+
+
+if __name__ == "__main__":
+    main()

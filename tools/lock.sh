@@ -1,0 +1,7 @@
+#!/bin/sh
+# Renews the lock files from pyproject.toml and locks/*.in. Needs uv. Hashes, but no addresses of registries.
+set -eu
+cd "$(dirname "$0")/.."
+common="--quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header"
+uv pip compile $common --extra node --extra demo --extra dev pyproject.toml locks/build.in -o locks/shoal.txt
+uv pip compile $common locks/tritonclient.in -o locks/tritonclient.txt

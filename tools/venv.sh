@@ -1,0 +1,30 @@
+#!/bin/sh
+# Builds a virtual environment from a lock file: tools/venv.sh FOLDER LOCKFILE [EDITABLE_PROJECT]
+# Uses uv where it is at hand (seconds), else Python's own venv and pip.
+set -eu
+folder=$1 lock=$2 project=${3:-}
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Shoal needs Python 3.11 or newer; $python is $("$python" -V 2>&1). Set PYTHON=/path/to/a/newer/python3." >&2
+    exit 1
+}
+# Two `make` of one checkout at the same time: the second waits, then finds the work done.
+mkdir -p "$folder"
+exec 9>"$folder.lock"
+flock 9
+if [ -e "$folder/.installed" ] && [ "$folder/.installed" -nt "$lock" ]; then exit 0; fi
+
+echo "Building $folder from $lock ..."
+if command -v uv >/dev/null 2>&1; then
+    uv venv --quiet --allow-existing --python "$python" "$folder"
+    uv pip sync --quiet --require-hashes --python "$folder/bin/python" "$lock"
+    [ -z "$project" ] || uv pip install --quiet --no-deps --no-build-isolation --python "$folder/bin/python" -e "$project"
+else
+    "$python" -m venv "$folder" || {
+        echo "$python has no working venv module. On Debian and Ubuntu: apt install python3-venv (or install uv)." >&2
+        exit 1
+    }
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
+    [ -z "$project" ] || "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$project"
+fi
