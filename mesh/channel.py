@@ -11,7 +11,7 @@ import grpc
 from mesh.interceptors import client_interceptors
 
 MESSAGE_BYTES = 128 << 20
-"""Largest message of the inference protocol that is sent or accepted: requests of 100 MB pass, with room for the rest."""
+"""Largest message that is sent or accepted: requests of 100 MB pass, with room for the rest."""
 
 OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES),

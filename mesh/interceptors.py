@@ -1,7 +1,7 @@
 """What every call passes on its way in and out: a span, and the translation of errors.
 
-On the way in, a handler's ShoalError becomes its gRPC status; anything else is a fault: the log gets the whole of it, the
-caller a fixed text. On the way out, the trace goes along, and a foreign status becomes a ShoalError (`translated`).
+On the way in, a handler's ShoalError becomes its gRPC status; anything else is a fault: the log gets the whole of it,
+the caller a fixed text. On the way out, the trace goes along, and a foreign status becomes a ShoalError (`translated`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from opentelemetry import context, propagate, trace
@@ -29,6 +29,9 @@ _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 _UNTRACED = ("/grpc.health.v1.Health/", "/envoy.service.discovery.v3.", "/grpc.reflection.")
 
 
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
 def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
     """The gRPC status code, message and trailing metadata that a caller is shown for `error`."""
     if isinstance(error, ShoalError):
@@ -41,7 +44,7 @@ def translate(error: grpc.RpcError, doing: str = "") -> ShoalError:
     """The ShoalError of a failed call; `doing` opens its message."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return from_status(Code.UNKNOWN, f"{doing}: {error}" if doing else str(error))
-    trailing = {key: value for key, value in error.trailing_metadata() or ()}
+    trailing = dict(error.trailing_metadata() or ())
     after = trailing.get(RETRY_AFTER_KEY)
     after_ms = int(after) if isinstance(after, str) and after.isdecimal() else None
     details = error.details() or "no details"
@@ -57,14 +60,13 @@ def translated(doing: str = "") -> Iterator[None]:
         raise translate(err, doing) from err
 
 
-Handler = grpc.RpcMethodHandler[Any, Any] | None
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
 class ServerInterceptor(grpc.aio.ServerInterceptor):
     """One interceptor for all methods of a service, so that none can be forgotten.
 
-    It also knows the open streams, so that a stop does not wait for a watcher who would never leave: `end_idle_streams`.
+    It also knows the open streams, so that a stop need not wait for a watcher: `end_idle_streams`.
     """
 
     def __init__(self) -> None:
@@ -73,7 +75,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         self._ended: set[asyncio.Task[Any]] = set()
 
     def end_idle_streams(self, idle_s: float) -> int:
-        """Ends streams that sent nothing for `idle_s` with UNAVAILABLE (a client watches again elsewhere). Says how many."""
+        """Ends streams that sent nothing for `idle_s` with UNAVAILABLE (the client goes elsewhere). Says how many."""
         before = asyncio.get_running_loop().time() - idle_s
         idle = [task for task, last in self._streams.items() if last <= before and task not in self._ended]
         self._ended.update(idle)
@@ -85,7 +87,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return handler
-        kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
+        kind = "_".join("stream" if s else "unary" for s in (handler.request_streaming, handler.response_streaming))
         behaviour = getattr(handler, kind)
         if not inspect.iscoroutinefunction(behaviour) and not inspect.isasyncgenfunction(behaviour):
             return handler  # grpc's own synchronous handlers (reflection): nothing of ours to translate.
@@ -99,7 +101,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
     def _single(self, method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def call(request: Any, ctx: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def call(request: Any, ctx: Context) -> Any:
             with self._span(method, ctx) as span:
                 try:
                     return await behaviour(request, ctx)
@@ -111,7 +113,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     def _stream(self, method: str, behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-        async def call(request: Any, ctx: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async def call(request: Any, ctx: Context) -> AsyncIterator[Any]:
             task = asyncio.current_task()
             assert task is not None  # grpc.aio runs every handler in a task.
             clock = asyncio.get_running_loop().time
@@ -137,7 +139,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     @contextmanager
-    def _span(self, method: str, ctx: grpc.aio.ServicerContext[Any, Any]) -> Iterator[Span]:
+    def _span(self, method: str, ctx: Context) -> Iterator[Span]:
         if method.startswith(_UNTRACED):
             yield trace.INVALID_SPAN
             return
@@ -155,7 +157,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             span.end()
 
 
-async def _refuse(method: str, error: Exception, ctx: grpc.aio.ServicerContext[Any, Any], span: Span) -> None:
+async def _refuse(method: str, error: Exception, ctx: Context, span: Span) -> None:
     if isinstance(error, grpc.aio.AioRpcError):
         error = translate(error, f"{method} called another service")
     code, message, trailing = status_of(error)
