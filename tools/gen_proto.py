@@ -20,14 +20,14 @@ def generate(out: Path) -> None:
     outs = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
     if protoc.main(["protoc", f"-I{PROTO}", f"-I{well_known}", *outs, *protos]) != 0:
         sys.exit("protoc refused the .proto files: its messages are above")
-    for stub in out.rglob("*_pb2_grpc.py"):
+    for stub in (out / "shoal").rglob("*_pb2_grpc.py"):
         if "class " not in stub.read_text():  # Messages only: an empty service module helps nobody.
             stub.unlink()
 
 
 def stale(fresh: Path) -> list[str]:
     """Names the committed stubs under shoal/ that differ from `fresh`, are missing, or are left over."""
-    new = {path.relative_to(fresh): path.read_bytes() for path in fresh.rglob("*_pb2*")}
+    new = {path.relative_to(fresh): path.read_bytes() for path in (fresh / "shoal").rglob("*_pb2*")}
     old = {
         path.relative_to(ROOT): path.read_bytes()
         for path in (ROOT / "shoal").rglob("*_pb2*.py*")
