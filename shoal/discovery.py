@@ -1,0 +1,172 @@
+"""Which node a command talks to: the one it is told, else the one that runs here.
+
+    --gateway  ->  $SHOAL_GATEWAY  ->  the ready file of the node that this user runs on this machine
+
+A running node keeps a copy of its ready file in a folder of its user, named after the process that runs it
+(`<pid>-<start>.json`), so that a file that a killed node left is known for stale, even when its pid was given to
+another process. Linux only, as the node is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
+
+GATEWAY_VARIABLE = "SHOAL_GATEWAY"
+
+_ADDRESS = re.compile(r"^(unix:.+|[^/:\s@]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5})$")
+_POINTER = re.compile(r"^(\d+)-(\d+)\.json$")
+
+
+@dataclass(frozen=True)
+class RunningNode:
+    """A node of this user that runs on this machine, as its ready file describes it."""
+
+    gateway: str
+    """Envoy's gateway, `host:port`."""
+    admin: str
+    """Envoy's admin endpoint, `host:port`."""
+    data_dir: Path
+    pid: int
+    """The process that runs the node: `shoal up`."""
+    pids: Mapping[str, int] = field(default_factory=dict)
+    """Each process of the node by name: `infer-0`, `envoy` ..."""
+
+
+def find_gateway(flag: str | None, environ: Mapping[str, str]) -> str:
+    """The gateway to talk to, `host:port` (or `unix:/path`).
+
+    Raises:
+        InvalidArgument: the flag or the variable is no address.
+        NotFound: nothing was given and no node of this user runs here.
+        FailedPrecondition: nothing was given and several nodes run here.
+    """
+    if flag:
+        return _address(flag, "--gateway")
+    if environ.get(GATEWAY_VARIABLE):
+        return _address(environ[GATEWAY_VARIABLE], GATEWAY_VARIABLE)
+    return find_node(environ).gateway
+
+
+def find_node(environ: Mapping[str, str]) -> RunningNode:
+    """The one node that this user runs on this machine.
+
+    Raises:
+        NotFound: none does.
+        FailedPrecondition: several do.
+    """
+    nodes = running_nodes(environ)
+    if not nodes:
+        raise NotFound(
+            "no node is running here: start one with `shoal up`, "
+            f"or say where one is with --gateway HOST:PORT or {GATEWAY_VARIABLE}"
+        )
+    if len(nodes) > 1:
+        choices = "; ".join(f"{node.gateway} (data in {node.data_dir}, pid {node.pid})" for node in nodes)
+        raise FailedPrecondition(
+            f"{len(nodes)} nodes are running here: say which one with --gateway HOST:PORT or {GATEWAY_VARIABLE}. "
+            f"They are {choices}"
+        )
+    return nodes[0]
+
+
+def admin_of(gateway: str, environ: Mapping[str, str]) -> str | None:
+    """Envoy's admin endpoint of the node here that has this gateway; None when it runs elsewhere."""
+    return next((node.admin for node in running_nodes(environ) if node.gateway == gateway), None)
+
+
+def running_nodes(environ: Mapping[str, str]) -> list[RunningNode]:
+    """The nodes of this user that run on this machine now, by pid. Files that are stale, foreign or broken are skipped.
+
+    The first of the folders that knows a node counts: with its own XDG_RUNTIME_DIR a test sees only its own nodes.
+    """
+    for folder in _folders(environ):
+        nodes = sorted(_nodes_in(folder), key=lambda node: node.pid)
+        if nodes:
+            return nodes
+    return []
+
+
+def pointer_path(environ: Mapping[str, str], pid: int) -> Path:
+    """Where process `pid` keeps its node's ready file for `find_node`. Makes the folder and clears it of stale files.
+
+    Raises:
+        OSError: the folder cannot be made, or it is not safe: another user's, or open to others.
+    """
+    folder = _folders(environ)[0]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder):
+        raise PermissionError(f"{folder} belongs to another user or is open to others")
+    for path in _pointers(folder):
+        if not _is_alive(path):
+            path.unlink(missing_ok=True)
+    return folder / f"{pid}-{_started(pid)}.json"
+
+
+def _address(text: str, source: str) -> str:
+    address = re.sub(r"^(https?|grpc)://", "", text.strip()).rstrip("/")
+    port = address.rpartition(":")[2]
+    if not _ADDRESS.match(address) or (not address.startswith("unix:") and not 0 < int(port) < 65536):
+        raise InvalidArgument(f"{source}={text!r} is no address: expected HOST:PORT, such as 127.0.0.1:8080")
+    return address
+
+
+def _folders(environ: Mapping[str, str]) -> list[Path]:
+    """Where pointers may be, the one to write to first."""
+    given = environ.get("XDG_RUNTIME_DIR")
+    runtime = [Path(given), Path(f"/run/user/{os.getuid()}")] if given else [Path(f"/run/user/{os.getuid()}")]
+    shared = Path(environ.get("TMPDIR") or tempfile.gettempdir()) / f"shoal-{os.getuid()}"
+    return [*(folder / "shoal" for folder in runtime if folder.is_dir() and os.access(folder, os.W_OK)), shared]
+
+
+def _is_ours(folder: Path) -> bool:
+    """Only this user can have put files there."""
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _pointers(folder: Path) -> Iterator[Path]:
+    yield from (path for path in folder.iterdir() if _POINTER.match(path.name))
+
+
+def _nodes_in(folder: Path) -> Iterator[RunningNode]:
+    if not _is_ours(folder):
+        return
+    for path in _pointers(folder):
+        if _is_alive(path):
+            try:
+                document = json.loads(path.read_text())
+                yield RunningNode(
+                    gateway=str(document["gateway"]),
+                    admin=str(document["admin"]),
+                    data_dir=Path(document["data_dir"]),
+                    pid=int(path.name.partition("-")[0]),
+                    pids={str(name): int(pid) for name, pid in document["pids"].items()},
+                )
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue  # It was removed meanwhile, or is not ours: either way no node to talk to.
+
+
+def _is_alive(path: Path) -> bool:
+    match = _POINTER.match(path.name)
+    return match is not None and _started(int(match[1])) == match[2]
+
+
+def _started(pid: int) -> str | None:
+    """When the process started, in clock ticks since boot (proc(5), field 22); None when no such process runs."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except (OSError, IndexError, ValueError):
+        return None

@@ -1,0 +1,98 @@
+"""Which node a command talks to."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from shoal.discovery import admin_of, find_gateway, find_node, pointer_path, running_nodes
+from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    runtime = tmp_path / "run"
+    runtime.mkdir()
+    return {"XDG_RUNTIME_DIR": str(runtime), "TMPDIR": str(tmp_path)}
+
+
+def announce(environ: dict[str, str], gateway: str = "127.0.0.1:8080", pid: int | None = None) -> Path:
+    path = pointer_path(environ, os.getpid() if pid is None else pid)
+    path.write_text(json.dumps({"gateway": gateway, "admin": "127.0.0.1:9901", "data_dir": "/d", "pids": {"envoy": 7}}))
+    return path
+
+
+def test_the_flag_wins_over_the_variable_and_the_variable_over_the_running_node(environ: dict[str, str]) -> None:
+    announce(environ, "127.0.0.1:3")
+    environ["SHOAL_GATEWAY"] = "127.0.0.1:2"
+    assert find_gateway("127.0.0.1:1", environ) == "127.0.0.1:1"
+    assert find_gateway(None, environ) == "127.0.0.1:2"
+    del environ["SHOAL_GATEWAY"]
+    assert find_gateway(None, environ) == "127.0.0.1:3"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("http://h:1/", "h:1"),
+        ("grpc://h:1", "h:1"),
+        ("[::1]:80", "[::1]:80"),
+        ("unix:/a/b", "unix:/a/b"),
+        (" h:65535 ", "h:65535"),
+    ],
+)
+def test_addresses_as_people_write_them(given: str, meant: str) -> None:
+    assert find_gateway(given, {}) == meant
+
+
+@pytest.mark.parametrize("given", ["localhost", ":8080", "h:0", "h:65536", "h:x", "a b:1", "http://h:1/path", "h:1:2"])
+def test_a_wrong_address_is_named_with_where_it_came_from(given: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"--gateway=.*expected HOST:PORT"):
+        find_gateway(given, {})
+    with pytest.raises(InvalidArgument, match=r"SHOAL_GATEWAY=.*expected HOST:PORT"):
+        find_gateway(None, {"SHOAL_GATEWAY": given})
+
+
+def test_without_a_node_the_error_says_what_to_do(environ: dict[str, str]) -> None:
+    with pytest.raises(NotFound, match="start one with `shoal up`"):
+        find_gateway(None, environ)
+
+
+def test_two_nodes_are_not_guessed_between(environ: dict[str, str]) -> None:
+    announce(environ, "127.0.0.1:1")
+    announce(environ, "127.0.0.1:2", pid=os.getppid())
+    with pytest.raises(FailedPrecondition, match=r"2 nodes are running here.*--gateway"):
+        find_node(environ)
+    assert admin_of("127.0.0.1:2", environ) == "127.0.0.1:9901"
+    assert admin_of("127.0.0.1:9", environ) is None
+
+
+def test_a_stale_file_is_ignored_and_cleared_by_the_next_node(environ: dict[str, str]) -> None:
+    stale = announce(environ).with_name(f"{os.getpid()}-1.json")  # This pid, but another process: it started elsewhen.
+    announce(environ).rename(stale)
+    assert running_nodes(environ) == []
+    pointer_path(environ, os.getpid())
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"gateway": 1, "admin": 2, "data_dir": 3, "pids": 4}'])
+def test_a_broken_file_is_no_node(environ: dict[str, str], text: str) -> None:
+    announce(environ).write_text(text)
+    assert running_nodes(environ) == []
+
+
+def test_a_folder_that_others_may_write_to_is_not_believed(environ: dict[str, str]) -> None:
+    path = announce(environ)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    path.parent.chmod(0o777)
+    assert running_nodes(environ) == []
+    with pytest.raises(PermissionError, match="open to others"):
+        pointer_path(environ, os.getpid())
+
+
+def test_without_a_runtime_folder_the_temporary_one_serves(tmp_path: Path) -> None:
+    environ = {"XDG_RUNTIME_DIR": str(tmp_path / "none"), "TMPDIR": str(tmp_path)}
+    announce(environ)
+    assert find_node(environ).pids == {"envoy": 7}
