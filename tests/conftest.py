@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from mesh.node import parts
@@ -86,3 +88,64 @@ def repository_root() -> Path:
 def python() -> str:
     """The interpreter of the environment under test."""
     return sys.executable
+
+
+@pytest.fixture(scope="session")
+def onnx_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small real models, all FP32 with a free batch dimension.
+
+    `double.onnx`: x [N,4] -> y [N,4], y = 2x. `slow.onnx`: the same after about 20 ms of arithmetic a row.
+    """
+    folder = tmp_path_factory.mktemp("models")
+    onnx.save(doubling(rounds=0), folder / "double.onnx")
+    onnx.save(doubling(rounds=400), folder / "slow.onnx")
+    return folder
+
+
+def doubling(rounds: int) -> onnx.ModelProto:
+    """y = 2x; with `rounds`, only after so many multiplications of a 128 x 128 matrix for each row of x."""
+    make, dims = onnx.helper, ["N", 4]
+    nodes = [make.make_node("Constant", [], ["two"], value=make.make_tensor("v", onnx.TensorProto.FLOAT, [], [2.0]))]
+    if rounds:
+        identity = onnx.numpy_helper.from_array(np.eye(128, dtype=np.float32), "eye")
+        shapes = [("keep_in", onnx.TensorProto.BOOL, []), ("i", onnx.TensorProto.INT64, [])]
+        body = make.make_graph(
+            [
+                make.make_node("Identity", ["keep_in"], ["keep_out"]),
+                make.make_node("MatMul", ["m_in", "eye"], ["m_out"]),
+            ],
+            "round",
+            [make.make_tensor_value_info(n, t, s) for n, t, s in (shapes[1], shapes[0])]
+            + [make.make_tensor_value_info("m_in", onnx.TensorProto.FLOAT, [128, 128])],
+            [
+                make.make_tensor_value_info("keep_out", onnx.TensorProto.BOOL, []),
+                make.make_tensor_value_info("m_out", onnx.TensorProto.FLOAT, [128, 128]),
+            ],
+        )
+        nodes += [
+            make.make_node("Shape", ["x"], ["shape"]),
+            make.make_node("Gather", ["shape", "zero"], ["rows"]),
+            make.make_node("Mul", ["rows", "per_row"], ["total"]),
+            make.make_node("Loop", ["total", "yes", "eye"], ["m"], body=body),
+            make.make_node("Gather", ["m", "zero"], ["row"]),
+            make.make_node("Gather", ["row", "zero"], ["one"]),
+            make.make_node("Mul", ["two", "one"], ["factor"]),
+        ]
+        constants = [
+            identity,
+            onnx.numpy_helper.from_array(np.int64(0), "zero"),
+            onnx.numpy_helper.from_array(np.int64(rounds), "per_row"),
+            onnx.numpy_helper.from_array(np.bool_(True), "yes"),
+        ]
+    else:
+        nodes.append(make.make_node("Identity", ["two"], ["factor"]))
+        constants = []
+    nodes.append(make.make_node("Mul", ["x", "factor"], ["y"]))
+    graph = make.make_graph(
+        nodes,
+        "doubling",
+        [make.make_tensor_value_info("x", onnx.TensorProto.FLOAT, dims)],
+        [make.make_tensor_value_info("y", onnx.TensorProto.FLOAT, dims)],
+        constants,
+    )
+    return make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=9)
