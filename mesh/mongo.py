@@ -1,0 +1,189 @@
+"""MongoDB as every service uses it: durable writes, bounded waits, collections made at start, errors translated once.
+
+A write that returns is on the disk of a majority, and a read sees only what a majority has: nothing that was seen or
+acknowledged can be rolled back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+from urllib.parse import parse_qsl, urlsplit
+
+from bson.errors import BSONError
+from pymongo import AsyncMongoClient, IndexModel
+from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.asynchronous.database import AsyncDatabase
+from pymongo.errors import (
+    BulkWriteError,
+    ConfigurationError,
+    ConnectionFailure,
+    ExecutionTimeout,
+    OperationFailure,
+    PyMongoError,
+    WriteConcernError,
+)
+
+from shoal.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    PermissionDenied,
+    ResourceExhausted,
+    ShoalError,
+    Unavailable,
+)
+
+Document: TypeAlias = dict[str, Any]
+
+TIMEOUT_MS = 6_000
+"""Longest wait for one operation, retries included. An election in a healthy set is done within 3 s with the timeouts
+that we start it with, so one operation outlives it; a set that is gone is reported before most callers give up.
+`with pymongo.timeout(seconds)` gives a big one longer."""
+
+_DURABLE: Mapping[str, Any] = {
+    "w": "majority",
+    "journal": True,
+    "readConcernLevel": "majority",
+    "retryWrites": True,
+    "retryReads": True,
+    "tz_aware": True,
+}
+_DEFAULTS: Mapping[str, Any] = {
+    "appname": "shoal",
+    "timeoutMS": TIMEOUT_MS,
+    "connectTimeoutMS": 2_000,
+    # Half of pymongo's own: a primary that comes back is seen soon, and a monitor costs one call in this time.
+    "heartbeatFrequencyMS": 5_000,
+    # A burst of calls shares these; the rest wait in line, within their timeout.
+    "maxPoolSize": 50,
+}
+
+# https://github.com/mongodb/mongo/blob/v6.0/src/mongo/base/error_codes.yml
+_NAMESPACE_EXISTS = 48
+_VALIDATION_FAILED = 121
+_DUPLICATE_KEY = 11000
+_CONFLICTING_OPERATION = 117
+_INDEX_CONFLICTS = frozenset({85, 86})
+_OUT_OF_DISK_SPACE = 14031
+_NOT_ALLOWED = frozenset({13, 18, 8000})  # Unauthorized, AuthenticationFailed, Atlas' own.
+_AWAY = frozenset({6, 7, 50, 64, 89, 91, 112, 134, 189, 202, 225, 226, 237, 251, 262, 317}) | frozenset(
+    {9001, 10058, 10107, 11600, 11602, 13388, 13435, 13436}
+)
+"""HostUnreachable, timeouts, shutdown, no primary, write conflicts: the same operation may succeed a moment later."""
+
+
+def connect(uri: str) -> AsyncMongoClient[Document]:
+    """A client for `uri`; connects lazily, so MongoDB may be away now. The caller closes it, best with `async with`.
+
+    Writes: w=majority, journaled. Reads: majority. Times are aware, in UTC. Waits that `uri` sets itself are kept.
+
+    Raises:
+        InvalidArgument: `uri` is not a MongoDB URI.
+    """
+    given = {key.lower() for key, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}
+    options = {key: value for key, value in _DEFAULTS.items() if key.lower() not in given}
+    try:
+        return AsyncMongoClient(uri, **options, **_DURABLE)
+    except (ConfigurationError, ValueError) as err:
+        raise InvalidArgument(f"not a usable MongoDB URI: {err}; expected mongodb://host[:port][,host...]") from err
+
+
+async def ensure_collection(
+    db: AsyncDatabase[Document], name: str, *, validator: Mapping[str, Any], indexes: Sequence[IndexModel]
+) -> AsyncCollection[Document]:
+    """Makes collection `name` with its validator and indexes, or brings the one that is there up to them.
+
+    Idempotent, and safe when several processes do it at once. Indexes that are no longer listed stay.
+
+    Raises:
+        FailedPrecondition: an index of that name or those keys is there with other options.
+        Unavailable: MongoDB is away.
+    """
+    with translated(f"preparing collection {db.name}.{name}"):
+        try:
+            await db.create_collection(name, check_exists=False, validator=dict(validator))
+        except OperationFailure as err:
+            if err.code != _NAMESPACE_EXISTS:
+                raise
+            await _update_validator(db, name, validator)
+        collection = db[name]
+        if indexes:
+            try:
+                await collection.create_indexes(list(indexes))
+            except OperationFailure as err:
+                if err.code in _INDEX_CONFLICTS:
+                    hint = "drop the old index, then start again"
+                    raise FailedPrecondition(f"an index of {db.name}.{name} has changed: {err}: {hint}") from err
+                raise
+        return collection
+
+
+async def _update_validator(db: AsyncDatabase[Document], name: str, validator: Mapping[str, Any]) -> None:
+    found = await (await db.list_collections(filter={"name": name})).to_list()
+    if found and found[0].get("options", {}).get("validator") == validator:
+        return  # collMod would lock the collection for nothing, at each start of each instance.
+    for attempt in range(5):
+        try:
+            await db.command("collMod", name, validator=dict(validator), validationLevel="strict")
+            return
+        except OperationFailure as err:
+            if err.code != _CONFLICTING_OPERATION or attempt == 4:
+                raise
+            await asyncio.sleep(0.05 * 2**attempt)
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Raises pymongo's errors inside the block as ShoalError, the cause kept. `doing` opens the message."""
+    try:
+        yield
+    except PyMongoError as err:
+        raise translate(err, doing) from err
+    except (BSONError, OverflowError) as err:
+        raise InvalidArgument(f"{doing}: not storable as a MongoDB document: {err}") from err
+
+
+def translate(error: PyMongoError, doing: str) -> ShoalError:
+    """The ShoalError that says what `error` means for a caller."""
+    if isinstance(error, ConnectionFailure) or error.timeout:
+        return Unavailable(f"{doing}: MongoDB does not answer ({_brief(error)}): retry in a moment")
+    if not isinstance(error, OperationFailure):
+        return Internal(f"{doing}: {type(error).__name__}: {_brief(error)}")
+    codes = _codes(error)
+    if _OUT_OF_DISK_SPACE in codes:
+        return ResourceExhausted(f"{doing}: MongoDB's disk is full: free some space there")
+    if codes & _AWAY or isinstance(error, (ExecutionTimeout, WriteConcernError)):
+        return Unavailable(f"{doing}: MongoDB cannot do it just now ({_brief(error)}): retry in a moment")
+    if _labelled_transient(error):
+        return Unavailable(f"{doing}: MongoDB gave up an operation ({_brief(error)}): retry")
+    if codes & _NOT_ALLOWED:
+        return PermissionDenied(f"{doing}: MongoDB refuses this user: check the URI's user, password and role")
+    if _DUPLICATE_KEY in codes:
+        return AlreadyExists(f"{doing}: {_brief(error)}")
+    if _VALIDATION_FAILED in codes:
+        return InvalidArgument(f"{doing}: the document breaks the collection's schema: {_brief(error)}")
+    return Internal(f"{doing}: MongoDB failed with code {error.code}: {_brief(error)}")
+
+
+def _codes(error: OperationFailure) -> set[int]:
+    """The codes of an error and, for a bulk write, of each of its writes."""
+    codes = {error.code or 0}
+    if isinstance(error, BulkWriteError):
+        codes |= {entry.get("code", 0) for entry in error.details.get("writeErrors", ())}
+        codes |= {entry.get("code", 0) for entry in error.details.get("writeConcernErrors", ())}
+    return codes
+
+
+def _labelled_transient(error: PyMongoError) -> bool:
+    return any(map(error.has_error_label, ("RetryableWriteError", "TransientTransactionError")))
+
+
+def _brief(error: PyMongoError) -> str:
+    """The first line of an error, without the topology dump that pymongo appends."""
+    text = str(error).split(", full error:")[0].split(", Topology Description:")[0]
+    text = text.split(" (configured timeouts:")[0]
+    return text.splitlines()[0][:300] if text else type(error).__name__
