@@ -1,0 +1,432 @@
+"""etcd, its sharp edges covered: a deadline on every call, watches that notice when they died, leases with a clock.
+
+    Etcd ── get, list, put, delete, transact     each with a deadline; errors are ours
+      ├──── watch(prefix, revision)              one stream each; ends with an error, never in silence
+      └──── grant(ttl) ── Lease                  refresh, revoke; `is_held` by the holder's own clock
+
+The wire comes from `aetcd`: its generated stubs. Its client is not used, for what was found in it: its shared watch
+stream leaves later watches hanging when the server ends it without an error, ignores cancelled watches, takes one
+address only, and has no deadline by default. One stream a watch needs none of that machinery.
+
+etcd is spoken to in plaintext, without a password: keep it on loopback or a private network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+from aetcd import rpc
+
+from shoal.errors import Internal, InvalidArgument, NotFound, OutOfRange, ShoalError, Unavailable
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 2.0
+"""For one call. etcd answers in milliseconds; a leader election of its own takes about a second."""
+IDLE_S = 2.0
+"""A watch that heard nothing for so long asks whether its member is still there."""
+
+# Without `hasleader` a member that lost its quorum keeps watches open and silent.
+_METADATA = (("hasleader", "true"),)
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    # etcd drops clients that ping more often than every 5 s.
+    ("grpc.keepalive_time_ms", 6_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # Also the deadline of one attempt to connect: 20 s by default, which a frozen server would use up.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    # Else channels to one address share the connection and its backoff, also across clients.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 64 << 20),
+)
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+_ADDRESS = re.compile(r"^([^/:\s\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}$")
+
+T = TypeVar("T")
+
+
+class Compacted(OutOfRange):
+    """The revisions that a watch asked for are gone: list again."""
+
+
+class LeaseLost(NotFound):
+    """The lease has expired or was revoked; what was attached to it is gone."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A key as etcd holds it."""
+
+    key: bytes
+    value: bytes
+    create_revision: int
+    mod_revision: int
+    lease: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All keys of a prefix at one revision, sorted by key."""
+
+    entries: tuple[Entry, ...]
+    revision: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """A key was put (`entry` is what it is now) or deleted (`entry` is None)."""
+
+    key: bytes
+    entry: Entry | None
+
+
+@dataclass(frozen=True)
+class Events:
+    """What changed, `revision` being that of the last change. Empty: nothing did, and the store is at `revision`."""
+
+    events: tuple[Event, ...]
+    revision: int
+
+
+@dataclass(frozen=True)
+class Put:
+    """Sets a key in a transaction."""
+
+    key: bytes
+    value: bytes
+    lease: int = 0
+
+
+@dataclass(frozen=True)
+class Delete:
+    """Deletes a key in a transaction; no error when there is none."""
+
+    key: bytes
+
+
+@dataclass(frozen=True)
+class Created:
+    """Holds while the key is the one that was created at `revision`; 0: while there is no such key."""
+
+    key: bytes
+    revision: int
+
+
+@dataclass(frozen=True)
+class Modified:
+    """Holds while the key is as it was written at `revision`."""
+
+    key: bytes
+    revision: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether the conditions held, and the revision after the transaction."""
+
+    succeeded: bool
+    revision: int
+
+
+def addresses_of(text: str) -> tuple[str, ...]:
+    """Splits `host:port[,host:port...]`.
+
+    Raises:
+        InvalidArgument: an address is not `host:port`, or there is none.
+    """
+    found = tuple(part.strip().removeprefix("http://") for part in text.split(",") if part.strip())
+    wrong = [part for part in found if not _ADDRESS.match(part)]
+    if wrong or not found:
+        raise InvalidArgument(f"etcd address {text!r}: expected host:port[,host:port...], got {wrong or 'nothing'}")
+    return found
+
+
+class _Member:
+    """One address, its channel, and the stubs on it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self.kv: Any = rpc.KVStub(self.channel)
+        self.lease: Any = rpc.LeaseStub(self.channel)
+        self.watch: Any = rpc.WatchStub(self.channel)
+
+
+class Etcd:
+    """A session with an etcd cluster: one address at a time, the next one when that fails.
+
+    Use as `async with`. Entering does not wait for etcd. Every method raises Unavailable when etcd cannot be reached or
+    does not answer in time (whether a write happened is then unknown), Internal when it answers with something else.
+    """
+
+    def __init__(self, addresses: str, *, timeout_s: float = TIMEOUT_S, idle_s: float = IDLE_S) -> None:
+        self._addresses = addresses_of(addresses)
+        self._timeout_s = timeout_s
+        self._idle_s = idle_s
+
+    async def __aenter__(self) -> Etcd:
+        self._members = [_Member(address) for address in self._addresses]
+        self._current = 0
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        for member in self._members:
+            await member.channel.close()
+
+    async def get(self, key: bytes) -> Entry | None:
+        """The key as a majority has it, or None."""
+        response = await self._unary(lambda m: m.kv.Range, rpc.RangeRequest(key=key), f"get {_shown(key)}")
+        return _entry(response.kvs[0]) if response.kvs else None
+
+    async def list(self, prefix: bytes) -> Listing:
+        """All keys that begin with `prefix`."""
+        request = rpc.RangeRequest(key=prefix, range_end=range_end(prefix))
+        response = await self._unary(lambda m: m.kv.Range, request, f"list {_shown(prefix)}")
+        return Listing(tuple(_entry(kv) for kv in response.kvs), response.header.revision)
+
+    async def put(self, key: bytes, value: bytes, lease: int = 0) -> int:
+        """Sets the key. Returns the revision of the write.
+
+        Raises:
+            LeaseLost: there is no such lease any more.
+        """
+        request = rpc.PutRequest(key=key, value=value, lease=lease)
+        response = await self._unary(lambda m: m.kv.Put, request, f"put {_shown(key)}")
+        revision: int = response.header.revision
+        return revision
+
+    async def delete(self, key: bytes) -> bool:
+        """Deletes the key; says whether there was one."""
+        response = await self._unary(
+            lambda m: m.kv.DeleteRange, rpc.DeleteRangeRequest(key=key), f"delete {_shown(key)}"
+        )
+        return bool(response.deleted)
+
+    async def transact(self, when: Sequence[Created | Modified], then: Sequence[Put | Delete]) -> Outcome:
+        """Does all of `then` if all of `when` holds, else nothing; in one step.
+
+        Raises:
+            LeaseLost: a Put names a lease that is gone.
+        """
+        request = rpc.TxnRequest(compare=[_compare(c) for c in when], success=[_operation(op) for op in then])
+        response = await self._unary(lambda m: m.kv.Txn, request, "transaction")
+        return Outcome(response.succeeded, response.header.revision)
+
+    async def compact(self, revision: int) -> None:
+        """Forgets history before `revision`."""
+        await self._unary(lambda m: m.kv.Compact, rpc.CompactionRequest(revision=revision), "compact")
+
+    async def grant(self, ttl_s: int, clock: Callable[[], float] = time.monotonic) -> Lease:
+        """A new lease. etcd may give it a longer life than `ttl_s` (2 s is its minimum)."""
+        asked = clock()
+        response = await self._unary(lambda m: m.lease.LeaseGrant, rpc.LeaseGrantRequest(TTL=ttl_s), "grant a lease")
+        return Lease(self, response.ID, response.TTL, asked + response.TTL, clock)
+
+    async def refresh(self, lease: int) -> int:
+        """Keeps a lease alive once. Returns its time to live in seconds; 0: it is gone."""
+        doing = f"refresh lease {lease:x}"
+        member = self._members[self._current]
+        async with self._guarded(member, doing):
+            call = member.lease.LeaseKeepAlive(
+                _one(rpc.LeaseKeepAliveRequest(ID=lease)), timeout=self._timeout_s, metadata=_METADATA
+            )
+            try:
+                async for response in call:
+                    ttl: int = response.TTL
+                    return ttl
+            finally:
+                call.cancel()
+        raise Unavailable(f"etcd {member.address}: {doing}: the stream ended without an answer")
+
+    async def revoke(self, lease: int) -> None:
+        """Ends a lease and deletes what is attached to it; no error when it is gone already."""
+        with contextlib.suppress(LeaseLost):
+            await self._unary(lambda m: m.lease.LeaseRevoke, rpc.LeaseRevokeRequest(ID=lease), f"revoke {lease:x}")
+
+    async def watch(self, prefix: bytes, revision: int) -> AsyncGenerator[Events, None]:
+        """Yields every change of keys under `prefix` from `revision` on, in order, until something fails.
+
+        The first item comes as soon as the watch stands; items without events come while all is quiet, and say that
+        etcd still answers. Never ends without an error. Close it (`aclosing`) when you leave early.
+
+        Raises:
+            Compacted: `revision` is gone.
+            Unavailable: the stream broke, or its member stopped answering. Watch again from the last revision + 1.
+        """
+        doing = f"watch {_shown(prefix)}"
+        member = self._members[self._current]
+        create = rpc.WatchCreateRequest(
+            key=prefix, range_end=range_end(prefix), start_revision=revision, fragment=False
+        )
+        async with self._guarded(member, doing):
+            call = member.watch.Watch(metadata=_METADATA)
+            try:
+                await self._within(call.write(rpc.WatchRequest(create_request=create)), member, doing)
+                response = await self._within(call.read(), member, doing)
+                while True:
+                    if response is grpc.aio.EOF:
+                        raise Unavailable(f"etcd {member.address}: {doing}: the server ended the stream")
+                    if response.compact_revision:
+                        raise Compacted(f"etcd {member.address}: {doing}: compacted below {response.compact_revision}")
+                    if response.canceled:
+                        raise Unavailable(f"etcd {member.address}: {doing}: cancelled: {response.cancel_reason}")
+                    yield _events(response)
+                    async for quiet in self._until_read(read := asyncio.ensure_future(call.read()), member):
+                        yield quiet
+                    response = read.result()
+            finally:
+                call.cancel()
+
+    async def _until_read(self, read: asyncio.Future[Any], member: _Member) -> AsyncIterator[Events]:
+        """Waits for `read`; while it takes long, asks the member for its revision."""
+        try:
+            while not (await asyncio.wait([read], timeout=self._idle_s))[0]:
+                # Same connection, and a linearizable read: it fails when the member is frozen or has no quorum.
+                request = rpc.RangeRequest(key=b"\0", count_only=True)
+                response = await member.kv.Range(request, timeout=self._timeout_s, metadata=_METADATA)
+                if not read.done():
+                    yield Events((), response.header.revision)
+        except BaseException:
+            read.cancel()
+            raise
+
+    async def _within(self, waiting: Coroutine[Any, Any, T], member: _Member, doing: str) -> T:
+        try:
+            return await asyncio.wait_for(waiting, self._timeout_s)
+        except TimeoutError as err:
+            raise Unavailable(f"etcd {member.address}: {doing}: no answer within {self._timeout_s} s") from err
+
+    async def _unary(self, method: Callable[[_Member], Any], request: Any, doing: str) -> Any:
+        member = self._members[self._current]
+        async with self._guarded(member, doing):
+            return await method(member)(request, timeout=self._timeout_s, metadata=_METADATA)
+
+    @contextlib.asynccontextmanager
+    async def _guarded(self, member: _Member, doing: str) -> AsyncIterator[None]:
+        """Makes errors ours, and the next address current when this one is away."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as err:
+            if err.code() in _AWAY:
+                self._avoid(member)
+            raise _translated(err, f"etcd {member.address}: {doing}") from err
+        except Unavailable:
+            self._avoid(member)
+            raise
+        except asyncio.CancelledError as err:
+            # grpc.aio raises this also when a call was cancelled by the closing of its channel.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise Unavailable(f"etcd {member.address}: {doing}: the connection was closed") from err
+
+    def _avoid(self, member: _Member) -> None:
+        if self._members[self._current] is member:
+            self._current = (self._current + 1) % len(self._members)
+
+
+class Lease:
+    """A lease, and the holder's own view of how long it surely lasts.
+
+    etcd counts from when it answers, the holder from before it asked: when `is_held` says no, etcd may still say yes
+    for a moment, never the other way round (as long as the two clocks run at one speed).
+    """
+
+    def __init__(self, etcd: Etcd, id: int, ttl_s: int, deadline: float, clock: Callable[[], float]) -> None:
+        self._etcd = etcd
+        self._clock = clock
+        self._deadline = deadline
+        self.id = id
+        self.ttl_s = ttl_s
+
+    def is_held(self) -> bool:
+        """Whether it surely still stands. Ask at each use: a frozen process wakes up with a lease long gone."""
+        return self._clock() < self._deadline
+
+    async def refresh(self) -> None:
+        """Starts its life anew.
+
+        Raises:
+            LeaseLost: it is gone.
+            Unavailable: etcd was not reached; the lease runs on.
+        """
+        asked = self._clock()
+        ttl = await self._etcd.refresh(self.id)
+        if ttl <= 0:  # etcd does not call this an error.
+            self._deadline = asked
+            raise LeaseLost(f"lease {self.id:x} has expired")
+        self._deadline = asked + ttl
+
+    async def revoke(self) -> None:
+        """Ends it at once, and deletes what is attached to it."""
+        self._deadline = self._clock()
+        await self._etcd.revoke(self.id)
+
+
+def range_end(prefix: bytes) -> bytes:
+    """The first key after all that begin with `prefix`."""
+    trimmed = prefix.rstrip(b"\xff")
+    return trimmed[:-1] + bytes([trimmed[-1] + 1]) if trimmed else b"\0"
+
+
+async def _one(request: Any) -> AsyncIterator[Any]:
+    yield request
+
+
+def _shown(key: bytes) -> str:
+    return key.decode("utf-8", "backslashreplace")
+
+
+def _translated(err: grpc.aio.AioRpcError, doing: str) -> ShoalError:
+    text = f"{doing}: {err.details() or err.code().name}"
+    if err.code() is grpc.StatusCode.NOT_FOUND and "lease" in (err.details() or ""):
+        return LeaseLost(text)
+    if err.code() is grpc.StatusCode.OUT_OF_RANGE and "compacted" in (err.details() or ""):
+        return Compacted(text)
+    return Unavailable(text) if err.code() in _AWAY else Internal(text)
+
+
+def _entry(kv: Any) -> Entry:
+    return Entry(kv.key, kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+
+
+def _event(event: Any) -> Event:
+    return Event(event.kv.key, None if event.type == rpc.Event.EventType.DELETE else _entry(event.kv))
+
+
+def _events(response: Any) -> Events:
+    # The header of a watch that catches up is ahead of the events that came so far: resume from the events' revision.
+    revision = response.events[-1].kv.mod_revision if response.events else response.header.revision
+    return Events(tuple(_event(event) for event in response.events), revision)
+
+
+def _compare(condition: Created | Modified) -> Any:
+    if isinstance(condition, Created):
+        return rpc.Compare(
+            key=condition.key,
+            result=rpc.Compare.EQUAL,
+            target=rpc.Compare.CREATE,
+            create_revision=condition.revision,
+        )
+    return rpc.Compare(
+        key=condition.key, result=rpc.Compare.EQUAL, target=rpc.Compare.MOD, mod_revision=condition.revision
+    )
+
+
+def _operation(op: Put | Delete) -> Any:
+    if isinstance(op, Put):
+        return rpc.RequestOp(request_put=rpc.PutRequest(key=op.key, value=op.value, lease=op.lease))
+    return rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=op.key))
