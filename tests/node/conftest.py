@@ -1,0 +1,127 @@
+"""Whole nodes for tests, started as a user starts them: `shoal up`, real parts, any free ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+READY_S = 60.0
+STOP_S = 60.0
+
+
+class Node:
+    """A running `shoal up`. What it prints is in `output`; its processes log to `data_dir/logs`."""
+
+    def __init__(
+        self, folder: Path, *args: str, env: dict[str, str] | None = None, data_dir: Path | None = None
+    ) -> None:
+        self.data_dir = data_dir or folder / "data"
+        self.ready_file = folder / "ready.json"
+        self.output = folder / "up.log"
+        runtime = folder / "runtime"
+        runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Of its own, so that a node that the user runs and the nodes of other tests are not found instead.
+        self.environ = {**os.environ, "XDG_RUNTIME_DIR": str(runtime), **(env or {})}
+        self.environ.pop("SHOAL_GATEWAY", None)
+        command = [sys.executable, "-m", "shoal.cli.main", "up", "--data-dir", str(self.data_dir)]
+        command += ["--gateway-port", "0", "--admin-port", "0", "--ready-file", str(self.ready_file), *args]
+        with self.output.open("ab") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=self.environ)
+
+    def wait_until_ready(self, within_s: float = READY_S) -> Node:
+        deadline = time.monotonic() + within_s
+        while not self.ready_file.exists():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the node did not become ready (exit {self.process.poll()}):\n{self.story()}")
+            time.sleep(0.05)
+        return self
+
+    def document(self) -> dict[str, Any]:
+        """The ready file, as it is now."""
+        document: dict[str, Any] = json.loads(self.ready_file.read_text())
+        return document
+
+    @property
+    def gateway(self) -> str:
+        return str(self.document()["gateway"])
+
+    @property
+    def admin(self) -> str:
+        return str(self.document()["admin"])
+
+    def pids(self) -> dict[str, int]:
+        """Each process of the node by name, as they are now: a restarted one has a new pid."""
+        return dict(self.document()["pids"])
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Signals the process `name` (`infer-0`, `envoy` ...); returns the pid that it had."""
+        pid = self.pids()[name]
+        os.kill(pid, number)
+        return pid
+
+    def wait_until_restarted(self, name: str, old: int, within_s: float = 30.0) -> int:
+        """Waits until `name` has another pid than `old`; returns it. It may still be starting then."""
+        deadline = time.monotonic() + within_s
+        while (pid := self.pids().get(name, old)) == old:
+            assert time.monotonic() < deadline, f"{name} was not restarted:\n{self.story()}"
+            time.sleep(0.02)
+        return pid
+
+    def shoal(self, *args: str, timeout_s: float = 60.0, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs another `shoal` command, which finds this node by itself."""
+        command = [sys.executable, "-m", "shoal.cli.main", *args]
+        done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=timeout_s, check=False)
+        assert not check or done.returncode == 0, f"shoal {' '.join(args)}: {done.stdout}{done.stderr}\n{self.story()}"
+        return done
+
+    def stop(self, number: int = signal.SIGTERM, within_s: float = STOP_S) -> int:
+        """Stops the node in order; returns its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(within_s)
+
+    def story(self) -> str:
+        """What the node said, and the end of each log: for the message of a test that fails."""
+        logs = [
+            f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in self.data_dir.glob("logs/*.log")
+        ]
+        return "\n".join([self.output.read_text(errors="replace")[-4000:], *logs])
+
+    def close(self) -> None:
+        """Nothing is left of it, whatever the test did."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+NodeFactory = Callable[..., Node]
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeFactory]:
+    """Starts nodes: `running = node("--replicas", "infer=2")` returns when all is ready.
+
+    `env={...}` adds to the environment, `data_dir=PATH` starts on data that is there, `wait=False` returns at once.
+    """
+    nodes: list[Node] = []
+
+    def start(*args: str, wait: bool = True, **options: Any) -> Node:
+        nodes.append(Node(tmp_path_factory.mktemp("node"), *args, **options))
+        return nodes[-1].wait_until_ready() if wait else nodes[-1]
+
+    yield start
+    for one in reversed(nodes):
+        one.close()
