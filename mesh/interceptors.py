@@ -11,13 +11,14 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
 from opentelemetry import context, propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
-from shoal.errors import Code, ResourceExhausted, ShoalError, from_status
+from shoal.errors import Code, InvalidArgument, ResourceExhausted, ShoalError, Unimplemented, from_status
 
 log = logging.getLogger(__name__)
 
@@ -88,23 +89,20 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return handler
         kind = "_".join("stream" if s else "unary" for s in (handler.request_streaming, handler.response_streaming))
-        behaviour = getattr(handler, kind)
+        method, behaviour = handler_call_details.method, getattr(handler, kind)
         if not inspect.iscoroutinefunction(behaviour) and not inspect.isasyncgenfunction(behaviour):
-            return handler  # grpc's own synchronous handlers (reflection): nothing of ours to translate.
-        method = handler_call_details.method
-        wrapped: Any
-        if inspect.isasyncgenfunction(behaviour):
-            wrapped = self._stream(method, behaviour)
-        else:
-            wrapped = self._single(method, behaviour)
+            behaviour = _unimplemented(method)  # The generated base class's: ours are all asynchronous.
+        wrap = self._stream if inspect.isasyncgenfunction(behaviour) else self._single
+        checked = _whole_messages if handler.request_streaming else _whole_message
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        parse = _tolerant(handler.request_deserializer)
+        return make(wrap(method, behaviour, checked), parse, handler.response_serializer)
 
-    def _single(self, method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def _single(self, method: str, behaviour: Callable[..., Any], checked: Callable[[Any], Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> Any:
             with self._span(method, ctx) as span:
                 try:
-                    return await behaviour(request, ctx)
+                    return await behaviour(checked(request), ctx)
                 except (asyncio.CancelledError, grpc.aio.AbortError):
                     raise
                 except Exception as err:
@@ -112,7 +110,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _stream(self, method: str, behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    def _stream(self, method: str, behaviour: Callable[..., Any], checked: Callable[[Any], Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> AsyncIterator[Any]:
             task = asyncio.current_task()
             assert task is not None  # grpc.aio runs every handler in a task.
@@ -120,7 +118,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             self._streams[task] = clock()
             with self._span(method, ctx) as span:
                 try:
-                    async for response in behaviour(request, ctx):
+                    async for response in behaviour(checked(request), ctx):
                         yield response
                         self._streams[task] = clock()
                 except asyncio.CancelledError:
@@ -155,6 +153,44 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             except ValueError:  # pragma: no cover - a stream closed from another task: its context dies with it.
                 pass
             span.end()
+
+
+def _unimplemented(method: str) -> Callable[..., Awaitable[Any]]:
+    async def refuse(request: Any, ctx: Context) -> Any:
+        raise Unimplemented(f"this server does not do {method}")
+
+    return refuse
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    """Stands for a request that is no message of its type, until the handler's turn: then it is refused by name.
+
+    Left to grpc, such bytes are answered with INTERNAL, as if the service were at fault.
+    """
+
+    why: str
+
+
+def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data) if parse else data
+        except Exception as err:
+            return _Malformed(f"these {len(data)} bytes are not a message of the expected type: {err}")
+
+    return parsed
+
+
+def _whole_message(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise InvalidArgument(request.why)
+    return request
+
+
+async def _whole_messages(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _whole_message(request)
 
 
 async def _refuse(method: str, error: Exception, ctx: Context, span: Span) -> None:
