@@ -1,0 +1,111 @@
+"""One trace crosses every hop: client, Envoy, ingest, Envoy, infer, and the store; and the logs carry it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otlp_grpc
+
+pytestmark = pytest.mark.node
+
+CLIENT = """
+import numpy as np, os, sys
+from mesh.telemetry import tracing
+from opentelemetry import trace
+import shoal
+with tracing("client", "test"):
+    with trace.get_tracer("test").start_as_current_span("the user's own") as span:
+        with shoal.Client(sys.argv[1]) as client:
+            client.infer("double", {"x": np.ones((1, 4), np.float32)})
+            job = client.jobs.submit("double", {"x": np.ones((1, 4), np.float32)})
+            client.jobs.result(job.id, timeout=30)
+        print(trace.format_trace_id(span.get_span_context().trace_id))
+"""
+
+
+class Collector(otlp_grpc.TraceServiceServicer):
+    """A real OTLP receiver: keeps (service, span name) by trace id."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, set[tuple[str, str]]] = {}
+        self._lock = threading.Lock()
+
+    def Export(self, request: otlp.ExportTraceServiceRequest, context: Any) -> otlp.ExportTraceServiceResponse:
+        with self._lock:
+            for resource in request.resource_spans:
+                names = {a.key: a.value.string_value for a in resource.resource.attributes}
+                for scope in resource.scope_spans:
+                    for span in scope.spans:
+                        entry = (names.get("service.name", "?"), span.name)
+                        self.spans.setdefault(span.trace_id.hex(), set()).add(entry)
+        return otlp.ExportTraceServiceResponse()
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[tuple[Collector, str]]:
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    collector = Collector()
+    otlp_grpc.add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield collector, f"http://127.0.0.1:{port}"
+    server.stop(None)
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 30) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_one_trace_crosses_every_hop(node: Any, collector: tuple[Collector, str], onnx_models: Path) -> None:
+    received, endpoint = collector
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    running = node(env=env)
+    running.shoal("models", "push", str(onnx_models / "double.onnx"))
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, running.gateway],
+        env={**running.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    trace_id = done.stdout.strip()
+
+    def services() -> set[str]:
+        return {service for service, _ in received.spans.get(trace_id, ())}
+
+    wanted = {"shoal-client", "shoal-ingest", "shoal-infer", "shoal-store"}
+    assert eventually(lambda: wanted < services()), received.spans.get(trace_id)
+    spans = received.spans[trace_id]
+    assert {service for service, _ in spans} - wanted, f"no span of Envoy: {spans}"
+    assert ("shoal-infer", "inference.GRPCInferenceService/ModelInfer") in spans
+    assert ("shoal-ingest", "shoal.ingest.v1.IngestService/Submit") in spans
+    assert ("shoal-store", "shoal.store.v1.StoreService/PutResults") in spans
+    assert not any("Health" in name for names in received.spans.values() for _, name in names)
+
+
+def test_without_the_variables_nothing_is_exported(
+    node: Any, onnx_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    running = node()
+    with urllib.request.urlopen(f"http://{running.admin}/config_dump", timeout=20) as answer:
+        dump = answer.read().decode()
+    assert "listeners" in dump.lower()
+    assert "opentelemetry" not in dump.lower()
