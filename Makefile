@@ -13,11 +13,9 @@ help: ## List the targets
 
 $(STAMP): locks/shoal.txt pyproject.toml tools/venv.sh
 	@tools/venv.sh $(VENV) locks/shoal.txt .
-	@touch $@
 
 $(CLIENT_STAMP): locks/tritonclient.txt tools/venv.sh
 	@tools/venv.sh $(CLIENT_VENV) locks/tritonclient.txt
-	@touch $@
 
 demo: $(STAMP) ## Start a node, send real files through it both ways, check every answer, stop
 	@$(PY) examples/filetypes/demo.py

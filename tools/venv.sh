@@ -13,7 +13,9 @@ python=${PYTHON:-python3}
 mkdir -p "$folder"
 exec 9>"$folder.lock"
 flock 9
-if [ -e "$folder/.installed" ] && [ "$folder/.installed" -nt "$lock" ]; then exit 0; fi
+if [ -e "$folder/.installed" ] && [ "$folder/.installed" -nt "$lock" ] && [ "$folder/.installed" -nt pyproject.toml ]; then
+    exit 0
+fi
 
 echo "Building $folder from $lock ..."
 if command -v uv >/dev/null 2>&1; then
@@ -28,3 +30,4 @@ else
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
     [ -z "$project" ] || "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$project"
 fi
+touch "$folder/.installed"
