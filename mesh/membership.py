@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from mesh.config import ServiceConfig
-from mesh.etcd import Created, Etcd, Lease, LeaseLost, Put
+from mesh.etcd import Etcd, Lease, LeaseLost, Modified, Put
 from mesh.mirror import Copy, Mirror
 from shoal import __version__
 from shoal.errors import ShoalError
@@ -245,12 +245,9 @@ class Registration:
             while True:
                 self._wish.clear()
                 wanted = self._instance
-                if wanted != self._written:
-                    await etcd.put(wanted.key, encode(wanted), lease.id)
-                else:
+                if wanted == self._written:
                     await lease.refresh()
-                    # Somebody may have deleted the key by hand.
-                    await etcd.transact([Created(wanted.key, 0)], [Put(wanted.key, encode(wanted), lease.id)])
+                await _claim(etcd, wanted, lease)
                 self._written = wanted
                 self._kept.set()
                 with contextlib.suppress(TimeoutError):
@@ -261,6 +258,23 @@ class Registration:
                     # Takes the key along, unless a process that replaced this one has written it since.
                     await lease.revoke()
             raise
+
+
+async def _claim(etcd: Etcd, instance: Instance, lease: Lease) -> None:
+    """Sees to it that the key says `instance` and hangs on `lease`, unless a later process has taken over the name."""
+    value = encode(instance)
+    while True:
+        entry = await etcd.get(instance.key)
+        if entry is not None:
+            if entry.value == value and entry.lease == lease.id:
+                return
+            holder = _readable(entry.key, entry.value)
+            if holder is not None and holder.started_at > instance.started_at:
+                return
+        # Somebody may write it, or delete it by hand, between the look and the leap.
+        as_seen = Modified(instance.key, entry.mod_revision if entry is not None else 0)
+        if (await etcd.transact([as_seen], [Put(instance.key, value, lease.id)])).succeeded:
+            return
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+
 from mesh.etcd import Entry
 from mesh.membership import Instance, ReadyModel, State, decode, encode, view_of
 from mesh.mirror import Copy

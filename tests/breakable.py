@@ -1,0 +1,92 @@
+"""Real processes that a test may kill, freeze and bring back, and the one way to wait for what follows."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+from mesh.node import parts
+
+PATIENCE_S = 30.0
+"""Longer than anything takes on a busy machine: a test that waits so long has failed."""
+
+
+async def until(
+    is_so: Callable[[], bool | Awaitable[bool]], what: str = "it", within_s: float = PATIENCE_S, every_s: float = 0.02
+) -> None:
+    """Waits until `is_so()`; fails the test when that takes longer than `within_s`."""
+    deadline = time.monotonic() + within_s
+    while True:
+        answer = is_so()
+        if await answer if isinstance(answer, Awaitable) else answer:
+            return
+        assert time.monotonic() < deadline, f"{what} did not happen within {within_s:.0f} s"
+        await asyncio.sleep(every_s)
+
+
+class Process:
+    """One process; `with` sees to it that nothing is left of it."""
+
+    def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+        self._argv = [*argv]
+        self._env = {**os.environ, **(env or {})}
+        self.log = log
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._popen is not None
+        return self._popen.pid
+
+    def start(self) -> None:
+        """Starts it, again if need be; does not wait until it is ready."""
+        with self.log.open("ab") as out:
+            self._popen = subprocess.Popen(self._argv, stdout=out, stderr=subprocess.STDOUT, env=self._env)
+
+    def is_running(self) -> bool:
+        return self._popen is not None and self._popen.poll() is None
+
+    def kill(self) -> None:
+        """kill -9, and gone."""
+        assert self._popen is not None
+        self._popen.kill()
+        self._popen.wait()
+
+    def freeze(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def terminate(self, within_s: float = 10) -> int:
+        """SIGTERM; returns its exit status."""
+        assert self._popen is not None
+        self._popen.terminate()
+        return self._popen.wait(within_s)
+
+    def __enter__(self) -> Process:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._popen is not None and self._popen.poll() is None:
+            self.thaw()
+            self.kill()
+
+
+class EtcdProcess(Process):
+    """An etcd of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        port = parts.free_port()
+        self._part = parts.etcd(folder / "etcd", port, parts.free_port())
+        super().__init__(self._part.argv, folder / "etcd.log", self._part.env)
+        self.address = f"127.0.0.1:{port}"
+
+    async def until_ready(self) -> None:
+        await until(self._part.ready, "etcd ready")
