@@ -1,0 +1,41 @@
+"""The Python client of Shoal. `shoal.Client` and `shoal.AsyncClient` are the doors."""
+
+from __future__ import annotations
+
+from shoal.client.aio import AsyncClient
+from shoal.client.arrays import BFloat16
+from shoal.client.blocking import Client
+from shoal.client.inference import InferRequest, InferResult
+from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
+from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
+from shoal.client.retry import RetryPolicy
+from shoal.client.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
+from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
+
+__all__ = [
+    "AsyncClient",
+    "BFloat16",
+    "Client",
+    "EnvoyStatus",
+    "IndexEntry",
+    "InferRequest",
+    "InferResult",
+    "Instance",
+    "InstanceState",
+    "Job",
+    "JobRequest",
+    "JobRetry",
+    "JobState",
+    "Leader",
+    "ModelFile",
+    "ModelMetadata",
+    "ModelStatistics",
+    "ModelVersion",
+    "Progress",
+    "Pushed",
+    "RetryPolicy",
+    "Status",
+    "Submitted",
+    "TensorMetadata",
+    "Transition",
+]

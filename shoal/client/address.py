@@ -1,0 +1,18 @@
+"""Which addresses are on this machine."""
+
+from __future__ import annotations
+
+import ipaddress
+
+
+def is_local(address: str) -> bool:
+    """True when `address` is on this machine."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

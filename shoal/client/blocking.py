@@ -1,0 +1,106 @@
+"""The blocking client: the async one on an event loop of its own."""
+
+from __future__ import annotations
+
+import weakref
+from types import TracebackType
+
+from shoal.client.aio import AsyncClient
+from shoal.client.calls import Headers
+from shoal.client.face import Face, LoopThread, blocking, iterating
+from shoal.client.jobs import AsyncJobs
+from shoal.client.models import AsyncModels
+from shoal.client.retry import RetryPolicy
+
+
+class Models(Face[AsyncModels]):
+    """`client.models`."""
+
+    push = blocking(AsyncModels.push)
+    list = blocking(AsyncModels.list)
+    remove = blocking(AsyncModels.remove)
+    alias = blocking(AsyncModels.alias)
+    pull = blocking(AsyncModels.pull)
+    ready = blocking(AsyncModels.ready)
+    wait_ready = blocking(AsyncModels.wait_ready)
+    metadata = blocking(AsyncModels.metadata)
+    config = blocking(AsyncModels.config)
+    statistics = blocking(AsyncModels.statistics)
+    index = blocking(AsyncModels.index)
+
+
+class Jobs(Face[AsyncJobs]):
+    """`client.jobs`."""
+
+    submit = blocking(AsyncJobs.submit)
+    submit_many = iterating(AsyncJobs.submit_many)
+    get = blocking(AsyncJobs.get)
+    list = blocking(AsyncJobs.list)
+    watch = iterating(AsyncJobs.watch)
+    cancel = blocking(AsyncJobs.cancel)
+    result = blocking(AsyncJobs.result)
+
+
+class Client(Face[AsyncClient]):
+    """Talks to a node at `address`, `host:port`; without one, to $SHOAL_GATEWAY or the node that runs here.
+
+        with shoal.Client() as client:
+            client.models.push("mymodel.onnx")
+            answer = client.infer("mymodel", {"x": numpy.zeros((1, 3), numpy.float32)})
+            job = client.jobs.submit("mymodel", {"x": ...})
+            answer = client.jobs.result(job.id)
+
+        async with shoal.Client() as client:       # an AsyncClient
+            answer = await client.infer("mymodel", {"x": ...})
+
+    Works without `with` too: close it with `client.close()`, or let it go. Safe to use from many threads.
+
+    Every call has a deadline (`timeout`, in seconds), is tried again where that is safe (see RetryPolicy), and raises a
+    class of `shoal.errors`: Unavailable when nobody answers, NotFound, InvalidArgument ...
+
+    Raises (on making one):
+        InvalidArgument: `address` is none.
+        NotFound, FailedPrecondition: none was given, and not exactly one node runs here.
+    """
+
+    infer = blocking(AsyncClient.infer)
+    infer_stream = iterating(AsyncClient.infer_stream)
+    status = blocking(AsyncClient.status)
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        retry: RetryPolicy | None = None,
+        headers: Headers | None = None,
+        tenant: str = "",
+    ) -> None:
+        inner, loop = AsyncClient(address, retry=retry, headers=headers, tenant=tenant), LoopThread()
+        super().__init__(inner, loop)
+        self.models = Models(inner.models, loop)
+        self.jobs = Jobs(inner.jobs, loop)
+        # A client that is let go, or lives until the interpreter ends, leaves no thread behind.
+        self._closing = weakref.finalize(self, loop.close, inner.close)
+
+    @property
+    def address(self) -> str:
+        """The gateway that it talks to."""
+        return self._inner.address
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection and the thread; calls in flight are cancelled."""
+        self._closing()
+
+    async def __aenter__(self) -> AsyncClient:
+        return await self._inner.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._inner.__aexit__(kind, err, tb)

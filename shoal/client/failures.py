@@ -1,0 +1,72 @@
+"""A failed call, in the words of someone who wants to know what to do."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import grpc
+
+from shoal.errors import Code, DeadlineExceeded, FailedPrecondition, ShoalError, Unavailable, Unimplemented, from_status
+
+RETRY_AFTER_KEY = "retry-after-ms"
+"""Trailing metadata of a refused call: when to come back, in milliseconds."""
+
+# grpc's own words. Nothing but its text tells these apart: all are UNAVAILABLE.
+_NOBODY = re.compile(r"Connection refused|No such file or directory|Connection timed out|No route to host|unreachable")
+_NO_NAME = re.compile(r"errors resolving|DNS resolution failed")
+_NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server")
+# Envoy's own words: it knows the service, and has no instance of it.
+_NO_INSTANCE = re.compile(r"no healthy upstream")
+
+
+def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: float) -> ShoalError:
+    """The ShoalError of a failed call to `address`; `doing` says which call, `timeout_s` how long it was given."""
+    code, details = err.code(), err.details() or "no details"
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return _unavailable(details, address, doing, _retry_after(err))
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
+        return too_late(doing, timeout_s)
+    if code == grpc.StatusCode.UNIMPLEMENTED and "http2 header" in details:
+        return FailedPrecondition(f"what answers at {address} is not a Shoal gateway ({details}): check the address")
+    if code == grpc.StatusCode.UNIMPLEMENTED and details == "Method not found!":
+        return Unimplemented(
+            f"{doing}: the server at {address} does not know this call: is it only an inference server?"
+        )
+    return from_status(code.value[0], details, retry_after_ms=_retry_after(err))
+
+
+def too_late(doing: str, timeout_s: float) -> DeadlineExceeded:
+    """The call had no answer in time."""
+    return DeadlineExceeded(f"{doing}: no answer within {timeout_s:g} s: allow more time, or look at `shoal status`")
+
+
+def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | None) -> ShoalError:
+    if _NOBODY.search(details):
+        return Unavailable(f"no node answers at {address}: start one with `shoal up`, or give --gateway")
+    if _NO_NAME.search(details):
+        return Unavailable(f"no host has the name in {address}: check the address")
+    if _NOT_GRPC.search(details):
+        return FailedPrecondition(f"what answers at {address} does not speak gRPC: is that Envoy's admin port?")
+    if _NO_INSTANCE.search(details):
+        return Unavailable(f"{doing}: no instance can answer just now: look at `shoal status`")
+    return Unavailable(f"{doing}: {details}", retry_after_ms=retry_after_ms)
+
+
+def _retry_after(err: grpc.aio.AioRpcError) -> int | None:
+    for key, value in err.trailing_metadata() or ():
+        if key == RETRY_AFTER_KEY and isinstance(value, str) and value.isdecimal():
+            return min(int(value), 3_600_000)
+    return None
+
+
+def of_answer(code: int, message: str) -> ShoalError:
+    """The error of a refusal that came in-band."""
+    return from_status(code or Code.UNKNOWN, message or "no details")
+
+
+def bounded(timeout_s: float) -> float:
+    """`timeout_s` as grpc can hold it. Raises ValueError for what is no duration."""
+    if math.isnan(timeout_s) or timeout_s < 0:
+        raise ValueError(f"timeout={timeout_s}: give seconds, 0 or more")
+    return min(timeout_s, 365 * 86_400.0)

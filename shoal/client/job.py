@@ -1,0 +1,186 @@
+"""A job: what is submitted, and how it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from google.protobuf.duration_pb2 import Duration
+
+from shoal.client.inference import InferRequest
+from shoal.client.registry import of_time
+from shoal.errors import ShoalError
+from shoal.inference.v2 import inference_pb2 as oip
+from shoal.ingest.v1 import ingest_pb2 as ingest
+
+
+class JobState(StrEnum):
+    """QUEUED and RUNNING go on; the rest are ends."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    """The request is at fault: no retry can mend it."""
+    DEAD = "dead"
+    """Out of attempts."""
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    """Its deadline passed."""
+    UNKNOWN = "unknown"
+    """A state that this client is too old to know."""
+
+    @property
+    def ended(self) -> bool:
+        """It stays as it is."""
+        return self not in (JobState.QUEUED, JobState.RUNNING, JobState.UNKNOWN)
+
+
+@dataclass(frozen=True)
+class JobRetry:
+    """How often and how soon a job is tried again by the node."""
+
+    max_attempts: int = 5
+    """In all, 1 to 100."""
+    initial_backoff_s: float = 0.2
+    """Wait before the second attempt; doubled for each further one, with full jitter."""
+    max_backoff_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class JobRequest(InferRequest):
+    """A request to a model that should not be lost."""
+
+    idempotency_key: str = ""
+    """A second job with the same key is answered with the first. Empty: a key of its own, so that retries are safe."""
+    tenant: str = ""
+    deadline: float | timedelta | None = None
+    """The job expires when it has no answer so many seconds after it was accepted."""
+    retry: JobRetry | None = None
+    """None: the node's default."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One step of a job."""
+
+    state: JobState
+    at: datetime | None
+    attempt: int
+    """From 1; 0 before the first."""
+    instance: str
+    """The ingest instance that made it."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it stood when the node was asked."""
+
+    id: str
+    state: JobState
+    model_name: str
+    model_version: str
+    tenant: str = ""
+    idempotency_key: str = ""
+    attempts: int = 0
+    """Started so far."""
+    last_code: int = 0
+    """gRPC status code and message of the last attempt that failed."""
+    last_message: str = ""
+    submitted_at: datetime | None = None
+    updated_at: datetime | None = None
+    not_before: datetime | None = None
+    """Not run before then: backoff."""
+    deadline: datetime | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    transitions: tuple[Transition, ...] = ()
+    """All so far, oldest first."""
+
+    @property
+    def ended(self) -> bool:
+        """It stays as it is."""
+        return self.state.ended
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The acknowledgement of one job of a stream."""
+
+    index: int
+    """Which one: counted from 0 in the order of submission."""
+    job_id: str = ""
+    """Set when the job is durable."""
+    existed: bool = False
+    """The node knew its idempotency key: this is the earlier job."""
+    error: ShoalError | None = None
+    """Why it was refused."""
+
+
+def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tenant: str) -> ingest.SubmitRequest:
+    """The message of `job`, whose inference request is `request`."""
+    message = ingest.SubmitRequest(
+        request=request, idempotency_key=key, tenant=job.tenant or tenant, labels=dict(job.labels)
+    )
+    if job.retry is not None:
+        message.retry.CopyFrom(
+            ingest.RetryPolicy(
+                max_attempts=job.retry.max_attempts,
+                initial_backoff=_duration(job.retry.initial_backoff_s),
+                max_backoff=_duration(job.retry.max_backoff_s),
+            )
+        )
+    if job.deadline is not None:
+        message.deadline.CopyFrom(_duration(job.deadline))
+    return message
+
+
+def _duration(value: float | timedelta) -> Duration:
+    duration = Duration()
+    duration.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
+    return duration
+
+
+def to_state(state: JobState | str | None) -> str:
+    """The wire's name of a state; of None, the one that means any. Raises ValueError when it is none."""
+    if state is None:
+        return "JOB_STATE_UNSPECIFIED"
+    known = JobState(state)
+    if known is JobState.UNKNOWN:
+        raise ValueError("unknown is no state to ask for")
+    return f"JOB_STATE_{known.name}"
+
+
+def of_state(number: int) -> JobState:
+    """The state of the wire's number."""
+    try:
+        return JobState[ingest.JobState.Name(number).removeprefix("JOB_STATE_")]
+    except (ValueError, KeyError):
+        return JobState.UNKNOWN
+
+
+def of_job(message: ingest.Job) -> Job:
+    """The value of the message."""
+    return Job(
+        id=message.id,
+        state=of_state(message.state),
+        model_name=message.model_name,
+        model_version=message.model_version,
+        tenant=message.tenant,
+        idempotency_key=message.idempotency_key,
+        attempts=message.attempts,
+        last_code=message.last_code,
+        last_message=message.last_message,
+        submitted_at=of_time(message, "submitted_at"),
+        updated_at=of_time(message, "updated_at"),
+        not_before=of_time(message, "not_before"),
+        deadline=of_time(message, "deadline"),
+        labels=dict(message.labels),
+        transitions=tuple(
+            Transition(of_state(step.state), of_time(step, "at"), step.attempt, step.instance, step.reason)
+            for step in message.transitions
+        ),
+    )

@@ -1,0 +1,235 @@
+"""The jobs of a node: submitted once, run at least once, with one result."""
+
+from __future__ import annotations
+
+import builtins
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from datetime import timedelta
+
+from shoal.client import methods
+from shoal.client.arrays import ArrayLike
+from shoal.client.asking import Asker, each
+from shoal.client.calls import Caller
+from shoal.client.inference import InferResult, Parameter
+from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, of_job, to_state, to_submit
+from shoal.client.outcome import of_result, without_result
+from shoal.client.submission import WINDOW, Submission
+from shoal.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, ShoalError
+from shoal.ingest.v1 import ingest_pb2 as ingest
+from shoal.store.v1 import store_pb2 as store
+
+SUBMIT_S = 30.0
+"""A majority, journaled write: it outlasts an election of the database, and a backlog's retry-after."""
+
+READ_S = 10.0
+"""One indexed query."""
+
+WATCH_S = 3_600.0
+"""Jobs may wait long for their turn; an hour ends a watch that was forgotten."""
+
+RESULT_S = 300.0
+"""Waiting for a result is waiting for a queue: five minutes, then say how it stands."""
+
+
+class AsyncJobs:
+    """`client.jobs`."""
+
+    def __init__(self, caller: Caller, tenant: str = "") -> None:
+        self._caller = caller
+        self._tenant = tenant
+
+    async def submit(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        *,
+        outputs: Sequence[str] | None = None,
+        version: int | str = "",
+        parameters: Mapping[str, Parameter] | None = None,
+        datatypes: Mapping[str, str] | None = None,
+        idempotency_key: str = "",
+        tenant: str = "",
+        deadline: float | timedelta | None = None,
+        retry: JobRetry | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: float = SUBMIT_S,
+    ) -> Job:
+        """Hands in one job. When this returns it is durable: it will run, whatever is killed when.
+
+        With an `idempotency_key` a second submit returns the first job; without, the client makes one, so that its own
+        retries make no second job. The job expires after `deadline` seconds without an answer.
+
+        Raises:
+            InvalidArgument: names what is wrong.
+            AlreadyExists: the key was used with another request.
+            ResourceExhausted: the backlog is full.
+        """
+        request = JobRequest(
+            model,
+            inputs,
+            outputs=outputs,
+            version=version,
+            parameters=parameters,
+            datatypes=datatypes or {},
+            idempotency_key=idempotency_key,
+            tenant=tenant,
+            deadline=deadline,
+            retry=retry,
+            labels=labels or {},
+        )
+        message = await self._message(Asker(self._caller), request)
+        answer = await self._caller.call(methods.SUBMIT, message, timeout_s=timeout, doing=f"submit to {model}")
+        return of_job(answer.job)
+
+    async def submit_many(
+        self, requests: AsyncIterable[JobRequest] | Iterable[JobRequest], *, window: int = WINDOW
+    ) -> AsyncGenerator[Submitted, None]:
+        """Hands in a stream of jobs, the fast way; gives an acknowledgement for each once it is durable.
+
+        At most `window` are on their way: when the node or the reader of the acknowledgements is slow, `requests` wait.
+        A stream that breaks is opened again. A job that is refused has its error in its acknowledgement, and the stream
+        goes on. `requests` may be endless.
+
+        Raises:
+            Unavailable: the stream could not be kept up.
+            DeadlineExceeded: no acknowledgement came for a minute.
+        """
+        if window < 1:
+            raise InvalidArgument(f"window {window}: at least one job must be on its way")
+        submission = Submission(self._caller, self._messages(requests), window=window)
+        async for ack in submission.run():
+            yield ack
+
+    async def _messages(
+        self, requests: AsyncIterable[JobRequest] | Iterable[JobRequest]
+    ) -> AsyncGenerator[ingest.SubmitRequest | ShoalError, None]:
+        asker = Asker(self._caller)
+        async for request in each(requests):
+            try:
+                yield await self._message(asker, request)
+            except ShoalError as err:
+                yield err
+
+    async def _message(self, asker: Asker, request: JobRequest) -> ingest.SubmitRequest:
+        key = request.idempotency_key or uuid.uuid4().hex
+        return to_submit(request, await asker.message(request), key=key, tenant=self._tenant)
+
+    async def get(self, job_id: str, *, timeout: float = READ_S) -> Job:
+        """How a job stands.
+
+        Raises:
+            NotFound: no such job.
+        """
+        request = ingest.GetJobRequest(id=job_id)
+        return of_job((await self._caller.call(methods.GET_JOB, request, timeout_s=timeout)).job)
+
+    async def list(
+        self,
+        *,
+        state: JobState | str | None = None,
+        model: str = "",
+        tenant: str = "",
+        limit: int = 100,
+        timeout: float = READ_S,
+    ) -> builtins.list[Job]:
+        """The newest `limit` jobs, of those in `state`, of `model` and of `tenant` when these are given."""
+        found: builtins.list[Job] = []
+        token = ""
+        while len(found) < limit:
+            request = ingest.ListJobsRequest(
+                state=_state(state),
+                model_name=model,
+                tenant=tenant or self._tenant,
+                page_size=min(limit - len(found), 1_000),
+                page_token=token,
+            )
+            answer = await self._caller.call(methods.LIST_JOBS, request, timeout_s=timeout, doing="list jobs")
+            found += [of_job(job) for job in answer.jobs]
+            token = answer.next_page_token
+            if not token:
+                break
+        return found[:limit]
+
+    async def watch(self, job_id: str, *, timeout: float = WATCH_S) -> AsyncGenerator[Job, None]:
+        """A job as it stands, and again after each transition, until it has ended. Goes on where a stream breaks.
+
+        Raises:
+            NotFound: no such job.
+            DeadlineExceeded: it has not ended in time.
+        """
+        last: Job | None = None
+        answers = self._caller.follow(
+            methods.WATCH_JOB,
+            lambda: ingest.WatchJobRequest(id=job_id),
+            timeout_s=timeout,
+            ended=lambda answer: of_job(answer.job).ended,
+            doing=f"watch job {job_id}",
+        )
+        async for answer in answers:
+            job = of_job(answer.job)
+            if job != last:  # A stream that was opened again begins with what is known.
+                last = job
+                yield job
+
+    async def cancel(self, job_id: str, reason: str = "", *, timeout: float = READ_S) -> Job:
+        """Asks that a job not run, or that its answer not be recorded. Returns how it stands: it may have ended before.
+
+        Raises:
+            NotFound: no such job.
+        """
+        request = ingest.CancelJobRequest(id=job_id, reason=reason)
+        return of_job((await self._caller.call(methods.CANCEL_JOB, request, timeout_s=timeout)).job)
+
+    async def result(self, job_id: str, *, wait: bool = True, timeout: float = RESULT_S) -> InferResult:
+        """The answer to a job, from the store; waits until the job has ended, at most `timeout` seconds.
+
+        Raises:
+            NotFound: no such job.
+            FailedPrecondition: it has not ended, and `wait` is False.
+            DeadlineExceeded: it has not ended in time, or it expired.
+            Cancelled: it was cancelled.
+            ShoalError: it failed: the class and the words of its last attempt, with the job's id.
+        """
+        found = await self._result(job_id)
+        if found is not None:
+            return of_result(found)
+        if not wait:
+            job = await self.get(job_id)
+            if not job.ended:
+                raise FailedPrecondition(f"job {job_id} is {job.state}: it has no result yet")
+        else:
+            job = await self._until_ended(job_id, timeout)
+        found = await self._result(job_id)
+        if found is None:
+            raise without_result(job)
+        return of_result(found)
+
+    async def _result(self, job_id: str) -> store.Result | None:
+        request = store.GetResultRequest(job_id=job_id)
+        try:
+            answer = await self._caller.call(
+                methods.GET_RESULT, request, timeout_s=READ_S, doing=f"result of job {job_id}"
+            )
+        except NotFound:
+            return None
+        return answer.result
+
+    async def _until_ended(self, job_id: str, timeout: float) -> Job:
+        last: Job | None = None
+        try:
+            async for job in self.watch(job_id, timeout=timeout):
+                last = job
+        except DeadlineExceeded as err:
+            state = f"is still {last.state}" if last is not None else "did not say how it stands"
+            raise DeadlineExceeded(f"job {job_id} {state} after {timeout:g} s: ask again later") from err
+        assert last is not None  # A watch ends with an ended job or raises.
+        return last
+
+
+def _state(state: JobState | str | None) -> str:
+    try:
+        return to_state(state)
+    except ValueError:
+        known = ", ".join(each for each in JobState if each is not JobState.UNKNOWN)
+        raise InvalidArgument(f"state {state!r}: use one of {known}") from None

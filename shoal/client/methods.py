@@ -1,0 +1,70 @@
+"""The calls that the client makes: path, messages, and whether a call may be repeated.
+
+Idempotent: doing it twice leaves what doing it once leaves, and answers the same. A test holds this table against the
+contracts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from shoal.coord.v1 import coord_pb2 as coord
+from shoal.inference.v2 import inference_pb2 as oip
+from shoal.ingest.v1 import ingest_pb2 as ingest
+from shoal.store.v1 import store_pb2 as store
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+
+
+@dataclass(frozen=True)
+class Method(Generic[Q, R]):
+    """One RPC."""
+
+    path: str
+    request: type[Q]
+    response: type[R]
+    idempotent: bool = True
+
+    @property
+    def name(self) -> str:
+        """`GetJob` of `/shoal.ingest.v1.IngestService/GetJob`."""
+        return self.path.rpartition("/")[2]
+
+
+_OIP = "/inference.GRPCInferenceService/"
+MODEL_INFER = Method(_OIP + "ModelInfer", oip.ModelInferRequest, oip.ModelInferResponse)
+MODEL_STREAM_INFER = Method(_OIP + "ModelStreamInfer", oip.ModelInferRequest, oip.ModelStreamInferResponse, False)
+MODEL_READY = Method(_OIP + "ModelReady", oip.ModelReadyRequest, oip.ModelReadyResponse)
+MODEL_METADATA = Method(_OIP + "ModelMetadata", oip.ModelMetadataRequest, oip.ModelMetadataResponse)
+MODEL_CONFIG = Method(_OIP + "ModelConfig", oip.ModelConfigRequest, oip.ModelConfigResponse)
+MODEL_STATISTICS = Method(_OIP + "ModelStatistics", oip.ModelStatisticsRequest, oip.ModelStatisticsResponse)
+REPOSITORY_INDEX = Method(_OIP + "RepositoryIndex", oip.RepositoryIndexRequest, oip.RepositoryIndexResponse)
+
+_STORE = "/shoal.store.v1.StoreService/"
+PUT_ARTIFACT = Method(_STORE + "PutArtifact", store.PutArtifactRequest, store.PutArtifactResponse)
+STAT_ARTIFACT = Method(_STORE + "StatArtifact", store.StatArtifactRequest, store.StatArtifactResponse)
+GET_ARTIFACT = Method(_STORE + "GetArtifact", store.GetArtifactRequest, store.GetArtifactResponse)
+REGISTER_MODEL = Method(_STORE + "RegisterModel", store.RegisterModelRequest, store.RegisterModelResponse)
+LIST_MODELS = Method(_STORE + "ListModels", store.ListModelsRequest, store.ListModelsResponse)
+# The second of two removals is NOT_FOUND: a repeat would call a success a failure.
+REMOVE_MODEL = Method(_STORE + "RemoveModel", store.RemoveModelRequest, store.RemoveModelResponse, False)
+SET_ALIAS = Method(_STORE + "SetAlias", store.SetAliasRequest, store.SetAliasResponse)
+GET_RESULT = Method(_STORE + "GetResult", store.GetResultRequest, store.GetResultResponse)
+
+_INGEST = "/shoal.ingest.v1.IngestService/"
+# The client never submits without an idempotency key, and that is what makes these two idempotent.
+SUBMIT = Method(_INGEST + "Submit", ingest.SubmitRequest, ingest.SubmitResponse)
+SUBMIT_STREAM = Method(_INGEST + "SubmitStream", ingest.SubmitStreamRequest, ingest.SubmitStreamResponse)
+GET_JOB = Method(_INGEST + "GetJob", ingest.GetJobRequest, ingest.GetJobResponse)
+LIST_JOBS = Method(_INGEST + "ListJobs", ingest.ListJobsRequest, ingest.ListJobsResponse)
+WATCH_JOB = Method(_INGEST + "WatchJob", ingest.WatchJobRequest, ingest.WatchJobResponse)
+CANCEL_JOB = Method(_INGEST + "CancelJob", ingest.CancelJobRequest, ingest.CancelJobResponse)
+
+_COORD = "/shoal.coord.v1.CoordService/"
+LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)
+GET_LEADER = Method(_COORD + "GetLeader", coord.GetLeaderRequest, coord.GetLeaderResponse)
+GET_MESH_STATUS = Method(_COORD + "GetMeshStatus", coord.GetMeshStatusRequest, coord.GetMeshStatusResponse)

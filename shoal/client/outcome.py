@@ -1,0 +1,41 @@
+"""How a job ended: an answer, or the error that says why there is none."""
+
+from __future__ import annotations
+
+from shoal.client.inference import InferResult, of_response
+from shoal.client.job import Job, JobState
+from shoal.errors import Cancelled, Code, DeadlineExceeded, Internal, ShoalError, from_status
+from shoal.store.v1 import store_pb2 as store
+
+
+def of_result(result: store.Result) -> InferResult:
+    """The answer.
+
+    Raises:
+        Cancelled: the job was cancelled.
+        DeadlineExceeded: it expired.
+        ShoalError: it failed: the class and the words of its last attempt.
+    """
+    if result.outcome == store.Result.OUTCOME_SUCCEEDED:
+        return of_response(result.response)
+    if result.outcome == store.Result.OUTCOME_CANCELLED:
+        raise Cancelled(_words(result.job_id, "was cancelled", result.message))
+    if result.outcome == store.Result.OUTCOME_EXPIRED:
+        raise DeadlineExceeded(_words(result.job_id, "expired: its deadline passed before an answer", result.message))
+    after = f"failed in attempt {result.attempt}" if result.attempt else "failed"
+    raise from_status(result.code or Code.UNKNOWN, _words(result.job_id, after, result.message))
+
+
+def without_result(job: Job) -> ShoalError:
+    """The error of a job that has ended, and of which the store has nothing (any more)."""
+    if job.state is JobState.SUCCEEDED:
+        return Internal(f"job {job.id} succeeded, and the store has no result of it: was it removed?")
+    if job.state is JobState.CANCELLED:
+        return Cancelled(_words(job.id, "was cancelled", job.last_message))
+    if job.state is JobState.EXPIRED:
+        return DeadlineExceeded(_words(job.id, "expired", job.last_message))
+    return from_status(job.last_code or Code.UNKNOWN, _words(job.id, f"is {job.state}", job.last_message))
+
+
+def _words(job_id: str, what: str, why: str) -> str:
+    return f"job {job_id} {what}: {why}" if why else f"job {job_id} {what}"

@@ -1,0 +1,186 @@
+"""Who is here, who leads, what is served, and what Envoy was told: a node at one look."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import TypeVar
+
+from shoal.client import methods
+from shoal.client.calls import Caller
+from shoal.client.registry import ModelVersion, of_model, of_time
+from shoal.coord.v1 import coord_pb2 as coord
+from shoal.errors import ShoalError
+from shoal.store.v1 import store_pb2 as store
+
+T = TypeVar("T")
+
+
+class InstanceState(StrEnum):
+    """What an instance does with new calls."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One running process of a service."""
+
+    service: str
+    name: str
+    """`<node>/<service>-<n>`."""
+    node: str
+    address: str
+    pid: int
+    state: InstanceState
+    started_at: datetime | None
+    models: dict[str, tuple[int, ...]]
+    """infer only: the versions that are ready there, by model."""
+    version: str
+    drained_by_operator: bool
+
+
+@dataclass(frozen=True)
+class Leader:
+    """The coord instance that acts."""
+
+    instance: str
+    fencing_token: int
+    since: datetime | None
+
+
+@dataclass(frozen=True)
+class EnvoyResources:
+    """What an Envoy was told of one resource type."""
+
+    type: str
+    names: tuple[str, ...]
+    acked_version: str
+    nack: str
+    """Its own words when it refused the last response; empty when it did not."""
+    at: datetime | None
+
+
+@dataclass(frozen=True)
+class EnvoyStatus:
+    """One Envoy that is connected to the coord instance that answered."""
+
+    node: str
+    connected_at: datetime | None
+    resources: tuple[EnvoyResources, ...]
+
+    @property
+    def refused(self) -> tuple[EnvoyResources, ...]:
+        """What it did not accept."""
+        return tuple(resource for resource in self.resources if resource.nack)
+
+
+@dataclass(frozen=True)
+class Status:
+    """A node at one look. What could not be asked is empty, and `problems` says why."""
+
+    gateway: str
+    instances: tuple[Instance, ...]
+    stale: bool
+    """etcd cannot be reached: `instances` is the last that was known."""
+    leader: Leader | None
+    models: tuple[ModelVersion, ...]
+    envoys: tuple[EnvoyStatus, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Nothing is wrong that can be seen from here."""
+        return not (self.stale or self.problems or any(envoy.refused for envoy in self.envoys))
+
+
+async def look(caller: Caller, timeout_s: float) -> Status:
+    """Asks everyone at once.
+
+    Raises:
+        ShoalError: nobody answered anything.
+    """
+    problems: list[ShoalError] = []
+
+    async def asked(call: Awaitable[T], nothing: T, what: str) -> T:
+        try:
+            return await call
+        except ShoalError as err:
+            problems.append(type(err)(err.message if err.message.startswith("no node") else f"{what}: {err.message}"))
+            return nothing
+
+    listed, leader, models, mesh = await asyncio.gather(
+        asked(
+            caller.call(methods.LIST_INSTANCES, coord.ListInstancesRequest(), timeout_s=timeout_s),
+            coord.ListInstancesResponse(),
+            "instances",
+        ),
+        asked(
+            caller.call(methods.GET_LEADER, coord.GetLeaderRequest(), timeout_s=timeout_s),
+            coord.GetLeaderResponse(),
+            "leader",
+        ),
+        asked(
+            caller.call(methods.LIST_MODELS, store.ListModelsRequest(), timeout_s=timeout_s),
+            store.ListModelsResponse(),
+            "models",
+        ),
+        asked(
+            caller.call(methods.GET_MESH_STATUS, coord.GetMeshStatusRequest(), timeout_s=timeout_s),
+            coord.GetMeshStatusResponse(),
+            "mesh",
+        ),
+    )
+    if len(problems) == 4:
+        raise problems[0]
+    return Status(
+        gateway=caller.address,
+        instances=tuple(of_instance(instance) for instance in listed.instances),
+        stale=listed.stale,
+        leader=_of_leader(leader) if leader.instance else None,
+        models=tuple(of_model(model) for model in models.models),
+        envoys=tuple(_of_envoy(envoy) for envoy in mesh.envoys),
+        problems=tuple(problem.message for problem in problems),
+    )
+
+
+def of_instance(message: coord.Instance) -> Instance:
+    """The value of the message."""
+    states = {
+        coord.INSTANCE_STATE_STARTING: InstanceState.STARTING,
+        coord.INSTANCE_STATE_READY: InstanceState.READY,
+        coord.INSTANCE_STATE_DRAINING: InstanceState.DRAINING,
+    }
+    return Instance(
+        service=message.service,
+        name=message.name,
+        node=message.node,
+        address=message.address,
+        pid=message.pid,
+        state=states.get(message.state, InstanceState.UNKNOWN),
+        started_at=of_time(message, "started_at"),
+        models={model.name: tuple(model.versions) for model in message.models},
+        version=message.version,
+        drained_by_operator=message.drained_by_operator,
+    )
+
+
+def _of_leader(message: coord.GetLeaderResponse) -> Leader:
+    return Leader(message.instance, message.fencing_token, of_time(message, "since"))
+
+
+def _of_envoy(message: coord.EnvoyStatus) -> EnvoyStatus:
+    return EnvoyStatus(
+        node=message.node,
+        connected_at=of_time(message, "connected_at"),
+        resources=tuple(
+            EnvoyResources(each.type, tuple(each.names), each.acked_version, each.nack, of_time(each, "at"))
+            for each in message.resources
+        ),
+    )
