@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from types import TracebackType
 
 from shoal.client.aio import AsyncClient
@@ -75,12 +74,11 @@ class Client(Face[AsyncClient]):
         headers: Headers | None = None,
         tenant: str = "",
     ) -> None:
-        inner, loop = AsyncClient(address, retry=retry, headers=headers, tenant=tenant), LoopThread()
+        inner = AsyncClient(address, retry=retry, headers=headers, tenant=tenant)
+        loop = LoopThread(inner.close)
         super().__init__(inner, loop)
         self.models = Models(inner.models, loop)
         self.jobs = Jobs(inner.jobs, loop)
-        # A client that is let go, or lives until the interpreter ends, leaves no thread behind.
-        self._closing = weakref.finalize(self, loop.close, inner.close)
 
     @property
     def address(self) -> str:
@@ -95,7 +93,7 @@ class Client(Face[AsyncClient]):
 
     def close(self) -> None:
         """Ends the connection and the thread; calls in flight are cancelled."""
-        self._closing()
+        self._loop.close()
 
     async def __aenter__(self) -> AsyncClient:
         return await self._inner.__aenter__()

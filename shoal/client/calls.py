@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -37,7 +38,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
-_FIRST_HEADER_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+_HEADER = re.compile(r"^(?!grpc-)[a-z0-9][a-z0-9_.-]*(?<!-bin)$")
 
 
 class Caller:
@@ -257,8 +258,9 @@ def _serialized(message: Any) -> bytes:
 
 def _checked(headers: Headers) -> tuple[tuple[str, str], ...]:
     for key, value in headers.items():
-        if not key or key != key.lower() or key[0] not in _FIRST_HEADER_CHARACTERS or key.startswith("grpc-"):
-            raise InvalidArgument(f"header {key!r}: use lower-case letters, digits, `-`, `_`, `.`; not `grpc-...`")
+        if not _HEADER.match(key):
+            allowed = "lower-case letters, digits, `-`, `_`, `.`; not `grpc-...`, not `...-bin`"
+            raise InvalidArgument(f"header {key!r}: use {allowed}")
         if not value.isascii() or not value.isprintable():
             raise InvalidArgument(f"header {key!r}: its value must be printable ASCII")
     return tuple(headers.items())

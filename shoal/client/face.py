@@ -10,12 +10,15 @@ There is one implementation, and a type checker sees the real signature of eithe
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from shoal.errors import FailedPrecondition
+from shoal.errors import Cancelled, FailedPrecondition
 
 A = TypeVar("A")
 P = ParamSpec("P")
@@ -25,20 +28,31 @@ _JOIN_S = 5.0
 # At the end the loop has only cancelled calls to see off; a thread that hangs there must not hold up the interpreter.
 
 
-class LoopThread:
-    """An event loop in a thread. It starts with the first `run` and ends with `close`."""
+class _Home:
+    """The loop and its thread, once they are needed, and the last thing to do on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.last = last
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.thread: threading.Thread | None = None
+
+
+class LoopThread:
+    """An event loop in a thread. It starts with the first `run`; it ends with `close`, with the last reference to this,
+    or with the interpreter, whichever is first. `last()` runs on it before it ends.
+    """
+
+    def __init__(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._closed = False
+        self._home = _Home(last)
+        self._end = weakref.finalize(self, _end, self._home)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What `coroutine` returns or raises. An interrupt (Ctrl-C) cancels it.
 
         Raises:
             FailedPrecondition: this is closed.
+            Cancelled: it is closed meanwhile, by another thread.
         """
         try:
             loop = self._started()
@@ -48,6 +62,8 @@ class LoopThread:
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise Cancelled("the client was closed while the call was in flight") from None
         except BaseException:
             future.cancel()
             raise
@@ -65,34 +81,36 @@ class LoopThread:
             while (item := self.run(step())) is not None:
                 yield item[0]
         finally:
-            if not self._closed:
+            if self._end.alive:
                 self.run(items.aclose())
 
-    def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
-        """Runs `last()`, ends the loop and its thread. Does nothing the second time."""
+    def close(self) -> None:
+        """Ends the loop and its thread. Does nothing the second time."""
         with self._lock:
-            closed, self._closed = self._closed, True
-            loop, thread = self._loop, self._thread
-        if closed or loop is None or thread is None:
-            return
-        if last is not None:
-            try:
-                asyncio.run_coroutine_threadsafe(last(), loop).result(_JOIN_S)
-            except TimeoutError:
-                pass
-        loop.call_soon_threadsafe(loop.stop)
-        if thread is not threading.current_thread():
-            thread.join(_JOIN_S)
+            self._end()
 
     def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
-            if self._closed:
+            if not self._end.alive:
                 raise FailedPrecondition("this client is closed: make a new one")
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=_serve, args=(self._loop,), name="shoal-client", daemon=True)
-                self._thread.start()
-            return self._loop
+            home = self._home
+            if home.loop is None:
+                home.loop = asyncio.new_event_loop()
+                home.thread = threading.Thread(target=_serve, args=(home.loop,), name="shoal-client", daemon=True)
+                home.thread.start()
+            return home.loop
+
+
+def _end(home: _Home) -> None:
+    if home.loop is None or home.thread is None:
+        return
+    if home.thread is threading.current_thread():  # Collected as garbage right there: it cannot wait for itself.
+        home.loop.stop()
+        return
+    with contextlib.suppress(TimeoutError):
+        asyncio.run_coroutine_threadsafe(home.last(), home.loop).result(_JOIN_S)
+    home.loop.call_soon_threadsafe(home.loop.stop)
+    home.thread.join(_JOIN_S)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

@@ -7,7 +7,16 @@ import re
 
 import grpc
 
-from shoal.errors import Code, DeadlineExceeded, FailedPrecondition, ShoalError, Unavailable, Unimplemented, from_status
+from shoal.errors import (
+    Code,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    ShoalError,
+    Unavailable,
+    Unimplemented,
+    from_status,
+)
 
 RETRY_AFTER_KEY = "retry-after-ms"
 """Trailing metadata of a refused call: when to come back, in milliseconds."""
@@ -66,7 +75,7 @@ def of_answer(code: int, message: str) -> ShoalError:
 
 
 def bounded(timeout_s: float) -> float:
-    """`timeout_s` as grpc can hold it. Raises ValueError for what is no duration."""
+    """`timeout_s` as grpc can hold it. Raises InvalidArgument for what is no duration."""
     if math.isnan(timeout_s) or timeout_s < 0:
-        raise ValueError(f"timeout={timeout_s}: give seconds, 0 or more")
+        raise InvalidArgument(f"timeout={timeout_s}: give seconds, 0 or more")
     return min(timeout_s, 365 * 86_400.0)

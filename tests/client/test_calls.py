@@ -1,0 +1,274 @@
+"""Calls on the real wire against servers that fail on purpose: retries, deadlines, and what the errors say."""
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from shoal.client import methods
+from shoal.client.calls import Caller
+from shoal.client.retry import RetryPolicy
+from shoal.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    ShoalError,
+    Unavailable,
+    Unimplemented,
+)
+from shoal.ingest.v1 import ingest_pb2 as ingest
+from shoal.store.v1 import store_pb2 as store
+from tests.client.served import Served
+
+GET = ingest.GetJobRequest(id="a")
+
+
+class World:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def caller(self, address: str, **options: Any) -> Caller:
+        return Caller(address, clock=self.clock, sleep=self.sleep, draw=lambda: 0.5, **options)
+
+
+def failing(times: int, code: grpc.StatusCode, trailing: tuple[tuple[str, str], ...] = ()) -> Any:
+    left = [times]
+
+    async def behaviour(request: Any, context: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            await context.abort(code, "not now", trailing)
+        return ingest.GetJobResponse(job=ingest.Job(id=request.id))
+
+    return behaviour
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+async def test_what_fails_for_a_moment_is_tried_again(served: Served, code: grpc.StatusCode) -> None:
+    world = World()
+    served.on(methods.GET_JOB, failing(2, code))
+    answer = await world.caller(served.address).call(methods.GET_JOB, GET, timeout_s=10)
+    assert answer.job.id == "a"
+    assert world.slept == [0.05, 0.1]
+    assert served.count(methods.GET_JOB) == 3
+
+
+async def test_retry_after_is_honoured(served: Served) -> None:
+    world = World()
+    served.on(methods.GET_JOB, failing(1, grpc.StatusCode.RESOURCE_EXHAUSTED, (("retry-after-ms", "1500"),)))
+    await world.caller(served.address).call(methods.GET_JOB, GET, timeout_s=10)
+    assert world.slept == [1.55]
+
+
+async def test_a_retry_that_would_end_after_the_deadline_is_not_made(served: Served) -> None:
+    world = World()
+    served.on(methods.GET_JOB, failing(1, grpc.StatusCode.RESOURCE_EXHAUSTED, (("retry-after-ms", "1500"),)))
+    with pytest.raises(ResourceExhausted, match="not now") as caught:
+        await world.caller(served.address).call(methods.GET_JOB, GET, timeout_s=1)
+    assert caught.value.retry_after_ms == 1500
+    assert world.slept == []
+
+
+async def test_retries_end(served: Served) -> None:
+    served.on(methods.GET_JOB, failing(99, grpc.StatusCode.UNAVAILABLE))
+    with pytest.raises(Unavailable, match="GetJob: not now"):
+        await World().caller(served.address, retry=RetryPolicy(attempts=3)).call(methods.GET_JOB, GET, timeout_s=10)
+    assert served.count(methods.GET_JOB) == 3
+
+
+async def test_what_may_not_be_repeated_is_tried_once(served: Served) -> None:
+    served.on(methods.REMOVE_MODEL, failing(99, grpc.StatusCode.UNAVAILABLE))
+    with pytest.raises(Unavailable):
+        await World().caller(served.address).call(methods.REMOVE_MODEL, store.RemoveModelRequest(), timeout_s=10)
+    assert served.count(methods.REMOVE_MODEL) == 1
+
+
+@pytest.mark.parametrize("code", ["NOT_FOUND", "INVALID_ARGUMENT", "ABORTED", "DATA_LOSS", "INTERNAL", "UNKNOWN"])
+async def test_every_status_becomes_its_class_and_is_raised_at_once(served: Served, code: str) -> None:
+    served.on(methods.GET_JOB, failing(99, grpc.StatusCode[code]))
+    with pytest.raises(ShoalError, match="not now") as caught:
+        await World().caller(served.address).call(methods.GET_JOB, GET, timeout_s=10)
+    assert caught.value.code.name == code
+    assert served.count(methods.GET_JOB) == 1
+
+
+async def test_the_deadline_ends_a_call_that_hangs(served: Served) -> None:
+    async def never(request: Any, context: Any) -> Any:
+        await asyncio.Event().wait()
+
+    served.on(methods.GET_JOB, never)
+    with pytest.raises(DeadlineExceeded, match=r"job a: no answer within 0\.2 s: allow more time"):
+        await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=0.2, doing="job a")
+
+
+async def test_closing_ends_calls_in_flight_and_refuses_later_ones(served: Served) -> None:
+    arrived = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def never(request: Any, context: Any) -> Any:
+        loop.call_soon_threadsafe(arrived.set)
+        await asyncio.Event().wait()
+
+    served.on(methods.GET_JOB, never)
+    caller = Caller(served.address)
+    call = asyncio.create_task(caller.call(methods.GET_JOB, GET, timeout_s=20))
+    await arrived.wait()
+    await caller.close()
+    with pytest.raises(Cancelled, match="closed while the call was in flight"):
+        await call
+    with pytest.raises(FailedPrecondition, match="this client is closed"):
+        await caller.call(methods.GET_JOB, GET, timeout_s=20)
+
+
+async def test_a_cancelled_task_is_cancelled(served: Served) -> None:
+    arrived = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def never(request: Any, context: Any) -> Any:
+        loop.call_soon_threadsafe(arrived.set)
+        await asyncio.Event().wait()
+
+    served.on(methods.GET_JOB, never)
+    call = asyncio.create_task(Caller(served.address).call(methods.GET_JOB, GET, timeout_s=20))
+    await arrived.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+
+ONCE = RetryPolicy(attempts=1)
+
+
+async def test_nobody_there(run_dir: Any) -> None:
+    for address in ("127.0.0.1:1", f"unix:{run_dir}/nothing.sock"):
+        with pytest.raises(Unavailable, match=f"no node answers at {address}: start one with `shoal up`, or give"):
+            await Caller(address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
+
+
+async def test_somebody_else_is_there() -> None:
+    async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(web, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        with pytest.raises(FailedPrecondition, match="does not speak gRPC"):
+            await Caller(f"127.0.0.1:{port}", retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
+
+
+async def test_a_server_that_does_not_know_the_call(served: Served) -> None:
+    with pytest.raises(Unimplemented, match="does not know this call"):
+        await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=5)
+
+
+async def test_envoy_without_an_instance(served: Served) -> None:
+    async def none(request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "no healthy upstream")
+
+    served.on(methods.GET_JOB, none)
+    with pytest.raises(Unavailable, match="GetJob: no instance can answer just now: look at `shoal status`"):
+        await Caller(served.address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
+
+
+async def test_the_error_message_of_a_missing_thing_is_the_services_own(served: Served) -> None:
+    async def missing(request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no job a")
+
+    served.on(methods.GET_JOB, missing)
+    with pytest.raises(NotFound, match=r"^no job a$"):
+        await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=5)
+
+
+async def test_headers_go_along_and_bad_ones_are_named(served: Served) -> None:
+    served.on(methods.GET_JOB, failing(0, grpc.StatusCode.OK))
+    caller = Caller(served.address, headers={"x-team": "blue"})
+    await caller.call(methods.GET_JOB, GET, timeout_s=5, headers={"x-user": "ada"})
+    assert {"x-team": "blue", "x-user": "ada"}.items() <= served.metadata[-1].items()
+    for bad in ({"X-User": "a"}, {"grpc-timeout": "1"}, {"": "a"}, {"x y": "a"}, {"x": "a\nb"}, {"x": "é"}):
+        with pytest.raises(InvalidArgument, match="header"):
+            await caller.call(methods.GET_JOB, GET, timeout_s=5, headers=bad)
+
+
+@pytest.mark.parametrize("timeout", [-1.0, float("nan")])
+async def test_a_timeout_that_is_none_is_refused(served: Served, timeout: float) -> None:
+    with pytest.raises(InvalidArgument, match="timeout"):
+        await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=timeout)
+
+
+async def test_an_endless_timeout_is_a_long_one(served: Served) -> None:
+    served.on(methods.GET_JOB, failing(0, grpc.StatusCode.OK))
+    await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=float("inf"))
+
+
+async def test_a_span_for_each_call_and_its_trace_goes_along(served: Served) -> None:
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    served.on(methods.GET_JOB, failing(1, grpc.StatusCode.UNAVAILABLE))
+    caller = World().caller(served.address)
+    caller._tracer = provider.get_tracer("test")
+    with trace.use_span(provider.get_tracer("test").start_span("outer"), end_on_exit=True) as outer:
+        await caller.call(methods.GET_JOB, GET, timeout_s=5)
+    inner = exporter.get_finished_spans()[0]
+    assert inner.name == "shoal.ingest.v1.IngestService/GetJob"
+    assert inner.kind is trace.SpanKind.CLIENT
+    assert inner.parent is not None
+    assert inner.parent.span_id == outer.get_span_context().span_id
+    assert [event.name for event in inner.events] == ["retry"]
+    assert inner.context is not None
+    carried = served.metadata[-1]["traceparent"]
+    assert carried.split("-")[1:3] == [f"{inner.context.trace_id:032x}", f"{inner.context.span_id:016x}"]
+
+
+async def test_a_stream_that_breaks_is_opened_again(served: Served) -> None:
+    opened = [0]
+
+    async def watch(request: Any, context: Any) -> Any:
+        opened[0] += 1
+        yield ingest.WatchJobResponse(job=ingest.Job(id="a", attempts=opened[0]))
+        if opened[0] == 1:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")
+        if opened[0] == 2:
+            return  # A server that ends a stream early, without a word.
+        yield ingest.WatchJobResponse(job=ingest.Job(id="end"))
+
+    served.on(methods.WATCH_JOB, watch, "unary_stream")
+    world = World()
+    answers = world.caller(served.address).follow(
+        methods.WATCH_JOB, ingest.WatchJobRequest, timeout_s=100, ended=lambda answer: answer.job.id == "end"
+    )
+    assert [answer.job.attempts async for answer in answers] == [1, 2, 3, 0]
+    assert len(world.slept) == 2
+
+
+async def test_a_stream_that_never_comes_back_gives_up(served: Served) -> None:
+    served.on(methods.WATCH_JOB, failing(99, grpc.StatusCode.UNAVAILABLE))
+    caller = World().caller(served.address)
+    with pytest.raises(Unavailable, match="not now"):
+        async for _ in caller.follow(
+            methods.WATCH_JOB, ingest.WatchJobRequest, timeout_s=100, ended=lambda answer: False
+        ):
+            pass
+    assert served.count(methods.WATCH_JOB) == 5
