@@ -76,16 +76,19 @@ _AWAY = frozenset({6, 7, 50, 64, 89, 91, 112, 134, 189, 202, 225, 226, 237, 251,
 """HostUnreachable, timeouts, shutdown, no primary, write conflicts: the same operation may succeed a moment later."""
 
 
-def connect(uri: str) -> AsyncMongoClient[Document]:
+def connect(uri: str, *, max_connections: int | None = None) -> AsyncMongoClient[Document]:
     """A client for `uri`; connects lazily, so MongoDB may be away now. The caller closes it, best with `async with`.
 
-    Writes: w=majority, journaled. Reads: majority. Times are aware, in UTC. Waits that `uri` sets itself are kept.
+    Writes: w=majority, journaled. Reads: majority. Times are aware, in UTC. Waits that `uri` sets itself are kept. An
+    open change stream takes a connection for itself most of the time: many of them want `max_connections`.
 
     Raises:
         InvalidArgument: `uri` is not a MongoDB URI.
     """
     given = {key.lower() for key, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}
     options = {key: value for key, value in _DEFAULTS.items() if key.lower() not in given}
+    if max_connections is not None:
+        options["maxPoolSize"] = max_connections
     try:
         return AsyncMongoClient(uri, **options, **_DURABLE)
     except (ConfigurationError, ValueError) as err:

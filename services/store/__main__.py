@@ -1,0 +1,8 @@
+"""`python -m services.store`: runs the store service until SIGTERM."""
+
+from mesh.main import main
+from services.store.app import run
+from services.store.config import StoreConfig
+
+if __name__ == "__main__":
+    main("store", StoreConfig, run)

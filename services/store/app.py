@@ -1,0 +1,73 @@
+"""The store service as a parts list: what starts first stops last."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+
+from mesh import mongo
+from mesh.membership import Registration, State
+from mesh.server import GrpcServer, Rpc, until_stopped
+from services.store.artifacts import Artifacts
+from services.store.blobs import open_blobs
+from services.store.config import StoreConfig
+from services.store.documents import Collections
+from services.store.registry import Registry
+from services.store.registry_watch import RegistryWatch
+from services.store.responses import Responses
+from services.store.result_watch import ResultWatch
+from services.store.results import Results
+from services.store.rpc import StoreRpc
+from services.store.staging import Staging
+from services.store.threads import Threads
+from shoal.errors import Unavailable
+from shoal.store.v1 import store_pb2, store_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_DESCRIPTOR = store_pb2.DESCRIPTOR.services_by_name["StoreService"]
+_RETRY_S = 0.5
+
+
+async def run(config: StoreConfig) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    async with AsyncExitStack() as stack:
+        threads = stack.enter_context(Threads())
+        client = await stack.enter_async_context(mongo.connect(config.mongo))
+        collections = Collections(client[config.database])
+        blobs, folder = open_blobs(config.blobs, config.staging, threads)
+        staging = Staging(folder, config.max_uploads, config.upload_age_ms / 1000)
+        artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=_now)
+        registry = Registry(collections, artifacts, _now)
+        registry_watch = await stack.enter_async_context(RegistryWatch(collections, registry))
+        results = Results(collections, Responses(blobs, threads), _now)
+        watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
+        result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
+        rpc = StoreRpc(artifacts, registry, registry_watch, results, result_watch, config.upload_idle_ms / 1000)
+        add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
+        server = await stack.enter_async_context(GrpcServer(config.listen, [add], drain_ms=config.drain_ms))
+        registration = await stack.enter_async_context(Registration.of(config, "store", server.address))
+        async with asyncio.TaskGroup() as tasks:
+            opening = tasks.create_task(_open(collections, server, registration))
+            await until_stopped()
+            opening.cancel()
+
+
+async def _open(collections: Collections, server: GrpcServer, registration: Registration) -> None:
+    """Makes the collections, however long MongoDB is away, and only then says that the service is there."""
+    while True:
+        try:
+            await collections.prepare()
+            break
+        except Unavailable as err:
+            log.warning("not serving yet: %s", err)
+            await asyncio.sleep(_RETRY_S)
+    await server.serve()
+    await registration.update(state=State.READY)
+    log.info("serving at %s", server.address)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,45 @@
+"""What the store service is told: `SHOAL_STORE_<FIELD>`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from mesh.config import ServiceConfig
+
+_BLOB_URL = r"^(file:///.+|(s3|s3a|gs|az|azure|adl|abfs|abfss)://[^/\s]+.*)$"
+
+
+class StoreConfig(ServiceConfig):
+    """Configuration of the store service. Units are in the names."""
+
+    mongo: Annotated[str, Field(pattern=r"^mongodb(\+srv)?://.+")]
+    """MongoDB, a replica set (change streams and transactions need one)."""
+    database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,63}$")] = "shoal"
+    """The database there."""
+    blobs: Annotated[str, Field(pattern=_BLOB_URL)]
+    """Where bytes are kept: `file:///folder`, `s3://bucket/prefix`, `gs://...`, `az://...`. Credentials and endpoints
+    of object stores come from their usual variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT, ...)."""
+    staging: Path | None = None
+    """Local folder of unfinished uploads. For file:// it is always `<folder>/staging`; else it must be given."""
+    max_artifact_bytes: Annotated[int, Field(ge=1, le=1 << 42)] = 8 << 30
+    """Largest artifact that is accepted."""
+    max_uploads: Annotated[int, Field(ge=1, le=10_000)] = 64
+    """Unfinished uploads that are kept, live ones included. Each may take `max_artifact_bytes` of the staging disk."""
+    upload_age_ms: Annotated[int, Field(ge=1_000)] = 24 * 3_600_000
+    """An upload that nobody goes on with is discarded after so long."""
+    upload_idle_ms: Annotated[int, Field(ge=100)] = 60_000
+    """An upload that sends nothing for so long is ended; what has arrived is kept."""
+    max_watches: Annotated[int, Field(ge=1, le=2_000)] = 200
+    """Open WatchResults streams, each of which holds a change stream of its own."""
+
+    @model_validator(mode="after")
+    def _staging_beside_blobs(self) -> StoreConfig:
+        is_local = self.blobs.startswith("file://")
+        if is_local and self.staging is not None:
+            raise ValueError("SHOAL_STORE_STAGING is for object stores: with file:// blobs it is <folder>/staging")
+        if not is_local and self.staging is None:
+            raise ValueError("SHOAL_STORE_STAGING is required with an object store: a local folder for uploads")
+        return self

@@ -1,0 +1,53 @@
+"""Files that are really there: synced with the folder that names them; and what a full or broken disk means."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shoal.errors import Internal, ResourceExhausted
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_TOO_MANY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Raises OSError inside the block as ShoalError, the cause kept."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno in _FULL:
+            raise ResourceExhausted(f"{doing}: the store's disk is full: free some space there") from err
+        if err.errno in _TOO_MANY:
+            raise ResourceExhausted(f"{doing}: {err.strerror}: retry later", retry_after_ms=1_000) from err
+        raise Internal(f"{doing}: the store's disk failed: {err.strerror}") from err
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Writes all of `data` at `offset`: one write may take less (2 GiB at most, or a disk that is nearly full)."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def make_folder(folder: Path) -> None:
+    """Makes `folder` and its parents, each durable in the one above it."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

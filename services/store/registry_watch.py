@@ -1,0 +1,124 @@
+"""A live copy of the registry, one for the process, however many watch it.
+
+    change stream on models and aliases ──> changed ──> wait for the rest of a burst ──> read the whole ──> Latest
+
+The stream only says *that* something changed; what is passed on is always read whole. So a stream that broke needs no
+resume token: it is opened again, and the registry is read once more after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from types import TracebackType
+
+from mesh.latest import Latest
+from mesh.mongo import Document, translated
+from services.store.documents import Collections
+from services.store.model_rules import check_name
+from services.store.registry import Registry, Version
+from shoal.errors import ShoalError
+
+log = logging.getLogger(__name__)
+
+_BURST_S = 0.05
+# A push registers and then points an alias: one snapshot for both.
+_RETRY_S = 0.5
+_AWAIT_MS = 1_000
+_PIPELINE: list[Document] = [
+    {"$match": {"ns.coll": {"$in": ["models", "aliases"]}}},
+    {"$project": {"_id": 1, "operationType": 1}},
+]
+
+
+class RegistryWatch:
+    """Use as `async with`: it follows the registry for as long as the block lasts, through any outage of MongoDB."""
+
+    def __init__(self, collections: Collections, registry: Registry) -> None:
+        self._collections = collections
+        self._registry = registry
+        self._latest: Latest[tuple[Version, ...]] = Latest(())
+        self._reading = asyncio.Lock()
+        self._watched = asyncio.Event()
+        self._changed = asyncio.Event()
+
+    async def __aenter__(self) -> RegistryWatch:
+        async with AsyncExitStack() as stack:
+            for loop in (self._follow_for_ever(), self._read_for_ever()):
+                stack.push_async_callback(_ended, asyncio.create_task(loop))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def follow(self, name: str) -> AsyncGenerator[tuple[Version, ...], None]:
+        """Yields the registry (or only model `name`) as it is now, and again after each change of it. Never ends.
+
+        Raises:
+            InvalidArgument: a bad name.
+            Unavailable: MongoDB is away at the start. Later it is waited for.
+        """
+        if name:
+            check_name(name)
+        self._watched.set()
+        await self._read()
+        shown: tuple[Version, ...] | None = None
+        async for versions in self._latest.follow():
+            mine = tuple(version for version in versions if name in ("", version.name))
+            if mine != shown:
+                shown = mine
+                yield mine
+
+    async def _read(self) -> None:
+        """Replaces the copy by one that is read now. One at a time, so that an older one never replaces a newer."""
+        async with self._reading:
+            self._latest.set(tuple(await self._registry.versions("")))
+
+    async def _read_for_ever(self) -> None:
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(_BURST_S)
+            self._changed.clear()
+            try:
+                await self._read()
+            except Exception as err:
+                self._changed.set()
+                await _complain("reading the registry", err)
+
+    async def _follow_for_ever(self) -> None:
+        await self._watched.wait()  # Nobody watches, nothing to follow.
+        while True:
+            try:
+                await self._follow()
+            except Exception as err:
+                await _complain("watching the registry", err)
+
+    async def _follow(self) -> None:
+        """Notes that the registry may have changed: when the stream opens, and with each change until it fails."""
+        database = self._collections.db
+        with translated("opening a change stream"):
+            async with await database.watch(_PIPELINE, max_await_time_ms=_AWAIT_MS) as stream:
+                self._changed.set()
+                while stream.alive:
+                    if await stream.try_next() is not None:
+                        self._changed.set()
+
+
+async def _complain(doing: str, err: Exception) -> None:
+    if isinstance(err, ShoalError):
+        log.warning("%s: %s; trying again", doing, err)
+    else:
+        log.error("%s failed; trying again", doing, exc_info=err)
+    await asyncio.sleep(_RETRY_S)
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,75 @@
+"""A result as MongoDB holds it, and back: what was put is what is read, down to the nanosecond of `submitted_at`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from mesh.mongo import Document
+from shoal.store.v1.store_pb2 import Result
+
+_SAME = ("outcome", "model_name", "model_version", "code", "message", "attempt", "lease_id", "tenant", "instance")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class BlobRef:
+    """Where a response lies that is too large for a document."""
+
+    key: str
+    size: int
+    sha256: str
+
+
+def document(result: Result, recorded_at: datetime, response: bytes | BlobRef | None) -> Document:
+    """The document of `result`, whose `response` is given apart: serialised, or where it lies."""
+    doc: Document = {"_id": result.job_id, **{field: getattr(result, field) for field in _SAME}}
+    doc["recorded_at"] = recorded_at
+    if result.HasField("submitted_at"):
+        time = result.submitted_at
+        milliseconds, doc["submitted_ns"] = divmod(time.nanos, 1_000_000)
+        doc["submitted_at"] = _EPOCH + timedelta(seconds=time.seconds, milliseconds=milliseconds)
+    if isinstance(response, bytes):
+        doc["response"] = response
+    elif response is not None:
+        doc["blob"] = vars(response)
+    return doc
+
+
+def result(doc: Document) -> Result:
+    """The result of a document, with its response when the document itself holds one.
+
+    Raises:
+        google.protobuf.message.DecodeError: the stored response is no ModelInferResponse.
+    """
+    found = Result(job_id=doc["_id"], recorded_at=timestamp(doc["recorded_at"]))
+    for field in _SAME:
+        setattr(found, field, doc[field])
+    if submitted := doc.get("submitted_at"):
+        found.submitted_at.CopyFrom(timestamp(submitted))
+        found.submitted_at.nanos += doc.get("submitted_ns", 0)
+    if (response := doc.get("response")) is not None:
+        found.response.SetInParent()
+        found.response.MergeFromString(response)
+    return found
+
+
+def blob_of(doc: Document) -> BlobRef | None:
+    """Where the document's response lies, when that is a blob."""
+    return BlobRef(**doc["blob"]) if "blob" in doc else None
+
+
+def response_bytes(doc: Document) -> int:
+    """How large the response is, wherever it lies."""
+    if "blob" in doc:
+        return int(doc["blob"]["size"])
+    return len(doc.get("response", b""))
+
+
+def timestamp(time: datetime) -> Timestamp:
+    """`time` as protobuf has it."""
+    made = Timestamp()
+    made.FromDatetime(time)
+    return made

@@ -1,0 +1,121 @@
+"""What a result and a question about results may hold: plain checks that name what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.store.digest import brief
+from shoal.errors import InvalidArgument
+from shoal.store.v1.store_pb2 import QueryResultsRequest, Result
+
+MAX_RESULTS = 1_000
+MAX_JOB_ID_CHARACTERS = 64
+MAX_TEXT_CHARACTERS = 1_024
+MAX_MESSAGE_CHARACTERS = 65_536
+MAX_RESPONSE_BYTES = 120 << 20
+"""A response that came in one message must fit into one message again, with room for the rest of its result."""
+DEFAULT_PAGE, MAX_PAGE = 100, 1_000
+_TEXTS = ("model_name", "model_version", "lease_id", "tenant", "instance")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EARLIEST_S, _LATEST_S = -62135596800, 253402300799  # Years 1 to 9999: what a Timestamp may hold.
+
+
+def check_results(results: Sequence[Result]) -> None:
+    """Whether all may be recorded: none is, when one may not.
+
+    Raises:
+        InvalidArgument: no results, too many, two of one job, or a field is wrong; names the entry.
+    """
+    if not 1 <= len(results) <= MAX_RESULTS:
+        raise InvalidArgument(f"results: expected 1 to {MAX_RESULTS} of them, got {len(results)}")
+    first: dict[str, int] = {}
+    for at, result in enumerate(results):
+        _check_result(result, f"results[{at}]")
+        if (before := first.setdefault(result.job_id, at)) != at:
+            raise InvalidArgument(
+                f"results[{at}].job_id: {brief(result.job_id)} is in results[{before}] already: one result per job"
+            )
+
+
+def check_job_id(job_id: str, field: str = "job_id") -> str:
+    """A job id, or InvalidArgument."""
+    if not 1 <= len(job_id) <= MAX_JOB_ID_CHARACTERS or not job_id.isprintable():
+        raise InvalidArgument(
+            f"{field}: expected 1 to {MAX_JOB_ID_CHARACTERS} printable characters, got {brief(job_id)}"
+        )
+    return job_id
+
+
+def _check_result(result: Result, where: str) -> None:
+    check_job_id(result.job_id, f"{where}.job_id")
+    if result.outcome == Result.OUTCOME_UNSPECIFIED or result.outcome not in Result.Outcome.values():
+        known = ", ".join(name for name, number in Result.Outcome.items() if number)
+        raise InvalidArgument(f"{where}.outcome: expected one of {known}; got {result.outcome}")
+    for field in _TEXTS:
+        check_text(getattr(result, field), f"{where}.{field}")
+    check_text(result.message, f"{where}.message", MAX_MESSAGE_CHARACTERS)
+    if not 0 <= result.code <= 16:
+        raise InvalidArgument(f"{where}.code: expected a gRPC status code, 0 to 16, got {result.code}")
+    if result.attempt < 0:
+        raise InvalidArgument(f"{where}.attempt: expected 0 or more, got {result.attempt}")
+    if result.HasField("response"):
+        _check_response(result, where)
+    if result.HasField("submitted_at"):
+        check_time(result.submitted_at, f"{where}.submitted_at")
+
+
+def _check_response(result: Result, where: str) -> None:
+    if result.outcome != Result.OUTCOME_SUCCEEDED:
+        raise InvalidArgument(f"{where}.response: only a result that succeeded has one")
+    if (size := result.response.ByteSize()) > MAX_RESPONSE_BYTES:
+        raise InvalidArgument(f"{where}.response: {size} bytes are too many: {MAX_RESPONSE_BYTES} at most")
+
+
+def check_text(text: str, field: str, most: int = MAX_TEXT_CHARACTERS) -> str:
+    """A text that is not too long, or InvalidArgument."""
+    if len(text) > most:
+        raise InvalidArgument(f"{field}: {len(text)} characters are too many: {most} at most")
+    return text
+
+
+def check_time(time: Timestamp, field: str) -> None:
+    """A Timestamp within its own bounds, or InvalidArgument."""
+    if not _EARLIEST_S <= time.seconds <= _LATEST_S or not 0 <= time.nanos < 1_000_000_000:
+        raise InvalidArgument(f"{field}: expected a time in the years 1 to 9999 with 0 to 999999999 nanos")
+
+
+def check_query(query: QueryResultsRequest) -> int:
+    """Checks everything but the page token. Gives the page size.
+
+    Raises:
+        InvalidArgument: a field is wrong.
+    """
+    if len(query.job_ids) > MAX_RESULTS:
+        raise InvalidArgument(f"job_ids: {len(query.job_ids)} are too many: {MAX_RESULTS} at most")
+    _check_each(query.job_ids)
+    for field in ("model_name", "model_version", "tenant"):
+        check_text(getattr(query, field), field)
+    if query.outcome not in Result.Outcome.values():
+        raise InvalidArgument(f"outcome: there is no outcome {query.outcome}")
+    for field in ("since", "until"):
+        if query.HasField(field):
+            check_time(getattr(query, field), field)
+    if not 0 <= query.page_size <= MAX_PAGE:
+        raise InvalidArgument(f"page_size: expected 1 to {MAX_PAGE}, or 0 for {DEFAULT_PAGE}; got {query.page_size}")
+    return query.page_size or DEFAULT_PAGE
+
+
+def _check_each(job_ids: Iterable[str]) -> None:
+    for at, job_id in enumerate(job_ids):
+        check_job_id(job_id, f"job_ids[{at}]")
+
+
+def milliseconds_up(time: Timestamp) -> datetime:
+    """The first whole millisecond at or after `time`: comparing whole milliseconds with it compares with `time`."""
+    up = -(-time.nanos // 1_000_000)
+    if (time.seconds, up) == (_LATEST_S, 1_000):
+        up = 999  # There is no later millisecond that a datetime could name.
+    return _EPOCH + timedelta(seconds=time.seconds, milliseconds=up)

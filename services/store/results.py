@@ -1,0 +1,211 @@
+"""Results of jobs: one each, the first that is recorded stands, and it is durable when the call returns.
+
+The job's id is the document's `_id`, so MongoDB itself sees to it that there is one, whoever writes when. Writes go in
+bulk: 100 documents in one write cost about as much as two of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+
+import pymongo
+from google.protobuf.message import DecodeError
+from pymongo import DESCENDING
+from pymongo.asynchronous.cursor import AsyncCursor
+from pymongo.errors import BulkWriteError
+
+from mesh.mongo import Document, translated
+from services.store import page_token, result_documents, result_rules
+from services.store.documents import Collections
+from services.store.page_token import Place
+from services.store.responses import Responses
+from shoal.errors import DataLoss, NotFound, ShoalError, Unavailable
+from shoal.store.v1.store_pb2 import QueryResultsRequest, Result
+
+PAGE_BYTES = 64 << 20
+"""A page ends before its responses exceed this, so that it fits a message. A larger response has a page of its own."""
+_WRITE_S = 30.0
+# 1,000 results in documents of 1 MiB are cut into writes of 48 MB, each journaled by a majority.
+_BLOBS_AT_ONCE = 8
+_STANDING_ATTEMPTS = 5
+_DUPLICATE_KEY = 11000
+_WITHOUT_RESPONSE = {"response": 0, "blob": 0}
+
+
+class Results:
+    """Records, finds and lists results. Safe beside other instances on the same MongoDB and blobs."""
+
+    def __init__(self, collections: Collections, responses: Responses, clock: Callable[[], datetime]) -> None:
+        self._collections = collections
+        self._responses = responses
+        self._clock = clock
+
+    async def put(self, results: Sequence[Result]) -> list[tuple[bool, Result]]:
+        """Records the results of jobs that have none. For each: whether it was, and the one that stands, less response.
+
+        Raises:
+            InvalidArgument: one of them is wrong; none is recorded.
+            Unavailable: MongoDB is away; any of them may have been recorded. Put them again.
+        """
+        result_rules.check_results(results)
+        docs = await self._documents(results)
+        standing = await self._first_ones(docs)
+        lost = {doc["_id"] for doc in docs if doc["_id"] in standing}
+        await self._drop(doc for doc in docs if doc["_id"] in lost)
+        outcome = ((doc["_id"] not in lost, standing.get(doc["_id"], doc)) for doc in docs)
+        return [(recorded, result_documents.result(_bare(doc))) for recorded, doc in outcome]
+
+    async def get(self, job_id: str) -> Result:
+        """One job's result.
+
+        Raises:
+            NotFound: the job has none.
+            DataLoss: its response is damaged.
+        """
+        result_rules.check_job_id(job_id)
+        with translated(f"reading the result of job {job_id}"):
+            doc = await self._collections.results.find_one({"_id": job_id})
+        if doc is None:
+            raise NotFound(f"job {job_id}: no result (yet)")
+        return await self.whole(doc)
+
+    async def query(self, query: QueryResultsRequest) -> tuple[list[Result], str]:
+        """One page of results, newest first, and the token of the next page (empty on the last).
+
+        Raises:
+            InvalidArgument: a bad filter, page size or token.
+            DataLoss: a response is damaged.
+        """
+        size = result_rules.check_query(query)
+        digest = page_token.filter_digest(query)
+        after = page_token.decode(query.page_token, digest) if query.page_token else None
+        with translated("querying results"):
+            docs, more = await self._page(find(self._collections, query, after), size)
+        found = [await self.whole(doc) for doc in docs]
+        if not more:
+            return found, ""
+        return found, page_token.encode(Place(docs[-1]["recorded_at"], docs[-1]["_id"]), digest)
+
+    async def whole(self, doc: Document) -> Result:
+        """The result of a document, its response fetched from where it lies.
+
+        Raises:
+            DataLoss: the response is damaged.
+        """
+        try:
+            result = result_documents.result(doc)
+            if ref := result_documents.blob_of(doc):
+                result.response.MergeFromString(await self._responses.read(ref))
+        except DecodeError as err:
+            raise DataLoss(f"job {doc['_id']}: the stored response cannot be read") from err
+        return result
+
+    async def _page(self, cursor: AsyncCursor[Document], size: int) -> tuple[list[Document], bool]:
+        """The documents of one page, and whether there are more."""
+        docs: list[Document] = []
+        held = 0
+        async with cursor.limit(size + 1):
+            async for doc in cursor:
+                held += result_documents.response_bytes(doc)
+                if len(docs) == size or (docs and held > PAGE_BYTES):
+                    return docs, True
+                docs.append(doc)
+        return docs, False
+
+    async def _documents(self, results: Sequence[Result]) -> list[Document]:
+        """Their documents, in order; large responses are blobs by then."""
+        recorded_at = _whole_milliseconds(self._clock())
+        slots = asyncio.Semaphore(_BLOBS_AT_ONCE)
+
+        async def one(result: Result) -> Document:
+            if not result.HasField("response"):
+                return result_documents.document(result, recorded_at, None)
+            async with slots:
+                kept = await self._responses.keep(result.response.SerializeToString())
+            return result_documents.document(result, recorded_at, kept)
+
+        made = await asyncio.gather(*map(one, results), return_exceptions=True)
+        docs = [doc for doc in made if not isinstance(doc, BaseException)]
+        for failure in made:
+            if isinstance(failure, BaseException):
+                await self._drop(docs)
+                raise failure
+        return docs
+
+    async def _first_ones(self, docs: Sequence[Document]) -> dict[str, Document]:
+        """Inserts the documents of jobs that have none. Gives the standing ones of those that had one, by job."""
+        standing: dict[str, Document] = {}
+        waiting = list(docs)
+        for _ in range(_STANDING_ATTEMPTS):
+            with translated("recording results"), pymongo.timeout(_WRITE_S):
+                taken = await self._insert(waiting)
+                found = await self._collections.results.find({"_id": {"$in": taken}}, _WITHOUT_RESPONSE).to_list()
+            standing.update({doc["_id"]: doc for doc in found})
+            # Taken, yet not found: a rival's write that no majority has yet. It may still be undone: try once more.
+            waiting = [doc for doc in waiting if doc["_id"] in taken and doc["_id"] not in standing]
+            if not waiting:
+                return standing
+            await asyncio.sleep(0.05)
+        raise Unavailable("recording results: another writer's results are not durable yet: put them again")
+
+    async def _insert(self, docs: Sequence[Document]) -> list[str]:
+        """Inserts all that it can, and gives the jobs that have a result already."""
+        try:
+            await self._collections.results.insert_many(docs, ordered=False)
+        except BulkWriteError as err:
+            failures = err.details.get("writeErrors", [])
+            if err.details.get("writeConcernErrors") or any(e["code"] != _DUPLICATE_KEY for e in failures):
+                raise
+            return [docs[failure["index"]]["_id"] for failure in failures]
+        return []
+
+    async def _drop(self, docs: Iterable[Document]) -> None:
+        """Removes the blobs of documents that were not recorded. One that stays costs space, not truth."""
+        for doc in docs:
+            if ref := result_documents.blob_of(doc):
+                with contextlib.suppress(ShoalError):
+                    await self._responses.drop(ref)
+
+
+def find(collections: Collections, query: QueryResultsRequest, after: Place | None) -> AsyncCursor[Document]:
+    """The cursor of a query: newest first, from `after` on. Each uses an index: a test explains them."""
+    cursor = collections.results.find(
+        _filter(query, after), _WITHOUT_RESPONSE if query.omit_response else None, allow_disk_use=True
+    )
+    if query.job_ids:
+        # At most 1,000 documents, sorted once found. The planner might walk an index in time order instead.
+        cursor = cursor.hint("_id_")
+    return cursor.sort([("recorded_at", DESCENDING), ("_id", DESCENDING)])
+
+
+def _filter(query: QueryResultsRequest, after: Place | None) -> Document:
+    wanted: Document = {}
+    if query.job_ids:
+        wanted["_id"] = {"$in": list(query.job_ids)}
+    for field in ("model_name", "model_version", "tenant", "outcome"):
+        if value := getattr(query, field):
+            wanted[field] = value
+    window: Document = {}
+    if query.HasField("since"):
+        window["$gte"] = result_rules.milliseconds_up(query.since)
+    if query.HasField("until"):
+        window["$lt"] = result_rules.milliseconds_up(query.until)
+    conditions: list[Document] = [wanted, {"recorded_at": window}] if window else [wanted]
+    if after:
+        same = {"recorded_at": after.recorded_at, "_id": {"$lt": after.job_id}}
+        # The first bound lets the index start there; the second is exact.
+        conditions.append({"recorded_at": {"$lte": after.recorded_at}})
+        conditions.append({"$or": [{"recorded_at": {"$lt": after.recorded_at}}, same]})
+    return {"$and": [condition for condition in conditions if condition]} if len(conditions) > 1 else wanted
+
+
+def _bare(doc: Document) -> Document:
+    return {key: value for key, value in doc.items() if key not in _WITHOUT_RESPONSE}
+
+
+def _whole_milliseconds(time: datetime) -> datetime:
+    """As MongoDB keeps it: what `put` answers is what `get` answers."""
+    return time.replace(microsecond=time.microsecond // 1_000 * 1_000)

@@ -1,0 +1,117 @@
+"""shoal.store.v1.StoreService, translated: messages in, one call of the domain, messages out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+
+from services.store import digest
+from services.store.artifacts import Artifact, Artifacts
+from services.store.model_rules import File
+from services.store.registry import Registry, Version
+from services.store.registry_watch import RegistryWatch
+from services.store.result_documents import timestamp
+from services.store.result_watch import ResultWatch
+from services.store.results import Results
+from services.store.uploads import Upload
+from shoal.store.v1 import store_pb2 as pb
+from shoal.store.v1 import store_pb2_grpc
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class StoreRpc(store_pb2_grpc.StoreServiceServicer):
+    """The servicer. Errors are translated by the server's interceptor."""
+
+    def __init__(
+        self,
+        artifacts: Artifacts,
+        registry: Registry,
+        registry_watch: RegistryWatch,
+        results: Results,
+        result_watch: ResultWatch,
+        upload_idle_s: float,
+    ) -> None:
+        self._artifacts = artifacts
+        self._registry = registry
+        self._registry_watch = registry_watch
+        self._results = results
+        self._result_watch = result_watch
+        self._upload_idle_s = upload_idle_s
+
+    async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
+        upload = await Upload.opened(requests, self._upload_idle_s)
+        artifact, existed = await self._artifacts.put(upload)
+        return pb.PutArtifactResponse(artifact=_artifact(artifact), existed=existed)
+
+    async def StatArtifact(self, request: pb.StatArtifactRequest, ctx: Context) -> pb.StatArtifactResponse:
+        artifact, received = await self._artifacts.stat(digest.checked(request.sha256, "sha256"))
+        return pb.StatArtifactResponse(artifact=_artifact(artifact) if artifact else None, received_bytes=received)
+
+    async def GetArtifact(self, request: pb.GetArtifactRequest, ctx: Context) -> AsyncIterator[pb.GetArtifactResponse]:
+        artifact, chunks = await self._artifacts.read(digest.checked(request.sha256, "sha256"), request.offset)
+        yield pb.GetArtifactResponse(size_bytes=artifact.size)
+        async for chunk in chunks:
+            yield pb.GetArtifactResponse(chunk=chunk)
+
+    async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:
+        model = request.model
+        files = [File(file.path, file.sha256, file.size_bytes) for file in model.files]
+        version, existed = await self._registry.register(model.name, model.version, files, dict(model.labels))
+        return pb.RegisterModelResponse(model=_version(version), existed=existed)
+
+    async def ListModels(self, request: pb.ListModelsRequest, ctx: Context) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=map(_version, await self._registry.versions(request.name)))
+
+    async def RemoveModel(self, request: pb.RemoveModelRequest, ctx: Context) -> pb.RemoveModelResponse:
+        removed = await self._registry.remove(request.name, request.version)
+        return pb.RemoveModelResponse(removed=map(_version, removed))
+
+    async def SetAlias(self, request: pb.SetAliasRequest, ctx: Context) -> pb.SetAliasResponse:
+        version = await self._registry.set_alias(request.name, request.alias, request.version)
+        return pb.SetAliasResponse(model=_version(version) if version else None)
+
+    async def WatchModels(self, request: pb.WatchModelsRequest, ctx: Context) -> AsyncIterator[pb.WatchModelsResponse]:
+        async with aclosing(self._registry_watch.follow(request.name)) as snapshots:
+            async for versions in snapshots:
+                yield pb.WatchModelsResponse(snapshot=map(_version, versions))
+
+    async def PutResults(self, request: pb.PutResultsRequest, ctx: Context) -> pb.PutResultsResponse:
+        entries = [
+            pb.PutResultsResponse.Entry(job_id=standing.job_id, recorded=recorded, standing=standing)
+            for recorded, standing in await self._results.put(request.results)
+        ]
+        return pb.PutResultsResponse(entries=entries)
+
+    async def GetResult(self, request: pb.GetResultRequest, ctx: Context) -> pb.GetResultResponse:
+        return pb.GetResultResponse(result=await self._results.get(request.job_id))
+
+    async def QueryResults(self, request: pb.QueryResultsRequest, ctx: Context) -> pb.QueryResultsResponse:
+        results, token = await self._results.query(request)
+        return pb.QueryResultsResponse(results=results, next_page_token=token)
+
+    async def WatchResults(
+        self, request: pb.WatchResultsRequest, ctx: Context
+    ) -> AsyncIterator[pb.WatchResultsResponse]:
+        async with aclosing(self._result_watch.follow(request)) as items:
+            async for result, token in items:
+                yield pb.WatchResultsResponse(result=result, resume_token=token)
+
+
+def _artifact(artifact: Artifact) -> pb.Artifact:
+    return pb.Artifact(sha256=artifact.digest, size_bytes=artifact.size, created_at=timestamp(artifact.created_at))
+
+
+def _version(version: Version) -> pb.ModelVersion:
+    return pb.ModelVersion(
+        name=version.name,
+        version=version.version,
+        files=[pb.ModelFile(path=file.path, sha256=file.sha256, size_bytes=file.size) for file in version.files],
+        content_digest=version.content_digest,
+        created_at=timestamp(version.created_at),
+        labels=dict(version.labels),
+        aliases=version.aliases,
+    )

@@ -1,0 +1,42 @@
+"""Blocking work beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Of 1 MiB, measured on a virtual machine with two EPYC cores: SHA-256 0.7 ms, a write into the page cache 0.4 to 3 ms,
+# and an fsync of 200 MiB 75 ms (seconds on a spinning disk). On the loop, each would hold up every other call so long.
+_WORKERS = 8
+
+
+class Threads:
+    """One pool of threads for files and hashing. Use as `with`; leaving waits for what runs."""
+
+    def __init__(self, workers: int = _WORKERS) -> None:
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="store-io")
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    async def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs `work` in a thread. A cancelled caller still waits for it: no thread works on behind its back."""
+        future = asyncio.get_running_loop().run_in_executor(self._pool, lambda: work(*args, **kwargs))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            if not future.cancelled():
+                future.exception()  # Looked at, or asyncio complains that nobody did.
+            raise

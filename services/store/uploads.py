@@ -1,0 +1,71 @@
+"""The shape of an upload stream: one header, then chunks, each in time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from services.store.digest import checked
+from shoal.errors import DeadlineExceeded, InvalidArgument
+from shoal.store.v1.store_pb2 import PutArtifactRequest
+
+MAX_CHUNK_BYTES = 4 << 20
+
+
+class Upload:
+    """A PutArtifact stream whose header has been read and checked. `chunks` reads the rest."""
+
+    def __init__(
+        self, header: PutArtifactRequest.Header, rest: AsyncIterator[PutArtifactRequest], idle_s: float
+    ) -> None:
+        self.digest = checked(header.sha256, "header.sha256")
+        self.size = header.size_bytes
+        self.offset = header.offset
+        if self.size < 0:
+            raise InvalidArgument(f"header.size_bytes: expected 0 or more, got {self.size}")
+        if not 0 <= self.offset <= self.size:
+            raise InvalidArgument(f"header.offset: expected 0 to size_bytes ({self.size}), got {self.offset}")
+        self._rest = rest
+        self._idle_s = idle_s
+
+    @classmethod
+    async def opened(cls, requests: AsyncIterator[PutArtifactRequest], idle_s: float) -> Upload:
+        """Reads the header.
+
+        Raises:
+            InvalidArgument: there is none, or it is wrong.
+            DeadlineExceeded: nothing came for `idle_s`.
+        """
+        first = await _next(requests, idle_s)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidArgument("the first message of an upload must be its header (sha256, size_bytes, offset)")
+        return cls(first.header, requests, idle_s)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yields the chunks, never more than the header announced.
+
+        Raises:
+            InvalidArgument: a second header, an empty message, a chunk that is too large or beyond `size_bytes`.
+            DeadlineExceeded: nothing came for the idle time.
+        """
+        at = self.offset
+        while (request := await _next(self._rest, self._idle_s)) is not None:
+            if (part := request.WhichOneof("part")) != "chunk":
+                raise InvalidArgument(f"at byte {at} of the upload: expected a chunk, got {part or 'an empty message'}")
+            if (length := len(request.chunk)) > MAX_CHUNK_BYTES:
+                raise InvalidArgument(f"chunk at byte {at}: {length} bytes, {MAX_CHUNK_BYTES} are the most")
+            if (at := at + length) > self.size:
+                raise TooLong(f"the upload goes on beyond size_bytes ({self.size}): {at} bytes or more came")
+            yield request.chunk
+
+
+class TooLong(InvalidArgument):
+    """More came than was announced: what is here cannot be trusted to be what the digest names."""
+
+
+async def _next(requests: AsyncIterator[PutArtifactRequest], idle_s: float) -> PutArtifactRequest | None:
+    try:
+        async with asyncio.timeout(idle_s):
+            return await anext(requests, None)
+    except TimeoutError as err:
+        raise DeadlineExceeded(f"the upload sent nothing for {idle_s:g} s: resume it when the client is ready") from err

@@ -1,0 +1,130 @@
+"""The store service as it runs, in this process, on a unix socket, over a real mongod and a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from mesh.channel import connect
+from services.store.app import run
+from services.store.config import StoreConfig
+from shoal.store.v1 import store_pb2 as pb
+from shoal.store.v1 import store_pb2_grpc
+from tests.breakable import until
+
+
+@dataclass(frozen=True)
+class Store:
+    """A running store and a stub for it."""
+
+    config: StoreConfig
+    stub: store_pb2_grpc.StoreServiceAsyncStub
+    channel: grpc.aio.Channel
+
+    @property
+    def root(self) -> Path:
+        return Path(self.config.blobs.removeprefix("file://"))
+
+    @property
+    def staged(self) -> list[Path]:
+        return sorted((self.root / "staging").iterdir())
+
+    def blob(self, digest: str) -> Path:
+        return self.root / "artifacts" / digest[:2] / digest
+
+    async def put(self, data: bytes, **header: object) -> pb.PutArtifactResponse:
+        return await self.stub.PutArtifact(iter(upload(data, **header)))
+
+    async def get(self, digest: str, offset: int = 0) -> tuple[int, bytes]:
+        messages = [m async for m in self.stub.GetArtifact(pb.GetArtifactRequest(sha256=digest, offset=offset))]
+        assert not any(m.size_bytes for m in messages[1:])
+        assert all(len(m.chunk) <= 1 << 20 for m in messages)
+        return messages[0].size_bytes, b"".join(m.chunk for m in messages)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def header(**fields: object) -> pb.PutArtifactRequest:
+    return pb.PutArtifactRequest(header=pb.PutArtifactRequest.Header(**fields))
+
+
+def upload(
+    data: bytes, *, chunk_bytes: int = 1 << 20, offset: int = 0, **fields: object
+) -> Iterator[pb.PutArtifactRequest]:
+    yield header(**{"sha256": sha256(data), "size_bytes": len(data), "offset": offset, **fields})
+    for at in range(offset, len(data), chunk_bytes):
+        yield pb.PutArtifactRequest(chunk=data[at : at + chunk_bytes])
+
+
+async def serving(channel: grpc.aio.Channel) -> bool:
+    try:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+    except grpc.aio.AioRpcError:
+        return False
+    return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@contextlib.asynccontextmanager
+async def running_store(config: StoreConfig, *, wait: bool = True) -> AsyncIterator[Store]:
+    task = asyncio.create_task(run(config))
+    try:
+        async with connect(config.listen) as channel:
+            if wait:
+                await until(lambda: _serving(task, channel), "the store serves")
+            yield Store(config, store_pb2_grpc.StoreServiceStub(channel), channel)
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def _serving(task: asyncio.Task[None], channel: grpc.aio.Channel) -> bool:
+    if task.done():
+        await task
+    return await serving(channel)
+
+
+def store_config(mongo_uri: str, database: str, socket: Path, blobs: Path, **fields: object) -> StoreConfig:
+    given = {"instance": "store-0", "listen": f"unix:{socket}", "mongo": mongo_uri, "database": database}
+    return StoreConfig.model_validate({**given, "blobs": f"file://{blobs}", "drain_ms": 2_000, **fields})
+
+
+@pytest.fixture
+def config(mongo_uri: str, mongo_database: str, run_dir: Path, tmp_path: Path) -> StoreConfig:
+    return store_config(mongo_uri, mongo_database, run_dir / "store-0.sock", tmp_path / "blobs")
+
+
+@pytest.fixture
+async def store(config: StoreConfig) -> AsyncIterator[Store]:
+    async with running_store(config) as running:
+        yield running
+
+
+async def refused(call: object, code: grpc.StatusCode, *words: str) -> str:
+    """Asserts that a call ends with `code` and a message that says `words`; gives the message."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        if hasattr(call, "__aiter__") and not hasattr(call, "__await__"):
+            async for _ in call:
+                pass
+        else:
+            await call
+    assert caught.value.code() == code, caught.value
+    for word in words:
+        assert word in caught.value.details()
+    return caught.value.details()
+
+
+async def stored(store: Store, *contents: bytes) -> Sequence[str]:
+    for content in contents:
+        await store.put(content)
+    return [sha256(content) for content in contents]
