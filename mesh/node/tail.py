@@ -1,0 +1,44 @@
+"""The last words of a process: the end of its log, told so that a person reads it at a glance."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+_READ_BYTES = 64 << 10
+_LINE_CHARS = 300
+
+
+def last_lines(log: Path, count: int = 8) -> list[str]:
+    """The last `count` lines of `log` that say something; structured ones as `LEVEL message`, with their error.
+
+    A log that cannot be read has none.
+    """
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _READ_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return [_shortened(_plain(line)) for line in lines[-count:]]
+
+
+def _plain(line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(entry, dict):
+        return line
+    if "msg" in entry and "s" in entry:  # mongod: severity and message, what matters in the attributes.
+        return f"{entry['s']} {entry['msg']} {json.dumps(entry.get('attr', ''))}"
+    if "message" not in entry:
+        return line
+    cause = str(entry.get("exception", "")).rstrip().rpartition("\n")[2]
+    return f"{entry.get('level', '')} {entry['message']}" + (f" ({cause})" if cause else "")
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _LINE_CHARS else line[: _LINE_CHARS - 1] + "…"

@@ -1,0 +1,80 @@
+"""The root of the command line: which commands there are, and what an error looks like.
+
+A command's module is imported when it is run or listed, and imports what is heavy when it runs: `shoal --help` must
+come at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from shoal import __version__
+from shoal.errors import InvalidArgument, ShoalError
+
+COMMANDS = ("up", "serve", "models", "infer", "jobs", "status")
+"""Each is `app` of the module of that name in shoal.cli; in the order in which a newcomer meets them."""
+
+
+class Commands(TyperGroup):
+    """The commands, imported one by one as they are asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name in COMMANDS if importlib.util.find_spec(f"shoal.cli.{name}")]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        return get_command(importlib.import_module(f"shoal.cli.{cmd_name}").app)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shoal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A complete, self-hosted backend for AI applications: inference, durable jobs, storage and a service mesh.
+
+    [bold]First steps[/bold]
+
+      shoal up                                      start everything on this machine
+
+      shoal models push digits.onnx                 (in another terminal) give it a model
+
+      shoal infer digits '{"x": [[1, 2, 3, 4]]}'    use it
+    """
+
+
+def main() -> None:
+    """Runs the command line. Exits 0 when all went well, 2 when the command was wrong, 1 when it failed."""
+    try:
+        app(prog_name="shoal")
+    except ShoalError as err:
+        print(f"shoal: {err.message}", file=sys.stderr)
+        sys.exit(2 if isinstance(err, InvalidArgument) else 1)
+
+
+if __name__ == "__main__":
+    main()

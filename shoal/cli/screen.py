@@ -1,0 +1,124 @@
+"""What `shoal up` shows: progress while it starts, a table when all is ready, and a line for whatever happens after."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from mesh.node.options import Options
+from mesh.node.process import ending
+from mesh.node.ready import Ready
+from mesh.node.supervisor import CrashLoop, Ended, Event, Killed, Recovered, Started
+
+_WIDTH = 160
+# Where there is no terminal: wide enough that no path is broken in two.
+
+
+class NodeScreen:
+    """A mesh.node.node.Screen. The ready table or document goes to standard output, all else to standard error.
+
+    A screen that went away (a closed pipe or terminal) does not end the node.
+    """
+
+    def __init__(self, options: Options, *, as_json: bool) -> None:
+        self._options = options
+        self._as_json = as_json
+        self._said_starting = False
+        self._was_ready = False
+        self._out, self._err = Console(), Console(stderr=True)
+        for console in (self._out, self._err):
+            if not console.is_terminal:
+                console.width = _WIDTH
+        self._status = Status("", console=self._err) if self._err.is_terminal else None
+
+    def waiting(self, names: Sequence[str]) -> None:
+        if self._status:
+            with contextlib.suppress(OSError):
+                self._status.update(f"starting: waiting for {', '.join(names)}" if names else "almost there")
+                self._status.start()
+        elif not self._said_starting:
+            self._say(f"starting {', '.join(names)}")
+        self._said_starting = True
+
+    def still_waiting(self, names: Sequence[str], waited_s: float) -> None:
+        self._say(f"after {waited_s:.0f} s still waiting for {', '.join(names)}; logs: {self._logs}", "yellow")
+
+    def event(self, event: Event) -> None:
+        match event:
+            case Started(name, pid, again=True):
+                self._say(f"{name} runs again (pid {pid})")
+            case Ended(name, status, lived_s, again_in_s):
+                self._say(f"{name} {ending(status)} after {lived_s:.1f} s: again in {again_in_s:.1f} s", "yellow")
+            case CrashLoop(name, status, deaths, log, lines):
+                self._say(f"{name} keeps ending: {deaths} times so far, now it {ending(status)}", "bold red")
+                self._say(f"  it will be tried again and again; the rest of the node goes on. The end of {log}:", "red")
+                for line in lines or ("(the log is empty)",):
+                    self._say(f"  | {line}")
+            case Recovered(name):
+                self._say(f"{name} holds again", "green")
+            case Killed(name, grace_s):
+                self._say(f"{name} did not stop within {grace_s:.0f} s and was killed", "yellow")
+
+    def trouble(self, text: str) -> None:
+        self._say(text, "yellow")
+
+    def ready(self, ready: Ready, took_s: float) -> None:
+        self._was_ready = True
+        self._stop_status()
+        with contextlib.suppress(OSError):
+            if self._as_json:
+                self._out.file.write(ready.as_json() + "\n")
+                self._out.file.flush()
+            else:
+                self._out.print(self._table(ready))
+        self._say(f"ready after {took_s:.1f} s; Ctrl-C stops the node", "green")
+
+    def stopping(self, number: int) -> None:
+        self._stop_status()
+        self._say("stopping: what is under way is finished first; once more to stop at once")
+
+    def __enter__(self) -> NodeScreen:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop_status()
+        if kind is None:
+            self._say("stopped")
+
+    @property
+    def _logs(self) -> str:
+        return str(self._options.data_dir / "logs")
+
+    def _table(self, ready: Ready) -> Table:
+        table = Table(title=f"node {self._options.name}", title_justify="left", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        table.add_row("gateway", f"{ready.gateway}   gRPC, for every client")
+        table.add_row("admin", f"http://{ready.admin}   Envoy")
+        table.add_row("data", str(ready.data_dir))
+        table.add_row("logs", self._logs, end_section=True)
+        for name, pid in ready.pids.items():
+            table.add_row(name, f"pid {pid}")
+        given = (
+            ("etcd", self._options.etcd),
+            ("mongod", self._options.mongo and self._options.mongo.rpartition("@")[2]),
+        )
+        for name, url in given:
+            if url:
+                table.add_row(name, f"{url}   not started here")
+        return table
+
+    def _say(self, text: str, style: str = "") -> None:
+        with contextlib.suppress(OSError):
+            self._err.print(Text(text, style), soft_wrap=True)
+
+    def _stop_status(self) -> None:
+        if self._status:
+            with contextlib.suppress(OSError):
+                self._status.stop()

@@ -1,0 +1,108 @@
+"""`shoal up`: one whole node in the foreground."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command()
+def up(
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the node keeps everything.", show_default="~/.local/share/shoal", metavar="DIR"),
+    ] = None,
+    gateway_port: Annotated[
+        int, typer.Option(help="Port for clients, on 127.0.0.1. 0: any free one.", metavar="N")
+    ] = 8080,
+    admin_port: Annotated[
+        int, typer.Option(help="Port of Envoy's admin endpoint, on 127.0.0.1. 0: any free one.", metavar="N")
+    ] = 9901,
+    replicas: Annotated[
+        str, typer.Option(help="Instances of a service, where not 1.", metavar="SERVICE=N,...", show_default=False)
+    ] = "",
+    ready_file: Annotated[
+        Path | None,
+        typer.Option(help="Write where everything is to this file (JSON), while the node is ready.", metavar="PATH"),
+    ] = None,
+    etcd: Annotated[
+        str | None, typer.Option(help="Use this etcd instead of starting one.", metavar="http://HOST:PORT,...")
+    ] = None,
+    mongo: Annotated[
+        str | None, typer.Option(help="Use this MongoDB instead of starting one.", metavar="mongodb://...")
+    ] = None,
+    services: Annotated[
+        str,
+        typer.Option(
+            help="Start only these of coord, store, infer and ingest. coord is always started: it configures Envoy.",
+            metavar="SERVICE,...",
+            show_default="all",
+        ),
+    ] = "",
+    node: Annotated[
+        str, typer.Option(help="Name of this node: nodes that share an etcd need different ones.", metavar="NAME")
+    ] = "local",
+    json: Annotated[
+        bool, typer.Option("--json", help="When ready, print the ready document instead of a table.")
+    ] = False,
+) -> None:
+    """Start a whole node on this machine: etcd, MongoDB, Envoy and every service, and keep it running.
+
+    Ctrl-C stops everything in order; a second Ctrl-C stops it at once. What is stored stays in the data folder.
+
+    [bold]Examples[/bold]
+
+      shoal up
+
+      shoal up --replicas infer=2,coord=3 --data-dir ./data
+
+      shoal up --gateway-port 0 --admin-port 0 --ready-file ready.json
+
+      shoal up --etcd http://10.0.0.5:2379 --mongo 'mongodb://10.0.0.6/?replicaSet=rs0' --node b --services infer
+    """
+    import asyncio
+    import os
+
+    from mesh.node import node as launcher
+    from mesh.node.options import checked
+    from shoal.cli.screen import NodeScreen
+
+    options = checked(
+        data_dir=data_dir or default_data_dir(os.environ.get("XDG_DATA_HOME")),
+        gateway_port=gateway_port,
+        admin_port=admin_port,
+        replicas=replicas,
+        services=services,
+        etcd=etcd,
+        mongo=mongo,
+        name=node,
+    )
+    screen = NodeScreen(options, as_json=json)
+    files = [file for file in (ready_file and ready_file.expanduser().absolute(), _pointer(screen)) if file]
+    with screen:
+        asyncio.run(launcher.run(options, files, os.environ, screen))
+
+
+def default_data_dir(xdg_data_home: str | None) -> Path:
+    """Where a user's data goes (XDG Base Directory Specification)."""
+    home = Path(xdg_data_home) if xdg_data_home and Path(xdg_data_home).is_absolute() else Path("~/.local/share")
+    return home / "shoal"
+
+
+def _pointer(screen: object) -> Path | None:
+    """Where other commands look for a running node; None when there is no safe place for it."""
+    import os
+
+    from shoal.cli.screen import NodeScreen
+    from shoal.discovery import pointer_path
+
+    try:
+        return pointer_path(os.environ, os.getpid())
+    except OSError as err:
+        assert isinstance(screen, NodeScreen)
+        screen.trouble(f"other commands will not find this node by themselves ({err}): give them --gateway")
+        return None
