@@ -99,19 +99,24 @@ class Caller:
                     return await self._once(method, request, deadline - self.clock(), metadata)
                 except grpc.aio.AioRpcError as err:
                     error = explain(err, address=self.address, doing=doing, timeout_s=timeout_s)
-                    wait = self.wait_s(error, attempt=attempt, idempotent=repeatable, deadline=deadline)
+                    wait = self._wait_s(error, attempt, repeatable, deadline)
                     if wait is None:
                         raise error from err
                     span.add_event("retry", {"attempt": attempt, "code": error.code.name, "wait_s": wait})
                 await self._sleep(wait)
         raise AssertionError("the policy ends the loop")  # pragma: no cover
 
-    def wait_s(
-        self, error: ShoalError, *, attempt: int, idempotent: bool = True, deadline: float | None = None
+    def stream_wait_s(self, error: ShoalError, *, attempt: int, deadline: float | None = None) -> float | None:
+        """Seconds until a stream that broke is opened again; None: it is not."""
+        return self._wait_s(error, attempt, True, deadline, stream=True)
+
+    def _wait_s(
+        self, error: ShoalError, attempt: int, idempotent: bool, deadline: float | None, stream: bool = False
     ) -> float | None:
-        """Seconds until `attempt` is followed by another; None: it is not."""
         left = None if deadline is None else deadline - self.clock()
-        return self._retry.wait_s(error, attempt=attempt, idempotent=idempotent, left_s=left, draw=self._draw)
+        return self._retry.wait_s(
+            error, attempt=attempt, idempotent=idempotent, left_s=left, draw=self._draw, stream=stream
+        )
 
     async def pause(self, seconds: float) -> None:
         """Waits."""
@@ -176,7 +181,7 @@ class Caller:
             except ShoalError as err:
                 error = err
             attempt += 1
-            wait = self.wait_s(error, attempt=attempt, deadline=deadline)
+            wait = self.stream_wait_s(error, attempt=attempt, deadline=deadline)
             if wait is None:
                 if self.clock() >= deadline:
                     raise too_late(doing or method.name, timeout_s) from error

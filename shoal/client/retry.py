@@ -24,19 +24,29 @@ class RetryPolicy:
 
     attempts: int = 5
     """Attempts in all. Envoy has already tried other instances by then: five outlast a restart, and fail within 2 s."""
+    stream_attempts: int = 10
+    """The same for a stream that breaks (a watch, a stream of jobs, an upload), counted anew whenever it moves on. What
+    it has done so far is worth more patience: ten outlast a restart of the whole node."""
     first_wait_s: float = 0.1
     """Bound of the wait before the second attempt."""
     longest_wait_s: float = 2.0
     """The bound does not grow beyond this."""
 
     def wait_s(
-        self, error: ShoalError, *, attempt: int, idempotent: bool, left_s: float | None, draw: Callable[[], float]
+        self,
+        error: ShoalError,
+        *,
+        attempt: int,
+        idempotent: bool,
+        left_s: float | None,
+        draw: Callable[[], float],
+        stream: bool = False,
     ) -> float | None:
         """Seconds until the next attempt, or None: give up and raise `error`.
 
         `attempt` is the one that failed, from 1; `left_s` the time to the deadline; `draw` gives a number in [0, 1).
         """
-        if not idempotent or attempt >= self.attempts or not is_retried(error):
+        if not idempotent or attempt >= (self.stream_attempts if stream else self.attempts) or not is_retried(error):
             return None
         bound = min(self.longest_wait_s, self.first_wait_s * float(2 ** min(attempt - 1, 30)))
         wait = draw() * bound + (error.retry_after_ms or 0) / 1000

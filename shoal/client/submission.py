@@ -95,7 +95,7 @@ class Submission:
                 if not self._pending:
                     continue
                 attempt = 1 if len(self._pending) < before else attempt + 1
-                wait = self._caller.wait_s(error, attempt=attempt)
+                wait = self._caller.stream_wait_s(error, attempt=attempt)
                 if wait is None:
                     raise error
                 await self._caller.pause(wait)

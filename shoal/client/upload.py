@@ -76,9 +76,11 @@ async def put(caller: Caller, artifact: Artifact, sent: Callable[[int], None] = 
         try:
             await _send(caller, artifact, counted)
         except ShoalError as err:
+            if counted.failure is not None:
+                raise
             total += counted.sent_bytes
             attempt += 1
-            wait = caller.wait_s(_as_retried(err), attempt=attempt)
+            wait = caller.stream_wait_s(_as_retried(err), attempt=attempt)
             if isinstance(err, DataLoss) and offset and not restarted:
                 restarted = (
                     True  # What had arrived before was not what this file begins with: once more, from its start.
@@ -115,11 +117,22 @@ class _Counted:
 
     def __init__(self, artifact: Artifact, offset: int, sent: Callable[[int], None]) -> None:
         self.sent_bytes = 0
+        self.failure: Exception | None = None
         self._artifact = artifact
         self._offset = offset
         self._sent = sent
 
     async def messages(self) -> AsyncIterator[store.PutArtifactRequest]:
+        """The messages. grpc swallows what their source raises: it ends the upload, and is kept aside as `failure`."""
+        try:
+            async for message in self._messages():
+                yield message
+        except OSError as err:
+            self.failure = FailedPrecondition(f"cannot read {self._artifact.path}: {err.strerror}")
+        except Exception as err:
+            self.failure = err
+
+    async def _messages(self) -> AsyncIterator[store.PutArtifactRequest]:
         header = store.PutArtifactRequest.Header(
             sha256=self._artifact.sha256, size_bytes=self._artifact.size_bytes, offset=self._offset
         )
@@ -133,11 +146,14 @@ class _Counted:
 
 
 async def _send(caller: Caller, artifact: Artifact, counted: _Counted) -> None:
-    answer = await caller.upload(
-        methods.PUT_ARTIFACT,
-        counted.messages(),
-        timeout_s=time_for(artifact.size_bytes),
-        doing=f"upload of {artifact.path.name}",
-    )
+    try:
+        answer = await caller.upload(
+            methods.PUT_ARTIFACT,
+            counted.messages(),
+            timeout_s=time_for(artifact.size_bytes),
+            doing=f"upload of {artifact.path.name}",
+        )
+    except ShoalError as err:
+        raise counted.failure or err from err
     if answer.artifact.sha256 != artifact.sha256:
         raise DataLoss(f"upload of {artifact.path}: the store has {answer.artifact.sha256}, not {artifact.sha256}")

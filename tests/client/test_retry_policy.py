@@ -29,6 +29,15 @@ def test_attempts_end() -> None:
     )
 
 
+def test_a_stream_is_given_more_attempts() -> None:
+    policy = RetryPolicy(attempts=2, stream_attempts=3)
+    waits = [
+        policy.wait_s(Unavailable(""), attempt=n, idempotent=True, left_s=None, draw=ALWAYS_HALF, stream=True)
+        for n in (1, 2, 3)
+    ]
+    assert waits == [0.05, 0.1, None]
+
+
 def test_only_what_may_be_repeated_is_repeated() -> None:
     assert wait(Unavailable("down"), idempotent=False) is None
 

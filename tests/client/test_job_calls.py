@@ -1,0 +1,369 @@
+"""Jobs against an ingest and a store that fail on purpose."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import shoal
+from shoal.client import AsyncClient, JobRequest, JobRetry, JobState, methods
+from shoal.client.retry import RetryPolicy
+from shoal.errors import (
+    Cancelled,
+    Code,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    ShoalError,
+    Unavailable,
+)
+from shoal.inference.v2 import inference_pb2 as oip
+from shoal.ingest.v1 import ingest_pb2 as ingest
+from shoal.store.v1 import store_pb2 as store
+from tests.client.served import Served
+
+QUICK = RetryPolicy(attempts=3, first_wait_s=0.001)
+X = {"x": np.zeros(1)}
+
+
+def client_of(served: Served, **options: Any) -> AsyncClient:
+    return AsyncClient(served.address, retry=QUICK, **options)
+
+
+class Intake:
+    """Jobs by idempotency key. A stream breaks after each number of acknowledgements in `breaks`."""
+
+    def __init__(self, served: Served) -> None:
+        self.jobs: dict[str, ingest.SubmitRequest] = {}
+        self.breaks: list[int] = []
+        self.refused: dict[str, tuple[int, str]] = {}
+        self.unacknowledged = 0
+        self.most = 0
+        served.on(methods.SUBMIT, self.submit)
+        served.on(methods.SUBMIT_STREAM, self.stream, "stream_stream")
+
+    def take(self, request: ingest.SubmitRequest) -> tuple[str, bool]:
+        existed = request.idempotency_key in self.jobs
+        self.jobs.setdefault(request.idempotency_key, request)
+        return f"job-{[*self.jobs].index(request.idempotency_key)}", existed
+
+    async def submit(self, request: Any, context: Any) -> Any:
+        job_id, existed = self.take(request)
+        state = ingest.JOB_STATE_QUEUED
+        return ingest.SubmitResponse(job=ingest.Job(id=job_id, state=state, labels=request.labels), existed=existed)
+
+    async def stream(self, requests: AsyncIterator[Any], context: Any) -> Any:
+        limit = self.breaks.pop(0) if self.breaks else None
+        count = 0
+        async for item in requests:
+            label = item.submit.labels.get("n", "")
+            if label in self.refused:
+                code, message = self.refused[label]
+                yield ingest.SubmitStreamResponse(sequence=item.sequence, code=code, message=message)
+                continue
+            job_id, existed = self.take(item.submit)
+            if limit is not None and count >= limit:  # Written, and never acknowledged.
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+            count += 1
+            yield ingest.SubmitStreamResponse(sequence=item.sequence, job_id=job_id, existed=existed)
+
+
+@pytest.fixture
+def intake(served: Served) -> Intake:
+    return Intake(served)
+
+
+async def test_submit_says_all_of_it_and_makes_a_key(served: Served, intake: Intake) -> None:
+    async with client_of(served, tenant="blue") as client:
+        job = await client.jobs.submit(
+            "m",
+            X,
+            version=2,
+            deadline=timedelta(seconds=90),
+            retry=JobRetry(max_attempts=3, initial_backoff_s=0.5, max_backoff_s=4),
+            labels={"a": "b"},
+            parameters={"explain": True},
+        )
+    assert (job.id, job.state, job.ended, job.labels) == ("job-0", JobState.QUEUED, False, {"a": "b"})
+    [(key, request)] = intake.jobs.items()
+    assert len(key) == 32
+    assert request.tenant == "blue"
+    assert request.request.model_version == "2"
+    assert request.request.parameters["explain"].bool_param
+    assert request.deadline.ToSeconds() == 90
+    assert (request.retry.max_attempts, request.retry.initial_backoff.ToMilliseconds()) == (3, 500)
+
+
+async def test_a_submit_whose_answer_is_lost_makes_one_job(served: Served, intake: Intake) -> None:
+    lost = [True]
+
+    async def losing(request: Any, context: Any) -> Any:
+        answer = await intake.submit(request, context)
+        if lost.pop() if lost else False:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+        return answer
+
+    served.on(methods.SUBMIT, losing)
+    async with client_of(served) as client:
+        assert (await client.jobs.submit("m", X)).id == "job-0"
+    assert len(intake.jobs) == 1
+
+
+async def test_a_stream_of_jobs(served: Served, intake: Intake) -> None:
+    async with client_of(served) as client:
+        requests = [JobRequest("m", X, labels={"n": str(n)}) for n in range(1000)]
+        acks = [ack async for ack in client.jobs.submit_many(requests, window=64)]
+    assert [ack.index for ack in acks] == list(range(1000))
+    assert len({ack.job_id for ack in acks}) == 1000
+    assert not any(ack.existed or ack.error for ack in acks)
+
+
+async def test_a_stream_that_breaks_again_and_again_loses_and_doubles_nothing(served: Served, intake: Intake) -> None:
+    intake.breaks = [3, 0, 10, 1, 50]
+    async with client_of(served) as client:
+        requests = (JobRequest("m", X, labels={"n": str(n)}) for n in range(200))
+        acks = [ack async for ack in client.jobs.submit_many(requests, window=16)]
+    assert sorted(ack.index for ack in acks) == list(range(200))
+    assert len(intake.jobs) == len({ack.job_id for ack in acks}) == 200
+    assert served.count(methods.SUBMIT_STREAM) == 6
+
+
+async def test_a_stream_that_stays_broken_is_given_up(served: Served, intake: Intake) -> None:
+    intake.breaks = [5] + [0] * 99
+    async with client_of(served) as client:
+        stream = client.jobs.submit_many(JobRequest("m", X) for _ in range(20))
+        with pytest.raises(Unavailable, match=r"killed|the stream broke"):
+            _ = [ack async for ack in stream]
+    assert served.count(methods.SUBMIT_STREAM) >= 10
+
+
+async def test_refusals_are_in_band_and_those_for_the_moment_are_tried_again(served: Served, intake: Intake) -> None:
+    intake.refused = {"1": (Code.INVALID_ARGUMENT, "labels: too many"), "2": (Code.RESOURCE_EXHAUSTED, "full")}
+    requests = [
+        JobRequest("m", X, labels={"n": "0"}),
+        JobRequest("m", X, labels={"n": "1"}),
+        JobRequest("m", X, labels={"n": "2"}),
+        JobRequest("m", {"x": np.array([1j])}),
+        JobRequest("m", X, labels={"n": "4"}),
+    ]
+    async with client_of(served) as client:
+        acks = {ack.index: ack async for ack in client.jobs.submit_many(requests)}
+    assert [index for index, ack in acks.items() if ack.error] == [1, 3] or set(acks) == set(range(5))
+    assert isinstance(acks[1].error, InvalidArgument)
+    assert acks[1].error.message == "labels: too many"
+    assert isinstance(acks[3].error, InvalidArgument)
+    assert acks[2].error is None
+    assert served.count(methods.SUBMIT) == 1
+
+
+async def test_a_slow_reader_slows_the_source(served: Served, intake: Intake) -> None:
+    taken = 0
+
+    def source() -> Iterator[JobRequest]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield JobRequest("m", X)
+
+    async with client_of(served) as client:
+        acks = client.jobs.submit_many(source(), window=8)
+        for read in range(1, 21):
+            await anext(acks)
+            assert taken <= read + 8 + 1
+        await acks.aclose()
+
+
+async def test_what_the_source_raises_comes_after_the_acknowledgements(served: Served, intake: Intake) -> None:
+    async def source() -> AsyncIterator[JobRequest]:
+        yield JobRequest("m", X)
+        raise RuntimeError("out of files")
+
+    async with client_of(served) as client:
+        acks = client.jobs.submit_many(source())
+        assert (await anext(acks)).job_id == "job-0"
+        with pytest.raises(RuntimeError, match="out of files"):
+            await anext(acks)
+
+
+async def test_no_acknowledgement_in_time(served: Served) -> None:
+    from shoal.client.submission import Submission
+
+    async def silent(requests: Any, context: Any) -> Any:
+        async for _ in requests:
+            pass
+        await asyncio.Event().wait()
+        yield
+
+    served.on(methods.SUBMIT_STREAM, silent, "stream_stream")
+
+    async def source() -> AsyncIterator[ingest.SubmitRequest | ShoalError]:
+        yield ingest.SubmitRequest()
+
+    async with client_of(served) as client:
+        with pytest.raises(DeadlineExceeded, match="no acknowledgement within"):
+            async for _ in Submission(client._caller, source(), ack_s=0.1).run():
+                pass
+
+
+async def test_submit_many_of_nothing(served: Served, intake: Intake) -> None:
+    async with client_of(served) as client:
+        assert [ack async for ack in client.jobs.submit_many([])] == []
+        with pytest.raises(InvalidArgument, match="window 0"):
+            await anext(client.jobs.submit_many([], window=0))
+
+
+def job(state: str, **fields: Any) -> ingest.Job:
+    return ingest.Job(id="a", state=ingest.JobState.Value(f"JOB_STATE_{state}"), **fields)
+
+
+def standing(served: Served, *states: str, result: store.Result | None = None) -> None:
+    """Job a goes through the states, one a stream; the store has `result` once it has ended."""
+    left = list(states)
+
+    async def watch(request: Any, context: Any) -> Any:
+        yield ingest.WatchJobResponse(job=job(left[0]))
+        if len(left) > 1:
+            left.pop(0)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")
+        await asyncio.sleep(0)
+
+    async def get(request: Any, context: Any) -> Any:
+        return ingest.GetJobResponse(job=job(left[0], last_code=13, last_message="no luck"))
+
+    async def found(request: Any, context: Any) -> Any:
+        if result is None or left[0] in ("QUEUED", "RUNNING"):
+            await context.abort(grpc.StatusCode.NOT_FOUND, "none yet")
+        return store.GetResultResponse(result=result)
+
+    served.on(methods.WATCH_JOB, watch, "unary_stream")
+    served.on(methods.GET_JOB, get)
+    served.on(methods.GET_RESULT, found)
+
+
+def answer() -> oip.ModelInferResponse:
+    response = oip.ModelInferResponse(model_name="m", model_version="1")
+    response.outputs.add(name="y", datatype="INT8", shape=[1])
+    response.raw_output_contents.append(b"\x07")
+    return response
+
+
+async def test_watching_goes_on_over_broken_streams_and_says_nothing_twice(served: Served) -> None:
+    standing(served, "QUEUED", "QUEUED", "RUNNING", "SUCCEEDED")
+    async with client_of(served) as client:
+        states = [job.state async for job in client.jobs.watch("a")]
+    assert states == [JobState.QUEUED, JobState.RUNNING, JobState.SUCCEEDED]
+
+
+async def test_the_result_is_waited_for(served: Served) -> None:
+    result = store.Result(job_id="a", outcome=store.Result.OUTCOME_SUCCEEDED, response=answer())
+    standing(served, "QUEUED", "RUNNING", "SUCCEEDED", result=result)
+    async with client_of(served) as client:
+        got = await client.jobs.result("a")
+        assert got["y"].tolist() == [7]
+        watched = served.count(methods.WATCH_JOB)
+        await client.jobs.result("a")  # It is there: no need to watch.
+        assert served.count(methods.WATCH_JOB) == watched
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "error", "words"),
+    [
+        ("FAILED", 3, InvalidArgument, "job a failed in attempt 2: input 'x'"),
+        ("FAILED", 8, ResourceExhausted, "job a failed in attempt 2: input 'x'"),
+        ("CANCELLED", 1, Cancelled, "job a was cancelled: input 'x'"),
+        ("EXPIRED", 4, DeadlineExceeded, "job a expired: its deadline passed"),
+    ],
+)
+async def test_a_job_without_an_answer_raises_what_it_failed_with(
+    served: Served, outcome: str, code: int, error: type[ShoalError], words: str
+) -> None:
+    result = store.Result(job_id="a", code=code, message="input 'x'", attempt=2)
+    result.outcome = store.Result.Outcome.Value(f"OUTCOME_{outcome}")
+    standing(served, outcome, result=result)
+    async with client_of(served) as client:
+        with pytest.raises(error, match=words):
+            await client.jobs.result("a")
+
+
+async def test_a_job_that_has_not_ended(served: Served) -> None:
+    standing(served, "RUNNING")
+    async with client_of(served) as client:
+        with pytest.raises(FailedPrecondition, match="job a is running: it has no result yet"):
+            await client.jobs.result("a", wait=False)
+
+    async def hang(request: Any, context: Any) -> Any:
+        yield ingest.WatchJobResponse(job=job("RUNNING"))
+        await asyncio.Event().wait()
+
+    served.on(methods.WATCH_JOB, hang, "unary_stream")
+    async with client_of(served) as client:
+        with pytest.raises(DeadlineExceeded, match=r"job a is still running after 0\.3 s: ask again later"):
+            await client.jobs.result("a", timeout=0.3)
+
+
+async def test_a_job_that_ended_and_left_nothing(served: Served) -> None:
+    async with client_of(served) as client:
+        standing(served, "SUCCEEDED")
+        with pytest.raises(Internal, match="job a succeeded, and the store has no result"):
+            await client.jobs.result("a")
+        standing(served, "DEAD")
+        with pytest.raises(Internal, match="job a is dead: no luck"):
+            await client.jobs.result("a", wait=False)
+        standing(served, "EXPIRED")
+        with pytest.raises(DeadlineExceeded, match="job a expired"):
+            await client.jobs.result("a")
+
+
+async def test_a_job_that_is_not_there(served: Served) -> None:
+    async def missing(request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no job a")
+
+    for method in (methods.GET_JOB, methods.GET_RESULT, methods.CANCEL_JOB):
+        served.on(method, missing)
+
+    async def missing_stream(request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no job a")
+        yield
+
+    served.on(methods.WATCH_JOB, missing_stream, "unary_stream")
+    async with client_of(served) as client:
+        for call in (client.jobs.get("a"), client.jobs.result("a"), client.jobs.cancel("a")):
+            with pytest.raises(NotFound, match="no job a"):
+                await call
+        with pytest.raises(NotFound, match="no job a"):
+            await client.jobs.result("a", wait=False)
+
+
+async def test_lists_go_over_pages(served: Served) -> None:
+    asked: list[Any] = []
+
+    async def pages(request: Any, context: Any) -> Any:
+        asked.append(request)
+        start = int(request.page_token or 0)
+        jobs = [ingest.Job(id=str(n), state=1) for n in range(start, start + 2)]
+        return ingest.ListJobsResponse(jobs=jobs, next_page_token=str(start + 2) if start < 4 else "")
+
+    served.on(methods.LIST_JOBS, pages)
+    async with client_of(served) as client:
+        assert [job.id for job in await client.jobs.list(state="queued", model="m")] == list("012345")
+        assert asked[0].state == ingest.JOB_STATE_QUEUED
+        assert [job.id for job in await client.jobs.list(limit=3)] == list("012")
+        with pytest.raises(InvalidArgument, match="state 'lost': use one of queued, running"):
+            await client.jobs.list(state="lost")
+
+
+def test_the_blocking_face(served: Served, intake: Intake) -> None:
+    result = store.Result(job_id="a", outcome=store.Result.OUTCOME_SUCCEEDED, response=answer())
+    standing(served, "RUNNING", "SUCCEEDED", result=result)
+    with shoal.Client(served.address, retry=QUICK) as client:
+        assert client.jobs.submit("m", X).id == "job-0"
+        assert [ack.job_id for ack in client.jobs.submit_many([JobRequest("m", X)])] == ["job-1"]
+        assert [job.state for job in client.jobs.watch("a")] == ["running", "succeeded"]
+        assert client.jobs.result("a")["y"].tolist() == [7]
