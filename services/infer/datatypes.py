@@ -1,7 +1,7 @@
 """The datatypes of the protocol, under the names that the wire, the model's configuration and NumPy know them by.
 
-BF16 has no NumPy type: its tensors are carried as the 16 bits of each element (`uint16`). BYTES tensors are object arrays
-whose elements are `bytes`, or `str` for a runtime whose strings are text.
+BF16 has no NumPy type: its tensors are carried as the 16 bits of each element (`uint16`). BYTES tensors are object
+arrays whose elements are `bytes`, or `str` for a runtime whose strings are text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Datatype:
 
     name: str
     """On the wire: `FP32`."""
-    config: int
+    config: config_pb2.DataType
     """In a model's configuration: the number of TYPE_FP32."""
     dtype: np.dtype[np.generic]
     """In memory, little-endian as on the wire."""

@@ -44,8 +44,3 @@ class Signature:
 def fits(shape: Sequence[int], spec: Sequence[int]) -> bool:
     """True when a tensor of `shape` is one that `spec` (with -1 for any) describes."""
     return len(shape) == len(spec) and all(want in (-1, got) for got, want in zip(shape, spec, strict=True))
-
-
-def written(shape: Sequence[int]) -> str:
-    """A shape as messages write it: `[-1,4]`."""
-    return "[" + ",".join(str(dim) for dim in shape) + "]"

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from services.infer.datatypes import Datatype
-from services.infer.signature import written
+from services.infer.wording import written
 from shoal.errors import InvalidArgument
 from shoal.inference.v2.inference_pb2 import InferTensorContents
 
@@ -110,7 +110,7 @@ def from_contents(
     if datatype.is_bytes:
         return _object_array(list(values), shape, what, text=text)
     if datatype.contents in ("int_contents", "uint_contents") and elements:
-        limits = np.iinfo(datatype.dtype)
+        limits = np.iinfo(datatype.dtype.name)
         for value in (min(values), max(values)):
             if not limits.min <= value <= limits.max:
                 raise InvalidArgument(f"{what}: {value} is not a {datatype.name} ({limits.min} to {limits.max})")
@@ -151,3 +151,9 @@ def size_bytes(tensor: Tensor) -> int:
     if tensor.dtype != object:
         return tensor.nbytes
     return tensor.nbytes + sum(len(element) for element in tensor.reshape(-1))
+
+
+def widened(bits: Tensor) -> Tensor:
+    """BF16, given as 16-bit patterns, as FP32: the same values."""
+    wide: Tensor = (bits.astype(np.uint32) << 16).view(np.float32)
+    return wide

@@ -1,0 +1,89 @@
+"""The parts of an infer process, in the order of their start. What started last stops first.
+
+models <── core <── gRPC server <── registration      what is ready is told to the membership
+  ^── a repository, read once; or the registry, followed through the mesh
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from mesh.channel import connect
+from mesh.membership import ReadyModel, Registration, State
+from mesh.server import GrpcServer, until_stopped
+from services.infer import repository
+from services.infer.cache import Cache
+from services.infer.config import InferConfig
+from services.infer.core import InferenceServer
+from services.infer.models import Models
+from services.infer.onnx_runtime import OnnxRuntime
+from services.infer.registry import Registry
+from services.infer.rpc import inference_rpc
+from services.infer.store_client import StoreClient
+from services.infer.version import Means
+
+
+async def run(config: InferConfig) -> None:
+    """Serves until the process is told to stop."""
+    async with AsyncExitStack() as stack:
+        stopped = await stack.enter_async_context(_running(until_stopped()))
+        means = Means.of(OnnxRuntime(), config.queue_limits, threads=config.threads)
+        models = await stack.enter_async_context(Models(means))
+        core = InferenceServer(models, f"{config.node}/{config.instance}")
+        server = GrpcServer(config.listen, [inference_rpc(core)], drain_ms=config.drain_ms)
+        await stack.enter_async_context(server)
+        registration = await stack.enter_async_context(Registration.of(config, "infer", server.address))
+        await stack.enter_async_context(_running(_tell(models, registration)))
+        if config.repository is not None:
+            models.want(repository.scan(config.repository))
+            first_attempts = models.settled()
+        else:
+            registry = await stack.enter_async_context(_registry(config, models))
+            first_attempts = _first_attempts(registry, models)
+        starting = await stack.enter_async_context(_running(first_attempts))
+        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+            await server.serve()
+            await registration.update(state=State.READY)
+        await stopped
+
+
+@asynccontextmanager
+async def _registry(config: InferConfig, models: Models) -> AsyncIterator[Registry]:
+    assert config.mesh is not None, "the configuration was checked"
+    async with connect(config.mesh) as channel:
+        store = StoreClient(channel)
+        cache = Cache(config.cache_dir or Path(), config.instance, store)
+        cache.start()
+        registry = Registry(store, cache, models.want)
+        async with _running(registry.follow()):
+            yield registry
+
+
+async def _first_attempts(registry: Registry, models: Models) -> None:
+    await registry.is_tried.wait()
+    if models.is_told:  # Else the store is away and nothing is remembered: it serves as soon as it hears of a model.
+        await models.settled()
+
+
+async def _tell(models: Models, registration: Registration) -> None:
+    async for ready in models.ready_set.follow():
+        await registration.update(models=[ReadyModel(name, versions) for name, versions in ready])
+
+
+@asynccontextmanager
+async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
+    """Runs `work` beside the block, and no longer than that."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,57 @@
+"""What the infer service is told: SHOAL_INFER_..."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from mesh.config import ServiceConfig
+from services.infer import repository
+from services.infer.queue import QueueLimits
+from shoal.errors import FailedPrecondition
+
+_DEFAULT = QueueLimits()
+
+
+class InferConfig(ServiceConfig):
+    """Models come from the store, through the mesh, into `cache_dir`; or from the folder `repository`."""
+
+    instance: Annotated[str, Field(pattern=r"^[a-z]+-\d+$")] = "infer-0"
+    cache_dir: Path | None = None
+    """Where models from the store are kept; all instances of a node may share it. Needs `mesh`."""
+    repository: Path | None = None
+    """A folder of models in the usual layout, or of bare .onnx files; read once, at start."""
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """For one execution of a model that does not say; 0: as many as this process may use cores."""
+    queue_calls: Annotated[int, Field(ge=1, le=1_000_000)] = _DEFAULT.calls
+    """Calls that may wait for one model version, where its configuration does not say."""
+    queue_bytes: Annotated[int, Field(ge=1)] = _DEFAULT.size_bytes
+    """Bytes of inputs that may wait for one model version."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> InferConfig:
+        if (self.cache_dir is None) == (self.repository is None):
+            raise ValueError(
+                "set one of SHOAL_INFER_CACHE_DIR (models of the store) and SHOAL_INFER_REPOSITORY (a folder)"
+            )
+        if self.cache_dir is not None and self.mesh is None:
+            raise ValueError(
+                "SHOAL_INFER_CACHE_DIR needs SHOAL_INFER_MESH: models come from the store, through the mesh"
+            )
+        return self
+
+    @field_validator("repository")
+    @classmethod
+    def _readable(cls, root: Path | None) -> Path | None:
+        if root is not None:
+            try:
+                repository.scan(root)
+            except FailedPrecondition as err:
+                raise ValueError(err.message) from err
+        return root
+
+    @property
+    def queue_limits(self) -> QueueLimits:
+        return QueueLimits(self.queue_calls, self.queue_bytes)

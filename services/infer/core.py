@@ -1,0 +1,163 @@
+"""The Open Inference Protocol v2, without a transport: parsed requests in, answers out, shoal.errors raised.
+
+Each method is one of the protocol's. A front (`rpc` for grpc.aio) gives it requests and deadlines, and translates
+errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from services.infer import answer, request
+from services.infer.models import Models, version_number
+from services.infer.request import Call
+from services.infer.scheduler import Answer
+from services.infer.version import State, Version
+from services.infer.wording import quoted
+from shoal import __version__
+from shoal.errors import InvalidArgument, Unimplemented
+from shoal.inference.v2 import inference_pb2 as pb
+
+EXTENSIONS = ("classification", "model_configuration", "schedule_policy", "statistics")
+"""What the server does beyond the protocol's core, under the names that clients look for."""
+
+# Beyond these, reading a request or writing an answer takes about a millisecond: then it is done beside the event loop.
+_LARGE_BYTES = 4 << 20
+_MANY_ELEMENTS = 1 << 20  # Raw numbers: one copy of memory.
+_FEW_ELEMENTS = 1 << 13  # Typed contents and BYTES: Python objects, one by one.
+_MANY_INPUTS = 256
+_MOST_DIMS = 32
+
+T = TypeVar("T")
+
+
+class InferenceServer:
+    """Answers for the models of one instance; `replica` is its name, `<node>/<instance>`."""
+
+    def __init__(self, models: Models, replica: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` is the one that deadlines are on."""
+        self._models = models
+        self._replica = replica
+        self._clock = clock
+
+    def live(self) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    def ready(self) -> pb.ServerReadyResponse:
+        """True when every model that should be served is: it has a ready version, and none that failed."""
+        return pb.ServerReadyResponse(ready=self._models.is_ready())
+
+    def metadata(self) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(name="shoal", version=__version__, extensions=EXTENSIONS)
+
+    def model_ready(self, asked: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
+        """An unknown model is not ready, which is no error. Raises InvalidArgument when the version is no number."""
+        number = version_number(asked.version)
+        ready = [version.number for version in self._models.versions(asked.name)]
+        return pb.ModelReadyResponse(ready=bool(ready) if number is None else number in ready)
+
+    def model_metadata(self, asked: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
+        """Raises InvalidArgument, NotFound or Unavailable, as `Models.find` does."""
+        version = self._models.find(asked.name, asked.version)
+        signature, config = version.loaded.model.signature, version.loaded.model.config
+        tensor = pb.ModelMetadataResponse.TensorMetadata
+        return pb.ModelMetadataResponse(
+            name=version.name,
+            versions=[str(other.number) for other in self._models.versions(asked.name)],
+            platform=config.platform,
+            inputs=[tensor(name=s.name, datatype=s.datatype.name, shape=s.shape) for s in signature.inputs],
+            outputs=[tensor(name=s.name, datatype=s.datatype.name, shape=s.shape) for s in signature.outputs],
+        )
+
+    def model_config(self, asked: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
+        """The completed configuration. Raises as `model_metadata` does."""
+        return pb.ModelConfigResponse(config=self._models.find(asked.name, asked.version).loaded.model.config)
+
+    def model_statistics(self, asked: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
+        """Of every ready version that is asked for. Raises InvalidArgument when there is none, or a bad version."""
+        number = version_number(asked.version)
+        names = [asked.name] if asked.name else self._models.names()
+        versions = [v for name in names for v in self._models.versions(name) if number in (None, v.number)]
+        if asked.name and not versions:
+            which = quoted(asked.name) + (f" version {number}" if number is not None else "")
+            raise InvalidArgument(f"requested model {which} is not available")
+        return pb.ModelStatisticsResponse(model_stats=[v.statistics.message(v.name, v.number) for v in versions])
+
+    def index(self, asked: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
+        """Every version of every model. Raises Unimplemented when one of several repositories is asked for."""
+        if asked.repository_name:
+            raise Unimplemented(f"there is one repository, which has no name: got {quoted(asked.repository_name)}")
+        rows = [row for row in self._models.index() if row.state is State.READY or not asked.ready]
+        index = pb.RepositoryIndexResponse.ModelIndex
+        return pb.RepositoryIndexResponse(
+            models=[
+                index(
+                    name=row.name,
+                    version="" if row.version is None else str(row.version),
+                    state=row.state,
+                    reason=row.reason,
+                )
+                for row in rows
+            ]
+        )
+
+    async def infer(self, asked: pb.ModelInferRequest, deadline: float = math.inf) -> pb.ModelInferResponse:
+        """One inference.
+
+        Args:
+            deadline: on this server's clock. What has not been started by then never is.
+
+        Raises:
+            InvalidArgument: the request does not fit the model; the message names tensor or parameter.
+            NotFound, Unavailable: there is no such model or version; it is not ready.
+            ResourceExhausted: the queue is full. DeadlineExceeded: it could not be started in time.
+            Internal: the model cannot process it. Unimplemented: it asks for shared memory.
+        """
+        with self._models.use(asked.model_name, asked.model_version) as version:
+            start = self._clock()
+            try:
+                return await self._infer(asked, version, deadline)
+            except (Exception, asyncio.CancelledError):
+                version.statistics.failed(int((self._clock() - start) * 1e9))
+                raise
+
+    async def _infer(self, asked: pb.ModelInferRequest, version: Version, deadline: float) -> pb.ModelInferResponse:
+        signature = version.loaded.model.signature
+        call = await _aside(lambda: request.read(asked, signature), _is_long_read(asked))
+        got = await version.scheduler.submit(call, deadline)
+        response = await _aside(lambda: self._written(got, call, version, asked.id), _is_long_write(got, call))
+        if call.parameters.explain:
+            answer.explain(response, got, self._replica)
+        return response
+
+    def _written(self, got: Answer, call: Call, version: Version, id: str) -> pb.ModelInferResponse:
+        batched = version.loaded.model.signature.max_batch_size > 0
+        return answer.write(got, call, model=version.name, version=version.number, id=id, batched=batched)
+
+
+def _is_long_read(asked: pb.ModelInferRequest) -> bool:
+    """Whether reading it would hold up the event loop; from the shapes, which are cheap to see."""
+    if len(asked.inputs) > _MANY_INPUTS:
+        return True
+    by_element = not asked.raw_input_contents
+    for tensor in asked.inputs:
+        limit = _FEW_ELEMENTS if by_element or tensor.datatype == "BYTES" else _MANY_ELEMENTS
+        # No tensor has so many dimensions, and their product would be a number of any length.
+        if len(tensor.shape) <= _MOST_DIMS and math.prod(tensor.shape) > limit:
+            return True
+    return False
+
+
+def _is_long_write(got: Answer, call: Call) -> bool:
+    by_element = any(output.dtype == object and output.size > _FEW_ELEMENTS for output in got.outputs)
+    classes = sum(wanted.classes for wanted in call.outputs) * call.rows
+    return by_element or classes > _FEW_ELEMENTS or sum(output.nbytes for output in got.outputs) > _LARGE_BYTES
+
+
+async def _aside(work: Callable[[], T], is_long: bool) -> T:
+    """Does `work`: here when it is short, else on a thread."""
+    return await asyncio.to_thread(work) if is_long else work()

@@ -1,0 +1,105 @@
+"""From files to a model that has been shown to run. Blocking: for a worker thread."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.infer import modelconfig, warmup
+from services.infer.batcher import BatchPolicy
+from services.infer.modelconfig import Completed
+from services.infer.queue import QueueLimits
+from services.infer.runtime import Runtime, Session
+from services.infer.wanted import ModelFiles, read_text
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+_BATCH_BYTES = 64 << 20
+# Inputs gathered for one execution: beyond this, copying rows together costs more than running them together gives.
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that runs. Who has it closes its session."""
+
+    model: Completed
+    session: Session
+
+    def batch_policy(self) -> BatchPolicy:
+        """How its calls are put together."""
+        batching = self.model.config.dynamic_batching
+        return BatchPolicy(
+            max_rows=max(self.model.signature.max_batch_size, 1),
+            max_bytes=_BATCH_BYTES,
+            delay_s=batching.max_queue_delay_microseconds / 1e6 if self.model.signature.max_batch_size else 0.0,
+            preferred=frozenset(batching.preferred_batch_size),
+        )
+
+    def queue_limits(self, default: QueueLimits) -> QueueLimits:
+        """How many calls may wait."""
+        calls = self.model.config.dynamic_batching.default_queue_policy.max_queue_size
+        return QueueLimits(calls or default.calls, default.size_bytes)
+
+    def default_timeout_s(self) -> float:
+        """How long a call may wait, whatever it says itself; infinite for no bound."""
+        timeout_us = self.model.config.dynamic_batching.default_queue_policy.default_timeout_microseconds
+        return timeout_us / 1e6 if timeout_us else math.inf
+
+
+def load(name: str, files: ModelFiles, runtime: Runtime, *, threads: int, clock: Callable[[], float]) -> Loaded:
+    """Loads one version of the model `name` and warms it up. `threads`: for one execution, unless it says otherwise.
+
+    Raises:
+        FailedPrecondition: it cannot be served; the message says why, and names the setting, tensor or file.
+    """
+    text = files.config_text()
+    config = modelconfig.parse(text)
+    if config.name not in ("", name):
+        log.warning(
+            "model %s: config.pbtxt calls it '%s'; it is served under the name of its folder", name, config.name
+        )
+    config.name = name
+    modelconfig.check(config, runtime)
+    labels = _labels(config, files.folder)
+    session = runtime.load(_model_file(config, files), modelconfig.session_options(config, threads))
+    try:
+        model = modelconfig.complete(
+            config,
+            session.inputs,
+            session.outputs,
+            runtime=runtime,
+            text=session.text,
+            batch_is_given=modelconfig.says_max_batch_size(text),
+            labels=labels,
+        )
+        return Loaded(warmup.run(name, model, session, files.folder, clock), session)
+    except BaseException:
+        session.close()
+        raise
+
+
+def _model_file(config: pb.ModelConfig, files: ModelFiles) -> Path:
+    name = files.bare_file or config.default_model_filename or modelconfig.MODEL_FILE
+    file = files.version_folder / name
+    if not file.is_file():
+        raise FailedPrecondition(f"version folder {files.version_folder.name} has no file {name}")
+    return file
+
+
+def _labels(config: pb.ModelConfig, folder: Path | None) -> Mapping[str, tuple[str, ...]]:
+    labels = {}
+    for output in config.output:
+        if not output.label_filename:
+            continue
+        name = output.label_filename
+        if folder is None or Path(name).name != name:
+            raise FailedPrecondition(
+                f"output '{output.name}': label_filename '{name}': expected a file beside the config"
+            )
+        labels[output.name] = tuple(line.strip() for line in read_text(folder / name).rstrip("\n").split("\n"))
+    return labels

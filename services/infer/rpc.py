@@ -1,0 +1,117 @@
+"""The Open Inference Protocol over grpc.aio: each method only translates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator
+from typing import NoReturn
+
+import grpc
+
+from mesh.interceptors import Context
+from mesh.server import Rpc
+from services.infer import stream
+from services.infer.core import InferenceServer
+from shoal.errors import Unimplemented
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
+
+
+class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
+    """Serves an InferenceServer."""
+
+    def __init__(self, server: InferenceServer) -> None:
+        self._server = server
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
+        return self._server.live()
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
+        return self._server.ready()
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
+        return self._server.model_ready(request)
+
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
+        return self._server.metadata()
+
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
+        return self._server.model_metadata(request)
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
+        return self._server.model_config(request)
+
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
+        return self._server.model_statistics(request)
+
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
+        return self._server.index(request)
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+        return await self._server.infer(request, _deadline(context))
+
+    async def ModelStreamInfer(
+        self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        deadline = _deadline(context)
+        async for answer in stream.answers(request_iterator, lambda request: self._server.infer(request, deadline)):
+            yield answer
+
+    async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, context: Context) -> NoReturn:
+        _not_done("RepositoryModelLoad", "the repository (or the store) decides what is served")
+
+    async def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest, context: Context) -> NoReturn:
+        _not_done("RepositoryModelUnload", "the repository (or the store) decides what is served")
+
+    async def SystemSharedMemoryStatus(self, request: pb.SystemSharedMemoryStatusRequest, context: Context) -> NoReturn:
+        _no_shared_memory("SystemSharedMemoryStatus")
+
+    async def SystemSharedMemoryRegister(
+        self, request: pb.SystemSharedMemoryRegisterRequest, context: Context
+    ) -> NoReturn:
+        _no_shared_memory("SystemSharedMemoryRegister")
+
+    async def SystemSharedMemoryUnregister(
+        self, request: pb.SystemSharedMemoryUnregisterRequest, context: Context
+    ) -> NoReturn:
+        _no_shared_memory("SystemSharedMemoryUnregister")
+
+    async def CudaSharedMemoryStatus(self, request: pb.CudaSharedMemoryStatusRequest, context: Context) -> NoReturn:
+        _no_shared_memory("CudaSharedMemoryStatus")
+
+    async def CudaSharedMemoryRegister(self, request: pb.CudaSharedMemoryRegisterRequest, context: Context) -> NoReturn:
+        _no_shared_memory("CudaSharedMemoryRegister")
+
+    async def CudaSharedMemoryUnregister(
+        self, request: pb.CudaSharedMemoryUnregisterRequest, context: Context
+    ) -> NoReturn:
+        _no_shared_memory("CudaSharedMemoryUnregister")
+
+    async def TraceSetting(self, request: pb.TraceSettingRequest, context: Context) -> NoReturn:
+        _not_done("TraceSetting", "tracing is set by the OTEL_* variables of the process")
+
+    async def LogSettings(self, request: pb.LogSettingsRequest, context: Context) -> NoReturn:
+        _not_done("LogSettings", "the log level is set by SHOAL_INFER_LOG_LEVEL")
+
+
+def inference_rpc(server: InferenceServer) -> Rpc:
+    """The gRPC service of `server`."""
+
+    def add(to: grpc.aio.Server) -> None:
+        pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(server), to)
+
+    return Rpc(pb.DESCRIPTOR.services_by_name["GRPCInferenceService"], add)
+
+
+def _deadline(context: Context) -> float:
+    left = context.time_remaining()
+    return math.inf if left is None else time.monotonic() + left
+
+
+def _not_done(method: str, instead: str) -> NoReturn:
+    raise Unimplemented(f"{method} is not supported: {instead}")
+
+
+def _no_shared_memory(method: str) -> NoReturn:
+    _not_done(method, "send tensors in the request")

@@ -1,0 +1,98 @@
+"""Counts and times of one model version, as ModelStatistics tells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.infer.execution import Times
+from shoal.inference.v2 import inference_pb2 as pb
+
+
+@dataclass
+class Duration:
+    """How often something took place, and how long it took in all."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int) -> None:
+        self.count += 1
+        self.ns += ns
+
+    def message(self) -> pb.StatisticDuration:
+        return pb.StatisticDuration(count=self.count, ns=self.ns)
+
+
+@dataclass
+class BatchTimes:
+    """Executions of one size."""
+
+    gather: Duration = field(default_factory=Duration)
+    compute: Duration = field(default_factory=Duration)
+    scatter: Duration = field(default_factory=Duration)
+
+    def add(self, times: Times) -> None:
+        self.gather.add(times.gather_ns)
+        self.compute.add(times.compute_ns)
+        self.scatter.add(times.scatter_ns)
+
+
+@dataclass
+class Statistics:
+    """Of one model version, since it was loaded. Only the event loop's thread touches it."""
+
+    last_inference_ms: int = 0
+    """Milliseconds since 1970."""
+    rows: int = 0
+    executions: int = 0
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    calls: BatchTimes = field(default_factory=BatchTimes)
+    """By call: each counts the whole of the execution that it was part of."""
+    by_rows: dict[int, BatchTimes] = field(default_factory=dict)
+    """By execution."""
+
+    def executed(self, times: Times, now_ms: int) -> None:
+        """One execution that came to an answer."""
+        self.last_inference_ms = now_ms
+        self.executions += 1
+        self.rows += times.rows
+        self.by_rows.setdefault(times.rows, BatchTimes()).add(times)
+
+    def answered(self, times: Times, *, queue_ns: int, total_ns: int) -> None:
+        """One call that was answered."""
+        self.success.add(total_ns)
+        self.queue.add(queue_ns)
+        self.calls.add(times)
+
+    def failed(self, total_ns: int) -> None:
+        """One call that was refused, expired or failed."""
+        self.fail.add(total_ns)
+
+    def message(self, name: str, version: int) -> pb.ModelStatistics:
+        """As the protocol has it."""
+        return pb.ModelStatistics(
+            name=name,
+            version=str(version),
+            last_inference=self.last_inference_ms,
+            inference_count=self.rows,
+            execution_count=self.executions,
+            inference_stats=pb.InferStatistics(
+                success=self.success.message(),
+                fail=self.fail.message(),
+                queue=self.queue.message(),
+                compute_input=self.calls.gather.message(),
+                compute_infer=self.calls.compute.message(),
+                compute_output=self.calls.scatter.message(),
+            ),
+            batch_stats=[
+                pb.InferBatchStatistics(
+                    batch_size=rows,
+                    compute_input=times.gather.message(),
+                    compute_infer=times.compute.message(),
+                    compute_output=times.scatter.message(),
+                )
+                for rows, times in sorted(self.by_rows.items())
+            ],
+        )

@@ -1,0 +1,49 @@
+"""The store, as this service needs it: the registry watched, artifacts read; over the mesh."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from mesh.interceptors import translated
+from shoal.errors import DeadlineExceeded
+from shoal.store.v1 import store_pb2 as pb
+from shoal.store.v1 import store_pb2_grpc as pb_grpc
+
+_SILENCE_S = 30.0
+# An artifact's download that brings nothing for so long is broken: it is resumed on a new call.
+
+
+class StoreClient:
+    """Talks to the store over `channel`, which its owner closes."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = pb_grpc.StoreServiceStub(channel)
+
+    async def watch(self) -> AsyncIterator[pb.WatchModelsResponse]:
+        """The registry, and again after each change. Raises ShoalError when the store cannot be watched any more."""
+        with translated("watching the registry"):
+            call = self._stub.WatchModels(pb.WatchModelsRequest())
+            try:
+                async for snapshot in call:
+                    yield snapshot
+            finally:
+                call.cancel()
+
+    async def read(self, sha256: str, offset: int) -> AsyncIterator[bytes]:
+        """The bytes of an artifact from `offset` on. Raises ShoalError, DeadlineExceeded after a long silence."""
+        with translated(f"reading artifact {sha256}"):
+            call = self._stub.GetArtifact(pb.GetArtifactRequest(sha256=sha256, offset=offset))
+            try:
+                while True:
+                    async with asyncio.timeout(_SILENCE_S):
+                        part = await call.read()
+                    if not isinstance(part, pb.GetArtifactResponse):
+                        break  # grpc.aio.EOF
+                    yield part.chunk
+            except TimeoutError as err:
+                raise DeadlineExceeded(f"reading artifact {sha256}: nothing came for {_SILENCE_S:.0f} s") from err
+            finally:
+                call.cancel()

@@ -1,0 +1,181 @@
+"""One version of one model, from its files to its end.
+
+LOADING ──> READY ──> UNLOADING ──> gone      (UNLOADING: taken from the table; calls that hold it finish first)
+   └──> UNAVAILABLE, with the reason
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from services.infer import loading, modelconfig
+from services.infer.execution import Execution
+from services.infer.loading import Loaded
+from services.infer.queue import QueueLimits
+from services.infer.runtime import Runtime
+from services.infer.scheduler import Scheduler
+from services.infer.statistics import Statistics
+from services.infer.wanted import ModelFiles, WantedVersion
+from shoal.errors import DataLoss, FailedPrecondition, ShoalError
+
+log = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """As the repository index says it."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+@dataclass(frozen=True)
+class Means:
+    """What every version is loaded and run with."""
+
+    runtime: Runtime
+    threads: int
+    """For one execution, where the model does not say."""
+    limits: QueueLimits
+    at_once: asyncio.Semaphore
+    """Loading takes cores and memory: so many at a time."""
+    clock: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def of(cls, runtime: Runtime, limits: QueueLimits, *, threads: int = 0) -> Means:
+        """With `threads` 0: as many as this process may use cores."""
+        cores = len(os.sched_getaffinity(0))
+        return cls(runtime, threads or cores, limits, asyncio.Semaphore(cores))
+
+
+@dataclass(eq=False)
+class Version:
+    """One version of one model. Only the event loop's thread touches it."""
+
+    name: str
+    wanted: WantedVersion
+    state: State = State.LOADING
+    reason: str = ""
+    may_retry: bool = False
+    """It is UNAVAILABLE for a cause that may pass: its files could not be had."""
+    statistics: Statistics = field(default_factory=Statistics)
+    _loaded: Loaded | None = None
+    _scheduler: Scheduler | None = None
+    _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
+    _users: int = 0
+    _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def number(self) -> int:
+        return self.wanted.version
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is State.READY
+
+    @property
+    def loaded(self) -> Loaded:
+        assert self._loaded is not None, "only a version that was READY is asked"
+        return self._loaded
+
+    @property
+    def scheduler(self) -> Scheduler:
+        assert self._scheduler is not None, "only a version that was READY is asked"
+        return self._scheduler
+
+    async def load(self, means: Means) -> None:
+        """Makes it READY, or UNAVAILABLE with a reason. Raises nothing but cancellation."""
+        start = means.clock()
+        try:
+            async with means.at_once:
+                await self._load(means)
+            self.state = State.READY
+            log.info("model %s version %d is ready after %.3f s", self.name, self.number, means.clock() - start)
+        except asyncio.CancelledError:
+            await self._resources.aclose()
+            raise
+        except Exception as err:
+            await self._resources.aclose()
+            self.may_retry = isinstance(err, OSError | DataLoss) or not isinstance(err, FailedPrecondition)
+            self.reason = _reason(err)
+            self.state = State.UNAVAILABLE
+            log.warning("model %s version %d is unavailable: %s", self.name, self.number, self.reason)
+            if not isinstance(err, ShoalError | OSError):
+                log.error("model %s version %d: unexpected error", self.name, self.number, exc_info=err)
+
+    async def _load(self, means: Means) -> None:
+        files = await self._resources.enter_async_context(self.wanted.open())
+        loaded = await _finished(self._loading(files, means))
+        self._resources.callback(loaded.session.close)
+        self._scheduler = await self._resources.enter_async_context(self._scheduling(loaded, means))
+        self._loaded = loaded
+
+    def _loading(self, files: ModelFiles, means: Means) -> asyncio.Future[Loaded]:
+        work = asyncio.to_thread(
+            loading.load, self.name, files, means.runtime, threads=means.threads, clock=means.clock
+        )
+        return asyncio.ensure_future(work)
+
+    def _scheduling(self, loaded: Loaded, means: Means) -> Scheduler:
+        session, signature = loaded.session, loaded.model.signature
+        return Scheduler(
+            self.name,
+            lambda: Execution(self.name, session, signature, means.clock),
+            loaded.batch_policy(),
+            loaded.queue_limits(means.limits),
+            instances=modelconfig.instances(loaded.model.config),
+            default_timeout_s=loaded.default_timeout_s(),
+            statistics=self.statistics,
+            clock=means.clock,
+        )
+
+    @contextmanager
+    def in_use(self) -> Iterator[Version]:
+        """For as long as the block lasts, it is not unloaded."""
+        self._users += 1
+        try:
+            yield self
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._is_idle.set()
+
+    async def unload(self) -> None:
+        """Waits for the calls that hold it, then gives everything back. Nobody can find it any more."""
+        self.state = State.UNLOADING
+        while self._users:
+            self._is_idle.clear()
+            await self._is_idle.wait()
+        await self._resources.aclose()
+        self._loaded = self._scheduler = None
+        log.info("model %s version %d is unloaded", self.name, self.number)
+
+
+async def _finished(work: asyncio.Future[Loaded]) -> Loaded:
+    """Waits for a thread that cannot be interrupted. When cancelled, it still sees that the session is closed."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        work.add_done_callback(_close)
+        raise
+
+
+def _close(work: asyncio.Future[Loaded]) -> None:
+    if not work.cancelled() and work.exception() is None:
+        work.result().session.close()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ShoalError):
+        return error.message
+    if isinstance(error, OSError):
+        return f"{error.strerror or error} ({error.filename})" if error.filename else str(error)
+    return "internal error while loading: the log of the service has the cause"

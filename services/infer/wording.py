@@ -1,0 +1,30 @@
+"""How messages write what came from outside: readable, and short whatever was sent.
+
+A status message travels in a header, and a header that is too long breaks the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+_NAME_LENGTH = 128
+_DIMS = 16
+_NAMES = 32
+
+
+def quoted(name: str) -> str:
+    """A name in single quotes: its first 128 characters."""
+    return f"'{name}'" if len(name) <= _NAME_LENGTH else f"'{name[:_NAME_LENGTH]}...' ({len(name)} characters)"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names, quoted, with commas; the first 32 of them."""
+    shown = [quoted(name) for name in islice(names, _NAMES + 1)]
+    return ", ".join(shown[:_NAMES] + ["..."] * (len(shown) > _NAMES))
+
+
+def written(shape: Sequence[int]) -> str:
+    """A shape: `[-1,4]`; its first 16 dimensions."""
+    more = f",... ({len(shape)} dimensions)" if len(shape) > _DIMS else ""
+    return "[" + ",".join(str(dim) for dim in shape[:_DIMS]) + more + "]"
