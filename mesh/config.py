@@ -66,6 +66,8 @@ def load(cls: type[C], service: str, environ: Mapping[str, str]) -> C:
 
 
 def _explain(prefix: str, field: str, kind: str, message: str, value: object) -> str:
+    if not field:  # A rule about several fields: its message names them.
+        return re.sub(r"^Value error, ", "", message)
     name = prefix + field.upper()
     if kind == "missing":
         return f"{name} is required and not set"
