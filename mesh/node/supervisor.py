@@ -36,6 +36,8 @@ class Started:
     name: str
     pid: int
     again: bool
+    in_loop: bool
+    """It is in a crash loop: not worth a word."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Keeper:
             self._process.kill()
 
     async def _keep(self) -> None:
-        while not self._stopping.is_set():
+        while self._process or not self._stopping.is_set():
             if self._process is None:
                 await self._respawn()
                 continue
@@ -168,7 +170,7 @@ class Keeper:
         if self._stopping.is_set():  # The stop came while the process was made, and missed it.
             process.signal(signal.SIGTERM)
         else:
-            self._tell(Started(self.part.name, process.pid, again))
+            self._tell(Started(self.part.name, process.pid, again, self.is_looping))
 
     async def _pause(self) -> None:
         with contextlib.suppress(TimeoutError):

@@ -51,7 +51,7 @@ class NodeScreen:
 
     def event(self, event: Event) -> None:
         match event:
-            case Started(name, pid, again=True):
+            case Started(name, pid, again=True, in_loop=False):
                 self._say(f"{name} runs again (pid {pid})")
             case Ended(name, status, lived_s, again_in_s):
                 self._say(f"{name} {ending(status)} after {lived_s:.1f} s: again in {again_in_s:.1f} s", "yellow")
