@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
+from mesh.bootstrap import bootstrap
 from mesh.node import parts
 
 PATIENCE_S = 30.0
@@ -90,3 +92,39 @@ class EtcdProcess(Process):
 
     async def until_ready(self) -> None:
         await until(self._part.ready, "etcd ready")
+
+
+class EnvoyProcess(Process):
+    """An Envoy of the test's own, started as the launcher does it."""
+
+    def __init__(self, folder: Path, coords: Sequence[Path], node: str = "local", concurrency: int = 1) -> None:
+        self.gateway = f"127.0.0.1:{parts.free_port()}"
+        self.admin = f"127.0.0.1:{parts.free_port()}"
+        self.outbound = folder / "outbound.sock"
+        config = folder / "envoy.json"
+        sockets = [str(path) for path in coords]
+        config.write_text(
+            bootstrap(
+                node=node, gateway=self.gateway, outbound=str(self.outbound), admin=self.admin, coords=sockets
+            )
+        )
+        self._part = parts.envoy(config, self.admin, concurrency)
+        super().__init__(self._part.argv, folder / "envoy.log", self._part.env)
+
+    async def until_ready(self) -> None:
+        await until(self._part.ready, "Envoy ready")
+
+    async def ask(self, path: str) -> str:
+        """An answer of the admin endpoint."""
+        return await asyncio.to_thread(self._get, path)
+
+    def _get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://{self.admin}{path}", timeout=10) as response:
+            text: str = response.read().decode()
+            return text
+
+    async def stats(self, pattern: str = "") -> dict[str, int]:
+        """Counters and gauges by name."""
+        lines = (await self.ask(f"/stats?filter={pattern}")).splitlines()
+        pairs = (line.rpartition(": ") for line in lines)
+        return {name: int(value) for name, _, value in pairs if value.isdecimal()}

@@ -1,0 +1,123 @@
+"""Listeners: the gateway, where clients come in, and the outbound socket, where services reach each other.
+
+Fields: envoy.config.listener.v3.Listener. Both route alike, over RDS, and find the model that a call names:
+
+    (drop x-shoal-model) ──> grpc_field_extraction ──> Lua: metadata to header, route again ──> router
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from envoy_data_plane.envoy.config.listener.v3 import Listener
+from envoy_data_plane.envoy.extensions.filters.http.grpc_field_extraction.v3 import (
+    FieldExtractions,
+    GrpcFieldExtractionConfig,
+    RequestFieldValueDisposition,
+)
+from envoy_data_plane.envoy.extensions.filters.http.lua.v3 import Lua
+from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
+    HttpConnectionManager,
+    HttpFilter,
+)
+from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import HeaderMutation
+from envoy_data_plane.google.protobuf import Any as Packed
+
+from mesh.xds.clusters import address
+from mesh.xds.resource import LISTENER, Resource, pack, typed
+from mesh.xds.routes import EXTRACTION_FILTER, MODEL_HEADER, NAME, ModelRoutes, Table
+from mesh.xds.tracing import OTEL, Tracing, connection_manager_tracing
+
+GATEWAY = "gateway"
+OUTBOUND = "outbound"
+
+# Only names that a header may carry, and that a cluster can have: see routes.MODEL_NAME.
+_LUA = """
+function envoy_on_request(handle)
+  local found = handle:streamInfo():dynamicMetadata():get("%(filter)s")
+  if found == nil then return end
+  for _, values in pairs(found) do
+    local name = values[1]
+    if type(name) == "string" and #name > 0 and #name <= 255 and not string.find(name, "[^%%w%%._/-]") then
+      handle:headers():replace("%(header)s", name)
+      handle:clearRouteCache()
+    end
+  end
+end
+"""
+
+
+@lru_cache(64)
+def listener(name: str, place: str, table: Table, tracing: Tracing | None) -> Resource:
+    """The listener `name` at `place`, `unix:/path` or `host:port`."""
+    where = address(place)
+    if "pipe" in where:
+        where["pipe"]["mode"] = 0o600
+    manager = HttpConnectionManager.from_dict(_connection_manager(name, table, tracing))
+    if table.models is not None:
+        manager.http_filters.insert(0, _extraction(table.models))
+    filter_chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager"}]}
+    message = Listener.from_dict(
+        {
+            "name": name,
+            "address": where,
+            "filter_chains": [filter_chain],
+            # With SO_REUSEPORT a second Envoy on the same port would not fail: it would take every other connection.
+            "enable_reuse_port": False,
+            "per_connection_buffer_limit_bytes": 1 << 20,
+        }
+    )
+    message.filter_chains[0].filters[0].typed_config = Packed.pack(manager)
+    return pack(LISTENER, name, message, frozenset({OTEL} if tracing is not None else ()))
+
+
+def _connection_manager(name: str, table: Table, tracing: Tracing | None) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "stat_prefix": name,
+        "codec_type": "AUTO",
+        "rds": {
+            "route_config_name": NAME,
+            "config_source": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"},
+        },
+        # Watches may be quiet for days. Who is gone without a word is noticed by pings.
+        "stream_idle_timeout": "0s",
+        "http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "10s"}},
+        "use_remote_address": name == GATEWAY,
+        # Nobody but this Envoy says which model a call is for.
+        "early_header_mutation_extensions": [
+            {
+                "name": "envoy.http.early_header_mutation.header_mutation",
+                "typed_config": typed(HeaderMutation, {"mutations": [{"remove": MODEL_HEADER}]}),
+            }
+        ],
+        "http_filters": [*_lua(table), _router()],
+    }
+    if tracing is not None:
+        document["tracing"] = connection_manager_tracing(tracing)
+    return document
+
+
+def _router() -> dict[str, Any]:
+    return {"name": "envoy.filters.http.router", "typed_config": typed(Router, {"suppress_envoy_headers": True})}
+
+
+def _lua(table: Table) -> list[dict[str, Any]]:
+    if table.models is None:
+        return []
+    code = _LUA % {"filter": EXTRACTION_FILTER, "header": MODEL_HEADER}
+    lua = typed(Lua, {"default_source_code": {"inline_string": code}})
+    return [{"name": "envoy.filters.http.lua", "typed_config": lua}]
+
+
+def _extraction(models: ModelRoutes) -> HttpFilter:
+    """Built, not `from_dict`: the descriptors are bytes, and the keys of its maps are not field names."""
+    config = GrpcFieldExtractionConfig.from_dict({"descriptor_set": {}})
+    assert config.descriptor_set is not None
+    config.descriptor_set.inline_bytes = models.descriptors
+    config.extractions_by_method = {
+        method: FieldExtractions(request_field_extractions={field: RequestFieldValueDisposition()})
+        for method, field in models.fields
+    }
+    return HttpFilter(name=EXTRACTION_FILTER, typed_config=Packed.pack(config))

@@ -1,0 +1,171 @@
+"""Routes: which cluster a call goes to, by the gRPC service in its path and the model in its first message.
+
+Fields: envoy.config.route.v3.RouteConfiguration. The table comes from the caller: this module knows no service.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from envoy_data_plane.envoy.config.route.v3 import FilterConfig, RouteConfiguration
+from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
+
+from mesh.xds.clusters import model_cluster
+from mesh.xds.resource import ROUTES, Resource, pack, typed
+
+NAME = "services"
+"""The one route configuration: gateway and outbound listener route alike."""
+MODEL_HEADER = "x-shoal-model"
+EXTRACTION_FILTER = "envoy.filters.http.grpc_field_extraction"
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9._/-]{1,255}")
+"""Models that get a cluster of their own. Others are served too, by whichever instance of the fallback comes next."""
+
+_STREAM_BUFFER_BYTES = 64 << 10
+
+_ALWAYS = "connect-failure,refused-stream,reset-before-request"
+_IDEMPOTENT = "connect-failure,refused-stream,reset,unavailable"
+
+
+@dataclass(frozen=True)
+class ServiceRoutes:
+    """The routes of one gRPC package or service."""
+
+    prefix: str
+    """Of the path: `/shoal.store.v1.`, or `/inference.GRPCInferenceService/`."""
+    cluster: str
+    idempotent: tuple[str, ...] = ()
+    """Paths of methods that may run twice: they are retried also when an instance dies on them."""
+    all_idempotent: bool = False
+    streaming: tuple[str, ...] = ()
+    """Paths of methods whose requests have no end: they are not held back for a retry."""
+    traced: bool = True
+
+
+@dataclass(frozen=True)
+class ModelRoutes:
+    """Calls that name a model in their first message."""
+
+    prefix: str
+    """Of the path; also the prefix of the ServiceRoutes that calls fall back to."""
+    fields: tuple[tuple[str, str], ...]
+    """Method (`package.Service.Method`) and the name of the field that names the model."""
+    descriptors: bytes
+    """A serialized FileDescriptorSet with these methods."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """All routes of a node, in the order of their matching, and how large a request may be."""
+
+    services: tuple[ServiceRoutes, ...]
+    models: ModelRoutes | None = None
+    body_bytes: int = 192 << 20
+    """What is held of a request, to find its model and for a retry. More than any server accepts: a message that is too
+    large gets the server's own clear refusal, and not the filter's."""
+
+
+@lru_cache(64)
+def route_configuration(table: Table, models: tuple[str, ...]) -> Resource:
+    """The routes of `table`; calls that name one of `models` go to that model's cluster.
+
+    The routes of models come first. They are tried one after the other: a matter of microseconds for hundreds.
+    """
+    routes = []
+    for service in table.services:
+        if table.models is not None and service.prefix == table.models.prefix:
+            routes += [_compressed(service), *(_model(service, model) for model in models)]
+        routes += _service(service)
+    document = {
+        "name": NAME,
+        "virtual_hosts": [
+            {
+                "name": "any",
+                "domains": ["*"],
+                "routes": routes,
+                # What a retry sends again must be held until then. Also the largest message that is searched for its
+                # model. Connection buffers do not count here.
+                "request_body_buffer_limit": table.body_bytes,
+                "include_request_attempt_count": False,
+            }
+        ],
+        # References are checked where snapshots are made: Envoy would refuse all routes for one missing cluster.
+        "validate_clusters": False,
+    }
+    needs = {service.cluster for service in table.services} | {model_cluster(model) for model in models}
+    return pack(ROUTES, NAME, RouteConfiguration.from_dict(document), frozenset(needs))
+
+
+def _service(service: ServiceRoutes) -> list[dict[str, Any]]:
+    """One route for methods with each kind of retry; what is in no list may not run twice."""
+    to = service.cluster
+    routes = []
+    if service.streaming:
+        # Bodies without an end are never held for a retry of ours: a small buffer, then it flows.
+        one = {**_route(_one_of(service.streaming), to, _ALWAYS), "request_body_buffer_limit": _STREAM_BUFFER_BYTES}
+        routes.append(one)
+    if service.idempotent:
+        routes.append(_route(_one_of(service.idempotent), to, _IDEMPOTENT))
+    routes.append(_route({"prefix": service.prefix}, to, _IDEMPOTENT if service.all_idempotent else _ALWAYS))
+    if not service.traced:
+        never = {"numerator": 0}
+        sampling = {"client_sampling": never, "random_sampling": never, "overall_sampling": never}
+        routes = [{**route, "tracing": sampling} for route in routes]
+    return routes
+
+
+def _one_of(paths: Sequence[str]) -> dict[str, Any]:
+    if len(paths) == 1:
+        return {"path": paths[0]}
+    return {"safe_regex": {"regex": "|".join(re.escape(path) for path in paths)}}
+
+
+def _model(service: ServiceRoutes, model: str) -> dict[str, Any]:
+    match = {"prefix": service.prefix, "headers": [{"name": MODEL_HEADER, "string_match": {"exact": model}}]}
+    return _route(match, model_cluster(model), _IDEMPOTENT if service.all_idempotent else _ALWAYS)
+
+
+def _compressed(service: ServiceRoutes) -> dict[str, Any]:
+    """Compressed messages cannot be searched for their model (the filter would refuse them): any instance may do."""
+    encoding = {"name": "grpc-encoding"}
+    match = {
+        "prefix": service.prefix,
+        "headers": [
+            {**encoding, "present_match": True},
+            {**encoding, "string_match": {"exact": "identity"}, "invert_match": True},
+        ],
+    }
+    off = typed(FilterConfig, {"disabled": True})
+    route = _route(match, service.cluster, _IDEMPOTENT if service.all_idempotent else _ALWAYS)
+    return {**route, "typed_per_filter_config": {EXTRACTION_FILTER: off}}
+
+
+def _route(match: dict[str, Any], cluster: str, retry_on: str) -> dict[str, Any]:
+    return {
+        "match": match,
+        "route": {
+            "cluster": cluster,
+            # The default of 15 s would end long inferences and watches; the caller's own deadline is enforced instead.
+            "timeout": "0s",
+            "max_stream_duration": {"grpc_timeout_header_max": "0s"},
+            "idle_timeout": "0s",
+            "retry_policy": {
+                "retry_on": retry_on,
+                # Bounded, also for the sake of a request that kills whoever runs it.
+                "num_retries": 2,
+                "retry_back_off": {"base_interval": "0.01s", "max_interval": "0.1s"},
+                # Not the one that just failed. Without this, one in two retries of two replicas would.
+                "retry_host_predicate": [
+                    {
+                        "name": "envoy.retry_host_predicates.previous_hosts",
+                        "typed_config": typed(PreviousHostsPredicate),
+                    }
+                ],
+                "host_selection_retry_max_attempts": 5,
+            },
+        },
+    }

@@ -1,0 +1,133 @@
+"""The snapshot: everything that one node's Envoy is to have, as of one view of the cluster. Made by a pure function.
+
+Immutable, and swapped whole. Resources are cached by their inputs (see the builders): a new snapshot shares all that
+did not change, so the next one costs what changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from mesh.membership import Instance, State
+from mesh.xds.clusters import MODEL_PREFIX, Endpoint, cluster, endpoints, model_cluster
+from mesh.xds.listeners import GATEWAY, OUTBOUND, listener
+from mesh.xds.resource import TYPES, Resource
+from mesh.xds.routes import MODEL_NAME, Table, route_configuration
+from mesh.xds.tracing import Tracing, collector_cluster
+from shoal.errors import InvalidArgument
+
+_MAX_PIPE_PATH = 107
+
+
+@dataclass(frozen=True)
+class EnvoyNode:
+    """An Envoy, and where it is to listen: from its own bootstrap file."""
+
+    id: str
+    gateway: str
+    """`host:port`."""
+    outbound: str
+    """The path of a unix socket."""
+
+
+def envoy_node(id: str, metadata: Mapping[str, Any]) -> EnvoyNode:
+    """Reads `{"shoal": {"gateway": "127.0.0.1:8080", "outbound": "/run/outbound.sock"}}`.
+
+    Raises:
+        InvalidArgument: something is missing or malformed.
+    """
+    shoal = metadata.get("shoal")
+    if not id or not isinstance(shoal, Mapping):
+        raise InvalidArgument(f"Envoy {id!r}: expected a node id and node.metadata.shoal, got {sorted(metadata)}")
+    gateway, outbound = shoal.get("gateway"), shoal.get("outbound")
+    if not isinstance(gateway, str) or not gateway.rpartition(":")[2].isdecimal():
+        raise InvalidArgument(f"Envoy {id!r}: metadata.shoal.gateway: expected host:port, got {gateway!r}")
+    if not isinstance(outbound, str) or not 0 < len(outbound.encode()) <= _MAX_PIPE_PATH:
+        raise InvalidArgument(
+            f"Envoy {id!r}: metadata.shoal.outbound: expected a path of up to {_MAX_PIPE_PATH} bytes, got {outbound!r}"
+        )
+    return EnvoyNode(id, gateway, outbound.removeprefix("unix:"))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Resources by type and name."""
+
+    resources: Mapping[str, Mapping[str, Resource]]
+
+    def of(self, type_url: str) -> Mapping[str, Resource]:
+        return self.resources.get(type_url, {})
+
+
+EMPTY = Snapshot({})
+
+
+def clusters_of(
+    instances: Iterable[Instance], drained: frozenset[str], node: str, table: Table
+) -> dict[str, set[Endpoint]]:
+    """The endpoints on `node` by cluster: of each service of the table, and of each model that an instance has.
+
+    `drained`: names of instances that an operator has taken out. Instances that are starting are left out.
+    """
+    found: dict[str, set[Endpoint]] = {service.cluster: set() for service in table.services}
+    for instance in instances:
+        if instance.node != node or instance.state is State.STARTING or not _is_address(instance.address):
+            continue
+        endpoint = Endpoint(instance.address, instance.state is State.DRAINING or instance.name in drained)
+        if instance.service in found:
+            found[instance.service].add(endpoint)
+        for model in instance.models:
+            if table.models is not None and MODEL_NAME.fullmatch(model.name):
+                found.setdefault(model_cluster(model.name), set()).add(endpoint)
+    return found
+
+
+def _is_address(text: str) -> bool:
+    """Whether Envoy will take it: one that it refuses would hold up all endpoints of the cluster."""
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        return path.startswith("/") and "\0" not in path and len(path.encode()) <= _MAX_PIPE_PATH
+    return False
+
+
+def snapshot(
+    instances: Iterable[Instance],
+    drained: frozenset[str],
+    node: EnvoyNode,
+    table: Table,
+    tracing: Tracing | None = None,
+) -> Snapshot:
+    """What the Envoy of `node` is to have. Every cluster that a route or listener names is in it.
+
+    Raises:
+        LookupError: it is not. A fault of the builders: Envoy would take such routes and fail the calls.
+    """
+    found = clusters_of(instances, drained, node.id, table)
+    models = tuple(sorted(name.removeprefix(MODEL_PREFIX) for name in found if name.startswith(MODEL_PREFIX)))
+    built = [cluster(name) for name in sorted(found)]
+    built += [endpoints(name, tuple(sorted(found[name]))) for name in sorted(found)]
+    built += [
+        listener(GATEWAY, node.gateway, table, tracing),
+        listener(OUTBOUND, f"unix:{node.outbound}", table, tracing),
+        route_configuration(table, models),
+    ]
+    if tracing is not None:
+        built.append(collector_cluster(tracing))
+    return checked(built)
+
+
+def checked(resources: Iterable[Resource]) -> Snapshot:
+    """The snapshot of `resources`, with its references checked."""
+    by_type: dict[str, dict[str, Resource]] = {type_url: {} for type_url in TYPES}
+    for resource in resources:
+        by_type[resource.type_url][resource.name] = resource
+    clusters = by_type[TYPES[0]]
+    for resource in (resource for of_type in by_type.values() for resource in of_type.values()):
+        if missing := resource.needs - clusters.keys():
+            raise LookupError(
+                f"{resource.type_url} {resource.name!r} names clusters that are not there: {sorted(missing)}"
+            )
+    return Snapshot(MappingProxyType({type_url: MappingProxyType(of_type) for type_url, of_type in by_type.items()}))
