@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ class AsyncModels:
         name: str | None = None,
         version: int | None = None,
         *,
+        alias: str = "",
         labels: Mapping[str, str] | None = None,
         progress: Callable[[Progress], None] = ignore,
         wait: bool = True,
         timeout: float = READY_S,
     ) -> builtins.list[Pushed]:
-        """Uploads a model, registers it, and waits until it can be asked.
+        """Uploads a model, registers it, waits until it can be asked, and points `alias` at its newest version.
 
         `path` is a bare `.onnx` file, which becomes the next version unless `version` is given, or a model folder in
         Triton's layout, of which every version goes, or only `version`. What the store has is not sent again.
@@ -54,7 +56,8 @@ class AsyncModels:
         Raises:
             InvalidArgument, NotFound: `path` is no model.
             AlreadyExists: the version is registered with other content.
-            FailedPrecondition: a file cannot be read, or the model cannot be loaded; the message says why.
+            FailedPrecondition: a file cannot be read, the model cannot be loaded, or none of what was pushed is served,
+                because the model's version policy leaves it out; the message says which.
             DeadlineExceeded: it is registered, but not ready everywhere in time.
         """
         bundles = bundle.read(Path(path), name=name, version=version)
@@ -63,9 +66,22 @@ class AsyncModels:
         sent = await self._upload(artifacts.values(), progress)
         pushed = [await self._register(each, artifacts, labels or {}, sent) for each in bundles]
         if wait:
-            for each_pushed in pushed:
-                await self.wait_ready(each_pushed.model.name, each_pushed.model.version, timeout=timeout)
+            pushed = await self._wait_pushed(pushed, timeout)
+        newest = pushed[-1].model
+        if alias:
+            aliased = await self.alias(newest.name, alias, newest.version)
+            pushed[-1] = replace(pushed[-1], model=aliased or newest)
+        if wait and not any(each_pushed.ready for each_pushed in pushed):
+            # Left out by the version policy; `stable` is always served, so the alias may have mended that.
+            pushed = await self._wait_pushed(pushed, timeout) if alias else pushed
+            if not any(each_pushed.ready for each_pushed in pushed):
+                raise readiness.left_out(newest.name, newest.version)
         return pushed
+
+    async def _wait_pushed(self, pushed: builtins.list[Pushed], timeout_s: float) -> builtins.list[Pushed]:
+        name = pushed[0].model.name
+        left_out = await readiness.wait_ready(self._caller, name, [each.model.version for each in pushed], timeout_s)
+        return [replace(each, ready=each.model.version not in left_out) for each in pushed]
 
     async def _upload(
         self, artifacts: Iterable[upload.Artifact], progress: Callable[[Progress], None]
@@ -174,10 +190,11 @@ class AsyncModels:
         """Waits until every infer instance that takes traffic has the model (any version, when None) ready.
 
         Raises:
-            FailedPrecondition: it cannot be loaded; the message says why.
+            FailedPrecondition: it cannot be loaded, or the model's version policy leaves it out.
             DeadlineExceeded: not everywhere in time; the message says where not.
         """
-        await readiness.wait_ready(self._caller, name, version, timeout)
+        if await readiness.wait_ready(self._caller, name, [version], timeout):
+            raise readiness.left_out(name, version)
 
     async def metadata(self, name: str, version: int | str = "", *, timeout: float = READ_S) -> ModelMetadata:
         """Its versions, inputs and outputs.

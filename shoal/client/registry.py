@@ -50,6 +50,8 @@ class Pushed:
     """The registry had this very content before: nothing was registered."""
     sent_bytes: int
     """What was uploaded for it: 0 when the store had all of it."""
+    ready: bool | None = None
+    """Every infer instance has it ready. False: the model's version policy leaves it out. None: not waited for."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 
 import shoal
 from shoal.client import AsyncClient, Progress, methods
+from shoal.client.readiness import Seen, Standing, Verdict
 from shoal.client.retry import RetryPolicy
 from shoal.client.upload import CHUNK_BYTES
 from shoal.coord.v1 import coord_pb2 as coord
@@ -265,7 +266,7 @@ async def test_not_ready_in_time_says_where_not(served: Served) -> None:
     async with client_of(served) as client:
         listing(served, [instance("local/infer-0", m=[2]), instance("local/infer-1")])
         with pytest.raises(
-            DeadlineExceeded, match=r"m version 2 is not ready .*: ready on local/infer-0; not on local/infer-1"
+            DeadlineExceeded, match=r"not ready .*: m version 2: ready on local/infer-0; not on local/infer-1"
         ):
             await client.models.wait_ready("m", 2, timeout=0.3)
         listing(served, [])
@@ -274,7 +275,7 @@ async def test_not_ready_in_time_says_where_not(served: Served) -> None:
 
 
 async def test_a_server_that_stands_alone_is_asked_itself(served: Served) -> None:
-    answers = [False, True]
+    answers = [False, False, True]
 
     async def ready(request: Any, context: Any) -> Any:
         return oip.ModelReadyResponse(ready=answers.pop(0))
@@ -284,6 +285,58 @@ async def test_a_server_that_stands_alone_is_asked_itself(served: Served) -> Non
     async with client_of(served) as client:
         await client.models.wait_ready("m", timeout=20)
     assert answers == []
+
+
+HERE = Standing(("local/infer-0",), ())
+NOWHERE = Standing((), ("local/infer-0",))
+
+
+def look(at: Standing, *entries: Entry, others: bool = False) -> Seen:
+    return Seen({1: at}, others, {int(entry.version): entry for entry in entries})
+
+
+def test_a_version_that_the_policy_leaves_out_is_known_after_a_while() -> None:
+    verdict = Verdict("m", {1})
+    verdict.add(look(NOWHERE, Entry(version="2", state="READY")), 0.0)  # The other version is not everywhere yet.
+    verdict.add(look(NOWHERE, Entry(version="2", state="READY"), others=True), 10.0)
+    verdict.add(look(NOWHERE, Entry(version="1", state="LOADING"), others=True), 11.5)  # It was only late.
+    verdict.add(look(NOWHERE, others=True), 12.5)
+    verdict.add(look(NOWHERE, others=True), 14.4)
+    assert verdict.waiting == {1}
+    verdict.add(look(NOWHERE, others=True), 14.5)
+    assert (verdict.waiting, verdict.left_out) == (set(), {1})
+
+
+def test_a_version_that_is_unavailable_for_a_moment_is_waited_for() -> None:
+    refused = Entry(name="m", version="1", state="UNAVAILABLE", reason="no luck")
+    verdict = Verdict("m", {1})
+    for now, entry in ((0.0, refused), (1.9, Entry(version="1", state="LOADING")), (2.5, refused), (4.4, refused)):
+        verdict.add(look(NOWHERE, entry), now)
+    verdict.add(look(NOWHERE, Entry(version="1", state="READY")), 4.45)  # Another instance, which has it.
+    with pytest.raises(FailedPrecondition, match="m version 1 cannot be loaded: no luck"):
+        verdict.add(look(NOWHERE, refused), 4.5)
+    verdict.add(look(HERE, refused), 5.0)
+    assert not verdict.waiting
+
+
+async def test_pushing_only_what_is_not_served_says_so_unless_an_alias_mends_it(
+    served: Served, kept: Store, onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.client.readiness.SETTLED_S", 0.2)
+    listing(served, [instance("local/infer-0", digits=[2])])
+    index(served, Entry(name="digits", version="2", state="READY"))
+    async with client_of(served) as client:
+        with pytest.raises(FailedPrecondition, match="digits version 1 is registered and not served"):
+            await client.models.push(onnx, version=1)
+
+        async def alias(request: Any, context: Any) -> Any:
+            listing(served, [instance("local/infer-0", digits=[1, 2])])
+            return store.SetAliasResponse(model=store.ModelVersion(name="digits", version=1, aliases=["stable"]))
+
+        served.on(methods.SET_ALIAS, alias)
+        [pushed] = await client.models.push(onnx, version=1, alias="stable")
+        assert pushed.ready
+        assert pushed.model.aliases == ("stable",)
 
 
 def test_the_blocking_face(served: Served, kept: Store, onnx: Path) -> None:

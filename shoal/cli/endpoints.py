@@ -1,0 +1,84 @@
+"""Envoy's own view of every endpoint, from its admin listener (`/clusters?format=json`)."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.errors import Unavailable
+
+ASK_S = 5.0
+"""Envoy answers from memory."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One endpoint of one cluster."""
+
+    cluster: str
+    address: str
+    health: str
+    """`healthy`, or why Envoy sends it nothing."""
+    active_requests: int
+    total_requests: int
+    failed_requests: int
+
+    @property
+    def healthy(self) -> bool:
+        """It gets traffic."""
+        return self.health == "healthy"
+
+
+def ask(admin: str) -> list[Endpoint]:
+    """The endpoints that the Envoy at `admin` knows, by cluster and address.
+
+    Raises:
+        Unavailable: it does not answer.
+    """
+    # No proxy: the admin listener is on this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{admin}/clusters?format=json", timeout=ASK_S) as answer:
+            return of_document(json.load(answer))
+    except (OSError, ValueError) as err:
+        raise Unavailable(f"Envoy's admin listener at {admin} does not answer: {err}") from err
+
+
+def of_document(document: Mapping[str, Any]) -> list[Endpoint]:
+    """The endpoints in Envoy's answer (envoy.admin.v3.Clusters as JSON)."""
+    found = [
+        _endpoint(cluster.get("name", ""), host)
+        for cluster in document.get("cluster_statuses", ())
+        for host in cluster.get("host_statuses", ())
+    ]
+    return sorted(found, key=lambda endpoint: (endpoint.cluster, endpoint.address))
+
+
+def _endpoint(cluster: str, host: Mapping[str, Any]) -> Endpoint:
+    stats = {stat.get("name"): int(stat.get("value", 0)) for stat in host.get("stats", ())}
+    return Endpoint(
+        cluster=cluster,
+        address=_address(host.get("address", {})),
+        health=_health(host.get("health_status", {})),
+        active_requests=stats.get("rq_active", 0),
+        total_requests=stats.get("rq_total", 0),
+        failed_requests=stats.get("rq_error", 0),
+    )
+
+
+def _address(address: Mapping[str, Any]) -> str:
+    if "pipe" in address:
+        return f"unix:{address['pipe'].get('path', '')}"
+    socket = address.get("socket_address", {})
+    return f"{socket.get('address', '')}:{socket.get('port_value', '')}"
+
+
+def _health(status: Mapping[str, Any]) -> str:
+    reasons = [key.replace("_", " ") for key, value in sorted(status.items()) if value is True]
+    eds = status.get("eds_health_status", "HEALTHY")
+    if eds not in ("HEALTHY", "UNKNOWN"):
+        reasons.insert(0, str(eds).lower())
+    return ", ".join(reasons) or "healthy"

@@ -1,0 +1,69 @@
+"""`shoal infer`: ask a model, from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.cli.output import AsJson, Gateway, connect
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command()
+def infer(
+    model: Annotated[str, typer.Argument(help="The model to ask.")],
+    written: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="JSON (arrays by input name, one array, or the protocol's `inputs` list), the name of a .json, .npy "
+            "or .npz file, or - for standard input.",
+        ),
+    ],
+    version: Annotated[
+        str, typer.Option(metavar="V", help="Ask this version. Default: what the node chooses.", show_default=False)
+    ] = "",
+    want: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this output. May be repeated.")] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="A parameter of the request. May be repeated."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to an .npz, .npy or .json.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for the answer.")] = 60.0,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Ask a model once and print its answer.
+
+    Datatypes, and a batch dimension that was left out, come from the model's metadata.
+
+    [bold]Examples[/bold]
+
+      shoal infer digits '{"x": [[1, 2, 3, 4]]}'
+
+      shoal infer digits rows.npy -p explain=true --output answer.npz
+
+      echo '{"x": [1, 2, 3, 4]}' | shoal infer digits - --json
+    """
+    from shoal.cli import tensors
+
+    given = tensors.read(written)
+    parameters = {**given.parameters, **tensors.of_options(parameter or [], "--parameter")}
+    with connect(gateway) as client:
+        ready = tensors.fit(given, client.models.metadata(model, version, timeout=min(timeout, 10.0)))
+        result = client.infer(
+            model,
+            ready.inputs,
+            outputs=want or given.outputs,
+            version=version,
+            parameters=parameters,
+            datatypes=ready.datatypes,
+            request_id=given.request_id,
+            timeout=timeout,
+        )
+    tensors.show_result(result, as_json=json, output=output)

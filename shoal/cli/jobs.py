@@ -1,0 +1,233 @@
+"""`shoal jobs`: work that is not lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json, show_json_line, text
+
+if TYPE_CHECKING:
+    from shoal.client import Job
+
+app = typer.Typer(
+    rich_markup_mode="rich", add_completion=False, no_args_is_help=True, help="Submit jobs, follow them, get results."
+)
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as `submit` printed it.")]
+Tenant = Annotated[
+    str, typer.Option(metavar="NAME", help="Whose jobs. Default: the default tenant.", show_default=False)
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to an .npz, .npy or .json.")
+]
+
+
+@app.command()
+def submit(
+    model: Annotated[str, typer.Argument(help="The model to ask.")],
+    written: Annotated[
+        str, typer.Argument(metavar="INPUT", help="As `shoal infer` takes it: JSON, a file's name, or -.")
+    ],
+    version: Annotated[str, typer.Option(metavar="V", help="Ask this version.", show_default=False)] = "",
+    key: Annotated[
+        str,
+        typer.Option(
+            metavar="KEY", help="Idempotency key: a second submit with it returns the first job.", show_default=False
+        ),
+    ] = "",
+    tenant: Tenant = "",
+    deadline: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="The job expires without an answer by then.")
+    ] = None,
+    attempts: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=100, help="Attempts in all. Default: the node's.")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note that stays with the job. May be repeated.")
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="A parameter of the request. May be repeated."),
+    ] = None,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Hand in one job and print its id. It is durable then: it will run, whatever is killed when.
+
+    [bold]Examples[/bold]
+
+      shoal jobs submit digits '{"x": [[1, 2, 3, 4]]}'
+
+      shoal jobs submit digits rows.npy --key monday-7 --deadline 3600
+    """
+    from shoal.cli import tensors
+    from shoal.client import JobRetry
+
+    given = tensors.read(written)
+    parameters = {**given.parameters, **tensors.of_options(parameter or [], "--parameter")}
+    labels = pairs(label or [], "--label")
+    with connect(gateway, tenant=tenant) as client:
+        ready = tensors.fit(given, client.models.metadata(model, version))
+        job = client.jobs.submit(
+            model,
+            ready.inputs,
+            outputs=given.outputs,
+            version=version,
+            parameters=parameters,
+            datatypes=ready.datatypes,
+            idempotency_key=key,
+            deadline=deadline,
+            retry=None if attempts is None else JobRetry(max_attempts=attempts),
+            labels=labels,
+        )
+    if json:
+        show_json(job)
+    else:
+        typer.echo(job.id)
+
+
+@app.command()
+def get(job_id: JobId, gateway: Gateway = None, json: AsJson = False) -> None:
+    """Show how a job stands, and every step that it took.
+
+    [bold]Example[/bold]
+
+      shoal jobs get 01JD8Y3V5M2Q4R6T8W0X2Z4B6D
+    """
+    with connect(gateway) as client:
+        job = client.jobs.get(job_id)
+    if json:
+        show_json(job)
+    else:
+        _show_job(job)
+
+
+@app.command("list")
+def list_jobs(
+    state: Annotated[
+        str | None,
+        typer.Option(metavar="STATE", help="queued, running, succeeded, failed, dead, cancelled or expired."),
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="NAME", help="Only jobs of this model.", show_default=False)] = "",
+    tenant: Tenant = "",
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many at most.")] = 20,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """List jobs, newest first.
+
+    [bold]Examples[/bold]
+
+      shoal jobs list --state dead
+
+      shoal jobs list --model digits --limit 100 --json
+    """
+    with connect(gateway) as client:
+        jobs = client.jobs.list(state=state, model=model, tenant=tenant, limit=limit)
+    if json:
+        show_json(jobs)
+        return
+    rows = [
+        (job.id, job.state, job.model_name, job.tenant, job.attempts, job.submitted_at, job.last_message)
+        for job in jobs
+    ]
+    show(("job", "state", "model", "tenant", "attempts", "submitted", "last error"), rows, empty="no such jobs")
+
+
+@app.command()
+def watch(
+    job_id: JobId,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for its end.")] = 3600.0,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Follow a job until it has ended: a line for each step (with --json, the job as a line of JSON).
+
+    Exits 0 when it succeeded, 1 when it ended otherwise.
+
+    [bold]Example[/bold]
+
+      shoal jobs watch 01JD8Y3V5M2Q4R6T8W0X2Z4B6D
+    """
+    from shoal.client import JobState
+
+    last: Job | None = None
+    with connect(gateway) as client:
+        shown = 0
+        for last in client.jobs.watch(job_id, timeout=timeout):
+            if json:
+                show_json_line(last)
+                continue
+            for step in last.transitions[shown:]:
+                attempt = f"  attempt {step.attempt}" if step.attempt else ""
+                reason = f"  {step.reason}" if step.reason else ""
+                typer.echo(f"{text(step.at)}  {step.state:<9}{attempt}{reason}")
+            shown = len(last.transitions)
+    if last is None or last.state is not JobState.SUCCEEDED:
+        raise typer.Exit(1)
+
+
+@app.command()
+def cancel(
+    job_id: JobId,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Recorded with the job.", show_default=False)] = "",
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Ask that a job not run, or that its answer not be recorded. A job that has ended stays as it is.
+
+    [bold]Example[/bold]
+
+      shoal jobs cancel 01JD8Y3V5M2Q4R6T8W0X2Z4B6D --reason "wrong file"
+    """
+    with connect(gateway) as client:
+        job = client.jobs.cancel(job_id, reason)
+    if json:
+        show_json(job)
+    else:
+        typer.echo(f"{job.id} is {job.state}")
+
+
+@app.command()
+def result(
+    job_id: JobId,
+    wait: Annotated[bool, typer.Option(help="Wait until the job has ended.")] = True,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for that.")] = 300.0,
+    output: Output = None,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Print a job's answer, from the store. A job that failed is an error, in the words of its last attempt.
+
+    [bold]Examples[/bold]
+
+      shoal jobs result 01JD8Y3V5M2Q4R6T8W0X2Z4B6D
+
+      shoal jobs result 01JD8Y3V5M2Q4R6T8W0X2Z4B6D --output answer.npz
+    """
+    from shoal.cli import tensors
+
+    with connect(gateway) as client:
+        answer = client.jobs.result(job_id, wait=wait, timeout=timeout)
+    tensors.show_result(answer, as_json=json, output=output)
+
+
+def _show_job(job: Job) -> None:
+    about = [
+        ("job", job.id),
+        ("state", job.state),
+        ("model", f"{job.model_name} version {job.model_version}" if job.model_version else job.model_name),
+        ("tenant", job.tenant),
+        ("attempts", job.attempts),
+        ("submitted", job.submitted_at),
+        ("not before", job.not_before),
+        ("deadline", job.deadline),
+        ("labels", [f"{key}={value}" for key, value in job.labels.items()]),
+        ("last error", job.last_message),
+    ]
+    show(("", ""), [(name, value) for name, value in about if value not in (None, "", [])])
+    steps = [(step.at, step.state, step.attempt or "", step.instance, step.reason) for step in job.transitions]
+    show(("at", "state", "attempt", "by", "why"), steps, empty="no steps yet")

@@ -1,0 +1,97 @@
+"""`shoal status`: a node at one look."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoal.cli.endpoints import Endpoint, ask
+from shoal.cli.models import show_models
+from shoal.cli.output import AsJson, Gateway, connect, console, plain, show, show_json
+from shoal.discovery import admin_of
+from shoal.errors import ShoalError
+
+if TYPE_CHECKING:
+    from shoal.client import Status
+
+app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+@app.command()
+def status(
+    admin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Envoy's admin listener. Default: that of the node, where it runs here.",
+            show_default=False,
+        ),
+    ] = None,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Show services and replicas, who leads, models, and Envoy's view of each endpoint.
+
+    What cannot be asked is named under problems; the command fails only when nobody answers.
+
+    [bold]Examples[/bold]
+
+      shoal status
+
+      shoal status --json --gateway 127.0.0.1:8080 --admin 127.0.0.1:9901
+    """
+    with connect(gateway) as client:
+        seen = client.status()
+    problems = list(seen.problems)
+    if seen.stale:
+        problems.append("etcd cannot be reached: the instances are the last that were known")
+    admin = admin or admin_of(seen.gateway, os.environ)
+    endpoints: list[Endpoint] = []
+    if admin is None:
+        problems.append("Envoy's view is not shown: the node runs elsewhere, give its --admin HOST:PORT")
+    else:
+        try:
+            endpoints = ask(admin)
+        except ShoalError as err:
+            problems.append(err.message)
+    if json:
+        show_json(_document(seen, admin, endpoints, problems))
+    else:
+        _show(seen, endpoints, problems)
+
+
+def _document(seen: Status, admin: str | None, endpoints: list[Endpoint], problems: list[str]) -> dict[str, Any]:
+    document: dict[str, Any] = plain(seen)
+    document["healthy"] = seen.healthy
+    document["envoy"] = {"admin": admin, "endpoints": [{**plain(e), "healthy": e.healthy} for e in endpoints]}
+    document["problems"] = problems
+    return document
+
+
+def _show(seen: Status, endpoints: list[Endpoint], problems: list[str]) -> None:
+    out = console()
+    leads = f"{seen.leader.instance} (term {seen.leader.fencing_token})" if seen.leader else "nobody at present"
+    out.print(f"gateway {seen.gateway}   leader {leads}", markup=False)
+    instances = [
+        (
+            instance.service,
+            instance.name,
+            f"{instance.state} (by an operator)" if instance.drained_by_operator else instance.state,
+            instance.pid,
+            instance.started_at,
+            [f"{name} {'/'.join(map(str, versions))}" for name, versions in sorted(instance.models.items())],
+        )
+        for instance in seen.instances
+    ]
+    show(("service", "instance", "state", "pid", "since", "models"), instances, title="instances")
+    show_models(list(seen.models), title="models")
+    rows = [(e.cluster, e.address, e.health, e.active_requests, e.total_requests, e.failed_requests) for e in endpoints]
+    columns = ("cluster", "endpoint", "health", "active", "requests", "failed")
+    show(columns, rows, title="endpoints, as Envoy sees them", empty="unknown")
+    refused = [(envoy.node, resource.type, resource.nack) for envoy in seen.envoys for resource in envoy.refused]
+    if refused:
+        show(("Envoy", "resource", "its words"), refused, title="configuration that an Envoy refused")
+    for problem in problems:
+        out.print(f"problem: {problem}", style="yellow", markup=False, soft_wrap=True)
