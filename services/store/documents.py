@@ -9,6 +9,7 @@ results    {_id: job id, outcome, ..., recorded_at, response: bytes | blob: {key
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, TypeAlias
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
@@ -144,6 +145,11 @@ class Collections:
         if name not in self._made:
             raise Unavailable("the store is starting: it has not reached MongoDB yet: retry in a moment")
         return self._made[name]
+
+
+def whole_milliseconds(time: datetime) -> datetime:
+    """`time` as a document keeps it: what a write answers is what a read answers."""
+    return time.replace(microsecond=time.microsecond // 1_000 * 1_000)
 
 
 def _validator(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mesh.mongo import Document, translated
 from services.store import model_rules as rules
 from services.store.artifacts import Artifacts
 from services.store.digest import brief
-from services.store.documents import Collections
+from services.store.documents import Collections, whole_milliseconds
 from services.store.model_rules import File
 from shoal.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
@@ -71,7 +71,7 @@ class Registry:
             "name": name,
             "files": [vars(file) for file in stored],
             "content_digest": rules.content_digest(stored),
-            "created_at": self._clock(),
+            "created_at": whole_milliseconds(self._clock()),
             "labels": [{"key": key, "value": value} for key, value in notes.items()],
         }
         with translated(f"registering model {name}"):

@@ -19,7 +19,7 @@ from pymongo.errors import BulkWriteError
 
 from mesh.mongo import Document, translated
 from services.store import page_token, result_documents, result_rules
-from services.store.documents import Collections
+from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Place
 from services.store.responses import Responses
 from shoal.errors import DataLoss, NotFound, ShoalError, Unavailable
@@ -117,7 +117,7 @@ class Results:
 
     async def _documents(self, results: Sequence[Result]) -> list[Document]:
         """Their documents, in order; large responses are blobs by then."""
-        recorded_at = _whole_milliseconds(self._clock())
+        recorded_at = whole_milliseconds(self._clock())
         slots = asyncio.Semaphore(_BLOBS_AT_ONCE)
 
         async def one(result: Result) -> Document:
@@ -204,8 +204,3 @@ def _filter(query: QueryResultsRequest, after: Place | None) -> Document:
 
 def _bare(doc: Document) -> Document:
     return {key: value for key, value in doc.items() if key not in _WITHOUT_RESPONSE}
-
-
-def _whole_milliseconds(time: datetime) -> datetime:
-    """As MongoDB keeps it: what `put` answers is what `get` answers."""
-    return time.replace(microsecond=time.microsecond // 1_000 * 1_000)

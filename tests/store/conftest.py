@@ -113,15 +113,19 @@ async def store(config: StoreConfig) -> AsyncIterator[Store]:
 async def refused(call: object, code: grpc.StatusCode, *words: str) -> str:
     """Asserts that a call ends with `code` and a message that says `words`; gives the message."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__") and not hasattr(call, "__await__"):
-            async for _ in call:
-                pass
-        else:
-            await call
+        await _ended(call)
     assert caught.value.code() == code, caught.value
     for word in words:
         assert word in caught.value.details()
     return caught.value.details()
+
+
+async def _ended(call: object) -> None:
+    if hasattr(call, "__await__"):
+        await call
+        return
+    async for _ in call:
+        pass
 
 
 async def stored(store: Store, *contents: bytes) -> Sequence[str]:

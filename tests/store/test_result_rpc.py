@@ -1,0 +1,392 @@
+"""PutResults, GetResult, QueryResults, WatchResults: the promises of store.proto, over the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+from datetime import UTC, datetime, timedelta
+
+import bson
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from grpc import StatusCode
+from pymongo import AsyncMongoClient
+
+from services.store.config import StoreConfig
+from shoal.inference.v2 import inference_pb2 as oip
+from shoal.store.v1 import store_pb2 as pb
+from tests.store.conftest import Store, refused, running_store
+
+pytestmark = pytest.mark.mongo
+
+OK, FAILED = pb.Result.OUTCOME_SUCCEEDED, pb.Result.OUTCOME_FAILED
+BAD = StatusCode.INVALID_ARGUMENT
+
+
+def answer(size: int = 12) -> oip.ModelInferResponse:
+    response = oip.ModelInferResponse(model_name="m", model_version="1", id="r")
+    response.outputs.add(name="y", datatype="UINT8", shape=[size])
+    response.raw_output_contents.append(os.urandom(size))
+    return response
+
+
+def result(job_id: str, outcome: int = OK, **fields: object) -> pb.Result:
+    if outcome == OK:
+        fields.setdefault("response", answer())
+    return pb.Result(job_id=job_id, outcome=outcome, **fields)
+
+
+async def put(store: Store, *results: pb.Result) -> list[pb.PutResultsResponse.Entry]:
+    return list((await store.stub.PutResults(pb.PutResultsRequest(results=results))).entries)
+
+
+async def get(store: Store, job_id: str) -> pb.Result:
+    return (await store.stub.GetResult(pb.GetResultRequest(job_id=job_id))).result
+
+
+async def query(store: Store, **fields: object) -> tuple[list[str], str]:
+    answer = await store.stub.QueryResults(pb.QueryResultsRequest(**fields))
+    return [result.job_id for result in answer.results], answer.next_page_token
+
+
+async def pages(store: Store, **fields: object) -> list[list[str]]:
+    found, token = [], ""
+    while True:
+        ids, token = await query(store, page_token=token, **fields)
+        found.append(ids)
+        if not token:
+            return found
+
+
+async def test_what_is_put_is_what_is_got(store: Store) -> None:
+    full = result(
+        "01JD", OK, model_name="m", model_version="3", message="ünïcode\0", attempt=2, lease_id="l-1", tenant="acme",
+        submitted_at=Timestamp(seconds=1_700_000_000, nanos=123_456_789), instance="local/infer-0",
+    )  # fmt: skip
+    failed = result("j2", FAILED, code=13, message="boom", attempt=5)
+    entries = await put(store, full, failed)
+    assert [(entry.job_id, entry.recorded) for entry in entries] == [("01JD", True), ("j2", True)]
+    for sent, entry in zip([full, failed], entries, strict=True):
+        got = await get(store, sent.job_id)
+        assert got.HasField("recorded_at")
+        sent.recorded_at.CopyFrom(got.recorded_at)
+        assert got == sent
+        bare = pb.Result()
+        bare.CopyFrom(got)
+        bare.ClearField("response")
+        assert entry.standing == bare
+
+
+async def test_the_clock_of_the_store_counts(store: Store) -> None:
+    before = datetime.now(UTC) - timedelta(milliseconds=1)
+    await put(store, result("j", recorded_at=Timestamp(seconds=1)))
+    recorded = (await get(store, "j")).recorded_at.ToDatetime(UTC)
+    assert before <= recorded <= datetime.now(UTC)
+
+
+async def test_the_first_result_stands(store: Store) -> None:
+    first = result("j", model_name="first", lease_id="l1")
+    await put(store, first)
+    standing = await get(store, "j")
+    entries = await put(store, result("new"), result("j", FAILED, code=2, lease_id="l2"), result("newer"))
+    assert [(e.job_id, e.recorded) for e in entries] == [("new", True), ("j", False), ("newer", True)]
+    assert entries[1].standing.lease_id == "l1"
+    assert entries[1].standing.recorded_at == standing.recorded_at
+    assert not entries[1].standing.HasField("response")
+    assert await get(store, "j") == standing
+
+
+async def test_of_many_writers_at_once_one_stands(store: Store) -> None:
+    jobs = [f"j{n}" for n in range(20)]
+    answers = await asyncio.gather(
+        *(put(store, *(result(job, lease_id=str(writer)) for job in jobs)) for writer in range(8))
+    )
+    for at, job in enumerate(jobs):
+        winners = [writer for writer, entries in enumerate(answers) if entries[at].recorded]
+        assert len(winners) == 1
+        assert {entries[at].standing.lease_id for entries in answers} == {str(winners[0])}
+        assert (await get(store, job)).lease_id == str(winners[0])
+
+
+async def test_a_thousand_at_once(store: Store) -> None:
+    entries = await put(store, *(result(f"j{n}") for n in range(1000)))
+    assert all(entry.recorded for entry in entries)
+    assert [entry.job_id for entry in entries] == [f"j{n}" for n in range(1000)]
+    again = await put(store, *(result(f"j{n}") for n in range(500, 1500)))
+    assert [entry.recorded for entry in again] == [False] * 500 + [True] * 500
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (pb.Result(outcome=OK), ["job_id"]),
+        (pb.Result(job_id="x" * 65, outcome=OK), ["job_id"]),
+        (pb.Result(job_id="a\0b", outcome=OK), ["job_id"]),
+        (pb.Result(job_id="a\n", outcome=OK), ["job_id"]),
+        (pb.Result(job_id="ok", outcome=OK), ["job_id", "results[0]"]),
+        (pb.Result(job_id="j"), ["outcome"]),
+        (pb.Result(job_id="j", outcome=99), ["outcome", "99"]),
+        (pb.Result(job_id="j", outcome=-1), ["outcome"]),
+        (pb.Result(job_id="j", outcome=FAILED, response=oip.ModelInferResponse()), ["response"]),
+        (pb.Result(job_id="j", outcome=FAILED, code=17), ["code"]),
+        (pb.Result(job_id="j", outcome=FAILED, code=-1), ["code"]),
+        (pb.Result(job_id="j", outcome=OK, attempt=-1), ["attempt"]),
+        (pb.Result(job_id="j", outcome=OK, model_name="m" * 1025), ["model_name"]),
+        (pb.Result(job_id="j", outcome=OK, tenant="m" * 1025), ["tenant"]),
+        (pb.Result(job_id="j", outcome=OK, message="m" * 65537), ["message"]),
+        (pb.Result(job_id="j", outcome=OK, submitted_at=Timestamp(seconds=1 << 60)), ["submitted_at"]),
+        (pb.Result(job_id="j", outcome=OK, submitted_at=Timestamp(nanos=-1)), ["submitted_at"]),
+    ],
+)
+async def test_a_wrong_result_is_named_and_none_is_recorded(store: Store, wrong: pb.Result, words: list[str]) -> None:
+    await refused(put(store, result("ok"), wrong), BAD, "results[1]", *words)
+    assert await query(store) == ([], "")
+
+
+async def test_the_number_of_results(store: Store) -> None:
+    await refused(put(store), BAD, "1 to 1000")
+    await refused(put(store, *(result(f"j{n}", FAILED) for n in range(1001))), BAD, "1001")
+    assert await query(store) == ([], "")
+
+
+async def test_a_response_that_does_not_fit_a_document(store: Store) -> None:
+    sizes = [(1 << 20) - 200, (1 << 20) + 1, 20 << 20, 5]
+    sent = [result(f"j{n}", response=answer(size)) for n, size in enumerate(sizes)]
+    assert all(entry.recorded for entry in await put(store, *sent))
+    for one in sent:
+        assert (await get(store, one.job_id)).response == one.response
+    blobs = [path for path in (store.root / "responses").rglob("*") if path.is_file()]
+    assert len(blobs) == 2
+    found = await store.stub.QueryResults(pb.QueryResultsRequest(job_ids=[one.job_id for one in sent]))
+    assert {one.job_id: one.response for one in found.results} == {one.job_id: one.response for one in sent}
+    bare = await store.stub.QueryResults(pb.QueryResultsRequest(omit_response=True))
+    assert len(bare.results) == 4
+    assert not any(one.HasField("response") for one in bare.results)
+    # One that loses leaves no blob behind.
+    (entry,) = await put(store, result("j2", response=answer(3 << 20)))
+    assert not entry.recorded
+    assert [path for path in (store.root / "responses").rglob("*") if path.is_file()] == blobs
+
+
+async def test_a_response_near_the_limit_of_a_message(store: Store) -> None:
+    huge = result("huge", response=answer((120 << 20) - 100))
+    assert (await put(store, huge, result("small")))[0].recorded
+    assert (await get(store, "huge")).response == huge.response
+    assert await pages(store) == [["small"], ["huge"]]
+    await refused(put(store, result("more", response=answer((120 << 20) + 1))), BAD, "results[0].response")
+
+
+async def test_a_page_ends_before_it_outgrows_a_message(store: Store) -> None:
+    for n in range(3):
+        await put(store, *(result(f"{n}{m}", response=answer(15 << 20)) for m in range(3)))
+    found = await pages(store)
+    assert sorted(sum(found, [])) == sorted(f"{n}{m}" for n in range(3) for m in range(3))
+    assert max(map(len, found)) == 4
+    assert [len(page) for page in await pages(store, omit_response=True)] == [9]
+
+
+async def test_rot_of_a_large_response(store: Store) -> None:
+    await put(store, result("j", response=answer(2 << 20)), result("k", response=answer(2 << 20)))
+    for path in (store.root / "responses").rglob("*"):
+        if path.is_file():
+            data = bytearray(path.read_bytes())
+            data[1 << 20] ^= 1
+            path.write_bytes(data)
+    await refused(get(store, "j"), StatusCode.DATA_LOSS, "damaged")
+    for path in (store.root / "responses").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    await refused(get(store, "j"), StatusCode.DATA_LOSS, "gone")
+    assert (await query(store, omit_response=True))[0] == ["k", "j"]
+
+
+async def test_a_job_without_a_result(store: Store) -> None:
+    await refused(get(store, "none"), StatusCode.NOT_FOUND, "none")
+    await refused(get(store, ""), BAD, "job_id")
+    await refused(get(store, "x" * 65), BAD, "job_id")
+    await refused(get(store, "a\0"), BAD, "job_id")
+
+
+async def test_filters(store: Store) -> None:
+    await put(store, result("a", model_name="m", model_version="1", tenant="t"))
+    await put(store, result("b", model_name="m", model_version="2", tenant="u"))
+    await put(store, result("c", FAILED, model_name="n", model_version="1", tenant="t"))
+    await put(store, result("d", pb.Result.OUTCOME_CANCELLED, model_name="n"))
+    assert await query(store) == (["d", "c", "b", "a"], "")
+    assert await query(store, model_name="m") == (["b", "a"], "")
+    assert await query(store, model_name="m", model_version="1") == (["a"], "")
+    assert await query(store, model_version="1") == (["c", "a"], "")
+    assert await query(store, tenant="t") == (["c", "a"], "")
+    assert await query(store, tenant="t", model_name="n") == (["c"], "")
+    assert await query(store, outcome=FAILED) == (["c"], "")
+    assert await query(store, outcome=OK) == (["b", "a"], "")
+    assert await query(store, job_ids=["a", "d", "x"]) == (["d", "a"], "")
+    assert await query(store, job_ids=["a", "a", "d"], tenant="t") == (["a"], "")
+    assert await query(store, tenant="nobody") == ([], "")
+    assert await query(store, tenant="$ne") == ([], "")
+
+
+async def test_the_time_window_is_half_open(store: Store) -> None:
+    times = {}
+    for job in "abc":
+        await put(store, result(job))
+        times[job] = (await get(store, job)).recorded_at
+        await asyncio.sleep(0.002)  # Another millisecond: what is asked for below.
+    assert await query(store, since=times["b"]) == (["c", "b"], "")
+    assert await query(store, until=times["b"]) == (["a"], "")
+    assert await query(store, since=times["b"], until=times["b"]) == ([], "")
+    later = Timestamp(seconds=times["b"].seconds, nanos=times["b"].nanos + 1)
+    assert await query(store, since=later) == (["c"], "")
+    assert await query(store, since=times["b"], until=later) == (["b"], "")
+    ages = {"since": Timestamp(seconds=-62135596800), "until": Timestamp(seconds=253402300799, nanos=999_999_999)}
+    assert await query(store, **ages) == (["c", "b", "a"], "")
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 7, 24, 25, 26])
+@pytest.mark.parametrize("by_job", [False, True])
+async def test_pages_among_results_of_one_moment(store: Store, page_size: int, by_job: bool) -> None:
+    jobs = [f"j{n:02}" for n in range(25)]
+    await put(store, *map(result, jobs))
+    filter_ = {"job_ids": jobs} if by_job else {}
+    found = await pages(store, page_size=page_size, **filter_)
+    assert sum(found, []) == jobs[::-1]
+    assert all(len(page) == page_size for page in found[:-1])
+
+
+async def test_pages_stand_still_while_results_come(store: Store) -> None:
+    await put(store, *(result(f"a{n}") for n in range(4)))
+    first, token = await query(store, page_size=2)
+    await put(store, *(result(f"b{n}") for n in range(4)))
+    rest, token = await query(store, page_size=10, page_token=token)
+    assert first + rest == ["a3", "a2", "a1", "a0"]
+    assert token == ""
+
+
+async def test_page_sizes(store: Store) -> None:
+    await put(store, *(result(f"j{n}", FAILED) for n in range(150)))
+    assert len((await query(store))[0]) == 100
+    assert len((await query(store, page_size=1000))[0]) == 150
+    for size in [-1, 1001, (1 << 31) - 1, -(1 << 31)]:
+        await refused(query(store, page_size=size), BAD, "page_size", str(size))
+
+
+async def test_a_token_belongs_to_its_filter(store: Store) -> None:
+    await put(store, *(result(f"j{n}", tenant="t") for n in range(4)))
+    _, token = await query(store, page_size=2, tenant="t")
+    await refused(query(store, page_size=2, page_token=token), BAD, "page_token", "filter")
+    await refused(query(store, page_size=2, tenant="u", page_token=token), BAD, "page_token", "filter")
+    assert (await query(store, page_size=1, tenant="t", page_token=token))[0] == ["j1"]
+
+
+def forged(*parts: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(parts).encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["x", "é", "\0", "====", "AAAA", "W10=", "bnVsbA==", "e30=", forged(1, 2), forged(2, 0, "j", ""), forged(1, "0", "j", ""),
+     forged(1, -1, "j", ""), forged(1, 10**30, "j", ""), forged(1, 0, None, ""), forged(1, 0, {"$gt": ""}, ""),
+     forged(1, True, "j", ""), forged(1, 0, "\ud800", ""), "W1tb" * 200, "[" * 1000, "A" * 100_000],
+)  # fmt: skip
+async def test_a_bad_page_token_is_named(store: Store, token: str) -> None:
+    await refused(query(store, page_token=token), BAD, "page_token")
+
+
+async def test_bad_filters_are_named(store: Store) -> None:
+    await refused(query(store, job_ids=["j"] * 1001), BAD, "job_ids")
+    await refused(query(store, job_ids=["a", ""]), BAD, "job_ids[1]")
+    await refused(query(store, job_ids=["x" * 65]), BAD, "job_ids[0]")
+    await refused(query(store, outcome=99), BAD, "outcome")
+    await refused(query(store, model_name="x" * 1025), BAD, "model_name")
+    await refused(query(store, since=Timestamp(seconds=1 << 62)), BAD, "since")
+    await refused(query(store, until=Timestamp(nanos=1_000_000_000)), BAD, "until")
+
+
+def watch(store: Store, **fields: object):
+    return store.stub.WatchResults(pb.WatchResultsRequest(**fields), timeout=60)
+
+
+async def test_a_watch_shows_what_is_recorded_from_then_on(store: Store) -> None:
+    await put(store, result("before"))
+    call = watch(store)
+    stands = await call.read()
+    assert not stands.HasField("result")
+    assert stands.resume_token
+    sent = result("after", model_name="m")
+    await put(store, sent, result("before"))
+    got = await call.read()
+    assert got.result == await get(store, "after")
+    await put(store, result("large", response=answer(3 << 20)))
+    assert (await call.read()).result == await get(store, "large")
+
+
+async def test_a_watch_goes_on_after_a_token(store: Store) -> None:
+    call = watch(store)
+    tokens = [(await call.read()).resume_token]
+    for job in "abc":
+        await put(store, result(job))
+        tokens.append((await call.read()).resume_token)
+    call.cancel()
+    for at, token in enumerate(tokens):
+        call = watch(store, resume_token=token)
+        stands = await call.read()
+        assert (stands.HasField("result"), stands.resume_token) == (False, token)
+        assert [(await call.read()).result.job_id for _ in "abc"[at:]] == list("abc"[at:])
+        call.cancel()
+
+
+async def test_a_watch_is_narrowed(store: Store) -> None:
+    call = watch(store, model_name="m", tenant="t", omit_response=True)
+    await call.read()
+    await put(store, result("a", model_name="m"), result("b", tenant="t"), result("c", model_name="n", tenant="t"))
+    await put(store, result("d", model_name="m", tenant="t"), result("e", model_name="m", tenant="t", response=answer(2 << 20)))
+    got = [(await call.read()).result for _ in range(2)]
+    assert sorted(one.job_id for one in got) == ["d", "e"]
+    assert not any(one.HasField("response") for one in got)
+
+
+def token_of(**fields: object) -> str:
+    return base64.urlsafe_b64encode(bson.encode(fields)).decode()
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["x", "é", "\0", "AAAA", "====", "A" * 10_000, token_of(), token_of(_data=1), token_of(_data="zz"), token_of(_data=""),
+     token_of(_data="00"), token_of(_data="82", x=1), token_of(_data="8263", _typeBits=3), token_of(_data="FF" * 50),
+     token_of(_data="8263" + "00" * 20), token_of(_data={"$gt": ""})],
+)  # fmt: skip
+async def test_a_bad_resume_token_is_named(store: Store, token: str) -> None:
+    await refused(watch(store, resume_token=token), BAD, "resume_token")
+
+
+async def test_a_watch_with_a_filter_that_is_too_long(store: Store) -> None:
+    await refused(watch(store, model_name="x" * 1025), BAD, "model_name")
+
+
+async def test_a_limit_on_watches(config: StoreConfig) -> None:
+    async with running_store(config.model_copy(update={"max_watches": 2})) as store:
+        open_ = [watch(store) for _ in range(2)]
+        for call in open_:
+            await call.read()
+        await refused(watch(store), StatusCode.RESOURCE_EXHAUSTED, "2 watches")
+        await put(store, result("j"))
+        for call in open_:
+            assert (await call.read()).result.job_id == "j"
+
+
+async def test_many_watches_do_not_starve_other_calls(store: Store) -> None:
+    calls = [watch(store) for _ in range(100)]
+    for call in calls:
+        await call.read()
+    await put(store, result("j"))
+    for call in calls:
+        assert (await call.read()).result.job_id == "j"
+    assert (await get(store, "j")).job_id == "j"
+
+
+async def test_the_documents_keep_to_the_schema(store: Store, config: StoreConfig) -> None:
+    async with AsyncMongoClient(config.mongo) as client:
+        with pytest.raises(Exception, match="failed validation"):
+            await client[config.database].results.insert_one({"_id": "j", "surprise": 1})
