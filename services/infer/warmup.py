@@ -34,7 +34,7 @@ _FREE_SIZES = (1, 8, 64, 224)
 # Sizes tried for dimensions that vary: a text's, a small image's, the most common image's.
 
 _LARGEST_BYTES = 64 << 20
-_LARGEST_S = 2.0
+_LARGEST_S = 0.1
 # Bounds of the largest batch that is tried: a start should not take long, nor a gigabyte for nothing.
 
 _MAX_SAMPLES = 100

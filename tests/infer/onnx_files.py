@@ -1,0 +1,122 @@
+"""Small real ONNX models, one for each thing that a model can do to a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import magika
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+Dims = Sequence[str | int | None] | None
+
+MAGIKA = Path(magika.__file__).parent / "models/standard_v3_3/model.onnx"
+
+
+def model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[tuple[str, int, Dims]],
+    outputs: Sequence[tuple[str, int, Dims]],
+    constants: Sequence[onnx.TensorProto] = (),
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info(*i) for i in inputs],
+        [helper.make_tensor_value_info(*o) for o in outputs],
+        initializer=list(constants),
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def identity(datatype: int = TensorProto.FLOAT, dims: Dims = ("n", 4)) -> onnx.ModelProto:
+    return model([helper.make_node("Identity", ["x"], ["y"])], [("x", datatype, dims)], [("y", datatype, dims)])
+
+
+def scale(factor: float = 2.0, dims: Dims = ("n", 4)) -> onnx.ModelProto:
+    """y = factor * x."""
+    return model(
+        [helper.make_node("Mul", ["x", "factor"], ["y"])],
+        [("x", TensorProto.FLOAT, dims)],
+        [("y", TensorProto.FLOAT, dims)],
+        [numpy_helper.from_array(np.float32(factor), "factor")],
+    )
+
+
+def add() -> onnx.ModelProto:
+    """sum = a + b, difference = a - b; rows of any length."""
+    dims = ("n", "k")
+    return model(
+        [helper.make_node("Add", ["a", "b"], ["sum"]), helper.make_node("Sub", ["a", "b"], ["difference"])],
+        [("a", TensorProto.FLOAT, dims), ("b", TensorProto.FLOAT, dims)],
+        [("sum", TensorProto.FLOAT, dims), ("difference", TensorProto.FLOAT, dims)],
+    )
+
+
+def lookup() -> onnx.ModelProto:
+    """y = table[i], of 3 entries: raises for any other index."""
+    return model(
+        [helper.make_node("Gather", ["table", "i"], ["y"])],
+        [("i", TensorProto.INT64, ("n", 1))],
+        [("y", TensorProto.FLOAT, ("n", 1))],
+        [numpy_helper.from_array(np.array([10, 20, 30], np.float32), "table")],
+    )
+
+
+def mixing() -> onnx.ModelProto:
+    """y = x minus the mean over the first dimension: that dimension is free, and no batch."""
+    return model(
+        [helper.make_node("ReduceMean", ["x"], ["mean"], axes=[0]), helper.make_node("Sub", ["x", "mean"], ["y"])],
+        [("x", TensorProto.FLOAT, ("n", 4))],
+        [("y", TensorProto.FLOAT, ("n", 4))],
+    )
+
+
+def reshaping() -> onnx.ModelProto:
+    """y = x reshaped to `shape`: raises when that does not hold x."""
+    return model(
+        [helper.make_node("Reshape", ["x", "shape"], ["y"])],
+        [("x", TensorProto.FLOAT, ("k",)), ("shape", TensorProto.INT64, (2,))],
+        [("y", TensorProto.FLOAT, (None, None))],
+    )
+
+
+def broken() -> onnx.ModelProto:
+    """Raises for every input: 4 elements into 5."""
+    return model(
+        [helper.make_node("Reshape", ["x", "shape"], ["y"])],
+        [("x", TensorProto.FLOAT, (1, 4))],
+        [("y", TensorProto.FLOAT, (1, 5))],
+        [numpy_helper.from_array(np.array([1, 5], np.int64), "shape")],
+    )
+
+
+def slow(rounds: int = 200) -> onnx.ModelProto:
+    """y = 2x after some milliseconds of arithmetic, whatever the number of rows."""
+    matrix = numpy_helper.from_array(np.eye(128, dtype=np.float32), "eye")
+    nodes = [helper.make_node("MatMul", ["eye" if n == 0 else f"m{n}", "eye"], [f"m{n + 1}"]) for n in range(rounds)]
+    nodes += [
+        helper.make_node("Gather", [f"m{rounds}", "zero"], ["row"]),
+        helper.make_node("Gather", ["row", "zero"], ["one"]),
+        helper.make_node("ReduceMax", ["x"], ["max"], keepdims=0),
+        helper.make_node("Mul", ["max", "nought"], ["none"]),
+        helper.make_node("Add", ["one", "none"], ["unity"]),
+        helper.make_node("Mul", ["x", "unity"], ["same"]),
+        helper.make_node("Add", ["same", "same"], ["y"]),
+    ]
+    return model(
+        nodes,
+        [("x", TensorProto.FLOAT, ("n", 4))],
+        [("y", TensorProto.FLOAT, ("n", 4))],
+        [
+            matrix,
+            numpy_helper.from_array(np.int64(0), "zero"),
+            numpy_helper.from_array(np.float32(0), "nought"),
+        ],
+    )
+
+
+def cast(source: int, target: int, dims: Dims = ("n", 4)) -> onnx.ModelProto:
+    return model([helper.make_node("Cast", ["x"], ["y"], to=target)], [("x", source, dims)], [("y", target, dims)])
