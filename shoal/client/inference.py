@@ -130,9 +130,9 @@ def of_response(response: oip.ModelInferResponse) -> InferResult:
 
 
 def of_parameters(parameters: Mapping[str, oip.InferParameter]) -> dict[str, Parameter]:
-    """The values of a message's parameters; those without a value are left out."""
+    """The values of a message's parameters; in the order of their names; those without a value are left out."""
     values: dict[str, Parameter] = {}
-    for key, parameter in parameters.items():
+    for key, parameter in sorted(parameters.items()):
         which = parameter.WhichOneof("parameter_choice")
         if which is not None:
             values[key] = getattr(parameter, which)
