@@ -1,0 +1,144 @@
+"""The parts of an ingest instance, and the order in which they start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+
+from pymongo.asynchronous.database import AsyncDatabase
+
+from mesh import mongo
+from mesh.channel import connect
+from mesh.membership import Registration, State
+from mesh.mongo import Document
+from mesh.server import GrpcServer, until_stopped
+from services.ingest.attempt import Attempts
+from services.ingest.backlog import Backlog
+from services.ingest.budget import Budget
+from services.ingest.cancel import Cancelling
+from services.ingest.claims import Claims
+from services.ingest.clock import milliseconds, utc_now
+from services.ingest.config import IngestConfig
+from services.ingest.dispatcher import Dispatcher
+from services.ingest.documents import INDEXES, JOBS, PAYLOAD_VALIDATOR, PAYLOADS, VALIDATOR
+from services.ingest.gate import Gate
+from services.ingest.intake import Intake
+from services.ingest.jobs import Jobs
+from services.ingest.keeper import Keeper
+from services.ingest.recorder import Recorder
+from services.ingest.remote import RemoteModel, RemoteResults
+from services.ingest.rpc import IngestRpc, rpc
+from services.ingest.ulid import Ulids
+from services.ingest.watch import Changes, Watch
+from shoal.errors import ShoalError
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+
+
+async def run(config: IngestConfig) -> None:
+    """Serves until it is told to stop. MongoDB, etcd, the mesh and what is behind it may be away, now or later."""
+    name = f"{config.node}/{config.instance}"
+    ulids = Ulids(lambda: milliseconds(utc_now()))
+    ready = asyncio.Event()
+    gate = Gate()
+    backlog = Backlog(config.max_backlog)
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(mongo.connect(config.mongo))
+        channel = await stack.enter_async_context(connect(config.mesh))
+        database = client[config.database]
+        documents, payloads = database[JOBS], database[PAYLOADS]
+        results = RemoteResults(channel)
+        jobs = Jobs(documents)
+        claims = Claims(
+            documents, clock=utc_now, new_id=ulids.new, owner=name, process=ulids.new(), lease_ms=config.lease_ms
+        )
+        attempts = Attempts(
+            RemoteModel(channel),
+            payloads,
+            gate=gate,
+            memory=Budget(config.pending_bytes, "requests being run"),
+            clock=utc_now,
+            timeout_ms=config.attempt_timeout_ms,
+        )
+        recorder = Recorder(
+            documents, results, clock=utc_now, instance=name, on_change=lambda job_id: changes.poke(job_id)
+        )
+        dispatcher = Dispatcher(
+            claims,
+            attempts,
+            recorder,
+            gate=gate,
+            backlog=backlog,
+            clock=utc_now,
+            instance=name,
+            ready=ready,
+            max_in_flight=config.max_in_flight,
+            poll_ms=config.poll_ms,
+            drain_ms=config.drain_ms,
+        )
+        changes = Changes(documents, ready=ready, on_taken=dispatcher.taken, max_watches=config.max_watches)
+        watch = Watch(jobs, changes)
+        keeper = Keeper(
+            documents, claims, dispatcher, results, backlog, clock=utc_now, ready=ready, renew_ms=config.renew_ms
+        )
+        intake = Intake(
+            documents,
+            payloads,
+            backlog=backlog,
+            budget=Budget(config.pending_bytes, "submitted requests"),
+            clock=utc_now,
+            ulids=ulids,
+            instance=name,
+            inline_bytes=config.inline_bytes,
+            on_accepted=dispatcher.accept,
+        )
+        cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
+        servicer = IngestRpc(
+            intake, jobs, watch, cancelling, stream_items=config.stream_items, stream_bytes=config.stream_bytes
+        )
+        # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
+        # dispatcher; both outlive the server, whose last calls may need them.
+        await stack.enter_async_context(recorder)
+        await stack.enter_async_context(changes)
+        await stack.enter_async_context(keeper)
+        await stack.enter_async_context(dispatcher)
+        await stack.enter_async_context(intake)
+        server = await stack.enter_async_context(GrpcServer(config.listen, [rpc(servicer)], drain_ms=config.drain_ms))
+        registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
+
+        async def start() -> None:
+            await _prepare(database, claims)
+            intake.open()
+            ready.set()
+            await server.serve()
+            await registration.update(state=State.READY)
+            log.info("serving at %s", server.address)
+
+        starting = asyncio.create_task(start(), name="start")
+        stack.push_async_callback(_end, starting)
+        await until_stopped()
+        dispatcher.stop_claiming()
+
+
+async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
+    """Makes the collections, and takes up what an earlier process of this name left behind. Tries until it succeeds."""
+    while True:
+        try:
+            await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            if left := await claims.inherit():
+                log.warning("an earlier process of this name left %d jobs: they are taken up", left)
+            return
+        except ShoalError as err:
+            log.warning("not ready yet: %s", err)
+            await asyncio.sleep(_RETRY_S)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+        log.error("could not start", exc_info=error)
+    task.cancel()
+    await asyncio.wait([task])

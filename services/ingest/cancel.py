@@ -1,0 +1,49 @@
+"""Cancelling: the job is taken from whoever has it, and ended; an answer that the store already holds wins."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from services.ingest.claims import Claims
+from services.ingest.clock import Clock
+from services.ingest.dispatcher import Dispatcher
+from services.ingest.job import Job, ended_from_outside
+from services.ingest.jobs import Jobs
+from services.ingest.submission import REASON_CHARS
+from services.ingest.watch import Watch
+from shoal.errors import InvalidArgument
+
+WAIT_S = 3.0
+"""How long the answer waits for the job's end. It is a few milliseconds, unless the store is away."""
+
+
+class Cancelling:
+    """Cancels jobs."""
+
+    def __init__(self, jobs: Jobs, claims: Claims, dispatcher: Dispatcher, watch: Watch, clock: Clock) -> None:
+        self._jobs = jobs
+        self._claims = claims
+        self._dispatcher = dispatcher
+        self._watch = watch
+        self._clock = clock
+
+    async def cancel(self, job_id: str, reason: str) -> Job:
+        """Sees to it that a job ends, and says how it stands. It has ended, unless the store is away: then it will.
+
+        Raises:
+            InvalidArgument: no id, or too long a reason. NotFound: no such job. Unavailable: MongoDB is away.
+        """
+        if len(reason) > REASON_CHARS:
+            raise InvalidArgument(f"reason: at most {REASON_CHARS} characters, got {len(reason)}")
+        job = await self._jobs.get(job_id)
+        if job.is_final:
+            return job
+        taken = await self._claims.take_to_cancel(job_id, reason)
+        if taken is not None and (how := ended_from_outside(taken, self._clock())) is not None:
+            self._dispatcher.end(taken, how)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(WAIT_S):
+                async for seen in self._watch.follow(job_id):
+                    job = seen
+        return job

@@ -1,0 +1,26 @@
+"""The time, as jobs record it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TypeAlias
+
+Clock: TypeAlias = Callable[[], datetime]
+"""Gives the time in UTC, in whole milliseconds: what MongoDB can hold, so that a job read back equals the job written.
+
+Instances on different machines may disagree about it. That moves when a lease lapses or a job is due, and so costs at
+most a needless attempt; that a job has one result rests on the fence and on the store, not on clocks.
+"""
+
+
+def utc_now() -> datetime:
+    """The wall clock."""
+    now = datetime.fromtimestamp(time.time(), UTC)
+    return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+
+def milliseconds(moment: datetime) -> int:
+    """Since 1970."""
+    return int(moment.timestamp() * 1000 + 0.5)

@@ -1,0 +1,47 @@
+"""What an ingest instance is told (SHOAL_INGEST_*)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from mesh.config import Address, ServiceConfig
+
+
+class IngestConfig(ServiceConfig):
+    """See each field."""
+
+    mesh: Address
+    """Required here: every job goes through it, to infer and to store."""
+    mongo: Annotated[str, Field(pattern=r"^mongodb(\+srv)?://")]
+    """Where jobs are kept: a replica set (a set of one will do), for its majority writes and change streams."""
+    database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,38}$")] = "shoal"
+    lease_ms: Annotated[int, Field(ge=500, le=300_000)] = 5_000
+    """A claimed job whose instance is not heard of for so long goes to another."""
+    renew_ms: Annotated[int, Field(ge=100, le=100_000)] = 1_500
+    """How often leases are renewed: two renewals may be lost before a lease lapses."""
+    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 64
+    """Calls to infer at once. infer batches what comes together, so this also bounds its batches."""
+    attempt_timeout_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 60_000
+    """Longest a single attempt may take."""
+    poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
+    """How soon an idle instance notices jobs that others submitted, or left."""
+    inline_bytes: Annotated[int, Field(ge=0, le=12 << 20)] = 1 << 20
+    """Requests above this are kept apart from the job, so that claims and scans stay light."""
+    max_backlog: Annotated[int, Field(ge=1)] = 1_000_000
+    """Queued jobs, of all instances together, beyond which submits are refused."""
+    stream_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Unacknowledged items of one SubmitStream beyond which it is not read further."""
+    stream_bytes: Annotated[int, Field(ge=1)] = 32 << 20
+    """The same in bytes; a single larger item passes alone."""
+    pending_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+    """Requests in memory that wait to be written, all calls together; beyond it Submit is refused and streams wait."""
+    max_watches: Annotated[int, Field(ge=1)] = 10_000
+    """WatchJob streams at once."""
+
+    @model_validator(mode="after")
+    def _renews_in_time(self) -> IngestConfig:
+        if self.renew_ms * 2 > self.lease_ms:
+            raise ValueError(f"renew_ms={self.renew_ms} must be at most half of lease_ms={self.lease_ms}")
+        return self

@@ -1,0 +1,234 @@
+"""How a job lies in MongoDB: its document, the updates between two of its states, the indexes, the validator.
+
+Collection `jobs`: one document a job. Three optional fields say who cares for it, and each has a sparse index, so that
+the millions that have ended weigh nothing:
+
+    due_at    it waits: whoever claims it first after then has it
+    lease     somebody works on it, until lease.expires_at
+    neither   it has ended
+
+Collection `payloads`: requests that are too large to be scanned along, `{_id: <job id>, request: <bytes>}`, written
+before their job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from bson import Binary
+from pymongo import ASCENDING, DESCENDING, IndexModel, UpdateOne
+
+from mesh.mongo import Document
+from services.ingest.job import TRANSITIONS_KEPT, Job, Lease, Policy, State, Transition
+
+JOBS = "jobs"
+PAYLOADS = "payloads"
+
+EVER = datetime(1970, 1, 1, tzinfo=UTC)
+"""Before everything: `{"$gt": EVER}` asks that a time is set, in a way that an index can answer."""
+
+LIGHT: Mapping[str, int] = {"request": 0}
+"""Projection for everything but running a job."""
+
+# The planner uses a partial index only for a query that surely stays within it: `$exists: True` follows from any
+# comparison with a time. The claim index holds the model, so that excluding one reads no documents.
+INDEXES = (
+    IndexModel(
+        [("due_at", ASCENDING), ("model_name", ASCENDING)],
+        name="waiting",
+        partialFilterExpression={"due_at": {"$exists": True}},
+    ),
+    IndexModel(
+        [("lease.expires_at", ASCENDING)],
+        name="leased",
+        partialFilterExpression={"lease.expires_at": {"$exists": True}},
+    ),
+    IndexModel(
+        [("deadline", ASCENDING)],
+        name="waiting_deadline",
+        partialFilterExpression={"deadline": {"$exists": True}, "due_at": {"$exists": True}},
+    ),
+    IndexModel(
+        [("tenant", ASCENDING), ("key", ASCENDING)],
+        name="idempotency",
+        unique=True,
+        partialFilterExpression={"key": {"$exists": True}},
+    ),
+    IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="by_state"),
+    IndexModel([("model_name", ASCENDING), ("_id", DESCENDING)], name="by_model"),
+    IndexModel([("tenant", ASCENDING), ("_id", DESCENDING)], name="by_tenant"),
+)
+
+VALIDATOR: Mapping[str, Any] = {
+    "$jsonSchema": {
+        "bsonType": "object",
+        "required": ["_id", "state", "model_name", "tenant", "attempts", "policy", "submitted_at", "transitions"],
+        "properties": {
+            "_id": {"bsonType": "string", "minLength": 26, "maxLength": 26},
+            "state": {"enum": [str(state) for state in State]},
+            "model_name": {"bsonType": "string", "minLength": 1},
+            "tenant": {"bsonType": "string"},
+            "key": {"bsonType": "string", "minLength": 1},
+            "attempts": {"bsonType": ["int", "long"], "minimum": 0},
+            "submitted_at": {"bsonType": "date"},
+            "due_at": {"bsonType": "date"},
+            "deadline": {"bsonType": "date"},
+            "lease": {"bsonType": "object", "required": ["id", "owner", "expires_at"]},
+            "transitions": {"bsonType": "array", "minItems": 1},
+        },
+    }
+}
+
+PAYLOAD_VALIDATOR: Mapping[str, Any] = {
+    "$jsonSchema": {
+        "bsonType": "object",
+        "required": ["_id", "request"],
+        "properties": {"_id": {"bsonType": "string"}, "request": {"bsonType": "binData"}},
+    }
+}
+
+
+def document_of(job: Job) -> Document:
+    """The document of a job that was just submitted, with its request unless that is kept apart."""
+    document: Document = {
+        "_id": job.id,
+        "state": str(job.state),
+        "model_name": job.model_name,
+        "model_version": job.model_version,
+        "tenant": job.tenant,
+        "policy": asdict(job.policy),
+        "attempts": job.attempts,
+        "refusals": job.refusals,
+        "submitted_at": job.submitted_at,
+        "updated_at": job.updated_at,
+        "due_at": job.due_at,
+        # Pairs, because a key may be any text, and MongoDB's field names may not.
+        "labels": [list(pair) for pair in job.labels],
+        "transitions": [_step(step) for step in job.transitions],
+        "traceparent": job.traceparent,
+    }
+    if job.key:
+        document |= {"key": job.key, "digest": Binary(job.digest)}
+    if job.deadline is not None:
+        document["deadline"] = job.deadline
+    if job.explains:
+        document["explains"] = True
+    if job.is_apart:
+        document["is_apart"] = True
+    elif job.request is not None:
+        document["request"] = Binary(job.request)
+    return document
+
+
+def job_of(document: Mapping[str, Any]) -> Job:
+    """Reads a job; fields that a projection left out take their defaults."""
+    cancel: Mapping[str, Any] | None = document.get("cancel")
+    lease: Mapping[str, Any] | None = document.get("lease")
+    return Job(
+        id=document["_id"],
+        model_name=document["model_name"],
+        submitted_at=document["submitted_at"],
+        updated_at=document["updated_at"],
+        state=State(document["state"]),
+        model_version=document["model_version"],
+        tenant=document["tenant"],
+        key=document.get("key", ""),
+        digest=document.get("digest", b""),
+        policy=Policy(**document["policy"]),
+        due_at=document.get("due_at"),
+        deadline=document.get("deadline"),
+        attempts=document["attempts"],
+        refusals=document["refusals"],
+        last_code=document.get("last_code", 0),
+        last_message=document.get("last_message", ""),
+        labels=tuple((key, value) for key, value in document["labels"]),
+        transitions=tuple(
+            Transition(State(step["state"]), step["at"], step["attempt"], step["instance"], step["reason"])
+            for step in document["transitions"]
+        ),
+        lease=Lease(**lease) if lease else None,
+        cancel_reason=cancel["reason"] if cancel else None,
+        traceparent=document["traceparent"],
+        explains=document.get("explains", False),
+        is_apart=document.get("is_apart", False),
+        request=document.get("request"),
+    )
+
+
+def fenced_update(before: Job, after: Job) -> UpdateOne:
+    """The write that turns `before` into `after`, for the holder of `before`'s lease and for nobody else."""
+    assert before.lease is not None
+    fence = {"_id": before.id, "lease.id": before.lease.id, "attempts": before.attempts}
+    return UpdateOne(fence, difference(before, after))
+
+
+def difference(before: Job, after: Job) -> dict[str, Any]:
+    """The update operators that turn `before` into `after`: changed fields, and the transition that was added."""
+    set_: Document = {}
+    unset: dict[str, str] = {}
+    for name in ("attempts", "refusals", "last_code", "last_message", "updated_at"):
+        if getattr(before, name) != getattr(after, name):
+            set_[name] = getattr(after, name)
+    if before.state is not after.state:
+        set_["state"] = str(after.state)
+    if before.due_at != after.due_at:
+        _put(set_, unset, "due_at", after.due_at)
+    if before.lease != after.lease:
+        _put(set_, unset, "lease", after.lease and asdict(after.lease))
+    if not after.keeps_request:
+        unset["request"] = ""
+    update: dict[str, Any] = {"$set": set_}
+    if unset:
+        update["$unset"] = unset
+    if after.transitions and after.transitions[-1:] != before.transitions[-1:]:
+        steps = {"$each": [_step(after.transitions[-1])], "$slice": -TRANSITIONS_KEPT}
+        update["$push"] = {"transitions": steps}
+    return update
+
+
+def claiming(lease: Lease, now: datetime) -> list[Document]:
+    """An update pipeline that does to each matched document what `job.claim` does to a job."""
+    step = {
+        "state": str(State.RUNNING),
+        "at": now,
+        "attempt": {"$add": ["$attempts", 1]},
+        "instance": {"$literal": lease.owner},
+        "reason": "claimed",
+    }
+    steps = {"$slice": [{"$concatArrays": ["$transitions", [step]]}, -TRANSITIONS_KEPT]}
+    set_ = {
+        "state": str(State.RUNNING),
+        "attempts": {"$add": ["$attempts", 1]},
+        "updated_at": now,
+        "lease": {"$literal": asdict(lease)},
+        "transitions": steps,
+    }
+    return [{"$set": set_}, {"$unset": "due_at"}]
+
+
+def taking_over(lease: Lease, cancel_reason: str | None = None) -> Document:
+    """An update that does to each matched document what `job.take_over` does to a job."""
+    set_: Document = {"lease": asdict(lease)}
+    if cancel_reason is not None:
+        set_["cancel"] = {"reason": cancel_reason}
+    return {"$set": set_, "$unset": {"due_at": ""}}
+
+
+def _step(step: Transition) -> Document:
+    return {
+        "state": str(step.state),
+        "at": step.at,
+        "attempt": step.attempt,
+        "instance": step.instance,
+        "reason": step.reason,
+    }
+
+
+def _put(set_: Document, unset: dict[str, str], name: str, value: Any) -> None:
+    if value is None:
+        unset[name] = ""
+    else:
+        set_[name] = value

@@ -1,0 +1,206 @@
+"""The way in: jobs are checked, written together, and acknowledged when a majority has them on disk.
+
+    submit ──check──> memory budget, backlog ──> group ──payloads, then jobs──> acknowledged ──> the dispatcher hears
+
+A key that was used before is found by its unique index, in the same write: no read comes first, and two that race are
+told apart by the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from bson import Binary
+from opentelemetry import propagate
+from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.errors import BulkWriteError
+
+from mesh.mongo import Document, translate, translated
+from services.ingest.backlog import Backlog
+from services.ingest.budget import Budget
+from services.ingest.clock import Clock
+from services.ingest.documents import LIGHT, document_of, job_of
+from services.ingest.group import Group
+from services.ingest.job import Job
+from services.ingest.submission import job_of as job_of_submit
+from services.ingest.ulid import Ulids
+from shoal.errors import AlreadyExists, DataLoss, ShoalError, Unavailable
+from shoal.ingest.v1 import ingest_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+GROUP_ITEMS = 500
+"""100 documents a write are 11 times as fast as one each, 1,000 are 24 times; with more the first wait long."""
+GROUP_BYTES = 16 << 20
+"""A third of MongoDB's largest message."""
+_DUPLICATE_KEY = 11000
+_WAIT_S = 10.0
+# Longest a submit may take with MongoDB away: the write under way gives up after mesh.mongo.TIMEOUT_MS, then the next.
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The answer to a submit: the job is durable."""
+
+    job: Job
+    existed: bool
+
+
+class Intake:
+    """Takes jobs. Used as `async with`; leaving finishes the write under way."""
+
+    def __init__(
+        self,
+        jobs: AsyncCollection[Document],
+        payloads: AsyncCollection[Document],
+        *,
+        backlog: Backlog,
+        budget: Budget,
+        clock: Clock,
+        ulids: Ulids,
+        instance: str,
+        inline_bytes: int,
+        on_accepted: Callable[[Sequence[Job]], None],
+    ) -> None:
+        self._jobs = jobs
+        self._payloads = payloads
+        self._backlog = backlog
+        self._budget = budget
+        self._clock = clock
+        self._ulids = ulids
+        self._instance = instance
+        self._inline_bytes = inline_bytes
+        self._on_accepted = on_accepted
+        self._group: Group[Job, Accepted] = Group(
+            "submitted jobs", self._write, max_items=GROUP_ITEMS, max_bytes=GROUP_BYTES, size=_size
+        )
+        self._is_open = False
+
+    async def __aenter__(self) -> Intake:
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._group.__aexit__(kind, err, tb)
+
+    def open(self) -> None:
+        """The collections are there, with the indexes that idempotency rests on: submits may come."""
+        self._is_open = True
+
+    async def submit(self, submit: pb.SubmitRequest, *, waits: bool = False) -> Accepted:
+        """Makes `submit` a durable job, or finds the one that it made before.
+
+        `waits`: where memory is short, wait for some instead of refusing (a stream, which is then read no further).
+
+        Raises:
+            InvalidArgument: names the field.
+            AlreadyExists: the key was used with another request.
+            ResourceExhausted: the backlog is full, or too many bytes wait to be written.
+            Unavailable: MongoDB is away; the job may or may not be there, so repeat it with an idempotency key.
+        """
+        job = job_of_submit(submit, self._ulids.new(), self._clock(), self._instance, self._inline_bytes)
+        if not self._is_open:
+            raise Unavailable("the job database has not been reached yet: retry in a moment")
+        self._backlog.admit()
+        carrier: dict[str, str] = {}
+        propagate.inject(carrier)
+        job = _traced(job, carrier.get("traceparent", ""))
+        async with self._budget.of(_size(job), waits=waits):
+            try:
+                async with asyncio.timeout(_WAIT_S):
+                    return await self._group.put(job)
+            except TimeoutError:
+                raise Unavailable(f"MongoDB did not take the job within {_WAIT_S:.0f} s: retry in a moment") from None
+
+    async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
+        await self._write_payloads(jobs)
+        errors = await self._insert(jobs)
+        written = [job for job in jobs if job.id not in errors]
+        if written:
+            self._backlog.added(len(written))
+            self._on_accepted(written)
+        earlier = await self._earlier([job for job in jobs if isinstance(errors.get(job.id), KeyTaken)])
+        await self._drop_payloads([job.id for job in jobs if job.id in errors and job.is_apart])
+        return [earlier.get(job.id) or errors.get(job.id) or Accepted(job, False) for job in jobs]
+
+    async def _write_payloads(self, jobs: Sequence[Job]) -> None:
+        payloads = [{"_id": job.id, "request": Binary(job.request or b"")} for job in jobs if job.is_apart]
+        if payloads:
+            with translated("storing the payloads of submitted jobs"):
+                await self._payloads.insert_many(payloads, ordered=False)
+
+    async def _drop_payloads(self, ids: Sequence[str]) -> None:
+        if ids:
+            with suppress(ShoalError), translated("dropping the payloads of repeated submits"):
+                await self._payloads.delete_many({"_id": {"$in": list(ids)}})  # What is left, the sweep collects.
+
+    async def _insert(self, jobs: Sequence[Job]) -> dict[str, ShoalError]:
+        """Writes the jobs and says which were refused."""
+        with translated("storing submitted jobs"):
+            try:
+                await self._jobs.insert_many([document_of(job) for job in jobs], ordered=False)
+            except BulkWriteError as err:
+                if err.details.get("writeConcernErrors"):
+                    raise  # Written, but not by a majority in time: nothing may be acknowledged.
+                return {jobs[entry["index"]].id: _refusal(err, entry) for entry in err.details["writeErrors"]}
+        return {}
+
+    async def _earlier(self, jobs: Sequence[Job]) -> dict[str, Accepted | ShoalError]:
+        """For each of `jobs`, whose keys are taken: the job that has its key."""
+        try:
+            found = await self._find_by_key({(job.tenant, job.key) for job in jobs})
+        except ShoalError as err:
+            return {job.id: err for job in jobs}
+        return {job.id: _same_or_not(job, found.get((job.tenant, job.key))) for job in jobs}
+
+    async def _find_by_key(self, keys: set[tuple[str, str]]) -> dict[tuple[str, str], Job]:
+        found: dict[tuple[str, str], Job] = {}
+        # A majority read may trail the write that the index already refused us for, on a set of several members.
+        for wait_s in (0.0, 0.01, 0.1, 0.5):
+            if missing := keys - found.keys():
+                await asyncio.sleep(wait_s)
+                either = [{"tenant": tenant, "key": key} for tenant, key in missing]
+                with translated("looking for the earlier jobs of keys"):
+                    async for document in self._jobs.find({"$or": either}, LIGHT):
+                        job = job_of(document)
+                        found[job.tenant, job.key] = job
+        return found
+
+
+class KeyTaken(AlreadyExists):
+    """The key has a job already; whether it is the same one remains to be seen."""
+
+
+def _same_or_not(job: Job, earlier: Job | None) -> Accepted | ShoalError:
+    if earlier is None:
+        return Unavailable("the earlier job of this idempotency key is not durable yet: retry in a moment")
+    if earlier.digest != job.digest:
+        return AlreadyExists(
+            f"idempotency_key {job.key!r} was used for job {earlier.id} with another request: use a new key"
+        )
+    return Accepted(earlier, True)
+
+
+def _refusal(error: BulkWriteError, entry: dict[str, Any]) -> ShoalError:
+    if entry.get("code") == _DUPLICATE_KEY:
+        if "key" in entry.get("keyPattern", {}):
+            return KeyTaken("the idempotency key is taken")
+        return DataLoss("two jobs got one id")  # 80 random bits: it does not happen, and is not to be hidden.
+    details = {"writeErrors": [entry], "writeConcernErrors": []}
+    return translate(BulkWriteError(details), "storing a submitted job")
+
+
+def _size(job: Job) -> int:
+    return len(job.request or b"") + 1_024
+
+
+def _traced(job: Job, traceparent: str) -> Job:
+    return replace(job, traceparent=traceparent) if traceparent else job

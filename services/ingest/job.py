@@ -1,0 +1,318 @@
+"""A job and its states: plain values, and plain functions from one to the next. No clock, no database.
+
+                      claim                       end (the store has the result)
+    submit ──> QUEUED ──────────> RUNNING ──────────────────────> SUCCEEDED   the model answered
+                 ^  │              │  │                           FAILED      the request is at fault
+                 │  │              │  │                           DEAD        out of attempts
+                 └──│── try_again ─┘  │                           CANCELLED   by a client
+                    │   (backoff, lapse, release)                 EXPIRED     its deadline passed
+                    └──── take_over ──┴── end ──────────────────>
+
+A job that somebody works on carries a **lease**: an id that is never used twice, its owner, and when it lapses. Every
+write about such a job names the lease that the writer holds and the attempt it belongs to (the fence), so a worker that
+was only slow writes nothing. `take_over` gives the job a new lease and thereby shuts out the old holder; cancellation,
+expiry and recovery begin with it.
+
+A job ends in two steps: its result is recorded in the store, where the first one stands for ever; then the state
+follows from the result that stands (`state_of`). A process that dies between the steps leaves a lease that lapses;
+whoever takes the job over records again, is told what stands, and ends the job by it. So states and results cannot
+disagree.
+
+`attempts` counts attempts that may have reached a model. One that certainly did not (nobody there, or shed before it
+ran) is taken back and counted in `refusals` instead: an outage costs no attempts, however long it lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from enum import IntEnum, StrEnum
+
+from shoal.errors import Code
+
+
+class State(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    DEAD = "dead"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+FINAL = frozenset({State.SUCCEEDED, State.FAILED, State.DEAD, State.CANCELLED, State.EXPIRED})
+
+
+class Outcome(IntEnum):
+    """How a result ended its job; the numbers are those of shoal.store.v1.Result.Outcome."""
+
+    SUCCEEDED = 1
+    FAILED = 2
+    CANCELLED = 3
+    EXPIRED = 4
+
+
+PERMANENT = frozenset(
+    {
+        Code.INVALID_ARGUMENT,
+        Code.FAILED_PRECONDITION,
+        Code.OUT_OF_RANGE,
+        Code.ALREADY_EXISTS,
+        Code.UNIMPLEMENTED,
+        Code.PERMISSION_DENIED,
+        Code.UNAUTHENTICATED,
+    }
+)
+"""The request is at fault: no further attempt would help. Every other code is tried again, NOT_FOUND too: a model that
+was pushed a moment ago may not be everywhere yet."""
+
+MISSING_MODEL_WAIT_MS = 1_000
+"""Shortest wait after NOT_FOUND: five attempts then outlast the seconds a new model takes to load."""
+REFUSED_WAIT_MS = 200
+REFUSED_MAX_WAIT_MS = 5_000
+"""Waits of a job that found nobody: doubling between these, so that an outage costs little and its end is seen soon."""
+TRANSITIONS_KEPT = 400
+"""The newest transitions of a job that are kept: more than 100 attempts make. Only long outages reach it."""
+MESSAGE_CHARS = 2_000
+"""Messages of failed attempts are cut here: a job stays small whatever a model says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How often and how soon a job is tried again."""
+
+    max_attempts: int = 5
+    initial_backoff_ms: int = 200
+    max_backoff_ms: int = 30_000
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One step of a job's life."""
+
+    state: State
+    at: datetime
+    attempt: int
+    instance: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who works on a job, until when. `process` tells two processes of the same instance name apart."""
+
+    id: str
+    owner: str
+    process: str
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as it is at one moment. Times are UTC, in whole milliseconds."""
+
+    id: str
+    model_name: str
+    submitted_at: datetime
+    updated_at: datetime
+    state: State = State.QUEUED
+    model_version: str = ""
+    tenant: str = ""
+    key: str = ""
+    digest: bytes = b""
+    """Of the submit request, when it has a key."""
+    policy: Policy = Policy()
+    due_at: datetime | None = None
+    """Set while the job waits to be claimed: not before then."""
+    deadline: datetime | None = None
+    attempts: int = 0
+    refusals: int = 0
+    """Attempts in a row that never reached a model."""
+    last_code: int = 0
+    last_message: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+    transitions: tuple[Transition, ...] = ()
+    lease: Lease | None = None
+    cancel_reason: str | None = None
+    """Set when a client asked to cancel it."""
+    traceparent: str = ""
+    """The trace of the submit (W3C), which each attempt continues."""
+    explains: bool = False
+    """The client asked infer to explain its answer."""
+    is_apart: bool = False
+    """The request is kept outside of the job's document."""
+    request: bytes | None = None
+    """The serialised ModelInferRequest; None where it was not loaded or is kept apart."""
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL
+
+    @property
+    def keeps_request(self) -> bool:
+        """Whether its request is still of use: to run it, or to look into why it failed."""
+        return self.state not in (State.SUCCEEDED, State.CANCELLED, State.EXPIRED)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt gave no answer."""
+
+    code: int
+    message: str
+    is_reached: bool = True
+    """False when it is certain that no model ran it."""
+    retry_after_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Decision: back to the queue."""
+
+    due_at: datetime
+    is_counted: bool
+    reason: str
+    code: int = 0
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Decision: the job has its outcome; record it."""
+
+    outcome: Outcome
+    code: int = 0
+    message: str = ""
+
+
+def submitted(job: Job, instance: str) -> Job:
+    """The job with its first transition, waiting from the moment of its acceptance."""
+    first = Transition(State.QUEUED, job.submitted_at, 0, instance, "submitted")
+    return replace(job, due_at=job.submitted_at, transitions=(first,))
+
+
+def claim(job: Job, lease: Lease, now: datetime) -> Job:
+    """A waiting job, claimed for its next attempt."""
+    attempt = job.attempts + 1
+    step = Transition(State.RUNNING, now, attempt, lease.owner, "claimed")
+    return replace(_with(job, step), state=State.RUNNING, due_at=None, attempts=attempt, updated_at=now, lease=lease)
+
+
+def take_over(job: Job, lease: Lease, cancel_reason: str | None = None) -> Job:
+    """The job in the hands of `lease`, whoever had it before. Its state stays until it is known how it goes on."""
+    return replace(
+        job, due_at=None, lease=lease, cancel_reason=job.cancel_reason if cancel_reason is None else cancel_reason
+    )
+
+
+def try_again(job: Job, again: Again, instance: str, now: datetime) -> Job:
+    """The job back in the queue."""
+    step = Transition(State.QUEUED, now, job.attempts, instance, again.reason)
+    after = replace(_with(job, step), state=State.QUEUED, due_at=again.due_at, updated_at=now, lease=None)
+    if again.code:
+        after = replace(after, last_code=again.code, last_message=again.message[:MESSAGE_CHARS])
+    if again.is_counted:
+        return replace(after, refusals=0)
+    taken_back = job.attempts - 1 if job.state is State.RUNNING else job.attempts
+    return replace(after, attempts=taken_back, refusals=job.refusals + bool(again.code))
+
+
+def end(job: Job, standing: End, instance: str, now: datetime) -> Job:
+    """The job in its final state, by the result that stands in the store."""
+    state = state_of(standing)
+    step = Transition(state, now, job.attempts, instance, standing.message[:MESSAGE_CHARS] or "answered")
+    after = replace(_with(job, step), state=state, due_at=None, updated_at=now, lease=None, refusals=0)
+    if standing.outcome is Outcome.SUCCEEDED:
+        return after
+    return replace(after, last_code=standing.code, last_message=standing.message[:MESSAGE_CHARS])
+
+
+def state_of(standing: End) -> State:
+    """The final state that belongs to a result."""
+    if standing.outcome is Outcome.FAILED:
+        return State.FAILED if standing.code in PERMANENT else State.DEAD
+    return State[standing.outcome.name]
+
+
+def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], float]) -> Again | End:
+    """What becomes of a running job whose attempt failed. `draw` gives a number in [0, 1)."""
+    if (ended := ended_from_outside(job, now)) is not None:
+        return ended
+    if failure.is_reached and failure.code in PERMANENT:
+        return End(Outcome.FAILED, failure.code, failure.message)
+    name = _name_of(failure.code)
+    if not failure.is_reached:
+        wait_ms = max(refused_wait_ms(job.refusals, draw()), failure.retry_after_ms * (1 + draw() / 4))
+        reason = f"{name}, before any model ran it: this attempt is not counted"
+        return Again(_later(now, wait_ms), False, reason, failure.code, failure.message)
+    if job.attempts >= job.policy.max_attempts:
+        return End(Outcome.FAILED, failure.code, failure.message)
+    wait_ms = max(backoff_ms(job.policy, job.attempts, draw()), failure.retry_after_ms)
+    if failure.code == Code.NOT_FOUND:
+        wait_ms = max(wait_ms, MISSING_MODEL_WAIT_MS)
+    reason = f"{name}: attempt {job.attempts} of {job.policy.max_attempts} failed"
+    return Again(_later(now, wait_ms), True, reason, failure.code, failure.message)
+
+
+def after_lapse(job: Job, lost: Lease, now: datetime) -> Again | End:
+    """What becomes of a job whose lease `lost` lapsed: its holder died, or was cut off for too long."""
+    if (ended := ended_from_outside(job, now)) is not None:
+        return ended
+    if job.state is State.QUEUED:  # Somebody took it over and died before deciding anything.
+        return Again(now, True, f"the lease of {lost.owner} lapsed")
+    message = f"the lease of {lost.owner} lapsed during attempt {job.attempts}: it died or was cut off"
+    if job.attempts >= job.policy.max_attempts:
+        return End(Outcome.FAILED, Code.ABORTED, message)
+    return Again(now, True, message, Code.ABORTED, message)
+
+
+def released(now: datetime, owner: str) -> Again:
+    """What becomes of a running job whose instance stops: another takes it at once, and nothing is counted."""
+    return Again(now, False, f"{owner} stops: the attempt is not counted")
+
+
+def backoff_ms(policy: Policy, attempts: int, drawn: float) -> float:
+    """Wait after `attempts` counted attempts: full jitter under a doubling cap.
+
+    Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+    cap = min(policy.max_backoff_ms, policy.initial_backoff_ms * 2.0 ** min(attempts - 1, 100))
+    return drawn * cap
+
+
+def refused_wait_ms(refusals: int, drawn: float) -> float:
+    """Wait after the (`refusals` + 1)-th refusal in a row: half fixed, half drawn, so that nobody hammers."""
+    cap = min(REFUSED_MAX_WAIT_MS, REFUSED_WAIT_MS * 2.0 ** min(refusals, 20))
+    return cap * (1 + drawn) / 2
+
+
+def ended_from_outside(job: Job, now: datetime) -> End | None:
+    """How a job ends whatever its attempts say: a client cancelled it, or its deadline passed. None: neither."""
+    if job.cancel_reason is not None:
+        reason = f"cancelled: {job.cancel_reason}" if job.cancel_reason else "cancelled by a client"
+        return End(Outcome.CANCELLED, Code.CANCELLED, reason)
+    if job.deadline is None or now < job.deadline:
+        return None
+    message = f"no answer by its deadline, {job.deadline.isoformat(timespec='milliseconds')}"
+    if job.last_message:
+        message += f"; last attempt: {_name_of(job.last_code)}: {job.last_message}"
+    return End(Outcome.EXPIRED, Code.DEADLINE_EXCEEDED, message)
+
+
+def _name_of(code: int) -> str:
+    try:
+        return Code(code).name
+    except ValueError:
+        return f"code {code}"
+
+
+def _later(now: datetime, wait_ms: float) -> datetime:
+    return now + timedelta(milliseconds=int(wait_ms))
+
+
+def _with(job: Job, step: Transition) -> Job:
+    return replace(job, transitions=(*job.transitions, step)[-TRANSITIONS_KEPT:])

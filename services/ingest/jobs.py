@@ -1,0 +1,115 @@
+"""Jobs as clients read them: one by id, or pages of them, newest first."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from services.ingest.documents import LIGHT, job_of
+from services.ingest.job import Job, State
+from services.ingest.ulid import is_ulid
+from shoal.errors import InvalidArgument, NotFound
+
+PAGE_DEFAULT = 100
+PAGE_MOST = 1_000
+PAGE_BYTES = 16 << 20
+"""A page ends early when its jobs are this large together (labels, long histories): any client can take it."""
+_TOKEN_CHARS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which jobs; each that is set narrows."""
+
+    state: State | None = None
+    model_name: str = ""
+    tenant: str = ""
+
+    def query(self) -> Document:
+        asked: Document = {"model_name": self.model_name, "tenant": self.tenant}
+        if self.state is not None:
+            asked["state"] = str(self.state)
+        return {name: value for name, value in asked.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some jobs, and how to ask for the next."""
+
+    jobs: list[Job]
+    next_token: str
+
+
+class Jobs:
+    """Reads jobs."""
+
+    def __init__(self, jobs: AsyncCollection[Document]) -> None:
+        self._jobs = jobs
+
+    async def get(self, job_id: str) -> Job:
+        """One job, without its request.
+
+        Raises:
+            InvalidArgument: no id. NotFound: no such job. Unavailable: MongoDB is away.
+        """
+        if not job_id:
+            raise InvalidArgument("id: required, and empty")
+        if not is_ulid(job_id):
+            raise NotFound(f"no job {job_id[:64]!r}: a job id is 26 characters, as Submit returned it")
+        with translated("reading a job"):
+            document = await self._jobs.find_one({"_id": job_id}, LIGHT)
+        if document is None:
+            raise NotFound(f"no job {job_id!r}")
+        return job_of(document)
+
+    async def page(self, wanted: Filter, size: int, token: str) -> Page:
+        """A page of jobs, newest first. `size` 0 means 100.
+
+        Raises:
+            InvalidArgument: a bad size, or a token that is not of this filter. Unavailable: MongoDB is away.
+        """
+        if not 0 <= size <= PAGE_MOST:
+            raise InvalidArgument(f"page_size: 0 (the default, {PAGE_DEFAULT}) to {PAGE_MOST}, got {size}")
+        query = wanted.query()
+        if token:
+            query["_id"] = {"$lt": _read_token(token, wanted.query())}
+        size = size or PAGE_DEFAULT
+        found: list[Job] = []
+        nbytes = 0
+        with translated("listing jobs"):
+            async for document in self._jobs.find(query, LIGHT).sort("_id", -1).limit(size + 1):
+                if len(found) == size or (found and nbytes > PAGE_BYTES):
+                    return Page(found, _token(found[-1].id, wanted.query()))
+                found.append(job_of(document))
+                nbytes += _weight(found[-1])
+        return Page(found, "")
+
+
+def _weight(job: Job) -> int:
+    """About how large a job's message is."""
+    labels = sum(len(key) + len(value) for key, value in job.labels)
+    return 500 + len(job.last_message) + 4 * labels + sum(80 + len(step.reason) for step in job.transitions)
+
+
+def _token(after: str, query: Mapping[str, Any]) -> str:
+    return base64.urlsafe_b64encode(json.dumps([after, query], separators=(",", ":")).encode()).decode()
+
+
+def _read_token(token: str, query: Mapping[str, Any]) -> str:
+    bad = InvalidArgument("page_token: not the next_page_token of a page with this filter")
+    if len(token) > _TOKEN_CHARS * 4:
+        raise bad
+    try:
+        after, of_query = json.loads(base64.b64decode(token.encode(), altchars=b"-_", validate=True))
+    except (ValueError, TypeError, binascii.Error, RecursionError):
+        raise bad from None
+    if not isinstance(after, str) or not is_ulid(after) or of_query != query:
+        raise bad
+    return after

@@ -1,0 +1,175 @@
+"""Keeps promises while others work: leases are renewed, lapsed ones found, deadlines enforced, leftovers swept.
+
+Every instance does all of it, for all jobs. Two that find the same lapsed job are told apart by the take-over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from types import TracebackType
+
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from services.ingest.backlog import Backlog
+from services.ingest.claims import Claims
+from services.ingest.clock import Clock, milliseconds
+from services.ingest.dispatcher import Dispatcher
+from services.ingest.documents import EVER, PAYLOADS
+from services.ingest.job import End, Job, Lease, State, after_lapse, ended_from_outside
+from services.ingest.recorder import Results
+from services.ingest.ulid import floor
+from shoal.errors import ShoalError
+
+log = logging.getLogger(__name__)
+
+CARE_S = 0.5
+"""How often lapsed leases and passed deadlines are looked for: one look at an index each."""
+CARE_JOBS = 200
+SWEEP_S = 600.0
+SWEPT_AFTER = timedelta(hours=1)
+"""Younger payloads without a job are left alone: a submit that is under way writes its payload first."""
+_SWEEP_JOBS = 500
+_AWAY_WAIT_S = 1.0
+
+
+class Keeper:
+    """Runs its duties in the background for as long as the `async with` block lasts, once `ready` is set."""
+
+    def __init__(
+        self,
+        jobs: AsyncCollection[Document],
+        claims: Claims,
+        dispatcher: Dispatcher,
+        results: Results,
+        backlog: Backlog,
+        *,
+        clock: Clock,
+        ready: asyncio.Event,
+        renew_ms: int,
+    ) -> None:
+        self._jobs = jobs
+        self._payloads = jobs.database[PAYLOADS]
+        self._claims = claims
+        self._dispatcher = dispatcher
+        self._results = results
+        self._backlog = backlog
+        self._clock = clock
+        self._ready = ready
+        self._renew_s = renew_ms / 1000
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Keeper:
+        for name, duty in (
+            ("renew leases", self._renew),
+            ("care for lapsed jobs", self._care),
+            ("count the backlog", self._recount),
+            ("sweep payloads", self._sweep),
+        ):
+            task = asyncio.create_task(self._for_ever(name, duty), name=name)
+            self._stack.push_async_callback(_end_task, task)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, err, tb)
+
+    async def _for_ever(self, name: str, duty: Callable[[], Awaitable[float]]) -> None:
+        """Does `duty` again and again; it says how many seconds it may rest."""
+        await self._ready.wait()
+        while True:
+            try:
+                rest_s = await duty()
+            except ShoalError as err:
+                log.warning("cannot %s for now: %s", name, err)
+                rest_s = min(_AWAY_WAIT_S, self._renew_s)
+            except Exception:
+                log.exception("%s", name)  # A fault of ours must not end the duty.
+                rest_s = _AWAY_WAIT_S
+            await asyncio.sleep(rest_s)
+
+    async def _renew(self) -> float:
+        held = self._dispatcher.held()
+        if held:
+            for job_id in await self._claims.renew(held):
+                self._dispatcher.lost(job_id, held[job_id])
+        return self._renew_s
+
+    async def _care(self) -> float:
+        await self._recover()
+        limit = min(CARE_JOBS, self._dispatcher.room)
+        expired = await self._claims.take_expired(limit) if limit else []
+        for job in expired:
+            if (how := ended_from_outside(job, self._clock())) is not None:
+                self._dispatcher.end(job, how)
+        return 0.0 if len(expired) == CARE_JOBS else CARE_S * random.uniform(0.5, 1)
+
+    async def _recover(self) -> None:
+        limit = min(CARE_JOBS, self._dispatcher.room)
+        lapsed = await self._claims.take_lapsed(limit) if limit else []
+        if not lapsed:
+            return
+        log.warning("took over %d jobs whose leases lapsed", len(lapsed))
+        standing = await self._standing([job.id for job, _ in lapsed])
+        for job, lost in lapsed:
+            self._resume(job, lost, standing.get(job.id))
+
+    async def _standing(self, job_ids: Sequence[str]) -> dict[str, End]:
+        """Results that the former holders had recorded: what has one need not run again."""
+        try:
+            return await self._results.standing(job_ids)
+        except ShoalError as err:
+            # Then they run again, and the store says what stands when the new results come.
+            log.info("cannot ask the store about jobs that lapsed: %s", err)
+            return {}
+
+    def _resume(self, job: Job, lost: Lease, standing: End | None) -> None:
+        if standing is not None:
+            self._dispatcher.end_as(job, standing)
+            return
+        decision = after_lapse(job, lost, self._clock())
+        if isinstance(decision, End):
+            self._dispatcher.end(job, decision)
+        else:
+            self._dispatcher.put_back(job, decision)
+
+    async def _recount(self) -> float:
+        return await self._backlog.recount(self._count)
+
+    async def _count(self, limit: int) -> int:
+        with translated("counting queued jobs"):
+            return await self._jobs.count_documents({"due_at": {"$gt": EVER}}, limit=limit, hint="waiting")
+
+    async def _sweep(self) -> float:
+        """Deletes payloads that no job needs: of submits that failed in the middle, of deletions that did."""
+        oldest = floor(milliseconds(self._clock() - SWEPT_AFTER))
+        after = ""
+        while True:
+            with translated("looking for payloads"):
+                span = {"_id": {"$gt": after, "$lt": oldest}}
+                cursor = self._payloads.find(span, {"_id": 1}).sort("_id", 1).limit(_SWEEP_JOBS)
+                ids = [document["_id"] async for document in cursor]
+            if not ids:
+                return SWEEP_S * random.uniform(0.5, 1)
+            await self._drop_unneeded(ids)
+            after = ids[-1]
+
+    async def _drop_unneeded(self, ids: Sequence[str]) -> None:
+        over = [str(state) for state in (State.SUCCEEDED, State.CANCELLED, State.EXPIRED)]
+        with translated("sweeping payloads"):
+            cursor = self._jobs.find({"_id": {"$in": list(ids)}, "state": {"$nin": over}}, {"_id": 1})
+            needed = {document["_id"] async for document in cursor}
+            if unneeded := [job_id for job_id in ids if job_id not in needed]:
+                log.info("sweeping %d payloads that no job needs", len(unneeded))
+                await self._payloads.delete_many({"_id": {"$in": unneeded}})
+
+
+async def _end_task(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])

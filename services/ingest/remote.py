@@ -1,0 +1,147 @@
+"""The other services, as ingest sees them through the mesh: infer runs a request, store keeps results."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import grpc
+from opentelemetry import propagate, trace
+from opentelemetry.trace import Link, SpanKind
+
+from mesh.interceptors import translate
+from services.ingest.job import End, Failure, Outcome
+from shoal.errors import Code, Internal, ShoalError, Unavailable
+from shoal.inference.v2 import inference_pb2
+from shoal.store.v1 import store_pb2, store_pb2_grpc
+
+STORE_TIMEOUT_S = 10.0
+"""Longest a call to the store may take. It is repeated until it succeeds: the limit only frees what hangs."""
+_QUERIED_AT_ONCE = 100
+_LINKS = 64
+
+# ingest does the retries, and must know of each attempt what became of it: that one died under a request is counted, so
+# that a request which kills its instance is stopped, and is not handed on to the next instance by Envoy.
+_NO_RETRIES = (("x-envoy-max-retries", "0"),)
+
+_NEVER_REACHED = (
+    # What Envoy, and grpc's own channel, say when no instance has seen the request.
+    "no healthy upstream",
+    "failed to connect to all addresses",
+    "connections to all backends failing",
+    "reset reason: connection failure",
+    "reset reason: remote connection failure",
+    "reset reason: local connection failure",
+    "reset reason: overflow",
+)
+
+
+class RemoteModel:
+    """infer, behind the mesh."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        # Requests are stored serialised and sent as they are.
+        self._infer: grpc.aio.UnaryUnaryMultiCallable[bytes, inference_pb2.ModelInferResponse] = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=None,
+            response_deserializer=inference_pb2.ModelInferResponse.FromString,
+        )
+
+    async def infer(self, request: bytes, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
+        """Runs one serialised ModelInferRequest, once."""
+        try:
+            response: inference_pb2.ModelInferResponse = await self._infer(
+                request, timeout=timeout_s, metadata=_NO_RETRIES
+            )
+        except grpc.RpcError as err:
+            return failure_of(err)
+        return response
+
+
+def failure_of(error: grpc.RpcError) -> Failure:
+    """What a failed call to a model means for its job."""
+    known = translate(error)
+    return Failure(int(known.code), known.message, not _is_unreached(error, known), known.retry_after_ms or 0)
+
+
+def _is_unreached(error: grpc.RpcError, known: ShoalError) -> bool:
+    """Whether it is certain that no model ran the request."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return False
+    details = error.details() or ""
+    if known.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE) and known.retry_after_ms is not None:
+        return True  # Shed before it ran: "come back then".
+    if known.code is Code.UNIMPLEMENTED:
+        return _is_of_the_mesh(details)
+    return known.code is Code.UNAVAILABLE and (not details or any(text in details for text in _NEVER_REACHED))
+
+
+def _is_of_the_mesh(details: str) -> bool:
+    # Envoy has no route (yet): it answers 404, which gRPC reads as UNIMPLEMENTED. A service's own word has a text.
+    return not details or "http2 header with status: 404" in details
+
+
+class RemoteResults:
+    """The store's results, behind the mesh."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = store_pb2_grpc.StoreServiceStub(channel)
+        self._tracer = trace.get_tracer("shoal")
+
+    async def put(self, results: Sequence[store_pb2.Result], traceparents: Sequence[str]) -> list[End]:
+        """Records results and says of each what stands. The call belongs to the trace of the first, linked to the rest.
+
+        Raises:
+            ShoalError: none is known to be recorded; to repeat it is safe.
+        """
+        request = store_pb2.PutResultsRequest(results=results)
+        with self._span(traceparents), _translated("recording results"):
+            response = await self._stub.PutResults(request, timeout=STORE_TIMEOUT_S)
+        if [entry.job_id for entry in response.entries] != [result.job_id for result in results]:
+            raise Internal("the store's answer does not fit the results that were sent")
+        return [
+            _end_of(result if entry.recorded else entry.standing)
+            for entry, result in zip(response.entries, results, strict=True)
+        ]
+
+    async def standing(self, job_ids: Sequence[str]) -> dict[str, End]:
+        """The results that stand for these jobs, without their answers.
+
+        Raises:
+            ShoalError: they are not known.
+        """
+        found: dict[str, End] = {}
+        for first in range(0, len(job_ids), _QUERIED_AT_ONCE):
+            some = job_ids[first : first + _QUERIED_AT_ONCE]
+            request = store_pb2.QueryResultsRequest(job_ids=some, omit_response=True, page_size=len(some))
+            with _translated("looking for results"):
+                response = await self._stub.QueryResults(request, timeout=STORE_TIMEOUT_S)
+            found.update({result.job_id: _end_of(result) for result in response.results})
+        return found
+
+    @contextlib.contextmanager
+    def _span(self, traceparents: Sequence[str]) -> Iterator[None]:
+        contexts = [propagate.extract({"traceparent": parent}) for parent in traceparents[:_LINKS] if parent]
+        links = [Link(trace.get_current_span(context).get_span_context()) for context in contexts[1:]]
+        parent = contexts[0] if contexts else None
+        with self._tracer.start_as_current_span("record results", parent, SpanKind.PRODUCER, links=links) as span:
+            span.set_attribute("shoal.results", len(traceparents))
+            yield
+
+
+def _end_of(result: store_pb2.Result) -> End:
+    try:
+        return End(Outcome(result.outcome), result.code, result.message)
+    except ValueError:
+        raise Internal(f"the store has a result of job {result.job_id} with the outcome {result.outcome}") from None
+
+
+@contextlib.contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as err:
+        known = translate(err, doing)
+        if known.code is Code.UNIMPLEMENTED:
+            raise Unavailable(f"{doing}: the mesh has no way to the store yet ({known.message})") from err
+        raise known from err

@@ -1,0 +1,64 @@
+"""shoal.ingest.v1.IngestService: translates between messages and what ingest thinks in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from mesh.interceptors import Context
+from mesh.server import Rpc
+from services.ingest.cancel import Cancelling
+from services.ingest.intake import Intake
+from services.ingest.jobs import Filter, Jobs
+from services.ingest.messages import message_of, state_of
+from services.ingest.stream import Stream
+from services.ingest.watch import Watch
+from shoal.ingest.v1 import ingest_pb2 as pb
+from shoal.ingest.v1 import ingest_pb2_grpc
+
+
+class IngestRpc(ingest_pb2_grpc.IngestServiceServicer):
+    """The servicer."""
+
+    def __init__(
+        self, intake: Intake, jobs: Jobs, watch: Watch, cancelling: Cancelling, *, stream_items: int, stream_bytes: int
+    ) -> None:
+        self._intake = intake
+        self._jobs = jobs
+        self._watch = watch
+        self._cancelling = cancelling
+        self._stream_items = stream_items
+        self._stream_bytes = stream_bytes
+
+    async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
+        accepted = await self._intake.submit(request)
+        return pb.SubmitResponse(job=message_of(accepted.job), existed=accepted.existed)
+
+    async def SubmitStream(
+        self, request_iterator: AsyncIterator[pb.SubmitStreamRequest], context: Context
+    ) -> AsyncIterator[pb.SubmitStreamResponse]:
+        stream = Stream(self._intake, items=self._stream_items, nbytes=self._stream_bytes)
+        async for response in stream.acknowledge(request_iterator):
+            yield response
+
+    async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
+        return pb.GetJobResponse(job=message_of(await self._jobs.get(request.id)))
+
+    async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
+        wanted = Filter(state_of(request.state), request.model_name, request.tenant)
+        page = await self._jobs.page(wanted, request.page_size, request.page_token)
+        return pb.ListJobsResponse(jobs=map(message_of, page.jobs), next_page_token=page.next_token)
+
+    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
+        async for job in self._watch.follow(request.id):
+            yield pb.WatchJobResponse(job=message_of(job))
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
+        return pb.CancelJobResponse(job=message_of(await self._cancelling.cancel(request.id, request.reason)))
+
+
+def rpc(servicer: IngestRpc) -> Rpc:
+    """The servicer, as a server takes it."""
+    return Rpc(
+        pb.DESCRIPTOR.services_by_name["IngestService"],
+        lambda server: ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, server),
+    )

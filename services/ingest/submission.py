@@ -1,0 +1,133 @@
+"""What may be submitted: checks a SubmitRequest and makes it a job. Whatever is wrong is named by its field.
+
+The inference request itself is only looked at from outside (a model's name, a size): what its tensors must be, only the
+model knows, and a job whose tensors are wrong ends as FAILED with the model's own words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime, timedelta
+
+from google.protobuf.duration_pb2 import Duration
+
+from services.ingest.job import Job, Policy, submitted
+from shoal.errors import InvalidArgument
+from shoal.ingest.v1 import ingest_pb2 as pb
+
+REQUEST_BYTES = 12 << 20
+KEY_CHARS = 128
+TENANT_CHARS = 64
+LABELS = 64
+LABEL_CHARS = 256
+MODEL_NAME_CHARS = 128
+MODEL_VERSION_CHARS = 32
+REASON_CHARS = 1_000
+MOST_ATTEMPTS = 100
+LONGEST_BACKOFF = timedelta(days=1)
+LONGEST_DEADLINE = timedelta(days=3_660)
+
+EXPLAIN = "explain"
+"""The request parameter that asks infer who answered, and how."""
+
+
+def job_of(submit: pb.SubmitRequest, job_id: str, now: datetime, instance: str, inline_bytes: int) -> Job:
+    """The job that `submit` asks for, accepted at `now`, with the serialised request in it.
+
+    Raises:
+        InvalidArgument: names the field, what was expected and what came.
+    """
+    request = _request(submit)
+    _at_most("idempotency_key", submit.idempotency_key, KEY_CHARS)
+    _at_most("tenant", submit.tenant, TENANT_CHARS)
+    deadline = _deadline(submit)
+    job = Job(
+        id=job_id,
+        model_name=submit.request.model_name,
+        model_version=submit.request.model_version,
+        submitted_at=now,
+        updated_at=now,
+        tenant=submit.tenant,
+        key=submit.idempotency_key,
+        digest=digest_of(submit) if submit.idempotency_key else b"",
+        policy=_policy(submit.retry),
+        deadline=None if deadline is None else now + deadline,
+        labels=_labels(submit),
+        explains=submit.request.parameters[EXPLAIN].bool_param if EXPLAIN in submit.request.parameters else False,
+        is_apart=len(request) > inline_bytes,
+        request=request,
+    )
+    return submitted(job, instance)
+
+
+def digest_of(submit: pb.SubmitRequest) -> bytes:
+    """Tells whether two submits ask for the same: SHA-256 over all fields, maps in order.
+
+    protobuf promises the order of a deterministic serialisation only within one of its versions; a submit that is
+    repeated across an upgrade which changed it would be refused, never mixed up.
+    """
+    return hashlib.sha256(submit.SerializeToString(deterministic=True)).digest()
+
+
+def _request(submit: pb.SubmitRequest) -> bytes:
+    if not submit.HasField("request"):
+        raise InvalidArgument("request: required, and not set")
+    if not submit.request.model_name:
+        raise InvalidArgument("request.model_name: required, and empty")
+    _at_most("request.model_name", submit.request.model_name, MODEL_NAME_CHARS)
+    _at_most("request.model_version", submit.request.model_version, MODEL_VERSION_CHARS)
+    size = submit.request.ByteSize()
+    if size > REQUEST_BYTES:
+        raise InvalidArgument(f"request: at most {REQUEST_BYTES} bytes serialised, got {size}")
+    return submit.request.SerializeToString()
+
+
+def _policy(retry: pb.RetryPolicy) -> Policy:
+    default = Policy()
+    if not 0 <= retry.max_attempts <= MOST_ATTEMPTS:
+        raise InvalidArgument(f"retry.max_attempts: 0 (the default) to {MOST_ATTEMPTS}, got {retry.max_attempts}")
+    initial_ms, max_ms = default.initial_backoff_ms, default.max_backoff_ms
+    if retry.HasField("initial_backoff"):
+        initial_ms = _ms("retry.initial_backoff", retry.initial_backoff, LONGEST_BACKOFF)
+        max_ms = max(max_ms, initial_ms)
+    if retry.HasField("max_backoff"):
+        max_ms = _ms("retry.max_backoff", retry.max_backoff, LONGEST_BACKOFF)
+        if not retry.HasField("initial_backoff"):
+            initial_ms = min(initial_ms, max_ms)
+        elif max_ms < initial_ms:
+            raise InvalidArgument(f"retry.max_backoff: at least initial_backoff ({initial_ms} ms), got {max_ms} ms")
+    return Policy(retry.max_attempts or default.max_attempts, initial_ms, max_ms)
+
+
+def _deadline(submit: pb.SubmitRequest) -> timedelta | None:
+    if not submit.HasField("deadline"):
+        return None
+    ms = _ms("deadline", submit.deadline, LONGEST_DEADLINE)
+    if ms < 1:
+        raise InvalidArgument("deadline: at least 1 ms from acceptance; leave it unset for none")
+    return timedelta(milliseconds=ms)
+
+
+def _labels(submit: pb.SubmitRequest) -> tuple[tuple[str, str], ...]:
+    if len(submit.labels) > LABELS:
+        raise InvalidArgument(f"labels: at most {LABELS}, got {len(submit.labels)}")
+    for key, value in submit.labels.items():
+        _at_most(f"labels[{key[:40]!r}], its key", key, LABEL_CHARS)
+        _at_most(f"labels[{key[:40]!r}]", value, LABEL_CHARS)
+    return tuple(sorted(submit.labels.items()))
+
+
+def _ms(field: str, duration: Duration, longest: timedelta) -> int:
+    seconds, nanos = duration.seconds, duration.nanos
+    if not -1_000_000_000 < nanos < 1_000_000_000 or (seconds < 0 < nanos) or (nanos < 0 < seconds):
+        raise InvalidArgument(f"{field}: not a valid duration ({seconds} s and {nanos} ns)")
+    if seconds < 0 or nanos < 0:
+        raise InvalidArgument(f"{field}: must not be negative, got {seconds} s and {nanos} ns")
+    if seconds > longest.total_seconds():
+        raise InvalidArgument(f"{field}: at most {int(longest.total_seconds())} s, got {seconds} s")
+    return seconds * 1000 + nanos // 1_000_000
+
+
+def _at_most(field: str, text: str, chars: int) -> None:
+    if len(text) > chars:
+        raise InvalidArgument(f"{field}: at most {chars} characters, got {len(text)}")

@@ -1,0 +1,81 @@
+"""Ingest as real processes, beside a mesh that a test can break."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.breakable import Process, until
+from tests.ingest.faults import Client, FakeMesh, mesh_at
+
+
+class IngestProcess(Process):
+    """One `python -m services.ingest`."""
+
+    def __init__(self, folder: Path, n: int, mongo: str, database: str, mesh: str, **settings: object) -> None:
+        self.address = f"unix:{folder}/ingest-{n}.sock"
+        env = {
+            "INSTANCE": f"ingest-{n}",
+            "LISTEN": self.address,
+            "MESH": mesh,
+            "MONGO": mongo,
+            "DATABASE": database,
+            "NOTICE_MS": 0,
+            "DRAIN_MS": 2_000,
+            **{key.upper(): value for key, value in settings.items()},
+        }
+        super().__init__(
+            [sys.executable, "-m", "services.ingest"],
+            folder / f"ingest-{n}.log",
+            {f"SHOAL_INGEST_{key}": str(value) for key, value in env.items()},
+        )
+
+    async def until_ready(self) -> None:
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+
+            async def serves() -> bool:
+                assert self.is_running(), self.log.read_text()[-3000:]
+                try:
+                    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
+                except grpc.aio.AioRpcError:
+                    return False
+                return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+            await until(serves, f"{self.address} serving")
+
+
+StartIngest = Callable[..., IngestProcess]
+
+
+@pytest.fixture
+async def mesh(run_dir: Path) -> AsyncIterator[FakeMesh]:
+    async with mesh_at(run_dir) as fake:
+        yield fake
+
+
+@pytest.fixture
+def start_ingest(run_dir: Path, mongo_uri: str, mongo_database: str) -> Iterator[StartIngest]:
+    """Starts an instance; a second call with the same number makes a new process object for the same name."""
+    with ExitStack() as stack:
+
+        def start(n: int = 0, mesh: str = f"unix:{run_dir}/outbound.sock", mongo: str = mongo_uri, **settings: object):
+            return stack.enter_context(IngestProcess(run_dir, n, mongo, mongo_database, mesh, **settings))
+
+        yield start  # type: ignore[misc]
+
+
+@pytest.fixture
+async def client(mesh: FakeMesh, start_ingest: StartIngest) -> AsyncIterator[Client]:
+    """A client of one ready instance with a mesh beside it."""
+    ingest = start_ingest()
+    await ingest.until_ready()
+    served = Client(ingest.address)
+    yield served
+    await served.channel.close()
