@@ -22,7 +22,7 @@ from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 GATEWAY_VARIABLE = "SHOAL_GATEWAY"
 
-_ADDRESS = re.compile(r"^(unix:.+|[^/:\s@]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5})$")
+_ADDRESS = re.compile(r"^(unix:.+|[^/:\s@]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5})$")
 _POINTER = re.compile(r"^(\d+)-(\d+)\.json$")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from mesh.node.probes import PROBE_S, health
+from mesh.node.probes import FRESH, PROBE_S, health
 
 # One call of each service that reads, costs little, and is answered with an empty request: whatever the answer, the
 # service gave it.
@@ -29,7 +29,7 @@ async def gets_through(gateway: str, method: str) -> bool:
     """Whether a call of `method` is answered by its service."""
     import grpc
 
-    async with grpc.aio.insecure_channel(gateway, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+    async with grpc.aio.insecure_channel(gateway, options=FRESH) as channel:
         call = channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
         try:
             await call(b"", timeout=PROBE_S)

@@ -13,7 +13,7 @@ SERVICES = ("coord", "store", "infer", "ingest")
 """In the order of their start: what others call comes first, and stops last."""
 MAX_REPLICAS = 64
 _NODE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
-_HOST_PORT = re.compile(r"^([^/:\s@,]+|\[[0-9a-fA-F:]+\]):(\d{1,5})$")
+_HOST_PORT = re.compile(r"^([^/:\s@,]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})$")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def parse_replicas(text: str) -> dict[str, int]:
         _known(name, "--replicas", text)
         if name in counts:
             raise InvalidArgument(f"--replicas {text!r}: {name} is given twice")
-        if not re.fullmatch(r"\d{1,4}", count) or not 1 <= int(count) <= MAX_REPLICAS:
+        if not re.fullmatch(r"[0-9]{1,4}", count) or not 1 <= int(count) <= MAX_REPLICAS:
             advice = "to leave a service out, name the others with --services" if count == "0" else "a whole number"
             raise InvalidArgument(f"--replicas {text!r}: {name}={count or '?'} is not 1 to {MAX_REPLICAS}: {advice}")
         counts[name] = int(count)

@@ -163,15 +163,23 @@ def envoy(bootstrap: Path, admin: str, concurrency: int) -> Part:
     return Part("envoy", tuple(argv), lambda: probes.http_ok(admin, "/ready"), grace_s=5)
 
 
+SERVICE_DEATH = signal.SIGTERM
+"""What a service gets when its launcher dies: it watches its launcher too, and leaves in order."""
+
+
+def service_command(service: str) -> tuple[str, ...]:
+    """The command of one of our services."""
+    return (sys.executable, "-m", f"services.{service}")
+
+
 def service(service: str, instance: str, socket_path: Path, env: Mapping[str, str], grace_s: float) -> Part:
     """An instance of one of our services, which serves at `socket_path`. Ready means that its health says so."""
-    argv = (sys.executable, "-m", f"services.{service}")
     address = f"unix:{socket_path}"
     return Part(
         instance,
-        argv,
+        service_command(service),
         lambda: probes.health(address),
         env,
         grace_s=grace_s,
-        at_launcher_death=signal.SIGTERM,  # It watches its launcher too, and leaves in order.
+        at_launcher_death=SERVICE_DEATH,
     )

@@ -33,7 +33,7 @@ async def health(address: str, service: str = "") -> bool:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    async with grpc.aio.insecure_channel(address, options=_FRESH) as channel:
+    async with grpc.aio.insecure_channel(address, options=FRESH) as channel:
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -55,7 +55,8 @@ async def mongo_answers(uri: str) -> bool:
         return False
 
 
-_FRESH = (
+FRESH: tuple[tuple[str, int | str], ...] = (
+    ("grpc.enable_http_proxy", 0),  # What is asked is on this machine, whatever http_proxy says.
     # Channels to one address share its connection, and so its wait after a refusal: a new probe would only wait.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.default_authority", "shoal"),

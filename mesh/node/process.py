@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -44,15 +45,15 @@ class Process:
                 pass
 
 
-async def spawn(part: Part, log: Path) -> Process:
-    """Starts `part`, whose output goes to the end of `log`.
+async def spawn(part: Part, log: Path | None) -> Process:
+    """Starts `part`, whose output goes to the end of `log`; without one it goes where the launcher's goes.
 
     A session of its own keeps a terminal's Ctrl-C from it: the launcher alone hears it, and stops things in order.
 
     Raises:
         OSError: the log cannot be opened, or no process can be made.
     """
-    with log.open("ab") as out:
+    with log.open("ab") if log else contextlib.nullcontext() as out:
         process = await asyncio.create_subprocess_exec(
             *_leashed(part.argv, part.at_launcher_death),
             stdin=asyncio.subprocess.DEVNULL,

@@ -1,0 +1,138 @@
+"""`shoal serve`, run as a user runs it: a real process, a real model, a real port."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2 import inference_pb2_grpc
+
+COMMAND = (sys.executable, "-m", "shoal.cli.main", "serve")
+Start = Callable[..., tuple[subprocess.Popen[str], dict[str, Any]]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts `shoal serve ... --json` and returns it with what it printed."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(*args: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        process = subprocess.Popen([*COMMAND, *args, "--port", "0", "--json"], stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout
+        text = ""
+        while not text.endswith("\n}\n"):
+            line = process.stdout.readline()
+            assert line, f"it ended with {process.wait()} after {text!r}"
+            text += line
+        return process, json.loads(text)
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, "the server outlived its launcher"
+        time.sleep(0.02)
+
+
+def double(address: str) -> list[float]:
+    tensor = pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 4])
+    request = pb.ModelInferRequest(model_name="double", inputs=[tensor])
+    request.raw_input_contents.append(np.array([1, 2, 3, 4], np.float32).tobytes())
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        answer = inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=30)
+    return np.frombuffer(answer.raw_output_contents[0], np.float32).tolist()
+
+
+def test_a_folder_of_models_is_served_and_said_to_be(start: Start, onnx_models: Path) -> None:
+    process, said = start(str(onnx_models))
+    assert {(model["name"], model["state"]) for model in said["models"]} == {("double", "READY"), ("slow", "READY")}
+    assert double(said["address"]) == [2, 4, 6, 8]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    wait_until_gone(said["pid"])
+
+
+def test_a_model_that_cannot_be_loaded_is_said_with_the_reason(start: Start, onnx_models: Path, tmp_path: Path) -> None:
+    (tmp_path / "double.onnx").write_bytes((onnx_models / "double.onnx").read_bytes())
+    (tmp_path / "junk.onnx").write_text("no model")
+    _, said = start(str(tmp_path))
+    states = {model["name"]: model for model in said["models"]}
+    assert states["junk"]["state"] == "UNAVAILABLE"
+    assert "junk" in states["junk"]["reason"]
+    assert double(said["address"]) == [2, 4, 6, 8]
+
+
+def test_ctrl_c_stops_it_with_0(start: Start, onnx_models: Path) -> None:
+    process, _ = start(str(onnx_models))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+
+
+def test_kill_9_of_the_command_leaves_no_server(start: Start, onnx_models: Path) -> None:
+    process, said = start(str(onnx_models))
+    process.kill()
+    process.wait()
+    wait_until_gone(said["pid"])
+
+
+def test_a_server_that_is_killed_ends_the_command_with_its_status(start: Start, onnx_models: Path) -> None:
+    process, said = start(str(onnx_models))
+    os.kill(said["pid"], signal.SIGKILL)
+    assert process.wait(30) == 128 + signal.SIGKILL
+
+
+def fails(*args: str) -> tuple[int, str]:
+    done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+def test_a_port_in_use_is_named(onnx_models: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        status, said = fails(str(onnx_models), "--port", str(port))
+    assert status == 1
+    assert f"port {port} of 127.0.0.1 is in use: give another with --port" in said
+
+
+def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    status, said = fails(str(tmp_path / "nowhere"), "--port", "0")
+    assert (status, "nowhere does not exist: expected a folder of models" in said) == (2, True)
+    (tmp_path / "a.onnx").touch()
+    status, said = fails(str(tmp_path / "a.onnx"), "--port", "0")
+    assert (status, "is no folder: name the one around it" in said) == (2, True)
+
+
+def test_an_address_of_another_machine_is_named(onnx_models: Path) -> None:
+    status, said = fails(str(onnx_models), "--host", "192.0.2.1", "--port", "0")
+    assert (status, "--host '192.0.2.1': not an address of this machine" in said) == (2, True)
+
+
+def test_a_wrong_setting_is_named(onnx_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_INFER_THREADS", "many")
+    status, said = fails(str(onnx_models), "--port", "0")
+    assert (status, "SHOAL_INFER_THREADS='many'" in said) == (2, True)
