@@ -1,0 +1,277 @@
+"""`make demo`: what kind of file is it? A real node, a real model, real files, and every answer checked.
+
+    shoal up ──> push magika's ONNX file ──> each file goes through twice:
+        at once        ModelInfer through the gateway, many at a time, so that batches form
+        as a job       submitted to ingest, run by infer, its result read back from the store
+    each answer is compared with the magika package's own, and the job's with the other.
+
+Exits 0 when all agree, 1 when one does not or the node fails. Nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from files import Sample, gather
+from judge import Judge, Verdict
+from node import NotReady, running, story, wait_until_ready
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import shoal
+from shoal.client import JobRequest
+from shoal.errors import ShoalError
+
+MODEL = "magika"
+AT_ONCE = 32
+# Calls in flight: enough that a replica always finds some to run together.
+
+TOLERANCE = 1e-4
+# The same rows in another batch: the order of float32 sums differs, by less than a millionth here.
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = (
+    ROOT,
+    Path(sysconfig.get_path("purelib")),
+    Path("/usr/bin"),
+    Path("/usr/share"),
+    Path("/usr/lib"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A file, what the model is asked about it, and what magika says by itself."""
+
+    sample: Sample
+    features: NDArray[np.int32]
+    own: Verdict
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {"bytes": self.features[np.newaxis]}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the node said of one file."""
+
+    verdict: Verdict
+    replica: str
+    batch_size: int
+    latency_ms: float
+
+
+def main() -> int:
+    """Runs the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=120, help="how many files (at least 1)")
+    count = max(parser.parse_args().files, 1)
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = 140
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory(prefix="shoal-demo-") as folder:
+            return _in_folder(Path(folder), count, out)
+    except NotReady as err:
+        out.print(Text(str(err), "red"))
+    except ShoalError as err:
+        out.print(Text(f"the demo failed: {err.message}", "red"))
+    except KeyboardInterrupt:
+        out.print("interrupted: everything is stopped")
+        return 130
+    return 1
+
+
+def _in_folder(folder: Path, count: int, out: Console) -> int:
+    started = time.monotonic()
+    out.print("starting a node: shoal up --replicas infer=2")
+    with running(folder, "--replicas", "infer=2") as process:
+        judge = Judge()
+        questions, by_rule = prepare(judge, count)
+        gateway = wait_until_ready(process, folder)
+        out.print(f"ready at {gateway} after {time.monotonic() - started:.1f} s")
+        try:
+            result = asyncio.run(_ask(gateway, judge, questions, out))
+        except ShoalError:
+            out.print(Text(story(folder), "dim"))
+            raise
+    status = report(questions, *result, by_rule, out)
+    out.print(f"the node has stopped; {time.monotonic() - started:.1f} s in all")
+    return status
+
+
+def prepare(judge: Judge, count: int) -> tuple[list[Question], int]:
+    """`count` questions, and how many files were passed over because magika answers them by rule, without the model."""
+    questions: list[Question] = []
+    by_rule = 0
+    for sample in gather(FOLDERS, count * 2):
+        features = judge.features(sample.content)
+        if features is None:
+            by_rule += 1
+            continue
+        questions.append(Question(sample, features, judge.own_answer(sample.content)))
+        if len(questions) == count:
+            break
+    return questions, by_rule
+
+
+async def _ask(
+    gateway: str, judge: Judge, questions: Sequence[Question], out: Console
+) -> tuple[list[Answer], list[Answer], float, float]:
+    """The answers at once and those of the jobs, each with the seconds that it took for all of them."""
+    async with shoal.AsyncClient(gateway) as client:
+        start = time.monotonic()
+        [pushed] = await client.models.push(judge.model, MODEL)
+        out.print(
+            f"pushed {MODEL} version {pushed.model.version} ({pushed.sent_bytes / 2**20:.1f} MiB): "
+            f"warm on every replica after {time.monotonic() - start:.1f} s"
+        )
+        start = time.monotonic()
+        answers = await at_once(client, judge, questions)
+        between = time.monotonic()
+        jobs = await as_jobs(client, judge, questions)
+        return answers, jobs, between - start, time.monotonic() - between
+
+
+async def at_once(client: shoal.AsyncClient, judge: Judge, questions: Sequence[Question]) -> list[Answer]:
+    """Asks for every file, many at a time."""
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def ask(question: Question) -> Answer:
+        async with places:
+            start = time.monotonic()
+            result = await client.infer(MODEL, question.inputs, parameters={"explain": True})
+            return answer_of(judge, result, time.monotonic() - start)
+
+    return await asyncio.gather(*(ask(question) for question in questions))
+
+
+async def as_jobs(client: shoal.AsyncClient, judge: Judge, questions: Sequence[Question]) -> list[Answer]:
+    """Hands in every file as a job; reads each result back from the store."""
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def collect(job_id: str, submitted: float) -> Answer:
+        async with places:
+            result = await client.jobs.result(job_id, timeout=60)
+            return answer_of(judge, result, time.monotonic() - submitted)
+
+    requests = [
+        JobRequest(MODEL, question.inputs, parameters={"explain": True}, labels={"file": question.sample.name[:256]})
+        for question in questions
+    ]
+    collecting: dict[int, asyncio.Task[Answer]] = {}
+    async with asyncio.TaskGroup() as group:
+        async for ack in client.jobs.submit_many(requests):
+            if ack.error is not None:
+                raise ack.error
+            collecting[ack.index] = group.create_task(collect(ack.job_id, time.monotonic()))
+    return [collecting[index].result() for index in range(len(questions))]
+
+
+def answer_of(judge: Judge, result: shoal.InferResult, seconds: float) -> Answer:
+    """The answer in a result of one row."""
+    return Answer(
+        verdict=judge.of_scores(result["target_label"][0]),
+        replica=str(result.parameters.get("replica", "?")),
+        batch_size=int(result.parameters.get("batch_size", 0)),
+        latency_ms=seconds * 1000,
+    )
+
+
+def report(
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    jobs: Sequence[Answer],
+    took_s: float,
+    jobs_took_s: float,
+    by_rule: int,
+    out: Console,
+) -> int:
+    """Prints the table and the summary; 0 when everything agrees."""
+    _print_table(questions, answers, jobs, out)
+    right = [agrees(q.own, a.verdict) for q, a in zip(questions, answers, strict=True)]
+    jobs_right = [agrees(q.own, a.verdict) for q, a in zip(questions, jobs, strict=True)]
+    same = [agrees(a.verdict, b.verdict) for a, b in zip(answers, jobs, strict=True)]
+    count = len(questions)
+    kinds = Counter(answer.verdict.label for answer in answers)
+    out.print(f"{count} files of {len(kinds)} types: {', '.join(f'{k} {n}' for k, n in kinds.most_common(12))} ...")
+    if by_rule:
+        out.print(f"{by_rule} more were passed over: magika answers them by rule, without the model")
+    out.print(f"at once:  {_pace(answers, took_s)}")
+    out.print(f"as jobs:  {_pace(jobs, jobs_took_s)}")
+    for what, verdicts in (
+        ("at once agree with magika", right),
+        ("as jobs agree with magika", jobs_right),
+        ("as jobs agree with those at once", same),
+    ):
+        out.print(Text(f"{sum(verdicts)} of {count} answers {what}", "green" if all(verdicts) else "bold red"))
+    failed = [n for n in range(count) if not (right[n] and jobs_right[n] and same[n])]
+    for n in failed:
+        question = questions[n]
+        out.print(Text(f"{question.sample.name}: magika {question.own}", "red"))
+        out.print(Text(f"    at once {answers[n].verdict}, as a job {jobs[n].verdict}", "red"))
+    return 1 if failed else 0
+
+
+def agrees(one: Verdict, other: Verdict) -> bool:
+    """The same type, from the same guess, with the same score."""
+    same = one.label == other.label and one.model_label == other.model_label
+    return same and abs(one.score - other.score) <= TOLERANCE
+
+
+def _pace(answers: Sequence[Answer], took_s: float) -> str:
+    replicas = Counter(answer.replica for answer in answers)
+    share = ", ".join(f"{name} {n}" for name, n in sorted(replicas.items()))
+    batch = sum(answer.batch_size for answer in answers) / len(answers)
+    rate = len(answers) / took_s
+    return f"{took_s:.2f} s ({rate:.0f} files/s), in batches of {batch:.1f} on average, by {share}"
+
+
+def _print_table(
+    questions: Sequence[Question], answers: Sequence[Answer], jobs: Sequence[Answer], out: Console
+) -> None:
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    table.add_column("file", overflow="ellipsis", no_wrap=True, max_width=60)
+    table.add_column("type")
+    for column in ("score", "replica", "batch", "ms", "job ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for question, answer, job in zip(questions, answers, jobs, strict=True):
+        agree = agrees(question.own, answer.verdict) and agrees(question.own, job.verdict)
+        table.add_row(
+            Text(_short(question.sample.name)),
+            answer.verdict.label,
+            f"{answer.verdict.score:.4f}",
+            answer.replica,
+            str(answer.batch_size),
+            f"{answer.latency_ms:.1f}",
+            f"{job.latency_ms:.1f}",
+            style="" if agree else "red",
+        )
+    out.print(table)
+
+
+def _short(name: str) -> str:
+    """The end of a long path tells more than its beginning."""
+    name = name.removeprefix(f"{ROOT}/")
+    return name if len(name) <= 60 else f"…{name[-59:]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

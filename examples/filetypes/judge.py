@@ -1,0 +1,59 @@
+"""What the magika package says of a file by itself, and what it makes of the model's answer.
+
+The model is one part of magika: it turns 2,048 numbers (the first and last 1,024 bytes, stripped) into 214 scores. What
+comes before (which files are worth asking the model, and the 2,048 numbers) and after (a score below the threshold of
+its type becomes plain `txt` or `unknown`) is the package's own code here: only the model's answer is in question.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import magika
+import numpy as np
+from magika.types import ContentTypeLabel, Seekable
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a file is."""
+
+    model_label: str
+    """The model's best guess."""
+    score: float
+    label: str
+    """What magika answers: the guess, unless its score is too low."""
+
+
+class Judge:
+    """The magika package."""
+
+    def __init__(self) -> None:
+        self._magika = magika.Magika()
+        self.model = Path(magika.__file__).parent / "models" / self._magika.get_model_name() / "model.onnx"
+        """The ONNX file."""
+        config = json.loads(self.model.with_name("config.min.json").read_text())
+        self._labels: list[str] = config["target_labels_space"]
+
+    def features(self, content: bytes) -> NDArray[np.int32] | None:
+        """What the model is asked about the file, int32 [2048]; None when magika answers by rule (tiny, blank)."""
+        seekable = Seekable(io.BytesIO(content))
+        _, found = self._magika._get_result_or_features_from_seekable(seekable)
+        return None if found is None else np.array([*found.beg, *found.end], dtype=np.int32)
+
+    def own_answer(self, content: bytes) -> Verdict:
+        """magika's answer, from its own run of the model."""
+        prediction = self._magika.identify_bytes(content).prediction
+        return Verdict(str(prediction.dl.label), float(prediction.score), str(prediction.output.label))
+
+    def of_scores(self, scores: NDArray[Any]) -> Verdict:
+        """What magika would make of the model's 214 scores."""
+        best = int(scores.argmax())
+        label, score = ContentTypeLabel(self._labels[best]), float(scores[best])
+        answer, _ = self._magika._get_output_label_from_dl_label_and_score(label, score)
+        return Verdict(str(label), score, str(answer))
