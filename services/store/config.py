@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from mesh.config import ServiceConfig
 
@@ -22,7 +22,7 @@ class StoreConfig(ServiceConfig):
     blobs: Annotated[str, Field(pattern=_BLOB_URL)]
     """Where bytes are kept: `file:///folder`, `s3://bucket/prefix`, `gs://...`, `az://...`. Credentials and endpoints
     of object stores come from their usual variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT, ...)."""
-    staging: Path | None = None
+    staging: Annotated[Path | None, Field(validate_default=True)] = None
     """Local folder of unfinished uploads. For file:// it is always `<folder>/staging`; else it must be given."""
     max_artifact_bytes: Annotated[int, Field(ge=1, le=1 << 42)] = 8 << 30
     """Largest artifact that is accepted."""
@@ -35,11 +35,12 @@ class StoreConfig(ServiceConfig):
     max_watches: Annotated[int, Field(ge=1, le=2_000)] = 200
     """Open WatchResults streams, each of which holds a change stream of its own."""
 
-    @model_validator(mode="after")
-    def _staging_beside_blobs(self) -> StoreConfig:
-        is_local = self.blobs.startswith("file://")
-        if is_local and self.staging is not None:
-            raise ValueError("SHOAL_STORE_STAGING is for object stores: with file:// blobs it is <folder>/staging")
-        if not is_local and self.staging is None:
-            raise ValueError("SHOAL_STORE_STAGING is required with an object store: a local folder for uploads")
-        return self
+    @field_validator("staging")
+    @classmethod
+    def _staging_suits_blobs(cls, staging: Path | None, info: ValidationInfo) -> Path | None:
+        is_local = str(info.data.get("blobs", "")).startswith("file://")
+        if is_local and staging is not None:
+            raise ValueError("only for object stores: with file:// blobs it is always <folder>/staging")
+        if "blobs" in info.data and not is_local and staging is None:
+            raise ValueError("required with an object store: a local folder for unfinished uploads")
+        return staging

@@ -16,7 +16,7 @@ from pymongo import ASCENDING, DESCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
-from mesh.mongo import Document, translated
+from mesh.mongo import TIMEOUT_MS, Document, translated
 from services.store import model_rules as rules
 from services.store.artifacts import Artifacts
 from services.store.digest import brief
@@ -28,7 +28,6 @@ T = TypeVar("T")
 
 _NUMBER_ATTEMPTS = 100
 # Each lost race means that another push of this model got through, so this many would have to, one after the other.
-_TRANSACTION_S = 10.0
 _SORTED = [("name", ASCENDING), ("version", ASCENDING)]
 
 
@@ -189,7 +188,8 @@ class Registry:
 
     async def _together(self, doing: str, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
         """Runs `work` in one transaction: all of it or nothing. It may run more than once."""
-        with translated(doing), pymongo.timeout(_TRANSACTION_S):
+        # pymongo would retry a transaction for two minutes.
+        with translated(doing), pymongo.timeout(TIMEOUT_MS / 1000):
             async with self._collections.db.client.start_session() as session:
                 return await session.with_transaction(work)
 

@@ -65,6 +65,11 @@ def response_bytes(doc: Document) -> int:
     """How large the response is, wherever it lies."""
     if "blob" in doc:
         return int(doc["blob"]["size"])
+    return inline_bytes(doc)
+
+
+def inline_bytes(doc: Document) -> int:
+    """How much of the response lies in the document itself."""
     return len(doc.get("response", b""))
 
 

@@ -17,7 +17,7 @@ from pymongo import DESCENDING
 from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import BulkWriteError
 
-from mesh.mongo import Document, translated
+from mesh.mongo import TIMEOUT_MS, Document, translated
 from services.store import page_token, result_documents, result_rules
 from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Place
@@ -27,8 +27,8 @@ from shoal.store.v1.store_pb2 import QueryResultsRequest, Result
 
 PAGE_BYTES = 64 << 20
 """A page ends before its responses exceed this, so that it fits a message. A larger response has a page of its own."""
-_WRITE_S = 30.0
-# 1,000 results in documents of 1 MiB are cut into writes of 48 MB, each journaled by a majority.
+_WRITE_BYTES_PER_S = 8 << 20
+# What a slow disk still journals: 100 MiB of results in one call get so much longer than other operations.
 _BLOBS_AT_ONCE = 8
 _STANDING_ATTEMPTS = 5
 _DUPLICATE_KEY = 11000
@@ -139,8 +139,9 @@ class Results:
         """Inserts the documents of jobs that have none. Gives the standing ones of those that had one, by job."""
         standing: dict[str, Document] = {}
         waiting = list(docs)
+        limit_s = TIMEOUT_MS / 1000 + sum(map(result_documents.inline_bytes, docs)) / _WRITE_BYTES_PER_S
         for _ in range(_STANDING_ATTEMPTS):
-            with translated("recording results"), pymongo.timeout(_WRITE_S):
+            with translated("recording results"), pymongo.timeout(limit_s):
                 taken = await self._insert(waiting)
                 found = await self._collections.results.find({"_id": {"$in": taken}}, _WITHOUT_RESPONSE).to_list()
             standing.update({doc["_id"]: doc for doc in found})

@@ -7,6 +7,7 @@ import base64
 import json
 import os
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 
 import bson
 import pytest
@@ -182,7 +183,7 @@ async def test_a_page_ends_before_it_outgrows_a_message(store: Store) -> None:
     for n in range(3):
         await put(store, *(result(f"{n}{m}", response=answer(15 << 20)) for m in range(3)))
     found = await pages(store)
-    assert sorted(sum(found, [])) == sorted(f"{n}{m}" for n in range(3) for m in range(3))
+    assert sorted(chain(*found)) == sorted(f"{n}{m}" for n in range(3) for m in range(3))
     assert max(map(len, found)) == 4
     assert [len(page) for page in await pages(store, omit_response=True)] == [9]
 
@@ -251,7 +252,7 @@ async def test_pages_among_results_of_one_moment(store: Store, page_size: int, b
     await put(store, *map(result, jobs))
     filter_ = {"job_ids": jobs} if by_job else {}
     found = await pages(store, page_size=page_size, **filter_)
-    assert sum(found, []) == jobs[::-1]
+    assert [*chain(*found)] == jobs[::-1]
     assert all(len(page) == page_size for page in found[:-1])
 
 
@@ -286,7 +287,8 @@ def forged(*parts: object) -> str:
 
 @pytest.mark.parametrize(
     "token",
-    ["x", "é", "\0", "====", "AAAA", "W10=", "bnVsbA==", "e30=", forged(1, 2), forged(2, 0, "j", ""), forged(1, "0", "j", ""),
+    ["x", "é", "\0", "====", "AAAA", "W10=", "bnVsbA==", "e30=",
+     forged(1, 2), forged(2, 0, "j", ""), forged(1, "0", "j", ""),
      forged(1, -1, "j", ""), forged(1, 10**30, "j", ""), forged(1, 0, None, ""), forged(1, 0, {"$gt": ""}, ""),
      forged(1, True, "j", ""), forged(1, 0, "\ud800", ""), "W1tb" * 200, "[" * 1000, "A" * 100_000],
 )  # fmt: skip
@@ -341,7 +343,11 @@ async def test_a_watch_is_narrowed(store: Store) -> None:
     call = watch(store, model_name="m", tenant="t", omit_response=True)
     await call.read()
     await put(store, result("a", model_name="m"), result("b", tenant="t"), result("c", model_name="n", tenant="t"))
-    await put(store, result("d", model_name="m", tenant="t"), result("e", model_name="m", tenant="t", response=answer(2 << 20)))
+    await put(
+        store,
+        result("d", model_name="m", tenant="t"),
+        result("e", model_name="m", tenant="t", response=answer(2 << 20)),
+    )
     got = [(await call.read()).result for _ in range(2)]
     assert sorted(one.job_id for one in got) == ["d", "e"]
     assert not any(one.HasField("response") for one in got)
@@ -353,7 +359,8 @@ def token_of(**fields: object) -> str:
 
 @pytest.mark.parametrize(
     "token",
-    ["x", "é", "\0", "AAAA", "====", "A" * 10_000, token_of(), token_of(_data=1), token_of(_data="zz"), token_of(_data=""),
+    ["x", "é", "\0", "AAAA", "====", "A" * 10_000, token_of(), token_of(_data=1), token_of(_data="zz"),
+     token_of(_data=""),
      token_of(_data="00"), token_of(_data="82", x=1), token_of(_data="8263", _typeBits=3), token_of(_data="FF" * 50),
      token_of(_data="8263" + "00" * 20), token_of(_data={"$gt": ""})],
 )  # fmt: skip

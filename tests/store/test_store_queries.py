@@ -90,8 +90,8 @@ async def test_every_command_of_every_call(
     mongo_uri: str, mongo_database: str, run_dir: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard = Heard()
-    real = mongo.AsyncMongoClient
-    monkeypatch.setattr(mongo, "AsyncMongoClient", lambda *a, **k: real(*a, event_listeners=[heard], **k))
+    real = mongo.Client
+    monkeypatch.setattr(mongo, "Client", lambda *a, **k: real(*a, event_listeners=[heard], **k))
     config = store_config(mongo_uri, mongo_database, run_dir / "s.sock", tmp_path / "blobs")
     async with running_store(config) as store:
         heard.commands.clear()

@@ -1,0 +1,180 @@
+"""mesh.mongo against a real mongod: durable by default, collections made once, errors translated."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from bson.errors import InvalidDocument
+from pymongo import ASCENDING, AsyncMongoClient, IndexModel
+from pymongo.asynchronous.database import AsyncDatabase
+from pymongo.errors import (
+    BulkWriteError,
+    InvalidName,
+    NetworkTimeout,
+    OperationFailure,
+    PyMongoError,
+    ServerSelectionTimeoutError,
+    WriteConcernError,
+)
+
+from mesh import mongo
+from mesh.mongo import Document, connect, ensure_collection, translate, translated
+from mesh.node import parts
+from shoal.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    PermissionDenied,
+    ResourceExhausted,
+    ShoalError,
+    Unavailable,
+)
+
+VALIDATOR = {"$jsonSchema": {"bsonType": "object", "required": ["n"], "properties": {"n": {"bsonType": "int"}}}}
+INDEX = IndexModel([("n", ASCENDING)], name="by_n", unique=True)
+
+
+@pytest.fixture
+async def db(mongo_uri: str, mongo_database: str) -> AsyncIterator[AsyncDatabase[Document]]:
+    async with connect(mongo_uri) as client:
+        yield client[mongo_database]
+
+
+async def test_writes_are_durable_and_reads_are_of_a_majority(mongo_uri: str) -> None:
+    for uri in [mongo_uri, f"{mongo_uri}&w=0&journal=false&readConcernLevel=local"]:
+        async with connect(uri) as client:
+            assert client.write_concern.document == {"w": "majority", "j": True}
+            assert client.read_concern.document == {"level": "majority"}
+            assert client.options.retry_writes
+            assert client.codec_options.tz_aware
+
+
+async def test_what_the_uri_says_of_waits_and_pools_counts(mongo_uri: str) -> None:
+    async with connect(mongo_uri) as client:
+        assert client.options.timeout == mongo.TIMEOUT_MS / 1000
+        assert client.options.pool_options.max_pool_size == 50
+    async with connect(f"{mongo_uri}&TIMEOUTMS=1234&maxPoolSize=7") as client:
+        assert client.options.timeout == 1.234
+        assert client.options.pool_options.max_pool_size == 7
+    async with connect(mongo_uri, max_connections=99) as client:
+        assert client.options.pool_options.max_pool_size == 99
+
+
+@pytest.mark.parametrize("uri", ["", "http://x", "mongodb://", "mongodb://h:port", "mongodb://h:99999"])
+async def test_a_wrong_uri(uri: str) -> None:
+    with pytest.raises(InvalidArgument, match="mongodb://host"):
+        connect(uri)
+
+
+async def test_a_collection_is_made_with_its_validator_and_indexes(db: AsyncDatabase[Document]) -> None:
+    collection = await ensure_collection(db, "c", validator=VALIDATOR, indexes=[INDEX])
+    await collection.insert_one({"n": 1})
+    with pytest.raises(AlreadyExists, match="inserting"), translated("inserting"):
+        await collection.insert_one({"n": 1})
+    with pytest.raises(InvalidArgument, match="schema"), translated("inserting"):
+        await collection.insert_one({"n": "one"})
+
+
+async def test_again_and_at_once(db: AsyncDatabase[Document]) -> None:
+    for _ in range(3):
+        made = [ensure_collection(db, "c", validator=VALIDATOR, indexes=[INDEX]) for _ in range(8)]
+        await asyncio.gather(*made)
+    assert set(await db["c"].index_information()) == {"_id_", "by_n"}
+
+
+async def test_a_new_validator_replaces_the_old(db: AsyncDatabase[Document]) -> None:
+    await ensure_collection(db, "c", validator=VALIDATOR, indexes=[])
+    other = {"$jsonSchema": {"bsonType": "object", "required": ["m"]}}
+    await asyncio.gather(*(ensure_collection(db, "c", validator=other, indexes=[INDEX]) for _ in range(8)))
+    await db["c"].insert_one({"m": 1})
+    with pytest.raises(InvalidArgument), translated("inserting"):
+        await db["c"].insert_one({"n": 1})
+
+
+async def test_a_collection_that_was_made_without_a_validator(db: AsyncDatabase[Document]) -> None:
+    await db["c"].insert_one({"n": "old"})
+    await ensure_collection(db, "c", validator=VALIDATOR, indexes=[])
+    with pytest.raises(InvalidArgument), translated("inserting"):
+        await db["c"].insert_one({"n": "new"})
+
+
+async def test_an_index_that_has_changed(db: AsyncDatabase[Document]) -> None:
+    await ensure_collection(db, "c", validator=VALIDATOR, indexes=[INDEX])
+    other = IndexModel([("n", ASCENDING), ("m", ASCENDING)], name="by_n")
+    with pytest.raises(FailedPrecondition, match="drop the old index"):
+        await ensure_collection(db, "c", validator=VALIDATOR, indexes=[other])
+
+
+async def test_a_mongodb_that_is_away() -> None:
+    uri = f"mongodb://127.0.0.1:{parts.free_port()}/?timeoutMS=300&directConnection=true"
+    async with connect(uri) as client:
+        with pytest.raises(Unavailable, match=r"preparing collection x\.c: MongoDB does not answer"):
+            await ensure_collection(client["x"], "c", validator=VALIDATOR, indexes=[])
+
+
+async def test_what_no_document_can_hold(db: AsyncDatabase[Document]) -> None:
+    for wrong in [{"n": 1 << 64}, {"n": object()}, {"a\0b": 1}, {"n": "\ud800"}]:
+        with pytest.raises(InvalidArgument, match="inserting"), translated("inserting"):
+            await db["c"].insert_one(wrong)
+    with pytest.raises(InvalidArgument, match="inserting"), translated("inserting"):
+        await db["c"].insert_one({"n": bytes(17 << 20)})
+
+
+def failure(code: int) -> OperationFailure:
+    return OperationFailure("it failed", code, {"code": code})
+
+
+def bulk(*codes: int) -> BulkWriteError:
+    return BulkWriteError({"writeErrors": [{"index": at, "code": code} for at, code in enumerate(codes)]})
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ServerSelectionTimeoutError("no primary"), Unavailable),
+        (NetworkTimeout("slow"), Unavailable),
+        (failure(50), Unavailable),
+        (failure(91), Unavailable),
+        (failure(112), Unavailable),
+        (failure(10107), Unavailable),
+        (WriteConcernError("not enough members", 100), Unavailable),
+        (OperationFailure("x", 9999, {"errorLabels": ["TransientTransactionError"]}), Unavailable),
+        (bulk(11000, 91), Unavailable),
+        (failure(14031), ResourceExhausted),
+        (bulk(14031), ResourceExhausted),
+        (failure(13), PermissionDenied),
+        (failure(18), PermissionDenied),
+        (failure(11000), AlreadyExists),
+        (bulk(11000), AlreadyExists),
+        (failure(121), InvalidArgument),
+        (failure(2), Internal),
+        (InvalidName("c."), Internal),
+        (PyMongoError(""), Internal),
+    ],
+)
+def test_what_each_error_means(error: PyMongoError, expected: type[ShoalError]) -> None:
+    told = translate(error, "doing this")
+    assert type(told) is expected
+    assert told.message.startswith("doing this: ")
+
+
+def test_causes_are_kept_and_others_pass() -> None:
+    cause = failure(91)
+    with pytest.raises(Unavailable) as caught, translated("doing this"):
+        raise cause
+    assert caught.value.__cause__ is cause
+    with pytest.raises(InvalidArgument), translated("doing this"):
+        raise InvalidDocument("no")
+    with pytest.raises(KeyError), translated("doing this"):
+        raise KeyError("not MongoDB's")
+
+
+async def test_nothing_of_the_topology_is_told(mongo_uri: str) -> None:
+    async with AsyncMongoClient("mongodb://127.0.0.1:1", serverSelectionTimeoutMS=100) as client:
+        with pytest.raises(Unavailable) as caught, translated("reading"):
+            await client.x.c.find_one({})
+    assert "TopologyDescription" not in caught.value.message
+    assert len(caught.value.message) < 300
