@@ -1,0 +1,232 @@
+"""A node from `shoal up` to a clean stop, with the real commands and the real parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+pytestmark = pytest.mark.node
+
+ALL = {"etcd", "mongod", "envoy", "coord-0", "store-0", "infer-0", "ingest-0"}
+
+
+def is_alive(pid: int) -> bool:
+    """It runs: it is there, and more than a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids: Iterable[int], within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while left := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.05)
+
+
+def family_of(pid: int) -> set[int]:
+    """Every process below `pid`, as the kernel has it."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found: set[int] = set()
+    while fresh := {child for child, parent in parents.items() if parent in {pid, *found}} - found:
+        found |= fresh
+    return found
+
+
+def is_serving(gateway: str) -> bool:
+    with grpc.insecure_channel(gateway, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def listens(address: str) -> bool:
+    port = f"{int(address.rpartition(':')[2]):04X}"
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return any(line.split()[1].endswith(f":{port}") and line.split()[3] == "0A" for line in lines)
+
+
+@pytest.fixture(scope="module")
+def running(node: Any) -> Any:
+    """The node that most of these tests look at."""
+    return node("--replicas", "infer=2,coord=2")
+
+
+def test_the_ready_file_says_where_everything_is(running: Any) -> None:
+    document = running.document()
+    assert set(document) == {"gateway", "admin", "data_dir", "pids"}
+    assert set(document["pids"]) == ALL | {"infer-1", "coord-1"}
+    assert Path(document["data_dir"]) == running.data_dir
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+", document[key]) for key in ("gateway", "admin"))
+    assert json.loads((running.data_dir / "node.json").read_text()) == document
+
+
+def test_the_pids_are_those_of_the_processes(running: Any) -> None:
+    pids = running.pids()
+    assert set(pids.values()) == family_of(running.process.pid)
+    for name, pid in pids.items():
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+        service = name.partition("-")[0]
+        assert service in command, f"{name} is {command!r}"
+
+
+def test_the_gateway_answers(running: Any) -> None:
+    assert is_serving(running.gateway)
+    assert listens(running.admin)
+
+
+def test_it_says_so_on_the_screen(running: Any) -> None:
+    screen = running.output.read_text()
+    for word in (running.gateway, running.admin, str(running.data_dir), *running.pids()):
+        assert word in screen
+    assert re.search(r"ready after \d+\.\d s", screen)
+
+
+def test_other_commands_find_it_by_themselves(running: Any) -> None:
+    assert "local/infer-1" in running.shoal("status").stdout
+
+
+def test_everything_has_a_log_and_nothing_is_readable_for_others(running: Any) -> None:
+    assert {path.stem for path in (running.data_dir / "logs").glob("*.log")} == set(running.pids())
+    assert stat.S_IMODE(running.data_dir.stat().st_mode) == 0o700
+
+
+def test_a_second_node_on_the_same_folder_is_refused_by_name(node: Any, running: Any) -> None:
+    second = node(wait=False, data_dir=running.data_dir)
+    assert second.process.wait(60) == 1
+    said = second.output.read_text()
+    assert f"{running.data_dir} is in use by another node (pid {running.process.pid})" in said
+    assert "--data-dir" in said
+    assert is_serving(running.gateway)
+
+
+@pytest.mark.parametrize("name", ["infer-0", "store-0", "ingest-0", "coord-0", "envoy", "mongod", "etcd"])
+def test_a_process_that_is_killed_is_back_and_the_ready_file_knows_it(running: Any, name: str) -> None:
+    old = running.kill(name)
+    new = running.wait_until_restarted(name, old)
+    assert is_alive(new)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            if is_serving(running.gateway):
+                break
+        except grpc.RpcError:
+            assert time.monotonic() < deadline, f"the gateway did not come back:\n{running.story()}"
+            time.sleep(0.1)
+    assert json.loads((running.data_dir / "node.json").read_text())["pids"][name] == running.pids()[name]
+    assert f"{name} was killed by SIGKILL" in running.output.read_text()
+
+
+def test_two_nodes_run_beside_each_other_and_stop_without_a_trace(node: Any, running: Any) -> None:
+    other = node("--node", "other")
+    assert is_serving(other.gateway)
+    assert not set(other.pids().values()) & set(running.pids().values())
+    pids, gateway = [*other.pids().values(), other.process.pid], other.gateway
+    run_dir = Path(json.loads((other.data_dir / "node.lock").read_text())["run_dir"])
+    assert run_dir.is_dir()
+    assert other.stop() == 0
+    wait_until_gone(pids)
+    assert not listens(gateway)
+    assert not run_dir.exists()
+    assert not other.ready_file.exists()
+    assert not (other.data_dir / "node.json").exists()
+    assert is_serving(running.gateway)
+
+
+def test_data_survives_a_restart_even_on_other_ports(node: Any, onnx_models: Path) -> None:
+    first = node()
+    first.shoal("models", "push", str(onnx_models / "double.onnx"))
+    pids = first.pids()
+    assert first.stop(signal.SIGINT) == 0
+    wait_until_gone(pids.values())
+    ports = first.data_dir / "ports.json"
+    ports.write_text(json.dumps({name: port + 1 for name, port in json.loads(ports.read_text()).items()}))
+    second = node(data_dir=first.data_dir)
+    assert "double" in second.shoal("models", "list").stdout
+    assert second.stop() == 0
+
+
+def test_kill_9_of_the_launcher_leaves_no_process_and_the_next_start_works(node: Any) -> None:
+    first = node()
+    pids = first.pids()
+    run_dir = Path(json.loads((first.data_dir / "node.lock").read_text())["run_dir"])
+    first.process.kill()
+    first.process.wait()
+    wait_until_gone(pids.values())
+    second = node(data_dir=first.data_dir)
+    assert is_serving(second.gateway)
+    assert not run_dir.exists()  # What the killed one left was swept.
+    assert second.stop() == 0
+
+
+def test_a_second_signal_stops_at_once(node: Any) -> None:
+    one = node()
+    pids = one.pids()
+    os.kill(pids["store-0"], signal.SIGSTOP)  # It cannot stop in order: the first signal would wait for its grace.
+    one.process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 30
+    while "stopping" not in one.output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    one.process.send_signal(signal.SIGINT)
+    assert one.process.wait(10) == 128 + signal.SIGINT
+    wait_until_gone(pids.values())
+    assert not one.ready_file.exists()
+
+
+def test_a_signal_while_it_starts_stops_it_in_order(node: Any) -> None:
+    one = node(wait=False)
+    deadline = time.monotonic() + 30
+    while "starting" not in one.output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = family_of(one.process.pid)
+    assert children
+    assert one.stop() == 0
+    wait_until_gone(children)
+    assert not one.ready_file.exists()
+
+
+def test_parts_given_by_url_are_used_and_not_started(node: Any, etcd_address: str, mongo_uri: str) -> None:
+    one = node("--node", "given", "--etcd", f"http://{etcd_address}", "--mongo", mongo_uri, "--json")
+    assert set(one.pids()) == ALL - {"etcd", "mongod"}
+    assert is_serving(one.gateway)
+    printed = re.search(r"^\{\n.*?^\}$", one.output.read_text(), re.MULTILINE | re.DOTALL)
+    assert printed
+    assert json.loads(printed[0]) == one.document()
+    assert one.stop() == 0
+
+
+def test_only_the_services_that_are_named_are_started_and_what_they_need(node: Any) -> None:
+    one = node("--services", "infer")
+    assert set(one.pids()) == {"etcd", "envoy", "coord-0", "infer-0"}
+    assert one.stop() == 0
+
+
+def test_a_service_that_cannot_run_is_reported_and_the_rest_goes_on(node: Any) -> None:
+    one = node(wait=False, env={"SHOAL_INGEST_LEASE_MS": "a while"})
+    deadline = time.monotonic() + 60
+    while "ingest-0 keeps ending" not in (said := one.output.read_text()):
+        assert time.monotonic() < deadline, one.story()
+        time.sleep(0.1)
+    while "SHOAL_INGEST_LEASE_MS='a while'" not in (said := one.output.read_text()):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.1)
+    assert f"{one.data_dir}/logs/ingest-0.log" in said
+    assert one.stop() == 0
