@@ -26,6 +26,8 @@ ERRORS = {
     "input given twice": ("INVALID_ARGUMENT", ["x"]),
     "unknown output": ("INVALID_ARGUMENT", ["nope"]),
     "batch over max": ("INVALID_ARGUMENT", ["1000", "64"]),
+    "wrong parameter type": ("INVALID_ARGUMENT", ["timeout"]),
+    "reserved parameter": ("INVALID_ARGUMENT", ["triton_secret"]),
     "metadata of unknown": ("NOT_FOUND", ["nope"]),
     "config of unknown": ("NOT_FOUND", ["nope"]),
     "statistics of unknown": ("INVALID_ARGUMENT", ["requested model 'nope' is not available"]),

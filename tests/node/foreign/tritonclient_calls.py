@@ -51,6 +51,8 @@ def raw(stub: Any, **changes: Any) -> Callable[[], Any]:
         del request.raw_input_contents[:]
     if "size" in changes:
         request.raw_input_contents[0] = b"\0" * changes["size"]
+    if "parameter" in changes:
+        request.parameters[changes["parameter"]].string_param = "x"
     if changes.get("twice"):
         request.inputs.add().CopyFrom(given)
         request.raw_input_contents.append(request.raw_input_contents[0])
@@ -82,7 +84,8 @@ def errors(client: triton.InferenceServerClient) -> dict[str, list[str]]:
         "input given twice": outcome(raw(stub, twice=True)),
         "unknown output": outcome(lambda: infer(MODEL, [tensor()], outputs=[odd])),
         "batch over max": outcome(lambda: infer(MODEL, [tensor(rows=1000)])),
-        "wrong parameter type": outcome(lambda: infer(MODEL, [tensor()], parameters={"timeout_": 1}, timeout="x")),
+        "wrong parameter type": outcome(raw(stub, parameter="timeout")),
+        "reserved parameter": outcome(raw(stub, parameter="triton_secret")),
         "metadata of unknown": outcome(lambda: client.get_model_metadata("nope")),
         "config of unknown": outcome(lambda: client.get_model_config("nope")),
         "statistics of unknown": outcome(lambda: client.get_inference_statistics("nope")),
