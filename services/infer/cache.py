@@ -157,6 +157,8 @@ def _link(blob: Path, target: Path) -> None:
     # A link and not a symlink: ONNX Runtime refuses weights whose real path is outside of the model's folder.
     try:
         os.link(blob, target)
+    except FileExistsError:  # Never written over: it is a link to another blob.
+        raise FailedPrecondition(f"the registry names the file {quoted(target.name)} twice") from None
     except OSError:
         shutil.copyfile(blob, target)
 

@@ -1,0 +1,180 @@
+"""`python -m services.infer` on a folder of models: what `shoal serve` runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from mesh.channel import connect
+from mesh.node import parts
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2 import inference_pb2_grpc
+from tests.breakable import Process, until
+from tests.infer import onnx_files
+from tests.infer.conftest import Repository, floats, output, request
+
+X = floats([1, 2, 3, 4])
+
+
+class Infer(Process):
+    """An infer process on a TCP port of its own."""
+
+    def __init__(self, python: str, log: Path, **env: str) -> None:
+        self.address = f"127.0.0.1:{parts.free_port()}"
+        settings = {"SHOAL_INFER_LISTEN": self.address, **{f"SHOAL_INFER_{k.upper()}": v for k, v in env.items()}}
+        super().__init__([python, "-m", "services.infer"], log, settings)
+
+    async def until_serving(self) -> None:
+        async with connect(self.address) as channel:
+            await until(lambda: serves(channel), "infer serving")
+
+    def logged(self) -> list[dict]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+async def serves(channel: grpc.aio.Channel) -> bool:
+    try:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    except grpc.aio.AioRpcError:
+        return False
+    return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@asynccontextmanager
+async def serving(infer: Infer):
+    with infer:
+        await infer.until_serving()
+        async with connect(infer.address) as channel:
+            yield inference_pb2_grpc.GRPCInferenceServiceStub(channel), channel
+
+
+@pytest.fixture
+def infer(python: str, models_folder: Repository, tmp_path: Path) -> Infer:
+    models_folder.bare("double", onnx_files.scale())
+    models_folder.bare("slow", onnx_files.slow(400))
+    models_folder.put("broken", b"nothing")
+    return Infer(python, tmp_path / "infer.log", repository=str(models_folder.root))
+
+
+async def test_it_serves_a_folder_and_stops_in_order(infer):
+    async with serving(infer) as (stub, channel):
+        np.testing.assert_array_equal(output(await stub.ModelInfer(request("double", x=X)), "y"), 2 * X)
+        assert not (await stub.ServerReady(pb.ServerReadyRequest())).ready
+        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([asked]))
+        names = [s.name async for answer in call for s in answer.list_services_response.service]
+        assert {"inference.GRPCInferenceService", "grpc.health.v1.Health"} <= set(names)
+        # A call in flight at the stop is answered.
+        calls = [asyncio.ensure_future(stub.ModelInfer(request("slow", x=X))) for _ in range(4)]
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        assert await asyncio.to_thread(infer.terminate) == 0
+        for call in calls:
+            assert (await call).outputs
+    lines = infer.logged()  # Nothing but JSON.
+    assert any("model broken version 1 is unavailable" in line["message"] for line in lines)
+    assert not [line for line in lines if line["level"] == "ERROR"]
+
+
+async def test_hostile_bytes_end_nothing(infer):
+    async with serving(infer) as (stub, channel):
+        rng = np.random.default_rng(5)
+        for path in ("ModelInfer", "ModelConfig", "RepositoryModelLoad", "ModelStatistics"):
+            call = channel.unary_unary(f"/inference.GRPCInferenceService/{path}")
+            for size in (1, 7, 100, 10_000):
+                with pytest.raises(grpc.aio.AioRpcError) as err:
+                    await call(b"\xff" + rng.bytes(size))
+                assert err.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
+        names = "n" * 10_000_000
+        for asked in (
+            pb.ModelInferRequest(model_name=names),
+            pb.ModelInferRequest(model_name="double", model_version=names),
+            pb.ModelInferRequest(model_name="double", inputs=[pb.ModelInferRequest.InferInputTensor(name=names)]),
+            pb.ModelInferRequest(
+                model_name="double",
+                inputs=[pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[2**62] * 1_000_000)],
+            ),
+            pb.ModelInferRequest(
+                model_name="double",
+                inputs=[pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 4])] * 500_000,
+            ),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as err:
+                await stub.ModelInfer(asked)
+            assert err.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+            assert len(err.value.details()) < 2000
+        too_large = request("double", x=np.zeros((1, 4), "f4"))
+        too_large.raw_input_contents[0] = bytes(100 << 20)
+        with pytest.raises(grpc.aio.AioRpcError) as err:
+            await stub.ModelInfer(too_large)
+        assert "got 104857600" in err.value.details()
+        assert (await stub.ModelInfer(request("double", x=X))).outputs
+        assert infer.is_running()
+
+
+async def test_a_large_tensor_goes_there_and_back(python, models_folder, tmp_path):
+    models_folder.bare("any", onnx_files.identity(dims=("n", "k")))
+    infer = Infer(python, tmp_path / "infer.log", repository=str(models_folder.root))
+    async with serving(infer) as (stub, _):
+        x = np.random.default_rng(1).random((1, 25 << 20), np.float32)
+        np.testing.assert_array_equal(output(await stub.ModelInfer(request("any", x=x)), "y"), x)
+
+
+async def test_a_deadline_that_passes_is_no_fault_of_the_others(infer):
+    async with serving(infer) as (stub, _):
+        calls = [stub.ModelInfer(request("slow", x=X), timeout=0.001 if n % 2 else 60) for n in range(40)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for n, answer in enumerate(answers):
+            if n % 2:
+                assert isinstance(answer, grpc.aio.AioRpcError)
+                assert answer.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            else:
+                np.testing.assert_array_equal(output(answer, "y"), 2 * X)
+        stats = (await stub.ModelStatistics(pb.ModelStatisticsRequest(name="slow"))).model_stats[0]
+        # Those whose time was over before they began were not run: at most the ones that slipped in.
+        assert stats.inference_count < 40
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        ({"SHOAL_INFER_REPOSITORY": "/no/such/folder"}, "/no/such/folder is not a folder"),
+        ({}, "set one of SHOAL_INFER_CACHE_DIR"),
+        ({"SHOAL_INFER_CACHE_DIR": "/tmp/x"}, "needs SHOAL_INFER_MESH"),
+        ({"SHOAL_INFER_REPOSITORY": "/tmp", "SHOAL_INFER_THREADS": "-1"}, "SHOAL_INFER_THREADS='-1'"),
+        ({"SHOAL_INFER_REPO": "/tmp"}, "SHOAL_INFER_REPO is not a setting"),
+    ],
+)
+def test_a_wrong_setting_is_named(python, env, text):
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SHOAL_")}
+    done = subprocess.run(
+        [python, "-m", "services.infer"],
+        env={**clean, "SHOAL_INFER_LISTEN": "127.0.0.1:0", **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_the_folder_of_one_model_and_a_single_file(python, models_folder, tmp_path):
+    folder = models_folder.put("m", onnx_files.scale())
+    models_folder.bare("single", onnx_files.scale())
+    refused = Infer(python, tmp_path / "one.log", repository=str(folder))
+    with refused:
+        await until(lambda: not refused.is_running())
+    assert "give the folder that it lies in" in refused.log.read_text()
+    infer = Infer(python, tmp_path / "file.log", repository=str(models_folder.root / "single.onnx"))
+    async with serving(infer) as (stub, _):
+        assert (await stub.ModelInfer(request("single", x=X))).outputs

@@ -1,0 +1,156 @@
+"""infer over the real store: models that are pushed, replaced, aliased and removed, and a store that goes away."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import grpc
+import onnx
+import pytest
+
+from mesh.channel import connect
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2 import inference_pb2_grpc
+from shoal.store.v1 import store_pb2, store_pb2_grpc
+from tests.breakable import Process, until
+from tests.infer import onnx_files
+from tests.infer.conftest import floats, output, request
+
+pytestmark = pytest.mark.mongo
+
+X = floats([1, 2, 3, 4])
+
+
+class Node:
+    """A store and an infer that reaches it directly, where Envoy would be."""
+
+    def __init__(self, python: str, run_dir: Path, tmp_path: Path, mongo_uri: str, database: str) -> None:
+        self.store_at, self.infer_at = f"unix:{run_dir}/store.sock", f"unix:{run_dir}/infer.sock"
+        self.cache = tmp_path / "cache"
+        self.store = Process(
+            [python, "-m", "services.store"],
+            tmp_path / "store.log",
+            {
+                "SHOAL_STORE_INSTANCE": "store-0",
+                "SHOAL_STORE_LISTEN": self.store_at,
+                "SHOAL_STORE_MONGO": mongo_uri,
+                "SHOAL_STORE_DATABASE": database,
+                "SHOAL_STORE_BLOBS": f"file://{tmp_path}/blobs",
+                "SHOAL_STORE_DRAIN_MS": "100",
+            },
+        )
+        self.infer = Process(
+            [python, "-m", "services.infer"],
+            tmp_path / "infer.log",
+            {
+                "SHOAL_INFER_LISTEN": self.infer_at,
+                "SHOAL_INFER_MESH": self.store_at,
+                "SHOAL_INFER_CACHE_DIR": str(self.cache),
+            },
+        )
+
+    async def push(self, name: str, model: onnx.ModelProto, *, config: str = "") -> int:
+        """Stores and registers the next version of a model; returns its number."""
+        async with connect(self.store_at) as channel:
+            stub = store_pb2_grpc.StoreServiceStub(channel)
+            files = [await put(stub, "model.onnx", model.SerializeToString())]
+            if config:
+                files.append(await put(stub, "../config.pbtxt", config.encode()))
+            asked = store_pb2.RegisterModelRequest(model=store_pb2.ModelVersion(name=name, files=files))
+            answer = await stub.RegisterModel(asked)
+            return answer.model.version
+
+    async def alias(self, name: str, version: int) -> None:
+        async with connect(self.store_at) as channel:
+            asked = store_pb2.SetAliasRequest(name=name, alias="stable", version=version)
+            await store_pb2_grpc.StoreServiceStub(channel).SetAlias(asked)
+
+    async def remove(self, name: str) -> None:
+        async with connect(self.store_at) as channel:
+            await store_pb2_grpc.StoreServiceStub(channel).RemoveModel(store_pb2.RemoveModelRequest(name=name))
+
+    async def store_answers(self) -> bool:
+        try:
+            async with connect(self.store_at) as channel:
+                await store_pb2_grpc.StoreServiceStub(channel).ListModels(store_pb2.ListModelsRequest())
+        except grpc.aio.AioRpcError:
+            return False
+        return True
+
+    async def answer(self, name: str) -> tuple[str, float] | str:
+        """(version, first value) of an inference, or its status."""
+        try:
+            async with connect(self.infer_at) as channel:
+                stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+                got = await stub.ModelInfer(request(name, x=X))
+        except grpc.aio.AioRpcError as err:
+            return err.code().name
+        return got.model_version, float(output(got, "y")[0, 0])
+
+    async def index(self) -> dict[tuple[str, str], str]:
+        async with connect(self.infer_at) as channel:
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            rows = (await stub.RepositoryIndex(pb.RepositoryIndexRequest())).models
+        return {(row.name, row.version): row.state for row in rows}
+
+    async def until_answer(self, name: str, expected: object) -> None:
+        async def is_so() -> bool:
+            return await self.answer(name) == expected
+
+        await until(is_so, f"{name} answering {expected}")
+
+
+async def put(stub, path: str, data: bytes) -> store_pb2.ModelFile:
+    sha256 = hashlib.sha256(data).hexdigest()
+    header = store_pb2.PutArtifactRequest.Header(sha256=sha256, size_bytes=len(data))
+    await stub.PutArtifact(
+        iter([store_pb2.PutArtifactRequest(header=header), store_pb2.PutArtifactRequest(chunk=data)])
+    )
+    return store_pb2.ModelFile(path=path, sha256=sha256, size_bytes=len(data))
+
+
+@pytest.fixture
+def node(python, run_dir, tmp_path, mongo_uri, mongo_database) -> Node:
+    return Node(python, run_dir, tmp_path, mongo_uri, mongo_database)
+
+
+async def test_models_come_from_the_store_and_go_with_it(node):
+    with node.infer:
+        # Up before the store is: it knows no model yet, and says so.
+        await node.until_answer("m", "NOT_FOUND")
+        with node.store:
+            await until(node.store_answers, "store")
+            assert await node.push("m", onnx_files.scale(2)) == 1
+            await node.until_answer("m", ("1", 2.0))
+            assert await node.push("m", onnx_files.scale(3)) == 2
+            await node.until_answer("m", ("2", 3.0))
+            await node.alias("m", 1)
+            await node.until_answer("m", ("1", 2.0))
+            assert await node.index() == {("m", "1"): "READY", ("m", "2"): "READY"}
+            await node.push("bad", onnx_files.broken())
+            await until(lambda: _has(node, ("bad", "1"), "UNAVAILABLE"))
+            await node.push("own", onnx_files.scale(7), config='name: "other" max_batch_size: 2')
+            await node.until_answer("own", ("1", 7.0))
+            await node.remove("bad")
+            await node.remove("own")
+            await node.until_answer("own", "NOT_FOUND")
+        # The store is gone: what was served still is, also by the next process.
+        assert await node.answer("m") == ("1", 2.0)
+        node.infer.kill()
+        node.infer.start()
+        await node.until_answer("m", ("1", 2.0))
+        assert await node.index() == {("m", "1"): "READY", ("m", "2"): "READY"}
+        # And it follows the store again when that is back.
+        with node.store:
+            await until(node.store_answers, "store")
+            await node.push("m", onnx_files.scale(4))
+            await until(lambda: _has(node, ("m", "3"), "READY"))
+            await node.remove("m")
+            await node.until_answer("m", "NOT_FOUND")
+        assert node.infer.terminate() == 0
+    assert not list((node.cache / "open" / "infer-0").iterdir())
+
+
+async def _has(node: Node, key: tuple[str, str], state: str) -> bool:
+    return (await node.index()).get(key) == state
