@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ AT_ONCE = 32
 # Calls in flight: enough that a replica always finds some to run together.
 
 TOLERANCE = 1e-4
-# The same rows in another batch: the order of float32 sums differs, by less than a millionth here.
+# A row in a batch of another size: the order of float32 sums differs, by less than a millionth here. But for a row that
+# runs alone: see Judge.together.
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (
@@ -59,11 +61,32 @@ class Question:
 
     sample: Sample
     features: NDArray[np.int32]
-    own: Verdict
+    own_together: Verdict
+    """magika's answer when the model runs for many files at once."""
+    judge: Judge
+
+    @cached_property
+    def own_alone(self) -> Verdict:
+        """The same when it runs for this file alone."""
+        return self.judge.alone(self.sample.content)
 
     @property
     def inputs(self) -> dict[str, Any]:
         return {"bytes": self.features[np.newaxis]}
+
+    def own(self, answer: Answer) -> Verdict:
+        """magika's answer, from a run of the same kind."""
+        return self.own_alone if answer.is_alone else self.own_together
+
+    def is_right(self, answer: Answer) -> bool:
+        """The node said what magika says."""
+        return agrees(self.own(answer), answer.verdict)
+
+    def is_same(self, one: Answer, other: Answer) -> bool:
+        """The node said the same twice; where one ran alone and the other did not, what magika says of either."""
+        if one.is_alone == other.is_alone:
+            return agrees(one.verdict, other.verdict)
+        return self.is_right(one) and self.is_right(other)
 
 
 @dataclass(frozen=True)
@@ -74,6 +97,11 @@ class Answer:
     replica: str
     batch_size: int
     latency_ms: float
+
+    @property
+    def is_alone(self) -> bool:
+        """Nothing else ran with it."""
+        return self.batch_size == 1
 
 
 def main() -> int:
@@ -119,17 +147,20 @@ def _in_folder(folder: Path, count: int, out: Console) -> int:
 
 def prepare(judge: Judge, count: int) -> tuple[list[Question], int]:
     """`count` questions, and how many files were passed over because magika answers them by rule, without the model."""
-    questions: list[Question] = []
+    samples: list[Sample] = []
+    rows: list[NDArray[np.int32]] = []
     by_rule = 0
     for sample in gather(FOLDERS, count * 2):
         features = judge.features(sample.content)
         if features is None:
             by_rule += 1
             continue
-        questions.append(Question(sample, features, judge.own_answer(sample.content)))
-        if len(questions) == count:
+        samples.append(sample)
+        rows.append(features)
+        if len(samples) == count:
             break
-    return questions, by_rule
+    own = judge.together(rows)
+    return [Question(*each, judge) for each in zip(samples, rows, own, strict=True)], by_rule
 
 
 async def _ask(
@@ -206,9 +237,9 @@ def report(
 ) -> int:
     """Prints the table and the summary; 0 when everything agrees."""
     _print_table(questions, answers, jobs, out)
-    right = [agrees(q.own, a.verdict) for q, a in zip(questions, answers, strict=True)]
-    jobs_right = [agrees(q.own, a.verdict) for q, a in zip(questions, jobs, strict=True)]
-    same = [agrees(a.verdict, b.verdict) for a, b in zip(answers, jobs, strict=True)]
+    right = [question.is_right(answer) for question, answer in zip(questions, answers, strict=True)]
+    jobs_right = [question.is_right(answer) for question, answer in zip(questions, jobs, strict=True)]
+    same = [question.is_same(one, other) for question, one, other in zip(questions, answers, jobs, strict=True)]
     count = len(questions)
     kinds = Counter(answer.verdict.label for answer in answers)
     out.print(f"{count} files of {len(kinds)} types: {', '.join(f'{k} {n}' for k, n in kinds.most_common(12))} ...")
@@ -224,9 +255,15 @@ def report(
         out.print(Text(f"{sum(verdicts)} of {count} answers {what}", "green" if all(verdicts) else "bold red"))
     failed = [n for n in range(count) if not (right[n] and jobs_right[n] and same[n])]
     for n in failed:
-        question = questions[n]
-        out.print(Text(f"{question.sample.name}: magika {question.own}", "red"))
-        out.print(Text(f"    at once {answers[n].verdict}, as a job {jobs[n].verdict}", "red"))
+        out.print(Text(questions[n].sample.name, "red"), soft_wrap=True)
+        for what, verdict in (
+            ("magika, alone", questions[n].own_alone),
+            ("magika, in a batch", questions[n].own_together),
+            (f"at once, in a batch of {answers[n].batch_size}", answers[n].verdict),
+            (f"as a job, in a batch of {jobs[n].batch_size}", jobs[n].verdict),
+        ):
+            guess = f"{verdict.label} (the model: {verdict.model_label} {verdict.score:.6f})"
+            out.print(Text(f"    {what}: {guess}", "red"), soft_wrap=True)
     return 1 if failed else 0
 
 
@@ -253,7 +290,7 @@ def _print_table(
     for column in ("score", "replica", "batch", "ms", "job ms"):
         table.add_column(column, justify="right", no_wrap=True)
     for question, answer, job in zip(questions, answers, jobs, strict=True):
-        agree = agrees(question.own, answer.verdict) and agrees(question.own, job.verdict)
+        agree = question.is_right(answer) and question.is_right(job)
         table.add_row(
             Text(_short(question.sample.name)),
             answer.verdict.label,

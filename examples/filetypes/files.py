@@ -35,7 +35,6 @@ _PEEKED = 60
 # Files without a suffix have to be opened to tell their kind: so many of each folder.
 
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9+]{0,5}$")
-_SKIPPED = {".git", "__pycache__", "node_modules", ".venv-tritonclient", ".hypothesis", ".pytest_cache", ".mypy_cache"}
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,10 @@ def gather(folders: Iterable[Path], count: int) -> Iterator[Sample]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Regular files in and below `folder`, in the order of their names; no links, no more than so many."""
+    """Regular files in and below `folder`, in the order of their names: no links, no caches, no more than so many."""
     left = _ENTRIES_PER_FOLDER
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED)
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__pycache__")
         for name in sorted(names):
             left -= 1
             path = Path(root, name)

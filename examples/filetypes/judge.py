@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import magika
 import numpy as np
-from magika.types import ContentTypeLabel, Seekable
+from magika.types import ContentTypeLabel, MagikaPrediction, ModelFeatures, Seekable
 from numpy.typing import NDArray
 
 
@@ -46,10 +47,20 @@ class Judge:
         _, found = self._magika._get_result_or_features_from_seekable(seekable)
         return None if found is None else np.array([*found.beg, *found.end], dtype=np.int32)
 
-    def own_answer(self, content: bytes) -> Verdict:
-        """magika's answer, from its own run of the model."""
-        prediction = self._magika.identify_bytes(content).prediction
-        return Verdict(str(prediction.dl.label), float(prediction.score), str(prediction.output.label))
+    def alone(self, content: bytes) -> Verdict:
+        """magika's answer to one file by itself."""
+        return _of_prediction(self._magika.identify_bytes(content).prediction)
+
+    def together(self, features: Sequence[NDArray[np.int32]]) -> list[Verdict]:
+        """magika's answers to many files in one run of the model, as `identify_paths` gives them.
+
+        They are not quite those of `alone`: for one row ONNX Runtime computes in another order than for two or more,
+        and this model makes up to 0.002 of score of that.
+        """
+        half = len(features[0]) // 2
+        rows = [(Path(str(n)), _as_features(row[:half], row[half:])) for n, row in enumerate(features)]
+        found = self._magika._get_results_from_features(rows)
+        return [_of_prediction(found[str(n)].prediction) for n in range(len(features))]
 
     def of_scores(self, scores: NDArray[Any]) -> Verdict:
         """What magika would make of the model's 214 scores."""
@@ -57,3 +68,11 @@ class Judge:
         label, score = ContentTypeLabel(self._labels[best]), float(scores[best])
         answer, _ = self._magika._get_output_label_from_dl_label_and_score(label, score)
         return Verdict(str(label), score, str(answer))
+
+
+def _of_prediction(prediction: MagikaPrediction) -> Verdict:
+    return Verdict(str(prediction.dl.label), float(prediction.score), str(prediction.output.label))
+
+
+def _as_features(beginning: NDArray[np.int32], end: NDArray[np.int32]) -> ModelFeatures:
+    return ModelFeatures(beginning.tolist(), [], end.tolist(), [], [], [], [])
