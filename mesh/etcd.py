@@ -49,6 +49,7 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # Else channels to one address share the connection and its backoff, also across clients.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.enable_http_proxy", 0),
 )
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 _ADDRESS = re.compile(r"^([^/:\s\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}$")

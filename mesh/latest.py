@@ -28,6 +28,17 @@ class Latest(Generic[T]):
         self._changed.set()
         self._changed = asyncio.Event()
 
+    async def after(self, seen: T, timeout_s: float | None = None) -> T:
+        """The value as soon as it is another than `seen`, or as it is after `timeout_s`."""
+        deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        while self._value is seen:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._changed.wait()
+            except TimeoutError:
+                break
+        return self._value
+
     async def follow(self) -> AsyncIterator[T]:
         """Yields the value as it is now, and then as it is after each change. Never ends."""
         while True:

@@ -298,8 +298,8 @@ def _readable(key: bytes, value: bytes) -> Instance | None:
 
 
 def view_of(copy: Copy) -> View:
-    """The instances in a copy of the keys. Keys that cannot be read are logged and left out."""
-    found = (_readable(entry.key, entry.value) for entry in copy.entries.values())
+    """The instances in a copy of the keys (which may have others too). What cannot be read is logged and left out."""
+    found = (_readable(key, entry.value) for key, entry in copy.entries.items() if key.startswith(PREFIX))
     instances = sorted((i for i in found if i is not None), key=lambda i: (i.service, i.name))
     return View(tuple(instances), copy.revision, copy.stale)
 

@@ -71,6 +71,10 @@ class Mirror:
         """The newest copy."""
         return self._copy.value
 
+    async def after(self, seen: Copy, timeout_s: float | None = None) -> Copy:
+        """The copy as soon as it is another than `seen`, or as it is after `timeout_s`."""
+        return await self._copy.after(seen, timeout_s)
+
     def follow(self) -> AsyncIterator[Copy]:
         """The copy as it is now, and again after each change. Never ends; the slow miss what was replaced meanwhile."""
         return self._copy.follow()

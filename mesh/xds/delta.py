@@ -116,6 +116,8 @@ class Session:
 
     def due(self, snapshot: Snapshot) -> list[Response]:
         """What is to be sent now so that Envoy comes to have `snapshot`; it counts as sent."""
+        for state in self._types.values():
+            self._recognise(state, snapshot)
         responses = []
         for state in self._types.values():
             if state.sent is None and (response := self._next(state, snapshot)) is not None:
@@ -187,7 +189,6 @@ class Session:
 
     def _next(self, state: _Type, snapshot: Snapshot) -> Response | None:
         there = snapshot.of(state.type_url)
-        self._recognise(state, snapshot)
         changed = [
             resource
             for resource in there.values()

@@ -6,7 +6,6 @@ Fields: envoy.config.route.v3.RouteConfiguration. The table comes from the calle
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -106,22 +105,16 @@ def _service(service: ServiceRoutes) -> list[dict[str, Any]]:
     routes = []
     if service.streaming:
         # Bodies without an end are never held for a retry of ours: a small buffer, then it flows.
-        one = {**_route(_one_of(service.streaming), to, _ALWAYS), "request_body_buffer_limit": _STREAM_BUFFER_BYTES}
-        routes.append(one)
-    if service.idempotent:
-        routes.append(_route(_one_of(service.idempotent), to, _IDEMPOTENT))
+        small = {"request_body_buffer_limit": _STREAM_BUFFER_BYTES}
+        routes += [{**_route({"path": path}, to, _ALWAYS), **small} for path in service.streaming]
+    # A route for each: Envoy refuses a regular expression as large as a dozen of them.
+    routes += [_route({"path": path}, to, _IDEMPOTENT) for path in service.idempotent]
     routes.append(_route({"prefix": service.prefix}, to, _IDEMPOTENT if service.all_idempotent else _ALWAYS))
     if not service.traced:
         never = {"numerator": 0}
         sampling = {"client_sampling": never, "random_sampling": never, "overall_sampling": never}
         routes = [{**route, "tracing": sampling} for route in routes]
     return routes
-
-
-def _one_of(paths: Sequence[str]) -> dict[str, Any]:
-    if len(paths) == 1:
-        return {"path": paths[0]}
-    return {"safe_regex": {"regex": "|".join(re.escape(path) for path in paths)}}
 
 
 def _model(service: ServiceRoutes, model: str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""A very small inference server for tests of the mesh: says who it is and what it got. `python tiny_infer.py SOCKET NAME`.
+"""A very small inference server for tests of the mesh: it says who it is and what it got.
+
+`python tiny_infer.py SOCKET NAME`
 
 Parameters of a request: `sleep_ms` (before the answer), `fail` (a status to end with).
 """

@@ -1,0 +1,8 @@
+"""`python -m services.coord`: runs the coord service until SIGTERM."""
+
+from mesh.main import main
+from services.coord.app import run
+from services.coord.config import CoordConfig
+
+if __name__ == "__main__":
+    main("coord", CoordConfig, run)

@@ -1,0 +1,71 @@
+"""The coord service as a parts list: what starts first stops last."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AsyncExitStack
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from mesh.election import Election
+from mesh.etcd import Etcd
+from mesh.membership import Registration, State
+from mesh.mirror import Mirror
+from mesh.server import GrpcServer, Rpc, until_stopped
+from mesh.xds.ads import AdsServer
+from mesh.xds.tracing import tracing_of
+from services.coord.cluster import ELECTION, PREFIX
+from services.coord.config import CoordConfig
+from services.coord.configurations import Configurations
+from services.coord.duties import Duties
+from services.coord.health import MeshHealth
+from services.coord.instances import Instances
+from services.coord.rpc import CoordRpc
+from services.coord.traffic import COORD, HEALTH, INFER, INGEST, PUBLIC, STORE, table
+from shoal.coord.v1 import coord_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+# An outage must be noticed before it costs anybody a lease (3 s, refreshed every second): see presence.py.
+_TIMEOUT_S = 1.0
+_IDLE_S = 0.5
+
+
+async def run(config: CoordConfig) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    name = f"{config.node}/{config.instance}"
+    async with AsyncExitStack() as stack:
+        etcd = await stack.enter_async_context(Etcd(config.etcd, timeout_s=_TIMEOUT_S, idle_s=_IDLE_S))
+        mirror = await stack.enter_async_context(Mirror(etcd, PREFIX))
+        configurations = await stack.enter_async_context(
+            Configurations(mirror, table(), tracing_of(os.environ), settle_s=config.settle_ms / 1000)
+        )
+        ads = AdsServer(configurations)
+        health = MeshHealth(mirror, PUBLIC)
+        rpcs = _rpcs(CoordRpc(name, Instances(etcd, mirror), ads), health)
+        server = await stack.enter_async_context(
+            GrpcServer(config.listen, rpcs, drain_ms=config.drain_ms, generic=[ads.handler()], with_health=False)
+        )
+        stack.callback(health.leave)
+        registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))
+        election = await stack.enter_async_context(Election(etcd, ELECTION, name))
+        await stack.enter_async_context(Duties(etcd, mirror, election))
+        health.serve()
+        await registration.update(state=State.READY)
+        log.info("serving at %s", server.address)
+        await until_stopped()
+
+
+def _rpcs(coord: CoordRpc, health: MeshHealth) -> list[Rpc]:
+    """Coord's own services; and, for reflection only, those that the gateway routes elsewhere."""
+    own = [
+        Rpc(COORD, lambda server: coord_pb2_grpc.add_CoordServiceServicer_to_server(coord, server)),
+        Rpc(HEALTH, lambda server: health_pb2_grpc.add_HealthServicer_to_server(health, server)),
+    ]
+    return own + [Rpc(descriptor, _served_elsewhere) for descriptor in (STORE, INGEST, INFER)]
+
+
+def _served_elsewhere(server: grpc.aio.Server) -> None:
+    """Adds nothing."""

@@ -1,0 +1,69 @@
+"""Each Envoy's snapshot, kept up to date with the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+
+from mesh.latest import Latest
+from mesh.mirror import Mirror
+from mesh.xds.routes import Table
+from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
+from mesh.xds.tracing import Tracing
+from services.coord.cluster import cluster_of
+from services.coord.presence import Presence, observe
+
+log = logging.getLogger(__name__)
+
+
+class Configurations:
+    """Follows the cluster for as long as the `async with` block lasts, and makes snapshots of it for each Envoy."""
+
+    def __init__(
+        self,
+        mirror: Mirror,
+        table: Table,
+        tracing: Tracing | None,
+        *,
+        settle_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._mirror = mirror
+        self._table = table
+        self._tracing = tracing
+        self._settle_s = settle_s
+        self._clock = clock
+        self._presence: Latest[Presence] = Latest(Presence())
+
+    async def __aenter__(self) -> Configurations:
+        self._task = asyncio.create_task(self._run(), name="presence")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
+        """The node's snapshot once the cluster is known, and again after each change that concerns it. Never ends."""
+        last: Snapshot | None = None
+        async for presence in self._presence.follow():
+            if not presence.is_known:
+                continue
+            made = snapshot(presence.instances, presence.drained, node, self._table, self._tracing)
+            if made != last:
+                yield made
+            last = made
+
+    async def _run(self) -> None:
+        while True:
+            copy = self._mirror.copy
+            now = self._clock()
+            self._presence.set(observe(self._presence.value, cluster_of(copy), now, self._settle_s))
+            await self._mirror.after(copy, self._presence.value.remaining_s(now))

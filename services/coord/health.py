@@ -1,0 +1,74 @@
+"""grpc.health.v1 for the whole mesh: coord answers, at the gateway, for every public service.
+
+"" is coord itself: SERVING while it is up, etcd or not, for Envoy's own health check asks for it. A public service is
+SERVING while some instance of it takes traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from mesh.interceptors import Context
+from mesh.latest import Latest
+from mesh.mirror import Mirror
+from services.coord.cluster import Cluster, cluster_of
+from shoal.errors import NotFound
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+def status_of(name: str, cluster: Cluster, services: Mapping[str, str], is_up: bool) -> int:
+    """The status of the gRPC service `name`. `services`: which service serves each; `is_up`: coord takes calls."""
+    if name == "":
+        return SERVING if is_up else NOT_SERVING
+    if name not in services:
+        return SERVICE_UNKNOWN
+    return SERVING if cluster.is_ready(services[name]) else NOT_SERVING
+
+
+class MeshHealth(health_pb2_grpc.HealthServicer):
+    """Answers health checks from membership."""
+
+    def __init__(self, mirror: Mirror, services: Mapping[str, str]) -> None:
+        self._mirror = mirror
+        self._services = services
+        self._is_up = Latest(False)
+
+    def serve(self) -> None:
+        """From now on coord takes calls."""
+        self._is_up.set(True)
+
+    def leave(self) -> None:
+        """From now on it does not."""
+        self._is_up.set(False)
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, ctx: Context) -> health_pb2.HealthCheckResponse:
+        status = self._status(request.service)
+        if status == SERVICE_UNKNOWN:
+            raise NotFound(f"no service {request.service[:100]!r}; there are: {', '.join(self._services)}")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def List(self, request: Any, ctx: Context) -> Any:
+        listed = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in ("", *self._services)}
+        return health_pb2.HealthListResponse(statuses=listed)  # type: ignore[attr-defined]  # newer than its types
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, ctx: Context
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        last: int | None = None
+        async for _ in self._changes(request.service):
+            status = self._status(request.service)
+            if status != last:
+                yield health_pb2.HealthCheckResponse(status=status)
+            last = status
+
+    def _changes(self, name: str) -> AsyncIterator[object]:
+        return self._is_up.follow() if name == "" else self._mirror.follow()
+
+    def _status(self, name: str) -> int:
+        return status_of(name, cluster_of(self._mirror.copy), self._services, self._is_up.value)

@@ -1,0 +1,66 @@
+"""Between what coord knows and the messages of shoal.coord.v1."""
+
+from __future__ import annotations
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from mesh.election import Leader
+from mesh.membership import Instance, State
+from mesh.xds.ads import EnvoyStatus
+from mesh.xds.delta import TypeStatus
+from mesh.xds.resource import short_type
+from services.coord.cluster import Cluster
+from shoal.coord.v1 import coord_pb2 as pb
+
+_STATES = {
+    State.STARTING: pb.INSTANCE_STATE_STARTING,
+    State.READY: pb.INSTANCE_STATE_READY,
+    State.DRAINING: pb.INSTANCE_STATE_DRAINING,
+}
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """Of unix seconds."""
+    nanos = round(seconds * 1e9)
+    return Timestamp(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)
+
+
+def instance_message(instance: Instance, cluster: Cluster) -> pb.Instance:
+    return pb.Instance(
+        service=instance.service,
+        name=instance.name,
+        node=instance.node,
+        address=instance.address,
+        pid=instance.pid,
+        state=_STATES[cluster.state_of(instance)],
+        started_at=timestamp(instance.started_at),
+        models=[pb.ReadyModel(name=model.name, versions=model.versions) for model in instance.models],
+        version=instance.version,
+        drained_by_operator=instance.name in cluster.drained,
+    )
+
+
+def instance_messages(cluster: Cluster, service: str) -> list[pb.Instance]:
+    return [instance_message(instance, cluster) for instance in cluster.of_service(service)]
+
+
+def leader_message(leader: Leader) -> pb.GetLeaderResponse:
+    return pb.GetLeaderResponse(instance=leader.name, fencing_token=leader.token, since=timestamp(leader.since))
+
+
+def envoy_message(envoy: EnvoyStatus) -> pb.EnvoyStatus:
+    return pb.EnvoyStatus(
+        node=envoy.node,
+        connected_at=timestamp(envoy.connected_at),
+        resources=[_resource_message(status) for status in envoy.types],
+    )
+
+
+def _resource_message(status: TypeStatus) -> pb.ResourceStatus:
+    return pb.ResourceStatus(
+        type=short_type(status.type_url),
+        names=status.names,
+        acked_version=status.acked_version,
+        nack=status.nack,
+        at=timestamp(status.at) if status.at else None,
+    )

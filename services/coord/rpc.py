@@ -1,0 +1,48 @@
+"""shoal.coord.v1 over gRPC. Only translates."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from mesh.interceptors import Context
+from mesh.xds.ads import AdsServer
+from services.coord.instances import Instances
+from services.coord.messages import envoy_message, instance_message, instance_messages, leader_message
+from shoal.coord.v1 import coord_pb2 as pb
+from shoal.coord.v1 import coord_pb2_grpc as pb_grpc
+
+
+class CoordRpc(pb_grpc.CoordServiceServicer):
+    """The servicer."""
+
+    def __init__(self, name: str, instances: Instances, ads: AdsServer) -> None:
+        self._name = name
+        self._instances = instances
+        self._ads = ads
+
+    async def ListInstances(self, request: pb.ListInstancesRequest, ctx: Context) -> pb.ListInstancesResponse:
+        cluster = self._instances.cluster
+        found = instance_messages(cluster, request.service)
+        return pb.ListInstancesResponse(instances=found, revision=cluster.revision, stale=cluster.stale)
+
+    async def WatchInstances(
+        self, request: pb.WatchInstancesRequest, ctx: Context
+    ) -> AsyncIterator[pb.WatchInstancesResponse]:
+        async for cluster in self._instances.watch(request.service):
+            found = instance_messages(cluster, request.service)
+            yield pb.WatchInstancesResponse(instances=found, revision=cluster.revision, stale=cluster.stale)
+
+    async def GetLeader(self, request: pb.GetLeaderRequest, ctx: Context) -> pb.GetLeaderResponse:
+        return leader_message(self._instances.leader())
+
+    async def DrainInstance(self, request: pb.DrainInstanceRequest, ctx: Context) -> pb.DrainInstanceResponse:
+        cluster, instance = await self._instances.drain(request.name)
+        return pb.DrainInstanceResponse(instance=instance_message(instance, cluster))
+
+    async def UndrainInstance(self, request: pb.UndrainInstanceRequest, ctx: Context) -> pb.UndrainInstanceResponse:
+        cluster, instance = await self._instances.undrain(request.name)
+        return pb.UndrainInstanceResponse(instance=instance_message(instance, cluster))
+
+    async def GetMeshStatus(self, request: pb.GetMeshStatusRequest, ctx: Context) -> pb.GetMeshStatusResponse:
+        envoys = [envoy_message(envoy) for envoy in self._ads.status()]
+        return pb.GetMeshStatusResponse(envoys=envoys, coord=self._name)

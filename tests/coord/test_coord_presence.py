@@ -1,0 +1,70 @@
+"""What Envoy is told of membership while etcd is away, and just after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mesh.membership import Instance, State
+from services.coord.cluster import Cluster
+from services.coord.presence import Presence, observe
+
+ONE = Instance("infer", "local", "infer-0", "unix:/x", 10, State.READY, 100.0)
+TWO = replace(ONE, instance="infer-1", pid=11)
+SETTLE_S = 5.0
+
+
+def seen(*instances: Instance, stale: bool = False, drained: tuple[str, ...] = (), revision: int = 7) -> Cluster:
+    return Cluster(instances, drained=frozenset(drained), revision=revision, stale=stale)
+
+
+def names(presence: Presence) -> list[str]:
+    return [instance.instance for instance in presence.instances]
+
+
+def test_nothing_is_told_before_etcd_was_seen():
+    presence = observe(Presence(), seen(stale=True, revision=0), 1.0, SETTLE_S)
+    assert not presence.is_known
+
+
+def test_without_an_outage_it_is_the_membership():
+    presence = observe(Presence(), seen(ONE, TWO), 1.0, SETTLE_S)
+    assert presence.is_known
+    assert names(presence) == ["infer-0", "infer-1"]
+    presence = observe(presence, seen(TWO), 2.0, SETTLE_S)
+    assert names(presence) == ["infer-1"]
+    assert presence.remaining_s(2.0) is None
+
+
+def test_an_outage_changes_nothing_and_whoever_vanished_by_it_has_time_to_come_back():
+    presence = observe(Presence(), seen(ONE, TWO, drained=(TWO.name,)), 1.0, SETTLE_S)
+    presence = observe(presence, seen(ONE, TWO, stale=True), 2.0, SETTLE_S)
+    assert names(presence) == ["infer-0", "infer-1"]
+    # etcd is back, and all leases have expired.
+    presence = observe(presence, seen(), 12.0, SETTLE_S)
+    assert names(presence) == ["infer-0", "infer-1"]
+    assert presence.drained == {TWO.name}
+    assert presence.remaining_s(12.0) == SETTLE_S
+    # One comes back, the other does not.
+    presence = observe(presence, seen(ONE), 13.0, SETTLE_S)
+    assert names(presence) == ["infer-0", "infer-1"]
+    assert presence.remaining_s(13.0) == SETTLE_S - 1
+    presence = observe(presence, seen(ONE), 17.0, SETTLE_S)
+    assert names(presence) == ["infer-0"]
+    assert presence.remaining_s(17.0) is None
+
+
+def test_whoever_was_replaced_or_was_leaving_is_not_kept():
+    presence = observe(Presence(), seen(ONE, replace(TWO, state=State.DRAINING)), 1.0, SETTLE_S)
+    presence = observe(presence, seen(stale=True), 2.0, SETTLE_S)
+    presence = observe(presence, seen(replace(ONE, pid=99, state=State.STARTING)), 3.0, SETTLE_S)
+    assert [(i.pid, i.state) for i in presence.instances] == [(99, State.STARTING)]
+
+
+def test_a_second_outage_starts_the_time_anew():
+    presence = observe(Presence(), seen(ONE), 1.0, SETTLE_S)
+    presence = observe(presence, seen(ONE, stale=True), 2.0, SETTLE_S)
+    presence = observe(presence, seen(), 3.0, SETTLE_S)
+    presence = observe(presence, seen(stale=True), 4.0, SETTLE_S)
+    presence = observe(presence, seen(), 20.0, SETTLE_S)
+    assert names(presence) == ["infer-0"]
+    assert presence.remaining_s(20.0) == SETTLE_S
