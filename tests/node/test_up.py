@@ -9,12 +9,17 @@ import signal
 import stat
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from shoal.cli.endpoints import ask
+from shoal.client import Client
 
 pytestmark = pytest.mark.node
 
@@ -230,3 +235,18 @@ def test_a_service_that_cannot_run_is_reported_and_the_rest_goes_on(node: Any) -
         time.sleep(0.1)
     assert f"{one.data_dir}/logs/ingest-0.log" in said
     assert one.stop() == 0
+
+
+def test_work_under_way_at_the_stop_is_finished(node: Any, onnx_models: Path) -> None:
+    one = node()
+    one.shoal("models", "push", str(onnx_models / "slow.onnx"))
+    rows = np.ones((64, 4), np.float32)  # More than a second of work.
+    with Client(one.gateway) as client, ThreadPoolExecutor(1) as pool:
+        client.infer("slow", {"x": rows[:1]}, timeout=60)
+        call = pool.submit(client.infer, "slow", {"x": rows}, timeout=60)
+        deadline = time.monotonic() + 30
+        while not any(endpoint.active_requests for endpoint in ask(one.admin) if "slow" in endpoint.cluster):
+            assert not call.done()
+            assert time.monotonic() < deadline
+        assert one.stop() == 0
+        assert (call.result(timeout=10).outputs["y"] == 2).all()
