@@ -16,7 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from mesh.channel import connect
+from mesh.config import ConfigError, load
 from mesh.node import parts
+from services.infer.config import InferConfig
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from tests.breakable import Process, until
@@ -144,28 +146,34 @@ async def test_a_deadline_that_passes_is_no_fault_of_the_others(infer):
         assert stats.inference_count < 40
 
 
-@pytest.mark.parametrize(
-    ("env", "text"),
-    [
-        ({"SHOAL_INFER_REPOSITORY": "/no/such/folder"}, "/no/such/folder is not a folder"),
-        ({}, "set one of SHOAL_INFER_CACHE_DIR"),
-        ({"SHOAL_INFER_CACHE_DIR": "/tmp/x"}, "needs SHOAL_INFER_MESH"),
-        ({"SHOAL_INFER_REPOSITORY": "/tmp", "SHOAL_INFER_THREADS": "-1"}, "SHOAL_INFER_THREADS='-1'"),
-        ({"SHOAL_INFER_REPO": "/tmp"}, "SHOAL_INFER_REPO is not a setting"),
-    ],
-)
-def test_a_wrong_setting_is_named(python, env, text):
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SHOAL_")}
+def test_a_repository_that_is_not_there_ends_the_start_with_2(python):
     done = subprocess.run(
         [python, "-m", "services.infer"],
-        env={**clean, "SHOAL_INFER_LISTEN": "127.0.0.1:0", **env},
+        env={**os.environ, "SHOAL_INFER_LISTEN": "127.0.0.1:0", "SHOAL_INFER_REPOSITORY": "/no/such/folder"},
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 2
-    assert text in done.stderr
+    assert "/no/such/folder is not a folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        ({}, "set one of SHOAL_INFER_CACHE_DIR"),
+        ({"CACHE_DIR": "/tmp/x", "REPOSITORY": "/tmp"}, "set one of SHOAL_INFER_CACHE_DIR"),
+        ({"CACHE_DIR": "/tmp/x"}, "needs SHOAL_INFER_MESH"),
+        ({"REPOSITORY": "/tmp", "THREADS": "-1"}, "SHOAL_INFER_THREADS='-1'"),
+        ({"REPO": "/tmp"}, "SHOAL_INFER_REPO is not a setting"),
+    ],
+)
+def test_a_wrong_setting_is_named(env, text):
+    given = {f"SHOAL_INFER_{key}": value for key, value in env.items()}
+    with pytest.raises(ConfigError) as err:
+        load(InferConfig, "infer", {"SHOAL_INFER_LISTEN": "127.0.0.1:0", **given})
+    assert text in str(err.value)
 
 
 async def test_the_folder_of_one_model_and_a_single_file(python, models_folder, tmp_path):
