@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -145,4 +144,4 @@ class Claims:
 
     async def _mine(self, ids: Sequence[str], lease: Lease, fields: Mapping[str, int] | None = None) -> list[Job]:
         cursor = self._jobs.find({"_id": {"$in": list(ids)}, "lease.id": lease.id}, fields)
-        return [replace(job_of(document), lease=lease) async for document in cursor]
+        return [job_of(document) async for document in cursor]

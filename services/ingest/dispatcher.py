@@ -36,6 +36,7 @@ HELD_PER_CALL = 4
 """Jobs held at most, for each call that may be in flight: answers that wait to be recorded keep no model idle, and no
 more than this many are in memory when the store is away."""
 _FRESH_PER_CALL = 2
+_LARGE_BYTES = 16 << 10
 _AWAY_WAIT_S = 1.0
 _LAST_WRITES_S = 1.0
 # After a drain that ran out of time: to put back what did not finish.
@@ -148,9 +149,13 @@ class Dispatcher:
         self._hold(job, lambda holding: self._put_back(holding.job, again))
 
     def lost(self, job_id: str, lease: Lease) -> None:
-        """`lease` does not hold the job any more: what is done under it here is given up."""
+        """`lease` does not hold the job any more: a call under it is given up.
+
+        What is past its call goes on. Mostly its own last write has just ended the lease; and if not, an answer is
+        still worth recording, and the fence keeps its holder from doing more.
+        """
         holding = self._held.get(job_id)
-        if holding is not None and holding.job.lease == lease:
+        if holding is not None and holding.is_calling and holding.job.lease == lease:
             log.info("lost the lease of job %s: giving it up", job_id)
             self._let_go(holding)
 
@@ -254,7 +259,8 @@ class Dispatcher:
 
     async def _work(self, holding: Holding) -> None:
         decision = await self._attempts.run(holding.job)
-        holding.job = replace(holding.job, request=None)  # Not kept in memory while it is recorded.
+        if holding.job.request is not None and len(holding.job.request) > _LARGE_BYTES:
+            holding.job = replace(holding.job, request=None)  # Not kept in memory while it is recorded.
         self._end_call(holding)
         if isinstance(decision, Again):
             await self._put_back(holding.job, decision)

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -106,13 +106,19 @@ class Intake:
             ResourceExhausted: the backlog is full, or too many bytes wait to be written.
             Unavailable: MongoDB is away; the job may or may not be there, so repeat it with an idempotency key.
         """
-        job = job_of_submit(submit, self._ulids.new(), self._clock(), self._instance, self._inline_bytes)
+        carrier: dict[str, str] = {}
+        propagate.inject(carrier)
+        job = job_of_submit(
+            submit,
+            job_id=self._ulids.new(),
+            now=self._clock(),
+            instance=self._instance,
+            inline_bytes=self._inline_bytes,
+            traceparent=carrier.get("traceparent", ""),
+        )
         if not self._is_open:
             raise Unavailable("the job database has not been reached yet: retry in a moment")
         self._backlog.admit()
-        carrier: dict[str, str] = {}
-        propagate.inject(carrier)
-        job = _traced(job, carrier.get("traceparent", ""))
         async with self._budget.of(_size(job), waits=waits):
             try:
                 async with asyncio.timeout(_WAIT_S):
@@ -200,7 +206,3 @@ def _refusal(error: BulkWriteError, entry: dict[str, Any]) -> ShoalError:
 
 def _size(job: Job) -> int:
     return len(job.request or b"") + 1_024
-
-
-def _traced(job: Job, traceparent: str) -> Job:
-    return replace(job, traceparent=traceparent) if traceparent else job

@@ -189,17 +189,24 @@ class End:
     message: str = ""
 
 
-def submitted(job: Job, instance: str) -> Job:
-    """The job with its first transition, waiting from the moment of its acceptance."""
-    first = Transition(State.QUEUED, job.submitted_at, 0, instance, "submitted")
-    return replace(job, due_at=job.submitted_at, transitions=(first,))
+def acceptance(now: datetime, instance: str) -> tuple[Transition, ...]:
+    """The transitions of a job that `instance` has just accepted."""
+    return (Transition(State.QUEUED, now, 0, instance, "submitted"),)
 
 
 def claim(job: Job, lease: Lease, now: datetime) -> Job:
     """A waiting job, claimed for its next attempt."""
     attempt = job.attempts + 1
     step = Transition(State.RUNNING, now, attempt, lease.owner, "claimed")
-    return replace(_with(job, step), state=State.RUNNING, due_at=None, attempts=attempt, updated_at=now, lease=lease)
+    return replace(
+        job,
+        state=State.RUNNING,
+        due_at=None,
+        attempts=attempt,
+        updated_at=now,
+        lease=lease,
+        transitions=_grown(job, step),
+    )
 
 
 def take_over(job: Job, lease: Lease, cancel_reason: str | None = None) -> Job:
@@ -212,23 +219,37 @@ def take_over(job: Job, lease: Lease, cancel_reason: str | None = None) -> Job:
 def try_again(job: Job, again: Again, instance: str, now: datetime) -> Job:
     """The job back in the queue."""
     step = Transition(State.QUEUED, now, job.attempts, instance, again.reason)
-    after = replace(_with(job, step), state=State.QUEUED, due_at=again.due_at, updated_at=now, lease=None)
-    if again.code:
-        after = replace(after, last_code=again.code, last_message=again.message[:MESSAGE_CHARS])
-    if again.is_counted:
-        return replace(after, refusals=0)
-    taken_back = job.attempts - 1 if job.state is State.RUNNING else job.attempts
-    return replace(after, attempts=taken_back, refusals=job.refusals + bool(again.code))
+    is_taken_back = not again.is_counted and job.state is State.RUNNING
+    return replace(
+        job,
+        state=State.QUEUED,
+        due_at=again.due_at,
+        attempts=job.attempts - is_taken_back,
+        refusals=0 if again.is_counted else job.refusals + bool(again.code),
+        last_code=again.code or job.last_code,
+        last_message=again.message[:MESSAGE_CHARS] if again.code else job.last_message,
+        updated_at=now,
+        lease=None,
+        transitions=_grown(job, step),
+    )
 
 
 def end(job: Job, standing: End, instance: str, now: datetime) -> Job:
     """The job in its final state, by the result that stands in the store."""
     state = state_of(standing)
     step = Transition(state, now, job.attempts, instance, standing.message[:MESSAGE_CHARS] or "answered")
-    after = replace(_with(job, step), state=state, due_at=None, updated_at=now, lease=None, refusals=0)
-    if standing.outcome is Outcome.SUCCEEDED:
-        return after
-    return replace(after, last_code=standing.code, last_message=standing.message[:MESSAGE_CHARS])
+    is_answered = standing.outcome is Outcome.SUCCEEDED
+    return replace(
+        job,
+        state=state,
+        due_at=None,
+        refusals=0,
+        last_code=job.last_code if is_answered else standing.code,
+        last_message=job.last_message if is_answered else standing.message[:MESSAGE_CHARS],
+        updated_at=now,
+        lease=None,
+        transitions=_grown(job, step),
+    )
 
 
 def state_of(standing: End) -> State:
@@ -314,5 +335,5 @@ def _later(now: datetime, wait_ms: float) -> datetime:
     return now + timedelta(milliseconds=int(wait_ms))
 
 
-def _with(job: Job, step: Transition) -> Job:
-    return replace(job, transitions=(*job.transitions, step)[-TRANSITIONS_KEPT:])
+def _grown(job: Job, step: Transition) -> tuple[Transition, ...]:
+    return (*job.transitions, step)[-TRANSITIONS_KEPT:]

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
 
-from services.ingest.job import Job, Policy, submitted
+from services.ingest.job import Job, Policy, acceptance
 from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -31,7 +31,9 @@ EXPLAIN = "explain"
 """The request parameter that asks infer who answered, and how."""
 
 
-def job_of(submit: pb.SubmitRequest, job_id: str, now: datetime, instance: str, inline_bytes: int) -> Job:
+def job_of(
+    submit: pb.SubmitRequest, *, job_id: str, now: datetime, instance: str, inline_bytes: int, traceparent: str
+) -> Job:
     """The job that `submit` asks for, accepted at `now`, with the serialised request in it.
 
     Raises:
@@ -41,7 +43,7 @@ def job_of(submit: pb.SubmitRequest, job_id: str, now: datetime, instance: str, 
     _at_most("idempotency_key", submit.idempotency_key, KEY_CHARS)
     _at_most("tenant", submit.tenant, TENANT_CHARS)
     deadline = _deadline(submit)
-    job = Job(
+    return Job(
         id=job_id,
         model_name=submit.request.model_name,
         model_version=submit.request.model_version,
@@ -56,8 +58,10 @@ def job_of(submit: pb.SubmitRequest, job_id: str, now: datetime, instance: str, 
         explains=submit.request.parameters[EXPLAIN].bool_param if EXPLAIN in submit.request.parameters else False,
         is_apart=len(request) > inline_bytes,
         request=request,
+        due_at=now,
+        traceparent=traceparent,
+        transitions=acceptance(now, instance),
     )
-    return submitted(job, instance)
 
 
 def digest_of(submit: pb.SubmitRequest) -> bytes:

@@ -142,7 +142,10 @@ class Changes:
             for events in list(self._watchers.values()):
                 for event in events:
                     event.set()
-            async for change in stream:
+            # Not `async for`: that one's wait for the next change ends with the client's timeout for one operation.
+            while stream.alive:
+                if (change := await stream.try_next()) is None:
+                    continue
                 job_id = change["documentKey"]["_id"]
                 if (taken_by := change.get("taken_by")) is not None:
                     self._on_taken(job_id, taken_by)
