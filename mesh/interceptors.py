@@ -11,6 +11,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import Token
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -144,14 +145,15 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         carrier = {key: value for key, value in ctx.invocation_metadata() or () if isinstance(value, str)}
         parent = propagate.extract(carrier)
         span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, {"rpc.system": "grpc"})
-        token = context.attach(trace.set_span_in_context(span, parent))
+        token: Token[context.Context] | None = context.attach(trace.set_span_in_context(span, parent))
         try:
             yield span
+        except GeneratorExit:
+            token = None  # A stream closed from another task: that one's context is not ours to restore.
+            raise
         finally:
-            try:
+            if token is not None:
                 context.detach(token)
-            except ValueError:  # pragma: no cover - a stream closed from another task: its context dies with it.
-                pass
             span.end()
 
 

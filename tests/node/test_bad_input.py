@@ -45,10 +45,11 @@ def running(node: Any, onnx_models: Path) -> Iterator[Any]:
     """A node that must have the same processes at the end as at the start."""
     one = node()
     one.shoal("models", "push", str(onnx_models / "double.onnx"))
+    one.shoal("models", "push", str(onnx_models / "double.onnx"), "--name", "survivor")
     before = one.pids()
     yield one
     assert one.pids() == before, f"something died:\n{one.story()}"
-    answer = one.shoal("infer", "double", '{"x": [[1, 2, 3, 4]]}', "--json")
+    answer = one.shoal("infer", "survivor", '{"x": [[1, 2, 3, 4]]}', "--json")
     assert "8.0" in answer.stdout
 
 
