@@ -1,0 +1,227 @@
+"""Coord replicas, etcd and Envoy together: what traffic notices of an outage of each. Nothing, that is the promise."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from mesh.channel import connect
+from mesh.config import ServiceConfig
+from mesh.membership import ReadyModel, Registration, State
+from mesh.node.probes import health
+from shoal.coord.v1 import coord_pb2 as pb
+from shoal.coord.v1 import coord_pb2_grpc
+from shoal.inference.v2 import inference_pb2 as oip
+from shoal.inference.v2 import inference_pb2_grpc as oip_grpc
+from tests.breakable import EnvoyProcess, EtcdProcess, Process, until
+
+pytestmark = [pytest.mark.etcd, pytest.mark.envoy]
+
+TINY = Path(__file__).parent.parent / "mesh" / "tiny_infer.py"
+
+
+class Node:
+    """Two coord replicas and an Envoy, and inference servers that the test registers."""
+
+    def __init__(self, folder: Path, etcd: EtcdProcess, stack: AsyncExitStack) -> None:
+        self.folder = folder
+        self.etcd = etcd
+        self.stack = stack
+        self.replicas: dict[int, Process] = {}
+
+    async def start(self, coord) -> None:
+        self.coords = {c.name: c for c in (coord(0), coord(1))}
+        sockets = [c.socket for c in self.coords.values()]
+        self.envoy = self.stack.enter_context(EnvoyProcess(self.folder, sockets))
+        channel = await self.stack.enter_async_context(connect(self.envoy.gateway))
+        self.infer = oip_grpc.GRPCInferenceServiceStub(channel)
+        self.coord = coord_pb2_grpc.CoordServiceStub(channel)
+        self.health = health_pb2_grpc.HealthStub(channel)
+        await self.envoy.until_ready()
+
+    async def replica(self, number: int) -> Registration:
+        socket = self.folder / f"infer-{number}.sock"
+        argv = [sys.executable, str(TINY), str(socket), f"infer-{number}"]
+        process = Process(argv, self.folder / f"infer-{number}.log")
+        self.replicas[number] = self.stack.enter_context(process)
+        await until(lambda: health(f"unix:{socket}"), f"infer-{number} ready")
+        config = ServiceConfig(
+            instance=f"infer-{number}", listen=f"unix:{socket}", etcd=self.etcd.address, notice_ms=100
+        )
+        registration = Registration.of(config, "infer", f"unix:{socket}")
+        await self.stack.enter_async_context(registration)
+        await registration.update(state=State.READY, models=[ReadyModel("a", (1,))])
+        return registration
+
+    async def answer(self) -> str:
+        """Who answers one call."""
+        response = await self.infer.ModelInfer(oip.ModelInferRequest(model_name="a"), timeout=20)
+        return response.parameters["replica"].string_param
+
+    async def answers_from(self, *expected: str) -> None:
+        """Waits until calls are answered by exactly these."""
+
+        async def so() -> bool:
+            found = set()
+            for _ in range(20):
+                try:
+                    found.add(await self.answer())
+                except grpc.aio.AioRpcError:
+                    return False
+            return found == set(expected)
+
+        await until(so, f"answers from {expected}")
+
+    @asynccontextmanager
+    async def load(self, tasks: int = 8) -> AsyncIterator[Counter]:
+        """Steady calls while the block lasts; none may fail."""
+        answered: Counter[str] = Counter()
+        errors: list[str] = []
+        stop = asyncio.Event()
+
+        async def calls() -> None:
+            while not stop.is_set():
+                try:
+                    answered[await self.answer()] += 1
+                    await asyncio.sleep(0.005)
+                except grpc.aio.AioRpcError as err:
+                    errors.append(f"{err.code()}: {err.details()}")
+
+        running = [asyncio.create_task(calls()) for _ in range(tasks)]
+        try:
+            yield answered
+        finally:
+            stop.set()
+            await asyncio.gather(*running)
+        assert errors == []
+        assert answered
+
+    async def leader(self) -> str | None:
+        try:
+            return (await self.coord.GetLeader(pb.GetLeaderRequest(), timeout=5)).instance
+        except grpc.aio.AioRpcError:
+            return None
+
+
+@pytest.fixture
+async def node(run_dir: Path, own_etcd: EtcdProcess, coord) -> AsyncIterator[Node]:
+    async with AsyncExitStack() as stack:
+        made = Node(run_dir, own_etcd, stack)
+        await made.start(coord)
+        yield made
+
+
+async def test_instances_come_to_envoy_are_drained_and_put_back(node: Node):
+    await node.replica(0)
+    two = await node.replica(1)
+    await node.answers_from("infer-0", "infer-1")
+    async with node.load():
+        await node.coord.DrainInstance(pb.DrainInstanceRequest(name="infer-0"), timeout=10)
+        await node.answers_from("infer-1")
+        await node.coord.UndrainInstance(pb.UndrainInstanceRequest(name="infer-0"), timeout=10)
+        await node.answers_from("infer-0", "infer-1")
+        await two.update(state=State.STARTING)
+        await node.answers_from("infer-0")
+        await two.update(state=State.READY)
+        await node.answers_from("infer-0", "infer-1")
+
+    status = await node.coord.GetMeshStatus(pb.GetMeshStatusRequest(), timeout=10)
+    assert status.coord in node.coords
+    found = {}
+    for coord in node.coords.values():
+        async with connect(f"unix:{coord.socket}") as channel:
+            stub = coord_pb2_grpc.CoordServiceStub(channel)
+            for envoy in (await stub.GetMeshStatus(pb.GetMeshStatusRequest(), timeout=10)).envoys:
+                found[envoy.node] = {resource.type: resource for resource in envoy.resources}
+    assert list(found) == ["local"]
+    assert {t: sorted(r.names) for t, r in found["local"].items()} == {
+        "Cluster": ["coord", "infer", "ingest", "model/a", "store"],
+        "ClusterLoadAssignment": ["coord", "infer", "ingest", "model/a", "store"],
+        "Listener": ["gateway", "outbound"],
+        "RouteConfiguration": ["services"],
+    }
+    assert all(r.acked_version and not r.nack and r.at.seconds for r in found["local"].values())
+
+    async def status_of(name: str) -> int:
+        return (await node.health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)).status
+
+    assert await status_of("") == health_pb2.HealthCheckResponse.SERVING
+    assert await status_of("inference.GRPCInferenceService") == health_pb2.HealthCheckResponse.SERVING
+    assert await status_of("shoal.store.v1.StoreService") == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_traffic_does_not_notice_the_kill_of_the_leader_and_configuration_goes_on(node: Node):
+    await node.replica(0)
+    await node.answers_from("infer-0")
+    await until(node.leader, "a leader")
+    leader = await node.leader()
+    async with node.load():
+        node.coords[leader].kill()
+        await node.replica(1)
+        await node.answers_from("infer-0", "infer-1")
+
+        async def succeeded() -> bool:
+            return await node.leader() in node.coords.keys() - {leader}
+
+        await until(succeeded, "a new leader")
+        node.coords[leader].start()
+        await node.coords[leader].until_ready()
+        (other,) = node.coords.keys() - {leader}
+        node.coords[other].kill()
+        await node.coord.DrainInstance(pb.DrainInstanceRequest(name="infer-0"), timeout=20, wait_for_ready=True)
+        await node.answers_from("infer-1")
+
+
+async def test_traffic_goes_on_while_every_coord_is_gone(node: Node):
+    await node.replica(0)
+    await node.replica(1)
+    await node.answers_from("infer-0", "infer-1")
+    async with node.load() as answered:
+        for coord in node.coords.values():
+            coord.kill()
+        node.replicas[1].kill()
+        before = answered["infer-0"]
+        await until(lambda: answered["infer-0"] > before + 100, "calls without coord")
+        for coord in node.coords.values():
+            coord.start()
+        node.replicas[1].start()
+        await node.answers_from("infer-0", "infer-1")
+
+
+@pytest.mark.parametrize("outage", ["frozen", "killed"])
+async def test_traffic_goes_on_while_etcd_is_away_for_ten_seconds(node: Node, outage: str):
+    await node.replica(0)
+    await node.replica(1)
+    await node.answers_from("infer-0", "infer-1")
+    async with node.load():
+        node.etcd.freeze() if outage == "frozen" else node.etcd.kill()
+        since = time.monotonic()
+        # A replica dies meanwhile: Envoy sees to it alone.
+        node.replicas[0].kill()
+        await node.answers_from("infer-1")
+        node.replicas[0].start()
+        await node.answers_from("infer-0", "infer-1")
+        await until(lambda: time.monotonic() - since > 10)
+        node.etcd.thaw() if outage == "frozen" else node.etcd.start()
+        await until(node.leader, "a leader again")
+
+        async def all_registered() -> bool:
+            found = await node.coord.ListInstances(pb.ListInstancesRequest(), timeout=10)
+            names = {i.name for i in found.instances if i.state == pb.INSTANCE_STATE_READY}
+            return not found.stale and {"local/infer-0", "local/infer-1", *node.coords} <= names
+
+        await until(all_registered, "everybody registered again")
+        # Longer than coord keeps those that do not come back.
+        settled = time.monotonic()
+        await until(lambda: time.monotonic() - settled > 6)
+        await node.coord.DrainInstance(pb.DrainInstanceRequest(name="infer-0"), timeout=10)
+        await node.answers_from("infer-1")

@@ -1,0 +1,477 @@
+"""A real Envoy under our ADS server: routing by model, hostile input, large messages, and the kill of a replica."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+from envoy_data_plane.envoy.config.cluster.v3 import Cluster
+
+from mesh.channel import connect
+from mesh.latest import Latest
+from mesh.membership import Instance, ReadyModel, State
+from mesh.node.probes import health
+from mesh.server import GrpcServer
+from mesh.xds.ads import AdsServer
+from mesh.xds.resource import CLUSTER, pack
+from mesh.xds.routes import ServiceRoutes
+from mesh.xds.snapshot import EnvoyNode, Snapshot, checked, snapshot
+from mesh.xds.tracing import Tracing
+from services.coord.traffic import table
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
+from tests.breakable import EnvoyProcess, Process, until
+
+pytestmark = pytest.mark.envoy
+
+TINY = Path(__file__).with_name("tiny_infer.py")
+UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+TABLE = replace(table(), services=(*table().services, ServiceRoutes("/nobody.v1.", "nobody")))
+
+
+class Changing:
+    """Snapshots of instances that the test sets."""
+
+    def __init__(self, tracing: Tracing | None = None) -> None:
+        self.instances: Latest[tuple[Instance, ...]] = Latest(())
+        self.drained: frozenset[str] = frozenset()
+        self.extra: tuple = ()
+        self.tracing = tracing
+
+    async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
+        async for instances in self.instances.follow():
+            shot = snapshot(instances, self.drained, node, TABLE, self.tracing)
+            yield checked([*(r for of_type in shot.resources.values() for r in of_type.values()), *self.extra])
+
+
+class Mesh:
+    """An Envoy, its ADS server, and tiny inference servers."""
+
+    def __init__(self, folder: Path, stack: AsyncExitStack, tracing: Tracing | None) -> None:
+        self.folder = folder
+        self.stack = stack
+        self.source = Changing(tracing)
+        self.ads = AdsServer(self.source)
+        self.replicas: dict[int, Process] = {}
+
+    async def start(self) -> None:
+        self.coord = self.folder / "coord-0.sock"
+        server = GrpcServer(f"unix:{self.coord}", [], drain_ms=0, generic=[self.ads.handler()])
+        await (await self.stack.enter_async_context(server)).serve()
+        self.envoy = self.stack.enter_context(EnvoyProcess(self.folder, [self.coord]))
+        self.channel = await self.stack.enter_async_context(connect(self.envoy.gateway))
+        self.stub = pb_grpc.GRPCInferenceServiceStub(self.channel)
+
+    async def replica(self, number: int) -> Process:
+        """A running inference server `infer-<number>`; membership does not know it yet."""
+        socket = self.folder / f"infer-{number}.sock"
+        argv = [sys.executable, str(TINY), str(socket), f"infer-{number}"]
+        process = self.stack.enter_context(Process(argv, self.folder / f"infer-{number}.log"))
+        await until(lambda: health(f"unix:{socket}"), f"infer-{number} ready")
+        self.replicas[number] = process
+        return process
+
+    def instance(self, number: int, *models: str, state: State = State.READY) -> Instance:
+        ready = tuple(ReadyModel(model, (1,)) for model in models)
+        address = f"unix:{self.folder}/infer-{number}.sock"
+        return Instance("infer", "local", f"infer-{number}", address, number, state, 1.0, ready)
+
+    async def show(self, *instances: Instance) -> None:
+        """Makes these the members, and waits until Envoy has all of it."""
+        self.source.instances.set(instances)
+        await self.envoy.until_ready()
+        wanted = {f"model/{m.name}" for i in instances if i.state is not State.STARTING for m in i.models}
+        endpoints = {i.address.removeprefix("unix:") for i in instances if i.state is not State.STARTING}
+
+        async def has_all() -> bool:
+            clusters = await self.envoy.ask("/clusters")
+            there = {name for name in wanted if f"{name}::" in clusters}
+            known = {line.split("::")[1] for line in clusters.splitlines() if line.startswith("infer::/")}
+            idle = all(not s.sent for stream in self.ads._streams for s in stream.session._types.values())
+            return there == wanted and known == endpoints and idle and await self._routes_ready(wanted)
+
+        await until(has_all, "Envoy has the snapshot")
+
+    async def _routes_ready(self, wanted: set[str]) -> bool:
+        dump = await self.envoy.ask("/config_dump?resource=dynamic_route_configs")
+        return all(f'"{name}"' in dump for name in wanted)
+
+    async def infer(self, model: str, size: int = 0, **kwargs) -> pb.ModelInferResponse:
+        timeout = kwargs.pop("timeout", 30)
+        metadata = kwargs.pop("metadata", None)
+        compression = kwargs.pop("compression", None)
+        return await self.stub.ModelInfer(
+            request(model, size, **kwargs), timeout=timeout, metadata=metadata, compression=compression
+        )
+
+
+def request(model: str, size: int = 0, **parameters: int | str) -> pb.ModelInferRequest:
+    message = pb.ModelInferRequest(model_name=model)
+    if size:
+        message.raw_input_contents.append(b"x" * size)
+    for key, value in parameters.items():
+        if isinstance(value, int):
+            message.parameters[key].int64_param = value
+        else:
+            message.parameters[key].string_param = value
+    return message
+
+
+def told(response: pb.ModelInferResponse, key: str) -> str:
+    return response.parameters[key].string_param
+
+
+@pytest.fixture
+async def mesh(run_dir: Path) -> AsyncIterator[Mesh]:
+    async with AsyncExitStack() as stack:
+        made = Mesh(run_dir, stack, None)
+        await made.start()
+        yield made
+
+
+async def refusal(call) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), caught.value.details() or ""
+
+
+async def test_unmodified_clients_are_routed_by_the_model_in_their_message(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
+    for _ in range(4):
+        for model, replica in [("a", "infer-0"), ("b", "infer-1")]:
+            response = await mesh.infer(model)
+            assert (told(response, "replica"), told(response, "header")) == (replica, model)
+    # The other calls that name a model, in a field of another name.
+    assert (await mesh.stub.ModelReady(pb.ModelReadyRequest(name="b"))).ready
+    assert (await mesh.stub.ModelMetadata(pb.ModelMetadataRequest(name="a"))).platform == "a"
+    # No instance has it, or its name is no header's: any instance may say so.
+    for model in ("c", "", "we ird", "x" * 300, "üñï", 'a"\n'):
+        assert told(await mesh.infer(model), "replica") in ("infer-0", "infer-1")
+
+
+async def test_services_are_routed_likewise_at_the_outbound_socket(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
+    assert mesh.envoy.outbound.stat().st_mode & 0o777 == 0o600
+    async with connect(f"unix:{mesh.envoy.outbound}") as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        for _ in range(3):
+            assert told(await stub.ModelInfer(request("b")), "replica") == "infer-1"
+
+
+async def test_a_client_cannot_choose_the_model_route_itself(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
+    response = await mesh.infer("a", metadata=(("x-shoal-model", "b"),))
+    assert (told(response, "replica"), told(response, "header")) == ("infer-0", "a")
+    response = await mesh.infer("", metadata=(("x-shoal-model", "b"),))
+    assert told(response, "header") == ""
+
+
+async def test_streams_are_routed_by_their_first_message(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
+    call = mesh.stub.ModelStreamInfer(timeout=30)
+    for model in ("b", "a", "b"):
+        await call.write(request(model))
+        response = (await call.read()).infer_response
+        assert (told(response, "replica"), response.model_name) == ("infer-1", model)
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_compressed_messages_pass(mesh: Mesh, compression):
+    await mesh.replica(0)
+    await mesh.show(mesh.instance(0, "a"))
+    response = await mesh.infer("a", size=100_000, compression=compression)
+    assert response.parameters["bytes"].int64_param == 100_000
+
+
+@pytest.mark.parametrize("megabytes", [1, 3, 24, 100])
+async def test_large_messages_pass_and_come_back(mesh: Mesh, megabytes: int):
+    await mesh.replica(0)
+    await mesh.show(mesh.instance(0, "a"))
+    response = await mesh.infer("a", size=megabytes << 20, echo=1, timeout=60)
+    assert told(response, "header") == "a"
+    assert len(response.raw_output_contents[0]) == megabytes << 20
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "expected"),
+    [
+        (150, grpc.StatusCode.RESOURCE_EXHAUSTED),  # The service's own refusal.
+        (200, grpc.StatusCode.FAILED_PRECONDITION),  # More than Envoy holds to find the model's name.
+    ],
+)
+async def test_messages_that_are_too_large_are_refused_and_nothing_dies(mesh: Mesh, megabytes: int, expected):
+    await mesh.replica(0)
+    await mesh.show(mesh.instance(0, "a"))
+    async with grpc.aio.insecure_channel(mesh.envoy.gateway, options=UNLIMITED) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        code, text = await refusal(stub.ModelInfer(request("a", megabytes << 20), timeout=60))
+    assert code is expected
+    assert text
+    assert told(await mesh.infer("a"), "replica") == "infer-0"
+
+
+async def test_garbage_gets_a_clear_status_and_no_hang(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.show(mesh.instance(0, "a"))
+    path = "/inference.GRPCInferenceService/ModelInfer"
+    for garbage in (b"\xff" * 100, b"\x0a\x05ab", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\xff\xfe", bytes(range(256))):
+        code, text = await refusal(mesh.channel.unary_unary(path)(garbage, timeout=10))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT, garbage[:8]
+        assert text
+
+    async def nothing():
+        return
+        yield
+
+    code, _ = await refusal(mesh.channel.stream_unary(path)(nothing(), timeout=10))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    unknown = mesh.channel.unary_unary("/inference.GRPCInferenceService/Nonesuch")(b"", timeout=10)
+    assert (await refusal(unknown))[0] is grpc.StatusCode.UNIMPLEMENTED
+    nowhere = mesh.channel.unary_unary("/no.such.Service/Method")(b"", timeout=10)
+    assert (await refusal(nowhere))[0] is grpc.StatusCode.UNIMPLEMENTED
+    nobody = mesh.channel.unary_unary("/nobody.v1.Service/Method")(b"", timeout=10)
+    assert (await refusal(nobody))[0] is grpc.StatusCode.UNAVAILABLE
+    assert told(await mesh.infer("a"), "replica") == "infer-0"
+
+
+async def test_envoy_obeys_the_callers_deadline_and_sets_none_of_its_own(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.show(mesh.instance(0, "a"))
+    code, _ = await refusal(mesh.infer("a", sleep_ms=60_000, timeout=0.3))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    # Longer than Envoy's default of 15 s.
+    assert told(await mesh.infer("a", sleep_ms=15_500, timeout=40), "replica") == "infer-0"
+
+
+async def test_statuses_of_the_service_pass_and_eject_nobody(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "a"))
+    for code in ("INTERNAL", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "DATA_LOSS") * 3:
+        got, text = await refusal(mesh.infer("a", fail=code))
+        assert (got.name, text) == (code, "as you wished")
+    replicas = {told(await mesh.infer("a"), "replica") for _ in range(40)}
+    assert replicas == {"infer-0", "infer-1"}
+
+
+async def test_a_killed_replica_under_load_costs_no_call(mesh: Mesh):
+    """kill -9 of one of two, with two dozen calls in flight; membership hears nothing of it. Then it comes back."""
+    await mesh.replica(0)
+    await mesh.replica(1)
+    both = (mesh.instance(0, "a"), mesh.instance(1, "a"))
+    await mesh.show(*both)
+    answered: dict[str, int] = {"infer-0": 0, "infer-1": 0}
+    errors: list[str] = []
+    stop = asyncio.Event()
+
+    async def load(model: str) -> None:
+        while not stop.is_set():
+            try:
+                answered[told(await mesh.infer(model, sleep_ms=20), "replica")] += 1
+            except grpc.aio.AioRpcError as err:
+                errors.append(f"{err.code()}: {err.details()}")
+
+    # Half of them by model, half to any instance: both kinds of cluster are tried.
+    tasks = [asyncio.create_task(load("a" if number % 2 else "")) for number in range(24)]
+    try:
+        for round in range(2):
+            target = answered["infer-0"] + 30
+            await until(lambda target=target: answered["infer-0"] >= target, f"calls on infer-0 in round {round}")
+            mesh.replicas[0].kill()
+            target = answered["infer-1"] + 200
+            await until(lambda target=target: answered["infer-1"] >= target or errors, "calls on infer-1")
+            mesh.replicas[0].start()
+    finally:
+        target = answered["infer-0"] + 30
+        await until(lambda: answered["infer-0"] >= target or errors, "calls on infer-0 again")
+        stop.set()
+        await asyncio.gather(*tasks)
+    assert errors == []
+
+
+async def test_large_messages_survive_the_kill_of_a_replica(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "a"))
+    calls = [asyncio.create_task(mesh.infer("a", size=24 << 20, sleep_ms=1_500, timeout=90)) for _ in range(4)]
+
+    async def under_way() -> bool:
+        stats = await mesh.envoy.stats("cluster.model/a.upstream_rq_active$")
+        return sum(stats.values()) == 4
+
+    await until(under_way, "calls under way")
+    mesh.replicas[0].kill()
+    assert {told(response, "replica") for response in await asyncio.gather(*calls)} == {"infer-1"}
+
+
+async def test_a_frozen_replica_is_noticed(mesh: Mesh):
+    """It keeps its connections and answers nothing: pings cut them, and the calls go elsewhere."""
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "a"))
+    calls = [asyncio.create_task(mesh.infer("a", sleep_ms=1_000, timeout=60)) for _ in range(8)]
+
+    async def under_way() -> bool:
+        return sum((await mesh.envoy.stats("cluster.model/a.upstream_rq_active$")).values()) == 8
+
+    await until(under_way, "calls under way")
+    mesh.replicas[0].freeze()
+    assert {told(response, "replica") for response in await asyncio.gather(*calls)} == {"infer-1"}
+
+
+async def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"))
+    long = asyncio.create_task(mesh.infer("a", sleep_ms=2_000))
+
+    async def under_way() -> bool:
+        return sum((await mesh.envoy.stats("cluster.model/a.upstream_rq_active$")).values()) == 1
+
+    await until(under_way, "the long call")
+    await mesh.show(mesh.instance(0, "a", state=State.DRAINING), mesh.instance(1, "a"))
+    assert "draining" in await mesh.envoy.ask("/clusters")
+    for _ in range(30):
+        assert told(await mesh.infer("a"), "replica") == "infer-1"
+    assert told(await long, "replica") == "infer-0"
+    # The only one there is drained: nobody is there, rather than the drained one after all.
+    mesh.source.instances.set((mesh.instance(0, "a", state=State.DRAINING),))
+
+    async def nobody() -> bool:
+        try:
+            await mesh.infer("a")
+        except grpc.aio.AioRpcError as err:
+            return err.code() is grpc.StatusCode.UNAVAILABLE
+        return False
+
+    await until(nobody, "nobody to call")
+
+
+async def test_models_come_and_go_without_an_error(mesh: Mesh):
+    """Routes to a new cluster wait for it; a cluster goes after its routes."""
+    await mesh.replica(0)
+    await mesh.show(mesh.instance(0))
+    errors: list[str] = []
+    stop = asyncio.Event()
+
+    async def load() -> None:
+        while not stop.is_set():
+            try:
+                await mesh.infer("a")
+            except grpc.aio.AioRpcError as err:
+                errors.append(f"{err.code()}: {err.details()}")
+
+    tasks = [asyncio.create_task(load()) for _ in range(8)]
+    for _ in range(4):
+        await mesh.show(mesh.instance(0, "a", "b"))
+        await mesh.show(mesh.instance(0))
+        await until(lambda: gone(mesh, "model/a"), "the cluster gone")
+    stop.set()
+    await asyncio.gather(*tasks)
+    assert errors == []
+
+
+async def gone(mesh: Mesh, cluster: str) -> bool:
+    return f"{cluster}::" not in await mesh.envoy.ask("/clusters")
+
+
+async def test_a_refused_resource_is_reported_and_its_neighbours_arrive(mesh: Mesh):
+    await mesh.replica(0)
+    broken = Cluster.from_dict({"name": "bad", "type": "STATIC", "connect_timeout": "0s"})
+    mesh.source.extra = (pack(CLUSTER, "bad", broken),)
+    await mesh.show(mesh.instance(0, "a"))
+    assert told(await mesh.infer("a"), "replica") == "infer-0"
+    (envoy,) = mesh.ads.status()
+    status = next(s for s in envoy.types if s.type_url == CLUSTER)
+    assert "bad" in status.nack
+    assert "bad" not in status.names
+    assert {"infer", "model/a"} <= set(status.names)
+    mesh.source.extra = ()
+    await mesh.show(mesh.instance(0, "a", "b"))
+    (envoy,) = mesh.ads.status()
+    assert [s.nack for s in envoy.types] == [""] * 4
+
+
+async def test_envoy_keeps_what_it_has_while_coord_is_gone_and_catches_up(mesh: Mesh, run_dir: Path):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    source = Changing()
+    first, second = AdsServer(source), AdsServer(source)
+    socket = f"unix:{run_dir}/other.sock"
+    folder = run_dir / "b"
+    folder.mkdir()
+    async with AsyncExitStack() as stack:
+        envoy = stack.enter_context(EnvoyProcess(folder, [run_dir / "other.sock"]))
+        channel = await stack.enter_async_context(connect(envoy.gateway))
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        async with GrpcServer(socket, [], drain_ms=0, generic=[first.handler()]):
+            source.instances.set((mesh.instance(0, "a"),))
+            await envoy.until_ready()
+            await until(lambda: len(first.status()) == 1 and len(first.status()[0].types) == 4)
+            assert told(await stub.ModelInfer(request("a"), timeout=30), "replica") == "infer-0"
+        await until(lambda: not first.status())
+        assert told(await stub.ModelInfer(request("a"), timeout=30), "replica") == "infer-0"
+        source.instances.set((mesh.instance(1, "a"),))
+        async with GrpcServer(socket, [], drain_ms=0, generic=[second.handler()]):
+
+            async def moved() -> bool:
+                return told(await stub.ModelInfer(request("a"), timeout=30), "replica") == "infer-1"
+
+            await until(moved, "the new endpoint")
+        # The same configuration from another process: nothing but endpoints was replaced.
+        stats = await envoy.stats("cluster_manager.cluster_modified|listener_manager.listener_modified")
+        assert set(stats.values()) == {0}
+
+
+async def test_spans_of_a_call_reach_the_collector(run_dir: Path):
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
+
+    spans: list = []
+
+    async def export(message, context):
+        for resource in message.resource_spans:
+            service = {a.key: a.value.string_value for a in resource.resource.attributes}["service.name"]
+            spans.extend((service, span) for scope in resource.scope_spans for span in scope.spans)
+        return otlp.ExportTraceServiceResponse()
+
+    handler = grpc.unary_unary_rpc_method_handler(
+        export, otlp.ExportTraceServiceRequest.FromString, otlp.ExportTraceServiceResponse.SerializeToString
+    )
+    name = "opentelemetry.proto.collector.trace.v1.TraceService"
+    generic = grpc.method_handlers_generic_handler(name, {"Export": handler})
+    place = f"unix:{run_dir}/collector.sock"
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(GrpcServer(place, [], drain_ms=0, generic=[generic]))
+        mesh = Mesh(run_dir, stack, Tracing(place))
+        await mesh.start()
+        await mesh.replica(0)
+        await mesh.show(mesh.instance(0, "a"))
+        trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+        response = await mesh.infer("a", metadata=(("traceparent", f"00-{trace}-{parent}-01"),))
+        assert told(response, "traceparent").split("-")[1] == trace
+
+        def ours() -> list:
+            return [span for service, span in spans if span.trace_id.hex() == trace]
+
+        await until(lambda: len(ours()) >= 2, "two spans")
+        assert {service for service, _ in spans} == {"shoal-envoy"}
+        root = next(span for span in ours() if span.parent_span_id.hex() == parent)
+        assert {span.parent_span_id for span in ours()} == {root.parent_span_id, root.span_id}
+        # Health checks come twice a second: none of them is a span.
+        assert not [span for _, span in spans if "health" in span.name.lower()]
