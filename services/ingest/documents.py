@@ -112,6 +112,8 @@ def document_of(job: Job) -> Document:
     }
     if job.key:
         document |= {"key": job.key, "digest": Binary(job.digest)}
+    if job.last_code:
+        document |= {"last_code": job.last_code, "last_message": job.last_message}
     if job.deadline is not None:
         document["deadline"] = job.deadline
     if job.explains:

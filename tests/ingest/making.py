@@ -1,0 +1,43 @@
+"""Jobs for tests."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from services.ingest.clock import milliseconds
+from services.ingest.job import Job, acceptance
+from services.ingest.ulid import Ulids
+
+START = datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
+_ulids = Ulids(lambda: milliseconds(START))
+
+
+def job(**fields: Any) -> Job:
+    """A job that was just submitted."""
+    made: dict[str, Any] = {
+        "id": _ulids.new(),
+        "model_name": "m",
+        "submitted_at": START,
+        "updated_at": START,
+        "due_at": START,
+        "request": b"request",
+        "transitions": acceptance(START, "local/ingest-0"),
+        **fields,
+    }
+    return Job(**made)
+
+
+class TestClock:
+    """Time that moves when it is told to."""
+
+    __test__ = False
+
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, **by: float) -> None:
+        self.now += timedelta(**by)

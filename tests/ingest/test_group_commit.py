@@ -1,0 +1,104 @@
+"""Group commit: alone at once, together under load, each its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from services.ingest.group import Group
+from shoal.errors import Internal, InvalidArgument, ShoalError, Unavailable
+
+
+class Writer:
+    """Writes when it is let."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[int]] = []
+        self.may = asyncio.Semaphore(0)
+
+    async def __call__(self, items: list[int]) -> Sequence[int | ShoalError]:
+        self.groups.append(items)
+        await self.may.acquire()
+        if -1 in items:
+            raise Unavailable("away")
+        if -2 in items:
+            raise RuntimeError("a fault")
+        return [InvalidArgument(f"{item}") if item % 10 == 9 else item * 2 for item in items]
+
+
+def group(writer: Writer, max_items: int = 5, max_bytes: int = 100) -> Group[int, int]:
+    return Group("numbers", writer, max_items=max_items, max_bytes=max_bytes, size=abs)
+
+
+async def puts(into: Group[int, int], *items: int) -> list[asyncio.Task[int]]:
+    tasks = [asyncio.create_task(into.put(item)) for item in items]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_the_next_group_gathers_while_one_is_written() -> None:
+    writer = Writer()
+    async with group(writer) as numbers:
+        first = await puts(numbers, 1)
+        assert writer.groups == [[1]]
+        rest = await puts(numbers, 2, 3, 4, 5, 6, 7, 8)
+        for _ in range(3):
+            writer.may.release()
+        assert await asyncio.gather(*first, *rest) == [2, 4, 6, 8, 10, 12, 14, 16]
+        assert writer.groups == [[1], [2, 3, 4, 5, 6], [7, 8]]
+
+
+async def test_bytes_bound_a_group_and_a_large_item_goes_alone() -> None:
+    writer = Writer()
+    async with group(writer) as numbers:
+        tasks = await puts(numbers, 1, 60, 50, 1_000, 2)
+        for _ in range(5):
+            writer.may.release()
+        await asyncio.gather(*tasks)
+        assert writer.groups == [[1, 60], [50], [1_000], [2]]
+
+
+async def test_each_gets_its_own_answer_and_errors_are_not_shared_objects() -> None:
+    writer = Writer()
+    async with group(writer) as numbers:
+        writer.may.release()
+        tasks = await puts(numbers, 1, 9, 3)
+        writer.may.release()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert answers[0] == 2
+        assert isinstance(answers[1], InvalidArgument)
+        for item, error in ((-1, Unavailable), (-2, Internal)):
+            tasks = await puts(numbers, item, 1)
+            writer.may.release()
+            writer.may.release()
+            first = (await asyncio.gather(*tasks, return_exceptions=True))[0]
+            assert isinstance(first, error)
+
+
+async def test_nobody_wants_what_was_given_up() -> None:
+    writer = Writer()
+    async with group(writer) as numbers:
+        first = await puts(numbers, 1)
+        given_up = await puts(numbers, 2, 3)
+        given_up[0].cancel()
+        writer.may.release()
+        writer.may.release()
+        assert await asyncio.gather(*first, given_up[1]) == [2, 6]
+        assert writer.groups == [[1], [3]]
+
+
+async def test_after_the_end_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.ingest.group._LAST_WRITE_S", 0.01)
+    writer = Writer()
+    numbers = group(writer)
+    async with numbers:
+        tasks = await puts(numbers, 1, 2)
+        tasks += await puts(numbers, 3)
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(answer, Unavailable) for answer in answers)
+    with pytest.raises(Unavailable):
+        await numbers.put(4)

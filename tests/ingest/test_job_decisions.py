@@ -1,0 +1,146 @@
+"""What becomes of a job after a failure, a lapse, a stop: by the table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from services.ingest.job import (
+    FINAL,
+    PERMANENT,
+    TRANSITIONS_KEPT,
+    Again,
+    End,
+    Failure,
+    Job,
+    Lease,
+    Outcome,
+    Policy,
+    State,
+    after_failure,
+    after_lapse,
+    backoff_ms,
+    claim,
+    end,
+    refused_wait_ms,
+    released,
+    state_of,
+    take_over,
+    try_again,
+)
+from shoal.errors import Code
+from tests.ingest.making import START, job
+
+LEASE = Lease("lease-1", "local/ingest-0", "process-1", START + timedelta(seconds=5))
+
+
+def running(attempts: int = 1, **fields: object) -> Job:
+    return replace(claim(job(**fields), LEASE, START), attempts=attempts)
+
+
+def wait_ms(again: Again | End) -> float:
+    assert isinstance(again, Again)
+    return (again.due_at - START) / timedelta(milliseconds=1)
+
+
+@pytest.mark.parametrize("code", sorted(PERMANENT))
+def test_a_request_at_fault_fails_at_once(code: Code) -> None:
+    how = after_failure(running(), Failure(code, "why"), START, lambda: 0.5)
+    assert how == End(Outcome.FAILED, code, "why")
+    assert state_of(how) is State.FAILED
+
+
+@pytest.mark.parametrize("code", sorted(set(Code) - PERMANENT - {Code.OK}))
+def test_every_other_code_is_tried_again_until_attempts_run_out(code: Code) -> None:
+    first = after_failure(running(), Failure(code, "why"), START, lambda: 0.5)
+    assert isinstance(first, Again)
+    assert first.is_counted
+    last = after_failure(running(attempts=5), Failure(code, "why"), START, lambda: 0.5)
+    assert last == End(Outcome.FAILED, code, "why")
+    assert state_of(last) is State.DEAD
+
+
+def test_waits_double_under_full_jitter_up_to_the_longest() -> None:
+    policy = Policy(max_attempts=10, initial_backoff_ms=200, max_backoff_ms=1_000)
+    assert [backoff_ms(policy, attempts, 1.0) for attempts in (1, 2, 3, 4, 100)] == [200, 400, 800, 1_000, 1_000]
+    assert backoff_ms(policy, 3, 0.0) == 0
+    assert backoff_ms(policy, 3, 0.25) == 200
+
+
+def test_a_missing_model_gets_a_second() -> None:
+    assert wait_ms(after_failure(running(), Failure(Code.NOT_FOUND, ""), START, lambda: 0.0)) == 1_000
+
+
+def test_retry_after_is_honoured() -> None:
+    shed = Failure(Code.RESOURCE_EXHAUSTED, "", is_reached=False, retry_after_ms=3_000)
+    assert wait_ms(after_failure(running(), shed, START, lambda: 0.0)) == 3_000
+
+
+def test_an_attempt_that_reached_nobody_costs_none_however_often() -> None:
+    nobody = Failure(Code.UNAVAILABLE, "no healthy upstream", is_reached=False)
+    there = job(policy=Policy(max_attempts=2))
+    now = START
+    for refusals in range(500):
+        there = claim(there, LEASE, now)
+        assert (there.attempts, there.refusals) == (1, refusals)
+        again = after_failure(there, nobody, now, lambda: 0.5)
+        assert isinstance(again, Again)
+        there = try_again(there, again, "i", now)
+        now = again.due_at
+    assert there.attempts == 0
+    assert there.last_code == Code.UNAVAILABLE
+    assert len(there.transitions) == TRANSITIONS_KEPT
+    assert refused_wait_ms(0, 0.0) == 100
+    assert refused_wait_ms(500, 1.0) == 5_000
+
+
+def test_a_deadline_that_passed_ends_it_whatever_the_failure_was() -> None:
+    late = replace(running(), deadline=START, last_code=int(Code.INTERNAL), last_message="broken")
+    how = after_failure(late, Failure(Code.UNAVAILABLE, ""), START, lambda: 0.5)
+    assert isinstance(how, End)
+    assert state_of(how) is State.EXPIRED
+    assert how.message == "no answer by its deadline, 2026-01-02T03:04:05.678+00:00; last attempt: INTERNAL: broken"
+
+
+def test_a_lapse_is_an_attempt_and_the_last_one_is_the_end() -> None:
+    again = after_lapse(running(attempts=4), LEASE, START)
+    assert isinstance(again, Again)
+    assert again.is_counted
+    assert again.reason == "the lease of local/ingest-0 lapsed during attempt 4: it died or was cut off"
+    how = after_lapse(running(attempts=5), LEASE, START)
+    assert isinstance(how, End)
+    assert state_of(how) is State.DEAD
+
+
+def test_a_take_over_that_lapses_goes_on_where_it_was() -> None:
+    taken = take_over(job(), LEASE)
+    again = after_lapse(taken, LEASE, START)
+    assert isinstance(again, Again)
+    assert try_again(taken, again, "i", START).attempts == 0
+    cancelled = after_lapse(take_over(job(), LEASE, "not wanted"), LEASE, START)
+    assert cancelled == End(Outcome.CANCELLED, Code.CANCELLED, "cancelled: not wanted")
+
+
+def test_what_is_released_is_not_counted() -> None:
+    back = try_again(running(), released(START, "local/ingest-0"), "local/ingest-0", START)
+    assert (back.state, back.attempts, back.refusals, back.due_at, back.lease) == (State.QUEUED, 0, 0, START, None)
+
+
+@pytest.mark.parametrize(
+    ("standing", "state"),
+    [
+        (End(Outcome.SUCCEEDED), State.SUCCEEDED),
+        (End(Outcome.FAILED, Code.INVALID_ARGUMENT), State.FAILED),
+        (End(Outcome.FAILED, Code.UNAVAILABLE), State.DEAD),
+        (End(Outcome.CANCELLED, Code.CANCELLED), State.CANCELLED),
+        (End(Outcome.EXPIRED, Code.DEADLINE_EXCEEDED), State.EXPIRED),
+    ],
+)
+def test_the_state_follows_from_the_result(standing: End, state: State) -> None:
+    ended = end(running(), standing, "i", START)
+    assert ended.state is state
+    assert ended.state in FINAL
+    assert (ended.lease, ended.due_at) == (None, None)
+    assert ended.transitions[-1].state is state
