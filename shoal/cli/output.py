@@ -37,9 +37,10 @@ def connect(gateway: str | None, *, tenant: str = "") -> Client:
     """A client of the node that the command is meant for. Use as `with`."""
     # grpc's C core has its own log on standard error; what matters of it comes as an error of ours.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from shoal.client import Client
+    from shoal.client import Client, RetryPolicy
 
-    return Client(gateway, tenant=tenant)
+    # Somebody waits: that no node answers must be said within 2 s.
+    return Client(gateway, tenant=tenant, retry=RetryPolicy(attempts=5))
 
 
 def console(*, stderr: bool = False) -> Console:

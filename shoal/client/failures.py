@@ -25,8 +25,9 @@ RETRY_AFTER_KEY = "retry-after-ms"
 _NOBODY = re.compile(r"Connection refused|No such file or directory|Connection timed out|No route to host|unreachable")
 _NO_NAME = re.compile(r"errors resolving|DNS resolution failed")
 _NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server")
-# grpc.aio's words when it was sending on a stream as the other end broke it: the real status is lost.
-_BROKEN = "Internal error from Core"
+# All that is left of a stream whose other end died: what Envoy's reset becomes, and what grpc.aio says when it was sending
+# as that happened (the real status is lost then). Neither is a fault of the service, as INTERNAL would say.
+_BROKEN = re.compile(r"RST_STREAM|^Internal error from Core$")
 # Envoy's own words: it knows the service, and has no instance of it.
 _NO_INSTANCE = re.compile(r"no healthy upstream")
 
@@ -34,8 +35,8 @@ _NO_INSTANCE = re.compile(r"no healthy upstream")
 def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: float) -> ShoalError:
     """The ShoalError of a failed call to `address`; `doing` says which call, `timeout_s` how long it was given."""
     code, details = err.code(), err.details() or "no details"
-    if code == grpc.StatusCode.INTERNAL and details == _BROKEN:
-        return Unavailable(f"{doing}: the stream broke")
+    if code == grpc.StatusCode.INTERNAL and _BROKEN.search(details):
+        return Unavailable(f"{doing}: the connection broke")
     if code == grpc.StatusCode.UNAVAILABLE:
         return _unavailable(details, address, doing, _retry_after(err))
     if code == grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":

@@ -66,31 +66,32 @@ async def put(caller: Caller, artifact: Artifact, sent: Callable[[int], None] = 
     """
     total, best, attempt, restarted = 0, -1, 0, False
     while True:
-        offset = await _received(caller, artifact)
-        if offset is None:
-            sent(artifact.size_bytes)
-            return total
-        if offset > best:
-            best, attempt = offset, 0
-        counted = _Counted(artifact, 0 if restarted else offset, sent)
+        counted: _Counted | None = None
         try:
+            offset = await _received(caller, artifact)
+            if offset is None:
+                sent(artifact.size_bytes)
+                return total
+            if offset > best:
+                best, attempt = offset, 0
+            counted = _Counted(artifact, 0 if restarted else offset, sent)
             await _send(caller, artifact, counted)
-        except ShoalError as err:
-            if counted.failure is not None:
-                raise
-            total += counted.sent_bytes
-            attempt += 1
-            wait = caller.stream_wait_s(_as_retried(err), attempt=attempt)
-            if isinstance(err, DataLoss) and offset and not restarted:
-                restarted = (
-                    True  # What had arrived before was not what this file begins with: once more, from its start.
-                )
-            elif wait is None:
-                raise
-            else:
-                await caller.pause(wait)
-        else:
             return total + counted.sent_bytes
+        except ShoalError as err:
+            error = err
+        if counted is not None:
+            total += counted.sent_bytes
+            if counted.failure is not None:
+                raise error
+            if isinstance(error, DataLoss) and counted.offset and not restarted:
+                # What had arrived before was not what this file begins with: once more, from its start.
+                restarted = True
+                continue
+        attempt += 1
+        wait = caller.stream_wait_s(_as_retried(error), attempt=attempt)
+        if wait is None:
+            raise error
+        await caller.pause(wait)
 
 
 def _as_retried(err: ShoalError) -> ShoalError:
@@ -119,7 +120,7 @@ class _Counted:
         self.sent_bytes = 0
         self.failure: Exception | None = None
         self._artifact = artifact
-        self._offset = offset
+        self.offset = offset
         self._sent = sent
 
     async def messages(self) -> AsyncIterator[store.PutArtifactRequest]:
@@ -134,15 +135,15 @@ class _Counted:
 
     async def _messages(self) -> AsyncIterator[store.PutArtifactRequest]:
         header = store.PutArtifactRequest.Header(
-            sha256=self._artifact.sha256, size_bytes=self._artifact.size_bytes, offset=self._offset
+            sha256=self._artifact.sha256, size_bytes=self._artifact.size_bytes, offset=self.offset
         )
         yield store.PutArtifactRequest(header=header)
         with self._artifact.path.open("rb") as file:
-            file.seek(self._offset)
+            file.seek(self.offset)
             while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
                 yield store.PutArtifactRequest(chunk=chunk)
                 self.sent_bytes += len(chunk)
-                self._sent(self._offset + self.sent_bytes)
+                self._sent(self.offset + self.sent_bytes)
 
 
 async def _send(caller: Caller, artifact: Artifact, counted: _Counted) -> None:

@@ -187,6 +187,16 @@ async def test_envoy_without_an_instance(served: Served) -> None:
         await Caller(served.address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
 
 
+@pytest.mark.parametrize("words", ["Stream removed (RST_STREAM (Received RST_STREAM with error code 2))", "RST_STREAM"])
+async def test_a_reset_is_a_broken_connection_and_no_fault_of_the_service(served: Served, words: str) -> None:
+    async def reset(request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.INTERNAL, words)
+
+    served.on(methods.GET_JOB, reset)
+    with pytest.raises(Unavailable, match="GetJob: the connection broke"):
+        await Caller(served.address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
+
+
 async def test_the_error_message_of_a_missing_thing_is_the_services_own(served: Served) -> None:
     async def missing(request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.NOT_FOUND, "no job a")

@@ -139,7 +139,7 @@ async def test_a_stream_that_stays_broken_is_given_up(served: Served, intake: In
     intake.breaks = [5] + [0] * 99
     async with client_of(served) as client:
         stream = client.jobs.submit_many(JobRequest("m", X) for _ in range(20))
-        with pytest.raises(Unavailable, match=r"killed|the stream broke"):
+        with pytest.raises(Unavailable, match=r"killed|the connection broke"):
             _ = [ack async for ack in stream]
     assert served.count(methods.SUBMIT_STREAM) >= 10
 

@@ -23,7 +23,7 @@ def test_the_wait_is_drawn_below_a_bound_that_doubles() -> None:
 
 
 def test_attempts_end() -> None:
-    assert wait(Unavailable("down"), attempt=5) is None
+    assert wait(Unavailable("down"), attempt=8) is None
     assert (
         RetryPolicy(attempts=1).wait_s(Unavailable(""), attempt=1, idempotent=True, left_s=9, draw=ALWAYS_HALF) is None
     )
