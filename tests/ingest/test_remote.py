@@ -1,0 +1,85 @@
+"""What the mesh's and the services' words mean: did a model see the request, and does another attempt help?"""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from services.ingest.job import End, Outcome
+from services.ingest.remote import RemoteResults, failure_of
+from shoal.errors import Code, Internal, Unavailable
+from shoal.store.v1 import store_pb2
+from tests.ingest.faults import FakeMesh, failing
+
+
+def error(code: grpc.StatusCode, details: str | None, **trailing: str) -> grpc.aio.AioRpcError:
+    metadata = grpc.aio.Metadata(*((key.replace("_", "-"), value) for key, value in trailing.items()))
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), metadata, details)
+
+
+S = grpc.StatusCode
+CONNECT = "upstream connect error or disconnect/reset before headers. reset reason: "
+
+
+@pytest.mark.parametrize(
+    ("failed", "is_reached"),
+    [
+        (error(S.UNAVAILABLE, "no healthy upstream"), False),
+        (error(S.UNAVAILABLE, CONNECT + "remote connection failure, transport failure reason: refused"), False),
+        (error(S.UNAVAILABLE, CONNECT + "connection failure"), False),
+        (error(S.UNAVAILABLE, CONNECT + "overflow"), False),
+        (error(S.UNAVAILABLE, "failed to connect to all addresses; last error: UNKNOWN: unix:..."), False),
+        (error(S.UNAVAILABLE, ""), False),  # A route to a cluster that Envoy does not know.
+        (error(S.UNIMPLEMENTED, ""), False),  # No route at all: Envoy's 404.
+        (error(S.UNIMPLEMENTED, "Received http2 header with status: 404"), False),
+        (error(S.RESOURCE_EXHAUSTED, "queue full", retry_after_ms="50"), False),
+        (error(S.UNAVAILABLE, "loading", retry_after_ms="50"), False),
+        # It may have run, and may be what killed the instance:
+        (error(S.UNAVAILABLE, CONNECT + "connection termination"), True),
+        (error(S.UNAVAILABLE, "upstream connect error or disconnect/reset before headers. retried and the latest "
+               "reset reason: connection termination"), True),
+        (error(S.UNAVAILABLE, "Socket closed"), True),
+        (error(S.RESOURCE_EXHAUSTED, "Sent message larger than max"), True),
+        (error(S.UNIMPLEMENTED, "this model needs shared memory"), True),
+        (error(S.INTERNAL, ""), True),
+        (error(S.DEADLINE_EXCEEDED, "Deadline Exceeded"), True),
+    ],
+)  # fmt: skip
+def test_whether_a_model_saw_it(failed: grpc.aio.AioRpcError, is_reached: bool) -> None:
+    assert failure_of(failed).is_reached is is_reached
+
+
+def test_retry_after_comes_along() -> None:
+    failure = failure_of(error(S.RESOURCE_EXHAUSTED, "queue full", retry_after_ms="50"))
+    assert (failure.code, failure.retry_after_ms) == (Code.RESOURCE_EXHAUSTED, 50)
+    assert failure_of(error(S.RESOURCE_EXHAUSTED, "queue full", retry_after_ms="soon")).is_reached
+
+
+async def test_the_store_says_what_stands(mesh: FakeMesh) -> None:
+    async with grpc.aio.insecure_channel(mesh.address) as channel:
+        results = RemoteResults(channel)
+        first = store_pb2.Result(job_id="a", outcome=store_pb2.Result.OUTCOME_SUCCEEDED)
+        second = store_pb2.Result(job_id="a", outcome=store_pb2.Result.OUTCOME_CANCELLED, code=1, message="x")
+        other = store_pb2.Result(job_id="b", outcome=store_pb2.Result.OUTCOME_FAILED, code=3, message="y")
+        assert await results.put([first], [""]) == [End(Outcome.SUCCEEDED)]
+        parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        assert await results.put([second, other], ["", parent]) == [
+            End(Outcome.SUCCEEDED),
+            End(Outcome.FAILED, 3, "y"),
+        ]
+        standing = await results.standing([f"no-{n}" for n in range(150)] + ["a"])
+        assert standing == {"a": End(Outcome.SUCCEEDED)}
+
+
+async def test_a_store_that_answers_nonsense_or_has_no_route(mesh: FakeMesh) -> None:
+    async with grpc.aio.insecure_channel(mesh.address) as channel:
+        results = RemoteResults(channel)
+        with pytest.raises(Internal, match="outcome 0"):
+            await results.put([store_pb2.Result(job_id="a")], [""])
+
+        async def no_route(request: object, context: object) -> None:
+            await failing(context, S.UNIMPLEMENTED, "")
+
+        mesh.store.before = no_route
+        with pytest.raises(Unavailable, match="recording results: the mesh has no way to the store yet"):
+            await results.put([store_pb2.Result(job_id="b")], [""])
