@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from services.infer.batcher import BatchPolicy, Run, Wait, decide
@@ -72,19 +72,20 @@ class Queue:
     def __len__(self) -> int:
         return self._calls
 
-    def add(self, pending: Pending, retry_after_ms: int) -> None:
+    def add(self, pending: Pending, retry_after_ms: Callable[[], int]) -> None:
         """Puts a call at the back of its lane.
 
         Raises:
-            ResourceExhausted: the queue is full, and may have room in `retry_after_ms`. An empty queue takes any call.
+            ResourceExhausted: the queue is full, and may have room in `retry_after_ms()`. An empty one takes any call.
         """
         size = self.size_bytes + pending.size_bytes
         if self._calls >= self.limits.calls or (self._calls and size > self.limits.size_bytes):
+            after_ms = retry_after_ms()
             raise ResourceExhausted(
                 f"Exceeds maximum queue size of model '{self.model}': {self._calls} requests with {self.size_bytes} "
                 f"bytes wait, at most {self.limits.calls} and {self.limits.size_bytes} may; "
-                f"retry after {retry_after_ms} ms",
-                retry_after_ms=retry_after_ms,
+                f"retry after {after_ms} ms",
+                retry_after_ms=after_ms,
             )
         self._lanes.setdefault(pending.call.key, deque()).append(pending)
         self._count(pending, 1)

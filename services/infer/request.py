@@ -74,7 +74,8 @@ def _spec(tensor: pb.ModelInferRequest.InferInputTensor, signature: Signature, m
         )
     if any(dim < 0 for dim in tensor.shape):
         raise InvalidArgument(f"{_input(spec.name, model)}: shape {written(tensor.shape)} has a negative dimension")
-    parameters.check_input(tensor.parameters, _input(spec.name, model))
+    if tensor.parameters:
+        parameters.check_input(tensor.parameters, _input(spec.name, model))
     return spec
 
 

@@ -119,7 +119,7 @@ class Scheduler:
         if expires <= now:
             raise self._too_late()
         pending = Pending(call, now, expires, self._loop.create_future())
-        self._queue.add(pending, self._retry_after_ms())
+        self._queue.add(pending, self._retry_after_ms)
         self._arrived.set()
         timer = self._loop.call_later(expires - now, self._expire, pending) if expires != math.inf else None
         try:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
+from services.infer import stream
 from shoal.inference.v2 import inference_pb2 as pb
+from tests.breakable import until
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
 
@@ -423,3 +425,73 @@ async def test_the_real_model_answers_as_it_does_alone(serve, models_folder: Rep
         (expected,) = alone.run(None, {"bytes": row[None]})
         # A batch is summed in another order than a row: the last bits may differ.
         np.testing.assert_allclose(output(answer, "target_label"), expected, rtol=1e-4, atol=1e-6)
+
+
+BUSY_CONFIG = """
+max_batch_size: 1
+dynamic_batching { default_queue_policy { max_queue_size: 2 } }
+"""
+
+
+async def test_overload_is_refused_early_and_says_when_to_come_back(serve, models_folder: Repository):
+    models_folder.put("slow", onnx_files.slow(), config=BUSY_CONFIG)
+    served = await serve(models_folder.root)
+
+    calls = (served.stub.ModelInfer(request("slow", x=X)) for _ in range(50))
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, grpc.aio.AioRpcError)]
+    # One runs and two wait; how many more find a place depends on how fast it is.
+    assert 0 < len(refusals) <= 47
+    for refusal in refusals:
+        assert refusal.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "Exceeds maximum queue size of model 'slow'" in refusal.details()
+        assert int(dict(refusal.trailing_metadata())["retry-after-ms"]) > 0
+    assert (await served.stub.ModelInfer(request("slow", x=X))).outputs
+
+
+async def test_a_stream_that_is_cancelled_leaves_nothing_behind(served):
+    sent = asyncio.Event()
+
+    async def asked():
+        for n in range(10):
+            yield request("double", id=str(n), x=X)
+        sent.set()
+        await asyncio.Event().wait()
+
+    call = served.stub.ModelStreamInfer(asked())
+    first = await call.read()
+    assert first.infer_response.id == "0"
+    await sent.wait()
+    call.cancel()
+    version = served.models.find("double", "")
+    await until(lambda: version._users == 0, "the end of its calls")
+    assert (await served.stub.ModelInfer(request("double", x=X))).outputs
+
+
+async def test_a_stream_is_read_no_faster_than_it_is_answered(served):
+    sent = 0
+
+    async def asked():
+        nonlocal sent
+        for n in range(1000):
+            sent += 1
+            yield request("double", id=str(n), x=np.ones((8, 4), np.float32))
+
+    class Infer:
+        running = most = 0
+
+        async def __call__(self, asked: pb.ModelInferRequest) -> pb.ModelInferResponse:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            await asyncio.sleep(0)
+            self.running -= 1
+            return await served.core.infer(asked)
+
+    infer = Infer()
+    answers = stream.answers(asked(), infer)
+    assert (await anext(answers)).infer_response.id == "0"
+    await asyncio.sleep(0)
+    assert sent <= stream.AHEAD + 1
+    rest = [answer.infer_response.id async for answer in answers]
+    assert rest == [str(n) for n in range(1, 1000)]
+    assert infer.most <= stream.AHEAD
