@@ -106,9 +106,11 @@ class Caller:
                 await self._sleep(wait)
         raise AssertionError("the policy ends the loop")  # pragma: no cover
 
-    def stream_wait_s(self, error: ShoalError, *, attempt: int, deadline: float | None = None) -> float | None:
-        """Seconds until a stream that broke is opened again; None: it is not."""
-        return self._wait_s(error, attempt, True, deadline, stream=True)
+    def stream_wait_s(
+        self, error: ShoalError, *, attempt: int, begun: bool, deadline: float | None = None
+    ) -> float | None:
+        """Seconds until a stream that broke is opened again; None: it is not. `begun`: it had moved before."""
+        return self._wait_s(error, attempt, True, deadline, stream=begun)
 
     def _wait_s(
         self, error: ShoalError, attempt: int, idempotent: bool, deadline: float | None, stream: bool = False
@@ -167,13 +169,13 @@ class Caller:
             ShoalError: it cannot be opened again, or `timeout_s` has passed.
         """
         deadline = self.clock() + bounded(timeout_s)
-        attempt = 0
+        attempt, begun = 0, False
         while True:
             try:
                 left = max(deadline - self.clock(), 0)
                 async with aclosing(self.stream(method, request(), timeout_s=left, doing=doing)) as answers:
                     async for answer in answers:
-                        attempt = 0
+                        attempt, begun = 0, True
                         yield answer
                         if ended(answer):
                             return
@@ -181,7 +183,7 @@ class Caller:
             except ShoalError as err:
                 error = err
             attempt += 1
-            wait = self.stream_wait_s(error, attempt=attempt, deadline=deadline)
+            wait = self.stream_wait_s(error, attempt=attempt, begun=begun, deadline=deadline)
             if wait is None:
                 if self.clock() >= deadline:
                     raise too_late(doing or method.name, timeout_s) from error

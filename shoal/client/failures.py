@@ -25,8 +25,8 @@ RETRY_AFTER_KEY = "retry-after-ms"
 _NOBODY = re.compile(r"Connection refused|No such file or directory|Connection timed out|No route to host|unreachable")
 _NO_NAME = re.compile(r"errors resolving|DNS resolution failed")
 _NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server")
-# All that is left of a stream whose other end died: what Envoy's reset becomes, and what grpc.aio says when it was sending
-# as that happened (the real status is lost then). Neither is a fault of the service, as INTERNAL would say.
+# All that is left of a stream whose other end died: what Envoy's reset becomes, and what grpc.aio says when it was
+# sending as that happened (the real status is lost then). Neither is a fault of the service, as INTERNAL would say.
 _BROKEN = re.compile(r"RST_STREAM|^Internal error from Core$")
 # Envoy's own words: it knows the service, and has no instance of it.
 _NO_INSTANCE = re.compile(r"no healthy upstream")

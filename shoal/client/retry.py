@@ -25,9 +25,10 @@ class RetryPolicy:
     attempts: int = 8
     """Attempts in all. Envoy has already tried other instances by then: eight (3.5 s of waits on average, 7.1 s at
     most) outlast the restart of a service that has but one instance."""
-    stream_attempts: int = 10
-    """The same for a stream that breaks (a watch, a stream of jobs, an upload), counted anew whenever it moves on. What
-    it has done so far is worth more patience: ten outlast a restart of the whole node."""
+    stream_attempts: int = 20
+    """The same for a stream (a watch, a stream of jobs, an upload) that breaks after it has begun, counted anew
+    whenever it moves on. What it has done so far is worth more patience: twenty (15 s on average) outlast a restart of
+    the whole node."""
     first_wait_s: float = 0.1
     """Bound of the wait before the second attempt."""
     longest_wait_s: float = 2.0

@@ -51,6 +51,7 @@ class Submission:
         self._acks: asyncio.Queue[Submitted | None] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._exhausted = False
+        self._acknowledged = 0
 
     async def run(self) -> AsyncGenerator[Submitted, None]:
         """Raises what the source raised, or why the stream could not be kept up, after what was acknowledged."""
@@ -83,10 +84,10 @@ class Submission:
             self._changed.set()
 
     async def _deliver(self) -> None:
-        attempt = 0
+        attempt, begun = 0, False
         try:
             while await self._more():
-                before = len(self._pending)
+                before = self._acknowledged
                 try:
                     await self._stream()
                     error: ShoalError = Unavailable("SubmitStream: the stream ended early")
@@ -94,8 +95,9 @@ class Submission:
                     error = err
                 if not self._pending:
                     continue
-                attempt = 1 if len(self._pending) < before else attempt + 1
-                wait = self._caller.stream_wait_s(error, attempt=attempt)
+                moved = self._acknowledged > before
+                attempt, begun = (1, True) if moved else (attempt + 1, begun)
+                wait = self._caller.stream_wait_s(error, attempt=attempt, begun=begun)
                 if wait is None:
                     raise error
                 await self._caller.pause(wait)
@@ -153,6 +155,7 @@ class Submission:
             error = of_answer(answer.code, answer.message)
             ack = await self._again(answer.sequence, submit) if is_retried(error) else Submitted(ack.index, error=error)
         del self._pending[answer.sequence]
+        self._acknowledged += 1
         self._acks.put_nowait(ack)
 
     async def _again(self, index: int, submit: ingest.SubmitRequest) -> Submitted:

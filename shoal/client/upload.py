@@ -87,8 +87,10 @@ async def put(caller: Caller, artifact: Artifact, sent: Callable[[int], None] = 
                 # What had arrived before was not what this file begins with: once more, from its start.
                 restarted = True
                 continue
+        if best < 0:
+            raise error  # Not even the first look: that was tried as often as a call is.
         attempt += 1
-        wait = caller.stream_wait_s(_as_retried(error), attempt=attempt)
+        wait = caller.stream_wait_s(_as_retried(error), attempt=attempt, begun=True)
         if wait is None:
             raise error
         await caller.pause(wait)

@@ -281,4 +281,4 @@ async def test_a_stream_that_never_comes_back_gives_up(served: Served) -> None:
             methods.WATCH_JOB, ingest.WatchJobRequest, timeout_s=100, ended=lambda answer: False
         ):
             pass
-    assert served.count(methods.WATCH_JOB) == 10
+    assert served.count(methods.WATCH_JOB) == 8

@@ -29,7 +29,7 @@ from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.store.v1 import store_pb2 as store
 from tests.client.served import Served
 
-QUICK = RetryPolicy(attempts=3, first_wait_s=0.001)
+QUICK = RetryPolicy(attempts=3, first_wait_s=0.001, longest_wait_s=0.01)
 X = {"x": np.zeros(1)}
 
 
@@ -127,7 +127,9 @@ async def test_a_stream_of_jobs(served: Served, intake: Intake) -> None:
 
 async def test_a_stream_that_breaks_again_and_again_loses_and_doubles_nothing(served: Served, intake: Intake) -> None:
     intake.breaks = [3, 0, 10, 1, 50]
-    async with client_of(served) as client:
+    # grpc may lose acknowledgements that were on their way as a stream broke: patience for streams that seem to do nothing.
+    patient = RetryPolicy(attempts=20, first_wait_s=0.001, longest_wait_s=0.01)
+    async with AsyncClient(served.address, retry=patient) as client:
         requests = (JobRequest("m", X, labels={"n": str(n)}) for n in range(200))
         acks = [ack async for ack in client.jobs.submit_many(requests, window=16)]
     assert sorted(ack.index for ack in acks) == list(range(200))
@@ -141,7 +143,7 @@ async def test_a_stream_that_stays_broken_is_given_up(served: Served, intake: In
         stream = client.jobs.submit_many(JobRequest("m", X) for _ in range(20))
         with pytest.raises(Unavailable, match=r"killed|the connection broke"):
             _ = [ack async for ack in stream]
-    assert served.count(methods.SUBMIT_STREAM) >= 10
+    assert served.count(methods.SUBMIT_STREAM) >= 3
 
 
 async def test_refusals_are_in_band_and_those_for_the_moment_are_tried_again(served: Served, intake: Intake) -> None:

@@ -19,7 +19,7 @@ from shoal.inference.v2 import inference_pb2 as oip
 from shoal.store.v1 import store_pb2 as store
 from tests.client.served import Served
 
-QUICK = RetryPolicy(attempts=3, first_wait_s=0.001)
+QUICK = RetryPolicy(attempts=3, first_wait_s=0.001, longest_wait_s=0.01)
 
 
 class Store:
