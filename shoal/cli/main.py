@@ -7,7 +7,6 @@ come at once.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from typing import Annotated, Any
 
@@ -26,12 +25,14 @@ class Commands(TyperGroup):
     """The commands, imported one by one as they are asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [name for name in COMMANDS if importlib.util.find_spec(f"shoal.cli.{name}")]
+        return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in self.list_commands(ctx):
+        if cmd_name not in COMMANDS:
             return None
-        return get_command(importlib.import_module(f"shoal.cli.{cmd_name}").app)
+        command = get_command(importlib.import_module(f"shoal.cli.{cmd_name}").app)
+        command.name = cmd_name
+        return command
 
 
 app = typer.Typer(
