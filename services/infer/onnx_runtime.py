@@ -66,9 +66,9 @@ class OnnxRuntime:
         # Threads that spin while they wait for work would take the cores of the models and processes beside them.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        for key, value in options.entries.items():
-            settings.add_session_config_entry(key, value)
         try:
+            for key, value in options.entries.items():
+                settings.add_session_config_entry(key, value)
             session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
         except Exception as err:  # It raises a class of its own for each code, RuntimeError, and more.
             raise FailedPrecondition(f"ONNX Runtime cannot load {file.name}: {_plain(err, file)}") from err

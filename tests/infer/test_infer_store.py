@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
@@ -10,6 +12,8 @@ import onnx
 import pytest
 
 from mesh.channel import connect
+from mesh.etcd import Etcd
+from mesh.membership import Directory, ReadyModel, State
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc
@@ -20,6 +24,14 @@ from tests.infer.conftest import floats, output, request
 pytestmark = pytest.mark.mongo
 
 X = floats([1, 2, 3, 4])
+
+
+class Infer(Process):
+    """An infer process, and what it was told."""
+
+    def __init__(self, python: str, log: Path, env: Mapping[str, str]) -> None:
+        super().__init__([python, "-m", "services.infer"], log, env)
+        self.env = env
 
 
 class Node:
@@ -40,15 +52,17 @@ class Node:
                 "SHOAL_STORE_DRAIN_MS": "100",
             },
         )
-        self.infer = Process(
-            [python, "-m", "services.infer"],
-            tmp_path / "infer.log",
-            {
-                "SHOAL_INFER_LISTEN": self.infer_at,
-                "SHOAL_INFER_MESH": self.store_at,
-                "SHOAL_INFER_CACHE_DIR": str(self.cache),
-            },
-        )
+        self._python, self._log = python, tmp_path / "infer.log"
+        self.infer = self.infer_with()
+
+    def infer_with(self, **env: str) -> Infer:
+        """An infer process with more settings."""
+        settings = {
+            "SHOAL_INFER_LISTEN": self.infer_at,
+            "SHOAL_INFER_MESH": self.store_at,
+            "SHOAL_INFER_CACHE_DIR": str(self.cache),
+        }
+        return Infer(self._python, self._log, {**settings, **env})
 
     async def push(self, name: str, model: onnx.ModelProto, *, config: str = "") -> int:
         """Stores and registers the next version of a model; returns its number."""
@@ -150,6 +164,28 @@ async def test_models_come_from_the_store_and_go_with_it(node):
             await node.until_answer("m", "NOT_FOUND")
         assert node.infer.terminate() == 0
     assert not list((node.cache / "open" / "infer-0").iterdir())
+
+
+@pytest.mark.etcd
+async def test_what_is_ready_is_told_to_the_membership(node, etcd_address):
+    node.infer = node.infer_with(SHOAL_INFER_ETCD=etcd_address, SHOAL_INFER_NODE=f"n{uuid.uuid4().hex[:8]}")
+    async with Etcd(etcd_address) as etcd, Directory(etcd) as directory:
+
+        def told() -> tuple[State, tuple[ReadyModel, ...]] | None:
+            here = [i for i in directory.view.instances if i.node == node.infer.env["SHOAL_INFER_NODE"]]
+            return (here[0].state, here[0].models) if here else None
+
+        with node.store, node.infer:
+            await until(node.store_answers, "store")
+            await until(lambda: told() == (State.READY, ()))
+            await node.push("m", onnx_files.scale(2))
+            await until(lambda: told() == (State.READY, (ReadyModel("m", (1,)),)))
+            await node.push("m", onnx_files.scale(3))
+            await until(lambda: told() == (State.READY, (ReadyModel("m", (2,)),)))
+            await node.remove("m")
+            await until(lambda: told() == (State.READY, ()))
+            assert node.infer.terminate() == 0
+            await until(lambda: told() is None)
 
 
 async def _has(node: Node, key: tuple[str, str], state: str) -> bool:
