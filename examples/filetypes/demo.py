@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 import sysconfig
@@ -22,11 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from files import Sample, gather
-from judge import Judge, Verdict
 from node import NotReady, running, story, wait_until_ready
 from numpy.typing import NDArray
 from rich.console import Console
@@ -36,6 +36,9 @@ from rich.text import Text
 import shoal
 from shoal.client import JobRequest
 from shoal.errors import ShoalError
+
+if TYPE_CHECKING:
+    from judge import Judge, Verdict
 
 MODEL = "magika"
 AT_ONCE = 32
@@ -129,6 +132,10 @@ def main() -> int:
 
 def _in_folder(folder: Path, count: int, out: Console) -> int:
     started = time.monotonic()
+    # What anyone writes to the temporary folder goes with ours; ONNX Runtime does so as soon as it is imported.
+    os.environ["TMPDIR"] = str(folder)
+    from judge import Judge
+
     out.print("starting a node: shoal up --replicas infer=2")
     with running(folder, "--replicas", "infer=2") as process:
         judge = Judge()

@@ -127,7 +127,7 @@ async def test_a_stream_of_jobs(served: Served, intake: Intake) -> None:
 
 async def test_a_stream_that_breaks_again_and_again_loses_and_doubles_nothing(served: Served, intake: Intake) -> None:
     intake.breaks = [3, 0, 10, 1, 50]
-    # grpc may lose acknowledgements that were on their way as a stream broke: patience for streams that seem to do nothing.
+    # grpc may lose acknowledgements that are on their way as a stream breaks: to the client it then did nothing.
     patient = RetryPolicy(attempts=20, first_wait_s=0.001, longest_wait_s=0.01)
     async with AsyncClient(served.address, retry=patient) as client:
         requests = (JobRequest("m", X, labels={"n": str(n)}) for n in range(200))
