@@ -40,9 +40,26 @@ class Resource:
 
 def pack(type_url: str, name: str, message: Any, needs: frozenset[str] = frozenset()) -> Resource:
     """Packs an Envoy message. Equal messages give equal versions."""
-    value = bytes(message)
+    return pack_serialized(type_url, name, bytes(message), needs)
+
+
+def pack_serialized(type_url: str, name: str, value: bytes, needs: frozenset[str] = frozenset()) -> Resource:
+    """Packs a message that is serialized already.
+
+    Serializing is what costs (3 ms a cluster or a route): of hundreds that differ by a name, the common part is done
+    once. The wire format makes it easy: serialized messages, one after the other, are the serialized merge of both.
+    """
     version = hashlib.sha256(value).hexdigest()[:16]
     return Resource(type_url, name, version, Packed(type_url=type_url, value=value), needs)
+
+
+def nested(field: int, value: bytes) -> bytes:
+    """The message `value`, serialized, as field `field` (1 to 15) of another."""
+    size, length = bytearray(), len(value)
+    while length > 0x7F:
+        size.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([field << 3 | 2, *size, length]) + value
 
 
 def typed(cls: type, fields: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:

@@ -10,11 +10,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from envoy_data_plane.envoy.config.route.v3 import FilterConfig, RouteConfiguration
+from envoy_data_plane.envoy.config.route.v3 import (
+    FilterConfig,
+    Route,
+    RouteAction,
+    RouteConfiguration,
+    RouteMatch,
+    VirtualHost,
+)
 from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 
 from mesh.xds.clusters import model_cluster
-from mesh.xds.resource import ROUTES, Resource, pack, typed
+from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
 
 NAME = "services"
 """The one route configuration: gateway and outbound listener route alike."""
@@ -25,6 +32,8 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9._/-]{1,255}")
 """Models that get a cluster of their own. Others are served too, by whichever instance of the fallback comes next."""
 
 _STREAM_BUFFER_BYTES = 64 << 10
+# Field numbers of RouteConfiguration.virtual_hosts, VirtualHost.routes, Route.match and Route.route.
+_HOSTS, _ROUTE, _MATCH, _ACTION = 2, 3, 1, 2
 
 _ALWAYS = "connect-failure,refused-stream,reset-before-request"
 _IDEMPOTENT = "connect-failure,refused-stream,reset,unavailable"
@@ -74,33 +83,30 @@ def route_configuration(table: Table, models: tuple[str, ...]) -> Resource:
 
     The routes of models come first. They are tried one after the other: a matter of microseconds for hundreds.
     """
-    routes = []
+    routes: list[bytes] = []
     for service in table.services:
         if table.models is not None and service.prefix == table.models.prefix:
             routes += [_compressed(service), *(_model(service, model) for model in models)]
         routes += _service(service)
-    document = {
-        "name": NAME,
-        "virtual_hosts": [
-            {
-                "name": "any",
-                "domains": ["*"],
-                "routes": routes,
-                # What a retry sends again must be held until then. Also the largest message that is searched for its
-                # model. Connection buffers do not count here.
-                "request_body_buffer_limit": table.body_bytes,
-                "include_request_attempt_count": False,
-            }
-        ],
-        # References are checked where snapshots are made: Envoy would refuse all routes for one missing cluster.
-        "validate_clusters": False,
-    }
+    host = VirtualHost.from_dict(
+        {
+            "name": "any",
+            "domains": ["*"],
+            # What a retry sends again must be held until then. Also the largest message that is searched for its model.
+            # Connection buffers do not count here.
+            "request_body_buffer_limit": table.body_bytes,
+        }
+    )
+    # References are checked where snapshots are made: Envoy would refuse all routes for one missing cluster.
+    configuration = RouteConfiguration.from_dict({"name": NAME, "validate_clusters": False})
+    hosts = nested(_HOSTS, bytes(host) + b"".join(nested(_ROUTE, route) for route in routes))
     needs = {service.cluster for service in table.services} | {model_cluster(model) for model in models}
-    return pack(ROUTES, NAME, RouteConfiguration.from_dict(document), frozenset(needs))
+    return pack_serialized(ROUTES, NAME, bytes(configuration) + hosts, frozenset(needs))
 
 
-def _service(service: ServiceRoutes) -> list[dict[str, Any]]:
-    """One route for methods with each kind of retry; what is in no list may not run twice."""
+@lru_cache(64)
+def _service(service: ServiceRoutes) -> tuple[bytes, ...]:
+    """A route for each method that is named, and one for all others, which may not run twice. Serialized."""
     to = service.cluster
     routes = []
     if service.streaming:
@@ -114,15 +120,26 @@ def _service(service: ServiceRoutes) -> list[dict[str, Any]]:
         never = {"numerator": 0}
         sampling = {"client_sampling": never, "random_sampling": never, "overall_sampling": never}
         routes = [{**route, "tracing": sampling} for route in routes]
-    return routes
+    return tuple(bytes(Route.from_dict(route)) for route in routes)
 
 
-def _model(service: ServiceRoutes, model: str) -> dict[str, Any]:
+@lru_cache(8192)
+def _model(service: ServiceRoutes, model: str) -> bytes:
+    """The route of calls that name `model`. Serialized, and all but the names is done once."""
     match = {"prefix": service.prefix, "headers": [{"name": MODEL_HEADER, "string_match": {"exact": model}}]}
-    return _route(match, model_cluster(model), _IDEMPOTENT if service.all_idempotent else _ALWAYS)
+    action = bytes(RouteAction(cluster=model_cluster(model))) + _action(service.all_idempotent)
+    return nested(_MATCH, bytes(RouteMatch.from_dict(match))) + nested(_ACTION, action)
 
 
-def _compressed(service: ServiceRoutes) -> dict[str, Any]:
+@lru_cache(2)
+def _action(all_idempotent: bool) -> bytes:
+    """All of a route's action but the cluster, serialized."""
+    action = _route({}, "", _IDEMPOTENT if all_idempotent else _ALWAYS)["route"]
+    del action["cluster"]
+    return bytes(RouteAction.from_dict(action))
+
+
+def _compressed(service: ServiceRoutes) -> bytes:
     """Compressed messages cannot be searched for their model (the filter would refuse them): any instance may do."""
     encoding = {"name": "grpc-encoding"}
     match = {
@@ -134,7 +151,7 @@ def _compressed(service: ServiceRoutes) -> dict[str, Any]:
     }
     off = typed(FilterConfig, {"disabled": True})
     route = _route(match, service.cluster, _IDEMPOTENT if service.all_idempotent else _ALWAYS)
-    return {**route, "typed_per_filter_config": {EXTRACTION_FILTER: off}}
+    return bytes(Route.from_dict({**route, "typed_per_filter_config": {EXTRACTION_FILTER: off}}))
 
 
 def _route(match: dict[str, Any], cluster: str, retry_on: str) -> dict[str, Any]:

@@ -136,6 +136,25 @@ def test_every_route_retries_elsewhere_has_no_timeout_of_its_own_and_obeys_the_c
         assert 1 <= action.retry_policy.num_retries <= 3
 
 
+def test_calls_that_name_a_model_go_to_its_cluster_before_any_other_route_matches():
+    found = routes_of(made(infer(0, "a", "b" * 200)))
+    by_model = {
+        route.match.headers[0].string_match.exact: route.route.cluster
+        for route in found
+        if route.match.headers and route.match.headers[0].name == "x-shoal-model"
+    }
+    assert by_model == {"a": "model/a", "b" * 200: "model/" + "b" * 200}
+    fallback = next(n for n, route in enumerate(found) if route.match.prefix == INFERENCE and not route.match.headers)
+    assert all(not route.match.headers for route in found[fallback:])
+    assert found[fallback].route.cluster == "infer"
+
+
+def test_a_hundred_models_are_all_there():
+    shot = made(infer(0, *(f"m{number}" for number in range(100))))
+    assert len(shot.of(CLUSTER)) == 102
+    assert len(routes_of(shot)) == 100 + len(routes_of(made()))
+
+
 def test_only_what_may_run_twice_is_retried_after_it_may_have_run():
     retried = {}
     for route in routes_of(made()):
