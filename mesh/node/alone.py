@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from mesh.node import probes
 from mesh.node.parts import SERVICE_DEATH, Part, service_command
 from mesh.node.ports import PortInUse, Ports
-from mesh.node.process import Process, spawn
+from mesh.node.process import Process, raise_file_limit, spawn
 from shoal.errors import FailedPrecondition, InvalidArgument
 
 _POLL_S = 0.05
@@ -54,6 +54,7 @@ async def serve(repository: Path, host: str, port: int, environ: Mapping[str, st
     if not repository.is_dir():
         what = "is no folder: name the one around it" if repository.exists() else "does not exist"
         raise InvalidArgument(f"{repository} {what}: expected a folder of models: Triton's layout, or .onnx files")
+    raise_file_limit()
     with Ports() as ports:
         address = _address(host, _reserve(ports, host, port))
         process = await spawn(_part(repository, address, environ), None)

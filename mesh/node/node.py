@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Protocol
 
 from mesh.node import folder, gateway, plan, probes
+from mesh.node.namesake import refuse_namesake
 from mesh.node.options import Options
 from mesh.node.parts import Part
 from mesh.node.plan import Layout
 from mesh.node.ports import PortInUse, Ports
+from mesh.node.process import raise_file_limit
 from mesh.node.ready import Ready, ReadyFiles
 from mesh.node.supervisor import Event, Started, Supervisor
 from shoal.errors import FailedPrecondition
 
 _POLL_S = 0.1
-_PATIENCE_S = 30.0
+_PATIENCE_S = 20.0
 
 
 class Screen(Protocol):
@@ -100,7 +102,11 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
         groups = plan.groups(options, layout, environ, os.getpid())
         (layout.run_dir / "envoy.json").write_text(plan.envoy_bootstrap(options, layout))
         held.enter_context(signals.caught())
-        await _run(_Running(options, layout, files, screen), groups, signals)
+        if options.etcd is not None:
+            await refuse_namesake(options.etcd, options.name)
+        raise_file_limit()
+        if not signals.stop.is_set():
+            await _run(_Running(options, layout, files, screen), groups, signals)
 
 
 async def _run(running: _Running, groups: Sequence[Sequence[Part]], signals: Signals) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -13,6 +14,9 @@ from pathlib import Path
 
 from mesh.node import leash
 from mesh.node.parts import Part
+
+_FILES = 65_536
+# What mongod asks for.
 
 
 class Process:
@@ -67,6 +71,17 @@ async def spawn(part: Part, log: Path | None) -> Process:
 
 def _leashed(argv: Sequence[str], number: int) -> list[str]:
     return [sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), str(int(number)), *argv]
+
+
+def raise_file_limit() -> None:
+    """Lets this process, and so its children, open as many files as it may: each connection of a client is one.
+
+    The usual soft limit, 1,024, is meant for programs that use select(2).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def ending(status: int) -> str:

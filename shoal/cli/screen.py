@@ -20,6 +20,13 @@ _WIDTH = 160
 # Where there is no terminal: wide enough that no path is broken in two.
 
 
+class _Console(Console):
+    """Rich ends the program when its output is a pipe that was closed. A node goes on, and is silent."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class NodeScreen:
     """A mesh.node.node.Screen. The ready table or document goes to standard output, all else to standard error.
 
@@ -31,7 +38,7 @@ class NodeScreen:
         self._as_json = as_json
         self._said_starting = False
         self._was_ready = False
-        self._out, self._err = Console(), Console(stderr=True)
+        self._out, self._err = _Console(), _Console(stderr=True)
         for console in (self._out, self._err):
             if not console.is_terminal:
                 console.width = _WIDTH

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from shoal.cli.screen import NodeScreen
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -93,16 +96,14 @@ def default_data_dir(xdg_data_home: str | None) -> Path:
     return home / "shoal"
 
 
-def _pointer(screen: object) -> Path | None:
+def _pointer(screen: NodeScreen) -> Path | None:
     """Where other commands look for a running node; None when there is no safe place for it."""
     import os
 
-    from shoal.cli.screen import NodeScreen
     from shoal.discovery import pointer_path
 
     try:
         return pointer_path(os.environ, os.getpid())
     except OSError as err:
-        assert isinstance(screen, NodeScreen)
         screen.trouble(f"other commands will not find this node by themselves ({err}): give them --gateway")
         return None

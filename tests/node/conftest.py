@@ -22,7 +22,12 @@ class Node:
     """A running `shoal up`. What it prints is in `output`; its processes log to `data_dir/logs`."""
 
     def __init__(
-        self, folder: Path, *args: str, env: dict[str, str] | None = None, data_dir: Path | None = None
+        self,
+        folder: Path,
+        *args: str,
+        env: dict[str, str] | None = None,
+        data_dir: Path | None = None,
+        piped: bool = False,
     ) -> None:
         self.data_dir = data_dir or folder / "data"
         self.ready_file = folder / "ready.json"
@@ -35,7 +40,8 @@ class Node:
         command = [sys.executable, "-m", "shoal.cli.main", "up", "--data-dir", str(self.data_dir)]
         command += ["--gateway-port", "0", "--admin-port", "0", "--ready-file", str(self.ready_file), *args]
         with self.output.open("ab") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=self.environ)
+            where = subprocess.PIPE if piped else out
+            self.process = subprocess.Popen(command, stdout=where, stderr=subprocess.STDOUT, env=self.environ)
 
     def wait_until_ready(self, within_s: float = READY_S) -> Node:
         deadline = time.monotonic() + within_s
@@ -114,7 +120,8 @@ NodeFactory = Callable[..., Node]
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeFactory]:
     """Starts nodes: `running = node("--replicas", "infer=2")` returns when all is ready.
 
-    `env={...}` adds to the environment, `data_dir=PATH` starts on data that is there, `wait=False` returns at once.
+    `env={...}` adds to the environment, `data_dir=PATH` starts on data that is there, `wait=False` returns at once,
+    `piped=True` gives what it prints to `process.stdout` instead of the file `output`.
     """
     nodes: list[Node] = []
 

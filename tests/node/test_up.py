@@ -215,6 +215,20 @@ def test_parts_given_by_url_are_used_and_not_started(node: Any, etcd_address: st
     printed = re.search(r"^\{\n.*?^\}$", one.output.read_text(), re.MULTILINE | re.DOTALL)
     assert printed
     assert json.loads(printed[0]) == one.document()
+    namesake = node("--node", "given", "--etcd", etcd_address, "--mongo", mongo_uri, wait=False)
+    assert namesake.process.wait(60) == 1
+    assert "a node called 'given' runs already with the etcd" in namesake.output.read_text()
+    assert one.stop() == 0
+
+
+def test_a_node_whose_output_nobody_reads_any_more_goes_on(node: Any) -> None:
+    one = node(wait=False, piped=True)
+    assert one.process.stdout
+    one.process.stdout.readline()
+    one.process.stdout.close()
+    one.wait_until_ready()
+    one.wait_until_restarted("store-0", one.kill("store-0"))
+    assert is_serving(one.gateway)
     assert one.stop() == 0
 
 
