@@ -84,6 +84,8 @@ class _Type:
     """Were in a refused response: each is sent alone."""
     refused: dict[str, str] = field(default_factory=dict)
     """Versions that Envoy refused when they were sent alone."""
+    doubtful: dict[str, tuple[Resource | str, ...]] = field(default_factory=dict)
+    """What Envoy may have of names whose last response it refused: what it had before, or what it was sent."""
     unknown: set[str] = field(default_factory=set)
     """Subscribed, not there, and Envoy has been told so."""
     acked_version: str = ""
@@ -142,10 +144,14 @@ class Session:
         names = {resource.name for resource in sent.resources}
         for name in sent.removed:
             state.held.pop(name, None)
+            state.doubtful.pop(name, None)
         if request.error is not None:
             state.nack = request.error or "refused without a reason"
             for resource in sent.resources:
-                state.held.pop(resource.name, None)
+                before = state.held.pop(resource.name, None)
+                maybe = state.doubtful.get(resource.name, ()) + (() if before is None else (before,))
+                # What it had at first, and the last few that it was sent: bounded, however often it refuses.
+                state.doubtful[resource.name] = (*maybe[:1], *maybe[1:][-7:], resource)
                 if len(names) == 1:
                     state.refused[resource.name] = resource.version
             state.suspects |= names
@@ -159,6 +165,7 @@ class Session:
 
     def _acknowledged(self, state: _Type, resource: Resource) -> None:
         state.refused.pop(resource.name, None)
+        state.doubtful.pop(resource.name, None)
         if not state.wants(resource.name):
             return
         if state.type_url == CLUSTER and not state.has(resource):
@@ -182,8 +189,9 @@ class Session:
                 state.is_wildcard = False
             state.names.discard(name)
             state.unknown.discard(name)
-        for name in [name for name in state.held if not state.wants(name)]:
-            del state.held[name]
+        for name in [name for name in (*state.held, *state.doubtful) if not state.wants(name)]:
+            state.held.pop(name, None)
+            state.doubtful.pop(name, None)
         if is_first:
             state.held |= {name: version for name, version in request.initial_versions.items() if state.wants(name)}
 
@@ -200,7 +208,8 @@ class Session:
         alone = next((resource for resource in changed if resource.name in state.suspects), None)
         if alone is not None:
             changed = [alone]
-        removed = [name for name in state.held if name not in there and not self._is_in_use(state, name)]
+        had = (*state.held, *state.doubtful)
+        removed = [name for name in had if name not in there and not self._is_in_use(state, name)]
         removed += [name for name in state.names if name not in there and name not in state.unknown]
         if not changed and not removed and (state.is_greeted or not state.is_wildcard):
             return None
@@ -248,7 +257,8 @@ class Session:
             if not other.is_known:
                 return True  # It may have some from before a reconnect, and will say so.
             sent = other.sent.resources if other.sent is not None else ()
-            for held in [*other.held.values(), *sent]:
+            doubtful = (one for several in other.doubtful.values() for one in several)
+            for held in [*other.held.values(), *doubtful, *sent]:
                 # Of an older version that it has from before a reconnect, nobody knows what it names.
                 if isinstance(held, str) or name in held.needs:
                     return True

@@ -260,3 +260,36 @@ def test_types_that_are_not_served_are_ignored():
     envoy.subscribe("type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "cert")
     assert envoy.settle(snapshot(A)) == []
     assert envoy.session.status() == ()
+
+
+def test_a_resource_whose_update_was_refused_is_still_removed_later():
+    envoy = Envoy()
+    envoy.subscribe(CLUSTER)
+    envoy.subscribe(LISTENER)
+    envoy.subscribe(ROUTES, "r")
+    envoy.settle(snapshot(A, B))
+    for _ in range(3):
+        for response in envoy.session.due(snapshot(A, resource(CLUSTER, "b", "2"))):
+            envoy.nack(response)
+    assert envoy.session.due(snapshot(A, resource(CLUSTER, "b", "2"))) == []
+    assert envoy.settle(snapshot(A)) == [("Cluster", [], ["b"])]
+    assert envoy.settle(snapshot(A)) == []
+
+
+def test_no_cluster_goes_that_routes_may_still_name_because_newer_ones_were_refused():
+    envoy = Envoy()
+    envoy.start()
+    envoy.settle(snapshot(A, B, EA, EB, L, R2))
+    shot = snapshot(A, EA, L, R)
+    for _ in range(5):
+        for response in envoy.session.due(shot):
+            assert response.type_url != CLUSTER
+            if response.type_url == ROUTES:
+                envoy.nack(response)
+            else:
+                envoy.ack(response)
+    better = resource(ROUTES, "r", "3", "a")
+    assert [(kind, removed) for kind, _, removed in envoy.settle(snapshot(A, EA, L, better))] == [
+        ("RouteConfiguration", []),
+        ("Cluster", ["b"]),
+    ]
