@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +14,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.breakable import Process, until
+from tests.breakable import PATIENCE_S, Process, until
 from tests.ingest.faults import Client, FakeMesh, mesh_at
 
 
@@ -19,6 +22,7 @@ class IngestProcess(Process):
     """One `python -m services.ingest`."""
 
     def __init__(self, folder: Path, n: int, mongo: str, database: str, mesh: str, **settings: object) -> None:
+        self.folder = folder
         self.address = f"unix:{folder}/ingest-{n}.sock"
         env = {
             "INSTANCE": f"ingest-{n}",
@@ -50,13 +54,53 @@ class IngestProcess(Process):
 
             await until(serves, f"{self.address} serving")
 
+    def wait_until_ready(self) -> None:
+        """The same, for a fixture that has no event loop."""
+        deadline = time.monotonic() + PATIENCE_S
+        with grpc.insecure_channel(self.address) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            while True:
+                assert self.is_running(), self.log.read_text()[-3000:]
+                assert time.monotonic() < deadline, "ingest did not become ready"
+                try:
+                    answer = check(health_pb2.HealthCheckRequest(), timeout=1, wait_for_ready=True)
+                except grpc.RpcError:
+                    continue
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+
 
 StartIngest = Callable[..., IngestProcess]
 
 
 @pytest.fixture
-async def mesh(run_dir: Path) -> AsyncIterator[FakeMesh]:
+async def own_mesh(run_dir: Path) -> AsyncIterator[FakeMesh]:
+    """A mesh for the instances that `start_ingest` starts."""
     async with mesh_at(run_dir) as fake:
+        yield fake
+
+
+# Starting a process takes a second or more, so tests that need nothing special share one per module. Its mesh is each
+# test's own, at the same address.
+
+
+@pytest.fixture(scope="module")
+def shared_database() -> str:
+    return f"test_{uuid.uuid4().hex[:16]}"
+
+
+@pytest.fixture(scope="module")
+def shared_ingest(mongo_uri: str, shared_database: str) -> Iterator[IngestProcess]:
+    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+        mesh = f"unix:{folder}/outbound.sock"
+        with IngestProcess(Path(folder), 0, mongo_uri, shared_database, mesh) as process:
+            process.wait_until_ready()
+            yield process
+
+
+@pytest.fixture
+async def mesh(shared_ingest: IngestProcess) -> AsyncIterator[FakeMesh]:
+    async with mesh_at(shared_ingest.folder) as fake:
         yield fake
 
 
@@ -72,10 +116,8 @@ def start_ingest(run_dir: Path, mongo_uri: str, mongo_database: str) -> Iterator
 
 
 @pytest.fixture
-async def client(mesh: FakeMesh, start_ingest: StartIngest) -> AsyncIterator[Client]:
-    """A client of one ready instance with a mesh beside it."""
-    ingest = start_ingest()
-    await ingest.until_ready()
-    served = Client(ingest.address)
+async def client(mesh: FakeMesh, shared_ingest: IngestProcess) -> AsyncIterator[Client]:
+    """A client of the shared instance, with a mesh beside it."""
+    served = Client(shared_ingest.address)
     yield served
     await served.channel.close()

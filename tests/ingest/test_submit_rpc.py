@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,9 +17,15 @@ from shoal.errors import Code
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.conftest import StartIngest
-from tests.ingest.faults import Client, FakeMesh, failing, submit
+from tests.ingest.faults import Client, FakeMesh, echo, failing, submit
 
 S = grpc.StatusCode
+
+
+@pytest.fixture
+def key() -> str:
+    """An idempotency key that no other test uses."""
+    return uuid.uuid4().hex
 
 
 def refused(call: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> tuple[grpc.StatusCode, str]:
@@ -33,30 +40,30 @@ async def stream(client: Client, *requests: pb.SubmitStreamRequest) -> list[pb.S
     return [answer async for answer in client.stub.SubmitStream(each(), timeout=60)]
 
 
-async def test_an_acknowledged_job_is_in_the_database(client: Client, mongo_uri: str, mongo_database: str) -> None:
+async def test_an_acknowledged_job_is_in_the_database(client: Client, mongo_uri: str, shared_database: str) -> None:
     accepted = await client.submit(model="nobody")
     assert is_ulid(accepted.job.id)
     async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
-        assert await mongo[mongo_database]["jobs"].find_one({"_id": accepted.job.id})
+        assert await mongo[shared_database]["jobs"].find_one({"_id": accepted.job.id})
 
 
-async def test_a_key_finds_the_first_job(client: Client, mesh: FakeMesh) -> None:
-    first = await client.submit(idempotency_key="k", tenant="t")
-    again = await client.submit(idempotency_key="k", tenant="t")
+async def test_a_key_finds_the_first_job(key: str, client: Client, mesh: FakeMesh) -> None:
+    first = await client.submit(idempotency_key=key, tenant=key)
+    again = await client.submit(idempotency_key=key, tenant=key)
     assert (again.existed, again.job.id) == (True, first.job.id)
-    other = await client.submit(idempotency_key="k", tenant="u")
+    other = await client.submit(idempotency_key=key, tenant="another")
     assert other.job.id != first.job.id
     with pytest.raises(grpc.aio.AioRpcError) as call:
-        await client.submit(idempotency_key="k", tenant="t", data=b"other")
+        await client.submit(idempotency_key=key, tenant=key, data=b"other")
     assert refused(call)[0] is S.ALREADY_EXISTS
     assert first.job.id in refused(call)[1]
     await client.ended(first.job.id)
-    late = await client.submit(idempotency_key="k", tenant="t")
+    late = await client.submit(idempotency_key=key, tenant=key)
     assert (late.existed, late.job.state) == (True, pb.JOB_STATE_SUCCEEDED)
 
 
-async def test_a_key_used_by_many_at_once_is_one_job(client: Client, mesh: FakeMesh) -> None:
-    same = await asyncio.gather(*(client.submit(idempotency_key="k", request_id="one") for _ in range(50)))
+async def test_a_key_used_by_many_at_once_is_one_job(key: str, client: Client, mesh: FakeMesh) -> None:
+    same = await asyncio.gather(*(client.submit(idempotency_key=key, request_id="one") for _ in range(50)))
     assert len({answer.job.id for answer in same}) == 1
     assert sum(not answer.existed for answer in same) == 1
     await client.ended(same[0].job.id)
@@ -64,22 +71,22 @@ async def test_a_key_used_by_many_at_once_is_one_job(client: Client, mesh: FakeM
 
 
 async def test_a_stream_is_acknowledged_in_its_order(client: Client, mesh: FakeMesh) -> None:
-    requests = [pb.SubmitStreamRequest(sequence=1_000 - n, submit=submit(request_id=f"{n}")) for n in range(300)]
+    requests = [pb.SubmitStreamRequest(sequence=1_000 - n, submit=submit(request_id=f"stream {n}")) for n in range(300)]
     answers = await stream(client, *requests)
     assert [answer.sequence for answer in answers] == [request.sequence for request in requests]
     assert [answer.job_id for answer in answers] == sorted({answer.job_id for answer in answers})
-    await until(lambda: len(mesh.store.results) == 300, "300 results")
-    assert set(mesh.infer.calls.values()) == {1}
+    await until(lambda: {answer.job_id for answer in answers} <= mesh.store.results.keys(), "300 results")
+    assert {mesh.infer.calls[f"stream {n}"] for n in range(300)} == {1}
 
 
-async def test_a_stream_goes_on_after_a_refusal(client: Client) -> None:
+async def test_a_stream_goes_on_after_a_refusal(key: str, client: Client) -> None:
     answers = await stream(
         client,
         pb.SubmitStreamRequest(sequence=1),
         pb.SubmitStreamRequest(sequence=2, submit=submit(model="")),
-        pb.SubmitStreamRequest(sequence=3, submit=submit(idempotency_key="k")),
-        pb.SubmitStreamRequest(sequence=4, submit=submit(idempotency_key="k")),
-        pb.SubmitStreamRequest(sequence=5, submit=submit(idempotency_key="k", data=b"other")),
+        pb.SubmitStreamRequest(sequence=3, submit=submit(idempotency_key=key)),
+        pb.SubmitStreamRequest(sequence=4, submit=submit(idempotency_key=key)),
+        pb.SubmitStreamRequest(sequence=5, submit=submit(idempotency_key=key, data=b"other")),
         pb.SubmitStreamRequest(sequence=6, submit=submit()),
     )
     assert [answer.code for answer in answers] == [3, 3, 0, 0, Code.ALREADY_EXISTS, 0]
@@ -89,7 +96,7 @@ async def test_a_stream_goes_on_after_a_refusal(client: Client) -> None:
     assert answers[5].job_id
 
 
-async def test_a_stream_that_is_not_read_is_not_read_ahead(mesh: FakeMesh, start_ingest: StartIngest) -> None:
+async def test_a_stream_that_is_not_read_is_not_read_ahead(own_mesh: FakeMesh, start_ingest: StartIngest) -> None:
     ingest = start_ingest(stream_items=10, stream_bytes=3 << 20)
     await ingest.until_ready()
     client = Client(ingest.address)
@@ -127,11 +134,11 @@ async def test_a_client_that_leaves_in_the_middle_of_a_stream(client: Client, me
         assert (await client.ended(job_id)).state == pb.JOB_STATE_SUCCEEDED
 
 
-async def test_a_full_backlog_refuses_and_says_when_to_come_back(mesh: FakeMesh, start_ingest: StartIngest) -> None:
+async def test_a_full_backlog_refuses_and_says_when_to_come_back(own_mesh: FakeMesh, start_ingest: StartIngest) -> None:
     async def nobody(request: object, context: object) -> Any:
         await failing(context, S.UNAVAILABLE, "no healthy upstream")
 
-    mesh.infer.model = nobody
+    own_mesh.infer.model = nobody
     ingest = start_ingest(max_backlog=10)
     await ingest.until_ready()
     client = Client(ingest.address)
@@ -155,27 +162,25 @@ async def test_a_full_backlog_refuses_and_says_when_to_come_back(mesh: FakeMesh,
             return False
         return True
 
-    from tests.ingest.faults import echo
-
-    mesh.infer.model = echo
+    own_mesh.infer.model = echo
     await until(admitted, "room in the backlog")
     await client.channel.close()
 
 
 async def test_a_large_payload_is_kept_apart_and_goes_when_it_is_done_with(
-    client: Client, mesh: FakeMesh, mongo_uri: str, mongo_database: str
+    key: str, client: Client, mesh: FakeMesh, mongo_uri: str, shared_database: str
 ) -> None:
     data = os.urandom(11 << 20)
-    first = await client.submit(data=data, idempotency_key="k")
-    again = await client.submit(data=data, idempotency_key="k")
+    first = await client.submit(data=data, idempotency_key=key)
+    again = await client.submit(data=data, idempotency_key=key)
     assert again.existed
     assert (await client.ended(first.job.id)).state == pb.JOB_STATE_SUCCEEDED
     assert mesh.store.results[first.job.id].response.raw_output_contents[0] == data
     async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
-        db = mongo[mongo_database]
+        db = mongo[shared_database]
 
         async def is_dropped() -> bool:
-            return not await db["payloads"].count_documents({})
+            return not await db["payloads"].count_documents({"_id": first.job.id})
 
         await until(is_dropped, "payloads dropped")
         document = await db["jobs"].find_one({"_id": first.job.id})
