@@ -245,9 +245,8 @@ class Registration:
             while True:
                 self._wish.clear()
                 wanted = self._instance
-                if wanted == self._written:
-                    await lease.refresh()
                 await _claim(etcd, wanted, lease)
+                await lease.refresh()  # Every time: changes that follow each other closely must not starve it.
                 self._written = wanted
                 self._kept.set()
                 with contextlib.suppress(TimeoutError):

@@ -10,7 +10,7 @@ import pytest
 
 from mesh.config import ServiceConfig
 from mesh.etcd import Etcd
-from mesh.membership import Directory, ReadyModel, Registration, State, encode
+from mesh.membership import TTL_S, Directory, ReadyModel, Registration, State, encode
 from tests.breakable import EtcdProcess, until
 
 pytestmark = pytest.mark.etcd
@@ -105,6 +105,22 @@ async def test_an_instance_survives_an_etcd_that_lost_everything(own, tmp_path):
             os.rename(tmp_path / "etcd", tmp_path / "lost")
             own.start()
             await until(lambda: not directory.view.stale and states(directory) == {"local/infer-0": State.READY})
+
+
+async def test_changes_that_never_stop_do_not_starve_the_lease(own):
+    async with Etcd(own.address) as etcd:
+        async with Registration.of(config(own.address), "infer", "unix:/tmp/x.sock") as registration:
+            leases = set()
+            started = time.monotonic()
+
+            async def changed() -> bool:
+                await registration.update(models=[ReadyModel("m", (time.monotonic_ns(),))])
+                if (entry := await etcd.get(registration.instance.key)) is not None:
+                    leases.add(entry.lease)
+                return time.monotonic() - started > TTL_S + 1.5
+
+            await until(changed, every_s=0.1)
+            assert len(leases) == 1
 
 
 async def test_a_deleted_key_is_written_again(own):
