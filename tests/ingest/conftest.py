@@ -40,6 +40,11 @@ class IngestProcess(Process):
             {f"SHOAL_INGEST_{key}": str(value) for key, value in env.items()},
         )
 
+    def wait(self, within_s: float) -> int:
+        """Its exit status, once it has ended by itself."""
+        assert self._popen is not None
+        return self._popen.wait(within_s)
+
     async def until_ready(self) -> None:
         async with grpc.aio.insecure_channel(self.address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)

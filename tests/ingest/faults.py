@@ -80,10 +80,10 @@ class FakeStore:
 class FakeMesh:
     """Both, served at `address`; `down` and `up` make it go and come."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, store: Any = None) -> None:
         self.address = address
         self.infer = FakeInfer()
-        self.store = FakeStore()
+        self.store: FakeStore = store or FakeStore()
         self._server: grpc.aio.Server | None = None
 
     async def up(self) -> None:
@@ -114,9 +114,9 @@ class FakeMesh:
 
 
 @asynccontextmanager
-async def mesh_at(folder: Path) -> AsyncIterator[FakeMesh]:
-    """A fake mesh, up."""
-    mesh = FakeMesh(f"unix:{folder}/outbound.sock")
+async def mesh_at(folder: Path, store: Any = None) -> AsyncIterator[FakeMesh]:
+    """A fake mesh, up, with `store` in place of the fake one."""
+    mesh = FakeMesh(f"unix:{folder}/outbound.sock", store)
     await mesh.up()
     try:
         yield mesh

@@ -1,0 +1,156 @@
+"""MongoDB, the mesh, the store or etcd away, at the start or later: it stays up, says so, and recovers by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from mesh.node import parts
+from shoal.ingest.v1 import ingest_pb2 as pb
+from tests.breakable import Process, until
+from tests.ingest.conftest import StartIngest
+from tests.ingest.faults import Client, FakeMesh, echo, submit
+
+S = grpc.StatusCode
+
+
+class MongodProcess(Process):
+    """A mongod of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        port = parts.free_port()
+        self._part = parts.mongod(folder, port)
+        super().__init__(self._part.argv, folder.parent / "mongod.log", self._part.env)
+        self.uri = f"mongodb://127.0.0.1:{port}/?directConnection=true"
+
+    async def until_ready(self) -> None:
+        await until(self._part.ready, "mongod ready")
+
+
+@pytest.fixture
+async def mongod(tmp_path: Path) -> AsyncIterator[MongodProcess]:
+    folder = tmp_path / "mongod"
+    folder.mkdir()
+    process = MongodProcess(folder)
+    yield process
+    process.__exit__()
+
+
+async def refusal(client: Client) -> grpc.StatusCode:
+    """How a submit is refused, in bounded time."""
+    with pytest.raises(grpc.aio.AioRpcError) as call:
+        await client.stub.Submit(submit(), timeout=30)
+    return call.value.code()
+
+
+async def health(client: Client) -> int:
+    answer = await health_pb2_grpc.HealthStub(client.channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+    return int(answer.status)
+
+
+async def answers(client: Client) -> bool:
+    try:
+        await client.stub.Submit(submit(), timeout=15)
+    except grpc.aio.AioRpcError as err:
+        if err.code() is not S.UNAVAILABLE:
+            raise
+        return False
+    return True
+
+
+async def test_everything_away_at_the_start(mongod: MongodProcess, start_ingest: StartIngest, run_dir: Path) -> None:
+    ingest = start_ingest(mongo=mongod.uri, etcd=f"127.0.0.1:{parts.free_port()}")
+    client = Client(ingest.address)
+    await asyncio.wait_for(client.channel.channel_ready(), 30)
+    assert await health(client) == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert await refusal(client) is S.UNAVAILABLE
+    mongod.start()
+    await mongod.until_ready()
+    await ingest.until_ready()
+    accepted = await client.submit()
+    fake = FakeMesh(f"unix:{run_dir}/outbound.sock")
+    await fake.up()
+    job = await client.ended(accepted.job.id)
+    assert (job.state, job.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
+    await fake.down()
+    await client.channel.close()
+
+
+async def test_a_database_that_hangs_and_comes_back(
+    mongod: MongodProcess, own_mesh: FakeMesh, start_ingest: StartIngest
+) -> None:
+    mongod.start()
+    await mongod.until_ready()
+    ingest = start_ingest(mongo=mongod.uri)
+    await ingest.until_ready()
+    client = Client(ingest.address)
+    await client.ended((await client.submit()).job.id)
+    mongod.freeze()
+    refused = await asyncio.gather(*(refusal(client) for _ in range(20)))
+    assert set(refused) == {S.UNAVAILABLE}
+    mongod.thaw()
+    await until(lambda: answers(client), "submits taken again")
+    accepted = await client.submit()
+    assert (await client.ended(accepted.job.id)).state == pb.JOB_STATE_SUCCEEDED
+    await client.channel.close()
+
+
+async def test_a_database_that_is_killed_under_a_watch_and_a_running_job(
+    mongod: MongodProcess, own_mesh: FakeMesh, start_ingest: StartIngest
+) -> None:
+    runs, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def waits(request: Any, context: Any) -> Any:
+        runs.set()
+        await may_answer.wait()
+        return await echo(request, context)
+
+    own_mesh.infer.model = waits
+    mongod.start()
+    await mongod.until_ready()
+    ingest = start_ingest(mongo=mongod.uri)
+    await ingest.until_ready()
+    client = Client(ingest.address)
+    accepted = await client.submit()
+    watching = asyncio.create_task(client.ended(accepted.job.id, within_s=90))
+    await asyncio.wait_for(runs.wait(), 20)
+    mongod.kill()
+    may_answer.set()
+    await until(lambda: accepted.job.id in own_mesh.store.results, "the result recorded")
+    mongod.start()
+    await mongod.until_ready()
+    job = await watching
+    assert job.state == pb.JOB_STATE_SUCCEEDED
+    assert ingest.is_running()
+    await client.channel.close()
+
+
+async def test_a_mesh_that_goes_away_costs_no_attempts(own_mesh: FakeMesh, start_ingest: StartIngest) -> None:
+    ingest = start_ingest()
+    await ingest.until_ready()
+    client = Client(ingest.address)
+    await own_mesh.down()
+    accepted = [await client.submit(retry=pb.RetryPolicy(max_attempts=1)) for _ in range(200)]
+
+    async def was_refused() -> bool:
+        return (await client.get(accepted[0].job.id)).last_code == S.UNAVAILABLE.value[0]
+
+    await until(was_refused, "a refusal")
+    await own_mesh.up()
+    for answer in accepted:
+        job = await client.ended(answer.job.id)
+        assert (job.state, job.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
+    await client.channel.close()
+
+
+def test_a_wrong_setting_is_named(start_ingest: StartIngest) -> None:
+    for wrong, says in (({"mongo": "redis://x"}, "SHOAL_INGEST_MONGO"), ({"renew_ms": 4_000}, "renew_ms")):
+        ingest = start_ingest(7, **wrong)
+        assert ingest.wait(20) == 2
+        assert says in ingest.log.read_text()
