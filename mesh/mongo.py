@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pymongo
 from bson.errors import BSONError
 from pymongo import AsyncMongoClient, IndexModel
+from pymongo.asynchronous.change_stream import AsyncChangeStream
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import (
@@ -154,13 +155,38 @@ async def _update_validator(db: AsyncDatabase[Document], name: str, validator: M
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Raises pymongo's errors inside the block as ShoalError, the cause kept. `doing` opens the message."""
+    """Raises pymongo's errors inside the block as ShoalError, the cause kept. `doing` opens the message.
+
+    pymongo now and then takes the cancellation of its caller for a broken connection. Then CancelledError is raised, as
+    it should have been: otherwise a loop that tries again after an error could not be stopped.
+    """
     try:
         yield
     except PyMongoError as err:
+        _raise_if_cancelled(err)
         raise translate(err, doing) from err
     except (BSONError, OverflowError, UnicodeEncodeError) as err:
         raise InvalidArgument(f"{doing}: not storable as a MongoDB document: {err}") from err
+
+
+async def next_change(stream: AsyncChangeStream[Document]) -> Document | None:
+    """`stream.try_next()`, but a cancellation that pymongo takes for a broken connection, and mends, still counts."""
+    try:
+        change = await stream.try_next()
+    except PyMongoError as err:
+        _raise_if_cancelled(err)
+        raise
+    _raise_if_cancelled(None)
+    return change
+
+
+def _raise_if_cancelled(cause: Exception | None) -> None:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return  # No loop runs here, so nothing was cancelled.
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError from cause
 
 
 def translate(error: PyMongoError, doing: str) -> ShoalError:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _DESCRIPTOR = store_pb2.DESCRIPTOR.services_by_name["StoreService"]
 _RETRY_S = 0.5
+_SWEEP_S = 600.0
 
 
 async def run(config: StoreConfig) -> None:
@@ -51,8 +52,10 @@ async def run(config: StoreConfig) -> None:
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))
         async with asyncio.TaskGroup() as tasks:
             opening = tasks.create_task(_open(collections, server, registration))
+            sweeping = tasks.create_task(_sweep_for_ever(staging, threads))
             await until_stopped()
             opening.cancel()
+            sweeping.cancel()
 
 
 async def _open(collections: Collections, server: GrpcServer, registration: Registration) -> None:
@@ -67,6 +70,15 @@ async def _open(collections: Collections, server: GrpcServer, registration: Regi
     await server.serve()
     await registration.update(state=State.READY)
     log.info("serving at %s", server.address)
+
+
+async def _sweep_for_ever(staging: Staging, threads: Threads) -> None:
+    while True:
+        try:
+            await threads.run(staging.sweep, _now().timestamp())
+        except OSError:
+            log.exception("unfinished uploads could not be swept")
+        await asyncio.sleep(min(_SWEEP_S, staging.max_age_s))
 
 
 def _now() -> datetime:

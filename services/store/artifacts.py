@@ -91,7 +91,8 @@ class Artifacts:
             if there.size != upload.size:
                 raise InvalidArgument(f"header.size_bytes: artifact {there.digest} has {there.size}, not {upload.size}")
             return there, True
-        await self._receive(upload)
+        if not await self._left_behind(upload):
+            await self._receive(upload)
         return await self._record(upload), False
 
     async def read(self, digest: str, offset: int) -> tuple[Artifact, AsyncIterator[bytes]]:
@@ -142,6 +143,16 @@ class Artifacts:
         if artifact and await self._blobs.size(_key(digest)) == artifact.size:
             return artifact
         return None
+
+    async def _left_behind(self, upload: Upload) -> bool:
+        """Whether the right bytes are there and only their document is missing: MongoDB went away between the two."""
+        key = _key(upload.digest)
+        if await self._blobs.size(key) != upload.size:
+            return False
+        found = hashlib.sha256()
+        async for chunk in self._blobs.read(key, 0, upload.size):
+            await self._threads.run(found.update, chunk)
+        return found.hexdigest() == upload.digest
 
     async def _receive(self, upload: Upload) -> None:
         """Brings the rest of the upload here, verifies it and makes it a blob."""

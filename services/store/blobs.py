@@ -9,10 +9,12 @@ neither the file nor its folder, so a power cut could leave a document whose byt
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -25,6 +27,8 @@ from services.store import disk
 from services.store.threads import Threads
 from shoal.errors import NotFound, PermissionDenied, Unavailable
 
+log = logging.getLogger(__name__)
+
 CHUNK_BYTES = 1 << 20
 """Largest piece that a read yields."""
 
@@ -34,6 +38,8 @@ _WINDOW_BYTES = 4 << 20
 _PART_BYTES = 8 << 20
 # S3 takes 10,000 parts of an upload at most, so up to 80 GB in one artifact.
 _PARTS_AT_ONCE = 4
+_RETRY = timedelta(seconds=10)
+# An object store that is away is reported after so long, and not after obstore's three minutes.
 
 
 class BlobStore(Protocol):
@@ -74,7 +80,7 @@ def open_blobs(url: str, staging: Path | None, threads: Threads) -> tuple[BlobSt
         return LocalBlobs(root, staging, threads), staging
     assert staging is not None  # StoreConfig sees to it.
     disk.make_folder(staging)
-    return ObjectBlobs(from_url(url)), staging
+    return ObjectBlobs(from_url(url, retry_config={"retry_timeout": _RETRY})), staging
 
 
 class ObjectBlobs:
@@ -163,7 +169,8 @@ def _translated(doing: str) -> Iterator[None]:
     except (PermissionDeniedError, UnauthenticatedError) as err:
         raise PermissionDenied(f"{doing}: the object store refuses: check the store's credentials") from err
     except BaseError as err:
-        raise Unavailable(f"{doing}: the blob store failed ({str(err).splitlines()[0][:300]}): retry") from err
+        log.warning("%s: %s", doing, str(err).splitlines()[0])  # Tells of buckets and endpoints: not for callers.
+        raise Unavailable(f"{doing}: the blob store does not do it just now: retry in a moment") from err
     except OSError as err:
         with disk.translated(doing):
             raise err

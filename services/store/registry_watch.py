@@ -9,14 +9,13 @@ resume token: it is opened again, and the registry is read once more after that.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from types import TracebackType
 
 from mesh.latest import Latest
-from mesh.mongo import Document, translated
+from mesh.mongo import Document, next_change, translated
 from services.store.documents import Collections
 from services.store.model_rules import check_name
 from services.store.registry import Registry, Version
@@ -106,7 +105,7 @@ class RegistryWatch:
             async with await database.watch(_PIPELINE, max_await_time_ms=_AWAIT_MS) as stream:
                 self._changed.set()
                 while stream.alive:
-                    if await stream.try_next() is not None:
+                    if await next_change(stream) is not None:
                         self._changed.set()
 
 
@@ -119,6 +118,6 @@ async def _complain(doing: str, err: Exception) -> None:
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    while not task.done():  # pymongo may take a cancellation for a broken connection, and mend it.
+        task.cancel()
+        await asyncio.wait([task], timeout=0.2)

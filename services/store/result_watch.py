@@ -13,7 +13,7 @@ from pymongo.asynchronous.change_stream import AsyncCollectionChangeStream
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import OperationFailure
 
-from mesh.mongo import Document, translated
+from mesh.mongo import Document, next_change, translated
 from services.store.documents import Collection, Collections
 from services.store.result_rules import check_text
 from services.store.results import Results
@@ -88,7 +88,7 @@ async def _opened(
 
 async def _next(stream: AsyncCollectionChangeStream[Document]) -> Document | None:
     try:
-        return await stream.try_next()
+        return await next_change(stream)
     except OperationFailure as err:
         raise _explained(err) from err
 

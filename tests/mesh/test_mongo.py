@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 from bson.errors import InvalidDocument
 from pymongo import ASCENDING, AsyncMongoClient, IndexModel
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import (
+    AutoReconnect,
     BulkWriteError,
     InvalidName,
     NetworkTimeout,
@@ -20,7 +22,7 @@ from pymongo.errors import (
 )
 
 from mesh import mongo
-from mesh.mongo import Document, connect, ensure_collection, translate, translated
+from mesh.mongo import Document, connect, ensure_collection, next_change, translate, translated
 from mesh.node import parts
 from shoal.errors import (
     AlreadyExists,
@@ -170,6 +172,31 @@ def test_causes_are_kept_and_others_pass() -> None:
         raise InvalidDocument("no")
     with pytest.raises(KeyError), translated("doing this"):
         raise KeyError("not MongoDB's")
+
+
+async def test_a_cancellation_that_pymongo_swallows_still_counts() -> None:
+    async def tries_for_ever() -> None:
+        while True:
+            try:
+                with translated("doing this"):
+                    try:
+                        await asyncio.sleep(3600)
+                    except asyncio.CancelledError as err:  # As pymongo does.
+                        raise AutoReconnect("connection closed") from err
+            except Unavailable:
+                continue
+
+    class Mended:
+        async def try_next(self) -> None:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)
+
+    for work in (tries_for_ever(), next_change(Mended())):
+        task = asyncio.create_task(work)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_nothing_of_the_topology_is_told(mongo_uri: str) -> None:

@@ -16,6 +16,8 @@ from grpc import StatusCode
 from pymongo import AsyncMongoClient
 
 from services.store.config import StoreConfig
+from services.store.result_rules import check_results
+from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.store.v1 import store_pb2 as pb
 from tests.store.conftest import Store, refused, running_store
@@ -176,7 +178,8 @@ async def test_a_response_near_the_limit_of_a_message(store: Store) -> None:
     assert (await put(store, huge, result("small")))[0].recorded
     assert (await get(store, "huge")).response == huge.response
     assert await pages(store) == [["small"], ["huge"]]
-    await refused(put(store, result("more", response=answer((120 << 20) + 1))), BAD, "results[0].response")
+    with pytest.raises(InvalidArgument, match=r"results\[0\]\.response"):
+        check_results([result("more", response=answer((120 << 20) + 1))])
 
 
 async def test_a_page_ends_before_it_outgrows_a_message(store: Store) -> None:
