@@ -104,9 +104,7 @@ class EnvoyProcess(Process):
         config = folder / "envoy.json"
         sockets = [str(path) for path in coords]
         config.write_text(
-            bootstrap(
-                node=node, gateway=self.gateway, outbound=str(self.outbound), admin=self.admin, coords=sockets
-            )
+            bootstrap(node=node, gateway=self.gateway, outbound=str(self.outbound), admin=self.admin, coords=sockets)
         )
         self._part = parts.envoy(config, self.admin, concurrency)
         super().__init__(self._part.argv, folder / "envoy.log", self._part.env)
