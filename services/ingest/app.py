@@ -26,6 +26,7 @@ from services.ingest.gate import Gate
 from services.ingest.intake import Intake
 from services.ingest.jobs import Jobs
 from services.ingest.keeper import Keeper
+from services.ingest.payloads import Payloads
 from services.ingest.recorder import Recorder
 from services.ingest.remote import RemoteModel, RemoteResults
 from services.ingest.rpc import IngestRpc, rpc
@@ -49,7 +50,7 @@ async def run(config: IngestConfig) -> None:
         client = await stack.enter_async_context(mongo.connect(config.mongo))
         channel = await stack.enter_async_context(connect(config.mesh))
         database = client[config.database]
-        documents, payloads = database[JOBS], database[PAYLOADS]
+        documents, payloads = database[JOBS], Payloads(database)
         results = RemoteResults(channel)
         jobs = Jobs(documents)
         claims = Claims(
@@ -64,7 +65,7 @@ async def run(config: IngestConfig) -> None:
             timeout_ms=config.attempt_timeout_ms,
         )
         recorder = Recorder(
-            documents, results, clock=utc_now, instance=name, on_change=lambda job_id: changes.poke(job_id)
+            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: changes.poke(job_id)
         )
         dispatcher = Dispatcher(
             claims,
@@ -82,7 +83,15 @@ async def run(config: IngestConfig) -> None:
         changes = Changes(documents, ready=ready, on_taken=dispatcher.taken, max_watches=config.max_watches)
         watch = Watch(jobs, changes)
         keeper = Keeper(
-            documents, claims, dispatcher, results, backlog, clock=utc_now, ready=ready, renew_ms=config.renew_ms
+            documents,
+            claims,
+            dispatcher,
+            results,
+            payloads,
+            backlog,
+            clock=utc_now,
+            ready=ready,
+            renew_ms=config.renew_ms,
         )
         intake = Intake(
             documents,

@@ -10,16 +10,14 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Protocol
 
-from bson import Binary
 from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
-from pymongo.asynchronous.collection import AsyncCollection
 
-from mesh.mongo import Document, translated
 from services.ingest.budget import Budget
 from services.ingest.clock import Clock
 from services.ingest.gate import Gate
 from services.ingest.job import Again, End, Failure, Job, Outcome, after_failure, ended_from_outside
+from services.ingest.payloads import Payloads
 from services.ingest.recorder import result_of
 from services.ingest.submission import EXPLAIN, REQUEST_BYTES
 from shoal.errors import Code, ShoalError
@@ -48,7 +46,7 @@ class Attempts:
     def __init__(
         self,
         model: Model,
-        payloads: AsyncCollection[Document],
+        payloads: Payloads,
         *,
         gate: Gate,
         memory: Budget,
@@ -105,17 +103,12 @@ class Attempts:
                 # Its size is known only after reading it, so room for the largest is held.
                 await stack.enter_async_context(self._memory.of(REQUEST_BYTES, waits=True))
                 try:
-                    request = await self._payload(job.id)
+                    request = await self._payloads.get(job.id)
                 except ShoalError as err:
                     return Failure(int(err.code), err.message, is_reached=False)
             if request is None:
                 return Failure(Code.DATA_LOSS, f"the request of job {job.id} is not in the database any more")
             return await self._model.infer(request + _EXPLAIN, timeout_s)
-
-    async def _payload(self, job_id: str) -> bytes | None:
-        with translated("reading the payload of a job"):
-            document = await self._payloads.find_one({"_id": job_id})
-        return None if document is None else bytes(Binary(document["request"]))
 
 
 def answered(job: Job, answer: inference_pb2.ModelInferResponse) -> store_pb2.Result:

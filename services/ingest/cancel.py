@@ -12,7 +12,7 @@ from services.ingest.job import Job, ended_from_outside
 from services.ingest.jobs import Jobs
 from services.ingest.submission import REASON_CHARS
 from services.ingest.watch import Watch
-from shoal.errors import InvalidArgument
+from shoal.errors import InvalidArgument, ResourceExhausted
 
 WAIT_S = 3.0
 """How long the answer waits for the job's end. It is a few milliseconds, unless the store is away."""
@@ -42,7 +42,7 @@ class Cancelling:
         taken = await self._claims.take_to_cancel(job_id, reason)
         if taken is not None and (how := ended_from_outside(taken, self._clock())) is not None:
             self._dispatcher.end(taken, how)
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, ResourceExhausted):  # Too many watch: it ends all the same.
             async with asyncio.timeout(WAIT_S):
                 async for seen in self._watch.follow(job_id):
                     job = seen

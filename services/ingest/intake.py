@@ -11,12 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from bson import Binary
 from opentelemetry import propagate
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import BulkWriteError
@@ -28,6 +26,7 @@ from services.ingest.clock import Clock
 from services.ingest.documents import LIGHT, document_of, job_of
 from services.ingest.group import Group
 from services.ingest.job import Job
+from services.ingest.payloads import Payloads
 from services.ingest.submission import job_of as job_of_submit
 from services.ingest.ulid import Ulids
 from shoal.errors import AlreadyExists, DataLoss, ShoalError, Unavailable
@@ -58,7 +57,7 @@ class Intake:
     def __init__(
         self,
         jobs: AsyncCollection[Document],
-        payloads: AsyncCollection[Document],
+        payloads: Payloads,
         *,
         backlog: Backlog,
         budget: Budget,
@@ -127,26 +126,15 @@ class Intake:
                 raise Unavailable(f"MongoDB did not take the job within {_WAIT_S:.0f} s: retry in a moment") from None
 
     async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
-        await self._write_payloads(jobs)
+        await self._payloads.put(jobs)
         errors = await self._insert(jobs)
         written = [job for job in jobs if job.id not in errors]
         if written:
             self._backlog.added(len(written))
             self._on_accepted(written)
         earlier = await self._earlier([job for job in jobs if isinstance(errors.get(job.id), KeyTaken)])
-        await self._drop_payloads([job.id for job in jobs if job.id in errors and job.is_apart])
+        await self._payloads.drop([job.id for job in jobs if job.id in errors and job.is_apart])
         return [earlier.get(job.id) or errors.get(job.id) or Accepted(job, False) for job in jobs]
-
-    async def _write_payloads(self, jobs: Sequence[Job]) -> None:
-        payloads = [{"_id": job.id, "request": Binary(job.request or b"")} for job in jobs if job.is_apart]
-        if payloads:
-            with translated("storing the payloads of submitted jobs"):
-                await self._payloads.insert_many(payloads, ordered=False)
-
-    async def _drop_payloads(self, ids: Sequence[str]) -> None:
-        if ids:
-            with suppress(ShoalError), translated("dropping the payloads of repeated submits"):
-                await self._payloads.delete_many({"_id": {"$in": list(ids)}})  # What is left, the sweep collects.
 
     async def _insert(self, jobs: Sequence[Job]) -> dict[str, ShoalError]:
         """Writes the jobs and says which were refused."""

@@ -70,8 +70,10 @@ PERMANENT = frozenset(
 """The request is at fault: no further attempt would help. Every other code is tried again, NOT_FOUND too: a model that
 was pushed a moment ago may not be everywhere yet."""
 
-MISSING_MODEL_WAIT_MS = 1_000
-"""Shortest wait after NOT_FOUND: five attempts then outlast the seconds a new model takes to load."""
+NOT_READY_WAIT_MS = 1_000
+NOT_READY_MAX_WAIT_MS = 4_000
+"""Shortest waits while a model seems not to be ready, doubling between these (and never above the job's longest): five
+attempts then outlast the ten seconds that a restarted instance may take to load it."""
 REFUSED_WAIT_MS = 200
 REFUSED_MAX_WAIT_MS = 5_000
 """Waits of a job that found nobody: doubling between these, so that an outage costs little and its end is seen soon."""
@@ -273,8 +275,9 @@ def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], 
     if job.attempts >= job.policy.max_attempts:
         return End(Outcome.FAILED, failure.code, failure.message)
     wait_ms = max(backoff_ms(job.policy, job.attempts, draw()), failure.retry_after_ms)
-    if failure.code == Code.NOT_FOUND:
-        wait_ms = max(wait_ms, MISSING_MODEL_WAIT_MS)
+    if _seems_not_ready(job, failure):
+        floor_ms = min(NOT_READY_MAX_WAIT_MS, NOT_READY_WAIT_MS * 2.0 ** min(job.attempts - 1, 20))
+        wait_ms = max(wait_ms, min(floor_ms, job.policy.max_backoff_ms))
     reason = f"{name}: attempt {job.attempts} of {job.policy.max_attempts} failed"
     return Again(_later(now, wait_ms), True, reason, failure.code, failure.message)
 
@@ -322,6 +325,11 @@ def ended_from_outside(job: Job, now: datetime) -> End | None:
     if job.last_message:
         message += f"; last attempt: {_name_of(job.last_code)}: {job.last_message}"
     return End(Outcome.EXPIRED, Code.DEADLINE_EXCEEDED, message)
+
+
+def _seems_not_ready(job: Job, failure: Failure) -> bool:
+    # The first UNAVAILABLE is mostly an instance that died: another one is there at once.
+    return failure.code == Code.NOT_FOUND or (failure.code == Code.UNAVAILABLE and job.attempts > 1)
 
 
 def _name_of(code: int) -> str:

@@ -10,7 +10,6 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from datetime import timedelta
 from types import TracebackType
 
 from pymongo.asynchronous.collection import AsyncCollection
@@ -18,12 +17,12 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from services.ingest.backlog import Backlog
 from services.ingest.claims import Claims
-from services.ingest.clock import Clock, milliseconds
+from services.ingest.clock import Clock
 from services.ingest.dispatcher import Dispatcher
-from services.ingest.documents import EVER, PAYLOADS
-from services.ingest.job import End, Job, Lease, State, after_lapse, ended_from_outside
+from services.ingest.documents import EVER
+from services.ingest.job import End, Job, Lease, after_lapse, ended_from_outside
+from services.ingest.payloads import Payloads
 from services.ingest.recorder import Results
-from services.ingest.ulid import floor
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -32,9 +31,6 @@ CARE_S = 0.5
 """How often lapsed leases and passed deadlines are looked for: one look at an index each."""
 CARE_JOBS = 200
 SWEEP_S = 600.0
-SWEPT_AFTER = timedelta(hours=1)
-"""Younger payloads without a job are left alone: a submit that is under way writes its payload first."""
-_SWEEP_JOBS = 500
 _AWAY_WAIT_S = 1.0
 
 
@@ -47,6 +43,7 @@ class Keeper:
         claims: Claims,
         dispatcher: Dispatcher,
         results: Results,
+        payloads: Payloads,
         backlog: Backlog,
         *,
         clock: Clock,
@@ -54,7 +51,7 @@ class Keeper:
         renew_ms: int,
     ) -> None:
         self._jobs = jobs
-        self._payloads = jobs.database[PAYLOADS]
+        self._payloads = payloads
         self._claims = claims
         self._dispatcher = dispatcher
         self._results = results
@@ -147,27 +144,9 @@ class Keeper:
             return await self._jobs.count_documents({"due_at": {"$gt": EVER}}, limit=limit, hint="waiting")
 
     async def _sweep(self) -> float:
-        """Deletes payloads that no job needs: of submits that failed in the middle, of deletions that did."""
-        oldest = floor(milliseconds(self._clock() - SWEPT_AFTER))
-        after = ""
-        while True:
-            with translated("looking for payloads"):
-                span = {"_id": {"$gt": after, "$lt": oldest}}
-                cursor = self._payloads.find(span, {"_id": 1}).sort("_id", 1).limit(_SWEEP_JOBS)
-                ids = [document["_id"] async for document in cursor]
-            if not ids:
-                return SWEEP_S * random.uniform(0.5, 1)
-            await self._drop_unneeded(ids)
-            after = ids[-1]
-
-    async def _drop_unneeded(self, ids: Sequence[str]) -> None:
-        over = [str(state) for state in (State.SUCCEEDED, State.CANCELLED, State.EXPIRED)]
-        with translated("sweeping payloads"):
-            cursor = self._jobs.find({"_id": {"$in": list(ids)}, "state": {"$nin": over}}, {"_id": 1})
-            needed = {document["_id"] async for document in cursor}
-            if unneeded := [job_id for job_id in ids if job_id not in needed]:
-                log.info("sweeping %d payloads that no job needs", len(unneeded))
-                await self._payloads.delete_many({"_id": {"$in": unneeded}})
+        if swept := await self._payloads.sweep(self._clock()):
+            log.info("swept %d payloads that no job needed", swept)
+        return SWEEP_S * random.uniform(0.5, 1)
 
 
 async def _end_task(task: asyncio.Task[None]) -> None:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol
@@ -23,10 +23,11 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from services.ingest.clock import Clock
-from services.ingest.documents import PAYLOADS, fenced_update
+from services.ingest.documents import fenced_update
 from services.ingest.group import Group
 from services.ingest.job import MESSAGE_CHARS, Again, End, Job, Outcome, end, try_again
 from services.ingest.messages import timestamp_of
+from services.ingest.payloads import Payloads
 from shoal.errors import Code, ShoalError
 from shoal.store.v1 import store_pb2
 
@@ -70,13 +71,14 @@ class Recorder:
         self,
         jobs: AsyncCollection[Document],
         results: Results,
+        payloads: Payloads,
         *,
         clock: Clock,
         instance: str,
         on_change: Callable[[str], None],
     ) -> None:
         self._jobs = jobs
-        self._payloads = jobs.database[PAYLOADS]
+        self._payloads = payloads
         self._results = results
         self._clock = clock
         self._instance = instance
@@ -129,7 +131,6 @@ class Recorder:
                     log.error("the store refuses the answer of job %s: %s", finding.result.job_id, err)
                     finding = replace(finding, result=_unstorable(finding.result, err))
                     continue
-                log.warning("cannot record the result of job %s for now: %s", finding.result.job_id, err)
             wait_s = await _pause(wait_s)
 
     async def _settle(self, before: Job, after: Job) -> None:
@@ -137,18 +138,17 @@ class Recorder:
         while True:
             try:
                 await self._states.put((before, after))
-            except ShoalError as err:
-                log.warning("cannot write the state of job %s for now: %s", before.id, err)
-            else:
                 self._on_change(before.id)
                 return
-            wait_s = await _pause(wait_s)
+            except ShoalError:  # `_write` has told the log, once for all.
+                wait_s = await _pause(wait_s)
 
     async def _put(self, findings: list[Finding]) -> Sequence[End | ShoalError]:
         try:
             return await self._put_together(findings)
         except ShoalError as err:
             if len(findings) == 1 or not (_is_refused(err) or err.code in _UNCLEAR):
+                log.warning("cannot record %d results for now: %s", len(findings), err)
                 raise
             log.warning("the store did not take %d results together: trying each alone: %s", len(findings), err)
         return [await self._put_alone(finding) for finding in findings]
@@ -164,17 +164,18 @@ class Recorder:
 
     async def _write(self, changes: list[tuple[Job, Job]]) -> Sequence[None]:
         updates: list[UpdateOne] = [fenced_update(before, after) for before, after in changes]
-        with translated("writing the states of jobs"):
-            written = await self._jobs.bulk_write(updates, ordered=False)
+        try:
+            with translated("writing the states of jobs"):
+                written = await self._jobs.bulk_write(updates, ordered=False)
+        except ShoalError as err:
+            log.warning("cannot write the states of %d jobs for now: %s", len(updates), err)
+            raise
         if fenced := len(updates) - written.matched_count:
             log.info(
                 "%d of %d state changes were not ours to make: other instances hold those jobs", fenced, len(updates)
             )
         done = [after.id for _, after in changes if after.is_apart and not after.keeps_request]
-        if done:
-            # Their results stand, whoever holds the jobs. What is left over, the sweep collects.
-            with suppress(ShoalError), translated("dropping the payloads of ended jobs"):
-                await self._payloads.delete_many({"_id": {"$in": done}})
+        await self._payloads.drop(done)  # Their results stand, whoever holds the jobs now.
         return [None] * len(changes)
 
 

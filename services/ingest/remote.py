@@ -17,6 +17,8 @@ from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 STORE_TIMEOUT_S = 10.0
 """Longest a call to the store may take. It is repeated until it succeeds: the limit only frees what hangs."""
+LOOK_TIMEOUT_S = 2.0
+"""Longest a question to the store may take: the jobs it is about are held under a lease that nobody renews yet."""
 _QUERIED_AT_ONCE = 100
 _LINKS = 64
 
@@ -115,7 +117,7 @@ class RemoteResults:
             some = job_ids[first : first + _QUERIED_AT_ONCE]
             request = store_pb2.QueryResultsRequest(job_ids=some, omit_response=True, page_size=len(some))
             with _translated("looking for results"):
-                response = await self._stub.QueryResults(request, timeout=STORE_TIMEOUT_S)
+                response = await self._stub.QueryResults(request, timeout=LOOK_TIMEOUT_S)
             found.update({result.job_id: _end_of(result) for result in response.results})
         return found
 

@@ -69,8 +69,16 @@ def test_waits_double_under_full_jitter_up_to_the_longest() -> None:
     assert backoff_ms(policy, 3, 0.25) == 200
 
 
-def test_a_missing_model_gets_a_second() -> None:
-    assert wait_ms(after_failure(running(), Failure(Code.NOT_FOUND, ""), START, lambda: 0.0)) == 1_000
+def test_a_model_that_is_not_ready_is_given_time() -> None:
+    def waits(code: Code, policy: Policy) -> list[float]:
+        failure = Failure(code, "")
+        jobs = [replace(running(attempts=n), policy=policy) for n in range(1, 5)]
+        return [wait_ms(after_failure(one, failure, START, lambda: 0.0)) for one in jobs]
+
+    assert waits(Code.NOT_FOUND, Policy()) == [1_000, 2_000, 4_000, 4_000]
+    assert waits(Code.UNAVAILABLE, Policy()) == [0, 2_000, 4_000, 4_000]
+    assert waits(Code.NOT_FOUND, Policy(max_backoff_ms=50)) == [50, 50, 50, 50]
+    assert waits(Code.INTERNAL, Policy()) == [0, 0, 0, 0]
 
 
 def test_retry_after_is_honoured() -> None:

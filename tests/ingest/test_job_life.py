@@ -17,7 +17,9 @@ from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, Model, echo, failing, submit
 
 S = grpc.StatusCode
-QUICK = pb.RetryPolicy(max_attempts=3, initial_backoff=Duration(nanos=1_000_000))
+QUICK = pb.RetryPolicy(
+    max_attempts=3, initial_backoff=Duration(nanos=1_000_000), max_backoff=Duration(nanos=10_000_000)
+)
 PATIENT = pb.RetryPolicy(max_attempts=3, initial_backoff=Duration(seconds=3_600), max_backoff=Duration(seconds=3_600))
 
 
