@@ -475,3 +475,36 @@ async def test_spans_of_a_call_reach_the_collector(run_dir: Path):
         assert {span.parent_span_id for span in ours()} == {root.parent_span_id, root.span_id}
         # Health checks come twice a second: none of them is a span.
         assert not [span for _, span in spans if "health" in span.name.lower()]
+
+
+async def test_spans_reach_a_collector_over_http(run_dir: Path):
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
+
+    bodies: list[tuple[str, str, bytes]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            lines = head.decode().split("\r\n")
+            headers = {key.lower(): value.strip() for key, _, value in (line.partition(":") for line in lines[1:])}
+            body = b""
+            while size := int(await reader.readline(), 16):  # Envoy sends chunks.
+                body += (await reader.readexactly(size + 2))[:-2]
+            await reader.readline()
+            bodies.append((lines[0], headers.get("authorization", ""), body))
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+    collector = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = collector.sockets[0].getsockname()[1]
+    tracing = Tracing(f"http://127.0.0.1:{port}/v1/traces", "http/protobuf", (("authorization", "Bearer x"),))
+    async with AsyncExitStack() as stack:
+        mesh = Mesh(run_dir, stack, tracing)
+        await mesh.start()
+        await mesh.replica(0)
+        await mesh.show(mesh.instance(0, "a"))
+        await mesh.infer("a")
+        await until(lambda: bodies, "an export")
+        line, authorization, body = bodies[0]
+        assert line.startswith("POST /v1/traces ")
+        assert authorization == "Bearer x"
+        assert otlp.ExportTraceServiceRequest.FromString(body).resource_spans
+    collector.close()
