@@ -44,7 +44,7 @@ def _ads() -> dict[str, Any]:
             {
                 "envoy_grpc": {
                     "cluster_name": ADS_CLUSTER,
-                    # The default waits up to 30 s. A coord that comes back, or its twin, is asked again within half of one.
+                    # The default waits up to 30 s. A coord that comes back, or its twin, is asked within half of one.
                     "retry_policy": {"retry_back_off": {"base_interval": "0.1s", "max_interval": "0.5s"}},
                 }
             }
