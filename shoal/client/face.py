@@ -71,18 +71,25 @@ class LoopThread:
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         """The items, one by one, as they come. Leaving early closes `items`."""
 
+        turn = asyncio.Lock()  # A step that was interrupted may still be on its way out when `items` is to be closed.
+
         async def step() -> tuple[T] | None:
-            try:
-                return (await anext(items),)
-            except StopAsyncIteration:
-                return None
+            async with turn:
+                try:
+                    return (await anext(items),)
+                except StopAsyncIteration:
+                    return None
+
+        async def end() -> None:
+            async with turn:
+                await items.aclose()
 
         try:
             while (item := self.run(step())) is not None:
                 yield item[0]
         finally:
             if self._end.alive:
-                self.run(items.aclose())
+                self.run(end())
 
     def close(self) -> None:
         """Ends the loop and its thread. Does nothing the second time."""

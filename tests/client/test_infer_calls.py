@@ -1,6 +1,7 @@
 """Asking models, through both faces of the client."""
 
 import asyncio
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -269,3 +270,26 @@ def test_a_client_that_is_let_go_leaves_no_thread(served: Served) -> None:
 def test_an_address_that_is_none() -> None:
     with pytest.raises(InvalidArgument, match="is no address"):
         shoal.Client("nowhere")
+
+
+def test_an_interrupt_while_an_iterator_waits(client: shoal.Client, served: Served) -> None:
+    arrived = threading.Event()
+
+    async def silent(requests: Any, context: Any) -> Any:
+        async for _ in requests:
+            arrived.set()
+        await asyncio.Event().wait()
+        yield
+
+    served.on(methods.MODEL_STREAM_INFER, silent, "stream_stream")
+
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        arrived.wait(10)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(client.infer_stream([shoal.InferRequest("m", {"x": np.zeros(1)})]))
+    assert client.infer("m", {"x": np.zeros(1)})["x"].tolist() == [0]

@@ -134,7 +134,7 @@ async def test_a_stream_that_breaks_again_and_again_loses_and_doubles_nothing(se
         acks = [ack async for ack in client.jobs.submit_many(requests, window=16)]
     assert sorted(ack.index for ack in acks) == list(range(200))
     assert len(intake.jobs) == len({ack.job_id for ack in acks}) == 200
-    assert served.count(methods.SUBMIT_STREAM) == 6
+    assert served.count(methods.SUBMIT_STREAM) >= 6
 
 
 async def test_a_stream_that_stays_broken_is_given_up(served: Served, intake: Intake) -> None:
