@@ -20,7 +20,9 @@ fi
 echo "Building $folder from $lock ..."
 if command -v uv >/dev/null 2>&1; then
     uv venv --quiet --allow-existing --python "$python" "$folder"
-    uv pip sync --quiet --require-hashes --python "$folder/bin/python" "$lock"
+    # pip compiles what it installs, uv only when told. Without it (and where PYTHONDONTWRITEBYTECODE is set, for ever)
+    # every process compiles what it imports: a node is ready after 12 s of CPU instead of 6.
+    uv pip sync --quiet --compile-bytecode --require-hashes --python "$folder/bin/python" "$lock"
     [ -z "$project" ] || uv pip install --quiet --no-deps --no-build-isolation --python "$folder/bin/python" -e "$project"
 else
     "$python" -m venv "$folder" || {
@@ -30,4 +32,5 @@ else
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
     [ -z "$project" ] || "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$project"
 fi
+[ -z "$project" ] || "$folder/bin/python" -m compileall -q shoal mesh services kernels
 touch "$folder/.installed"
