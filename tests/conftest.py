@@ -23,6 +23,9 @@ from mesh.node import parts
 
 READY_S = 30
 
+# A shell that runs the tests in the background has them ignore SIGINT, and processes that they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @contextmanager
 def running(part: parts.Part, log: Path) -> Iterator[subprocess.Popen[bytes]]:

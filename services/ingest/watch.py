@@ -23,7 +23,7 @@ from types import TracebackType
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import PyMongoError
 
-from mesh.mongo import Document, translate
+from mesh.mongo import Document, next_change, translate
 from services.ingest.job import Job
 from services.ingest.jobs import Jobs
 from shoal.errors import ResourceExhausted, Unavailable
@@ -144,7 +144,7 @@ class Changes:
                     event.set()
             # Not `async for`: that one's wait for the next change ends with the client's timeout for one operation.
             while stream.alive:
-                if (change := await stream.try_next()) is None:
+                if (change := await next_change(stream)) is None:
                     continue
                 job_id = change["documentKey"]["_id"]
                 if (taken_by := change.get("taken_by")) is not None:
