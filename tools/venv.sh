@@ -32,5 +32,5 @@ else
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
     [ -z "$project" ] || "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$project"
 fi
-[ -z "$project" ] || "$folder/bin/python" -m compileall -q shoal mesh services kernels
+[ -z "$project" ] || "$folder/bin/python" -m compileall -q shoal mesh services kernels || :
 touch "$folder/.installed"
