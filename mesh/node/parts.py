@@ -119,6 +119,8 @@ def mongod(data: Path, port: int) -> Part:
     host = f"127.0.0.1:{port}"
 
     async def ready() -> bool:
+        if not await probes.is_open(host):  # Cheaper than a client, while everything starts and CPU is short.
+            return False
         from pymongo import AsyncMongoClient
         from pymongo.errors import PyMongoError
 
@@ -174,11 +176,15 @@ def service_command(service: str) -> tuple[str, ...]:
 
 def service(service: str, instance: str, socket_path: Path, env: Mapping[str, str], grace_s: float) -> Part:
     """An instance of one of our services, which serves at `socket_path`. Ready means that its health says so."""
-    address = f"unix:{socket_path}"
+
+    async def ready() -> bool:
+        # Asked only when it may be there: a channel costs CPU, which is short while everything starts.
+        return socket_path.exists() and await probes.health(f"unix:{socket_path}")
+
     return Part(
         instance,
         service_command(service),
-        lambda: probes.health(address),
+        ready,
         env,
         grace_s=grace_s,
         at_launcher_death=SERVICE_DEATH,

@@ -23,6 +23,17 @@ async def http_ok(address: str, path: str) -> bool:
     return False
 
 
+async def is_open(address: str) -> bool:
+    """Whether somebody listens at `address` (`host:port`)."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(PROBE_S):
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.close()
+            return True
+    return False
+
+
 async def etcd_answers(addresses: str) -> bool:
     """Whether one of `host:port[,host:port...]` reads with a majority behind it: etcd's own health check does."""
     return any(await asyncio.gather(*(http_ok(address, "/health") for address in addresses.split(","))))
