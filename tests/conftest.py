@@ -23,7 +23,7 @@ from mesh.node import parts
 
 READY_S = 30
 
-# A shell that runs the tests in the background has them ignore SIGINT, and processes that they start would inherit that.
+# A shell that runs the tests in the background has them ignore SIGINT, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
