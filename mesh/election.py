@@ -188,7 +188,8 @@ class Election:
         while lease.is_held():
             await asyncio.sleep(REFRESH_S)
             try:
-                await lease.refresh()
+                # A term that once was over stays over: whoever asked it then has stopped acting.
+                await lease.refresh(revive=False)
                 term = self._term.value
                 # Somebody may have deleted the key by hand: the successor leads then, lease or not.
                 if term is not None and not _is_created(await self._etcd.get(term.key), term.token):

@@ -357,8 +357,9 @@ class Lease:
         """Whether it surely still stands. Ask at each use: a frozen process wakes up with a lease long gone."""
         return self._clock() < self._deadline
 
-    async def refresh(self) -> None:
-        """Starts its life anew.
+    async def refresh(self, *, revive: bool = True) -> None:
+        """Starts its life anew. `revive`: also when it had run out by the own clock and etcd still has it, as after a
+        short outage. Whoever acted on `is_held` saying no wants no such revival.
 
         Raises:
             LeaseLost: it is gone.
@@ -369,6 +370,8 @@ class Lease:
         if ttl <= 0:  # etcd does not call this an error.
             self._deadline = asked
             raise LeaseLost(f"lease {self.id:x} has expired")
+        if not revive and not self.is_held():
+            raise LeaseLost(f"lease {self.id:x} had run out before it was refreshed")
         self._deadline = asked + ttl
 
     async def revoke(self) -> None:

@@ -91,6 +91,9 @@ async def test_a_lease_is_held_by_the_holders_own_clock(etcd):
     assert lease.is_held()
     now = 103.0
     assert not lease.is_held()
+    with pytest.raises(LeaseLost, match="run out"):
+        await lease.refresh(revive=False)
+    assert not lease.is_held()
     await lease.refresh()
     assert lease.is_held()
 
