@@ -169,6 +169,8 @@ def _kept(array: Array, converted: Array) -> NDArray[np.bool_]:
     if converted.dtype.kind == "f":
         finite = np.isfinite(array) if array.dtype.kind == "f" else np.ones(array.shape, dtype=np.bool_)
         return np.asarray(~finite | np.isfinite(converted))
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64)  # A narrow float would make infinities of the limits below.
     same = np.asarray(converted.astype(array.dtype) == array)
     if converted.dtype.kind in "iu" and array.dtype.kind in "iu":
         same &= np.asarray((converted < 0) == (array < 0))  # A sign that wraps around comes back equal.

@@ -118,6 +118,7 @@ def test_lists_become_what_is_asked_for(value: object, datatype: str, expected: 
         ([9.3e18], "INT64", "is not INT64"),
         ([1.5], "INT32", "is not INT32"),
         ([math.nan], "INT32", "is not INT32"),
+        (np.float16([-math.inf]), "INT32", "is not INT32"),
         ([2], "BOOL", "is not BOOL"),
         ([1e5], "FP16", "is not FP16"),
         (["1"], "FP32", "expected FP32, got"),
