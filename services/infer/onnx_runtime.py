@@ -23,6 +23,9 @@ from services.infer.signature import TensorSpec
 from services.infer.tensors import Tensor
 from shoal.errors import FailedPrecondition
 
+# What it reports of its use to its makers is not ours to give away.
+onnxruntime.disable_telemetry_events()
+
 _DATATYPES = {
     "tensor(bool)": BY_NAME["BOOL"],
     "tensor(uint8)": BY_NAME["UINT8"],
