@@ -19,11 +19,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from types import TracebackType
 
 from mesh.etcd import Created, Entry, Etcd, Lease, LeaseLost, Put
 from mesh.latest import Latest
 from mesh.mirror import Copy
+from mesh.tasks import Background
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def leader_of(copy: Copy) -> Leader | None:
     return None
 
 
-class Election:
+class Election(Background):
     """A standing candidacy: campaigns, leads, and campaigns again, for as long as the `async with` block lasts.
 
     Leaving resigns: the successor leads at once. Neither entering nor leaving waits long for an etcd that is away.
@@ -117,17 +117,6 @@ class Election:
         self._clock = clock
         self._now = now
         self._term: Latest[Term | None] = Latest(None)
-
-    async def __aenter__(self) -> Election:
-        self._task = asyncio.create_task(self._run(), name=f"election of {self._name}")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
 
     @property
     def term(self) -> Term | None:

@@ -10,15 +10,15 @@ While etcd is away the last copy stands, marked stale.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 
 from mesh.etcd import Compacted, Entry, Etcd, Event
 from mesh.latest import Latest
+from mesh.tasks import Background
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -47,24 +47,13 @@ def applied(entries: Mapping[bytes, Entry], events: tuple[Event, ...]) -> Mappin
     return MappingProxyType(after)
 
 
-class Mirror:
+class Mirror(Background):
     """Follows `prefix` for as long as the `async with` block lasts. Entering does not wait for etcd."""
 
     def __init__(self, etcd: Etcd, prefix: bytes) -> None:
         self._etcd = etcd
         self._prefix = prefix
         self._copy: Latest[Copy] = Latest(Copy())
-
-    async def __aenter__(self) -> Mirror:
-        self._task = asyncio.create_task(self._run(), name=f"mirror of {self._prefix.decode()}")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
 
     @property
     def copy(self) -> Copy:

@@ -23,6 +23,7 @@ from mesh.node.parts import Part
 from mesh.node.process import Process, spawn
 from mesh.node.restarts import Restarts
 from mesh.node.tail import last_lines
+from mesh.tasks import end
 
 LOG_BYTES = 16 << 20
 """A log is moved to `<name>.log.1` when it is larger; so a process has at most about twice this on disk."""
@@ -226,8 +227,7 @@ class Supervisor:
         for group in reversed(self._groups):
             await asyncio.gather(*(keeper.stop() for keeper in group))
         if self._bounding:
-            self._bounding.cancel()
-            await asyncio.wait([self._bounding])
+            await end(self._bounding)
 
     async def _bound_logs(self) -> None:
         while True:

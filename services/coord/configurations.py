@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
 
 from mesh.latest import Latest
 from mesh.mirror import Mirror
+from mesh.tasks import Background
 from mesh.xds.routes import Table
 from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
 from mesh.xds.tracing import Tracing
@@ -20,7 +18,7 @@ from services.coord.presence import Presence, observe
 log = logging.getLogger(__name__)
 
 
-class Configurations:
+class Configurations(Background):
     """Follows the cluster for as long as the `async with` block lasts, and makes snapshots of it for each Envoy."""
 
     def __init__(
@@ -38,17 +36,6 @@ class Configurations:
         self._settle_s = settle_s
         self._clock = clock
         self._presence: Latest[Presence] = Latest(Presence())
-
-    async def __aenter__(self) -> Configurations:
-        self._task = asyncio.create_task(self._run(), name="presence")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
 
     async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
         """The node's snapshot once the cluster is known, and again after each change that concerns it. Never ends."""

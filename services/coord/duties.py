@@ -5,16 +5,14 @@ Each act is a transaction that demands the leader's own key: an old leader that 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from mesh.election import Election, Term
 from mesh.etcd import Delete, Etcd, Modified
 from mesh.mirror import Mirror
+from mesh.tasks import Background
 from services.coord.cluster import Cluster, cluster_of
 from services.coord.drains import obsolete
 from shoal.errors import ShoalError
@@ -26,7 +24,7 @@ PATIENCE_S = 10.0
 _LOOK_S = 1.0
 
 
-class Duties:
+class Duties(Background):
     """Runs the leader's duties whenever `election` makes this replica the leader, while the `async with` lasts."""
 
     def __init__(
@@ -43,17 +41,6 @@ class Duties:
         self._election = election
         self._patience_s = patience_s
         self._clock = clock
-
-    async def __aenter__(self) -> Duties:
-        self._task = asyncio.create_task(self._run(), name="duties of the leader")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
 
     async def _run(self) -> None:
         async for term in self._election.terms():

@@ -7,7 +7,6 @@ models <── core <── gRPC server <── registration      what is ready 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from mesh.channel import connect
 from mesh.membership import ReadyModel, Registration, State
 from mesh.server import GrpcServer, until_stopped
+from mesh.tasks import end
 from services.infer import repository
 from services.infer.cache import Cache
 from services.infer.config import InferConfig
@@ -84,6 +84,4 @@ async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Tas
     try:
         yield task
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await end(task)

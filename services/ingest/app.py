@@ -13,6 +13,7 @@ from mesh.channel import connect
 from mesh.membership import Registration, State
 from mesh.mongo import Document
 from mesh.server import GrpcServer, until_stopped
+from mesh.tasks import end, log_failure
 from services.ingest.attempt import Attempts
 from services.ingest.backlog import Backlog
 from services.ingest.budget import Budget
@@ -127,7 +128,8 @@ async def run(config: IngestConfig) -> None:
             log.info("serving at %s", server.address)
 
         starting = asyncio.create_task(start(), name="start")
-        stack.push_async_callback(_end, starting)
+        starting.add_done_callback(log_failure)
+        stack.push_async_callback(end, starting)
         await until_stopped()
         dispatcher.stop_claiming()
 
@@ -144,10 +146,3 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
         except ShoalError as err:
             log.warning("not ready yet: %s", err)
             await asyncio.sleep(_RETRY_S)
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-        log.error("could not start", exc_info=error)
-    task.cancel()
-    await asyncio.wait([task])

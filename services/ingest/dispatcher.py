@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from types import TracebackType
 
+from mesh.tasks import end
 from services.ingest.attempt import Attempts
 from services.ingest.backlog import Backlog
 from services.ingest.claims import Claims
@@ -103,14 +104,14 @@ class Dispatcher:
         assert self._loop_task is not None
         assert self._stop_at is not None
         await asyncio.wait([self._loop_task], timeout=_AWAY_WAIT_S)
-        await _end_tasks({self._loop_task})
+        await end(self._loop_task)
         await self._finish(self._stop_at - asyncio.get_running_loop().time())
         for holding in self._held.values():
             if holding.is_calling and holding.task is not None:
                 holding.is_released = True
                 holding.task.cancel()
         await self._finish(_LAST_WRITES_S)
-        await _end_tasks(self._tasks)
+        await end(*self._tasks)
 
     def stop_claiming(self) -> None:
         """Begins the drain: nothing new is claimed, and what runs has `drain_ms` from now on."""
@@ -294,10 +295,3 @@ class Dispatcher:
 
 
 _ANSWERED = End(Outcome.SUCCEEDED)
-
-
-async def _end_tasks(tasks: set[asyncio.Task[None]]) -> None:
-    for task in list(tasks):
-        task.cancel()
-    if tasks:
-        await asyncio.wait(list(tasks))

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from mesh.tasks import end
 from shoal.errors import Internal, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ class Group(Generic[T, R]):
         self._arrived.set()
         assert self._task is not None
         await asyncio.wait([self._task], timeout=_LAST_WRITE_S)
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await end(self._task)
         _fail(list(self._waiting), Unavailable(f"{self._name}: this instance has stopped"))
 
     async def put(self, item: T) -> R:

@@ -15,6 +15,7 @@ from types import TracebackType
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
+from mesh.tasks import end
 from services.ingest.backlog import Backlog
 from services.ingest.claims import Claims
 from services.ingest.clock import Clock
@@ -69,7 +70,7 @@ class Keeper:
             ("sweep payloads", self._sweep),
         ):
             task = asyncio.create_task(self._for_ever(name, duty), name=name)
-            self._stack.push_async_callback(_end_task, task)
+            self._stack.push_async_callback(end, task)
         return self
 
     async def __aexit__(
@@ -147,8 +148,3 @@ class Keeper:
         if swept := await self._payloads.sweep(self._clock()):
             log.info("swept %d payloads that no job needed", swept)
         return SWEEP_S * random.uniform(0.5, 1)
-
-
-async def _end_task(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])

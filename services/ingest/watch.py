@@ -24,6 +24,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import PyMongoError
 
 from mesh.mongo import Document, next_change, translate
+from mesh.tasks import end
 from services.ingest.job import Job
 from services.ingest.jobs import Jobs
 from shoal.errors import ResourceExhausted, Unavailable
@@ -71,8 +72,7 @@ class Changes:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         assert self._task is not None
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await end(self._task)
 
     @contextmanager
     def of(self, job_id: str) -> Iterator[asyncio.Event]:
@@ -124,9 +124,7 @@ class Changes:
             if stream.done():
                 stream.result()
         finally:
-            for task in (stream, turn):
-                task.cancel()
-            await asyncio.wait([stream, turn])
+            await end(stream, turn)
 
     async def _wait_for_a_watcher(self) -> None:
         await self._first_came.wait()

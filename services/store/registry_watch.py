@@ -16,6 +16,7 @@ from types import TracebackType
 
 from mesh.latest import Latest
 from mesh.mongo import Document, next_change, translated
+from mesh.tasks import end
 from services.store.documents import Collections
 from services.store.model_rules import check_name
 from services.store.registry import Registry, Version
@@ -47,7 +48,7 @@ class RegistryWatch:
     async def __aenter__(self) -> RegistryWatch:
         async with AsyncExitStack() as stack:
             for loop in (self._follow_for_ever(), self._read_for_ever()):
-                stack.push_async_callback(_ended, asyncio.create_task(loop))
+                stack.push_async_callback(end, asyncio.create_task(loop))
             self._stack = stack.pop_all()
         return self
 
@@ -115,9 +116,3 @@ async def _complain(doing: str, err: Exception) -> None:
     else:
         log.error("%s failed; trying again", doing, exc_info=err)
     await asyncio.sleep(_RETRY_S)
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    while not task.done():  # pymongo may take a cancellation for a broken connection, and mend it.
-        task.cancel()
-        await asyncio.wait([task], timeout=0.2)

@@ -1,0 +1,50 @@
+"""Tasks that somebody owns: how they begin, and how they surely end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any, Self
+
+log = logging.getLogger(__name__)
+
+_AGAIN_S = 2.0
+# Longer than any good-bye of ours (1 s), which a second cancellation would cut short.
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels the tasks and waits until they are done. Raises nothing of theirs.
+
+    The cancellation is repeated, because a library may swallow it: pymongo takes one for a broken connection, and
+    mends that.
+    """
+    while left := [task for task in tasks if not task.done()]:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=_AGAIN_S)
+
+
+def log_failure(task: asyncio.Task[Any]) -> None:
+    """Tells the log when the task has ended with an error: for tasks that nobody awaits."""
+    if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s failed", task.get_name(), exc_info=error)
+
+
+class Background(ABC):
+    """Runs `_run` beside an `async with` block, and no longer than that."""
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name=type(self).__name__)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await end(self._task)
+        log_failure(self._task)
+
+    @abstractmethod
+    async def _run(self) -> None:
+        """Goes on until it is cancelled."""

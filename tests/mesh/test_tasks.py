@@ -1,0 +1,58 @@
+"""Tasks that are owned end when their owner says so, whatever they make of a cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from mesh.tasks import Background, end
+
+
+async def test_one_that_swallows_its_cancellation_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.tasks._AGAIN_S", 0.01)
+    swallowed = asyncio.Event()
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            swallowed.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(stubborn())
+    await asyncio.sleep(0)
+    await end(task)
+    assert swallowed.is_set()
+    assert task.cancelled()
+
+
+async def test_one_that_has_ended_is_left_alone() -> None:
+    async def failing() -> None:
+        raise ValueError("why")
+
+    task = asyncio.create_task(failing())
+    await asyncio.wait([task])
+    await end(task)
+    assert isinstance(task.exception(), ValueError)
+
+
+async def test_a_background_lives_as_long_as_its_block_and_a_failure_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Ticking(Background):
+        async def _run(self) -> None:
+            self.started = True
+            try:
+                await asyncio.Event().wait()
+            finally:
+                raise ValueError("why")
+
+    with caplog.at_level(logging.ERROR):
+        async with Ticking() as ticking:
+            await asyncio.sleep(0)
+            assert ticking.started
+            assert not ticking._task.done()
+    assert ticking._task.done()
+    assert "why" in caplog.text
