@@ -19,12 +19,18 @@ import grpc
 from opentelemetry import context, propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
-from shoal.errors import Code, InvalidArgument, ResourceExhausted, ShoalError, Unimplemented, from_status
+from shoal.errors import (
+    RETRY_AFTER_KEY,
+    Code,
+    InvalidArgument,
+    ResourceExhausted,
+    ShoalError,
+    Unimplemented,
+    from_status,
+    retry_after_of,
+)
 
 log = logging.getLogger(__name__)
-
-RETRY_AFTER_KEY = "retry-after-ms"
-"""Trailing metadata of a refused call: when to come back, in milliseconds."""
 
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 # Health checks come twice a second from every Envoy: a span for each would drown the rest.
@@ -46,9 +52,7 @@ def translate(error: grpc.RpcError, doing: str = "") -> ShoalError:
     """The ShoalError of a failed call; `doing` opens its message."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return from_status(Code.UNKNOWN, f"{doing}: {error}" if doing else str(error))
-    trailing = dict(error.trailing_metadata() or ())
-    after = trailing.get(RETRY_AFTER_KEY)
-    after_ms = int(after) if isinstance(after, str) and after.isdecimal() else None
+    after_ms = retry_after_of(error.trailing_metadata() or ())
     details = error.details() or "no details"
     return from_status(error.code().value[0], f"{doing}: {details}" if doing else details, retry_after_ms=after_ms)
 

@@ -23,6 +23,7 @@ same class. So what a user catches is what the service meant.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
 
@@ -118,6 +119,19 @@ class DataLoss(ShoalError):
 
 class Internal(ShoalError):
     code = Code.INTERNAL
+
+
+RETRY_AFTER_KEY = "retry-after-ms"
+"""Trailing metadata of a refused call: when to come back, in milliseconds."""
+_LONGEST_WAIT_MS = 3_600_000
+
+
+def retry_after_of(trailing: Iterable[tuple[str, str | bytes]]) -> int | None:
+    """What the trailing metadata of a call says of when to come back, in milliseconds; an hour at most."""
+    for key, value in trailing:
+        if key == RETRY_AFTER_KEY and isinstance(value, str) and value.isdecimal():
+            return min(int(value[:10]), _LONGEST_WAIT_MS)
+    return None
 
 
 BY_CODE: dict[Code, type[ShoalError]] = {error.code: error for error in ShoalError.__subclasses__()}

@@ -16,10 +16,8 @@ from shoal.errors import (
     Unavailable,
     Unimplemented,
     from_status,
+    retry_after_of,
 )
-
-RETRY_AFTER_KEY = "retry-after-ms"
-"""Trailing metadata of a refused call: when to come back, in milliseconds."""
 
 # grpc's own words. Nothing but its text tells these apart: all are UNAVAILABLE.
 _NOBODY = re.compile(r"Connection refused|No such file or directory|Connection timed out|No route to host|unreachable")
@@ -38,7 +36,7 @@ def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: f
     if code == grpc.StatusCode.INTERNAL and _BROKEN.search(details):
         return Unavailable(f"{doing}: the connection broke")
     if code == grpc.StatusCode.UNAVAILABLE:
-        return _unavailable(details, address, doing, _retry_after(err))
+        return _unavailable(details, address, doing, retry_after_of(err.trailing_metadata() or ()))
     if code == grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
         return too_late(doing, timeout_s)
     if code == grpc.StatusCode.UNIMPLEMENTED and "http2 header" in details:
@@ -47,7 +45,7 @@ def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: f
         return Unimplemented(
             f"{doing}: the server at {address} does not know this call: is it only an inference server?"
         )
-    return from_status(code.value[0], details, retry_after_ms=_retry_after(err))
+    return from_status(code.value[0], details, retry_after_ms=retry_after_of(err.trailing_metadata() or ()))
 
 
 def too_late(doing: str, timeout_s: float) -> DeadlineExceeded:
@@ -65,13 +63,6 @@ def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | N
     if _NO_INSTANCE.search(details):
         return Unavailable(f"{doing}: no instance can answer just now: look at `shoal status`")
     return Unavailable(f"{doing}: {details}", retry_after_ms=retry_after_ms)
-
-
-def _retry_after(err: grpc.aio.AioRpcError) -> int | None:
-    for key, value in err.trailing_metadata() or ():
-        if key == RETRY_AFTER_KEY and isinstance(value, str) and value.isdecimal():
-            return min(int(value), 3_600_000)
-    return None
 
 
 def of_answer(code: int, message: str) -> ShoalError:
