@@ -87,16 +87,19 @@ def test_one_trace_crosses_every_hop(node: Any, collector: tuple[Collector, str]
     assert done.returncode == 0, done.stderr
     trace_id = done.stdout.strip()
 
-    def services() -> set[str]:
-        return {service for service, _ in received.spans.get(trace_id, ())}
+    # Each process exports by itself, and when it likes: a hop counts once its span has come.
+    hops = {
+        ("shoal-client", "the user's own"),
+        ("shoal-infer", "inference.GRPCInferenceService/ModelInfer"),
+        ("shoal-ingest", "shoal.ingest.v1.IngestService/Submit"),
+        ("shoal-store", "shoal.store.v1.StoreService/PutResults"),
+    }
 
-    wanted = {"shoal-client", "shoal-ingest", "shoal-infer", "shoal-store"}
-    assert eventually(lambda: wanted < services()), received.spans.get(trace_id)
-    spans = received.spans[trace_id]
-    assert {service for service, _ in spans} - wanted, f"no span of Envoy: {spans}"
-    assert ("shoal-infer", "inference.GRPCInferenceService/ModelInfer") in spans
-    assert ("shoal-ingest", "shoal.ingest.v1.IngestService/Submit") in spans
-    assert ("shoal-store", "shoal.store.v1.StoreService/PutResults") in spans
+    def spans() -> set[tuple[str, str]]:
+        return set(received.spans.get(trace_id, ()))
+
+    assert eventually(lambda: hops <= spans()), f"missing {hops - spans()} of {spans()}"
+    assert eventually(lambda: "shoal-envoy" in {service for service, _ in spans()}), f"no span of Envoy: {spans()}"
     assert not any("Health" in name for names in received.spans.values() for _, name in names)
 
 
