@@ -7,6 +7,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CLIENT_VENV := .venv-tritonclient
 CLIENT_STAMP := $(CLIENT_VENV)/.installed
+TRITON_VENV := .venv-triton
+TRITON_STAMP := $(TRITON_VENV)/.installed
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,10 +21,13 @@ $(STAMP): locks/shoal.txt pyproject.toml tools/venv.sh
 $(CLIENT_STAMP): locks/tritonclient.txt tools/venv.sh
 	@tools/venv.sh $(CLIENT_VENV) locks/tritonclient.txt
 
+$(TRITON_STAMP): locks/triton.txt tools/venv.sh
+	@tools/venv.sh $(TRITON_VENV) locks/triton.txt
+
 demo: $(STAMP) ## Start a node, send real files through it both ways, check every answer, stop
 	@$(PY) examples/filetypes/demo.py
 
-test: $(STAMP) $(CLIENT_STAMP) ## Run every test
+test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) ## Run every test
 	@$(PY) -m pytest $(ARGS)
 
 test-fast: $(STAMP) ## Run the tests that start no whole node
@@ -49,4 +54,4 @@ lock: ## Renew the lock files
 	@tools/lock.sh
 
 clean: ## Remove the environments and caches
-	rm -rf $(VENV) $(CLIENT_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENT_VENV) $(TRITON_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,3 +5,4 @@ cd "$(dirname "$0")/.."
 common="--quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header"
 uv pip compile $common --extra node --extra demo --extra dev pyproject.toml locks/build.in -o locks/shoal.txt
 uv pip compile $common locks/tritonclient.in -o locks/tritonclient.txt
+uv pip compile $common locks/triton.in -o locks/triton.txt
