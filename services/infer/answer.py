@@ -27,10 +27,19 @@ def _add(response: pb.ModelInferResponse, wanted: WantedOutput, output: Tensor, 
     response.raw_output_contents.append(tensors.to_raw(output, datatype))
 
 
-def explain(response: pb.ModelInferResponse, answer: Answer, replica: str) -> None:
-    """Adds who computed it, how many rows were executed together, and how long it waited and took."""
+def explain(response: pb.ModelInferResponse, answer: Answer, replica: str, cache: str) -> None:
+    """Adds who answered and whence, how long that took part by part, and with how many rows and why then it was run.
+
+    The times are those of the execution that the outputs come from: all zero when they were kept in the cache.
+    """
     times = answer.times
-    response.parameters["replica"].string_param = replica
-    response.parameters["batch_size"].int64_param = times.rows
-    response.parameters["queue_us"].int64_param = answer.queue_ns // 1000
-    response.parameters["compute_us"].int64_param = (times.gather_ns + times.compute_ns + times.scatter_ns) // 1000
+    say = response.parameters
+    say["replica"].string_param = replica
+    say["version"].string_param = response.model_version
+    say["cache"].string_param = cache
+    say["batch_size"].int64_param = times.rows
+    say["fired"].string_param = answer.fired
+    say["queue_us"].int64_param = answer.queue_ns // 1000
+    say["gather_us"].int64_param = times.gather_ns // 1000
+    say["compute_us"].int64_param = times.compute_ns // 1000
+    say["scatter_us"].int64_param = times.scatter_ns // 1000

@@ -32,7 +32,12 @@ async def run(config: InferConfig) -> None:
     """Serves until the process is told to stop."""
     async with AsyncExitStack() as stack:
         stopped = await stack.enter_async_context(_running(until_stopped()))
-        means = Means.of(OnnxRuntime(), config.queue_limits, threads=config.threads)
+        means = Means.of(
+            OnnxRuntime(),
+            config.queue_limits,
+            threads=config.threads,
+            response_cache_bytes=config.response_cache_bytes,
+        )
         models = await stack.enter_async_context(Models(means))
         core = InferenceServer(models, f"{config.node}/{config.instance}")
         server = GrpcServer(config.listen, [inference_rpc(core)], drain_ms=config.drain_ms)

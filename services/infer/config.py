@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from mesh.config import ServiceConfig
 from services.infer import repository
 from services.infer.queue import QueueLimits
+from services.infer.response_store import DEFAULT_BYTES
 from shoal.errors import FailedPrecondition
 
 _DEFAULT = QueueLimits()
@@ -29,6 +30,8 @@ class InferConfig(ServiceConfig):
     """Calls that may wait for one model version, where its configuration does not say."""
     queue_bytes: Annotated[int, Field(ge=1)] = _DEFAULT.size_bytes
     """Bytes of inputs that may wait for one model version."""
+    response_cache_bytes: Annotated[int, Field(ge=0)] = DEFAULT_BYTES
+    """Answers kept in memory for all models that have a response cache; 0: none is kept."""
 
     @model_validator(mode="after")
     def _one_source(self) -> InferConfig:

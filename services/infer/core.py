@@ -15,6 +15,7 @@ from typing import TypeVar
 from services.infer import answer, request
 from services.infer.models import Models, version_number
 from services.infer.request import Call
+from services.infer.response_cache import CacheState
 from services.infer.scheduler import Answer
 from services.infer.version import State, Version
 from services.infer.wording import quoted
@@ -105,11 +106,14 @@ class InferenceServer:
             ]
         )
 
-    async def infer(self, asked: pb.ModelInferRequest, deadline: float = math.inf) -> pb.ModelInferResponse:
+    async def infer(
+        self, asked: pb.ModelInferRequest, deadline: float = math.inf, tenant: str = ""
+    ) -> pb.ModelInferResponse:
         """One inference.
 
         Args:
             deadline: on this server's clock. What has not been started by then never is.
+            tenant: who asks, for a fair share of a busy model.
 
         Raises:
             InvalidArgument: the request does not fit the model; the message names tensor or parameter.
@@ -120,18 +124,23 @@ class InferenceServer:
         with self._models.use(asked.model_name, asked.model_version) as version:
             start = self._clock()
             try:
-                return await self._infer(asked, version, deadline)
+                return await self._infer(asked, version, deadline, tenant)
             except (Exception, asyncio.CancelledError):
                 version.statistics.failed(int((self._clock() - start) * 1e9))
                 raise
 
-    async def _infer(self, asked: pb.ModelInferRequest, version: Version, deadline: float) -> pb.ModelInferResponse:
+    async def _infer(
+        self, asked: pb.ModelInferRequest, version: Version, deadline: float, tenant: str
+    ) -> pb.ModelInferResponse:
         signature = version.loaded.model.signature
         call = await _aside(lambda: request.read(asked, signature), _is_long_read(asked))
-        got = await version.scheduler.submit(call, deadline)
+        if version.response_cache is None:
+            got, cache = await version.scheduler.submit(call, deadline, tenant), CacheState.OFF
+        else:
+            got, cache = await version.response_cache.answer(call, asked.parameters, deadline, tenant)
         response = await _aside(lambda: self._written(got, call, version, asked.id), _is_long_write(got, call))
         if call.parameters.explain:
-            answer.explain(response, got, self._replica)
+            answer.explain(response, got, self._replica, cache)
         return response
 
     def _written(self, got: Answer, call: Call, version: Version, id: str) -> pb.ModelInferResponse:

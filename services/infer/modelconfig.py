@@ -81,7 +81,6 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
         "sequence_batching": config.HasField("sequence_batching"),
         "ensemble_scheduling": config.HasField("ensemble_scheduling"),
         "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled,
-        "response_cache.enable": config.response_cache.enable,
         "batch_input": bool(config.batch_input),
         "batch_output": bool(config.batch_output),
         "cc_model_filenames": bool(config.cc_model_filenames),

@@ -102,6 +102,10 @@ class Queue:
         self._count(pending, -1)
         return True
 
+    def holds(self, call: Call) -> bool:
+        """Whether `call` waits here."""
+        return any(pending.call is call for pending in self._lanes.get(call.key, ()))
+
     def take(self, now: float, *, is_late: bool = False) -> Sequence[Pending] | Wait:
         """The next batch, marked as running; or how long to wait for one. `is_late`: nothing is worth waiting for."""
         keys = list(self._lanes)

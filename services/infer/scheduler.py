@@ -47,6 +47,8 @@ class Answer:
     times: Times
     queue_ns: int
     """How long it waited before its execution."""
+    fired: str = ""
+    """Why its batch was run when it was."""
 
 
 class Scheduler:
@@ -99,7 +101,11 @@ class Scheduler:
         await asyncio.gather(*self._workers)
         self._threads.shutdown(wait=False)
 
-    async def submit(self, call: Call, deadline: float = math.inf) -> Answer:
+    def is_waiting(self, call: Call) -> bool:
+        """Whether `call` is in the queue: its execution has not begun."""
+        return self._queue.holds(call)
+
+    async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
         """Runs one call with whatever it can share an execution with.
 
         Args:

@@ -48,6 +48,10 @@ class Statistics:
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
     queue: Duration = field(default_factory=Duration)
+    cache_hit: Duration = field(default_factory=Duration)
+    """Answered without an execution: looking it up."""
+    cache_miss: Duration = field(default_factory=Duration)
+    """Executed although there is a response cache: looking it up, and keeping the answer."""
     calls: BatchTimes = field(default_factory=BatchTimes)
     """By call: each counts the whole of the execution that it was part of."""
     by_rows: dict[int, BatchTimes] = field(default_factory=dict)
@@ -65,6 +69,16 @@ class Statistics:
         self.success.add(total_ns)
         self.queue.add(queue_ns)
         self.calls.add(times)
+
+    def hit(self, lookup_ns: int, total_ns: int) -> None:
+        """One call that was answered by the response cache: kept before, or computed for another call."""
+        self.success.add(total_ns)
+        self.queue.add(0)
+        self.cache_hit.add(lookup_ns)
+
+    def missed(self, ns: int) -> None:
+        """One call that the response cache had no answer for, and that was `answered` by an execution."""
+        self.cache_miss.add(ns)
 
     def failed(self, total_ns: int) -> None:
         """One call that was refused, expired or failed."""
@@ -85,6 +99,8 @@ class Statistics:
                 compute_input=self.calls.gather.message(),
                 compute_infer=self.calls.compute.message(),
                 compute_output=self.calls.scatter.message(),
+                cache_hit=self.cache_hit.message(),
+                cache_miss=self.cache_miss.message(),
             ),
             batch_stats=[
                 pb.InferBatchStatistics(

@@ -19,6 +19,9 @@ from services.infer import loading, modelconfig
 from services.infer.execution import Execution
 from services.infer.loading import Loaded
 from services.infer.queue import QueueLimits
+from services.infer.response_cache import ResponseCache, ttl_s
+from services.infer.response_key import ResponseKeys
+from services.infer.response_store import DEFAULT_BYTES, ResponseStore
 from services.infer.runtime import Runtime
 from services.infer.scheduler import Scheduler
 from services.infer.statistics import Statistics
@@ -48,12 +51,16 @@ class Means:
     at_once: asyncio.Semaphore
     """Loading takes cores and memory: so many at a time."""
     clock: Callable[[], float] = time.monotonic
+    responses: ResponseStore = field(default_factory=ResponseStore)
+    """Where the models with a response cache keep answers."""
 
     @classmethod
-    def of(cls, runtime: Runtime, limits: QueueLimits, *, threads: int = 0) -> Means:
+    def of(
+        cls, runtime: Runtime, limits: QueueLimits, *, threads: int = 0, response_cache_bytes: int = DEFAULT_BYTES
+    ) -> Means:
         """With `threads` 0: as many as this process may use cores."""
-        cores = len(os.sched_getaffinity(0))
-        return cls(runtime, threads or cores, limits, asyncio.Semaphore(cores))
+        cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
+        return cls(runtime, threads or cores, limits, asyncio.Semaphore(cores), responses=responses)
 
 
 @dataclass(eq=False)
@@ -67,6 +74,8 @@ class Version:
     may_retry: bool = False
     """It is UNAVAILABLE for a cause that may pass: its files could not be had."""
     statistics: Statistics = field(default_factory=Statistics)
+    response_cache: ResponseCache | None = None
+    """Only for a model whose configuration asks for it."""
     _loaded: Loaded | None = None
     _scheduler: Scheduler | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -116,6 +125,9 @@ class Version:
         loaded = await _finished(self._loading(files, means))
         self._resources.callback(loaded.session.close)
         self._scheduler = await self._resources.enter_async_context(self._scheduling(loaded, means))
+        ttl = ttl_s(loaded.model.config)
+        if ttl is not None:
+            self.response_cache = await self._resources.enter_async_context(self._caching(loaded, means, ttl))
         self._loaded = loaded
 
     def _loading(self, files: ModelFiles, means: Means) -> asyncio.Future[Loaded]:
@@ -137,6 +149,11 @@ class Version:
             clock=means.clock,
         )
 
+    def _caching(self, loaded: Loaded, means: Means, ttl: float) -> ResponseCache:
+        config, signature = loaded.model.config, loaded.model.signature
+        keys = ResponseKeys(self.name, self.number, self.wanted.digest, config, signature)
+        return ResponseCache(keys, self.scheduler, means.responses, self.statistics, ttl_s=ttl, clock=means.clock)
+
     @contextmanager
     def in_use(self) -> Iterator[Version]:
         """For as long as the block lasts, it is not unloaded."""
@@ -155,7 +172,7 @@ class Version:
             self._is_idle.clear()
             await self._is_idle.wait()
         await self._resources.aclose()
-        self._loaded = self._scheduler = None
+        self._loaded = self._scheduler = self.response_cache = None
         log.info("model %s version %d is unloaded", self.name, self.number)
 
 

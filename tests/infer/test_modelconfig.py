@@ -35,7 +35,6 @@ REFUSED = {
     "sequence_batching {}": "sequence_batching is not supported",
     "ensemble_scheduling {}": "ensemble_scheduling is not supported",
     "model_transaction_policy { decoupled: true }": "decoupled is not supported",
-    "response_cache { enable: true }": "response_cache.enable is not supported",
     "max_batch_size: -1": "max_batch_size -1: expected 0 to",
     "instance_group [{ kind: KIND_GPU }]": "KIND_GPU is not supported",
     "instance_group [{ count: 1000 }]": "instance_group count 1000",
