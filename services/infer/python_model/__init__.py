@@ -1,0 +1,1 @@
+"""Models written in Python, as they are hosted inside a model process: Shoal's own interface, and Triton's."""
