@@ -9,9 +9,7 @@ from __future__ import annotations
 import grpc
 
 from mesh.interceptors import client_interceptors
-
-MESSAGE_BYTES = 128 << 20
-"""Largest message that is sent or accepted: requests of 100 MB pass, with room for the rest."""
+from mesh.limits import MESSAGE_BYTES
 
 OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES),

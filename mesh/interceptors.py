@@ -91,10 +91,12 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler: Any = await continuation(handler_call_details)
-        if handler is None:
-            return handler
+        return handler if handler is None else self.wrap(handler_call_details.method, handler)
+
+    def wrap(self, method: str, handler: Any) -> Any:
+        """The handler of `method` (`/package.Service/Method`) as it is served, of the same kind as the given."""
         kind = "_".join("stream" if s else "unary" for s in (handler.request_streaming, handler.response_streaming))
-        method, behaviour = handler_call_details.method, getattr(handler, kind)
+        behaviour = getattr(handler, kind)
         if not inspect.iscoroutinefunction(behaviour) and not inspect.isasyncgenfunction(behaviour):
             behaviour = _unimplemented(method)  # The generated base class's: ours are all asynchronous.
         wrap = self._stream if inspect.isasyncgenfunction(behaviour) else self._single

@@ -16,14 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from mesh.channel import MESSAGE_BYTES
 from mesh.interceptors import ServerInterceptor
+from mesh.limits import MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +84,7 @@ class GrpcServer:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        for rpc in self._rpcs:
-            rpc.add(self._server)
-        if self._with_health:
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(names, self._server)
+        add_services(self._server, self._rpcs, self._health if self._with_health else None)
         if self._generic:
             self._server.add_generic_rpc_handlers(self._generic)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -125,13 +121,28 @@ class GrpcServer:
             await self._health.set(name, status)
 
 
-async def until_stopped() -> None:
-    """Waits for SIGTERM or SIGINT. A second one ends the process at once.
+def add_services(server: Any, rpcs: Sequence[Rpc], health_servicer: health.aio.HealthServicer | None) -> None:
+    """Adds `rpcs`, health and reflection to a grpc server, or to what takes handlers as one does."""
+    for rpc in rpcs:
+        rpc.add(server)
+    if health_servicer is not None:
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    names = [*(rpc.descriptor.full_name for rpc in rpcs), health.SERVICE_NAME, reflection.SERVICE_NAME]
+    reflection.enable_server_reflection(names, server)
+
+
+def on_loop_signals(take: Callable[[int], None]) -> None:
+    """Calls `take(number)` on the running loop for SIGTERM and SIGINT. For the main thread's loop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, take, number)
+
+
+async def until_stopped(on_signals: Callable[[Callable[[int], None]], None] = on_loop_signals) -> None:
+    """Waits for SIGTERM or SIGINT. A second one ends the process at once. `on_signals` subscribes to them.
 
     Also ends when the process that started this one is gone (SHOAL_PARENT_PID), so that no orphan keeps a socket or a
     lease.
     """
-    loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def on_signal(number: int) -> None:
@@ -140,8 +151,7 @@ async def until_stopped() -> None:
         log.info("stopping on %s", signal.Signals(number).name)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    on_signals(on_signal)
     parent = os.environ.get("SHOAL_PARENT_PID")
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):

@@ -7,10 +7,12 @@ models <── core <── gRPC server <── registration      what is ready 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from mesh.channel import connect
 from mesh.membership import ReadyModel, Registration, State
@@ -28,10 +30,41 @@ from services.infer.store_client import StoreClient
 from services.infer.version import Means
 
 
-async def run(config: InferConfig) -> None:
+class Server(Protocol):
+    """mesh.server.GrpcServer, or its twin."""
+
+    address: str
+
+    async def __aenter__(self) -> object: ...
+
+    async def serve(self) -> None: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Front:
+    """What stands between the clients and the core."""
+
+    name: str
+    server: Callable[[InferConfig, InferenceServer], Server]
+    until_stopped: Callable[[], Coroutine[Any, Any, None]]
+
+
+def _grpc_server(config: InferConfig, core: InferenceServer) -> GrpcServer:
+    return GrpcServer(config.listen, [inference_rpc(core)], drain_ms=config.drain_ms)
+
+
+GRPC = Front("grpc", _grpc_server, until_stopped)
+"""The portable one."""
+
+
+async def run(config: InferConfig, front: Front = GRPC) -> None:
     """Serves until the process is told to stop."""
     async with AsyncExitStack() as stack:
-        stopped = await stack.enter_async_context(_running(until_stopped()))
+        stopped = await stack.enter_async_context(_running(front.until_stopped()))
         means = Means.of(
             OnnxRuntime(),
             config.queue_limits,
@@ -40,7 +73,7 @@ async def run(config: InferConfig) -> None:
         )
         models = await stack.enter_async_context(Models(means))
         core = InferenceServer(models, f"{config.node}/{config.instance}")
-        server = GrpcServer(config.listen, [inference_rpc(core)], drain_ms=config.drain_ms)
+        server = front.server(config, core)
         await stack.enter_async_context(server)
         registration = await stack.enter_async_context(Registration.of(config, "infer", server.address))
         await stack.enter_async_context(_running(_tell(models, registration)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,6 +24,8 @@ class InferConfig(ServiceConfig):
     """Where models from the store are kept; all instances of a node may share it. Needs `mesh`."""
     repository: Path | None = None
     """A folder of models in the usual layout, or of bare .onnx files; read once, at start."""
+    front: Literal["auto", "envoy", "grpc"] = "auto"
+    """What clients reach it through: inside Envoy, which is faster, or grpc.aio. auto: Envoy where it can run."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """For one execution of a model that does not say; 0: as many as this process may use cores."""
     queue_calls: Annotated[int, Field(ge=1, le=1_000_000)] = _DEFAULT.calls

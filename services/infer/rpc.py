@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import grpc
 
+from mesh.embedded.exchange import ShortHandler
 from mesh.interceptors import Context
 from mesh.server import Rpc
 from services.infer import stream
@@ -115,3 +116,8 @@ def _not_done(method: str, instead: str) -> NoReturn:
 
 def _no_shared_memory(method: str) -> NoReturn:
     _not_done(method, "send tensors in the request")
+
+
+def short_methods(server: InferenceServer) -> dict[str, ShortHandler]:
+    """What the front inside Envoy answers without a task for each call."""
+    return {}

@@ -1,0 +1,184 @@
+"""One unary call on the short way: no task, no coroutine, no copy of the body. For methods that are called very often.
+
+    app ──> Exchange ──receive()──> on_body ──> handler(body, exchange) ──later──> reply | refuse
+
+What a coroutine would do by itself is done by the app's sweep for all exchanges together: ending those whose deadline
+has passed, and finding out that a caller has gone (Envoy does not tell: it has to be asked).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mesh.embedded import status
+from mesh.embedded.framing import PREFIX, check_encoding, inflated, too_large
+from mesh.interceptors import status_of
+from shoal.errors import InvalidArgument, ShoalError
+
+if TYPE_CHECKING:
+    from mesh.embedded.app import GrpcApp
+
+log = logging.getLogger(__name__)
+
+_START = {"type": "http.response.start", "status": 200, "headers": status.HEADERS, "trailers": True}
+_TRAILERS = {"type": "http.response.trailers", "headers": status.OK}
+
+
+class ShortHandler(Protocol):
+    """Answers unary calls of one method, now or later, with exactly one of the exchange's `reply` and `refuse`."""
+
+    def __call__(self, body: bytes, exchange: Exchange) -> None:
+        """`body` is the whole body: five bytes of prefix, then the message. May raise instead of refusing."""
+
+
+class Exchange:
+    """One call. Stands for the task that Envoy's module expects of an app: it needs none."""
+
+    __slots__ = (
+        "_app",
+        "_handler",
+        "_parts",
+        "_receive",
+        "_send",
+        "arrived",
+        "deadline",
+        "headers",
+        "is_over",
+        "is_polled",
+        "on_end",
+    )
+
+    def __init__(
+        self, app: GrpcApp, handler: ShortHandler, headers: dict[bytes, bytes], receive: Any, send: Any
+    ) -> None:
+        self._app = app
+        self._handler = handler
+        self._receive = receive
+        self._send = send
+        self._parts: list[bytes] | None = None
+        self.headers = headers
+        self.arrived = now = app.clock()
+        self.deadline = status.deadline(headers, now)
+        """On the app's clock; infinite when the caller set none."""
+        self.on_end: Callable[[], None] | None = None
+        """Called when nobody waits for the answer any more: deadline, or the caller has gone. Set by the handler."""
+        self.is_over = False
+        self.is_polled = False
+
+    def add_done_callback(self, callback: Any, *, context: Any = None) -> None:
+        """A task would report an exception that nobody caught. Here there is none: `on_body` catches all."""
+
+    def on_body(self, future: asyncio.Future[dict[str, Any]]) -> None:
+        """A piece of the request is here."""
+        try:
+            event = future.result()
+            if event["type"] == "http.disconnect":
+                self.abandon()
+                return
+            body = event["body"]
+            if event["more_body"] or self._parts is not None:
+                if event["more_body"]:
+                    self._hold(body)
+                    self._receive().add_done_callback(self.on_body)
+                    return
+                body = b"".join([*(self._parts or ()), body])
+                self._parts = None
+            if self.is_over:
+                return
+            if not body or body[0] or len(body) - 5 != int.from_bytes(body[1:5]):
+                body = self._straightened(body)
+            self._handler(body, self)
+        except BaseException as err:  # Else Envoy would answer OK with no message.
+            self.refuse(err)
+
+    def _hold(self, piece: bytes) -> None:
+        if self._parts is None:
+            self._parts = []
+        self._parts.append(piece)
+        head = self._parts[0] if len(self._parts[0]) >= PREFIX.size else b"".join(self._parts)
+        limit = self._app.message_bytes
+        if len(head) >= PREFIX.size and PREFIX.unpack_from(head)[1] > limit:
+            raise too_large(PREFIX.unpack_from(head)[1], limit)
+        held = sum(map(len, self._parts)) - PREFIX.size
+        if held > limit:
+            raise too_large(held, limit)
+
+    def _straightened(self, body: bytes) -> bytes:
+        """A body that is not simply one plain message: made one, or refused."""
+        if len(body) < PREFIX.size:
+            raise InvalidArgument(f"expected one message, got a request of {len(body)} bytes")
+        flags, size = PREFIX.unpack_from(body)
+        if size > self._app.message_bytes:
+            raise too_large(size, self._app.message_bytes)
+        if size != len(body) - PREFIX.size:
+            raise InvalidArgument(
+                f"expected one message: its prefix says {size} bytes, the request has {len(body) - PREFIX.size}"
+            )
+        if flags > 1:
+            raise InvalidArgument(f"a message begins with the flags {flags}: expected 0, or 1 when it is compressed")
+        if not flags:
+            return body
+        encoding = self.headers.get(b"grpc-encoding")
+        if encoding in (None, b"identity"):
+            raise InvalidArgument("a message is marked as compressed, but the call has no grpc-encoding")
+        check_encoding(encoding)
+        return bytes(PREFIX.size) + inflated(body[PREFIX.size :], encoding, self._app.message_bytes)
+
+    def reply(self, parts: Sequence[Any], size: int) -> None:
+        """Ends the call with a message: `parts` are bytes-like, `size` bytes together. Nothing when it is over."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._app.exchanges.discard(self)
+        try:
+            self._send(_START)
+            self._send({"type": "http.response.body", "body": b"".join((PREFIX.pack(0, size), *parts))})
+            self._send(_TRAILERS)
+        except Exception:  # Nobody there any more.
+            log.debug("an answer could not be sent", exc_info=True)
+
+    def refuse(self, error: BaseException) -> None:
+        """Ends the call with an error. Nothing when it is over."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._app.exchanges.discard(self)
+        if not isinstance(error, ShoalError):
+            log.error("unexpected error in a call", exc_info=error)
+        code, message, trailing = status_of(error)
+        try:
+            headers = [status.CONTENT_TYPE, *status.trailers(code.value[0], message, trailing)]
+            self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            self._send({"type": "http.response.body", "body": b""})
+        except Exception:
+            log.debug("an error could not be sent", exc_info=True)
+
+    def abandon(self) -> None:
+        """The caller has gone."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._app.exchanges.discard(self)
+        if self.on_end is not None:
+            self.on_end()
+
+    def expire(self, error: ShoalError) -> None:
+        """Its deadline has passed."""
+        self.refuse(error)
+        if self.on_end is not None:
+            self.on_end()
+
+    def poll(self) -> None:
+        """Asks whether the caller is still there. Only after the whole body is here."""
+        if self.is_polled or self._parts is not None:
+            return
+        self.is_polled = True
+        self._receive().add_done_callback(self._on_poll)
+
+    def _on_poll(self, future: asyncio.Future[dict[str, Any]]) -> None:
+        self.is_polled = False
+        if future.cancelled() or future.exception() is not None or future.result()["type"] == "http.disconnect":
+            self.abandon()

@@ -1,0 +1,99 @@
+"""Messages in and out of HTTP/2 bodies: a byte of flags, four of length (big-endian), and the message.
+
+Format: the gRPC protocol, PROTOCOL-HTTP2.md, "Length-Prefixed-Message".
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+
+from shoal.errors import InvalidArgument, ResourceExhausted, Unimplemented
+
+PREFIX = struct.Struct(">BI")
+
+ACCEPTED = b"identity,deflate,gzip"
+"""What messages may be compressed with, as the header `grpc-accept-encoding` says it."""
+
+_WBITS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
+
+
+def framed(message: bytes) -> bytes:
+    """One message as it goes into a body."""
+    return PREFIX.pack(0, len(message)) + message
+
+
+class Deframer:
+    """Takes the pieces of a body, gives whole messages.
+
+    Args:
+        encoding: the call's `grpc-encoding`, or None.
+        limit: bytes at most in a message, compressed or not.
+    """
+
+    def __init__(self, encoding: bytes | None, limit: int) -> None:
+        self._encoding = encoding if encoding not in (None, b"identity") else None
+        self._limit = limit
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The messages that are complete with `data`.
+
+        Raises:
+            InvalidArgument: flags or compressed data that are none.
+            ResourceExhausted: a message is larger than the limit: seen from its prefix, before it is here.
+            Unimplemented: it is compressed with something that we do not know.
+        """
+        self._held += data
+        while len(self._held) >= PREFIX.size:
+            flags, size = PREFIX.unpack_from(self._held)
+            if flags > 1:
+                raise InvalidArgument(
+                    f"a message begins with the flags {flags}: expected 0, or 1 when it is compressed"
+                )
+            if size > self._limit:
+                raise too_large(size, self._limit)
+            end = PREFIX.size + size
+            if len(self._held) < end:
+                return
+            message = bytes(memoryview(self._held)[PREFIX.size : end])
+            del self._held[:end]
+            yield self._inflated(message) if flags else message
+
+    def finish(self) -> None:
+        """The body has ended. Raises InvalidArgument when a message is not complete."""
+        if self._held:
+            raise InvalidArgument(f"the request ends inside a message: {len(self._held)} bytes are left over")
+
+    def _inflated(self, message: bytes) -> bytes:
+        if self._encoding is None:
+            raise InvalidArgument("a message is marked as compressed, but the call has no grpc-encoding")
+        return inflated(message, self._encoding, self._limit)
+
+
+def inflated(message: bytes, encoding: bytes, limit: int) -> bytes:
+    """Raises Unimplemented, InvalidArgument or ResourceExhausted, as `Deframer.feed` does."""
+    check_encoding(encoding)
+    stream = zlib.decompressobj(_WBITS[encoding])
+    try:
+        plain = stream.decompress(message, limit + 1)
+    except zlib.error as err:
+        raise InvalidArgument(f"a message is marked as {encoding.decode()}, but is not: {err}") from err
+    if len(plain) > limit:
+        raise too_large(len(plain), limit)
+    if not stream.eof:
+        raise InvalidArgument(f"a message of {encoding.decode()} ends too early")
+    return plain
+
+
+def check_encoding(encoding: bytes | None) -> None:
+    """Raises Unimplemented when we cannot undo this `grpc-encoding`."""
+    if encoding not in (None, b"identity", *_WBITS):
+        raise Unimplemented(
+            f"grpc-encoding {(encoding or b'?')[:40]!r} is not supported: use one of {ACCEPTED.decode()}"
+        )
+
+
+def too_large(size: int, limit: int) -> ResourceExhausted:
+    return ResourceExhausted(f"Received message larger than max ({size} vs. {limit} bytes)")
