@@ -31,6 +31,9 @@ def infer(
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="A parameter of the request. May be repeated."),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say how long each part took, with whom it ran and why then.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to an .npz, .npy or .json.")
     ] = None,
@@ -46,7 +49,7 @@ def infer(
 
       shoal infer digits '{"x": [[1, 2, 3, 4]]}'
 
-      shoal infer digits rows.npy -p explain=true --output answer.npz
+      shoal infer digits rows.npy --explain --output answer.npz
 
       echo '{"x": [1, 2, 3, 4]}' | shoal infer digits - --json
     """
@@ -54,6 +57,8 @@ def infer(
 
     given = tensors.read(written)
     parameters = {**given.parameters, **tensors.of_options(parameter or [], "--parameter")}
+    if explain:
+        parameters["explain"] = True
     with connect(gateway) as client:
         ready = tensors.fit(given, client.models.metadata(model, version, timeout=min(timeout, 10.0)))
         result = client.infer(

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from shoal.cli import explanation
 from shoal.cli.output import console, of_bytes, show, show_json, text
 from shoal.client import BFloat16, InferResult, ModelMetadata, TensorMetadata
 from shoal.client.inference import Parameter
@@ -231,8 +232,10 @@ def show_result(result: InferResult, *, as_json: bool, output: Path | None) -> N
     ]
     show(("output", "datatype", "shape", "values"), rows, empty="no outputs")
     about = [f"{result.model_name} version {result.model_version or '?'}"]
-    about += [f"{key} {text(value)}" for key, value in result.parameters.items()]
+    about += [f"{key} {text(value)}" for key, value in explanation.others(result.parameters).items()]
     console().print(", ".join(about), markup=False)
+    if told := explanation.rows(result.parameters):
+        show(("explained", ""), told)
 
 
 def as_document(result: InferResult) -> dict[str, Any]:

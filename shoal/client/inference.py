@@ -49,7 +49,8 @@ class InferResult:
     outputs: dict[str, Array] = field(default_factory=dict)
     """Arrays by output name, yours to change. BYTES: object arrays of `bytes`. BF16: uint16 bits (see BFloat16)."""
     parameters: dict[str, Parameter] = field(default_factory=dict)
-    """With the parameter `explain` in the request: `replica`, `batch_size`, `queue_us`, `compute_us`."""
+    """With the parameter `explain` in the request: `replica`, `batch_size`, `queue_us`, `compute_us` and more
+    (docs/requests.md)."""
     id: str = ""
     datatypes: dict[str, str] = field(default_factory=dict)
     """The protocol's datatype of each output."""
