@@ -1,0 +1,93 @@
+"""The main of a model process: `python -m services.infer.isolation.child FD SERVER_PID`.
+
+    the server's "load" ──> import and load ──> "loaded" | "failed" ──> serve ──> "close" ──> the model's good-bye, exit
+
+It dies with the server, however that dies: by the kernel's signal, or when its channel ends. What it writes to standard
+output and error goes to the server's log.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from services.infer.isolation.channel import Channel, ChannelClosed, Message
+from services.infer.isolation.engine import serve
+from services.infer.isolation.hosted import Hosted, Load, LoadFailed
+from services.infer.isolation.mailbox import Mailbox
+
+_PR_SET_PDEATHSIG = 1
+_TEXT = 2000
+
+
+def main(fd: int, server: int) -> NoReturn:
+    """Serves one model, then exits."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != server:
+        os._exit(1)  # It died before the leash was on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it lets calls under way finish.
+    channel = Channel(socket.socket(fileno=fd))
+    try:
+        _serve(channel)
+    except ChannelClosed:
+        pass
+    except BaseException:
+        traceback.print_exc()
+        _exit(1)
+    _exit(0)
+
+
+def _serve(channel: Channel) -> None:
+    mailbox = Mailbox(channel)
+    message = channel.receive()
+    assert message is not None, "it waits without a bound"
+    try:
+        hosted = _hosted(_load(message), mailbox)
+    except LoadFailed as err:
+        channel.send({"op": "failed", "error": str(err)[:_TEXT]})
+        return
+    facts = hosted.facts
+    channel.send({"op": "loaded", **vars(facts)})
+    try:
+        serve(channel, mailbox, hosted)
+    finally:
+        try:
+            hosted.close()
+        except BaseException:
+            traceback.print_exc()
+
+
+def _load(message: Message) -> Load:
+    said = message.header["load"]
+    return Load(**{**said, "file": Path(said["file"]), "folder": Path(said["folder"])})
+
+
+def _hosted(load: Load, mailbox: Mailbox) -> Hosted:
+    # Each brings its own libraries: only what is needed is imported.
+    if load.kind == "onnx":
+        from services.infer.isolation.onnx_host import OnnxModel
+
+        return OnnxModel(load)
+    from services.infer.python_model.hosting import host
+
+    return host(load, mailbox.call)
+
+
+def _exit(code: int) -> NoReturn:
+    """Threads that a model left behind do not keep the process."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
