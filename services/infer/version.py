@@ -10,10 +10,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import TracebackType
 
 from services.infer import loading, modelconfig
 from services.infer.execution import Execution
@@ -38,6 +39,8 @@ class State(StrEnum):
     READY = "READY"
     UNLOADING = "UNLOADING"
     UNAVAILABLE = "UNAVAILABLE"
+    UNKNOWN = ""
+    """The repository has it, and it was never loaded: an empty text, as clients expect."""
 
 
 @dataclass(frozen=True)
@@ -154,16 +157,15 @@ class Version:
         keys = ResponseKeys(self.name, self.number, self.wanted.digest, config, signature)
         return ResponseCache(keys, self.scheduler, means.responses, self.statistics, ttl_s=ttl, clock=means.clock)
 
-    @contextmanager
-    def in_use(self) -> Iterator[Version]:
-        """For as long as the block lasts, it is not unloaded."""
+    def __enter__(self) -> Version:
+        """For as long as the block lasts, it is not unloaded. No generator: every call comes this way."""
         self._users += 1
-        try:
-            yield self
-        finally:
-            self._users -= 1
-            if not self._users:
-                self._is_idle.set()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self._users -= 1
+        if not self._users:
+            self._is_idle.set()
 
     async def unload(self) -> None:
         """Waits for the calls that hold it, then gives everything back. Nobody can find it any more."""

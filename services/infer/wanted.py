@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shoal.errors import FailedPrecondition
 
 CONFIG_FILE = "config.pbtxt"
+
+MAX_CONFIG_BYTES = 4 << 20
+_MAX_TEXT_BYTES = 64 << 20
+# Labels of a million classes are some ten megabytes.
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,16 @@ class ModelFiles:
     """Where the model's file lies."""
     bare_file: str = ""
     """Its name, when it is all there is."""
+    config: str | None = None
+    """The configuration that holds in place of `config.pbtxt`."""
 
     def config_text(self) -> str:
         """The configuration as written; empty when there is none. Raises FailedPrecondition when it cannot be read."""
-        if self.folder is None or not (self.folder / CONFIG_FILE).exists():
+        if self.config is not None:
+            return self.config
+        if self.folder is None or not os.path.lexists(self.folder / CONFIG_FILE):
             return ""
-        return read_text(self.folder / CONFIG_FILE)
+        return read_text(self.folder / CONFIG_FILE, MAX_CONFIG_BYTES)
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class WantedVersion:
     version: int
     digest: str
     """What it is made of: another digest is another model."""
-    open: Callable[[], AbstractAsyncContextManager[ModelFiles]]
+    open: Callable[[], AbstractAsyncContextManager[ModelFiles]] = field(compare=False)
     """Brings its files here, verified, and keeps them until the block ends. Raises ShoalError or OSError."""
 
 
@@ -54,12 +64,28 @@ class WantedModel:
     """The version for calls that name none, when it is ready; else it is the newest."""
     problem: str = ""
     """Why there is no version at all."""
+    is_unloaded: bool = False
+    """It is known, and is not to be served: the index says so."""
+    others: tuple[WantedVersion, ...] = ()
+    """Versions that exist beside those that should be served: another configuration may pick them."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether anything of it should be served."""
+        return bool(self.versions or self.problem)
 
 
-def read_text(file: Path) -> str:
-    """A small text file. Raises FailedPrecondition when it is missing or not UTF-8."""
+def read_text(file: Path, most_bytes: int = _MAX_TEXT_BYTES) -> str:
+    """A small text file. Raises FailedPrecondition when it is missing, not UTF-8, too large, or no plain file."""
     try:
-        return file.read_text(encoding="utf-8")
+        # Without waiting: a pipe that nobody writes to would be waited for without end.
+        with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise FailedPrecondition(f"cannot read {file.name}: it is no plain file")
+            data = opened.read(most_bytes + 1)
+        if len(data) > most_bytes:
+            raise FailedPrecondition(f"cannot read {file.name}: it has more than {most_bytes} bytes")
+        return data.decode("utf-8")
     except (OSError, UnicodeError) as err:
         reason = err.strerror if isinstance(err, OSError) else str(err)
         raise FailedPrecondition(f"cannot read {file.name}: {reason}") from err
