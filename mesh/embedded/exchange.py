@@ -86,12 +86,19 @@ class Exchange:
                     return
                 body = b"".join([*(self._parts or ()), body])
                 self._parts = None
-            if self.is_over:
-                return
+        except BaseException as err:  # Else Envoy would answer OK with no message.
+            self.refuse(err)
+            return
+        if not self.is_over:
+            self.handle(body)
+
+    def handle(self, body: bytes) -> None:
+        """The whole body is here. Never raises."""
+        try:
             if not body or body[0] or len(body) - 5 != int.from_bytes(body[1:5]):
                 body = self._straightened(body)
             self._handler(body, self)
-        except BaseException as err:  # Else Envoy would answer OK with no message.
+        except BaseException as err:
             self.refuse(err)
 
     def _hold(self, piece: bytes) -> None:
