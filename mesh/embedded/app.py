@@ -64,17 +64,17 @@ class GrpcApp:
             return self._lifespan(receive, send)
         handler = self.short.get(scope["path"])
         if handler is None:
-            return self._serve(scope, receive, send)
+            return self.serve(scope, receive, send)
         headers = dict(scope["headers"])
         if headers.get(b"content-type") != b"application/grpc" or scope["method"] != "POST":
-            return self._serve(scope, receive, send)
+            return self.serve(scope, receive, send)
         try:
             exchange = Exchange(self, handler, headers, receive, send)
         except ShoalError:  # A header that is none of gRPC's: the long way says so.
-            return self._serve(scope, receive, send)
+            return self.serve(scope, receive, send)
         request = receive()
         if not isinstance(request, asyncio.Future):  # It has no body at all.
-            return self._serve(scope, receive, send)
+            return self.serve(scope, receive, send)
         self.exchanges.add(exchange)
         request.add_done_callback(exchange.on_body)
         return exchange
@@ -87,7 +87,7 @@ class GrpcApp:
         await receive()
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = _Reply(send)
         task = asyncio.current_task()
         assert task is not None
