@@ -153,15 +153,19 @@ class Exchange:
             return
         self.is_over = True
         self._app.exchanges.discard(self)
-        if not isinstance(error, ShoalError):
-            log.error("unexpected error in a call", exc_info=error)
-        code, message, trailing = status_of(error)
+        trailers = self._trailers(error)
         try:
-            headers = [status.CONTENT_TYPE, *status.trailers(code.value[0], message, trailing)]
+            headers = [status.CONTENT_TYPE, *trailers]
             self._send({"type": "http.response.start", "status": 200, "headers": headers})
             self._send({"type": "http.response.body", "body": b""})
         except Exception:
             log.debug("an error could not be sent", exc_info=True)
+
+    def _trailers(self, error: BaseException) -> status.Headers:
+        if not isinstance(error, ShoalError):
+            log.error("unexpected error in a call", exc_info=error)
+        code, message, trailing = status_of(error)
+        return status.trailers(code.value[0], message, trailing)
 
     def abandon(self) -> None:
         """The caller has gone."""
