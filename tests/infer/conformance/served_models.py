@@ -1,0 +1,86 @@
+"""The repository that the conformance suite is run on: one small model for each thing that the protocol speaks of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onnx import ModelProto, TensorProto
+
+from tests.infer import onnx_files
+
+ONNX_TYPES = {
+    "BOOL": TensorProto.BOOL,
+    "INT8": TensorProto.INT8,
+    "INT16": TensorProto.INT16,
+    "INT32": TensorProto.INT32,
+    "INT64": TensorProto.INT64,
+    "UINT8": TensorProto.UINT8,
+    "UINT16": TensorProto.UINT16,
+    "UINT32": TensorProto.UINT32,
+    "UINT64": TensorProto.UINT64,
+    "FP16": TensorProto.FLOAT16,
+    "BF16": TensorProto.BFLOAT16,
+    "FP32": TensorProto.FLOAT,
+    "FP64": TensorProto.DOUBLE,
+    "BYTES": TensorProto.STRING,
+}
+
+CONFIGS = {
+    "double": """
+        max_batch_size: 8
+        input [ { name: "x" data_type: TYPE_FP32 dims: [ 4 ] } ]
+        output [ { name: "y" data_type: TYPE_FP32 dims: [ 4 ] } ]
+        parameters { key: "note" value { string_value: "kept" } }
+    """,
+    "classes": """
+        max_batch_size: 8
+        input [ { name: "x" data_type: TYPE_FP32 dims: [ 5 ] } ]
+        output [ { name: "y" data_type: TYPE_FP32 dims: [ 5 ] label_filename: "labels.txt" } ]
+    """,
+    "versions": "version_policy { all {} }",
+    "patient": """
+        max_batch_size: 4
+        dynamic_batching { max_queue_delay_microseconds: 60000000 }
+    """,
+}
+
+LABELS = "ant\nbee\ncat\n"
+"""Of `classes`: two of its five classes have none."""
+
+
+def write(root: Path) -> Path:
+    """Fills `root`; returns it.
+
+    double      y = 2x, FP32 [n,4], at most 8 rows
+    add         sum = a + b, difference = a - b, FP32 [n,k]
+    flat        y = x, FP32 [2,3], no batch dimension
+    scalar      y = x, FP32 [], no batch dimension
+    same_<dt>   y = x, [n,k] of each datatype
+    classes     y = x, FP32 [n,5], labels for the first three
+    lookup      y = table[i], raises for i > 2
+    versions    1: y = 1x, 2: y = 2x, 3: y = 3x; all of them served
+    slow        y = 2x after some milliseconds of arithmetic
+    patient     y = 2x, which waits a minute for the fourth row
+    """
+    _put(root, "double", onnx_files.scale(2))
+    _put(root, "add", onnx_files.add())
+    _put(root, "flat", onnx_files.identity(dims=(2, 3)))
+    _put(root, "scalar", onnx_files.identity(dims=()))
+    for datatype, onnx_type in ONNX_TYPES.items():
+        _put(root, f"same_{datatype.lower()}", onnx_files.identity(onnx_type, ("n", "k")))
+    _put(root, "classes", onnx_files.identity(dims=("n", 5)))
+    (root / "classes/labels.txt").write_text(LABELS)
+    _put(root, "lookup", onnx_files.lookup())
+    for version in (1, 2, 3):
+        _put(root, "versions", onnx_files.scale(version), version)
+    _put(root, "slow", onnx_files.slow())
+    _put(root, "patient", onnx_files.scale(2))
+    return root
+
+
+def _put(root: Path, name: str, model: ModelProto, version: int = 1) -> None:
+    folder = root / name / str(version)
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    if name in CONFIGS:
+        (root / name / "config.pbtxt").write_text(CONFIGS[name])

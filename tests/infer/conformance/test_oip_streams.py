@@ -1,0 +1,136 @@
+"""ModelStreamInfer: many requests on one stream, in order, errors in-band, and ends of every kind."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from shoal.inference.v2 import inference_pb2 as pb
+from tests.infer.conformance import wire
+from tests.infer.conformance.wire import floats, request
+
+
+class Sender:
+    """A request iterator that a test feeds by hand."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[pb.ModelInferRequest | None] = queue.Queue()
+
+    def send(self, made: pb.ModelInferRequest) -> None:
+        self._queue.put(made)
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[pb.ModelInferRequest]:
+        return iter(self._queue.get, None)
+
+
+@pytest.fixture
+def sender() -> Iterator[Sender]:
+    sender = Sender()
+    yield sender
+    sender.close()
+
+
+def test_answers_come_in_the_order_of_the_requests(stub):
+    asked = [request("double", floats(start=n), id=str(n)) for n in range(200)]
+    answers = list(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S))
+    assert [answer.infer_response.id for answer in answers] == [str(n) for n in range(200)]
+    assert [wire.array(answer.infer_response, "y")[0, 0] for answer in answers] == [2 * n for n in range(200)]
+
+
+def test_different_models_on_one_stream(stub):
+    asked = [request("double", floats(), id="a"), request("add", floats("a"), floats("b"), id="b")]
+    answers = list(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S))
+    assert [(answer.infer_response.model_name, answer.infer_response.id) for answer in answers] == [
+        ("double", "a"),
+        ("add", "b"),
+    ]
+
+
+def test_an_answer_comes_while_the_stream_stays_open(stub, sender):
+    """A conversation: the client waits for each answer before it asks again."""
+    call = stub.ModelStreamInfer(iter(sender), timeout=wire.PATIENCE_S)
+    for n in range(5):
+        sender.send(request("double", floats(start=n)))
+        assert wire.array(next(call).infer_response, "y")[0, 0] == 2 * n
+    sender.close()
+    with pytest.raises(StopIteration):
+        next(call)
+    assert call.code() is grpc.StatusCode.OK
+
+
+def test_a_stream_without_a_request(stub):
+    call = stub.ModelStreamInfer(iter(()), timeout=wire.PATIENCE_S)
+    assert list(call) == []
+    assert call.code() is grpc.StatusCode.OK
+
+
+def test_an_error_is_in_band_and_the_stream_lives_on(stub, sender):
+    call = stub.ModelStreamInfer(iter(sender), timeout=wire.PATIENCE_S)
+    for n in range(3):
+        sender.send(request("nope", floats(), id=f"wrong-{n}"))
+        answer = next(call)
+        assert answer.error_message.startswith("Request for unknown model: 'nope' is not found")
+        assert answer.infer_response.id == f"wrong-{n}"
+        sender.send(request("double", floats(), id=f"right-{n}"))
+        answer = next(call)
+        assert (answer.error_message, answer.infer_response.id) == ("", f"right-{n}")
+
+
+def test_the_deadline_of_a_stream(stub, sender):
+    call = stub.ModelStreamInfer(iter(sender), timeout=0.5)
+    sender.send(request("double", floats()))
+    assert wire.array(next(call).infer_response, "y")[0].tolist() == [2, 4, 6, 8]
+    with pytest.raises(grpc.RpcError) as caught:
+        next(call)
+    assert wire.outcome(caught.value)[0] == "DEADLINE_EXCEEDED"
+
+
+def test_a_client_that_leaves_takes_its_requests_along(stub):
+    """Three of four rows wait for a fourth that never comes: when the stream is cancelled they leave the queue."""
+    before = wire.failures(stub, "patient")
+
+    def leave() -> bool:
+        sender = Sender()
+        call = stub.ModelStreamInfer(iter(sender), timeout=wire.PATIENCE_S)
+        sender.send(request("double", floats()))
+        next(call)
+        sender.send(request("patient", floats(rows=3)))
+        stub.ServerLive(pb.ServerLiveRequest())  # Behind it on the same connection.
+        call.cancel()
+        sender.close()
+        with pytest.raises(grpc.RpcError) as caught:
+            next(call)
+        assert wire.outcome(caught.value)[0] == "CANCELLED"
+        return wire.failures(stub, "patient") > before
+
+    wire.until(leave, "the cancelled request is counted")
+    # One row alone would have completed the batch of the three that left: it does not.
+    with pytest.raises(grpc.RpcError) as late:
+        stub.ModelInfer(request("patient", floats()), timeout=0.3)
+    assert wire.outcome(late.value)[0] == "DEADLINE_EXCEEDED"
+
+
+def test_many_streams_at_once(stub):
+    """Each gets its own answers."""
+    wrong: list[str] = []
+
+    def converse(n: int) -> None:
+        asked = [request("double", floats(start=1000 * n + k), id=f"{n}/{k}") for k in range(50)]
+        for k, answer in enumerate(stub.ModelStreamInfer(iter(asked), timeout=wire.PATIENCE_S)):
+            got = (answer.infer_response.id, wire.array(answer.infer_response, "y")[0, 0])
+            if got != (f"{n}/{k}", 2 * (1000 * n + k)):
+                wrong.append(f"{n}/{k}: {got}")
+
+    threads = [threading.Thread(target=converse, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(wire.PATIENCE_S)
+    assert not wrong
