@@ -42,8 +42,17 @@ class Screen(Protocol):
     def stopping(self) -> None: ...
 
 
-async def serve(repository: Path, host: str, port: int, environ: Mapping[str, str], screen: Screen) -> int:
+async def serve(
+    repository: Path,
+    host: str,
+    port: int,
+    environ: Mapping[str, str],
+    screen: Screen,
+    settings: Mapping[str, str] | None = None,
+) -> int:
     """Serves the models of `repository` at `host`:`port` until a signal, or until the server ends by itself.
+
+    `settings` are more of the server's, by their names without SHOAL_INFER_; they come before those of `environ`.
 
     Returns the exit status of the server: 0 after an orderly stop, 128 + N when signal N killed it.
 
@@ -57,7 +66,7 @@ async def serve(repository: Path, host: str, port: int, environ: Mapping[str, st
     raise_file_limit()
     with Ports() as ports:
         address = _address(host, _reserve(ports, host, port))
-        process = await spawn(_part(repository, address, environ), None)
+        process = await spawn(_part(repository, address, environ, settings or {}), None)
         signals = _Forwarding(process, screen)
         signals.start()
         announcing = asyncio.create_task(_announce(address, process, screen))
@@ -113,8 +122,9 @@ async def _models(address: str) -> list[ModelState]:
     return sorted(found, key=lambda model: (model.name, model.version.zfill(20)))
 
 
-def _part(repository: Path, address: str, environ: Mapping[str, str]) -> Part:
+def _part(repository: Path, address: str, environ: Mapping[str, str], settings: Mapping[str, str]) -> Part:
     env = {
+        **{_VARIABLES + name: value for name, value in settings.items()},
         _VARIABLES + "INSTANCE": "infer-0",
         _VARIABLES + "LISTEN": address,
         _VARIABLES + "REPOSITORY": str(repository.absolute()),

@@ -1,7 +1,7 @@
 """The parts of an infer process, in the order of their start. What started last stops first.
 
 models <── core <── gRPC server <── registration      what is ready is told to the membership
-  ^── a repository, read once; or the registry, followed through the mesh
+  ^── control: what operators say of  <── a repository, read once or polled; or the registry, followed through the mesh
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -21,9 +22,11 @@ from mesh.tasks import end
 from services.infer import repository
 from services.infer.cache import Cache
 from services.infer.config import InferConfig
+from services.infer.control import Control
 from services.infer.core import InferenceServer
 from services.infer.models import Models
 from services.infer.onnx_runtime import OnnxRuntime
+from services.infer.poll import Poll
 from services.infer.registry import Registry
 from services.infer.rpc import inference_rpc
 from services.infer.store_client import StoreClient
@@ -72,16 +75,17 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
             response_cache_bytes=config.response_cache_bytes,
         )
         models = await stack.enter_async_context(Models(means))
-        core = InferenceServer(models, f"{config.node}/{config.instance}")
+        control = await stack.enter_async_context(_control(config, models))
+        core = InferenceServer(models, f"{config.node}/{config.instance}", control=control)
         server = front.server(config, core)
         await stack.enter_async_context(server)
         registration = await stack.enter_async_context(Registration.of(config, "infer", server.address))
         await stack.enter_async_context(_running(_tell(models, registration)))
         if config.repository is not None:
-            models.want(repository.scan(config.repository))
+            await stack.enter_async_context(_folder(config, config.repository, control))
             first_attempts = models.settled()
         else:
-            registry = await stack.enter_async_context(_registry(config, models))
+            registry = await stack.enter_async_context(_registry(config, control))
             first_attempts = _first_attempts(registry, models)
         starting = await stack.enter_async_context(_running(first_attempts))
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -92,14 +96,31 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
         await stopped
 
 
+def _control(config: InferConfig, models: Models) -> Control:
+    look = partial(repository.look, config.repository) if config.repository is not None else None
+    return Control(models, look, initially=config.load_models if config.model_control == "explicit" else None)
+
+
 @asynccontextmanager
-async def _registry(config: InferConfig, models: Models) -> AsyncIterator[Registry]:
+async def _folder(config: InferConfig, root: Path, control: Control) -> AsyncIterator[None]:
+    found = await asyncio.to_thread(repository.scan, root)
+    control.offer(found)
+    if config.model_control != "poll":
+        yield
+        return
+    every_s = config.poll_ms / 1000
+    async with Poll(partial(repository.scan, root), control.offer, found, lambda: asyncio.sleep(every_s)):
+        yield
+
+
+@asynccontextmanager
+async def _registry(config: InferConfig, control: Control) -> AsyncIterator[Registry]:
     assert config.mesh is not None, "the configuration was checked"
     async with connect(config.mesh) as channel:
         store = StoreClient(channel)
         cache = Cache(config.cache_dir or Path(), config.instance, store)
         cache.start()
-        registry = Registry(store, cache, models.want)
+        registry = Registry(store, cache, control.offer)
         async with _running(registry.follow()):
             yield registry
 

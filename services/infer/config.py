@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mesh.config import ServiceConfig
 from services.infer import repository
@@ -16,6 +16,10 @@ from shoal.errors import FailedPrecondition
 _DEFAULT = QueueLimits()
 
 
+def _names(given: object) -> object:
+    return tuple(name.strip() for name in given.split(",") if name.strip()) if isinstance(given, str) else given
+
+
 class InferConfig(ServiceConfig):
     """Models come from the store, through the mesh, into `cache_dir`; or from the folder `repository`."""
 
@@ -23,7 +27,13 @@ class InferConfig(ServiceConfig):
     cache_dir: Path | None = None
     """Where models from the store are kept; all instances of a node may share it. Needs `mesh`."""
     repository: Path | None = None
-    """A folder of models in the usual layout, or of bare .onnx files; read once, at start."""
+    """A folder of models in the usual layout, or of bare .onnx files."""
+    model_control: Literal["none", "explicit", "poll"] = "none"
+    """What is served unasked: all models; only `load_models`; all, and what changes in the folder meanwhile."""
+    load_models: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
+    """With `model_control` explicit: the models to serve at start, with commas between them; `*`: all."""
+    poll_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 15_000
+    """With `model_control` poll: how often the folder is looked at."""
     front: Literal["auto", "envoy", "grpc"] = "auto"
     """What clients reach it through: inside Envoy, which is faster, or grpc.aio. auto: Envoy where it can run."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -45,6 +55,12 @@ class InferConfig(ServiceConfig):
             raise ValueError(
                 "SHOAL_INFER_CACHE_DIR needs SHOAL_INFER_MESH: models come from the store, through the mesh"
             )
+        if self.load_models and self.model_control != "explicit":
+            raise ValueError("SHOAL_INFER_LOAD_MODELS needs SHOAL_INFER_MODEL_CONTROL=explicit: else all are loaded")
+        if self.model_control == "poll" and self.repository is None:
+            raise ValueError(
+                "SHOAL_INFER_MODEL_CONTROL=poll needs SHOAL_INFER_REPOSITORY: the store is followed anyway"
+            )
         return self
 
     @field_validator("repository")
@@ -52,7 +68,7 @@ class InferConfig(ServiceConfig):
     def _readable(cls, root: Path | None) -> Path | None:
         if root is not None:
             try:
-                repository.scan(root)
+                repository.check(root)
             except FailedPrecondition as err:
                 raise ValueError(err.message) from err
         return root

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from services.infer import answer, request
+from services.infer.control import Control
 from services.infer.models import Models, version_number
 from services.infer.request import Call
 from services.infer.response_cache import CacheState
@@ -25,6 +26,8 @@ from shoal.inference.v2 import inference_pb2 as pb
 
 EXTENSIONS = ("classification", "model_configuration", "schedule_policy", "statistics")
 """What the server does beyond the protocol's core, under the names that clients look for."""
+
+CONTROL_EXTENSIONS = ("model_repository", "model_repository(unload_dependents)")
 
 # Beyond these, reading a request or writing an answer takes about a millisecond: then it is done beside the event loop.
 _LARGE_BYTES = 4 << 20
@@ -39,9 +42,16 @@ T = TypeVar("T")
 class InferenceServer:
     """Answers for the models of one instance; `replica` is its name, `<node>/<instance>`."""
 
-    def __init__(self, models: Models, replica: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` is the one that deadlines are on."""
+    def __init__(
+        self,
+        models: Models,
+        replica: str,
+        clock: Callable[[], float] = time.monotonic,
+        control: Control | None = None,
+    ) -> None:
+        """`clock` is the one that deadlines are on. Without `control`, models are not loaded or unloaded on request."""
         self._models = models
+        self._control = control
         self._replica = replica
         self._clock = clock
 
@@ -53,7 +63,8 @@ class InferenceServer:
         return pb.ServerReadyResponse(ready=self._models.is_ready())
 
     def metadata(self) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(name="shoal", version=__version__, extensions=EXTENSIONS)
+        extensions = EXTENSIONS if self._control is None else (*EXTENSIONS, *CONTROL_EXTENSIONS)
+        return pb.ServerMetadataResponse(name="shoal", version=__version__, extensions=extensions)
 
     def model_ready(self, asked: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         """An unknown model is not ready, which is no error. Raises InvalidArgument when the version is no number."""
@@ -90,8 +101,7 @@ class InferenceServer:
 
     def index(self, asked: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
         """Every version of every model. Raises Unimplemented when one of several repositories is asked for."""
-        if asked.repository_name:
-            raise Unimplemented(f"there is one repository, which has no name: got {quoted(asked.repository_name)}")
+        _only_repository(asked.repository_name)
         rows = [row for row in self._models.index() if row.state is State.READY or not asked.ready]
         index = pb.RepositoryIndexResponse.ModelIndex
         return pb.RepositoryIndexResponse(
@@ -105,6 +115,23 @@ class InferenceServer:
                 for row in rows
             ]
         )
+
+    async def load_model(self, asked: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
+        """Loads a model, or loads it again; returns when it serves. Raises what `Control.load` does, Unimplemented."""
+        _only_repository(asked.repository_name)
+        await self._controlled().load(asked)
+        return pb.RepositoryModelLoadResponse()
+
+    async def unload_model(self, asked: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
+        """Serves a model no more until it is loaded again. Raises as `Control.unload` does, and Unimplemented."""
+        _only_repository(asked.repository_name)
+        await self._controlled().unload(asked)
+        return pb.RepositoryModelUnloadResponse()
+
+    def _controlled(self) -> Control:
+        if self._control is None:
+            raise Unimplemented("models are not loaded or unloaded on request here: their source decides")
+        return self._control
 
     async def infer(
         self, asked: pb.ModelInferRequest, deadline: float = math.inf, tenant: str = ""
@@ -146,6 +173,11 @@ class InferenceServer:
     def _written(self, got: Answer, call: Call, version: Version, id: str) -> pb.ModelInferResponse:
         batched = version.loaded.model.signature.max_batch_size > 0
         return answer.write(got, call, model=version.name, version=version.number, id=id, batched=batched)
+
+
+def _only_repository(name: str) -> None:
+    if name:
+        raise Unimplemented(f"'repository_name' is not supported: there is one, without a name; got {quoted(name)}")
 
 
 def _is_long_read(asked: pb.ModelInferRequest) -> bool:

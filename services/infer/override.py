@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from google.protobuf import json_format, text_format
 
 from services.infer import modelconfig, repository
-from services.infer.wanted import CONFIG_FILE, MAX_CONFIG_BYTES, ModelFiles, WantedModel, WantedVersion
+from services.infer.wanted import CONFIG_FILE, MAX_CONFIG_BYTES, ModelFiles, WantedModel, WantedVersion, picked
 from services.infer.wording import quoted
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
@@ -157,7 +157,7 @@ class Override:
         if not versions:
             return base
         numbers = modelconfig.served_versions(config, versions, base.stable)
-        return repository.picked(base.name, versions, numbers, base.stable)
+        return picked(base.name, versions, numbers, base.stable)
 
     def _configured(self, version: WantedVersion) -> WantedVersion:
         opener = partial(_with_config, version, self.given_config)
@@ -192,7 +192,7 @@ def keep(name: str, given: Given, root: Path) -> Override:
         folder.release()
         raise
     made = {v.version: _held(v, digest.hexdigest(), folder) for v in (*found.versions, *found.others)}
-    model = repository.picked(name, made, (v.version for v in found.versions), None)
+    model = picked(name, made, (v.version for v in found.versions), None)
     return Override(given.config, digest.hexdigest(), model, folder)
 
 

@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError
 from services.infer import modelconfig
 from services.infer.backoff import Backoff
 from services.infer.cache import Cache
-from services.infer.wanted import CONFIG_FILE, ModelFiles, WantedModel, WantedVersion, read_text
+from services.infer.wanted import CONFIG_FILE, ModelFiles, WantedModel, WantedVersion, picked, read_text
 from services.infer.wording import quoted
 from shoal.errors import FailedPrecondition, ShoalError
 from shoal.store.v1 import store_pb2 as pb
@@ -116,10 +116,8 @@ class Registry:
     async def _wanted(self, versions: Sequence[pb.ModelVersion]) -> WantedModel:
         by_number = {version.version: version for version in versions}
         stable = next((v.version for v in versions if STABLE in v.aliases), None)
-        picked = await self._picked(versions[-1], by_number.keys(), stable)
-        wanted = (WantedVersion(n, by_number[n].content_digest, self._opener(by_number[n])) for n in picked)
-        problem = "" if picked else "its version_policy picks none of the versions that it has"
-        return WantedModel(versions[0].name, tuple(wanted), frozenset(by_number), stable, problem)
+        there = {n: WantedVersion(n, v.content_digest, self._opener(v)) for n, v in by_number.items()}
+        return picked(versions[0].name, there, await self._picked(versions[-1], there, stable), stable)
 
     async def _picked(self, newest: pb.ModelVersion, available: Iterable[int], stable: int | None) -> tuple[int, ...]:
         numbers = list(available)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 from services.infer import modelconfig
-from services.infer.wanted import ModelFiles, WantedModel, WantedVersion
+from services.infer.wanted import ModelFiles, WantedModel, WantedVersion, picked
 from shoal.errors import FailedPrecondition, ShoalError
 
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
@@ -95,19 +95,6 @@ def model_in(folder: Path, name: str) -> WantedModel:
     except ShoalError:  # Loading the newest version says the same, as the reason of that version.
         config = modelconfig.parse("")
     return picked(name, there, modelconfig.served_versions(config, there), None)
-
-
-def picked(name: str, there: Mapping[int, WantedVersion], numbers: Iterable[int], stable: int | None) -> WantedModel:
-    """The model with the versions that are `there`, of which those with `numbers` should be served."""
-    wanted = set(numbers)
-    return WantedModel(
-        name,
-        tuple(version for n, version in sorted(there.items()) if n in wanted),
-        frozenset(there),
-        stable,
-        "" if wanted else "its version_policy picks none of the versions that it has",
-        others=tuple(version for n, version in sorted(there.items()) if n not in wanted),
-    )
 
 
 def _entry(path: Path) -> WantedModel | None:

@@ -59,11 +59,15 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         async for answer in stream.answers(request_iterator, lambda request: self._server.infer(request, deadline)):
             yield answer
 
-    async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, context: Context) -> NoReturn:
-        _not_done("RepositoryModelLoad", "the repository (or the store) decides what is served")
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        return await self._server.load_model(request)
 
-    async def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest, context: Context) -> NoReturn:
-        _not_done("RepositoryModelUnload", "the repository (or the store) decides what is served")
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        return await self._server.unload_model(request)
 
     async def SystemSharedMemoryStatus(self, request: pb.SystemSharedMemoryStatusRequest, context: Context) -> NoReturn:
         _no_shared_memory("SystemSharedMemoryStatus")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +73,19 @@ class WantedModel:
     def is_served(self) -> bool:
         """Whether anything of it should be served."""
         return bool(self.versions or self.problem)
+
+
+def picked(name: str, there: Mapping[int, WantedVersion], numbers: Iterable[int], stable: int | None) -> WantedModel:
+    """The model with the versions that are `there`, of which those with `numbers` should be served."""
+    wanted = set(numbers)
+    return WantedModel(
+        name,
+        tuple(version for n, version in sorted(there.items()) if n in wanted),
+        frozenset(there),
+        stable,
+        "" if wanted else "its version_policy picks none of the versions that it has",
+        others=tuple(version for n, version in sorted(there.items()) if n not in wanted),
+    )
 
 
 def read_text(file: Path, most_bytes: int = _MAX_TEXT_BYTES) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,14 @@ if TYPE_CHECKING:
     from mesh.node.alone import ModelState
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+
+
+class ModelControl(StrEnum):
+    """Which models are served unasked."""
+
+    none = "none"
+    explicit = "explicit"
+    poll = "poll"
 
 
 @app.command()
@@ -24,6 +33,28 @@ def serve(
     ],
     port: Annotated[int, typer.Option(help="Port for clients. 0: any free one.", metavar="N", min=0, max=65535)] = 8001,
     host: Annotated[str, typer.Option(help="Address to listen at. 0.0.0.0: every address.")] = "127.0.0.1",
+    model_control: Annotated[
+        ModelControl | None,
+        typer.Option(
+            help="What is served unasked. none: every model. explicit: those of --load-model. "
+            "poll: every model, and what changes in the folder. [dim]default: none[/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    load_model: Annotated[
+        list[str] | None,
+        typer.Option(help="With --model-control explicit: a model to load at start. May be repeated; '*': all."),
+    ] = None,
+    poll_ms: Annotated[
+        int | None,
+        typer.Option(
+            help="With --model-control poll: how often to look. [dim]default: 15000[/dim]",
+            min=100,
+            max=86_400_000,
+            metavar="MS",
+            show_default=False,
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="When ready, print where it is and its models as JSON.")] = False,
 ) -> None:
     """Serve a folder of models over gRPC (Open Inference Protocol v2), without etcd, MongoDB or Envoy.
@@ -36,6 +67,8 @@ def serve(
       shoal serve ./models
 
       shoal serve ./models --port 9000 --host 0.0.0.0
+
+      shoal serve ./models --model-control explicit --load-model double
     """
     import asyncio
     import os
@@ -43,7 +76,17 @@ def serve(
     from mesh.node import alone
 
     screen = _Screen(as_json=json)
-    raise typer.Exit(asyncio.run(alone.serve(repository.expanduser(), host, port, os.environ, screen)))
+    if load_model and model_control is not ModelControl.explicit:
+        raise typer.BadParameter(
+            "it needs --model-control explicit: else every model is loaded", param_hint="--load-model"
+        )
+    given = {
+        "MODEL_CONTROL": model_control.value if model_control else "",
+        "LOAD_MODELS": ",".join(load_model or ()),
+        "POLL_MS": "" if poll_ms is None else str(poll_ms),
+    }
+    settings = {name: value for name, value in given.items() if value}
+    raise typer.Exit(asyncio.run(alone.serve(repository.expanduser(), host, port, os.environ, screen, settings)))
 
 
 class _Screen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -14,11 +15,12 @@ import pytest
 
 from mesh.channel import connect
 from mesh.server import GrpcServer
-from services.infer import repository
+from services.infer.control import Control
 from services.infer.core import InferenceServer
 from services.infer.models import Models
 from services.infer.onnx_runtime import OnnxRuntime
 from services.infer.queue import QueueLimits
+from services.infer.repository import look, scan
 from services.infer.rpc import inference_rpc
 from services.infer.version import Means
 from shoal.inference.v2 import inference_pb2 as pb
@@ -74,10 +76,10 @@ async def serve(run_dir: Path) -> AsyncIterator[Callable[..., object]]:
 
 @asynccontextmanager
 async def serving(root: Path, socket: Path, limits: QueueLimits) -> AsyncIterator[Serving]:
-    async with Models(Means.of(OnnxRuntime(), limits)) as models:
-        core = InferenceServer(models, "test/infer-0")
+    async with Models(Means.of(OnnxRuntime(), limits)) as models, Control(models, partial(look, root)) as control:
+        core = InferenceServer(models, "test/infer-0", control=control)
         async with GrpcServer(f"unix:{socket}", [inference_rpc(core)], drain_ms=2000):
-            models.want(repository.scan(root))
+            control.offer(scan(root))
             await models.settled()
             async with connect(f"unix:{socket}") as channel:
                 yield Serving(models, core, inference_pb2_grpc.GRPCInferenceServiceStub(channel), channel)

@@ -52,7 +52,7 @@ async def test_health_and_metadata(served):
     server = await stub.ServerMetadata(pb.ServerMetadataRequest())
     assert server.name == "shoal"
     assert "classification" in server.extensions
-    assert not {"system_shared_memory", "model_repository", "trace", "logging"} & set(server.extensions)
+    assert not {"system_shared_memory", "trace", "logging"} & set(server.extensions)
     for name, version, ready in [
         ("double", "", True),
         ("double", "1", True),
@@ -319,8 +319,6 @@ async def test_errors_of_other_methods(served):
 
 
 NOT_DONE = {
-    "RepositoryModelLoad": pb.RepositoryModelLoadRequest(model_name="double"),
-    "RepositoryModelUnload": pb.RepositoryModelUnloadRequest(model_name="double"),
     "SystemSharedMemoryStatus": pb.SystemSharedMemoryStatusRequest(),
     "SystemSharedMemoryRegister": pb.SystemSharedMemoryRegisterRequest(),
     "SystemSharedMemoryUnregister": pb.SystemSharedMemoryUnregisterRequest(),
