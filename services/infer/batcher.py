@@ -1,31 +1,27 @@
-"""Which waiting calls are run together, and when: a pure function of the queue and the time.
+"""Whether calls that can be run together should be run now: pure functions of what waits, and of the time.
 
-Calls wait in lanes; those of one lane can be stacked (same inputs, row shapes and outputs). A batch is the front of one
-lane: the lane whose front has waited longest goes first.
-
-    delay 0 (the default)    run what is there: an idle server never waits, a busy one finds its batches in the queue
-    delay > 0                wait until a lane is full, has a preferred size, or its front has waited that long
+delay 0 (the default)    run what is there: an idle server never waits, a busy one finds its batches in the queue
+delay > 0                wait until the batch is full, has a preferred size, or its first call has waited that long
+a goal (`slo_ms`)        `slo`: as late as the goal allows, where waiting pays
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 
 class Waiting(Protocol):
-    """What the policy sees of a waiting call."""
+    """What the policies see of a waiting call."""
 
     @property
     def rows(self) -> int: ...
 
     @property
-    def size_bytes(self) -> int: ...
-
-    @property
-    def arrived(self) -> float:
-        """Seconds, on the clock that `now` is of."""
+    def due(self) -> float:
+        """When it should have been answered, in seconds on the clock that `now` is of; infinite for no goal."""
         ...
 
 
@@ -41,17 +37,30 @@ class BatchPolicy:
     """How long the first call of a batch may wait for company."""
     preferred: frozenset[int] = frozenset()
     """Sizes in rows that are not worth waiting beyond."""
+    slo_s: float = math.inf
+    """Within how long calls should be answered. It forms the batches unless delay or preferred sizes are given."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the operator has said how to wait."""
+        return self.delay_s > 0 or bool(self.preferred)
+
+    @property
+    def has_goal(self) -> bool:
+        """Whether batches are formed so that `slo_s` is met."""
+        return self.slo_s != math.inf and not self.is_static
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Run:
-    """Run the first `count` calls of lane number `lane` now."""
+    """Run the first `count` calls now."""
 
-    lane: int
     count: int
+    fired: str
+    """Why now."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Wait:
     """Nothing is due before `until`; None: nothing at all until another call comes."""
 
@@ -60,41 +69,28 @@ class Wait:
 
 Decision: TypeAlias = Run | Wait
 
-
-def decide(lanes: Iterable[Sequence[Waiting]], now: float, policy: BatchPolicy) -> Decision:
-    """What to do now. No lane is empty; each is in order of arrival."""
-    soonest: float | None = None
-    best: Run | None = None
-    oldest = float("inf")
-    for number, lane in enumerate(lanes):
-        front = lane[0].arrived
-        if best is not None and front >= oldest:
-            continue
-        due = front + policy.delay_s
-        count = _due(lane, is_late=now >= due, policy=policy)
-        if count:
-            best, oldest = Run(number, count), front
-        elif soonest is None or due < soonest:
-            soonest = due
-    return best or Wait(soonest)
+NOTHING = Wait(None)
 
 
-def _due(lane: Sequence[Waiting], *, is_late: bool, policy: BatchPolicy) -> int:
-    """How many calls from the front of `lane` should run now; 0: none yet."""
-    rows = size = count = preferred = 0
-    is_full = False
-    for call in lane:
-        if count and (rows + call.rows > policy.max_rows or size + call.size_bytes > policy.max_bytes):
-            is_full = True
-            break
-        rows, size, count = rows + call.rows, size + call.size_bytes, count + 1
+def decide(front: Sequence[Waiting], oldest: float, now: float, policy: BatchPolicy, *, is_cut: bool) -> Decision:
+    """What to do with the calls that make the next batch, with a static policy.
+
+    Args:
+        front: at least one call, and no more than may run together.
+        oldest: when the first of those that wait came.
+        is_cut: more wait, and do not fit in.
+    """
+    rows = 0
+    preferred = 0
+    for count, call in enumerate(front, 1):
+        rows += call.rows
         if rows in policy.preferred:
             preferred = count
-        if rows >= policy.max_rows:
-            is_full = True
-            break
-    if is_full and rows >= policy.max_rows:
-        return count
+    if rows >= policy.max_rows:
+        return Run(len(front), "full")
     if preferred:
-        return preferred
-    return count if is_full or is_late else 0
+        return Run(preferred, "preferred")
+    if is_cut:
+        return Run(len(front), "full")
+    due = oldest + policy.delay_s
+    return Run(len(front), "delay") if now >= due else Wait(due)

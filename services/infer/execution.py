@@ -1,23 +1,24 @@
-"""One execution: rows of several calls gathered, the model run once, the answers cut apart. On a worker thread.
+"""One execution: rows of several calls gathered, the model run once, the answers cut apart. It blocks.
 
-    inputs of each call ──stack_rows──> staging buffers ──session.run──> outputs ──split_rows──> views, one per call
+    inputs of each call ──stack_rows──> staging buffers ──session.run──> outputs ──slices──> views, one for each call
 
 A call that nobody waits for any more, or whose time is over, is left out up to the moment of the run. When a batch
-fails, each of its calls is run alone, so that only the guilty one fails.
+fails it is cut in halves (`bisection`), so that only the guilty calls fail.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from kernels.stack_rows import split_rows, stack_rows
+from services.infer.bisection import Bisection
 from services.infer.request import Call
 from services.infer.runtime import ModelFailed, Session
 from services.infer.signature import Signature
@@ -37,10 +38,14 @@ class Job(Protocol):
     @property
     def call(self) -> Call: ...
 
-    def is_dead(self, now: float) -> bool: ...
+    @property
+    def expires(self) -> float: ...
+
+    @property
+    def is_abandoned(self) -> bool: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Times:
     """How long the parts of an execution took, in nanoseconds; and how many rows it had."""
 
@@ -50,13 +55,37 @@ class Times:
     scatter_ns: int = 0
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one call: outputs in the order it asked for them, or an error."""
+class Answer:
+    """What came back for one call."""
 
-    outputs: Sequence[Tensor] = ()
-    error: Exception | None = None
-    times: Times = field(default_factory=Times)
+    __slots__ = ("fired", "outputs", "queue_ns", "times")
+
+    def __init__(self, outputs: Sequence[Tensor], times: Times, queue_ns: int = 0, fired: str = "") -> None:
+        self.outputs = outputs
+        """In the order that the call asks for them."""
+        self.times = times
+        self.queue_ns = queue_ns
+        """How long it waited before its execution."""
+        self.fired = fired
+        """Why its batch was run when it was: idle, queued, full, preferred, delay, slo, alone, closing."""
+
+
+Outcome: TypeAlias = Answer | Exception
+"""What became of one call."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What an execution did besides answering, since somebody last looked."""
+
+    bisections: int = 0
+    """Batches that failed and were cut in two."""
+    expired_rows: int = 0
+    """Rows that were run although their time was over: always 0, or there is a fault in here."""
+
+    @property
+    def has_news(self) -> bool:
+        return self.bisections > 0 or self.expired_rows > 0
 
 
 class Execution:
@@ -69,53 +98,93 @@ class Execution:
         self._batched = signature.max_batch_size > 0
         self._clock = clock
         self._staging: dict[str, np.ndarray[tuple[int], np.dtype[np.uint8]]] = {}
+        self.tally = Tally()
+
+    @property
+    def may_run_on_loop(self) -> bool:
+        """Whether the model only computes: then a run that is short enough holds up nobody."""
+        return bool(getattr(self._session, "only_computes", False))
 
     def run(self, batch: Sequence[Job]) -> list[Outcome]:
         """One outcome for each job, in order. Never raises."""
-        outcomes: list[Outcome] = [_EXPIRED] * len(batch)
-        now = self._clock()
-        alive = [n for n, job in enumerate(batch) if not job.is_dead(now)]
-        if not alive:
-            return outcomes
-        for n, outcome in zip(alive, self._run_alive([batch[n] for n in alive]), strict=True):
-            outcomes[n] = outcome
-        self._give_back()
+        outcomes: list[Outcome] = []
+        try:
+            outcomes = self._run(batch)
+        except ModelFailed as err:
+            outcomes = self._run_apart(batch, err) if len(batch) > 1 else [self._failed(err)]
+        except Exception as err:  # A fault of ours: the front tells the log everything and the caller little.
+            outcomes = [err] * len(batch)
+        if self._staging:
+            self._give_back()
         return outcomes
 
-    def _run_alive(self, batch: Sequence[Job]) -> list[Outcome]:
-        try:
-            return self._run_together([job.call for job in batch])
-        except ModelFailed as err:
-            if len(batch) > 1:
-                log.info(
-                    "model %s failed for a batch of %d calls, which now run alone: %s", self._name, len(batch), err
-                )
-                return [outcome for job in batch for outcome in self.run([job])]
-            message = f"Failed to process the request(s) for model '{self._name}': {err}"
-            return [Outcome(error=Internal(message))]
-        except Exception as err:  # A fault of ours: the front tells the log everything and the caller little.
-            return [Outcome(error=err) for _ in batch]
+    def _run_apart(self, batch: Sequence[Job], err: ModelFailed) -> list[Outcome]:
+        log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
+        bisection: Bisection[Job, Outcome] = Bisection(self._run, self._excused)
+        outcomes = bisection.outcomes(batch)
+        self.tally.bisections += bisection.cuts
+        return outcomes
 
-    def _run_together(self, calls: Sequence[Call]) -> list[Outcome]:
-        start = perf_counter_ns()
-        counts = [call.rows for call in calls]
-        inputs = calls[0].inputs if len(calls) == 1 else self._gathered(calls, sum(counts))
+    def _excused(self, err: Exception) -> Outcome:
+        return self._failed(err) if isinstance(err, ModelFailed) else err
+
+    def _failed(self, err: ModelFailed) -> Internal:
+        return Internal(f"Failed to process the request(s) for model '{self._name}': {err}")
+
+    def _run(self, batch: Sequence[Job]) -> list[Outcome]:
+        """Runs those that are alive as one. Raises what the model raises."""
+        alive = self._alive(batch, self._clock())
+        while alive:
+            start = perf_counter_ns()
+            calls = [job.call for job in alive]
+            inputs, rows = self._gathered(calls)
+            # Gathering large inputs takes a while: whoever ran out in it is left out too.
+            now = self._clock()
+            still = self._alive(alive, now)
+            if len(still) < len(alive):
+                alive = still
+                continue
+            self._check_alive(alive, now)
+            answers = self._computed(calls, inputs, rows, start)
+            if len(alive) == len(batch):
+                return answers
+            found = dict(zip(map(id, alive), answers, strict=True))
+            return [found[id(job)] if id(job) in found else _expired() for job in batch]
+        return [_expired() for _ in batch]
+
+    def _alive(self, batch: Sequence[Job], now: float) -> Sequence[Job]:
+        if any(job.is_abandoned for job in batch) or min([job.expires for job in batch]) <= now:
+            return [job for job in batch if not job.is_abandoned and now < job.expires]
+        return batch
+
+    def _check_alive(self, batch: Sequence[Job], now: float) -> None:
+        """Counts what must not be: whoever changes the above should see it."""
+        if min([job.expires for job in batch]) <= now:
+            self.tally.expired_rows += sum(job.call.rows for job in batch if job.expires <= now)
+
+    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Tensor], int]:
+        if len(calls) == 1:
+            return calls[0].inputs, calls[0].rows
+        inputs = {}
+        rows = sum([call.rows for call in calls])
+        for name, first in calls[0].inputs.items():
+            out = self._buffer(name, first, rows)
+            inputs[name] = stack_rows([call.inputs[name] for call in calls], out)
+        return inputs, rows
+
+    def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Tensor], rows: int, start: int) -> list[Outcome]:
         gathered = perf_counter_ns()
         names = [output.spec.name for output in calls[0].outputs]
         results = self._session.run(inputs, names)
         computed = perf_counter_ns()
         if self._batched:
-            self._check_rows(names, results, sum(counts))
-        split = [split_rows(result, counts) for result in results] if len(calls) > 1 else [[r] for r in results]
-        times = Times(sum(counts), gathered - start, computed - gathered, perf_counter_ns() - computed)
-        return [Outcome([views[n] for views in split], None, times) for n in range(len(calls))]
-
-    def _gathered(self, calls: Sequence[Call], rows: int) -> dict[str, Tensor]:
-        inputs = {}
-        for name, first in calls[0].inputs.items():
-            out = self._buffer(name, first, rows)
-            inputs[name] = stack_rows([call.inputs[name] for call in calls], out)
-        return inputs
+            self._check_rows(names, results, rows)
+        if len(calls) == 1:
+            return [Answer(results, Times(rows, gathered - start, computed - gathered, 0))]
+        counts = [call.rows for call in calls]
+        parts = zip(*[split_rows(result, counts) for result in results], strict=True) if results else [()] * len(calls)
+        times = Times(rows, gathered - start, computed - gathered, perf_counter_ns() - computed)
+        return [Answer(outputs, times) for outputs in parts]
 
     def _buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
         shape = (rows, *like.shape[1:])
@@ -141,4 +210,5 @@ class Execution:
                 )
 
 
-_EXPIRED = Outcome(error=DeadlineExceeded("Request timeout expired in the queue: it was not executed"))
+def _expired() -> DeadlineExceeded:
+    return DeadlineExceeded("Request timeout expired in the queue: it was not executed")

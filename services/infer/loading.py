@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from services.infer import modelconfig, warmup
+from services.infer import modelconfig, rules, warmup
 from services.infer.batcher import BatchPolicy
+from services.infer.isolation.session import ProcessSession
 from services.infer.modelconfig import Completed
-from services.infer.queue import QueueLimits
-from services.infer.runtime import Runtime, Session
+from services.infer.runtime import About, Runtime, Session
+from services.infer.runtimes import Runtimes
 from services.infer.wanted import ModelFiles, read_text
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -38,20 +38,19 @@ class Loaded:
             max_bytes=_BATCH_BYTES,
             delay_s=batching.max_queue_delay_microseconds / 1e6 if self.model.signature.max_batch_size else 0.0,
             preferred=frozenset(batching.preferred_batch_size),
+            slo_s=rules.slo_s(self.model.config),
         )
 
-    def queue_limits(self, default: QueueLimits) -> QueueLimits:
-        """How many calls may wait."""
-        calls = self.model.config.dynamic_batching.default_queue_policy.max_queue_size
-        return QueueLimits(calls or default.calls, default.size_bytes)
 
-    def default_timeout_s(self) -> float:
-        """How long a call may wait, whatever it says itself; infinite for no bound."""
-        timeout_us = self.model.config.dynamic_batching.default_queue_policy.default_timeout_microseconds
-        return timeout_us / 1e6 if timeout_us else math.inf
-
-
-def load(name: str, files: ModelFiles, runtime: Runtime, *, threads: int, clock: Callable[[], float]) -> Loaded:
+def load(
+    name: str,
+    files: ModelFiles,
+    runtimes: Runtime | Runtimes,
+    *,
+    version: int = 1,
+    threads: int,
+    clock: Callable[[], float],
+) -> Loaded:
     """Loads one version of the model `name` and warms it up. `threads`: for one execution, unless it says otherwise.
 
     Raises:
@@ -64,27 +63,41 @@ def load(name: str, files: ModelFiles, runtime: Runtime, *, threads: int, clock:
             "model %s: config.pbtxt calls it '%s'; it is served under the name of its folder", name, config.name
         )
     config.name = name
+    runtime = _runtime(runtimes, config, files)
     modelconfig.check(config, runtime)
     labels = _labels(config, files.folder)
-    session = runtime.load(_model_file(config, files), modelconfig.session_options(config, threads))
+    about = About(name, version, files.folder, config, modelconfig.instances(config))
+    options = replace(modelconfig.session_options(config, threads), about=about)
+    session = runtime.load(_model_file(config, files, runtime), options)
     try:
+        says_batch = modelconfig.says_max_batch_size(text)
+        if isinstance(session, ProcessSession):
+            config, says_batch = session.completed(config), says_batch or session.says_batch
+            modelconfig.check(config, runtime)
         model = modelconfig.complete(
             config,
             session.inputs,
             session.outputs,
             runtime=runtime,
             text=session.text,
-            batch_is_given=modelconfig.says_max_batch_size(text),
+            batch_is_given=says_batch,
             labels=labels,
         )
-        return Loaded(warmup.run(name, model, session, files.folder, clock), session)
+        if config.model_transaction_policy.decoupled:
+            return Loaded(model, session)
+        made_up = not isinstance(session, ProcessSession) or session.is_tried
+        return Loaded(warmup.run(name, model, session, files.folder, clock, made_up=made_up), session)
     except BaseException:
         session.close()
         raise
 
 
-def _model_file(config: pb.ModelConfig, files: ModelFiles) -> Path:
-    name = files.bare_file or config.default_model_filename or modelconfig.MODEL_FILE
+def _runtime(runtimes: Runtime | Runtimes, config: pb.ModelConfig, files: ModelFiles) -> Runtime:
+    return runtimes.of(config, files.version_folder, files.bare_file) if isinstance(runtimes, Runtimes) else runtimes
+
+
+def _model_file(config: pb.ModelConfig, files: ModelFiles, runtime: Runtime) -> Path:
+    name = files.bare_file or config.default_model_filename or runtime.model_file
     file = files.version_folder / name
     if not file.is_file():
         raise FailedPrecondition(f"version folder {files.version_folder.name} has no file {name}")

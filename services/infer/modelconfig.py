@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from google.protobuf import text_format
 
+from services.infer import rules
 from services.infer.datatypes import BY_CONFIG
 from services.infer.runtime import Runtime, SessionOptions
 from services.infer.signature import Signature, TensorSpec, fits
@@ -25,8 +26,6 @@ from shoal.inference.v2 import model_config_pb2 as pb
 
 GUESSED_BATCH_SIZE = 64
 """Rows at most for a model that says nothing: most of what batching gives is had by then, and memory stays modest."""
-
-MODEL_FILE = "model.onnx"
 
 _MAX_INSTANCES = 64
 _MAX_BATCH_SIZE = 1 << 16
@@ -64,7 +63,7 @@ def served_versions(config: pb.ModelConfig, available: Collection[int], stable: 
 
 def check(config: pb.ModelConfig, runtime: Runtime) -> None:
     """Raises FailedPrecondition that names every setting that Shoal does not do, or that is out of range."""
-    wrong = [*_not_done(config, runtime), *_out_of_range(config)]
+    wrong = [*_not_done(config, runtime), *_out_of_range(config), *rules.wrong(config)]
     if wrong:
         raise FailedPrecondition("the model's configuration: " + "; ".join(wrong))
 
@@ -76,11 +75,10 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
         yield f"backend '{config.backend}' is not supported: use {runtime.backend}"
     if config.runtime not in ("", runtime.backend):
         yield f"runtime '{config.runtime}' is not supported: leave it out"
-    batching = config.dynamic_batching
     unsupported = {
         "sequence_batching": config.HasField("sequence_batching"),
         "ensemble_scheduling": config.HasField("ensemble_scheduling"),
-        "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled,
+        "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled and not runtime.can_decouple,
         "batch_input": bool(config.batch_input),
         "batch_output": bool(config.batch_output),
         "cc_model_filenames": bool(config.cc_model_filenames),
@@ -88,10 +86,6 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
         "model_repository_agents": bool(config.model_repository_agents.agents),
         "optimization.cuda": config.optimization.HasField("cuda"),
         "optimization.execution_accelerators": config.optimization.HasField("execution_accelerators"),
-        "dynamic_batching.priority_levels": batching.priority_levels > 0,
-        "dynamic_batching.priority_queue_policy": bool(batching.priority_queue_policy),
-        "dynamic_batching.default_queue_policy.timeout_action DELAY": batching.default_queue_policy.timeout_action
-        == pb.ModelQueuePolicy.DELAY,
     }
     yield from (f"{name} is not supported" for name, is_set in unsupported.items() if is_set)
     yield from (f"input '{i.name}': {what} is not supported" for i in config.input for what in _odd_input(i))
@@ -184,7 +178,7 @@ def complete(
     done = pb.ModelConfig()
     done.CopyFrom(config)
     done.platform, done.backend = runtime.platform, runtime.backend
-    done.default_model_filename = config.default_model_filename or MODEL_FILE
+    done.default_model_filename = config.default_model_filename or runtime.model_file
     if not done.HasField("version_policy"):
         done.version_policy.latest.num_versions = 1
     if not done.instance_group:

@@ -53,6 +53,8 @@ class OnnxRuntime:
 
     platform = "onnxruntime_onnx"
     backend = "onnxruntime"
+    model_file = "model.onnx"
+    can_decouple = False
 
     def __init__(self) -> None:
         onnxruntime.set_default_logger_severity(_NOTHING)
@@ -82,6 +84,7 @@ class OnnxSession:
     """One model in ONNX Runtime."""
 
     text = True
+    only_computes = True
 
     def __init__(self, session: Any) -> None:
         """Raises FailedPrecondition when an input or output is no tensor of a known datatype."""

@@ -34,8 +34,14 @@ class Parameters:
 
     timeout_us: int = 0
     """How long it may wait in the queue; 0: no bound of its own."""
+    priority: int = 0
+    """1 goes first; 0: the model's default. Beyond the model's levels it means the default too, as in Triton."""
     explain: bool = False
     """Say in the answer who computed it, with how many rows, and how long that took."""
+
+
+NONE = Parameters()
+"""What most requests say."""
 
 
 def read(given: Mapping[str, InferParameter]) -> Parameters:
@@ -52,8 +58,14 @@ def read(given: Mapping[str, InferParameter]) -> Parameters:
         for number in ("timeout", "priority"):
             if name == number and value.int64_param < 0:
                 raise InvalidArgument(f"parameter '{name}': expected 0 or more, got {value.int64_param}")
-    timeout, explain = given.get("timeout"), given.get("explain")
-    return Parameters(timeout.int64_param if timeout else 0, explain.bool_param if explain else False)
+    if not given:
+        return NONE
+    timeout, priority, explain = given.get("timeout"), given.get("priority"), given.get("explain")
+    return Parameters(
+        timeout_us=timeout.int64_param if timeout else 0,
+        priority=(priority.uint64_param or priority.int64_param) if priority else 0,
+        explain=explain.bool_param if explain else False,
+    )
 
 
 def check_input(given: Mapping[str, InferParameter], what: str) -> None:

@@ -18,7 +18,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -190,7 +190,7 @@ class ResponseCache:
             size = sum(output.nbytes for output in got.outputs)
             if size <= self._store.largest_bytes:
                 outputs = await _aside(lambda: frozen(got.outputs), _is_long(size, got.outputs))
-                answer = replace(got, outputs=outputs)
+                answer = Answer(outputs, got.times, got.queue_ns, got.fired)
                 self._store.put(self._owner, key, outputs, expires=self._clock() + self._ttl_s)
             flight.kept_ns = time.perf_counter_ns() - began
             return answer

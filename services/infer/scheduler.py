@@ -1,9 +1,10 @@
 """Brings calls to execution: a queue, and one worker for each instance of the model.
 
-    submit ──> queue ──decide──> batch ──one hop──> worker thread: Execution.run ──one hop──> answers
+    start ──> queue ──take──> batch ──> on the loop, when it is shorter than a hop          ──> answers
+                                   └──> worker thread: one hop there, and one back ──┘
 
-The decisions are the queue's and the batcher's; this shell only waits, hands over and counts. Its event loop is never
-blocked: a batch crosses to a thread once, and back once.
+The decisions are the queue's and the policies'; this shell only waits, hands over and counts. What is done per call is
+kept small: no task, no timer, no lock; one pass over the batch when it is taken, run, and answered.
 """
 
 from __future__ import annotations
@@ -12,43 +13,57 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 from services.infer.batcher import BatchPolicy, Wait
-from services.infer.execution import Execution, Outcome, Times
-from services.infer.queue import Pending, Queue, QueueLimits
+from services.infer.cost import Backlog, CostCurve
+from services.infer.execution import Answer, Execution, Outcome, Times
+from services.infer.queue import Batch, Pending, Queue, QueueLimits, Receiver
 from services.infer.request import Call
+from services.infer.rules import Rules
 from services.infer.statistics import Statistics
-from services.infer.tensors import Tensor
-from shoal.errors import DeadlineExceeded, Unavailable
+from services.infer.worker import ThreadWorker, Worker
+from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+
+__all__ = ["Answer", "Receiver", "Scheduler"]
 
 log = logging.getLogger(__name__)
 
 _RETRY_MIN_MS, _RETRY_MAX_MS = 5, 5_000
 # A refused caller comes back soon enough to use what was freed, and not so soon that it only asks again.
 
-_SMOOTHING = 0.2
-# Weight of the newest execution in the running mean of seconds a row.
+_HOP_S = 150e-6
+# Handing a batch to a thread and back takes about so long, twice that when both want the interpreter's lock: what is
+# done sooner is run on the loop.
+
+_FINE_S = 0.005
+# The event loop's timers count milliseconds: the end of a wait is waited for by an idle worker.
+
+_LONGEST_S = 3600.0
+# No timer is set for longer: loops differ in how far they can count.
+
+_SURE = 0.9
+# A call is refused for a forecast only when it is too late by a tenth: forecasts err.
 
 
-_TIMER_S = 0.001
-# The event loop's timers count milliseconds: a shorter wait would be none at all, and the worker would spin.
+class _Waiter:
+    """A receiver that can be awaited."""
 
+    __slots__ = ("future",)
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back for one call."""
+    def __init__(self, future: asyncio.Future[Answer]) -> None:
+        self.future = future
 
-    outputs: Sequence[Tensor]
-    """In the order that the call asks for them."""
-    times: Times
-    queue_ns: int
-    """How long it waited before its execution."""
-    fired: str = ""
-    """Why its batch was run when it was."""
+    def answered(self, answer: Answer) -> None:
+        if not self.future.done():
+            self.future.set_result(answer)
+
+    def failed(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 class Scheduler:
@@ -57,8 +72,8 @@ class Scheduler:
     Args:
         execution: makes the Execution of one worker; called once for each.
         instances: how many executions may run at the same time.
-        default_timeout_s: how long a call may wait, unless it says less; infinite for no bound.
         clock: seconds; the one that deadlines and the executions' expiry are on.
+        worker: makes what runs an instance's batches.
     """
 
     def __init__(
@@ -67,130 +82,378 @@ class Scheduler:
         execution: Callable[[], Execution],
         policy: BatchPolicy,
         limits: QueueLimits,
+        rules: Rules | None = None,
         *,
         instances: int = 1,
-        default_timeout_s: float = math.inf,
         statistics: Statistics,
         clock: Callable[[], float] = time.monotonic,
+        worker: Callable[[Execution, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
     ) -> None:
         self._name = name
-        self._queue = Queue(name, limits, policy)
+        self._policy = policy
+        self._rules = rules or Rules()
+        self.cost = CostCurve()
+        self._compute = CostCurve()  # Of the model alone: what a run on the loop would take.
+        self._queue = Queue(name, limits, policy, self._rules, self.cost)
         self._execution = execution
         self._instances = instances
-        self._default_timeout_s = default_timeout_s
         self._statistics = statistics
         self._clock = clock
-        self._arrived = asyncio.Event()
+        self._make_worker = worker
+        self._goal_s = policy.slo_s if policy.has_goal else math.inf
+        self._has_rules = self._rules != Rules(weights=self._rules.weights) or self._goal_s != math.inf
+        self._backlog = Backlog()
+        self._idle: list[Worker] = []
+        self._workers: list[Worker] = []
+        self._may_run_here = False
+        self._free_at: dict[Worker, float] = {}
+        self._was_busy = False
+        self._unanswered: deque[Pending] | None = deque() if self._rules.preserves_order else None
         self._is_closing = False
-        self._row_s = 0.0
-        self._workers: list[asyncio.Task[None]] = []
+        self._will_dispatch = False
+        self._waking: asyncio.TimerHandle | None = None
+        self._waking_at = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
 
     async def __aenter__(self) -> Scheduler:
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(self._instances, thread_name_prefix=self._name)
-        self._workers = [
-            asyncio.create_task(self._work(self._execution()), name=f"{self._name}-{n}") for n in range(self._instances)
-        ]
+        self._is_drained = asyncio.Event()
+        try:
+            for n in range(self._instances):
+                self._workers.append(self._make_worker(self._execution(), self._loop, f"{self._name}-{n}"))
+        except BaseException:
+            self._end_workers()
+            raise
+        self._idle = self._workers[::-1]
+        self._may_run_here = all(worker.execution.may_run_on_loop for worker in self._workers)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._is_closing = True
-        self._arrived.set()
-        await asyncio.gather(*self._workers)
-        self._threads.shutdown(wait=False)
+        self._soon()
+        try:
+            await self._is_drained.wait()
+        finally:
+            self._end_workers()
+            for timer in (self._timer, self._waking):
+                if timer is not None:
+                    timer.cancel()
 
-    def is_waiting(self, call: Call) -> bool:
-        """Whether `call` is in the queue: its execution has not begun."""
-        return self._queue.holds(call)
+    def _end_workers(self) -> None:
+        for worker in self._workers:
+            worker.close()
 
     async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
         """Runs one call with whatever it can share an execution with.
 
         Args:
             deadline: on this scheduler's clock; the call is not started at or after it, nor after its own `timeout`.
+            tenant: whose call it is: those who wait together have their shares of the model.
 
         Raises:
-            ResourceExhausted: the queue is full.
+            ResourceExhausted: the queue is full, or too long for the call to be done in time.
             DeadlineExceeded: it could not be started in time, and was not.
             Internal: the model cannot process this call.
             Unavailable: the model is being unloaded.
         """
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        pending = self.start(call, deadline, tenant, _Waiter(future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.abandon(pending)
+            raise
+
+    def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Pending:
+        """As `submit`, without waiting: `receiver` will be told. Raises what is clear at once."""
         if self._is_closing:
             raise Unavailable(f"model '{self._name}' is being unloaded")
         now = self._clock()
-        timeout_us = call.parameters.timeout_us
-        expires = min(deadline, now + self._default_timeout_s, now + timeout_us / 1e6 if timeout_us else math.inf)
-        if expires <= now:
+        pending = Pending(call, now, deadline, receiver)
+        if self._has_rules or call.parameters.timeout_us:
+            self._apply_rules(pending)
+        if pending.expires <= now:
+            self._statistics.expired += 1
             raise self._too_late()
-        pending = Pending(call, now, expires, self._loop.create_future())
-        self._queue.add(pending, self._retry_after_ms)
-        self._arrived.set()
-        timer = self._loop.call_later(expires - now, self._expire, pending) if expires != math.inf else None
-        try:
-            outcome = await pending.answer
-        finally:
-            if timer is not None:
-                timer.cancel()
-            pending.is_abandoned = True
-            self._queue.discard(pending)
-        if outcome.error is not None:
-            raise outcome.error
-        queue_ns, total_ns = int((pending.started - now) * 1e9), int((self._clock() - now) * 1e9)
-        self._statistics.answered(outcome.times, queue_ns=queue_ns, total_ns=total_ns)
-        return Answer(outcome.outputs, outcome.times, queue_ns)
+        if not self._idle and self._backlog.is_known:
+            self._admit(pending, tenant, now)
+        evicted = self._queue.add(pending, tenant, self._retry_after_ms)
+        if evicted:
+            self._evict(evicted)
+        if self._unanswered is not None:
+            self._unanswered.append(pending)
+        if pending.expires < self._timer_at or pending.yields_at < self._timer_at:
+            self._set_timer(min(pending.expires, pending.yields_at), now)
+        if self._idle and not self._will_dispatch:
+            self._soon()
+        return pending
 
-    def _expire(self, pending: Pending) -> None:
-        if self._queue.discard(pending) and not pending.answer.done():
-            pending.answer.set_exception(self._too_late())
+    def is_waiting(self, call: Call) -> bool:
+        """Whether `call` is in the queue: its execution has not begun."""
+        return self._queue.holds(call)
+
+    def abandon(self, pending: Pending) -> None:
+        """Nobody waits for this answer any more: its receiver will not be called. Nothing happens when it was."""
+        if pending.is_abandoned:
+            return
+        pending.is_abandoned = True
+        self._statistics.cancelled += 1
+        self._queue.discard(pending)
+        if self._unanswered is not None:
+            self._release()
+
+    def _apply_rules(self, pending: Pending) -> None:
+        asked = pending.call.parameters
+        pending.level = self._rules.level(asked.priority)
+        level = self._rules.levels[pending.level]
+        timeout_s = level.timeout_s
+        if asked.timeout_us and level.allows_override:
+            timeout_s = min(timeout_s, asked.timeout_us / 1e6)
+        if level.delays:
+            pending.yields_at = pending.arrived + timeout_s
+        else:
+            pending.expires = min(pending.deadline, pending.arrived + timeout_s)
+        pending.due = min(pending.deadline, pending.arrived + self._goal_s) if self._goal_s != math.inf else math.inf
+
+    # Forecasts
+
+    def _admit(self, pending: Pending, tenant: str, now: float) -> None:
+        """Raises ResourceExhausted when `pending` cannot make it: what waits before it takes too long already."""
+        bound = min(pending.expires, pending.due)
+        if bound == math.inf or self._queue.rows <= self._policy.max_rows:
+            return
+        rows = self._queue.ahead(pending, tenant)
+        start_s = min(self._free_at.values(), default=now) - now + rows * self._backlog.row_s / self._instances
+        start, end = now + _SURE * start_s, now + _SURE * (start_s + self._backlog.batch_s)
+        if start < pending.expires and end < pending.deadline and (end < pending.due or not self._can_reach_goal()):
+            return
+        self._statistics.shed += 1
+        after_ms = self._retry_after_ms()
+        raise ResourceExhausted(
+            f"model '{self._name}' is overloaded: about {start_s * 1000:.0f} ms of work wait before this request, "
+            f"which should be done in {(bound - now) * 1000:.0f} ms; retry after {after_ms} ms",
+            retry_after_ms=after_ms,
+        )
+
+    def _can_reach_goal(self) -> bool:
+        return self._backlog.batch_s < self._goal_s
+
+    def _retry_after_ms(self) -> int:
+        """When what waits now will be done, roughly."""
+        row_s = self._backlog.row_s or self.cost.expected(1)
+        backlog_s = self._queue.rows * row_s / self._instances
+        return int(min(max(backlog_s * 1000, _RETRY_MIN_MS), _RETRY_MAX_MS))
+
+    # Batches
+
+    def _soon(self) -> None:
+        if not self._will_dispatch:
+            self._will_dispatch = True
+            self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Gives what waits to the instances that are free."""
+        self._will_dispatch = False
+        now = self._clock()
+        if self._queue.next_expiry() <= now:
+            self._expire(now)
+        while self._idle:
+            if self._backlog.is_known and self._queue.rows > self._policy.max_rows:
+                self._shed(now)
+            batch = self._queue.take(
+                now, instances=self._instances, is_idle=not self._was_busy, is_late=self._is_closing
+            )
+            if isinstance(batch, Wait):
+                if batch.until is not None:
+                    self._wait(batch.until, now)
+                break
+            worker = self._idle.pop()
+            self._waking_at = math.inf
+            if self._may_run_here and self._is_short(batch):
+                self._run_here(worker, batch, now)
+                break
+            self._run_there(worker, batch, now)
+        if not self._queue:
+            self._was_busy = False
+        if self._is_closing:
+            self._check_drained()
+
+    def _is_short(self, batch: Batch) -> bool:
+        seconds = self._compute.mean_of(batch.rows)
+        if seconds is None:
+            return self._compute.is_known and self._compute.expected(batch.rows) < _HOP_S
+        return seconds < _HOP_S
+
+    def _run_here(self, worker: Worker, batch: Batch, now: float) -> None:
+        start = time.perf_counter_ns()
+        outcomes = worker.execution.run(batch.calls)
+        seconds = (time.perf_counter_ns() - start) / 1e9
+        self._idle.append(worker)
+        if self._queue:
+            self._was_busy = True
+            self._soon()  # And not now: what has come meanwhile should join.
+        self._hand_out(worker, batch, outcomes, now, seconds)
+
+    def _run_there(self, worker: Worker, batch: Batch, now: float) -> None:
+        self._free_at[worker] = now + self.cost.expected(batch.rows)
+        worker.run(batch.calls, partial(self._ran, worker, batch, now))
+
+    def _ran(self, worker: Worker, batch: Batch, started: float, outcomes: Sequence[Outcome], seconds: float) -> None:
+        del self._free_at[worker]
+        self._idle.append(worker)
+        if self._queue:
+            # The model goes on while answers are written.
+            self._was_busy = True
+            self._dispatch()
+        self._hand_out(worker, batch, outcomes, started, seconds)
+        if self._is_closing:
+            self._check_drained()
+
+    def _check_drained(self) -> None:
+        if not self._queue and len(self._idle) == len(self._workers):
+            self._is_drained.set()
+
+    def _wait(self, until: float, now: float) -> None:
+        """Looks again at `until`, if nothing comes before."""
+        if until == self._waking_at:
+            return
+        self._waking_at = until
+        left = min(until - now, _LONGEST_S)
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
+        if left > _FINE_S:
+            self._waking = self._loop.call_later(left - _FINE_S / 2, self._wake)
+        else:
+            self._idle[-1].wake_in(left, self._wake)
+
+    def _wake(self) -> None:
+        self._waking_at = math.inf
+        self._dispatch()
+
+    # Outcomes
+
+    def _hand_out(
+        self, worker: Worker, batch: Batch, outcomes: Sequence[Outcome], started: float, seconds: float
+    ) -> None:
+        now = self._clock()
+        fired = batch.fired
+        arrived = 0.0
+        answers = 0
+        times: Times | None = None
+        is_whole = True
+        for pending, outcome in zip(batch.calls, outcomes, strict=True):
+            if type(outcome) is Answer:
+                if outcome.times is not times:
+                    if times is not None:
+                        is_whole = False
+                        self._count(times, answers, arrived, started, now)
+                    times, answers, arrived = outcome.times, 0, 0.0
+                answers += 1
+                arrived += pending.arrived
+                outcome.queue_ns = int((started - pending.arrived) * 1e9)
+                outcome.fired = fired
+            else:
+                is_whole = False
+            if self._unanswered is not None:
+                pending.outcome = outcome
+            elif not pending.is_abandoned:
+                self._tell(pending, outcome)
+        if times is not None:
+            self._count(times, answers, arrived, started, now)
+        if is_whole:
+            self._learn(batch, now - started, seconds)
+        tally = worker.execution.tally
+        if tally.has_news:
+            self._statistics.tally(tally)
+        if self._unanswered is not None:
+            self._release()
+
+    def _tell(self, pending: Pending, outcome: Outcome) -> None:
+        pending.is_abandoned = True  # From here on, it is over.
+        try:
+            if isinstance(outcome, Answer):
+                pending.receiver.answered(outcome)
+            else:
+                if isinstance(outcome, DeadlineExceeded):
+                    self._statistics.expired += 1
+                pending.receiver.failed(outcome)
+        except Exception:  # One caller's trouble is no other's.
+            log.exception("model %s: an answer could not be given", self._name)
+
+    def _release(self) -> None:
+        """Gives what is next in the order of arrival, and ready."""
+        unanswered = self._unanswered
+        assert unanswered is not None, "only asked where order is preserved"
+        while unanswered and (unanswered[0].is_abandoned or unanswered[0].outcome is not None):
+            pending = unanswered.popleft()
+            if not pending.is_abandoned and pending.outcome is not None:
+                self._tell(pending, pending.outcome)
+
+    def _count(self, times: Times, answers: int, arrived: float, started: float, now: float) -> None:
+        self._statistics.executed(times, time.time_ns() // 1_000_000)
+        queue_ns, total_ns = int((answers * started - arrived) * 1e9), int((answers * now - arrived) * 1e9)
+        self._statistics.answered(times, answers, queue_ns=queue_ns, total_ns=total_ns)
+
+    def _learn(self, batch: Batch, elapsed_s: float, seconds: float) -> None:
+        self.cost.add(batch.rows, elapsed_s)
+        if self._may_run_here:
+            self._compute.add(batch.rows, seconds)
+        if batch.leaves_rows:
+            self._backlog.add(batch.rows, elapsed_s)
+
+    # Ends without an execution
+
+    def _settle(self, pending: Pending, error: Exception) -> None:
+        if self._unanswered is None:
+            if not pending.is_abandoned:
+                self._tell(pending, error)
+        else:
+            pending.outcome = error
+            self._release()
+
+    def _expire(self, now: float) -> None:
+        for pending in self._queue.expire(now):
+            self._settle(pending, self._too_late())
+
+    def _shed(self, now: float) -> None:
+        """Sends away those that would be answered too late even if they were run next: others can still make it."""
+        for pending in self._queue.shed(now + _SURE * self._backlog.batch_s):
+            self._statistics.shed += 1
+            after_ms = self._retry_after_ms()
+            message = (
+                f"model '{self._name}' is overloaded: this request could not be done before its deadline, and was not "
+                f"executed; retry after {after_ms} ms"
+            )
+            self._settle(pending, ResourceExhausted(message, retry_after_ms=after_ms))
+
+    def _evict(self, pendings: Sequence[Pending]) -> None:
+        for pending in pendings:
+            self._statistics.shed += 1
+            after_ms = self._retry_after_ms()
+            message = (
+                f"Exceeds maximum queue size of model '{self._name}': this request gave up its place, since others "
+                f"of its tenant or priority hold more than their share; retry after {after_ms} ms"
+            )
+            self._settle(pending, ResourceExhausted(message, retry_after_ms=after_ms))
+
+    def _set_timer(self, at: float, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        # A loop's timer may be a little early; then nothing has expired yet, and a moment later it is asked again.
+        self._timer = self._loop.call_later(min(max(at - now, 0.0005), _LONGEST_S), self._on_timer)
+
+    def _on_timer(self) -> None:
+        now = self._clock()
+        self._timer, self._timer_at = None, math.inf
+        self._expire(now)
+        at = self._queue.next_expiry()
+        if at != math.inf:
+            self._set_timer(at, now)
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")
-
-    def _retry_after_ms(self) -> int:
-        backlog_s = self._queue.rows * self._row_s / self._instances
-        return int(min(max(backlog_s * 1000, _RETRY_MIN_MS), _RETRY_MAX_MS))
-
-    async def _work(self, execution: Execution) -> None:
-        while batch := await self._next():
-            try:
-                outcomes = await self._loop.run_in_executor(self._threads, execution.run, batch)
-            except Exception as err:  # The thread could not be had: the calls must hear of it, the worker lives on.
-                log.exception("model %s: a batch was not run", self._name)
-                outcomes = [Outcome(error=err)] * len(batch)
-            self._hand_out(batch, outcomes)
-
-    async def _next(self) -> Sequence[Pending] | None:
-        """The next batch; None when there will be no more."""
-        while True:
-            self._arrived.clear()
-            found = self._queue.take(self._clock(), is_late=self._is_closing)
-            if not isinstance(found, Wait):
-                if len(self._queue):
-                    self._arrived.set()  # What is left may be for another worker.
-                return found
-            if found.until is None and self._is_closing:
-                return None
-            await self._wait(found.until)
-
-    async def _wait(self, until: float | None) -> None:
-        if until is None:
-            await self._arrived.wait()
-            return
-        timer = self._loop.call_later(max(until - self._clock(), _TIMER_S), self._arrived.set)
-        try:
-            await self._arrived.wait()
-        finally:
-            timer.cancel()
-
-    def _hand_out(self, batch: Sequence[Pending], outcomes: Sequence[Outcome]) -> None:
-        counted = None
-        for pending, outcome in zip(batch, outcomes, strict=True):
-            if outcome.error is None and outcome.times is not counted:
-                counted = outcome.times
-                self._statistics.executed(counted, time.time_ns() // 1_000_000)
-                row_s = counted.compute_ns / 1e9 / max(counted.rows, 1)
-                self._row_s += (row_s - self._row_s) * (_SMOOTHING if self._row_s else 1.0)
-            if not pending.answer.done():
-                pending.answer.set_result(outcome)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from services.infer.execution import Times
+from services.infer.execution import Tally, Times
 from shoal.inference.v2 import inference_pb2 as pb
 
 
@@ -15,8 +15,9 @@ class Duration:
     count: int = 0
     ns: int = 0
 
-    def add(self, ns: int) -> None:
-        self.count += 1
+    def add(self, ns: int, count: int = 1) -> None:
+        """`count` of them, that took `ns` all together."""
+        self.count += count
         self.ns += ns
 
     def message(self) -> pb.StatisticDuration:
@@ -31,10 +32,10 @@ class BatchTimes:
     compute: Duration = field(default_factory=Duration)
     scatter: Duration = field(default_factory=Duration)
 
-    def add(self, times: Times) -> None:
-        self.gather.add(times.gather_ns)
-        self.compute.add(times.compute_ns)
-        self.scatter.add(times.scatter_ns)
+    def add(self, times: Times, count: int = 1) -> None:
+        self.gather.add(times.gather_ns * count, count)
+        self.compute.add(times.compute_ns * count, count)
+        self.scatter.add(times.scatter_ns * count, count)
 
 
 @dataclass
@@ -56,6 +57,16 @@ class Statistics:
     """By call: each counts the whole of the execution that it was part of."""
     by_rows: dict[int, BatchTimes] = field(default_factory=dict)
     """By execution."""
+    expired: int = 0
+    """Calls whose time was over before they were run."""
+    cancelled: int = 0
+    """Calls that nobody waited for any more before they were answered."""
+    shed: int = 0
+    """Calls that were refused, or sent away, because too many wait to be done in time."""
+    expired_executed: int = 0
+    """Rows that were run although their time was over: 0, or there is a fault."""
+    bisections: int = 0
+    """Failed batches that were cut in two to find the guilty."""
 
     def executed(self, times: Times, now_ms: int) -> None:
         """One execution that came to an answer."""
@@ -64,11 +75,17 @@ class Statistics:
         self.rows += times.rows
         self.by_rows.setdefault(times.rows, BatchTimes()).add(times)
 
-    def answered(self, times: Times, *, queue_ns: int, total_ns: int) -> None:
-        """One call that was answered."""
-        self.success.add(total_ns)
-        self.queue.add(queue_ns)
-        self.calls.add(times)
+    def answered(self, times: Times, calls: int = 1, *, queue_ns: int, total_ns: int) -> None:
+        """Calls that one execution answered: how long they waited, and were here, all together."""
+        self.success.add(total_ns, calls)
+        self.queue.add(queue_ns, calls)
+        self.calls.add(times, calls)
+
+    def tally(self, tally: Tally) -> None:
+        """Takes over, and clears, what an execution has counted."""
+        self.bisections += tally.bisections
+        self.expired_executed += tally.expired_rows
+        tally.bisections = tally.expired_rows = 0
 
     def hit(self, lookup_ns: int, total_ns: int) -> None:
         """One call that was answered by the response cache: kept before, or computed for another call."""

@@ -16,14 +16,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 
-from services.infer import loading, modelconfig
+from services.infer import loading, modelconfig, rules
 from services.infer.execution import Execution
+from services.infer.isolation.execution import ProcessExecution
+from services.infer.isolation.session import ProcessSession
 from services.infer.loading import Loaded
 from services.infer.queue import QueueLimits
 from services.infer.response_cache import ResponseCache, ttl_s
 from services.infer.response_key import ResponseKeys
 from services.infer.response_store import DEFAULT_BYTES, ResponseStore
 from services.infer.runtime import Runtime
+from services.infer.runtimes import Runtimes
 from services.infer.scheduler import Scheduler
 from services.infer.statistics import Statistics
 from services.infer.wanted import ModelFiles, WantedVersion
@@ -47,7 +50,7 @@ class State(StrEnum):
 class Means:
     """What every version is loaded and run with."""
 
-    runtime: Runtime
+    runtime: Runtime | Runtimes
     threads: int
     """For one execution, where the model does not say."""
     limits: QueueLimits
@@ -59,7 +62,12 @@ class Means:
 
     @classmethod
     def of(
-        cls, runtime: Runtime, limits: QueueLimits, *, threads: int = 0, response_cache_bytes: int = DEFAULT_BYTES
+        cls,
+        runtime: Runtime | Runtimes,
+        limits: QueueLimits,
+        *,
+        threads: int = 0,
+        response_cache_bytes: int = DEFAULT_BYTES,
     ) -> Means:
         """With `threads` 0: as many as this process may use cores."""
         cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
@@ -126,7 +134,8 @@ class Version:
     async def _load(self, means: Means) -> None:
         files = await self._resources.enter_async_context(self.wanted.open())
         loaded = await _finished(self._loading(files, means))
-        self._resources.callback(loaded.session.close)
+        # On a thread: a model's own good-bye may take a while.
+        self._resources.push_async_callback(asyncio.to_thread, loaded.session.close)
         self._scheduler = await self._resources.enter_async_context(self._scheduling(loaded, means))
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
@@ -135,22 +144,33 @@ class Version:
 
     def _loading(self, files: ModelFiles, means: Means) -> asyncio.Future[Loaded]:
         work = asyncio.to_thread(
-            loading.load, self.name, files, means.runtime, threads=means.threads, clock=means.clock
+            loading.load,
+            self.name,
+            files,
+            means.runtime,
+            version=self.number,
+            threads=means.threads,
+            clock=means.clock,
         )
         return asyncio.ensure_future(work)
 
     def _scheduling(self, loaded: Loaded, means: Means) -> Scheduler:
-        session, signature = loaded.session, loaded.model.signature
         return Scheduler(
             self.name,
-            lambda: Execution(self.name, session, signature, means.clock),
+            lambda: self._execution(loaded, means),
             loaded.batch_policy(),
-            loaded.queue_limits(means.limits),
+            means.limits,
+            rules.of(loaded.model.config),
             instances=modelconfig.instances(loaded.model.config),
-            default_timeout_s=loaded.default_timeout_s(),
             statistics=self.statistics,
             clock=means.clock,
         )
+
+    def _execution(self, loaded: Loaded, means: Means) -> Execution:
+        session, signature = loaded.session, loaded.model.signature
+        if isinstance(session, ProcessSession):
+            return ProcessExecution(self.name, self.number, session, signature, means.clock)
+        return Execution(self.name, session, signature, means.clock)
 
     def _caching(self, loaded: Loaded, means: Means, ttl: float) -> ResponseCache:
         config, signature = loaded.model.config, loaded.model.signature

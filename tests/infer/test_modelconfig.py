@@ -38,8 +38,6 @@ REFUSED = {
     "max_batch_size: -1": "max_batch_size -1: expected 0 to",
     "instance_group [{ kind: KIND_GPU }]": "KIND_GPU is not supported",
     "instance_group [{ count: 1000 }]": "instance_group count 1000",
-    "dynamic_batching { priority_levels: 2 }": "dynamic_batching.priority_levels is not supported",
-    "dynamic_batching { default_queue_policy { timeout_action: DELAY } }": "timeout_action DELAY is not supported",
     "max_batch_size: 4 dynamic_batching { preferred_batch_size: [8] }": "preferred_batch_size 8: expected 1 to",
     'default_model_filename: "../../etc/passwd"': "expected a name without folders",
     'input [{ name: "x" data_type: TYPE_FP32 dims: [0] }]': "dims [0]: expected 1 or more",

@@ -1,0 +1,57 @@
+"""The times at which waiting calls run out, earliest first: one heap, and so one timer, for all of them."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from itertools import count
+from typing import Generic, Protocol, TypeVar
+
+_SPARE = 64
+
+
+class Waiter(Protocol):
+    """What may run out."""
+
+    @property
+    def is_waiting(self) -> bool: ...
+
+
+W = TypeVar("W", bound=Waiter)
+
+
+class Expiry(Generic[W]):
+    """Who runs out when. Those that do not wait any more are forgotten in passing."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, W]] = []
+        self._numbers = count()
+        self._tidy_at = _SPARE
+
+    def add(self, at: float, waiter: W) -> None:
+        if len(self._heap) >= self._tidy_at:
+            self._tidy()
+        heapq.heappush(self._heap, (at, next(self._numbers), waiter))
+
+    def next(self) -> float:
+        """When the next one runs out; infinite when nobody does."""
+        heap = self._heap
+        while heap and not heap[0][2].is_waiting:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else math.inf
+
+    def first(self) -> W | None:
+        """Who runs out next."""
+        return self._heap[0][2] if self.next() != math.inf else None
+
+    def until(self, now: float) -> Iterator[W]:
+        """Takes out those that run out at or before `now`, in order."""
+        while self.next() <= now:
+            yield heapq.heappop(self._heap)[2]
+
+    def _tidy(self) -> None:
+        # Most calls are answered long before their time: without this, they would be held until then.
+        self._heap = [entry for entry in self._heap if entry[2].is_waiting]
+        heapq.heapify(self._heap)
+        self._tidy_at = 2 * len(self._heap) + _SPARE

@@ -1,0 +1,156 @@
+"""What a model's configuration says about its queue: levels of priority, timeouts, bounds, tenants, its goal.
+
+dynamic_batching                 Triton's, with Triton's meaning: `model_config.proto`
+parameters, ours                 slo_ms             answer within so many milliseconds, at the highest throughput
+                                 tenant_weights     "gold=4,free=1": shares of tenants that wait together; others have 1
+                                 priority_aging_ms  waiting so long makes up for one level of priority; 0: nothing does
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from shoal.inference.v2 import model_config_pb2 as pb
+
+_MAX_LEVELS = 256
+_MAX_MS = 3_600_000
+_MAX_WEIGHT = 1_000_000
+_MAX_WEIGHTS = 1024
+_AGING_MS = 1000.0
+# Far longer than a healthy queue: levels are strict for calls of about the same age, and nobody waits for ever.
+
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How calls of one priority wait."""
+
+    timeout_s: float = math.inf
+    """How long a call may wait in the queue."""
+    delays: bool = False
+    """What has waited so long is run after the others of its level, instead of refused."""
+    allows_override: bool = True
+    """A request's own `timeout` counts when it is shorter."""
+    calls: int = 0
+    """How many may wait; 0: the server's own bound."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the calls of one model wait."""
+
+    levels: tuple[Level, ...] = (Level(),)
+    """The first goes first."""
+    default_level: int = 0
+    """Index of the level of requests that name none."""
+    aging_s: float = _AGING_MS / 1000
+    """A call that has waited this much longer stands beside those of the next better level; infinite: never."""
+    preserves_order: bool = False
+    """Answers are given in the order of arrival."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Shares by tenant; 1 for those that are not named."""
+
+    def level(self, priority: int) -> int:
+        """The index of a request's level. As in Triton, 0 and what is beyond the levels mean the default."""
+        return priority - 1 if 0 < priority <= len(self.levels) else self.default_level
+
+
+def of(config: pb.ModelConfig) -> Rules:
+    """The rules in a configuration that `wrong` found nothing in."""
+    batching = config.dynamic_batching
+    own = batching.priority_queue_policy
+    numbers = range(1, batching.priority_levels + 1) or (1,)
+    aging_s = float(_value(config, "priority_aging_ms") or _AGING_MS) / 1000
+    return Rules(
+        levels=tuple(_level(own.get(n, batching.default_queue_policy)) for n in numbers),
+        default_level=max(batching.default_priority_level, 1) - 1,
+        aging_s=aging_s or math.inf,
+        preserves_order=batching.preserve_ordering,
+        weights=dict(_weights(_value(config, "tenant_weights") or "")),
+    )
+
+
+def slo_s(config: pb.ModelConfig) -> float:
+    """Within how many seconds calls should be answered; infinite when nothing is stated."""
+    value = _value(config, "slo_ms")
+    return math.inf if value is None else float(value) / 1000
+
+
+def _level(policy: pb.ModelQueuePolicy) -> Level:
+    timeout_us = policy.default_timeout_microseconds
+    return Level(
+        timeout_s=timeout_us / 1e6 if timeout_us else math.inf,
+        delays=policy.timeout_action == pb.ModelQueuePolicy.DELAY,
+        # Without a timeout of the model there is nothing to override: then the request's own is the only one.
+        allows_override=policy.allow_timeout_override or not timeout_us,
+        calls=policy.max_queue_size,
+    )
+
+
+def wrong(config: pb.ModelConfig) -> Iterator[str]:
+    """Everything about the queue that contradicts itself or is out of range, by name."""
+    yield from _wrong_levels(config.dynamic_batching)
+    yield from _wrong_order(config.dynamic_batching)
+    yield from _wrong_parameters(config)
+
+
+def _wrong_levels(batching: pb.ModelDynamicBatching) -> Iterator[str]:
+    levels, default = batching.priority_levels, batching.default_priority_level
+    if levels > _MAX_LEVELS:
+        yield f"dynamic_batching.priority_levels {levels}: expected 0 to {_MAX_LEVELS}"
+    elif levels and not 1 <= default <= levels:
+        yield f"dynamic_batching.default_priority_level {default}: expected 1 to priority_levels, {levels}"
+    elif not levels and default > 1:
+        yield f"dynamic_batching.default_priority_level {default}: there are no priority_levels"
+    for number in sorted(batching.priority_queue_policy):
+        if not 1 <= number <= levels:
+            yield f"dynamic_batching.priority_queue_policy {number}: expected 1 to priority_levels, {levels}"
+
+
+def _wrong_order(batching: pb.ModelDynamicBatching) -> Iterator[str]:
+    if not batching.preserve_ordering:
+        return
+    if batching.priority_levels > 1:
+        yield "dynamic_batching.preserve_ordering allows one priority level only"
+    policies = [batching.default_queue_policy, *batching.priority_queue_policy.values()]
+    delay = pb.ModelQueuePolicy.DELAY
+    if any(policy.timeout_action == delay and policy.default_timeout_microseconds for policy in policies):
+        yield "dynamic_batching.preserve_ordering does not go with timeout_action DELAY"
+
+
+def _wrong_parameters(config: pb.ModelConfig) -> Iterator[str]:
+    slo = _value(config, "slo_ms")
+    if slo is not None and not (_NUMBER.fullmatch(slo) and 0 < float(slo) <= _MAX_MS):
+        yield f"parameter slo_ms '{slo}': expected milliseconds, more than 0 and at most {_MAX_MS}"
+    aging = _value(config, "priority_aging_ms")
+    if aging is not None and not (_NUMBER.fullmatch(aging) and float(aging) <= _MAX_MS):
+        yield f"parameter priority_aging_ms '{aging}': expected milliseconds from 0 (never) to {_MAX_MS}"
+    weights = _value(config, "tenant_weights")
+    if weights is not None:
+        try:
+            list(_weights(weights))
+        except ValueError as err:
+            yield f"parameter tenant_weights '{weights}': {err}"
+
+
+def _weights(text: str) -> Iterator[tuple[str, float]]:
+    seen = set()
+    for part in text.split(",") if text.strip() else ():
+        # A tenant's own name may have an equals sign; a weight has none.
+        tenant, _, weight = (piece.strip() for piece in part.rpartition("="))
+        if not tenant or not _NUMBER.fullmatch(weight) or not 0 < float(weight) <= _MAX_WEIGHT:
+            raise ValueError(f"expected 'tenant=weight,...' with weights above 0 and at most {_MAX_WEIGHT}")
+        if tenant in seen:
+            raise ValueError(f"tenant '{tenant}' is there twice")
+        seen.add(tenant)
+        if len(seen) > _MAX_WEIGHTS:
+            raise ValueError(f"expected at most {_MAX_WEIGHTS} tenants")
+        yield tenant, float(weight)
+
+
+def _value(config: pb.ModelConfig, key: str) -> str | None:
+    return config.parameters[key].string_value.strip() if key in config.parameters else None
