@@ -37,6 +37,8 @@ class Call:
     key: Hashable
     """Calls with equal keys can be run as one: same inputs, row shapes and outputs."""
     parameters: Parameters
+    source: pb.ModelInferRequest | None = None
+    """What it was read from, for models that want to know; None when it came the short way."""
 
 
 def read(request: pb.ModelInferRequest, signature: Signature) -> Call:
@@ -55,7 +57,7 @@ def read(request: pb.ModelInferRequest, signature: Signature) -> Call:
     outputs = _outputs(request.outputs, signature, model)
     skip = 1 if signature.max_batch_size else 0
     key = (tuple((n, t.shape[skip:]) for n, t in sorted(inputs.items())), tuple(o.spec.name for o in outputs))
-    return Call(inputs, outputs, rows, sum(tensors.size_bytes(t) for t in inputs.values()), key, given)
+    return Call(inputs, outputs, rows, sum(tensors.size_bytes(t) for t in inputs.values()), key, given, request)
 
 
 def _spec(tensor: pb.ModelInferRequest.InferInputTensor, signature: Signature, model: str) -> TensorSpec:

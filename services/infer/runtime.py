@@ -1,6 +1,7 @@
 """What runs a model: a runtime loads files into sessions, a session maps arrays to arrays.
 
-Both are blocking, and called on worker threads only. ONNX Runtime is the one implementation (`onnx_runtime`).
+Both are blocking, and called on worker threads only. There are ONNX Runtime (`onnx_runtime`) and Python
+(`python_runtime`); `runtimes` says which one a model is for.
 """
 
 from __future__ import annotations
@@ -12,10 +13,25 @@ from typing import Protocol
 
 from services.infer.signature import TensorSpec
 from services.infer.tensors import Tensor
+from shoal.inference.v2 import model_config_pb2 as pb
 
 
 class ModelFailed(Exception):
     """The model raised. The message is the model's own, without the insides of the runtime: callers see it."""
+
+
+@dataclass(frozen=True)
+class About:
+    """Whose file is loaded."""
+
+    name: str
+    version: int = 1
+    folder: Path | None = None
+    """The model's folder; None for a bare file."""
+    config: pb.ModelConfig = field(default_factory=pb.ModelConfig)
+    """As it was written: not completed yet."""
+    instances: int = 1
+    """How many executions may run at the same time."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,8 @@ class SessionOptions:
     """-1: no graph optimisation; 0 and above: all of it."""
     entries: Mapping[str, str] = field(default_factory=dict)
     """The runtime's own settings, by its own names."""
+    about: About | None = None
+    """For a runtime that wants to know."""
 
 
 class Session(Protocol):
@@ -57,6 +75,10 @@ class Runtime(Protocol):
     """The name in a model's configuration: `onnxruntime_onnx`."""
     backend: str
     """The other name there: `onnxruntime`."""
+    model_file: str
+    """What a model's file is called when nobody says otherwise: `model.onnx`."""
+    can_decouple: bool
+    """Whether its models may give any number of responses to a request."""
 
     def load(self, file: Path, options: SessionOptions) -> Session:
         """Loads a model.

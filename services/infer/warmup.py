@@ -47,13 +47,20 @@ Inputs = Mapping[str, Tensor]
 Clock = Callable[[], float]
 
 
-def run(name: str, model: Completed, session: Session, folder: Path | None, clock: Clock) -> Completed:
+def run(
+    name: str, model: Completed, session: Session, folder: Path | None, clock: Clock, *, made_up: bool = True
+) -> Completed:
     """Runs the model `name` on made-up data, and on the samples of its `folder`. Returns what is now known of it.
+
+    Args:
+        made_up: made-up data must suit it. If not, only a guessed batch dimension is tried with it.
 
     Raises:
         FailedPrecondition: it cannot be run; the message says what it said and what to do.
     """
-    size, took_s = _first_run(name, model, session, clock)
+    size, took_s = None, 0.0
+    if made_up or model.is_batch_guessed:
+        size, took_s = _first_run(name, model, session, clock, must_suit=made_up)
     if model.is_batch_guessed:
         model = _with_batch_tested(name, model, session, size)
     for sample in model.config.model_warmup:
@@ -63,7 +70,9 @@ def run(name: str, model: Completed, session: Session, folder: Path | None, cloc
     return model
 
 
-def _first_run(name: str, model: Completed, session: Session, clock: Clock) -> tuple[int | None, float]:
+def _first_run(
+    name: str, model: Completed, session: Session, clock: Clock, *, must_suit: bool
+) -> tuple[int | None, float]:
     rows = 1 if model.signature.max_batch_size else None
     is_free = any(-1 in spec.shape[rows or 0 :] for spec in model.signature.inputs)
     failure = ""
@@ -78,7 +87,7 @@ def _first_run(name: str, model: Completed, session: Session, clock: Clock) -> t
             return size, clock() - start
         except ModelFailed as err:
             failure = str(err)
-    if not is_free and not model.config.model_warmup:
+    if must_suit and not is_free and not model.config.model_warmup:
         raise FailedPrecondition(
             f"the model failed its warm-up run (zeros in every input): {failure}; "
             "if it needs other data, give it as model_warmup in config.pbtxt"

@@ -1,0 +1,310 @@
+"""A model in processes of its own, as a `Session`: one process for each instance, each running one batch at a time.
+
+calls ──> a process that is free ──"run"──> ──"result"──> arrays          a death on the way: ModelDied
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from services.infer.config_json import from_json
+from services.infer.datatypes import BY_NAME
+from services.infer.isolation import payload
+from services.infer.isolation.channel import ChannelClosed, Message
+from services.infer.isolation.instance import Instance
+from services.infer.isolation.payload import Part
+from services.infer.isolation.poison import Poison
+from services.infer.isolation.process import Process
+from services.infer.runtime import ModelFailed
+from services.infer.signature import TensorSpec
+from services.infer.tensors import Tensor
+from shoal.errors import BY_CODE, Code, FailedPrecondition, Internal, ShoalError
+from shoal.inference.v2 import model_config_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 0.05
+# While a model runs, how often it is asked whether anybody still waits for it.
+_UNWANTED_S = 30.0
+# A run that nobody has waited for since then is given up, and its process with it: it may never end.
+_REAPED_S = 5.0
+_FREE_S = 60.0
+_RESTARTED_S = 30.0
+
+
+class ModelDied(ModelFailed):
+    """Its process ended while it ran the batch. `is_sure`: nobody from outside ended it."""
+
+    def __init__(self, message: str, *, is_sure: bool) -> None:
+        super().__init__(message)
+        self.is_sure = is_sure
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a model's runs."""
+
+    execution_s: float = math.inf
+    """A run that takes longer is ended, and its process with it."""
+    load_s: float = 600.0
+    """The same for loading."""
+    streams: int = 64
+    """Requests that one instance of a decoupled model works on at a time."""
+
+
+InnerCall = Callable[[Message, Callable[[dict[str, Any], Sequence[Part]], None]], None]
+"""Runs a call that a model makes of another one; gives the answer to the function, later and from any thread."""
+
+
+class ProcessSession:
+    """One model in one or several processes. Any thread may run it."""
+
+    only_computes = False
+
+    def __init__(
+        self,
+        title: str,
+        instances: Sequence[Instance],
+        limits: Limits,
+        call: InnerCall | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Owns the instances, which are started here.
+
+        Raises:
+            FailedPrecondition: one could not be loaded.
+        """
+        self.title, self.limits, self._call = title, limits, call
+        self._instances = instances
+        self._numbers = itertools.count(1)
+        try:
+            facts = [instance.start() for instance in instances]
+            self.facts = facts[0]
+            self.inputs, self.outputs = _specs(self.facts, "inputs"), _specs(self.facts, "outputs")
+        except BaseException:
+            self.close()
+            raise
+        self.text = bool(self.facts.get("text"))
+        self.wants_requests = bool(self.facts.get("wants_requests"))
+        self.is_decoupled = bool(self.facts.get("is_decoupled"))
+        self.is_tried = bool(self.facts.get("is_tried"))
+        self.poison = Poison(clock)
+        self.says_batch = bool(self.facts.get("says_batch"))
+        self._datatypes = {spec.name: spec.datatype.name for spec in self.inputs}
+        self._free: queue.LifoQueue[Instance] = queue.LifoQueue()
+        for instance in instances:
+            self._free.put(instance)
+
+    def completed(self, config: pb.ModelConfig) -> pb.ModelConfig:
+        """The configuration as the model itself completed it; `config` when it did not. Raises FailedPrecondition."""
+        said = self.facts.get("config")
+        if said is None:
+            return config
+        completed = from_json(said)
+        completed.name = config.name
+        return completed
+
+    @property
+    def instances(self) -> Sequence[Instance]:
+        return self._instances
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        rows = [len(next(iter(inputs.values())))] if self._has_rows(inputs) else []
+        details: list[dict[str, Any]] = [{}] if self.wants_requests else []
+        given = {name: [array] for name, array in inputs.items()}
+        (got,) = self.run_requests(given, outputs, rows, details, patience_s=_RESTARTED_S)
+        if isinstance(got, Exception):
+            raise ModelFailed(got.message if isinstance(got, ShoalError) else str(got)) from got
+        return got
+
+    def _has_rows(self, inputs: Mapping[str, Tensor]) -> bool:
+        return all(array.ndim for array in inputs.values()) and all(spec.shape[:1] == (-1,) for spec in self.inputs)
+
+    def run_requests(
+        self,
+        inputs: Mapping[str, Sequence[Tensor]],
+        outputs: Sequence[str],
+        rows: Sequence[int],
+        details: Sequence[Mapping[str, Any]],
+        *,
+        is_wanted: Callable[[], bool] = lambda: True,
+        patience_s: float = 0.0,
+    ) -> list[list[Tensor] | Exception]:
+        """Runs the requests of one batch.
+
+        Args:
+            inputs: for each input, the array of each request.
+            rows: of each request; empty for one request without a batch dimension.
+            details: what each says of itself, for a model that wants to know.
+            is_wanted: whether anybody waits for the answer.
+            patience_s: how long to wait for a process that is being started again.
+
+        Returns:
+            One result for each request that the model answered one by one; else one for all of them, rows stacked.
+
+        Raises:
+            ModelFailed: the model cannot process the batch. ModelDied: its process ended.
+            Unavailable: there is no process just now.
+        """
+        parts = [payload.part(name, self._datatypes[name], arrays) for name, arrays in inputs.items()]
+        header = {"op": "run", "id": next(self._numbers), "outputs": list(outputs), "rows": list(rows)}
+        if self.wants_requests:
+            header["details"] = list(details)
+        with self._instance() as instance:
+            while True:
+                process = instance.running(patience_s)
+                with process.using:
+                    if self._is_there(process):
+                        return self._results(self._exchanged(process, header, parts, is_wanted), outputs)
+
+    @contextmanager
+    def _instance(self) -> Iterator[Instance]:
+        """One that is free, for the block; one that runs, if there is one."""
+        taken: list[Instance] = []
+        try:
+            taken.append(self._free.get(timeout=_FREE_S))
+            while not taken[-1].is_running() and len(taken) < len(self._instances):
+                taken.append(self._free.get_nowait())
+        except queue.Empty:
+            if not taken:
+                raise Internal(f"no process of model {self.title} was free for {_FREE_S:.0f} s") from None
+        found = next((each for each in taken if each.is_running()), taken[-1])
+        for each in taken:
+            if each is not found:
+                self._free.put(each)
+        try:
+            yield found
+        finally:
+            self._free.put(found)
+
+    def _is_there(self, process: Process) -> bool:
+        """Whether it lives: one that died while it was idle is nobody's fault."""
+        if process.died.is_set():
+            return False
+        try:
+            message = process.channel.receive(0)
+        except ChannelClosed:
+            message = None
+            if process.died.wait(_REAPED_S):
+                return False
+        else:
+            if message is None:
+                return True
+        process.kill("killed: it spoke out of turn")
+        process.died.wait()
+        return False
+
+    def _exchanged(
+        self, process: Process, header: dict[str, Any], parts: Sequence[Part], is_wanted: Callable[[], bool]
+    ) -> Message:
+        try:
+            process.channel.send(header, parts)
+            return self._answer(process, header["id"], is_wanted)
+        except ChannelClosed as err:
+            if not process.died.wait(_REAPED_S):
+                process.kill(f"it broke off: {err}")
+                process.died.wait()
+            raise self._death(process) from err
+
+    def _death(self, process: Process) -> ModelDied:
+        return ModelDied(f"the model's process died ({process.end})", is_sure="SIGKILL" not in process.end)
+
+    def _answer(self, process: Process, number: int, is_wanted: Callable[[], bool]) -> Message:
+        start = time.monotonic()
+        wanted = start
+        is_told = False
+        while True:
+            message = process.channel.receive(_LOOK_S)
+            if message is not None:
+                if message.op == "call":
+                    self._call_other(process, message)
+                    continue
+                if message.op not in ("result", "error") or message.header.get("id") != number:
+                    raise ChannelClosed(f"an answer to something else: {message.op}")
+                return message
+            now = time.monotonic()
+            if now - start > self.limits.execution_s:
+                ms = self.limits.execution_s * 1000
+                process.kill(f"killed: a run took longer than execution_timeout_ms, {ms:.0f}")
+                raise ChannelClosed("it takes too long")
+            if is_wanted():
+                wanted = now
+            elif not is_told:
+                process.channel.send({"op": "cancel", "id": number})
+                is_told = True
+            if now - wanted > _UNWANTED_S:
+                process.kill(f"killed: it went on for {_UNWANTED_S:.0f} s after everybody had gone")
+                raise ChannelClosed("nobody waits")
+
+    def _call_other(self, process: Process, message: Message) -> None:
+        number = message.header.get("id")
+
+        def reply(header: dict[str, Any], parts: Sequence[Part]) -> None:
+            try:
+                process.channel.send({**header, "op": "answer", "id": number}, parts)
+            except (ChannelClosed, OSError) as err:
+                log.info("model %s: the answer to its own call is lost: %s", self.title, err)
+
+        if self._call is None:
+            reply({"error": "calls to other models are not supported here", "code": "UNIMPLEMENTED"}, ())
+        else:
+            self._call(message, reply)
+
+    def _results(self, answer: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
+        if answer.op == "error":
+            raise ModelFailed(str(answer.header.get("error")))
+        arrays = iter([self._textual(array) for _, _, array in answer.tensors])
+        responses = answer.header.get("responses")
+        if responses is None:
+            return [[_next(arrays) for _ in outputs]]
+        return [
+            _error(said) if "error" in said else [_next(arrays) for _ in range(said.get("outputs", 0))]
+            for said in responses
+        ]
+
+    def _textual(self, array: Tensor) -> Tensor:
+        if not self.text or array.dtype != object:
+            return array
+        text: Tensor = np.empty(array.size, object)
+        text[:] = [element.decode(errors="replace") for element in array.reshape(-1)]
+        return text.reshape(array.shape)
+
+    def close(self) -> None:
+        for instance in self._instances:
+            instance.close()
+
+
+def _next(arrays: Iterator[Tensor]) -> Tensor:
+    array = next(arrays, None)
+    if array is None:
+        raise ModelFailed("the model process sent fewer outputs than it said")
+    return array
+
+
+def _error(said: Mapping[str, Any]) -> ShoalError:
+    """The error that a model gave for one request, with the status that it chose."""
+    code = Code.__members__.get(str(said.get("code")), Code.INTERNAL)
+    return BY_CODE.get(code, Internal)(str(said["error"]))
+
+
+def _specs(facts: Mapping[str, Any], role: str) -> tuple[TensorSpec, ...]:
+    specs = []
+    names = set()
+    for name, datatype, shape in facts.get(role, ()):
+        if datatype not in BY_NAME:
+            raise FailedPrecondition(f"{role.removesuffix('s')} '{name}' is of an unknown datatype, {datatype}")
+        if name in names:
+            raise FailedPrecondition(f"{role.removesuffix('s')} '{name}' is declared twice")
+        names.add(name)
+        specs.append(TensorSpec(name, BY_NAME[datatype], tuple(int(dim) for dim in shape)))
+    return tuple(specs)

@@ -1,0 +1,41 @@
+"""The runtimes there are, and which one a model is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.infer.runtime import Runtime
+from shoal.inference.v2 import model_config_pb2 as pb
+
+ISOLATION = "isolation"
+"""The parameter that gives an ONNX model a process of its own."""
+
+
+class Runtimes:
+    """By what a model's configuration says, or else by which file there is. The first one is for all that say nothing.
+
+    Args:
+        isolated: runs the models of the first one in processes of their own.
+    """
+
+    def __init__(self, runtimes: Sequence[Runtime], isolated: Runtime | None = None) -> None:
+        self._runtimes = tuple(runtimes)
+        self._isolated = isolated
+
+    def of(self, config: pb.ModelConfig, version_folder: Path, bare_file: str = "") -> Runtime:
+        """The runtime for a model. One that no runtime is for gets the first, whose check refuses it by name."""
+        first = self._runtimes[0]
+        found = self._named(config) or self._by_file(config, version_folder, bare_file) or first
+        is_apart = ISOLATION in config.parameters and config.parameters[ISOLATION].string_value == "process"
+        return self._isolated if found is first and self._isolated is not None and is_apart else found
+
+    def _named(self, config: pb.ModelConfig) -> Runtime | None:
+        said = config.backend or config.platform or config.runtime
+        return next((each for each in self._runtimes if said and said in (each.backend, each.platform)), None)
+
+    def _by_file(self, config: pb.ModelConfig, version_folder: Path, bare_file: str) -> Runtime | None:
+        name = bare_file or config.default_model_filename
+        if name:
+            return next((each for each in self._runtimes if Path(name).suffix == Path(each.model_file).suffix), None)
+        return next((each for each in self._runtimes if (version_folder / each.model_file).is_file()), None)
