@@ -1,0 +1,113 @@
+"""The twin of mesh.server.GrpcServer over mesh.h2: for the hop behind Envoy, which has checked what comes.
+
+STARTING ──serve()──> SERVING ──exit──> DRAINING (health NOT_SERVING, GOAWAY, calls in flight finish) ──> STOPPED
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from grpc_health.v1 import health, health_pb2
+
+from mesh.embedded.app import GrpcApp
+from mesh.embedded.exchange import ShortHandler
+from mesh.embedded.methods import Methods
+from mesh.h2.connection import Connection
+from mesh.interceptors import ServerInterceptor
+from mesh.limits import MESSAGE_BYTES
+from mesh.server import Rpc, add_services
+from mesh.tasks import end
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+_IDLE_STREAM_S = 0.25
+_TURN_S = 0.02
+_NOTICE_S = 0.1
+# Between the two goodbyes: what the peer sent before it read the first still comes in.
+
+
+class H2Server:
+    """Serves `rpcs` at `listen` for as long as the block lasts. Use as `async with`, as GrpcServer.
+
+    Args:
+        short: methods that are answered on the short way, by path.
+
+    Raises (on entering):
+        OSError: the address cannot be bound.
+    """
+
+    def __init__(self, listen: str, rpcs: Sequence[Rpc], *, drain_ms: int, short: Mapping[str, ShortHandler]) -> None:
+        self._listen = listen
+        self._rpcs = tuple(rpcs)
+        self._drain_s = drain_ms / 1000
+        self._short = dict(short)
+        self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
+        self._health = health.aio.HealthServicer()
+        self._interceptor = ServerInterceptor()
+        self._connections: set[Connection] = set()
+        self.address = listen
+        """Where it really listens: with port 0, the port that was free."""
+
+    async def __aenter__(self) -> H2Server:
+        self._app = app = GrpcApp(MESSAGE_BYTES)
+        methods = Methods(self._interceptor.wrap)
+        add_services(methods, self._rpcs, self._health)
+        app.methods, app.short = methods.by_path, self._short
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._server = await self._bound()
+        self._sweep = asyncio.create_task(app.sweep(), name="sweep")
+        return self
+
+    async def _bound(self) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+
+        def connection() -> Connection:
+            return Connection(self._app, self._connections)
+
+        if self._listen.startswith("unix:"):
+            path = Path(self._listen.removeprefix("unix:"))
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # Left by a process that was killed; the launcher sees to it that none lives.
+            return await loop.create_unix_server(connection, str(path), backlog=_BACKLOG)
+        host, _, port = self._listen.rpartition(":")
+        server = await loop.create_server(connection, host.strip("[]"), int(port), backlog=_BACKLOG)
+        bound: socket.socket = server.sockets[0]
+        self.address = f"{host}:{bound.getsockname()[1]}"
+        return server
+
+    async def serve(self) -> None:
+        """Says SERVING to health checks: for the server as a whole and for each of its services."""
+        await self._say(health_pb2.HealthCheckResponse.SERVING)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._server.close()
+        for connection in tuple(self._connections):
+            connection.goodbye()
+        await asyncio.sleep(_NOTICE_S)
+        for connection in tuple(self._connections):
+            connection.last_goodbye()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._drain_s
+        while self._connections and loop.time() < until:
+            await asyncio.sleep(_TURN_S)
+            self._interceptor.end_idle_streams(_IDLE_STREAM_S)
+        for connection in tuple(self._connections):
+            connection.abort()
+        await end(self._sweep)
+        if self._listen.startswith("unix:"):
+            with contextlib.suppress(OSError):
+                Path(self._listen.removeprefix("unix:")).unlink(missing_ok=True)
+
+    async def _say(self, status: int) -> None:
+        for name in ["", *self._names]:
+            await self._health.set(name, status)
