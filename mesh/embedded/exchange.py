@@ -167,6 +167,10 @@ class Exchange:
         code, message, trailing = status_of(error)
         return status.trailers(code.value[0], message, trailing)
 
+    def age_ns(self) -> int:
+        """How long ago it came."""
+        return int((self._app.clock() - self.arrived) * 1e9)
+
     def abandon(self) -> None:
         """The caller has gone."""
         if self.is_over:

@@ -50,7 +50,8 @@ class InferenceServer:
         control: Control | None = None,
     ) -> None:
         """`clock` is the one that deadlines are on. Without `control`, models are not loaded or unloaded on request."""
-        self._models = models
+        self.models = models
+        """For fronts that take a shorter way than `infer`."""
         self._control = control
         self._replica = replica
         self._clock = clock
@@ -60,7 +61,7 @@ class InferenceServer:
 
     def ready(self) -> pb.ServerReadyResponse:
         """True when every model that should be served is: it has a ready version, and none that failed."""
-        return pb.ServerReadyResponse(ready=self._models.is_ready())
+        return pb.ServerReadyResponse(ready=self.models.is_ready())
 
     def metadata(self) -> pb.ServerMetadataResponse:
         extensions = EXTENSIONS if self._control is None else (*EXTENSIONS, *CONTROL_EXTENSIONS)
@@ -69,17 +70,17 @@ class InferenceServer:
     def model_ready(self, asked: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         """An unknown model is not ready, which is no error. Raises InvalidArgument when the version is no number."""
         number = version_number(asked.version)
-        ready = [version.number for version in self._models.versions(asked.name)]
+        ready = [version.number for version in self.models.versions(asked.name)]
         return pb.ModelReadyResponse(ready=bool(ready) if number is None else number in ready)
 
     def model_metadata(self, asked: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """Raises InvalidArgument, NotFound or Unavailable, as `Models.find` does."""
-        version = self._models.find(asked.name, asked.version)
+        version = self.models.find(asked.name, asked.version)
         signature, config = version.loaded.model.signature, version.loaded.model.config
         tensor = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
             name=version.name,
-            versions=[str(other.number) for other in self._models.versions(asked.name)],
+            versions=[str(other.number) for other in self.models.versions(asked.name)],
             platform=config.platform,
             inputs=[tensor(name=s.name, datatype=s.datatype.name, shape=s.shape) for s in signature.inputs],
             outputs=[tensor(name=s.name, datatype=s.datatype.name, shape=s.shape) for s in signature.outputs],
@@ -87,13 +88,13 @@ class InferenceServer:
 
     def model_config(self, asked: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         """The completed configuration. Raises as `model_metadata` does."""
-        return pb.ModelConfigResponse(config=self._models.find(asked.name, asked.version).loaded.model.config)
+        return pb.ModelConfigResponse(config=self.models.find(asked.name, asked.version).loaded.model.config)
 
     def model_statistics(self, asked: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
         """Of every ready version that is asked for. Raises InvalidArgument when there is none, or a bad version."""
         number = version_number(asked.version)
-        names = [asked.name] if asked.name else self._models.names()
-        versions = [v for name in names for v in self._models.versions(name) if number in (None, v.number)]
+        names = [asked.name] if asked.name else self.models.names()
+        versions = [v for name in names for v in self.models.versions(name) if number in (None, v.number)]
         if asked.name and not versions:
             which = quoted(asked.name) + (f" version {number}" if number is not None else "")
             raise InvalidArgument(f"requested model {which} is not available")
@@ -102,7 +103,7 @@ class InferenceServer:
     def index(self, asked: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
         """Every version of every model. Raises Unimplemented when one of several repositories is asked for."""
         _only_repository(asked.repository_name)
-        rows = [row for row in self._models.index() if row.state is State.READY or not asked.ready]
+        rows = [row for row in self.models.index() if row.state is State.READY or not asked.ready]
         index = pb.RepositoryIndexResponse.ModelIndex
         return pb.RepositoryIndexResponse(
             models=[
@@ -148,7 +149,7 @@ class InferenceServer:
             ResourceExhausted: the queue is full. DeadlineExceeded: it could not be started in time.
             Internal: the model cannot process it. Unimplemented: it asks for shared memory.
         """
-        with self._models.use(asked.model_name, asked.model_version) as version:
+        with self.models.use(asked.model_name, asked.model_version) as version:
             start = self._clock()
             try:
                 return await self._infer(asked, version, deadline, tenant)

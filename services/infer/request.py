@@ -24,9 +24,9 @@ class WantedOutput:
     """The k best as text instead of the output itself; 0: the output itself."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Call:
-    """One request that fits its model."""
+    """One request that fits its model. Nobody changes it; it is not frozen, because that would triple its cost."""
 
     inputs: Mapping[str, Tensor]
     outputs: tuple[WantedOutput, ...]

@@ -14,6 +14,7 @@ from mesh.interceptors import Context
 from mesh.server import Rpc
 from services.infer import stream
 from services.infer.core import InferenceServer
+from services.infer.short import ShortInfer
 from shoal.errors import Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
@@ -123,5 +124,5 @@ def _no_shared_memory(method: str) -> NoReturn:
 
 
 def short_methods(server: InferenceServer) -> dict[str, ShortHandler]:
-    """What the front inside Envoy answers without a task for each call."""
-    return {}
+    """What the faster fronts answer without a task for each call."""
+    return {"/inference.GRPCInferenceService/ModelInfer": ShortInfer(server, server.models)}
