@@ -34,8 +34,8 @@ class InferConfig(ServiceConfig):
     """With `model_control` explicit: the models to serve at start, with commas between them; `*`: all."""
     poll_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 15_000
     """With `model_control` poll: how often the folder is looked at."""
-    front: Literal["auto", "envoy", "grpc"] = "auto"
-    """What clients reach it through: inside Envoy, which is faster, or grpc.aio. auto: Envoy where it can run."""
+    front: Literal["auto", "h2", "envoy", "grpc"] = "auto"
+    """What clients reach it through (`front`). auto: what suits `listen`."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """For one execution of a model that does not say; 0: as many as this process may use cores."""
     queue_calls: Annotated[int, Field(ge=1, le=1_000_000)] = _DEFAULT.calls

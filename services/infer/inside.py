@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
+from mesh import telemetry
 from mesh.embedded.entry import Host
 from mesh.embedded.server import EmbeddedServer
 from services.infer.app import Front, run
@@ -18,7 +20,7 @@ def _server(host: Host, config: InferConfig, core: InferenceServer) -> EmbeddedS
         config.listen,
         [inference_rpc(core)],
         drain_ms=config.drain_ms,
-        short=short_methods(core),
+        short=short_methods(core) if telemetry.collector(os.environ) is None else {},
         admin_path=host.admin_path,
     )
 
