@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 
@@ -23,8 +24,11 @@ from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
+from tests.infer.mutation import mutated
 
 EXPECTED = {Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED}
+SEEDS = range(4)
+ROUNDS = 1500
 RAISING = {"lookup", "reshape"}
 """Models that raise for some values: only they may answer INTERNAL, and only with what they said."""
 
@@ -48,10 +52,14 @@ class Bench:
     def check(self, asked: pb.ModelInferRequest) -> None:
         got = self.infer(asked)
         if isinstance(got, ShoalError):
-            assert got.code in EXPECTED or (
-                asked.model_name in RAISING
-                and got.code is Code.INTERNAL
-                and got.message.startswith("Failed to process the request(s) for model")
+            assert (
+                got.code in EXPECTED
+                or (got.code is Code.DEADLINE_EXCEEDED and "timeout" in asked.parameters)
+                or (
+                    asked.model_name in RAISING
+                    and got.code is Code.INTERNAL
+                    and got.message.startswith("Failed to process the request(s) for model")
+                )
             ), got.message
             assert got.message
             assert len(got.message) < 4000
@@ -70,6 +78,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder.bare("text", onnx_files.identity(TensorProto.STRING, ("n", "k")))
     folder.bare("half", onnx_files.identity(TensorProto.FLOAT16, ("n", "k", "l")))
     folder.bare("flags", onnx_files.identity(TensorProto.BOOL, ("n", "k")))
+    folder.put("cached", onnx_files.identity(dims=("n", "k")), config="response_cache { enable: true }")
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
 
@@ -99,7 +108,9 @@ values = st.one_of(
     st.just(pb.InferParameter()),
 )
 parameters = st.dictionaries(
-    st.sampled_from(["priority", "sequence_id", "explain", "triton_x", "classification", "mine", "binary_data"])
+    st.sampled_from(
+        ["timeout", "priority", "sequence_id", "explain", "triton_x", "classification", "mine", "binary_data"]
+    )
     | st.text(max_size=4),
     values,
     max_size=2,
@@ -121,7 +132,7 @@ inputs = st.builds(
 )
 outputs = st.builds(pb.ModelInferRequest.InferRequestedOutputTensor, name=names, parameters=parameters)
 raws = st.binary(max_size=64) | st.sampled_from([bytes(16), bytes(8), bytes(4), b"\1\0\0\0a", b"\xff\xff\xff\xffabc"])
-MODELS = ["double", "add", "lookup", "reshape", "text", "half", "flags"]
+MODELS = ["double", "add", "lookup", "reshape", "text", "half", "flags", "cached"]
 requests = st.builds(
     pb.ModelInferRequest,
     model_name=st.sampled_from(MODELS) | st.text(max_size=4),
@@ -150,6 +161,7 @@ VALID = [
     request("text", x=np.array([[b"one", b""], [b"three", b"4"]], object)),
     request("half", x=np.zeros((1, 2, 2), np.float16)),
     request("flags", x=np.array([[True, False]])),
+    request("cached", x=floats([1, 2], [3, 4])),
 ]
 
 
@@ -198,3 +210,81 @@ def test_a_valid_request_with_bytes_changed_on_its_way(bench, valid, data):
     except DecodeError:
         return  # The front refuses it.
     bench.check(asked)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_valid_request_spoiled_as_protobuf_can_be(bench, seed):
+    rng, corpus = random.Random(seed), [valid.SerializeToString() for valid in VALID]
+    for _ in range(ROUNDS):
+        wire = mutated(rng, corpus)
+        try:
+            asked = pb.ModelInferRequest.FromString(wire)
+        except DecodeError:
+            continue  # The front refuses it.
+        bench.check(asked)
+
+
+X = pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 4])
+LENGTHS = [b"", b"\0", b"\1\0\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x80abc", b"\2\0\0\0a\0\0\0\0", b"\0" * 9]
+
+
+def many_parameters() -> pb.ModelInferRequest:
+    asked = request("double", x=floats([1, 2, 3, 4]))
+    for n in range(10_000):
+        asked.parameters[f"p{n}"].double_param = float("nan") if n % 2 else float("inf")
+        asked.inputs[0].parameters[f"p{n}"].string_param = "v" * 10
+    return asked
+
+
+LARGE = {
+    "10,000 inputs": pb.ModelInferRequest(
+        model_name="double", inputs=[X] * 10_000, raw_input_contents=[bytes(16)] * 10_000
+    ),
+    "10,000 outputs": pb.ModelInferRequest(
+        model_name="double",
+        inputs=[X],
+        outputs=[pb.ModelInferRequest.InferRequestedOutputTensor(name=f"y{n}") for n in range(10_000)],
+        raw_input_contents=[bytes(16)],
+    ),
+    "10,000 contents": pb.ModelInferRequest(model_name="double", inputs=[X], raw_input_contents=[bytes(16)] * 10_000),
+    "10,000 dimensions": pb.ModelInferRequest(
+        model_name="double",
+        inputs=[pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1] * 10_000)],
+        raw_input_contents=[bytes(16)],
+    ),
+    "dimensions whose product is beyond any number": pb.ModelInferRequest(
+        model_name="half",
+        inputs=[pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP16", shape=[2**62, 2**62, 0])],
+        raw_input_contents=[b""],
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", LARGE.values(), ids=LARGE)
+def test_much_of_one_thing_is_refused(bench, asked):
+    got = bench.infer(asked)
+    assert isinstance(got, ShoalError)
+    assert got.code is Code.INVALID_ARGUMENT
+    assert len(got.message) < 4000
+
+
+def test_parameters_that_mean_nothing_here_change_nothing(bench):
+    assert output(bench.infer(many_parameters()), "y").tolist() == [[2, 4, 6, 8]]
+
+
+@pytest.mark.parametrize("raw", LENGTHS, ids=[raw.hex() for raw in LENGTHS])
+@pytest.mark.parametrize("shape", [[1, 1], [1, 2], [2, 1], [1, 2**31], [2**31, 2**31]])
+def test_text_whose_lengths_lie_is_refused(bench, raw, shape):
+    tensor = pb.ModelInferRequest.InferInputTensor(name="x", datatype="BYTES", shape=shape)
+    got = bench.infer(pb.ModelInferRequest(model_name="text", inputs=[tensor], raw_input_contents=[raw]))
+    assert isinstance(got, ShoalError)
+    assert got.code is Code.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("values", [[np.nan] * 4, [np.inf, -np.inf, 0, -0.0], [3e38, -3e38, 1e-45, 0]])
+def test_numbers_that_are_none_go_through(bench, values):
+    for model in ("double", "cached"):
+        x = floats(values)
+        with np.errstate(over="ignore"):
+            wanted = 2 * x if model == "double" else x
+        np.testing.assert_array_equal(output(bench.infer(request(model, x=x)), "y"), wanted)
