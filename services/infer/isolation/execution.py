@@ -5,19 +5,22 @@ refused (it killed its process before) <── calls ──> one message ──>
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
 
 from kernels.stack_rows import split_rows
 from services.infer.execution import Answer, Execution, Job, Outcome, Times
 from services.infer.isolation import details
+from services.infer.isolation.checks import check_outputs
 from services.infer.isolation.session import ModelDied, ProcessSession
 from services.infer.request import Call
 from services.infer.runtime import ModelFailed
-from services.infer.signature import Signature, fits
+from services.infer.signature import Signature
 from services.infer.tensors import Tensor
-from services.infer.wording import written
-from shoal.errors import Internal
+from shoal.errors import DeadlineExceeded, ShoalError
+
+log = logging.getLogger(__name__)
 
 _PATIENCE_S = 30.0
 # How long the batch-mates of a call that killed the process wait for the next one.
@@ -43,9 +46,11 @@ class ProcessExecution(Execution):
             self._jobs = ()
             self._patient_until = 0.0
 
-    def _is_wanted(self) -> bool:
+    def _is_wanted(self, call: Call | None = None) -> bool:
+        """Whether somebody waits: for this call, or for any of the batch."""
         now = self._clock()
-        return any(not job.is_abandoned and now < job.expires for job in self._jobs)
+        jobs = self._jobs if call is None else [job for job in self._jobs if job.call is call]
+        return any(not job.is_abandoned and now < job.expires for job in jobs)
 
     def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Tensor], int]:
         return {}, sum(call.rows for call in calls)
@@ -56,19 +61,22 @@ class ProcessExecution(Execution):
             return self._answers(calls, start)
         refused = {id(call): after_s for call in calls if (after_s := poison.refused_for_s(call))}
         answers = iter(self._answers([call for call in calls if id(call) not in refused], start))
-        return [self._refusal(refused[id(call)]) if id(call) in refused else next(answers) for call in calls]
-
-    def _refusal(self, after_s: float) -> Internal:
-        return Internal(
-            f"Failed to process the request(s) for model '{self._name}': this request has ended the model's process "
-            f"before; it is refused for {after_s:.0f} s"
-        )
+        return [
+            self._processes.refusal(self._name, refused[id(call)]) if id(call) in refused else next(answers)
+            for call in calls
+        ]
 
     def _answers(self, calls: Sequence[Call], start: int) -> list[Outcome]:
         if not calls:
             return []
         gathered = perf_counter_ns()
-        results = self._executed(calls)
+        try:
+            results = self._executed(calls)
+        except ModelDied as err:
+            self._processes.poison.blame(calls, is_sure=err.is_sure)
+            if len(calls) == 1:
+                raise
+            return self._apart(calls, err)
         computed = perf_counter_ns()
         counts = [call.rows for call in calls]
         times = Times(sum(counts), gathered - start, computed - gathered, 0)
@@ -77,47 +85,44 @@ class ProcessExecution(Execution):
         (stacked,) = results
         if isinstance(stacked, Exception):
             raise ModelFailed(str(stacked)) from stacked
-        self._check(calls[0], stacked, sum(counts))
+        check_outputs(calls[0], stacked, sum(counts) if self._batched else None)
         parts = zip(*[split_rows(array, counts) for array in stacked], strict=True)
         return [Answer(outputs, times) for outputs in parts]
 
     def _executed(self, calls: Sequence[Call]) -> list[list[Tensor] | Exception]:
         session, first = self._processes, calls[0]
         said = [details.of(call, self._name, self._version) for call in calls] if session.wants_requests else ()
+        return session.run_requests(
+            {name: [call.inputs[name] for call in calls] for name in first.inputs},
+            [output.spec.name for output in first.outputs],
+            [call.rows for call in calls] if self._batched else (),
+            said,
+            is_wanted=self._is_wanted,
+            patience_s=max(self._patient_until - self._clock(), 0.0),
+        )
+
+    def _apart(self, calls: Sequence[Call], err: ModelDied) -> list[Outcome]:
+        """Each call alone. Halving, as for a model that only fails, would have more processes die."""
+        log.info("model %s: %d calls run alone, since their %s", self._name, len(calls), str(err).removeprefix("the "))
+        self.tally.bisections += 1
+        self._patient_until = self._clock() + _PATIENCE_S
+        return [self._alone(call) for call in calls]
+
+    def _alone(self, call: Call) -> Outcome:
+        if not self._is_wanted(call):
+            return DeadlineExceeded("Request timeout expired: its batch failed, and there was no time for another run")
         try:
-            return session.run_requests(
-                {name: [call.inputs[name] for call in calls] for name in first.inputs},
-                [output.spec.name for output in first.outputs],
-                [call.rows for call in calls] if self._batched else (),
-                said,
-                is_wanted=self._is_wanted,
-                patience_s=max(self._patient_until - self._clock(), 0.0),
-            )
-        except ModelDied as err:
-            session.poison.blame(calls, is_sure=err.is_sure)
-            if len(self._jobs) > 1:
-                self._patient_until = self._clock() + _PATIENCE_S
-            raise
+            return self._answers([call], perf_counter_ns())[0]
+        except ModelFailed as err:
+            return self._failed(err)
+        except ShoalError as err:
+            return err
 
     def _checked(self, call: Call, result: list[Tensor] | Exception, times: Times) -> Outcome:
         if isinstance(result, Exception):
             return result
         try:
-            self._check(call, result, call.rows)
+            check_outputs(call, result, call.rows if self._batched else None)
         except ModelFailed as err:
             return self._failed(err)
         return Answer(result, times)
-
-    def _check(self, call: Call, outputs: Sequence[Tensor], rows: int) -> None:
-        """Raises ModelFailed when the outputs are not what the model said they would be."""
-        if len(outputs) != len(call.outputs):
-            raise ModelFailed(f"the model process sent {len(outputs)} outputs, expected {len(call.outputs)}")
-        names = [wanted.spec.name for wanted in call.outputs]
-        for name, wanted, output in zip(names, call.outputs, outputs, strict=True):
-            spec = wanted.spec
-            if output.dtype != spec.datatype.dtype:
-                raise ModelFailed(f"output '{name}' is {output.dtype}, expected {spec.datatype.name}")
-            if self._batched and output.shape[:1] != (rows,):
-                raise ModelFailed(f"output '{name}' has shape {written(output.shape)} for {rows} rows")
-            if spec.shape and not fits(output.shape, spec.shape):
-                raise ModelFailed(f"output '{name}' has shape {written(output.shape)}, expected {written(spec.shape)}")

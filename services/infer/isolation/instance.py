@@ -26,6 +26,8 @@ _STEADY_S = 10.0
 # A process that has run for so long has not failed at its start: the next wait is a first one.
 _GRACE_S = 5.0
 # For a model's own good-bye.
+_LOOK_S = 0.1
+# How often somebody who waits for loading looks whether that is still wanted.
 _MIN_RETRY_MS, _MAX_RETRY_MS = 50, 10_000
 
 
@@ -49,11 +51,15 @@ class Instance:
         """Called by the keeper with each process that runs, before anybody else gets it."""
         self._keeper = threading.Thread(target=self._keep, name=f"keeper of {title}", daemon=True)
 
-    def start(self) -> Mapping[str, Any]:
-        """Starts it; returns the facts that the model told. Raises FailedPrecondition when it cannot be loaded."""
+    def start(self) -> None:
+        """Begins to load it."""
         self._keeper.start()
+
+    def wait_loaded(self, is_given_up: Callable[[], bool] = bool) -> Mapping[str, Any]:
+        """Waits until it runs; the facts that the model told. Raises FailedPrecondition when it cannot be loaded."""
         with self._changed:
-            self._changed.wait_for(lambda: self._process is not None or self._is_failed or self._is_closed)
+            while not (self._process is not None or self._is_failed or self._is_closed or is_given_up()):
+                self._changed.wait(_LOOK_S)
             if self._process is None:
                 raise FailedPrecondition(self._why or "it was unloaded while it was loading")
             return self._process.facts

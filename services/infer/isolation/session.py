@@ -11,8 +11,10 @@ import math
 import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from services.infer.datatypes import BY_NAME
 from services.infer.isolation import payload
 from services.infer.isolation.channel import ChannelClosed, Message
 from services.infer.isolation.instance import Instance
+from services.infer.isolation.link import Link
 from services.infer.isolation.payload import Part
 from services.infer.isolation.poison import Poison
 from services.infer.isolation.process import Process
@@ -78,17 +81,25 @@ class ProcessSession:
         limits: Limits,
         call: InnerCall | None = None,
         clock: Callable[[], float] = time.monotonic,
+        is_given_up: Callable[[], bool] = bool,
     ) -> None:
-        """Owns the instances, which are started here.
+        """Owns the instances, which are started here. Loading ends early when `is_given_up`.
 
         Raises:
             FailedPrecondition: one could not be loaded.
         """
         self.title, self.limits, self._call = title, limits, call
         self._instances = instances
+        self._links: dict[Instance, Link] = {}
         self._numbers = itertools.count(1)
+        self.on_link: Callable[[], None] = lambda: None
+        """Called on a keeper's thread when an instance of a decoupled model is there (again)."""
+        for instance in instances:
+            instance.on_running = partial(self._began, instance)
         try:
-            facts = [instance.start() for instance in instances]
+            for instance in instances:
+                instance.start()
+            facts = [instance.wait_loaded(is_given_up) for instance in instances]
             self.facts = facts[0]
             self.inputs, self.outputs = _specs(self.facts, "inputs"), _specs(self.facts, "outputs")
         except BaseException:
@@ -100,7 +111,7 @@ class ProcessSession:
         self.is_tried = bool(self.facts.get("is_tried"))
         self.poison = Poison(clock)
         self.says_batch = bool(self.facts.get("says_batch"))
-        self._datatypes = {spec.name: spec.datatype.name for spec in self.inputs}
+        self.datatypes = {spec.name: spec.datatype.name for spec in self.inputs}
         self._free: queue.LifoQueue[Instance] = queue.LifoQueue()
         for instance in instances:
             self._free.put(instance)
@@ -114,9 +125,19 @@ class ProcessSession:
         completed.name = config.name
         return completed
 
-    @property
-    def instances(self) -> Sequence[Instance]:
-        return self._instances
+    def _began(self, instance: Instance, process: Process) -> None:
+        if process.facts.get("is_decoupled"):
+            self._links[instance] = Link(process, self._call_from_stream)
+            self.on_link()
+
+    def links(self) -> list[Link]:
+        """Of the instances of a decoupled model that run."""
+        return [link for link in list(self._links.values()) if not link.is_over and not link.process.died.is_set()]
+
+    def check_running(self) -> None:
+        """Raises Unavailable when no instance runs; it says when to come back."""
+        if not any(instance.is_running() for instance in self._instances):
+            self._instances[0].running()
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         rows = [len(next(iter(inputs.values())))] if self._has_rows(inputs) else []
@@ -156,7 +177,7 @@ class ProcessSession:
             ModelFailed: the model cannot process the batch. ModelDied: its process ended.
             Unavailable: there is no process just now.
         """
-        parts = [payload.part(name, self._datatypes[name], arrays) for name, arrays in inputs.items()]
+        parts = [payload.part(name, self.datatypes[name], arrays) for name, arrays in inputs.items()]
         header = {"op": "run", "id": next(self._numbers), "outputs": list(outputs), "rows": list(rows)}
         if self.wants_requests:
             header["details"] = list(details)
@@ -214,10 +235,19 @@ class ProcessSession:
             if not process.died.wait(_REAPED_S):
                 process.kill(f"it broke off: {err}")
                 process.died.wait()
-            raise self._death(process) from err
+            is_sure = self.is_own_doing(process)
+            raise ModelDied(f"the model's process died ({process.end})", is_sure=is_sure) from err
 
-    def _death(self, process: Process) -> ModelDied:
-        return ModelDied(f"the model's process died ({process.end})", is_sure="SIGKILL" not in process.end)
+    def is_own_doing(self, process: Process) -> bool:
+        """Whether it died by itself: the kernel may have ended it for want of memory, or a person."""
+        return not any(name in process.end for name in ("SIGKILL", "SIGTERM"))
+
+    def refusal(self, name: str, after_s: float) -> Internal:
+        """Why a call is not run that has ended a process of the model before."""
+        return Internal(
+            f"Failed to process the request(s) for model '{name}': this request has ended the model's process before; "
+            f"it is refused for {after_s:.0f} s"
+        )
 
     def _answer(self, process: Process, number: int, is_wanted: Callable[[], bool]) -> Message:
         start = time.monotonic()
@@ -247,13 +277,22 @@ class ProcessSession:
                 raise ChannelClosed("nobody waits")
 
     def _call_other(self, process: Process, message: Message) -> None:
+        def send(header: dict[str, Any], parts: Sequence[Part]) -> None:
+            try:
+                process.channel.send(header, parts)
+            except (ChannelClosed, OSError) as err:
+                log.info("model %s: the answer to its own call is lost: %s", self.title, err)
+
+        self._call_answered(message, send)
+
+    def _call_from_stream(self, message: Message, link: Link) -> None:
+        self._call_answered(message, link.reply)
+
+    def _call_answered(self, message: Message, send: Callable[[dict[str, Any], Sequence[Part]], None]) -> None:
         number = message.header.get("id")
 
         def reply(header: dict[str, Any], parts: Sequence[Part]) -> None:
-            try:
-                process.channel.send({**header, "op": "answer", "id": number}, parts)
-            except (ChannelClosed, OSError) as err:
-                log.info("model %s: the answer to its own call is lost: %s", self.title, err)
+            send({**header, "op": "answer", "id": number}, parts)
 
         if self._call is None:
             reply({"error": "calls to other models are not supported here", "code": "UNIMPLEMENTED"}, ())
@@ -263,16 +302,17 @@ class ProcessSession:
     def _results(self, answer: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
         if answer.op == "error":
             raise ModelFailed(str(answer.header.get("error")))
-        arrays = iter([self._textual(array) for _, _, array in answer.tensors])
+        arrays = iter([self.textual(array) for _, _, array in answer.tensors])
         responses = answer.header.get("responses")
         if responses is None:
             return [[_next(arrays) for _ in outputs]]
         return [
-            _error(said) if "error" in said else [_next(arrays) for _ in range(said.get("outputs", 0))]
+            error_of(said) if "error" in said else [_next(arrays) for _ in range(said.get("outputs", 0))]
             for said in responses
         ]
 
-    def _textual(self, array: Tensor) -> Tensor:
+    def textual(self, array: Tensor) -> Tensor:
+        """An array as this session gives it: BYTES as `str` when they are text."""
         if not self.text or array.dtype != object:
             return array
         text: Tensor = np.empty(array.size, object)
@@ -280,8 +320,8 @@ class ProcessSession:
         return text.reshape(array.shape)
 
     def close(self) -> None:
-        for instance in self._instances:
-            instance.close()
+        with ThreadPoolExecutor(len(self._instances)) as threads:  # Each may take a while for its good-bye.
+            list(threads.map(Instance.close, self._instances))
 
 
 def _next(arrays: Iterator[Tensor]) -> Tensor:
@@ -291,7 +331,7 @@ def _next(arrays: Iterator[Tensor]) -> Tensor:
     return array
 
 
-def _error(said: Mapping[str, Any]) -> ShoalError:
+def error_of(said: Mapping[str, Any]) -> ShoalError:
     """The error that a model gave for one request, with the status that it chose."""
     code = Code.__members__.get(str(said.get("code")), Code.INTERNAL)
     return BY_CODE.get(code, Internal)(str(said["error"]))

@@ -1,0 +1,194 @@
+"""Python models through the server, as clients meet them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import numpy as np
+import pytest
+
+from shoal.inference.v2 import inference_pb2 as pb
+from tests.infer.conftest import floats, output, request
+
+OWN = """
+    import numpy as np
+    class Model:
+        inputs = {"x": ("FP32", [-1, 4])}
+        outputs = {"y": ("FP32", [-1, 4])}
+        def predict(self, batch):
+            return {"y": 2 * batch["x"]}
+"""
+
+ADD_SUB = """
+    import json
+    import triton_python_backend_utils as pb_utils
+
+    class TritonPythonModel:
+        def initialize(self, args):
+            self.model_config = model_config = json.loads(args["model_config"])
+            output0_config = pb_utils.get_output_config_by_name(model_config, "OUTPUT0")
+            output1_config = pb_utils.get_output_config_by_name(model_config, "OUTPUT1")
+            self.output0_dtype = pb_utils.triton_string_to_numpy(output0_config["data_type"])
+            self.output1_dtype = pb_utils.triton_string_to_numpy(output1_config["data_type"])
+
+        def execute(self, requests):
+            responses = []
+            for request in requests:
+                in_0 = pb_utils.get_input_tensor_by_name(request, "INPUT0")
+                in_1 = pb_utils.get_input_tensor_by_name(request, "INPUT1")
+                out_0, out_1 = (in_0.as_numpy() + in_1.as_numpy(), in_0.as_numpy() - in_1.as_numpy())
+                responses.append(pb_utils.InferenceResponse(output_tensors=[
+                    pb_utils.Tensor("OUTPUT0", out_0.astype(self.output0_dtype)),
+                    pb_utils.Tensor("OUTPUT1", out_1.astype(self.output1_dtype)),
+                ]))
+            return responses
+
+        def finalize(self):
+            print("Cleaning up...")
+"""
+
+ADD_SUB_CONFIG = """
+name: "add_sub"
+backend: "python"
+input [ { name: "INPUT0" data_type: TYPE_FP32 dims: [ 4 ] }, { name: "INPUT1" data_type: TYPE_FP32 dims: [ 4 ] } ]
+output [ { name: "OUTPUT0" data_type: TYPE_FP32 dims: [ 4 ] }, { name: "OUTPUT1" data_type: TYPE_FP32 dims: [ 4 ] } ]
+instance_group [{ kind: KIND_CPU }]
+"""
+
+
+async def test_a_class_with_predict(repo, serve):
+    repo.python("double", OWN)
+    serving = await serve()
+    response = await serving.stub.ModelInfer(request("double", x=floats([1, 2, 3, 4])))
+    assert output(response, "y").tolist() == [[2, 4, 6, 8]]
+    config = (await serving.stub.ModelConfig(pb.ModelConfigRequest(name="double"))).config
+    assert (config.backend, config.default_model_filename, config.max_batch_size) == ("python", "model.py", 64)
+
+
+async def test_tritons_add_sub_as_it_is_published(repo, serve):
+    repo.python("add_sub", ADD_SUB, ADD_SUB_CONFIG)
+    serving = await serve()
+    a, b = np.arange(4, dtype=np.float32), np.full(4, 10, np.float32)
+    response = await serving.stub.ModelInfer(request("add_sub", INPUT0=a, INPUT1=b))
+    assert output(response, "OUTPUT0").tolist() == [10, 11, 12, 13]
+    assert output(response, "OUTPUT1").tolist() == [-10, -9, -8, -7]
+
+
+async def test_calls_share_an_execution_and_only_the_guilty_one_fails(repo, serve):
+    repo.python(
+        "m",
+        """
+        import json, os, time
+        import numpy as np
+        import triton_python_backend_utils as pb_utils
+        class TritonPythonModel:
+            def execute(self, requests):
+                responses = []
+                for request in requests:
+                    x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+                    if (x == 13).any():
+                        error = pb_utils.TritonError("thirteen", pb_utils.TritonError.INVALID_ARG)
+                        responses.append(pb_utils.InferenceResponse(error=error))
+                        continue
+                    if (x == 14).any():
+                        raise ValueError("fourteen")
+                    if (x == 15).any():
+                        os._exit(9)
+                    if (x == 1).any():
+                        time.sleep(0.2)
+                    sizes = np.full((len(x), 1), len(requests), np.int32)
+                    tensors = [pb_utils.Tensor("y", 2 * x), pb_utils.Tensor("n", sizes)]
+                    responses.append(pb_utils.InferenceResponse(tensors))
+                return responses
+        """,
+        """backend: "python" max_batch_size: 16
+        input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] }
+        output { name: "y" data_type: TYPE_FP32 dims: [ 1 ] } output { name: "n" data_type: TYPE_INT32 dims: [ 1 ] }""",
+    )
+    serving = await serve()
+
+    async def ask(value: float):
+        try:
+            return output(await serving.stub.ModelInfer(request("m", x=floats([value]))), "y").tolist()
+        except grpc.aio.AioRpcError as err:
+            return err.code(), err.details()
+
+    answers = await asyncio.gather(*(ask(value) for value in (1, 2, 13, 3, 14, 4, 15, 5)))
+    assert [answers[n] for n in (0, 1, 3, 5, 7)] == [[[2]], [[4]], [[6]], [[8]], [[10]]]
+    assert answers[2] == (grpc.StatusCode.INVALID_ARGUMENT, "thirteen")
+    assert answers[4][0] == grpc.StatusCode.INTERNAL
+    assert "ValueError: fourteen (model.py, line 15)" in answers[4][1]
+    assert answers[6][0] == grpc.StatusCode.INTERNAL
+    assert "process died (exit code 9)" in answers[6][1]
+    # What killed the process is not carried to the next one.
+    code, details = await ask(15)
+    assert code == grpc.StatusCode.INTERNAL
+    assert "it is refused for" in details
+    assert await ask(16) == [[32]]
+
+
+async def test_a_model_calls_another_one(repo, serve):
+    repo.python("double", OWN)
+    repo.python(
+        "caller",
+        """
+        import asyncio
+        import triton_python_backend_utils as pb_utils
+        class TritonPythonModel:
+            async def execute(self, requests):
+                responses = []
+                for request in requests:
+                    x = pb_utils.get_input_tensor_by_name(request, "x")
+                    asked = [pb_utils.InferenceRequest(model_name=name, requested_output_names=["y"], inputs=[x])
+                             for name in ("double", "nobody")]
+                    good, bad = await asyncio.gather(*(each.async_exec() for each in asked))
+                    again = asked[0].exec()
+                    y = pb_utils.get_output_tensor_by_name(good, "y").as_numpy()
+                    text = bad.error().message() if bad.has_error() else ""
+                    import numpy as np
+                    responses.append(pb_utils.InferenceResponse([
+                        pb_utils.Tensor("y", y + again.output_tensors()[0].as_numpy()),
+                        pb_utils.Tensor("text", np.array([text.encode()], object))]))
+                return responses
+        """,
+        """backend: "python"
+        input { name: "x" data_type: TYPE_FP32 dims: [ 1, 4 ] }
+        output { name: "y" data_type: TYPE_FP32 dims: [ 1, 4 ] }
+        output { name: "text" data_type: TYPE_STRING dims: [ 1 ] }""",
+    )
+    serving = await serve()
+    response = await serving.stub.ModelInfer(request("caller", x=floats([1, 2, 3, 4])))
+    assert output(response, "y").tolist() == [[4, 8, 12, 16]]
+    assert b"Request for unknown model: 'nobody' is not found" in output(response, "text")[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("class Model:\n  def predict(self", "'(' was never closed (model.py, line"),
+        ("x = 1", "model.py has no model: expected a class Model with predict(self, batch)"),
+        ("import sys; sys.exit(3)", "model.py called sys.exit(3) while it was imported"),
+        ("import os; os._exit(4)", "the model process ended while it loaded the model (exit code 4)"),
+        ("import nothing_there", "ModuleNotFoundError: No module named 'nothing_there' (model.py, line 1)"),
+        ("class Model:\n  pass", "class Model has no method predict(self, batch)"),
+        ("class Model:\n  def predict(self): pass", "Model.predict(self) cannot be called as predict(self, batch)"),
+        ("class Model:\n  async def predict(self, batch): pass", "Model.predict is async: expected def"),
+        ("class Model:\n  def predict(self, batch): pass", "nobody says what the inputs are"),
+        (OWN.replace("FP32", "FP33", 1), "unknown datatype 'FP33'"),
+        (OWN + "        def load(self, folder, config): raise RuntimeError('no weights')", "RuntimeError: no weights"),
+        ("class TritonPythonModel: pass", "TritonPythonModel has no method execute(self, requests)"),
+        (
+            "class A:\n  def predict(self, b): 0\nclass B:\n  def predict(self, b): 0",
+            "several classes with predict (A, B)",
+        ),
+    ],
+)
+async def test_a_model_that_is_none_says_why(repo, serve, source, reason):
+    repo.python("m", source)
+    repo.python("good", OWN)
+    serving = await serve()
+    index = {row.name: row for row in (await serving.stub.RepositoryIndex(pb.RepositoryIndexRequest())).models}
+    assert index["m"].state == "UNAVAILABLE"
+    assert reason in index["m"].reason
+    assert index["good"].state == "READY"
