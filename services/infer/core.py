@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import TypeVar
 
-from services.infer import answer, request
+from services.infer import answer, request, streaming
 from services.infer.control import Control
 from services.infer.models import Models, version_number
 from services.infer.request import Call
@@ -21,7 +22,7 @@ from services.infer.scheduler import Answer
 from services.infer.version import State, Version
 from services.infer.wording import quoted
 from shoal import __version__
-from shoal.errors import InvalidArgument, Unimplemented
+from shoal.errors import InvalidArgument, ShoalError, Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
 
 EXTENSIONS = ("classification", "model_configuration", "schedule_policy", "statistics")
@@ -160,16 +161,51 @@ class InferenceServer:
     async def _infer(
         self, asked: pb.ModelInferRequest, version: Version, deadline: float, tenant: str
     ) -> pb.ModelInferResponse:
-        signature = version.loaded.model.signature
+        signature, scheduler = version.loaded.model.signature, version.scheduler
         call = await _aside(lambda: request.read(asked, signature), _is_long_read(asked))
         if version.response_cache is None:
-            got, cache = await version.scheduler.submit(call, deadline, tenant), CacheState.OFF
+            got, cache = await scheduler.submit(call, deadline, tenant), CacheState.OFF
         else:
             got, cache = await version.response_cache.answer(call, asked.parameters, deadline, tenant)
         response = await _aside(lambda: self._written(got, call, version, asked.id), _is_long_write(got, call))
         if call.parameters.explain:
             answer.explain(response, got, self._replica, cache)
         return response
+
+    def is_decoupled(self, asked: pb.ModelInferRequest) -> bool:
+        """Whether the request's model gives any number of responses. Raises what `Models.find` does."""
+        return self.models.find(asked.model_name, asked.model_version).decoupled is not None
+
+    async def infer_stream(
+        self, asked: pb.ModelInferRequest, deadline: float = math.inf, tenant: str = ""
+    ) -> AsyncGenerator[pb.ModelInferResponse, None]:
+        """The responses to one request of any model. Closing the generator cancels the request in the model.
+
+        Raises what `infer` does, and the first error that a decoupled model gives.
+        """
+        if not self.is_decoupled(asked):
+            yield await self.infer(asked, deadline, tenant)
+            return
+        async with aclosing(self.responses(asked, deadline, tenant)) as responses:
+            async for response in responses:
+                if isinstance(response, ShoalError):
+                    raise response
+                yield response
+
+    async def responses(
+        self, asked: pb.ModelInferRequest, deadline: float = math.inf, tenant: str = ""
+    ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None]:
+        """What a decoupled model responds, errors of its own among it. Raises what else goes wrong, as `infer` does."""
+        with self.models.use(asked.model_name, asked.model_version) as version:
+            start = self._clock()
+            try:
+                signature = version.loaded.model.signature
+                call = await _aside(lambda: request.read(asked, signature), _is_long_read(asked))
+                async for response in streaming.responses(version, call, asked, deadline, tenant):
+                    yield response
+            except (Exception, asyncio.CancelledError, GeneratorExit):
+                version.statistics.failed(int((self._clock() - start) * 1e9))
+                raise
 
     def _written(self, got: Answer, call: Call, version: Version, id: str) -> pb.ModelInferResponse:
         batched = version.loaded.model.signature.max_batch_size > 0

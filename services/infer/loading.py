@@ -50,8 +50,10 @@ def load(
     version: int = 1,
     threads: int,
     clock: Callable[[], float],
+    is_given_up: Callable[[], bool] = bool,
 ) -> Loaded:
     """Loads one version of the model `name` and warms it up. `threads`: for one execution, unless it says otherwise.
+    Loading ends early when `is_given_up`, where the runtime can.
 
     Raises:
         FailedPrecondition: it cannot be served; the message says why, and names the setting, tensor or file.
@@ -66,7 +68,7 @@ def load(
     runtime = _runtime(runtimes, config, files)
     modelconfig.check(config, runtime)
     labels = _labels(config, files.folder)
-    about = About(name, version, files.folder, config, modelconfig.instances(config))
+    about = About(name, version, files.folder, config, modelconfig.instances(config), is_given_up)
     options = replace(modelconfig.session_options(config, threads), about=about)
     session = runtime.load(_model_file(config, files, runtime), options)
     try:

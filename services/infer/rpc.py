@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import NoReturn
 
 import grpc
@@ -56,9 +57,15 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
-        deadline = _deadline(context)
-        async for answer in stream.answers(request_iterator, lambda request: self._server.infer(request, deadline)):
-            yield answer
+        server, deadline = self._server, _deadline(context)
+        answers = stream.answers(
+            request_iterator,
+            lambda request: server.infer(request, deadline),
+            lambda request: server.responses(request, deadline) if server.is_decoupled(request) else None,
+        )
+        async with aclosing(answers):
+            async for answer in answers:
+                yield answer
 
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context

@@ -6,7 +6,7 @@ Both are blocking, and called on worker threads only. There are ONNX Runtime (`o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -32,6 +32,8 @@ class About:
     """As it was written: not completed yet."""
     instances: int = 1
     """How many executions may run at the same time."""
+    is_given_up: Callable[[], bool] = bool
+    """Nobody wants it any more: loading may end."""
 
 
 @dataclass(frozen=True)

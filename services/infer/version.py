@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -17,6 +18,7 @@ from enum import StrEnum
 from types import TracebackType
 
 from services.infer import loading, modelconfig, rules
+from services.infer.decoupled import DecoupledScheduler
 from services.infer.execution import Execution
 from services.infer.isolation.execution import ProcessExecution
 from services.infer.isolation.session import ProcessSession
@@ -30,7 +32,7 @@ from services.infer.runtimes import Runtimes
 from services.infer.scheduler import Scheduler
 from services.infer.statistics import Statistics
 from services.infer.wanted import ModelFiles, WantedVersion
-from shoal.errors import DataLoss, FailedPrecondition, ShoalError
+from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,8 @@ class Version:
     statistics: Statistics = field(default_factory=Statistics)
     response_cache: ResponseCache | None = None
     """Only for a model whose configuration asks for it."""
+    decoupled: DecoupledScheduler | None = None
+    """In place of the scheduler, for a model that gives any number of responses."""
     _loaded: Loaded | None = None
     _scheduler: Scheduler | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -108,7 +112,9 @@ class Version:
 
     @property
     def scheduler(self) -> Scheduler:
-        assert self._scheduler is not None, "only a version that was READY is asked"
+        """Only a version that was READY is asked. Raises Unimplemented when it is decoupled."""
+        if self._scheduler is None:
+            raise Unimplemented("ModelInfer RPC doesn't support models with decoupled transaction policy")
         return self._scheduler
 
     async def load(self, means: Means) -> None:
@@ -133,16 +139,22 @@ class Version:
 
     async def _load(self, means: Means) -> None:
         files = await self._resources.enter_async_context(self.wanted.open())
-        loaded = await _finished(self._loading(files, means))
+        given_up = threading.Event()
+        loaded = await _finished(self._loading(files, means, given_up), given_up)
         # On a thread: a model's own good-bye may take a while.
         self._resources.push_async_callback(asyncio.to_thread, loaded.session.close)
+        if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):
+            streams = self._streaming(loaded, loaded.session, means)
+            self.decoupled = await self._resources.enter_async_context(streams)
+            self._loaded = loaded
+            return
         self._scheduler = await self._resources.enter_async_context(self._scheduling(loaded, means))
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
             self.response_cache = await self._resources.enter_async_context(self._caching(loaded, means, ttl))
         self._loaded = loaded
 
-    def _loading(self, files: ModelFiles, means: Means) -> asyncio.Future[Loaded]:
+    def _loading(self, files: ModelFiles, means: Means, given_up: threading.Event) -> asyncio.Future[Loaded]:
         work = asyncio.to_thread(
             loading.load,
             self.name,
@@ -151,6 +163,7 @@ class Version:
             version=self.number,
             threads=means.threads,
             clock=means.clock,
+            is_given_up=given_up.is_set,
         )
         return asyncio.ensure_future(work)
 
@@ -162,6 +175,18 @@ class Version:
             means.limits,
             rules.of(loaded.model.config),
             instances=modelconfig.instances(loaded.model.config),
+            statistics=self.statistics,
+            clock=means.clock,
+        )
+
+    def _streaming(self, loaded: Loaded, session: ProcessSession, means: Means) -> DecoupledScheduler:
+        level = rules.of(loaded.model.config).levels[0]
+        return DecoupledScheduler(
+            self.name,
+            self.number,
+            session,
+            QueueLimits(level.calls or means.limits.calls, means.limits.size_bytes),
+            default_timeout_s=level.timeout_s,
             statistics=self.statistics,
             clock=means.clock,
         )
@@ -194,22 +219,24 @@ class Version:
             self._is_idle.clear()
             await self._is_idle.wait()
         await self._resources.aclose()
-        self._loaded = self._scheduler = self.response_cache = None
+        self._loaded = self._scheduler = self.decoupled = self.response_cache = None
         log.info("model %s version %d is unloaded", self.name, self.number)
 
 
-async def _finished(work: asyncio.Future[Loaded]) -> Loaded:
-    """Waits for a thread that cannot be interrupted. When cancelled, it still sees that the session is closed."""
+async def _finished(work: asyncio.Future[Loaded], given_up: threading.Event) -> Loaded:
+    """Waits for a thread that can only be told. When cancelled, it still sees that the session is closed."""
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
+        given_up.set()
         work.add_done_callback(_close)
         raise
 
 
 def _close(work: asyncio.Future[Loaded]) -> None:
     if not work.cancelled() and work.exception() is None:
-        work.result().session.close()
+        # On a thread: a model's own good-bye may take a while.
+        work.get_loop().run_in_executor(None, work.result().session.close)
 
 
 def _reason(error: Exception) -> str:
