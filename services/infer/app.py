@@ -27,11 +27,14 @@ from services.infer.cache import Cache
 from services.infer.config import InferConfig
 from services.infer.control import Control
 from services.infer.core import InferenceServer
+from services.infer.inner_calls import InnerCalls
 from services.infer.models import Models
 from services.infer.onnx_runtime import OnnxRuntime
 from services.infer.poll import Poll
+from services.infer.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.registry import Registry
 from services.infer.rpc import inference_rpc, short_methods
+from services.infer.runtimes import Runtimes
 from services.infer.store_client import StoreClient
 from services.infer.version import Means
 
@@ -79,8 +82,9 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
     """Serves until the process is told to stop."""
     async with AsyncExitStack() as stack:
         stopped = await stack.enter_async_context(_running(front.until_stopped()))
+        calls = InnerCalls()
         means = Means.of(
-            OnnxRuntime(),
+            Runtimes([OnnxRuntime(), PythonRuntime(call=calls)], IsolatedOnnxRuntime()),
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
@@ -88,6 +92,7 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
         models = await stack.enter_async_context(Models(means))
         control = await stack.enter_async_context(_control(config, models))
         core = InferenceServer(models, f"{config.node}/{config.instance}", control=control)
+        calls.bind(core)
         server = front.server(config, core)
         await stack.enter_async_context(server)
         registration = await stack.enter_async_context(Registration.of(config, "infer", server.address))
