@@ -236,7 +236,10 @@ class _Inbox:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while (message := await self._queue.get()) is not None:
             if isinstance(message, BaseException):
-                raise message
+                try:
+                    raise message
+                finally:
+                    del message  # Its trace holds this frame: a circle, and in it what was received.
             yield message
 
     async def only(self) -> bytes:

@@ -16,6 +16,8 @@ PREFIX = struct.Struct(">BI")
 ACCEPTED = b"identity,deflate,gzip"
 """What messages may be compressed with, as the header `grpc-accept-encoding` says it."""
 
+_PIECE_BYTES = 1 << 20
+
 _WBITS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 
 
@@ -75,16 +77,26 @@ class Deframer:
 def inflated(message: bytes, encoding: bytes, limit: int) -> bytes:
     """Raises Unimplemented, InvalidArgument or ResourceExhausted, as `Deframer.feed` does."""
     check_encoding(encoding)
-    stream = zlib.decompressobj(_WBITS[encoding])
+    stream, plain, left = zlib.decompressobj(_WBITS[encoding]), bytearray(), message
     try:
-        plain = stream.decompress(message, limit + 1)
+        # Piece by piece: what turns out to be too large is given back at once, and not when its error is forgotten.
+        while not stream.eof:
+            piece = stream.decompress(left, _PIECE_BYTES)
+            left = stream.unconsumed_tail
+            if not piece and not left:
+                break
+            plain += piece
+            if len(plain) > limit:
+                plain.clear()
+                raise too_large(limit + 1, limit)
     except zlib.error as err:
+        plain.clear()
         raise InvalidArgument(f"a message is marked as {encoding.decode()}, but is not: {err}") from err
-    if len(plain) > limit:
-        raise too_large(len(plain), limit)
-    if not stream.eof:
-        raise InvalidArgument(f"a message of {encoding.decode()} ends too early")
-    return plain
+    if not stream.eof or stream.unused_data:
+        plain.clear()
+        problem = "is followed by something else" if stream.eof else "ends too early"
+        raise InvalidArgument(f"a message of {encoding.decode()} {problem}")
+    return bytes(plain)
 
 
 def check_encoding(encoding: bytes | None) -> None:

@@ -160,9 +160,12 @@ class ResponseCache:
         except asyncio.CancelledError:
             flight.is_led = False
             raise
-        answer = flight.task.result()
-        self._statistics.missed(looked_ns + flight.kept_ns)
-        return answer
+        try:
+            answer = flight.task.result()
+            self._statistics.missed(looked_ns + flight.kept_ns)
+            return answer
+        finally:
+            del flight  # It holds an error whose trace holds this frame: a circle, and in it the whole request.
 
     async def _join(self, key: bytes, flight: _Flight, expires: float) -> Answer | None:
         """The flight's answer; None when it failed, and not because of the request. Raises the request's own error."""
@@ -196,6 +199,7 @@ class ResponseCache:
             return answer
         finally:
             self._forget(key, flight)
+            del flight
 
     async def _until_landed(self, key: bytes, flight: _Flight, expires: float) -> None:
         """Raises DeadlineExceeded when `expires` comes before the execution has begun."""

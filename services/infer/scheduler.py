@@ -166,6 +166,8 @@ class Scheduler:
         except asyncio.CancelledError:
             self.abandon(pending)
             raise
+        finally:
+            del future, pending  # They hold an error whose trace holds this frame: a circle, and in it the whole call.
 
     def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Pending:
         """As `submit`, without waiting: `receiver` will be told. Raises what is clear at once."""

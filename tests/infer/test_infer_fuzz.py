@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -19,6 +20,7 @@ from services.infer.core import InferenceServer
 from services.infer.models import Models
 from services.infer.onnx_runtime import OnnxRuntime
 from services.infer.queue import QueueLimits
+from services.infer.request import Call
 from services.infer.version import Means
 from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -29,7 +31,7 @@ from tests.infer.mutation import mutated
 EXPECTED = {Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED}
 SEEDS = range(4)
 ROUNDS = 1500
-RAISING = {"lookup", "reshape"}
+RAISING = {"lookup", "reshape", "cached-lookup"}
 """Models that raise for some values: only they may answer INTERNAL, and only with what they said."""
 
 
@@ -78,6 +80,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder.bare("text", onnx_files.identity(TensorProto.STRING, ("n", "k")))
     folder.bare("half", onnx_files.identity(TensorProto.FLOAT16, ("n", "k", "l")))
     folder.bare("flags", onnx_files.identity(TensorProto.BOOL, ("n", "k")))
+    folder.put("cached-lookup", onnx_files.lookup(), config="response_cache { enable: true }")
     folder.put("cached", onnx_files.identity(dims=("n", "k")), config="response_cache { enable: true }")
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
@@ -288,3 +291,29 @@ def test_numbers_that_are_none_go_through(bench, values):
         with np.errstate(over="ignore"):
             wanted = 2 * x if model == "double" else x
         np.testing.assert_array_equal(output(bench.infer(request(model, x=x)), "y"), wanted)
+
+
+@pytest.mark.parametrize("model", ["lookup", "double", "cached-lookup"])
+def test_an_error_keeps_no_request(bench, model):
+    """Its trace must not hold a frame that holds the error: such a circle keeps what was sent."""
+    asked = request(model, x=floats([1], [2])) if model == "double" else request(model, i=np.array([[7]]))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            got = bench.infer(asked)
+            assert isinstance(got, ShoalError)
+            del got
+        assert not [each for each in _garbage() if isinstance(each, Call | pb.ModelInferRequest)]
+    finally:
+        gc.enable()
+
+
+def _garbage() -> list[object]:
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gc.collect()
+        return list(gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
