@@ -97,6 +97,8 @@ class ShortInfer:
         version = self._models.find(asked.model_name, asked.model_version)
         if version.response_cache is not None or version.loaded.model.config.model_transaction_policy.decoupled:
             return
+        if getattr(version.loaded.session, "wants_requests", False):  # Ids too, which are no part of what is learnt.
+            return
         learnt = template.learn(body, asked, request.read(asked, version.loaded.model.signature))
         if learnt is None:
             return
