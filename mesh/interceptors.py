@@ -44,8 +44,25 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[s
     """The gRPC status code, message and trailing metadata that a caller is shown for `error`."""
     if isinstance(error, ShoalError):
         trailing = () if error.retry_after_ms is None else ((RETRY_AFTER_KEY, str(error.retry_after_ms)),)
-        return _STATUS[int(error.code)], error.message, trailing
+        return _STATUS[int(error.code)], _sendable(error.message), trailing
     return grpc.StatusCode.INTERNAL, "internal error: the log of the service has the cause", ()
+
+
+_SHORT_CHARS = 500
+_MESSAGE_BYTES = 6_000
+# Clients refuse trailers of more than 8 to 16 KiB, and then nobody learns even the code.
+
+
+def _sendable(message: str) -> str:
+    """The beginning of `message` that fits into a trailer, where most of a text's bytes are written as three."""
+    if len(message) <= _SHORT_CHARS:
+        return message
+    written = 0
+    for number, char in enumerate(message):
+        written += 1 if char.isascii() and char.isprintable() and char != "%" else 3 * len(char.encode(errors="replace"))
+        if written > _MESSAGE_BYTES:
+            return message[:number] + " ..."
+    return message
 
 
 def translate(error: grpc.RpcError, doing: str = "") -> ShoalError:
@@ -112,7 +129,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                     return await behaviour(checked(request), ctx)
                 except (asyncio.CancelledError, grpc.aio.AbortError):
                     raise
-                except Exception as err:
+                except BaseException as err:  # SystemExit too: what one call raises must not end the others.
                     await _refuse(method, err, ctx, span)
 
         return call
@@ -133,9 +150,9 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                         raise
                     task.uncancel()
                     await ctx.abort(grpc.StatusCode.UNAVAILABLE, "this instance is stopping: open the stream again")
-                except grpc.aio.AbortError:
+                except (grpc.aio.AbortError, GeneratorExit):
                     raise
-                except Exception as err:
+                except BaseException as err:
                     await _refuse(method, err, ctx, span)
                 finally:
                     self._streams.pop(task, None)
@@ -201,7 +218,7 @@ async def _whole_messages(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield _whole_message(request)
 
 
-async def _refuse(method: str, error: Exception, ctx: Context, span: Span) -> None:
+async def _refuse(method: str, error: BaseException, ctx: Context, span: Span) -> None:
     if isinstance(error, grpc.aio.AioRpcError):
         error = translate(error, f"{method} called another service")
     code, message, trailing = status_of(error)

@@ -20,9 +20,6 @@ OK: Headers = [(b"grpc-status", b"0")]
 
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
-_MESSAGE_CHARS = 4096
-# What a client gets to read: Envoy and clients bound the size of all headers together.
-
 _SAFE = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 # Printable ASCII but for the percent sign: the rest of UTF-8 is percent-encoded.
 
@@ -54,7 +51,7 @@ def trailers(code: Code | int, message: str, metadata: Iterable[tuple[str, str |
     """The trailers that end a call."""
     found: Headers = [(b"grpc-status", b"%d" % int(code))]
     if message:
-        found.append((b"grpc-message", quote(message[:_MESSAGE_CHARS], safe=_SAFE).encode()))
+        found.append((b"grpc-message", quote(message, safe=_SAFE, errors="replace").encode()))
     found.extend(encoded(metadata))
     return found
 

@@ -1,0 +1,25 @@
+"""`python -m tests.mesh.fronts FRONT`: the test service behind one front, until SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from mesh.main import main
+from mesh.server import GrpcServer, until_stopped
+from tests.mesh.fronts import service
+from tests.mesh.fronts.config import FrontsConfig
+
+
+async def _run(config: FrontsConfig) -> None:
+    async with GrpcServer(config.listen, [service.rpc(service.Service())], drain_ms=config.drain_ms) as server:
+        await server.serve()
+        await until_stopped()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "envoy":
+        from mesh.embedded import launch
+
+        launch.become_envoy("tests.mesh.fronts.inside:app", os.environ["SHOAL_FRONTS_LISTEN"])
+    main("fronts", FrontsConfig, _run)
