@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,11 @@ class IsolatedOnnxRuntime(PythonRuntime):
     kind = "onnx"
 
     def _options(self, options: SessionOptions) -> dict[str, Any]:
+        given = {each.name: getattr(options, each.name) for each in fields(options)}
         return {
-            "intra_op_threads": options.intra_op_threads,
-            "inter_op_threads": options.inter_op_threads,
-            "graph_level": options.graph_level,
-            "entries": dict(options.entries),
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in given.items()
+            if isinstance(value, int | str | Mapping)
         }
 
 

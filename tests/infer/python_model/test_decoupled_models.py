@@ -1,0 +1,262 @@
+"""Decoupled models through the server: any number of responses, pauses, cancellation, and what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from shoal.errors import DeadlineExceeded
+from shoal.inference.v2 import inference_pb2 as pb
+from tests.breakable import until
+from tests.infer.conftest import output, request
+
+COUNT = """
+    import os, time
+    import numpy as np
+    class Model:
+        def load(self, folder, config):
+            self.journal = os.path.join(folder, "journal")
+        def predict(self, batch):
+            n = int(batch["n"][0])
+            try:
+                if n < 0:
+                    raise ValueError("negative")
+                for i in range(n):
+                    with open(self.journal, "a") as out:
+                        out.write(f"{i}\\n")
+                    if i == 700:
+                        os._exit(7)
+                    yield {"i": np.array([i], np.int32)}
+            except GeneratorExit:
+                with open(self.journal, "a") as out:
+                    out.write("closed\\n")
+                raise
+"""
+
+COUNT_CONFIG = """backend: "python"
+input { name: "n" data_type: TYPE_INT32 dims: [ 1 ] }
+output { name: "i" data_type: TYPE_INT32 dims: [ 1 ] }
+"""
+
+REPEAT = """
+    import json, threading, time
+    import numpy as np
+    import triton_python_backend_utils as pb_utils
+
+    class TritonPythonModel:
+        @staticmethod
+        def auto_complete_config(auto_complete_model_config):
+            auto_complete_model_config.add_input({"name": "IN", "data_type": "TYPE_INT32", "dims": [-1]})
+            auto_complete_model_config.add_input({"name": "DELAY", "data_type": "TYPE_UINT32", "dims": [-1]})
+            auto_complete_model_config.add_output({"name": "OUT", "data_type": "TYPE_INT32", "dims": [1]})
+            auto_complete_model_config.add_output({"name": "IDX", "data_type": "TYPE_UINT32", "dims": [1]})
+            auto_complete_model_config.set_max_batch_size(0)
+            auto_complete_model_config.set_model_transaction_policy(dict(decoupled=True))
+            return auto_complete_model_config
+
+        def initialize(self, args):
+            assert pb_utils.using_decoupled_model_transaction_policy(json.loads(args["model_config"]))
+            self.cancelled = 0
+
+        def execute(self, requests):
+            for request in requests:
+                thread = threading.Thread(target=self.respond, args=(
+                    request.get_response_sender(),
+                    pb_utils.get_input_tensor_by_name(request, "IN").as_numpy(),
+                    pb_utils.get_input_tensor_by_name(request, "DELAY").as_numpy()))
+                thread.daemon = True
+                thread.start()
+            return None
+
+        def respond(self, sender, values, delays):
+            for index, (value, delay) in enumerate(zip(values, delays)):
+                time.sleep(delay / 1000)
+                if sender.is_cancelled():
+                    self.cancelled += 1
+                    break
+                if value == 13:
+                    sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError("thirteen")))
+                    continue
+                sender.send(pb_utils.InferenceResponse([
+                    pb_utils.Tensor("OUT", np.array([value], np.int32)),
+                    pb_utils.Tensor("IDX", np.array([index], np.uint32))]))
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+
+def count(n: int, id: str = "", *, with_final: bool = False) -> pb.ModelInferRequest:
+    made = request("count", id=id, n=np.array([n], np.int32))
+    if with_final:
+        made.parameters["triton_enable_empty_final_response"].bool_param = True
+    return made
+
+
+def repeat(values: Sequence[int], delays: Sequence[int], id: str = "") -> pb.ModelInferRequest:
+    made = request("repeat", id=id, IN=np.array(values, np.int32))
+    made.inputs.add(name="DELAY", datatype="UINT32", shape=[len(delays)])
+    made.raw_input_contents.append(np.array(delays, np.uint32).tobytes())
+    return made
+
+
+async def sent(*requests: pb.ModelInferRequest) -> AsyncIterator[pb.ModelInferRequest]:
+    for each in requests:
+        yield each
+
+
+async def collected(stub, *requests: pb.ModelInferRequest) -> list[pb.ModelStreamInferResponse]:
+    return [answer async for answer in stub.ModelStreamInfer(sent(*requests))]
+
+
+def journal(repo) -> list[str]:
+    file: Path = repo.root / "count" / "1" / "journal"
+    return file.read_text().split() if file.exists() else []
+
+
+async def test_each_yield_is_a_response(repo, serve):
+    repo.python("count", COUNT, COUNT_CONFIG)
+    serving = await serve()
+    answers = await collected(serving.stub, count(3, "a"), count(0, "b"), count(2, "c", with_final=True))
+    by_id = {id: [a.infer_response for a in answers if a.infer_response.id == id] for id in "abc"}
+    assert [output(r, "i").tolist() for r in by_id["a"]] == [[0], [1], [2]]
+    assert [r.parameters["triton_final_response"].bool_param for r in by_id["a"]] == [False] * 3
+    assert by_id["b"] == []
+    assert [len(r.outputs) for r in by_id["c"]] == [1, 1, 0]
+    assert [r.parameters["triton_final_response"].bool_param for r in by_id["c"]] == [False, False, True]
+    assert not any(answer.error_message for answer in answers)
+    stats = (await serving.stub.ModelStatistics(pb.ModelStatisticsRequest(name="count"))).model_stats[0]
+    assert (stats.inference_stats.success.count, stats.inference_stats.fail.count) == (3, 0)
+
+
+async def test_unary_calls_are_told_what_they_are(repo, serve):
+    repo.python("count", COUNT, COUNT_CONFIG)
+    serving = await serve()
+    with pytest.raises(grpc.aio.AioRpcError) as err:
+        await serving.stub.ModelInfer(count(1))
+    assert err.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert err.value.details() == "ModelInfer RPC doesn't support models with decoupled transaction policy"
+
+
+async def test_an_error_ends_its_request_and_not_the_stream(repo, serve):
+    repo.python("count", COUNT, COUNT_CONFIG)
+    serving = await serve()
+    wrong = pb.ModelInferRequest(model_name="count", id="w")
+    answers = await collected(serving.stub, count(-1, "n"), wrong, count(1, "g"), request("nobody", id="x"))
+    texts = {a.infer_response.id: a.error_message for a in answers}
+    assert "ValueError: negative (model.py, line 11)" in texts["n"]
+    assert "missing 'n'" in texts["w"]
+    assert "unknown model: 'nobody'" in texts["x"]
+    assert texts["g"] == ""
+
+
+async def test_tritons_repeat_interleaves_and_goes_on_after_an_error(repo, serve):
+    repo.python("repeat", REPEAT, 'backend: "python"')
+    serving = await serve()
+    answers = await collected(serving.stub, repeat([1, 13, 3], [0, 0, 300], "slow"), repeat([7, 8], [0, 0], "fast"))
+    ids = [answer.infer_response.id for answer in answers]
+    assert ids.count("slow") == 3
+    assert ids.count("fast") == 2
+    assert ids[-1] == "slow"
+    slow = [answer for answer in answers if answer.infer_response.id == "slow"]
+    assert [answer.error_message for answer in slow] == ["", "thirteen", ""]
+    assert [output(a.infer_response, "OUT").tolist() for a in slow if not a.error_message] == [[1], [3]]
+
+
+async def test_a_model_faster_than_its_caller_is_paused(repo, serve):
+    repo.python("count", COUNT, COUNT_CONFIG)
+    serving = await serve()
+    responses = serving.core.infer_stream(count(500))
+    assert output(await anext(responses), "i").tolist() == [0]
+    await until(lambda: len(journal(repo)) >= 16)
+    seen = [output(await anext(responses), "i")[0] for _ in range(99)]
+    assert seen == list(range(1, 100))
+    assert len(journal(repo)) <= 100 + 2 * 16
+    # While one caller does not read, another is served.
+    other = [output(r, "i")[0] async for r in serving.core.infer_stream(count(40))]
+    assert other == list(range(40))
+    await responses.aclose()
+    await until(lambda: "closed" in journal(repo))
+
+
+async def test_a_client_that_goes_away_closes_the_generator(repo, serve):
+    repo.python("count", COUNT, COUNT_CONFIG)
+    serving = await serve()
+    call = serving.stub.ModelStreamInfer(sent(count(500)))
+    await call.read()
+    call.cancel()
+    await until(lambda: "closed" in journal(repo))
+    assert len(journal(repo)) < 500
+    assert len(await collected(serving.stub, count(3))) == 3
+
+
+async def test_a_deadline_ends_the_stream_and_reaches_the_model(repo, serve):
+    repo.python("repeat", REPEAT, 'backend: "python"')
+    serving = await serve()
+    loop = asyncio.get_running_loop()
+    with pytest.raises(DeadlineExceeded):
+        async for _ in serving.core.infer_stream(repeat([1] * 100, [30] * 100), loop.time() + 0.2):
+            pass
+    scheduler = serving.models.find("repeat", "").decoupled
+    await until(lambda: not scheduler._places)
+
+
+async def test_the_death_of_the_process_is_told_and_the_request_not_carried_on(repo, serve):
+    repo.python("count", COUNT, COUNT_CONFIG)
+    serving = await serve()
+    answers = await collected(serving.stub, count(701, "k"))
+    assert len(answers) == 702 or len(answers) > 600
+    assert "process died (exit code 7)" in answers[-1].error_message
+    (answer,) = await collected(serving.stub, count(701, "k"))
+    assert "it is refused for" in answer.error_message
+
+    async def is_back() -> bool:
+        return [a.error_message for a in await collected(serving.stub, count(2))] == ["", ""]
+
+    await until(is_back)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+async def test_more_than_max_streams_wait_their_turn(repo, serve, most):
+    config = COUNT_CONFIG + f'parameters {{ key: "max_streams" value {{ string_value: "{most}" }} }}'
+    repo.python("count", COUNT, config)
+    serving = await serve()
+    held = [serving.core.infer_stream(count(500)) for _ in range(most)]
+    for responses in held:
+        await anext(responses)
+    patient = serving.core.infer_stream(count(1))
+    waiting = asyncio.ensure_future(anext(patient))
+    scheduler = serving.models.find("count", "").decoupled
+    await until(lambda: len(scheduler._waiting) == 1)
+    late = serving.core.infer_stream(count(1), asyncio.get_running_loop().time() + 0.05)
+    with pytest.raises(DeadlineExceeded):
+        await anext(late)
+    await held[0].aclose()
+    assert output(await waiting, "i").tolist() == [0]
+    for responses in (patient, *held):
+        await responses.aclose()
+
+
+async def test_what_is_not_what_was_declared_is_an_error(repo, serve):
+    repo.python("count", COUNT.replace("np.array([i], np.int32)", "np.zeros((2, 2), np.int32)"), COUNT_CONFIG)
+    serving = await serve()
+    answers = await collected(serving.stub, count(1))
+    assert "output 'i' has shape [2,2], expected [1]" in answers[0].error_message
+
+
+async def test_big_responses(repo, serve):
+    source = COUNT.replace("np.array([i], np.int32)", "np.full(1 << 20, i, np.int32)")
+    repo.python(
+        "count",
+        source,
+        COUNT_CONFIG.replace(
+            'name: "i" data_type: TYPE_INT32 dims: [ 1 ]', 'name: "i" data_type: TYPE_INT32 dims: [ -1 ]'
+        ),
+    )
+    serving = await serve()
+    sums = [int(output(r, "i").sum()) async for r in serving.core.infer_stream(count(30), math.inf)]
+    assert sums == [n << 20 for n in range(30)]
