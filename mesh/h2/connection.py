@@ -59,6 +59,16 @@ _CREDIT = 1 << 20
 # Windows are opened again in steps of this size: an update costs as much as a small request.
 
 _BLOCK_BYTES = 128 << 10
+_CONTINUATIONS = 64
+# Frames of one block: 128 KiB in frames of 16 KiB, with room. Else empty ones could come for ever.
+
+_UNREAD = 1000
+# Answers to PING and SETTINGS that the peer does not read: each would cost memory.
+
+_GREETING_S = 10.0
+_CONNECTIONS = 1024
+# The Envoys beside it open a few dozen.
+
 _RESETS = 20_000
 # Streams that the peer opened and cancelled on one connection, without one answer in between: no client does that.
 
@@ -141,6 +151,8 @@ class Connection(asyncio.Protocol):
         self._newest = 0
         self._credit = 0
         self._resets = 0
+        self._unread = 0
+        self._continuations = 0
         self._window = frames.DEFAULT_WINDOW
         self._stream_window = frames.DEFAULT_WINDOW
         self._frame = DEFAULT_FRAME
@@ -153,7 +165,12 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport = transport  # type: ignore[assignment] # uvloop's is of no common class.
         peer = transport.get_extra_info("peername")
         self.peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else ("unix", 0)
+        if len(self._connections) >= _CONNECTIONS:
+            log.warning("%d connections are open: one more is refused", len(self._connections))
+            self._transport.abort()
+            return
         self._connections.add(self)
+        self._greeting = self._loop.call_later(_GREETING_S, self._ungreeted)
         ours = {
             frames.TABLE_SIZE: 0,
             frames.MAX_STREAMS: _STREAMS,
@@ -162,8 +179,14 @@ class Connection(asyncio.Protocol):
         }
         self._write(frames.settings(ours) + frames.window_update(0, _CONNECTION_WINDOW - frames.DEFAULT_WINDOW))
 
+    def _ungreeted(self) -> None:
+        if not self._has_settings:
+            self._break(ConnectionBroken(Reason.SETTINGS_TIMEOUT, f"no SETTINGS came within {_GREETING_S:.0f} s"))
+
     def connection_lost(self, exc: Exception | None) -> None:
-        self._connections.discard(self)
+        if self in self._connections:
+            self._connections.remove(self)
+            self._greeting.cancel()
         self._is_closing = True
         for inbound in list(self._inbound.values()):
             _gone(inbound)
@@ -179,6 +202,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.is_paused = False
+        self._unread = 0
         self._pump()
 
     def data_received(self, data: bytes) -> None:
@@ -326,7 +350,7 @@ class Connection(asyncio.Protocol):
             if flags & PRIORITIZED:
                 payload = payload[5:]
         if not flags & END_HEADERS:
-            self._block = (number, flags, bytearray(payload))
+            self._block, self._continuations = (number, flags, bytearray(payload)), 0
             return
         self._on_block(number, flags, payload)
 
@@ -335,8 +359,12 @@ class Connection(asyncio.Protocol):
             raise ConnectionBroken(Reason.PROTOCOL_ERROR, "CONTINUATION of nothing")
         _, first, held = self._block
         held += payload
-        if len(held) > _BLOCK_BYTES:
-            raise ConnectionBroken(Reason.ENHANCE_YOUR_CALM, f"a header block of more than {_BLOCK_BYTES} bytes")
+        self._continuations += 1
+        if len(held) > _BLOCK_BYTES or self._continuations > _CONTINUATIONS:
+            raise ConnectionBroken(
+                Reason.ENHANCE_YOUR_CALM,
+                f"a header block of more than {_BLOCK_BYTES} bytes, or {_CONTINUATIONS} frames",
+            )
         if flags & END_HEADERS:
             self._block = None
             self._on_block(number, first, bytes(held))
@@ -395,7 +423,7 @@ class Connection(asyncio.Protocol):
             if len(payload) != 8 or number:
                 raise ConnectionBroken(Reason.FRAME_SIZE_ERROR, "PING of other than 8 bytes, or on a stream")
             if not flags & ACK:
-                self._out.append(frames.frame(PING, ACK, 0, payload))
+                self._acknowledge(frames.frame(PING, ACK, 0, payload))
         elif kind == CONTINUATION:
             self._on_continuation(number, flags, payload)
         elif kind == GOAWAY:
@@ -418,6 +446,9 @@ class Connection(asyncio.Protocol):
                 raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, "the connection's window is too large")
         elif (inbound := self._inbound.get(number)) is not None:
             inbound.window += size
+            if self._stream_window + inbound.window > LARGEST_WINDOW:
+                self.reset(number, Reason.FLOW_CONTROL_ERROR)
+                _gone(inbound)
         if self._waiting:
             self._pump()
 
@@ -454,9 +485,15 @@ class Connection(asyncio.Protocol):
                 if not DEFAULT_FRAME <= value <= frames.LARGEST_FRAME:
                     raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"frames of {value}")
                 self._frame = value
-        self._out.append(frames.frame(SETTINGS, ACK, 0))
+        self._acknowledge(frames.frame(SETTINGS, ACK, 0))
         if self._waiting:
             self._pump()
+
+    def _acknowledge(self, data: bytes) -> None:
+        self._out.append(data)
+        self._unread += self.is_paused
+        if self._unread > _UNREAD:
+            raise ConnectionBroken(Reason.ENHANCE_YOUR_CALM, f"{_UNREAD} acknowledgements were asked for and not read")
 
     # -- what goes
 
@@ -491,7 +528,7 @@ class Connection(asyncio.Protocol):
             outgoing.chunks.append(memoryview(data))
             outgoing.size += len(data)
         outgoing.after += after
-        outgoing.on_sent = on_sent
+        outgoing.on_sent = on_sent or outgoing.on_sent
         self._pump()
 
     def headers(self, number: int, block: bytes) -> None:
