@@ -389,7 +389,7 @@ class Queue:
 
     def _newest(self, band: int, share: Share) -> list[Pending]:
         calls: Iterable[Member] = (call for lane in self._lanes.values() for call in lane.of(band, share))
-        return cast("list[Pending]", sorted(calls, key=_ARRIVED, reverse=True))
+        return cast("list[Pending]", sorted(calls, key=_ARRIVED)[::-1])
 
 
 _FOR_EVER_S = 1e9

@@ -39,6 +39,9 @@ _HOP_S = 150e-6
 # Handing a batch to a thread and back takes about so long, twice that when both want the interpreter's lock: what is
 # done sooner is run on the loop.
 
+_CALL_S = 2e-6
+# What an execution does for each call holds the interpreter's lock: on a thread, the loop would wait for it as well.
+
 _FINE_S = 0.005
 # The event loop's timers count milliseconds: the end of a wait is waited for by an idle worker.
 
@@ -227,9 +230,12 @@ class Scheduler:
         bound = min(pending.expires, pending.due)
         if bound == math.inf or self._queue.rows <= self._policy.max_rows:
             return
-        rows = self._queue.ahead(pending, tenant)
-        start_s = min(self._free_at.values(), default=now) - now + rows * self._backlog.row_s / self._instances
-        start, end = now + _SURE * start_s, now + _SURE * (start_s + self._backlog.batch_s)
+        free_s = min(self._free_at.values(), default=now) - now
+        row_s, batch_s = self._backlog.row_s / self._instances, self._backlog.batch_s
+        if now + free_s + self._queue.rows * row_s + batch_s < bound:
+            return
+        start_s = free_s + self._queue.ahead(pending, tenant) * row_s
+        start, end = now + _SURE * start_s, now + _SURE * (start_s + batch_s)
         if start < pending.expires and end < pending.deadline and (end < pending.due or not self._can_reach_goal()):
             return
         self._statistics.shed += 1
@@ -284,10 +290,11 @@ class Scheduler:
             self._check_drained()
 
     def _is_short(self, batch: Batch) -> bool:
+        limit_s = _HOP_S + len(batch.calls) * _CALL_S
         seconds = self._compute.mean_of(batch.rows)
         if seconds is None:
-            return self._compute.is_known and self._compute.expected(batch.rows) < _HOP_S
-        return seconds < _HOP_S
+            return self._compute.is_known and self._compute.expected(batch.rows) < limit_s
+        return seconds < limit_s
 
     def _run_here(self, worker: Worker, batch: Batch, now: float) -> None:
         start = time.perf_counter_ns()
@@ -423,7 +430,8 @@ class Scheduler:
 
     def _shed(self, now: float) -> None:
         """Sends away those that would be answered too late even if they were run next: others can still make it."""
-        for pending in self._queue.shed(now + _SURE * self._backlog.batch_s):
+        # Without the doubt that admission has: a row in ten that is run in vain would be a tenth of the capacity.
+        for pending in self._queue.shed(now + self._backlog.batch_s):
             self._statistics.shed += 1
             after_ms = self._retry_after_ms()
             message = (
