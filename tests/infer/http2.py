@@ -198,7 +198,9 @@ def connected(address: str, patience_s: float = PATIENCE_S) -> socket.socket:
         made.connect(address.removeprefix("unix:"))
         return made
     host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), patience_s)
+    made = socket.create_connection((host, int(port)), patience_s)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
 
 
 def raw(address: str, data: bytes) -> bytes:
