@@ -83,10 +83,6 @@ class Tally:
     expired_rows: int = 0
     """Rows that were run although their time was over: always 0, or there is a fault in here."""
 
-    @property
-    def has_news(self) -> bool:
-        return self.bisections > 0 or self.expired_rows > 0
-
 
 class Execution:
     """Runs batches of one model version, one at a time: it owns the buffers that rows are gathered in."""

@@ -114,6 +114,9 @@ class Lane:
     def front(self, max_rows: int, max_bytes: int) -> tuple[list[Member], bool]:
         """The first calls, as many as may run together, and at least one; and whether others are left for that."""
         if self.rows <= max_rows and self.size_bytes <= max_bytes:
+            flows = self._bands[0]
+            if len(self._bands) == len(flows) == 1:
+                return list(*flows.values()), False
             return list(self.order()), False
         rows = size = 0
         front: list[Member] = []

@@ -118,7 +118,9 @@ class Queue:
         self._policy = policy
         self._rules = rules
         self._cost = cost
+        self._has_goal = policy.has_goal
         self._waits = policy.is_static or policy.has_goal
+        self._spare: Lane | None = None  # The last that was emptied: most often, the next call has its key.
         # Where a level delays what ran out, the band behind each level's own is for that.
         self._bands_each = 2 if any(level.delays for level in rules.levels) else 1
         self._bands = self._bands_each * len(rules.levels)
@@ -152,7 +154,8 @@ class Queue:
         pending.band = level * self._bands_each
         pending.share = self._shares[pending.band].of(tenant)
         evicted: Sequence[Pending] = ()
-        if self._waiting[level] >= self._most[level] or self._is_too_large(pending):
+        size = self.size_bytes + pending.size_bytes
+        if self._waiting[level] >= self._most[level] or (size > self._limits.size_bytes and self._calls):
             evicted = self._make_room(pending)
             if not evicted:
                 raise self._full(level, retry_after_ms())
@@ -163,7 +166,7 @@ class Queue:
         self._waiting[level] += 1
         self.rows += pending.rows
         self.size_bytes += pending.size_bytes
-        if self._policy.has_goal:
+        if self._has_goal:
             self.arrivals.add(pending.rows)
             self._last_due = max(self._last_due, pending.due)
         if pending.expires != math.inf:
@@ -248,7 +251,7 @@ class Queue:
         ready: dict[Hashable, Lane] = {}
         runs: dict[Hashable, tuple[list[Pending], str]] = {}
         soonest: tuple[float, Hashable, list[Pending]] | None = None
-        rate = self.arrivals.per_second(now) if self._policy.has_goal else 0.0
+        rate = self.arrivals.per_second(now) if self._has_goal else 0.0
         for key, lane in self._lanes.items():
             front, is_cut = self._front(lane)
             decision = self._decide(lane, front, is_cut, now, rate, instances)
@@ -260,7 +263,7 @@ class Queue:
             return Wait(soonest[0]) if soonest else NOTHING
         key, _ = self._next(ready)
         calls, fired = runs[key]
-        if soonest and self._policy.has_goal:
+        if soonest and self._has_goal:
             until, waiting, front = soonest
             # What waits for company must not be made late by what does not.
             if until < now + self._cost.expected(sum(call.rows for call in calls)):
@@ -270,7 +273,7 @@ class Queue:
     def _decide(
         self, lane: Lane, front: list[Pending], is_cut: bool, now: float, rate: float, instances: int
     ) -> Decision:
-        if self._policy.has_goal:
+        if self._has_goal:
             return slo.decide(front, now, self._policy, self._cost, rate=rate, instances=instances)
         return batcher.decide(front, lane.oldest(), now, self._policy, is_cut=is_cut)
 
@@ -295,7 +298,7 @@ class Queue:
         lane = self._lanes[key]
         lane.take(calls)
         if not lane.calls:
-            del self._lanes[key]
+            self._spare = self._lanes.pop(key)
         first = calls[0]
         self._shares[first.band].serving(first.share)
         rows = size = 0
@@ -316,7 +319,8 @@ class Queue:
     def _insert(self, pending: Pending, came: float) -> None:
         lane = self._lanes.get(pending.call.key)
         if lane is None:
-            lane = self._lanes[pending.call.key] = Lane(self._bands, by_due=self._policy.has_goal)
+            lane = self._spare or Lane(self._bands, by_due=self._has_goal)
+            self._lanes[pending.call.key], self._spare = lane, None
         if self._bands > 1:
             # Levels are this far apart in time: who waits long enough overtakes whoever comes later (`Rules.aging_s`).
             far = min(self._rules.aging_s, _FOR_EVER_S)
@@ -334,9 +338,6 @@ class Queue:
         pending.is_waiting = False
         pending.share.calls -= 1
         pending.share.rows -= pending.rows
-
-    def _is_too_large(self, pending: Pending) -> bool:
-        return self._calls > 0 and self.size_bytes + pending.size_bytes > self._limits.size_bytes
 
     def _full(self, level: int, after_ms: int) -> ResourceExhausted:
         return ResourceExhausted(

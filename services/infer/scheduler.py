@@ -354,6 +354,7 @@ class Scheduler:
         answers = 0
         times: Times | None = None
         is_whole = True
+        unanswered, tell = self._unanswered, self._tell
         for pending, outcome in zip(batch.calls, outcomes, strict=True):
             if type(outcome) is Answer:
                 if outcome.times is not times:
@@ -367,18 +368,18 @@ class Scheduler:
                 outcome.fired = fired
             else:
                 is_whole = False
-            if self._unanswered is not None:
+            if unanswered is not None:
                 pending.outcome = outcome
             elif not pending.is_abandoned:
-                self._tell(pending, outcome)
+                tell(pending, outcome)
         if times is not None:
             self._count(times, answers, arrived, started, now)
         if is_whole:
             self._learn(batch, now - started, seconds)
         tally = worker.execution.tally
-        if tally.has_news:
+        if tally.bisections or tally.expired_rows:
             self._statistics.tally(tally)
-        if self._unanswered is not None:
+        if unanswered is not None:
             self._release()
 
     def _tell(self, pending: Pending, outcome: Outcome) -> None:
@@ -408,9 +409,10 @@ class Scheduler:
         self._statistics.answered(times, answers, queue_ns=queue_ns, total_ns=total_ns)
 
     def _learn(self, batch: Batch, elapsed_s: float, seconds: float) -> None:
-        self.cost.add(batch.rows, elapsed_s)
         if self._may_run_here:
             self._compute.add(batch.rows, seconds)
+        if not self._may_run_here or elapsed_s > _HOP_S or self._goal_s != math.inf:
+            self.cost.add(batch.rows, elapsed_s)
         if batch.leaves_rows:
             self._backlog.add(batch.rows, elapsed_s)
 

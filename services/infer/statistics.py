@@ -8,7 +8,7 @@ from services.infer.execution import Tally, Times
 from shoal.inference.v2 import inference_pb2 as pb
 
 
-@dataclass
+@dataclass(slots=True)
 class Duration:
     """How often something took place, and how long it took in all."""
 
@@ -24,18 +24,23 @@ class Duration:
         return pb.StatisticDuration(count=self.count, ns=self.ns)
 
 
-@dataclass
+@dataclass(slots=True)
 class BatchTimes:
     """Executions of one size."""
 
-    gather: Duration = field(default_factory=Duration)
-    compute: Duration = field(default_factory=Duration)
-    scatter: Duration = field(default_factory=Duration)
+    count: int = 0
+    gather_ns: int = 0
+    compute_ns: int = 0
+    scatter_ns: int = 0
 
     def add(self, times: Times, count: int = 1) -> None:
-        self.gather.add(times.gather_ns * count, count)
-        self.compute.add(times.compute_ns * count, count)
-        self.scatter.add(times.scatter_ns * count, count)
+        self.count += count
+        self.gather_ns += times.gather_ns * count
+        self.compute_ns += times.compute_ns * count
+        self.scatter_ns += times.scatter_ns * count
+
+    def message(self, ns: int) -> pb.StatisticDuration:
+        return pb.StatisticDuration(count=self.count, ns=ns)
 
 
 @dataclass
@@ -73,7 +78,10 @@ class Statistics:
         self.last_inference_ms = now_ms
         self.executions += 1
         self.rows += times.rows
-        self.by_rows.setdefault(times.rows, BatchTimes()).add(times)
+        of_size = self.by_rows.get(times.rows)
+        if of_size is None:
+            of_size = self.by_rows[times.rows] = BatchTimes()
+        of_size.add(times)
 
     def answered(self, times: Times, calls: int = 1, *, queue_ns: int, total_ns: int) -> None:
         """Calls that one execution answered: how long they waited, and were here, all together."""
@@ -113,18 +121,18 @@ class Statistics:
                 success=self.success.message(),
                 fail=self.fail.message(),
                 queue=self.queue.message(),
-                compute_input=self.calls.gather.message(),
-                compute_infer=self.calls.compute.message(),
-                compute_output=self.calls.scatter.message(),
+                compute_input=self.calls.message(self.calls.gather_ns),
+                compute_infer=self.calls.message(self.calls.compute_ns),
+                compute_output=self.calls.message(self.calls.scatter_ns),
                 cache_hit=self.cache_hit.message(),
                 cache_miss=self.cache_miss.message(),
             ),
             batch_stats=[
                 pb.InferBatchStatistics(
                     batch_size=rows,
-                    compute_input=times.gather.message(),
-                    compute_infer=times.compute.message(),
-                    compute_output=times.scatter.message(),
+                    compute_input=times.message(times.gather_ns),
+                    compute_infer=times.message(times.compute_ns),
+                    compute_output=times.message(times.scatter_ns),
                 )
                 for rows, times in sorted(self.by_rows.items())
             ],
