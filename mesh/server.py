@@ -21,8 +21,9 @@ from typing import Any
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from mesh.health import Health
 from mesh.interceptors import ServerInterceptor
 from mesh.limits import MESSAGE_BYTES
 
@@ -67,7 +68,7 @@ class GrpcServer:
         self._generic = tuple(generic)
         self._with_health = with_health
         self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._interceptor = ServerInterceptor()
         self.address = listen
         """Where it really listens: with port 0, the port that was free."""
@@ -82,6 +83,10 @@ class GrpcServer:
                 # Envoy pings coord every 2 s: what comes more often than this is taken for abuse, and the stream cut.
                 ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
                 ("grpc.keepalive_permit_without_calls", 1),
+                # From 1,000 calls that wait for the loop on, the library would cancel one here and one there, without a
+                # word. How much may wait is decided by the services.
+                ("grpc.server.max_pending_requests", 20_000),
+                ("grpc.server.max_pending_requests_hard_limit", 20_000),
             ],
         )
         add_services(self._server, self._rpcs, self._health if self._with_health else None)
@@ -121,14 +126,15 @@ class GrpcServer:
             await self._health.set(name, status)
 
 
-def add_services(server: Any, rpcs: Sequence[Rpc], health_servicer: health.aio.HealthServicer | None) -> None:
+def add_services(server: Any, rpcs: Sequence[Rpc], health_servicer: health_pb2_grpc.HealthServicer | None) -> None:
     """Adds `rpcs`, health and reflection to a grpc server, or to what takes handlers as one does."""
     for rpc in rpcs:
         rpc.add(server)
     if health_servicer is not None:
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = [*(rpc.descriptor.full_name for rpc in rpcs), health.SERVICE_NAME, reflection.SERVICE_NAME]
-    reflection.enable_server_reflection(names, server)
+    # Not `enable_server_reflection`: that takes anything but a grpc.aio.Server for a server with threads.
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), server)
 
 
 def on_loop_signals(take: Callable[[int], None]) -> None:

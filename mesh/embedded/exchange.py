@@ -40,6 +40,8 @@ class Exchange:
     __slots__ = (
         "_app",
         "_handler",
+        "_held",
+        "_is_whole",
         "_parts",
         "_receive",
         "_send",
@@ -59,6 +61,7 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._parts: list[bytes] | None = None
+        self._is_whole = False
         self.headers = headers
         self.arrived = now = app.clock()
         self.deadline = status.deadline(headers, now)
@@ -80,12 +83,13 @@ class Exchange:
                 return
             body = event["body"]
             if event["more_body"] or self._parts is not None:
+                if self.is_over:
+                    return
+                self._hold(body)
                 if event["more_body"]:
-                    self._hold(body)
                     self._receive().add_done_callback(self.on_body)
                     return
-                body = b"".join([*(self._parts or ()), body])
-                self._parts = None
+                body, self._parts = b"".join(self._parts or ()), None
         except BaseException as err:  # Else Envoy would answer OK with no message.
             self.refuse(err)
             return
@@ -94,6 +98,7 @@ class Exchange:
 
     def handle(self, body: bytes) -> None:
         """The whole body is here. Never raises."""
+        self._is_whole = True
         try:
             if not body or body[0] or len(body) - 5 != int.from_bytes(body[1:5]):
                 body = self._straightened(body)
@@ -103,15 +108,17 @@ class Exchange:
 
     def _hold(self, piece: bytes) -> None:
         if self._parts is None:
-            self._parts = []
-        self._parts.append(piece)
-        head = self._parts[0] if len(self._parts[0]) >= PREFIX.size else b"".join(self._parts)
-        limit = self._app.message_bytes
+            self._parts, self._held = [], 0
+        self._held += len(piece)
+        if len(self._parts) == 1 and len(self._parts[0]) < PREFIX.size:
+            piece = self._parts.pop() + piece  # The prefix stays in one piece.
+        if piece:
+            self._parts.append(piece)
+        limit, head = self._app.message_bytes, self._parts[0] if self._parts else b""
         if len(head) >= PREFIX.size and PREFIX.unpack_from(head)[1] > limit:
             raise too_large(PREFIX.unpack_from(head)[1], limit)
-        held = sum(map(len, self._parts)) - PREFIX.size
-        if held > limit:
-            raise too_large(held, limit)
+        if self._held > limit + PREFIX.size:
+            raise too_large(self._held - PREFIX.size, limit)
 
     def _straightened(self, body: bytes) -> bytes:
         """A body that is not simply one plain message: made one, or refused."""
@@ -188,7 +195,7 @@ class Exchange:
 
     def poll(self) -> None:
         """Asks whether the caller is still there. Only after the whole body is here."""
-        if self.is_polled or self._parts is not None:
+        if self.is_polled or not self._is_whole:
             return
         self.is_polled = True
         self._receive().add_done_callback(self._on_poll)

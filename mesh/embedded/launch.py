@@ -138,6 +138,8 @@ def _listener(app: str, listen: str) -> dict[str, Any]:
             "initial_stream_window_size": _STREAM_WINDOW,
             "initial_connection_window_size": _CONNECTION_WINDOW,
             "max_outbound_frames": 100_000,
+            # The default ends the whole connection at the second empty frame in a row. Some clients send such.
+            "max_consecutive_inbound_frames_with_empty_payload": 64,
         },
         # Calls have deadlines of their own, and a stream may be silent for hours.
         "stream_idle_timeout": "0s",

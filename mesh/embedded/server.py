@@ -11,12 +11,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
 from mesh.embedded import admin
 from mesh.embedded.app import GrpcApp
 from mesh.embedded.exchange import ShortHandler
 from mesh.embedded.methods import Methods
+from mesh.health import Health
 from mesh.interceptors import ServerInterceptor
 from mesh.server import Rpc, add_services
 from mesh.tasks import end
@@ -52,7 +53,7 @@ class EmbeddedServer:
         self._short = dict(short)
         self._admin_path = admin_path
         self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._interceptor = ServerInterceptor()
         self.address = listen
 

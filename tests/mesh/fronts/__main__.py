@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from mesh.h2.server import H2Server
 from mesh.main import main
 from mesh.server import GrpcServer, until_stopped
 from tests.mesh.fronts import service
@@ -17,9 +18,17 @@ async def _run(config: FrontsConfig) -> None:
         await until_stopped()
 
 
+async def _run_h2(config: FrontsConfig) -> None:
+    served = service.Service()
+    rpcs, short = [service.rpc(served)], service.short_methods(served)
+    async with H2Server(config.listen, rpcs, drain_ms=config.drain_ms, short=short) as server:
+        await server.serve()
+        await until_stopped()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "envoy":
         from mesh.embedded import launch
 
         launch.become_envoy("tests.mesh.fronts.inside:app", os.environ["SHOAL_FRONTS_LISTEN"])
-    main("fronts", FrontsConfig, _run)
+    main("fronts", FrontsConfig, _run_h2 if sys.argv[1] == "h2" else _run)

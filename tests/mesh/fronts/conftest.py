@@ -21,7 +21,7 @@ from tests.breakable import Process, until
 from tests.mesh.fronts.raw import RawConnection
 from tests.mesh.fronts.service import METHODS, path
 
-FRONTS = ("grpc", "envoy")
+FRONTS = ("grpc", "envoy", "h2")
 UNARY = ("Unary", "Short")
 
 _LARGE = 200 << 20
@@ -38,7 +38,9 @@ _numbers = itertools.count()
 class Front(Process):
     """A process that serves the test service at `address`."""
 
-    def __init__(self, name: str, python: str, folder: Path, address: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, python: str, folder: Path, address: str, env: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.address = address
         settings = {"SHOAL_FRONTS_LISTEN": address, **(env or {})}

@@ -87,10 +87,12 @@ class RawConnection:
         self._writer.write(self._h2.data_to_send())
         await self._writer.drain()
 
-    async def open(self, method: str, order: Any = None, *, without: str = "", end: bool = False, **extra: str) -> int:
+    async def open(
+        self, method: str, order: Any = None, *, without: str = "", end: bool = False, verb: str = "POST", **extra: str
+    ) -> int:
         """Sends the headers of a call. `extra` replaces or adds headers ('_' is '-'). Returns the stream's number."""
         headers = {
-            ":method": "POST",
+            ":method": verb,
             ":scheme": "http",
             ":path": path(method),
             ":authority": "shoal",
@@ -99,7 +101,7 @@ class RawConnection:
         }
         if order is not None:
             headers["x-do"] = json.dumps(order)
-        headers |= {(":" if key in ("path", "method") else "") + key.replace("_", "-"): v for key, v in extra.items()}
+        headers |= {key.replace("_", "-"): value for key, value in extra.items()}
         headers.pop(without, None)
         number = self._h2.get_next_available_stream_id()
         self.streams[number] = Exchange()

@@ -27,11 +27,12 @@ from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.message import DecodeError
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from mesh.embedded.exchange import Exchange, ShortHandler
 from mesh.server import Rpc
-from shoal.errors import from_status
+from shoal.errors import InvalidArgument, from_status
 
 NAME = "shoal.test.Fronts"
 METHODS = {
@@ -116,7 +117,10 @@ class Service:
     def short(self, body: bytes, exchange: Exchange) -> None:
         """`Short` on the short way."""
         order = _order([(key.decode(), value.decode()) for key, value in exchange.headers.items()])
-        value = BytesValue.FromString(body[5:]).value
+        try:
+            value = BytesValue.FromString(body[5:]).value
+        except DecodeError as err:
+            raise InvalidArgument(str(err)) from err
         if order["do"] == "wait":
             self._note("started", order)
             exchange.on_end = lambda: self._note("cancelled", order)
