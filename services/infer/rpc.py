@@ -20,6 +20,8 @@ from shoal.errors import Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 
+TENANT = "x-shoal-tenant"
+
 
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     """Serves an InferenceServer."""
@@ -52,16 +54,16 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return self._server.index(request)
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
-        return await self._server.infer(request, _deadline(context))
+        return await self._server.infer(request, _deadline(context), _tenant(context))
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
-        server, deadline = self._server, _deadline(context)
+        server, deadline, tenant = self._server, _deadline(context), _tenant(context)
         answers = stream.answers(
             request_iterator,
-            lambda request: server.infer(request, deadline),
-            lambda request: server.responses(request, deadline) if server.is_decoupled(request) else None,
+            lambda request: server.infer(request, deadline, tenant),
+            lambda request: server.responses(request, deadline, tenant) if server.is_decoupled(request) else None,
         )
         async with aclosing(answers):
             async for answer in answers:
@@ -120,6 +122,14 @@ def inference_rpc(server: InferenceServer) -> Rpc:
 def _deadline(context: Context) -> float:
     left = context.time_remaining()
     return math.inf if left is None else time.monotonic() + left
+
+
+def _tenant(context: Context) -> str:
+    """Who asks, as far as the caller says; empty for nobody in particular."""
+    for key, value in context.invocation_metadata() or ():
+        if key == TENANT:
+            return value if isinstance(value, str) else ""
+    return ""
 
 
 def _not_done(method: str, instead: str) -> NoReturn:

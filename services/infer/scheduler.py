@@ -185,7 +185,11 @@ class Scheduler:
             raise self._too_late()
         if not self._idle and self._backlog.is_known:
             self._admit(pending, tenant, now)
-        evicted = self._queue.add(pending, tenant, self._retry_after_ms)
+        try:
+            evicted = self._queue.add(pending, tenant, self._retry_after_ms)
+        except ResourceExhausted:
+            self._statistics.shed += 1
+            raise
         if evicted:
             self._evict(evicted)
         if self._unanswered is not None:

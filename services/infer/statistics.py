@@ -136,4 +136,11 @@ class Statistics:
                 )
                 for rows, times in sorted(self.by_rows.items())
             ],
+            scheduling=pb.SchedulingStatistics(
+                expired=self.expired,
+                cancelled=self.cancelled,
+                shed=self.shed,
+                expired_executed=self.expired_executed,
+                bisections=self.bisections,
+            ),
         )
