@@ -59,7 +59,8 @@ def _sendable(message: str) -> str:
         return message
     written = 0
     for number, char in enumerate(message):
-        written += 1 if char.isascii() and char.isprintable() and char != "%" else 3 * len(char.encode(errors="replace"))
+        is_plain = char.isascii() and char.isprintable() and char != "%"
+        written += 1 if is_plain else 3 * len(char.encode(errors="replace"))
         if written > _MESSAGE_BYTES:
             return message[:number] + " ..."
     return message

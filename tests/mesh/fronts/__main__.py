@@ -12,8 +12,16 @@ from tests.mesh.fronts import service
 from tests.mesh.fronts.config import FrontsConfig
 
 
-async def _run(config: FrontsConfig) -> None:
-    async with GrpcServer(config.listen, [service.rpc(service.Service())], drain_ms=config.drain_ms) as server:
+def _server(name: str, config: FrontsConfig) -> GrpcServer | H2Server:
+    served = service.Service()
+    rpcs = [service.rpc(served)]
+    if name == "h2":
+        return H2Server(config.listen, rpcs, drain_ms=config.drain_ms, short=service.short_methods(served))
+    return GrpcServer(config.listen, rpcs, drain_ms=config.drain_ms)
+
+
+async def _run(name: str, config: FrontsConfig) -> None:
+    async with _server(name, config) as server:
         await server.serve()
         await until_stopped()
 
