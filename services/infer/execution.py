@@ -105,11 +105,16 @@ class Execution:
         """One outcome for each job, in order. Never raises."""
         outcomes: list[Outcome] = []
         try:
-            outcomes = self._run(batch)
-        except ModelFailed as err:
-            outcomes = self._run_apart(batch, err) if len(batch) > 1 else [self._failed(err)]
+            try:
+                outcomes = self._run(batch)
+            except ModelFailed as err:
+                outcomes = self._run_apart(batch, err) if len(batch) > 1 else [self._failed(err)]
+            if len(outcomes) != len(batch):
+                raise RuntimeError(f"model {self._name}: {len(outcomes)} outcomes for {len(batch)} calls")
         except Exception as err:  # A fault of ours: the front tells the log everything and the caller little.
             outcomes = [err] * len(batch)
+        except BaseException as err:  # A model that exits, for one: its callers must hear of it, its worker lives on.
+            outcomes = [RuntimeError(f"model {self._name}: {type(err).__name__}: {err}")] * len(batch)
         if self._staging:
             self._give_back()
         return outcomes

@@ -66,7 +66,8 @@ class _Waiter:
 
     def failed(self, error: BaseException) -> None:
         if not self.future.done():
-            self.future.set_exception(error)
+            # A future does not take StopIteration, which would end whoever awaits it.
+            self.future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
 
 
 class Scheduler:
@@ -112,7 +113,7 @@ class Scheduler:
         self._free_at: dict[Worker, float] = {}
         self._was_busy = False
         self._unanswered: deque[Pending] | None = deque() if self._rules.preserves_order else None
-        self._is_closing = False
+        self._is_closing = self._is_ended = False
         self._will_dispatch = False
         self._waking: asyncio.TimerHandle | None = None
         self._waking_at = math.inf
@@ -144,8 +145,13 @@ class Scheduler:
             for timer in (self._timer, self._waking):
                 if timer is not None:
                     timer.cancel()
+            # Nobody drained when leaving was cut short: what still waits is told so.
+            while not isinstance(batch := self._queue.take(math.inf, is_late=True), Wait):
+                for pending in batch.calls:
+                    self._settle(pending, self._unloading())
 
     def _end_workers(self) -> None:
+        self._idle, self._is_ended = [], True
         for worker in self._workers:
             worker.close()
 
@@ -175,7 +181,7 @@ class Scheduler:
     def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Pending:
         """As `submit`, without waiting: `receiver` will be told. Raises what is clear at once."""
         if self._is_closing:
-            raise Unavailable(f"model '{self._name}' is being unloaded")
+            raise self._unloading()
         now = self._clock()
         pending = Pending(call, now, deadline, receiver)
         if self._has_rules or call.parameters.timeout_us:
@@ -316,7 +322,8 @@ class Scheduler:
 
     def _ran(self, worker: Worker, batch: Batch, started: float, outcomes: Sequence[Outcome], seconds: float) -> None:
         del self._free_at[worker]
-        self._idle.append(worker)
+        if not self._is_ended:
+            self._idle.append(worker)
         if self._queue:
             # The model goes on while answers are written.
             self._was_busy = True
@@ -470,6 +477,9 @@ class Scheduler:
         at = self._queue.next_expiry()
         if at != math.inf:
             self._set_timer(at, now)
+
+    def _unloading(self) -> Unavailable:
+        return Unavailable(f"model '{self._name}' is being unloaded")
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")

@@ -42,7 +42,8 @@ class ThreadWorker:
         self.execution = execution
         self._loop = loop
         self._inbox: SimpleQueue[tuple[Sequence[Job], Done] | tuple[float, Callable[[], None]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=name)
+        # A process that has to end does not wait for a model; one that ends in order has closed its workers.
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:

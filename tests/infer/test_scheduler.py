@@ -301,6 +301,69 @@ async def test_with_a_delay_a_lone_call_waits_for_company_but_not_for_ever():
     assert bench.model.runs == [[1, 2]]
 
 
+@pytest.mark.parametrize("fault", [StopIteration("over"), SystemExit(1), KeyboardInterrupt()])
+async def test_whatever_the_model_throws_its_caller_hears_of_it_and_the_worker_lives_on(fault):
+    def throw(x):
+        raise fault
+
+    bench = Bench()
+    bench.model.answer = throw
+    async with bench.scheduler:
+        with pytest.raises(RuntimeError):
+            await asyncio.wait_for(bench.scheduler.submit(call(1)), 30)
+        bench.model.answer = lambda x: x
+        assert values(await bench.scheduler.submit(call(1))) == [1]
+
+
+async def test_outcomes_that_are_too_few_are_a_fault_and_hang_nobody():
+    bench = Bench()
+    execution = bench.execution()
+    execution._computed = lambda *args: []
+    outcomes = execution.run([Pending(call(n), 0.0, math.inf, Nobody()) for n in (1, 2)])
+    assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 2
+
+
+async def test_leaving_that_is_cut_short_tells_those_who_wait():
+    bench = Bench()
+
+    async def serve() -> None:
+        async with bench.scheduler:
+            ready.set()
+            await asyncio.Event().wait()
+
+    ready = asyncio.Event()
+    server = asyncio.create_task(serve())
+    await ready.wait()
+    first = await bench.occupied()
+    (waiting,) = await bench.queued(call(2))
+    server.cancel()
+    await asyncio.sleep(0)
+    server.cancel()  # Once to leave, once more while it waits for the model.
+    with pytest.raises(asyncio.CancelledError):
+        await server
+    with pytest.raises(Unavailable, match="being unloaded"):
+        await waiting
+    bench.model.gate.set()
+    assert values(await first) == [-2]
+    assert bench.model.executed == [-1]
+
+
+async def test_a_receiver_that_raises_harms_no_batch_mate(caplog):
+    class Clumsy(Nobody):
+        def answered(self, answer) -> None:
+            raise ValueError("clumsy")
+
+    bench = Bench()
+    async with bench.scheduler:
+        first = await bench.occupied()
+        bench.scheduler.start(call(1), math.inf, "", Clumsy())
+        (mate,) = await bench.queued(call(2))
+        bench.model.gate.set()
+        assert values(await mate) == [4]
+        await first
+    assert "clumsy" in caplog.text
+
+
 async def test_leaving_runs_what_waits_and_takes_nothing_more():
     bench = Bench(policy=BatchPolicy(8, 1 << 20, delay_s=1000.0))
     async with bench.scheduler:
