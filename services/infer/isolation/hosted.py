@@ -104,6 +104,8 @@ class Facts:
     inputs: Sequence[tuple[str, str, Sequence[int]]] = ()
     """Name, datatype, and whole shape, with the batch dimension."""
     outputs: Sequence[tuple[str, str, Sequence[int]]] = ()
+    optional_inputs: Sequence[tuple[str, str, Sequence[int]]] = ()
+    """Those that a request may leave out, where the model itself knows."""
     text: bool = False
     """BYTES elements must be UTF-8."""
     config: Mapping[str, Any] | None = None

@@ -59,4 +59,5 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
     ours = str(Path(__file__).resolve().parents[3])
     kept["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([ours, *packages]))
     kept["PYTHONUNBUFFERED"] = "1"
+    kept["PYTHONDONTWRITEBYTECODE"] = "1"  # A model's folder may be a cache of ours, whose files are what they are.
     return kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from services.infer.isolation.hosted import Batch, Facts, Given, Load, LoadFaile
 from services.infer.isolation.payload import Tensor
 from services.infer.onnx_runtime import OnnxRuntime
 from services.infer.runtime import ModelFailed, SessionOptions
+from services.infer.signature import TensorSpec
 from shoal.errors import FailedPrecondition
 
 
@@ -25,8 +26,9 @@ class OnnxModel:
             raise LoadFailed(err.message) from err
         self._datatypes = {spec.name: spec.datatype.name for spec in self._session.outputs}
         self.facts = Facts(
-            [(spec.name, spec.datatype.name, spec.shape) for spec in self._session.inputs],
-            [(spec.name, spec.datatype.name, spec.shape) for spec in self._session.outputs],
+            _told(self._session.inputs),
+            _told(self._session.outputs),
+            _told(getattr(self._session, "optional_inputs", ())),
             text=self._session.text,
         )
 
@@ -46,6 +48,10 @@ class OnnxModel:
 
     def close(self) -> None:
         self._session.close()
+
+
+def _told(specs: Sequence[TensorSpec]) -> list[tuple[str, str, Sequence[int]]]:
+    return [(spec.name, spec.datatype.name, spec.shape) for spec in specs]
 
 
 def _as_text(array: Tensor) -> Tensor:

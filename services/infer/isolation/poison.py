@@ -24,10 +24,12 @@ _KEPT = 1024
 
 @dataclass
 class _Record:
-    suspicions: int
-    deaths: int
-    until: float
-    """Refused before this; forgotten long after."""
+    suspicions: int = 0
+    deaths: int = 0
+    until: float = 0.0
+    """Refused before this."""
+    forgotten: float = 0.0
+    """From then on, nothing is known of it."""
 
 
 class Poison:
@@ -47,11 +49,12 @@ class Poison:
         for call in calls:
             mark = fingerprint(call)
             with self._lock:
-                record = self._records.pop(mark, None) or _Record(0, 0, 0.0)
+                record = self._records.pop(mark, None) or _Record()
                 record.suspicions += 1
                 if (is_sure and len(calls) == 1) or record.suspicions >= SUSPICIONS:
                     record.deaths += 1
                     record.until = self._clock() + min(FIRST_S * 2.0 ** (record.deaths - 1), LONGEST_S)
+                record.forgotten = max(record.until, self._clock()) + LONGEST_S
                 self._records[mark] = record
                 while len(self._records) > _KEPT:
                     del self._records[next(iter(self._records))]
@@ -60,9 +63,8 @@ class Poison:
         """How long this call is still refused; 0: it may run."""
         now = self._clock()
         with self._lock:
-            for mark in [mark for mark, record in self._records.items() if now > record.until + LONGEST_S]:
-                if self._records[mark].deaths:
-                    del self._records[mark]
+            for mark in [mark for mark, record in self._records.items() if now >= record.forgotten]:
+                del self._records[mark]
             if not self._records:
                 return 0.0
         record = self._records.get(fingerprint(call))
