@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh.embedded import status
 from mesh.embedded.exchange import Exchange, ShortHandler
+from mesh.embedded.framing import PREFIX, too_large
 from mesh.h2 import frames
 from mesh.h2.frames import (
     ACK,
@@ -80,11 +81,10 @@ _STATUS_200 = (b":status", b"200")
 class Inbound:
     """A stream from its HEADERS on. `window`: what the peer lets us send, beyond what its settings say."""
 
-    __slots__ = ("block", "exchange", "handler", "is_ended", "parts", "received", "stream", "uncredited", "window")
+    __slots__ = ("block", "exchange", "is_ended", "parts", "received", "stream", "uncredited", "window")
 
-    def __init__(self, block: Block, handler: ShortHandler | None) -> None:
+    def __init__(self, block: Block) -> None:
         self.block = block
-        self.handler = handler
         self.parts: list[bytes] = []
         self.received = 0
         self.uncredited = 0
@@ -291,36 +291,48 @@ class Connection(asyncio.Protocol):
             raise ConnectionBroken(Reason.STREAM_CLOSED, f"DATA on stream {number} after its end")
         if flags & frames.PADDED:
             payload = frames.without_padding(payload, flags)
-        handler = inbound.handler
-        if handler is not None and flags & END_STREAM and not inbound.received:
+        exchange = inbound.exchange
+        if exchange is not None and flags & END_STREAM and not inbound.received:
             inbound.is_ended = True  # Nearly all calls: one frame is the whole request.
-            self._begin(number, inbound, handler, payload)
+            exchange.handle(payload)
             return
         inbound.received += size
         if inbound.received - inbound.uncredited > _STREAM_WINDOW:
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
         is_end = bool(flags & END_STREAM)
-        if handler is None:
+        if exchange is None:
             assert inbound.stream is not None
             inbound.is_ended = is_end
             inbound.stream.feed(payload, size, is_end=is_end)
             return
-        self._gather(number, inbound, payload, size, is_end=is_end)
+        self._gather(number, inbound, exchange, payload, is_end=is_end)
 
-    def _gather(self, number: int, inbound: Inbound, payload: bytes, size: int, *, is_end: bool) -> None:
+    def _gather(self, number: int, inbound: Inbound, exchange: Exchange, payload: bytes, *, is_end: bool) -> None:
         """One more piece of a short method's request."""
-        assert inbound.handler is not None
         inbound.parts.append(payload)
-        if inbound.received > self._app.message_bytes + 5 + _STREAM_WINDOW:
-            is_end = True  # Far over the limit: refused as it is.
+        if (size_is := self._oversize(inbound)) is not None:
+            inbound.parts.clear()
+            exchange.refuse(too_large(size_is, self._app.message_bytes))
+            return
         if is_end:
             inbound.is_ended = True
             body = b"".join(inbound.parts)
             inbound.parts.clear()
-            self._begin(number, inbound, inbound.handler, body)
+            exchange.handle(body)
             return
         if inbound.received - inbound.uncredited >= _CREDIT:
             self.credit(number, inbound.received - inbound.uncredited)
+
+    def _oversize(self, inbound: Inbound) -> int | None:
+        """The size of a message that is over the limit: as its prefix says, or as much as has come."""
+        limit, parts = self._app.message_bytes, inbound.parts
+        if inbound.received - PREFIX.size > limit:
+            return inbound.received - PREFIX.size
+        if len(parts) > 1 and len(parts[0]) >= PREFIX.size:
+            return None  # It was looked at before.
+        head = b"".join(parts)[: PREFIX.size]
+        says = PREFIX.unpack(head)[1] if len(head) == PREFIX.size else 0
+        return says if says > limit else None
 
     def credit(self, number: int, size: int) -> None:
         """So many bytes of a stream have been taken: the peer may send as many again."""
@@ -329,20 +341,6 @@ class Connection(asyncio.Protocol):
             inbound.uncredited += size
             if not inbound.is_ended:
                 self._write(frames.window_update(number, size))
-
-    def _begin(self, number: int, inbound: Inbound, handler: ShortHandler, body: bytes) -> None:
-        app = self._app
-        try:
-            exchange = H2Exchange(app, handler, inbound.block.by_name, self, number)
-        except ShoalError:  # A header that is none of gRPC's: the long way says so.
-            inbound.handler = None
-            self._open(number, inbound)
-            assert inbound.stream is not None
-            inbound.stream.feed(body, 0, is_end=True)
-            return
-        inbound.exchange = exchange
-        app.exchanges.add(exchange)
-        exchange.handle(body)
 
     def _on_headers(self, number: int, flags: int, payload: bytes) -> None:
         if flags & (frames.PADDED | PRIORITIZED):
@@ -378,21 +376,28 @@ class Connection(asyncio.Protocol):
         if len(self._inbound) >= _STREAMS or self._is_closing:
             self._write(frames.rst_stream(number, Reason.REFUSED_STREAM))
             return
-        headers = block.by_name
+        inbound = self._inbound[number] = Inbound(block)
         handler = self._app.short.get(block.path)
-        if handler is not None and (
-            flags & END_STREAM
-            or headers.get(b"content-type") != b"application/grpc"
-            or headers.get(b":method") != b"POST"
-        ):
-            handler = None
-        inbound = self._inbound[number] = Inbound(block, handler)
-        if handler is None:
+        if handler is None or not self._exchange(number, inbound, handler, flags):
             self._open(number, inbound)
             if flags & END_STREAM:
                 assert inbound.stream is not None
                 inbound.is_ended = True
                 inbound.stream.feed(b"", 0, is_end=True)
+
+    def _exchange(self, number: int, inbound: Inbound, handler: ShortHandler, flags: int) -> bool:
+        """Begins a call on the short way. False when it is none: the long way says why."""
+        headers = inbound.block.by_name
+        if headers.get(b"content-type") != b"application/grpc" or headers.get(b":method") != b"POST":
+            return False
+        if flags & END_STREAM:
+            return False
+        try:
+            inbound.exchange = exchange = H2Exchange(self._app, handler, headers, self, number)
+        except ShoalError:  # A header that is none of gRPC's.
+            return False
+        self._app.exchanges.add(exchange)
+        return True
 
     def _on_trailers(self, number: int, flags: int) -> None:
         inbound = self._inbound.get(number)
@@ -402,8 +407,8 @@ class Connection(asyncio.Protocol):
             return
         if not flags & END_STREAM or inbound.is_ended:
             raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"HEADERS inside stream {number}")
-        if inbound.handler is not None:
-            self._gather(number, inbound, b"", 0, is_end=True)
+        if inbound.exchange is not None:
+            self._gather(number, inbound, inbound.exchange, b"", is_end=True)
         elif inbound.stream is not None:
             inbound.is_ended = True
             inbound.stream.feed(b"", 0, is_end=True)

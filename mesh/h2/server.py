@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
 from mesh.embedded.app import GrpcApp
 from mesh.embedded.exchange import ShortHandler
 from mesh.embedded.methods import Methods
 from mesh.h2.connection import Connection
+from mesh.health import Health
 from mesh.interceptors import ServerInterceptor
 from mesh.limits import MESSAGE_BYTES
 from mesh.server import Rpc, add_services
@@ -49,7 +50,7 @@ class H2Server:
         self._drain_s = drain_ms / 1000
         self._short = dict(short)
         self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._interceptor = ServerInterceptor()
         self._connections: set[Connection] = set()
         self.address = listen

@@ -57,7 +57,9 @@ async def test_a_deadline_that_is_over_ends_the_call(
 
 
 @pytest.mark.parametrize("method", UNARY)
-async def test_the_deadline_holds_while_the_request_is_still_coming(raw: RawConnection, method: str) -> None:
+async def test_the_deadline_holds_while_the_request_is_still_coming(
+    front: Front, raw: RawConnection, method: str
+) -> None:
     number = await raw.open(method, grpc_timeout="200m")
     await raw.send(number, framed(b"")[:2])
     answer = await raw.ended(number)
