@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from services.infer import modelconfig, rules, warmup
+from services.infer import modelconfig, onnx_settings, rules, warmup
 from services.infer.batcher import BatchPolicy
 from services.infer.isolation.session import ProcessSession
 from services.infer.modelconfig import Completed
-from services.infer.runtime import About, Runtime, Session
+from services.infer.reshape import ReshapedSession
+from services.infer.runtime import About, Runtime, Session, SessionOptions
 from services.infer.runtimes import Runtimes
+from services.infer.signature import TensorSpec
 from services.infer.wanted import ModelFiles, read_text
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -69,29 +71,53 @@ def load(
     modelconfig.check(config, runtime)
     labels = _labels(config, files.folder)
     about = About(name, version, files.folder, config, modelconfig.instances(config), is_given_up)
-    options = replace(modelconfig.session_options(config, threads), about=about)
+    options = replace(_options(config, threads, runtime), about=about)
     session = runtime.load(_model_file(config, files, runtime), options)
     try:
         says_batch = modelconfig.says_max_batch_size(text)
         if isinstance(session, ProcessSession):
             config, says_batch = session.completed(config), says_batch or session.says_batch
             modelconfig.check(config, runtime)
+        elif _is_reshaped(config):
+            session = ReshapedSession(session, config)
         model = modelconfig.complete(
             config,
-            session.inputs,
+            _inputs(session, config, runtime),
             session.outputs,
             runtime=runtime,
             text=session.text,
             batch_is_given=says_batch,
             labels=labels,
+            gpus=getattr(session, "gpus", ()),
         )
         if config.model_transaction_policy.decoupled:
             return Loaded(model, session)
         made_up = not isinstance(session, ProcessSession) or session.is_tried
         return Loaded(warmup.run(name, model, session, files.folder, clock, made_up=made_up), session)
-    except BaseException:
+    except BaseException as err:
         session.close()
+        if isinstance(err, StopIteration):  # No future takes one: whoever waits would wait for ever.
+            raise RuntimeError("a model's session ended an iteration that is not its own") from err
         raise
+
+
+def _options(config: pb.ModelConfig, threads: int, runtime: Runtime) -> SessionOptions:
+    if runtime.backend == modelconfig.ONNX:
+        return onnx_settings.session_options(config, threads)
+    return SessionOptions(threads)
+
+
+def _is_reshaped(config: pb.ModelConfig) -> bool:
+    return any(tensor.HasField("reshape") for tensor in (*config.input, *config.output))
+
+
+def _inputs(session: Session, config: pb.ModelConfig, runtime: Runtime) -> tuple[TensorSpec, ...]:
+    """All inputs that the model can take."""
+    if isinstance(session, ProcessSession) and runtime.backend != modelconfig.ONNX:
+        # A Python model sees for itself which of them came.
+        optional = {given.name for given in config.input if given.optional}
+        return tuple(replace(spec, is_optional=spec.name in optional) for spec in session.inputs)
+    return (*session.inputs, *getattr(session, "optional_inputs", ()))
 
 
 def _runtime(runtimes: Runtime | Runtimes, config: pb.ModelConfig, files: ModelFiles) -> Runtime:

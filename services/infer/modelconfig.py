@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 from google.protobuf import text_format
 
-from services.infer import rules
+from services.infer import reshape, rules
 from services.infer.datatypes import BY_CONFIG
-from services.infer.runtime import Runtime, SessionOptions
+from services.infer.runtime import Runtime
 from services.infer.signature import Signature, TensorSpec, fits
 from services.infer.wording import listed, written
 from shoal.errors import FailedPrecondition
@@ -27,9 +27,13 @@ from shoal.inference.v2 import model_config_pb2 as pb
 GUESSED_BATCH_SIZE = 64
 """Rows at most for a model that says nothing: most of what batching gives is had by then, and memory stays modest."""
 
+ONNX = "onnxruntime"
+
+MOST_SAMPLES = 1000
+"""Runs of one sample of `model_warmup`."""
+
 _MAX_INSTANCES = 64
 _MAX_BATCH_SIZE = 1 << 16
-_MAX_THREADS = 1024
 
 
 def parse(text: str, where: str = "config.pbtxt") -> pb.ModelConfig:
@@ -69,11 +73,12 @@ def check(config: pb.ModelConfig, runtime: Runtime) -> None:
 
 
 def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
-    if config.platform not in ("", runtime.platform):
+    names = ("", runtime.platform, runtime.backend)
+    if config.platform not in names:
         yield f"platform '{config.platform}' is not supported: use {runtime.platform}"
-    if config.backend not in ("", runtime.backend):
+    if config.backend not in names:
         yield f"backend '{config.backend}' is not supported: use {runtime.backend}"
-    if config.runtime not in ("", runtime.backend):
+    if config.runtime not in (*names, f"libtriton_{runtime.backend}.so"):
         yield f"runtime '{config.runtime}' is not supported: leave it out"
     unsupported = {
         "sequence_batching": config.HasField("sequence_batching"),
@@ -84,33 +89,69 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
         "cc_model_filenames": bool(config.cc_model_filenames),
         "model_operations": bool(config.model_operations.op_library_filename),
         "model_repository_agents": bool(config.model_repository_agents.agents),
-        "optimization.cuda": config.optimization.HasField("cuda"),
-        "optimization.execution_accelerators": config.optimization.HasField("execution_accelerators"),
+        "metric_tags": bool(config.metric_tags),
+        "model_metrics": bool(config.model_metrics.metric_control),
+        **_optimizations(config.optimization),
     }
     yield from (f"{name} is not supported" for name, is_set in unsupported.items() if is_set)
     yield from (f"input '{i.name}': {what} is not supported" for i in config.input for what in _odd_input(i))
     for output in config.output:
-        if output.HasField("reshape"):
-            yield f"output '{output.name}': reshape is not supported"
         if output.is_shape_tensor or output.is_non_linear_format_io:
             yield f"output '{output.name}': shape tensors and other formats are not supported"
     yield from (f"instance_group: {what}" for group in config.instance_group for what in _odd_group(group))
+    if runtime.backend != ONNX:
+        yield from _only_for_onnx(config)
+    elif "isolation" in config.parameters and config.parameters["isolation"].string_value == "process":
+        yield from _not_apart(config)
+
+
+def _optimizations(given: pb.ModelOptimizationPolicy) -> dict[str, bool]:
+    # Pinned memory is a hint for copies to and from a GPU, which ONNX Runtime makes as it sees fit: nothing to refuse.
+    return {
+        "optimization.cuda": given.HasField("cuda"),
+        "optimization.priority": given.priority != pb.ModelOptimizationPolicy.PRIORITY_DEFAULT,
+        "optimization.gather_kernel_buffer_threshold": given.gather_kernel_buffer_threshold > 0,
+        "optimization.eager_batching": given.eager_batching,
+    }
 
 
 def _odd_input(given: pb.ModelInput) -> Iterator[str]:
-    for name in ("allow_ragged_batch", "optional", "is_shape_tensor", "is_non_linear_format_io"):
+    for name in ("allow_ragged_batch", "is_shape_tensor", "is_non_linear_format_io"):
         if getattr(given, name):
             yield name
-    if given.HasField("reshape"):
-        yield "reshape"
 
 
 def _odd_group(group: pb.ModelInstanceGroup) -> Iterator[str]:
-    if group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus:
-        yield "KIND_GPU is not supported: models run on the CPU"
     for name in ("rate_limiter", "secondary_devices", "profile", "passive", "host_policy"):
         if group.HasField(name) if name == "rate_limiter" else getattr(group, name):
             yield f"{name} is not supported"
+
+
+def _only_for_onnx(config: pb.ModelConfig) -> Iterator[str]:
+    """What the other runtimes do not do."""
+    if any(group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus for group in config.instance_group):
+        yield "instance_group: KIND_GPU is not supported: models run on the CPU"
+    if config.optimization.HasField("execution_accelerators"):
+        yield "optimization.execution_accelerators is not supported"
+    if config.optimization.graph.level:
+        yield "optimization.graph.level is not supported"
+    yield from _no_reshape(config)
+
+
+def _not_apart(config: pb.ModelConfig) -> Iterator[str]:
+    """What ONNX models in a process of their own do not do."""
+    if any(group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus for group in config.instance_group):
+        yield "instance_group: KIND_GPU is not supported with parameter isolation 'process'"
+    if config.optimization.HasField("execution_accelerators"):
+        yield "optimization.execution_accelerators is not supported with parameter isolation 'process'"
+    yield from _no_reshape(config)
+
+
+def _no_reshape(config: pb.ModelConfig) -> Iterator[str]:
+    tensors: list[pb.ModelInput | pb.ModelOutput] = [*config.input, *config.output]
+    yield from (
+        f"'{t.name}': reshape is not supported in a process of its own" for t in tensors if t.HasField("reshape")
+    )
 
 
 def _out_of_range(config: pb.ModelConfig) -> Iterator[str]:
@@ -132,6 +173,17 @@ def _out_of_range(config: pb.ModelConfig) -> Iterator[str]:
             yield f"'{tensor.name}': dims {written(tensor.dims)}: expected 1 or more, or -1 for any"
         if tensor.data_type not in BY_CONFIG:
             yield f"'{tensor.name}': data_type is missing"
+        yield from reshape.wrong("input" if isinstance(tensor, pb.ModelInput) else "output", tensor)
+    for given in config.input:
+        if given.format != pb.ModelInput.FORMAT_NONE and len(given.dims) != 3:
+            name = pb.ModelInput.Format.Name(given.format)
+            yield f"input '{given.name}': {name} has three dims, got {written(given.dims)}"
+    for what, names in (("input", [t.name for t in config.input]), ("output", [t.name for t in config.output])):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            yield f"{what} {listed(twice)} is given more than once"
+    for sample in config.model_warmup:
+        if sample.count > MOST_SAMPLES:
+            yield f"model_warmup '{sample.name}': count {sample.count}: expected {MOST_SAMPLES} at most"
 
 
 @dataclass(frozen=True)
@@ -142,6 +194,8 @@ class Completed:
     signature: Signature
     is_batch_guessed: bool
     """Nobody said that the first dimension is a batch: a trial run has to show it, or `unbatched` holds."""
+    given_outputs: frozenset[str] = frozenset()
+    """Outputs that the configuration describes; the others are as the file says."""
 
     def unbatched(self) -> Completed:
         """The same model, taken as one without a batch dimension."""
@@ -152,7 +206,7 @@ class Completed:
             tensor.dims[:] = spec.shape
         for output, spec in zip(config.output, self.signature.outputs, strict=True):
             output.dims[:] = spec.shape
-        return Completed(config, replace(self.signature, max_batch_size=0), False)
+        return replace(self, config=config, signature=replace(self.signature, max_batch_size=0), is_batch_guessed=False)
 
 
 def complete(
@@ -164,6 +218,7 @@ def complete(
     text: bool,
     batch_is_given: bool,
     labels: Mapping[str, tuple[str, ...]],
+    gpus: Collection[int] = (),
 ) -> Completed:
     """Fills in what `config` leaves open from the file's inputs and outputs.
 
@@ -171,6 +226,7 @@ def complete(
         text: BYTES are UTF-8 for this session.
         batch_is_given: the configuration's max_batch_size is meant, even 0.
         labels: class names by output.
+        gpus: where it runs; none: on the CPU.
 
     Raises:
         FailedPrecondition: configuration and file contradict each other; the message names the tensor.
@@ -182,25 +238,27 @@ def complete(
     if not done.HasField("version_policy"):
         done.version_policy.latest.num_versions = 1
     if not done.instance_group:
-        done.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU)
+        done.instance_group.add()
     for n, group in enumerate(done.instance_group):
         group.name, group.count = group.name or f"{done.name}_{n}", group.count or 1
-        group.kind = pb.ModelInstanceGroup.KIND_CPU
+        _place(group, gpus)
     guess = not batch_is_given and not config.input and not config.output and not config.max_batch_size
     if guess and inputs and all(spec.shape[:1] == (-1,) for spec in (*inputs, *outputs)):
         done.max_batch_size = GUESSED_BATCH_SIZE
     batched = done.max_batch_size
     given_inputs = tuple(_agreed(given, inputs, batched, "input") for given in config.input)
     given_outputs = tuple(_agreed(given, outputs, batched, "output") for given in config.output)
-    if given_inputs and (missing := {spec.name for spec in inputs} - {spec.name for spec in given_inputs}):
+    needed = tuple(spec for spec in inputs if not spec.is_optional)
+    if given_inputs and (missing := {spec.name for spec in needed} - {spec.name for spec in given_inputs}):
         raise FailedPrecondition(f"the configuration leaves out input {listed(sorted(missing))} of the model")
-    all_inputs, all_outputs = given_inputs or tuple(inputs), given_outputs or tuple(outputs)
+    all_inputs, all_outputs = given_inputs or needed, given_outputs or tuple(outputs)
     if not config.input:
         done.input.extend(_as_input(_batchable(spec, batched, "input"), batched) for spec in all_inputs)
     if not config.output:
         done.output.extend(_as_output(_batchable(spec, batched, "output"), batched) for spec in all_outputs)
     all_outputs = tuple(replace(spec, labels=labels.get(spec.name, ())) for spec in all_outputs)
-    return Completed(done, Signature(all_inputs, all_outputs, batched, text), guess and batched > 0)
+    signature = Signature(all_inputs, all_outputs, batched, text)
+    return Completed(done, signature, guess and batched > 0, frozenset(output.name for output in config.output))
 
 
 def _agreed(given: pb.ModelInput | pb.ModelOutput, specs: Sequence[TensorSpec], batched: int, role: str) -> TensorSpec:
@@ -223,7 +281,21 @@ def _agreed(given: pb.ModelInput | pb.ModelOutput, specs: Sequence[TensorSpec], 
                 f"{role} '{given.name}': the configuration says {written(given.dims)}{batch}, "
                 f"the model {written(spec.shape)}"
             )
+    if isinstance(given, pb.ModelInput):
+        if given.optional and not spec.is_optional:
+            raise FailedPrecondition(f"input '{given.name}' is optional in the configuration, and the model needs it")
+        return replace(spec, shape=shape, is_optional=given.optional)
     return replace(spec, shape=shape)
+
+
+def _place(group: pb.ModelInstanceGroup, gpus: Collection[int]) -> None:
+    """Writes down where the instances of `group` run, which may have been left open."""
+    is_gpu = bool(group.gpus) or group.kind == pb.ModelInstanceGroup.KIND_GPU
+    if gpus and (is_gpu or group.kind == pb.ModelInstanceGroup.KIND_AUTO):
+        group.kind = pb.ModelInstanceGroup.KIND_GPU
+        group.gpus[:] = list(group.gpus) or sorted(gpus)
+    elif group.kind != pb.ModelInstanceGroup.KIND_MODEL:
+        group.kind = pb.ModelInstanceGroup.KIND_CPU
 
 
 def _batchable(spec: TensorSpec, batched: int, role: str) -> TensorSpec:
@@ -243,30 +315,6 @@ def _as_output(spec: TensorSpec, batched: int) -> pb.ModelOutput:
     return pb.ModelOutput(name=spec.name, data_type=spec.datatype.config, dims=spec.shape[1 if batched else 0 :])
 
 
-def session_options(config: pb.ModelConfig, threads: int) -> SessionOptions:
-    """How the configuration wants its model run; `threads` where it does not say.
-
-    Raises:
-        FailedPrecondition: a thread count is no number, or out of range.
-    """
-    values = {key: parameter.string_value for key, parameter in config.parameters.items()}
-    return SessionOptions(
-        intra_op_threads=_threads(values, "intra_op_thread_count", threads),
-        inter_op_threads=_threads(values, "inter_op_thread_count", 1),
-        graph_level=config.optimization.graph.level,
-        entries={key: value for key, value in values.items() if key.startswith("session.")},
-    )
-
-
-def _threads(values: Mapping[str, str], key: str, default: int) -> int:
-    written_value = values.get(key, "0").strip()
-    if not re.fullmatch(r"[0-9]{1,9}", written_value) or int(written_value) > _MAX_THREADS:
-        raise FailedPrecondition(
-            f"parameter {key} '{written_value}': expected a number from 0 (ours) to {_MAX_THREADS}"
-        )
-    return int(written_value) or default
-
-
 def instances(config: pb.ModelConfig) -> int:
     """How many executions of the model may run at the same time."""
-    return sum(group.count or 1 for group in config.instance_group) or 1
+    return sum((group.count or 1) * (len(group.gpus) or 1) for group in config.instance_group) or 1

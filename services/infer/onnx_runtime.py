@@ -1,4 +1,4 @@
-"""ONNX Runtime, as a `Runtime`: on the CPU.
+"""ONNX Runtime, as a `Runtime`.
 
 numbers   NumPy arrays go in and come out without a copy
 BYTES     ONNX strings are UTF-8 text: `str` in memory
@@ -11,15 +11,19 @@ import ctypes
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
+from services.infer import gpus, onnx_devices
 from services.infer.datatypes import BY_NAME, Datatype
+from services.infer.onnx_devices import Device
 from services.infer.runtime import ModelFailed, Session, SessionOptions
 from services.infer.signature import TensorSpec
+from services.infer.spread import SpreadSession
 from services.infer.tensors import Tensor
 from shoal.errors import FailedPrecondition
 
@@ -45,6 +49,13 @@ _DATATYPES = {
 
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16 of onnx.proto.
 
+_LEVELS = {
+    -1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    0: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    2: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+
 _NOTHING = 4  # Severity FATAL: what goes wrong is raised, and logged by us, in our format.
 
 
@@ -60,24 +71,55 @@ class OnnxRuntime:
         onnxruntime.set_default_logger_severity(_NOTHING)
 
     def load(self, file: Path, options: SessionOptions) -> Session:
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = _NOTHING
-        settings.intra_op_num_threads = options.intra_op_threads
-        settings.inter_op_num_threads = options.inter_op_threads
-        if options.inter_op_threads > 1:
-            settings.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
-        if options.graph_level < 0:
-            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        # Threads that spin while they wait for work would take the cores of the models and processes beside them.
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        devices = onnx_devices.resolved(options, onnxruntime.get_available_providers(), gpus.count)
+        sessions: list[tuple[OnnxSession, int]] = []
         try:
-            for key, value in options.entries.items():
-                settings.add_session_config_entry(key, value)
-            session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
-        except Exception as err:  # It raises a class of its own for each code, RuntimeError, and more.
-            raise FailedPrecondition(f"ONNX Runtime cannot load {file.name}: {_plain(err, file)}") from err
-        return OnnxSession(session)
+            for device, count in devices:
+                sessions.append((_session(file, options, device), count))
+        except BaseException:
+            for session, _ in sessions:
+                session.close()
+            raise
+        return sessions[0][0] if len(sessions) == 1 else SpreadSession(sessions)
+
+
+def _session(file: Path, options: SessionOptions, device: Device) -> OnnxSession:
+    try:
+        session = onnxruntime.InferenceSession(str(file), _settings(options), providers=[*device.providers])
+    except Exception as err:  # It raises a class of its own for each code, RuntimeError, and more.
+        raise FailedPrecondition(f"ONNX Runtime cannot load {file.name}: {_plain(err, file)}") from err
+    if missing := device.names - set(session.get_providers()):  # It goes on without, and says so only in its log.
+        raise FailedPrecondition(
+            f"ONNX Runtime cannot start {', '.join(sorted(missing))}: a library or device is missing"
+        )
+    return OnnxSession(session, options.run_entries, device.gpu)
+
+
+def _settings(options: SessionOptions) -> onnxruntime.SessionOptions:
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = _NOTHING
+    settings.intra_op_num_threads = options.intra_op_threads
+    settings.inter_op_num_threads = options.inter_op_threads
+    settings.enable_cpu_mem_arena = options.has_arena
+    settings.enable_mem_pattern = options.has_pattern
+    settings.graph_optimization_level = _LEVELS[options.graph_level]
+    if options.is_parallel:
+        settings.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
+    # Threads that spin while they wait for work would take the cores of the models and processes beside them.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    for key, value in options.entries.items():
+        settings.add_session_config_entry(key, value)
+    return settings
+
+
+def _run_options(entries: Mapping[str, str]) -> Any:
+    if not entries:
+        return None
+    options = onnxruntime.RunOptions()
+    for key, value in entries.items():
+        options.add_run_config_entry(key, value)
+    return options
 
 
 class OnnxSession:
@@ -86,26 +128,33 @@ class OnnxSession:
     text = True
     only_computes = True
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, run_entries: Mapping[str, str] | None = None, gpu: int | None = None) -> None:
         """Raises FailedPrecondition when an input or output is no tensor of a known datatype."""
+        self.gpus = () if gpu is None else (gpu,)
+        self._run_options = _run_options(run_entries or {})
+        # Initializers that the file lists among its inputs are their own default: a configuration may name them.
+        self.optional_inputs = tuple(
+            replace(_spec(arg, "input"), is_optional=True) for arg in session.get_overridable_initializers()
+        )
         self.inputs = tuple(_spec(arg, "input") for arg in session.get_inputs())
         self.outputs = tuple(_spec(arg, "output") for arg in session.get_outputs())
         self._session = session
-        self._needs_ort_values = any(spec.datatype.name == "BF16" for spec in (*self.inputs, *self.outputs))
-        self._datatypes = {spec.name: spec.datatype for spec in (*self.outputs, *self.inputs)}
+        specs = (*self.outputs, *self.inputs, *self.optional_inputs)
+        self._needs_ort_values = any(spec.datatype.name == "BF16" for spec in specs)
+        self._datatypes = {spec.name: spec.datatype for spec in specs}
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         try:
             if self._needs_ort_values:
                 return self._run_ort_values(inputs, outputs)
-            results = self._session.run(list(outputs), dict(inputs))
+            results = self._session.run(list(outputs), dict(inputs), self._run_options)
         except Exception as err:  # As above: no common class.
             raise ModelFailed(_plain(err)) from err
         return [_own(result, inputs.values()) for result in results]
 
     def _run_ort_values(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         feed = {name: _ort_value(array, self._datatypes[name]) for name, array in inputs.items()}
-        return [_array(value) for value in self._session.run_with_ort_values(list(outputs), feed)]
+        return [_array(value) for value in self._session.run_with_ort_values(list(outputs), feed, self._run_options)]
 
     def close(self) -> None:
         self._session = None

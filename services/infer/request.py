@@ -82,12 +82,12 @@ def _spec(tensor: pb.ModelInferRequest.InferInputTensor, signature: Signature, m
 
 
 def _check_complete(names: Sequence[str], signature: Signature, model: str) -> None:
-    if missing := signature.inputs_by_name.keys() - names:
+    if missing := signature.required.difference(names):
         raise InvalidArgument(
             f"expected {len(signature.inputs)} inputs but got {len(names)} for model '{model}': "
             f"missing {listed(sorted(missing))}"
         )
-    if len(names) > len(signature.inputs):
+    if len(names) > 1 and len(set(names)) < len(names):
         twice = next(name for name in signature.inputs_by_name if names.count(name) > 1)
         raise InvalidArgument(f"{_input(twice, model)} is given more than once")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from services.infer.signature import TensorSpec
 from services.infer.tensors import Tensor
@@ -36,6 +36,27 @@ class About:
     """Nobody wants it any more: loading may end."""
 
 
+class Place(NamedTuple):
+    """Where some executions of a model run."""
+
+    kind: str = "auto"
+    """`cpu`, `gpu`, or `auto`: on GPUs when there are any."""
+    gpu: int | None = None
+    """Its number; None: on each GPU that there is."""
+    count: int = 1
+    """How many at the same time; on each GPU."""
+
+
+class Provider(NamedTuple):
+    """What ONNX Runtime runs a model with."""
+
+    name: str
+    """As configurations call it: `tensorrt`."""
+    provider: str
+    """As ONNX Runtime calls it: `TensorrtExecutionProvider`."""
+    options: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class SessionOptions:
     """How to run a model."""
@@ -43,9 +64,22 @@ class SessionOptions:
     intra_op_threads: int
     inter_op_threads: int = 1
     graph_level: int = 0
-    """-1: no graph optimisation; 0 and above: all of it."""
+    """How far the graph is optimised, in Triton's numbers. 0: as far as can be, -1: basic, 1: extended, 2: not."""
+    is_parallel: bool = False
+    """Operators that do not need each other run at the same time."""
+    has_arena: bool = True
+    """Memory that a run is done with is kept for the next."""
+    has_pattern: bool = True
+    """The memory that runs with the same shapes need is planned once."""
     entries: Mapping[str, str] = field(default_factory=dict)
     """The runtime's own settings, by its own names."""
+    run_entries: Mapping[str, str] = field(default_factory=dict)
+    """The same, for each run."""
+    places: Sequence[Place] = (Place("cpu"),)
+    gpu_providers: Sequence[Provider] = ()
+    """Preferred to the plain ones on GPUs, the first most."""
+    cpu_providers: Sequence[Provider] = ()
+    """The same on the CPU."""
     about: About | None = None
     """For a runtime that wants to know."""
 

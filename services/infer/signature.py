@@ -19,6 +19,8 @@ class TensorSpec:
     """The whole shape, batch dimension included; -1 where a dimension varies."""
     labels: tuple[str, ...] = ()
     """Names of an output's classes, by index."""
+    is_optional: bool = False
+    """An input that a request may leave out."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Signature:
     @cached_property
     def inputs_by_name(self) -> Mapping[str, TensorSpec]:
         return {spec.name: spec for spec in self.inputs}
+
+    @cached_property
+    def required(self) -> frozenset[str]:
+        """Inputs that every request has."""
+        return frozenset(spec.name for spec in self.inputs if not spec.is_optional)
 
     @cached_property
     def outputs_by_name(self) -> Mapping[str, TensorSpec]:

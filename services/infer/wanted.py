@@ -91,14 +91,21 @@ def picked(name: str, there: Mapping[int, WantedVersion], numbers: Iterable[int]
 def read_text(file: Path, most_bytes: int = _MAX_TEXT_BYTES) -> str:
     """A small text file. Raises FailedPrecondition when it is missing, not UTF-8, too large, or no plain file."""
     try:
+        return read_bytes(file, most_bytes).decode("utf-8")
+    except UnicodeError as err:
+        raise FailedPrecondition(f"cannot read {file.name}: {err}") from err
+
+
+def read_bytes(file: Path, most_bytes: int) -> bytes:
+    """A whole file. Raises FailedPrecondition when it is missing, too large, or no plain file."""
+    try:
         # Without waiting: a pipe that nobody writes to would be waited for without end.
         with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
             if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
                 raise FailedPrecondition(f"cannot read {file.name}: it is no plain file")
             data = opened.read(most_bytes + 1)
-        if len(data) > most_bytes:
-            raise FailedPrecondition(f"cannot read {file.name}: it has more than {most_bytes} bytes")
-        return data.decode("utf-8")
-    except (OSError, UnicodeError) as err:
-        reason = err.strerror if isinstance(err, OSError) else str(err)
-        raise FailedPrecondition(f"cannot read {file.name}: {reason}") from err
+    except OSError as err:
+        raise FailedPrecondition(f"cannot read {file.name}: {err.strerror}") from err
+    if len(data) > most_bytes:
+        raise FailedPrecondition(f"cannot read {file.name}: it has more than {most_bytes} bytes")
+    return data

@@ -2,8 +2,9 @@
 
     1  one row, made up from the signature. A free dimension is tried at a few sizes, because a model may need room
     2  a guessed batch dimension is put to the test: two different rows together must give what each gives alone
-    3  the samples of the configuration's `model_warmup`, which must succeed
-    4  the largest batch, as far as memory and time allow
+    3  the answer to 1 must be what the signature promises (`canary`)
+    4  the samples of the configuration's `model_warmup`, which must succeed
+    5  a batch of each size 2, 4, 8, ... up to max_batch_size, as far as memory and time allow, on each device
 
 A model that fails the first step with nothing left to guess is broken, and is not served. Where sizes had to be guessed
 and none worked, nothing is known: it is served as it is, unbatched unless its configuration says otherwise.
@@ -13,17 +14,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from services.infer import tensors
+from services.infer import canary, tensors
 from services.infer.datatypes import BY_CONFIG, Datatype
 from services.infer.modelconfig import Completed
 from services.infer.runtime import ModelFailed, Session
 from services.infer.signature import TensorSpec
 from services.infer.tensors import Tensor
+from services.infer.wanted import read_bytes
 from services.infer.wording import written
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -34,10 +37,11 @@ _FREE_SIZES = (1, 8, 64, 224)
 # Sizes tried for dimensions that vary: a text's, a small image's, the most common image's.
 
 _LARGEST_BYTES = 64 << 20
-_LARGEST_S = 0.1
-# Bounds of the largest batch that is tried: a start should not take long, nor a gigabyte for nothing.
+_BATCHES_S = 0.2
+# Bounds of the batches that are tried: a start should not take long, nor a gigabyte for nothing.
 
-_MAX_SAMPLES = 100
+_MAX_CALL_BYTES = 256 << 20
+# What a call can carry: larger inputs are neither made up nor taken from a sample.
 
 _TOLERANCE = 0.02
 # A batch is computed in another order than a row, and in half precision at times: rounding stays far below this, rows
@@ -58,33 +62,46 @@ def run(
     Raises:
         FailedPrecondition: it cannot be run; the message says what it said and what to do.
     """
-    size, took_s = None, 0.0
-    if made_up or model.is_batch_guessed:
-        size, took_s = _first_run(name, model, session, clock, must_suit=made_up)
+    first = _first_run(name, model, session, clock, must_suit=made_up) if made_up or model.is_batch_guessed else None
     if model.is_batch_guessed:
-        model = _with_batch_tested(name, model, session, size)
+        model = _with_batch_tested(name, model, session, first.size if first else None)
+    batched = model.signature.max_batch_size
+    if first is not None:
+        model = canary.checked(name, model, first.outputs, 1 if batched else None)
     for sample in model.config.model_warmup:
-        _run_sample(sample, model, session, folder)
-    if size is not None and model.signature.max_batch_size > 1:
-        _largest_run(name, model, session, size, took_s)
+        model = _with_sample_run(name, sample, model, session, folder)
+    if first is not None and batched > 1:
+        for part in getattr(session, "parts", (session,)):
+            _batches(name, model, part, first, clock)
     return model
 
 
-def _first_run(
-    name: str, model: Completed, session: Session, clock: Clock, *, must_suit: bool
-) -> tuple[int | None, float]:
+@dataclass(frozen=True)
+class First:
+    """A first run that went well."""
+
+    size: int
+    """Of the dimensions that vary."""
+    took_s: float
+    """Once warm."""
+    outputs: Sequence[Tensor]
+
+
+def _first_run(name: str, model: Completed, session: Session, clock: Clock, *, must_suit: bool) -> First | None:
     rows = 1 if model.signature.max_batch_size else None
-    is_free = any(-1 in spec.shape[rows or 0 :] for spec in model.signature.inputs)
+    is_free = any(-1 in spec.shape[rows or 0 :] for spec in _needed(model))
     failure = ""
     for size in _FREE_SIZES if is_free else _FREE_SIZES[:1]:
-        if is_free and _size_bytes(model, rows, size) > _LARGEST_BYTES:
+        size_bytes = _size_bytes(model, rows, size)
+        if size_bytes > (_LARGEST_BYTES if is_free else _MAX_CALL_BYTES):
+            failure, must_suit = failure or f"its inputs have {size_bytes} bytes", must_suit and is_free
             break
         try:
             inputs = _zeros(model, rows, size)
             _run(model, session, inputs)  # The first run also allocates: the second is timed.
             start = clock()
-            _run(model, session, inputs)
-            return size, clock() - start
+            outputs = _run(model, session, inputs)
+            return First(size, clock() - start, outputs)
         except ModelFailed as err:
             failure = str(err)
     if must_suit and not is_free and not model.config.model_warmup:
@@ -93,7 +110,7 @@ def _first_run(
             "if it needs other data, give it as model_warmup in config.pbtxt"
         )
     log.warning("model %s: no made-up input suits it, so it is not warm: %s", name, failure)
-    return None, 0.0
+    return None
 
 
 def _with_batch_tested(name: str, model: Completed, session: Session, size: int | None) -> Completed:
@@ -114,7 +131,7 @@ def _with_batch_tested(name: str, model: Completed, session: Session, size: int 
 def _mixed_rows(model: Completed, session: Session, size: int) -> str:
     """Why two rows are not independent of each other; empty when they are."""
     rng = np.random.default_rng(0)
-    pair = {spec.name: _random(spec.datatype, _shape(spec, 2, size), rng) for spec in model.signature.inputs}
+    pair = {spec.name: _random(spec.datatype, _shape(spec, 2, size), rng) for spec in _needed(model)}
     together = _run(model, session, pair)
     for n in range(2):
         alone = _run(model, session, {name: array[n : n + 1] for name, array in pair.items()})
@@ -135,17 +152,38 @@ def _alike(one: Tensor, other: Tensor, datatype: Datatype) -> bool:
     return bool(np.allclose(one, other, rtol=0, atol=_TOLERANCE * scale, equal_nan=True))
 
 
-def _largest_run(name: str, model: Completed, session: Session, size: int, took_s: float) -> None:
-    row_bytes = sum(tensors.size_bytes(array) for array in _zeros(model, 1, size).values())
-    rows = min(model.signature.max_batch_size, _LARGEST_BYTES // max(row_bytes, 1), int(_LARGEST_S / max(took_s, 1e-9)))
-    if rows <= 1:
-        return
-    try:
-        _run(model, session, _zeros(model, rows, size))
-    except ModelFailed as err:
-        raise FailedPrecondition(
-            f"the model fails with a batch of {rows} rows (max_batch_size {model.signature.max_batch_size}): {err}"
-        ) from err
+def batch_sizes(largest: int) -> Iterator[int]:
+    """What is run before READY, ascending: 2, 4, 8, ... and the largest."""
+    rows = 2
+    while rows < largest:
+        yield rows
+        rows *= 2
+    if largest > 1:
+        yield largest
+
+
+def _batches(name: str, model: Completed, session: Session, first: First, clock: Clock) -> None:
+    row_bytes, start = _size_bytes(model, 1, first.size), clock()
+    row_s = first.took_s
+    for rows in batch_sizes(model.signature.max_batch_size):
+        # A row in a batch takes no longer than a row took in the batch before.
+        if rows * row_bytes > _LARGEST_BYTES or clock() - start + rows * row_s > _BATCHES_S:
+            log.info("model %s: batches of %d rows and more are not warmed up: they are too large", name, rows)
+            return
+        begun = clock()
+        try:
+            results = _run(model, session, _zeros(model, rows, first.size))
+        except ModelFailed as err:
+            largest = model.signature.max_batch_size
+            raise FailedPrecondition(
+                f"the model fails with a batch of {rows} rows (max_batch_size {largest}): {err}"
+            ) from err
+        canary.checked(name, model, results, rows)
+        row_s = (clock() - begun) / rows
+
+
+def _needed(model: Completed) -> list[TensorSpec]:
+    return [spec for spec in model.signature.inputs if not spec.is_optional]
 
 
 def _run(model: Completed, session: Session, inputs: Inputs) -> list[Tensor]:
@@ -158,13 +196,12 @@ def _shape(spec: TensorSpec, rows: int | None, size: int) -> tuple[int, ...]:
 
 
 def _size_bytes(model: Completed, rows: int | None, size: int) -> int:
-    specs = model.signature.inputs
-    return sum(math.prod(_shape(spec, rows, size)) * spec.datatype.dtype.itemsize for spec in specs)
+    return sum(math.prod(_shape(spec, rows, size)) * spec.datatype.dtype.itemsize for spec in _needed(model))
 
 
 def _zeros(model: Completed, rows: int | None, size: int) -> dict[str, Tensor]:
     text = model.signature.text
-    return {spec.name: _zero(spec.datatype, _shape(spec, rows, size), text) for spec in model.signature.inputs}
+    return {spec.name: _zero(spec.datatype, _shape(spec, rows, size), text) for spec in _needed(model)}
 
 
 def _zero(datatype: Datatype, shape: tuple[int, ...], text: bool) -> Tensor:
@@ -185,45 +222,58 @@ def _random(datatype: Datatype, shape: tuple[int, ...], rng: np.random.Generator
     return rng.integers(0, 2, shape).astype(datatype.dtype)
 
 
-def _run_sample(sample: pb.ModelWarmup, model: Completed, session: Session, folder: Path | None) -> None:
+def _with_sample_run(
+    name: str, sample: pb.ModelWarmup, model: Completed, session: Session, folder: Path | None
+) -> Completed:
     try:
-        for inputs in _samples(sample, model, folder):
-            _run(model, session, inputs)
-    except (ModelFailed, InvalidArgument, OSError) as err:
+        inputs = _sample(sample, model, folder)
+        for _ in range(max(sample.count, 1)):
+            results = _run(model, session, inputs)
+        return canary.checked(name, model, results, _rows(sample) if model.signature.max_batch_size else None)
+    except (ModelFailed, InvalidArgument, FailedPrecondition) as err:
         raise FailedPrecondition(f"model_warmup '{sample.name}': {err}") from err
 
 
-def _samples(sample: pb.ModelWarmup, model: Completed, folder: Path | None) -> Iterator[Inputs]:
-    batched = model.signature.max_batch_size
-    rows = sample.batch_size or 1
-    if batched and rows > batched:
+def _rows(sample: pb.ModelWarmup) -> int:
+    return sample.batch_size or 1
+
+
+def _sample(sample: pb.ModelWarmup, model: Completed, folder: Path | None) -> Inputs:
+    batched, rows = model.signature.max_batch_size, _rows(sample)
+    if rows > max(batched, 1):
         raise InvalidArgument(f"batch_size {rows} is over max_batch_size {batched}")
     known = model.signature.inputs_by_name
-    if sample.inputs.keys() != known.keys():
+    if not model.signature.required <= sample.inputs.keys() <= known.keys():
         raise InvalidArgument(f"has inputs {sorted(sample.inputs)}, the model {sorted(known)}")
     inputs = {}
     for name, given in sample.inputs.items():
-        array = _sample_input(name, given, known[name], folder, model.signature.text)
+        array = _sample_input(name, given, known[name], rows, folder, model.signature.text)
         inputs[name] = np.repeat(array[np.newaxis], rows, axis=0) if batched else array
-    for _ in range(min(max(sample.count, 1), _MAX_SAMPLES)):
-        yield inputs
+    return inputs
 
 
-def _sample_input(name: str, given: pb.ModelWarmup.Input, spec: TensorSpec, folder: Path | None, text: bool) -> Tensor:
+def _sample_input(
+    name: str, given: pb.ModelWarmup.Input, spec: TensorSpec, rows: int, folder: Path | None, text: bool
+) -> Tensor:
     datatype = BY_CONFIG.get(given.data_type)
     if datatype != spec.datatype:
         raise InvalidArgument(
             f"input '{name}' is {datatype.name if datatype else 'of no type'}, the model's {spec.datatype.name}"
         )
     shape = tuple(given.dims)
-    tensors.count(shape, f"input '{name}'")
+    elements = tensors.count(shape, f"input '{name}'")
+    if elements * rows * datatype.dtype.itemsize > _MAX_CALL_BYTES:
+        raise InvalidArgument(f"input '{name}' has {elements} elements in {rows} rows: more than a call can carry")
     match given.WhichOneof("input_data_type"):
         case "zero_data":
             return _zero(datatype, shape, text)
         case "random_data":
             return _random(datatype, shape, np.random.default_rng(0))
         case "input_data_file" if folder is not None:
-            file = folder / "warmup" / Path(given.input_data_file).name
-            return tensors.from_raw(file.read_bytes(), datatype, shape, f"input '{name}' ({file.name})", text=text)
+            file = folder / "warmup" / given.input_data_file
+            if file.name != given.input_data_file:
+                raise InvalidArgument(f"input_data_file '{given.input_data_file}': expected a name without folders")
+            data = read_bytes(file, _MAX_CALL_BYTES)
+            return tensors.from_raw(data, datatype, shape, f"input '{name}' ({file.name})", text=text)
         case _:
             raise InvalidArgument(f"input '{name}' has no data")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.infer import modelconfig
+from services.infer import modelconfig, onnx_settings
 from services.infer.datatypes import BY_NAME
 from services.infer.onnx_runtime import OnnxRuntime
 from services.infer.signature import TensorSpec
@@ -36,14 +36,17 @@ REFUSED = {
     "ensemble_scheduling {}": "ensemble_scheduling is not supported",
     "model_transaction_policy { decoupled: true }": "decoupled is not supported",
     "max_batch_size: -1": "max_batch_size -1: expected 0 to",
-    "instance_group [{ kind: KIND_GPU }]": "KIND_GPU is not supported",
     "instance_group [{ count: 1000 }]": "instance_group count 1000",
     "max_batch_size: 4 dynamic_batching { preferred_batch_size: [8] }": "preferred_batch_size 8: expected 1 to",
     'default_model_filename: "../../etc/passwd"': "expected a name without folders",
     'input [{ name: "x" data_type: TYPE_FP32 dims: [0] }]': "dims [0]: expected 1 or more",
     'input [{ name: "x" dims: [4] }]': "'x': data_type is missing",
-    'input [{ name: "x" data_type: TYPE_FP32 dims: [4] reshape { shape: [2, 2] } }]': "reshape is not supported",
-    'input [{ name: "x" data_type: TYPE_FP32 dims: [4] optional: true }]': "optional is not supported",
+    'input [{ name: "x" data_type: TYPE_FP32 dims: [4] reshape { shape: [2, 3] } }]': "the same number of elements",
+    'input [{ name: "x" data_type: TYPE_FP32 dims: [4] reshape { shape: [-1] } }]': "expected as many -1 in both",
+    'input [{ name: "x" data_type: TYPE_FP32 dims: [4] reshape { shape: [0] } }]': "expected 1 or more",
+    'max_batch_size: 8 input [{ name: "x" data_type: TYPE_FP32 dims: [4] optional: true }]': "the model needs it",
+    'input [{ name: "x" data_type: TYPE_FP32 dims: [4] format: FORMAT_NHWC }]': "FORMAT_NHWC has three dims",
+    'output [{ name: "y" }, { name: "y" }]': "output 'y' is given more than once",
     "no_such_field: 1": 'Message type "inference.ModelConfig" has no field named "no_such_field"',
     "max_batch_size: many": "1:17",
     # Against the model:
@@ -123,14 +126,14 @@ def test_session_options():
     parameters { key: "session.set_denormal_as_zero" value { string_value: "1" } }
     parameters { key: "mine" value { string_value: "x" } }
     """
-    options = modelconfig.session_options(modelconfig.parse(text), 2)
+    options = onnx_settings.session_options(modelconfig.parse(text), 2)
     assert (options.intra_op_threads, options.inter_op_threads, options.graph_level) == (3, 1, -1)
     assert options.entries == {"session.set_denormal_as_zero": "1"}
-    assert modelconfig.session_options(modelconfig.parse(""), 2).intra_op_threads == 2
+    assert onnx_settings.session_options(modelconfig.parse(""), 2).intra_op_threads == 2
 
 
 @pytest.mark.parametrize("threads", ["x", "-1", "100000", "1.5"])
 def test_thread_counts_that_are_none(threads):
     text = f'parameters {{ key: "intra_op_thread_count" value {{ string_value: "{threads}" }} }}'
     with pytest.raises(FailedPrecondition, match="intra_op_thread_count"):
-        modelconfig.session_options(modelconfig.parse(text), 2)
+        onnx_settings.session_options(modelconfig.parse(text), 2)
