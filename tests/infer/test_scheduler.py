@@ -364,6 +364,41 @@ async def test_a_receiver_that_raises_harms_no_batch_mate(caplog):
     assert "clumsy" in caplog.text
 
 
+async def test_calls_that_come_one_by_one_are_run_without_a_round_of_the_loop():
+    bench = Bench()
+    bench.model.only_computes = True
+
+    class Told(Nobody):
+        answer = None
+
+        def answered(self, answer) -> None:
+            self.answer = answer
+
+    async with bench.scheduler:
+        for _ in range(20):
+            bench.clock.now += 1.0
+            await bench.scheduler.submit(call(1))
+        bench.clock.now += 1.0
+        told, mates = Told(), [Told(), Told()]
+        bench.scheduler.start(call(2), math.inf, "", told)
+        assert values(told.answer) == [4]
+        # Whoever comes right behind it may have company.
+        for mate in mates:
+            bench.scheduler.start(call(3), math.inf, "", mate)
+        assert [mate.answer for mate in mates] == [None, None]
+        await until(lambda: all(mate.answer is not None for mate in mates))
+    assert bench.model.runs[-2:] == [[2], [3, 3]]
+
+
+async def test_calls_that_come_in_bursts_are_run_together():
+    bench = Bench()
+    async with bench.scheduler:
+        for _ in range(20):
+            bench.clock.now += 1.0
+            await asyncio.gather(*await bench.queued(call(1), call(2), call(3)))
+    assert bench.model.runs == [[1, 2, 3]] * 20
+
+
 async def test_leaving_runs_what_waits_and_takes_nothing_more():
     bench = Bench(policy=BatchPolicy(8, 1 << 20, delay_s=1000.0))
     async with bench.scheduler:
