@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
+from services.infer.streaming import FINAL
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 
@@ -116,9 +117,12 @@ class _Stream:
 
     async def _answer(self, request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
         try:
-            return pb.ModelStreamInferResponse(infer_response=await self._infer(request))
+            answer = pb.ModelStreamInferResponse(infer_response=await self._infer(request))
         except Exception as err:
             return _refusal(request, err)
+        # Clients of streams count on it whatever the model, as Triton says it of each.
+        answer.infer_response.parameters[FINAL].bool_param = True
+        return answer
 
     async def _pass_on(
         self, request: pb.ModelInferRequest, responses: AsyncGenerator[pb.ModelInferResponse | ShoalError, None]

@@ -1,6 +1,6 @@
 """A served instance, started as a user starts it: `shoal serve`, a process of its own, at a port of its own.
 
-SHOAL_INFER_FRONT=grpc,envoy picks the fronts that are tested; the suite is the same for each.
+SHOAL_INFER_FRONT=grpc,envoy picks fronts, all of them where it is not set; the suite is the same for each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.infer.conformance.instance import FRONTS, Instance
 Refused = Callable[..., str]
 
 
-@pytest.fixture(scope="session", params=os.environ.get("SHOAL_INFER_FRONT", "grpc").split(","))
+@pytest.fixture(scope="session", params=os.environ.get("SHOAL_INFER_FRONT", "grpc,h2,envoy").split(","))
 def front(request: pytest.FixtureRequest) -> str:
     """The front under test."""
     name: str = request.param

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-FRONTS = ("grpc", "envoy")
-"""grpc.aio, and the one inside Envoy."""
+FRONTS = ("grpc", "h2", "envoy")
+"""grpc.aio, the lean HTTP/2, and the one inside Envoy."""
 
 STOP_S = 30
 

@@ -83,6 +83,17 @@ def test_an_error_is_in_band_and_the_stream_lives_on(stub, sender):
         assert (answer.error_message, answer.infer_response.id) == ("", f"right-{n}")
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_the_final_response_of_a_model_with_one_answer(stub, asks):
+    """Whoever asks for the final marker gets it on the one answer, and no empty answer after it."""
+    parameters = {"triton_enable_empty_final_response": True} if asks else {}
+    (answer,) = list(
+        stub.ModelStreamInfer(iter([request("double", floats(), parameters=parameters)]), timeout=wire.PATIENCE_S)
+    )
+    assert wire.array(answer.infer_response, "y")[0].tolist() == [2, 4, 6, 8]
+    assert answer.infer_response.parameters["triton_final_response"].bool_param is True
+
+
 def test_the_deadline_of_a_stream(stub, sender):
     call = stub.ModelStreamInfer(iter(sender), timeout=0.5)
     sender.send(request("double", floats()))
@@ -92,25 +103,19 @@ def test_the_deadline_of_a_stream(stub, sender):
     assert wire.outcome(caught.value)[0] == "DEADLINE_EXCEEDED"
 
 
-def test_a_client_that_leaves_takes_its_requests_along(stub):
+def test_a_client_that_leaves_takes_its_requests_along(stub, sender):
     """Three of four rows wait for a fourth that never comes: when the stream is cancelled they leave the queue."""
     before = wire.failures(stub, "patient")
-
-    def leave() -> bool:
-        sender = Sender()
-        call = stub.ModelStreamInfer(iter(sender), timeout=wire.PATIENCE_S)
-        sender.send(request("double", floats()))
+    call = stub.ModelStreamInfer(iter(sender), timeout=wire.PATIENCE_S)
+    sender.send(request("double", floats()))
+    next(call)
+    sender.send(request("patient", floats(rows=3)))
+    stub.ServerLive(pb.ServerLiveRequest())  # Behind it on the same connection.
+    call.cancel()
+    with pytest.raises(grpc.RpcError) as caught:
         next(call)
-        sender.send(request("patient", floats(rows=3)))
-        stub.ServerLive(pb.ServerLiveRequest())  # Behind it on the same connection.
-        call.cancel()
-        sender.close()
-        with pytest.raises(grpc.RpcError) as caught:
-            next(call)
-        assert wire.outcome(caught.value)[0] == "CANCELLED"
-        return wire.failures(stub, "patient") > before
-
-    wire.until(leave, "the cancelled request is counted")
+    assert wire.outcome(caught.value)[0] == "CANCELLED"
+    wire.until(lambda: wire.failures(stub, "patient") > before, "the cancelled request is counted")
     # One row alone would have completed the batch of the three that left: it does not.
     with pytest.raises(grpc.RpcError) as late:
         stub.ModelInfer(request("patient", floats()), timeout=0.3)

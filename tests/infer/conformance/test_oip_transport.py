@@ -16,7 +16,7 @@ from tests.infer.conformance.wire import Given, floats, request
 MB = 1 << 20
 
 
-@pytest.mark.parametrize("megabytes", [1, 4, 5, 16, 100])
+@pytest.mark.parametrize("megabytes", [1, 5, 100])
 def test_messages_both_ways_up_to_100_mb(infer, megabytes):
     """gRPC's own limit would be 4 MB. The answer is as large as the request."""
     array = np.random.default_rng(megabytes).random((4, megabytes * MB // 16), "f4")
@@ -99,17 +99,11 @@ def test_expired_rows_do_not_complete_the_batch_of_others(stub, refused):
 
 def test_a_cancelled_call_leaves_the_queue(stub):
     before = wire.failures(stub, "patient")
-
-    def cancel_one() -> bool:
-        call = stub.ModelInfer.future(request("patient", floats(rows=3)), timeout=wire.PATIENCE_S)
-        stub.ServerLive(
-            pb.ServerLiveRequest()
-        )  # Behind it on the same connection: by now it has most likely been read.
-        assert call.cancel()
-        assert call.code() is grpc.StatusCode.CANCELLED
-        return wire.failures(stub, "patient") > before
-
-    wire.until(cancel_one, "a waiting call is cancelled")
+    call = stub.ModelInfer.future(request("patient", floats(rows=3)), timeout=wire.PATIENCE_S)
+    stub.ServerLive(pb.ServerLiveRequest())  # Behind it on the same connection: by now it was read.
+    assert call.cancel()
+    assert call.code() is grpc.StatusCode.CANCELLED
+    wire.until(lambda: wire.failures(stub, "patient") > before, "the cancelled call is counted")
     # One row more would have made four.
     with pytest.raises(grpc.RpcError) as caught:
         stub.ModelInfer(request("patient", floats()), timeout=0.3)
