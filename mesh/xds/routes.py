@@ -83,7 +83,7 @@ def route_configuration(table: Table, models: tuple[str, ...]) -> Resource:
 
     The routes of models come first. They are tried one after the other: a matter of microseconds for hundreds.
     """
-    routes: list[bytes] = []
+    routes = [_no_path()]
     for service in table.services:
         if table.models is not None and service.prefix == table.models.prefix:
             routes += [_compressed(service), *(_model(service, model) for model in models)]
@@ -137,6 +137,14 @@ def _action(all_idempotent: bool) -> bytes:
     action = _route({}, "", _IDEMPOTENT if all_idempotent else _ALWAYS)["route"]
     del action["cluster"]
     return bytes(RouteAction.from_dict(action))
+
+
+@lru_cache(1)
+def _no_path() -> bytes:
+    """Refuses paths that are not ASCII, first of all: one that is not UTF-8 ends grpc.aio's whole server."""
+    ascii_only = {"string_match": {"safe_regex": {"regex": "[!-~]*"}}, "invert_match": True}
+    match = {"prefix": "/", "headers": [{"name": ":path", **ascii_only}]}
+    return bytes(Route.from_dict({"match": match, "direct_response": {"status": 404}}))
 
 
 def _compressed(service: ServiceRoutes) -> bytes:

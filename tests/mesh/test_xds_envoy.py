@@ -27,6 +27,7 @@ from services.coord.traffic import table
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 from tests.breakable import EnvoyProcess, Process, until
+from tests.infer.http2 import INFER, Connection, framed
 
 pytestmark = pytest.mark.envoy
 
@@ -248,6 +249,20 @@ async def test_garbage_gets_a_clear_status_and_no_hang(mesh: Mesh):
     nobody = mesh.channel.unary_unary("/nobody.v1.Service/Method")(b"", timeout=10)
     assert (await refusal(nobody))[0] is grpc.StatusCode.UNAVAILABLE
     assert told(await mesh.infer("a"), "replica") == "infer-0"
+
+
+async def test_a_path_that_is_no_text_reaches_nobody(mesh: Mesh):
+    """grpc.aio's server ends at a path that is not UTF-8, whatever service that is."""
+    replica = await mesh.replica(0)
+    await mesh.show(mesh.instance(0, "a"))
+    await mesh.infer("a")
+    for path in (f"{INFER[:-1]}\xe9", f"{INFER}/\xff\xfe", "/inference.GRPCInferenceService/\x80"):
+        with Connection(mesh.envoy.gateway) as connection:
+            answer = await asyncio.to_thread(connection.call, framed(request("a").SerializeToString()), path)
+        refused = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INVALID_ARGUMENT)
+        assert answer.status in [status.value[0] for status in refused], answer
+        assert replica.is_running()
+        await mesh.infer("a")
 
 
 async def test_envoy_obeys_the_callers_deadline_and_sets_none_of_its_own(mesh: Mesh):
