@@ -44,6 +44,11 @@ _FDS = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 class ChannelClosed(Exception):
     """The other end is gone, or has sent what is no frame."""
 
+    def __init__(self, message: str, *, is_unread: bool = False) -> None:
+        """`is_unread`: the other end went without having read all that was sent to it: the kernel tells."""
+        super().__init__(message)
+        self.is_unread = is_unread
+
 
 @dataclass(frozen=True)
 class Message:
@@ -105,7 +110,7 @@ class Channel:
                 if sent < len(data):
                     self._socket.sendall(memoryview(data)[sent:])
         except OSError as err:
-            raise ChannelClosed(f"the other end is gone: {err.strerror}") from err
+            raise ChannelClosed(f"the other end is gone: {err.strerror}", is_unread=True) from err
 
     def receive(self, timeout_s: float | None = None) -> Message | None:
         """The next frame; None when none has begun to come within `timeout_s`.
@@ -117,6 +122,8 @@ class Channel:
             return None
         try:
             return self._receive()
+        except ConnectionResetError as err:
+            raise ChannelClosed("the other end is gone", is_unread=True) from err
         except (OSError, ValueError, TypeError, RecursionError) as err:
             raise ChannelClosed(f"the other end sent what is no frame: {err}") from err
 

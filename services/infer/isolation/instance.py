@@ -85,10 +85,11 @@ class Instance:
             process = self._alive()
             if process is not None:
                 return process
+            why = self._process.end if self._process is not None else self._why
             wait_ms = int((self._next_start - time.monotonic()) * 1000)
             retry_ms = min(max(wait_ms, _MIN_RETRY_MS), _MAX_RETRY_MS)
             raise Unavailable(
-                f"the process of model {self._title} is being started again ({self._why}); retry after {retry_ms} ms",
+                f"the process of model {self._title} is being started again ({why}); retry after {retry_ms} ms",
                 retry_after_ms=retry_ms,
             )
 

@@ -43,6 +43,8 @@ _UNWANTED_S = 30.0
 _REAPED_S = 5.0
 _FREE_S = 60.0
 _RESTARTED_S = 30.0
+_UNREAD_TRIES = 3
+# A request that a dying process has not read is taken to the next one, so often.
 
 
 class ModelDied(ModelFailed):
@@ -89,7 +91,7 @@ class ProcessSession:
             FailedPrecondition: one could not be loaded.
         """
         self.title, self.limits, self._call = title, limits, call
-        self._instances = instances
+        self.instances = instances
         self._links: dict[Instance, Link] = {}
         self._numbers = itertools.count(1)
         self.on_link: Callable[[], None] = lambda: None
@@ -136,8 +138,8 @@ class ProcessSession:
 
     def check_running(self) -> None:
         """Raises Unavailable when no instance runs; it says when to come back."""
-        if not any(instance.is_running() for instance in self._instances):
-            self._instances[0].running()
+        if not any(instance.is_running() for instance in self.instances):
+            self.instances[0].running()
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         rows = [len(next(iter(inputs.values())))] if self._has_rows(inputs) else []
@@ -182,11 +184,13 @@ class ProcessSession:
         if self.wants_requests:
             header["details"] = list(details)
         with self._instance() as instance:
-            while True:
+            for is_last in (*(False,) * _UNREAD_TRIES, True):
                 process = instance.running(patience_s)
                 with process.using:
-                    if self._is_there(process):
-                        return self._results(self._exchanged(process, header, parts, is_wanted), outputs)
+                    answer = self._exchanged(process, header, parts, is_wanted, is_last) if _is_there(process) else None
+                if answer is not None:
+                    return self._results(answer, outputs)
+        raise ModelDied("the model's process dies as soon as it is started", is_sure=False)
 
     @contextmanager
     def _instance(self) -> Iterator[Instance]:
@@ -194,7 +198,7 @@ class ProcessSession:
         taken: list[Instance] = []
         try:
             taken.append(self._free.get(timeout=_FREE_S))
-            while not taken[-1].is_running() and len(taken) < len(self._instances):
+            while not taken[-1].is_running() and len(taken) < len(self.instances):
                 taken.append(self._free.get_nowait())
         except queue.Empty:
             if not taken:
@@ -208,33 +212,23 @@ class ProcessSession:
         finally:
             self._free.put(found)
 
-    def _is_there(self, process: Process) -> bool:
-        """Whether it lives: one that died while it was idle is nobody's fault."""
-        if process.died.is_set():
-            return False
-        try:
-            message = process.channel.receive(0)
-        except ChannelClosed:
-            message = None
-            if process.died.wait(_REAPED_S):
-                return False
-        else:
-            if message is None:
-                return True
-        process.kill("killed: it spoke out of turn")
-        process.died.wait()
-        return False
-
     def _exchanged(
-        self, process: Process, header: dict[str, Any], parts: Sequence[Part], is_wanted: Callable[[], bool]
-    ) -> Message:
+        self,
+        process: Process,
+        header: dict[str, Any],
+        parts: Sequence[Part],
+        is_wanted: Callable[[], bool],
+        is_last: bool,
+    ) -> Message | None:
+        """The answer; None when the process died before it had read the request, unless this is the last try."""
+        exchange = _Exchange(self, process, header["id"], is_wanted)
         try:
             process.channel.send(header, parts)
-            return self._answer(process, header["id"], is_wanted)
+            return exchange.answer()
         except ChannelClosed as err:
-            if not process.died.wait(_REAPED_S):
-                process.kill(f"it broke off: {err}")
-                process.died.wait()
+            _reaped(process, err)
+            if err.is_unread and not exchange.has_said_more and not is_last:
+                return None
             is_sure = self.is_own_doing(process)
             raise ModelDied(f"the model's process died ({process.end})", is_sure=is_sure) from err
 
@@ -249,34 +243,7 @@ class ProcessSession:
             f"it is refused for {after_s:.0f} s"
         )
 
-    def _answer(self, process: Process, number: int, is_wanted: Callable[[], bool]) -> Message:
-        start = time.monotonic()
-        wanted = start
-        is_told = False
-        while True:
-            message = process.channel.receive(_LOOK_S)
-            if message is not None:
-                if message.op == "call":
-                    self._call_other(process, message)
-                    continue
-                if message.op not in ("result", "error") or message.header.get("id") != number:
-                    raise ChannelClosed(f"an answer to something else: {message.op}")
-                return message
-            now = time.monotonic()
-            if now - start > self.limits.execution_s:
-                ms = self.limits.execution_s * 1000
-                process.kill(f"killed: a run took longer than execution_timeout_ms, {ms:.0f}")
-                raise ChannelClosed("it takes too long")
-            if is_wanted():
-                wanted = now
-            elif not is_told:
-                process.channel.send({"op": "cancel", "id": number})
-                is_told = True
-            if now - wanted > _UNWANTED_S:
-                process.kill(f"killed: it went on for {_UNWANTED_S:.0f} s after everybody had gone")
-                raise ChannelClosed("nobody waits")
-
-    def _call_other(self, process: Process, message: Message) -> None:
+    def call_other(self, process: Process, message: Message) -> None:
         def send(header: dict[str, Any], parts: Sequence[Part]) -> None:
             try:
                 process.channel.send(header, parts)
@@ -320,8 +287,69 @@ class ProcessSession:
         return text.reshape(array.shape)
 
     def close(self) -> None:
-        with ThreadPoolExecutor(len(self._instances)) as threads:  # Each may take a while for its good-bye.
-            list(threads.map(Instance.close, self._instances))
+        with ThreadPoolExecutor(len(self.instances)) as threads:  # Each may take a while for its good-bye.
+            list(threads.map(Instance.close, self.instances))
+
+
+class _Exchange:
+    """One run in a process: waits for its answer, as long as that makes sense."""
+
+    def __init__(self, session: ProcessSession, process: Process, number: int, is_wanted: Callable[[], bool]) -> None:
+        self._session, self._process = session, process
+        self._number, self._is_wanted = number, is_wanted
+        self.has_said_more = False
+        """The process was sent more than the request."""
+        self._is_told = False
+
+    def answer(self) -> Message:
+        """Raises ChannelClosed."""
+        start = wanted = time.monotonic()
+        while True:
+            message = self._process.channel.receive(_LOOK_S)
+            if message is not None:
+                if message.op == "call":
+                    self.has_said_more = True
+                    self._session.call_other(self._process, message)
+                    continue
+                if message.op not in ("result", "error") or message.header.get("id") != self._number:
+                    raise ChannelClosed(f"an answer to something else: {message.op}")
+                return message
+            now = time.monotonic()
+            wanted = now if self._is_wanted() else wanted
+            self._check_time(now - start, now - wanted)
+
+    def _check_time(self, runs_s: float, is_unwanted_s: float) -> None:
+        limit_s = self._session.limits.execution_s
+        if runs_s > limit_s:
+            self._process.kill(f"killed: a run took longer than execution_timeout_ms, {limit_s * 1000:.0f}")
+            raise ChannelClosed("it takes too long")
+        if is_unwanted_s > _UNWANTED_S:
+            self._process.kill(f"killed: it went on for {_UNWANTED_S:.0f} s after everybody had gone")
+            raise ChannelClosed("nobody waits")
+        if is_unwanted_s and not self._is_told:
+            self.has_said_more = self._is_told = True
+            self._process.channel.send({"op": "cancel", "id": self._number})
+
+
+def _is_there(process: Process) -> bool:
+    """Whether it lives: one that died while it was idle is nobody's fault."""
+    if process.died.is_set():
+        return False
+    try:
+        if process.channel.receive(0) is None:
+            return True
+    except ChannelClosed as err:
+        _reaped(process, err)
+    else:
+        _reaped(process, ChannelClosed("it spoke out of turn"), within_s=0.0)
+    return False
+
+
+def _reaped(process: Process, error: ChannelClosed, within_s: float = _REAPED_S) -> None:
+    """Waits for the end of a process whose channel is closed; it is killed if it does not come."""
+    if not process.died.wait(within_s):
+        process.kill(f"it broke off: {error}")
+        process.died.wait()
 
 
 def _next(arrays: Iterator[Tensor]) -> Tensor:
