@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -14,14 +15,32 @@ from mesh.config import ConfigError, ServiceConfig, load
 
 C = TypeVar("C", bound=ServiceConfig)
 
+WRONG = 2
+"""Exit status when the configuration is wrong."""
+
+_NO_ADDRESS = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
+
+
+def configured(service: str, cls: type[C]) -> C | None:
+    """The configuration of this process; None when it is wrong, which standard error then explains."""
+    try:
+        return load(cls, service, os.environ)
+    except ConfigError as err:
+        print(f"shoal {service} cannot start:\n{err}", file=sys.stderr)
+        return None
+
 
 def main(service: str, cls: type[C], run: Callable[[C], Coroutine[Any, Any, None]]) -> None:
     """Runs `run(config)` until it returns. Exits 2 when the configuration is wrong, 1 when it fails."""
-    try:
-        config = load(cls, service, os.environ)
-    except ConfigError as err:
-        print(f"shoal {service} cannot start:\n{err}", file=sys.stderr)
-        sys.exit(2)
+    config = configured(service, cls)
+    if config is None:
+        sys.exit(WRONG)
     logs.configure(f"{config.node}/{config.instance}", config.log_level)
     with telemetry.tracing(service, f"{config.node}/{config.instance}"):
-        uvloop.run(run(config))
+        try:
+            uvloop.run(run(config))
+        except OSError as err:
+            if err.errno not in _NO_ADDRESS:
+                raise
+            print(f"shoal {service} cannot start:\ncannot listen on {config.listen}: {err.strerror}", file=sys.stderr)
+            sys.exit(1)

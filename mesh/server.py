@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -45,7 +46,8 @@ class GrpcServer:
     """Serves `rpcs` at `listen` for as long as the block lasts.
 
     Use as `async with`: entering binds and starts with health NOT_SERVING; `serve()` says SERVING; leaving says
-    NOT_SERVING, lets calls in flight finish for `drain_ms`, and stops.
+    NOT_SERVING, lets calls in flight finish for `drain_ms`, and stops. With `share_port` other processes may listen at
+    the same TCP port.
 
     Raises (on entering):
         OSError: the address cannot be bound.
@@ -57,6 +59,7 @@ class GrpcServer:
         rpcs: Sequence[Rpc],
         *,
         drain_ms: int,
+        share_port: bool = False,
         message_bytes: int = MESSAGE_BYTES,
         generic: Sequence[grpc.GenericRpcHandler] = (),
         with_health: bool = True,
@@ -64,6 +67,7 @@ class GrpcServer:
         self._listen = listen
         self._rpcs = tuple(rpcs)
         self._drain_s = drain_ms / 1000
+        self._share_port = share_port
         self._message_bytes = message_bytes
         self._generic = tuple(generic)
         self._with_health = with_health
@@ -79,7 +83,7 @@ class GrpcServer:
             options=[
                 ("grpc.max_send_message_length", self._message_bytes),
                 ("grpc.max_receive_message_length", self._message_bytes),
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(self._share_port)),
                 # Envoy pings coord every 2 s: what comes more often than this is taken for abuse, and the stream cut.
                 ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -100,7 +104,7 @@ class GrpcServer:
         try:
             port = self._server.add_insecure_port(self._listen)
         except RuntimeError as err:
-            raise OSError(f"cannot listen on {self._listen}: is it in use?") from err
+            raise OSError(errno.EADDRINUSE, "is it in use?") from err
         if not self._listen.startswith("unix:"):
             self.address = f"{self._listen.rpartition(':')[0]}:{port}"
         await self._server.start()

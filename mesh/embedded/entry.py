@@ -11,18 +11,18 @@ import contextlib
 import gc
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mesh import logs, telemetry
-from mesh.config import ServiceConfig, load
+from mesh.config import ServiceConfig
 from mesh.embedded import guard
 from mesh.embedded.app import GrpcApp, task_factory
-from mesh.embedded.launch import ADMIN_VARIABLE, FOLDER_VARIABLE
+from mesh.embedded.launch import ADMIN_FOLDER, ADMIN_VARIABLE, FOLDER_VARIABLE, LISTEN_VARIABLE
 from mesh.limits import MESSAGE_BYTES
+from mesh.main import WRONG, configured
 from mesh.server import until_stopped
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ _SWITCH_S = 0.0005
 # Python's threads hand the interpreter on that often at the latest: Envoy's side of the module waits for it at each
 # call. With the usual 5 ms, one long turn of the loop would delay all calls that come meanwhile.
 
+STALL_VARIABLE = "SHOAL_EMBEDDED_STALL_S"
 _STALL_S = 60.0
 # Loading a large model or compiling may hold the interpreter for seconds; a minute is no load any more.
 
@@ -40,8 +41,7 @@ _STALL_S = 60.0
 class Host:
     """The app, and what it runs for: one service, configured from the environment.
 
-    Raises (at construction):
-        ConfigError: a variable is wrong. It was checked before, by the process that became Envoy.
+    A wrong configuration ends the process as it ends that of any other front: a word on standard error, and 2.
     """
 
     def __init__(self, service: str, cls: type[C], run: Callable[[C, Host], Coroutine[Any, Any, None]]) -> None:
@@ -49,7 +49,12 @@ class Host:
         self.admin_path = os.environ.get(ADMIN_VARIABLE)
         self.app = GrpcApp(MESSAGE_BYTES)
         self._service = service
-        self._config = load(cls, service, os.environ)
+        config = configured(service, cls)
+        if config is None:
+            self._tidy("")
+            guard.leave(WRONG)
+        # With port 0, or the name of a host, the process that became Envoy has chosen.
+        self._config = config.model_copy(update={"listen": os.environ.get(LISTEN_VARIABLE, config.listen)})
         self._run: Callable[[Any, Host], Coroutine[Any, Any, None]] = run
         logs.configure(f"{self._config.node}/{self._config.instance}", self._config.log_level)
         self.app.on_lifespan = self._start
@@ -66,7 +71,8 @@ class Host:
 
     async def _serve(self) -> None:
         status = 0
-        beat = asyncio.create_task(guard.beat(_STALL_S), name="beat")
+        stall_s = float(os.environ.get(STALL_VARIABLE) or _STALL_S)
+        beat = asyncio.create_task(guard.beat(stall_s), name="beat")
         try:
             with telemetry.tracing(self._service, f"{self._config.node}/{self._config.instance}"):
                 await self._run(self._config, self)
@@ -74,22 +80,16 @@ class Host:
             log.exception("%s cannot go on", self._service)
             status = 1
         beat.cancel()
-        self._tidy()
+        self._tidy(self._config.listen)
         guard.leave(status)
 
-    def _tidy(self) -> None:
-        paths = [self.admin_path] if self.admin_path else []
-        if self._config.listen.startswith("unix:"):
-            paths.append(self._config.listen.removeprefix("unix:"))
-        for path in paths:
+    def _tidy(self, listen: str) -> None:
+        for path in (self.admin_path, listen.removeprefix("unix:") if listen.startswith("unix:") else None):
+            if path is not None:
+                Path(path).unlink(missing_ok=True)
+        if self.admin_path is not None and Path(self.admin_path).parent.name.startswith(ADMIN_FOLDER):
             with contextlib.suppress(OSError):
-                os.unlink(path)
-        if (
-            self.admin_path
-            and Path(self.admin_path).parent.name.startswith("shoal-")
-            and not os.listdir(Path(self.admin_path).parent)
-        ):
-            shutil.rmtree(Path(self.admin_path).parent, ignore_errors=True)
+                Path(self.admin_path).parent.rmdir()
 
 
 def _settle() -> None:

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
@@ -44,7 +45,7 @@ async def beat(stall_s: float) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def leave(status: int) -> None:
+def leave(status: int) -> NoReturn:
     """Ends the process: Envoy's threads have nothing left to do, and Python's destructors are not for its threads."""
     sys.stdout.flush()
     sys.stderr.flush()

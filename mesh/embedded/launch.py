@@ -5,10 +5,13 @@ The process id stays, so whoever started the service goes on watching the same p
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
+import socket
 import sys
 import sysconfig
 import tempfile
@@ -21,12 +24,17 @@ from mesh.limits import MESSAGE_BYTES
 from shoal.errors import FailedPrecondition
 
 ADMIN_VARIABLE = "SHOAL_EMBEDDED_ADMIN"
+LISTEN_VARIABLE = "SHOAL_EMBEDDED_LISTEN"
+"""Where Envoy really listens: with port 0, the port that was free."""
 FOLDER_VARIABLE = "SHOAL_EMBEDDED_FOLDER"
 """Where the process was before: Envoy starts in a folder of ours, because it puts its own on Python's path."""
 
 _MODULE = "_pyvoy.abi3.so"
 _TYPES = "type.googleapis.com/envoy.extensions"
 _ROOT = Path(__file__).resolve().parent.parent.parent
+
+ADMIN_FOLDER = "shoal-admin-"
+"""How the names of folders begin that are made for one admin socket."""
 
 _STREAM_WINDOW = 1 << 20
 _CONNECTION_WINDOW = 16 << 20
@@ -39,7 +47,7 @@ def obstacle() -> str | None:
     if sys.platform != "linux":
         return f"it needs Linux, this is {sys.platform}"
     if _module() is None:
-        return "the package pyvoy is not installed (pip install 'shoal[envoy]')"
+        return "the package pyvoy is not installed (pip install 'shoal[node]')"
     if libpython() is None:
         return "this Python has no shared library (libpython): Envoy cannot load it"
     try:
@@ -74,38 +82,76 @@ def envoy_binary() -> Path:
     return find_binary("envoy")
 
 
-def become_envoy(app: str, listen: str, environ: Mapping[str, str] = os.environ) -> NoReturn:
+def become_envoy(
+    app: str, listen: str, environ: Mapping[str, str] = os.environ, *, share_port: bool = False
+) -> NoReturn:
     """Replaces this process by Envoy, which listens at `listen` and hosts `app` (`module:attribute`).
+
+    Args:
+        share_port: other processes may listen at the same port.
 
     Raises:
         FailedPrecondition: there is an `obstacle`.
+        OSError: the address cannot be had; the message names it.
     """
     if (reason := obstacle()) is not None:
         raise FailedPrecondition(f"the front inside Envoy cannot run here: {reason}")
+    listen = _claimed(listen, share_port)
     admin = admin_path(listen)
     binary = str(envoy_binary())
-    argv = [binary, "--config-yaml", json.dumps(bootstrap(app, listen, admin))]
+    argv = [binary, "--config-yaml", json.dumps(bootstrap(app, listen, admin, share_port=share_port))]
     argv += ["--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]
     # At a goodbye, connections are closed at their next answer, and not one by one over ten minutes.
     argv += ["--drain-strategy", "immediate", "--drain-time-s", "5"]
-    if listen.startswith("unix:"):
-        Path(listen.removeprefix("unix:")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    env = environment(environ, admin, Path.cwd())
+    env = environment(environ, admin, listen, Path.cwd())
     os.chdir(_ROOT)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(binary, argv, env)
 
 
+def _claimed(listen: str, share_port: bool) -> str:
+    """The address with its host and port in numbers, once it is sure that Envoy can have it. Raises OSError.
+
+    A TCP port is held by a socket that does not listen, until this process, then Envoy, ends.
+    """
+    if listen.startswith("unix:"):
+        Path(listen.removeprefix("unix:")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return listen
+    host, _, port = listen.rpartition(":")
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        claim = socket.socket(family, kind)
+        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share_port:
+            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        claim.bind(place)
+    except OSError as err:
+        raise OSError(f"cannot listen on {listen}: {err.strerror or err}") from err
+    found = claim.getsockname()
+    os.set_inheritable(claim.detach(), True)
+    return f"[{found[0]}]:{found[1]}" if family == socket.AF_INET6 else f"{found[0]}:{found[1]}"
+
+
 def admin_path(listen: str) -> str:
     """Where the admin socket of an instance that listens at `listen` is: beside it, or in a folder of its own."""
     if listen.startswith("unix:"):
         return listen.removeprefix("unix:") + ".admin"
-    return os.path.join(tempfile.mkdtemp(prefix="shoal-"), "admin.sock")
+    _remove_leftovers(Path(tempfile.gettempdir()))
+    return os.path.join(tempfile.mkdtemp(prefix=f"{ADMIN_FOLDER}{os.getpid()}-"), "admin.sock")
 
 
-def environment(environ: Mapping[str, str], admin: str, folder: Path) -> dict[str, str]:
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed instances of this user left: their process ids are in the names."""
+    for left in folder.glob(f"{ADMIN_FOLDER}*"):
+        pid = left.name.removeprefix(ADMIN_FOLDER).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if pid.isdecimal() and not Path("/proc", pid).exists() and left.stat().st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def environment(environ: Mapping[str, str], admin: str, listen: str, folder: Path) -> dict[str, str]:
     """What the Envoy process gets: the given, and what Python needs to find itself inside it."""
     paths = [os.path.abspath(path) for path in sys.path if path]
     preload = [path for path in (str(libpython()), environ.get("LD_PRELOAD", "")) if path]
@@ -115,20 +161,21 @@ def environment(environ: Mapping[str, str], admin: str, folder: Path) -> dict[st
         "LD_PRELOAD": ":".join(preload),
         "SHOAL_PYTHON": sys.executable,
         ADMIN_VARIABLE: admin,
+        LISTEN_VARIABLE: listen,
         FOLDER_VARIABLE: str(folder),
     }
 
 
-def bootstrap(app: str, listen: str, admin: str) -> dict[str, Any]:
+def bootstrap(app: str, listen: str, admin: str, *, share_port: bool = False) -> dict[str, Any]:
     """Envoy's configuration: one listener, one filter, and the admin endpoint on a unix socket."""
     return {
         "node": {"id": "embedded", "cluster": "shoal"},
         "admin": {"address": {"pipe": {"path": admin, "mode": 0o600}}},
-        "static_resources": {"listeners": [_listener(app, listen)]},
+        "static_resources": {"listeners": [_listener(app, listen, share_port)]},
     }
 
 
-def _listener(app: str, listen: str) -> dict[str, Any]:
+def _listener(app: str, listen: str, share_port: bool) -> dict[str, Any]:
     manager = {
         "@type": f"{_TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "embedded",
@@ -152,6 +199,8 @@ def _listener(app: str, listen: str) -> dict[str, Any]:
     return {
         "name": "front",
         "address": _address(listen),
+        # Envoy's default would share a port with whoever else shares it.
+        "enable_reuse_port": share_port,
         # A request is held in Envoy until Python takes it: the largest one has to have room.
         "per_connection_buffer_limit_bytes": MESSAGE_BYTES + (1 << 20),
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}],

@@ -77,7 +77,9 @@ class EmbeddedServer:
         loop = asyncio.get_running_loop()
         until = loop.time() + self._drain_s
         if self._admin_path is not None:
+            # With their next answer the connections hear a goodbye; and nobody comes back through a new one.
             await admin.post(self._admin_path, "/drain_listeners?graceful&skip_exit")
+            await admin.post(self._admin_path, "/drain_listeners")
         quiet_since = loop.time()
         while loop.time() < until:
             if self._app.exchanges or self._app.calls:

@@ -39,16 +39,26 @@ class H2Server:
 
     Args:
         short: methods that are answered on the short way, by path.
+        share_port: other processes may listen at the same TCP port.
 
     Raises (on entering):
         OSError: the address cannot be bound.
     """
 
-    def __init__(self, listen: str, rpcs: Sequence[Rpc], *, drain_ms: int, short: Mapping[str, ShortHandler]) -> None:
+    def __init__(
+        self,
+        listen: str,
+        rpcs: Sequence[Rpc],
+        *,
+        drain_ms: int,
+        short: Mapping[str, ShortHandler],
+        share_port: bool = False,
+    ) -> None:
         self._listen = listen
         self._rpcs = tuple(rpcs)
         self._drain_s = drain_ms / 1000
         self._short = dict(short)
+        self._share_port = share_port
         self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
         self._health = Health()
         self._interceptor = ServerInterceptor()
@@ -78,7 +88,9 @@ class H2Server:
             path.unlink(missing_ok=True)  # Left by a process that was killed; the launcher sees to it that none lives.
             return await loop.create_unix_server(connection, str(path), backlog=_BACKLOG)
         host, _, port = self._listen.rpartition(":")
-        server = await loop.create_server(connection, host.strip("[]"), int(port), backlog=_BACKLOG)
+        server = await loop.create_server(
+            connection, host.strip("[]"), int(port), backlog=_BACKLOG, reuse_port=self._share_port
+        )
         bound: socket.socket = server.sockets[0]
         self.address = f"{host}:{bound.getsockname()[1]}"
         return server

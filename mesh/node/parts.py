@@ -171,7 +171,8 @@ SERVICE_DEATH = signal.SIGTERM
 
 def service_command(service: str) -> tuple[str, ...]:
     """The command of one of our services."""
-    return (sys.executable, "-m", f"services.{service}")
+    # -P: the folder that the launcher is run in may have files that are called as modules of ours or of others.
+    return (sys.executable, "-P", "-m", f"services.{service}")
 
 
 def service(service: str, instance: str, socket_path: Path, env: Mapping[str, str], grace_s: float) -> Part:

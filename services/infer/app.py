@@ -63,13 +63,15 @@ class Front:
 
 
 def _grpc_server(config: InferConfig, core: InferenceServer) -> GrpcServer:
-    return GrpcServer(config.listen, [inference_rpc(core)], drain_ms=config.drain_ms)
+    return GrpcServer(config.listen, [inference_rpc(core)], drain_ms=config.drain_ms, share_port=config.share_port)
 
 
 def _h2_server(config: InferConfig, core: InferenceServer) -> H2Server:
     # A trace wants a span for each call: the short way has none.
     short = short_methods(core) if telemetry.collector(os.environ) is None else {}
-    return H2Server(config.listen, [inference_rpc(core)], drain_ms=config.drain_ms, short=short)
+    return H2Server(
+        config.listen, [inference_rpc(core)], drain_ms=config.drain_ms, short=short, share_port=config.share_port
+    )
 
 
 GRPC = Front("grpc", _grpc_server, until_stopped)

@@ -130,7 +130,7 @@ async def test_health_says_serving_only_when_told(run_dir: Path) -> None:
 
 async def test_a_taken_port_is_named() -> None:
     async with GrpcServer("127.0.0.1:0", [], drain_ms=0) as first:
-        with pytest.raises(OSError, match=f"cannot listen on {first.address}: is it in use"):
+        with pytest.raises(OSError, match="is it in use"):
             async with GrpcServer(first.address, [], drain_ms=0):
                 pass
 

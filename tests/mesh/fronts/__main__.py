@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 
 from mesh.h2.server import H2Server
 from mesh.main import main
@@ -26,17 +27,12 @@ async def _run(name: str, config: FrontsConfig) -> None:
         await until_stopped()
 
 
-async def _run_h2(config: FrontsConfig) -> None:
-    served = service.Service()
-    rpcs, short = [service.rpc(served)], service.short_methods(served)
-    async with H2Server(config.listen, rpcs, drain_ms=config.drain_ms, short=short) as server:
-        await server.serve()
-        await until_stopped()
-
-
 if __name__ == "__main__":
     if sys.argv[1] == "envoy":
         from mesh.embedded import launch
 
-        launch.become_envoy("tests.mesh.fronts.inside:app", os.environ["SHOAL_FRONTS_LISTEN"])
-    main("fronts", FrontsConfig, _run_h2 if sys.argv[1] == "h2" else _run)
+        try:
+            launch.become_envoy("tests.mesh.fronts.inside:app", os.environ["SHOAL_FRONTS_LISTEN"])
+        except OSError as err:
+            sys.exit(f"shoal fronts cannot start:\n{err}")
+    main("fronts", FrontsConfig, partial(_run, sys.argv[1]))

@@ -85,7 +85,7 @@ class Service:
             async for request in requests:
                 yield await self._one(order, request, context)
             self._note("half-closed", order)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # The latter when an answer could not be sent.
             self._note("cancelled", order)
             raise
 
