@@ -46,7 +46,8 @@ def check(parameters) -> None:
     assert {name: told.get(name) for name in TOLD} == TOLD
     assert parameters["fired"].string_param
     assert (parameters["replica"].string_param, parameters["version"].string_param) == ("test/infer-0", "1")
-    assert (parameters["cache"].string_param, parameters["batch_size"].int64_param) == ("off", 2)
+    assert parameters["cache"].string_param == "off"
+    assert parameters["batch_size"].int64_param in (2, 4, 6)  # Those of one stream may be batched together.
     assert all(value.int64_param >= 0 for value in parameters.values() if value.HasField("int64_param"))
 
 
