@@ -94,6 +94,10 @@ class Lane:
         # In order of due time the first to come may be anywhere; then nobody asks.
         return min(flow[0].arrived for flows in self._bands for flow in flows.values())
 
+    def soonest(self) -> float:
+        """The earliest due time among its calls, when they are in that order. The lane is not empty."""
+        return min(flow[0].due for flows in self._bands for flow in flows.values())
+
     def heads(self) -> Iterator[Member]:
         """The next call of each band."""
         for flows in self._bands:

@@ -11,7 +11,9 @@ memory, calls of worse levels give way too.
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -28,7 +30,7 @@ from services.infer.request import Call
 from services.infer.rules import Rules
 from shoal.errors import ResourceExhausted
 
-_ARRIVED = attrgetter("arrived")
+_ARRIVED, _RANK = attrgetter("arrived"), attrgetter("rank")
 NOBODY = Share("", 1.0, 0.0)
 
 
@@ -235,7 +237,8 @@ class Queue:
             return NOTHING
         if self._waits and not is_late:
             return self._when_due(now, instances)
-        key, lane = self._next(self._lanes)
+        key = self._next()
+        lane = self._lanes[key]
         front, is_cut = self._front(lane)
         if is_late:
             fired = "closing"
@@ -252,7 +255,7 @@ class Queue:
         runs: dict[Hashable, tuple[list[Pending], str]] = {}
         soonest: tuple[float, Hashable, list[Pending]] | None = None
         rate = self.arrivals.per_second(now) if self._has_goal else 0.0
-        for key, lane in self._lanes.items():
+        for key, lane in self._candidates().items():
             front, is_cut = self._front(lane)
             decision = self._decide(lane, front, is_cut, now, rate, instances)
             if isinstance(decision, Run):
@@ -261,7 +264,7 @@ class Queue:
                 soonest = decision.until, key, front
         if not ready:
             return Wait(soonest[0]) if soonest else NOTHING
-        key, _ = self._next(ready)
+        key = self._first_of(ready)
         calls, fired = runs[key]
         if soonest and self._has_goal:
             until, waiting, front = soonest
@@ -281,18 +284,32 @@ class Queue:
         front, is_cut = lane.front(self._policy.max_rows, self._policy.max_bytes)
         return cast("list[Pending]", front), is_cut
 
-    def _next(self, lanes: dict[Hashable, Lane]) -> tuple[Hashable, Lane]:
-        """The lane that the next batch is of."""
+    def _next(self) -> Hashable:
+        """The key of the lane that the next batch is of, whatever policy there is."""
+        if len(self._lanes) == 1:
+            return next(iter(self._lanes))
+        heads = [head for shares in self._shares if (head := _head(shares)) is not None]
+        return min(heads, key=_RANK).call.key
+
+    def _candidates(self) -> dict[Hashable, Lane]:
+        """The lanes that are worth a decision: all, unless they are very many."""
+        if len(self._lanes) <= _MANY_LANES or not self._has_goal:
+            return self._lanes
+        urgent = heapq.nsmallest(_MANY_LANES, self._lanes.items(), key=lambda item: item[1].soonest())
+        key = self._next()
+        return {key: self._lanes[key], **dict(urgent)}
+
+    def _first_of(self, lanes: dict[Hashable, Lane]) -> Hashable:
+        """The key of the lane whose turn it is."""
         if len(lanes) == 1:
-            return next(iter(lanes.items()))
+            return next(iter(lanes))
         best: dict[int, tuple[Member, Hashable]] = {}
         for key, lane in lanes.items():
             for head in lane.heads():
                 known = best.get(head.band)
                 if known is None or behind(head) < behind(known[0]):
                     best[head.band] = head, key
-        _, key = min(best.values(), key=_rank_of_first)
-        return key, lanes[key]
+        return min(best.values(), key=_rank_of_first)[1]
 
     def _taken(self, key: Hashable, calls: list[Pending], fired: str) -> Batch:
         lane = self._lanes[key]
@@ -301,10 +318,13 @@ class Queue:
             self._spare = self._lanes.pop(key)
         first = calls[0]
         self._shares[first.band].serving(first.share)
+        touched = {first.share: first.band}
         rows = size = 0
         for call in calls:
             call.is_waiting = False
             share = call.share
+            if share is not first.share:
+                touched[share] = call.band
             share.calls -= 1
             share.rows -= call.rows
             share.tag += call.rows / share.weight
@@ -314,6 +334,11 @@ class Queue:
         self._calls -= len(calls)
         self.rows -= rows
         self.size_bytes -= size
+        for share, band in touched.items():
+            if share.calls:
+                self._shares[band].moved(share)
+            else:
+                share.order.clear()
         return Batch(calls, rows, fired, leaves_rows=self._calls > 0)
 
     def _insert(self, pending: Pending, came: float) -> None:
@@ -327,8 +352,14 @@ class Queue:
             pending.rank = came + pending.band * far
         lane.add(pending)
         pending.is_waiting = True
-        pending.share.calls += 1
-        pending.share.rows += pending.rows
+        share = pending.share
+        share.calls += 1
+        share.rows += pending.rows
+        share.order.append(pending)
+        if share.calls == 1:
+            self._shares[pending.band].moved(share)
+        elif len(share.order) > 2 * share.calls + _SPARE:
+            share.order = deque(call for call in share.order if call.is_waiting and call.share is share)
 
     def _remove(self, pending: Pending) -> None:
         lane = self._lanes[pending.call.key]
@@ -338,6 +369,7 @@ class Queue:
         pending.is_waiting = False
         pending.share.calls -= 1
         pending.share.rows -= pending.rows
+        pending.share.order.remove(pending)
 
     def _full(self, level: int, after_ms: int) -> ResourceExhausted:
         return ResourceExhausted(
@@ -352,7 +384,7 @@ class Queue:
         calls = self._waiting[pending.level] + 1 - self._most[pending.level]
         size = self.size_bytes + pending.size_bytes - self._limits.size_bytes
         victims: list[Pending] = []
-        for victim in self._candidates(pending, is_short_of_bytes=size > 0):
+        for victim in self._victims(pending, is_short_of_bytes=size > 0):
             if calls <= 0 and size <= 0:
                 break
             victims.append(victim)
@@ -360,7 +392,7 @@ class Queue:
             size -= victim.size_bytes
         return victims if calls <= 0 and size <= 0 else []
 
-    def _candidates(self, pending: Pending, *, is_short_of_bytes: bool) -> Iterator[Pending]:
+    def _victims(self, pending: Pending, *, is_short_of_bytes: bool) -> Iterator[Pending]:
         """Calls that have less claim to a place than `pending`, the least first."""
         bands = range(self._bands - 1, -1, -1)
         if is_short_of_bytes:
@@ -395,6 +427,23 @@ class Queue:
 
 _FOR_EVER_S = 1e9
 # As a distance between levels: a generation, and still exact to a microsecond when added to a clock.
+
+
+_MANY_LANES = 16
+# To decide for hundreds of shapes each time would take longer than many a model. Those with the earliest goals count.
+
+_SPARE = 64
+
+
+def _head(shares: Shares) -> Pending | None:
+    """The next call of one band: the first of the tenant that is furthest behind."""
+    share = shares.first()
+    if share is None:
+        return None
+    order: deque[Pending] = share.order
+    while not (order[0].is_waiting and order[0].share is share):
+        order.popleft()
+    return order[0]
 
 
 def _rank_of_first(found: tuple[Member, Hashable]) -> float:

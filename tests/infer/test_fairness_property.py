@@ -198,3 +198,61 @@ def test_shares_of_nobody_cost_nothing():
     shares = Shares({})
     assert shares.of("") is shares.of("")
     assert shares.waiting() == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["add", "add", "add", "take", "discard", "expire"]), st.integers(0, 1 << 30)),
+        max_size=120,
+    ),
+    goal=st.sampled_from([math.inf, 5.0]),
+    calls=st.sampled_from([4, 2048]),
+)
+def test_the_queue_counts_right_whatever_is_done_to_it(steps, goal, calls):
+    rules = Rules(levels=(Level(), Level(timeout_s=3.0, delays=True)), aging_s=2.0, weights={"t0": 3.0})
+    to = Queue("m", QueueLimits(calls, 1 << 20), BatchPolicy(4, 100, slo_s=goal), rules, CostCurve())
+    here: list[Pending] = []
+    for now, (step, dice) in enumerate(steps):
+        at = float(now)
+        if step == "add":
+            pending = Pending(call(1, dice % 4 + 1, key=dice % 5), at, at + dice % 9 + 1, Receiver())
+            pending.level = dice % 2
+            pending.yields_at = at + 3.0 if pending.level else math.inf
+            pending.due = at + dice % 7 if goal != math.inf else math.inf
+            try:
+                gone = to.add(pending, f"t{dice % 6}", lambda: 1)
+            except ResourceExhausted:
+                continue
+            here = [other for other in here if other not in gone] + [pending]
+        elif step == "take":
+            batch = to.take(at, is_late=True)
+            if isinstance(batch, Batch):
+                assert all(other in here for other in batch.calls)
+                here = [other for other in here if other not in batch.calls]
+        elif step == "discard" and here:
+            assert to.discard(here.pop(dice % len(here)))
+        elif step == "expire":
+            gone = to.expire(at)
+            assert all(other.expires <= at for other in gone)
+            here = [other for other in here if other not in gone]
+            assert all(other.expires > at for other in here)
+        check(to, here)
+
+
+def check(of: Queue, here: list[Pending]) -> None:
+    assert len(of) == len(here)
+    assert (of.rows, of.size_bytes) == (sum(p.rows for p in here), sum(p.size_bytes for p in here))
+    assert {id(p) for lane in of._lanes.values() for p in lane.order()} == {id(p) for p in here}
+    assert all(lane.rows == sum(p.rows for p in lane.order()) > 0 for lane in of._lanes.values())
+    for band, shares in enumerate(of._shares):
+        waiting = shares.waiting()
+        first = shares.first()
+        assert (first is None) == (not waiting)
+        if first is not None:
+            assert first.tag == min(share.tag for share in waiting)
+        for share in waiting:
+            own = [p for p in here if p.share is share]
+            assert (share.calls, share.rows) == (len(own), sum(p.rows for p in own))
+            assert {id(p) for p in own} <= {id(p) for p in share.order}
+            assert all(p.band == band for p in own)
