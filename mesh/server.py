@@ -27,8 +27,12 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from mesh.health import Health
 from mesh.interceptors import ServerInterceptor
 from mesh.limits import MESSAGE_BYTES
+from mesh.tasks import end
 
 log = logging.getLogger(__name__)
+
+_CHECK_S = 0.1
+# How soon it is noticed that a server has ended by itself.
 
 _IDLE_STREAM_S = 0.25
 # While stopping: a stream that sent nothing for so long has nothing in flight.
@@ -78,7 +82,19 @@ class GrpcServer:
         """Where it really listens: with port 0, the port that was free."""
 
     async def __aenter__(self) -> GrpcServer:
-        self._server = grpc.aio.server(
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._listen.startswith("unix:"):
+            path = Path(self._listen.removeprefix("unix:"))
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # Left by a process that was killed; the launcher sees to it that none lives.
+        self._server = await self._started()
+        self._stopping: set[asyncio.Future[None]] = set()
+        self._watch = asyncio.create_task(self._start_again(), name="grpc-server-watch")
+        return self
+
+    async def _started(self) -> grpc.aio.Server:
+        """A server at `address`. Raises OSError when that cannot be bound."""
+        server = grpc.aio.server(
             interceptors=[self._interceptor],
             options=[
                 ("grpc.max_send_message_length", self._message_bytes),
@@ -93,22 +109,41 @@ class GrpcServer:
                 ("grpc.server.max_pending_requests_hard_limit", 20_000),
             ],
         )
-        add_services(self._server, self._rpcs, self._health if self._with_health else None)
+        add_services(server, self._rpcs, self._health if self._with_health else None)
         if self._generic:
-            self._server.add_generic_rpc_handlers(self._generic)
-        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
-        if self._listen.startswith("unix:"):
-            path = Path(self._listen.removeprefix("unix:"))
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)  # Left by a process that was killed; the launcher sees to it that none lives.
+            server.add_generic_rpc_handlers(self._generic)
         try:
-            port = self._server.add_insecure_port(self._listen)
+            port = server.add_insecure_port(self.address)
         except RuntimeError as err:
             raise OSError(errno.EADDRINUSE, "is it in use?") from err
         if not self._listen.startswith("unix:"):
             self.address = f"{self._listen.rpartition(':')[0]}:{port}"
-        await self._server.start()
-        return self
+        await server.start()
+        return server
+
+    async def _start_again(self) -> None:
+        """Puts another server in the place of one that has ended by itself, until it is cancelled.
+
+        One request is enough for that: grpc.aio's server takes no more when a call's path is not UTF-8. What it has in
+        flight may finish.
+        """
+        while True:
+            try:
+                await self._server.wait_for_termination(_CHECK_S)
+            except Exception as err:
+                log.error("the server has ended and is started again: %s", err)
+                stopping = asyncio.ensure_future(self._server.stop(self._drain_s))
+                self._stopping.add(stopping)
+                stopping.add_done_callback(self._stopping.discard)
+                self._server = await self._started_at_last()
+
+    async def _started_at_last(self) -> grpc.aio.Server:
+        while True:
+            try:
+                return await self._started()
+            except OSError as err:
+                log.error("cannot listen on %s again: %s", self.address, err)
+                await asyncio.sleep(_CHECK_S)
 
     async def serve(self) -> None:
         """Says SERVING to health checks: for the server as a whole and for each of its services."""
@@ -118,7 +153,8 @@ class GrpcServer:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
-        stopped = asyncio.ensure_future(self._server.stop(self._drain_s))
+        await end(self._watch)
+        stopped = asyncio.gather(self._server.stop(self._drain_s), *self._stopping)
         while not stopped.done():
             await asyncio.wait([stopped], timeout=_IDLE_STREAM_S)
             self._interceptor.end_idle_streams(_IDLE_STREAM_S)

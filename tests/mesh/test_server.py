@@ -21,6 +21,8 @@ from mesh.server import GrpcServer, Rpc
 from shoal import errors
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc as rpc
+from tests.breakable import until
+from tests.infer.http2 import Connection
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CoordService"]
 
@@ -167,3 +169,41 @@ def test_a_log_line_is_json_with_its_fields() -> None:
     record = logging.makeLogRecord({"name": "a", "levelname": "INFO", "msg": "hello %s", "args": ("you",), "job": "j1"})
     entry = json.loads(JsonFormatter("local/x-0").format(record))
     assert (entry["message"], entry["job"], entry["instance"]) == ("hello you", "j1", "local/x-0")
+
+
+@pytest.mark.parametrize("listen", ["unix:{}/x.sock", "127.0.0.1:0"])
+async def test_a_path_that_is_no_text_ends_no_server(run_dir: Path, listen: str) -> None:
+    """grpc.aio's own takes no more calls after one: another takes its place, and what is in flight is answered."""
+    servicer, go = Answers(), asyncio.Event()
+
+    async def lead() -> pb.GetLeaderResponse:
+        await go.wait()
+        return pb.GetLeaderResponse(instance="me")
+
+    servicer.leader = lead
+    add = lambda target: rpc.add_CoordServiceServicer_to_server(servicer, target)  # noqa: E731
+    made = GrpcServer(listen.format(run_dir), [Rpc(SERVICE, add)], drain_ms=20_000)
+    async with made as running, connect(running.address) as channel:
+        await running.serve()
+        before = asyncio.ensure_future(rpc.CoordServiceStub(channel).GetLeader(pb.GetLeaderRequest()))
+        await servicer.entered.wait()
+        for _ in range(3):
+            await until(lambda: is_serving(running.address))
+
+            def spoil() -> None:
+                with Connection(running.address, 1.0) as connection:
+                    connection.call(b"", "/shoal.coord.v1.CoordService/GetLead\xe9r")
+
+            await asyncio.to_thread(spoil)
+        await until(lambda: is_serving(running.address))
+        go.set()
+        assert (await before).instance == "me"
+
+
+async def is_serving(address: str) -> bool:
+    async with connect(address) as channel:
+        try:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        except grpc.aio.AioRpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
