@@ -107,11 +107,11 @@ class Execution:
         try:
             try:
                 outcomes = self._run(batch)
-            except ModelFailed as err:
-                outcomes = self._run_apart(batch, err) if len(batch) > 1 else [self._failed(err)]
+            except Exception as err:
+                outcomes = self._run_apart(batch, err) if len(batch) > 1 else [self._excused(err)]
             if len(outcomes) != len(batch):
                 raise RuntimeError(f"model {self._name}: {len(outcomes)} outcomes for {len(batch)} calls")
-        except Exception as err:  # A fault of ours: the front tells the log everything and the caller little.
+        except Exception as err:
             outcomes = [err] * len(batch)
         except BaseException as err:  # A model that exits, for one: its callers must hear of it, its worker lives on.
             outcomes = [RuntimeError(f"model {self._name}: {type(err).__name__}: {err}")] * len(batch)
@@ -119,7 +119,7 @@ class Execution:
             self._give_back()
         return outcomes
 
-    def _run_apart(self, batch: Sequence[Job], err: ModelFailed) -> list[Outcome]:
+    def _run_apart(self, batch: Sequence[Job], err: Exception) -> list[Outcome]:
         log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
         bisection: Bisection[Job, Outcome] = Bisection(self._run, self._excused)
         outcomes = bisection.outcomes(batch)
@@ -127,6 +127,7 @@ class Execution:
         return outcomes
 
     def _excused(self, err: Exception) -> Outcome:
+        # What the model says is for the caller; of any other fault the log is told everything, and the caller little.
         return self._failed(err) if isinstance(err, ModelFailed) else err
 
     def _failed(self, err: ModelFailed) -> Internal:

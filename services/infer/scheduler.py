@@ -46,6 +46,9 @@ _APART_S, _APART_TIMES = 100e-6, 8
 # A call that comes so long after the last answer, and the ones before it too, was not in the same round of the loop as
 # others: callers that ask again at once do so sooner.
 
+_LOOK_AFTER = 50
+# Executions until a goal that cannot be met is reported.
+
 _FINE_S = 0.005
 # The event loop's timers count milliseconds: the end of a wait is waited for by an idle worker.
 
@@ -109,6 +112,8 @@ class Scheduler:
         self._clock = clock
         self._make_worker = worker
         self._goal_s = policy.slo_s if policy.has_goal else math.inf
+        if policy.slo_s != math.inf and policy.is_static:
+            log.warning("model %s: slo_ms does nothing beside a queue delay or preferred sizes, which win", name)
         self._has_rules = self._rules != Rules(weights=self._rules.weights) or self._goal_s != math.inf
         self._backlog = Backlog()
         self._idle: list[Worker] = []
@@ -439,6 +444,11 @@ class Scheduler:
             self._compute.add(batch.rows, seconds)
         if not self._may_run_here or elapsed_s > _HOP_S or self._goal_s != math.inf:
             self.cost.add(batch.rows, elapsed_s)
+            if self.cost.samples == _LOOK_AFTER and self.cost.expected(1) > self._goal_s:
+                log.warning(
+                    "model %s: slo_ms %.0f cannot be met: one request alone takes about %.0f ms",
+                    *(self._name, self._goal_s * 1000, self.cost.expected(1) * 1000),
+                )
         if batch.leaves_rows:
             self._backlog.add(batch.rows, elapsed_s)
 

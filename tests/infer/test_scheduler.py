@@ -315,6 +315,46 @@ async def test_whatever_the_model_throws_its_caller_hears_of_it_and_the_worker_l
         assert values(await bench.scheduler.submit(call(1))) == [1]
 
 
+def test_who_runs_out_while_the_guilty_are_looked_for_is_not_run():
+    bench = Bench()
+    execution = bench.execution()
+    jobs = [Pending(call(n), 0.0, math.inf, Nobody()) for n in (13, 2, 3, 4)]
+    jobs[2].expires = bench.clock.now + 1
+
+    def slow(inputs, outputs, run=bench.model.run):
+        bench.clock.now += 0.6
+        if bench.model.entered == 2:
+            jobs[3].is_abandoned = True
+        return run(inputs, outputs)
+
+    bench.model.run = slow
+    outcomes = execution.run(jobs)
+    assert bench.model.runs == [[13, 2, 3, 4], [13, 2], [13], [2]]
+    assert [type(outcome).__name__ for outcome in outcomes] == [
+        *("Internal", "Answer", "DeadlineExceeded", "DeadlineExceeded")
+    ]
+    assert execution.tally.expired_rows == 0
+    assert execution.tally.bisections == 2
+
+
+def test_batch_mates_of_a_fault_of_ours_are_spared_too():
+    bench = Bench()
+
+    def answer(x):
+        if 7 in x:
+            raise MemoryError("too much")
+        return x
+
+    bench.model.answer = answer
+    outcomes = bench.execution().run([Pending(call(n), 0.0, math.inf, Nobody()) for n in (1, 7, 3)])
+    assert [type(outcome).__name__ for outcome in outcomes] == ["Answer", "MemoryError", "Answer"]
+
+
+def test_a_goal_beside_static_settings_is_said_to_do_nothing(caplog):
+    Bench(policy=BatchPolicy(8, 1 << 20, delay_s=0.1, slo_s=0.05))
+    assert "slo_ms does nothing" in caplog.text
+
+
 async def test_outcomes_that_are_too_few_are_a_fault_and_hang_nobody():
     bench = Bench()
     execution = bench.execution()
