@@ -83,6 +83,9 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
     unsupported = {
         "sequence_batching": config.HasField("sequence_batching"),
         "ensemble_scheduling": config.HasField("ensemble_scheduling"),
+        "response_cache of a decoupled model": config.response_cache.enable
+        and config.model_transaction_policy.decoupled,
+        "model_warmup of a decoupled model": bool(config.model_warmup) and config.model_transaction_policy.decoupled,
         "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled and not runtime.can_decouple,
         "batch_input": bool(config.batch_input),
         "batch_output": bool(config.batch_output),
