@@ -1,4 +1,4 @@
-"""One inference server by itself, on a folder of models: no etcd, no MongoDB, no Envoy, no mesh."""
+"""The inference server by itself, on a folder of models: no etcd, no MongoDB, no mesh. One process or several."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import contextlib
 import os
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from mesh.front import CHOICES, Choice, choose
 from mesh.node import probes
 from mesh.node.parts import SERVICE_DEATH, Part, service_command
-from mesh.node.ports import PortInUse, Ports
-from mesh.node.process import Process, raise_file_limit, spawn
+from mesh.node.ports import PortInUse, Ports, listeners
+from mesh.node.process import raise_file_limit
+from mesh.node.workers import Workers
+from mesh.tasks import end
 from shoal.errors import FailedPrecondition, InvalidArgument
 
 _POLL_S = 0.05
@@ -34,54 +37,82 @@ class ModelState:
     """Why it is not READY."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be served, where and how."""
+
+    repository: Path
+    host: str
+    port: int
+    """0: any free one."""
+    front: str = ""
+    """h2, envoy, grpc or auto; "": what the environment says, else auto."""
+    workers: int = 1
+    """Processes that share the address."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """More of the server's, by their names without SHOAL_INFER_; they come before those of the environment."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is being served."""
+
+    address: str
+    pids: Sequence[int]
+    front: Choice
+    models: Sequence[ModelState]
+
+
 class Screen(Protocol):
     """Where the server says how it is."""
 
-    def ready(self, address: str, pid: int, models: Sequence[ModelState]) -> None: ...
+    def ready(self, served: Served) -> None: ...
+
+    def ended(self, name: str, status: int, again_in_s: float) -> None:
+        """A process ended that should not have; it is started again."""
 
     def stopping(self) -> None: ...
 
 
-async def serve(
-    repository: Path,
-    host: str,
-    port: int,
-    environ: Mapping[str, str],
-    screen: Screen,
-    settings: Mapping[str, str] | None = None,
-) -> int:
-    """Serves the models of `repository` at `host`:`port` until a signal, or until the server ends by itself.
-
-    `settings` are more of the server's, by their names without SHOAL_INFER_; they come before those of `environ`.
+async def serve(wanted: Wanted, environ: Mapping[str, str], screen: Screen) -> int:
+    """Serves until a signal, or until the server ends by itself. Of several processes, one that ends starts again.
 
     Returns the exit status of the server: 0 after an orderly stop, 128 + N when signal N killed it.
 
     Raises:
         InvalidArgument: there is no such folder, or this machine has no such address.
-        FailedPrecondition: the port is in use.
+        FailedPrecondition: the port is in use, or the front that is asked for cannot run here.
     """
+    repository = wanted.repository
     if not repository.is_dir():
         what = "is no folder: name the one around it" if repository.exists() else "does not exist"
         raise InvalidArgument(f"{repository} {what}: expected a folder of models: Triton's layout, or .onnx files")
     raise_file_limit()
     with Ports() as ports:
-        address = _address(host, _reserve(ports, host, port))
-        process = await spawn(_part(repository, address, environ, settings or {}), None)
-        signals = _Forwarding(process, screen)
+        address = _address(wanted.host, _reserve(ports, wanted.host, wanted.port))
+        front = _front(wanted.front or environ.get(_VARIABLES + "FRONT", "auto"), address)
+        parts = [_part(number, wanted, address, front, environ) for number in range(wanted.workers)]
+        workers = Workers(parts, screen.ended)
+        signals = _Forwarding(workers, screen)
         signals.start()
-        announcing = asyncio.create_task(_announce(address, process, screen))
-        status = await process.wait()
-        announcing.cancel()
-        await asyncio.wait([announcing])
-        signals.stop()
-    return status if status >= 0 else 128 - status
+        announcing = asyncio.create_task(_announce(address, workers, wanted.workers, front, screen))
+        try:
+            return await workers.run()
+        finally:
+            await end(announcing)
+            signals.stop()
+
+
+def _front(asked: str, address: str) -> Choice:
+    """A value that is none goes on to the server, whose configuration explains it."""
+    return choose(asked, address) if asked in CHOICES else Choice(asked, "it was asked for")
 
 
 class _Forwarding:
     """Hands signals on to the server, which knows what the first and the second mean."""
 
-    def __init__(self, process: Process, screen: Screen) -> None:
-        self._process = process
+    def __init__(self, workers: Workers, screen: Screen) -> None:
+        self._workers = workers
         self._screen = screen
         self._is_stopping = False
 
@@ -97,14 +128,16 @@ class _Forwarding:
         if not self._is_stopping:
             self._is_stopping = True
             self._screen.stopping()
-        self._process.signal(signal.SIGTERM)
+        self._workers.stop()
 
 
-async def _announce(address: str, process: Process, screen: Screen) -> None:
-    while not await probes.health(address):  # noqa: ASYNC110 - it is another process: there is nothing to wait on.
+async def _announce(address: str, workers: Workers, count: int, front: Choice, screen: Screen) -> None:
+    port = int(address.rpartition(":")[2])
+    # Of several, each listens once it serves. They are other processes: there is nothing to wait on.
+    while not (listeners(port) >= count and await probes.health(address)):  # noqa: ASYNC110
         await asyncio.sleep(_POLL_S)
     with contextlib.suppress(OSError):  # The terminal or pipe that it says so to is gone: it serves on.
-        screen.ready(address, process.pid, await _models(address))
+        screen.ready(Served(address, workers.pids, front, await _models(address)))
 
 
 async def _models(address: str) -> list[ModelState]:
@@ -122,18 +155,23 @@ async def _models(address: str) -> list[ModelState]:
     return sorted(found, key=lambda model: (model.name, model.version.zfill(20)))
 
 
-def _part(repository: Path, address: str, environ: Mapping[str, str], settings: Mapping[str, str]) -> Part:
-    env = {
-        **{_VARIABLES + name: value for name, value in settings.items()},
-        _VARIABLES + "INSTANCE": "infer-0",
-        _VARIABLES + "LISTEN": address,
-        _VARIABLES + "REPOSITORY": str(repository.absolute()),
-        "SHOAL_PARENT_PID": str(os.getpid()),
+def _part(number: int, wanted: Wanted, address: str, front: Choice, environ: Mapping[str, str]) -> Part:
+    name = f"infer-{number}"
+    told = {
+        **wanted.settings,
+        "INSTANCE": name,
+        "LISTEN": address,
+        "REPOSITORY": str(wanted.repository.absolute()),
+        "FRONT": front.name,
     }
     # It logs to the user's terminal: only what the user should see. Nobody there watches it, so nobody needs notice.
-    defaults = {_VARIABLES + "LOG_LEVEL": "WARNING", _VARIABLES + "NOTICE_MS": "0"}
-    env |= {key: value for key, value in defaults.items() if key not in environ}
-    return Part("infer-0", service_command("infer"), _unasked, env, at_launcher_death=SERVICE_DEATH)
+    defaults = {"LOG_LEVEL": "WARNING", "NOTICE_MS": "0"}
+    if wanted.workers > 1:
+        told["SHARE_PORT"] = "true"
+        defaults["THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // wanted.workers))
+    told |= {key: value for key, value in defaults.items() if _VARIABLES + key not in environ}
+    env = {_VARIABLES + key: value for key, value in told.items()} | {"SHOAL_PARENT_PID": str(os.getpid())}
+    return Part(name, service_command("infer"), _unasked, env, at_launcher_death=SERVICE_DEATH)
 
 
 async def _unasked() -> bool:

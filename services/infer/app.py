@@ -96,7 +96,8 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
         core = InferenceServer(models, f"{config.node}/{config.instance}", control=control)
         calls.bind(core)
         server = front.server(config, core)
-        await stack.enter_async_context(server)
+        if not config.share_port:
+            await stack.enter_async_context(server)
         registration = await stack.enter_async_context(Registration.of(config, "infer", server.address))
         await stack.enter_async_context(_running(_tell(models, registration)))
         if config.repository is not None:
@@ -109,6 +110,8 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting
+            if config.share_port:  # Who listens gets calls, though others at the port could answer them: so not before.
+                await stack.enter_async_context(server)
             await server.serve()
             await registration.update(state=State.READY)
         await stopped

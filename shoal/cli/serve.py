@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mesh.node.alone import ModelState
+    from mesh.node.alone import Served
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -21,6 +20,15 @@ class ModelControl(StrEnum):
     none = "none"
     explicit = "explicit"
     poll = "poll"
+
+
+class Front(StrEnum):
+    """What clients reach the server through."""
+
+    auto = "auto"
+    h2 = "h2"
+    envoy = "envoy"
+    grpc = "grpc"
 
 
 @app.command()
@@ -55,9 +63,20 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    front: Annotated[
+        Front | None,
+        typer.Option(
+            help="What clients reach it through. auto: h2, the fastest, where only this machine can reach the address; "
+            "else envoy, where it can run; else grpc. [dim]default: auto[/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that share the address, each with all models.", metavar="N", min=1, max=64)
+    ] = 1,
     json: Annotated[bool, typer.Option("--json", help="When ready, print where it is and its models as JSON.")] = False,
 ) -> None:
-    """Serve a folder of models over gRPC (Open Inference Protocol v2), without etcd, MongoDB or Envoy.
+    """Serve a folder of models over gRPC (Open Inference Protocol v2), without etcd, MongoDB or a mesh.
 
     For clients that speak to Triton, KServe or MLServer. Settings of the server: SHOAL_INFER_... variables.
     Ctrl-C stops it once the calls under way are answered.
@@ -67,6 +86,8 @@ def serve(
       shoal serve ./models
 
       shoal serve ./models --port 9000 --host 0.0.0.0
+
+      shoal serve ./models --workers 4
 
       shoal serve ./models --model-control explicit --load-model double
     """
@@ -86,7 +107,8 @@ def serve(
         "POLL_MS": "" if poll_ms is None else str(poll_ms),
     }
     settings = {name: value for name, value in given.items() if value}
-    raise typer.Exit(asyncio.run(alone.serve(repository.expanduser(), host, port, os.environ, screen, settings)))
+    wanted = alone.Wanted(repository.expanduser(), host, port, front.value if front else "", workers, settings)
+    raise typer.Exit(asyncio.run(alone.serve(wanted, os.environ, screen)))
 
 
 class _Screen:
@@ -95,20 +117,27 @@ class _Screen:
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
 
-    def ready(self, address: str, pid: int, models: Sequence[ModelState]) -> None:
+    def ready(self, served: Served) -> None:
         if self._as_json:
             import dataclasses
             import json
 
-            listed = [dataclasses.asdict(model) for model in models]
-            typer.echo(json.dumps({"address": address, "pid": pid, "models": listed}, indent=2))
+            said = dataclasses.asdict(served)
+            typer.echo(json.dumps({"address": said.pop("address"), "pid": served.pids[0], **said}, indent=2))
             return
-        typer.echo(f"serving at {address} (pid {pid}); Ctrl-C stops it")
-        if not models:
+        pids = ("pid " if len(served.pids) == 1 else "pids ") + ", ".join(map(str, served.pids))
+        typer.echo(f"serving at {served.address} ({pids}); Ctrl-C stops it")
+        typer.echo(f"front: {served.front.name} ({served.front.why})")
+        if not served.models:
             typer.echo("no models in the folder", err=True)
-        for model in models:
+        for model in served.models:
             version = f" version {model.version}" if model.version else ""
             typer.echo(f"  {model.name}{version}: {model.state}" + (f": {model.reason}" if model.reason else ""))
+
+    def ended(self, name: str, status: int, again_in_s: float) -> None:
+        from mesh.node.process import ending
+
+        typer.echo(f"{name} {ending(status)}: again in {again_in_s:.1f} s", err=True)
 
     def stopping(self) -> None:
         typer.echo("stopping: calls under way are answered first; once more to stop at once", err=True)

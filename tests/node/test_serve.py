@@ -17,6 +17,8 @@ import grpc
 import numpy as np
 import pytest
 
+from mesh.embedded import launch
+from mesh.node.ports import listeners
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 
@@ -135,4 +137,60 @@ def test_an_address_of_another_machine_is_named(onnx_models: Path) -> None:
 def test_a_wrong_setting_is_named(onnx_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_INFER_THREADS", "many")
     status, said = fails(str(onnx_models), "--port", "0")
+    assert (status, "SHOAL_INFER_THREADS='many'" in said) == (2, True)
+
+
+def test_the_front_is_chosen_and_said(start: Start, onnx_models: Path) -> None:
+    process, said = start(str(onnx_models))
+    assert said["front"] == {"name": "h2", "why": "it is the fastest, and only this machine can reach the address"}
+    assert double(said["address"]) == [2, 4, 6, 8]
+    process.kill()
+    expected = "envoy" if launch.obstacle() is None else "grpc"
+    _, said = start(str(onnx_models), "--host", "0.0.0.0")
+    assert said["front"]["name"] == expected
+    assert double(said["address"].replace("0.0.0.0", "127.0.0.1")) == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("front", ["grpc", "h2", "envoy"])
+def test_a_front_that_is_asked_for_is_taken(
+    start: Start, onnx_models: Path, front: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if front == "envoy" and launch.obstacle():
+        pytest.skip("no Envoy front here")
+    _, said = start(str(onnx_models), "--front", front)
+    assert said["front"] == {"name": front, "why": "it was asked for"}
+    assert double(said["address"]) == [2, 4, 6, 8]
+    monkeypatch.setenv("SHOAL_INFER_FRONT", front)
+    process, said = start(str(onnx_models))
+    assert said["front"]["name"] == front
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("front", ["grpc", "h2", "envoy"])
+def test_workers_share_the_address_and_are_kept(start: Start, onnx_models: Path, front: str) -> None:
+    if front == "envoy" and launch.obstacle():
+        pytest.skip("no Envoy front here")
+    process, said = start(str(onnx_models), "--workers", "3", "--front", front)
+    assert len(set(said["pids"])) == 3
+    for _ in range(20):
+        assert double(said["address"]) == [2, 4, 6, 8]
+    os.kill(said["pids"][1], signal.SIGKILL)
+    wait_until_gone(said["pids"][1])
+    # Who is there answers at once, and nobody is asked before it can answer.
+    port, asked = int(said["address"].rpartition(":")[2]), 0
+    deadline = time.monotonic() + 60
+    while listeners(port) < 3 or asked < 30:
+        assert double(said["address"]) == [2, 4, 6, 8]
+        assert time.monotonic() < deadline
+        asked += 1
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    for pid in said["pids"]:
+        wait_until_gone(pid)
+
+
+def test_a_wrong_setting_ends_all_workers(onnx_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_INFER_THREADS", "many")
+    status, said = fails(str(onnx_models), "--port", "0", "--workers", "3")
     assert (status, "SHOAL_INFER_THREADS='many'" in said) == (2, True)

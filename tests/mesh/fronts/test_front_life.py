@@ -1,4 +1,4 @@
-"""How an instance comes and goes behind each front: stops that cut nothing, ends that are ends, and nothing left over."""
+"""How an instance comes and goes behind each front: stops that cut nothing, ends that are ends, nothing left over."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_a_stop_under_load_cuts_no_call(make: Make, name: str, transport: 
                 for method in ("Unary", "Short", "ServerStream", "Bidi")
                 for _ in range(4)
             ]
-            await until(lambda: len(outcomes) > 200, "load")
+            await until(lambda so_far=outcomes: len(so_far) > 200, "load")
             assert await asyncio.to_thread(front.terminate) == 0
             await asyncio.gather(*callers)
         # Each caller goes on until it is refused: that must be UNAVAILABLE, and nothing else may have happened.
@@ -215,7 +215,7 @@ async def test_nothing_is_left_after_a_stop(
     front = make(name, transport, tmpdir=str(scratch))
     await front.until_serving()
     assert await asyncio.to_thread(front.terminate) == 0
-    assert [path for path in scratch.rglob("*")] == []
+    assert list(scratch.rglob("*")) == []
     assert [path.name for path in run_dir.iterdir() if path.is_socket()] == []
 
 
