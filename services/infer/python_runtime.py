@@ -2,7 +2,7 @@
 
 Of its `parameters`, a model's configuration may say:
 
-    isolation              process (the default)
+    isolation              process (the default), or none: in the server's own process, on a thread
     execution_timeout_ms   a run that takes longer is ended, and its process with it; unset: no bound
     load_timeout_ms        the same for loading; 600000 when unset
     max_streams            requests that one instance of a decoupled model works on at a time; 64 when unset
@@ -10,24 +10,27 @@ Of its `parameters`, a model's configuration may say:
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from services.infer.config_json import as_json
 from services.infer.isolation import interpreter
-from services.infer.isolation.instance import Instance
-from services.infer.isolation.process import program
+from services.infer.isolation.inside import Inside
+from services.infer.isolation.instance import Instance, Running
+from services.infer.isolation.process import Process, program
 from services.infer.isolation.session import InnerCall, Limits, ProcessSession
 from services.infer.runtime import About, SessionOptions
 from shoal.errors import FailedPrecondition
 
 _LOAD_TIMEOUT_MS = 600_000
 _MAX_STREAMS = 64
-_KNOWN = {"isolation", "execution_timeout_ms", "load_timeout_ms", "max_streams"}
+_MODULES = itertools.count(1)
+# Models in the server's process are modules side by side: each has a name of its own.
 
 
 class PythonRuntime:
@@ -38,6 +41,7 @@ class PythonRuntime:
     model_file = "model.py"
     can_decouple = True
     kind = "python"
+    isolations: tuple[str, ...] = ("process", "none")
 
     def __init__(self, environ: Mapping[str, str] | None = None, call: InnerCall | None = None) -> None:
         """`call` runs the calls that models make of other models; without it they are refused."""
@@ -53,15 +57,12 @@ class PythonRuntime:
             load_s=_milliseconds(values, "load_timeout_ms", _LOAD_TIMEOUT_MS) / 1000,
             streams=_number(values, "max_streams", _MAX_STREAMS, 1, 4096),
         )
-        start = program(
-            interpreter.interpreter(self._environ), interpreter.environment(self._environ), str(file.parent)
-        )
         title = f"{about.name} version {about.version}"
         instances = [
             Instance(
-                start,
+                self._beginning(file, values),
                 title if about.instances == 1 else f"{title} instance {n}",
-                self._load_header(file, options, about, n),
+                self._load_header(file, options, about, n, values),
                 load_timeout_s=limits.load_s,
             )
             for n in range(about.instances)
@@ -74,12 +75,23 @@ class PythonRuntime:
                 "parameter EXECUTION_ENV_PATH is not supported: install what the model imports beside Shoal, "
                 "or set SHOAL_PYTHON to a Python that has it"
             )
-        if values.get("isolation", "process") != "process":
+        if values.get("isolation", "process") not in self.isolations:
             raise FailedPrecondition(
-                f"parameter isolation '{values['isolation']}': expected 'process': a Python model runs in its own"
+                f"parameter isolation '{values['isolation']}': expected {' or '.join(map(repr, self.isolations))}"
             )
+        if values.get("isolation") == "none" and values.get("execution_timeout_ms"):
+            raise FailedPrecondition("parameter execution_timeout_ms needs isolation 'process': a thread goes on")
 
-    def _load_header(self, file: Path, options: SessionOptions, about: About, number: int) -> dict[str, Any]:
+    def _beginning(self, file: Path, values: Mapping[str, str]) -> Callable[[str], Running]:
+        if values.get("isolation") == "none":
+            return Inside
+        python = interpreter.interpreter(self._environ)
+        started = program(python, interpreter.environment(self._environ), str(file.parent))
+        return lambda title: Process(started, title)
+
+    def _load_header(
+        self, file: Path, options: SessionOptions, about: About, number: int, values: Mapping[str, str]
+    ) -> dict[str, Any]:
         return {
             "kind": self.kind,
             "name": about.name,
@@ -89,6 +101,7 @@ class PythonRuntime:
             "instance": f"{about.name}_{number}",
             "config": as_json(about.config),
             "options": self._options(options),
+            "module": f"model_{next(_MODULES)}" if values.get("isolation") == "none" else "model",
         }
 
     def _options(self, options: SessionOptions) -> dict[str, Any]:
@@ -103,6 +116,7 @@ class IsolatedOnnxRuntime(PythonRuntime):
     model_file = "model.onnx"
     can_decouple = False
     kind = "onnx"
+    isolations = ("process",)
 
     def _options(self, options: SessionOptions) -> dict[str, Any]:
         given = {each.name: getattr(options, each.name) for each in fields(options)}

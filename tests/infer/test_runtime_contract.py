@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from onnx import TensorProto, helper
 from services.infer.isolation.payload import NUMBERS
 from services.infer.onnx_runtime import OnnxRuntime
 from services.infer.python_runtime import IsolatedOnnxRuntime, PythonRuntime
-from services.infer.runtime import ModelFailed, Runtime, Session, SessionOptions
+from services.infer.runtime import About, ModelFailed, Runtime, Session, SessionOptions
 from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
 from tests.infer import onnx_files
 from tests.infer.runtime_models import OnnxModels, OwnModels, TritonModels
 
@@ -25,6 +27,8 @@ RUNTIMES = {
     "onnx in a process": (IsolatedOnnxRuntime, OnnxModels()),
     "python": (PythonRuntime, OwnModels()),
     "triton's python": (PythonRuntime, TritonModels()),
+    "python on a thread": (PythonRuntime, OwnModels()),
+    "triton's python on a thread": (PythonRuntime, TritonModels()),
 }
 ONNX = ["onnx", "onnx in a process"]
 
@@ -45,10 +49,13 @@ def models(kind: str) -> OnnxModels | OwnModels:
 
 
 @pytest.fixture
-def load(runtime: Runtime, tmp_path: Path):
+def load(kind: str, runtime: Runtime, tmp_path: Path):
     with ExitStack() as loaded:
 
         def load(model: bytes, options: SessionOptions = ONE_THREAD) -> Session:
+            if kind.endswith("on a thread"):
+                about = About("m", config=pb.ModelConfig(parameters={"isolation": {"string_value": "none"}}))
+                options = replace(options, about=about)
             file = tmp_path / runtime.model_file
             file.write_bytes(model)
             session = runtime.load(file, options)
@@ -100,7 +107,7 @@ def test_strings(load, models):
 
 
 def test_bit_patterns(kind, load, models):
-    if kind == "triton's python":
+    if kind.startswith("triton's python"):
         pytest.skip("its interface has no BF16")
     bits = load(models.identity("BF16", ("n",)))
     given = np.array([0x3FC0, 0xFF80, 0], np.uint16)

@@ -34,7 +34,7 @@ def main(fd: int, server: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it lets calls under way finish.
     channel = Channel(socket.socket(fileno=fd))
     try:
-        _serve(channel)
+        serve_one(channel)
     except ChannelClosed:
         pass
     except BaseException:
@@ -43,7 +43,12 @@ def main(fd: int, server: int) -> NoReturn:
     _exit(0)
 
 
-def _serve(channel: Channel) -> None:
+def serve_one(channel: Channel) -> None:
+    """Loads the model that the server names, and serves it until it is told to close.
+
+    Raises:
+        ChannelClosed: the server is gone.
+    """
     mailbox = Mailbox(channel)
     message = channel.receive()
     assert message is not None, "it waits without a bound"

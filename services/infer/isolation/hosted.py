@@ -38,6 +38,8 @@ class Load:
     """The model's configuration, in Triton's JSON form."""
     options: Mapping[str, Any]
     """Of the runtime: threads and entries."""
+    module: str = "model"
+    """What a Python module is called once it is imported."""
 
 
 @dataclass(frozen=True)

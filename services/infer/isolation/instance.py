@@ -12,11 +12,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from services.infer.backoff import Backoff
 from services.infer.isolation.channel import ChannelClosed
-from services.infer.isolation.process import NotLoaded, Process, Program
+from services.infer.isolation.inside import Inside
+from services.infer.isolation.process import NotLoaded, Process
 from shoal.errors import FailedPrecondition, Unavailable
 
 log = logging.getLogger(__name__)
@@ -31,23 +32,29 @@ _LOOK_S = 0.1
 _MIN_RETRY_MS, _MAX_RETRY_MS = 50, 10_000
 
 
+Running: TypeAlias = Process | Inside
+"""What runs a model: a process, or something that looks like one."""
+
+
 class Instance:
     """Keeps one model process."""
 
-    def __init__(self, program: Program, title: str, load: Mapping[str, Any], *, load_timeout_s: float) -> None:
-        """`load` is the header that has the process load its model; `title` names it in the log."""
-        self._program, self._title = program, title
+    def __init__(
+        self, begin: Callable[[str], Running], title: str, load: Mapping[str, Any], *, load_timeout_s: float
+    ) -> None:
+        """`begin` starts a process, given the model's name for the log, `title`; `load` is what it is to load."""
+        self._begin, self._title = begin, title
         self._load, self._load_timeout_s = load, load_timeout_s
         self._changed = threading.Condition()
-        self._process: Process | None = None
+        self._process: Running | None = None
         self._why = ""
         self._next_start = 0.0
         self._is_failed = self._is_closed = False
         self._must_close = threading.Event()
-        self._starting: Process | None = None
+        self._starting: Running | None = None
         self._was_running = False
         self.restarts = 0
-        self.on_running: Callable[[Process], None] | None = None
+        self.on_running: Callable[[Running], None] | None = None
         """Called by the keeper with each process that runs, before anybody else gets it."""
         self._keeper = threading.Thread(target=self._keep, name=f"keeper of {title}", daemon=True)
 
@@ -67,11 +74,11 @@ class Instance:
     def is_running(self) -> bool:
         return self._alive() is not None
 
-    def _alive(self) -> Process | None:
+    def _alive(self) -> Running | None:
         process = self._process
         return process if process is not None and not process.died.is_set() else None
 
-    def running(self, patience_s: float = 0.0) -> Process:
+    def running(self, patience_s: float = 0.0) -> Running:
         """Its process. Waits for one that is being started again, for `patience_s` at most.
 
         Raises:
@@ -142,7 +149,7 @@ class Instance:
     def _run_once(self) -> str:
         """Runs a process to its end; says how it ended."""
         try:
-            process = Process(self._program, self._title)
+            process = self._begin(self._title)
         except OSError as err:
             return f"cannot start a process: {err.strerror}: {err.filename}"
         self._starting = process

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from services.infer.isolation.channel import ChannelClosed, Message
+from services.infer.isolation.instance import Running
 from services.infer.isolation.payload import Part
-from services.infer.isolation.process import Process
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ Taker = Callable[[Message | None], None]
 class Link:
     """The streams of one running process."""
 
-    def __init__(self, process: Process, on_call: Callable[[Message, Link], None]) -> None:
+    def __init__(self, process: Running, on_call: Callable[[Message, Link], None]) -> None:
         """Starts its threads. `on_call` is given the calls that the model makes of other models."""
         self.process = process
         self._on_call = on_call

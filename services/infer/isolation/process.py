@@ -165,7 +165,8 @@ class Process:
 
     def reap(self) -> None:
         """Waits for its end, and gives back everything that was held for it."""
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        with suppress(ChildProcessError):  # The program that embeds us may have all children reaped by the kernel.
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         with self._signalling:
             # Before it is reaped, while its number cannot be another's: what it has started goes with it.
             with suppress(ProcessLookupError, PermissionError):

@@ -23,11 +23,10 @@ from services.infer.config_json import from_json
 from services.infer.datatypes import BY_NAME
 from services.infer.isolation import payload
 from services.infer.isolation.channel import ChannelClosed, Message
-from services.infer.isolation.instance import Instance
+from services.infer.isolation.instance import Instance, Running
 from services.infer.isolation.link import Link
 from services.infer.isolation.payload import Part
 from services.infer.isolation.poison import Poison
-from services.infer.isolation.process import Process
 from services.infer.runtime import ModelFailed
 from services.infer.signature import TensorSpec
 from services.infer.tensors import Tensor
@@ -104,6 +103,7 @@ class ProcessSession:
             facts = [instance.wait_loaded(is_given_up) for instance in instances]
             self.facts = facts[0]
             self.inputs, self.outputs = _specs(self.facts, "inputs"), _specs(self.facts, "outputs")
+            self.optional_inputs = _specs(self.facts, "optional_inputs", is_optional=True)
         except BaseException:
             self.close()
             raise
@@ -113,7 +113,7 @@ class ProcessSession:
         self.is_tried = bool(self.facts.get("is_tried"))
         self.poison = Poison(clock)
         self.says_batch = bool(self.facts.get("says_batch"))
-        self.datatypes = {spec.name: spec.datatype.name for spec in self.inputs}
+        self.datatypes = {spec.name: spec.datatype.name for spec in (*self.inputs, *self.optional_inputs)}
         self._free: queue.LifoQueue[Instance] = queue.LifoQueue()
         for instance in instances:
             self._free.put(instance)
@@ -127,7 +127,7 @@ class ProcessSession:
         completed.name = config.name
         return completed
 
-    def _began(self, instance: Instance, process: Process) -> None:
+    def _began(self, instance: Instance, process: Running) -> None:
         if process.facts.get("is_decoupled"):
             self._links[instance] = Link(process, self._call_from_stream)
             self.on_link()
@@ -214,7 +214,7 @@ class ProcessSession:
 
     def _exchanged(
         self,
-        process: Process,
+        process: Running,
         header: dict[str, Any],
         parts: Sequence[Part],
         is_wanted: Callable[[], bool],
@@ -232,7 +232,7 @@ class ProcessSession:
             is_sure = self.is_own_doing(process)
             raise ModelDied(f"the model's process died ({process.end})", is_sure=is_sure) from err
 
-    def is_own_doing(self, process: Process) -> bool:
+    def is_own_doing(self, process: Running) -> bool:
         """Whether it died by itself: the kernel may have ended it for want of memory, or a person."""
         return not any(name in process.end for name in ("SIGKILL", "SIGTERM"))
 
@@ -243,7 +243,7 @@ class ProcessSession:
             f"it is refused for {after_s:.0f} s"
         )
 
-    def call_other(self, process: Process, message: Message) -> None:
+    def call_other(self, process: Running, message: Message) -> None:
         def send(header: dict[str, Any], parts: Sequence[Part]) -> None:
             try:
                 process.channel.send(header, parts)
@@ -294,7 +294,7 @@ class ProcessSession:
 class _Exchange:
     """One run in a process: waits for its answer, as long as that makes sense."""
 
-    def __init__(self, session: ProcessSession, process: Process, number: int, is_wanted: Callable[[], bool]) -> None:
+    def __init__(self, session: ProcessSession, process: Running, number: int, is_wanted: Callable[[], bool]) -> None:
         self._session, self._process = session, process
         self._number, self._is_wanted = number, is_wanted
         self.has_said_more = False
@@ -331,7 +331,7 @@ class _Exchange:
             self._process.channel.send({"op": "cancel", "id": self._number})
 
 
-def _is_there(process: Process) -> bool:
+def _is_there(process: Running) -> bool:
     """Whether it lives: one that died while it was idle is nobody's fault."""
     if process.died.is_set():
         return False
@@ -345,7 +345,7 @@ def _is_there(process: Process) -> bool:
     return False
 
 
-def _reaped(process: Process, error: ChannelClosed, within_s: float = _REAPED_S) -> None:
+def _reaped(process: Running, error: ChannelClosed, within_s: float = _REAPED_S) -> None:
     """Waits for the end of a process whose channel is closed; it is killed if it does not come."""
     if not process.died.wait(within_s):
         process.kill(f"it broke off: {error}")
@@ -365,7 +365,7 @@ def error_of(said: Mapping[str, Any]) -> ShoalError:
     return BY_CODE.get(code, Internal)(str(said["error"]))
 
 
-def _specs(facts: Mapping[str, Any], role: str) -> tuple[TensorSpec, ...]:
+def _specs(facts: Mapping[str, Any], role: str, *, is_optional: bool = False) -> tuple[TensorSpec, ...]:
     specs = []
     names = set()
     for name, datatype, shape in facts.get(role, ()):
@@ -374,5 +374,5 @@ def _specs(facts: Mapping[str, Any], role: str) -> tuple[TensorSpec, ...]:
         if name in names:
             raise FailedPrecondition(f"{role.removesuffix('s')} '{name}' is declared twice")
         names.add(name)
-        specs.append(TensorSpec(name, BY_NAME[datatype], tuple(int(dim) for dim in shape)))
+        specs.append(TensorSpec(name, BY_NAME[datatype], tuple(int(dim) for dim in shape), is_optional=is_optional))
     return tuple(specs)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import textwrap
 import threading
 import time
@@ -290,6 +291,17 @@ def test_an_onnx_model_in_a_process(tmp_path):
         assert session.run({"i": np.array([[2]])}, ["y"])[0].tolist() == [[30]]
     finally:
         session.close()
+
+
+def test_a_model_in_the_servers_process_when_asked(load):
+    session = load(model("x = x * 0 + os.getpid() / 2"), isolation="none", instances=2)
+    assert int(run(session)[0][0]) == os.getpid()
+    assert not [module for module in ("model",) if module in sys.modules]
+    threads = threading.active_count()
+    session.close()
+    wait_until(lambda: threading.active_count() < threads)
+    with pytest.raises(FailedPrecondition, match="execution_timeout_ms needs isolation 'process'"):
+        load(model(""), isolation="none", execution_timeout_ms="5")
 
 
 @pytest.mark.parametrize(
