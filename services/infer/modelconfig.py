@@ -20,7 +20,7 @@ from services.infer import reshape, rules
 from services.infer.datatypes import BY_CONFIG
 from services.infer.runtime import Runtime
 from services.infer.signature import Signature, TensorSpec, fits
-from services.infer.wording import listed, written
+from services.infer.wording import enumerated, listed, written
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -179,7 +179,7 @@ def _out_of_range(config: pb.ModelConfig) -> Iterator[str]:
         yield from reshape.wrong("input" if isinstance(tensor, pb.ModelInput) else "output", tensor)
     for given in config.input:
         if given.format != pb.ModelInput.FORMAT_NONE and len(given.dims) != 3:
-            name = pb.ModelInput.Format.Name(given.format)
+            name = enumerated(pb.ModelInput.Format.DESCRIPTOR, given.format)
             yield f"input '{given.name}': {name} has three dims, got {written(given.dims)}"
     for what, names in (("input", [t.name for t in config.input]), ("output", [t.name for t in config.output])):
         if twice := sorted({name for name in names if names.count(name) > 1}):

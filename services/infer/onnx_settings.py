@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from services.infer.runtime import Place, Provider, SessionOptions
-from services.infer.wording import quoted
+from services.infer.wording import enumerated, quoted
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -86,7 +86,8 @@ def _places(groups: Iterable[pb.ModelInstanceGroup]) -> Iterator[Place]:
     for group in list(groups) or [pb.ModelInstanceGroup()]:
         kind, count = _KINDS.get(group.kind), group.count or 1
         if kind is None:
-            raise FailedPrecondition(f"instance_group: {group.Kind.Name(group.kind)} is not supported for ONNX models")
+            name = enumerated(group.Kind.DESCRIPTOR, group.kind)
+            raise FailedPrecondition(f"instance_group: {name} is not supported for ONNX models")
         if group.gpus and kind == "cpu":
             raise FailedPrecondition(f"instance_group: KIND_CPU with gpus {list(group.gpus)}: expected KIND_GPU")
         for gpu in group.gpus or (None,):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+from google.protobuf.descriptor import EnumDescriptor
+
 _NAME_LENGTH = 128
 _DIMS = 16
 _NAMES = 32
@@ -28,3 +30,9 @@ def written(shape: Sequence[int]) -> str:
     """A shape: `[-1,4]`; its first 16 dimensions."""
     more = f",... ({len(shape)} dimensions)" if len(shape) > _DIMS else ""
     return "[" + ",".join(str(dim) for dim in shape[:_DIMS]) + more + "]"
+
+
+def enumerated(kind: EnumDescriptor, value: int) -> str:
+    """The name of a value of a protobuf enum; its number when it has none, as a message from outside may hold."""
+    known = kind.values_by_number.get(value)
+    return known.name if known is not None else str(value)
