@@ -46,8 +46,9 @@ class Decoder:
         self._fields: dict[bytes, tuple[bytes, bytes]] = {}
 
     def forbid_table(self) -> None:
-        """The peer has acknowledged that it may use no table."""
-        self._hpack.max_allowed_table_size = 0
+        """The peer has acknowledged that it may use no table. It need not say so again in its next block."""
+        self._hpack.max_allowed_table_size = self._hpack.header_table_size = 0
+        self._is_stateless = True
 
     def decode(self, block: bytes) -> Block:
         """Raises ConnectionBroken when the block is none: nothing after it could be decoded."""
@@ -56,9 +57,7 @@ class Decoder:
             return known
         try:
             if not self._is_stateless:
-                first = Block(self._by_hpack(block))
-                self._is_stateless = self._hpack.max_allowed_table_size == 0 and not self._hpack.header_table_size
-                return first
+                return Block(self._by_hpack(block))
             found = Block(self._by_field(block))
         except OversizedHeaderListError as err:
             raise ConnectionBroken(Reason.ENHANCE_YOUR_CALM, f"headers of more than {LIST_BYTES} bytes") from err

@@ -59,6 +59,12 @@ def test_what_is_no_block_ends_the_connection_and_nothing_else(data):
         assert found == [(bytes(n), bytes(v)) for n, v in hpack.Decoder().decode(data, raw=True)]
 
 
+def test_a_peer_that_uses_no_table_need_not_say_that_it_does_not():
+    decoder = Decoder()
+    decoder.forbid_table()
+    assert list(decoder.decode(encode([(b"x", b"1")])).fields) == [(b"x", b"1")]
+
+
 def test_a_table_that_was_forbidden_is_not_used():
     decoder, encoder = Decoder(), hpack.Encoder()
     decoder.decode(encoder.encode([(b"x", b"1")]))
