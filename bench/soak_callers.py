@@ -224,8 +224,8 @@ class Caller:
                 x = self._numbers.random((2, 3), np.float32)
                 request, check = _request(model, x=x), _same("y", 5 * x)
             case "triple":
-                # Few values, so that many ask the same; in two shapes of the same bytes.
-                x = np.full((self._rng.choice((1, 2)), 4), self._rng.randint(0, 9), np.float32)
+                # Few values, so that many ask the same; and in shapes of the same bytes.
+                x = np.full(self._rng.choice(((1, 4), (2, 2), (4, 1))), self._rng.randint(0, 9), np.float32)
                 request, check = _request(model, x=x), _same("y", 3 * x)
             case _:
                 x = self._numbers.random((rows, 4), np.float32)

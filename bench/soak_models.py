@@ -51,7 +51,7 @@ def write(root: Path) -> None:
     others; `reloaded` y = 7x; `python` y = x + 1; `counting`, decoupled: 0, 1, ... n - 1.
     """
     _put(root, "double", _times(2), "")
-    _put(root, "triple", _times(3), CACHED)
+    _put(root, "triple", _times(3, ("n", "k")), CACHED)
     _put(root, "fixed", _times(5, (2, 3)), "max_batch_size: 0")
     _put(root, "text", _identity(TensorProto.STRING, ("n", "k")), "")
     _put(root, "slow", _slow(), "")

@@ -19,7 +19,7 @@ from types import TracebackType
 
 from services.infer import loading, modelconfig, rules
 from services.infer.decoupled import DecoupledScheduler
-from services.infer.execution import Execution
+from services.infer.execution import Execution, make
 from services.infer.isolation.execution import ProcessExecution
 from services.infer.isolation.session import ProcessSession
 from services.infer.loading import Loaded
@@ -61,6 +61,8 @@ class Means:
     clock: Callable[[], float] = time.monotonic
     responses: ResponseStore = field(default_factory=ResponseStore)
     """Where the models with a response cache keep answers."""
+    execution: Callable[..., Execution] = make
+    """Makes one of a kind (its first argument) from the rest."""
 
     @classmethod
     def of(
@@ -70,10 +72,13 @@ class Means:
         *,
         threads: int = 0,
         response_cache_bytes: int = DEFAULT_BYTES,
+        execution: Callable[..., Execution] = make,
     ) -> Means:
         """With `threads` 0: as many as this process may use cores."""
         cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
-        return cls(runtime, threads or cores, limits, asyncio.Semaphore(cores), responses=responses)
+        return cls(
+            runtime, threads or cores, limits, asyncio.Semaphore(cores), responses=responses, execution=execution
+        )
 
 
 @dataclass(eq=False)
@@ -194,8 +199,8 @@ class Version:
     def _execution(self, loaded: Loaded, means: Means) -> Execution:
         session, signature = loaded.session, loaded.model.signature
         if isinstance(session, ProcessSession):
-            return ProcessExecution(self.name, self.number, session, signature, means.clock)
-        return Execution(self.name, session, signature, means.clock)
+            return means.execution(ProcessExecution, self.name, self.number, session, signature, means.clock)
+        return means.execution(Execution, self.name, session, signature, means.clock)
 
     def _caching(self, loaded: Loaded, means: Means, ttl: float) -> ResponseCache:
         config, signature = loaded.model.config, loaded.model.signature
@@ -220,6 +225,9 @@ class Version:
             await self._is_idle.wait()
         await self._resources.aclose()
         self._loaded = self._scheduler = self.decoupled = self.response_cache = None
+        if self.statistics.expired_executed:
+            rows = self.statistics.expired_executed
+            log.error("model %s version %d: %d rows were run after their time was over", self.name, self.number, rows)
         log.info("model %s version %d is unloaded", self.name, self.number)
 
 
