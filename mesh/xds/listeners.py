@@ -85,6 +85,8 @@ def _connection_manager(name: str, table: Table, tracing: Tracing | None) -> dic
         "stream_idle_timeout": "0s",
         "http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "10s"}},
         "use_remote_address": name == GATEWAY,
+        # A fresh id in each call's headers is of use to traces only, and makes every call's headers new to read.
+        "generate_request_id": tracing is not None,
         # Nobody but this Envoy says which model a call is for.
         "early_header_mutation_extensions": [
             {
