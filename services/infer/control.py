@@ -14,7 +14,7 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from weakref import WeakValueDictionary
@@ -40,12 +40,14 @@ Look = Callable[[str], WantedModel | None]
 """What the source has of one model at this moment. Blocking; raises nothing."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Word:
     """What an operator said of one model."""
 
     is_served: bool
     override: Override | None = None
+    beside: frozenset[int] = frozenset()
+    """Versions that served when it was said: they go on until one of those that are wanted now is ready."""
 
 
 class Control:
@@ -143,7 +145,9 @@ class Control:
             base = await self._looked(name)
             if base is None and (given is None or not given.files):
                 raise _not_there(name, "the repository has no such model")
-            before, word = self._words.get(name), Word(is_served=True, override=await self._kept(name, given))
+            kept = await self._kept(name, given)
+            serving = frozenset(version.number for version in self._models.versions(name))
+            before, word = self._words.get(name), Word(is_served=True, override=kept, beside=serving)
             self._words[name] = word
             try:
                 await self._attempt(name, word, before)
@@ -158,6 +162,7 @@ class Control:
         if self._words.get(name) is not word:
             raise Aborted(f"load of model '{name}': it was unloaded meanwhile, or loaded otherwise")
         if not (failure := model.failure()):
+            word.beside = frozenset()
             return
         if word.override is not None:  # It was for this load alone. Without one, the source's model is what failed.
             self._put(name, before)
@@ -191,9 +196,10 @@ class Control:
         is_served = word.is_served if word is not None else base is None or self._is_initial(name)
         if not is_served:
             return WantedModel(name, (), is_unloaded=True)
-        if word is not None and word.override is not None:
-            return word.override.over(base)
-        return base or WantedModel(name, ())
+        wanted = word.override.over(base) if word is not None and word.override is not None else base
+        if wanted is None:
+            return WantedModel(name, ())
+        return wanted if word is None else replace(wanted, available=wanted.available | word.beside)
 
     def _is_initial(self, name: str) -> bool:
         return self._initially is None or ALL in self._initially or name in self._initially

@@ -157,7 +157,7 @@ def _found(name: str, model: Model | None, number: int | None) -> Version:
     unknown = f"Request for unknown model: {quoted(name)}"
     if model is None or not model.wanted.is_served:
         is_unloaded = model is not None and model.wanted.is_unloaded
-        raise NotFound(f"{unknown} is not found" + (": it is not loaded" if is_unloaded else ""))
+        raise NotFound(f"{unknown} {'has no available versions: it is not loaded' if is_unloaded else 'is not found'}")
     if number is None:
         raise Unavailable(f"{unknown} has no version that is ready{_why(model)}")
     found = model.versions.get(number)

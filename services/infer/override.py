@@ -149,8 +149,7 @@ class Override:
     def over(self, base: WantedModel | None) -> WantedModel:
         """What should be served when the repository has `base`; that is needed where there are no files."""
         if self.model is not None:
-            there = base.available if base else frozenset()
-            return replace(self.model, available=self.model.available | there)
+            return self.model
         assert base is not None, "a configuration alone is given for a model that is there"
         config = modelconfig.parse(self.given_config)
         versions = {v.version: self._configured(v) for v in (*base.versions, *base.others)}
@@ -173,9 +172,11 @@ def keep(name: str, given: Given, root: Path) -> Override:
     """Makes an override of what was given to the model `name`; files go into a new folder in `root`. Blocking.
 
     Raises:
-        FailedPrecondition: one path is another's folder, or there is no version.
+        FailedPrecondition: the configuration is another model's, one path is another's folder, there is no version.
         OSError: the disk is full or broken.
     """
+    if (said := modelconfig.parse(given.config).name) not in ("", name):
+        raise FailedPrecondition(f"config is that of model {quoted(said)}")
     digest = hashlib.sha256(given.config.encode())
     if not given.files:
         return Override(given.config, digest.hexdigest())

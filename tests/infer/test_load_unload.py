@@ -291,6 +291,24 @@ async def test_a_change_that_fails_leaves_what_serves_and_says_so(serve, models_
     assert {reason for _, reason in (await index(served)).values()} == {""}
 
 
+async def test_what_was_given_goes_on_when_the_next_fails(serve, models_folder: Repository, kept):
+    models_folder.put("m", onnx_files.scale(2))
+    served = await serve(models_folder.root)
+    await load(served, "m", config={}, **{"file:5/model.onnx": data(onnx_files.scale(9))})
+    assert (await refused(load(served, "m", config={}, **{"file:7/model.onnx": b"?"})))[0] is CODE.INVALID_ARGUMENT
+    assert await factor(served) == ("5", 9.0)
+    assert await index(served) == {("m", "5"): ("READY", "")}
+    assert (await refused(load(served, "m", config={"name": "n"})))[0] is CODE.INTERNAL
+    # Back to the repository's, which is broken meanwhile: what was given goes on.
+    (models_folder.root / "m/1/model.onnx").write_bytes(b"?")
+    assert (await refused(load(served, "m")))[0] is CODE.INVALID_ARGUMENT
+    assert await factor(served) == ("5", 9.0)
+    models_folder.put("m", onnx_files.scale(3))
+    await load(served, "m")
+    assert await factor(served) == ("1", 3.0)
+    await until(lambda: kept() == [])
+
+
 async def test_no_call_fails_while_models_are_loaded_again_and_again(serve, models_folder: Repository):
     folder = models_folder.put("m", onnx_files.scale(1))
     served = await serve(models_folder.root)
@@ -334,8 +352,9 @@ async def test_loads_of_one_model_at_the_same_time(serve, models_folder: Reposit
 async def test_an_unload_waits_for_nobody_for_ever_and_cuts_no_call(serve, models_folder: Repository):
     models_folder.put("m", onnx_files.slow(300))
     served = await serve(models_folder.root)
+    version = served.models.find("m", "")
     calls = [asyncio.ensure_future(served.stub.ModelInfer(request("m", x=X))) for _ in range(20)]
-    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    await until(lambda: version._users + sum(call.done() for call in calls) >= len(calls))  # All have arrived.
     await unload(served, "m")
     for answer in await asyncio.gather(*calls):
         assert float(output(answer, "y")[0, 0]) == 2.0
