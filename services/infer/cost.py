@@ -129,11 +129,12 @@ class CostCurve:
 class Backlog:
     """How fast a model is when more waits than fits into a batch: whatever its batches are cut by."""
 
-    __slots__ = ("_batches", "_rows", "batch_s")
+    __slots__ = ("_batches", "_deviation_s", "_rows", "batch_s")
 
     def __init__(self) -> None:
         self.batch_s = 0.0
         """Seconds of one such batch."""
+        self._deviation_s = 0.0
         self._rows = 0.0
         self._batches = 0
 
@@ -147,12 +148,18 @@ class Backlog:
         """Seconds for each row; 0 when nothing is known."""
         return self.batch_s / self._rows if self._rows else 0.0
 
+    @property
+    def worst_s(self) -> float:
+        """Seconds of one such batch that are hardly ever exceeded."""
+        return self.batch_s + min(2 * self._deviation_s, self.batch_s)
+
     def add(self, rows: int, seconds: float) -> None:
         """One batch that left rows in the queue."""
         self._batches += 1
         weight = max(1 / self._batches, _NEWEST)
         if self._batches > 1:
             seconds = min(seconds, self.batch_s * _OUTLIER)
+            self._deviation_s += (abs(seconds - self.batch_s) - self._deviation_s) * weight
         self.batch_s += (seconds - self.batch_s) * weight
         self._rows += (rows - self._rows) * weight
 

@@ -468,8 +468,8 @@ class Scheduler:
 
     def _shed(self, now: float) -> None:
         """Sends away those that would be answered too late even if they were run next: others can still make it."""
-        # Without the doubt that admission has: a row in ten that is run in vain would be a tenth of the capacity.
-        for pending in self._queue.shed(now + self._backlog.batch_s):
+        # Here the doubt goes the other way than at admission: what is run in vain is capacity that others could have.
+        for pending in self._queue.shed(now + self._backlog.worst_s):
             self._statistics.shed += 1
             after_ms = self._retry_after_ms()
             message = (

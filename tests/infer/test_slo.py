@@ -180,11 +180,14 @@ def test_whoever_comes_alone_never_waits(slo_s):
 
 
 @pytest.mark.parametrize("over", [2.0, 5.0])
-def test_under_overload_nearly_all_of_the_capacity_is_answered_in_time(over):
-    def cost(rows: int) -> float:
-        return 0.02 + rows * 0.001
+@pytest.mark.parametrize("jitter", [(1.0,), (0.8, 0.9, 1.0, 1.0, 1.1, 1.2)], ids=["steady", "jittery"])
+def test_under_overload_nearly_all_of_the_capacity_is_answered_in_time(over, jitter):
+    chance = random.Random(3)
 
-    capacity = 64 / cost(64)
+    def cost(rows: int) -> float:
+        return (0.02 + rows * 0.001) * chance.choice(jitter)
+
+    capacity = 64 / (0.02 + 64 * 0.001)
     calls = int(over * capacity * 4)  # Four seconds.
 
     async def main():
