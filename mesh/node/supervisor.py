@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
+from mesh import flights
 from mesh.node.parts import Part
 from mesh.node.process import Process, spawn
 from mesh.node.restarts import Restarts
@@ -133,6 +134,8 @@ class Keeper:
                 await self._respawn()
                 continue
             status = await self._until_end(self._process)
+            if self.part.flights is not None:  # At once: a retry of what it died of is waiting.
+                flights.keep(self.part.flights, self._process.pid, status)
             lived_s, self._process = self._process.lived_s, None
             if not self._stopping.is_set():
                 await self._take_down(status, lived_s)

@@ -92,6 +92,8 @@ def route_configuration(table: Table, models: tuple[str, ...]) -> Resource:
         {
             "name": "any",
             "domains": ["*"],
+            # Who gets a retry can look whether the first attempt ended its instance.
+            "include_request_attempt_count": True,
             # What a retry sends again must be held until then. Also the largest message that is searched for its model.
             # Connection buffers do not count here.
             "request_body_buffer_limit": table.body_bytes,

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from mesh import telemetry
 from mesh.channel import connect
+from mesh.flights import Flights
 from mesh.h2.server import H2Server
 from mesh.membership import ReadyModel, Registration, State
 from mesh.server import GrpcServer, until_stopped
@@ -27,12 +28,14 @@ from services.infer.cache import Cache
 from services.infer.config import InferConfig
 from services.infer.control import Control
 from services.infer.core import InferenceServer
+from services.infer.execution import make
 from services.infer.inner_calls import InnerCalls
 from services.infer.models import Models
 from services.infer.onnx_runtime import OnnxRuntime
 from services.infer.poll import Poll
 from services.infer.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.registry import Registry
+from services.infer.remembered import Memory, remembered
 from services.infer.rpc import inference_rpc, short_methods
 from services.infer.runtimes import Runtimes
 from services.infer.store_client import StoreClient
@@ -90,10 +93,12 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
+            execution=partial(remembered, stack.enter_context(Flights(config.flights))) if config.flights else make,
         )
         models = await stack.enter_async_context(Models(means))
         control = await stack.enter_async_context(_control(config, models))
-        core = InferenceServer(models, f"{config.node}/{config.instance}", control=control)
+        memory = Memory(config.flights.parent) if config.flights else None
+        core = InferenceServer(models, f"{config.node}/{config.instance}", control=control, memory=memory)
         calls.bind(core)
         server = front.server(config, core)
         if not config.share_port:

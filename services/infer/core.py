@@ -16,6 +16,7 @@ from typing import TypeVar
 from services.infer import answer, request, streaming
 from services.infer.control import Control
 from services.infer.models import Models, version_number
+from services.infer.remembered import Memory
 from services.infer.request import Call
 from services.infer.response_cache import CacheState
 from services.infer.scheduler import Answer
@@ -49,11 +50,16 @@ class InferenceServer:
         replica: str,
         clock: Callable[[], float] = time.monotonic,
         control: Control | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        """`clock` is the one that deadlines are on. Without `control`, models are not loaded or unloaded on request."""
+        """`clock` is the one that deadlines are on. Without `control`, models are not loaded or unloaded on request.
+
+        With `memory`, retries of what another instance died of are refused.
+        """
         self.models = models
         """For fronts that take a shorter way than `infer`."""
         self._control = control
+        self._memory = memory
         self._replica = replica
         self._clock = clock
 
@@ -136,13 +142,14 @@ class InferenceServer:
         return self._control
 
     async def infer(
-        self, asked: pb.ModelInferRequest, deadline: float = math.inf, tenant: str = ""
+        self, asked: pb.ModelInferRequest, deadline: float = math.inf, tenant: str = "", *, is_retry: bool = False
     ) -> pb.ModelInferResponse:
         """One inference.
 
         Args:
             deadline: on this server's clock. What has not been started by then never is.
             tenant: who asks, for a fair share of a busy model.
+            is_retry: the mesh sent it to another instance before.
 
         Raises:
             InvalidArgument: the request does not fit the model; the message names tensor or parameter.
@@ -153,16 +160,18 @@ class InferenceServer:
         with self.models.use(asked.model_name, asked.model_version) as version:
             start = self._clock()
             try:
-                return await self._infer(asked, version, deadline, tenant)
+                return await self._infer(asked, version, deadline, tenant, is_retry)
             except (Exception, asyncio.CancelledError):
                 version.statistics.failed(int((self._clock() - start) * 1e9))
                 raise
 
     async def _infer(
-        self, asked: pb.ModelInferRequest, version: Version, deadline: float, tenant: str
+        self, asked: pb.ModelInferRequest, version: Version, deadline: float, tenant: str, is_retry: bool
     ) -> pb.ModelInferResponse:
         signature, scheduler = version.loaded.model.signature, version.scheduler
         call = await _aside(lambda: request.read(asked, signature), _is_long_read(asked))
+        if is_retry and self._memory is not None:
+            call = await self._memory.checked(version.name, call)
         if version.response_cache is None:
             got, cache = await scheduler.submit(call, deadline, tenant), CacheState.OFF
         else:

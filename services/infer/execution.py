@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -214,3 +214,8 @@ class Execution:
 
 def _expired() -> DeadlineExceeded:
     return DeadlineExceeded("Request timeout expired in the queue: it was not executed")
+
+
+def make(kind: type[Execution], *given: Any) -> Execution:
+    """An execution of that kind."""
+    return kind(*given)

@@ -15,6 +15,7 @@ from mesh.interceptors import Context
 from mesh.server import Rpc
 from services.infer import stream
 from services.infer.core import InferenceServer
+from services.infer.remembered import ATTEMPT
 from services.infer.short import ShortInfer
 from shoal.errors import Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
@@ -54,15 +55,16 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return self._server.index(request)
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
-        return await self._server.infer(request, _deadline(context), _tenant(context))
+        return await self._server.infer(request, _deadline(context), _tenant(context), is_retry=_is_retry(context))
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         server, deadline, tenant = self._server, _deadline(context), _tenant(context)
+        is_retry = _is_retry(context)
         answers = stream.answers(
             request_iterator,
-            lambda request: server.infer(request, deadline, tenant),
+            lambda request: server.infer(request, deadline, tenant, is_retry=is_retry),
             lambda request: server.responses(request, deadline, tenant) if server.is_decoupled(request) else None,
         )
         async with aclosing(answers):
@@ -122,6 +124,11 @@ def inference_rpc(server: InferenceServer) -> Rpc:
 def _deadline(context: Context) -> float:
     left = context.time_remaining()
     return math.inf if left is None else time.monotonic() + left
+
+
+def _is_retry(context: Context) -> bool:
+    """Whether the mesh has sent the call to another instance before."""
+    return any(key == ATTEMPT and value != "1" for key, value in context.invocation_metadata() or ())
 
 
 def _tenant(context: Context) -> str:

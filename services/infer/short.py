@@ -16,6 +16,7 @@ from mesh.embedded.exchange import Exchange
 from services.infer import request, template
 from services.infer.core import InferenceServer
 from services.infer.models import Models
+from services.infer.remembered import ATTEMPT
 from services.infer.scheduler import Answer
 from services.infer.template import ID, NAME, PREFIX_BYTES, VERSION, Named, Template
 from services.infer.version import Version
@@ -25,6 +26,7 @@ from shoal.inference.v2 import inference_pb2 as pb
 log = logging.getLogger(__name__)
 
 TENANT = b"x-shoal-tenant"
+_ATTEMPT = ATTEMPT.encode()
 
 _MOST_NAMED = 1024
 # Names and versions as clients write them: hostile ones are never learnt, since they name no model.
@@ -40,8 +42,9 @@ class ShortInfer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __call__(self, body: bytes, exchange: Exchange) -> None:
-        if not self._quick(body, exchange):
-            task = asyncio.create_task(self._long(body, exchange))
+        is_retry = exchange.headers.get(_ATTEMPT, b"1") != b"1"
+        if is_retry or not self._quick(body, exchange):
+            task = asyncio.create_task(self._long(body, exchange, is_retry))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             exchange.on_end = task.cancel  # type: ignore[assignment]
@@ -79,11 +82,11 @@ class ShortInfer:
         _Flight(exchange, version, named.prefix, found, id_field).start(call)
         return True
 
-    async def _long(self, body: bytes, exchange: Exchange) -> None:
+    async def _long(self, body: bytes, exchange: Exchange, is_retry: bool) -> None:
         try:
             asked = _parsed(body)
             tenant = exchange.headers.get(TENANT, b"").decode("latin-1")
-            response = await self._server.infer(asked, exchange.deadline, tenant)
+            response = await self._server.infer(asked, exchange.deadline, tenant, is_retry=is_retry)
             data = response.SerializeToString()
             exchange.reply((data,), len(data))
             self._learn(body, asked)

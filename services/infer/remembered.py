@@ -1,0 +1,109 @@
+"""Requests that a process died of are refused by the next: executions say what they are at, and retries are looked up.
+
+The mesh's Envoy sends a call again when the instance that had it dies, and says so in a header. Only then anything is
+looked up; what an execution writes are 8 bytes for each of its calls (mesh.flights).
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mesh.flights import Crashes, Flights, Seat, Verdict
+from services.infer.execution import Execution, Job, Outcome
+from services.infer.isolation.execution import ProcessExecution
+from services.infer.request import Call
+from shoal.errors import Internal
+
+log = logging.getLogger(__name__)
+
+ATTEMPT = "x-envoy-attempt-count"
+"""Envoy's: 1 for the first."""
+
+_LOOKED_AT = 1024
+# Bytes at the beginning and at the end of an input that count for its mark: enough to tell requests apart, and cheap.
+_ELEMENTS = 16
+
+
+class _Remembered(Execution):
+    """An execution that says what it is at."""
+
+    _seat: Seat | None
+    _model: int
+
+    def run(self, batch: Sequence[Job]) -> list[Outcome]:
+        if self._seat is None:
+            return super().run(batch)
+        model = self._model
+        self._seat.begin([mark(model, job.call) for job in batch])
+        outcomes = super().run(batch)
+        self._seat.end()
+        return outcomes
+
+
+class RememberedExecution(_Remembered):
+    """Of a model in this process."""
+
+
+class RememberedProcessExecution(_Remembered, ProcessExecution):
+    """Of a model in a session: perhaps in this process too."""
+
+
+def remembered(flights: Flights, kind: type[Execution], *given: Any) -> Execution:
+    """An execution of that kind, made of what is given, that is remembered."""
+    made: _Remembered = (RememberedProcessExecution if kind is ProcessExecution else RememberedExecution)(*given)
+    made._seat, made._model = flights.seat(), digest_of(made._name)
+    return made
+
+
+class Memory:
+    """What is known of requests that come again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._crashes = Crashes(folder)
+
+    async def checked(self, model: str, call: Call) -> Call:
+        """A retry as it may be executed: what is suspected runs alone.
+
+        Raises:
+            Internal: an instance died of it.
+        """
+        match await self._crashes.verdict(mark(digest_of(model), call)):
+            case Verdict.GUILTY:
+                log.error("model %s: a request is refused, because another instance ended while it ran it", model)
+                raise Internal(
+                    f"model '{model}': the instance that ran this request ended, so no other runs it: send another"
+                )
+            case Verdict.SUSPECT:
+                return replace(call, key=(call.key, object()))
+        return call
+
+
+def mark(model: int, call: Call) -> int:
+    """Eight bytes that tell a request from others, equal for equal inputs in whatever order; `model` is a digest."""
+    digest, size = model, 0
+    for array in call.inputs.values():
+        size += array.nbytes
+        if array.dtype == object:
+            digest ^= _crc(b"\0".join([e.encode() if isinstance(e, str) else bytes(e) for e in array.flat[:_ELEMENTS]]))
+        elif array.nbytes <= 2 * _LOOKED_AT and array.flags.c_contiguous:
+            digest ^= _crc(array)
+        else:
+            flat = array.reshape(-1).view(np.uint8)
+            digest ^= _crc(flat[:_LOOKED_AT]) ^ _crc(flat[-_LOOKED_AT:], 1)
+    return digest | (size & 0xFFFFFFFF) << 32
+
+
+def digest_of(model: str) -> int:
+    """For `mark`."""
+    found: int = _crc(model.encode())
+    return found
+
+
+_crc: Any = zlib.crc32  # Of anything that has bytes: arrays say so in no type.

@@ -1,0 +1,106 @@
+"""What a process was at when it died is known to the next that gets the work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mesh import flights
+from mesh.flights import Crashes, Flights, Verdict
+
+A, B, C = map(ord, "abc")
+CHILD = """
+import os, sys
+from pathlib import Path
+from mesh.flights import Flights
+with Flights(Path(sys.argv[1])) as mine:
+    seats = [mine.seat() for _ in sys.argv[2:]]
+    for seat, marks in zip(seats, sys.argv[2:]):
+        seat.begin([*map(ord, marks)])
+    spare = mine.seat()
+    spare.begin([ord("z")]); spare.end()
+    sys.stdout.flush()
+    os._exit(3)
+"""
+
+
+def died(folder: Path, name: str, *seats: str, status: int | None = 3) -> None:
+    """A process that died while each of its seats had these marks, and what its supervisor made of it."""
+    path = folder / f"{name}.flights"
+    process = subprocess.Popen([sys.executable, "-c", CHILD, str(path), *seats])
+    assert process.wait(60) == 3
+    if status is not None:
+        flights.keep(path, process.pid, status)
+
+
+async def test_what_was_done_alone_is_guilty_and_the_rest_is_not(tmp_path: Path) -> None:
+    died(tmp_path, "infer-0", "a", "bc")
+    crashes = Crashes(tmp_path)
+    assert await crashes.verdict(A) is Verdict.GUILTY
+    assert await crashes.verdict(B) is Verdict.SUSPECT
+    assert await crashes.verdict(ord("z")) is Verdict.INNOCENT
+
+
+async def test_one_of_several_is_guilty_the_second_time(tmp_path: Path) -> None:
+    died(tmp_path, "infer-0", "ab")
+    died(tmp_path, "infer-1", "bc")
+    crashes = Crashes(tmp_path)
+    assert [await crashes.verdict(mark) for mark in (A, B, C)] == [Verdict.SUSPECT, Verdict.GUILTY, Verdict.SUSPECT]
+
+
+@pytest.mark.parametrize("status", [-9, -15])
+async def test_a_kill_from_outside_is_nobodys_fault_the_first_time(tmp_path: Path, status: int) -> None:
+    died(tmp_path, "infer-0", "a", status=status)
+    assert await Crashes(tmp_path).verdict(A) is Verdict.SUSPECT
+    died(tmp_path, "infer-0", "a", status=status)
+    assert await Crashes(tmp_path).verdict(A) is Verdict.GUILTY
+
+
+async def test_it_is_forgotten_in_the_end(tmp_path: Path) -> None:
+    died(tmp_path, "infer-0", "a")
+    (kept,) = tmp_path.glob("*.crash")
+    assert await Crashes(tmp_path, lambda: kept.stat().st_mtime + 599).verdict(A) is Verdict.GUILTY
+    assert await Crashes(tmp_path, lambda: kept.stat().st_mtime + 601).verdict(A) is Verdict.INNOCENT
+
+
+async def test_files_that_are_none_and_processes_nobody_watches_hold_up_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x.flights").write_bytes(b"nonsense")
+    (tmp_path / "y.flights").touch()
+    (tmp_path / "infer-9.1.3.crash").write_bytes(b"nonsense" * 99)
+    died(tmp_path, "infer-0", "a", status=None)
+    assert await Crashes(tmp_path).verdict(A) is Verdict.INNOCENT
+
+
+async def test_one_that_lives_is_not_in_question(tmp_path: Path) -> None:
+    with Flights(tmp_path / "me.flights") as mine:
+        seat = mine.seat()
+        assert seat is not None
+        seat.begin([A])
+        assert flights.read(tmp_path / "me.flights") == (os.getpid(), [[A]])
+        assert await Crashes(tmp_path).verdict(A) is Verdict.INNOCENT
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_seats_are_taken_and_given_back(tmp_path: Path) -> None:
+    with Flights(tmp_path / "me.flights") as mine:
+        seats = [mine.seat() for _ in range(128)]
+        assert mine.seat() is None
+        seats.pop()
+        again = mine.seat()
+        assert again is not None
+        again.begin([A] * 1_000)
+        again.end()
+        assert flights.read(tmp_path / "me.flights")[1] == []
+
+
+def test_few_crashes_are_kept(tmp_path: Path) -> None:
+    with Flights(tmp_path / "me.flights"):
+        data = (tmp_path / "me.flights").read_bytes()
+    for number in range(40):
+        (tmp_path / "me.flights").write_bytes(data)
+        flights.keep(tmp_path / "me.flights", os.getpid(), number)
+    assert len(list(tmp_path.glob("*.crash"))) == 32
