@@ -64,7 +64,9 @@ class Host:
         await until_stopped(guard.on_signals)
 
     async def _start(self) -> None:
-        asyncio.get_running_loop().set_task_factory(task_factory)
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(task_factory)
+        loop.set_exception_handler(_tell)
         self._main = asyncio.create_task(self._serve(), name=self._service)
         opened = asyncio.create_task(self.app.is_open.wait())
         await asyncio.wait({self._main, opened}, return_when=asyncio.FIRST_COMPLETED)
@@ -90,6 +92,12 @@ class Host:
         if self.admin_path is not None and Path(self.admin_path).parent.name.startswith(ADMIN_FOLDER):
             with contextlib.suppress(OSError):
                 Path(self.admin_path).parent.rmdir()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody has caught is an error in the log, but for an answer to a caller who has gone."""
+    if type(context.get("exception")).__name__ != "ClientDisconnectedError":
+        loop.default_exception_handler(context)
 
 
 def _settle() -> None:
