@@ -1,6 +1,6 @@
 # One door for people and CI. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format lint types proto proto-check lock clean
+.PHONY: help demo test test-fast soak check format lint types proto proto-check lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -28,10 +28,14 @@ demo: $(STAMP) ## Start a node, send real files through it both ways, check ever
 	@$(PY) examples/filetypes/demo.py
 
 test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) ## Run every test
+	@tools/clients.sh
 	@$(PY) -m pytest $(ARGS)
 
 test-fast: $(STAMP) ## Run the tests that start no whole node
 	@$(PY) -m pytest -m "not node" $(ARGS)
+
+soak: $(STAMP) ## Load the inference server for ten minutes: no wrong answer, flat memory
+	@$(PY) bench/soak.py --seconds 600 $(ARGS)
 
 check: $(STAMP) lint types proto-check test ## Format, lint, types, fresh generated code, and every test
 
