@@ -208,7 +208,7 @@ def _listener(app: str, listen: str, share_port: bool) -> dict[str, Any]:
 
 
 def _filter(app: str) -> dict[str, Any]:
-    config = json.dumps({"app": app, "interface": "asgi", "root_path": "", "lifespan": True})
+    config = json.dumps({"app": app, "interface": "asgi", "root_path": "", "lifespan": True, "loop": "uvloop"})
     return {
         "name": "python",
         "typed_config": {
