@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,9 @@ def main() -> None:
         if len(problems) > 20:
             print(f"and {len(problems) - 20} more", file=sys.stderr)
         if problems:
-            print(f"the server's log ends:\n{(root / 'serve.log').read_text()[-3000:]}", file=sys.stderr)
+            kept = Path(tempfile.gettempdir()) / f"shoal-soak-{pid}.log"
+            shutil.copy(root / "serve.log", kept)
+            print(f"the server's log is kept: {kept}", file=sys.stderr)
             sys.exit(1)
 
 
