@@ -45,9 +45,11 @@ class Instance:
 
     @staticmethod
     @contextmanager
-    def serving(root: Path, front: str, log: Path) -> Iterator[Instance]:
+    def serving(
+        root: Path, front: str, log: Path, environment: Mapping[str, str] | None = None
+    ) -> Iterator[Instance]:
         """Runs one until the block ends."""
-        running = Instance.started(root, front, log)
+        running = Instance.started(root, front, log, environment)
         try:
             yield running
         finally:

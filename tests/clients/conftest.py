@@ -1,0 +1,84 @@
+"""Foreign clients, unmodified, each a process of its own, against an instance started as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.infer import onnx_files
+from tests.infer.conformance.instance import Instance
+
+CONFIGS = {
+    "double": "max_batch_size: 64",
+    "patient": "max_batch_size: 4 dynamic_batching { max_queue_delay_microseconds: 60000000 }",
+    "wide": "max_batch_size: 0",
+    "classes": """
+        max_batch_size: 8
+        output [ { name: "y" data_type: TYPE_FP32 dims: [ 4 ] label_filename: "labels.txt" } ]
+    """,
+}
+
+REPEAT = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            times = int(pb_utils.get_input_tensor_by_name(request, "times").as_numpy()[0])
+            for n in range(times):
+                sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("n", np.array([n], np.int32))]))
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+REPEAT_CONFIG = """
+backend: "python"
+max_batch_size: 0
+model_transaction_policy { decoupled: true }
+input [ { name: "times" data_type: TYPE_INT32 dims: [ 1 ] } ]
+output [ { name: "n" data_type: TYPE_INT32 dims: [ 1 ] } ]
+"""
+
+
+def write(root: Path) -> Path:
+    """The models of the clients: double and patient (y = 2x, [N,4]), wide (the same, of any size), classes, repeat."""
+    for name, config in CONFIGS.items():
+        model = onnx_files.identity() if name == "classes" else onnx_files.scale(2)
+        (root / name / "1").mkdir(parents=True)
+        (root / name / "1/model.onnx").write_bytes(model.SerializeToString())
+        (root / name / "config.pbtxt").write_text(config)
+    (root / "classes/labels.txt").write_text("ant\nbee\n")
+    (root / "repeat/1").mkdir(parents=True)
+    (root / "repeat/1/model.py").write_text(REPEAT)
+    (root / "repeat/config.pbtxt").write_text(REPEAT_CONFIG)
+    return root
+
+
+@pytest.fixture(scope="session", params=os.environ.get("SHOAL_INFER_FRONT", "h2").split(","))
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A running instance; SHOAL_INFER_FRONT picks its front."""
+    folder = tmp_path_factory.mktemp("clients")
+    control = {"SHOAL_INFER_MODEL_CONTROL": "explicit", "SHOAL_INFER_LOAD_MODELS": "*"}
+    with Instance.serving(write(folder / "models"), request.param, folder / "serve.log", control) as running:
+        yield running
+
+
+Run = Callable[[Sequence[object]], str]
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Runs a client to its end, which must be a good one; returns what it printed."""
+
+    def call(command: Sequence[object]) -> str:
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=110, check=False)
+        assert done.returncode == 0, f"{command[0]}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    return call

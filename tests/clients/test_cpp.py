@@ -1,0 +1,62 @@
+"""A C++ program with Debian's gRPC, and stubs made from our .proto files: compiled here, and run."""
+
+from __future__ import annotations
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.clients.conftest import Run
+from tests.infer.conformance.instance import Instance
+
+PROTOS = ("shoal/inference/v2/inference.proto", "shoal/inference/v2/model_config.proto")
+
+
+@pytest.fixture(scope="session")
+def client(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled client."""
+    folder = tmp_path_factory.mktemp("cpp")
+    try:
+        plugin = _output("sh", "-c", "command -v grpc_cpp_plugin")
+        flags = _output("pkg-config", "--cflags", "--libs", "grpc++", "protobuf").split()
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        pytest.fail("the C++ client needs Debian's gRPC: run tools/clients.sh")
+    made = ["protoc", f"-I{repository_root / 'proto'}", f"--plugin=protoc-gen-grpc={plugin}"]
+    subprocess.run([*made, f"--cpp_out={folder}", f"--grpc_out={folder}", *PROTOS], check=True)
+    sources = [repository_root / "tests/clients/cpp/client.cc", *(folder / "shoal/inference/v2").glob("*.cc")]
+    objects = [folder / f"{source.name}.o" for source in sources]
+
+    def compile(source: Path, to: Path) -> None:
+        subprocess.run(["g++", "-std=c++17", "-O0", f"-I{folder}", "-c", "-o", to, source], check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile, sources, objects))
+    subprocess.run(["g++", "-o", folder / "client", *objects, *flags], check=True)
+    return folder / "client"
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.timeout(600)  # The compiler's time, on a busy machine.
+def test_every_kind_of_call(client: Path, served: Instance, run: Run) -> None:
+    lines = run([client, served.address]).splitlines()
+    assert lines == [
+        "metadata 0 ",
+        "input x FP32",
+        "status 0 ",
+        "infer r2 2 4 6 8 10 12 14 16",
+        "large 0 ",
+        "last 4e+06",
+        "unknown 5 Request for unknown model: 'nope' is not found",
+        lines[7],
+        "streamed r1 2 4 6 8",
+        "refused Request for unknown model: 'nope' is not found",
+        "streamed r1 2 4 6 8",
+        "stream 0 ",
+        "async 200 of 200",
+    ]
+    assert lines[7].startswith("deadline 4 ")
