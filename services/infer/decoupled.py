@@ -299,7 +299,7 @@ class DecoupledScheduler:
             return Response(is_final=True, is_empty=True)
         is_final = event.header.get("final") is True
         if "error" in event.header:
-            return Response(error=error_of(event.header), is_final=is_final)
+            return Response(error=error_of(event.header, self._name), is_final=is_final)
         outputs = [self._session.textual(array) for _, _, array in event.tensors]
         try:
             check_outputs(call, outputs)

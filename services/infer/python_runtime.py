@@ -67,7 +67,7 @@ class PythonRuntime:
             )
             for n in range(about.instances)
         ]
-        return ProcessSession(title, instances, limits, self._call, is_given_up=about.is_given_up)
+        return ProcessSession(about.name, title, instances, limits, self._call, is_given_up=about.is_given_up)
 
     def _check(self, values: Mapping[str, str]) -> None:
         if "EXECUTION_ENV_PATH" in values:

@@ -37,7 +37,7 @@ def _written(response: Response, version: Version, call: Call, id: str) -> pb.Mo
     batched = version.loaded.model.signature.max_batch_size > 0
     made = Answer(response.outputs, Times())
     if response.is_empty:
-        written = pb.ModelInferResponse(model_name=version.name, model_version=str(version.number), id=id)
+        written = pb.ModelInferResponse(model_name=version.name, id=id)  # As Triton has it: no version.
     else:
         written = answer.write(made, call, model=version.name, version=version.number, id=id, batched=batched)
     written.parameters[FINAL].bool_param = response.is_final

@@ -82,13 +82,13 @@ class _Stream:
         if final:
             self._mailbox.put(WAKE)
 
-    def fail(self, message: str, code: str, *, final: bool) -> None:
+    def fail(self, error: RunFailed, *, final: bool) -> None:
         try:
             self._pay(final=final)
         except RunFailed:
             return
-        header = {"op": "response", "id": self._number, "final": final, "error": message[:_TEXT], "code": code}
-        self._channel.send(header)
+        said = {"error": str(error)[:_TEXT], "code": error.code, "own": error.is_own}
+        self._channel.send({"op": "response", "id": self._number, "final": final, **said})
         if final:
             self._mailbox.put(WAKE)
 

@@ -15,11 +15,13 @@ class LoadFailed(Exception):
 
 
 class RunFailed(Exception):
-    """The model cannot process this; the message tells the caller. `code` is the name of a status, INTERNAL mostly."""
+    """The model cannot process this; the message tells the caller."""
 
-    def __init__(self, message: str, code: str = "INTERNAL") -> None:
+    def __init__(self, message: str, code: str = "INTERNAL", *, is_own: bool = False) -> None:
+        """`code` is the name of a status. `is_own`: the model itself answers so, in words for its callers."""
         super().__init__(message)
         self.code = code
+        self.is_own = is_own
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Sender(Protocol):
             RunFailed: nobody wants it any more; or the last one was sent.
         """
 
-    def fail(self, message: str, code: str, *, final: bool) -> None:
+    def fail(self, error: RunFailed, *, final: bool) -> None:
         """Sends an error in place of a response. Raises nothing: an error that nobody wants is dropped."""
 
     def end(self) -> None:

@@ -77,6 +77,7 @@ class ProcessSession:
 
     def __init__(
         self,
+        name: str,
         title: str,
         instances: Sequence[Instance],
         limits: Limits,
@@ -86,10 +87,14 @@ class ProcessSession:
     ) -> None:
         """Owns the instances, which are started here. Loading ends early when `is_given_up`.
 
+        Args:
+            name: of the model, as callers know it; `title` is how the log calls it.
+            call: runs the calls that it makes of other models.
+
         Raises:
             FailedPrecondition: one could not be loaded.
         """
-        self.title, self.limits, self._call = title, limits, call
+        self.name, self.title, self.limits, self._call = name, title, limits, call
         self.instances = instances
         self._links: dict[Instance, Link] = {}
         self._numbers = itertools.count(1)
@@ -274,7 +279,7 @@ class ProcessSession:
         if responses is None:
             return [[_next(arrays) for _ in outputs]]
         return [
-            error_of(said) if "error" in said else [_next(arrays) for _ in range(said.get("outputs", 0))]
+            error_of(said, self.name) if "error" in said else [_next(arrays) for _ in range(said.get("outputs", 0))]
             for said in responses
         ]
 
@@ -359,8 +364,10 @@ def _next(arrays: Iterator[Tensor]) -> Tensor:
     return array
 
 
-def error_of(said: Mapping[str, Any]) -> ShoalError:
-    """The error that a model gave for one request, with the status that it chose."""
+def error_of(said: Mapping[str, Any], model: str) -> ShoalError:
+    """The error that `model` gave for one request: its own words, with the status that it chose; or ours about it."""
+    if not said.get("own"):
+        return Internal(f"Failed to process the request(s) for model '{model}': {said['error']}")
     code = Code.__members__.get(str(said.get("code")), Code.INTERNAL)
     return BY_CODE.get(code, Internal)(str(said["error"]))
 

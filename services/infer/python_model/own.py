@@ -65,7 +65,7 @@ class OwnModel:
             responses = iter([result] if isinstance(result, Mapping) else result)
         except BaseException as err:
             traceback.print_exc()
-            sender.fail(told(err, self._file), "INTERNAL", final=True)
+            sender.fail(RunFailed(told(err, self._file)), final=True)
             return
         yield from self._responses(responses, batch.outputs, sender)
 
@@ -75,12 +75,12 @@ class OwnModel:
                 sender.send(self._parts(response, outputs), final=False)
                 yield
         except RunFailed as err:
-            sender.fail(str(err), err.code, final=True)
+            sender.fail(err, final=True)
         except GeneratorExit:
             raise
         except BaseException as err:
             traceback.print_exc()
-            sender.fail(told(err, self._file), "INTERNAL", final=True)
+            sender.fail(RunFailed(told(err, self._file)), final=True)
         finally:
             close = getattr(responses, "close", None)
             if close is not None:
@@ -130,7 +130,9 @@ def _facts(kind: type[Any], load: Load, *, is_decoupled: bool) -> Facts:
         completed["model_transaction_policy"] = {"decoupled": True}
     inputs, outputs = _declared(kind, "inputs", completed), _declared(kind, "outputs", completed)
     changed = completed if most is not None or is_decoupled else None
-    return Facts(inputs, outputs, config=changed, says_batch=most is not None, is_decoupled=is_decoupled)
+    return Facts(
+        inputs, outputs, config=changed, says_batch=most is not None, is_decoupled=is_decoupled, is_tried=False
+    )
 
 
 def _declared(kind: type[Any], role: str, config: Mapping[str, Any]) -> list[Spec]:

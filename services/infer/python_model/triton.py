@@ -65,11 +65,11 @@ class TritonModel:
         try:
             responses = self._executed(requests)
         except RunFailed as err:
-            sender.fail(str(err), err.code, final=True)
+            sender.fail(err, final=True)
             return None
         if responses:
             what = "execute of a decoupled model returned responses: expected None, and responses through the sender"
-            sender.fail(what, "INTERNAL", final=True)
+            sender.fail(RunFailed(what), final=True)
         return None
 
     def _executed(self, requests: list[InferenceRequest]) -> Any:
@@ -104,10 +104,10 @@ class _OneResponse:
         self._sent += 1
         self._responses.put(parts)
 
-    def fail(self, message: str, code: str, *, final: bool) -> None:
+    def fail(self, error: RunFailed, *, final: bool) -> None:
         if not self._sent:
             self._sent += 1
-            self._responses.put(RunFailed(message, code))
+            self._responses.put(error)
 
     def end(self) -> None:
         self._responses.put(None)
@@ -138,7 +138,7 @@ def _taken(response: Any, sender: _OneResponse, outputs: Sequence[str], parts: l
         else:
             raise RunFailed(f"execute returned a {type(response).__name__} in its list: expected an InferenceResponse")
     except RunFailed as err:
-        return {"error": str(err)[:1000], "code": err.code}
+        return {"error": str(err)[:1000], "code": err.code, "own": err.is_own}
     parts.extend(found)
     return {"outputs": len(found)}
 
@@ -162,7 +162,7 @@ def _requests(batch: Batch) -> Iterator[InferenceRequest]:
             said.get("model_version", 1),
             said.get("flags", 0),
             said.get("timeout_us", 0),
-            parameters=json.dumps(said["parameters"]) if said.get("parameters") else "",
+            parameters=json.dumps(said["parameters"], separators=(",", ":")) if said.get("parameters") else "",
         )
 
 

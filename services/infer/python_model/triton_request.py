@@ -54,10 +54,13 @@ class InferenceResponse:
             RunFailed: it is an error; or an output is missing, or cannot be sent.
         """
         if self._error is not None:
-            raise RunFailed(self._error.message(), STATUS_OF.get(self._error.code(), "INTERNAL"))
+            code = STATUS_OF.get(self._error.code(), "INTERNAL")
+            raise RunFailed(self._error.message(), code, is_own=True)
         by_name = {tensor.name(): tensor for tensor in self._tensors}
         if missing := [name for name in wanted if name not in by_name]:
-            raise RunFailed(f"the response has no output '{missing[0]}': it has {', '.join(map(repr, by_name))}")
+            raise RunFailed(
+                f"the response has no output '{missing[0]}': it has {', '.join(map(repr, by_name)) or 'none'}"
+            )
         try:
             return [by_name[name].part() for name in wanted]
         except TypeError as err:
@@ -89,7 +92,7 @@ class ResponseSender:
         try:
             parts = response.parts(self._wanted)
         except RunFailed as err:
-            self._sender.fail(str(err), err.code, final=is_final)
+            self._sender.fail(err, final=is_final)
             return
         try:
             self._sender.send(parts, final=is_final)

@@ -180,7 +180,7 @@ async def test_bytes_booleans_and_halves_in_tritons_interface(repo, serve):
     assert output(response, "s").tolist() == [[b"A", "É".encode()]]
     assert output(response, "b").tolist() == [[False]]
     assert output(response, "h").tolist() == [[1.5]]
-    assert output(response, "about").tolist() == [[b'seven {"mine": "x"} 9000000']]
+    assert output(response, "about").tolist() == [[b'seven {"mine":"x"} 9000000']]
 
 
 GIVING = "return [pb_utils.InferenceResponse([pb_utils.Tensor('y', {})])]"

@@ -197,3 +197,15 @@ async def test_a_model_that_is_none_says_why(repo, serve, source, reason):
     assert index["m"].state == "UNAVAILABLE"
     assert reason in index["m"].reason
     assert index["good"].state == "READY"
+
+
+async def test_nothing_is_made_up_for_a_model_that_does_not_ask_for_it(repo, serve):
+    fussy = OWN.replace("return", "assert batch['x'].all(), 'no zeros please'\n            return")
+    repo.python("guessed", fussy)
+    repo.python("told", fussy.replace("def predict", "max_batch_size = 4\n        def predict"))
+    serving = await serve()
+    for name, most in (("guessed", 0), ("told", 4)):
+        config = (await serving.stub.ModelConfig(pb.ModelConfigRequest(name=name))).config
+        assert config.max_batch_size == most
+        response = await serving.stub.ModelInfer(request(name, x=floats([1, 2, 3, 4])))
+        assert output(response, "y").tolist() == [[2, 4, 6, 8]]
