@@ -59,7 +59,8 @@ class _Stream:
         self._room = asyncio.Semaphore(AHEAD)
         self._in_order: deque[asyncio.Task[pb.ModelStreamInferResponse]] = deque()
         self._tasks: set[asyncio.Task[object]] = set()
-        self._out: deque[pb.ModelStreamInferResponse] = deque()  # Bounded by `_room` and `_may_add`.
+        self._out: deque[tuple[pb.ModelStreamInferResponse, bool]] = deque()  # Bounded by `_room` and `_may_add`.
+        # An answer that is not read yet still takes its request's place: else a client that never reads fills memory.
         self._may_add = asyncio.Event()
         self._may_add.set()
         self._is_new = asyncio.Event()
@@ -70,7 +71,9 @@ class _Stream:
         reader = self._task(self._read(requests))
         while True:
             while self._out:
-                answer = self._out.popleft()
+                answer, makes_room = self._out.popleft()
+                if makes_room:
+                    self._room.release()
                 if len(self._out) < _UNREAD:
                     self._may_add.set()
                 yield answer
@@ -90,8 +93,7 @@ class _Stream:
     def _done(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         while self._in_order and self._in_order[0].done() and not self._in_order[0].cancelled():
-            self._out.append(self._in_order.popleft().result())
-            self._room.release()
+            self._out.append((self._in_order.popleft().result(), True))
         self._is_new.set()
 
     async def _read(self, requests: AsyncIterator[pb.ModelInferRequest]) -> None:
@@ -140,7 +142,7 @@ class _Stream:
             self._room.release()
 
     async def _add(self, answer: pb.ModelStreamInferResponse) -> None:
-        self._out.append(answer)
+        self._out.append((answer, False))
         self._is_new.set()
         if len(self._out) >= _UNREAD:
             self._may_add.clear()
