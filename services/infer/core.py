@@ -210,8 +210,9 @@ class InferenceServer:
             try:
                 signature = version.loaded.model.signature
                 call = await _aside(lambda: request.read(asked, signature), _is_long_read(asked))
-                async for response in streaming.responses(version, call, asked, deadline, tenant):
-                    yield response
+                async with aclosing(streaming.responses(version, call, asked, deadline, tenant)) as responses:
+                    async for response in responses:
+                        yield response
             except (Exception, asyncio.CancelledError, GeneratorExit):
                 version.statistics.failed(int((self._clock() - start) * 1e9))
                 raise
