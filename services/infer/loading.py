@@ -113,7 +113,7 @@ def _is_reshaped(config: pb.ModelConfig) -> bool:
 
 def _inputs(session: Session, config: pb.ModelConfig, runtime: Runtime) -> tuple[TensorSpec, ...]:
     """All inputs that the model can take."""
-    if isinstance(session, ProcessSession) and runtime.backend != modelconfig.ONNX:
+    if runtime.backend != modelconfig.ONNX:
         # A Python model sees for itself which of them came.
         optional = {given.name for given in config.input if given.optional}
         return tuple(replace(spec, is_optional=spec.name in optional) for spec in session.inputs)

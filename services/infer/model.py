@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mesh.tasks import log_failure
 from services.infer.backoff import Backoff
 from services.infer.version import Means, State, Version
 from services.infer.wanted import WantedModel, WantedVersion
@@ -214,6 +215,7 @@ class Model:
         task = asyncio.create_task(self._finish(version), name=f"unload-{version.name}-{version.number}")
         self._unloads.add(task)
         task.add_done_callback(self._unloads.discard)
+        task.add_done_callback(log_failure)
 
     async def _finish(self, version: Version) -> None:
         try:
@@ -223,8 +225,9 @@ class Model:
             self.on_change.set()
 
     async def left(self) -> None:
-        """Waits until what leaves now has left."""
-        await asyncio.gather(*self._unloads)
+        """Waits until what leaves now has left. Who gives up waiting stops nothing."""
+        if self._unloads:
+            await asyncio.wait(self._unloads)
 
     async def close(self) -> None:
         """Unloads all of it, after the calls that hold it."""

@@ -242,3 +242,19 @@ def test_a_repository_that_is_none(tmp_path):
         with pytest.raises(FailedPrecondition, match="folder"):
             scan(root)
     assert os.listdir(tmp_path) == ["m"]
+
+
+async def test_an_unload_does_not_wait_for_ever(models, models_folder: Repository, monkeypatch):
+    monkeypatch.setattr("services.infer.control._UNLOAD_S", 0.01)
+    models_folder.put("a", onnx_files.scale())
+    async with Control(models, partial(look, models_folder.root)) as control:
+        control.offer(scan(models_folder.root))
+        await models.settled()
+        with models.use("a", ""):
+            await control.unload(pb.RepositoryModelUnloadRequest(model_name="a"))
+            assert rows(models) == {("a", 1): ("UNLOADING", "")}
+            # It may be loaded again while the old one still has a call.
+            await control.load(pb.RepositoryModelLoadRequest(model_name="a"))
+            assert rows(models) == {("a", 1): ("READY", "")}
+            await control.unload(pb.RepositoryModelUnloadRequest(model_name="a"))
+        await until(lambda: rows(models) == {("a", 1): ("UNAVAILABLE", "unloaded")})
