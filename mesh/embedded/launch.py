@@ -47,7 +47,7 @@ def obstacle() -> str | None:
     if sys.platform != "linux":
         return f"it needs Linux, this is {sys.platform}"
     if _module() is None:
-        return "the package pyvoy is not installed (pip install 'shoal[node]')"
+        return "the package pyvoy is not installed (pip install 'shoal[envoy]')"
     if libpython() is None:
         return "this Python has no shared library (libpython): Envoy cannot load it"
     try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from mesh.front import Choice
 from mesh.node.folder import write_whole
 from shoal.errors import InvalidArgument
 
@@ -23,14 +24,18 @@ class Ready:
     data_dir: Path
     pids: Mapping[str, int]
     """By name: `infer-0`, `envoy`, `etcd` ... A part that was given by URL is not among them."""
+    front: Choice | None = None
+    """What stands before infer; None when this node has no infer."""
 
     def as_json(self) -> str:
-        document = {
+        document: dict[str, object] = {
             "gateway": self.gateway,
             "admin": self.admin,
             "data_dir": str(self.data_dir),
             "pids": dict(self.pids),
         }
+        if self.front is not None:
+            document["front"] = asdict(self.front)
         return json.dumps(document, indent=2)
 
 
