@@ -46,7 +46,7 @@ def resolved(
     counts: dict[int | None, int] = {}
     for place in options.places:
         for gpu in _gpus(place, available, count_gpus):
-            counts[gpu] = counts.get(gpu, 0) + place.count
+            counts[gpu] = counts.get(gpu, 0) + place.runs
     _check_use(options, counts)
     return [(_device(options, gpu), count) for gpu, count in counts.items()]
 

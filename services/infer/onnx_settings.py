@@ -110,7 +110,7 @@ def _gpu_providers(config: pb.ModelConfig, values: Mapping[str, str]) -> tuple[P
 
 
 def _tensorrt(parameters: Mapping[str, str]) -> dict[str, str]:
-    options = {}
+    options: dict[str, str] = {}
     for key, value in parameters.items():
         if key == "precision_mode":
             if value not in _PRECISIONS:

@@ -43,7 +43,7 @@ class Place(NamedTuple):
     """`cpu`, `gpu`, or `auto`: on GPUs when there are any."""
     gpu: int | None = None
     """Its number; None: on each GPU that there is."""
-    count: int = 1
+    runs: int = 1
     """How many at the same time; on each GPU."""
 
 
