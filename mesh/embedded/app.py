@@ -36,7 +36,8 @@ _POLLS_A_SWEEP = 64
 # All exchanges together ask Envoy at most 3,200 times a second: under a tenth of a core.
 
 _INBOX_MESSAGES = 16
-# Of a stream, read ahead of the handler: enough to keep it busy, and little memory.
+_INBOX_BYTES = 4 << 20
+# Of a stream, read ahead of the handler: enough to keep it busy, and little memory. A larger message comes alone.
 
 
 class GrpcApp:
@@ -213,6 +214,8 @@ class _Inbox:
         self._receive = receive
         self._deframer = deframer
         self._queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(_INBOX_MESSAGES)
+        self._bytes = 0
+        self._has_room = asyncio.Event()
 
     async def pump(self) -> None:
         """Reads until the caller has gone. Never raises, but for cancellation."""
@@ -222,7 +225,11 @@ class _Inbox:
                 if event["type"] == "http.disconnect":
                     return
                 for message in self._deframer.feed(event["body"]):
+                    self._bytes += len(message)
                     await self._queue.put(message)
+                while self._bytes > _INBOX_BYTES:
+                    self._has_room.clear()
+                    await self._has_room.wait()
                 if not event["more_body"]:
                     break
             self._deframer.finish()
@@ -240,14 +247,20 @@ class _Inbox:
                     raise message
                 finally:
                     del message  # Its trace holds this frame: a circle, and in it what was received.
+            self._bytes -= len(message)
+            self._has_room.set()
             yield message
 
     async def only(self) -> bytes:
         """The one message of a unary call. Raises InvalidArgument when there is another number of them."""
-        messages = [message async for message in self]
-        if len(messages) != 1:
-            raise InvalidArgument(f"expected one message, got {len(messages)}")
-        return messages[0]
+        found: bytes | None = None
+        async for message in self:
+            if found is not None:
+                raise InvalidArgument("expected one message, got a second one")
+            found = message
+        if found is None:
+            raise InvalidArgument("expected one message, got none")
+        return found
 
 
 class _Watched:

@@ -76,7 +76,11 @@ class Service:
         order = _order(context.invocation_metadata())
         if order["do"] != "echo":
             return await self._one(order, BytesValue(), context)
-        got = [len(request.value) async for request in requests]
+        got = [len(request.value) async for request in requests] if not order.get("mark") else []
+        if mark := order.get("mark"):  # Takes one, and then no more: the rest has to wait outside.
+            await anext(aiter(requests))
+            self.seen.append(f"started {mark}")
+            await asyncio.Event().wait()
         return BytesValue(value=json.dumps(got).encode())
 
     async def Bidi(self, requests: AsyncIterator[BytesValue], context: Any) -> AsyncIterator[BytesValue]:

@@ -8,6 +8,7 @@ import json
 import zlib
 
 import pytest
+from google.protobuf.wrappers_pb2 import BytesValue
 
 from mesh.limits import MESSAGE_BYTES
 from shoal.errors import Code
@@ -225,6 +226,27 @@ async def test_a_client_that_does_not_read_a_long_stream_costs_little(front: Fro
         assert last[-1] < 1_500
         assert rss_kb(front.pid) - before < 100 << 10
     assert await client.call("Unary", b"next") == b"next"
+
+
+async def test_a_client_that_sends_more_than_is_read_costs_little(front: Front, client: Client) -> None:
+    before = rss_kb(front.pid)
+    async with front.raw() as raw:
+        number = await raw.open("ClientStream", {"do": "echo", "mark": "unread"})
+        sending = asyncio.create_task(send_much(raw, number))
+        await client.until_seen("started unread")
+        for _ in range(50):  # While it could take more.
+            await client.call("Unary", b"x" * 1_000, {"do": "sleep", "ms": 10})
+        assert not sending.done()
+        assert rss_kb(front.pid) - before < 100 << 10
+        sending.cancel()
+        await asyncio.wait([sending])
+    assert await client.call("Unary", b"next") == b"next"
+
+
+async def send_much(raw: RawConnection, number: int) -> None:
+    message = framed(BytesValue(value=bytes(10 << 20)).SerializeToString())
+    for _ in range(50):
+        await raw.send(number, message)
 
 
 def rss_kb(pid: int) -> int:
