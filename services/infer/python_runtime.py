@@ -116,7 +116,6 @@ class IsolatedOnnxRuntime(PythonRuntime):
     model_file = "model.onnx"
     can_decouple = False
     kind = "onnx"
-    isolations = ("process",)
 
     def _options(self, options: SessionOptions) -> dict[str, Any]:
         given = {each.name: getattr(options, each.name) for each in fields(options)}

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.infer.runtime import Runtime
+from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
 ISOLATION = "isolation"
 """The parameter that gives an ONNX model a process of its own."""
+
+_OF_PROCESSES = ("execution_timeout_ms", "load_timeout_ms")
 
 
 class Runtimes:
@@ -24,11 +27,22 @@ class Runtimes:
         self._isolated = isolated
 
     def of(self, config: pb.ModelConfig, version_folder: Path, bare_file: str = "") -> Runtime:
-        """The runtime for a model. One that no runtime is for gets the first, whose check refuses it by name."""
+        """The runtime for a model. One that no runtime is for gets the first, whose check refuses it by name.
+
+        Raises:
+            FailedPrecondition: a parameter that is for models in processes of their own only.
+        """
         first = self._runtimes[0]
         found = self._named(config) or self._by_file(config, version_folder, bare_file) or first
-        is_apart = ISOLATION in config.parameters and config.parameters[ISOLATION].string_value == "process"
-        return self._isolated if found is first and self._isolated is not None and is_apart else found
+        if found is not first or self._isolated is None:
+            return found
+        said = config.parameters[ISOLATION].string_value if ISOLATION in config.parameters else ""
+        if said in ("", "none"):
+            for key in _OF_PROCESSES:
+                if key in config.parameters:
+                    raise FailedPrecondition(f"parameter {key} needs parameter {ISOLATION} 'process'")
+            return found
+        return self._isolated
 
     def _named(self, config: pb.ModelConfig) -> Runtime | None:
         said = config.backend or config.platform or config.runtime

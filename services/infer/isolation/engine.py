@@ -28,8 +28,16 @@ def serve(channel: Channel, mailbox: Mailbox, hosted: Hosted) -> None:
         return
     if hosted.facts.wants_requests:
         mailbox.listen()
-    while (message := mailbox.next()).op != "close":
+    while (message := _next(mailbox)).op != "close":
         _run(channel, mailbox, hosted, message)
+
+
+def _next(mailbox: Mailbox) -> Message:
+    """The next run, or the end. A cancellation, and its wake-up, are over once what they were for has ended."""
+    while True:
+        found = mailbox.next()
+        if isinstance(found, Message) and found.op in ("run", "close"):
+            return found
 
 
 class _Cancellable:

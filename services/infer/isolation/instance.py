@@ -129,7 +129,11 @@ class Instance:
         backoff = Backoff(_RESTART_FIRST_S, _RESTART_MAX_S)
         while not self._must_close.is_set():
             started = time.monotonic()
-            why = self._run_once()
+            try:
+                why = self._run_once()
+            except Exception:  # A fault of ours: whoever waits must hear, and the next try may work.
+                log.exception("model %s: its process could not be kept", self._title)
+                why = "internal error: the log of the service has the cause"
             if self._must_close.is_set():
                 break
             if time.monotonic() - started > _STEADY_S:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 _LINE_BYTES = 8192
 # A longer line is cut into several: a model may write without ever ending a line.
 _PIPE_BYTES = 1 << 16
+_END_S = 2.0
+# What has closed its channel should end: it is given so long.
 _LAST_WORDS_S = 0.2
 # How long the output of a process that has ended is still read: one that it started may hold the pipe for ever.
 
@@ -99,13 +101,20 @@ class Process:
         try:
             self.channel.send(header)
             message = self._first_word(deadline)
-        except ChannelClosed:
+        except ChannelClosed as err:
+            self._end_soon(f"it broke off while it loaded the model: {err}")
             message = None
         if message is None:
             return  # It has ended: `reap` knows how.
         if message.op != "loaded":
             raise NotLoaded(str(message.header.get("error", "the model process did not say how loading went")))
         self.facts = message.header
+
+    def _end_soon(self, reason: str) -> None:
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(_END_S * 1000):
+            self.kill(reason)
 
     def _first_word(self, deadline: float) -> Message | None:
         poll = self._polling(with_channel=True)

@@ -157,6 +157,13 @@ def test_an_execution_that_does_not_end_is_ended(load, loop):
     assert run(session) == [[2, 4]]
 
 
+@pytest.mark.parametrize("then", ["time.sleep(1000)", "pass"])
+def test_a_model_that_closes_everything_while_it_loads_is_told(load, monkeypatch, then):
+    monkeypatch.setattr("services.infer.isolation.process._END_S", 0.2)
+    with pytest.raises(FailedPrecondition, match="ended while it loaded the model"):
+        load(model("", load=f"os.closerange(3, 100); {then}"))
+
+
 def test_loading_that_does_not_end_is_ended(load):
     with pytest.raises(FailedPrecondition, match="loading took too long: see parameter load_timeout_ms"):
         load(model("", load="while True: pass"), load_timeout_ms="700")

@@ -257,9 +257,14 @@ async def test_settings_that_do_not_go_together_are_named(repo, serve):
         'backend: "python" parameters { key: "EXECUTION_ENV_PATH" value { string_value: "e" } }' + tensors,
     )
     repo.put("onnx", onnx_files.scale(), config="model_transaction_policy { decoupled: true }")
+    timed = 'parameters { key: "execution_timeout_ms" value { string_value: "5" } }'
+    repo.put("timed", onnx_files.scale(), config=timed)
+    repo.put("odd", onnx_files.scale(), config='parameters { key: "isolation" value { string_value: "jail" } }')
     serving = await serve()
     reasons = {row.name: row.reason for row in (await serving.stub.RepositoryIndex(pb.RepositoryIndexRequest())).models}
     assert "response_cache of a decoupled model is not supported" in reasons["cached"]
     assert "model_warmup of a decoupled model is not supported" in reasons["warm"]
+    assert "execution_timeout_ms needs parameter isolation 'process'" in reasons["timed"]
+    assert "parameter isolation 'jail': expected" in reasons["odd"]
     assert "EXECUTION_ENV_PATH is not supported" in reasons["env"]
     assert "model_transaction_policy.decoupled is not supported" in reasons["onnx"]
