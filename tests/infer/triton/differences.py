@@ -1,0 +1,31 @@
+"""The differences to real Triton that docs/compatibility.md lists: the rows of its table, as the tests read them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+_ROW = re.compile(r"^\| (?P<cases>`.+?`) \| (?P<triton>[A-Z_]+) \| (?P<shoal>[A-Z_]+) \| (?P<why>.+) \|$")
+_CASE = re.compile(r"`([^`]+)`")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One row: which cases, what each server answers them with, and why."""
+
+    cases: tuple[str, ...]
+    """Names; `*` stands for anything."""
+    triton: str
+    shoal: str
+    why: str
+
+    def covers(self, case: str) -> bool:
+        return any(fnmatchcase(case, pattern.replace("[", "[[]")) for pattern in self.cases)
+
+
+def listed(page: Path) -> list[Difference]:
+    """The rows of the table in `page`."""
+    rows = (_ROW.match(line) for line in page.read_text().splitlines())
+    return [Difference(tuple(_CASE.findall(r["cases"])), r["triton"], r["shoal"], r["why"]) for r in rows if r]

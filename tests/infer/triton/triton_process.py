@@ -1,0 +1,105 @@
+"""A real Triton Inference Server: the binary in the wheel `nvidia-pytriton`, with its python backend, on the CPU.
+
+None of pytriton's own Python is used: the server is started as an operator would start it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from mesh.node.parts import free_port
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
+from tests.infer.conformance import wire
+
+READY_S = 60
+
+
+@contextmanager
+def running(environment: Path, root: Path, work: Path) -> Iterator[str]:
+    """Serves the repository `root` until the block ends; gives the address.
+
+    Args:
+        environment: the virtual environment with the wheel.
+        work: an empty folder, for the backend and the log.
+    """
+    packages = next(environment.glob("lib/python3*/site-packages"), None)
+    if packages is None:
+        pytest.fail("real Triton has an environment of its own: run `make .venv-triton/.installed`")
+    port, log = free_port(), work / "triton.log"
+    command = [
+        str(packages / "pytriton/tritonserver/bin/tritonserver"),
+        f"--model-repository={root}",
+        f"--backend-directory={_backends(packages, work)}",
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        # Each model would be started twice otherwise, and half a minute be lost.
+        "--disable-auto-complete-config",
+        "--model-load-thread-count=4",
+        "--allow-http=false",
+        "--allow-metrics=false",
+        "--grpc-address=127.0.0.1",
+        f"--grpc-port={port}",
+        "--exit-on-error=false",
+    ]
+    variables = _variables(environment, packages)
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables)
+    try:
+        _wait(f"127.0.0.1:{port}", process, log)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _backends(packages: Path, work: Path) -> Path:
+    """A folder with the python backend, and the stub for this version of Python beside it, where Triton looks for it.
+
+    The stub embeds an interpreter that heeds neither PYTHONHOME nor PYTHONPATH for packages. So the module that models
+    import first is given a line that says where the environment's packages are: with a NumPy 2 from elsewhere, this
+    Triton answers with outputs that have a shape and no bytes.
+    """
+    triton, python = packages / "pytriton/tritonserver", packages.parent.name.removeprefix("python")
+    folder = work / "backends/python"
+    shutil.copytree(triton / "backends/python", folder)
+    shutil.copy(triton / "python_backend_stubs" / python / "triton_python_backend_stub", folder)
+    module = folder / "triton_python_backend_utils.py"
+    module.write_text(f"import sys; sys.path.insert(0, {str(packages)!r})\n" + module.read_text())
+    return folder.parent
+
+
+def _variables(environment: Path, packages: Path) -> dict[str, str]:
+    """Where the stub finds its interpreter."""
+    ask = "import sys; print(sys.base_prefix)"
+    base = subprocess.run([environment / "bin/python", "-c", ask], capture_output=True, text=True, check=True)
+    prefix = base.stdout.strip()
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "SHOAL_"))}
+    return {**clean, "PYTHONHOME": prefix, "LD_LIBRARY_PATH": f"{prefix}/lib:{packages / 'nvidia_pytriton.libs'}"}
+
+
+def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + READY_S
+    with grpc.insecure_channel(address, options=wire.OPTIONS) as channel:
+        while True:
+            try:
+                if GRPCInferenceServiceStub(channel).ServerReady(pb.ServerReadyRequest(), timeout=2).ready:
+                    return
+            except grpc.RpcError:
+                pass
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"Triton did not become ready (exit {process.poll()}):\n{log.read_text()[-4000:]}")
+            time.sleep(0.1)
