@@ -145,11 +145,16 @@ class Exchange:
         """Ends the call with a message: `parts` are bytes-like, `size` bytes together. Nothing when it is over."""
         if self.is_over:
             return
+        try:
+            body = b"".join((PREFIX.pack(0, size), *parts))
+        except Exception as err:  # No bytes, or out of memory: the caller must hear of it.
+            self.refuse(err)
+            return
         self.is_over = True
         self._app.exchanges.discard(self)
         try:
             self._send(_START)
-            self._send({"type": "http.response.body", "body": b"".join((PREFIX.pack(0, size), *parts))})
+            self._send({"type": "http.response.body", "body": body})
             self._send(_TRAILERS)
         except Exception:  # Nobody there any more.
             log.debug("an answer could not be sent", exc_info=True)

@@ -140,6 +140,16 @@ async def test_a_second_signal_ends_it_at_once(make: Make, name: str, number: in
         assert (await waiting).code() is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+async def test_a_stop_at_any_moment_of_the_start_is_a_stop(make: Make, transport: str, run_dir: Path) -> None:
+    for moment in range(12):
+        front = make("envoy", transport, tmpdir=str(run_dir))
+        await asyncio.sleep(moment * 0.08)  # Not to wait for anything: to be somewhere in the start.
+        # Until the process blocks the signal it ends by it.
+        assert await asyncio.to_thread(front.terminate) in (0, -signal.SIGTERM)
+        assert front.log.read_text().count("Traceback") == 0
+
+
 @pytest.mark.parametrize("name", FRONTS)
 async def test_kill_9_leaves_nobody_and_the_socket_is_replaced(make: Make, name: str) -> None:
     front = make(name)
