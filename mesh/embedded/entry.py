@@ -20,7 +20,14 @@ from mesh import logs, telemetry
 from mesh.config import ServiceConfig
 from mesh.embedded import guard
 from mesh.embedded.app import GrpcApp, task_factory
-from mesh.embedded.launch import ADMIN_FOLDER, ADMIN_VARIABLE, FOLDER_VARIABLE, LISTEN_VARIABLE
+from mesh.embedded.launch import (
+    ADMIN_FOLDER,
+    ADMIN_VARIABLE,
+    FOLDER_VARIABLE,
+    LISTEN_VARIABLE,
+    PATH_VARIABLE,
+    PYTHON_VARIABLE,
+)
 from mesh.limits import MESSAGE_BYTES
 from mesh.main import WRONG, configured
 from mesh.server import until_stopped
@@ -107,5 +114,10 @@ def _settle() -> None:
     if folder is not None:
         os.chdir(folder)
     os.environ.pop("LD_PRELOAD", None)
+    if path := os.environ.pop(PATH_VARIABLE, ""):
+        os.environ["PYTHONPATH"] = path
+    else:
+        os.environ.pop("PYTHONPATH", None)
+    sys.executable = os.environ.get(PYTHON_VARIABLE, sys.executable)
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()

@@ -21,11 +21,16 @@ from typing import Any, NoReturn
 
 from mesh.embedded.guard import STOP_SIGNALS
 from mesh.limits import MESSAGE_BYTES
+from mesh.resets import RUNTIME
 from shoal.errors import FailedPrecondition
 
 ADMIN_VARIABLE = "SHOAL_EMBEDDED_ADMIN"
 LISTEN_VARIABLE = "SHOAL_EMBEDDED_LISTEN"
 """Where Envoy really listens: with port 0, the port that was free."""
+PYTHON_VARIABLE = "SHOAL_PYTHON"
+"""Which Python this is: inside Envoy, `sys.executable` would be anything."""
+PATH_VARIABLE = "SHOAL_EMBEDDED_PYTHONPATH"
+"""What PYTHONPATH was: what the service starts should not find our packages before its own."""
 FOLDER_VARIABLE = "SHOAL_EMBEDDED_FOLDER"
 """Where the process was before: Envoy starts in a folder of ours, because it puts its own on Python's path."""
 
@@ -159,7 +164,8 @@ def environment(environ: Mapping[str, str], admin: str, listen: str, folder: Pat
         **environ,
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "LD_PRELOAD": ":".join(preload),
-        "SHOAL_PYTHON": sys.executable,
+        PYTHON_VARIABLE: sys.executable,
+        PATH_VARIABLE: environ.get("PYTHONPATH", ""),
         ADMIN_VARIABLE: admin,
         LISTEN_VARIABLE: listen,
         FOLDER_VARIABLE: str(folder),
@@ -172,6 +178,7 @@ def bootstrap(app: str, listen: str, admin: str, *, share_port: bool = False) ->
         "node": {"id": "embedded", "cluster": "shoal"},
         "admin": {"address": {"pipe": {"path": admin, "mode": 0o600}}},
         "static_resources": {"listeners": [_listener(app, listen, share_port)]},
+        "layered_runtime": RUNTIME,
     }
 
 

@@ -168,7 +168,7 @@ _CHILD = """
 import os, signal
 from mesh.children import hear_signals
 hear_signals()
-print(os.environ.get("LD_PRELOAD"), signal.pthread_sigmask(signal.SIG_BLOCK, []))
+print(os.environ.get("LD_PRELOAD"), os.environ.get("PYTHONPATH"), signal.pthread_sigmask(signal.SIG_BLOCK, []))
 """
 
 
