@@ -98,7 +98,9 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
         models = await stack.enter_async_context(Models(means))
         control = await stack.enter_async_context(_control(config, models))
         memory = Memory(config.flights.parent) if config.flights else None
-        core = InferenceServer(models, f"{config.node}/{config.instance}", control=control, memory=memory)
+        # A load or unload reaches one of the processes that share a port, and would split them.
+        on_request = None if config.share_port else control
+        core = InferenceServer(models, f"{config.node}/{config.instance}", control=on_request, memory=memory)
         calls.bind(core)
         server = front.server(config, core)
         if not config.share_port:

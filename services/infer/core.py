@@ -138,7 +138,10 @@ class InferenceServer:
 
     def _controlled(self) -> Control:
         if self._control is None:
-            raise Unimplemented("models are not loaded or unloaded on request here: their source decides")
+            raise Unimplemented(
+                "models are not loaded or unloaded on request where several processes share a port: "
+                "use one (--workers 1), or let all of them follow the folder (--model-control poll)"
+            )
         return self._control
 
     async def infer(

@@ -236,6 +236,24 @@ async def test_a_process_that_is_told(python, models_folder: Repository, tmp_pat
             assert (await stub.ModelReady(pb.ModelReadyRequest(name="a"))).ready
 
 
+async def test_processes_that_share_a_port_are_not_split(python, models_folder: Repository, tmp_path):
+    models_folder.put("a", onnx_files.scale(2))
+    infer = Infer(python, tmp_path / "log", repository=str(models_folder.root), share_port="true")
+    with infer:
+        async with connect(infer.address) as channel:
+            await until(lambda: serves(channel), "infer serving")
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for asked in (
+                stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="a")),
+                stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="a")),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError, match="--model-control poll") as err:
+                    await asked
+                assert err.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            metadata = await stub.ServerMetadata(pb.ServerMetadataRequest())
+            assert "model_repository" not in metadata.extensions
+
+
 def test_a_repository_that_is_none(tmp_path):
     (tmp_path / "m" / "1").mkdir(parents=True)
     for root in (tmp_path / "none", tmp_path / "m", tmp_path / "m" / "1" / "x"):
