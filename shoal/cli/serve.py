@@ -132,7 +132,8 @@ class _Screen:
             typer.echo("no models in the folder", err=True)
         for model in served.models:
             version = f" version {model.version}" if model.version else ""
-            typer.echo(f"  {model.name}{version}: {model.state}" + (f": {model.reason}" if model.reason else ""))
+            state = model.state or "not loaded"
+            typer.echo(f"  {model.name}{version}: {state}" + (f": {model.reason}" if model.reason else ""))
 
     def ended(self, name: str, status: int, again_in_s: float) -> None:
         from mesh.node.process import ending

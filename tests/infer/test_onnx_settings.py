@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from services.infer import modelconfig
 from services.infer.onnx_devices import Device, resolved
 from services.infer.onnx_settings import CUDA, OPENVINO, TENSORRT, session_options
 from services.infer.runtime import Place, Provider, SessionOptions
+from services.infer.spread import SpreadSession
 from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import inference_pb2 as pb
+from tests.infer import onnx_files
+from tests.infer.conftest import Repository, floats, output, request
 
 CPU = "CPUExecutionProvider"
 ALL = (TENSORRT, CUDA, OPENVINO, CPU)
@@ -159,3 +167,78 @@ def test_auto_is_the_cpu_where_there_is_no_gpu():
 def test_what_is_not_there_is_refused_by_name(text, available, gpus, named):
     with pytest.raises(FailedPrecondition, match=named):
         devices(text, available, gpus)
+
+
+SETTINGS = {
+    "arena": parameter("enable_mem_arena", "0"),
+    "pattern": parameter("enable_mem_pattern", "0"),
+    "parallel": parameter("execution_mode", "1"),
+    "shrinking": parameter("memory.enable_memory_arena_shrinkage", "cpu:0"),
+    "basic": "optimization { graph { level: -1 } }",
+    "none": "optimization { graph { level: 2 } }",
+    "two": "instance_group { count: 2 kind: KIND_CPU }",
+}
+
+REFUSED = {
+    "gpu": ("instance_group { kind: KIND_GPU }", "KIND_GPU is not supported by this ONNX Runtime"),
+    "tensorrt": (ACCELERATED, "accelerator 'tensorrt' is not supported by this ONNX Runtime: it needs Tensorrt"),
+    "cuda": (parameter("gpu_mem_limit", "1000"), "accelerator 'cuda' is not supported"),
+    "shrink": (parameter("memory.enable_memory_arena_shrinkage", "moon:0"), "moon"),
+    "long": (parameter("session." + "x" * 5000, "1"), "ONNX Runtime cannot load model.onnx"),
+    "threads": (parameter("intra_op_thread_count", "many"), "intra_op_thread_count 'many'"),
+}
+
+
+async def test_a_server_does_it_or_says_why_not(serve, models_folder: Repository):
+    for name, text in SETTINGS.items():
+        models_folder.put(name, onnx_files.scale(2), config=text)
+    for name, (text, _) in REFUSED.items():
+        models_folder.put(name, onnx_files.scale(2), config=text)
+    served = await serve(models_folder.root)
+    reasons = {row.name: row.reason for row in served.models.index()}
+    for name in SETTINGS:
+        assert reasons[name] == ""
+        answer = await served.stub.ModelInfer(request(name, x=floats([1, 2, 3, 4])))
+        assert output(answer, "y").tolist() == [[2, 4, 6, 8]]
+    for name, (_, named) in REFUSED.items():
+        assert named in reasons[name]
+    config = (await served.stub.ModelConfig(pb.ModelConfigRequest(name="two"))).config
+    assert [(group.count, group.kind) for group in config.instance_group] == [(2, config.instance_group[0].KIND_CPU)]
+
+
+class Counting:
+    """A session that says how many of its runs there are at the same time."""
+
+    inputs = outputs = ()
+    text = True
+
+    def __init__(self) -> None:
+        self.running = self.most = self.runs = 0
+        self.is_closed = False
+        self._lock = threading.Lock()
+
+    def run(self, inputs, outputs):
+        with self._lock:
+            self.running, self.runs = self.running + 1, self.runs + 1
+            self.most = max(self.most, self.running)
+        time.sleep(0)
+        with self._lock:
+            self.running -= 1
+        return [self]
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_runs_are_spread_over_the_devices():
+    first, second = Counting(), Counting()
+    spread = SpreadSession([(first, 1), (second, 3)])
+    assert [spread.run({}, [])[0] for _ in range(4)] == [first, second, second, second]
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda _: spread.run({}, []), range(400)))
+    assert first.most == 1
+    assert second.most <= 3
+    assert first.runs + second.runs == 404
+    spread.close()
+    assert first.is_closed
+    assert second.is_closed
