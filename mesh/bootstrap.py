@@ -9,6 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from mesh.resets import RUNTIME
+
 ADS_CLUSTER = "ads"
 NODE_CLUSTER = "shoal"
 
@@ -30,6 +32,7 @@ def bootstrap(*, node: str, gateway: str, outbound: str, admin: str, coords: Seq
         "admin": {"address": {"socket_address": {"address": host, "port_value": int(port)}}},
         "dynamic_resources": {"ads_config": _ads(), "cds_config": _from_ads(), "lds_config": _from_ads()},
         "static_resources": {"clusters": [_coord_cluster(coords)]},
+        "layered_runtime": RUNTIME,
     }
     return json.dumps(document, indent=2)
 
