@@ -53,6 +53,24 @@ def test_on_a_busy_server_it_waits_as_long_as_the_goal_allows():
     assert decide([Call(1, 0.05)], decision.until, curve(5 * MS, 1e-5), rate=1000.0) == Run(1, "slo")
 
 
+def test_it_does_not_wait_while_the_instances_are_hardly_busy():
+    # Three would come before the latest start; but serving them one by one takes a third of the time.
+    assert decide([Call(1, 0.05)], 0.0, curve(5 * MS, 1e-5), rate=70.0) == Run(1, "idle")
+    assert isinstance(decide([Call(1, 0.05)], 0.0, curve(5 * MS, 1e-5), rate=140.0), Wait)
+
+
+def test_the_earliest_goal_goes_first():
+    async def main():
+        bench = Bench(lambda rows: 0.01, BatchPolicy(1, 1 << 30, slo_s=0.1), QueueLimits())
+        async with bench.scheduler:
+            deadlines = [math.inf, math.inf, 0.05, 0.08]
+            await asyncio.gather(*(bench.scheduler.submit(call(n), at) for n, at in enumerate(deadlines)))
+        return [int(values[0]) for _, values in bench.model.runs]
+
+    # All are there before the first runs.
+    assert run(main()) == [2, 3, 0, 1]
+
+
 def test_it_does_not_wait_where_company_gains_nothing():
     # In proportion to rows: a batch is no cheaper than its calls.
     assert decide([Call(1, 0.05)], 0.0, curve(0.0, 5 * MS), rate=1000.0) == Run(1, "idle")
