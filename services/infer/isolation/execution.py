@@ -82,7 +82,7 @@ class ProcessExecution(Execution):
         times = Times(sum(counts), gathered - start, computed - gathered, 0)
         if len(results) == len(calls):
             return [self._checked(call, result, times) for call, result in zip(calls, results, strict=True)]
-        (stacked,) = results
+        stacked = results[0] if len(results) == 1 else ModelFailed(f"{len(results)} answers for {len(calls)} requests")
         if isinstance(stacked, Exception):
             raise ModelFailed(str(stacked)) from stacked
         check_outputs(calls[0], stacked, sum(counts) if self._batched else None)

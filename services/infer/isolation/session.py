@@ -42,6 +42,8 @@ _UNWANTED_S = 30.0
 _REAPED_S = 5.0
 _FREE_S = 60.0
 _RESTARTED_S = 30.0
+_TEXT = 1000
+# Characters of an error: a status message travels in a header.
 _UNREAD_TRIES = 3
 # A request that a dying process has not read is taken to the next one, so often.
 
@@ -150,7 +152,8 @@ class ProcessSession:
         rows = [len(next(iter(inputs.values())))] if self._has_rows(inputs) else []
         details: list[dict[str, Any]] = [{}] if self.wants_requests else []
         given = {name: [array] for name, array in inputs.items()}
-        (got,) = self.run_requests(given, outputs, rows, details, patience_s=_RESTARTED_S)
+        results = self.run_requests(given, outputs, rows, details, patience_s=_RESTARTED_S)
+        got = results[0] if len(results) == 1 else ModelFailed(f"{len(results)} answers for one request")
         if isinstance(got, Exception):
             raise ModelFailed(got.message if isinstance(got, ShoalError) else str(got)) from got
         return got
@@ -273,7 +276,13 @@ class ProcessSession:
 
     def _results(self, answer: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
         if answer.op == "error":
-            raise ModelFailed(str(answer.header.get("error")))
+            raise ModelFailed(str(answer.header.get("error"))[:_TEXT])
+        try:
+            return self._given(answer, outputs)
+        except (AttributeError, KeyError, TypeError, ValueError) as err:  # It is not taken at its word.
+            raise ModelFailed("the model process sent what is no answer") from err
+
+    def _given(self, answer: Message, outputs: Sequence[str]) -> list[list[Tensor] | Exception]:
         arrays = iter([self.textual(array) for _, _, array in answer.tensors])
         responses = answer.header.get("responses")
         if responses is None:
@@ -317,7 +326,9 @@ class _Exchange:
                     self._session.call_other(self._process, message)
                     continue
                 if message.op not in ("result", "error") or message.header.get("id") != self._number:
-                    raise ChannelClosed(f"an answer to something else: {message.op}")
+                    self._process.kill("killed: it answered what was not asked")
+                    # What it was asked before is no fault of the request that it is asked now.
+                    raise ChannelClosed("it answers something else", is_unread=True)
                 return message
             now = time.monotonic()
             wanted = now if self._is_wanted() else wanted
@@ -367,9 +378,9 @@ def _next(arrays: Iterator[Tensor]) -> Tensor:
 def error_of(said: Mapping[str, Any], model: str) -> ShoalError:
     """The error that `model` gave for one request: its own words, with the status that it chose; or ours about it."""
     if not said.get("own"):
-        return Internal(f"Failed to process the request(s) for model '{model}': {said['error']}")
+        return Internal(f"Failed to process the request(s) for model '{model}': {str(said['error'])[:_TEXT]}")
     code = Code.__members__.get(str(said.get("code")), Code.INTERNAL)
-    return BY_CODE.get(code, Internal)(str(said["error"]))
+    return BY_CODE.get(code, Internal)(str(said["error"])[:_TEXT])
 
 
 def _specs(facts: Mapping[str, Any], role: str, *, is_optional: bool = False) -> tuple[TensorSpec, ...]:

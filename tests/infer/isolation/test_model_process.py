@@ -198,6 +198,48 @@ def test_what_the_model_does_wrong_is_named(load, predict, told):
     assert pids(session) == [before]
 
 
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"op": "result", "responses": []},
+        {"op": "result", "responses": [5]},
+        {"op": "result", "responses": 5},
+        {"op": "result", "responses": [{"outputs": 10**9}]},
+        {"op": "result", "responses": [{"outputs": "all"}]},
+        {"op": "result", "responses": [{"outputs": 0}, {"outputs": 0}]},
+        {"op": "result", "responses": [{"error": [1]}]},
+        {"op": "result", "responses": [{"error": "x", "own": True, "code": 7}]},
+        {"op": "result"},
+        {"op": "error"},
+        {"op": "result", "id": "one"},
+        {"op": "nonsense"},
+        {"op": "loaded"},
+        {"op": "response", "final": True},
+    ],
+)
+def test_a_process_that_forges_answers_harms_only_itself(load, forged):
+    head = """
+import socket
+from services.infer.isolation.channel import Channel
+
+def forge(number):
+    fds = [fd for fd in range(3, 30) if os.path.exists(f"/proc/self/fd/{fd}")]
+    fd = next(fd for fd in fds if "socket" in os.readlink(f"/proc/self/fd/{fd}"))
+    Channel(socket.socket(fileno=os.dup(fd))).send({"id": number, **FORGED})
+
+FORGED = """ + repr(forged)
+    session = load(model("if x[0, 0] == 13: forge(int(x[0, 1]))", head=head))
+    first = run(session)
+    assert first == [[2, 4]]
+    try:
+        got = session.run({"x": np.array([[13, 2]], np.float32)}, ["y"])
+    except (ModelFailed, ModelDied):
+        pass
+    else:
+        assert got == [] or (13 * 2) in got[0]
+    assert run(session) == [[2, 4]]
+
+
 def test_what_it_writes_is_in_the_log(load, caplog):
     caplog.set_level(logging.INFO)
     noise = "print('out ' + 'é' * 10); print('err', file=sys.stderr); os.write(1, b'\\xff raw\\n')"
