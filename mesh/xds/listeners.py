@@ -27,7 +27,7 @@ from envoy_data_plane.google.protobuf import Any as Packed
 
 from mesh.xds.clusters import address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
-from mesh.xds.routes import EXTRACTION_FILTER, MODEL_HEADER, NAME, ModelRoutes, Table
+from mesh.xds.routes import EXTRACTION_FILTER, LUA_FILTER, MODEL_HEADER, NAME, ModelRoutes, Table
 from mesh.xds.tracing import OTEL, Tracing, connection_manager_tracing
 
 GATEWAY = "gateway"
@@ -110,7 +110,7 @@ def _lua(table: Table) -> list[dict[str, Any]]:
         return []
     code = _LUA % {"filter": EXTRACTION_FILTER, "header": MODEL_HEADER}
     lua = typed(Lua, {"default_source_code": {"inline_string": code}})
-    return [{"name": "envoy.filters.http.lua", "typed_config": lua}]
+    return [{"name": LUA_FILTER, "typed_config": lua}]
 
 
 def _extraction(models: ModelRoutes) -> HttpFilter:

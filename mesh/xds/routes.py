@@ -27,6 +27,7 @@ NAME = "services"
 """The one route configuration: gateway and outbound listener route alike."""
 MODEL_HEADER = "x-shoal-model"
 EXTRACTION_FILTER = "envoy.filters.http.grpc_field_extraction"
+LUA_FILTER = "envoy.filters.http.lua"
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9._/-]{1,255}")
 """Models that get a cluster of their own. Others are served too, by whichever instance of the fallback comes next."""
@@ -81,13 +82,15 @@ class Table:
 def route_configuration(table: Table, models: tuple[str, ...]) -> Resource:
     """The routes of `table`; calls that name one of `models` go to that model's cluster.
 
-    The routes of models come first. They are tried one after the other: a matter of microseconds for hundreds.
+    The routes of models come first. They are tried one after the other: a matter of microseconds for hundreds. Where
+    there are none, no call is searched for its model, which would cost as much as all the rest of its routing.
     """
     routes = [_no_path()]
     for service in table.services:
-        if table.models is not None and service.prefix == table.models.prefix:
+        names_model = table.models is not None and service.prefix == table.models.prefix
+        if names_model and models:
             routes += [_compressed(service), *(_model(service, model) for model in models)]
-        routes += _service(service)
+        routes += _service(service, is_searched=not names_model or bool(models))
     host = VirtualHost.from_dict(
         {
             "name": "any",
@@ -107,8 +110,12 @@ def route_configuration(table: Table, models: tuple[str, ...]) -> Resource:
 
 
 @lru_cache(64)
-def _service(service: ServiceRoutes) -> tuple[bytes, ...]:
-    """A route for each method that is named, and one for all others, which may not run twice. Serialized."""
+def _service(service: ServiceRoutes, *, is_searched: bool) -> tuple[bytes, ...]:
+    """A route for each method that is named, and one for all others, which may not run twice. Serialized.
+
+    Args:
+        is_searched: calls go through the filters that find their model.
+    """
     to = service.cluster
     routes = []
     if service.streaming:
@@ -122,6 +129,9 @@ def _service(service: ServiceRoutes) -> tuple[bytes, ...]:
         never = {"numerator": 0}
         sampling = {"client_sampling": never, "random_sampling": never, "overall_sampling": never}
         routes = [{**route, "tracing": sampling} for route in routes]
+    if not is_searched:
+        off = typed(FilterConfig, {"disabled": True})
+        routes = [{**route, "typed_per_filter_config": {EXTRACTION_FILTER: off, LUA_FILTER: off}} for route in routes]
     return tuple(bytes(Route.from_dict(route)) for route in routes)
 
 

@@ -106,17 +106,25 @@ def snapshot(
         LookupError: it is not. A fault of the builders: Envoy would take such routes and fail the calls.
     """
     found = clusters_of(instances, drained, node.id, table)
-    models = tuple(sorted(name.removeprefix(MODEL_PREFIX) for name in found if name.startswith(MODEL_PREFIX)))
     built = [cluster(name) for name in sorted(found)]
     built += [endpoints(name, tuple(sorted(found[name]))) for name in sorted(found)]
     built += [
         listener(GATEWAY, node.gateway, table, tracing),
         listener(OUTBOUND, f"unix:{node.outbound}", table, tracing),
-        route_configuration(table, models),
+        route_configuration(table, _models_apart(found, table)),
     ]
     if tracing is not None:
         built.append(collector_cluster(tracing))
     return checked(built)
+
+
+def _models_apart(found: Mapping[str, set[Endpoint]], table: Table) -> tuple[str, ...]:
+    """The models that not every instance has. Only their calls need a route of their own; mostly there are none."""
+    if table.models is None:
+        return ()
+    everywhere = [found[service.cluster] for service in table.services if service.prefix == table.models.prefix]
+    names = [name for name in found if name.startswith(MODEL_PREFIX) and found[name] not in everywhere]
+    return tuple(sorted(name.removeprefix(MODEL_PREFIX) for name in names))
 
 
 def checked(resources: Iterable[Resource]) -> Snapshot:

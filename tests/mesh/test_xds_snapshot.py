@@ -70,7 +70,7 @@ def test_who_takes_traffic():
 
 
 def test_routes_name_only_clusters_that_are_there():
-    shot = made(infer(0, "a"))
+    shot = made(infer(0, "a"), infer(9))
     (routes,) = shot.of(ROUTES).values()
     assert routes.needs == {"infer", "store", "model/a"}
     assert routes.needs <= shot.of(CLUSTER).keys()
@@ -95,12 +95,12 @@ def test_an_instance_that_claims_the_name_of_another_service_reaches_no_cluster_
 
 
 def test_versions_come_from_the_content_and_what_did_not_change_is_shared():
-    before, after = made(infer(0, "a")), made(infer(0, "a"), infer(1))
+    before, after = made(infer(0, "a"), infer(2)), made(infer(0, "a"), infer(2), infer(1))
     assert before.of(CLUSTER)["infer"] is after.of(CLUSTER)["infer"]
     assert before.of(ROUTES)[NAME] is after.of(ROUTES)[NAME]
     assert before.of(ENDPOINTS)["model/a"] is after.of(ENDPOINTS)["model/a"]
     assert before.of(ENDPOINTS)["infer"].version != after.of(ENDPOINTS)["infer"].version
-    assert made(infer(1), infer(0, "a")) == after
+    assert made(infer(1), infer(2), infer(0, "a")) == after
 
 
 def test_a_rebuilt_resource_has_the_same_version():
@@ -139,7 +139,7 @@ def test_every_route_retries_elsewhere_has_no_timeout_of_its_own_and_obeys_the_c
 
 
 def test_calls_that_name_a_model_go_to_its_cluster_before_any_other_route_matches():
-    found = routes_of(made(infer(0, "a", "b" * 200)))
+    found = routes_of(made(infer(0, "a", "b" * 200), infer(9)))
     by_model = {
         route.match.headers[0].string_match.exact: route.route.cluster
         for route in found
@@ -152,9 +152,29 @@ def test_calls_that_name_a_model_go_to_its_cluster_before_any_other_route_matche
 
 
 def test_a_hundred_models_are_all_there():
-    shot = made(infer(0, *(f"m{number}" for number in range(100))))
+    shot = made(infer(0, *(f"m{number}" for number in range(100))), infer(9))
     assert len(shot.of(CLUSTER)) == 102
-    assert len(routes_of(shot)) == 100 + len(routes_of(made()))
+    # One more: compressed messages cannot be searched.
+    assert len(routes_of(shot)) == 100 + 1 + len(routes_of(made()))
+
+
+def test_calls_are_searched_for_their_model_only_where_instances_differ():
+    alike = routes_of(made(infer(0, "a", "b"), infer(1, "a", "b")))
+    (inference,) = [route for route in alike if route.match.prefix == INFERENCE]
+    assert inference.route.cluster == "infer"
+    assert set(inference.typed_per_filter_config) == {
+        "envoy.filters.http.grpc_field_extraction",
+        "envoy.filters.http.lua",
+    }
+    assert not [r for r in alike if (r.match.prefix or "").startswith("/shoal") and r.typed_per_filter_config]
+    apart = routes_of(made(infer(0, "a", "b"), infer(1, "a")))
+    assert [r.route.cluster for r in apart if r.match.headers and r.match.headers[0].name == "x-shoal-model"] == [
+        "model/b"
+    ]
+    (inference,) = [route for route in apart if route.match.prefix == INFERENCE and not route.match.headers]
+    assert not inference.typed_per_filter_config
+    drained = routes_of(made(infer(0, "a"), infer(1, "a"), drained=frozenset({"local/infer-1"})))
+    assert len(drained) == len(alike), "what is drained is drained of all models alike"
 
 
 def test_only_what_may_run_twice_is_retried_after_it_may_have_run():
