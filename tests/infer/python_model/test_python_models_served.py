@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-import grpc
 import numpy as np
 import pytest
 
+from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.infer.conftest import floats, output, request
@@ -109,22 +109,23 @@ async def test_calls_share_an_execution_and_only_the_guilty_one_fails(repo, serv
     )
     serving = await serve()
 
+    # Straight to the core, so that they arrive in this order: the first one keeps the model busy meanwhile.
     async def ask(value: float):
         try:
-            return output(await serving.stub.ModelInfer(request("m", x=floats([value]))), "y").tolist()
-        except grpc.aio.AioRpcError as err:
-            return err.code(), err.details()
+            return output(await serving.core.infer(request("m", x=floats([value]))), "y").tolist()
+        except ShoalError as err:
+            return err.code, err.message
 
     answers = await asyncio.gather(*(ask(value) for value in (1, 2, 13, 3, 14, 4, 15, 5)))
     assert [answers[n] for n in (0, 1, 3, 5, 7)] == [[[2]], [[4]], [[6]], [[8]], [[10]]]
-    assert answers[2] == (grpc.StatusCode.INVALID_ARGUMENT, "thirteen")
-    assert answers[4][0] == grpc.StatusCode.INTERNAL
+    assert answers[2] == (Code.INVALID_ARGUMENT, "thirteen")
+    assert answers[4][0] == Code.INTERNAL
     assert "ValueError: fourteen (model.py, line 15)" in answers[4][1]
-    assert answers[6][0] == grpc.StatusCode.INTERNAL
+    assert answers[6][0] == Code.INTERNAL
     assert "process died (exit code 9)" in answers[6][1]
     # What killed the process is not carried to the next one.
     code, details = await ask(15)
-    assert code == grpc.StatusCode.INTERNAL
+    assert code == Code.INTERNAL
     assert "it is refused for" in details
 
     async def is_back() -> bool:  # Until then, calls are told when to come back.
