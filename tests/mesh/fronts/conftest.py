@@ -122,22 +122,13 @@ def address_for(transport: str, folder: Path) -> str:
     return f"unix:{folder}/f.sock" if transport == "unix" else f"127.0.0.1:{parts.free_port()}"
 
 
-@pytest.fixture(scope="session", params=FRONTS)
-def front_name(request: pytest.FixtureRequest) -> str:
-    needs(request.param)
-    name: str = request.param
-    return name
-
-
-@pytest.fixture(scope="session", params=("unix", "tcp"))
-def transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.fixture(scope="session")
-def started(front_name: str, transport: str, python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    """One process for all tests that do it no harm."""
+@pytest.fixture(
+    scope="session", params=[(name, transport) for name in FRONTS for transport in ("unix", "tcp")][1:], ids="-".join
+)
+def started(request: pytest.FixtureRequest, python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """One process for all tests that do it no harm. The transport of grpc.aio is its own: one is enough."""
+    front_name, transport = request.param
+    needs(front_name)
     folder = tmp_path_factory.mktemp("f")
     with Front(front_name, python, folder, address_for(transport, folder)) as front:
         yield front
@@ -149,6 +140,13 @@ def started(front_name: str, transport: str, python: str, tmp_path_factory: pyte
 async def front(started: Front) -> Front:
     await started.until_serving()
     return started
+
+
+@pytest.fixture
+def large(front: Front) -> None:
+    """For tests with large messages, which take their time: on one transport of each front."""
+    if front.name != "grpc" and front.address.startswith("unix:"):
+        pytest.skip("large messages go over TCP")
 
 
 @pytest_asyncio.fixture

@@ -111,6 +111,7 @@ async def test_a_compressed_stream_is_read(client: Client) -> None:
     assert json.loads(await call) == [100_000, 0, 1]
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("method", [*UNARY, "Bidi"])
 async def test_100_megabytes_there_and_back(client: Client, method: str) -> None:
     value = bytes(range(256)) * (100 * 4096)
@@ -120,6 +121,7 @@ async def test_100_megabytes_there_and_back(client: Client, method: str) -> None
         assert await client.call(method, value) == value
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("method", [*UNARY, "ClientStream"])
 async def test_a_message_over_the_limit_is_refused_with_the_limit(client: Client, method: str) -> None:
     value = bytes(MESSAGE_BYTES + 1)
@@ -129,12 +131,14 @@ async def test_a_message_over_the_limit_is_refused_with_the_limit(client: Client
     assert await client.call("Unary", b"next") == b"next"
 
 
+@pytest.mark.usefixtures("large")
 async def test_an_answer_over_the_limit_is_an_error(client: Client) -> None:
     err = await client.fails("Unary", order={"do": "size", "bytes": MESSAGE_BYTES + 1})
     assert err.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert await client.call("Unary", b"next") == b"next"
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("kind", [grpc.Compression.Gzip, grpc.Compression.Deflate])
 @pytest.mark.parametrize("method", UNARY)
 async def test_a_small_request_that_unpacks_to_too_much_is_refused(
