@@ -295,6 +295,23 @@ async def test_a_path_that_is_no_text_reaches_nobody(mesh: Mesh):
         await mesh.infer("a")
 
 
+async def test_a_caller_who_gives_up_often_keeps_the_connection(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.show(mesh.instance(0, "a"))
+    await mesh.infer("a")
+    message = framed(request("a").SerializeToString())
+
+    def give_up() -> None:
+        with Connection(mesh.envoy.gateway) as connection:
+            for _ in range(700):
+                stream = connection.open()
+                connection.send(stream, message, end=True)
+                connection.reset(stream)
+            assert connection.call(message).status == 0
+
+    await asyncio.to_thread(give_up)
+
+
 async def test_envoy_obeys_the_callers_deadline_and_sets_none_of_its_own(mesh: Mesh):
     await mesh.replica(0)
     await mesh.show(mesh.instance(0, "a"))
