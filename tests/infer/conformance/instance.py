@@ -45,9 +45,7 @@ class Instance:
 
     @staticmethod
     @contextmanager
-    def serving(
-        root: Path, front: str, log: Path, environment: Mapping[str, str] | None = None
-    ) -> Iterator[Instance]:
+    def serving(root: Path, front: str, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Instance]:
         """Runs one until the block ends."""
         running = Instance.started(root, front, log, environment)
         try:

@@ -47,6 +47,31 @@ CONFIGS = {
 LABELS = "ant\nbee\ncat\n"
 """Of `classes`: two of its five classes have none."""
 
+REPEAT = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            times = int(pb_utils.get_input_tensor_by_name(request, "times").as_numpy()[0])
+            for n in range(times):
+                sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("n", np.array([n], np.int32))]))
+            if times < 0:
+                sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError("times is below zero")))
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+REPEAT_CONFIG = """
+backend: "python"
+max_batch_size: 0
+model_transaction_policy { decoupled: true }
+input [ { name: "times" data_type: TYPE_INT32 dims: [ 1 ] } ]
+output [ { name: "n" data_type: TYPE_INT32 dims: [ 1 ] } ]
+"""
+
 
 def write(root: Path) -> Path:
     """Fills `root`; returns it.
@@ -61,6 +86,7 @@ def write(root: Path) -> Path:
     versions    1: y = 1x, 2: y = 2x, 3: y = 3x; all of them served
     slow        y = 2x after some milliseconds of arithmetic
     patient     y = 2x, which waits a minute for the fourth row
+    repeat      decoupled, model.py: `times` answers n = 0, 1, ...; an error when `times` is negative
     """
     _put(root, "double", onnx_files.scale(2))
     _put(root, "add", onnx_files.add())
@@ -75,6 +101,9 @@ def write(root: Path) -> Path:
         _put(root, "versions", onnx_files.scale(version), version)
     _put(root, "slow", onnx_files.slow())
     _put(root, "patient", onnx_files.scale(2))
+    (root / "repeat/1").mkdir(parents=True)
+    (root / "repeat/1/model.py").write_text(REPEAT)
+    (root / "repeat/config.pbtxt").write_text(REPEAT_CONFIG)
     return root
 
 

@@ -10,7 +10,6 @@ lookup      y = table[i], raises for i > 2
 refuse      answers each row on its own: an error for x < 0, else y = x
 versions    1: y = 1x, 2: y = 2x, 3: y = 3x; all of them served
 optional    y = x + (bias, or 100), FP32 [n,2], at most 8 rows
-
 repeat      decoupled: `times` answers y = x + 0, x + 1, ..., each with its index
 sleepy      y = x after 0.3 s; one row at a time, a queue of one
 """
