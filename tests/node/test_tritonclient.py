@@ -31,7 +31,7 @@ ERRORS = {
     "metadata of unknown": ("NOT_FOUND", ["nope"]),
     "config of unknown": ("NOT_FOUND", ["nope"]),
     "statistics of unknown": ("INVALID_ARGUMENT", ["requested model 'nope' is not available"]),
-    "load": ("UNIMPLEMENTED", []),
+    "load": ("INTERNAL", ["failed to load 'nope'"]),
     "shared memory": ("UNIMPLEMENTED", []),
 }
 DOUBLED = [[0.0, 2.0, 4.0, 6.0], [8.0, 10.0, 12.0, 14.0]]
