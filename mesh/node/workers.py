@@ -44,10 +44,11 @@ class Workers:
         """
         keeping = [asyncio.create_task(self._keep(part), name=f"keep {part.name}") for part in self._parts]
         try:
-            await asyncio.wait(keeping, return_when=asyncio.FIRST_COMPLETED)
+            first, _ = await asyncio.wait(keeping, return_when=asyncio.FIRST_COMPLETED)
             if not self._stopping.is_set():  # One that cannot run: the others are told the same.
                 self.stop()
-            statuses = await asyncio.gather(*keeping)
+            # What the others end with only follows from the first.
+            statuses = [*(task.result() for task in first), *await asyncio.gather(*keeping)]
         finally:
             await end(*keeping)
         failed = next((status for status in statuses if status), 0)

@@ -147,14 +147,19 @@ def test_messages_full_of_nonsense(channel: grpc.Channel, method: MethodDescript
     for seed in range(12):
         code, details = send(channel, method, [scrambled(method, seed), scrambled(method, seed + 1000)])
         # Nobody may lead for a moment, and a watch of nothing may outlast its deadline: both are clear.
-        assert code in CLEAR | {grpc.StatusCode.DEADLINE_EXCEEDED}, (seed, code, details)
+        assert code in CLEAR | {grpc.StatusCode.DEADLINE_EXCEEDED} or _is_unknown_model(details), (seed, code, details)
         assert code is grpc.StatusCode.OK or details, (seed, code)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
 def test_nothing_at_all(channel: grpc.Channel, method: MethodDescriptor) -> None:
     code, details = send(channel, method, [b""])
-    assert code in CLEAR, (code, details)
+    assert code in CLEAR or _is_unknown_model(details), (code, details)
+
+
+def _is_unknown_model(details: str) -> bool:
+    """Loading a model that is not there is INTERNAL in the protocol, as Triton has it."""
+    return details.startswith("failed to load '")
 
 
 def tensor_of(size: int) -> inference_pb2.ModelInferRequest:

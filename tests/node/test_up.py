@@ -260,7 +260,7 @@ def test_work_under_way_at_the_stop_is_finished(node: Any, onnx_models: Path) ->
         client.infer("slow", {"x": rows[:1]}, timeout=60)
         call = pool.submit(client.infer, "slow", {"x": rows}, timeout=60)
         deadline = time.monotonic() + 30
-        while not any(endpoint.active_requests for endpoint in ask(one.admin) if "slow" in endpoint.cluster):
+        while not any(endpoint.active_requests for endpoint in ask(one.admin) if endpoint.cluster == "infer"):
             assert not call.done()
             assert time.monotonic() < deadline
         assert one.stop() == 0
