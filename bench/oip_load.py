@@ -183,6 +183,7 @@ class _Connection(asyncio.Protocol):
         self._credit = 0
         self._held: list[tuple[int, bytes]] = []
         self._out: list[bytes] = []
+        self._will_flush = False
         self.greeted = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -203,7 +204,8 @@ class _Connection(asyncio.Protocol):
             self._held.append((stream, body))
         else:
             self._send(stream, body)
-        if len(self._out) <= 2:
+        if not self._will_flush:
+            self._will_flush = True
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _send(self, stream: int, body: bytes) -> None:
@@ -214,6 +216,7 @@ class _Connection(asyncio.Protocol):
             self._out.append(frames.frame(frames.DATA, last, stream, piece))
 
     def _flush(self) -> None:
+        self._will_flush = False
         if self._out:
             self._transport.write(b"".join(self._out))
             self._out.clear()
