@@ -5,7 +5,7 @@ Protocol: grpc's health/v1/health.proto. A watch is an ordinary stream here, so 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -22,8 +22,10 @@ class Health(health_pb2_grpc.HealthServicer):
     def __init__(self) -> None:
         self._statuses: Latest[Mapping[str, int]] = Latest(MappingProxyType({}))
 
-    async def set(self, service: str, status: int) -> None:
-        self._statuses.set({**self._statuses.value, service: status})
+    def say(self, services: Iterable[str], *, is_serving: bool) -> None:
+        """Of the server as a whole, and of each of these services."""
+        status = pb.HealthCheckResponse.SERVING if is_serving else pb.HealthCheckResponse.NOT_SERVING
+        self._statuses.set({**self._statuses.value, **dict.fromkeys(["", *services], status)})
 
     async def Check(self, request: pb.HealthCheckRequest, context: Any) -> pb.HealthCheckResponse:
         status = self._statuses.value.get(request.service)

@@ -203,9 +203,14 @@ def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
         try:
             return parse(data) if parse else data
         except Exception as err:
-            return _Malformed(f"these {len(data)} bytes are not a message of the expected type: {err}")
+            return _Malformed(malformed(len(data), err).message)
 
     return parsed
+
+
+def malformed(size: int, error: Exception) -> InvalidArgument:
+    """What a caller is told whose `size` bytes could not be parsed."""
+    return InvalidArgument(f"these {size} bytes are not a message of the expected type: {error}")
 
 
 def _whole_message(request: Any) -> Any:

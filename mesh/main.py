@@ -12,11 +12,9 @@ import uvloop
 
 from mesh import logs, telemetry
 from mesh.config import ConfigError, ServiceConfig, load
+from mesh.exits import WRONG_SETTINGS
 
 C = TypeVar("C", bound=ServiceConfig)
-
-WRONG = 2
-"""Exit status when the configuration is wrong."""
 
 _NO_ADDRESS = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
 
@@ -34,7 +32,7 @@ def main(service: str, cls: type[C], run: Callable[[C], Coroutine[Any, Any, None
     """Runs `run(config)` until it returns. Exits 2 when the configuration is wrong, 1 when it fails."""
     config = configured(service, cls)
     if config is None:
-        sys.exit(WRONG)
+        sys.exit(WRONG_SETTINGS)
     logs.configure(f"{config.node}/{config.instance}", config.log_level)
     with telemetry.tracing(service, f"{config.node}/{config.instance}"):
         try:

@@ -15,15 +15,15 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from mesh import sockets
 from mesh.health import Health
 from mesh.interceptors import ServerInterceptor
 from mesh.limits import MESSAGE_BYTES
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 _CHECK_S = 0.1
 # How soon it is noticed that a server has ended by itself.
 
-_IDLE_STREAM_S = 0.25
-# While stopping: a stream that sent nothing for so long has nothing in flight.
+IDLE_STREAM_S = 0.25
+"""While stopping: a stream that sent nothing for so long has nothing in flight."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,40 @@ class Rpc:
 
     descriptor: ServiceDescriptor
     add: Callable[[grpc.aio.Server], None]
+
+
+class Served:
+    """The services of one server, with health, reflection, and the interceptor that every call passes.
+
+    Args:
+        with_health: health is served too; else it is somebody else's.
+    """
+
+    def __init__(self, rpcs: Sequence[Rpc], *, with_health: bool = True) -> None:
+        self._rpcs = tuple(rpcs)
+        self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
+        self._health = Health() if with_health else None
+        self.interceptor = ServerInterceptor()
+        self.say(is_serving=False)
+
+    def add_to(self, server: Any) -> None:
+        """Adds all of it to a grpc server, or to what takes handlers as one does."""
+        for rpc in self._rpcs:
+            rpc.add(server)
+        if self._health is not None:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        # Not `enable_server_reflection`: that takes anything but a grpc.aio.Server for a server with threads.
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), server)
+
+    def say(self, *, is_serving: bool) -> None:
+        """Says SERVING or NOT_SERVING to health checks: for the server as a whole and for each of its services."""
+        if self._health is not None:
+            self._health.say(self._names, is_serving=is_serving)
+
+    def end_idle_streams(self) -> None:
+        """While stopping: ends the streams that have nothing in flight."""
+        self.interceptor.end_idle_streams(IDLE_STREAM_S)
 
 
 class GrpcServer:
@@ -69,24 +103,16 @@ class GrpcServer:
         with_health: bool = True,
     ) -> None:
         self._listen = listen
-        self._rpcs = tuple(rpcs)
+        self._served = Served(rpcs, with_health=with_health)
         self._drain_s = drain_ms / 1000
         self._share_port = share_port
         self._message_bytes = message_bytes
         self._generic = tuple(generic)
-        self._with_health = with_health
-        self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
-        self._health = Health()
-        self._interceptor = ServerInterceptor()
         self.address = listen
         """Where it really listens: with port 0, the port that was free."""
 
     async def __aenter__(self) -> GrpcServer:
-        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
-        if self._listen.startswith("unix:"):
-            path = Path(self._listen.removeprefix("unix:"))
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)  # Left by a process that was killed; the launcher sees to it that none lives.
+        sockets.make_way(self._listen)
         self._server = await self._started()
         self._stopping: set[asyncio.Future[None]] = set()
         self._watch = asyncio.create_task(self._start_again(), name="grpc-server-watch")
@@ -95,7 +121,7 @@ class GrpcServer:
     async def _started(self) -> grpc.aio.Server:
         """A server at `address`. Raises OSError when that cannot be bound."""
         server = grpc.aio.server(
-            interceptors=[self._interceptor],
+            interceptors=[self._served.interceptor],
             options=[
                 ("grpc.max_send_message_length", self._message_bytes),
                 ("grpc.max_receive_message_length", self._message_bytes),
@@ -109,7 +135,7 @@ class GrpcServer:
                 ("grpc.server.max_pending_requests_hard_limit", 20_000),
             ],
         )
-        add_services(server, self._rpcs, self._health if self._with_health else None)
+        self._served.add_to(server)
         if self._generic:
             server.add_generic_rpc_handlers(self._generic)
         try:
@@ -147,34 +173,18 @@ class GrpcServer:
 
     async def serve(self) -> None:
         """Says SERVING to health checks: for the server as a whole and for each of its services."""
-        await self._say(health_pb2.HealthCheckResponse.SERVING)
+        self._served.say(is_serving=True)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
-        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._served.say(is_serving=False)
         await end(self._watch)
         stopped = asyncio.gather(self._server.stop(self._drain_s), *self._stopping)
         while not stopped.done():
-            await asyncio.wait([stopped], timeout=_IDLE_STREAM_S)
-            self._interceptor.end_idle_streams(_IDLE_STREAM_S)
-        if self._listen.startswith("unix:"):
-            Path(self._listen.removeprefix("unix:")).unlink(missing_ok=True)
-
-    async def _say(self, status: int) -> None:
-        for name in ["", *self._names]:
-            await self._health.set(name, status)
-
-
-def add_services(server: Any, rpcs: Sequence[Rpc], health_servicer: health_pb2_grpc.HealthServicer | None) -> None:
-    """Adds `rpcs`, health and reflection to a grpc server, or to what takes handlers as one does."""
-    for rpc in rpcs:
-        rpc.add(server)
-    if health_servicer is not None:
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    names = [*(rpc.descriptor.full_name for rpc in rpcs), health.SERVICE_NAME, reflection.SERVICE_NAME]
-    # Not `enable_server_reflection`: that takes anything but a grpc.aio.Server for a server with threads.
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), server)
+            await asyncio.wait([stopped], timeout=IDLE_STREAM_S)
+            self._served.end_idle_streams()
+        sockets.remove(self._listen)
 
 
 def on_loop_signals(take: Callable[[int], None]) -> None:

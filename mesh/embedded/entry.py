@@ -16,10 +16,10 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mesh import logs, telemetry
+from mesh import logs, sockets, telemetry
+from mesh.asgi.app import GrpcApp, task_factory
 from mesh.config import ServiceConfig
 from mesh.embedded import guard
-from mesh.embedded.app import GrpcApp, task_factory
 from mesh.embedded.launch import (
     ADMIN_FOLDER,
     ADMIN_VARIABLE,
@@ -28,8 +28,9 @@ from mesh.embedded.launch import (
     PATH_VARIABLE,
     PYTHON_VARIABLE,
 )
+from mesh.exits import WRONG_SETTINGS
 from mesh.limits import MESSAGE_BYTES
-from mesh.main import WRONG, configured
+from mesh.main import configured
 from mesh.server import until_stopped
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Host:
         config = configured(service, cls)
         if config is None:
             self._tidy("")
-            guard.leave(WRONG)
+            guard.leave(WRONG_SETTINGS)
         # With port 0, or the name of a host, the process that became Envoy has chosen.
         self._config = config.model_copy(update={"listen": os.environ.get(LISTEN_VARIABLE, config.listen)})
         self._run: Callable[[Any, Host], Coroutine[Any, Any, None]] = run
@@ -93,9 +94,9 @@ class Host:
         guard.leave(status)
 
     def _tidy(self, listen: str) -> None:
-        for path in (self.admin_path, listen.removeprefix("unix:") if listen.startswith("unix:") else None):
-            if path is not None:
-                Path(path).unlink(missing_ok=True)
+        sockets.remove(listen)
+        if self.admin_path is not None:
+            Path(self.admin_path).unlink(missing_ok=True)
         if self.admin_path is not None and Path(self.admin_path).parent.name.startswith(ADMIN_FOLDER):
             with contextlib.suppress(OSError):
                 Path(self.admin_path).parent.rmdir()

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mesh import sockets
 from mesh.embedded.guard import STOP_SIGNALS
 from mesh.limits import MESSAGE_BYTES
 from mesh.resets import RUNTIME
@@ -122,7 +123,7 @@ def _claimed(listen: str, share_port: bool) -> str:
     A TCP port is held by a socket that does not listen, until this process, then Envoy, ends.
     """
     if listen.startswith("unix:"):
-        Path(listen.removeprefix("unix:")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sockets.make_way(listen)
         return listen
     host, _, port = listen.rpartition(":")
     try:

@@ -6,29 +6,23 @@ STARTING ──serve()──> SERVING ──exit──> DRAINING (health NOT_SER
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 
-from grpc_health.v1 import health_pb2
-
-from mesh.embedded.app import GrpcApp
-from mesh.embedded.exchange import ShortHandler
-from mesh.embedded.methods import Methods
+from mesh import sockets
+from mesh.asgi.app import GrpcApp
+from mesh.asgi.exchange import ShortHandler
+from mesh.asgi.methods import methods_of
 from mesh.h2.connection import Connection
-from mesh.health import Health
-from mesh.interceptors import ServerInterceptor
 from mesh.limits import MESSAGE_BYTES
-from mesh.server import Rpc, add_services
+from mesh.server import Rpc, Served
 from mesh.tasks import end
 
 log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
-_IDLE_STREAM_S = 0.25
 _TURN_S = 0.02
 _NOTICE_S = 0.1
 # Between the two goodbyes: what the peer sent before it read the first still comes in.
@@ -55,23 +49,17 @@ class H2Server:
         share_port: bool = False,
     ) -> None:
         self._listen = listen
-        self._rpcs = tuple(rpcs)
+        self._served = Served(rpcs)
         self._drain_s = drain_ms / 1000
         self._short = dict(short)
         self._share_port = share_port
-        self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
-        self._health = Health()
-        self._interceptor = ServerInterceptor()
         self._connections: set[Connection] = set()
         self.address = listen
         """Where it really listens: with port 0, the port that was free."""
 
     async def __aenter__(self) -> H2Server:
         self._app = app = GrpcApp(MESSAGE_BYTES)
-        methods = Methods(self._interceptor.wrap)
-        add_services(methods, self._rpcs, self._health)
-        app.methods, app.short = methods.by_path, self._short
-        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        app.methods, app.short = methods_of(self._served), self._short
         self._server = await self._bound()
         self._sweep = asyncio.create_task(app.sweep(), name="sweep")
         return self
@@ -82,10 +70,8 @@ class H2Server:
         def connection() -> Connection:
             return Connection(self._app, self._connections)
 
-        if self._listen.startswith("unix:"):
-            path = Path(self._listen.removeprefix("unix:"))
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)  # Left by a process that was killed; the launcher sees to it that none lives.
+        sockets.make_way(self._listen)
+        if (path := sockets.path_of(self._listen)) is not None:
             return await loop.create_unix_server(connection, str(path), backlog=_BACKLOG)
         host, _, port = self._listen.rpartition(":")
         server = await loop.create_server(
@@ -97,12 +83,12 @@ class H2Server:
 
     async def serve(self) -> None:
         """Says SERVING to health checks: for the server as a whole and for each of its services."""
-        await self._say(health_pb2.HealthCheckResponse.SERVING)
+        self._served.say(is_serving=True)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
-        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._served.say(is_serving=False)
         self._server.close()
         for connection in tuple(self._connections):
             connection.goodbye()
@@ -113,14 +99,8 @@ class H2Server:
         until = loop.time() + self._drain_s
         while self._connections and loop.time() < until:
             await asyncio.sleep(_TURN_S)
-            self._interceptor.end_idle_streams(_IDLE_STREAM_S)
+            self._served.end_idle_streams()
         for connection in tuple(self._connections):
             connection.abort()
         await end(self._sweep)
-        if self._listen.startswith("unix:"):
-            with contextlib.suppress(OSError):
-                Path(self._listen.removeprefix("unix:")).unlink(missing_ok=True)
-
-    async def _say(self, status: int) -> None:
-        for name in ["", *self._names]:
-            await self._health.set(name, status)
+        sockets.remove(self._listen)

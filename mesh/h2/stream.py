@@ -1,17 +1,18 @@
-"""One call on the long way: what an ASGI app receives and sends, on a stream of a connection."""
+"""One call on the long way: what an ASGI app receives and sends, on a stream of a sender."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mesh.h2.frames import Reason
 from mesh.h2.headers import Block, encode
+from mesh.h2.sending import Sender
 
 if TYPE_CHECKING:
-    from mesh.embedded.app import GrpcApp
-    from mesh.h2.connection import Connection
+    from mesh.asgi.app import GrpcApp
 
 
 class ClientDisconnectedError(OSError):
@@ -19,11 +20,12 @@ class ClientDisconnectedError(OSError):
 
 
 class Stream:
-    """Carries one call of a GrpcApp."""
+    """Carries one call of a GrpcApp. `taken` hears how many bytes of the request have been taken."""
 
-    def __init__(self, connection: Connection, number: int) -> None:
-        self._connection = connection
+    def __init__(self, sender: Sender, number: int, taken: Callable[[int], None]) -> None:
+        self._sender = sender
         self._number = number
+        self._taken = taken
         self._pieces: deque[tuple[bytes, int]] = deque()
         self._is_ended = False
         self._is_gone = False
@@ -45,7 +47,7 @@ class Stream:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
-            self._connection.reset(self._number, Reason.INTERNAL_ERROR)
+            self._sender.reset(self._number, Reason.INTERNAL_ERROR)
 
     def feed(self, data: bytes, size: int, *, is_end: bool) -> None:
         """A piece of the request, which weighs `size` in the windows."""
@@ -65,7 +67,7 @@ class Stream:
             await self._changed.wait()
         if self._pieces:
             data, size = self._pieces.popleft()
-            self._connection.credit(self._number, size)
+            self._taken(size)
             return _request(data, more=bool(self._pieces) or not self._is_ended)
         if self._is_ended and not self._is_gone:
             self._is_ended = False
@@ -86,24 +88,24 @@ class Stream:
         elif kind == "http.response.body":
             await self._body(event.get("body", b""), more=bool(event.get("more_body")))
         elif kind == "http.response.trailers":
-            self._connection.end(self._number, encode(event["headers"]))
+            self._sender.end(self._number, encode(event["headers"]))
 
     async def _body(self, data: bytes, *, more: bool) -> None:
-        connection, number = self._connection, self._number
+        sender, number = self._sender, self._number
         if self._start is not None:
             start, self._start = self._start, None
             block = encode([(b":status", b"%d" % start["status"]), *start["headers"]])
             if not data and not more and not self._has_trailers:
-                connection.end(number, block)
+                sender.end(number, block)
                 return
-            connection.headers(number, block)
+            sender.headers(number, block)
         if data:
             sent = asyncio.get_running_loop().create_future()
-            connection.send(number, data, b"", lambda: None if sent.done() else sent.set_result(None))
+            sender.data(number, data, lambda: None if sent.done() else sent.set_result(None))
             if more:
                 await sent
         if not more and not self._has_trailers:
-            connection.end_data(number)
+            sender.end_data(number)
 
 
 def _request(data: bytes, *, more: bool) -> dict[str, Any]:

@@ -7,13 +7,11 @@ import contextlib
 import signal
 from collections.abc import Callable, Sequence
 
+from mesh.exits import WRONG_SETTINGS
 from mesh.node.parts import Part
 from mesh.node.process import Process, spawn
 from mesh.node.restarts import Restarts
 from mesh.tasks import end
-
-WRONG_SETTINGS = 2
-"""Exit status of a service that was told something wrong: started again, it would only say so again."""
 
 
 class Workers:

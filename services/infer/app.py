@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from mesh import telemetry
+from mesh.asgi.exchange import ShortHandler
 from mesh.channel import connect
 from mesh.flights import Flights
 from mesh.h2.server import H2Server
@@ -69,9 +70,13 @@ def _grpc_server(config: InferConfig, core: InferenceServer) -> GrpcServer:
     return GrpcServer(config.listen, [inference_rpc(core)], drain_ms=config.drain_ms, share_port=config.share_port)
 
 
+def short_way(core: InferenceServer) -> Mapping[str, ShortHandler]:
+    """What the faster fronts answer without a task. Nothing where traces are asked for: each call wants a span then."""
+    return short_methods(core) if telemetry.collector(os.environ) is None else {}
+
+
 def _h2_server(config: InferConfig, core: InferenceServer) -> H2Server:
-    # A trace wants a span for each call: the short way has none.
-    short = short_methods(core) if telemetry.collector(os.environ) is None else {}
+    short = short_way(core)
     return H2Server(
         config.listen, [inference_rpc(core)], drain_ms=config.drain_ms, short=short, share_port=config.share_port
     )

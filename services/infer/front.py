@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from mesh import front
+from mesh.exits import WRONG_SETTINGS
 from mesh.front import Choice
 from shoal.errors import FailedPrecondition
 
@@ -31,7 +32,7 @@ def choose(environ: Mapping[str, str]) -> Choice:
         return front.choose(asked, listen)
     except FailedPrecondition as err:
         print(f"shoal infer cannot start:\n{FRONT_VARIABLE}={asked}: {err.message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(WRONG_SETTINGS)
 
 
 def become_envoy(environ: Mapping[str, str]) -> NoReturn:

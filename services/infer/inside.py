@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
-from mesh import telemetry
 from mesh.embedded.entry import Host
 from mesh.embedded.server import EmbeddedServer
-from services.infer.app import Front, run
+from services.infer.app import Front, run, short_way
 from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
-from services.infer.rpc import inference_rpc, short_methods
+from services.infer.rpc import inference_rpc
 
 
 def _server(host: Host, config: InferConfig, core: InferenceServer) -> EmbeddedServer:
@@ -20,7 +18,7 @@ def _server(host: Host, config: InferConfig, core: InferenceServer) -> EmbeddedS
         config.listen,
         [inference_rpc(core)],
         drain_ms=config.drain_ms,
-        short=short_methods(core) if telemetry.collector(os.environ) is None else {},
+        short=short_way(core),
         admin_path=host.admin_path,
     )
 

@@ -10,18 +10,16 @@ from typing import NoReturn
 
 import grpc
 
-from mesh.embedded.exchange import ShortHandler
+from mesh.asgi.exchange import ShortHandler
 from mesh.interceptors import Context
 from mesh.server import Rpc
 from services.infer import stream
 from services.infer.core import InferenceServer
 from services.infer.remembered import ATTEMPT
-from services.infer.short import ShortInfer
+from services.infer.short import TENANT, ShortInfer
 from shoal.errors import Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
-
-TENANT = "x-shoal-tenant"
 
 
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):

@@ -12,28 +12,30 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from mesh.embedded.exchange import Exchange
+from mesh.asgi.exchange import Exchange
+from mesh.asgi.framing import PREFIX_BYTES
+from mesh.interceptors import malformed
 from services.infer import request, template
 from services.infer.core import InferenceServer
 from services.infer.models import Models
 from services.infer.remembered import ATTEMPT
 from services.infer.scheduler import Answer
-from services.infer.template import ID, NAME, PREFIX_BYTES, VERSION, Named, Template
+from services.infer.template import ID, NAME, VERSION, Named, Template
 from services.infer.version import Version
-from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-TENANT = b"x-shoal-tenant"
-_ATTEMPT = ATTEMPT.encode()
+TENANT = "x-shoal-tenant"
+"""The header that says whose request it is, as far as the caller says."""
+_TENANT, _ATTEMPT = TENANT.encode(), ATTEMPT.encode()
 
 _MOST_NAMED = 1024
 # Names and versions as clients write them: hostile ones are never learnt, since they name no model.
 
 
 class ShortInfer:
-    """A mesh.embedded.exchange.ShortHandler for ModelInfer."""
+    """A mesh.asgi.exchange.ShortHandler for ModelInfer."""
 
     def __init__(self, server: InferenceServer, models: Models) -> None:
         self._server = server
@@ -85,7 +87,7 @@ class ShortInfer:
     async def _long(self, body: bytes, exchange: Exchange, is_retry: bool) -> None:
         try:
             asked = _parsed(body)
-            tenant = exchange.headers.get(TENANT, b"").decode("latin-1")
+            tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
             response = await self._server.infer(asked, exchange.deadline, tenant, is_retry=is_retry)
             data = response.SerializeToString()
             exchange.reply((data,), len(data))
@@ -98,9 +100,7 @@ class ShortInfer:
 
     def _learn(self, body: bytes, asked: pb.ModelInferRequest) -> None:
         version = self._models.find(asked.model_name, asked.model_version)
-        if version.response_cache is not None or version.loaded.model.config.model_transaction_policy.decoupled:
-            return
-        if getattr(version.loaded.session, "wants_requests", False):  # Ids too, which are no part of what is learnt.
+        if not version.takes_numbers_only:
             return
         learnt = template.learn(body, asked, request.read(asked, version.loaded.model.signature))
         if learnt is None:
@@ -128,7 +128,7 @@ class _Flight:
 
     def start(self, call: request.Call) -> None:
         exchange, version = self._exchange, self._version
-        tenant = exchange.headers.get(TENANT)
+        tenant = exchange.headers.get(_TENANT)
         name = tenant.decode("latin-1") if tenant else ""
         version.__enter__()
         try:
@@ -166,5 +166,4 @@ def _parsed(body: bytes) -> pb.ModelInferRequest:
     try:
         return pb.ModelInferRequest.FromString(body[PREFIX_BYTES:])
     except DecodeError as err:
-        size = len(body) - PREFIX_BYTES
-        raise InvalidArgument(f"these {size} bytes are not a message of the expected type: {err}") from err
+        raise malformed(len(body) - PREFIX_BYTES, err) from err

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mesh.asgi.framing import PREFIX_BYTES
 from services.infer import parameters
 from services.infer.request import Call, WantedOutput
 from services.infer.tensors import Tensor
@@ -26,9 +27,6 @@ from shoal.inference.v2 import inference_pb2 as pb
 
 NAME, VERSION, ID, RAW_INPUT, RAW_OUTPUT = 0x0A, 0x12, 0x1A, 0x3A, 0x32
 """Tags: the field's number and wire type 2 (length-delimited)."""
-
-PREFIX_BYTES = 5
-"""Of gRPC, before the message."""
 
 _MOST_TEMPLATES = 64
 _MOST_SHAPES = 256
@@ -133,9 +131,10 @@ def learn(body: bytes, asked: pb.ModelInferRequest, call: Call) -> tuple[bytes, 
         return None
     raw_at = len(body) - sum(len(slot.opening) + slot.size for slot in slots)
     before = pb.ModelInferRequest(model_name=asked.model_name, model_version=asked.model_version).SerializeToString()
-    head_at = PREFIX_BYTES + len(before) + (len(_field(ID, asked.id.encode())) if asked.id else 0)
+    id_bytes = len(asked.id.encode())
+    head_at = PREFIX_BYTES + len(before) + (2 + id_bytes if id_bytes else 0)
     head = body[head_at:raw_at]
-    if len(asked.id.encode()) > 127 or not body.startswith(before, PREFIX_BYTES) or not head:
+    if id_bytes > 127 or not body.startswith(before, PREFIX_BYTES) or not head:
         return None
     if not _is_head_of(head, asked) or Template(slots, (), 0, 0, None).call(body, raw_at) is None:
         return None
@@ -164,7 +163,7 @@ def _is_head_of(head: bytes, asked: pb.ModelInferRequest) -> bool:
     except Exception:  # DecodeError: the bytes are cut at another place than we thought.
         return False
     same = pb.ModelInferRequest(inputs=asked.inputs, outputs=asked.outputs)
-    return read == same and not asked.parameters
+    return read == same
 
 
 def _opening(prefix: bytes, wanted: Sequence[WantedOutput], outputs: Sequence[Tensor]) -> Opening:
@@ -185,7 +184,3 @@ def _opened(tag: int, size: int) -> bytes:
         size >>= 7
     out.append(size)
     return bytes(out)
-
-
-def _field(tag: int, data: bytes) -> bytes:
-    return _opened(tag, len(data)) + data

@@ -111,6 +111,13 @@ class Version:
         return self.state is State.READY
 
     @property
+    def takes_numbers_only(self) -> bool:
+        """Whether a request is to it what its tensors are: its bytes need not be parsed to be answered."""
+        if self.response_cache is not None or self.decoupled is not None:
+            return False
+        return not getattr(self.loaded.session, "wants_requests", False)  # Ids and parameters too.
+
+    @property
     def loaded(self) -> Loaded:
         assert self._loaded is not None, "only a version that was READY is asked"
         return self._loaded

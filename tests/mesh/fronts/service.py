@@ -30,7 +30,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.message import DecodeError
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from mesh.embedded.exchange import Exchange, ShortHandler
+from mesh.asgi.exchange import Exchange, ShortHandler
 from mesh.server import Rpc
 from shoal.errors import InvalidArgument, from_status
 

@@ -14,7 +14,7 @@ import h2.settings
 import hpack
 import pytest
 
-from mesh.embedded.framing import framed
+from mesh.asgi.framing import framed
 from mesh.h2 import frames
 from mesh.h2.frames import Reason
 from mesh.h2.server import H2Server

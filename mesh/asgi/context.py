@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from mesh.embedded.status import metadata
+from mesh.asgi.status import metadata
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -54,4 +54,4 @@ class EmbeddedContext:
         raise grpc.aio.AbortError("the handler ended its call")
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"handlers do not use {name} of a gRPC context: mesh.embedded.context lacks it")
+        raise AttributeError(f"handlers do not use {name} of a gRPC context: mesh.asgi.context lacks it")

@@ -11,20 +11,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from mesh.embedded import status
-from mesh.embedded.framing import PREFIX, check_encoding, inflated, too_large
+from mesh.asgi import status
+from mesh.asgi.framing import PREFIX, check_encoding, inflated, too_large
 from mesh.interceptors import status_of
 from shoal.errors import InvalidArgument, ShoalError
-
-if TYPE_CHECKING:
-    from mesh.embedded.app import GrpcApp
 
 log = logging.getLogger(__name__)
 
 _START = {"type": "http.response.start", "status": 200, "headers": status.HEADERS, "trailers": True}
 _TRAILERS = {"type": "http.response.trailers", "headers": status.OK}
+
+
+class Carrier(Protocol):
+    """What an exchange needs of the app that it belongs to."""
+
+    message_bytes: int
+    """At most in a message, either way."""
+    clock: Callable[[], float]
+    exchanges: set[Exchange]
+    """Those in flight."""
 
 
 class ShortHandler(Protocol):
@@ -54,7 +61,7 @@ class Exchange:
     )
 
     def __init__(
-        self, app: GrpcApp, handler: ShortHandler, headers: dict[bytes, bytes], receive: Any, send: Any
+        self, app: Carrier, handler: ShortHandler, headers: dict[bytes, bytes], receive: Any, send: Any
     ) -> None:
         self._app = app
         self._handler = handler
@@ -81,30 +88,32 @@ class Exchange:
             if event["type"] == "http.disconnect":
                 self.abandon()
                 return
-            body = event["body"]
-            if event["more_body"] or self._parts is not None:
-                if self.is_over:
-                    return
-                self._hold(body)
-                if event["more_body"]:
-                    self._receive().add_done_callback(self.on_body)
-                    return
-                body, self._parts = b"".join(self._parts or ()), None
+            if self.take(event["body"], more=event["more_body"]):
+                self._receive().add_done_callback(self.on_body)
         except BaseException as err:  # Else Envoy would answer OK with no message.
             self.refuse(err)
-            return
-        if not self.is_over:
-            self.handle(body)
 
-    def handle(self, body: bytes) -> None:
-        """The whole body is here. Never raises."""
-        self._is_whole = True
+    def take(self, piece: bytes, *, more: bool) -> bool:
+        """A piece of the body. With the last one the handler has its turn. Says whether another is wanted.
+
+        Never raises.
+        """
+        if self.is_over:
+            return False
         try:
-            if not body or body[0] or len(body) - 5 != int.from_bytes(body[1:5]):
-                body = self._straightened(body)
-            self._handler(body, self)
+            if more:
+                self._hold(piece)
+                return True
+            if self._parts is not None:
+                self._hold(piece)
+                piece, self._parts = b"".join(self._parts), None
+            self._is_whole = True
+            if not piece or piece[0] or len(piece) - PREFIX.size != int.from_bytes(piece[1:5]):
+                piece = self._straightened(piece)
+            self._handler(piece, self)
         except BaseException as err:
             self.refuse(err)
+        return False
 
     def _hold(self, piece: bytes) -> None:
         if self._parts is None:
@@ -146,12 +155,31 @@ class Exchange:
         if self.is_over:
             return
         try:
+            if size > self._app.message_bytes:
+                raise too_large(size, self._app.message_bytes)
             body = b"".join((PREFIX.pack(0, size), *parts))
-        except Exception as err:  # No bytes, or out of memory: the caller must hear of it.
+        except Exception as err:  # Too large, no bytes, or out of memory: the caller must hear of it.
             self.refuse(err)
             return
+        self._end()
+        self._answer(body)
+
+    def refuse(self, error: BaseException) -> None:
+        """Ends the call with an error. Nothing when it is over."""
+        if self.is_over:
+            return
+        self._end()
+        if not isinstance(error, ShoalError):
+            log.error("unexpected error in a call", exc_info=error)
+        code, message, trailing = status_of(error)
+        self._answer_error([status.CONTENT_TYPE, *status.trailers(code.value[0], message, trailing)])
+
+    def _end(self) -> None:
         self.is_over = True
         self._app.exchanges.discard(self)
+
+    def _answer(self, body: bytes) -> None:
+        """Sends a whole answer: status OK, and `body`, prefix included."""
         try:
             self._send(_START)
             self._send({"type": "http.response.body", "body": body})
@@ -159,25 +187,13 @@ class Exchange:
         except Exception:  # Nobody there any more.
             log.debug("an answer could not be sent", exc_info=True)
 
-    def refuse(self, error: BaseException) -> None:
-        """Ends the call with an error. Nothing when it is over."""
-        if self.is_over:
-            return
-        self.is_over = True
-        self._app.exchanges.discard(self)
-        trailers = self._trailers(error)
+    def _answer_error(self, headers: status.Headers) -> None:
+        """Sends an answer that is only headers."""
         try:
-            headers = [status.CONTENT_TYPE, *trailers]
             self._send({"type": "http.response.start", "status": 200, "headers": headers})
             self._send({"type": "http.response.body", "body": b""})
         except Exception:
             log.debug("an error could not be sent", exc_info=True)
-
-    def _trailers(self, error: BaseException) -> status.Headers:
-        if not isinstance(error, ShoalError):
-            log.error("unexpected error in a call", exc_info=error)
-        code, message, trailing = status_of(error)
-        return status.trailers(code.value[0], message, trailing)
 
     def age_ns(self) -> int:
         """How long ago it came."""
@@ -187,8 +203,7 @@ class Exchange:
         """The caller has gone."""
         if self.is_over:
             return
-        self.is_over = True
-        self._app.exchanges.discard(self)
+        self._end()
         if self.on_end is not None:
             self.on_end()
 

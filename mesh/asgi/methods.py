@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mesh.server import Served
 
-class Methods:
+
+def methods_of(served: Served) -> dict[str, Any]:
+    """`/package.Service/Method` to its grpc.RpcMethodHandler, the interceptor around it."""
+    methods = _Methods(served.interceptor.wrap)
+    served.add_to(methods)
+    return methods.by_path
+
+
+class _Methods:
     """Stands where generated code expects a grpc server. `wrap` is put around each handler."""
 
     def __init__(self, wrap: Callable[[str, Any], Any]) -> None:
         self._wrap = wrap
         self.by_path: dict[str, Any] = {}
-        """`/package.Service/Method` to its grpc.RpcMethodHandler."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """Called by generated code."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from shoal.errors import InvalidArgument, ResourceExhausted, Unimplemented
 
 PREFIX = struct.Struct(">BI")
+PREFIX_BYTES = PREFIX.size
+"""Before each message."""
 
 ACCEPTED = b"identity,deflate,gzip"
 """What messages may be compressed with, as the header `grpc-accept-encoding` says it."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import grpc
 
-from mesh.embedded import status
-from mesh.embedded.context import EmbeddedContext
-from mesh.embedded.exchange import Exchange, ShortHandler
-from mesh.embedded.framing import ACCEPTED, Deframer, check_encoding, framed, too_large
+from mesh.asgi import status
+from mesh.asgi.context import EmbeddedContext
+from mesh.asgi.exchange import Exchange, ShortHandler
+from mesh.asgi.framing import ACCEPTED, Deframer, check_encoding, framed, too_large
 from mesh.interceptors import status_of
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError, Unimplemented
 
