@@ -29,7 +29,6 @@ from services.infer.cache import Cache
 from services.infer.config import InferConfig
 from services.infer.control import Control
 from services.infer.core import InferenceServer
-from services.infer.execution import make
 from services.infer.inner_calls import InnerCalls
 from services.infer.models import Models
 from services.infer.onnx_runtime import OnnxRuntime
@@ -40,7 +39,7 @@ from services.infer.remembered import Memory, remembered
 from services.infer.rpc import inference_rpc, short_methods
 from services.infer.runtimes import Runtimes
 from services.infer.store_client import StoreClient
-from services.infer.version import Means
+from services.infer.version import Means, as_it_is
 
 
 class Server(Protocol):
@@ -93,12 +92,13 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
     async with AsyncExitStack() as stack:
         stopped = await stack.enter_async_context(_running(front.until_stopped()))
         calls = InnerCalls()
+        flights = stack.enter_context(Flights(config.flights)) if config.flights else None
         means = Means.of(
             Runtimes([OnnxRuntime(), PythonRuntime(call=calls)], IsolatedOnnxRuntime()),
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
-            execution=partial(remembered, stack.enter_context(Flights(config.flights))) if config.flights else make,
+            around=partial(remembered, flights) if flights else as_it_is,
         )
         models = await stack.enter_async_context(Models(means))
         control = await stack.enter_async_context(_control(config, models))

@@ -11,9 +11,9 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import TypeVar
 
 from services.infer import answer, request, streaming
+from services.infer.aside import aside
 from services.infer.control import Control
 from services.infer.models import Models, version_number
 from services.infer.remembered import Memory
@@ -37,8 +37,6 @@ _MANY_ELEMENTS = 1 << 20  # Raw numbers: one copy of memory.
 _FEW_ELEMENTS = 1 << 13  # Typed contents and BYTES: Python objects, one by one.
 _MANY_INPUTS = 256
 _MOST_DIMS = 32
-
-T = TypeVar("T")
 
 
 class InferenceServer:
@@ -172,14 +170,14 @@ class InferenceServer:
         self, asked: pb.ModelInferRequest, version: Version, deadline: float, tenant: str, is_retry: bool
     ) -> pb.ModelInferResponse:
         signature, scheduler = version.loaded.model.signature, version.scheduler
-        call = await _aside(lambda: request.read(asked, signature), _is_long_read(asked))
+        call = await aside(lambda: request.read(asked, signature), _is_long_read(asked))
         if is_retry and self._memory is not None:
             call = await self._memory.checked(version.name, call)
         if version.response_cache is None:
             got, cache = await scheduler.submit(call, deadline, tenant), CacheState.OFF
         else:
             got, cache = await version.response_cache.answer(call, asked.parameters, deadline, tenant)
-        response = await _aside(lambda: self._written(got, call, version, asked.id), _is_long_write(got, call))
+        response = await aside(lambda: self._written(got, call, version, asked.id), _is_long_write(got, call))
         if call.parameters.explain:
             answer.explain(response, got, self._replica, cache)
         return response
@@ -187,22 +185,6 @@ class InferenceServer:
     def is_decoupled(self, asked: pb.ModelInferRequest) -> bool:
         """Whether the request's model gives any number of responses. Raises what `Models.find` does."""
         return self.models.find(asked.model_name, asked.model_version).decoupled is not None
-
-    async def infer_stream(
-        self, asked: pb.ModelInferRequest, deadline: float = math.inf, tenant: str = ""
-    ) -> AsyncGenerator[pb.ModelInferResponse, None]:
-        """The responses to one request of any model. Closing the generator cancels the request in the model.
-
-        Raises what `infer` does, and the first error that a decoupled model gives.
-        """
-        if not self.is_decoupled(asked):
-            yield await self.infer(asked, deadline, tenant)
-            return
-        async with aclosing(self.responses(asked, deadline, tenant)) as responses:
-            async for response in responses:
-                if isinstance(response, ShoalError):
-                    raise response
-                yield response
 
     async def responses(
         self, asked: pb.ModelInferRequest, deadline: float = math.inf, tenant: str = ""
@@ -212,7 +194,7 @@ class InferenceServer:
             start = self._clock()
             try:
                 signature = version.loaded.model.signature
-                call = await _aside(lambda: request.read(asked, signature), _is_long_read(asked))
+                call = await aside(lambda: request.read(asked, signature), _is_long_read(asked))
                 async with aclosing(streaming.responses(version, call, asked, deadline, tenant)) as responses:
                     async for response in responses:
                         yield response
@@ -247,8 +229,3 @@ def _is_long_write(got: Answer, call: Call) -> bool:
     by_element = any(output.dtype == object and output.size > _FEW_ELEMENTS for output in got.outputs)
     classes = sum(wanted.classes for wanted in call.outputs) * call.rows
     return by_element or classes > _FEW_ELEMENTS or sum(output.nbytes for output in got.outputs) > _LARGE_BYTES
-
-
-async def _aside(work: Callable[[], T], is_long: bool) -> T:
-    """Does `work`: here when it is short, else on a thread."""
-    return await asyncio.to_thread(work) if is_long else work()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from services.infer.dtypes import NUMBERS
 from shoal.inference.v2 import model_config_pb2 as config_pb2
 
 
@@ -32,19 +33,19 @@ class Datatype:
 
 
 _TABLE = (
-    Datatype("BOOL", config_pb2.TYPE_BOOL, np.dtype("?"), "bool_contents"),
-    Datatype("UINT8", config_pb2.TYPE_UINT8, np.dtype("u1"), "uint_contents"),
-    Datatype("UINT16", config_pb2.TYPE_UINT16, np.dtype("<u2"), "uint_contents"),
-    Datatype("UINT32", config_pb2.TYPE_UINT32, np.dtype("<u4"), "uint_contents"),
-    Datatype("UINT64", config_pb2.TYPE_UINT64, np.dtype("<u8"), "uint64_contents"),
-    Datatype("INT8", config_pb2.TYPE_INT8, np.dtype("i1"), "int_contents"),
-    Datatype("INT16", config_pb2.TYPE_INT16, np.dtype("<i2"), "int_contents"),
-    Datatype("INT32", config_pb2.TYPE_INT32, np.dtype("<i4"), "int_contents"),
-    Datatype("INT64", config_pb2.TYPE_INT64, np.dtype("<i8"), "int64_contents"),
-    Datatype("FP16", config_pb2.TYPE_FP16, np.dtype("<f2"), ""),
-    Datatype("BF16", config_pb2.TYPE_BF16, np.dtype("<u2"), ""),
-    Datatype("FP32", config_pb2.TYPE_FP32, np.dtype("<f4"), "fp32_contents"),
-    Datatype("FP64", config_pb2.TYPE_FP64, np.dtype("<f8"), "fp64_contents"),
+    Datatype("BOOL", config_pb2.TYPE_BOOL, NUMBERS["BOOL"], "bool_contents"),
+    Datatype("UINT8", config_pb2.TYPE_UINT8, NUMBERS["UINT8"], "uint_contents"),
+    Datatype("UINT16", config_pb2.TYPE_UINT16, NUMBERS["UINT16"], "uint_contents"),
+    Datatype("UINT32", config_pb2.TYPE_UINT32, NUMBERS["UINT32"], "uint_contents"),
+    Datatype("UINT64", config_pb2.TYPE_UINT64, NUMBERS["UINT64"], "uint64_contents"),
+    Datatype("INT8", config_pb2.TYPE_INT8, NUMBERS["INT8"], "int_contents"),
+    Datatype("INT16", config_pb2.TYPE_INT16, NUMBERS["INT16"], "int_contents"),
+    Datatype("INT32", config_pb2.TYPE_INT32, NUMBERS["INT32"], "int_contents"),
+    Datatype("INT64", config_pb2.TYPE_INT64, NUMBERS["INT64"], "int64_contents"),
+    Datatype("FP16", config_pb2.TYPE_FP16, NUMBERS["FP16"], ""),
+    Datatype("BF16", config_pb2.TYPE_BF16, NUMBERS["BF16"], ""),
+    Datatype("FP32", config_pb2.TYPE_FP32, NUMBERS["FP32"], "fp32_contents"),
+    Datatype("FP64", config_pb2.TYPE_FP64, NUMBERS["FP64"], "fp64_contents"),
     Datatype("BYTES", config_pb2.TYPE_STRING, np.dtype(object), "bytes_contents"),
 )
 

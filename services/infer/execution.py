@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
@@ -84,6 +84,16 @@ class Tally:
     """Rows that were run although their time was over: always 0, or there is a fault in here."""
 
 
+class Runs(Protocol):
+    """Runs batches, one at a time: an Execution, or what stands around one."""
+
+    tally: Tally
+    may_run_on_loop: bool
+
+    def run(self, batch: Sequence[Job]) -> list[Outcome]:
+        """One outcome for each job, in order. Never raises."""
+
+
 class Execution:
     """Runs batches of one model version, one at a time: it owns the buffers that rows are gathered in."""
 
@@ -95,11 +105,8 @@ class Execution:
         self._clock = clock
         self._staging: dict[str, np.ndarray[tuple[int], np.dtype[np.uint8]]] = {}
         self.tally = Tally()
-
-    @property
-    def may_run_on_loop(self) -> bool:
+        self.may_run_on_loop = bool(getattr(session, "only_computes", False))
         """Whether the model only computes: then a run that is short enough holds up nobody."""
-        return bool(getattr(self._session, "only_computes", False))
 
     def run(self, batch: Sequence[Job]) -> list[Outcome]:
         """One outcome for each job, in order. Never raises."""
@@ -214,8 +221,3 @@ class Execution:
 
 def _expired() -> DeadlineExceeded:
     return DeadlineExceeded("Request timeout expired in the queue: it was not executed")
-
-
-def make(kind: type[Execution], *given: Any) -> Execution:
-    """An execution of that kind."""
-    return kind(*given)

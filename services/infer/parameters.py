@@ -25,6 +25,9 @@ _TYPES = {
     "triton_enable_empty_final_response": ("bool_param",),
 }
 
+KNOWN = frozenset(_TYPES)
+"""What is the server's to read; other parameters of a request are the model's own."""
+
 _SHARED_MEMORY = "shared_memory_"
 
 

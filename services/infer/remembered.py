@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from mesh.flights import Crashes, Flights, Seat, Verdict
-from services.infer.execution import Execution, Job, Outcome
-from services.infer.isolation.execution import ProcessExecution
+from services.infer.execution import Execution, Job, Outcome, Runs
 from services.infer.request import Call
 from shoal.errors import Internal
 
@@ -31,35 +30,29 @@ _LOOKED_AT = 1024
 _ELEMENTS = 16
 
 
-class _Remembered(Execution):
-    """An execution that says what it is at."""
+class Remembered:
+    """Stands around an execution, and says what it is at: an `execution.Runs`. Free again, its seat is another's."""
 
-    _seat: Seat | None
-    _model: int
+    def __init__(self, execution: Execution, seat: Seat, model: int) -> None:
+        """`model` is a `digest_of` its name."""
+        self._execution = execution
+        self._seat = seat
+        self._model = model
+        self.tally = execution.tally
+        self.may_run_on_loop = execution.may_run_on_loop
 
     def run(self, batch: Sequence[Job]) -> list[Outcome]:
-        if self._seat is None:
-            return super().run(batch)
         model = self._model
         self._seat.begin([mark(model, job.call) for job in batch])
-        outcomes = super().run(batch)
+        outcomes = self._execution.run(batch)
         self._seat.end()
         return outcomes
 
 
-class RememberedExecution(_Remembered):
-    """Of a model in this process."""
-
-
-class RememberedProcessExecution(_Remembered, ProcessExecution):
-    """Of a model in a session: perhaps in this process too."""
-
-
-def remembered(flights: Flights, kind: type[Execution], *given: Any) -> Execution:
-    """An execution of that kind, made of what is given, that is remembered."""
-    made: _Remembered = (RememberedProcessExecution if kind is ProcessExecution else RememberedExecution)(*given)
-    made._seat, made._model = flights.seat(), digest_of(made._name)
-    return made
+def remembered(flights: Flights, model: str, execution: Execution) -> Runs:
+    """The execution of `model`, remembered; or as it is, when all seats are taken."""
+    seat = flights.seat()
+    return execution if seat is None else Remembered(execution, seat, digest_of(model))
 
 
 class Memory:

@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from mesh.tasks import end
+from services.infer.aside import aside
 from services.infer.execution import Times
 from services.infer.request import Call
 from services.infer.response_key import ResponseKeys
@@ -47,9 +48,6 @@ _JOINS = 2
 _LONG_BYTES = 256 << 10
 _LONG_ELEMENTS = 1 << 12
 # Beyond these a digest or a copy takes longer than a hop to a thread.
-
-
-T = TypeVar("T")
 
 
 class CacheState(StrEnum):
@@ -129,7 +127,7 @@ class ResponseCache:
         Raises what `Scheduler.submit` does.
         """
         arrived, began = self._clock(), time.perf_counter_ns()
-        key = await _aside(lambda: self._keys.key(call, parameters), _is_long(call.size_bytes, call.inputs.values()))
+        key = await aside(lambda: self._keys.key(call, parameters), _is_long(call.size_bytes, call.inputs.values()))
         outputs = self._store.get(self._owner, key, self._clock())
         looked_ns = time.perf_counter_ns() - began
         if outputs is not None:
@@ -192,7 +190,7 @@ class ResponseCache:
             began = time.perf_counter_ns()
             size = sum(output.nbytes for output in got.outputs)
             if size <= self._store.largest_bytes:
-                outputs = await _aside(lambda: frozen(got.outputs), _is_long(size, got.outputs))
+                outputs = await aside(lambda: frozen(got.outputs), _is_long(size, got.outputs))
                 answer = Answer(outputs, got.times, got.queue_ns, got.fired)
                 self._store.put(self._owner, key, outputs, expires=self._clock() + self._ttl_s)
             flight.kept_ns = time.perf_counter_ns() - began
@@ -259,8 +257,3 @@ def _look(task: asyncio.Task[Answer]) -> None:
 
 def _is_long(size_bytes: int, arrays: Iterable[Tensor]) -> bool:
     return size_bytes > _LONG_BYTES or any(a.dtype == object and a.size > _LONG_ELEMENTS for a in arrays)
-
-
-async def _aside(work: Callable[[], T], is_long: bool) -> T:
-    """Does `work`: here when it is short, else on a thread."""
-    return await asyncio.to_thread(work) if is_long else work()

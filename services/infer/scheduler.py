@@ -20,7 +20,7 @@ from types import TracebackType
 
 from services.infer.batcher import BatchPolicy, Wait
 from services.infer.cost import Backlog, CostCurve
-from services.infer.execution import Answer, Execution, Outcome, Times
+from services.infer.execution import Answer, Outcome, Runs, Times
 from services.infer.queue import Batch, Pending, Queue, QueueLimits, Receiver
 from services.infer.request import Call
 from services.infer.rules import Rules
@@ -81,7 +81,7 @@ class Scheduler:
     """Runs the calls of one model version. Use as `async with`: leaving runs what still waits, then stops.
 
     Args:
-        execution: makes the Execution of one worker; called once for each.
+        execution: makes what runs the batches of one worker; called once for each.
         instances: how many executions may run at the same time.
         clock: seconds; the one that deadlines and the executions' expiry are on.
         worker: makes what runs an instance's batches.
@@ -90,7 +90,7 @@ class Scheduler:
     def __init__(
         self,
         name: str,
-        execution: Callable[[], Execution],
+        execution: Callable[[], Runs],
         policy: BatchPolicy,
         limits: QueueLimits,
         rules: Rules | None = None,
@@ -98,7 +98,7 @@ class Scheduler:
         instances: int = 1,
         statistics: Statistics,
         clock: Callable[[], float] = time.monotonic,
-        worker: Callable[[Execution, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
+        worker: Callable[[Runs, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
     ) -> None:
         self._name = name
         self._policy = policy
@@ -470,23 +470,24 @@ class Scheduler:
         """Sends away those that would be answered too late even if they were run next: others can still make it."""
         # Here the doubt goes the other way than at admission: what is run in vain is capacity that others could have.
         for pending in self._queue.shed(now + self._backlog.worst_s):
-            self._statistics.shed += 1
-            after_ms = self._retry_after_ms()
-            message = (
+            self._send_away(
+                pending,
                 f"model '{self._name}' is overloaded: this request could not be done before its deadline, and was not "
-                f"executed; retry after {after_ms} ms"
+                "executed",
             )
-            self._settle(pending, ResourceExhausted(message, retry_after_ms=after_ms))
 
     def _evict(self, pendings: Sequence[Pending]) -> None:
         for pending in pendings:
-            self._statistics.shed += 1
-            after_ms = self._retry_after_ms()
-            message = (
+            self._send_away(
+                pending,
                 f"Exceeds maximum queue size of model '{self._name}': this request gave up its place, since others "
-                f"of its tenant or priority hold more than their share; retry after {after_ms} ms"
+                "of its tenant or priority hold more than their share",
             )
-            self._settle(pending, ResourceExhausted(message, retry_after_ms=after_ms))
+
+    def _send_away(self, pending: Pending, why: str) -> None:
+        self._statistics.shed += 1
+        after_ms = self._retry_after_ms()
+        self._settle(pending, ResourceExhausted(f"{why}; retry after {after_ms} ms", retry_after_ms=after_ms))
 
     def _set_timer(self, at: float, now: float) -> None:
         if self._timer is not None:

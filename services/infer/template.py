@@ -32,8 +32,6 @@ _MOST_TEMPLATES = 64
 _MOST_SHAPES = 256
 # Of one model: clients that send any number of rows have as many heads. Beyond that they are parsed.
 
-_NO_PARAMETERS = parameters.read({})
-
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -85,7 +83,7 @@ class Template:
             inputs[slot.name] = np.frombuffer(body, slot.dtype, slot.elements, start).reshape(slot.shape)
         if at != len(body):
             return None
-        return Call(inputs, self.outputs, self.rows, self.size_bytes, self.key, _NO_PARAMETERS)
+        return Call(inputs, self.outputs, self.rows, self.size_bytes, self.key, parameters.NONE)
 
     def opening(self, prefix: bytes, outputs: Sequence[Tensor]) -> Opening:
         """The opening of an answer with these outputs; `prefix` is its model and version."""

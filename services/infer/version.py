@@ -19,7 +19,7 @@ from types import TracebackType
 
 from services.infer import loading, modelconfig, rules
 from services.infer.decoupled import DecoupledScheduler
-from services.infer.execution import Execution, make
+from services.infer.execution import Execution, Runs
 from services.infer.isolation.execution import ProcessExecution
 from services.infer.isolation.session import ProcessSession
 from services.infer.loading import Loaded
@@ -48,6 +48,11 @@ class State(StrEnum):
     """The repository has it, and it was never loaded: an empty text, as clients expect."""
 
 
+def as_it_is(model: str, execution: Execution) -> Runs:
+    """Puts nothing around an execution."""
+    return execution
+
+
 @dataclass(frozen=True)
 class Means:
     """What every version is loaded and run with."""
@@ -61,8 +66,8 @@ class Means:
     clock: Callable[[], float] = time.monotonic
     responses: ResponseStore = field(default_factory=ResponseStore)
     """Where the models with a response cache keep answers."""
-    execution: Callable[..., Execution] = make
-    """Makes one of a kind (its first argument) from the rest."""
+    around: Callable[[str, Execution], Runs] = as_it_is
+    """What stands around each execution of a model, by the model's name."""
 
     @classmethod
     def of(
@@ -72,13 +77,11 @@ class Means:
         *,
         threads: int = 0,
         response_cache_bytes: int = DEFAULT_BYTES,
-        execution: Callable[..., Execution] = make,
+        around: Callable[[str, Execution], Runs] = as_it_is,
     ) -> Means:
         """With `threads` 0: as many as this process may use cores."""
         cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
-        return cls(
-            runtime, threads or cores, limits, asyncio.Semaphore(cores), responses=responses, execution=execution
-        )
+        return cls(runtime, threads or cores, limits, asyncio.Semaphore(cores), responses=responses, around=around)
 
 
 @dataclass(eq=False)
@@ -203,11 +206,13 @@ class Version:
             clock=means.clock,
         )
 
-    def _execution(self, loaded: Loaded, means: Means) -> Execution:
+    def _execution(self, loaded: Loaded, means: Means) -> Runs:
         session, signature = loaded.session, loaded.model.signature
         if isinstance(session, ProcessSession):
-            return means.execution(ProcessExecution, self.name, self.number, session, signature, means.clock)
-        return means.execution(Execution, self.name, session, signature, means.clock)
+            made: Execution = ProcessExecution(self.name, self.number, session, signature, means.clock)
+        else:
+            made = Execution(self.name, session, signature, means.clock)
+        return means.around(self.name, made)
 
     def _caching(self, loaded: Loaded, means: Means, ttl: float) -> ResponseCache:
         config, signature = loaded.model.config, loaded.model.signature

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from time import perf_counter_ns, thread_time_ns
 from typing import Protocol, TypeAlias
 
-from services.infer.execution import Execution, Job, Outcome
+from services.infer.execution import Job, Outcome, Runs
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ Done: TypeAlias = Callable[[Sequence[Outcome], float], None]
 class Worker(Protocol):
     """Runs the batches of one instance."""
 
-    execution: Execution
+    execution: Runs
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         """Runs a batch. Not before the last one is done."""
@@ -38,7 +38,7 @@ class Worker(Protocol):
 class ThreadWorker:
     """A thread with an inbox: a batch crosses to it once, and its outcomes once back."""
 
-    def __init__(self, execution: Execution, loop: asyncio.AbstractEventLoop, name: str) -> None:
+    def __init__(self, execution: Runs, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self.execution = execution
         self._loop = loop
         self._inbox: SimpleQueue[tuple[Sequence[Job], Done] | tuple[float, Callable[[], None]] | None] = SimpleQueue()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from services.infer.isolation.payload import NUMBERS
+from services.infer.dtypes import NUMBERS
 from services.infer.onnx_runtime import OnnxRuntime
 from services.infer.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.runtime import About, ModelFailed, Runtime, Session, SessionOptions

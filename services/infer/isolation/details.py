@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from services.infer import parameters
 from services.infer.request import Call
 from shoal.inference.v2 import inference_pb2 as pb
 
 _SEQUENCE_START, _SEQUENCE_END = 1, 2
-_OURS = {
-    "timeout",
-    "priority",
-    "sequence_id",
-    "sequence_start",
-    "sequence_end",
-    "explain",
-    "triton_enable_empty_final_response",
-}
 
 
 def of(call: Call, model: str, version: int) -> dict[str, Any]:
@@ -30,7 +22,7 @@ def of(call: Call, model: str, version: int) -> dict[str, Any]:
         given = asked.parameters
         said["timeout_us"] = call.parameters.timeout_us
         said["parameters"] = {
-            name: value for name in given if name not in _OURS and (value := _value(given[name])) is not None
+            name: value for name in given if name not in parameters.KNOWN and (value := _value(given[name])) is not None
         }
         said["correlation_id"] = _value(given["sequence_id"]) if "sequence_id" in given else 0
         said["flags"] = _flag(given, "sequence_start", _SEQUENCE_START) | _flag(given, "sequence_end", _SEQUENCE_END)

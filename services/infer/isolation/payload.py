@@ -15,27 +15,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from services.infer.dtypes import NUMBERS
+
 Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 ALIGNMENT = 64
 """A cache line: no kernel of NumPy wants more."""
-
-NUMBERS = {
-    "BOOL": np.dtype("?"),
-    "UINT8": np.dtype("u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "INT8": np.dtype("i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-}
-"""In memory, by the protocol's names; BYTES is the one that is missing."""
 
 _NAMES = {dtype: name for name, dtype in NUMBERS.items() if name != "BF16"}
 _LENGTH = struct.Struct("<I")

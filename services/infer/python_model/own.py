@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
+from services.infer.dtypes import NUMBERS
 from services.infer.isolation import payload
 from services.infer.isolation.hosted import Batch, Facts, Given, Load, LoadFailed, RunFailed, Sender
 from services.infer.isolation.payload import Part
 from services.infer.python_model.config_form import specs
 from services.infer.python_model.source import told
 
-_DATATYPES = (*payload.NUMBERS, "BYTES")
+_DATATYPES = (*NUMBERS, "BYTES")
 
 Spec = tuple[str, str, Sequence[int]]
 

@@ -13,8 +13,9 @@ import threading
 import numpy as np
 import pytest
 
+from services.infer.dtypes import NUMBERS
 from services.infer.isolation.channel import Channel, ChannelClosed
-from services.infer.isolation.payload import NUMBERS, part
+from services.infer.isolation.payload import part
 
 
 @pytest.fixture

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 
-from shoal.errors import DeadlineExceeded
+from services.infer.core import InferenceServer
+from shoal.errors import DeadlineExceeded, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.infer.conftest import output, request
+
+
+async def each(
+    core: InferenceServer, asked: pb.ModelInferRequest, deadline: float = math.inf
+) -> AsyncGenerator[pb.ModelInferResponse, None]:
+    """The responses to one request; an error that the model gives is raised."""
+    async with aclosing(core.responses(asked, deadline)) as responses:
+        async for response in responses:
+            if isinstance(response, ShoalError):
+                raise response
+            yield response
+
 
 COUNT = """
     import os, time
@@ -170,14 +184,14 @@ async def test_tritons_repeat_interleaves_and_goes_on_after_an_error(repo, serve
 async def test_a_model_faster_than_its_caller_is_paused(repo, serve):
     repo.python("count", COUNT, COUNT_CONFIG)
     serving = await serve()
-    responses = serving.core.infer_stream(count(500))
+    responses = each(serving.core, count(500))
     assert output(await anext(responses), "i").tolist() == [0]
     await until(lambda: len(journal(repo)) >= 16)
     seen = [output(await anext(responses), "i")[0] for _ in range(99)]
     assert seen == list(range(1, 100))
     assert len(journal(repo)) <= 100 + 2 * 16
     # While one caller does not read, another is served.
-    other = [output(r, "i")[0] async for r in serving.core.infer_stream(count(40))]
+    other = [output(r, "i")[0] async for r in each(serving.core, count(40))]
     assert other == list(range(40))
     await responses.aclose()
     await until(lambda: "closed" in journal(repo))
@@ -199,7 +213,7 @@ async def test_a_deadline_ends_the_stream_and_reaches_the_model(repo, serve):
     serving = await serve()
     loop = asyncio.get_running_loop()
     with pytest.raises(DeadlineExceeded):
-        async for _ in serving.core.infer_stream(repeat([1] * 100, [30] * 100), loop.time() + 0.2):
+        async for _ in each(serving.core, repeat([1] * 100, [30] * 100), loop.time() + 0.2):
             pass
     scheduler = serving.models.find("repeat", "").decoupled
     await until(lambda: not scheduler._places)
@@ -225,14 +239,14 @@ async def test_more_than_max_streams_wait_their_turn(repo, serve, most):
     config = COUNT_CONFIG + f'parameters {{ key: "max_streams" value {{ string_value: "{most}" }} }}'
     repo.python("count", COUNT, config)
     serving = await serve()
-    held = [serving.core.infer_stream(count(500)) for _ in range(most)]
+    held = [each(serving.core, count(500)) for _ in range(most)]
     for responses in held:
         await anext(responses)
-    patient = serving.core.infer_stream(count(1))
+    patient = each(serving.core, count(1))
     waiting = asyncio.ensure_future(anext(patient))
     scheduler = serving.models.find("count", "").decoupled
     await until(lambda: len(scheduler._waiting) == 1)
-    late = serving.core.infer_stream(count(1), asyncio.get_running_loop().time() + 0.05)
+    late = each(serving.core, count(1), asyncio.get_running_loop().time() + 0.05)
     with pytest.raises(DeadlineExceeded):
         await anext(late)
     await held[0].aclose()
@@ -258,5 +272,5 @@ async def test_big_responses(repo, serve):
         ),
     )
     serving = await serve()
-    sums = [int(output(r, "i").sum()) async for r in serving.core.infer_stream(count(30), math.inf)]
+    sums = [int(output(r, "i").sum()) async for r in each(serving.core, count(30), math.inf)]
     assert sums == [n << 20 for n in range(30)]
