@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.infer import onnx_files
+from tests.infer.conformance import served_models
 from tests.infer.conformance.instance import Instance
 
 CONFIGS = {
@@ -22,29 +23,6 @@ CONFIGS = {
     """,
 }
 
-REPEAT = """
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-
-class TritonPythonModel:
-    def execute(self, requests):
-        for request in requests:
-            sender = request.get_response_sender()
-            times = int(pb_utils.get_input_tensor_by_name(request, "times").as_numpy()[0])
-            for n in range(times):
-                sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("n", np.array([n], np.int32))]))
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-"""
-
-REPEAT_CONFIG = """
-backend: "python"
-max_batch_size: 0
-model_transaction_policy { decoupled: true }
-input [ { name: "times" data_type: TYPE_INT32 dims: [ 1 ] } ]
-output [ { name: "n" data_type: TYPE_INT32 dims: [ 1 ] } ]
-"""
-
 
 def write(root: Path) -> Path:
     """The models of the clients: double and patient (y = 2x, [N,4]), wide (the same, of any size), classes, repeat."""
@@ -54,9 +32,7 @@ def write(root: Path) -> Path:
         (root / name / "1/model.onnx").write_bytes(model.SerializeToString())
         (root / name / "config.pbtxt").write_text(config)
     (root / "classes/labels.txt").write_text("ant\nbee\n")
-    (root / "repeat/1").mkdir(parents=True)
-    (root / "repeat/1/model.py").write_text(REPEAT)
-    (root / "repeat/config.pbtxt").write_text(REPEAT_CONFIG)
+    served_models.put_repeat(root)
     return root
 
 

@@ -23,9 +23,9 @@ from mesh.embedded import launch
 from shoal.errors import Code
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
+from tests.http2 import INFER, STREAM, Answer, Connection, Silence, framed, raw
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
-from tests.infer.http2 import INFER, STREAM, Answer, Connection, Silence, framed, raw
 from tests.infer.mutation import mutated
 from tests.infer.test_infer_process import Infer
 from tests.infer.test_infer_process import serves as is_serving

@@ -22,7 +22,7 @@ from shoal import errors
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc as rpc
 from tests.breakable import until
-from tests.infer.http2 import Connection
+from tests.http2 import Connection
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CoordService"]
 

@@ -27,7 +27,7 @@ from services.coord.traffic import table
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 from tests.breakable import EnvoyProcess, Process, until
-from tests.infer.http2 import INFER, Connection, framed
+from tests.http2 import INFER, Connection, framed
 
 pytestmark = pytest.mark.envoy
 

@@ -101,10 +101,15 @@ def write(root: Path) -> Path:
         _put(root, "versions", onnx_files.scale(version), version)
     _put(root, "slow", onnx_files.slow())
     _put(root, "patient", onnx_files.scale(2))
+    put_repeat(root)
+    return root
+
+
+def put_repeat(root: Path) -> None:
+    """Adds `repeat`, whose answers to one request are as many as it says."""
     (root / "repeat/1").mkdir(parents=True)
     (root / "repeat/1/model.py").write_text(REPEAT)
     (root / "repeat/config.pbtxt").write_text(REPEAT_CONFIG)
-    return root
 
 
 def _put(root: Path, name: str, model: ModelProto, version: int = 1) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import struct
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -13,35 +12,18 @@ import h2.config
 import h2.connection
 import h2.events
 
+from tests.http2 import Answer
 from tests.mesh.fronts.service import path
 
 Headers = list[tuple[str, str]]
 
 
-def framed(message: bytes, flags: int = 0) -> bytes:
-    return struct.pack(">BI", flags, len(message)) + message
-
-
 @dataclass
-class Exchange:
-    """What has come back for one stream."""
+class Exchange(Answer):
+    """One call that is under way: what has come of its answer, and what may be waited for."""
 
-    headers: dict[str, str] = field(default_factory=dict)
-    trailers: dict[str, str] = field(default_factory=dict)
-    body: bytearray = field(default_factory=bytearray)
-    reset: int | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def status(self) -> int | None:
-        """The gRPC status, or None."""
-        found = self.trailers.get("grpc-status", self.headers.get("grpc-status"))
-        return None if found is None else int(found)
-
-    @property
-    def message(self) -> str:
-        return self.trailers.get("grpc-message", self.headers.get("grpc-message", ""))
 
 
 class RawConnection:
@@ -168,7 +150,7 @@ class RawConnection:
             case h2.events.TrailersReceived():
                 exchange.trailers = dict(event.headers)
             case h2.events.DataReceived():
-                exchange.body += event.data
+                exchange.data += event.data
                 if self._reads and event.flow_controlled_length:
                     self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
             case h2.events.StreamReset():
