@@ -10,8 +10,9 @@ import grpc
 import pytest
 
 from shoal.errors import Code
+from tests.http2 import framed
 from tests.mesh.fronts.conftest import UNARY, Client, Front
-from tests.mesh.fronts.raw import RawConnection, framed
+from tests.mesh.fronts.raw import RawConnection
 
 EACH = ("Unary", "Short", "ServerStream", "ClientStream", "Bidi")
 _numbers = itertools.count()
