@@ -22,6 +22,11 @@ from services.infer.scheduling.slo import Arrivals
 SPARE = 0.9
 """The part of a budget that plans may use up: clocks, networks and forecasts err."""
 
+_AMPLE = 0.6
+_ENOUGH = 3
+# The part that is used up where so many batches wait already: they keep the instances busy, and what would come in at
+# the last moment is better refused.
+
 _NEARLY = 0.98
 _NEWEST = 0.02
 # Weight of the newest call in the mean of the budgets.
@@ -31,6 +36,11 @@ _AGAIN_S = 0.05
 
 _SIZES = (1, *(size for power in range(1, 13) for size in (1 << power, 3 << (power - 1))))
 # 1, 2, 3, 4, 6, 8, 12, ...
+
+
+def spare_of(ahead_s: float, batch_s: float) -> float:
+    """The part of its time that a call may be planned to take, when `ahead_s` of work in batches waits before it."""
+    return _AMPLE if ahead_s > _ENOUGH * batch_s else SPARE
 
 
 class Pressure:

@@ -22,7 +22,7 @@ from services.infer.calls.request import Call
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import Backlog, CostCurve
 from services.infer.scheduling.execution import Answer, Outcome, Runs, Times
-from services.infer.scheduling.overload import SPARE, Pressure
+from services.infer.scheduling.overload import SPARE, Pressure, spare_of
 from services.infer.scheduling.queue import Batch, Pending, Queue, QueueLimits, Receiver
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.statistics import Statistics
@@ -270,11 +270,12 @@ class Scheduler:
         free_s = max(min(self._free_at.values(), default=now) - now, 0.0)
         row_s, batch_s = self._pace(most)
         row_s /= self._instances
-        left_s = SPARE * (bound - now)
-        if free_s + self._queue.rows * row_s + batch_s < left_s:
+        ahead_s = free_s + self._queue.rows * row_s
+        spare = spare_of(ahead_s, batch_s / self._instances)
+        if ahead_s + batch_s < spare * (bound - now):
             return
         start_s = free_s + self._queue.ahead(pending, tenant) // most * most * row_s  # Whole batches go before it.
-        end = now + (start_s + batch_s) / SPARE
+        end = now + (start_s + batch_s) / spare
         meets_goal = end < pending.due or not self._can_reach_goal()
         if meets_goal and now + start_s < pending.expires and end < pending.deadline:
             return
