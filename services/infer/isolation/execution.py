@@ -93,7 +93,7 @@ class ProcessExecution(Execution):
         session, first = self._processes, calls[0]
         said = [details.of(call, self._name, self._version) for call in calls] if session.wants_requests else ()
         return session.run_requests(
-            {name: [call.inputs[name] for call in calls] for name in first.inputs},
+            {name: [call.tensors[name] for call in calls] for name in first.inputs},
             [output.spec.name for output in first.outputs],
             [call.rows for call in calls] if self._batched else (),
             said,

@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from kernels.stack_rows import split_rows, stack_rows
+from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call
 from services.infer.calls.signature import Signature
 from services.infer.calls.tensors import Tensor
@@ -60,9 +61,9 @@ class Answer:
 
     __slots__ = ("fired", "outputs", "queue_ns", "times")
 
-    def __init__(self, outputs: Sequence[Tensor], times: Times, queue_ns: int = 0, fired: str = "") -> None:
+    def __init__(self, outputs: Sequence[Value], times: Times, queue_ns: int = 0, fired: str = "") -> None:
         self.outputs = outputs
-        """In the order that the call asks for them."""
+        """In the order that the call asks for them; `Rows` only for an output that is ragged."""
         self.times = times
         self.queue_ns = queue_ns
         """How long it waited before its execution."""
@@ -173,12 +174,12 @@ class Execution:
 
     def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Tensor], int]:
         if len(calls) == 1:
-            return calls[0].inputs, calls[0].rows
+            return calls[0].tensors, calls[0].rows
         inputs = {}
         rows = sum([call.rows for call in calls])
-        for name, first in calls[0].inputs.items():
+        for name, first in calls[0].tensors.items():
             out = self._buffer(name, first, rows)
-            inputs[name] = stack_rows([call.inputs[name] for call in calls], out)
+            inputs[name] = stack_rows([call.tensors[name] for call in calls], out)
         return inputs, rows
 
     def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Tensor], rows: int, start: int) -> list[Outcome]:
