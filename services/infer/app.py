@@ -28,8 +28,8 @@ from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
 from services.infer.isolation.inner_calls import InnerCalls
 from services.infer.models.control import Control
+from services.infer.models.means import Means, as_it_is
 from services.infer.models.models import Models
-from services.infer.models.version import Means, as_it_is
 from services.infer.remembered import Memory, remembered
 from services.infer.rpc import inference_rpc, short_methods
 from services.infer.runtimes.choice import Runtimes

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 from mesh.tasks import log_failure
 from services.infer.models.backoff import Backoff
-from services.infer.models.version import Means, State, Version
+from services.infer.models.means import Means
+from services.infer.models.version import State, Version
 from services.infer.models.wanted import WantedModel, WantedVersion
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ from types import TracebackType
 
 from mesh.latest import Latest
 from mesh.tasks import end
+from services.infer.models.means import Means
 from services.infer.models.model import IndexRow, Model
-from services.infer.models.version import Means, Version
+from services.infer.models.version import Version
 from services.infer.models.wanted import WantedModel
 from services.infer.wording import quoted
 from shoal.errors import InvalidArgument, NotFound, Unavailable

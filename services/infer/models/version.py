@@ -8,30 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
-import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 
-from services.infer.isolation.execution import ProcessExecution
-from services.infer.isolation.session import ProcessSession
-from services.infer.models import loading, modelconfig
+from services.infer.models import loading
 from services.infer.models.loading import Loaded
+from services.infer.models.means import Means
+from services.infer.models.scheduling import scheduler_of
 from services.infer.models.wanted import ModelFiles, WantedVersion
 from services.infer.responses.cache import ResponseCache, ttl_s
 from services.infer.responses.key import ResponseKeys
-from services.infer.responses.store import DEFAULT_BYTES, ResponseStore
-from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.runtime import Runtime
-from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
-from services.infer.scheduling.execution import Execution, Runs
-from services.infer.scheduling.queue import QueueLimits
-from services.infer.scheduling.scheduler import Scheduler
+from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unimplemented
 
@@ -47,42 +38,6 @@ class State(StrEnum):
     UNAVAILABLE = "UNAVAILABLE"
     UNKNOWN = ""
     """The repository has it, and it was never loaded: an empty text, as clients expect."""
-
-
-def as_it_is(model: str, execution: Execution) -> Runs:
-    """Puts nothing around an execution."""
-    return execution
-
-
-@dataclass(frozen=True)
-class Means:
-    """What every version is loaded and run with."""
-
-    runtime: Runtime | Runtimes
-    threads: int
-    """For one execution, where the model does not say."""
-    limits: QueueLimits
-    at_once: asyncio.Semaphore
-    """Loading takes cores and memory: so many at a time."""
-    clock: Callable[[], float] = time.monotonic
-    responses: ResponseStore = field(default_factory=ResponseStore)
-    """Where the models with a response cache keep answers."""
-    around: Callable[[str, Execution], Runs] = as_it_is
-    """What stands around each execution of a model, by the model's name."""
-
-    @classmethod
-    def of(
-        cls,
-        runtime: Runtime | Runtimes,
-        limits: QueueLimits,
-        *,
-        threads: int = 0,
-        response_cache_bytes: int = DEFAULT_BYTES,
-        around: Callable[[str, Execution], Runs] = as_it_is,
-    ) -> Means:
-        """With `threads` 0: as many as this process may use cores."""
-        cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
-        return cls(runtime, threads or cores, limits, asyncio.Semaphore(cores), responses=responses, around=around)
 
 
 @dataclass(eq=False)
@@ -101,7 +56,7 @@ class Version:
     decoupled: DecoupledScheduler | None = None
     """In place of the scheduler, for a model that gives any number of responses."""
     _loaded: Loaded | None = None
-    _scheduler: Scheduler | None = None
+    _scheduler: RunsCalls | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
     _users: int = 0
     _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -127,7 +82,7 @@ class Version:
         return self._loaded
 
     @property
-    def scheduler(self) -> Scheduler:
+    def scheduler(self) -> RunsCalls:
         """Only a version that was READY is asked. Raises Unimplemented when it is decoupled."""
         if self._scheduler is None:
             raise Unimplemented("ModelInfer RPC doesn't support models with decoupled transaction policy")
@@ -159,16 +114,19 @@ class Version:
         loaded = await _finished(self._loading(files, means, given_up), given_up)
         # On a thread: a model's own good-bye may take a while.
         self._resources.push_async_callback(asyncio.to_thread, loaded.session.close)
-        if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):
-            streams = self._streaming(loaded, loaded.session, means)
-            self.decoupled = await self._resources.enter_async_context(streams)
-            self._loaded = loaded
+        await self._schedule(loaded, means)
+        self._loaded = loaded
+
+    async def _schedule(self, loaded: Loaded, means: Means) -> None:
+        scheduler = scheduler_of(self.name, self.number, loaded, means, self.statistics)
+        await self._resources.enter_async_context(scheduler)
+        if isinstance(scheduler, DecoupledScheduler):
+            self.decoupled = scheduler
             return
-        self._scheduler = await self._resources.enter_async_context(self._scheduling(loaded, means))
+        self._scheduler = scheduler
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
             self.response_cache = await self._resources.enter_async_context(self._caching(loaded, means, ttl))
-        self._loaded = loaded
 
     def _loading(self, files: ModelFiles, means: Means, given_up: threading.Event) -> asyncio.Future[Loaded]:
         work = asyncio.to_thread(
@@ -182,38 +140,6 @@ class Version:
             is_given_up=given_up.is_set,
         )
         return asyncio.ensure_future(work)
-
-    def _scheduling(self, loaded: Loaded, means: Means) -> Scheduler:
-        return Scheduler(
-            self.name,
-            lambda: self._execution(loaded, means),
-            loaded.batch_policy(),
-            means.limits,
-            rules.of(loaded.model.config),
-            instances=modelconfig.instances(loaded.model.config),
-            statistics=self.statistics,
-            clock=means.clock,
-        )
-
-    def _streaming(self, loaded: Loaded, session: ProcessSession, means: Means) -> DecoupledScheduler:
-        level = rules.of(loaded.model.config).levels[0]
-        return DecoupledScheduler(
-            self.name,
-            self.number,
-            session,
-            QueueLimits(level.calls or means.limits.calls, means.limits.size_bytes),
-            default_timeout_s=level.timeout_s,
-            statistics=self.statistics,
-            clock=means.clock,
-        )
-
-    def _execution(self, loaded: Loaded, means: Means) -> Runs:
-        session, signature = loaded.session, loaded.model.signature
-        if isinstance(session, ProcessSession):
-            made: Execution = ProcessExecution(self.name, self.number, session, signature, means.clock)
-        else:
-            made = Execution(self.name, session, signature, means.clock)
-        return means.around(self.name, made)
 
     def _caching(self, loaded: Loaded, means: Means, ttl: float) -> ResponseCache:
         config, signature = loaded.model.config, loaded.model.signature
