@@ -6,9 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from services.infer.operations.byte_windows import ByteWindows, ByteWindowsParameters
+from services.infer.operations.crop_boxes import CropBoxes, CropBoxesParameters
+from services.infer.operations.ctc_decode import CtcDecode, CtcDecodeParameters
+from services.infer.operations.db_boxes import DbBoxes, DbBoxesParameters
 from services.infer.operations.decode_image import DecodeImage, DecodeImageParameters
 from services.infer.operations.operation import Operation, Setting
 from services.infer.operations.parameters import Parameters
+from services.infer.operations.tokenize import Tokenize, TokenizeParameters
 
 
 @dataclass(frozen=True)
@@ -24,4 +29,9 @@ class Entry:
 
 OPERATIONS: Mapping[str, Entry] = {
     "decode_image": Entry(DecodeImageParameters, DecodeImage),
+    "byte_windows": Entry(ByteWindowsParameters, ByteWindows),
+    "crop_boxes": Entry(CropBoxesParameters, CropBoxes),
+    "ctc_decode": Entry(CtcDecodeParameters, CtcDecode),
+    "db_boxes": Entry(DbBoxesParameters, DbBoxes),
+    "tokenize": Entry(TokenizeParameters, Tokenize),
 }

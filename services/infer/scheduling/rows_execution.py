@@ -1,7 +1,7 @@
 """An Execution of a session that takes rows of any shapes, and says which of them it cannot process.
 
-    inputs of each call ──stacked; a list of rows where they are ragged──> run_rows ──> values, parted by calls
-                                                                                  └──> unfit rows: their calls fail
+inputs of each call ──stacked; a list of rows where they are ragged──> run_rows ──> values, parted by calls
+                                                                              └──> unfit rows: their calls fail
 """
 
 from __future__ import annotations
