@@ -190,5 +190,6 @@ def rows(logits: Any, bits: Any, probabilities: Any, indices: Any) -> None:
             probabilities[i, j] = exp(logits[i, at] - top) / total
 
 
-def run(logits: Array, probabilities: Array, indices: Array) -> None:
+def run(logits: Array, probabilities: Array, indices: Array, stream: None = None) -> None:
+    logits = logits.astype(np.float32, copy=False)
     rows(logits, logits.view(np.int32), probabilities, indices)
