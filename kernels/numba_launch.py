@@ -31,6 +31,7 @@ def stream_of(stream: Any) -> Any:
     return cuda.external_stream(current.ptr)
 
 
-def covering(rows: int, columns: int, threads: int) -> tuple[Extent, Extent]:
+def covering(shape: Extent, threads: int) -> tuple[Extent, Extent]:
     """Grid and block for one thread per element of a matrix, a row of threads along its columns."""
+    rows, columns = shape
     return (-(-columns // threads), min(rows, MOST_BLOCKS_Y)), (threads, 1)

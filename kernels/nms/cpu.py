@@ -1,11 +1,8 @@
-"""nms on the CPU: each box, best first, is compared with those that are kept, 16 or 8 at a time.
+"""nms on the CPU: each box, best first, is compared with those kept so far, 16 or 8 at a time.
 
-The kept boxes' coordinates lie each in an array of its own, so that the comparison is a vector's; it stops at the first
-stretch of kept boxes that has one that covers the box. Boxes are put in order by NumPy, whose sort of whole numbers is
-a vector's as well: a score and its box's index make one.
-
-Measured on one core (Zen 4, random boxes, microseconds; what numba's plain double loop takes beside it, and torchvision):
-see docs/benchmarks.md.
+The kept boxes' coordinates lie each in an array of its own, so that the comparison is a vector's. It ends with the
+first 64 kept boxes among which one suppresses the box. NumPy brings the boxes into order: a score and its index make
+one whole number, and its sort of those is a vector's too.
 """
 
 from __future__ import annotations
@@ -19,66 +16,91 @@ from numba import njit
 Array = npt.NDArray[Any]
 
 STRETCH = 64
-LOW = np.uint64(0xFFFFFFFF)
+INDEX = np.uint64(0xFFFFFFFF)
+MAGNITUDE = np.int32(0x7FFFFFFF)
+ZERO, NAN = np.float32(0), np.float32(np.nan)
+NO_GROUPS = np.empty(0, np.int32)
 
 
 @njit(nogil=True, cache=True)
-def keys(bits: Any, scores: Any, least: Any, out: Any) -> int:
-    """Writes one number for each box whose score is at least `least`: higher scores first, equals by index."""
+def order_of(scores: Any, bits: Any, least: Any, out: Any) -> int:
+    """Writes a number for each box that has at least `least`: it sorts higher scores first, equal ones by index."""
     count = 0
     for i in range(scores.size):
-        if scores[i] >= least:  # Not so for NaN.
+        if scores[i] >= least:  # NaN has not.
             sign = bits[i] >> np.int32(31)
-            order = np.int64(((bits[i] & np.int32(0x7FFFFFFF)) ^ sign) - sign)
-            out[count] = np.uint64(np.int64(0x7FFFFFFF) - order) << np.uint64(32) | np.uint64(i)
+            key = np.int64(((bits[i] & MAGNITUDE) ^ sign) - sign)  # In the order of floats, both zeros equal.
+            out[count] = np.uint64(np.int64(MAGNITUDE) - key) << np.uint64(32) | np.uint64(i)
             count += 1
     return count
 
 
 @njit(nogil=True, cache=True)
-def _covered(kept, first, last, x1, y1, x2, y2, area, group, groups, threshold):
-    """Whether one of the kept boxes [first, last) overlaps the box by more than the threshold."""
-    hit = np.int32(0)
-    zero = np.float32(0)
-    for j in range(first, last):
-        j = np.uint64(j)
-        w = min(x2, kept[2, j]) - max(x1, kept[0, j])
-        h = min(y2, kept[3, j]) - max(y1, kept[1, j])
-        w = w if w > zero else zero
-        h = h if h > zero else zero
-        both = w * h
-        union = area + kept[4, j] - both
-        hit |= np.int32((both / union > threshold) & (groups[j] == group))
-    return hit != 0
+def _side(low: Any, high: Any) -> Any:
+    side = high - low
+    return side if side > ZERO else ZERO
+
+
+@njit(nogil=True, cache=True)
+def _area(x1: Any, y1: Any, x2: Any, y2: Any) -> Any:
+    """NaN with any coordinate: it makes every IoU NaN, which is above nothing."""
+    if x1 != x1 or y1 != y1 or x2 != x2 or y2 != y2:
+        return NAN
+    return _side(x1, x2) * _side(y1, y2)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def suppress(order, boxes, groups, threshold, out):
-    n = order.size
-    kept = np.empty((5, min(n, out.size)), np.float32)
-    kept_groups = np.zeros(min(n, out.size), np.int32)
-    zero = np.float32(0)
+def _suppressed(box: Any, area: Any, group: Any, threshold: Any, corners: Any, areas: Any, groups: Any) -> Any:
+    """Whether one of these kept boxes, corners [4, k], suppresses the box. No branch: the loop is a vector's."""
+    x1, y1, x2, y2 = box
+    left, top, right, bottom = corners
+    found = np.int32(0)
+    for j in range(areas.size):
+        w = _side(max(x1, left[j]), min(x2, right[j]))
+        h = _side(max(y1, top[j]), min(y2, bottom[j]))
+        both = w * h
+        found |= np.int32((both / (area + areas[j] - both) > threshold) & (groups[j] == group))
+    return found != 0
+
+
+@njit(nogil=True, cache=True)
+def suppress(order: Any, boxes: Any, groups: Any, threshold: Any, out: Any) -> int:
+    """Writes the kept boxes' indices; returns how many."""
+    most = min(order.size, out.size)
+    corners, areas, group_of = np.empty((4, most), np.float32), np.empty(most, np.float32), np.zeros(most, np.int32)
     count = 0
-    for i in range(n):
-        if count == out.size: break
-        at = order[i] & LOW
-        x1, y1, x2, y2 = boxes[at, 0], boxes[at, 1], boxes[at, 2], boxes[at, 3]
-        area = max(x2 - x1, zero) * max(y2 - y1, zero)
+    for number in order:
+        if count == most:
+            break
+        at = number & INDEX
+        box = (boxes[at, 0], boxes[at, 1], boxes[at, 2], boxes[at, 3])
+        area = _area(*box)
         group = groups[at] if groups.size else np.int32(0)
-        covered = False
-        first = 0
-        while first < count and not covered:
-            covered = _covered(kept, first, min(first + STRETCH, count), x1, y1, x2, y2, area, group, kept_groups, threshold)
-            first += STRETCH
-        if not covered:
-            kept[0, count] = x1; kept[1, count] = y1; kept[2, count] = x2; kept[3, count] = y2; kept[4, count] = area
-            kept_groups[count] = group
-            out[count] = at
+        suppressed = False
+        for begin in range(0, count, STRETCH):
+            end = min(begin + STRETCH, count)
+            kept = corners[0, begin:end], corners[1, begin:end], corners[2, begin:end], corners[3, begin:end]
+            if _suppressed(box, area, group, threshold, kept, areas[begin:end], group_of[begin:end]):
+                suppressed = True
+                break
+        if not suppressed:
+            for c in range(4):
+                corners[c, count] = box[c]
+            areas[count], group_of[count], out[count] = area, group, at
             count += 1
     return count
 
-def run(boxes, scores, groups, threshold, least, out):
+
+def run(
+    boxes: Array,
+    scores: Array,
+    groups: Array | None,
+    threshold: np.float32,
+    least: np.float32,
+    out: Array,
+    stream: None = None,
+) -> Array:
     order = np.empty(scores.size, np.uint64)
-    order = order[:keys(scores.view(np.int32), scores, least, order)]
+    order = order[: order_of(scores, scores.view(np.int32), least, order)]
     order.sort()
-    return suppress(order, boxes, groups, threshold, out)
+    return out[: suppress(order, boxes, NO_GROUPS if groups is None else groups, threshold, out)]

@@ -85,7 +85,7 @@ def _columns(ids: Any) -> int:
     return int(ids.shape[1])
 
 
-def _longest(version: Any, flat: Any, offsets: Any) -> int | None:
+def _longest(version: Any, flat: Any, offsets: Any) -> Any:
     """The longest sequence; None on a GPU."""
     longest, bad = version.survey(offsets, flat.size)
     if bad >= 0:

@@ -45,7 +45,6 @@ def survey(offsets: Any, size: int) -> tuple[None, int]:
 
 
 def run(flat: Any, offsets: Any, pad_id: int, left: bool, ids: Any, mask: Any, stream: Any = None) -> None:
-    n, width = ids.shape
-    if n and width:
-        grid, block = numba_launch.covering(n, width, THREADS)
+    if ids.size:
+        grid, block = numba_launch.covering(ids.shape, THREADS)
         numba_launch.launch(pad, grid, block, (flat, offsets, pad_id, left, ids, mask), stream)

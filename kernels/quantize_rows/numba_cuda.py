@@ -46,7 +46,7 @@ def quantize_row(x, numbers, scales):  # type: ignore[no-untyped-def] # noqa: AN
     scaled = LEAST <= most < INFINITY
     factor = LEVELS / most if scaled else np.float32(0)
     for j in range(t, m, THREADS):
-        numbers[i, j] = round_to_even(x[i, j] * factor) if scaled else 0
+        numbers[i, j] = round(x[i, j] * factor) if scaled else 0
     if t == 0:
         scales[i] = most / LEVELS if scaled else np.float32(0) if most < LEAST else NAN
 
@@ -59,3 +59,14 @@ def dequantize_element(numbers, scales, out):  # type: ignore[no-untyped-def] # 
         return
     for i in range(cuda.blockIdx.y, n, cuda.gridDim.y):
         out[i, j] = np.float32(numbers[i, j]) * scales[i]
+
+
+def quantize(x: Any, numbers: Any, scales: Any, stream: Any = None) -> None:
+    if x.shape[0]:
+        numba_launch.launch(quantize_row, (x.shape[0], 1), (THREADS, 1), (x, numbers, scales), stream)
+
+
+def dequantize(numbers: Any, scales: Any, out: Any, stream: Any = None) -> None:
+    if out.size:
+        grid, block = numba_launch.covering(out.shape, THREADS)
+        numba_launch.launch(dequantize_element, grid, block, (numbers, scales, out), stream)

@@ -41,6 +41,8 @@ def softmax_topk(logits: Any, k: int, *, out: tuple[Any, Any] | None = None, str
     k = operator.index(k)
     if k < 1:
         raise ValueError(f"softmax_topk: k must be 1 or more, not {k}")
+    probabilities: Any
+    indices: Any
     probabilities, indices = out or (None, None)
     version = OPERATION.version(stream, logits=logits, probabilities=probabilities, indices=indices)
     arrays.expect("softmax_topk", "logits", logits, ("n", "m"), "float32", "float16")

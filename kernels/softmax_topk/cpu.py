@@ -91,7 +91,12 @@ def _maxima(bits: Any, maxima: Any) -> Any:
     for i in range(length):
         a = np.uint64(i)
         b, c, d = a + length, a + np.uint64(2) * length, a + np.uint64(3) * length
-        e, f, g, h = a + np.uint64(4) * length, b + np.uint64(4) * length, c + np.uint64(4) * length, d + np.uint64(4) * length
+        e, f, g, h = (
+            a + np.uint64(4) * length,
+            b + np.uint64(4) * length,
+            c + np.uint64(4) * length,
+            d + np.uint64(4) * length,
+        )
         maxima[a] = max(max(_larger(bits, a, b), _larger(bits, c, d)), max(_larger(bits, e, f), _larger(bits, g, h)))
         far = max(max(_further(bits, a, b), _further(bits, c, d)), max(_further(bits, e, f), _further(bits, g, h)))
         most = max(most, far)

@@ -59,6 +59,6 @@ def warm_up() -> None:
     """Compiles what a call would compile."""
     for dtype in ("float32", "float64"):
         for code in ("int32", "int64"):
-            given = columns(mean=[0], categories=[[0]], dtype=dtype)  # type: ignore[arg-type]
+            given = columns(mean=[0], categories=[[0]], dtype=dtype)
             numbers, codes = arrays.at_choice(np.zeros((1, 1), dtype)), arrays.at_choice(np.zeros((1, 1), code))
             tabular(given if isinstance(numbers, np.ndarray) else given.on_device(), numbers, codes)

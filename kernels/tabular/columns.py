@@ -108,7 +108,9 @@ def _known(number: int, values: npt.ArrayLike) -> npt.NDArray[np.int64]:
     given = np.asarray(values)
     whole = given.astype(np.int64) if given.dtype.kind in "iuf" else np.empty(0, np.int64)
     if given.size and not (whole.size and (whole == given).all()):
-        raise TypeError(f"columns: categories[{number}] holds what is no whole number of 64 bits: give strings numbers first")
+        raise TypeError(
+            f"columns: categories[{number}] holds what is no whole number of 64 bits: give strings numbers first"
+        )
     if given.ndim != 1 or np.unique(whole).size != whole.size:
         raise ValueError(f"columns: categories[{number}] must be a list of distinct values")
     return whole

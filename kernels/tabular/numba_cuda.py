@@ -39,7 +39,7 @@ def element(numbers, codes, fill, mean, scale, categories, owners, out):  # type
 
 def run(columns: Columns, numbers: Any, codes: Any, out: Any, stream: Any = None) -> None:
     if out.size:
-        grid, block = numba_launch.covering(*out.shape, THREADS)
+        grid, block = numba_launch.covering(out.shape, THREADS)
         c = columns
         arguments = (numbers, codes, c.fill, c.mean, c.scale, c.categories, c.owners, out)
         numba_launch.launch(element, grid, block, arguments, stream)
