@@ -26,7 +26,8 @@ Value: TypeAlias = "Tensor | Rows"
 
 def rows(value: Value) -> Rows:
     """One array for each row: views of a tensor, or the rows as they are."""
-    return value if isinstance(value, list) else list(value)
+    # With the dots, a row of one element is an array as well.
+    return value if isinstance(value, list) else [value[n, ...] for n in range(len(value))]
 
 
 def joined(values: Iterable[Value]) -> Rows:

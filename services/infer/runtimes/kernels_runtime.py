@@ -75,8 +75,9 @@ class OperationSession:
         self.gpus = place.gpus
         self._inputs = {spec.name: spec for spec in self.inputs}
         self._outputs = {spec.name: spec for spec in self.outputs}
-        if unfit := operation.run(operation.example()).unfit:  # Compiles what is to be compiled, too.
-            raise FailedPrecondition(f"operation {name} fails with an example of its own: {unfit[0]}")
+        for example in (operation.example(), _read_only(operation.example())):  # Both compile what they need.
+            if unfit := operation.run(example).unfit:
+                raise FailedPrecondition(f"operation {name} fails with an example of its own: {unfit[0]}")
 
     def completed(self, config: pb.ModelConfig) -> pb.ModelConfig:
         """The configuration with the batch size that the operation wants where it says none.
@@ -113,6 +114,14 @@ class OperationSession:
 
     def close(self) -> None:
         self._threads.close()
+
+
+def _read_only(inputs: Mapping[str, Value]) -> Mapping[str, Value]:
+    """The same as they come in a request: numba has other machine code for arrays that may not be written."""
+    for value in inputs.values():
+        for array in ragged.arrays(value):
+            array.flags.writeable = False
+    return inputs
 
 
 def _place(options: SessionOptions, name: str, *, has_gpu: bool) -> places.Place:
