@@ -55,9 +55,14 @@ def read(request: pb.ModelInferRequest, signature: Signature) -> Call:
     rows = _rows(request.inputs, specs, signature.max_batch_size, model)
     inputs = dict(zip((spec.name for spec in specs), _data(request, specs, signature.text), strict=True))
     outputs = _outputs(request.outputs, signature, model)
-    skip = 1 if signature.max_batch_size else 0
-    key = (tuple((n, t.shape[skip:]) for n, t in sorted(inputs.items())), tuple(o.spec.name for o in outputs))
+    key = stacking_key(inputs, outputs, batched=signature.max_batch_size > 0)
     return Call(inputs, outputs, rows, sum(tensors.size_bytes(t) for t in inputs.values()), key, given, request)
+
+
+def stacking_key(inputs: Mapping[str, Tensor], outputs: Sequence[WantedOutput], *, batched: bool) -> Hashable:
+    """The `key` of a call: what must be the same for calls that are run as one."""
+    skip = 1 if batched else 0
+    return tuple((n, t.shape[skip:]) for n, t in sorted(inputs.items())), tuple(o.spec.name for o in outputs)
 
 
 def _spec(tensor: pb.ModelInferRequest.InferInputTensor, signature: Signature, model: str) -> TensorSpec:

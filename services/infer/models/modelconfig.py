@@ -73,6 +73,27 @@ def check(config: pb.ModelConfig, runtime: Runtime) -> None:
         raise FailedPrecondition("the model's configuration: " + "; ".join(wrong))
 
 
+def check_ensemble(config: pb.ModelConfig) -> None:
+    """As `check`, for a model that is made of others and has no runtime of its own."""
+    wrong = [*_unsupported(config), *_not_of_ensembles(config), *_out_of_range(config), *rules.wrong(config)]
+    if wrong:
+        raise FailedPrecondition("the ensemble's configuration: " + "; ".join(wrong))
+
+
+def _not_of_ensembles(config: pb.ModelConfig) -> Iterator[str]:
+    unsupported = {
+        "backend": bool(config.backend),
+        "runtime": bool(config.runtime),
+        "default_model_filename": bool(config.default_model_filename),
+        "instance_group": bool(config.instance_group),
+        "optimization": config.HasField("optimization"),
+        "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled,
+    }
+    yield from (f"an ensemble has no {name}" for name, is_set in unsupported.items() if is_set)
+    tensors: list[pb.ModelInput | pb.ModelOutput] = [*config.input, *config.output]
+    yield from (f"'{t.name}': an ensemble has no reshape" for t in tensors if t.HasField("reshape"))
+
+
 def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
     names = ("", runtime.platform, runtime.backend)
     if config.platform not in names:
@@ -81,13 +102,22 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
         yield f"backend '{config.backend}' is not supported: use {runtime.backend}"
     if config.runtime not in (*names, f"libtriton_{runtime.backend}.so"):
         yield f"runtime '{config.runtime}' is not supported: leave it out"
+    if config.model_transaction_policy.decoupled and not runtime.can_decouple:
+        yield "model_transaction_policy.decoupled is not supported"
+    yield from _unsupported(config)
+    if runtime.backend != ONNX:
+        yield from _only_for_onnx(config)
+    elif "isolation" in config.parameters and config.parameters["isolation"].string_value == "process":
+        yield from _not_apart(config)
+
+
+def _unsupported(config: pb.ModelConfig) -> Iterator[str]:
+    """What no kind of model does."""
     unsupported = {
         "sequence_batching": config.HasField("sequence_batching"),
-        "ensemble_scheduling": config.HasField("ensemble_scheduling"),
         "response_cache of a decoupled model": config.response_cache.enable
         and config.model_transaction_policy.decoupled,
         "model_warmup of a decoupled model": bool(config.model_warmup) and config.model_transaction_policy.decoupled,
-        "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled and not runtime.can_decouple,
         "batch_input": bool(config.batch_input),
         "batch_output": bool(config.batch_output),
         "cc_model_filenames": bool(config.cc_model_filenames),
@@ -103,10 +133,6 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
         if output.is_shape_tensor or output.is_non_linear_format_io:
             yield f"output '{output.name}': shape tensors and other formats are not supported"
     yield from (f"instance_group: {what}" for group in config.instance_group for what in _odd_group(group))
-    if runtime.backend != ONNX:
-        yield from _only_for_onnx(config)
-    elif "isolation" in config.parameters and config.parameters["isolation"].string_value == "process":
-        yield from _not_apart(config)
 
 
 def _optimizations(given: pb.ModelOptimizationPolicy) -> dict[str, bool]:
