@@ -161,8 +161,8 @@ class _Weaver:
         config.platform, config.max_batch_size = PLATFORM, rows
         if not config.HasField("version_policy"):
             config.version_policy.latest.num_versions = 1
-        inputs = [given.name for given in config.input] or list(self._graph.inputs)
-        outputs = [given.name for given in config.output] or list(self._graph.last)
+        inputs = [given.name for given in config.input] or self._in_order(self._graph.inputs)
+        outputs = [given.name for given in config.output] or self._in_order(self._graph.last)
         if not config.input:
             for name in inputs:
                 spec = self._flows[name].spec
@@ -182,6 +182,16 @@ class _Weaver:
         )
         given_outputs = frozenset(output.name for output in self._graph.config.output)
         return Completed(config, signature, is_batch_guessed=False, given_outputs=given_outputs)
+
+    def _in_order(self, tensors: Sequence[str]) -> list[str]:
+        """By steps, and within each as its model has them: the configuration's maps have no order."""
+        found: dict[str, None] = {}
+        for step, signature in zip(self._graph.steps, self._signatures, strict=True):
+            found.update(dict.fromkeys(step.inputs[spec.name] for spec in signature.inputs if spec.name in step.inputs))
+            found.update(
+                dict.fromkeys(step.outputs[spec.name] for spec in signature.outputs if spec.name in step.outputs)
+            )
+        return [name for name in found if name in tensors]
 
     def _promised(self, given: pb.ModelOutput, rows: int, labels: Mapping[str, tuple[str, ...]]) -> TensorSpec:
         spec = self._flows[given.name].spec
