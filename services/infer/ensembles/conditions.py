@@ -18,7 +18,7 @@ import numpy as np
 
 from services.infer.calls import tensors
 from services.infer.calls.datatypes import Datatype
-from services.infer.ensembles.values import Value
+from services.infer.calls.ragged import Value
 
 _COMPARISON = re.compile(
     r"\s*(?:count\(\s*(?P<counted>[^\s<>=!()']+)\s*\)|(?P<name>[^\s<>=!()']+))\s*(?P<sign>==|!=|<=|>=|<|>)\s*"

@@ -5,17 +5,16 @@ rows ──> at most so many in flight ──> answers ──> [first, second, .
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.infer.calls.parameters import Parameters
+from services.infer.calls.ragged import Value
 from services.infer.calls.tensors import Tensor
 from services.infer.ensembles import feeding
 from services.infer.ensembles.feeding import Given
 from services.infer.ensembles.plan import PlannedStep
 from services.infer.ensembles.step_call import StepCall, named
-from services.infer.ensembles.values import Value
 from services.infer.scheduling.execution import Answer, Times
 from shoal.inference.v2 import inference_pb2 as pb
 
@@ -83,13 +82,13 @@ class FanOut:
     _next: int = 0
     _left: int = 0
     _out: set[StepCall] = field(default_factory=set)
-    _answers: list[Answer | None] = field(default_factory=list)
+    _parts: list[list[Tensor]] = field(default_factory=list)
     _is_starting: bool = False
     _is_over: bool = False
 
     def start(self) -> None:
         self._left = self.rows
-        self._answers = [None] * self.rows
+        self._parts = [[]] * self.rows
         self.at_once = self.at_once or max(_LEAST_IN_FLIGHT, 2 * self.step.max_rows)
         self._go_on()
 
@@ -112,7 +111,7 @@ class FanOut:
         try:
             while self._next < self.rows and len(self._out) < self.at_once and not self._is_over:
                 row, self._next = self._next, self._next + 1
-                self._guarded(row, lambda row=row: self._begin(row))  # type: ignore[misc]
+                self._begin(row)
         finally:
             self._is_starting = False
         if not self._left and not self._is_over:
@@ -121,23 +120,22 @@ class FanOut:
 
     def _begin(self, row: int) -> None:
         asked = self.asked
-        made = feeding.row_call(self.step, self.given, row, asked.parameters, asked.source)
+        try:
+            made = feeding.row_call(self.step, self.given, row, asked.parameters, asked.source)
+        except Exception as err:
+            self._fail(row, err)
+            return
         call = StepCall(self, row, self.step.version, made)
         self._out.add(call)
         call.start(asked.expires, asked.tenant)
 
-    def _guarded(self, row: int, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as err:
-            self._fail(row, err)
-
     def came(self, call: StepCall, answer: Answer) -> None:
         self._out.discard(call)
-        self._guarded(call.index, lambda: feeding.checked(self.step, answer.outputs))
-        if self._is_over:
+        try:
+            self._parts[call.index] = feeding.row_checked(self.step, answer.outputs)
+        except Exception as err:
+            self._fail(call.index, err)
             return
-        self._answers[call.index] = answer
         self.seen.add(answer)
         self._left -= 1
         self._go_on()
@@ -153,9 +151,4 @@ class FanOut:
 
     def _outputs(self) -> list[Value]:
         """One list for each output, in the order of the rows."""
-        has_batch = self.step.max_rows > 0
-        outputs: list[Value] = []
-        for n in range(len(self.step.wanted)):
-            parts: list[Tensor] = [answer.outputs[n] for answer in self._answers if answer is not None]
-            outputs.append([part[0, ...] for part in parts] if has_batch else parts)
-        return outputs
+        return [[parts[n] for parts in self._parts] for n in range(len(self.step.wanted))]

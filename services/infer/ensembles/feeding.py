@@ -6,18 +6,18 @@ other callers' rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from services.infer.calls import tensors
+from services.infer.calls import ragged
 from services.infer.calls.parameters import Parameters
-from services.infer.calls.request import Call, WantedOutput, stacking_key
+from services.infer.calls.ragged import Value
+from services.infer.calls.request import Call, key_of
 from services.infer.calls.signature import TensorSpec, fits
 from services.infer.calls.tensors import Tensor
 from services.infer.ensembles import values
 from services.infer.ensembles.plan import Feed, PlannedStep
-from services.infer.ensembles.values import Value
 from services.infer.wording import written
 from shoal.errors import Internal, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
@@ -32,16 +32,16 @@ def whole_call(step: PlannedStep, given: Given, asked: Parameters, source: pb.Mo
     Raises:
         InvalidArgument: a tensor is not what the model takes.
     """
-    inputs = {feed.spec.name: _fed(feed, _array(feed, value), step) for feed, value in given}
+    inputs = {feed.spec.name: _fed(feed, value, step) for feed, value in given}
     rows = _rows(step, inputs) if step.max_rows else 1
     return _call(step, inputs, rows, asked, source) if rows else None
 
 
 def row_call(step: PlannedStep, given: Given, row: int, asked: Parameters, source: pb.ModelInferRequest | None) -> Call:
     """The call for one row of what is given row by row. Raises InvalidArgument as `whole_call` does."""
-    inputs = {}
+    inputs: dict[str, Value] = {}
     for feed, value in given:
-        element = value[row] if feed.by_row else _array(feed, value)
+        element = value[row] if feed.by_row else _tensor(feed, value)
         inputs[feed.spec.name] = _fed(feed, element[np.newaxis, ...] if step.max_rows else element, step)
     return _call(step, inputs, 1, asked, source)
 
@@ -58,10 +58,7 @@ def by_row(given: Given) -> tuple[Given, int]:
         if not feed.by_row:
             split.append((feed, value))
             continue
-        try:
-            parts = list(values.rows(value))
-        except ValueError as err:
-            raise InvalidArgument(f"tensor '{feed.tensor}': {err}") from err
+        parts = ragged.rows(value)
         if first is not None and len(parts) != first[1]:
             raise InvalidArgument(
                 f"tensor '{feed.tensor}' has {len(parts)} rows, and tensor '{first[0].tensor}' has {first[1]}: "
@@ -86,57 +83,67 @@ def checked(step: PlannedStep, outputs: Sequence[Value]) -> None:
         Internal: it is not what the model promises.
     """
     for wanted, output in zip(step.wanted, outputs, strict=True):
-        if isinstance(output, list):
-            for part in output:
-                _check_part(wanted, part)
-            continue
         if reason := _misfit(wanted.spec, output):
             raise Internal(f"output '{wanted.spec.name}' {reason}")
-        output.flags.writeable = False  # Several steps may look at it; none may write.
+        for array in ragged.arrays(output):
+            array.flags.writeable = False  # Several steps may look at it; none may write.
 
 
-def _check_part(wanted: WantedOutput, part: Tensor) -> None:
-    spec = wanted.spec
-    if part.dtype != spec.datatype.dtype or not fits(part.shape, spec.shape[1:]):
-        raise Internal(
-            f"output '{spec.name}' has a row of {part.dtype} {written(part.shape)}: expected {spec.datatype.name} "
-            f"{written(spec.shape[1:])}"
-        )
-    part.flags.writeable = False
+def row_checked(step: PlannedStep, outputs: Sequence[Value]) -> list[Tensor]:
+    """What a step's model gave for one row: each output without a batch dimension.
+
+    Raises:
+        Internal: it is not what the model promises.
+        InvalidArgument: an output has rows of different shapes itself, and a row cannot.
+    """
+    checked(step, outputs)
+    if step.max_rows:
+        return [ragged.rows(value)[0] for value in outputs]
+    return [ragged.dense(value, wanted.spec, "output") for wanted, value in zip(step.wanted, outputs, strict=True)]
 
 
-def _misfit(spec: TensorSpec, tensor: Tensor) -> str:
+def _misfit(spec: TensorSpec, value: Value) -> str:
+    if isinstance(value, list):
+        return next((f"has a row that {reason}" for row in value if (reason := _wrong(spec, row, spec.shape[1:]))), "")
+    return _wrong(spec, value, spec.shape)
+
+
+def _wrong(spec: TensorSpec, tensor: Tensor, shape: Sequence[int]) -> str:
     if tensor.dtype != spec.datatype.dtype:
         return f"is {tensor.dtype}, expected {spec.datatype.name}"
     # The runtime says () of a tensor of which the model's file says nothing.
-    if spec.shape and not fits(tensor.shape, spec.shape):
-        return f"has shape {written(tensor.shape)}, expected {written(spec.shape)}"
+    if spec.shape and not fits(tensor.shape, shape):
+        return f"has shape {written(tensor.shape)}, expected {written(shape)}"
     return ""
 
 
-def _array(feed: Feed, value: Value) -> Tensor:
-    if not isinstance(value, list):
-        return value
-    try:
-        return values.array(value, feed.spec.datatype, feed.spec.shape)
-    except ValueError as err:
+def _tensor(feed: Feed, value: Value) -> Tensor:
+    if not ragged.is_even(value):
         raise InvalidArgument(
-            f"input '{feed.spec.name}', tensor '{feed.tensor}': {err}; give it row by row (parameter each.<step>)"
-        ) from err
+            f"input '{feed.spec.name}', tensor '{feed.tensor}': its rows have different shapes, which this model does "
+            "not take: give it row by row (parameter each.<step>)"
+        )
+    return ragged.dense(value, feed.spec, "input")
 
 
-def _fed(feed: Feed, tensor: Tensor, step: PlannedStep) -> Tensor:
+def _fed(feed: Feed, value: Value, step: PlannedStep) -> Value:
+    if not feed.spec.is_ragged:
+        value = _tensor(feed, value)
     if feed.changes_text:
-        try:
-            tensor = values.as_text(tensor) if step.text else values.as_bytes(tensor)
-        except ValueError as err:
-            raise InvalidArgument(f"input '{feed.spec.name}', tensor '{feed.tensor}': {err}") from err
-    if reason := _misfit(feed.spec, tensor):
+        value = _changed(feed, value, values.as_text if step.text else values.as_bytes)
+    if reason := _misfit(feed.spec, value):
         raise InvalidArgument(f"input '{feed.spec.name}', tensor '{feed.tensor}' {reason}")
-    return tensor
+    return value
 
 
-def _rows(step: PlannedStep, inputs: Mapping[str, Tensor]) -> int:
+def _changed(feed: Feed, value: Value, change: Callable[[Tensor], Tensor]) -> Value:
+    try:
+        return [change(row) for row in value] if isinstance(value, list) else change(value)
+    except ValueError as err:
+        raise InvalidArgument(f"input '{feed.spec.name}', tensor '{feed.tensor}': {err}") from err
+
+
+def _rows(step: PlannedStep, inputs: Mapping[str, Value]) -> int:
     counts = {name: len(tensor) for name, tensor in inputs.items()}
     rows = next(iter(counts.values()), 1)
     if len(set(counts.values())) > 1:
@@ -150,9 +157,7 @@ def _rows(step: PlannedStep, inputs: Mapping[str, Tensor]) -> int:
 
 
 def _call(
-    step: PlannedStep, inputs: Mapping[str, Tensor], rows: int, asked: Parameters, source: pb.ModelInferRequest | None
+    step: PlannedStep, inputs: Mapping[str, Value], rows: int, asked: Parameters, source: pb.ModelInferRequest | None
 ) -> Call:
-    size = sum([tensors.size_bytes(tensor) for tensor in inputs.values()])
-    return Call(
-        inputs, step.wanted, rows, size, stacking_key(inputs, step.wanted, batched=step.max_rows > 0), asked, source
-    )
+    size = sum([ragged.size_bytes(value) for value in inputs.values()])
+    return Call(inputs, step.wanted, rows, size, key_of(inputs, step.wanted, step.signature), asked, source)

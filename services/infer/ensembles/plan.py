@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from services.infer.calls.request import WantedOutput
-from services.infer.calls.signature import TensorSpec
+from services.infer.calls.signature import Signature, TensorSpec
 from services.infer.ensembles.graph import Graph, Step
 from services.infer.ensembles.neighbours import StepVersion
 from services.infer.models.modelconfig import Completed
@@ -50,14 +51,19 @@ class PlannedStep:
     def title(self) -> str:
         return self.step.title
 
-    @property
+    @cached_property
+    def signature(self) -> Signature:
+        """Its model's."""
+        return self.version.loaded.model.signature
+
+    @cached_property
     def max_rows(self) -> int:
         """Of its model; 0: it has no batch dimension."""
-        return self.version.loaded.model.signature.max_batch_size
+        return self.signature.max_batch_size
 
     @property
     def text(self) -> bool:
-        return self.version.loaded.model.signature.text
+        return self.signature.text
 
     @property
     def waits_for(self) -> frozenset[int]:
@@ -92,7 +98,7 @@ class Plan:
     """Steps that give it, in order; several only where each has a condition."""
     _routes: dict[tuple[str, ...], Route] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def versions(self) -> dict[StepVersion, None]:
         """What has to stay loaded while it is run."""
         return dict.fromkeys(step.version for step in self.steps)

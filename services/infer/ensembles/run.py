@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from services.infer.calls import ragged
 from services.infer.calls.parameters import NONE
+from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.calls.signature import fits
 from services.infer.calls.tensors import Tensor
@@ -24,7 +26,7 @@ from services.infer.ensembles.conditions import Undecided
 from services.infer.ensembles.fan_out import Asked, FanOut, Seen
 from services.infer.ensembles.plan import Feed, Plan, PlannedStep
 from services.infer.ensembles.step_call import StepCall, named
-from services.infer.ensembles.values import SKIPPED, Skipped, Value
+from services.infer.ensembles.values import SKIPPED, Skipped
 from services.infer.scheduling.execution import Answer, StepTimes, Times
 from services.infer.scheduling.queue import Receiver
 from services.infer.wording import written
@@ -284,10 +286,7 @@ class Run:
                 )
             batched = self.plan.completed.signature.max_batch_size > 0
             return values.empty(spec.datatype, (self.call.rows, *spec.shape[1:]) if batched else spec.shape)
-        try:
-            tensor = values.array(value, spec.datatype, spec.shape)
-        except ValueError as err:
-            raise InvalidArgument(f"output '{spec.name}' is one tensor, and {err}") from err
+        tensor = ragged.dense(value, spec, "output")
         if spec.shape and not fits(tensor.shape, spec.shape):
             raise InvalidArgument(
                 f"output '{spec.name}' has shape {written(tensor.shape)}, expected {written(spec.shape)}"

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from services.infer.calls import tensors
 from services.infer.calls.parameters import NONE
-from services.infer.calls.request import Call, WantedOutput, stacking_key
+from services.infer.calls.ragged import Value
+from services.infer.calls.request import Call, WantedOutput, key_of
+from services.infer.calls.tensors import Tensor
 from services.infer.models import canary, warmup
 from services.infer.models.modelconfig import Completed
 from services.infer.scheduling.runs_calls import RunsCalls
@@ -29,10 +31,15 @@ async def run(name: str, model: Completed, folder: Path | None, through: RunsCal
             inputs = warmup.sample_inputs(sample, model, folder)
             outputs = tuple(WantedOutput(spec) for spec in model.signature.outputs)
             rows, size = warmup.sample_rows(sample), sum(tensors.size_bytes(tensor) for tensor in inputs.values())
-            call = Call(inputs, outputs, rows, size, stacking_key(inputs, outputs, batched=batched), NONE)
+            call = Call(inputs, outputs, rows, size, key_of(inputs, outputs, model.signature), NONE)
             for _ in range(max(sample.count, 1)):
                 answer = await through.submit(call)
-            model = canary.checked(name, model, answer.outputs, rows if batched else None)
+            model = canary.checked(name, model, list(map(_tensor, answer.outputs)), rows if batched else None)
         except ShoalError as err:
             raise FailedPrecondition(f"model_warmup '{sample.name}': {err.message}") from err
     return model
+
+
+def _tensor(value: Value) -> Tensor:
+    assert not isinstance(value, list), "an ensemble gives tensors"
+    return value

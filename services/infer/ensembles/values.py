@@ -1,22 +1,15 @@
-"""What flows between the steps of one request: an array, or rows that need not have one shape (a list of arrays).
-
-A value of shape [n, ...] may be either; rows of different shapes (crops of an image, texts of different lengths) can
-only be the second. `SKIPPED` stands for a tensor that no step gives this time.
-"""
+"""What flows between the steps of one request: values of `calls.ragged`, or nothing, where a step was skipped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from services.infer.calls.datatypes import Datatype
 from services.infer.calls.tensors import Tensor
-from services.infer.wording import written
-
-Value: TypeAlias = "Tensor | list[Tensor]"
 
 
 class Skipped(Enum):
@@ -26,35 +19,6 @@ class Skipped(Enum):
 
 
 SKIPPED = Skipped.SKIPPED
-
-
-def rows(value: Value) -> Sequence[Tensor]:
-    """The rows of a value. Raises ValueError when it is an array without a dimension."""
-    if isinstance(value, list):
-        return value
-    if not value.ndim:
-        raise ValueError("it has no dimension, and so no rows")
-    return [value[n, ...] for n in range(len(value))]  # With the dots, a row of one element is an array as well.
-
-
-def array(value: Value, datatype: Datatype, shape: Sequence[int]) -> Tensor:
-    """A value as one array: [n, ...].
-
-    Args:
-        datatype, shape: as promised; what an array of no rows is like.
-
-    Raises:
-        ValueError: its rows have different shapes.
-    """
-    if not isinstance(value, list):
-        return value
-    if not value:
-        return empty(datatype, (0, *shape[1:]))
-    first = value[0].shape
-    for row in value:
-        if row.shape != first:
-            raise ValueError(f"its rows have different shapes, {written(first)} and {written(row.shape)}")
-    return np.stack(value)
 
 
 def empty(datatype: Datatype, shape: Sequence[int]) -> Tensor:

@@ -14,10 +14,12 @@ from services.infer.isolation.session import ProcessSession
 from services.infer.models import modelconfig
 from services.infer.models.loading import Loaded
 from services.infer.models.means import Means
+from services.infer.runtimes.runtime import RowsSession
 from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.execution import Execution, Runs
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.scheduling.rows_execution import RowsExecution
 from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
@@ -57,6 +59,8 @@ def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
     assert session is not None, "only ensembles have none"
     if isinstance(session, ProcessSession):
         made: Execution = ProcessExecution(name, number, session, signature, means.clock)
+    elif isinstance(session, RowsSession):
+        made = RowsExecution(name, session, signature, means.clock)
     else:
         made = Execution(name, session, signature, means.clock)
     return means.around(name, made)

@@ -26,8 +26,9 @@ from weakref import WeakSet
 
 from mesh.tasks import end
 from services.infer.aside import aside
+from services.infer.calls import ragged
+from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call
-from services.infer.calls.tensors import Tensor
 from services.infer.responses.key import ResponseKeys
 from services.infer.responses.store import ResponseStore, frozen
 from services.infer.scheduling.execution import Times
@@ -197,7 +198,7 @@ class ResponseCache:
         try:
             answer = got = await self._runs.submit(call, expires, tenant)
             began = time.perf_counter_ns()
-            size = sum(output.nbytes for output in got.outputs)
+            size = sum(array.nbytes for output in got.outputs for array in ragged.arrays(output))
             if size <= self._store.largest_bytes:
                 outputs = await aside(lambda: frozen(got.outputs), _is_long(size, got.outputs))
                 answer = Answer(outputs, got.times, got.queue_ns, got.fired)
@@ -264,5 +265,7 @@ def _look(task: asyncio.Task[Answer]) -> None:
         task.exception()  # Nobody may be left to look at it, which is no news for the log.
 
 
-def _is_long(size_bytes: int, arrays: Iterable[Tensor]) -> bool:
-    return size_bytes > _LONG_BYTES or any(a.dtype == object and a.size > _LONG_ELEMENTS for a in arrays)
+def _is_long(size_bytes: int, values: Iterable[Value]) -> bool:
+    if size_bytes > _LONG_BYTES:
+        return True
+    return any(a.dtype == object and a.size > _LONG_ELEMENTS for value in values for a in ragged.arrays(value))
