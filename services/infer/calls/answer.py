@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 from services.infer.calls import ragged, tensors
 from services.infer.calls.classification import classify
 from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call, WantedOutput
-from services.infer.scheduling.scheduler import Answer
+from services.infer.scheduling.execution import Answer, StepTimes
 from shoal.inference.v2 import inference_pb2 as pb
 
 
@@ -48,3 +50,15 @@ def explain(response: pb.ModelInferResponse, answer: Answer, replica: str, cache
     say["gather_us"].int64_param = times.gather_ns // 1000
     say["compute_us"].int64_param = times.compute_ns // 1000
     say["scatter_us"].int64_param = times.scatter_ns // 1000
+    for n, step in enumerate(answer.steps):
+        _explain_step(say, f"step_{n}_", step)
+
+
+def _explain_step(say: MutableMapping[str, pb.InferParameter], prefix: str, step: StepTimes) -> None:
+    say[f"{prefix}model"].string_param = step.model
+    say[f"{prefix}version"].string_param = str(step.version)
+    say[f"{prefix}calls"].int64_param = step.calls
+    say[f"{prefix}batch_size"].int64_param = step.rows
+    say[f"{prefix}fired"].string_param = step.fired
+    say[f"{prefix}queue_us"].int64_param = step.queue_ns // 1000
+    say[f"{prefix}compute_us"].int64_param = step.compute_ns // 1000

@@ -33,7 +33,8 @@ class Loaded:
     """A model that runs. Who has it closes its session."""
 
     model: Completed
-    session: Session
+    session: Session | None
+    """None for an ensemble: its models have theirs."""
 
     def batch_policy(self) -> BatchPolicy:
         """How its calls are put together."""
@@ -72,7 +73,7 @@ def load(
     config.name = name
     runtime = _runtime(runtimes, config, files)
     modelconfig.check(config, runtime)
-    labels = _labels(config, files.folder)
+    labels = labels_of(config, files.folder)
     about = About(name, version, files.folder, config, modelconfig.instances(config), is_given_up)
     options = replace(_options(config, threads, runtime), about=about)
     session = runtime.load(_model_file(config, files, runtime), options)
@@ -140,7 +141,8 @@ def _model_file(config: pb.ModelConfig, files: ModelFiles, runtime: Runtime) -> 
     return file
 
 
-def _labels(config: pb.ModelConfig, folder: Path | None) -> Mapping[str, tuple[str, ...]]:
+def labels_of(config: pb.ModelConfig, folder: Path | None) -> Mapping[str, tuple[str, ...]]:
+    """Class names by output. Raises FailedPrecondition when a file of them cannot be read."""
     labels = {}
     for output in config.output:
         if not output.label_filename:

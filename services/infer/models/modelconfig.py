@@ -75,6 +75,27 @@ def check(config: pb.ModelConfig, runtime: Runtime) -> None:
         raise FailedPrecondition("the model's configuration: " + "; ".join(wrong))
 
 
+def check_ensemble(config: pb.ModelConfig) -> None:
+    """As `check`, for a model that is made of others and has no runtime of its own."""
+    wrong = [*_unsupported(config), *_not_of_ensembles(config), *_out_of_range(config), *rules.wrong(config)]
+    if wrong:
+        raise FailedPrecondition("the ensemble's configuration: " + "; ".join(wrong))
+
+
+def _not_of_ensembles(config: pb.ModelConfig) -> Iterator[str]:
+    unsupported = {
+        "backend": bool(config.backend),
+        "runtime": bool(config.runtime),
+        "default_model_filename": bool(config.default_model_filename),
+        "instance_group": bool(config.instance_group),
+        "optimization": config.HasField("optimization"),
+        "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled,
+    }
+    yield from (f"an ensemble has no {name}" for name, is_set in unsupported.items() if is_set)
+    tensors: list[pb.ModelInput | pb.ModelOutput] = [*config.input, *config.output]
+    yield from (f"'{t.name}': an ensemble has no reshape" for t in tensors if t.HasField("reshape"))
+
+
 def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
     names = ("", runtime.platform, runtime.backend)
     if config.platform not in names:
@@ -83,35 +104,40 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
         yield f"backend '{config.backend}' is not supported: use {runtime.backend}"
     if config.runtime not in (*names, f"libtriton_{runtime.backend}.so"):
         yield f"runtime '{config.runtime}' is not supported: leave it out"
+    if config.model_transaction_policy.decoupled and not runtime.can_decouple:
+        yield "model_transaction_policy.decoupled is not supported"
+    if config.default_model_filename and not runtime.model_file:
+        yield "default_model_filename without a model file is not supported"
+    yield from _unsupported(config, can_be_ragged=runtime.backend == KERNELS)
+    if runtime.backend != ONNX:
+        yield from _only_for_onnx(config, runtime)
+    elif "isolation" in config.parameters and config.parameters["isolation"].string_value == "process":
+        yield from _not_apart(config)
+
+
+def _unsupported(config: pb.ModelConfig, *, can_be_ragged: bool = False) -> Iterator[str]:
+    """What no kind of model does."""
     unsupported = {
         "sequence_batching": config.HasField("sequence_batching"),
-        "ensemble_scheduling": config.HasField("ensemble_scheduling"),
         "response_cache of a decoupled model": config.response_cache.enable
         and config.model_transaction_policy.decoupled,
         "model_warmup of a decoupled model": bool(config.model_warmup) and config.model_transaction_policy.decoupled,
-        "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled and not runtime.can_decouple,
         "batch_input": bool(config.batch_input),
         "batch_output": bool(config.batch_output),
         "cc_model_filenames": bool(config.cc_model_filenames),
         "model_operations": bool(config.model_operations.op_library_filename),
         "model_repository_agents": bool(config.model_repository_agents.agents),
-        "default_model_filename without a model file": bool(config.default_model_filename) and not runtime.model_file,
         "metric_tags": bool(config.metric_tags),
         "model_metrics": bool(config.model_metrics.metric_control),
         **_optimizations(config.optimization),
     }
     yield from (f"{name} is not supported" for name, is_set in unsupported.items() if is_set)
-    can_be_ragged = runtime.backend == KERNELS
     for given in config.input:
         yield from (f"input '{given.name}': {what} is not supported" for what in _odd_input(given, can_be_ragged))
     for output in config.output:
         if output.is_shape_tensor or output.is_non_linear_format_io:
             yield f"output '{output.name}': shape tensors and other formats are not supported"
     yield from (f"instance_group: {what}" for group in config.instance_group for what in _odd_group(group))
-    if runtime.backend != ONNX:
-        yield from _only_for_onnx(config, runtime)
-    elif "isolation" in config.parameters and config.parameters["isolation"].string_value == "process":
-        yield from _not_apart(config)
 
 
 def _optimizations(given: pb.ModelOptimizationPolicy) -> dict[str, bool]:

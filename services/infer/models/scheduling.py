@@ -1,11 +1,14 @@
 """How the calls of a loaded version are run: the kind of scheduler that its configuration asks for.
 
 model_transaction_policy.decoupled ──> DecoupledScheduler    any number of responses
+ensemble_scheduling                ──> EnsembleScheduler     calls of other models
 nothing                            ──> Scheduler             batches, one answer for each call
 """
 
 from __future__ import annotations
 
+from services.infer.ensembles.loading import Composed
+from services.infer.ensembles.scheduler import EnsembleScheduler
 from services.infer.isolation.execution import ProcessExecution
 from services.infer.isolation.session import ProcessSession
 from services.infer.models import modelconfig
@@ -26,9 +29,15 @@ def scheduler_of(
     name: str, number: int, loaded: Loaded, means: Means, statistics: Statistics
 ) -> RunsCalls | DecoupledScheduler:
     """What runs the calls of version `number` of the model `name`. Nothing is started yet: enter it."""
+    if isinstance(loaded, Composed):
+        return _ensemble(loaded, means, statistics)
     if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):
         return _decoupled(name, number, loaded, loaded.session, means, statistics)
     return _batching(name, number, loaded, means, statistics)
+
+
+def _ensemble(loaded: Composed, means: Means, statistics: Statistics) -> EnsembleScheduler:
+    return EnsembleScheduler(loaded.plan, loaded.renew, means.limits, statistics=statistics, clock=means.clock)
 
 
 def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: Statistics) -> Scheduler:
@@ -47,6 +56,7 @@ def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: 
 
 def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
     session, signature = loaded.session, loaded.model.signature
+    assert session is not None, "only ensembles have none"
     if isinstance(session, ProcessSession):
         made: Execution = ProcessExecution(name, number, session, signature, means.clock)
     elif isinstance(session, RowsSession):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import Protocol
+from weakref import WeakSet
 
 from mesh.tasks import end
 from services.infer.aside import aside
@@ -110,6 +111,7 @@ class ResponseCache:
         self._clock = clock
         self._owner = store.owner()
         self._flights: dict[bytes, _Flight] = {}
+        self._old: WeakSet[asyncio.Task[Answer]] = WeakSet()  # In flight, and forgotten.
 
     async def __aenter__(self) -> ResponseCache:
         return self
@@ -118,7 +120,14 @@ class ResponseCache:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._store.drop(self._owner)
-        await end(*(flight.task for flight in self._flights.values()))
+        await end(*(flight.task for flight in self._flights.values()), *self._old)
+
+    def forget(self) -> None:
+        """What was kept, and what is in flight, is of no use to calls from now on: the model answers otherwise."""
+        self._store.drop(self._owner)
+        self._owner = self._store.owner()
+        self._old.update(flight.task for flight in self._flights.values())
+        self._flights.clear()
 
     async def answer(
         self, call: Call, parameters: Mapping[str, InferParameter], deadline: float = math.inf, tenant: str = ""
@@ -185,7 +194,7 @@ class ResponseCache:
         return flight
 
     async def _fly(self, key: bytes, call: Call, expires: float, tenant: str) -> Answer:
-        flight = self._flights[key]
+        flight, owner = self._flights[key], self._owner
         try:
             answer = got = await self._runs.submit(call, expires, tenant)
             began = time.perf_counter_ns()
@@ -193,7 +202,7 @@ class ResponseCache:
             if size <= self._store.largest_bytes:
                 outputs = await aside(lambda: frozen(got.outputs), _is_long(size, got.outputs))
                 answer = Answer(outputs, got.times, got.queue_ns, got.fired)
-                self._store.put(self._owner, key, outputs, expires=self._clock() + self._ttl_s)
+                self._store.put(owner, key, outputs, expires=self._clock() + self._ttl_s)
             flight.kept_ns = time.perf_counter_ns() - began
             return answer
         finally:

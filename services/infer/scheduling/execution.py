@@ -56,10 +56,25 @@ class Times:
     scatter_ns: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What one step of an ensemble took; where its model was called for each row, the longest of its calls."""
+
+    model: str
+    version: int
+    calls: int = 0
+    """0: it was skipped, or there were no rows to call its model with."""
+    rows: int = 0
+    """In the execution; the most."""
+    queue_ns: int = 0
+    compute_ns: int = 0
+    fired: str = ""
+
+
 class Answer:
     """What came back for one call."""
 
-    __slots__ = ("fired", "outputs", "queue_ns", "times")
+    __slots__ = ("fired", "outputs", "queue_ns", "steps", "times")
 
     def __init__(self, outputs: Sequence[Value], times: Times, queue_ns: int = 0, fired: str = "") -> None:
         self.outputs = outputs
@@ -69,6 +84,8 @@ class Answer:
         """How long it waited before its execution."""
         self.fired = fired
         """Why its batch was run when it was: idle, queued, full, preferred, delay, slo, alone, closing."""
+        self.steps: Sequence[StepTimes] = ()
+        """Of an ensemble, when its request wants to know."""
 
 
 Outcome: TypeAlias = Answer | Exception
