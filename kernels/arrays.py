@@ -33,7 +33,8 @@ def expect(operation: str, name: str, array: Any, shape: Shape, *dtypes: np.dtyp
 
 
 def _fits(found: tuple[int, ...], wanted: Shape) -> bool:
-    return len(found) == len(wanted) and all(isinstance(want, str) or want == size for size, want in zip(found, wanted))
+    pairs = zip(found, wanted, strict=False)
+    return len(found) == len(wanted) and all(isinstance(want, str) or want == size for size, want in pairs)
 
 
 def expect_output(operation: str, name: str, array: Any, shape: Shape, *dtypes: np.dtype[Any]) -> None:
