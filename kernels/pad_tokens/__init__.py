@@ -67,6 +67,8 @@ def pad_tokens(
         width = longest if out is None else _columns(ids)
     if width is None:
         raise ValueError("pad_tokens: say width= or out=; the longest sequence on a GPU is not known without waiting")
+    if width < 0:
+        raise ValueError(f"pad_tokens: width must be 0 or more, not {width}")
     if longest is not None and longest > width and not truncate:
         raise ValueError(f"pad_tokens: a sequence of {longest} tokens in {width} columns; widen, or truncate=True")
     shape = (offsets.size - 1, width)
