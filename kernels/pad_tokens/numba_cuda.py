@@ -9,7 +9,7 @@ from numba import cuda
 from kernels import numba_launch
 
 THREADS = 128
-REGISTERS = 32
+REGISTERS = 48
 SIGNATURES = {
     "pad": [
         f"void({flat}[::1], int64[::1], int64, boolean, {ids}[:,::1], {mask}[:,::1])"

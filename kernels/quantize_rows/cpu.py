@@ -28,10 +28,10 @@ def _largest(bits: Any) -> Any:
     return np.int32(most).view(np.float32)
 
 
-@njit(nogil=True, cache=True)
-def _round(row: Any, factor: Any, numbers: Any) -> None:
+@njit(nogil=True, cache=True, error_model="numpy")
+def _round(row: Any, scale: Any, numbers: Any) -> None:
     for j in range(row.size):
-        numbers[j] = np.float32(row[j] * factor + ROUNDER).view(np.int32) - ROUNDER_BITS
+        numbers[j] = np.float32(row[j] / scale + ROUNDER).view(np.int32) - ROUNDER_BITS
 
 
 @njit(nogil=True, cache=True)
@@ -41,7 +41,7 @@ def quantize_all(x: Any, bits: Any, numbers: Any, scales: Any) -> None:
         most = _largest(bits[i])
         if LEAST <= most < np.inf:
             scales[i] = most / LEVELS
-            _round(x[i], LEVELS / most, numbers[i])
+            _round(x[i], scales[i], numbers[i])
         else:
             scales[i] = np.float32(0) if most < LEAST else np.float32(np.nan)
             numbers[i] = 0

@@ -331,6 +331,7 @@ template <class T> void __stcs(T* at, T value) { *at = value; }
 template <class T> void __stcg(T* at, T value) { *at = value; }
 inline float __saturatef(float x) { return x != x ? 0.f : std::min(std::max(x, 0.f), 1.f); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.f / x; }
 inline float __expf(float x) { return std::exp(x); }
