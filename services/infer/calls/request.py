@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -63,19 +63,14 @@ def read(request: pb.ModelInferRequest, signature: Signature) -> Call:
     inputs = dict(zip((spec.name for spec in specs), _data(request, specs, signature.text), strict=True))
     outputs = _outputs(request.outputs, signature, model)
     size = sum(tensors.size_bytes(t) for t in inputs.values())
-    key = stacking_key(inputs, outputs, batched=signature.max_batch_size > 0, ragged=signature.ragged)
+    key = key_of(inputs, outputs, signature)
     return Call(inputs, outputs, rows, size, key, given, request)
 
 
-def stacking_key(
-    inputs: Mapping[str, Value],
-    outputs: Sequence[WantedOutput],
-    *,
-    batched: bool,
-    ragged: Collection[str] = (),
-) -> Hashable:
-    """The `key` of a call: what must be the same for calls that are run as one. Inputs that are ragged may differ."""
-    skip = 1 if batched else 0
+def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signature: Signature) -> Hashable:
+    """What calls that can be run as one have in common. An input that is ragged keeps nobody apart."""
+    skip = 1 if signature.max_batch_size else 0
+    ragged = signature.ragged
     shapes = tuple(
         (name, None if name in ragged or isinstance(value, list) else value.shape[skip:])
         for name, value in sorted(inputs.items())
