@@ -17,6 +17,7 @@ from services.infer.operations.pad_tokens import PadTokens, PadTokensParameters
 from services.infer.operations.parameters import Parameters
 from services.infer.operations.pool_normalize import PoolNormalize, PoolNormalizeParameters
 from services.infer.operations.quantize_rows import QuantizeRows, QuantizeRowsParameters
+from services.infer.operations.resize_norm import ResizeNorm, ResizeNormParameters
 from services.infer.operations.softmax_topk import SoftmaxTopk, SoftmaxTopkParameters
 from services.infer.operations.tabular import Tabular, TabularParameters
 from services.infer.operations.tokenize import Tokenize, TokenizeParameters
@@ -44,6 +45,7 @@ OPERATIONS: Mapping[str, Entry] = {
     "pad_tokens": Entry(PadTokensParameters, PadTokens, has_gpu=True),
     "pool_normalize": Entry(PoolNormalizeParameters, PoolNormalize, has_gpu=True),
     "quantize_rows": Entry(QuantizeRowsParameters, QuantizeRows, has_gpu=True),
+    "resize_norm": Entry(ResizeNormParameters, ResizeNorm, has_gpu=True),
     "softmax_topk": Entry(SoftmaxTopkParameters, SoftmaxTopk, has_gpu=True),
     "tabular": Entry(TabularParameters, Tabular, has_gpu=True),
 }
