@@ -110,7 +110,8 @@ def _crop(asked: FitParameters, height: int, width: int) -> Fit:
     resized = (shorter, int(shorter * width / height)) if height <= width else (int(shorter * height / width), shorter)
     top, left = round((resized[0] - high) / 2), round((resized[1] - wide) / 2)
     sy, sx = height / resized[0], width / resized[1]
-    return Fit(asked.wanted, asked.wanted, box=(top * sy, left * sx, (top + high) * sy, (left + wide) * sx))
+    bottom, right = min((top + high) * sy, height), min((left + wide) * sx, width)
+    return Fit(asked.wanted, asked.wanted, box=(top * sy, left * sx, bottom, right))
 
 
 def _height(asked: FitParameters, height: int, width: int) -> Fit:

@@ -20,7 +20,11 @@ from services.infer.operations.image_fit import Fit, FitParameters, Pixels, fit
 from services.infer.operations.operation import Results, Setting, spec
 from services.infer.operations.parameters import Floats
 
-_DTYPES = {"FP32": np.dtype(np.float32), "FP16": np.dtype(np.float16), "UINT8": np.dtype(np.uint8)}
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "FP32": np.dtype(np.float32),
+    "FP16": np.dtype(np.float16),
+    "UINT8": np.dtype(np.uint8),
+}
 _TINY: Tensor = np.zeros((1, 1, 3), np.uint8)
 
 
@@ -114,7 +118,7 @@ class ResizeNorm:
         """Images that become one size, in one launch."""
         asked, setting, size = self._asked, self._setting, fits[0].inner
         boxes = [each.box for each in fits] if fits[0].box is not None else None
-        how = {
+        how: dict[str, Any] = {
             "size": size,
             "antialias": asked.antialias,
             "swap": asked.swap,
