@@ -18,7 +18,9 @@ from tests.infer.conftest import output, request
 from tests.infer.operations.images import array, encoded, pixels
 
 DECODE = 'backend: "kernels" parameters { key: "operation" value { string_value: "decode_image" } }'
-TOGETHER = " max_batch_size: 64 dynamic_batching { max_queue_delay_microseconds: 60000000 preferred_batch_size: [ %d ] }"
+TOGETHER = (
+    " max_batch_size: 64 dynamic_batching { max_queue_delay_microseconds: 60000000 preferred_batch_size: [ %d ] }"
+)
 
 
 def operation(name: str, /, **parameters: str) -> str:
