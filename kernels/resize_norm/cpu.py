@@ -11,6 +11,7 @@ numba's own threading is not used: its layers abort or hang when several threads
 from __future__ import annotations
 
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,9 @@ def run(
     if pool is None:
         resize_images(*arguments, 0, len(table), 0, out_h)
         return
-    share: Any = resize_images
     bands = 1 if len(table) >= 2 * _BANDS else min(_BANDS, out_h)
     tasks = [
-        pool.submit(share, *arguments, n, n + 1, out_h * band // bands, out_h * (band + 1) // bands)
+        pool.submit(partial(resize_images, *arguments, n, n + 1, out_h * band // bands, out_h * (band + 1) // bands))
         for n in range(len(table))
         for band in range(bands)
     ]
