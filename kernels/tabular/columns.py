@@ -86,7 +86,9 @@ def columns(
     if not (np.isfinite(means).all() and np.isfinite(stds).all() and (stds >= 0).all()):
         raise ValueError("columns: mean and std must be finite, and std not negative")
     scales = 1 / np.where(stds == 0, 1, stds)
-    if any(np.abs(values[np.isfinite(values)]).max(initial=0) > np.finfo(dtype).max for values in (means, scales, fills)):
+    if any(
+        np.abs(values[np.isfinite(values)]).max(initial=0) > np.finfo(dtype).max for values in (means, scales, fills)
+    ):
         raise ValueError(f"columns: mean, 1/std and fill must be within {dtype}")
     known = [_known(number, values) for number, values in enumerate(categories)]
     sizes = [values.size for values in known]

@@ -108,7 +108,9 @@ def test_boxes_that_are_none_suppress_nothing_wrongly(place: Place, odd: float, 
 
 
 def test_areas_beyond_float32(place: Place) -> None:
-    boxes = np.array([[-3e38, -3e38, 3e38, 3e38], [0, 0, 2e19, 2e19], [0, 0, 1, 1], [0, 0, 1e-30, 1e-30]] * 2, np.float32)
+    boxes = np.array(
+        [[-3e38, -3e38, 3e38, 3e38], [0, 0, 2e19, 2e19], [0, 0, 1, 1], [0, 0, 1e-30, 1e-30]] * 2, np.float32
+    )
     scores = np.linspace(1, 0, 8, dtype=np.float32)
     assert run(place, boxes, scores, 0.5) == expected(boxes, scores, 0.5)
 

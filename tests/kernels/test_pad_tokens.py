@@ -16,7 +16,9 @@ from kernels.pad_tokens import pad_tokens
 from tests.kernels.conftest import Place
 
 pytestmark = pytest.mark.filterwarnings("error")
-HERE = pytest.mark.parametrize("place", ["reference", "cpu", pytest.param("device", marks=pytest.mark.gpu)], indirect=True)
+HERE = pytest.mark.parametrize(
+    "place", ["reference", "cpu", pytest.param("device", marks=pytest.mark.gpu)], indirect=True
+)
 
 
 def ragged(rng: np.random.Generator, lengths: list[int], dtype: Any = np.int32) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +60,9 @@ def test_equals_lists(place: Place, side: Any, lengths: list[int], spare: int) -
 
 @HERE
 @pytest.mark.parametrize(
-    ("tokens", "ids"), [(np.int32, np.int32), (np.int32, np.int64), (np.int64, np.int64)], ids=["32-32", "32-64", "64-64"]
+    ("tokens", "ids"),
+    [(np.int32, np.int32), (np.int32, np.int64), (np.int64, np.int64)],
+    ids=["32-32", "32-64", "64-64"],
 )
 @pytest.mark.parametrize("mask", [np.int32, np.int64])
 def test_dtypes_keep_every_id(place: Place, tokens: Any, ids: Any, mask: Any) -> None:

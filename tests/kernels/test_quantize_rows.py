@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from kernels.quantize_rows import dequantize_rows, quantize_rows, reference
 from tests.kernels.conftest import Place
 
-HERE = pytest.mark.parametrize("place", ["reference", "cpu", pytest.param("device", marks=pytest.mark.gpu)], indirect=True)
+HERE = pytest.mark.parametrize(
+    "place", ["reference", "cpu", pytest.param("device", marks=pytest.mark.gpu)], indirect=True
+)
 
 
 def expected(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,8 +123,16 @@ ROWS = np.zeros((2, 3), np.float32)
         ({"x": ROWS[0]}, ValueError, r"x must have shape \[n, m\], not \[3\]"),
         ({"x": ROWS.astype(np.float16)}, TypeError, "x must be float32, not float16"),
         ({"x": ROWS.T}, ValueError, "x is not C-contiguous"),
-        ({"out": (np.zeros((2, 3), np.uint8), np.zeros(2, np.float32))}, TypeError, r"out\[0\] must be int8, not uint8"),
-        ({"out": (np.zeros((2, 3), np.int8), np.zeros(3, np.float32))}, ValueError, r"out\[1\] must have shape \[2\], not \[3\]"),
+        (
+            {"out": (np.zeros((2, 3), np.uint8), np.zeros(2, np.float32))},
+            TypeError,
+            r"out\[0\] must be int8, not uint8",
+        ),
+        (
+            {"out": (np.zeros((2, 3), np.int8), np.zeros(3, np.float32))},
+            ValueError,
+            r"out\[1\] must have shape \[2\], not \[3\]",
+        ),
     ],
 )
 def test_refuses(arguments: dict[str, Any], error: type[Exception], told: str) -> None:

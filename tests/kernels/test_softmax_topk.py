@@ -18,7 +18,21 @@ from hypothesis import strategies as st
 from kernels.softmax_topk import cpu, reference, softmax_topk
 from tests.kernels.conftest import Place
 
-SPECIAL = [0.0, -0.0, 1.0, 1.0, -1.0, 60.0, -90.0, 1e-40, -3e38, float("-inf"), float("inf"), float("nan"), -float("nan")]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    1.0,
+    -1.0,
+    60.0,
+    -90.0,
+    1e-40,
+    -3e38,
+    float("-inf"),
+    float("inf"),
+    float("nan"),
+    -float("nan"),
+]
 
 
 def expected(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +154,11 @@ ROWS = np.zeros((2, 3), np.float32)
         ({"logits": ROWS.astype(np.float64)}, TypeError, "logits must be float32 or float16, not float64"),
         ({"logits": ROWS.T}, ValueError, "logits is not C-contiguous"),
         ({"logits": [[1.0]]}, TypeError, "logits must be a NumPy or CuPy array, not builtins.list"),
-        ({"out": (np.zeros((2, 2), np.float32), np.zeros((2, 1), np.int64))}, ValueError, r"out\[0\] must have shape \[2, 1\]"),
+        (
+            {"out": (np.zeros((2, 2), np.float32), np.zeros((2, 1), np.int64))},
+            ValueError,
+            r"out\[0\] must have shape \[2, 1\]",
+        ),
         ({"out": (np.zeros((2, 1), np.float32), np.zeros((2, 1), np.int32))}, TypeError, r"out\[1\] must be int64"),
         ({"stream": object()}, TypeError, "stream= is for arrays on a GPU"),
     ],

@@ -16,11 +16,15 @@ from hypothesis import strategies as st
 from kernels.tabular import columns, reference, tabular
 from tests.kernels.conftest import Place
 
-HERE = pytest.mark.parametrize("place", ["reference", "cpu", pytest.param("device", marks=pytest.mark.gpu)], indirect=True)
+HERE = pytest.mark.parametrize(
+    "place", ["reference", "cpu", pytest.param("device", marks=pytest.mark.gpu)], indirect=True
+)
 NAN, INF = float("nan"), float("inf")
 
 
-def table(rng: np.random.Generator, n: int, f: int, sizes: list[int], dtype: Any = "float32", code: Any = np.int64) -> Any:
+def table(
+    rng: np.random.Generator, n: int, f: int, sizes: list[int], dtype: Any = "float32", code: Any = np.int64
+) -> Any:
     """Columns and rows: a fifth of the numbers missing, a fifth of the codes unknown."""
     made = columns(
         mean=rng.normal(0, 3, f),
@@ -48,7 +52,9 @@ def run(place: Place, made: Any, numbers: np.ndarray, codes: np.ndarray) -> np.n
 
 
 @HERE
-@pytest.mark.parametrize(("n", "f", "sizes"), [(1, 1, [1]), (3, 5, [2, 33, 1]), (7, 20, []), (5, 0, [3, 4]), (2, 17, [0, 5])])
+@pytest.mark.parametrize(
+    ("n", "f", "sizes"), [(1, 1, [1]), (3, 5, [2, 33, 1]), (7, 20, []), (5, 0, [3, 4]), (2, 17, [0, 5])]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("code", [np.int32, np.int64])
 def test_equals_the_reference(place: Place, n: int, f: int, sizes: list[int], dtype: str, code: Any) -> None:
@@ -111,7 +117,11 @@ def test_random_tables_on_the_cpu(data: st.DataObject) -> None:
         ({"mean": [0], "std": [1e-300]}, ValueError, "mean, 1/std and fill must be within float32"),
         ({"categories": [[1, 2, 1]]}, ValueError, r"categories\[0\] must be a list of distinct values"),
         ({"categories": [[1], [[2]]]}, ValueError, r"categories\[1\] must be a list of distinct values"),
-        ({"categories": [["red"]]}, TypeError, r"categories\[0\] holds what is no whole number of 64 bits: give strings"),
+        (
+            {"categories": [["red"]]},
+            TypeError,
+            r"categories\[0\] holds what is no whole number of 64 bits: give strings",
+        ),
         ({"categories": [[0.5]]}, TypeError, r"categories\[0\] holds what is no whole number"),
         ({"categories": [[2**63]]}, TypeError, r"categories\[0\] holds what is no whole number"),
         ({"dtype": "float16"}, TypeError, "dtype must be float32 or float64, not float16"),

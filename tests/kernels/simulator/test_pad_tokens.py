@@ -29,7 +29,9 @@ def test_equals_the_reference(side, width, tokens, ids):
         np.testing.assert_array_equal(got[1], want[1])
 
 
-@pytest.mark.parametrize("offsets", [[0, 99], [-5, 3], [8, 2], [MOST, -MOST - 1], [-MOST - 1, MOST], [0, MOST], [-1, -9], [50, 60]])
+@pytest.mark.parametrize(
+    "offsets", [[0, 99], [-5, 3], [8, 2], [MOST, -MOST - 1], [-MOST - 1, MOST], [0, MOST], [-1, -9], [50, 60]]
+)
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_only_what_is_in_flat_is_read(offsets, side):
     flat = np.arange(1, 11, dtype=np.int32)

@@ -8,7 +8,9 @@ import pytest
 from kernels.tabular import columns, reference, tabular
 
 
-@pytest.mark.parametrize(("n", "f", "sizes"), [(1, 1, [1]), (5, 4, [2, 9, 0]), (7, 130, []), (4, 0, [3, 4]), (0, 2, [1])])
+@pytest.mark.parametrize(
+    ("n", "f", "sizes"), [(1, 1, [1]), (5, 4, [2, 9, 0]), (7, 130, []), (4, 0, [3, 4]), (0, 2, [1])]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("code", [np.int32, np.int64])
 def test_equals_the_reference(n, f, sizes, dtype, code):
