@@ -12,7 +12,7 @@ Array = npt.NDArray[Any]
 
 
 @njit(nogil=True, cache=True)
-def survey(offsets: Any, size: int) -> tuple[int, int]:
+def survey(offsets, size):
     """The longest sequence, and the first bad one or -1."""
     longest = 0
     if offsets[0] < 0 or offsets[0] > size:
@@ -26,7 +26,7 @@ def survey(offsets: Any, size: int) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
-def _pad_row(tokens: Any, pad: Any, first: int, ids: Any, mask: Any) -> None:
+def pad_row(tokens, pad, first, ids, mask):
     last = first + tokens.size
     row = ids[first:last]
     # A loop, because it may widen int32 to int64: numba's `row[:] = tokens` does that one by one. Unsigned: no index
@@ -41,12 +41,12 @@ def _pad_row(tokens: Any, pad: Any, first: int, ids: Any, mask: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def pad_rows(flat: Any, offsets: Any, pad: Any, left: bool, ids: Any, mask: Any) -> None:
+def pad_rows(flat, offsets, pad, left, ids, mask):
     width = ids.shape[1]
     for i in range(ids.shape[0]):
         length = min(offsets[i + 1] - offsets[i], width)
         tokens = flat[offsets[i] : offsets[i] + length]
-        _pad_row(tokens, pad, width - length if left else 0, ids[i], mask[i])
+        pad_row(tokens, pad, width - length if left else 0, ids[i], mask[i])
 
 
 def run(flat: Array, offsets: Array, pad_id: int, left: bool, ids: Array, mask: Array, stream: None = None) -> None:

@@ -72,7 +72,8 @@ def columns(
         dtype: of the numeric columns.
 
     Raises:
-        ValueError: lengths that disagree, a mean or std that is no finite number of the dtype, std below 0, a value named twice.
+        ValueError: lengths that disagree, a mean or std that is no finite number of the dtype, std below 0, a value
+            named twice.
         TypeError: categories that are no whole numbers, another dtype.
     """
     if dtype not in ("float32", "float64"):
