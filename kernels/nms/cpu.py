@@ -13,13 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
+
 Array = npt.NDArray[Any]
 
 STRETCH = 64
 INDEX = np.uint64(0xFFFFFFFF)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 ZERO, NAN = np.float32(0), np.float32(np.nan)
-NO_GROUPS = np.empty(0, np.int32)
+NO_GROUPS = frozen(np.empty(0, np.int32))
 
 
 @njit(nogil=True, cache=True)
@@ -100,7 +102,8 @@ def run(
     out: Array,
     stream: None = None,
 ) -> Array:
+    boxes, scores = frozen(boxes), frozen(scores)
     order = np.empty(scores.size, np.uint64)
     order = order[: order_of(scores, scores.view(np.int32), least, order)]
     order.sort()
-    return out[: suppress(order, boxes, NO_GROUPS if groups is None else groups, threshold, out)]
+    return out[: suppress(order, boxes, NO_GROUPS if groups is None else frozen(groups), threshold, out)]

@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
+
 Array = npt.NDArray[Any]
 
 
 @njit(nogil=True, cache=True)
-def survey(offsets, size):
-    """The longest sequence, and the first bad one or -1."""
+def survey_offsets(offsets, size):
     longest = 0
     if offsets[0] < 0 or offsets[0] > size:
         return longest, 0
@@ -49,5 +50,11 @@ def pad_rows(flat, offsets, pad, left, ids, mask):
         pad_row(tokens, pad, width - length if left else 0, ids[i], mask[i])
 
 
+def survey(offsets: Array, size: int) -> tuple[int, int]:
+    """The longest sequence, and the first bad one or -1."""
+    longest, bad = survey_offsets(frozen(offsets), size)
+    return longest, bad
+
+
 def run(flat: Array, offsets: Array, pad_id: int, left: bool, ids: Array, mask: Array, stream: None = None) -> None:
-    pad_rows(flat, offsets, pad_id, left, ids, mask)
+    pad_rows(frozen(flat), frozen(offsets), pad_id, left, ids, mask)

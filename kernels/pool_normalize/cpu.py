@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
+
 Array = npt.NDArray[Any]
 
 
@@ -61,8 +63,8 @@ def l2_rows(x, eps, out):
 
 
 def pool(tokens: Array, mask: Array, eps: np.float32, normalize: bool, out: Array, stream: None = None) -> None:
-    pool_rows(tokens.astype(np.float32, copy=False), mask, eps, normalize, out)
+    pool_rows(frozen(tokens.astype(np.float32, copy=False)), frozen(mask), eps, normalize, out)
 
 
 def l2(x: Array, eps: np.float32, out: Array, stream: None = None) -> None:
-    l2_rows(x.astype(np.float32, copy=False), eps, out)
+    l2_rows(frozen(x.astype(np.float32, copy=False)), eps, out)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
 from kernels.quantize_rows.reference import LEAST, LEVELS
 
 Array = npt.NDArray[Any]
@@ -56,8 +57,9 @@ def dequantize_all(numbers, scales, out):
 
 
 def quantize(x: Array, numbers: Array, scales: Array, stream: None = None) -> None:
+    x = frozen(x)
     quantize_all(x, x.view(np.int32), numbers, scales)
 
 
 def dequantize(numbers: Array, scales: Array, out: Array, stream: None = None) -> None:
-    dequantize_all(numbers, scales, out)
+    dequantize_all(frozen(numbers), frozen(scales), out)

@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
+
 Array = npt.NDArray[Any]
 
 STRETCHES = 8
@@ -194,5 +196,5 @@ def rows(logits, bits, probabilities, indices):
 
 
 def run(logits: Array, probabilities: Array, indices: Array, stream: None = None) -> None:
-    logits = logits.astype(np.float32, copy=False)
+    logits = frozen(logits.astype(np.float32, copy=False))
     rows(logits, logits.view(np.int32), probabilities, indices)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from kernels.arrays import frozen
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -94,12 +96,12 @@ def columns(
     known = [_known(number, values) for number, values in enumerate(categories)]
     sizes = [values.size for values in known]
     return Columns(
-        fill=fills.astype(dtype),
-        mean=means.astype(dtype),
-        scale=scales.astype(dtype),
-        categories=np.concatenate([np.empty(0, np.int64), *known]),
-        starts=np.cumsum([0, *sizes], dtype=np.int64),
-        owners=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+        fill=frozen(fills.astype(dtype)),
+        mean=frozen(means.astype(dtype)),
+        scale=frozen(scales.astype(dtype)),
+        categories=frozen(np.concatenate([np.empty(0, np.int64), *known])),
+        starts=frozen(np.cumsum([0, *sizes], dtype=np.int64)),
+        owners=frozen(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)),
     )
 
 

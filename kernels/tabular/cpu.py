@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
 from kernels.tabular.columns import Columns
 
 Array = npt.NDArray[Any]
@@ -42,4 +43,4 @@ def rows(numbers, codes, fill, mean, scale, starts, categories, out):
 
 def run(columns: Columns, numbers: Array, codes: Array, out: Array, stream: None = None) -> None:
     c = columns
-    rows(numbers, codes, c.fill, c.mean, c.scale, c.starts, c.categories, out)
+    rows(frozen(numbers), frozen(codes), c.fill, c.mean, c.scale, c.starts, c.categories, out)
