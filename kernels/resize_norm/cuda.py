@@ -1,4 +1,4 @@
-"""For NVIDIA GPUs: one launch for the whole ragged batch (kernel.cu). Neither copies nor waits."""
+"""For NVIDIA GPUs: one launch for the whole ragged batch (resize_norm.cu). Neither copies nor waits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kernels.resize_norm.images import ALIGNMENT, CHANNELS_FIRST, Affine, Loose,
 _ROWS, _COLUMNS = 8, 32
 _TYPES = {"float32": "float", "float16": "__half", "uint8": "unsigned char"}
 SOURCE = CudaSource(
-    Path(__file__).with_name("kernel.cu"),
+    Path(__file__).with_name("resize_norm.cu"),
     tuple(f"resize_norm<{name}, {channels}>" for name in _TYPES.values() for channels in (1, 3)),
     registers=64,  # Four blocks of 256 threads on a multiprocessor.
 )

@@ -131,9 +131,12 @@ template <class T> T exchange(unsigned mask, T value, int lane_to_read) {
 
 template <class T> T* dynamic_shared() { return reinterpret_cast<T*>(dynamic_memory); }
 
-// A static __shared__ array: one storage for each place in the source, poisoned by the first thread of a block.
-template <class T, int Place> T& block_static() {
-    alignas(16) static unsigned char storage[sizeof(T)];
+// A static __shared__ array: one storage for each place in the source, poisoned by the first thread of a block. It is
+// aligned as declared and no better, so that a vector access that relies on luck is told.
+template <class T, int Place, size_t Align> T& block_static() {
+    constexpr size_t align = Align > alignof(std::remove_all_extents_t<T>) ? Align : alignof(std::remove_all_extents_t<T>);
+    alignas(128) static unsigned char room[sizeof(T) + 128];
+    unsigned char* const storage = room + align;
     static unsigned long long seen = 0;
     if (seen != block_number) {
         std::memset(storage, 0xff, sizeof(T));

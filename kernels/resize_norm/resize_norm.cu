@@ -5,11 +5,13 @@
 //   source rows ──128-bit loads, a lane 16 columns of bytes──> 16 sums a lane ──> shared line of floats     (vertical)
 //   shared lines ──a thread one pixel, 8 rows x 4 columns a warp──> pixel ──> shared ──> coalesced stores   (horizontal)
 //
-// Rows of a line are read by the two warps whose filters overlap: the second finds them in L1. Lines of different rows
-// lie 4 banks apart, so that the 8 rows of a warp never collide, and its 4 columns at most 4 ways, whatever the scale.
+// Rows of the source are read by the two warps whose filters overlap: the second finds them in L1. Lines of different
+// rows lie 4 banks apart, and the threads that read at the same time are of 8 rows: they never meet in a bank, whatever
+// the scale. Of three channels a pixel takes 4 words of a line, and is read with one 128-bit load.
 //
 // Rows whose length is a multiple of 16 bytes (widths of a multiple of 16 pixels: 640, 1280, 1920) are all aligned
-// alike; others are put together from two loads (Shifted). Never run on a GPU so far.
+// alike; others are put together from two loads (Shifted). Of 64 frames 1920 x 1080 to 224 x 224 about 1400 instructions
+// a warp and row are to be expected, 880 of them vertical: 64 byte-sums in 176. Never run on a GPU so far.
 #include <cuda_fp16.h>
 
 struct Image {  // 32 bytes, a row of the table.
@@ -21,8 +23,7 @@ struct Image {  // 32 bytes, a row of the table.
 
 constexpr int kRows = 8, kColumns = 32;
 constexpr int kSlots = 2;           // Loads a lane makes of one source row before the horizontal pass.
-constexpr int kSlotWords = 16 + 4;  // Four words more than a lane has sums: then stores of 128 bits meet no bank twice.
-constexpr int kLineWords = kSlots * 32 * kSlotWords + 4;  // 4 modulo 32: see above.
+constexpr int kLineWords = 1380;    // 4 modulo 32, see above; 320 pixels of 4 words, and 4 words for every 16 pixels.
 
 // x as a float, from byte `at` of a word. Exact: 2^23 + x less 2^23. Fast: 2^15 + x, which is exact too; the sum of
 // weights times 2^15 is taken off once at the end, and costs at most 0.02 grey levels of rounding with 10 rows.
@@ -93,6 +94,36 @@ __device__ __forceinline__ float vertical(float (&sums)[16], const unsigned char
     return total;
 }
 
+// A line in shared memory: the 16 sums of each lane go in, pixels come out. Every 16 pixels 4 words are left free, so
+// that lanes that write at the same time meet no bank more than twice.
+template <int Channels> struct Pixel {};
+
+__device__ __forceinline__ void put(float* line, int slot, int lane, const float (&sums)[16], Pixel<1>) {
+    float4* to = reinterpret_cast<float4*>(line + (slot * 32 + lane) * 20);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+}
+
+// Three lanes are 16 pixels. Byte n of them is word n + n / 3; which of a lane's bytes begin a pixel depends on lane % 3.
+__device__ __forceinline__ void put(float* line, int slot, int lane, const float (&sums)[16], Pixel<3>) {
+    const int phase = lane % 3, byte = phase * 16;
+    line += (slot * 10 + lane / 3) * 68 + byte + byte / 3;
+    float* const to[3] = {line, line + (phase == 2), line + (phase >= 1)};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) to[i % 3][i + i / 3] = sums[i];
+}
+
+__device__ __forceinline__ void add_pixel(float (&sum)[1], const float* line, int x, float weight) {
+    sum[0] = fmaf(weight, line[x + (x >> 4) * 4], sum[0]);
+}
+
+__device__ __forceinline__ void add_pixel(float (&sum)[3], const float* line, int x, float weight) {
+    const float4 pixel = reinterpret_cast<const float4*>(line)[x + (x >> 4)];
+    sum[0] = fmaf(weight, pixel.x, sum[0]);
+    sum[1] = fmaf(weight, pixel.y, sum[1]);
+    sum[2] = fmaf(weight, pixel.z, sum[2]);
+}
+
 __device__ __forceinline__ float as(float value, float) { return value; }
 __device__ __forceinline__ __half as(float value, __half) { return __float2half_rn(value); }
 __device__ __forceinline__ unsigned char as(float value, unsigned char) {
@@ -109,8 +140,8 @@ __global__ void __launch_bounds__(256, 4)
     constexpr int kLanes = Channels == 3 ? 30 : 32;
     constexpr int kSlotPixels = kLanes * 16 / Channels;
     constexpr int kStripPixels = kSlots * kSlotPixels;
-    __shared__ float lines[kRows * kLineWords];
-    __shared__ float made[kRows * kColumns * 4];  // Of a pixel its channels, and its sum of weights.
+    __shared__ __align__(16) float lines[kRows * kLineWords];
+    __shared__ __align__(16) float made[kRows * kColumns * 4];  // Of a pixel its channels, and its sum of weights.
     __shared__ Image shared_image;
 
     const int lane = threadIdx.x, warp = threadIdx.y;
@@ -140,7 +171,7 @@ __global__ void __launch_bounds__(256, 4)
     }
 
     // The pixel that this thread makes in the horizontal pass.
-    const int my_row = lane >> 2, my_column = warp * 4 + (lane & 3);
+    const int my_row = lane & 7, my_column = warp * 4 + (lane >> 3);
     float* const mine = made + (my_row * kColumns + my_column) * 4;
 #pragma unroll
     for (int c = 0; c < 4; ++c) mine[c] = 0.f;
@@ -160,12 +191,9 @@ __global__ void __launch_bounds__(256, 4)
                         ? vertical<false, kExact>(sums, at, pixels + bytes, pitch, top, bottom, centre_y, inverse_y)
                         : vertical<true, kExact>(sums, at, pixels + bytes, pitch, top, bottom, centre_y, inverse_y);
                 const float inverse = 1.f / total, taken = kExact ? 0.f : -32768.f * total;
-                float4* line =
-                    reinterpret_cast<float4*>(lines + warp * kLineWords + (slot * kLanes + lane) * kSlotWords);
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    line[i] = make_float4((sums[4 * i] + taken) * inverse, (sums[4 * i + 1] + taken) * inverse,
-                                          (sums[4 * i + 2] + taken) * inverse, (sums[4 * i + 3] + taken) * inverse);
+                for (int i = 0; i < 16; ++i) sums[i] = (sums[i] + taken) * inverse;
+                put(lines + warp * kLineWords, slot, lane, sums, Pixel<Channels>());
             }
         }
         __syncthreads();
@@ -179,13 +207,11 @@ __global__ void __launch_bounds__(256, 4)
             float sum[Channels], total = mine[3];
 #pragma unroll
             for (int c = 0; c < Channels; ++c) sum[c] = mine[c];
-            for (int x = begin; x < end; ++x) {
-                const float weight = triangle(x, centre_x, inverse_x);
+            float from_centre = (float)begin + 0.5f - centre_x;
+            for (int x = begin - strip; x < end - strip; ++x, from_centre += 1.f) {
+                const float weight = fmaxf(1.f - fabsf(from_centre) * inverse_x, 0.f);
                 total += weight;
-                const int byte = (x - strip) * Channels;
-#pragma unroll
-                for (int c = 0; c < Channels; ++c)
-                    sum[c] = fmaf(weight, line[byte + c + ((byte + c) >> 4) * (kSlotWords - 16)], sum[c]);
+                add_pixel(sum, line, x, weight);
             }
 #pragma unroll
             for (int c = 0; c < Channels; ++c) mine[c] = sum[c];
@@ -203,15 +229,15 @@ __global__ void __launch_bounds__(256, 4)
     // Neighbouring threads write neighbouring values.
     const long long plane = (long long)out_h * out_w;
     T* const result = out + (long long)blockIdx.z * plane * Channels;
-    for (int i = warp * 32 + lane; i < kRows * kColumns * Channels; i += 256) {
-        int r, column, c;
+    for (unsigned i = warp * 32 + lane; i < kRows * kColumns * Channels; i += 256) {
+        unsigned r, column, c;
         if (channels_first) {
             column = i % kColumns, r = i / kColumns % kRows, c = i / (kColumns * kRows);
         } else {
             c = i % Channels, column = i / Channels % kColumns, r = i / (Channels * kColumns);
         }
-        if (row0 + r >= out_h || column0 + column >= out_w) continue;
-        const int source = swap ? Channels - 1 - c : c;
+        if ((int)(row0 + r) >= out_h || (int)(column0 + column) >= out_w) continue;
+        const unsigned source = swap ? Channels - 1 - c : c;
         const T value = as(made[(r * kColumns + column) * 4 + source], T());
         const long long pixel = (long long)(row0 + r) * out_w + column0 + column;
         result[channels_first ? c * plane + pixel : pixel * Channels + c] = value;
