@@ -3,7 +3,8 @@
     python bench/kernels_cpu.py [OPERATION ...] [--rounds 7] [--threads 1]
 
 Peers are used where they are installed, and named where not. Ours is the first row; every row says how far its result
-is from the float64 reference, so that what does less work is seen to. An operation is one function here.
+is from the float64 reference, or from ours, so that what does less work is seen to. An operation is one function, here
+or in `row_kernels.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ from typing import Any
 import numpy as np
 from photographs import enlarged, photographs, synthetic
 from rich.console import Console
+from row_kernels import (
+    nms_cases,
+    pad_tokens_cases,
+    pool_normalize_cases,
+    quantize_rows_cases,
+    softmax_topk_cases,
+    tabular_cases,
+)
 from side_by_side import Case, peer, show
 
 from kernels.resize_norm import reference, resize_norm
@@ -159,6 +168,12 @@ def _truth(pictures: Iterable[np.ndarray], antialias: bool) -> np.ndarray:
 
 OPERATIONS: dict[str, Callable[[int], Iterable[Case]]] = {
     "resize_norm": resize_norm_cases,
+    "pad_tokens": pad_tokens_cases,
+    "tabular": tabular_cases,
+    "pool_normalize": pool_normalize_cases,
+    "softmax_topk": softmax_topk_cases,
+    "quantize_rows": quantize_rows_cases,
+    "nms": nms_cases,
 }
 
 

@@ -50,10 +50,18 @@ def measure(case: Case, rounds: int, clock: Clock | None = None) -> dict[str, li
     return taken
 
 
+LEAST_SECONDS = 0.001
+
+
 def wall(run: Callable[[], Any]) -> float:
+    """Seconds of one run; what is short is repeated until a millisecond has passed."""
     began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+    runs, taken = 0, 0.0
+    while taken < LEAST_SECONDS:
+        run()
+        runs += 1
+        taken = time.perf_counter() - began
+    return taken / runs
 
 
 def show(cases: Iterable[Case], rounds: int, console: Console, clock: Clock | None = None) -> None:

@@ -17,6 +17,7 @@ from kernels import arrays
 from kernels.backend import Operation
 
 OPERATION = Operation(__name__, gpu="numba_cuda")
+_BEYOND = {arrays.INT32: 2**31, arrays.INT64: 2**63}
 
 
 def pad_tokens(
@@ -99,8 +100,7 @@ def _longest(version: Any, flat: Any, offsets: Any) -> Any:
 def _check_range(flat: Any, ids: Any, pad_id: int) -> None:
     if ids.dtype.itemsize < flat.dtype.itemsize:
         raise TypeError(f"pad_tokens: out[0] is {ids.dtype}, which cannot hold every id of {flat.dtype}")
-    bounds = np.iinfo(ids.dtype)
-    if not bounds.min <= pad_id <= bounds.max:
+    if not -_BEYOND[ids.dtype] <= pad_id < _BEYOND[ids.dtype]:
         raise ValueError(f"pad_tokens: pad_id {pad_id} is outside of {ids.dtype}")
 
 

@@ -20,7 +20,7 @@ SIGNATURES = {
 
 
 @cuda.jit
-def pad(flat, offsets, pad_id, left, ids, mask):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
+def pad(flat, offsets, pad_id, left, ids, mask):
     n, width = ids.shape
     column = cuda.grid(1)
     if column >= width:

@@ -24,7 +24,7 @@ SIGNATURES = {
 
 
 @cuda.jit
-def quantize_row(x, numbers, scales):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
+def quantize_row(x, numbers, scales):
     most_of = cuda.shared.array(THREADS, float32)
     i, t = cuda.blockIdx.x, cuda.threadIdx.x
     m = x.shape[1]
@@ -54,7 +54,7 @@ def quantize_row(x, numbers, scales):  # type: ignore[no-untyped-def] # noqa: AN
 
 
 @cuda.jit
-def dequantize_element(numbers, scales, out):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
+def dequantize_element(numbers, scales, out):
     n, m = out.shape
     j = cuda.grid(1)
     if j >= m:

@@ -48,8 +48,8 @@ def run(
     return found[:end]
 
 
-@pytest.mark.parametrize("m", [1, 2, 63, 64, 65, 150, 300])
-@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("m", [1, 2, 63, 64, 65, 270])
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 1.0])
 def test_equals_the_reference(place: Place, m: int, threshold: float) -> None:
     boxes, scores = whole_boxes(np.random.default_rng(m), m)
     assert run(place, boxes, scores, threshold) == expected(boxes, scores, threshold)
@@ -61,7 +61,7 @@ def test_fractions_round_alike(place: Place) -> None:
     corner = rng.uniform(0, 40, (130, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(0.1, 30, (130, 2))], axis=1).astype(np.float32)
     scores = rng.uniform(0, 1, 130).astype(np.float32)
-    ratios = sorted({float(reference.overlap(a, b)) for a in boxes[:9] for b in boxes[:9]} - {0.0, 1.0})
+    ratios = sorted({ratio for box in boxes[:9] for ratio in reference.overlaps(box, boxes[:9]).tolist()} - {0.0, 1.0})
     for threshold in ratios:  # Each is hit exactly by one pair at least.
         assert run(place, boxes, scores, threshold) == expected(boxes, scores, threshold)
 
