@@ -18,6 +18,9 @@ from services.infer.runtimes.reshape import ReshapedSession
 from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
 from services.infer.scheduling import rules
 from services.infer.scheduling.batcher import BatchPolicy
+from services.infer.sequences import stateful
+from services.infer.sequences.settings import clients
+from services.infer.sequences.stateful import Stateful
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -33,6 +36,8 @@ class Loaded:
 
     model: Completed
     session: Session
+    sequences: Stateful | None = None
+    """Only for a model whose configuration has sequence_batching."""
 
     def batch_policy(self) -> BatchPolicy:
         """How its calls are put together."""
@@ -82,10 +87,11 @@ def load(
             modelconfig.check(config, runtime)
         elif _is_reshaped(config):
             session = ReshapedSession(session, config)
+        hidden = _hidden(config)
         model = modelconfig.complete(
             config,
-            _inputs(session, config, runtime),
-            session.outputs,
+            clients(_inputs(session, config, runtime), hidden),
+            clients(session.outputs, hidden),
             runtime=runtime,
             text=session.text,
             batch_is_given=says_batch,
@@ -95,7 +101,15 @@ def load(
         if config.model_transaction_policy.decoupled:
             return Loaded(model, session)
         made_up = not isinstance(session, ProcessSession) or session.is_tried
-        return Loaded(warmup.run(name, model, session, files.folder, clock, made_up=made_up), session)
+        sequences = stateful.of(model.config, session, files.folder) if config.HasField("sequence_batching") else None
+        tried = session if sequences is None else sequences.trial(session)
+        model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up)
+        if sequences is not None and model.signature.max_batch_size != sequences.max_batch_size:
+            raise FailedPrecondition(
+                "sequence_batching: max_batch_size could not be guessed, since rows of the model depend on each other: "
+                "write it into config.pbtxt"
+            )
+        return Loaded(model, session, sequences)
     except BaseException as err:
         session.close()
         if isinstance(err, StopIteration):  # No future takes one: whoever waits would wait for ever.
@@ -107,6 +121,14 @@ def _options(config: pb.ModelConfig, threads: int, runtime: Runtime) -> SessionO
     if runtime.backend == modelconfig.ONNX:
         return onnx_settings.session_options(config, threads)
     return SessionOptions(threads)
+
+
+def _hidden(config: pb.ModelConfig) -> frozenset[str]:
+    """What the server fills in and keeps: no client sends or sees it, unless the configuration says so."""
+    given = config.sequence_batching
+    names = {each.name for each in given.control_input}
+    names |= {name for state in given.state for name in (state.input_name, state.output_name)}
+    return frozenset(names - {output.name for output in config.output})
 
 
 def _is_reshaped(config: pb.ModelConfig) -> bool:

@@ -1,6 +1,7 @@
 """How the calls of a loaded version are run: the kind of scheduler that its configuration asks for.
 
 model_transaction_policy.decoupled ──> DecoupledScheduler    any number of responses
+sequence_batching                  ──> SequenceScheduler     steps of sequences, in order, each after what the last left
 nothing                            ──> Scheduler             batches, one answer for each call
 """
 
@@ -18,6 +19,9 @@ from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
+from services.infer.sequences.execution import ProcessSequenceExecution, SequenceExecution
+from services.infer.sequences.scheduler import SequenceScheduler
+from services.infer.sequences.stateful import Stateful
 
 
 def scheduler_of(
@@ -26,6 +30,8 @@ def scheduler_of(
     """What runs the calls of version `number` of the model `name`. Nothing is started yet: enter it."""
     if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):
         return _decoupled(name, number, loaded, loaded.session, means, statistics)
+    if loaded.sequences is not None:
+        return _sequencing(name, number, loaded, loaded.sequences, means, statistics)
     return _batching(name, number, loaded, means, statistics)
 
 
@@ -50,6 +56,34 @@ def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
     else:
         made = Execution(name, session, signature, means.clock)
     return means.around(name, made)
+
+
+def _sequencing(
+    name: str, number: int, loaded: Loaded, sequences: Stateful, means: Means, statistics: Statistics
+) -> SequenceScheduler:
+    config, signature = loaded.model.config, loaded.model.signature
+    session, settings, first = loaded.session, sequences.settings, sequences.first
+
+    def execution(instance: int) -> Runs:
+        if isinstance(session, ProcessSession):
+            made: Execution = ProcessSequenceExecution(
+                name, number, session, instance, signature, settings, first, means.clock
+            )
+        else:
+            made = SequenceExecution(name, session, signature, settings, first, means.clock)
+        return means.around(name, made)
+
+    return SequenceScheduler(
+        name,
+        execution,
+        settings,
+        means.limits,
+        instances=modelconfig.instances(config),
+        weights=rules.of(config).weights,
+        first_shapes=tuple(array.shape for array in first.values()),
+        statistics=statistics,
+        clock=means.clock,
+    )
 
 
 def _decoupled(

@@ -24,6 +24,7 @@ from services.infer.responses.key import ResponseKeys
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.statistics import Statistics
+from services.infer.sequences.line import Line
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class Version:
     """Only for a model whose configuration asks for it."""
     decoupled: DecoupledScheduler | None = None
     """In place of the scheduler, for a model that gives any number of responses."""
+    line: Line | None = None
+    """Only for a model with sequences: keeps the steps of each in the order of their arrival."""
     _loaded: Loaded | None = None
     _scheduler: RunsCalls | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -72,7 +75,7 @@ class Version:
     @property
     def takes_numbers_only(self) -> bool:
         """Whether a request is to it what its tensors are: its bytes need not be parsed to be answered."""
-        if self.response_cache is not None or self.decoupled is not None:
+        if self.response_cache is not None or self.decoupled is not None or self.line is not None:
             return False
         return not getattr(self.loaded.session, "wants_requests", False)  # Ids and parameters too.
 
@@ -124,6 +127,7 @@ class Version:
             self.decoupled = scheduler
             return
         self._scheduler = scheduler
+        self.line = Line() if loaded.sequences is not None else None
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
             self.response_cache = await self._resources.enter_async_context(self._caching(loaded, means, ttl))
@@ -163,7 +167,7 @@ class Version:
             self._is_idle.clear()
             await self._is_idle.wait()
         await self._resources.aclose()
-        self._loaded = self._scheduler = self.decoupled = self.response_cache = None
+        self._loaded = self._scheduler = self.decoupled = self.response_cache = self.line = None
         if self.statistics.expired_executed:
             rows = self.statistics.expired_executed
             log.error("model %s version %d: %d rows were run after their time was over", self.name, self.number, rows)

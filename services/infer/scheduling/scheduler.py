@@ -25,6 +25,7 @@ from services.infer.scheduling.execution import Answer, Outcome, Runs, Times
 from services.infer.scheduling.queue import Batch, Pending, Queue, QueueLimits, Receiver
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.statistics import Statistics
+from services.infer.scheduling.waiter import Waiter
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
@@ -57,24 +58,6 @@ _LONGEST_S = 3600.0
 
 _SURE = 0.9
 # A call is refused for a forecast only when it is too late by a tenth: forecasts err.
-
-
-class _Waiter:
-    """A receiver that can be awaited."""
-
-    __slots__ = ("future",)
-
-    def __init__(self, future: asyncio.Future[Answer]) -> None:
-        self.future = future
-
-    def answered(self, answer: Answer) -> None:
-        if not self.future.done():
-            self.future.set_result(answer)
-
-    def failed(self, error: BaseException) -> None:
-        if not self.future.done():
-            # A future does not take StopIteration, which would end whoever awaits it.
-            self.future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
 
 
 class Scheduler:
@@ -180,7 +163,7 @@ class Scheduler:
             Unavailable: the model is being unloaded.
         """
         future: asyncio.Future[Answer] = self._loop.create_future()
-        pending = self.start(call, deadline, tenant, _Waiter(future))
+        pending = self.start(call, deadline, tenant, Waiter(future))
         try:
             return await future
         except asyncio.CancelledError:
