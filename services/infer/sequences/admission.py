@@ -11,7 +11,7 @@ from shoal.errors import InvalidArgument
 _MAX_ID_BYTES = 128
 # Of an id that is a text, as in Triton.
 
-_MOST = {"INT32": (1 << 31) - 1, "UINT32": (1 << 32) - 1}
+_RANGES = {"INT32": (-(1 << 31), (1 << 31) - 1), "UINT32": (0, (1 << 32) - 1)}
 # Ids that a control of 32 bits can carry. One of 64 bits carries them all, if need be as a negative number.
 
 
@@ -32,10 +32,11 @@ def check(model: str, call: Call, told_as: Datatype | None) -> None:
         )
     if told_as is None or told_as.is_bytes:
         return
-    most = _MOST.get(told_as.name)
-    if isinstance(id, str) or (most is not None and id > most):
-        wanted = "a number" if most is None else f"a number, {most} at most"
+    least, most = _RANGES.get(told_as.name, (-(1 << 63), (1 << 64) - 1))
+    if isinstance(id, int) and least < 0 and id >> 63:
+        id -= 1 << 64  # As the client wrote it.
+    if isinstance(id, str) or not least <= id <= most:
         raise InvalidArgument(
             f"sequence_id {quoted(str(id))} for model '{model}': its CONTROL_SEQUENCE_CORRID is {told_as.name}: "
-            f"expected {wanted}"
+            f"expected a number from {least} to {most}"
         )
