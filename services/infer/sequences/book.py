@@ -233,5 +233,5 @@ class Book:
             self._held[sequence.tenant] = self._held.get(sequence.tenant, 0) + 1
 
     def _behind(self, sequence: Sequence) -> float:
-        """How much of its share its tenant has: who has least goes first."""
-        return self._held.get(sequence.tenant, 0) / self._weights.get(sequence.tenant, 1.0)
+        """How much of its share its tenant would have with it: who has least goes first."""
+        return (self._held.get(sequence.tenant, 0) + 1) / self._weights.get(sequence.tenant, 1.0)
