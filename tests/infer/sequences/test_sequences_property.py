@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,13 +47,30 @@ class Told:
 SENT = st.builds(
     Sent,
     gap_s=st.sampled_from([0.0, 0.0, 0.0, 0.001, 0.012, 0.05, 0.3]),
-    id=st.integers(1, 5),
+    id=st.sampled_from([1, 1, 1, 2, 2, 3, 4, 5]),
     start=st.sampled_from([True, False, False]),
     end=st.sampled_from([True, False, False]),
     is_poison=st.sampled_from([False] * 6 + [True]),
     timeout_us=st.sampled_from([0, 0, 0, 4000, 15_000]),
     cancel_s=st.sampled_from([None] * 5 + [0.0, 0.004, 0.02]),
 )
+
+
+def crowded(seed: int) -> list[Sent]:
+    """Many steps of few sequences: what strategies, which like small things, seldom come to."""
+    of = Random(seed)
+    return [
+        Sent(
+            gap_s=of.choice([0.0, 0.0, 0.001, 0.001, 0.012, 0.05, 0.3]),
+            id=of.choice([1, 1, 1, 2, 2, 3, 4, 5]),
+            start=of.random() < 0.3,
+            end=of.random() < 0.2,
+            is_poison=of.random() < 0.15,
+            timeout_us=of.choice([0, 0, 0, 4000, 15_000]),
+            cancel_s=of.choice([None] * 6 + [0.0, 0.004, 0.02]),
+        )
+        for _ in range(of.randint(5, 80))
+    ]
 
 
 async def traffic(bench: Bench, script: Sequence[Sent]) -> list[Told]:
@@ -143,7 +161,7 @@ def may_be_idle(entry: Told, told: Sequence[Told], log: Sequence[Ran]) -> bool:
 
 @settings(max_examples=400, deadline=None)
 @given(
-    script=st.lists(SENT, min_size=1, max_size=40),
+    script=st.lists(SENT, min_size=1, max_size=40) | st.integers(0, 2**32).map(crowded),
     direct=st.booleans(),
     places=st.integers(1, 4),
     instances=st.integers(1, 2),
@@ -172,6 +190,8 @@ def test_any_traffic(script, direct, places, instances, delay_s, preserves_order
     told, bench = run(scene())
     assert all(entry.outcome is not None for entry in told)
     assert bench.statistics.expired_executed == 0
+    if not any(sent.is_poison for sent in script):
+        assert bench.statistics.bisections == 0, "a batch failed"
     check_runs(bench.log, places if direct else 2)
     if direct:
         check_rows(bench.log)
