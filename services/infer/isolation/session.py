@@ -49,11 +49,12 @@ _UNREAD_TRIES = 3
 
 
 class ModelDied(ModelFailed):
-    """Its process ended while it ran the batch. `is_sure`: nobody from outside ended it."""
+    """Its process ended while it ran the batch. `is_sure`: nobody from outside ended it. `is_unread`: it had not read
+    the batch yet."""
 
-    def __init__(self, message: str, *, is_sure: bool) -> None:
+    def __init__(self, message: str, *, is_sure: bool, is_unread: bool = False) -> None:
         super().__init__(message)
-        self.is_sure = is_sure
+        self.is_sure, self.is_unread = is_sure, is_unread
 
 
 @dataclass(frozen=True)
@@ -228,9 +229,9 @@ class ProcessSession:
         self, process: Running, header: dict[str, Any], parts: Sequence[Part], is_wanted: Callable[[], bool]
     ) -> Message:
         with process.using:
-            answer = self._exchanged(process, header, parts, is_wanted, True) if _is_there(process) else None
+            answer = self._exchanged(process, header, parts, is_wanted, False) if _is_there(process) else None
         if answer is None:
-            raise ModelDied(f"the model's process died ({process.end})", is_sure=False)
+            raise ModelDied(f"the model's process died ({process.end})", is_sure=False, is_unread=True)
         return answer
 
     def declare(self, datatypes: Mapping[str, str]) -> None:

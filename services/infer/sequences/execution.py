@@ -24,7 +24,10 @@ from services.infer.sequences.rows import Row
 from services.infer.sequences.settings import Settings
 from services.infer.sequences.step import Step
 from services.infer.sequences.steps import ProcessSteps, Results, SessionSteps, Stepped
-from shoal.errors import DeadlineExceeded, ShoalError
+from shoal.errors import DeadlineExceeded, ShoalError, Unavailable
+
+_RETRY_MS = 100
+# A process is there again after about so long.
 
 
 class SequenceExecution(Execution):
@@ -131,18 +134,16 @@ class ProcessSequenceExecution(SequenceExecution):
 
     def _not_to_run(self, alive: Sequence[Step]) -> dict[int, Outcome]:
         found: dict[int, Outcome] = {}
-        before, gone = self._process, None
+        before, is_gone = self._process, False
         try:
             self._process = self._instance.running()
-        except ShoalError as err:  # It is being started again.
-            gone = err
-        if gone is not None or (before is not None and before is not self._process):
+        except Unavailable:
+            is_gone = True
+        if is_gone or (before is not None and before is not self._process):
             for step in alive:
                 step.is_lost = True
-                if not step.starts:
-                    found[id(step)] = wording.unknown(self._name, step.id, self._settings.idle_s)
-                elif gone is not None:
-                    found[id(step)] = gone
+                if is_gone or not step.starts:
+                    found[id(step)] = self._not_run(step)
         poison = self._processes.poison
         for step in alive:
             if poison and (after_s := poison.refused_for_s(step.call)):
@@ -155,10 +156,21 @@ class ProcessSequenceExecution(SequenceExecution):
         try:
             return super()._answered(left)
         except ModelDied as err:
-            self._processes.poison.blame([step.call for step in left], is_sure=err.is_sure)
             for step in self._batch:
                 step.is_lost = True
+            if err.is_unread:
+                return [self._not_run(step) for step in left]
+            self._processes.poison.blame([step.call for step in left], is_sure=err.is_sure)
             raise
+
+    def _not_run(self, step: Step) -> ShoalError:
+        """The process of the instance is gone, or another one: a step that starts a sequence may come again."""
+        if not step.starts:
+            return wording.unknown(self._name, step.id, self._settings.idle_s)
+        return Unavailable(
+            f"the process of model '{self._name}' is being started again; retry after {_RETRY_MS} ms",
+            retry_after_ms=_RETRY_MS,
+        )
 
     def _outcomes(self, alive: Sequence[Step], results: Results, times: Times) -> list[Outcome]:
         outcomes = super()._outcomes(alive, results, times)
