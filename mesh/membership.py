@@ -54,6 +54,8 @@ class ReadyModel:
 
     name: str
     versions: tuple[int, ...]
+    has_sequences: bool = False
+    """Its requests are steps of sequences: those of one must come to one instance."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,13 @@ class Instance:
 
 def encode(instance: Instance) -> bytes:
     """The value of an instance's key: JSON with the fields of Instance."""
-    models = [{"name": model.name, "versions": list(model.versions)} for model in instance.models]
+    models = [_written(model) for model in instance.models]
     return json.dumps({**vars(instance), "models": models}, separators=(",", ":")).encode()
+
+
+def _written(model: ReadyModel) -> dict[str, Any]:
+    said: dict[str, Any] = {"name": model.name, "versions": list(model.versions)}
+    return {**said, "has_sequences": True} if model.has_sequences else said
 
 
 def decode(key: bytes, value: bytes) -> Instance:
@@ -151,7 +158,11 @@ def _model(raw: Any) -> ReadyModel:
     if not isinstance(raw, dict) or not raw.get("name"):
         raise ValueError(f"models: expected objects with a name, got {raw!r}")
     versions = _list(raw, "versions")
-    return ReadyModel(_text(raw, "name"), tuple(sorted(_number({"versions": v}, "versions") for v in versions)))
+    has_sequences = raw.get("has_sequences", False)
+    if not isinstance(has_sequences, bool):
+        raise ValueError(f"has_sequences: expected a boolean, got {has_sequences!r}")
+    numbers = tuple(sorted(_number({"versions": v}, "versions") for v in versions))
+    return ReadyModel(_text(raw, "name"), numbers, has_sequences)
 
 
 class Registration:

@@ -45,21 +45,22 @@ def address(text: str) -> dict[str, Any]:
 
 
 @lru_cache(_CACHED)
-def cluster(name: str) -> Resource:
-    """The cluster `name`; its endpoints come over EDS."""
-    common = _cluster(is_model=name.startswith(MODEL_PREFIX))
+def cluster(name: str, *, is_sticky: bool = False) -> Resource:
+    """The cluster `name`; its endpoints come over EDS. `is_sticky`: equal hashes go to one endpoint."""
+    common = _cluster(is_model=name.startswith(MODEL_PREFIX), is_sticky=is_sticky)
     return pack_serialized(CLUSTER, name, bytes(Cluster(name=name)) + common)
 
 
-@lru_cache(2)
-def _cluster(*, is_model: bool) -> bytes:
+@lru_cache(4)
+def _cluster(*, is_model: bool, is_sticky: bool) -> bytes:
     """All of a cluster but its name, serialized."""
     message = Cluster.from_dict(
         {
             "type": "EDS",
             "eds_cluster_config": {"eds_config": {"ads": {}, "resource_api_version": "V3"}},
             "connect_timeout": "1s",
-            "lb_policy": "LEAST_REQUEST",
+            # A ring: when an endpoint comes or goes, the least possible moves to another one.
+            "lb_policy": "RING_HASH" if is_sticky else "LEAST_REQUEST",
             "typed_extension_protocol_options": http2(),
             "circuit_breakers": {"thresholds": [_limits("DEFAULT"), _limits("HIGH")]},
             "health_checks": [] if is_model else [_health_check()],

@@ -2,7 +2,7 @@
 
 Fields: envoy.config.listener.v3.Listener. Both route alike, over RDS, and find the model that a call names:
 
-    (drop x-shoal-model) ──> grpc_field_extraction ──> Lua: metadata to header, route again ──> router
+    (drop x-shoal-model) ──> grpc_field_extraction ──> Lua: metadata to headers, route again ──> router
 """
 
 from __future__ import annotations
@@ -27,22 +27,47 @@ from envoy_data_plane.google.protobuf import Any as Packed
 
 from mesh.xds.clusters import address
 from mesh.xds.resource import LISTENER, Resource, pack, typed
-from mesh.xds.routes import EXTRACTION_FILTER, LUA_FILTER, MODEL_HEADER, NAME, ModelRoutes, Table
+from mesh.xds.routes import (
+    EXTRACTION_FILTER,
+    LUA_FILTER,
+    MODEL_HEADER,
+    NAME,
+    SEQUENCE_HEADER,
+    ModelRoutes,
+    Table,
+)
 from mesh.xds.tracing import OTEL, Tracing, connection_manager_tracing
 
 GATEWAY = "gateway"
 OUTBOUND = "outbound"
 
-# Only names that a header may carry, and that a cluster can have: see routes.MODEL_NAME.
+# Only names that a header may carry, and that a cluster can have: see routes.MODEL_NAME. A step's sequence is the value
+# of the parameter `sequence_id`, an InferParameter: numbers get one form, whatever the field that they came in.
 _LUA = """
+local KEY = "\\10\\11sequence_id\\18"
+
+local function sequence_of(entry)
+  if type(entry) ~= "string" or #entry > 300 or string.sub(entry, 1, #KEY) ~= KEY then return nil end
+  local kind = string.byte(entry, #KEY + 2)
+  local value = string.sub(entry, #KEY + ((kind == 16 or kind == 40) and 3 or 2))
+  return (string.gsub(value, ".", function(c) return string.format("%%02x", string.byte(c)) end))
+end
+
 function envoy_on_request(handle)
   local found = handle:streamInfo():dynamicMetadata():get("%(filter)s")
   if found == nil then return end
-  for _, values in pairs(found) do
-    local name = values[1]
-    if type(name) == "string" and #name > 0 and #name <= 255 and not string.find(name, "[^%%w%%._/-]") then
-      handle:headers():replace("%(header)s", name)
-      handle:clearRouteCache()
+  for field, values in pairs(found) do
+    if field == "%(parameters)s" then
+      for _, entry in ipairs(values) do
+        local sequence = sequence_of(entry)
+        if sequence ~= nil then handle:headers():replace("%(sequence)s", sequence) end
+      end
+    else
+      local name = values[1]
+      if type(name) == "string" and #name > 0 and #name <= 255 and not string.find(name, "[^%%w%%._/-]") then
+        handle:headers():replace("%(model)s", name)
+        handle:clearRouteCache()
+      end
     end
   end
 end
@@ -87,11 +112,13 @@ def _connection_manager(name: str, table: Table, tracing: Tracing | None) -> dic
         "use_remote_address": name == GATEWAY,
         # A fresh id in each call's headers is of use to traces only, and makes every call's headers new to read.
         "generate_request_id": tracing is not None,
-        # Nobody but this Envoy says which model a call is for.
+        # Nobody but this Envoy says which model a call is for, and of which sequence.
         "early_header_mutation_extensions": [
             {
                 "name": "envoy.http.early_header_mutation.header_mutation",
-                "typed_config": typed(HeaderMutation, {"mutations": [{"remove": MODEL_HEADER}]}),
+                "typed_config": typed(
+                    HeaderMutation, {"mutations": [{"remove": MODEL_HEADER}, {"remove": SEQUENCE_HEADER}]}
+                ),
             }
         ],
         "http_filters": [*_lua(table), _router()],
@@ -108,7 +135,12 @@ def _router() -> dict[str, Any]:
 def _lua(table: Table) -> list[dict[str, Any]]:
     if table.models is None:
         return []
-    code = _LUA % {"filter": EXTRACTION_FILTER, "header": MODEL_HEADER}
+    code = _LUA % {
+        "filter": EXTRACTION_FILTER,
+        "model": MODEL_HEADER,
+        "sequence": SEQUENCE_HEADER,
+        "parameters": table.models.parameters,
+    }
     lua = typed(Lua, {"default_source_code": {"inline_string": code}})
     return [{"name": LUA_FILTER, "typed_config": lua}]
 
@@ -119,7 +151,12 @@ def _extraction(models: ModelRoutes) -> HttpFilter:
     assert config.descriptor_set is not None
     config.descriptor_set.inline_bytes = models.descriptors
     config.extractions_by_method = {
-        method: FieldExtractions(request_field_extractions={field: RequestFieldValueDisposition()})
+        method: FieldExtractions(
+            request_field_extractions={
+                name: RequestFieldValueDisposition()
+                for name in (field, *([models.parameters] if method in models.steps else ()))
+            }
+        )
         for method, field in models.fields
     }
     return HttpFilter(name=EXTRACTION_FILTER, typed_config=Packed.pack(config))

@@ -26,6 +26,8 @@ from mesh.xds.resource import ROUTES, Resource, nested, pack_serialized, typed
 NAME = "services"
 """The one route configuration: gateway and outbound listener route alike."""
 MODEL_HEADER = "x-shoal-model"
+SEQUENCE_HEADER = "x-shoal-sequence"
+"""The sequence that a message is a step of, as hexadecimal digits of what it says."""
 EXTRACTION_FILTER = "envoy.filters.http.grpc_field_extraction"
 LUA_FILTER = "envoy.filters.http.lua"
 
@@ -65,6 +67,11 @@ class ModelRoutes:
     """Method (`package.Service.Method`) and the name of the field that names the model."""
     descriptors: bytes
     """A serialized FileDescriptorSet with these methods."""
+    steps: tuple[str, ...] = ()
+    """Methods whose messages may be steps of a sequence."""
+    parameters: str = ""
+    """The field of their messages with the parameters, each as `descriptors` must have it: the bytes of a map's entry,
+    whose key is a text. One with the key `sequence_id` names the sequence."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,10 @@ class Table:
 
 
 @lru_cache(64)
-def route_configuration(table: Table, models: tuple[str, ...]) -> Resource:
+def route_configuration(table: Table, models: tuple[str, ...], sequenced: frozenset[str] = frozenset()) -> Resource:
     """The routes of `table`; calls that name one of `models` go to that model's cluster.
+
+    Those of `sequenced`, which are models too, always take one sequence to one endpoint.
 
     The routes of models come first. They are tried one after the other: a matter of microseconds for hundreds. Where
     there are none, no call is searched for its model, which would cost as much as all the rest of its routing.
@@ -88,8 +97,10 @@ def route_configuration(table: Table, models: tuple[str, ...]) -> Resource:
     routes = [_no_path()]
     for service in table.services:
         names_model = table.models is not None and service.prefix == table.models.prefix
-        if names_model and models:
-            routes += [_compressed(service), *(_model(service, model) for model in models)]
+        if names_model and models and table.models is not None:
+            routes += [_compressed(service)]
+            routes += [_step(path, model) for model in models if model in sequenced for path in _paths(table.models)]
+            routes += [_model(service, model) for model in models]
         routes += _service(service, is_searched=not names_model or bool(models))
     host = VirtualHost.from_dict(
         {
@@ -141,6 +152,24 @@ def _model(service: ServiceRoutes, model: str) -> bytes:
     match = {"prefix": service.prefix, "headers": [{"name": MODEL_HEADER, "string_match": {"exact": model}}]}
     action = bytes(RouteAction(cluster=model_cluster(model))) + _action(service.all_idempotent)
     return nested(_MATCH, bytes(RouteMatch.from_dict(match))) + nested(_ACTION, action)
+
+
+def _paths(models: ModelRoutes) -> tuple[str, ...]:
+    """Of the methods whose messages may be steps."""
+    return tuple("/{}/{}".format(*method.rpartition(".")[::2]) for method in models.steps)
+
+
+@lru_cache(8192)
+def _step(path: str, model: str) -> bytes:
+    """The route of steps of `model`: by the hash of their sequence. Serialized.
+
+    Where the endpoint of a sequence is not to be had, a step may be tried at another one, but only when it certainly
+    did not reach the first: it is refused there, unless it starts the sequence.
+    """
+    match = {"path": path, "headers": [{"name": MODEL_HEADER, "string_match": {"exact": model}}]}
+    route = _route(match, model_cluster(model), _ALWAYS)
+    route["route"]["hash_policy"] = [{"header": {"header_name": SEQUENCE_HEADER}}]
+    return bytes(Route.from_dict(route))
 
 
 @lru_cache(2)

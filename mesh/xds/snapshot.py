@@ -105,26 +105,35 @@ def snapshot(
     Raises:
         LookupError: it is not. A fault of the builders: Envoy would take such routes and fail the calls.
     """
+    instances = list(instances)
     found = clusters_of(instances, drained, node.id, table)
-    built = [cluster(name) for name in sorted(found)]
+    sequenced = _sequenced(instances) & {name.removeprefix(MODEL_PREFIX) for name in found}
+    sticky = {model_cluster(model) for model in sequenced}
+    built = [cluster(name, is_sticky=name in sticky) for name in sorted(found)]
     built += [endpoints(name, tuple(sorted(found[name]))) for name in sorted(found)]
     built += [
         listener(GATEWAY, node.gateway, table, tracing),
         listener(OUTBOUND, f"unix:{node.outbound}", table, tracing),
-        route_configuration(table, _models_apart(found, table)),
+        route_configuration(table, _models_apart(found, sequenced, table), sequenced),
     ]
     if tracing is not None:
         built.append(collector_cluster(tracing))
     return checked(built)
 
 
-def _models_apart(found: Mapping[str, set[Endpoint]], table: Table) -> tuple[str, ...]:
-    """The models that not every instance has. Only their calls need a route of their own; mostly there are none."""
+def _sequenced(instances: Iterable[Instance]) -> frozenset[str]:
+    """The models whose requests are steps of sequences."""
+    return frozenset(model.name for instance in instances for model in instance.models if model.has_sequences)
+
+
+def _models_apart(found: Mapping[str, set[Endpoint]], sequenced: frozenset[str], table: Table) -> tuple[str, ...]:
+    """The models that not every instance has, and those with sequences. Only their calls need routes of their own;
+    mostly there are none."""
     if table.models is None:
         return ()
     everywhere = [found[service.cluster] for service in table.services if service.prefix == table.models.prefix]
     names = [name for name in found if name.startswith(MODEL_PREFIX) and found[name] not in everywhere]
-    return tuple(sorted(name.removeprefix(MODEL_PREFIX) for name in names))
+    return tuple(sorted({name.removeprefix(MODEL_PREFIX) for name in names} | sequenced))
 
 
 def checked(resources: Iterable[Resource]) -> Snapshot:

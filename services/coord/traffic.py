@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
-from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorSet
 from grpc_health.v1 import health_pb2
 
 from mesh.xds.routes import ModelRoutes, ServiceRoutes, Table
@@ -56,6 +56,10 @@ _MODEL_FIELDS = {
 }
 
 
+_STEPS = ("ModelInfer", "ModelStreamInfer")
+_PARAMETERS = "parameters"
+
+
 def paths(service: ServiceDescriptor, methods: tuple[str, ...]) -> tuple[str, ...]:
     """The HTTP/2 paths of a service's methods.
 
@@ -91,9 +95,27 @@ def table() -> Table:
         models=ModelRoutes(
             prefix=inference,
             fields=tuple((f"{INFER.full_name}.{method}", field) for method, field in sorted(_MODEL_FIELDS.items())),
-            descriptors=descriptors(INFER.file),
+            descriptors=_with_raw_entries(descriptors(INFER.file)),
+            steps=tuple(f"{INFER.full_name}.{method}" for method in _STEPS),
+            parameters=_PARAMETERS,
         ),
     )
+
+
+def _with_raw_entries(serialized: bytes) -> bytes:
+    """The descriptors with the parameters of an inference request as bytes, entry by entry.
+
+    Envoy's filter cannot pick an entry of a map by its key. On the wire an entry is a message like any other, and a
+    message the same as bytes: so it takes them out whole, and the Lua filter looks for the key.
+    """
+    found = FileDescriptorSet.FromString(serialized)
+    for file in found.file:
+        for message in file.message_type:
+            if file.package == INFER.file.package and message.name == "ModelInferRequest":
+                (field,) = (each for each in message.field if each.name == _PARAMETERS)
+                field.type = FieldDescriptorProto.TYPE_STRING
+                field.ClearField("type_name")
+    return found.SerializeToString()
 
 
 def descriptors(file: FileDescriptor) -> bytes:

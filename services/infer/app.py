@@ -167,7 +167,7 @@ async def _first_attempts(registry: Registry, models: Models) -> None:
 
 async def _tell(models: Models, registration: Registration) -> None:
     async for ready in models.ready_set.follow():
-        await registration.update(models=[ReadyModel(name, versions) for name, versions in ready])
+        await registration.update(models=[ReadyModel(*model) for model in ready])
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from contextlib import aclosing
 
 from services.infer import streaming
 from services.infer.aside import aside
-from services.infer.calls import answer, ragged, request
+from services.infer.calls import answer, parameters, ragged, request
 from services.infer.calls.request import Call
 from services.infer.models.control import Control
 from services.infer.models.models import Models, version_number
@@ -22,6 +22,8 @@ from services.infer.models.version import State, Version
 from services.infer.remembered import Memory
 from services.infer.responses.cache import CacheState
 from services.infer.scheduling.scheduler import Answer
+from services.infer.scheduling.submitted import Waiter
+from services.infer.sequences.line import Line
 from services.infer.wording import quoted
 from shoal import __version__
 from shoal.errors import InvalidArgument, ShoalError, Unimplemented
@@ -170,18 +172,44 @@ class InferenceServer:
     async def _infer(
         self, asked: pb.ModelInferRequest, version: Version, deadline: float, tenant: str, is_retry: bool
     ) -> pb.ModelInferResponse:
-        signature, scheduler = version.loaded.model.signature, version.scheduler
-        call = await aside(lambda: request.read(asked, signature), _is_long_read(asked))
-        if is_retry and self._memory is not None:
-            call = await self._memory.checked(version.name, call)
-        if version.response_cache is None:
-            got, cache = await scheduler.submit(call, deadline, tenant), CacheState.OFF
+        cache = CacheState.OFF
+        if version.line is not None:
+            call, got = await self._step(asked, version, version.line, deadline, tenant, is_retry)
         else:
-            got, cache = await version.response_cache.answer(call, asked.parameters, deadline, tenant)
+            call = await self._read(asked, version, is_retry)
+            if version.response_cache is None:
+                got = await version.scheduler.submit(call, deadline, tenant)
+            else:
+                got, cache = await version.response_cache.answer(call, asked.parameters, deadline, tenant)
         response = await aside(lambda: self._written(got, call, version, asked.id), _is_long_write(got, call))
         if call.parameters.explain:
             answer.explain(response, got, self._replica, cache)
         return response
+
+    async def _read(self, asked: pb.ModelInferRequest, version: Version, is_retry: bool) -> Call:
+        signature = version.loaded.model.signature
+        call = await aside(lambda: request.read(asked, signature), _is_long_read(asked))
+        if is_retry and self._memory is not None:
+            call = await self._memory.checked(version.name, call)
+        return call
+
+    async def _step(
+        self, asked: pb.ModelInferRequest, version: Version, line: Line, deadline: float, tenant: str, is_retry: bool
+    ) -> tuple[Call, Answer]:
+        """One step of a sequence: it stands in line behind those that came before, though they take longer to read."""
+        scheduler, id = version.scheduler, parameters.sequence_id(asked.parameters)
+        if line.is_free(id) and not is_retry and not _is_long_read(asked):
+            call = request.read(asked, version.loaded.model.signature)
+            return call, await scheduler.submit(call, deadline, tenant)
+        async with line.turn(id):
+            call = await self._read(asked, version, is_retry)
+            waiter = Waiter(asyncio.get_running_loop().create_future())
+            ticket = scheduler.start(call, deadline, tenant, waiter)
+        try:
+            return call, await waiter.future
+        except asyncio.CancelledError:
+            scheduler.abandon(ticket)
+            raise
 
     def is_decoupled(self, asked: pb.ModelInferRequest) -> bool:
         """Whether the request's model gives any number of responses. Raises what `Models.find` does."""

@@ -123,3 +123,47 @@ def slow(rounds: int = 200) -> onnx.ModelProto:
 
 def cast(source: int, target: int, dims: Dims = ("n", 4)) -> onnx.ModelProto:
     return model([helper.make_node("Cast", ["x"], ["y"], to=target)], [("x", source, dims)], [("y", target, dims)])
+
+
+def accumulating(control: int = TensorProto.FLOAT, corrid: int = TensorProto.INT64) -> onnx.ModelProto:
+    """A stateful model: total = sum of x so far (a state), product = product of 1 + x so far (another); `told` is what
+    the controls START, END and READY hold, and `id` what CORRID does. Raises when x is above 1000."""
+    rows: Dims = ("n", 1)
+    nodes = [
+        helper.make_node("Add", ["total_in", "x"], ["total"]),
+        helper.make_node("Identity", ["total"], ["total_out"]),
+        helper.make_node("Add", ["x", "one"], ["factor"]),
+        helper.make_node("Mul", ["product_in", "factor"], ["product_out"]),
+        helper.make_node("Identity", ["product_out"], ["product"]),
+        *(helper.make_node("Cast", [name], [f"{name}_f"], to=TensorProto.FLOAT) for name in ("START", "END", "READY")),
+        helper.make_node("Concat", ["START_f", "END_f", "READY_f"], ["told"], axis=1),
+        # Looked up, so that an x that is too large raises.
+        helper.make_node("Div", ["x", "thousand"], ["small"]),
+        helper.make_node("Cast", ["small"], ["index"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "index"], ["zero"]),
+        helper.make_node("Cast", ["zero"], ["zero_id"], to=corrid),
+        helper.make_node("Add", ["CORRID", "zero_id"], ["id"]),
+    ]
+    return model(
+        nodes,
+        [
+            ("x", TensorProto.FLOAT, rows),
+            ("total_in", TensorProto.FLOAT, rows),
+            ("product_in", TensorProto.FLOAT, rows),
+            *((name, control, rows) for name in ("START", "END", "READY")),
+            ("CORRID", corrid, rows),
+        ],
+        [
+            ("total", TensorProto.FLOAT, rows),
+            ("product", TensorProto.FLOAT, rows),
+            ("total_out", TensorProto.FLOAT, rows),
+            ("product_out", TensorProto.FLOAT, rows),
+            ("told", TensorProto.FLOAT, ("n", 3)),
+            ("id", corrid, rows),
+        ],
+        [
+            numpy_helper.from_array(np.float32(1), "one"),
+            numpy_helper.from_array(np.float32(1000), "thousand"),
+            numpy_helper.from_array(np.array([0], np.float32), "table"),
+        ],
+    )

@@ -19,7 +19,7 @@ INFER = Instance(
     pid=42,
     state=State.READY,
     started_at=1_700_000_000.25,
-    models=(ReadyModel("magika", (1, 3)),),
+    models=(ReadyModel("magika", (1, 3)), ReadyModel("stateful", (2,), has_sequences=True)),
     version="0.1.0",
 )
 
@@ -54,6 +54,7 @@ def test_fields_of_a_newer_version_are_left_out():
         ("models", {"magika": 1}),
         ("models", [{"versions": [1]}]),
         ("models", [{"name": "m", "versions": ["1"]}]),
+        ("models", [{"name": "m", "versions": [1], "has_sequences": 1}]),
         ("node", "elsewhere"),
         ("service", None),
         ("version", 1),

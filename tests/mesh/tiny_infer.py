@@ -33,6 +33,7 @@ class TinyInfer(pb_grpc.GRPCInferenceServiceServicer):
         told: dict[str, Any] = {
             "replica": self._name,
             "header": metadata.get("x-shoal-model", ""),
+            "sequence": metadata.get("x-shoal-sequence", ""),
             "attempt": metadata.get("x-envoy-attempt-count", ""),
             "traceparent": metadata.get("traceparent", ""),
         }

@@ -41,6 +41,11 @@ class Parameters:
     """1 goes first; 0: the model's default. Beyond the model's levels it means the default too, as in Triton."""
     explain: bool = False
     """Say in the answer who computed it, with how many rows, and how long that took."""
+    sequence_id: int | str = 0
+    """Which sequence it is a step of, 0 to 2**64 - 1 or a text; 0 or empty: none."""
+    sequence_start: bool = False
+    sequence_end: bool = False
+    """It is the first, or the last step."""
 
 
 NONE = Parameters()
@@ -68,7 +73,20 @@ def read(given: Mapping[str, InferParameter]) -> Parameters:
         timeout_us=timeout.int64_param if timeout else 0,
         priority=(priority.uint64_param or priority.int64_param) if priority else 0,
         explain=explain.bool_param if explain else False,
+        sequence_id=sequence_id(given),
+        sequence_start="sequence_start" in given and given["sequence_start"].bool_param,
+        sequence_end="sequence_end" in given and given["sequence_end"].bool_param,
     )
+
+
+def sequence_id(given: Mapping[str, InferParameter]) -> int | str:
+    """The sequence that a request is a step of. As in Triton, int64 and uint64 of the same bits mean the same one."""
+    value = given.get("sequence_id")
+    if value is None:
+        return 0
+    if value.WhichOneof("parameter_choice") == "string_param":
+        return value.string_param
+    return value.uint64_param or value.int64_param % (1 << 64)
 
 
 def check_input(given: Mapping[str, InferParameter], what: str) -> None:

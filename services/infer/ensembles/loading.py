@@ -17,7 +17,7 @@ from shoal.errors import FailedPrecondition, ShoalError, Unavailable
 Labels = Mapping[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Composed(Loaded):
     """An ensemble that can be called."""
 
@@ -75,7 +75,8 @@ def composed(graph: Graph, neighbours: Neighbours, labels: Labels) -> Composed:
         FailedPrecondition: one of them is not ready, or they do not fit together.
     """
     made = _plan(graph, neighbours, labels)
-    return Composed(made.completed, None, made, partial(_renewed, neighbours=neighbours, labels=labels))
+    renew = partial(_renewed, neighbours=neighbours, labels=labels)
+    return Composed(made.completed, None, plan=made, renew=renew)
 
 
 def _plan(graph: Graph, neighbours: Neighbours, labels: Labels) -> Plan:

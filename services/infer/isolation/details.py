@@ -24,7 +24,7 @@ def of(call: Call, model: str, version: int) -> dict[str, Any]:
         said["parameters"] = {
             name: value for name in given if name not in parameters.KNOWN and (value := _value(given[name])) is not None
         }
-        said["correlation_id"] = _value(given["sequence_id"]) if "sequence_id" in given else 0
+        said["correlation_id"] = call.parameters.sequence_id
         said["flags"] = _flag(given, "sequence_start", _SEQUENCE_START) | _flag(given, "sequence_end", _SEQUENCE_END)
     return said
 

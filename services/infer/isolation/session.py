@@ -49,11 +49,12 @@ _UNREAD_TRIES = 3
 
 
 class ModelDied(ModelFailed):
-    """Its process ended while it ran the batch. `is_sure`: nobody from outside ended it."""
+    """Its process ended while it ran the batch. `is_sure`: nobody from outside ended it. `is_unread`: it had not read
+    the batch yet."""
 
-    def __init__(self, message: str, *, is_sure: bool) -> None:
+    def __init__(self, message: str, *, is_sure: bool, is_unread: bool = False) -> None:
         super().__init__(message)
-        self.is_sure = is_sure
+        self.is_sure, self.is_unread = is_sure, is_unread
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class ProcessSession:
         *,
         is_wanted: Callable[[], bool] = lambda: True,
         patience_s: float = 0.0,
+        on: Running | None = None,
     ) -> list[list[Tensor] | Exception]:
         """Runs the requests of one batch.
 
@@ -179,6 +181,7 @@ class ProcessSession:
             details: what each says of itself, for a model that wants to know.
             is_wanted: whether anybody waits for the answer.
             patience_s: how long to wait for a process that is being started again.
+            on: the process that must run it, whatever comes. Else it is one that is free.
 
         Returns:
             One result for each request that the model answered one by one; else one for all of them, rows stacked.
@@ -191,6 +194,8 @@ class ProcessSession:
         header = {"op": "run", "id": next(self._numbers), "outputs": list(outputs), "rows": list(rows)}
         if self.wants_requests:
             header["details"] = list(details)
+        if on is not None:
+            return self._results(self._exchanged_on(on, header, parts, is_wanted), outputs)
         with self._instance() as instance:
             for is_last in (*(False,) * _UNREAD_TRIES, True):
                 process = instance.running(patience_s)
@@ -219,6 +224,19 @@ class ProcessSession:
             yield found
         finally:
             self._free.put(found)
+
+    def _exchanged_on(
+        self, process: Running, header: dict[str, Any], parts: Sequence[Part], is_wanted: Callable[[], bool]
+    ) -> Message:
+        with process.using:
+            answer = self._exchanged(process, header, parts, is_wanted, False) if _is_there(process) else None
+        if answer is None:
+            raise ModelDied(f"the model's process died ({process.end})", is_sure=False, is_unread=True)
+        return answer
+
+    def declare(self, datatypes: Mapping[str, str]) -> None:
+        """Inputs, and their datatypes, that the server fills in and the model has not declared."""
+        self.datatypes = {**datatypes, **self.datatypes}
 
     def _exchanged(
         self,

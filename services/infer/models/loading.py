@@ -20,6 +20,9 @@ from services.infer.runtimes.runtime import About, Runtime, Session, SessionOpti
 from services.infer.scheduling import rules
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.cost import CostCurve
+from services.infer.sequences import stateful
+from services.infer.sequences.settings import clients
+from services.infer.sequences.stateful import Stateful
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -38,6 +41,8 @@ class Loaded:
     """None for an ensemble: its models have theirs."""
     cost: CostCurve = field(default_factory=CostCurve)
     """What trials took."""
+    sequences: Stateful | None = None
+    """Only for a model whose configuration has sequence_batching."""
 
     def batch_policy(self) -> BatchPolicy:
         """How its calls are put together."""
@@ -89,10 +94,11 @@ def load(
             config, says_batch = session.completed(config), True
         elif _is_reshaped(config):
             session = ReshapedSession(session, config)
+        hidden = _hidden(config)
         model = modelconfig.complete(
             config,
-            _inputs(session, config, runtime),
-            session.outputs,
+            clients(_inputs(session, config, runtime), hidden),
+            clients(session.outputs, hidden),
             runtime=runtime,
             text=session.text,
             batch_is_given=says_batch,
@@ -103,9 +109,15 @@ def load(
             return Loaded(model, session)
         # An operation was tried with an example of its own: made-up bytes are no image.
         made_up = session.is_tried if isinstance(session, ProcessSession) else not isinstance(session, OperationSession)
-        cost = CostCurve()
-        model = warmup.run(name, model, session, files.folder, clock, made_up=made_up, cost=cost)
-        return Loaded(model, session, cost)
+        sequences = stateful.of(model.config, session, files.folder) if config.HasField("sequence_batching") else None
+        tried, cost = session if sequences is None else sequences.trial(session), CostCurve()
+        model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up, cost=cost)
+        if sequences is not None and model.signature.max_batch_size != sequences.max_batch_size:
+            raise FailedPrecondition(
+                "sequence_batching: max_batch_size could not be guessed, since rows of the model depend on each other: "
+                "write it into config.pbtxt"
+            )
+        return Loaded(model, session, cost, sequences)
     except BaseException as err:
         session.close()
         if isinstance(err, StopIteration):  # No future takes one: whoever waits would wait for ever.
@@ -117,6 +129,14 @@ def _options(config: pb.ModelConfig, threads: int, runtime: Runtime) -> SessionO
     if runtime.backend in (modelconfig.ONNX, modelconfig.KERNELS):
         return onnx_settings.session_options(config, threads)
     return SessionOptions(threads)
+
+
+def _hidden(config: pb.ModelConfig) -> frozenset[str]:
+    """What the server fills in and keeps: no client sends or sees it, unless the configuration says so."""
+    given = config.sequence_batching
+    names = {each.name for each in given.control_input}
+    names |= {name for state in given.state for name in (state.input_name, state.output_name)}
+    return frozenset(names - {output.name for output in config.output})
 
 
 def _is_reshaped(config: pb.ModelConfig) -> bool:

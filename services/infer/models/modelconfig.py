@@ -21,6 +21,8 @@ from services.infer.calls.signature import Signature, TensorSpec, fits
 from services.infer.runtimes import reshape
 from services.infer.runtimes.runtime import Runtime
 from services.infer.scheduling import rules
+from services.infer.sequences import checks as sequence_checks
+from services.infer.sequences.settings import DEFAULT_IDLE_US
 from services.infer.wording import enumerated, listed, written
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -70,7 +72,7 @@ def served_versions(config: pb.ModelConfig, available: Collection[int], stable: 
 
 def check(config: pb.ModelConfig, runtime: Runtime) -> None:
     """Raises FailedPrecondition that names every setting that Shoal does not do, or that is out of range."""
-    wrong = [*_not_done(config, runtime), *_out_of_range(config), *rules.wrong(config)]
+    wrong = [*_not_done(config, runtime), *_out_of_range(config), *rules.wrong(config), *sequence_checks.wrong(config)]
     if wrong:
         raise FailedPrecondition("the model's configuration: " + "; ".join(wrong))
 
@@ -89,6 +91,7 @@ def _not_of_ensembles(config: pb.ModelConfig) -> Iterator[str]:
         "default_model_filename": bool(config.default_model_filename),
         "instance_group": bool(config.instance_group),
         "optimization": config.HasField("optimization"),
+        "sequence_batching": config.HasField("sequence_batching"),
         "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled,
     }
     yield from (f"an ensemble has no {name}" for name, is_set in unsupported.items() if is_set)
@@ -118,7 +121,6 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
 def _unsupported(config: pb.ModelConfig, *, can_be_ragged: bool = False) -> Iterator[str]:
     """What no kind of model does."""
     unsupported = {
-        "sequence_batching": config.HasField("sequence_batching"),
         "response_cache of a decoupled model": config.response_cache.enable
         and config.model_transaction_policy.decoupled,
         "model_warmup of a decoupled model": bool(config.model_warmup) and config.model_transaction_policy.decoupled,
@@ -276,6 +278,8 @@ def complete(
     for n, group in enumerate(done.instance_group):
         group.name, group.count = group.name or f"{done.name}_{n}", group.count or 1
         _place(group, gpus)
+    if done.HasField("sequence_batching") and not done.sequence_batching.max_sequence_idle_microseconds:
+        done.sequence_batching.max_sequence_idle_microseconds = DEFAULT_IDLE_US
     guess = not batch_is_given and not config.input and not config.output and not config.max_batch_size
     if guess and inputs and all(spec.shape[:1] == (-1,) for spec in (*inputs, *outputs)):
         done.max_batch_size = GUESSED_BATCH_SIZE

@@ -24,8 +24,8 @@ from shoal.errors import InvalidArgument, NotFound, Unavailable
 
 _NUMBER = re.compile(r"[0-9]{1,19}")
 
-ReadySet = tuple[tuple[str, tuple[int, ...]], ...]
-"""Models with their ready versions, both ascending."""
+ReadySet = tuple[tuple[str, tuple[int, ...], bool], ...]
+"""Models with their ready versions, both ascending, and whether one of them has sequences."""
 
 
 def version_number(text: str) -> int | None:
@@ -153,7 +153,7 @@ class Models:
 
     def names(self) -> list[str]:
         """Models with a ready version, sorted."""
-        return [name for name, _ in self.ready_set.value]
+        return [name for name, _, _ in self.ready_set.value]
 
     def find(self, name: str, version: str) -> Version:
         """The version of a model that a call means; an empty `version` leaves the choice to us.
@@ -182,8 +182,12 @@ class Models:
                 if not model.wanted.is_served and not model.wanted.is_unloaded and model.is_gone():
                     del self._models[name]
                     self._tasks.pop(name).cancel()
-            ready = ((name, tuple(v.number for v in self._models[name].ready())) for name in sorted(self._models))
-            self.ready_set.set(tuple((name, versions) for name, versions in ready if versions))
+            ready = ((name, self._models[name].ready()) for name in sorted(self._models))
+            self.ready_set.set(tuple(_ready(name, versions) for name, versions in ready if versions))
+
+
+def _ready(name: str, versions: Sequence[Version]) -> tuple[str, tuple[int, ...], bool]:
+    return name, tuple(version.number for version in versions), any(version.line is not None for version in versions)
 
 
 def _found(name: str, model: Model | None, number: int | None) -> Version:

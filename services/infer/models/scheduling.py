@@ -2,6 +2,7 @@
 
 model_transaction_policy.decoupled ──> DecoupledScheduler    any number of responses
 ensemble_scheduling                ──> EnsembleScheduler     calls of other models
+sequence_batching                  ──> SequenceScheduler     steps of sequences, in order, each after what the last left
 nothing                            ──> Scheduler             batches, one answer for each call
 """
 
@@ -23,6 +24,9 @@ from services.infer.scheduling.rows_execution import RowsExecution
 from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
+from services.infer.sequences.execution import ProcessSequenceExecution, SequenceExecution
+from services.infer.sequences.scheduler import SequenceScheduler
+from services.infer.sequences.stateful import Stateful
 
 
 def scheduler_of(
@@ -33,6 +37,8 @@ def scheduler_of(
         return _ensemble(loaded, means, statistics)
     if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):
         return _decoupled(name, number, loaded, loaded.session, means, statistics)
+    if loaded.sequences is not None:
+        return _sequencing(name, number, loaded, loaded.sequences, means, statistics)
     return _batching(name, number, loaded, means, statistics)
 
 
@@ -65,6 +71,35 @@ def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
     else:
         made = Execution(name, session, signature, means.clock)
     return means.around(name, made)
+
+
+def _sequencing(
+    name: str, number: int, loaded: Loaded, sequences: Stateful, means: Means, statistics: Statistics
+) -> SequenceScheduler:
+    config, signature = loaded.model.config, loaded.model.signature
+    session, settings, first = loaded.session, sequences.settings, sequences.first
+    assert session is not None, "only ensembles have none"
+
+    def execution(instance: int) -> Runs:
+        if isinstance(session, ProcessSession):
+            made: Execution = ProcessSequenceExecution(
+                name, number, session, instance, signature, settings, first, means.clock
+            )
+        else:
+            made = SequenceExecution(name, session, signature, settings, first, means.clock)
+        return means.around(name, made)
+
+    return SequenceScheduler(
+        name,
+        execution,
+        settings,
+        means.limits,
+        instances=modelconfig.instances(config),
+        weights=rules.of(config).weights,
+        first_shapes=tuple(array.shape for array in first.values()),
+        statistics=statistics,
+        clock=means.clock,
+    )
 
 
 def _decoupled(

@@ -30,6 +30,7 @@ from services.infer.responses.key import ResponseKeys
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.statistics import Statistics
+from services.infer.sequences.line import Line
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class Version:
     """Of an ensemble, as soon as it is read."""
     _seen: Seen = ()
     """What an ensemble's steps meant when they were last looked up."""
+    line: Line | None = None
+    """Only for a model with sequences: keeps the steps of each in the order of their arrival."""
     _loaded: Loaded | None = None
     _scheduler: RunsCalls | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -92,7 +95,7 @@ class Version:
     @property
     def takes_numbers_only(self) -> bool:
         """Whether a request is to it what its tensors are: its bytes need not be parsed to be answered."""
-        if self.response_cache is not None or self.decoupled is not None:
+        if self.response_cache is not None or self.decoupled is not None or self.line is not None:
             return False
         if isinstance(self.loaded, Composed):
             return self.loaded.plan.takes_numbers_only
@@ -167,6 +170,7 @@ class Version:
             self.decoupled = scheduler
             return
         self._scheduler = scheduler
+        self.line = Line() if loaded.sequences is not None else None
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
             self.response_cache = await self._resources.enter_async_context(self._caching(loaded, means, ttl))
@@ -229,7 +233,7 @@ class Version:
             self._is_idle.clear()
             await self._is_idle.wait()
         await self._resources.aclose()
-        self._loaded = self._scheduler = self.decoupled = self.response_cache = None
+        self._loaded = self._scheduler = self.decoupled = self.response_cache = self.line = None
         if self.statistics.expired_executed:
             rows = self.statistics.expired_executed
             log.error("model %s version %d: %d rows were run after their time was over", self.name, self.number, rows)

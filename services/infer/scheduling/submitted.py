@@ -9,7 +9,7 @@ from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.runs_calls import RunsCalls
 
 
-class _Waiter:
+class Waiter:
     """A receiver that can be awaited."""
 
     __slots__ = ("future",)
@@ -30,7 +30,7 @@ class _Waiter:
 async def submitted(to: RunsCalls, call: Call, deadline: float, tenant: str) -> Answer:
     """Starts `call` and waits for its answer; cancelled, abandons it. Raises what the call fails with."""
     future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-    ticket = to.start(call, deadline, tenant, _Waiter(future))
+    ticket = to.start(call, deadline, tenant, Waiter(future))
     try:
         return await future
     except asyncio.CancelledError:

@@ -43,6 +43,19 @@ CONFIGS = {
         max_batch_size: 8
         parameters { key: "operation" value { string_value: "decode_image" } }
     """,
+    "steps": """
+        max_batch_size: 4
+        sequence_batching {
+          direct { }
+          max_sequence_idle_microseconds: 600000000
+          control_input { name: "START" control { kind: CONTROL_SEQUENCE_START fp32_false_true: [0, 1] } }
+          control_input { name: "END" control { kind: CONTROL_SEQUENCE_END fp32_false_true: [0, 1] } }
+          control_input { name: "READY" control { kind: CONTROL_SEQUENCE_READY fp32_false_true: [0, 1] } }
+          control_input { name: "CORRID" control { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_INT64 } }
+          state { input_name: "total_in" output_name: "total_out" data_type: TYPE_FP32 dims: 1 }
+          state { input_name: "product_in" output_name: "product_out" data_type: TYPE_FP32 dims: 1 }
+        }
+    """,
     "patient": """
         max_batch_size: 4
         dynamic_batching { max_queue_delay_microseconds: 60000000 }
@@ -92,6 +105,7 @@ def write(root: Path) -> Path:
     slow        y = 2x after some milliseconds of arithmetic
     patient     y = 2x, which waits a minute for the fourth row
     decode      an operation without a model file: BYTES of an image to its pixels
+    steps       sequences: total = sum of x so far, FP32 [n,1]
     repeat      decoupled, model.py: `times` answers n = 0, 1, ...; an error when `times` is negative
     """
     _put(root, "double", onnx_files.scale(2))
@@ -108,6 +122,7 @@ def write(root: Path) -> Path:
     _put(root, "slow", onnx_files.slow())
     _put(root, "patient", onnx_files.scale(2))
     put_decode(root)
+    _put(root, "steps", onnx_files.accumulating())
     put_repeat(root)
     return root
 

@@ -19,6 +19,7 @@ from services.infer.responses.cache import ttl_s
 from services.infer.runtimes import onnx_settings
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling import rules
+from services.infer.sequences import settings as sequences
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from tests.infer import onnx_files
@@ -38,13 +39,8 @@ CPU_ACCELERATOR = ACCELERATED % 'cpu_execution_accelerator { name: "openvino" %s
 GPU_ACCELERATOR = ACCELERATED % 'gpu_execution_accelerator { name: "%s" %s }'
 
 REFUSED = {
-    *(
-        "sequence_batching",
-        "ensemble_scheduling.step.model_namespace",
-        "batch_input",
-        "batch_output",
-        "cc_model_filenames",
-    ),
+    *("sequence_batching.iterative_sequence", "sequence_batching.state.use_growable_memory"),
+    *("ensemble_scheduling.step.model_namespace", "batch_input", "batch_output", "cc_model_filenames"),
     *("model_operations", "model_repository_agents", "model_transaction_policy", "metric_tags", "model_metrics"),
     *("optimization.cuda", "optimization.priority", "optimization.gather_kernel_buffer_threshold"),
     *("optimization.eager_batching", "instance_group.rate_limiter", "instance_group.secondary_devices"),
@@ -53,6 +49,11 @@ REFUSED = {
     "output.is_non_linear_format_io",
 }
 """These, and all that is below them."""
+
+SEQUENCES = "max_batch_size: 4 sequence_batching { %s }"
+CONTROL = SEQUENCES % 'control_input { name: "c" control { kind: CONTROL_SEQUENCE_START %s } }'
+STATE = SEQUENCES % 'state { input_name: "i" output_name: "o" data_type: TYPE_FP32 dims: 1 %s }'
+FIRST = STATE % "initial_state { data_type: TYPE_FP32 dims: 1 %s }"
 
 DIFFERENT = {
     "max_batch_size": ("max_batch_size: 2", "max_batch_size: 3"),
@@ -97,6 +98,64 @@ DIFFERENT = {
         "dynamic_batching { priority_levels: 2 default_priority_level: 1 }",
         "dynamic_batching { priority_levels: 2 default_priority_level: 2 }",
     ),
+    "sequence_batching.direct.max_queue_delay_microseconds": (
+        SEQUENCES % "direct { }",
+        SEQUENCES % "direct { max_queue_delay_microseconds: 9 }",
+    ),
+    "sequence_batching.direct.minimum_slot_utilization": (
+        SEQUENCES % "direct { }",
+        SEQUENCES % "direct { minimum_slot_utilization: 0.5 }",
+    ),
+    **{
+        f"sequence_batching.oldest.{name}": (
+            SEQUENCES % "oldest { max_candidate_sequences: 3 }",
+            SEQUENCES
+            % f"oldest {{ {'' if name.endswith('candidate_sequences') else 'max_candidate_sequences: 3'} {text} }}",
+        )
+        for name, text in (
+            ("max_candidate_sequences", "max_candidate_sequences: 4"),
+            ("preferred_batch_size", "preferred_batch_size: 2"),
+            ("max_queue_delay_microseconds", "max_queue_delay_microseconds: 9"),
+            ("preserve_ordering", "preserve_ordering: true"),
+        )
+    },
+    "sequence_batching.max_sequence_idle_microseconds": (
+        SEQUENCES % "",
+        SEQUENCES % "max_sequence_idle_microseconds: 9",
+    ),
+    "sequence_batching.control_input.name": (
+        CONTROL % "fp32_false_true: [0, 1]",
+        (CONTROL % "fp32_false_true: [0, 1]").replace('"c"', '"d"'),
+    ),
+    "sequence_batching.control_input.control.kind": (
+        CONTROL % "fp32_false_true: [0, 1]",
+        (CONTROL % "fp32_false_true: [0, 1]").replace("START", "END"),
+    ),
+    **{
+        f"sequence_batching.control_input.control.{name}": (CONTROL % f"{name}: {before}", CONTROL % f"{name}: {after}")
+        for name, before, after in (
+            ("fp32_false_true", "[0, 1]", "[0, 2]"),
+            ("int32_false_true", "[0, 1]", "[1, 0]"),
+            ("bool_false_true", "[false, true]", "[true, false]"),
+        )
+    },
+    "sequence_batching.control_input.control.data_type": tuple(
+        (CONTROL % f"data_type: TYPE_{name}").replace("START", "CORRID") for name in ("INT64", "STRING")
+    ),
+    **{
+        f"sequence_batching.state.{name}": (STATE % "", (STATE % "").replace(before, after))
+        for name, before, after in (
+            ("input_name", '"i"', '"j"'),
+            ("output_name", '"o"', '"p"'),
+            ("data_type", "TYPE_FP32", "TYPE_INT32"),
+            ("dims", "dims: 1", "dims: 2"),
+        )
+    },
+    "sequence_batching.state.initial_state.data_file": (FIRST % "zero_data: true", FIRST % 'data_file: "f"'),
+    "sequence_batching.state.initial_state.dims": (
+        (STATE % "").replace("dims: 1", "dims: -1"),
+        (FIRST % "zero_data: true").replace("dims: 1", "dims: -1", 1).replace("dims: 1", "dims: 7"),
+    ),
     **{
         f"dynamic_batching.{where}.{name}": (text % before, text % after)
         for where, text in (("default_queue_policy", QUEUE), ("priority_queue_policy.value", LEVELS))
@@ -128,6 +187,8 @@ TESTED = {
     "input.reshape.shape": "runtimes.test_reshape:test_a_batched_model",
     "output.reshape.shape": "runtimes.test_reshape:test_a_batched_model",
     "input.optional": "models.test_canary:test_an_input_may_be_left_out",
+    "sequence_batching.state.initial_state.data_type": "sequences.test_sequence_settings:test_refused_by_name",
+    "sequence_batching.state.initial_state.zero_data": "sequences.test_sequence_settings:test_refused_by_name",
     "model_warmup.name": "models.test_warmup:test_samples_of_the_configuration_must_succeed",
     "model_warmup.batch_size": "models.test_config_fields:test_samples_of_warm_up",
     "model_warmup.count": "models.test_config_fields:test_samples_of_warm_up",
@@ -147,6 +208,8 @@ TESTED = {
 TOLD = {
     "input.format": "how an image is laid out: for clients, and it must have three dims",
     "instance_group.name": "a name",
+    "sequence_batching.state.initial_state.name": "a name",
+    "sequence_batching.state.use_same_buffer_for_input_output": "a hint on memory: what is computed is the same",
     "optimization.input_pinned_memory.enable": "a hint for copies to a GPU, which ONNX Runtime makes as it sees fit",
     "optimization.output_pinned_memory.enable": "the same",
 }
@@ -218,6 +281,7 @@ def effects(text: str) -> tuple[object, ...]:
         loaded.batch_policy(),
         rules.of(config),
         ttl_s(config),
+        sequences.of(config) if config.HasField("sequence_batching") else None,
     )
 
 

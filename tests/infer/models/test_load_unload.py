@@ -217,7 +217,7 @@ BAD = {
     "no version": ({"config": "{}", "file:model.onnx": b"x"}, CODE.INTERNAL, "no version"),
     "both": ({"config": "{}", "file:1": b"x", "file:1/model.onnx": b"y"}, CODE.INTERNAL, "a file and a folder"),
     "broken": ({"config": "{}", "file:1/model.onnx": b"x"}, CODE.INVALID_ARGUMENT, "cannot load model.onnx"),
-    "unsupported": ({"config": '{"sequence_batching": {}}'}, CODE.INVALID_ARGUMENT, "sequence_batching"),
+    "unsupported": ({"config": '{"batch_input": [{}]}'}, CODE.INVALID_ARGUMENT, "batch_input"),
     "no such version": (
         {"config": '{"version_policy": {"specific": {"versions": [9]}}}'},
         CODE.INVALID_ARGUMENT,

@@ -30,11 +30,7 @@ class Case:
 
 def every() -> dict[str, Case]:
     """All cases by name."""
-    cases = [
-        case
-        for group in (_tensors, _shapes, _inputs, _outputs, _versions, _parameters, _models, _repository, _streams)
-        for case in group()
-    ]
+    cases = [case for group in _GROUPS for case in group()]
     named = {case.name: case for case in cases}
     assert len(named) == len(cases), "two cases have one name"
     return named
@@ -313,3 +309,65 @@ def repeat(times: int, **parameters: object) -> pb.ModelInferRequest:
 
 def stream(name: str, asked: Sequence[pb.ModelInferRequest]) -> Case:
     return Case(name, "ModelStreamInfer", tuple(asked))
+
+
+def step(
+    model: str,
+    id: object,
+    x: float = 1,
+    *,
+    start: bool = False,
+    end: bool = False,
+    rows: int = 1,
+) -> pb.ModelInferRequest:
+    """One request of sequence `id`; None: it names none."""
+    given = {"sequence_id": id, "sequence_start": start, "sequence_end": end}
+    shape = (1,) if model == "steps_single" else (rows, 1)
+    sent = Given("x", "FP32", shape, np.full(shape, x, "<f4").tobytes())
+    return request(model, sent, parameters={name: value for name, value in given.items() if value not in (None, False)})
+
+
+def _sequences() -> Iterator[Case]:
+    no_id = "inference request to model 'steps' must specify a non-zero or non-empty correlation ID"
+    for what, id in (("no id", None), ("id 0", ("int64_param", 0)), ("an empty id", "")):
+        yield infer(f"sequence: {what}", step("steps", id, start=True), no_id)
+    start_it = "must specify the START flag on the first request of the sequence"
+    for end in (False, True):
+        starts = f"inference request for sequence 77 to model 'steps' {start_it}"
+        yield infer(f"sequence: not started{', ended' * end}", step("steps", 77, end=end), starts)
+    rows = "inference request to model 'steps' must specify batch-size 1 due to requirements of sequence batcher"
+    yield infer("sequence: 2 rows", step("steps", 4, start=True, rows=2), rows)
+    control = step("steps", 9, start=True, end=True)
+    control.inputs.add(name="START", datatype="FP32", shape=[1, 1])
+    control.raw_input_contents.append(np.float32(1).tobytes())
+    yield infer("sequence: a control as input", control)
+    for model in ("steps", "steps_oldest", "steps_single", "steps_uint32"):
+        steps = [step(model, 1, 1, start=True), step(model, 1, 2), step(model, 1, 3, end=True)]
+        yield _stream(f"sequence: {model}", steps)
+        yield _stream(f"sequence: {model}, one step", [step(model, 1, start=True, end=True)])
+        restarted = [step(model, 1, 1, start=True), step(model, 1, 5, start=True), step(model, 1, 1, end=True)]
+        yield _stream(f"sequence: {model}, restarted", restarted)
+        again = [step(model, 1, 1, start=True, end=True), step(model, 1), step(model, 1, 7, start=True, end=True)]
+        yield _stream(f"sequence: {model}, after its end, and again", again)
+    failed = [step("steps", 2, 1, start=True), step("steps", 2, -1), step("steps", 2, 1, end=True)]
+    yield _stream("sequence: a step fails", failed)
+    begun = [step("steps_failing", 3, -1, start=True), step("steps_failing", 3, 1)]
+    yield infer("sequence: its start fails", begun[0], "x is below zero")
+    yield infer("sequence: after its start failed", begun[1])
+    yield infer("sequence: negative id", step("steps", -1, start=True, end=True))
+    for model, id in (("int32", 2**31 - 1), ("int32", -5), ("int32", 2**31), ("uint32", 2**32 - 1), ("uint32", 2**32)):
+        yield infer(f"sequence: {id} as {model}", step(f"steps_{model}", id, start=True, end=True))
+    yield infer("sequence: text for a number", step("steps_failing", "abc", start=True, end=True))
+    for what, id in (("short text", "8"), ("number for text", 8), ("128 characters", "8" * 128)):
+        yield infer(f"sequence: {what}", step("steps_text", id, start=True, end=True))
+    yield infer("sequence: 129 characters", step("steps_text", "8" * 129, start=True, end=True))
+
+
+def _stream(name: str, steps: Sequence[pb.ModelInferRequest]) -> Case:
+    return Case(name, "ModelStreamInfer", tuple(steps))
+
+
+_GROUPS = (
+    *(_tensors, _shapes, _inputs, _outputs, _versions, _parameters, _models, _repository, _streams),
+    _sequences,
+)

@@ -12,6 +12,10 @@ versions    1: y = 1x, 2: y = 2x, 3: y = 3x; all of them served
 optional    y = x + (bias, or 100), FP32 [n,2], at most 8 rows
 repeat      decoupled: `times` answers y = x + 0, x + 1, ..., each with its index
 sleepy      y = x after 0.3 s; one row at a time, a queue of one
+steps       sequences, direct: y = sum of x so far, which the model keeps by correlation id, START, END, READY, that id
+            as its control has it and as the request does, the request's flags, and its place among the requests
+            that come with it; an error for x < 0
+steps_...   the same: oldest candidates; ids as text, and as 32 bits; no batch dimension
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ class TritonPythonModel:
         self.version = int(args["model_version"])
 
     def execute(self, requests):
+        self.requests = requests
         return [self.answer(request) for request in requests]
 
     def answer(self, request):
@@ -62,6 +67,18 @@ _BODIES = {
 if (given('x') < 0).any():
     return pb_utils.InferenceResponse(error=pb_utils.TritonError('x is below zero'))
 return answered(y=given('x'))
+""",
+    "steps": """
+if not given('READY').any():
+    return answered(y=np.zeros((1, 8), np.float32))
+if (given('x') < 0).any():
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError('x is below zero'))
+id = request.correlation_id()
+sums = self.__dict__.setdefault('sums', {})
+sums[id] = given('x') + (0 if given('START').any() else sums[id])
+told = [given(name).reshape(-1)[0] for name in ('START', 'END', 'READY', 'CORRID')]
+shown = [sums[id].reshape(-1)[0], *told[:3], float(told[3]), float(id), request.flags(), self.requests.index(request)]
+return answered(y=np.array(shown, np.float32).reshape(given('x').shape[:-1] + (8,)))
 """,
 }
 
@@ -109,6 +126,23 @@ _PAIR = (
     [_tensor("a", "FP32", "-1"), _tensor("b", "FP32", "-1")],
     [_tensor(n, "FP32", "-1") for n in ("sum", "difference")],
 )
+
+
+def _stepping(strategy: str, rows: int = 2, id: str = "UINT64", values: str = "fp32_false_true: [ 0, 1 ]") -> str:
+    controls = "".join(
+        f"""control_input [ {{ name: "{kind}" control [ {{ kind: CONTROL_SEQUENCE_{kind} {values} }} ] }} ]
+        """
+        for kind in ("START", "END", "READY")
+    )
+    more = f"""sequence_batching {{
+        {strategy}
+        max_sequence_idle_microseconds: 600000000
+        {controls}
+        control_input [ {{ name: "CORRID" control [ {{ kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_{id} }} ] }} ]
+    }}"""
+    return _config([_tensor("x", "FP32", "1")], [_tensor("y", "FP32", "8")], rows, more)
+
+
 _BUSY = "dynamic_batching { default_queue_policy { max_queue_size: 1 } }"
 
 CONFIGS = {
@@ -130,6 +164,13 @@ CONFIGS = {
         more="model_transaction_policy { decoupled: true }",
     ),
     "sleepy": _simple("FP32", "1", rows=1, more=_BUSY),
+    "steps": _stepping("direct { }"),
+    "steps_failing": _stepping("direct { }", rows=8),
+    "steps_oldest": _stepping("oldest { max_candidate_sequences: 4 }", values="int32_false_true: [ 0, 1 ]"),
+    "steps_text": _stepping("direct { }", id="STRING"),
+    "steps_int32": _stepping("direct { }", id="INT32", values="bool_false_true: [ false, true ]"),
+    "steps_uint32": _stepping("direct { }", id="UINT32"),
+    "steps_single": _stepping("direct { }", rows=0, id="INT64"),
     **{f"same_{datatype.lower()}": _simple(datatype, "-1") for datatype in (*DATATYPES, "BYTES")},
 }
 
@@ -149,5 +190,5 @@ def write(root: Path) -> Path:
 def _source(name: str) -> str:
     if name == "repeat":
         return _REPEAT
-    body = _BODIES.get(name, "return answered(y=given('x'))").strip()
+    body = _BODIES.get("steps" if name.startswith("steps_") else name, "return answered(y=given('x'))").strip()
     return _MODEL + "".join(f"        {line}\n" for line in body.splitlines())

@@ -16,7 +16,7 @@ from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer.conformance import wire
 from tests.infer.conformance.wire import Given, floats, request
 from tests.infer.triton import repository
-from tests.infer.triton.cases import Case, every, infer
+from tests.infer.triton.cases import Case, every, infer, step
 from tests.infer.triton.differences import Difference
 from tests.infer.triton.seen import Seen, see
 
@@ -65,6 +65,21 @@ def test_queue_full(triton, shoal, known):
         return refused[0]
 
     judge("queue full", answers(triton), answers(shoal), known)
+
+
+def test_rows_keep_their_places(triton, shoal):
+    """Two sequences of `steps`, one call at a time: whoever has nothing to say leaves a row that is not READY."""
+
+    def rows(stub) -> list[int]:
+        asked = [
+            *(step("steps", 11, start=True), step("steps", 12, start=True), step("steps", 12), step("steps", 11)),
+            *(step("steps", 11, end=True), step("steps", 12), step("steps", 12, end=True)),
+            step("steps", 13, start=True, end=True),
+        ]
+        answers = [stub.ModelInfer(each, timeout=wire.PATIENCE_S) for each in asked]
+        return [int(wire.array(answer, "y")[0, -1]) for answer in answers]
+
+    assert rows(triton) == rows(shoal) == [0, 1, 1, 0, 0, 1, 1, 0]
 
 
 def _sent(model: str, datatype: str, shape: tuple[int, int], off: int, typed: bool) -> pb.ModelInferRequest:

@@ -1,0 +1,1 @@
+"""Stateful models: requests that are steps of a sequence run in order, in one place, with what the last step left."""

@@ -1,0 +1,29 @@
+"""`direct`: whether the rows of an instance that have a step should be run now. Pure.
+
+slot   0: step   1: -   2: step   3: free       utilization 2 of 4: enough, or wait for 1 and 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Several
+
+from services.infer.scheduling.batcher import NOTHING, Wait
+from services.infer.sequences.oldest import Chosen
+from services.infer.sequences.settings import Settings
+from services.infer.sequences.step import Step
+
+
+def decide(heads: Several[Step], now: float, settings: Settings, key: Callable[[Step], Hashable]) -> Chosen | Wait:
+    """What to do with the steps that may run. Those that cannot be stacked with the first to come wait for the next."""
+    if not heads:
+        return NOTHING
+    first = min(heads, key=lambda step: step.arrived)
+    fired = "slots"
+    if settings.policy.delay_s and settings.utilization and len(heads) < settings.utilization * settings.places:
+        due = first.arrived + settings.policy.delay_s
+        if now < due:
+            return Wait(due)
+        fired = "delay"
+    alike = key(first)
+    return Chosen([step for step in heads if key(step) == alike], fired)

@@ -1,0 +1,195 @@
+"""One execution of steps: an `execution.Runs` whose jobs are steps of several sequences. It blocks.
+
+A step that fails leaves its sequence as it was. Where the model only computes, a failed batch is cut in halves, as
+ever; a model that may remember what it has seen (a process of its own) is not given the same step twice: then all of
+the batch fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter_ns
+from typing import cast
+
+from services.infer.calls.signature import Signature
+from services.infer.calls.tensors import Tensor
+from services.infer.isolation import details
+from services.infer.isolation.checks import check_outputs
+from services.infer.isolation.instance import Instance, Running
+from services.infer.isolation.session import ModelDied, ProcessSession
+from services.infer.runtimes.runtime import ModelFailed, Session
+from services.infer.scheduling.execution import Answer, Execution, Job, Outcome, Times
+from services.infer.sequences import steps, wording
+from services.infer.sequences.rows import Row
+from services.infer.sequences.settings import Settings
+from services.infer.sequences.step import Step
+from services.infer.sequences.steps import ProcessSteps, Results, SessionSteps, Stepped
+from shoal.errors import DeadlineExceeded, ShoalError, Unavailable
+
+_RETRY_MS = 100
+# A process is there again after about so long.
+
+
+class SequenceExecution(Execution):
+    """Runs batches of steps of one model version, one at a time."""
+
+    def __init__(
+        self,
+        name: str,
+        session: Session,
+        signature: Signature,
+        settings: Settings,
+        first: Mapping[str, Tensor],
+        clock: Callable[[], float],
+    ) -> None:
+        """`first`: the states that a sequence begins with."""
+        super().__init__(name, session, signature, clock)
+        self._settings, self._first = settings, first
+        self._steps: SessionSteps | ProcessSteps = steps.of(session, settings, batched=self._batched)
+
+    def _run(self, batch: Sequence[Job]) -> list[Outcome]:
+        alive = cast("Sequence[Step]", self._alive(batch, self._clock()))
+        found = dict(zip(map(id, alive), self._answered(alive), strict=True)) if alive else {}
+        return [found[id(job)] if id(job) in found else _expired() for job in batch]
+
+    def _answered(self, alive: Sequence[Step]) -> list[Outcome]:
+        start = perf_counter_ns()
+        self._check_alive(alive, self._clock())
+        rows, outputs = self._laid_out(alive), [output.spec.name for output in alive[0].call.outputs]
+        gathered = perf_counter_ns()
+        results = self._steps.run(rows, outputs)
+        times = Times(len(alive), gathered - start, perf_counter_ns() - gathered, 0)
+        return self._outcomes(alive, results, times)
+
+    def _outcomes(self, alive: Sequence[Step], results: Results, times: Times) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for step, result in zip(alive, results, strict=True):
+            if isinstance(result, Stepped):
+                step.after = result.states
+                outcomes.append(Answer(result.outputs, times))
+            else:
+                outcomes.append(self._excused(result))
+        return outcomes
+
+    def _laid_out(self, alive: Sequence[Step]) -> list[Row | None]:
+        """Rows as the model is given them: in `direct` each in its slot, and nobody's rows between them."""
+        if not self._settings.is_direct:
+            return [self._row(step) for step in alive]
+        rows: list[Row | None] = [None] * (max(step.slot for step in alive) + 1)
+        for step in alive:
+            rows[step.slot] = self._row(step)
+        return rows
+
+    def _row(self, step: Step) -> Row:
+        states = self._first if step.starts else step.sequence.states
+        return Row(step.call.inputs, step.starts, step.ends, step.id, states)
+
+
+class ProcessSequenceExecution(SequenceExecution):
+    """Runs the steps of one instance of a model in a process of its own: always the same process.
+
+    When the process ends, what the model remembered is gone: its steps are marked as lost, and only those that start a
+    sequence run in the next one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        version: int,
+        session: ProcessSession,
+        number: int,
+        signature: Signature,
+        settings: Settings,
+        first: Mapping[str, Tensor],
+        clock: Callable[[], float],
+    ) -> None:
+        """`number`: of the instance."""
+        super().__init__(name, session, signature, settings, first, clock)
+        self._version = version
+        self._processes = session
+        self._instance: Instance = session.instances[number]
+        self._process: Running | None = None
+        self._batch: Sequence[Step] = ()
+
+    def run(self, batch: Sequence[Job]) -> list[Outcome]:
+        self._batch = cast("Sequence[Step]", batch)
+        try:
+            return super().run(batch)
+        finally:
+            self._batch = ()
+
+    def _run_apart(self, batch: Sequence[Job], err: Exception) -> list[Outcome]:
+        return [self._excused(err) for _ in batch]
+
+    def _is_wanted(self) -> bool:
+        now = self._clock()
+        return any(not step.is_abandoned and now < step.expires for step in self._batch)
+
+    def _answered(self, alive: Sequence[Step]) -> list[Outcome]:
+        found = self._not_to_run(alive)
+        left = [step for step in alive if id(step) not in found]
+        if left:
+            found.update(zip(map(id, left), self._stepped(left), strict=True))
+        return [found[id(step)] for step in alive]
+
+    def _not_to_run(self, alive: Sequence[Step]) -> dict[int, Outcome]:
+        found: dict[int, Outcome] = {}
+        before, is_gone = self._process, False
+        try:
+            self._process = self._instance.running()
+        except Unavailable:
+            is_gone = True
+        if is_gone or (before is not None and before is not self._process):
+            for step in alive:
+                step.is_lost = True
+                if is_gone or not step.starts:
+                    found[id(step)] = self._not_run(step)
+        poison = self._processes.poison
+        for step in alive:
+            if poison and (after_s := poison.refused_for_s(step.call)):
+                found[id(step)] = self._processes.refusal(self._name, after_s)
+        return found
+
+    def _stepped(self, left: Sequence[Step]) -> list[Outcome]:
+        assert isinstance(self._steps, ProcessSteps), "made for a ProcessSession"
+        self._steps.on, self._steps.is_wanted = self._process, self._is_wanted
+        try:
+            return super()._answered(left)
+        except ModelDied as err:
+            for step in self._batch:
+                step.is_lost = True
+            if err.is_unread:
+                return [self._not_run(step) for step in left]
+            self._processes.poison.blame([step.call for step in left], is_sure=err.is_sure)
+            raise
+
+    def _not_run(self, step: Step) -> ShoalError:
+        """The process of the instance is gone, or another one: a step that starts a sequence may come again."""
+        if not step.starts:
+            return wording.unknown(self._name, step.id, self._settings.idle_s)
+        return Unavailable(
+            f"the process of model '{self._name}' is being started again; retry after {_RETRY_MS} ms",
+            retry_after_ms=_RETRY_MS,
+        )
+
+    def _outcomes(self, alive: Sequence[Step], results: Results, times: Times) -> list[Outcome]:
+        outcomes = super()._outcomes(alive, results, times)
+        pairs = zip(alive, outcomes, strict=True)
+        return [self._checked(step, got) if isinstance(got, Answer) else got for step, got in pairs]
+
+    def _checked(self, step: Step, answer: Answer) -> Outcome:
+        try:
+            check_outputs(step.call, cast("Sequence[Tensor]", answer.outputs), 1 if self._batched else None)
+        except ModelFailed as err:
+            return self._failed(err)
+        return answer
+
+    def _row(self, step: Step) -> Row:
+        row = super()._row(step)
+        if self._processes.wants_requests:
+            row.said = details.of(step.call, self._name, self._version)
+        return row
+
+
+def _expired() -> DeadlineExceeded:
+    return DeadlineExceeded("Request timeout expired in the queue: it was not executed")

@@ -1,0 +1,46 @@
+"""What the first step of a sequence finds as its state: zeros, or the data of a file of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from services.infer.calls import tensors
+from services.infer.calls.tensors import Tensor
+from services.infer.models.wanted import read_bytes
+from services.infer.sequences.settings import Settings, State
+from shoal.errors import FailedPrecondition, InvalidArgument
+
+FOLDER = "initial_state"
+"""Of the model's folder: where files of states lie."""
+
+_MOST_BYTES = 256 << 20
+
+
+def states(settings: Settings, folder: Path | None, *, batched: bool, text: bool) -> Mapping[str, Tensor]:
+    """The first states by the names of the model's inputs, one row each. Nobody writes to them.
+
+    Raises:
+        FailedPrecondition: a file is missing, or is not what its state is.
+    """
+    return {state.input: _first(state, folder, batched=batched, text=text) for state in settings.states}
+
+
+def _first(state: State, folder: Path | None, *, batched: bool, text: bool) -> Tensor:
+    shape = (1, *state.first_dims) if batched else state.first_dims
+    what = f"sequence_batching.state '{state.input}'"
+    if state.file:
+        if folder is None:
+            raise FailedPrecondition(f"{what}: initial_state.data_file '{state.file}': the model has no folder")
+        data = read_bytes(folder / FOLDER / state.file, _MOST_BYTES)
+        try:
+            return tensors.from_raw(data, state.datatype, shape, f"{what}: {FOLDER}/{state.file}", text=text)
+        except InvalidArgument as err:
+            raise FailedPrecondition(err.message) from err
+    if state.datatype.is_bytes:
+        return np.full(shape, "" if text else b"", object)
+    made: Tensor = np.zeros(shape, state.datatype.dtype)
+    made.flags.writeable = False
+    return made

@@ -1,0 +1,45 @@
+"""`oldest`: whether steps of an instance's sequences should be run now, those first that came first. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+from services.infer.scheduling import batcher
+from services.infer.scheduling.batcher import NOTHING, Wait
+from services.infer.sequences.settings import Settings
+from services.infer.sequences.step import Step
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Steps to be run as one, now."""
+
+    steps: list[Step]
+    fired: str
+    """Why now, in a word."""
+
+
+def decide(heads: Several[Step], now: float, settings: Settings, key: Callable[[Step], Hashable]) -> Chosen | Wait:
+    """What to do with the steps that may run: as a model's batches without sequences."""
+    if not heads:
+        return NOTHING
+    in_order = sorted(heads, key=lambda step: step.arrived)
+    alike = key(in_order[0])
+    front = [step for step in in_order if key(step) == alike]
+    most = settings.policy.max_rows
+    if not settings.policy.is_static:
+        return Chosen(front[:most], "full" if len(front) >= most else "idle")
+    oldest = in_order[0].arrived
+    decision = batcher.decide(front[:most], oldest, now, settings.policy, is_cut=len(front) > most)
+    return decision if isinstance(decision, Wait) else Chosen(front[: decision.count], decision.fired)
+
+
+def at_once(heads: Several[Step], settings: Settings, key: Callable[[Step], Hashable]) -> Chosen | Wait:
+    """The same, without waiting: nothing more will come."""
+    if not heads:
+        return NOTHING
+    in_order = sorted(heads, key=lambda step: step.arrived)
+    front = [step for step in in_order if key(step) == key(in_order[0])]
+    return Chosen(front[: settings.policy.max_rows], "closing")

@@ -1,0 +1,71 @@
+"""The rows of one execution: for each sequence what its step sends, what the last one left, and its controls.
+
+row 0: step of sequence 7      row 1: nobody's (READY is false, zeros everywhere)      row 2: step of sequence 9
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from services.infer.calls.tensors import Tensor
+from services.infer.sequences.settings import CORRID, END, READY, START, Control, Settings
+
+SequenceId: TypeAlias = int | str
+
+
+@dataclass(slots=True)
+class Row:
+    """One step."""
+
+    inputs: Mapping[str, Tensor]
+    """What the client sent: one row each; whole tensors for a model without a batch dimension."""
+    starts: bool
+    ends: bool
+    id: SequenceId
+    states: Mapping[str, Tensor]
+    """By the names of the model's inputs."""
+    said: Mapping[str, Any] = field(default_factory=dict)
+    """What the request says of itself, for models that want to know."""
+
+
+def columns(rows: Sequence[Row | None], settings: Settings, *, batched: bool, text: bool) -> dict[str, list[Tensor]]:
+    """Each input of the model, row by row. At least one row is somebody's; `text`: BYTES are `str`."""
+    like = next(row for row in rows if row is not None)
+    given = {**like.inputs, **like.states}
+    nobodys = {name: _zeros(array, text) for name, array in given.items()} if None in rows else {}
+    found = {name: [nobodys[name] if row is None else _of(row, name) for row in rows] for name in given}
+    for control in settings.controls:
+        found[control.name] = [_control(control, row, batched=batched, text=text) for row in rows]
+    return found
+
+
+def _of(row: Row, name: str) -> Tensor:
+    return row.inputs[name] if name in row.inputs else row.states[name]
+
+
+def _zeros(like: Tensor, text: bool) -> Tensor:
+    return np.full(like.shape, "" if text else b"", object) if like.dtype == object else np.zeros_like(like)
+
+
+def _control(control: Control, row: Row | None, *, batched: bool, text: bool) -> Tensor:
+    shape = (1,) * (int(batched) + int(not control.is_flat))
+    if control.kind == CORRID:
+        return _corrid(control, row.id if row is not None else 0, shape, text)
+    is_so = row is not None and (
+        control.kind == READY or (control.kind == START and row.starts) or (control.kind == END and row.ends)
+    )
+    return np.full(shape, control.yes if is_so else control.no, control.datatype.dtype)
+
+
+def _corrid(control: Control, id: SequenceId, shape: tuple[int, ...], text: bool) -> Tensor:
+    if control.datatype.is_bytes:
+        said = str(id or "")
+        return np.full(shape, said if text else said.encode(), object)
+    assert isinstance(id, int), "checked when the request came"
+    # A signed tensor gets the same bits.
+    bits = control.datatype.dtype.itemsize * 8
+    return np.full(shape, id % (1 << bits), f"<u{bits // 8}").view(control.datatype.dtype)

@@ -1,0 +1,193 @@
+"""What a configuration's `sequence_batching` says: the controls and states of the model, and how sequences share it.
+
+Format: Triton's `model_config.proto`, ModelSequenceBatching. `wrong` (module `checks`) says what of it is not so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from services.infer.calls.datatypes import BY_CONFIG, BY_NAME, Datatype
+from services.infer.calls.signature import TensorSpec
+from services.infer.runtimes.runtime import Session
+from services.infer.scheduling.batcher import BatchPolicy
+from services.infer.wording import written
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+
+_Batching = pb.ModelSequenceBatching
+START, END, READY, CORRID = (
+    _Batching.Control.CONTROL_SEQUENCE_START,
+    _Batching.Control.CONTROL_SEQUENCE_END,
+    _Batching.Control.CONTROL_SEQUENCE_READY,
+    _Batching.Control.CONTROL_SEQUENCE_CORRID,
+)
+
+DEFAULT_IDLE_US = 1_000_000
+"""Triton's: a sequence of which nothing was heard for a second is over."""
+
+FALSE_TRUE = {"int32_false_true": "INT32", "fp32_false_true": "FP32", "bool_false_true": "BOOL"}
+"""Where a control's two values stand, and of which datatype its tensor is then."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """An input that the server fills in."""
+
+    name: str
+    kind: int
+    """START, END, READY or CORRID."""
+    datatype: Datatype
+    no: float = 0
+    yes: float = 1
+    """What it holds where the thing is so, and where it is not. Of no meaning for CORRID."""
+    is_flat: bool = False
+    """The model wants one value for each row, without a dimension of their own."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a step leaves for the next one: an output that is the next step's input."""
+
+    input: str
+    output: str
+    datatype: Datatype
+    dims: tuple[int, ...]
+    """Without the batch dimension; -1 where it varies."""
+    first_dims: tuple[int, ...]
+    """What the first step gets: -1 nowhere."""
+    file: str = ""
+    """Where the first step's data lies, in the folder `initial_state` of the model; empty: zeros."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the sequences of one model run."""
+
+    controls: tuple[Control, ...]
+    states: tuple[State, ...]
+    is_direct: bool
+    """A sequence keeps its row of the batch; else the steps that came first are batched, whosesoever they are."""
+    places: int
+    """Sequences at a time in one instance."""
+    policy: BatchPolicy
+    """How steps are put together; for `direct`, only its delay counts."""
+    utilization: float = 0.0
+    """`direct`: the share of rows that need no waiting."""
+    preserves_order: bool = False
+    """Answers are given in the order of arrival."""
+    idle_s: float = DEFAULT_IDLE_US / 1e6
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Inputs of the model that no client sends."""
+        return frozenset((*(control.name for control in self.controls), *(state.input for state in self.states)))
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        """Outputs that are kept for the next step."""
+        return frozenset(state.output for state in self.states)
+
+
+def of(config: pb.ModelConfig) -> Settings:
+    """The settings in a configuration that `wrong` found nothing in, and that has `sequence_batching`."""
+    given, rows = config.sequence_batching, max(config.max_batch_size, 1)
+    oldest, direct = given.oldest, given.direct
+    is_direct = given.WhichOneof("strategy_choice") != "oldest"
+    delay_us = direct.max_queue_delay_microseconds if is_direct else oldest.max_queue_delay_microseconds
+    return Settings(
+        controls=tuple(_control(each.name, each.control[0]) for each in given.control_input),
+        states=tuple(_state(each) for each in given.state),
+        is_direct=is_direct,
+        places=rows if is_direct else oldest.max_candidate_sequences,
+        policy=BatchPolicy(rows, 1 << 62, delay_us / 1e6, frozenset(oldest.preferred_batch_size)),
+        utilization=direct.minimum_slot_utilization,
+        preserves_order=oldest.preserve_ordering,
+        idle_s=(given.max_sequence_idle_microseconds or DEFAULT_IDLE_US) / 1e6,
+    )
+
+
+def _control(name: str, given: pb.ModelSequenceBatching.Control) -> Control:
+    if given.kind == CORRID:
+        return Control(name, given.kind, BY_CONFIG[given.data_type])
+    field = next(field for field in FALSE_TRUE if getattr(given, field))
+    no, yes = getattr(given, field)
+    return Control(name, given.kind, BY_NAME[FALSE_TRUE[field]], no, yes)
+
+
+def _state(given: pb.ModelSequenceBatching.State) -> State:
+    first = given.initial_state[0] if given.initial_state else None
+    dims = first.dims if first is not None else given.dims
+    return State(
+        given.input_name,
+        given.output_name,
+        BY_CONFIG[given.data_type],
+        tuple(given.dims),
+        tuple(1 if dim == -1 else dim for dim in dims),  # As Triton has it, where nobody says.
+        first.data_file if first is not None else "",
+    )
+
+
+def agreed(settings: Settings, session: Session, *, batched: bool, declares: bool) -> Settings:
+    """The settings as the model's own file has them.
+
+    Args:
+        declares: the model says itself which inputs and outputs it has.
+
+    Raises:
+        FailedPrecondition: the model has not the controls and states that the configuration speaks of.
+    """
+    if not declares:
+        return settings
+    known = {spec.name: spec for spec in (*session.inputs, *getattr(session, "optional_inputs", ()))}
+    outputs = {spec.name: spec for spec in session.outputs}
+    controls = []
+    for control in settings.controls:
+        spec = _checked("control_input", control.name, control.datatype, known)
+        inner = spec.shape[1 if batched else 0 :]
+        if len(inner) > 1 or not set(inner) <= {1, -1}:
+            raise FailedPrecondition(
+                f"sequence_batching: control_input '{control.name}' has one value for each request, "
+                f"the model wants {written(spec.shape)}"
+            )
+        # The runtime says () of a scalar, and of a tensor of which the file says nothing.
+        controls.append(Control(*_fields(control), is_flat=bool(spec.shape) and not inner))
+    for state in settings.states:
+        for role, name, specs in (("input_name", state.input, known), ("output_name", state.output, outputs)):
+            spec = _checked(f"state {role}", name, state.datatype, specs)
+            _check_dims(f"state {role} '{name}'", state.dims, spec.shape, batched=batched)
+    return Settings(**{**vars(settings), "controls": tuple(controls)})
+
+
+def _fields(control: Control) -> tuple[str, int, Datatype, float, float]:
+    return control.name, control.kind, control.datatype, control.no, control.yes
+
+
+def _checked(what: str, name: str, datatype: Datatype, specs: dict[str, TensorSpec]) -> TensorSpec:
+    spec = specs.get(name)
+    if spec is None:
+        known = ", ".join(f"'{each}'" for each in specs)
+        raise FailedPrecondition(f"sequence_batching: the model has no {what} '{name}': it has {known}")
+    if spec.datatype != datatype:
+        raise FailedPrecondition(
+            f"sequence_batching: {what} '{name}' is {datatype.name} in the configuration, "
+            f"{spec.datatype.name} in the model"
+        )
+    return spec
+
+
+def _check_dims(what: str, dims: Sequence[int], shape: Sequence[int], *, batched: bool) -> None:
+    wanted = ((-1,) if batched else ()) + tuple(dims)
+    # Either may leave a dimension open.
+    agree = len(wanted) == len(shape) and all(a == b or -1 in (a, b) for a, b in zip(wanted, shape, strict=True))
+    if shape and not agree:
+        batch = " with a batch dimension" if batched else ""
+        raise FailedPrecondition(
+            f"sequence_batching: {what}: the configuration says {written(dims)}{batch}, the model {written(shape)}"
+        )
+
+
+def clients(specs: Iterable[TensorSpec], hidden: frozenset[str]) -> tuple[TensorSpec, ...]:
+    """Those of a model's tensors that clients know of."""
+    return tuple(spec for spec in specs if spec.name not in hidden)

@@ -1,0 +1,50 @@
+"""A loaded model with states and controls: its settings, checked against its file, and what a sequence begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.infer.calls.tensors import Tensor
+from services.infer.isolation.session import ProcessSession
+from services.infer.runtimes.runtime import Session
+from services.infer.sequences import initial, settings
+from services.infer.sequences.settings import Settings
+from services.infer.sequences.trial import TrialSession
+from shoal.inference.v2 import model_config_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Stateful:
+    """What stands around a session whose requests are steps of sequences."""
+
+    settings: Settings
+    first: Mapping[str, Tensor]
+    """The states that a sequence begins with."""
+    max_batch_size: int
+
+    def trial(self, session: Session) -> TrialSession:
+        """The session as warm-up sees it."""
+        return TrialSession(session, self.settings, self.first, batched=self.max_batch_size > 0)
+
+
+def of(config: pb.ModelConfig, session: Session, folder: Path | None) -> Stateful:
+    """
+    Args:
+        config: complete, and checked; it has `sequence_batching`.
+        folder: the model's, with files of first states.
+
+    Raises:
+        FailedPrecondition: the model, or a file, is not what the configuration says.
+    """
+    batched = config.max_batch_size > 0
+    found = settings.of(config)
+    # Triton's model.py does not say what it takes: the configuration is all there is.
+    is_told = isinstance(session, ProcessSession) and session.wants_requests
+    found = settings.agreed(found, session, batched=batched, declares=not is_told)
+    if isinstance(session, ProcessSession):
+        states = {state.input: state.datatype.name for state in found.states}
+        session.declare({**states, **{control.name: control.datatype.name for control in found.controls}})
+    first = initial.states(found, folder, batched=batched, text=session.text)
+    return Stateful(found, first, config.max_batch_size)

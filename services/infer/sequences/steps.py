@@ -1,0 +1,158 @@
+"""Runs one step of several sequences in a session: rows there, outputs and new states back, row by row. It blocks.
+
+rows ──columns──> inputs, states, controls ──session──> outputs, states ──cut apart──> Stepped, one for each step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from services.infer.calls.signature import fits
+from services.infer.calls.tensors import Tensor
+from services.infer.isolation.instance import Running
+from services.infer.isolation.session import ModelDied, ProcessSession
+from services.infer.runtimes.runtime import ModelFailed, Session
+from services.infer.sequences.rows import Row, columns
+from services.infer.sequences.settings import Settings
+from services.infer.wording import written
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What a step gave."""
+
+    outputs: Sequence[Tensor]
+    """In the order that they were asked for."""
+    states: Mapping[str, Tensor]
+    """For the next step, by the names of the model's inputs."""
+
+
+Results: TypeAlias = "list[Stepped | Exception]"
+"""One for each row that is somebody's, in order."""
+
+
+class Steps(Protocol):
+    """Runs rows in one session."""
+
+    def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
+        """Runs rows that can be stacked, at least one of them somebody's.
+
+        Raises:
+            ModelFailed: the model cannot process them.
+        """
+
+
+class _Form:
+    """What a model's rows look like, whatever runs them."""
+
+    def __init__(self, settings: Settings, *, batched: bool, text: bool) -> None:
+        self.settings, self.batched, self.text = settings, batched, text
+
+    def columns(self, rows: Sequence[Row | None]) -> dict[str, list[Tensor]]:
+        return columns(rows, self.settings, batched=self.batched, text=self.text)
+
+    def names(self, outputs: Sequence[str]) -> list[str]:
+        """What is asked of the model: what the client wants, and what the next step needs."""
+        return list(dict.fromkeys((*outputs, *(state.output for state in self.settings.states))))
+
+    def stepped(self, outputs: Sequence[str], results: Mapping[str, Tensor]) -> Stepped:
+        """One row's. Raises ModelFailed when a state is not as the configuration says."""
+        states = {}
+        for state in self.settings.states:
+            array = results[state.output]
+            dims = array.shape[int(self.batched) :]
+            if array.dtype != state.datatype.dtype or not fits(dims, state.dims):
+                raise ModelFailed(
+                    f"state '{state.output}' is {array.dtype} {written(dims)}, "
+                    f"expected {state.datatype.name} {written(state.dims)}"
+                )
+            # A copy: a view would keep the states of the whole batch for as long as one of its sequences is idle.
+            states[state.input] = array.copy()
+        return Stepped([results[name] for name in outputs], states)
+
+    def apart(self, rows: Sequence[Row | None], outputs: Sequence[str], results: Mapping[str, Tensor]) -> Results:
+        """Stacked results, cut apart."""
+        if not self.batched:
+            return [self.stepped(outputs, results)]
+        for name, array in results.items():
+            if array.shape[:1] != (len(rows),):
+                raise ModelFailed(
+                    f"output '{name}' has shape {written(array.shape)} for {len(rows)} rows: its first dimension is "
+                    "no batch; set max_batch_size to 0 in the model's configuration"
+                )
+        return [
+            self.stepped(outputs, {name: array[n : n + 1] for name, array in results.items()})
+            for n, row in enumerate(rows)
+            if row is not None
+        ]
+
+
+class SessionSteps:
+    """Steps in a session of this process."""
+
+    def __init__(self, session: Session, settings: Settings, *, batched: bool) -> None:
+        self._session = session
+        self._form = _Form(settings, batched=batched, text=session.text)
+
+    def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
+        columns = self._form.columns(rows)
+        inputs = {name: np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for name, arrays in columns.items()}
+        names = self._form.names(outputs)
+        results = dict(zip(names, self._session.run(inputs, names), strict=True))
+        return self._form.apart(rows, outputs, results)
+
+
+class ProcessSteps:
+    """Steps in a model's own process."""
+
+    def __init__(self, session: ProcessSession, settings: Settings, *, batched: bool) -> None:
+        self._session = session
+        self._form = _Form(settings, batched=batched, text=session.text)
+        self.on: Running | None = None
+        """The process; None: whichever is free."""
+        self.is_wanted: Callable[[], bool] = lambda: True
+
+    def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
+        """Raises ModelDied, too: the process ended, and with it whatever the model remembered."""
+        names = self._form.names(outputs)
+        answers = self._session.run_requests(
+            self._form.columns(rows),
+            names,
+            [1] * len(rows) if self._form.batched else (),
+            [row.said if row is not None else {} for row in rows] if self._session.wants_requests else (),
+            is_wanted=self.is_wanted,
+            on=self.on,
+        )
+        if len(answers) == len(rows):
+            pairs = zip(rows, answers, strict=True)
+            return [self._one(outputs, names, answer) for row, answer in pairs if row is not None]
+        stacked = answers[0] if len(answers) == 1 else ModelFailed(f"{len(answers)} answers for {len(rows)} requests")
+        if isinstance(stacked, Exception):
+            raise ModelFailed(str(stacked)) from stacked
+        return self._form.apart(rows, outputs, dict(zip(names, stacked, strict=True)))
+
+    def _one(
+        self, outputs: Sequence[str], names: Sequence[str], answer: list[Tensor] | Exception
+    ) -> Stepped | Exception:
+        if isinstance(answer, Exception):
+            return answer
+        try:
+            if len(answer) != len(names):
+                raise ModelFailed(f"the model process sent {len(answer)} outputs, expected {len(names)}")
+            return self._form.stepped(outputs, dict(zip(names, answer, strict=True)))
+        except ModelFailed as err:
+            return err
+
+
+def of(session: Session, settings: Settings, *, batched: bool) -> SessionSteps | ProcessSteps:
+    """The steps of a session."""
+    if isinstance(session, ProcessSession):
+        return ProcessSteps(session, settings, batched=batched)
+    return SessionSteps(session, settings, batched=batched)
+
+
+__all__ = ["ModelDied", "ProcessSteps", "SessionSteps", "Stepped", "Steps", "of"]

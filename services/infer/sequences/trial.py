@@ -1,0 +1,51 @@
+"""A stateful model as a session without states and controls: each row is a sequence of its own, of one step.
+
+It is what warm-up and canary run: they need not know of sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from services.infer.calls.tensors import Tensor
+from services.infer.runtimes.runtime import ModelFailed, Session
+from services.infer.sequences import steps
+from services.infer.sequences.rows import Row
+from services.infer.sequences.settings import Settings, clients
+from shoal.errors import ShoalError
+
+
+class TrialSession:
+    """Runs single steps, for a `services.infer.models.warmup`. Closing it is the session's owner's."""
+
+    def __init__(self, session: Session, settings: Settings, first: Mapping[str, Tensor], *, batched: bool) -> None:
+        """`first`: the states that a sequence begins with."""
+        self.inputs = clients(session.inputs, settings.inputs)
+        self.outputs = session.outputs
+        self.text = session.text
+        self.parts = tuple(
+            TrialSession(part, settings, first, batched=batched) if part is not session else self
+            for part in getattr(session, "parts", (session,))
+        )
+        self._first, self._batched = first, batched
+        self._steps = steps.of(session, settings, batched=batched)
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        rows = len(next(iter(inputs.values()))) if self._batched and inputs else 1
+        results = self._steps.run([self._row(inputs, n) for n in range(rows)], outputs)
+        for result in results:
+            if isinstance(result, Exception):
+                raise ModelFailed(result.message if isinstance(result, ShoalError) else str(result)) from result
+        found = [result.outputs for result in results if isinstance(result, steps.Stepped)]
+        if rows == 1:
+            return list(found[0])
+        return [np.concatenate(column) for column in zip(*found, strict=True)]
+
+    def _row(self, inputs: Mapping[str, Tensor], n: int) -> Row:
+        own = {name: array[n : n + 1] for name, array in inputs.items()} if self._batched else inputs
+        # Both flags, so that a model that remembers sequences forgets this one.
+        return Row(own, True, True, n + 1, self._first, {"correlation_id": n + 1, "flags": 3})
+
+    def close(self) -> None: ...

@@ -1,0 +1,30 @@
+"""The refusals of steps, in Triton's words."""
+
+from __future__ import annotations
+
+from services.infer.sequences.rows import SequenceId
+from services.infer.wording import quoted
+from shoal.errors import InvalidArgument
+
+
+def unknown(model: str, id: SequenceId, idle_s: float) -> InvalidArgument:
+    """A step that should be the first, and does not say so."""
+    which = quoted(id) if isinstance(id, str) else str(id)
+    return InvalidArgument(
+        f"inference request for sequence {which} to model '{model}' must specify the START flag on the first request "
+        "of the sequence: it is not known here; it was not started, its start failed, it has ended, it was idle for "
+        f"more than {idle_s:g} s, or the replica that had it was lost: start it again"
+    )
+
+
+def without_id(model: str) -> InvalidArgument:
+    """A request that is no step of any sequence."""
+    return InvalidArgument(f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID")
+
+
+def too_many_rows(model: str, rows: int) -> InvalidArgument:
+    """A step with several rows."""
+    return InvalidArgument(
+        f"inference request to model '{model}' must specify batch-size 1 due to requirements of sequence batcher, "
+        f"got {rows}"
+    )

@@ -1,0 +1,257 @@
+"""The sequence scheduler, scene by scene, in simulated time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+import pytest
+
+from services.infer.scheduling.queue import QueueLimits
+from shoal.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted
+from tests.infer.scheduling.virtual_time import run
+from tests.infer.sequences.simulated import Bench, settings, step
+
+
+async def refused(kind: type[Exception], call: Awaitable[object]) -> str:
+    with pytest.raises(kind) as err:
+        await call
+    return str(err.value)
+
+
+def later(call: Awaitable[float]) -> asyncio.Future[float]:
+    return asyncio.ensure_future(call)
+
+
+def test_direct_keeps_the_row_and_fills_gaps():
+    async def scene() -> None:
+        bench = Bench(settings(places=4, rows=4))
+        async with bench.scheduler:
+            await asyncio.gather(*(bench.total(step(n, start=True)) for n in (1, 2, 3)))
+            await asyncio.gather(bench.total(step(3)), bench.total(step(1)))
+            await bench.total(step(2, end=True))
+            await bench.total(step(4, start=True))
+            assert [(ran.run, ran.row, ran.id) for ran in bench.log] == [
+                *((1, 0, 1), (1, 1, 2), (1, 2, 3)),
+                *((2, 0, 1), (2, 2, 3)),
+                (3, 1, 2),
+                (4, 1, 4),
+            ]
+
+    run(scene())
+
+
+def test_direct_waits_for_its_share_of_the_rows():
+    async def scene() -> None:
+        bench = Bench(settings(places=4, rows=4, delay_s=0.5, utilization=0.5))
+        clock = asyncio.get_running_loop().time
+        async with bench.scheduler:
+            first = later(bench.total(step(1, start=True)))
+            await asyncio.sleep(0.2)
+            await asyncio.gather(first, bench.total(step(2, start=True)))
+            assert clock() == pytest.approx(0.21)
+            answer = await bench.scheduler.submit(step(1))
+            assert (answer.fired, clock()) == ("delay", pytest.approx(0.72))
+
+    run(scene())
+
+
+def test_oldest_batches_what_came_first():
+    async def scene() -> None:
+        bench = Bench(settings(direct=False, places=8, rows=2))
+        async with bench.scheduler:
+            await asyncio.gather(*(bench.total(step(n, start=True)) for n in (5, 4, 3, 2, 1)))
+            assert [(ran.run, ran.row, ran.id) for ran in bench.log] == [
+                *((1, 0, 5), (1, 1, 4)),
+                *((2, 0, 3), (2, 1, 2)),
+                (3, 0, 1),
+            ]
+
+    run(scene())
+
+
+def test_the_backlog_waits_for_an_end():
+    async def scene() -> None:
+        bench = Bench(settings(places=1, rows=1))
+        async with bench.scheduler:
+            await bench.total(step(1, start=True))
+            waiting = [later(bench.total(step(2, n, start=n == 1))) for n in (1, 2)]
+            third = later(bench.total(step(3, start=True, end=True)))
+            await asyncio.sleep(1)
+            assert [ran.id for ran in bench.log] == [1]
+            await bench.total(step(1, end=True))
+            assert await asyncio.gather(*waiting) == [1, 3]
+            await bench.total(step(2, end=True))
+            await third
+            assert [ran.id for ran in bench.log] == [1, 1, 2, 2, 2, 3]
+
+    run(scene())
+
+
+def test_a_loop_of_one_id_does_not_keep_others_out():
+    async def scene() -> None:
+        bench = Bench(settings(places=1, rows=1))
+        async with bench.scheduler:
+            mine = [later(bench.total(step(1, n, start=True, end=True))) for n in (1, 2, 3)]
+            other = later(bench.total(step(2, 9, start=True, end=True)))
+            await asyncio.gather(*mine, other)
+            assert [ran.id for ran in bench.log] == [1, 2, 1, 1]
+
+    run(scene())
+
+
+def test_tenants_get_their_shares_of_places():
+    async def scene() -> None:
+        bench = Bench(settings(places=4, rows=4), weights={"gold": 2.0})
+        async with bench.scheduler:
+            await bench.total(step(1, start=True), tenant="flood")
+            flood = [later(bench.total(step(n, start=True), tenant="flood")) for n in range(2, 10)]
+            gold = [later(bench.total(step(n, start=True), tenant="gold")) for n in range(20, 30)]
+            await asyncio.sleep(1)
+            for n in (1, 2, 3, 4):
+                await bench.total(step(n, end=True), tenant="flood")
+            await asyncio.sleep(1)
+            placed = [sequence.tenant for sequence in bench.scheduler.book.placed[0]]
+            assert sorted(placed) == ["flood", "gold", "gold", "gold"]
+            for task in (*flood, *gold):
+                task.cancel()
+
+    run(scene())
+
+
+def test_a_full_queue_refuses():
+    async def scene() -> None:
+        bench = Bench(settings(places=1, rows=1), limits=QueueLimits(calls=3))
+        async with bench.scheduler:
+            await bench.total(step(1, start=True))
+            waiting = [later(bench.total(step(2, start=n == 0))) for n in range(3)]
+            await asyncio.sleep(0)
+            said = await refused(ResourceExhausted, bench.total(step(3, start=True)))
+            assert "Exceeds maximum queue size of model 'm': 3 requests" in said
+            assert bench.statistics.shed == 1
+            for task in waiting:
+                task.cancel()
+
+    run(scene())
+
+
+def test_what_is_too_late_is_not_run_and_the_sequence_goes_on():
+    async def scene() -> None:
+        bench = Bench(settings())
+        async with bench.scheduler:
+            await bench.total(step(1, 1, start=True))
+            running, late, good = (
+                later(bench.total(step(1, 2))),
+                later(bench.total(step(1, 4, timeout_us=5000))),
+                later(bench.total(step(1, 8))),
+            )
+            assert await running == 3
+            assert "it was not executed" in await refused(DeadlineExceeded, late)
+            assert await good == 11
+            assert bench.statistics.expired == 1
+            assert bench.statistics.expired_executed == 0
+
+    run(scene())
+
+
+def test_a_cancelled_step_is_left_out_and_one_that_runs_counts():
+    async def scene() -> None:
+        bench = Bench(settings())
+        async with bench.scheduler:
+            await bench.total(step(1, 1, start=True))
+            running, waiting = later(bench.total(step(1, 2))), later(bench.total(step(1, 4)))
+            await asyncio.sleep(0.005)
+            running.cancel()
+            waiting.cancel()
+            assert await bench.total(step(1, 8)) == 11
+            assert bench.statistics.cancelled == 2
+
+    run(scene())
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late", "failed"])
+def test_a_start_that_is_not_run_starts_nothing(how):
+    async def scene() -> None:
+        bench = Bench(settings(places=1, rows=1))
+        bench.poison.add(66.0)
+        async with bench.scheduler:
+            blocker = later(bench.total(step(9, start=True, end=True)))
+            await asyncio.sleep(0.001)
+            x, timeout_us = (66.0 if how == "failed" else 1.0), (2000 if how == "late" else 0)
+            start = later(bench.total(step(1, x, start=True, timeout_us=timeout_us)))
+            behind = [later(bench.total(step(1, 2))), later(bench.total(step(1, 4, end=True)))]
+            again = later(bench.total(step(1, 8, start=True)))
+            await asyncio.sleep(0.001)
+            if how == "cancelled":
+                start.cancel()
+            else:
+                await refused(DeadlineExceeded if how == "late" else Internal, start)
+            for each in behind:
+                assert "must specify the START flag" in await refused(InvalidArgument, each)
+            assert await again == 8
+            await blocker
+            assert [ran.x for ran in bench.log if ran.id == 1] == [8]
+
+    run(scene())
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late"])
+def test_an_end_that_is_not_run_ends_all_the_same(how):
+    async def scene() -> None:
+        bench = Bench(settings(places=1, rows=1))
+        async with bench.scheduler:
+            await bench.total(step(1, start=True))
+            running = later(bench.total(step(1)))
+            end = later(bench.total(step(1, end=True, timeout_us=2000 if how == "late" else 0)))
+            next_one = later(bench.total(step(2, start=True)))
+            await asyncio.sleep(0.001)
+            if how == "cancelled":
+                end.cancel()
+            else:
+                await refused(DeadlineExceeded, end)
+            assert await running == 2
+            assert await next_one == 1, "its place is free"
+            await refused(InvalidArgument, bench.total(step(1)))
+
+    run(scene())
+
+
+def test_what_cannot_be_stacked_runs_apart():
+    async def scene() -> None:
+        bench = Bench(settings(places=4, rows=4))
+        async with bench.scheduler:
+            await asyncio.gather(*(bench.total(step(n, start=True, key=n % 2)) for n in (1, 2, 3, 4)))
+            assert [(ran.run, ran.row) for ran in bench.log] == [(1, 0), (1, 2), (2, 1), (2, 3)]
+
+    run(scene())
+
+
+def test_order_is_preserved_where_it_is_asked_for():
+    async def scene() -> None:
+        bench = Bench(settings(direct=False, places=4, rows=1, preserves_order=True), instances=2)
+        done: list[int] = []
+
+        async def one(id: int) -> None:
+            await bench.total(step(id, start=True, end=True))
+            done.append(id)
+
+        async with bench.scheduler:
+            waiting = [later(one(id)) for id in (1, 2, 3, 4, 5)]
+            await asyncio.sleep(0)
+            waiting[1].cancel()
+            await asyncio.wait(waiting)
+            assert done == [1, 3, 4, 5]
+
+    run(scene())
+
+
+def test_leaving_runs_what_waits():
+    async def scene() -> None:
+        bench = Bench(settings(places=1, rows=1))
+        async with bench.scheduler:
+            await bench.total(step(1, start=True))
+            waiting = [later(bench.total(step(n, start=True))) for n in (2, 3)]
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*waiting) == [1, 1]
+
+    run(scene())
