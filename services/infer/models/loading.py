@@ -12,6 +12,7 @@ from services.infer.isolation.session import ProcessSession
 from services.infer.models import modelconfig, warmup
 from services.infer.models.modelconfig import Completed
 from services.infer.models.wanted import ModelFiles, read_text
+from services.infer.remote.session import RemoteSession
 from services.infer.runtimes import onnx_settings
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.reshape import ReshapedSession
@@ -80,6 +81,10 @@ def load(
         if isinstance(session, ProcessSession):
             config, says_batch = session.completed(config), says_batch or session.says_batch
             modelconfig.check(config, runtime)
+        elif isinstance(session, RemoteSession):
+            config = session.completed(config, says_batch=says_batch)
+            says_batch = says_batch or session.says_batch
+            modelconfig.check(config, runtime)
         elif _is_reshaped(config):
             session = ReshapedSession(session, config)
         model = modelconfig.complete(
@@ -94,7 +99,7 @@ def load(
         )
         if config.model_transaction_policy.decoupled:
             return Loaded(model, session)
-        made_up = not isinstance(session, ProcessSession) or session.is_tried
+        made_up = bool(getattr(session, "is_tried", True))
         return Loaded(warmup.run(name, model, session, files.folder, clock, made_up=made_up), session)
     except BaseException as err:
         session.close()
@@ -116,9 +121,9 @@ def _is_reshaped(config: pb.ModelConfig) -> bool:
 def _inputs(session: Session, config: pb.ModelConfig, runtime: Runtime) -> tuple[TensorSpec, ...]:
     """All inputs that the model can take."""
     if runtime.backend != modelconfig.ONNX:
-        # A Python model sees for itself which of them came.
+        # A Python model, or a remote server, sees for itself which of them came.
         optional = {given.name for given in config.input if given.optional}
-        return tuple(replace(spec, is_optional=spec.name in optional) for spec in session.inputs)
+        return tuple(replace(spec, is_optional=spec.is_optional or spec.name in optional) for spec in session.inputs)
     return (*session.inputs, *getattr(session, "optional_inputs", ()))
 
 
@@ -128,6 +133,8 @@ def _runtime(runtimes: Runtime | Runtimes, config: pb.ModelConfig, files: ModelF
 
 def _model_file(config: pb.ModelConfig, files: ModelFiles, runtime: Runtime) -> Path:
     name = files.bare_file or config.default_model_filename or runtime.model_file
+    if not name:
+        return files.version_folder
     file = files.version_folder / name
     if not file.is_file():
         raise FailedPrecondition(f"version folder {files.version_folder.name} has no file {name}")

@@ -29,6 +29,7 @@ GUESSED_BATCH_SIZE = 64
 """Rows at most for a model that says nothing: most of what batching gives is had by then, and memory stays modest."""
 
 ONNX = "onnxruntime"
+REMOTE = "remote"
 
 MOST_SAMPLES = 1000
 """Runs of one sample of `model_warmup`."""

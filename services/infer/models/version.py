@@ -22,6 +22,8 @@ from services.infer.isolation.session import ProcessSession
 from services.infer.models import loading, modelconfig
 from services.infer.models.loading import Loaded
 from services.infer.models.wanted import ModelFiles, WantedVersion
+from services.infer.remote.execution import RemoteExecution
+from services.infer.remote.session import RemoteSession
 from services.infer.responses.cache import ResponseCache, ttl_s
 from services.infer.responses.key import ResponseKeys
 from services.infer.responses.store import DEFAULT_BYTES, ResponseStore
@@ -33,6 +35,8 @@ from services.infer.scheduling.execution import Execution, Runs
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
+from services.infer.scheduling.task_worker import TaskWorker
+from services.infer.scheduling.worker import ThreadWorker, Worker
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
@@ -94,7 +98,7 @@ class Version:
     state: State = State.LOADING
     reason: str = ""
     may_retry: bool = False
-    """It is UNAVAILABLE for a cause that may pass: its files could not be had."""
+    """It is UNAVAILABLE for a cause that may pass: its files, or its remote server, could not be had."""
     statistics: Statistics = field(default_factory=Statistics)
     response_cache: ResponseCache | None = None
     """Only for a model whose configuration asks for it."""
@@ -193,6 +197,7 @@ class Version:
             instances=modelconfig.instances(loaded.model.config),
             statistics=self.statistics,
             clock=means.clock,
+            worker=_worker,
         )
 
     def _streaming(self, loaded: Loaded, session: ProcessSession, means: Means) -> DecoupledScheduler:
@@ -209,6 +214,8 @@ class Version:
 
     def _execution(self, loaded: Loaded, means: Means) -> Runs:
         session, signature = loaded.session, loaded.model.signature
+        if isinstance(session, RemoteSession):  # What it computes ends no process of ours: nothing to remember.
+            return RemoteExecution(self.name, session, signature, means.clock)
         if isinstance(session, ProcessSession):
             made: Execution = ProcessExecution(self.name, self.number, session, signature, means.clock)
         else:
@@ -242,6 +249,12 @@ class Version:
             rows = self.statistics.expired_executed
             log.error("model %s version %d: %d rows were run after their time was over", self.name, self.number, rows)
         log.info("model %s version %d is unloaded", self.name, self.number)
+
+
+def _worker(execution: Runs, loop: asyncio.AbstractEventLoop, name: str) -> Worker:
+    if isinstance(execution, RemoteExecution):
+        return TaskWorker(execution, loop, name)
+    return ThreadWorker(execution, loop, name)
 
 
 async def _finished(work: asyncio.Future[Loaded], given_up: threading.Event) -> Loaded:

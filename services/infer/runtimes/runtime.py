@@ -1,7 +1,7 @@
 """What runs a model: a runtime loads files into sessions, a session maps arrays to arrays.
 
-Both are blocking, and called on worker threads only. There are ONNX Runtime (`onnx_runtime`) and Python
-(`python_runtime`); `runtimes` says which one a model is for.
+Both are blocking, and called on worker threads only. There are ONNX Runtime (`onnx_runtime`), Python (`python_runtime`)
+and other servers (`remote_runtime`); `choice` says which one a model is for.
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ class Runtime(Protocol):
     backend: str
     """The other name there: `onnxruntime`."""
     model_file: str
-    """What a model's file is called when nobody says otherwise: `model.onnx`."""
+    """What a model's file is called when nobody says otherwise: `model.onnx`. Empty: there is none."""
     can_decouple: bool
     """Whether its models may give any number of responses to a request."""
 
     def load(self, file: Path, options: SessionOptions) -> Session:
-        """Loads a model.
+        """Loads a model. Without a file, `file` is its folder.
 
         Raises:
             FailedPrecondition: the file is no model, or one that this runtime cannot run; the message says why.
