@@ -20,7 +20,9 @@ from services.infer.models.control import Control
 from services.infer.models.models import Models
 from services.infer.models.version import Means
 from services.infer.rpc import inference_rpc
+from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.runtimes.runtime import Runtime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources.repository import look, scan
 from shoal.inference.v2 import inference_pb2 as pb
@@ -75,8 +77,11 @@ async def serve(run_dir: Path) -> AsyncIterator[Callable[..., object]]:
 
 
 @asynccontextmanager
-async def serving(root: Path, socket: Path, limits: QueueLimits) -> AsyncIterator[Serving]:
-    async with Models(Means.of(OnnxRuntime(), limits)) as models, Control(models, partial(look, root)) as control:
+async def serving(
+    root: Path, socket: Path, limits: QueueLimits, runtime: Runtime | Runtimes | None = None
+) -> AsyncIterator[Serving]:
+    means = Means.of(runtime or OnnxRuntime(), limits)
+    async with Models(means) as models, Control(models, partial(look, root)) as control:
         core = InferenceServer(models, "test/infer-0", control=control)
         async with GrpcServer(f"unix:{socket}", [inference_rpc(core)], drain_ms=2000):
             control.offer(scan(root))

@@ -27,9 +27,9 @@ class Connection:
     event loop may use it. The caller closes it.
     """
 
-    def __init__(self, model: str, settings: Settings) -> None:
-        """`model` is its name here. Raises FailedPrecondition: a header or a file of TLS cannot be had."""
-        self._model, self._settings = model, settings
+    def __init__(self, model: str, settings: Settings, fault: str = "") -> None:
+        """`model` is its name here, `fault` is for `errors.of`. Raises FailedPrecondition: a header or a file of TLS cannot be had."""
+        self._model, self._settings, self._fault = model, settings, fault
         self._headers = settings.headers.read()
         options = _options(settings)
         target = settings.address.target
@@ -56,7 +56,7 @@ class Connection:
         try:
             data: bytes = call.result()
         except grpc.RpcError as err:
-            raise errors.of(err, self._model) from err
+            raise errors.of(err, self._model, self._fault) from err
         except grpc.FutureCancelledError as err:
             raise errors.NotToBlame(Unavailable(f"model '{self._model}': its remote call was ended")) from err
         return data

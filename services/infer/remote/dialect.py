@@ -42,6 +42,8 @@ class Dialect(Protocol):
     """Of an inference: `/<service>/<name>`."""
     batches: bool
     """Whether a call may carry several rows."""
+    fault: str
+    """What messages say when the model raised, where the status does not; empty: it does."""
 
     def __init__(self, settings: Settings) -> None: ...
 

@@ -61,13 +61,16 @@ class NotAccepted(NotToBlame):
     """The remote server does not accept our credentials."""
 
 
-def of(error: grpc.RpcError, model: str) -> Exception:
+def of(error: grpc.RpcError, model: str, fault: str = "") -> Exception:
     """The error of a call that failed: a ShoalError or ModelFailed is the request's or the model's own fault.
 
     Args:
         model: its name here.
+        fault: a server whose status does not tell says with this text that the model raised.
     """
     code, text = error.code(), (error.details() or "")[:_TEXT]
+    if fault and fault in text:
+        return ModelFailed(text.partition("\n")[0])
     trailing = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
     return _of(int(code.value[0]), text, retry_after_of(trailing), f"model '{model}': the remote server")
 

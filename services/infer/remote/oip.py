@@ -33,6 +33,7 @@ class Oip:
 
     method = _SERVICE + "ModelInfer"
     batches = True
+    fault = ""
 
     def __init__(self, settings: Settings) -> None:
         self._name, self._version = settings.model, settings.version

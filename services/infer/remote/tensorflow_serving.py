@@ -35,6 +35,7 @@ class TensorFlowServing:
 
     method = _SERVICE + "Predict"
     batches = True
+    fault = ""
 
     def __init__(self, settings: Settings) -> None:
         version = wrappers_pb2.Int64Value(value=int(settings.version)) if settings.version else None
@@ -59,13 +60,13 @@ class TensorFlowServing:
     def request(
         self, specs: Mapping[str, TensorSpec], inputs: Mapping[str, Sequence[Tensor]], outputs: Sequence[str]
     ) -> Pieces:
-        head = pb.TensorFlowPredictRequest(model_spec=self._model, output_filter=outputs)
-        pieces = Pieces(head.SerializeToString())
+        pieces = Pieces(pb.TensorFlowPredictRequest(model_spec=self._model).SerializeToString())
         for name, arrays in inputs.items():
             entry = Pieces()
             entry.add(_KEY, Pieces(name.encode()))
             entry.add(_VALUE, tensorflow_tensors.to_message(arrays, specs[name].datatype))
             pieces.add(_INPUTS, entry)
+        pieces.append(pb.TensorFlowPredictRequest(output_filter=outputs).SerializeToString())
         return pieces
 
     def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 Each input is a field of bytes of the one request, the prediction is bytes. There is no metadata, and no batch:
 TorchServe puts calls together by itself. Without `input` and `output` in its configuration a model is `data` ->
-`prediction`.
+`prediction`. The status of a handler that raises is UNAVAILABLE, as of a model without workers: the message tells them
+apart.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class TorchServe:
 
     method = _SERVICE + "Predictions"
     batches = False
+    fault = "InternalServerException"
 
     def __init__(self, settings: Settings) -> None:
         self._head = pb.TorchServePredictionsRequest(model_name=settings.model, model_version=settings.version)

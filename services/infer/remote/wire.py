@@ -28,6 +28,11 @@ class Pieces:
         self.size = sum(map(len, parts))
         """In bytes."""
 
+    def append(self, part: bytes | Tensor) -> None:
+        """Adds bytes as they are."""
+        self.parts.append(part)
+        self.size += len(part) if isinstance(part, bytes) else part.nbytes
+
     def add(self, number: int, content: Pieces) -> None:
         """Adds field `number`: bytes, a string or a message."""
         opening = varint(number << 3 | _LENGTH_DELIMITED) + varint(content.size)
@@ -44,9 +49,7 @@ def raw(arrays: Iterable[Tensor], datatype: Datatype) -> Pieces:
     """The elements of arrays, one behind the other, as the Open Inference Protocol has them raw."""
     pieces = Pieces()
     for array in arrays:
-        part = tensors.to_raw(array, datatype) if datatype.is_bytes else np.ascontiguousarray(array)
-        pieces.parts.append(part)
-        pieces.size += len(part) if isinstance(part, bytes) else part.nbytes
+        pieces.append(tensors.to_raw(array, datatype) if datatype.is_bytes else np.ascontiguousarray(array))
     return pieces
 
 

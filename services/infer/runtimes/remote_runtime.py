@@ -46,7 +46,7 @@ class RemoteRuntime:
         about = options.about or About(file.name)
         said = settings.read(about, self._environ)
         dialect, declared = _DIALECTS[said.protocol](said), _declared(about.config, said)
-        connection = Connection(about.name, said)
+        connection = Connection(about.name, said, dialect.fault)
         try:
             return RemoteSession(about.name, said, connection, dialect, declared, self._clock, about.is_given_up)
         except BaseException:
