@@ -28,7 +28,11 @@ class Connection:
     """
 
     def __init__(self, model: str, settings: Settings, fault: str = "") -> None:
-        """`model` is its name here, `fault` is for `errors.of`. Raises FailedPrecondition: a header or a file of TLS cannot be had."""
+        """`model` is its name here, `fault` is for `errors.of`.
+
+        Raises:
+            FailedPrecondition: a header or a file of TLS cannot be had.
+        """
         self._model, self._settings, self._fault = model, settings, fault
         self._headers = settings.headers.read()
         options = _options(settings)

@@ -1,12 +1,12 @@
-"""Writes exchanges as TensorFlow Serving has them into tensorflow_serving/: run once by hand, in an environment of its own.
+"""Writes exchanges as TensorFlow Serving has them into tensorflow_serving/: run once by hand, in its own environment.
 
-    pip download --no-deps tensorflow-serving-api==2.21.0 tensorflow-cpu==2.21.0     (their *_pb2.py files are all it needs)
+    pip download --no-deps tensorflow-serving-api==2.21.0 tensorflow-cpu==2.21.0     (for their *_pb2.py files)
     pip install protobuf numpy
     PYTHONPATH=<a folder with those *_pb2.py files> python tests/infer/remote/recorded/record_tensorflow_serving.py
 
 The server itself is not on PyPI. So the bytes of requests and answers are written by the official messages
-(`tensorflow_serving.apis`), and not taken from a running server: answers are made in both forms that it has, values one by
-one (its default) and `tensor_content`.
+(`tensorflow_serving.apis`), and not taken from a running server: answers are made in both forms that it has, values one
+by one (its default) and `tensor_content`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Records exchanges with a real TorchServe into torchserve/: run once by hand, in an environment of its own with Java 17.
+"""Records exchanges with a real TorchServe into torchserve/: run once by hand, in its own environment, with Java 17.
 
     pip install torchserve==0.12.0 torch-model-archiver==0.12.0 torch grpcio-tools \
         googleapis-common-protos pyyaml packaging psutil setuptools
     python tests/infer/remote/recorded/record_torchserve.py
 
-The requests are written, and the answers taken, by stubs that are generated from the .proto file inside TorchServe's own
-jar. So the bytes are those of any client and of the real server.
+The requests are written, and the answers taken, by stubs that are generated from the .proto file inside TorchServe's
+own jar. So the bytes are those of any client and of the real server.
 """
 
 from __future__ import annotations
