@@ -95,9 +95,10 @@ def _from_values(tensor: pb.TensorFlowTensor, expected: Datatype, shape: tuple[i
     if len(values) > elements or elements - len(values) > _MOST_IMPLIED:
         raise InvalidArgument(f"{what}: shape {written(shape)} has {elements} elements, got {len(values)}")
     array = np.empty(elements, np.uint16 if expected.name in ("FP16", "BF16") else expected.dtype)
-    try:
-        array[: len(values)] = values
-    except (OverflowError, ValueError) as err:
-        raise InvalidArgument(f"{what}: a value is not a {expected.name}") from err
+    if values and array.dtype.kind in "iu":
+        limits = np.iinfo(array.dtype.name)
+        if min(values) < limits.min or max(values) > limits.max:
+            raise InvalidArgument(f"{what}: a value is not one of {expected.name}")
+    array[: len(values)] = values
     array[len(values) :] = values[-1] if values else b"" if expected.is_bytes else 0
     return array.view(expected.dtype).reshape(shape)

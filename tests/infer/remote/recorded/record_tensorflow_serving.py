@@ -39,6 +39,7 @@ TYPES = {
 }
 
 ROWS = np.arange(8, dtype=np.float32).reshape(2, 4)
+MIXED = np.concatenate([ROWS[:1] - 9, ROWS[:1]])
 BRAINS = np.array([0x3FC0, 0xC000], np.int32)
 
 
@@ -172,6 +173,14 @@ def exchanges() -> list[tuple[str, str, bytes, str, str, bytes]]:
             "OK",
             "",
             predicted("scale", z=wrong),
+        ),
+        (
+            "scale-both-refused",
+            PREDICT,
+            predict("scale", ["y"], x=content(MIXED)),
+            "INVALID_ARGUMENT",
+            "x is below zero",
+            b"",
         ),
         (
             "scale-refused",
