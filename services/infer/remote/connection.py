@@ -97,11 +97,6 @@ class Connection:
             call.cancel()
             raise
 
-    def ask(self, method: str, message: Message, kind: type[M], timeout_s: float, is_given_up: Callable[[], bool]) -> M:
-        """One small call, blocking. Raises as `outcome` does; ModelFailed when the answer is none."""
-        data = self.wait(self.start(method, message.SerializeToString(), timeout_s), is_given_up)
-        return parsed(data, kind)
-
     def close(self) -> None:
         """Ends the calls that are under way."""
         self._channel.close()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from google.protobuf.message import Message
 
@@ -15,13 +15,14 @@ from services.infer.remote.wire import Pieces
 from services.infer.runtimes.runtime import ModelFailed
 from services.infer.wording import listed, quoted, written
 
-M = TypeVar("M", bound=Message)
 
+class Question(NamedTuple):
+    """A small call."""
 
-class Ask(Protocol):
-    """Makes a small call: method, message, and what the answer is."""
-
-    def __call__(self, method: str, message: Message, kind: type[M], /) -> M: ...
+    method: str
+    message: Message
+    kind: type[Message]
+    """What the answer is."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Facts:
     outputs: tuple[TensorSpec, ...] = ()
     max_batch_size: int | None = None
     """None: it says nothing. 0: the first dimension is no batch dimension."""
+
+
+Asking: TypeAlias = Generator[Question, Any, Facts]
 
 
 class Dialect(Protocol):
@@ -47,8 +51,8 @@ class Dialect(Protocol):
 
     def __init__(self, settings: Settings) -> None: ...
 
-    def facts(self, ask: Ask) -> Facts:
-        """What the server says of the model, which it has.
+    def facts(self) -> Asking:
+        """What the server says of the model: yields questions and is sent the answers (`steps`).
 
         Raises:
             NotServable: it cannot be served from here; the message names why.

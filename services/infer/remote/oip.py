@@ -6,7 +6,7 @@ left out. Tensors travel raw both ways; an answer with typed contents is read to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 from services.infer.calls import tensors
@@ -14,7 +14,7 @@ from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Ask, Facts, missing, shape_of
+from services.infer.remote.dialect import Asking, Facts, Question, missing, shape_of
 from services.infer.remote.errors import NotServable, NotToBlame
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces, raw
@@ -38,14 +38,14 @@ class Oip:
     def __init__(self, settings: Settings) -> None:
         self._name, self._version = settings.model, settings.version
 
-    def facts(self, ask: Ask) -> Facts:
-        self._check_ready(ask)
-        config = self._config(ask)
+    def facts(self) -> Asking:
+        yield from self._check_ready()
+        config = yield from self._config()
         if config is not None:
             self._check_config(config)
         try:
             asked = pb.ModelMetadataRequest(name=self._name, version=self._version)
-            said = ask(_SERVICE + "ModelMetadata", asked, pb.ModelMetadataResponse)
+            said = yield Question(_SERVICE + "ModelMetadata", asked, pb.ModelMetadataResponse)
         except NotToBlame as err:
             if not isinstance(err.error, Unimplemented):
                 raise
@@ -57,19 +57,21 @@ class Oip:
             config.max_batch_size if config is not None else None,
         )
 
-    def _check_ready(self, ask: Ask) -> None:
+    def _check_ready(self) -> Generator[Question, pb.ModelReadyResponse, None]:
         """A server may know the metadata of a model long before it can run it."""
         asked = pb.ModelReadyRequest(name=self._name, version=self._version)
-        if not ask(_SERVICE + "ModelReady", asked, pb.ModelReadyResponse).ready:
+        said = yield Question(_SERVICE + "ModelReady", asked, pb.ModelReadyResponse)
+        if not said.ready:
             version = f" version {quoted(self._version)}" if self._version else ""
             raise NotToBlame(
                 Unavailable(f"the remote server says that model {quoted(self._name)}{version} is not ready")
             )
 
-    def _config(self, ask: Ask) -> model_config_pb2.ModelConfig | None:
+    def _config(self) -> Generator[Question, pb.ModelConfigResponse, model_config_pb2.ModelConfig | None]:
         try:
             asked = pb.ModelConfigRequest(name=self._name, version=self._version)
-            return ask(_SERVICE + "ModelConfig", asked, pb.ModelConfigResponse).config
+            said = yield Question(_SERVICE + "ModelConfig", asked, pb.ModelConfigResponse)
+            return said.config
         except NotToBlame as err:
             if not isinstance(err.error, Unimplemented):
                 raise

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
+from services.infer import steps
 from services.infer.calls.tensors import Tensor
-from services.infer.remote.connection import Connection
-from services.infer.remote.dialect import Dialect, Facts, changes
+from services.infer.remote.connection import Connection, parsed
+from services.infer.remote.dialect import Dialect, Facts, Question, changes
 from services.infer.remote.errors import RETRY_AFTER_MS, NotAccepted, NotServable, NotToBlame
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces
@@ -26,8 +27,6 @@ from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError, Unavai
 from shoal.inference.v2 import model_config_pb2 as pb
 
 log = logging.getLogger(__name__)
-
-M = TypeVar("M", bound=Message)
 
 IN_FLIGHT = 4
 """Executions at the same time where the configuration has no instance_group: the way there and back is waited for, and
@@ -76,9 +75,7 @@ class RemoteSession:
         """
         self.name, self._settings, self._clock = name, settings, clock
         self._connection, self._dialect = connection, dialect
-        self._is_given_up = is_given_up
-        self._facts = self._first_facts()
-        self._is_given_up = bool
+        self._facts = self._first_facts(is_given_up)
         self.inputs = self._facts.inputs or declared.inputs
         self.outputs = self._facts.outputs or declared.outputs
         if not self.inputs or not self.outputs:
@@ -92,10 +89,10 @@ class RemoteSession:
         self._is_suspect = False
         self._next_look = 0.0
 
-    def _first_facts(self) -> Facts:
+    def _first_facts(self, is_given_up: Callable[[], bool]) -> Facts:
         where = f"the remote server at {self._settings.address.url}"
         try:
-            return self._asked_facts()
+            return steps.done(self._dialect.facts(), lambda question: self._asked(question, is_given_up))
         except NotToBlame as err:
             # Not as FailedPrecondition, whatever it was: a key that is renewed there makes it right again.
             raise Unavailable(f"{where}: {err.error.message}", retry_after_ms=RETRY_AFTER_MS) from err
@@ -106,13 +103,15 @@ class RemoteSession:
         except ShoalError as err:
             raise Unavailable(f"{where}: {err.message}", retry_after_ms=RETRY_AFTER_MS) from err
 
-    def _asked_facts(self) -> Facts:
+    def _asked(self, question: Question, is_given_up: Callable[[], bool]) -> Message:
+        return parsed(self._connection.wait(self._begun(question), is_given_up), question.kind)
+
+    async def _awaited(self, question: Question) -> Message:
+        return await self._connection.over(self._begun(question), lambda data: parsed(data, question.kind))
+
+    def _begun(self, question: Question) -> grpc.Future[bytes]:
         timeout_s = min(self._settings.timeout_s, _ASK_S)
-
-        def ask(method: str, message: Message, kind: type[M]) -> M:
-            return self._connection.ask(method, message, kind, timeout_s, self._is_given_up)
-
-        return self._dialect.facts(ask)
+        return self._connection.start(question.method, question.message.SerializeToString(), timeout_s)
 
     def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
         """The configuration with what the server says. Raises FailedPrecondition when the two contradict each other."""
@@ -223,13 +222,18 @@ class RemoteSession:
 
     async def _look_again(self) -> None:
         """Asks the server what the model is now, if that was not done a moment ago."""
-        now = self._clock()
-        if now < self._next_look:
+        if self._clock() < self._next_look:
             return
-        self._next_look = now + _LOOK_EVERY_S
+        self._next_look = math.inf
         try:
-            facts = await asyncio.to_thread(self._renewed_facts)
-            change = changes(self._facts, facts)
+            await self._look()
+        finally:
+            self._next_look = self._clock() + _LOOK_EVERY_S
+
+    async def _look(self) -> None:
+        try:
+            await asyncio.to_thread(self._connection.renew_headers)
+            change = changes(self._facts, await steps.awaited(self._dialect.facts(), self._awaited))
         except NotServable as err:
             change = err.message
         except (NotToBlame, ModelFailed, ShoalError) as err:
@@ -241,10 +245,6 @@ class RemoteSession:
             log.info("model %s: the remote model is again what it was", self.name)
         self._change = change
         self._is_suspect = bool(change)
-
-    def _renewed_facts(self) -> Facts:
-        self._connection.renew_headers()
-        return self._asked_facts()
 
     def close(self) -> None:
         self._connection.close()

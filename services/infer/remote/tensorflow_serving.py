@@ -14,7 +14,7 @@ from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from services.infer.remote import tensorflow_tensors
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Ask, Facts, missing
+from services.infer.remote.dialect import Asking, Facts, Question, missing
 from services.infer.remote.errors import NotServable
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces
@@ -41,13 +41,13 @@ class TensorFlowServing:
         version = wrappers_pb2.Int64Value(value=int(settings.version)) if settings.version else None
         self._model = pb.TensorFlowModel(name=settings.model, version=version, signature_name=settings.signature_name)
 
-    def facts(self, ask: Ask) -> Facts:
+    def facts(self) -> Asking:
         # A signature's name is refused here by servers of late: the answer has all of them anyway.
         model = pb.TensorFlowModel(name=self._model.name)
         if self._model.HasField("version"):
             model.version.CopyFrom(self._model.version)
         asked = pb.TensorFlowMetadataRequest(model_spec=model, metadata_field=[_SIGNATURES])
-        said = ask(_SERVICE + "GetModelMetadata", asked, pb.TensorFlowMetadataResponse)
+        said = yield Question(_SERVICE + "GetModelMetadata", asked, pb.TensorFlowMetadataResponse)
         there = parsed(said.metadata[_SIGNATURES].value, pb.TensorFlowSignatures).signature_def
         name = self._model.signature_name
         if name not in there:

@@ -16,7 +16,7 @@ from google.protobuf.empty_pb2 import Empty
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Ask, Facts
+from services.infer.remote.dialect import Asking, Facts, Question
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces
 from shoal.remote.v1 import torchserve_pb2 as pb
@@ -37,8 +37,8 @@ class TorchServe:
     def __init__(self, settings: Settings) -> None:
         self._head = pb.TorchServePredictionsRequest(model_name=settings.model, model_version=settings.version)
 
-    def facts(self, ask: Ask) -> Facts:
-        ask(_SERVICE + "Ping", Empty(), pb.TorchServeHealthResponse)
+    def facts(self) -> Asking:
+        yield Question(_SERVICE + "Ping", Empty(), pb.TorchServeHealthResponse)
         return Facts(max_batch_size=0)
 
     def request(

@@ -9,7 +9,9 @@ batch of n in which all fail costs at most n + 4 log2 n + 8 runs more.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from typing import Generic, TypeAlias, TypeVar, cast
+from typing import Generic, TypeAlias, TypeVar
+
+from services.infer import steps
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -29,33 +31,11 @@ class Bisection(Generic[J, R]):
 
     def outcomes(self, batch: Sequence[J], run: Callable[[Sequence[J]], list[R]]) -> list[R]:
         """One result for each job, in order. `batch`, of more than one, has just failed."""
-        search = self._search(batch)
-        try:
-            part = next(search)
-            while True:
-                try:
-                    results = run(part)
-                except Exception as err:
-                    part = search.throw(err)
-                else:
-                    part = search.send(results)
-        except StopIteration as end:
-            return cast("list[R]", end.value)
+        return steps.done(self._search(batch), run)
 
     async def awaited(self, batch: Sequence[J], run: Callable[[Sequence[J]], Awaitable[list[R]]]) -> list[R]:
         """As `outcomes`, where a run is awaited."""
-        search = self._search(batch)
-        try:
-            part = next(search)
-            while True:
-                try:
-                    results = await run(part)
-                except Exception as err:
-                    part = search.throw(err)
-                else:
-                    part = search.send(results)
-        except StopIteration as end:
-            return cast("list[R]", end.value)
+        return await steps.awaited(self._search(batch), run)
 
     def _search(self, batch: Sequence[J]) -> Search[J, R]:
         """Yields what to run, takes what came of it."""
