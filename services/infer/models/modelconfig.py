@@ -105,7 +105,7 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
             yield f"output '{output.name}': shape tensors and other formats are not supported"
     yield from (f"instance_group: {what}" for group in config.instance_group for what in _odd_group(group))
     if runtime.backend != ONNX:
-        yield from _only_for_onnx(config)
+        yield from _only_for_onnx(config, runtime)
     elif "isolation" in config.parameters and config.parameters["isolation"].string_value == "process":
         yield from _not_apart(config)
 
@@ -132,10 +132,11 @@ def _odd_group(group: pb.ModelInstanceGroup) -> Iterator[str]:
             yield f"{name} is not supported"
 
 
-def _only_for_onnx(config: pb.ModelConfig) -> Iterator[str]:
+def _only_for_onnx(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
     """What the other runtimes do not do."""
     if any(group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus for group in config.instance_group):
-        yield "instance_group: KIND_GPU is not supported: models run on the CPU"
+        where = "its own server decides where it runs" if runtime.backend == REMOTE else "models run on the CPU"
+        yield f"instance_group: KIND_GPU is not supported: {where}"
     if config.optimization.HasField("execution_accelerators"):
         yield "optimization.execution_accelerators is not supported"
     if config.optimization.graph.level:
@@ -155,7 +156,7 @@ def _not_apart(config: pb.ModelConfig) -> Iterator[str]:
 def _no_reshape(config: pb.ModelConfig) -> Iterator[str]:
     tensors: list[pb.ModelInput | pb.ModelOutput] = [*config.input, *config.output]
     yield from (
-        f"'{t.name}': reshape is not supported in a process of its own" for t in tensors if t.HasField("reshape")
+        f"'{t.name}': reshape is for ONNX models in the server's own process" for t in tensors if t.HasField("reshape")
     )
 
 

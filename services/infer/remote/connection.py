@@ -43,9 +43,10 @@ class Connection:
             self._channel = grpc.secure_channel(target, settings.tls.credentials(), options)
         self._methods: dict[str, Any] = {}
 
-    def renew_headers(self) -> None:
-        """Reads the headers again: a secret may have been renewed. Raises as the constructor does."""
-        self._headers = self._settings.headers.read()
+    def renew_headers(self) -> bool:
+        """Reads the headers again: whether a secret has been renewed. Raises as the constructor does."""
+        before, self._headers = self._headers, self._settings.headers.read()
+        return self._headers != before
 
     def start(self, method: str, data: bytes, timeout_s: float) -> grpc.Future[bytes]:
         """A call that is under way. Blocks no longer than `data` takes to be copied. `method`: `/<service>/<name>`."""

@@ -90,18 +90,16 @@ class RemoteSession:
         self._next_look = 0.0
 
     def _first_facts(self, is_given_up: Callable[[], bool]) -> Facts:
-        where = f"the remote server at {self._settings.address.url}"
         try:
             return steps.done(self._dialect.facts(), lambda question: self._asked(question, is_given_up))
-        except NotToBlame as err:
-            # Not as FailedPrecondition, whatever it was: a key that is renewed there makes it right again.
-            raise Unavailable(f"{where}: {err.error.message}", retry_after_ms=RETRY_AFTER_MS) from err
-        except ModelFailed as err:
-            raise Unavailable(f"{where}: {err}", retry_after_ms=RETRY_AFTER_MS) from err
         except NotServable:
             raise
-        except ShoalError as err:
-            raise Unavailable(f"{where}: {err.message}", retry_after_ms=RETRY_AFTER_MS) from err
+        except (NotToBlame, ModelFailed, ShoalError) as err:
+            # Not as FailedPrecondition, whatever it was: what is put right over there makes it right here.
+            said, who = str(err), f"model '{self.name}': the remote server "
+            where = f"the remote server at {self._settings.address.url}"
+            why = f"{where} {said.removeprefix(who)}" if said.startswith(who) else f"{where}: {said}"
+            raise Unavailable(why, retry_after_ms=RETRY_AFTER_MS) from err
 
     def _asked(self, question: Question, is_given_up: Callable[[], bool]) -> Message:
         return parsed(self._connection.wait(self._begun(question), is_given_up), question.kind)
@@ -169,19 +167,30 @@ class RemoteSession:
         self._check_unchanged()
         pieces = self._request(asked)
         try:
-            call = await self._started(pieces, deadline)
-            return await self._connection.over(call, lambda data: self._read(data, asked.outputs))
+            return await self._exchanged(pieces, asked.outputs, deadline)
+        except NotAccepted as err:
+            if not await self._has_new_credentials(err):
+                raise
+            return await self._exchanged(pieces, asked.outputs, deadline)
         except NotToBlame as err:
             if isinstance(err.error, Unavailable):
                 self._is_suspect = True  # Once it is back it may be another one.
-            if isinstance(err, NotAccepted):
-                await self._look_again()
             raise
         except (ModelFailed, ShoalError):
             self._is_suspect = True
             await self._look_again()
             self._check_unchanged()
             raise
+
+    async def _exchanged(self, pieces: Pieces, outputs: Sequence[str], deadline: float) -> list[Tensor]:
+        call = await self._started(pieces, deadline)
+        return await self._connection.over(call, lambda data: self._read(data, outputs))
+
+    async def _has_new_credentials(self, refused: NotAccepted) -> bool:
+        try:
+            return await asyncio.to_thread(self._connection.renew_headers)
+        except FailedPrecondition as err:
+            raise NotToBlame(FailedPrecondition(f"{refused.error.message}; {err.message}")) from err
 
     def _request(self, asked: Asked) -> Pieces:
         pieces = self._dialect.request(self._inputs_by_name, asked.inputs, asked.outputs)
@@ -232,7 +241,6 @@ class RemoteSession:
 
     async def _look(self) -> None:
         try:
-            await asyncio.to_thread(self._connection.renew_headers)
             change = changes(self._facts, await steps.awaited(self._dialect.facts(), self._awaited))
         except NotServable as err:
             change = err.message
