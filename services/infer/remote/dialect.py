@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from google.protobuf.message import Message
 
-from services.infer.calls.signature import TensorSpec
+from services.infer.calls.signature import TensorSpec, fits
 from services.infer.calls.tensors import Tensor
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces
 from services.infer.runtimes.runtime import ModelFailed
 from services.infer.wording import listed, quoted, written
+from shoal.errors import InvalidArgument
 
 
 class Question(NamedTuple):
@@ -23,6 +24,10 @@ class Question(NamedTuple):
     message: Message
     kind: type[Message]
     """What the answer is."""
+
+
+_MOST_DIMS = 64
+# NumPy's arrays have no more.
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,12 @@ def shape_of(arrays: Sequence[Tensor]) -> tuple[int, ...]:
 def missing(name: str, there: Sequence[str]) -> ModelFailed:
     """The error for an answer without an output."""
     return ModelFailed(f"the remote server's answer has no output {quoted(name)}: it has {listed(there) or 'none'}")
+
+
+def check_shape(shape: Sequence[int], spec: TensorSpec, what: str) -> None:
+    """Raises InvalidArgument when an output is not of the shape that was promised: before anything is made of it."""
+    if len(shape) > _MOST_DIMS or (spec.shape and not fits(shape, spec.shape)):
+        raise InvalidArgument(f"{what}: expected {written(spec.shape)}, got {written(shape)}")
 
 
 def changes(before: Facts, now: Facts) -> str:

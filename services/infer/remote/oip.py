@@ -14,7 +14,7 @@ from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Asking, Facts, Question, missing, shape_of
+from services.infer.remote.dialect import Asking, Facts, Question, check_shape, missing, shape_of
 from services.infer.remote.errors import NotServable, NotToBlame
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces, raw
@@ -122,6 +122,7 @@ def _tensor(response: pb.ModelInferResponse, spec: TensorSpec, there: Mapping[st
     output, what = response.outputs[index], f"output {quoted(spec.name)}"
     if output.datatype != spec.datatype.name:
         raise InvalidArgument(f"{what}: expected {spec.datatype.name}, got {quoted(output.datatype)}")
+    check_shape(output.shape, spec, what)
     if index < len(response.raw_output_contents):
         return tensors.from_raw(response.raw_output_contents[index], spec.datatype, output.shape, what)
     return tensors.from_contents(output.contents, spec.datatype, output.shape, what)

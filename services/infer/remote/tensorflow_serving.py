@@ -80,7 +80,7 @@ class TensorFlowServing:
 def _tensor(there: Mapping[str, pb.TensorFlowTensor], spec: TensorSpec) -> Tensor:
     if spec.name not in there:
         raise missing(spec.name, sorted(there))
-    return tensorflow_tensors.from_message(there[spec.name], spec.datatype, f"output {quoted(spec.name)}")
+    return tensorflow_tensors.from_message(there[spec.name], spec, f"output {quoted(spec.name)}")
 
 
 def _specs(role: str, given: Mapping[str, pb.TensorFlowTensorInfo]) -> tuple[TensorSpec, ...]:

@@ -8,8 +8,9 @@ import numpy as np
 
 from services.infer.calls import tensors
 from services.infer.calls.datatypes import BY_NAME, Datatype
+from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
-from services.infer.remote.dialect import shape_of
+from services.infer.remote.dialect import check_shape, shape_of
 from services.infer.remote.wire import Pieces, raw
 from services.infer.wording import enumerated, written
 from shoal.errors import InvalidArgument
@@ -72,17 +73,19 @@ def to_message(arrays: Sequence[Tensor], datatype: Datatype) -> Pieces:
     return pieces
 
 
-def from_message(tensor: pb.TensorFlowTensor, expected: Datatype, what: str) -> Tensor:
+def from_message(tensor: pb.TensorFlowTensor, spec: TensorSpec, what: str) -> Tensor:
     """The array. `what` opens the message of an error.
 
     Raises:
-        InvalidArgument: it is of another type than `expected`, or its elements are not exactly those of its shape.
+        InvalidArgument: it is of another type or shape than `spec`, or its elements are not exactly those of its shape.
     """
+    expected = spec.datatype
     if datatype(tensor.dtype) != expected:
         raise InvalidArgument(f"{what}: expected {expected.name}, got {named(tensor.dtype)}")
     if tensor.tensor_shape.unknown_rank:
         raise InvalidArgument(f"{what} has no shape")
     shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
+    check_shape(shape, spec, what)
     if tensor.tensor_content and not expected.is_bytes:
         return tensors.from_raw(tensor.tensor_content, expected, shape, what)
     return _from_values(tensor, expected, shape, what)

@@ -147,7 +147,7 @@ async def test_a_remote_server_that_does_not_say_when_to_come_back(near: Serving
     ("y", "says"),
     [
         (np.zeros((2, 4), np.float32), r"output 'y' has shape \[2,4\] for 1 rows"),
-        (np.zeros((1, 3), np.float32), r"output 'y' has shape \[1,3\], expected \[-1,4\]"),
+        (np.zeros((1, 3), np.float32), r"output 'y': expected \[-1,4\], got \[1,3\]"),
         (np.zeros((1, 4), np.int32), "output 'y': expected FP32, got 'INT32'"),
     ],
 )

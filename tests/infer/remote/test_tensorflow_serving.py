@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls.signature import TensorSpec
 from services.infer.models.version import State
 from services.infer.remote import tensorflow_tensors
 from services.infer.remote.connection import parsed
@@ -60,7 +61,7 @@ async def test_values_that_are_not_there_are_as_the_last_one(near: Serving):
 
 
 async def test_answers_that_do_not_fit(near: Serving):
-    with pytest.raises(Internal, match=r"output 'y' has shape \[2,3\], expected \[-1,4\]"):
+    with pytest.raises(Internal, match=r"output 'y': expected \[-1,4\], got \[2,3\]"):
         await near.core.infer(request("scale", x=ROWS + 3))
     with pytest.raises(Internal, match="the remote server's answer has no output 'y': it has 'z'"):
         await near.core.infer(request("scale", x=ROWS + 4))
@@ -130,17 +131,24 @@ async def test_a_model_that_it_does_not_have_is_tried_again(front, tensorflow: R
     assert near.models._models["nobody"].may_retry()
 
 
-def test_a_shape_that_is_gigabytes_of_nothing():
-    shape = tf.TensorFlowShape(dim=[tf.TensorFlowShape.Dim(size=1 << 30)])
-    hostile = tf.TensorFlowTensor(dtype=tf.DT_FLOAT, tensor_shape=shape, float_val=[1.0])
-    with pytest.raises(InvalidArgument, match="1073741824 elements, got 1"):
-        tensorflow_tensors.from_message(hostile, BY_NAME["FP32"], "y")
-    negative = tf.TensorFlowTensor(dtype=tf.DT_FLOAT, tensor_shape=tf.TensorFlowShape(dim=[{"size": -2}]))
-    with pytest.raises(InvalidArgument, match="negative dimension"):
-        tensorflow_tensors.from_message(negative, BY_NAME["FP32"], "y")
-    small = tf.TensorFlowTensor(dtype=tf.DT_INT8, tensor_shape=tf.TensorFlowShape(dim=[{"size": 1}]), int_val=[300])
-    with pytest.raises(InvalidArgument, match="a value is not one of INT8"):
-        tensorflow_tensors.from_message(small, BY_NAME["INT8"], "y")
+def tensor(size: int, **values: object) -> tf.TensorFlowTensor:
+    return tf.TensorFlowTensor(tensor_shape=tf.TensorFlowShape(dim=[{"size": size}]), **values)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "given", "says"),
+    [
+        ("FP32", tensor(1 << 30, dtype=tf.DT_FLOAT, float_val=[1.0]), "1073741824 elements, got 1"),
+        ("FP32", tensor(1, dtype=tf.DT_FLOAT, float_val=[1.0, 2.0]), "1 elements, got 2"),
+        ("FP32", tensor(-2, dtype=tf.DT_FLOAT), "negative dimension"),
+        ("INT8", tensor(1, dtype=tf.DT_INT8, int_val=[300]), "a value is not one of INT8"),
+        ("INT8", tensor(1, dtype=tf.DT_INT16, int_val=[3]), "expected INT8, got DT_INT16"),
+        ("INT8", tf.TensorFlowTensor(dtype=tf.DT_INT8, tensor_shape={"unknown_rank": True}), "y has no shape"),
+    ],
+)
+def test_tensors_that_are_none(datatype, given, says):
+    with pytest.raises(InvalidArgument, match=says):
+        tensorflow_tensors.from_message(given, TensorSpec("y", BY_NAME[datatype], (-1,)), "y")
 
 
 def test_bytes_that_are_no_message():
