@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shoal", "mesh", "services", "kernels")
-STUBS = ("shoal.ingest", "shoal.store", "shoal.coord", "shoal.inference")
+STUBS = ("shoal.ingest", "shoal.store", "shoal.coord", "shoal.inference", "shoal.remote")
 
 
 def modules() -> list[str]:

@@ -36,6 +36,7 @@ from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.runtimes.remote_runtime import RemoteRuntime
 from services.infer.sources import repository
 from services.infer.sources.cache import Cache
 from services.infer.sources.poll import Poll
@@ -95,7 +96,9 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
         calls = InnerCalls()
         flights = stack.enter_context(Flights(config.flights)) if config.flights else None
         means = Means.of(
-            Runtimes([OnnxRuntime(), PythonRuntime(call=calls), KernelsRuntime()], IsolatedOnnxRuntime()),
+            Runtimes(
+                [OnnxRuntime(), PythonRuntime(call=calls), KernelsRuntime(), RemoteRuntime()], IsolatedOnnxRuntime()
+            ),
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,

@@ -6,6 +6,8 @@ mymodel/                     name: mymodel
     1/model.onnx             version 1: model.onnx
     2/model.onnx             version 2: model.onnx
     2/tokens/vocab.txt                  tokens/vocab.txt
+
+A model of another server (backend "remote") is its config.pbtxt alone: it needs no folder of a version.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf import text_format
+
 from shoal.errors import InvalidArgument, NotFound
+from shoal.inference.v2.model_config_pb2 import ModelConfig
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 # Left by editors, file browsers, version control and Python: never part of a model.
@@ -70,6 +75,9 @@ def _external_data(path: Path) -> Iterator[Path]:
 
 def _read_folder(folder: Path, name: str, version: int | None) -> list[Bundle]:
     versions = sorted(int(child.name) for child in folder.iterdir() if _is_version(child))
+    if not versions and _has_no_files(folder):
+        beside = [(f"../{inside}", file) for inside, file in _files(folder)]
+        return [Bundle(name, version or 0, tuple(sorted(beside)))]
     if not versions:
         raise InvalidArgument(_what_is_missing(folder))
     if version is not None and version not in versions:
@@ -79,6 +87,13 @@ def _read_folder(folder: Path, name: str, version: int | None) -> list[Bundle]:
         Bundle(name, number, tuple(sorted([*_files(folder / str(number)), *beside])))
         for number in (versions if version is None else [version])
     ]
+
+
+def _has_no_files(folder: Path) -> bool:
+    try:
+        return text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig()).backend == "remote"
+    except (OSError, UnicodeError, text_format.ParseError):
+        return False
 
 
 def _is_version(child: Path) -> bool:

@@ -55,6 +55,19 @@ def test_a_folder_has_all_its_versions_and_what_lies_beside_them(tmp_path: Path)
     assert shape(folder, name="n")[0][0] == "n"
 
 
+def test_a_model_of_another_server_is_its_configuration(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "far", "ca.pem")
+    (folder / "config.pbtxt").write_text('backend: "remote"')
+    assert shape(folder) == [("far", 0, ["../ca.pem", "../config.pbtxt"])]
+    assert shape(folder, version=3) == [("far", 3, ["../ca.pem", "../config.pbtxt"])]
+    (folder / "config.pbtxt").write_text('backend: "python"')
+    with pytest.raises(InvalidArgument, match="is no model"):
+        read(folder)
+    (folder / "config.pbtxt").write_text("no configuration")
+    with pytest.raises(InvalidArgument, match="is no model"):
+        read(folder)
+
+
 def test_a_version_folder_may_be_empty(tmp_path: Path) -> None:
     folder = touch(tmp_path / "ensemble", "config.pbtxt")
     (folder / "1").mkdir()

@@ -23,6 +23,7 @@ from services.infer.rpc import inference_rpc
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.runtimes.runtime import Runtime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources.repository import look, scan
 from shoal.inference.v2 import inference_pb2 as pb
@@ -77,8 +78,10 @@ async def serve(run_dir: Path) -> AsyncIterator[Callable[..., object]]:
 
 
 @asynccontextmanager
-async def serving(root: Path, socket: Path, limits: QueueLimits) -> AsyncIterator[Serving]:
-    means = Means.of(Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
+async def serving(
+    root: Path, socket: Path, limits: QueueLimits, runtime: Runtime | Runtimes | None = None
+) -> AsyncIterator[Serving]:
+    means = Means.of(runtime or Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
     async with Models(means) as models, Control(models, partial(look, root)) as control:
         core = InferenceServer(models, "test/infer-0", control=control)
         async with GrpcServer(f"unix:{socket}", [inference_rpc(core)], drain_ms=2000):

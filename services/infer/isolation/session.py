@@ -126,7 +126,7 @@ class ProcessSession:
         for instance in instances:
             self._free.put(instance)
 
-    def completed(self, config: pb.ModelConfig) -> pb.ModelConfig:
+    def completed(self, config: pb.ModelConfig, *, says_batch: bool = False) -> pb.ModelConfig:
         """The configuration as the model itself completed it; `config` when it did not. Raises FailedPrecondition."""
         said = self.facts.get("config")
         if said is None:

@@ -12,11 +12,11 @@ from services.infer.isolation.session import ProcessSession
 from services.infer.models import modelconfig, warmup
 from services.infer.models.modelconfig import Completed
 from services.infer.models.wanted import ModelFiles, read_text
+from services.infer.remote.session import RemoteSession
 from services.infer.runtimes import onnx_settings
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.kernels_runtime import OperationSession
 from services.infer.runtimes.reshape import ReshapedSession
-from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
+from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions, TellingSession
 from services.infer.scheduling import rules
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.cost import CostCurve
@@ -87,11 +87,10 @@ def load(
     session = runtime.load(_model_file(config, files, runtime), options)
     try:
         says_batch = modelconfig.says_max_batch_size(text)
-        if isinstance(session, ProcessSession):
-            config, says_batch = session.completed(config), says_batch or session.says_batch
+        if isinstance(session, TellingSession):
+            config = session.completed(config, says_batch=says_batch)
+            says_batch = says_batch or session.says_batch
             modelconfig.check(config, runtime)
-        elif isinstance(session, OperationSession):
-            config, says_batch = session.completed(config), True
         elif _is_reshaped(config):
             session = ReshapedSession(session, config)
         hidden = _hidden(config)
@@ -107,8 +106,7 @@ def load(
         )
         if config.model_transaction_policy.decoupled:
             return Loaded(model, session)
-        # An operation was tried with an example of its own: made-up bytes are no image.
-        made_up = session.is_tried if isinstance(session, ProcessSession) else not isinstance(session, OperationSession)
+        made_up = not isinstance(session, TellingSession) or session.is_tried
         sequences = stateful.of(model.config, session, files.folder) if config.HasField("sequence_batching") else None
         tried, cost = session if sequences is None else sequences.trial(session), CostCurve()
         model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up, cost=cost)
@@ -145,10 +143,10 @@ def _is_reshaped(config: pb.ModelConfig) -> bool:
 
 def _inputs(session: Session, config: pb.ModelConfig, runtime: Runtime) -> tuple[TensorSpec, ...]:
     """All inputs that the model can take."""
-    if isinstance(session, ProcessSession):
-        # A Python model sees for itself which of them came.
+    if isinstance(session, ProcessSession | RemoteSession):
+        # A Python model, or a remote server, sees for itself which of them came.
         optional = {given.name for given in config.input if given.optional}
-        return tuple(replace(spec, is_optional=spec.name in optional) for spec in session.inputs)
+        return tuple(replace(spec, is_optional=spec.is_optional or spec.name in optional) for spec in session.inputs)
     return (*session.inputs, *getattr(session, "optional_inputs", ()))
 
 

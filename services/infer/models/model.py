@@ -25,7 +25,8 @@ from services.infer.models.wanted import WantedModel, WantedVersion
 log = logging.getLogger(__name__)
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.2, 10.0
-# Files that could not be had are asked for again: soon, because the store may only be restarting; then at leisure.
+# What could not be had is asked for again: soon, because the store, or a remote server, may only be restarting; then at
+# leisure.
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Model:
             try:
                 await asyncio.wait_for(self._rewanted.wait(), backoff.next_s() if failed else None)
             except TimeoutError:
-                log.info("model %s: trying again to get its files", wanted.name)
+                log.info("model %s: trying again to load it", wanted.name)
 
     async def _load_missing(self, wanted: WantedModel) -> None:
         again, self._is_again = self._is_again, False

@@ -31,7 +31,7 @@ GUESSED_BATCH_SIZE = 64
 """Rows at most for a model that says nothing: most of what batching gives is had by then, and memory stays modest."""
 
 ONNX = "onnxruntime"
-KERNELS = "kernels"
+KERNELS, REMOTE = "kernels", "remote"
 """The backends that this module knows by name."""
 
 MOST_SAMPLES = 1000
@@ -168,11 +168,14 @@ def _only_for_onnx(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
     """What the other runtimes do not do."""
     is_on_gpu = any(group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus for group in config.instance_group)
     if is_on_gpu and runtime.backend != KERNELS:
-        yield "instance_group: KIND_GPU is not supported: models run on the CPU"
+        where = "its own server decides where it runs" if runtime.backend == REMOTE else "models run on the CPU"
+        yield f"instance_group: KIND_GPU is not supported: {where}"
     if config.optimization.HasField("execution_accelerators"):
         yield "optimization.execution_accelerators is not supported"
     if config.optimization.graph.level:
         yield "optimization.graph.level is not supported"
+    if config.HasField("sequence_batching") and runtime.backend in (KERNELS, REMOTE):
+        yield f"sequence_batching is not supported with backend {runtime.backend}"
     yield from _no_reshape(config, "of an operation" if runtime.backend == KERNELS else "in a process of its own")
 
 

@@ -8,6 +8,8 @@ nothing                            ──> Scheduler             batches, one an
 
 from __future__ import annotations
 
+import asyncio
+
 from services.infer.ensembles.loading import Composed
 from services.infer.ensembles.scheduler import EnsembleScheduler
 from services.infer.isolation.execution import ProcessExecution
@@ -15,6 +17,8 @@ from services.infer.isolation.session import ProcessSession
 from services.infer.models import modelconfig
 from services.infer.models.loading import Loaded
 from services.infer.models.means import Means
+from services.infer.remote.execution import RemoteExecution
+from services.infer.remote.session import RemoteSession
 from services.infer.runtimes.runtime import RowsSession
 from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
@@ -24,6 +28,8 @@ from services.infer.scheduling.rows_execution import RowsExecution
 from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
+from services.infer.scheduling.task_worker import TaskWorker
+from services.infer.scheduling.worker import ThreadWorker, Worker
 from services.infer.sequences.execution import ProcessSequenceExecution, SequenceExecution
 from services.infer.sequences.scheduler import SequenceScheduler
 from services.infer.sequences.stateful import Stateful
@@ -58,12 +64,21 @@ def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: 
         statistics=statistics,
         cost=loaded.cost,
         clock=means.clock,
+        worker=_worker,
     )
+
+
+def _worker(execution: Runs, loop: asyncio.AbstractEventLoop, name: str) -> Worker:
+    if isinstance(execution, RemoteExecution):
+        return TaskWorker(execution, loop, name)
+    return ThreadWorker(execution, loop, name)
 
 
 def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
     session, signature = loaded.session, loaded.model.signature
     assert session is not None, "only ensembles have none"
+    if isinstance(session, RemoteSession):  # What it computes ends no process of ours: nothing to remember.
+        return RemoteExecution(name, session, signature, means.clock)
     if isinstance(session, ProcessSession):
         made: Execution = ProcessExecution(name, number, session, signature, means.clock)
     elif isinstance(session, RowsSession):

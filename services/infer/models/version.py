@@ -56,7 +56,7 @@ class Version:
     state: State = State.LOADING
     reason: str = ""
     may_retry: bool = False
-    """It is UNAVAILABLE for a cause that may pass: its files could not be had."""
+    """It is UNAVAILABLE for a cause that may pass: its files, or its remote server, could not be had."""
     statistics: Statistics = field(default_factory=Statistics)
     response_cache: ResponseCache | None = None
     """Only for a model whose configuration asks for it."""

@@ -66,6 +66,9 @@ class OperationSession:
     """One operation with its parameters."""
 
     text = False
+    is_tried = False
+    """It was, with an example of its own: made-up bytes are no image."""
+    says_batch = True
 
     def __init__(self, name: str, operation: Operation, threads: RowThreads, place: places.Place) -> None:
         """Closes the threads. Raises FailedPrecondition when the operation fails with its own example."""
@@ -79,7 +82,7 @@ class OperationSession:
             if unfit := operation.run(example).unfit:
                 raise FailedPrecondition(f"operation {name} fails with an example of its own: {unfit[0]}")
 
-    def completed(self, config: pb.ModelConfig) -> pb.ModelConfig:
+    def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
         """The configuration with the batch size that the operation wants where it says none.
 
         Raises:

@@ -24,6 +24,7 @@ from services.infer.isolation.instance import Instance, Running
 from services.infer.isolation.process import Process, program
 from services.infer.isolation.session import InnerCall, Limits, ProcessSession
 from services.infer.models.config_json import as_json
+from services.infer.runtimes.parameters import number, texts
 from services.infer.runtimes.runtime import About, SessionOptions
 from shoal.errors import FailedPrecondition
 
@@ -50,12 +51,12 @@ class PythonRuntime:
 
     def load(self, file: Path, options: SessionOptions) -> ProcessSession:
         about = options.about or About(file.parent.name)
-        values = {key: parameter.string_value for key, parameter in about.config.parameters.items()}
+        values = texts(about.config)
         self._check(values)
         limits = Limits(
             execution_s=_milliseconds(values, "execution_timeout_ms", 0) / 1000 or math.inf,
             load_s=_milliseconds(values, "load_timeout_ms", _LOAD_TIMEOUT_MS) / 1000,
-            streams=_number(values, "max_streams", _MAX_STREAMS, 1, 4096),
+            streams=number(values, "max_streams", _MAX_STREAMS, 1, 4096),
         )
         title = f"{about.name} version {about.version}"
         instances = [
@@ -127,13 +128,4 @@ class IsolatedOnnxRuntime(PythonRuntime):
 
 
 def _milliseconds(values: Mapping[str, str], key: str, default: int) -> int:
-    return _number(values, key, default, 0, 86_400_000)
-
-
-def _number(values: Mapping[str, str], key: str, default: int, least: int, most: int) -> int:
-    said = values.get(key, "").strip()
-    if not said:
-        return default
-    if not said.isascii() or not said.isdecimal() or len(said) > 9 or not least <= int(said) <= most:
-        raise FailedPrecondition(f"parameter {key} '{said}': expected a number from {least} to {most}")
-    return int(said)
+    return number(values, key, default, 0, 86_400_000)

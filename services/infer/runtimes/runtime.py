@@ -1,7 +1,8 @@
 """What runs a model: a runtime loads files into sessions, a session maps arrays to arrays.
 
 Both are blocking, and called on worker threads only. There are ONNX Runtime (`onnx_runtime`), Python
-(`python_runtime`) and operations (`kernels_runtime`); `choice` says which one a model is for.
+(`python_runtime`), operations (`kernels_runtime`) and other servers (`remote_runtime`); `choice` says which one a model
+is for.
 """
 
 from __future__ import annotations
@@ -121,6 +122,28 @@ class RowsSession(Session, Protocol):
 
     def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> RowResults:
         """As `run`, with `Rows` for each input that is ragged."""
+
+
+@runtime_checkable
+class TellingSession(Session, Protocol):
+    """One that knows more of its model than inputs and outputs."""
+
+    is_tried: bool
+    """Made-up inputs may be tried on it."""
+
+    @property
+    def says_batch(self) -> bool:
+        """Whether the `max_batch_size` of what it completed is meant, even 0."""
+
+    def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
+        """The configuration with what the model says of itself.
+
+        Args:
+            says_batch: `config` has a `max_batch_size` that is meant, even 0.
+
+        Raises:
+            FailedPrecondition: the two contradict each other.
+        """
 
 
 class Runtime(Protocol):

@@ -8,41 +8,56 @@ batch of n in which all fail costs at most n + 4 log2 n + 8 runs more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from typing import Generic, TypeAlias, TypeVar
+
+from services.infer import steps
 
 J = TypeVar("J")
 R = TypeVar("R")
 
+Search: TypeAlias = Generator[Sequence[J], list[R], list[R]]
+
 
 class Bisection(Generic[J, R]):
-    """For one batch that failed as a whole."""
+    """For one batch that failed as a whole. Runs give a result for each job, or raise for all of them."""
 
-    def __init__(self, run: Callable[[Sequence[J]], list[R]], excused: Callable[[Exception], R]) -> None:
-        """`run` gives a result for each job, or raises for all of them; `excused` is the result of a guilty one."""
-        self._run = run
+    def __init__(self, excused: Callable[[Exception], R]) -> None:
+        """`excused` is the result of a guilty one."""
         self._excused = excused
         self._patience = 0
         self.cuts = 0
         """How often a batch was cut in two."""
 
-    def outcomes(self, batch: Sequence[J]) -> list[R]:
+    def outcomes(self, batch: Sequence[J], run: Callable[[Sequence[J]], list[R]]) -> list[R]:
         """One result for each job, in order. `batch`, of more than one, has just failed."""
+        return steps.done(self._search(batch), run)
+
+    async def awaited(self, batch: Sequence[J], run: Callable[[Sequence[J]], Awaitable[list[R]]]) -> list[R]:
+        """As `outcomes`, where a run is awaited."""
+        return await steps.awaited(self._search(batch), run)
+
+    def _search(self, batch: Sequence[J]) -> Search[J, R]:
+        """Yields what to run, takes what came of it."""
         self._patience = 2 * len(batch).bit_length()
         return self._halves(batch)
 
-    def _halves(self, batch: Sequence[J]) -> list[R]:
+    def _halves(self, batch: Sequence[J]) -> Search[J, R]:
         if self._patience <= 0:
-            return [result for job in batch for result in self._part([job])]
+            results: list[R] = []
+            for job in batch:
+                results += yield from self._part([job])
+            return results
         self.cuts += 1
         middle = len(batch) // 2
-        return self._part(batch[:middle]) + self._part(batch[middle:])
+        first = yield from self._part(batch[:middle])
+        return first + (yield from self._part(batch[middle:]))
 
-    def _part(self, batch: Sequence[J]) -> list[R]:
+    def _part(self, batch: Sequence[J]) -> Search[J, R]:
         try:
-            return self._run(batch)
+            return (yield batch)
         except Exception as err:
             if len(batch) == 1:
                 return [self._excused(err)]
             self._patience -= 1
-            return self._halves(batch)
+        return (yield from self._halves(batch))

@@ -43,6 +43,9 @@ class Job(Protocol):
     def expires(self) -> float: ...
 
     @property
+    def deadline(self) -> float: ...
+
+    @property
     def is_abandoned(self) -> bool: ...
 
 
@@ -146,8 +149,8 @@ class Execution:
 
     def _run_apart(self, batch: Sequence[Job], err: Exception) -> list[Outcome]:
         log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
-        bisection: Bisection[Job, Outcome] = Bisection(self._run, self._excused)
-        outcomes = bisection.outcomes(batch)
+        bisection: Bisection[Job, Outcome] = Bisection(self._excused)
+        outcomes = bisection.outcomes(batch, self._run)
         self.tally.bisections += bisection.cuts
         return outcomes
 
@@ -176,8 +179,8 @@ class Execution:
             if len(alive) == len(batch):
                 return answers
             found = dict(zip(map(id, alive), answers, strict=True))
-            return [found[id(job)] if id(job) in found else _expired() for job in batch]
-        return [_expired() for _ in batch]
+            return [found[id(job)] if id(job) in found else expired() for job in batch]
+        return [expired() for _ in batch]
 
     def _alive(self, batch: Sequence[Job], now: float) -> Sequence[Job]:
         if any(job.is_abandoned for job in batch) or min([job.expires for job in batch]) <= now:
@@ -244,5 +247,6 @@ class Execution:
                 )
 
 
-def _expired() -> DeadlineExceeded:
+def expired() -> DeadlineExceeded:
+    """The outcome of a call that is left out."""
     return DeadlineExceeded("Request timeout expired in the queue: it was not executed")

@@ -55,6 +55,7 @@ class Pending:
         "is_abandoned",
         "is_waiting",
         "level",
+        "on_abandoned",
         "outcome",
         "rank",
         "receiver",
@@ -85,6 +86,8 @@ class Pending:
         """It is in a queue."""
         self.is_abandoned = False
         """Nobody waits for the answer any more."""
+        self.on_abandoned: Callable[[], None] | None = None
+        """Set by what runs it, and wants to hear of that."""
 
 
 @dataclass(frozen=True)

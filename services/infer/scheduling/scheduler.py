@@ -216,6 +216,8 @@ class Scheduler:
         pending.is_abandoned = True
         self._statistics.cancelled += 1
         self._queue.discard(pending)
+        if pending.on_abandoned is not None:
+            pending.on_abandoned()
         if self._unanswered is not None:
             self._release()
 

@@ -4,6 +4,8 @@
     REPO/<model>/<version>/model.onnx  one folder for each version: 1, 2, ...
     REPO/<model>.onnx                  a bare file: version 1 of a model of that name
 
+A model that has no files (backend "remote") may do without a folder of its version: then it is version 1.
+
 A model that is wrong does not keep the others from being served: it is UNAVAILABLE, and the repository index says why.
 Files are followed through symbolic links; what is no plain file (a pipe, a device) is not read.
 """
@@ -87,6 +89,8 @@ def model_in(folder: Path, name: str) -> WantedModel:
         stamps = {n: f"{stamp}/{_stamp(_entries(path))}" for n, path in versions.items()}
     except OSError as err:
         return WantedModel(name, (), problem=f"cannot read its folder: {err.strerror}")
+    if not versions and _has_no_files(folder):
+        versions, stamps = {1: folder}, {1: stamp}
     if not versions:
         return WantedModel(name, (), problem="its folder has no version: put the model into a folder named 1")
     there = {n: WantedVersion(n, stamps[n], _opener(ModelFiles(folder, versions[n]))) for n in sorted(versions)}
@@ -95,6 +99,14 @@ def model_in(folder: Path, name: str) -> WantedModel:
     except ShoalError:  # Loading the newest version says the same, as the reason of that version.
         config = modelconfig.parse("")
     return picked(name, there, modelconfig.served_versions(config, there), None)
+
+
+def _has_no_files(folder: Path) -> bool:
+    """Whether its configuration is all that there is of a model."""
+    try:
+        return modelconfig.parse(ModelFiles(folder, folder).config_text()).backend == modelconfig.REMOTE
+    except ShoalError:
+        return False
 
 
 def _entry(path: Path) -> WantedModel | None:

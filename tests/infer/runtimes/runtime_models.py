@@ -1,10 +1,14 @@
-"""The same small models for every runtime: as ONNX files, as Python, and as operations."""
+"""The same small models for every runtime: as ONNX files, as Python, as operations, and on another server."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
 
+import grpc
 import numpy as np
 import onnx
 from onnx import TensorProto
@@ -15,7 +19,12 @@ from services.infer.calls.signature import TensorSpec
 from services.infer.operations.operation import Results
 from services.infer.operations.parameters import Names, Parameters
 from services.infer.operations.table import Entry
+from services.infer.runtimes.runtime import About
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2 import model_config_pb2
+from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.infer import onnx_files
+from tests.infer.conformance.instance import Instance
 
 ONNX_TYPES = {
     "BOOL": TensorProto.BOOL,
@@ -232,3 +241,34 @@ OPERATIONS = {
         ),
     ),
 }
+
+
+class RemoteModels:
+    """Serves models of Shoal's own interface from another process, which the first one starts."""
+
+    def __init__(self, root: Path, stack: ExitStack) -> None:
+        self._root, self._stack = root, stack
+        self._models = 0
+
+    @cached_property
+    def _address(self) -> str:
+        (self._root / "models").mkdir()
+        return self._stack.enter_context(Instance.serving(self._root / "models", "h2", self._root / "far.log")).address
+
+    @cached_property
+    def _stub(self) -> GRPCInferenceServiceStub:
+        return GRPCInferenceServiceStub(self._stack.enter_context(grpc.insecure_channel(self._address)))
+
+    def serve(self, model: bytes) -> About:
+        """What a runtime must know to reach it."""
+        address, self._models = self._address, self._models + 1
+        folder = self._root / "models" / f"m{self._models}"
+        (folder / "1").mkdir(parents=True)
+        (folder / "1" / "model.py").write_bytes(model)
+        (folder / "config.pbtxt").write_text(
+            'max_batch_size: 0 parameters { key: "isolation" value { string_value: "none" } }'
+        )
+        self._stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name=folder.name), timeout=60)
+        parameters = {"url": f"grpc://{address}", "remote_model": folder.name}
+        config = {key: {"string_value": value} for key, value in parameters.items()}
+        return About("m", config=model_config_pb2.ModelConfig(backend="remote", parameters=config))

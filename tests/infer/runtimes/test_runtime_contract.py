@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,11 +18,19 @@ from services.infer.calls.dtypes import NUMBERS
 from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.runtimes.remote_runtime import RemoteRuntime
 from services.infer.runtimes.runtime import About, ModelFailed, Runtime, Session, SessionOptions
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from tests.infer import onnx_files
-from tests.infer.runtimes.runtime_models import OPERATIONS, OnnxModels, OperationModels, OwnModels, TritonModels
+from tests.infer.runtimes.runtime_models import (
+    OPERATIONS,
+    OnnxModels,
+    OperationModels,
+    OwnModels,
+    RemoteModels,
+    TritonModels,
+)
 
 ONE_THREAD = SessionOptions(intra_op_threads=1)
 
@@ -33,6 +42,7 @@ RUNTIMES = {
     "python on a thread": (PythonRuntime, OwnModels()),
     "triton's python on a thread": (PythonRuntime, TritonModels()),
     "kernels": (partial(KernelsRuntime, OPERATIONS), OperationModels()),
+    "remote": (RemoteRuntime, OwnModels()),
 }
 WITH_FILES = [name for name in RUNTIMES if name != "kernels"]
 ONNX = ["onnx", "onnx in a process"]
@@ -53,11 +63,22 @@ def models(kind: str) -> OnnxModels | OwnModels:
     return RUNTIMES[kind][1]
 
 
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteModels]:
+    """Another server, started by the first remote model."""
+    with ExitStack() as stack:
+        yield RemoteModels(tmp_path_factory.mktemp("far"), stack)
+
+
 @pytest.fixture
-def load(kind: str, runtime: Runtime, tmp_path: Path):
+def load(kind: str, runtime: Runtime, tmp_path: Path, far: RemoteModels):
     with ExitStack() as loaded:
 
         def load(model: bytes, options: SessionOptions = ONE_THREAD) -> Session:
+            if kind == "remote":
+                session = runtime.load(tmp_path, replace(options, about=far.serve(model)))
+                loaded.callback(session.close)
+                return session
             if kind.endswith("on a thread"):
                 about = About("m", config=pb.ModelConfig(parameters={"isolation": {"string_value": "none"}}))
                 options = replace(options, about=about)
@@ -148,7 +169,7 @@ def test_a_model_that_raises_says_so_in_its_own_words(load, models, name, inputs
             assert inside not in message
 
 
-@pytest.mark.parametrize("kind", WITH_FILES)
+@pytest.mark.parametrize("kind", [kind for kind in WITH_FILES if kind != "remote"])
 @pytest.mark.parametrize("data", [b"", b"no model", bytes(1000)])
 def test_a_file_that_is_no_model_is_refused(load, runtime, data):
     with pytest.raises(FailedPrecondition, match=r"model\.(onnx|py)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 from hypothesis import given
@@ -30,7 +31,7 @@ class Model:
 @given(size=st.integers(2, 300), guilty=st.sets(st.integers(0, 299)))
 def test_only_the_guilty_fail_at_a_bounded_price(size, guilty):
     model = Model(guilty)
-    outcomes = Bisection(model.run, lambda err: "guilty").outcomes(list(range(size)))
+    outcomes = Bisection(lambda err: "guilty").outcomes(list(range(size)), model.run)
     assert outcomes == ["guilty" if number in guilty else 2 * number for number in range(size)]
     assert model.runs <= size + 4 * math.log2(size) + 8
 
@@ -38,7 +39,27 @@ def test_only_the_guilty_fail_at_a_bounded_price(size, guilty):
 @given(size=st.integers(2, 1024), guilty=st.integers(0, 1023))
 def test_one_of_many_is_found_in_about_two_log_n_runs(size, guilty):
     model = Model({guilty % size})
-    search = Bisection(model.run, lambda err: "guilty")
-    search.outcomes(list(range(size)))
+    search = Bisection(lambda err: "guilty")
+    search.outcomes(list(range(size)), model.run)
     assert model.runs <= 2 * math.ceil(math.log2(size))
     assert search.cuts <= math.ceil(math.log2(size))
+
+
+@given(size=st.integers(2, 100), guilty=st.sets(st.integers(0, 99)))
+def test_runs_that_are_awaited_are_the_same_runs(size, guilty):
+    model, other = Model(guilty), Model(guilty)
+
+    async def run(batch: list[int]) -> list[object]:
+        return other.run(batch)
+
+    batch = list(range(size))
+    awaited = asyncio.run(Bisection(lambda err: "guilty").awaited(batch, run))
+    assert awaited == Bisection(lambda err: "guilty").outcomes(batch, model.run)
+    assert other.runs == model.runs
+
+
+def test_what_stops_an_iteration_is_a_failure_like_any_other():
+    def run(batch: list[int]) -> list[object]:
+        raise StopIteration
+
+    assert Bisection(lambda err: type(err)).outcomes([1, 2], run) == [StopIteration, StopIteration]

@@ -1,0 +1,54 @@
+"""Where a remote server is: `grpc://host:port`, `grpcs://host:port` (TLS), `unix:/path`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urlsplit
+
+from services.infer.wording import quoted
+from shoal.errors import FailedPrecondition
+
+_EXPECTED = "expected grpc://host:port, grpcs://host:port or unix:/path"
+
+
+@dataclass(frozen=True)
+class Address:
+    """One server."""
+
+    url: str
+    """As it was written."""
+    target: str
+    """As gRPC wants it."""
+    is_secure: bool = False
+    """Through TLS."""
+
+
+def read(url: str) -> Address:
+    """Raises FailedPrecondition when it is none; the message says what was expected."""
+    if not url:
+        raise FailedPrecondition(f"parameter url is missing: {_EXPECTED}")
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise _wrong(url)
+    if url.startswith("unix:"):
+        path = url.removeprefix("unix:").removeprefix("//")
+        if not path.startswith("/"):
+            raise _wrong(url)
+        return Address(url, f"unix:{path}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as err:
+        raise _wrong(url) from err
+    if parts.scheme not in ("grpc", "grpcs") or not parts.hostname or not port or not _is_bare(parts):
+        raise _wrong(url)
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return Address(url, f"dns:///{host}:{port}", parts.scheme == "grpcs")
+
+
+def _is_bare(parts: SplitResult) -> bool:
+    return parts.path in ("", "/") and not (parts.query or parts.fragment or "@" in parts.netloc)
+
+
+def _wrong(url: str) -> FailedPrecondition:
+    # What stands before an @ is a password, for all we know: messages are seen by callers.
+    return FailedPrecondition(f"parameter url {quoted(url.rpartition('@')[2])}: {_EXPECTED}")

@@ -1,0 +1,128 @@
+"""The Open Inference Protocol v2: Triton, OpenVINO Model Server, MLServer, KServe's servers, another Shoal.
+
+ModelMetadata says the inputs and outputs; ModelConfig, where the server has it, the batch size and which inputs may be
+left out. Tensors travel raw both ways; an answer with typed contents is read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
+
+from services.infer.calls import tensors
+from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls.signature import TensorSpec
+from services.infer.calls.tensors import Tensor
+from services.infer.remote.connection import parsed
+from services.infer.remote.dialect import Asking, Facts, Question, check_shape, missing, shape_of
+from services.infer.remote.errors import NotServable, NotToBlame
+from services.infer.remote.settings import Settings
+from services.infer.remote.wire import Pieces, raw
+from services.infer.runtimes.runtime import ModelFailed
+from services.infer.wording import quoted
+from shoal.errors import InvalidArgument, Unavailable, Unimplemented
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2 import model_config_pb2
+
+_SERVICE = "/inference.GRPCInferenceService/"
+_RAW_INPUTS = pb.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"].number
+
+
+class Oip:
+    """A dialect.Dialect."""
+
+    method = _SERVICE + "ModelInfer"
+    batches = True
+    fault = ""
+
+    def __init__(self, settings: Settings) -> None:
+        self._name, self._version = settings.model, settings.version
+
+    def facts(self) -> Asking:
+        yield from self._check_ready()
+        config = yield from self._config()
+        if config is not None:
+            self._check_config(config)
+        try:
+            asked = pb.ModelMetadataRequest(name=self._name, version=self._version)
+            said = yield Question(_SERVICE + "ModelMetadata", asked, pb.ModelMetadataResponse)
+        except NotToBlame as err:
+            if not isinstance(err.error, Unimplemented):
+                raise
+            return Facts()
+        optional = {given.name for given in config.input if given.optional} if config is not None else set()
+        return Facts(
+            tuple(replace(spec, is_optional=spec.name in optional) for spec in self._specs("input", said.inputs)),
+            self._specs("output", said.outputs),
+            config.max_batch_size if config is not None else None,
+        )
+
+    def _check_ready(self) -> Generator[Question, pb.ModelReadyResponse, None]:
+        """A server may know the metadata of a model long before it can run it."""
+        asked = pb.ModelReadyRequest(name=self._name, version=self._version)
+        said = yield Question(_SERVICE + "ModelReady", asked, pb.ModelReadyResponse)
+        if not said.ready:
+            version = f" version {quoted(self._version)}" if self._version else ""
+            raise NotToBlame(
+                Unavailable(f"the remote server says that model {quoted(self._name)}{version} is not ready")
+            )
+
+    def _config(self) -> Generator[Question, pb.ModelConfigResponse, model_config_pb2.ModelConfig | None]:
+        try:
+            asked = pb.ModelConfigRequest(name=self._name, version=self._version)
+            said = yield Question(_SERVICE + "ModelConfig", asked, pb.ModelConfigResponse)
+            return said.config
+        except NotToBlame as err:
+            if not isinstance(err.error, Unimplemented):
+                raise
+            return None
+
+    def _check_config(self, config: model_config_pb2.ModelConfig) -> None:
+        what = f"the remote model {quoted(self._name)}"
+        if config.model_transaction_policy.decoupled:
+            raise NotServable(f"{what} is decoupled: models that give one response to a request can be remote")
+        if config.HasField("sequence_batching"):
+            raise NotServable(f"{what} keeps state between the requests of a sequence: it cannot be remote")
+
+    def _specs(self, role: str, given: Sequence[pb.ModelMetadataResponse.TensorMetadata]) -> tuple[TensorSpec, ...]:
+        for tensor in given:
+            if tensor.datatype not in BY_NAME:
+                raise NotServable(
+                    f"{role} {quoted(tensor.name)} of the remote model has the datatype {quoted(tensor.datatype)}, "
+                    "which the protocol does not have"
+                )
+        return tuple(TensorSpec(t.name, BY_NAME[t.datatype], tuple(t.shape)) for t in given)
+
+    def request(
+        self, specs: Mapping[str, TensorSpec], inputs: Mapping[str, Sequence[Tensor]], outputs: Sequence[str]
+    ) -> Pieces:
+        head = pb.ModelInferRequest(model_name=self._name, model_version=self._version)
+        for name, arrays in inputs.items():
+            head.inputs.add(name=name, datatype=specs[name].datatype.name, shape=shape_of(arrays))
+        for name in outputs:
+            head.outputs.add(name=name)
+        pieces = Pieces(head.SerializeToString())
+        for name, arrays in inputs.items():
+            pieces.add(_RAW_INPUTS, raw(arrays, specs[name].datatype))
+        return pieces
+
+    def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
+        response = parsed(data, pb.ModelInferResponse)
+        there = {output.name: index for index, output in enumerate(response.outputs)}
+        try:
+            return [_tensor(response, spec, there) for spec in outputs]
+        except InvalidArgument as err:
+            raise ModelFailed(f"the remote server's answer: {err.message}") from err
+
+
+def _tensor(response: pb.ModelInferResponse, spec: TensorSpec, there: Mapping[str, int]) -> Tensor:
+    if spec.name not in there:
+        raise missing(spec.name, list(there))
+    index = there[spec.name]
+    output, what = response.outputs[index], f"output {quoted(spec.name)}"
+    if output.datatype != spec.datatype.name:
+        raise InvalidArgument(f"{what}: expected {spec.datatype.name}, got {quoted(output.datatype)}")
+    check_shape(output.shape, spec, what)
+    if index < len(response.raw_output_contents):
+        return tensors.from_raw(response.raw_output_contents[index], spec.datatype, output.shape, what)
+    return tensors.from_contents(output.contents, spec.datatype, output.shape, what)

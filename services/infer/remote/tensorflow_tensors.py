@@ -1,0 +1,107 @@
+"""TensorFlow's tensors, to arrays and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from services.infer.calls import tensors
+from services.infer.calls.datatypes import BY_NAME, Datatype
+from services.infer.calls.signature import TensorSpec
+from services.infer.calls.tensors import Tensor
+from services.infer.remote.dialect import check_shape, shape_of
+from services.infer.remote.wire import Pieces, raw
+from services.infer.wording import enumerated, written
+from shoal.errors import InvalidArgument
+from shoal.remote.v1 import tensorflow_serving_pb2 as pb
+
+_NAMES: dict[pb.TensorFlowType, str] = {
+    pb.DT_FLOAT: "FP32",
+    pb.DT_DOUBLE: "FP64",
+    pb.DT_HALF: "FP16",
+    pb.DT_BFLOAT16: "BF16",
+    pb.DT_INT8: "INT8",
+    pb.DT_INT16: "INT16",
+    pb.DT_INT32: "INT32",
+    pb.DT_INT64: "INT64",
+    pb.DT_UINT8: "UINT8",
+    pb.DT_UINT16: "UINT16",
+    pb.DT_UINT32: "UINT32",
+    pb.DT_UINT64: "UINT64",
+    pb.DT_BOOL: "BOOL",
+    pb.DT_STRING: "BYTES",
+}
+_TYPES = {name: dtype for dtype, name in _NAMES.items()}
+_VALUES = {
+    "FP32": "float_val",
+    "FP64": "double_val",
+    "FP16": "half_val",
+    "BF16": "half_val",
+    "INT64": "int64_val",
+    "UINT32": "uint32_val",
+    "UINT64": "uint64_val",
+    "BOOL": "bool_val",
+    "BYTES": "string_val",
+}
+_MOST_IMPLIED = 1 << 24
+
+_FIELDS = pb.TensorFlowTensor.DESCRIPTOR.fields_by_name
+_CONTENT, _STRINGS = _FIELDS["tensor_content"].number, _FIELDS["string_val"].number
+
+
+def datatype(dtype: pb.TensorFlowType) -> Datatype | None:
+    """What the Open Inference Protocol calls a type; None when it has none for it."""
+    return BY_NAME[_NAMES[dtype]] if dtype in _NAMES else None
+
+
+def named(dtype: int) -> str:
+    """A type, for messages."""
+    return enumerated(pb.TensorFlowType.DESCRIPTOR, dtype)
+
+
+def to_message(arrays: Sequence[Tensor], datatype: Datatype) -> Pieces:
+    """The rows of all arrays as one tensor."""
+    shape = pb.TensorFlowShape(dim=[pb.TensorFlowShape.Dim(size=size) for size in shape_of(arrays)])
+    pieces = Pieces(pb.TensorFlowTensor(dtype=_TYPES[datatype.name], tensor_shape=shape).SerializeToString())
+    if datatype.is_bytes:
+        for array in arrays:
+            for element in array.reshape(-1):
+                pieces.add(_STRINGS, Pieces(element))
+    else:
+        pieces.add(_CONTENT, raw(arrays, datatype))
+    return pieces
+
+
+def from_message(tensor: pb.TensorFlowTensor, spec: TensorSpec, what: str) -> Tensor:
+    """The array. `what` opens the message of an error.
+
+    Raises:
+        InvalidArgument: it is of another type or shape than `spec`, or its elements are not exactly those of its shape.
+    """
+    expected = spec.datatype
+    if datatype(tensor.dtype) != expected:
+        raise InvalidArgument(f"{what}: expected {expected.name}, got {named(tensor.dtype)}")
+    if tensor.tensor_shape.unknown_rank:
+        raise InvalidArgument(f"{what} has no shape")
+    shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
+    check_shape(shape, spec, what)
+    if tensor.tensor_content and not expected.is_bytes:
+        return tensors.from_raw(tensor.tensor_content, expected, shape, what)
+    return _from_values(tensor, expected, shape, what)
+
+
+def _from_values(tensor: pb.TensorFlowTensor, expected: Datatype, shape: tuple[int, ...], what: str) -> Tensor:
+    values = getattr(tensor, _VALUES.get(expected.name, "int_val"))
+    elements = tensors.count(shape, what)
+    # Those that are not there are as the last one that is; a few bytes must not become gigabytes.
+    if len(values) > elements or elements - len(values) > _MOST_IMPLIED:
+        raise InvalidArgument(f"{what}: shape {written(shape)} has {elements} elements, got {len(values)}")
+    array = np.empty(elements, np.uint16 if expected.name in ("FP16", "BF16") else expected.dtype)
+    if values and array.dtype.kind in "iu":
+        limits = np.iinfo(array.dtype.name)
+        if min(values) < limits.min or max(values) > limits.max:
+            raise InvalidArgument(f"{what}: a value is not one of {expected.name}")
+    array[: len(values)] = values
+    array[len(values) :] = values[-1] if values else b"" if expected.is_bytes else 0
+    return array.view(expected.dtype).reshape(shape)

@@ -1,0 +1,58 @@
+"""TorchServe's standard inference service: `org.pytorch.serve.grpc.inference.InferenceAPIsService`.
+
+Each input is a field of bytes of the one request, the prediction is bytes. There is no metadata, and no batch:
+TorchServe puts calls together by itself. Without `input` and `output` in its configuration a model is `data` ->
+`prediction`. The status of a handler that raises is UNAVAILABLE, as of a model without workers: the message tells them
+apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from google.protobuf.empty_pb2 import Empty
+
+from services.infer.calls.signature import TensorSpec
+from services.infer.calls.tensors import Tensor
+from services.infer.remote.connection import parsed
+from services.infer.remote.dialect import Asking, Facts, Question
+from services.infer.remote.settings import Settings
+from services.infer.remote.wire import Pieces
+from shoal.remote.v1 import torchserve_pb2 as pb
+
+_SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
+_INPUT = pb.TorchServePredictionsRequest.DESCRIPTOR.fields_by_name["input"].number
+_KEY, _VALUE = 1, 2
+# The fields of an entry of any map.
+
+
+class TorchServe:
+    """A dialect.Dialect."""
+
+    method = _SERVICE + "Predictions"
+    batches = False
+    fault = "InternalServerException"
+
+    def __init__(self, settings: Settings) -> None:
+        self._head = pb.TorchServePredictionsRequest(model_name=settings.model, model_version=settings.version)
+
+    def facts(self) -> Asking:
+        yield Question(_SERVICE + "Ping", Empty(), pb.TorchServeHealthResponse)
+        return Facts(max_batch_size=0)
+
+    def request(
+        self, specs: Mapping[str, TensorSpec], inputs: Mapping[str, Sequence[Tensor]], outputs: Sequence[str]
+    ) -> Pieces:
+        pieces = Pieces(self._head.SerializeToString())
+        for name, (array,) in inputs.items():
+            entry = Pieces()
+            entry.add(_KEY, Pieces(name.encode()))
+            entry.add(_VALUE, Pieces(array.item()))
+            pieces.add(_INPUT, entry)
+        return pieces
+
+    def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
+        prediction = np.empty(1, object)
+        prediction[0] = parsed(data, pb.TorchServePredictionResponse).prediction
+        return [prediction for _ in outputs]

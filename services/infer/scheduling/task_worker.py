@@ -1,0 +1,78 @@
+"""One instance of a model that computes elsewhere: its batches are tasks of the event loop, and take no thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol, cast
+
+from services.infer.scheduling.execution import Job, Outcome, Runs
+from services.infer.scheduling.worker import Done
+from shoal.errors import Unavailable
+
+_TICK_S = 0.001
+# The loop's timers count milliseconds: one that is a little early would only be set again.
+
+
+class Told(Job, Protocol):
+    """A job that tells when nobody waits for it any more."""
+
+    on_abandoned: Callable[[], None] | None
+    """Called on the loop, while it is run."""
+
+
+class Awaits(Runs, Protocol):
+    """Runs batches that are awaited, one at a time."""
+
+    async def outcomes(self, batch: Sequence[Job]) -> list[Outcome]:
+        """One outcome for each job, in order. Raises nothing but cancellation, which ends what it waits for."""
+
+
+class TaskWorker:
+    """A worker.Worker. A batch for which nobody waits any more is ended."""
+
+    def __init__(self, execution: Awaits, loop: asyncio.AbstractEventLoop, name: str) -> None:
+        self.execution: Runs = execution
+        self._awaits = execution
+        self._loop, self._name = loop, name
+        self._task: asyncio.Task[list[Outcome]] | None = None
+        self._waking: asyncio.TimerHandle | None = None
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
+        self._stay()
+        self._task = self._loop.create_task(self._awaits.outcomes(jobs), name=self._name)
+        self._task.add_done_callback(partial(self._ended, jobs, done))
+        for job in cast("Sequence[Told]", jobs):  # As the Scheduler's are: others do not run on this worker.
+            job.on_abandoned = partial(self._abandoned, jobs)
+
+    def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
+        self._stay()
+        self._waking = self._loop.call_later(max(seconds, _TICK_S), wake)
+
+    def close(self) -> None:
+        self._stay()
+        self._end()
+
+    def _stay(self) -> None:
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
+
+    def _end(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _abandoned(self, jobs: Sequence[Job]) -> None:
+        if all(job.is_abandoned for job in jobs):
+            self._end()
+
+    def _ended(self, jobs: Sequence[Job], done: Done, task: asyncio.Task[list[Outcome]]) -> None:
+        for job in cast("Sequence[Told]", jobs):
+            job.on_abandoned = None
+        self._task = None
+        # Cancelled by us: nobody waits for the batch, or the model is unloaded in a hurry.
+        ended: list[Outcome] = [Unavailable("the model is being unloaded")] * len(jobs)
+        outcomes = ended if task.cancelled() else task.result()
+        # What is waited for costs this process nothing.
+        done(outcomes, 0.0)

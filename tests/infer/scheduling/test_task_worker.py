@@ -1,0 +1,106 @@
+"""Batches as tasks of the loop: they end when nobody waits for them, and their instance is free again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.infer.scheduling.execution import Answer, Tally, Times
+from services.infer.scheduling.task_worker import TaskWorker
+from shoal.errors import Unavailable
+
+
+@dataclass(eq=False)
+class Waiting:
+    is_abandoned: bool = False
+    on_abandoned: object = None
+
+    def abandon(self) -> None:
+        self.is_abandoned = True
+        if self.on_abandoned is not None:
+            self.on_abandoned()
+
+
+class Slow:
+    """Runs a batch until it is told to end."""
+
+    def __init__(self) -> None:
+        self.tally, self.may_run_on_loop = Tally(), False
+        self.ends = asyncio.Event()
+        self.was_cancelled = False
+
+    async def outcomes(self, batch: Sequence[Waiting]) -> list[Answer]:
+        try:
+            await self.ends.wait()
+        except asyncio.CancelledError:
+            self.was_cancelled = True
+            raise
+        return [Answer((), Times()) for _ in batch]
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.execution = Slow()
+        self.worker = TaskWorker(self.execution, asyncio.get_running_loop(), "m-0")
+        self.outcomes: asyncio.Future = asyncio.get_running_loop().create_future()
+
+    def run(self, *jobs: Waiting) -> None:
+        self.worker.run(jobs, lambda outcomes, seconds: self.outcomes.set_result(outcomes))
+
+
+async def test_a_batch_is_answered():
+    bench = Bench()
+    jobs = [Waiting(), Waiting()]
+    bench.run(*jobs)
+    bench.execution.ends.set()
+    assert [type(outcome) for outcome in await bench.outcomes] == [Answer, Answer]
+    assert [job.on_abandoned for job in jobs] == [None, None]
+
+
+async def test_it_ends_when_the_last_one_has_gone():
+    bench = Bench()
+    jobs = [Waiting(), Waiting()]
+    bench.run(*jobs)
+    await asyncio.sleep(0)
+    jobs[0].abandon()
+    await asyncio.sleep(0)
+    assert not bench.execution.was_cancelled
+    jobs[1].abandon()
+    assert [type(outcome) for outcome in await bench.outcomes] == [Unavailable, Unavailable]
+    assert bench.execution.was_cancelled
+
+
+async def test_one_that_goes_before_the_first_step_frees_the_worker_too():
+    bench = Bench()
+    job = Waiting()
+    bench.run(job)
+    job.abandon()
+    assert [type(outcome) for outcome in await bench.outcomes] == [Unavailable]
+
+
+async def test_closing_ends_what_runs():
+    bench = Bench()
+    bench.run(Waiting())
+    await asyncio.sleep(0)
+    bench.worker.close()
+    assert [type(outcome) for outcome in await bench.outcomes] == [Unavailable]
+
+
+async def test_it_wakes_once_and_not_when_there_is_something_to_do():
+    bench = Bench()
+    woken: list[str] = []
+    is_woken = asyncio.Event()
+    bench.worker.wake_in(0.0, lambda: woken.append("replaced"))
+    bench.worker.wake_in(0.0, lambda: (woken.append("last"), is_woken.set()))
+    await is_woken.wait()
+    bench.worker.wake_in(0.0, lambda: woken.append("busy"))
+    bench.run(Waiting())
+    bench.execution.ends.set()
+    await bench.outcomes
+    bench.worker.wake_in(0.0, lambda: woken.append("closed"))
+    bench.worker.close()
+    other = asyncio.Event()
+    TaskWorker(bench.execution, asyncio.get_running_loop(), "m-1").wake_in(0.0, other.set)
+    await other.wait()
+    assert woken == ["last"]
