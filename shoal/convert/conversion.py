@@ -121,7 +121,7 @@ def convert(original: Original, source: Path, name: str, into: Path, rows: Rows,
         rows=str(rows),
         batches=[_count(call) for call in calls],
         bounds=bounds,
-        tried=_best_last(tried),
+        tried=_written_last(tried),
         is_batched=original.is_batched,
         notes=original.notes,
     )
@@ -144,9 +144,9 @@ def _try(original: Original, converted: OnnxModel, plan: str, calls: Sequence[Te
     return Tried(plan, seen, refused, rounded)
 
 
-def _best_last(tried: Sequence[Tried]) -> Sequence[Tried]:
-    # Where all were refused, the one that was written stands.
-    return tried
+def _written_last(tried: Sequence[Tried]) -> Sequence[Tried]:
+    """The plan whose file lies there at the end: the last that could be exported."""
+    return sorted(tried, key=lambda each: each.drift is not None)
 
 
 def _rounded(call: Tensors, inputs: Sequence[Port]) -> Tensors:

@@ -8,6 +8,9 @@ from types import ModuleType
 
 from shoal.errors import FailedPrecondition
 
+TORCH, SKLEARN, XGBOOST, LIGHTGBM = "convert-torch", "convert-sklearn", "convert-xgboost", "convert-lightgbm"
+COMPRESS = "compress"
+
 
 def needed(module: str, extra: str, doing: str) -> ModuleType:
     """Imports `module`.

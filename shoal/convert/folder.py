@@ -30,15 +30,17 @@ _TYPES = {
 def write_beside(folder: Path, original: Original, converted: OnnxModel) -> None:
     """Writes `labels_<output>.txt` for each output with classes, and a config.pbtxt that names them.
 
-    Where there are no classes nothing is written: what infer needs it reads from the .onnx file.
+    A config.pbtxt also bounds the batch of a model that takes few rows. Else nothing is written: what infer needs it reads
+    from the .onnx file.
     """
     named = {name: names for name, names in original.classes.items() if names and _is_plain(names)}
-    if not named:
+    most = min(original.most_rows, MAX_BATCH_SIZE)
+    if not named and (most == MAX_BATCH_SIZE or not original.is_batched):
         return
     for name, names in named.items():
         (folder / _file(name)).write_text("".join(f"{each}\n" for each in names))
     skip = 1 if original.is_batched else 0
-    lines = [f"max_batch_size: {MAX_BATCH_SIZE if original.is_batched else 0}"]
+    lines = [f"max_batch_size: {most if original.is_batched else 0}"]
     lines += [_tensor("input", port, skip, "") for port in converted.inputs]
     lines += [_tensor("output", port, skip, _file(port.name) if port.name in named else "") for port in converted.outputs]
     (folder / "config.pbtxt").write_text("\n".join(lines) + "\n")

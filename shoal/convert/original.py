@@ -17,6 +17,10 @@ Tensors: TypeAlias = dict[str, Array]
 """Arrays by the name of the input or output."""
 
 
+ANY = 1 << 30
+"""Rows of a call to a model that takes any number."""
+
+
 @dataclass(frozen=True)
 class Port:
     """One input of the converted model."""
@@ -56,6 +60,10 @@ class Original(Protocol):
     @property
     def is_batched(self) -> bool:
         """The first dimension of every input and output is the batch, of any size."""
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a call at most."""
 
     @property
     def scores(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""scikit-learn: a fitted estimator or pipeline from a joblib, pickle or skops file, by way of skl2onnx.
+"""scikit-learn: a fitted estimator or pipeline, by way of skl2onnx.
 
 It is asked as its users ask it, with float64 rows; what is served takes float32 unless float64 is asked for. A pipeline
 that scales and then splits may decide otherwise in float32 than in float64, so there is a second plan: float64 inside.
@@ -10,71 +10,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shoal.convert import graph, sklearn_exporters, sklearn_rows
-from shoal.convert.extras import needed, versions
-from shoal.convert.original import Array, Plan, Port, Tensors
-from shoal.errors import FailedPrecondition, InvalidArgument
+from shoal.convert.extras import versions
+from shoal.convert.original import ANY, Array, Plan, Port, Tensors
+from shoal.errors import InvalidArgument
 
 if TYPE_CHECKING:
     import onnx
 
-EXTRA = "convert-sklearn"
 FLOAT32 = Plan("float32 arithmetic")
 FLOAT64 = Plan("float64 arithmetic inside", is_precise=True)
-
-
-def load(path: Path, *, trusts: bool) -> Any:
-    """The object in the file. Only with `trusts` anything that may run code is opened.
-
-    Raises:
-        FailedPrecondition: it may run code and `trusts` is False, or a package that it needs is missing.
-        InvalidArgument: it is no such file.
-    """
-    needed("sklearn", EXTRA, f"converting {path.name}")
-    if path.suffix == ".skops":
-        return _load_skops(path, trusts=trusts)
-    joblib = needed("joblib", EXTRA, f"opening {path.name}")
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            found = joblib.load(path)
-    except ModuleNotFoundError as err:
-        raise FailedPrecondition(f"{path.name} holds objects of the package {err.name}: install it here first") from err
-    except Exception as err:  # A pickle raises whatever the code in it raises.
-        raise InvalidArgument(f"{path}: cannot be opened as a pickle: {type(err).__name__}: {err}") from err
-    _refuse_other_version(path, said)
-    return found
-
-
-def _refuse_other_version(path: Path, said: Sequence[warnings.WarningMessage]) -> None:
-    """scikit-learn promises nothing of a model that another version saved: its answers may be others."""
-    for warning in said:
-        if warning.category.__name__ == "InconsistentVersionWarning":
-            raise FailedPrecondition(
-                f"{path.name} was saved by scikit-learn {getattr(warning.message, 'original_sklearn_version', '?')}; "
-                f"here is {versions('scikit-learn')['scikit-learn']}: convert it where it was made, or save it anew"
-            )
-
-
-def _load_skops(path: Path, *, trusts: bool) -> Any:
-    skops = needed("skops.io", EXTRA, f"opening {path.name}")
-    try:
-        unknown = skops.get_untrusted_types(file=path)
-        if unknown and not trusts:
-            raise FailedPrecondition(
-                f"{path.name} holds types that skops does not know to be harmless ({', '.join(unknown)}): "
-                "--trust-pickle, if you know where the file is from"
-            )
-        return skops.load(path, trusted=unknown)
-    except FailedPrecondition:
-        raise
-    except Exception as err:
-        raise InvalidArgument(f"{path}: skops cannot open it: {type(err).__name__}: {err}") from err
 
 
 class SklearnEstimator:
@@ -82,6 +31,7 @@ class SklearnEstimator:
 
     framework = "scikit-learn"
     is_batched = True
+    most_rows = ANY
     batches: Sequence[int] = (1, 2, 7, 990)
 
     def __init__(self, estimator: Any, *, float64: bool = False) -> None:
@@ -108,7 +58,7 @@ class SklearnEstimator:
         return {"probabilities", "scores"} if hasattr(self._estimator, "classes_") else set()
 
     def draw(self, rows: int, generator: np.random.Generator) -> Tensors:
-        return {"x": sklearn_rows.draw(self._estimator, self._features, rows, generator).astype(self.inputs[0].dtype)}
+        return {"x": sklearn_rows.draw(self._estimator, self._features, rows, generator, self.inputs[0].dtype)}
 
     def answer(self, inputs: Mapping[str, Array]) -> Tensors:
         rows = np.asarray(inputs["x"], dtype=np.float64)

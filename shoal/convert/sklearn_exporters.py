@@ -17,7 +17,7 @@ from skl2onnx.common.shape_calculator import (
 )
 
 from shoal.convert import sklearn_trees
-from shoal.convert.extras import needed
+from shoal.convert.extras import LIGHTGBM, XGBOOST, needed
 from shoal.errors import FailedPrecondition
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ OPSETS = {"": min(21, defs.onnx_opset_version()), "ai.onnx.ml": 3}
 """What is served today knows them; newer ones give these models nothing."""
 
 _OTHERS = {
-    "xgboost": ("convert-xgboost", "onnxmltools.convert.xgboost.operator_converters.XGBoost", "convert_xgboost"),
-    "lightgbm": ("convert-lightgbm", "onnxmltools.convert.lightgbm.operator_converters.LightGbm", "convert_lightgbm"),
+    "xgboost": (XGBOOST, "onnxmltools.convert.xgboost.operator_converters.XGBoost", "convert_xgboost"),
+    "lightgbm": (LIGHTGBM, "onnxmltools.convert.lightgbm.operator_converters.LightGbm", "convert_lightgbm"),
 }
 
 
@@ -101,7 +101,7 @@ def _register_other(estimator: Any) -> None:
     is_classifier = hasattr(estimator, "classes_")
     shape = calculate_linear_classifier_output_shapes if is_classifier else calculate_linear_regressor_output_shapes
     options = {"nocl": [True, False], "zipmap": [True, False, "columns"]} if is_classifier else None
-    update_registered_converter(type(estimator), type(estimator).__name__, shape, converter, options=options)
+    update_registered_converter(type(estimator), type(estimator).__name__, shape, sklearn_trees.around(converter), options=options)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,22 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from shoal.convert import trees
+from shoal.convert import lightgbm_trees, trees, xgboost_trees
 from shoal.convert.original import Array
 from shoal.convert.sklearn_exporters import parts
 
 
-def draw(estimator: Any, features: int, rows: int, generator: np.random.Generator) -> Array:
-    """`[rows, features]`, each value one that float32 holds; NaN only where the estimator takes it."""
+def draw(estimator: Any, features: int, rows: int, generator: np.random.Generator, dtype: np.dtype[Any]) -> Array:
+    """`[rows, features]` of `dtype`, float32 or float64; NaN only where the estimator takes it."""
     steps: Sequence[Any] = [step for _, step in estimator.steps] if hasattr(estimator, "steps") else [estimator]
     steps = [step for step in steps if step is not None and step != "passthrough"]
     drawn = _of_seen(steps[0], features, rows, generator)
     splits = _splits(steps[-1])
-    if splits.thresholds:
-        drawn = _back(steps[:-1], trees.draw(splits, rows, generator), drawn)
+    if splits.thresholds or splits.categories:
+        drawn = _back(steps[:-1], trees.draw(splits, rows, generator, dtype), drawn)
     if _takes_missing(estimator):
         drawn[generator.random(drawn.shape) < 0.05] = np.nan
-    return drawn.astype(np.float32)
+    return drawn.astype(dtype)
 
 
 def _back(before: Sequence[Any], rows: Array, otherwise: Array) -> Array:
@@ -63,6 +63,10 @@ def _of_seen(first: Any, features: int, rows: int, generator: np.random.Generato
 
 
 def _splits(last: Any) -> trees.Splits:
+    if type(last).__module__.startswith("xgboost."):
+        return xgboost_trees.splits(last.get_booster())
+    if type(last).__module__.startswith("lightgbm."):
+        return lightgbm_trees.splits(last.booster_.model_to_string(), last.n_features_in_)
     found: dict[int, set[float]] = {}
     for part in parts(last):
         for feature, threshold in _of_tree(part):

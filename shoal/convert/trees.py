@@ -2,18 +2,20 @@
 
 The known trap: a framework compares float64 values with float64 thresholds, the converted model float32 with float32.
 A threshold that was rounded up takes one float32 value more to the left than the original does. So a feature's values are
-mostly its own thresholds, rounded to float32, and their two neighbours.
+mostly its own thresholds, rounded to the type that is served, and their two neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from shoal.convert.original import Array
 
+FLOAT32 = np.dtype("f4")
 _NEAR, _MISSING, _FAR = 0.6, 0.08, 0.02
 # Of the values: at a threshold; missing; far outside of everything seen. The rest lies evenly between the thresholds.
 
@@ -31,41 +33,41 @@ class Splits:
     """NaN has a way of its own through the trees."""
 
 
-def draw(splits: Splits, rows: int, generator: np.random.Generator) -> Array:
-    """float32 `[rows, features]`; NaN only where the trees take missing values."""
-    columns = [_column(splits, feature, rows, generator) for feature in range(splits.features)]
-    return np.stack(columns, axis=1) if columns else np.zeros((rows, 0), np.float32)
+def draw(splits: Splits, rows: int, generator: np.random.Generator, dtype: np.dtype[Any] = FLOAT32) -> Array:
+    """`[rows, features]` of `dtype`, float32 or float64; NaN only where the trees take missing values."""
+    columns = [_column(splits, feature, rows, generator, dtype) for feature in range(splits.features)]
+    return np.stack(columns, axis=1) if columns else np.zeros((rows, 0), dtype)
 
 
-def _column(splits: Splits, feature: int, rows: int, generator: np.random.Generator) -> Array:
+def _column(splits: Splits, feature: int, rows: int, generator: np.random.Generator, dtype: np.dtype[Any]) -> Array:
     if feature in splits.categories:
         named = splits.categories[feature]
-        column = generator.choice([*named, named.max() + 1], rows).astype(np.float32)
+        column = generator.choice([*named, named.max() + 1], rows).astype(dtype)
     else:
-        column = _numbers(splits.thresholds.get(feature), rows, generator)
+        column = _numbers(splits.thresholds.get(feature), rows, generator, dtype)
     if splits.takes_missing:
         column[generator.random(rows) < _MISSING] = np.nan
     return column
 
 
-def _numbers(thresholds: Array | None, rows: int, generator: np.random.Generator) -> Array:
+def _numbers(thresholds: Array | None, rows: int, generator: np.random.Generator, dtype: np.dtype[Any]) -> Array:
     if thresholds is None or not thresholds.size:
-        return generator.standard_normal(rows).astype(np.float32)
+        return generator.standard_normal(rows).astype(dtype)
     low, high = float(thresholds.min()), float(thresholds.max())
     margin = 0.25 * (high - low) or max(abs(low), 1.0)
-    column = generator.uniform(low - margin, high + margin, rows).astype(np.float32)
+    column = generator.uniform(low - margin, high + margin, rows).astype(dtype)
     near = generator.random(rows) < _NEAR
-    column[near] = neighbours(generator.choice(thresholds, int(near.sum())), generator)
+    column[near] = _neighbours(generator.choice(thresholds, int(near.sum())), generator, dtype)
     far = generator.random(rows) < _FAR
     column[far] = generator.choice(np.array([low - 1e3 * margin, 0.0, high + 1e3 * margin]), int(far.sum()))
     return column
 
 
-def neighbours(values: Array, generator: np.random.Generator) -> Array:
-    """Each value as float32, or the float32 just below or above."""
-    exact = values.astype(np.float32)
-    towards = generator.choice(np.array([-np.inf, 0.0, np.inf], np.float32), values.size)
-    return np.where(towards == 0, exact, np.nextafter(exact, towards)).astype(np.float32)
+def _neighbours(values: Array, generator: np.random.Generator, dtype: np.dtype[Any]) -> Array:
+    """Each value in `dtype`, or the number just below or above."""
+    exact = values.astype(dtype)
+    towards = generator.choice(np.array([-np.inf, 0.0, np.inf], dtype), values.size)
+    return np.where(towards == 0, exact, np.nextafter(exact, towards)).astype(dtype)
 
 
 def rounded_down(thresholds: Array) -> Array:
