@@ -34,7 +34,8 @@ class OutputDrift:
     """Rows whose label changes. None: the output has no labels."""
     ties: int = 0
     """Further rows whose label changes, and whose two best scores the original tells apart by less than the tolerance."""
-
+    is_number: bool = True
+    """False: it is a label itself, and only flips say anything of it."""
 
 @dataclass(frozen=True)
 class Drift:
@@ -120,7 +121,7 @@ def _of_output(name: str, pairs: Sequence[tuple[Array, Array]], ties: Sequence[A
         tied = sum(int((rows & tie).sum()) for rows, tie in _aligned(flipped, ties))
         flips = sum(int(rows.sum()) for rows in flipped) - tied
     if not _is_float(pairs[0][0]):
-        return OutputDrift(name, 0.0, 0.0, 0.0, 1.0, flips, tied)
+        return OutputDrift(name, 0.0, 0.0, 0.0, 1.0, flips, tied, is_number=False)
     want = np.concatenate([want.reshape(-1) for want, _ in pairs]).astype(np.float64)
     got = np.concatenate([got.reshape(-1) for _, got in pairs]).astype(np.float64)
     apart = _apart(want, got)

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shoal.convert.extras import LIGHTGBM, SKLEARN, TORCH, XGBOOST, needed
-from shoal.convert.original import Original
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
+
+if TYPE_CHECKING:
+    from shoal.convert.original import Original
 
 SUFFIXES = (".pt2", ".joblib", ".pkl", ".pickle", ".skops", ".json", ".ubj", ".txt")
 

@@ -19,10 +19,11 @@ class Bounds:
 
 def refusal(drift: Drift, bounds: Bounds) -> str:
     """Why `drift` is too much; empty when it is not."""
-    reasons = []
-    for output in drift.outputs:
-        if not output.max_relative <= bounds.relative:
-            reasons.append(f"{output.name} drifts by {output.max_relative:.2g} (relative), allowed is {bounds.relative:g}")
-        if output.flips is not None and output.flips > bounds.flips:
-            reasons.append(f"{output.name} changes in {output.flips} of {drift.rows} rows, allowed are {bounds.flips}")
+    reasons = [
+        f"{output.name} drifts by {output.max_relative:.2g} (relative), allowed is {bounds.relative:g}"
+        for output in drift.outputs
+        if not output.max_relative <= bounds.relative
+    ]
+    if drift.flips is not None and drift.flips > bounds.flips:
+        reasons.append(f"the label changes in {drift.flips} of {drift.rows} rows, allowed are {bounds.flips}")
     return "; ".join(reasons)
