@@ -12,7 +12,7 @@ import onnxruntime
 from shoal.convert.original import Array, Port, Tensors
 from shoal.errors import FailedPrecondition, InvalidArgument
 
-_ERRORS_ONLY = 3
+_NOTHING = 4  # Severity FATAL: what goes wrong is raised.
 _DTYPES = {
     "bool": "?",
     "uint8": "u1",
@@ -36,7 +36,7 @@ class OnnxModel:
     def __init__(self, file: Path, *, threads: int = 0) -> None:
         """`threads` 0: as many as there are cores. Raises FailedPrecondition when ONNX Runtime cannot load it."""
         settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = _ERRORS_ONLY
+        settings.log_severity_level = _NOTHING
         settings.intra_op_num_threads = threads
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
