@@ -150,7 +150,7 @@ def show_conversion(made: Conversion, *, stderr: bool = False) -> None:
                 drift_rows += [(tried.plan + what, *row) for row in _rows(drift)]
     show(("conversion", "output", "max abs", "max relative", "label changes", "ties"), drift_rows, stderr=stderr)
     for tried in made.tried:
-        verdict = f"refused: {tried.refused}" if tried.refused else f"accepted (tolerance {made.bounds.relative:g})"
+        verdict = f"refused: {tried.refused}" if tried.refused else f"accepted: {made.bounds}"
         out.print(f"  {tried.plan}: {verdict}", markup=False)
     for note in made.notes:
         out.print(f"  note: {note}", markup=False)

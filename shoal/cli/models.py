@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli import bringing
+from shoal.cli import bringing, quantizing
 from shoal.cli.output import AsJson, Gateway, connect, console, pairs, plain, show, show_json, size, text
 from shoal.convert import formats
 from shoal.errors import InvalidArgument
@@ -105,6 +105,7 @@ def push(
 
 
 app.command("convert")(bringing.command)
+app.command("quantize")(quantizing.command)
 
 
 @app.command("list")

@@ -63,13 +63,18 @@ def run(
 ) -> Compression:
     """Writes `target` and measures it beside `source`.
 
-    Half of the real rows are for the ranges of static int8, the other half for the report: drift on rows that the ranges
-    were taken from would be flattered.
+    Half of the rows are for the ranges of static int8, the other half for the report: drift on rows that the ranges were
+    taken from would be flattered.
 
     Raises:
         FailedPrecondition: the method does not suit the model.
     """
     original = OnnxModel(source, threads=threads)
+    if method is Method.STATIC and not rows.is_real:
+        raise FailedPrecondition(
+            f"static int8 takes ranges from real rows, and the node kept no requests of {name}: give --data, or let jobs "
+            "keep their inputs (`shoal jobs submit --keep-request`) first"
+        )
     calibration, checked = split(rows.calls) if method is Method.STATIC else ([], list(rows.calls))
     notes = compress(method, source, target, calibration)
     compressed = OnnxModel(target, threads=threads)
@@ -100,20 +105,25 @@ def run(
 
 
 def split(calls: Sequence[Tensors]) -> tuple[list[Tensors], list[Tensors]]:
-    """Every other call for calibration (1,024 rows at most), the rest for the check; a single call is cut in two."""
-    if len(calls) == 1 and _count(calls[0]) > 1:
-        middle = _count(calls[0]) // 2
-        (call,) = calls
-        calls = [{name: array[part] for name, array in call.items()} for part in (slice(middle), slice(middle, None))]
-    if len(calls) < 2:
+    """Every other row for calibration, 1,024 at most; the rest for the check.
+
+    Raises:
+        FailedPrecondition: there is only one.
+    """
+    taken: list[Tensors] = []
+    rest: list[Tensors] = []
+    for call in calls:
+        if _count(call) > 1:
+            halves = [{name: array[start::2] for name, array in call.items()} for start in (0, 1)]
+        else:
+            halves = [call, {}] if len(taken) <= len(rest) else [{}, call]
+        if sum(map(_count, taken)) + _count(halves[0] or call) > CALIBRATION_ROWS:
+            halves = [{}, call]
+        taken += [halves[0]] if halves[0] else []
+        rest += [halves[1]] if halves[1] else []
+    if not taken or not rest:
         raise FailedPrecondition("static int8 needs at least 2 rows: one to take ranges from, one to check on")
-    taken, count = [], 0
-    for call in calls[::2]:
-        if count >= CALIBRATION_ROWS:
-            break
-        taken.append(call)
-        count += _count(call)
-    return taken, list(calls[1::2])
+    return taken, rest
 
 
 def random_rows(inputs: Sequence[Port], *, is_batched: bool, seed: int) -> Rows:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
+import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -35,8 +36,9 @@ def dynamic(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
             op_types_to_quantize=list(DYNAMIC_OPERATORS),
             per_channel=True,
             weight_type=QuantType.QInt8,
-            # A Gemm or MatMul of two activations has no weights to make smaller.
-            extra_options={"MatMulConstBOnly": True},
+            # A MatMul of two activations has no weights to make smaller. Behind operators of ai.onnx.ml, whose results
+            # onnx does not infer, numbers are float32.
+            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
     _check_gain(source, target, "it has no MatMul, Gemm, Gather, LSTM, GRU or Attention with fixed weights: try static")
     return []
@@ -48,8 +50,6 @@ STATIC_OPERATORS = ("Conv", "MatMul", "Gemm")
 
 def static(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
     """Writes `target` with int8 weights and activations. Raises FailedPrecondition when there are no rows, or no gain."""
-    if not calls:
-        raise FailedPrecondition("static int8 needs rows to take ranges from: give --data, or keep requests")
     notes = []
     with _prepared(source) as prepared, _quiet():
         try:
@@ -64,7 +64,14 @@ def static(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
 
 def _quantize(source: Path, prepared: Path, target: Path, calls: Sequence[Tensors], *, per_channel: bool) -> None:
     rows = _Rows(source, calls)
-    quantize_static(prepared, target, rows, op_types_to_quantize=list(STATIC_OPERATORS), per_channel=per_channel)
+    quantize_static(
+        prepared,
+        target,
+        rows,
+        op_types_to_quantize=list(STATIC_OPERATORS),
+        per_channel=per_channel,
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+    )
 
 
 class _Rows(CalibrationDataReader):
@@ -96,7 +103,8 @@ def _check_gain(source: Path, target: Path, otherwise: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tools' advice to their callers, which goes to the root logger."""
+    """Without the tools' advice to their callers, which goes to the root logger and to ONNX Runtime's."""
+    onnxruntime.set_default_logger_severity(4)
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from shoal.convert.drift import Drift
@@ -15,6 +16,10 @@ class Bounds:
     """Largest relative drift of any element (drift.py says of what). float32 sums of a thousand terms stay below it."""
     flips: int = 0
     """Rows whose label may change, ties aside."""
+
+    def __str__(self) -> str:
+        drift = "any relative drift" if self.relative == math.inf else f"a relative drift of {self.relative:g}"
+        return f"allowed are {drift} and {self.flips} changed labels"
 
 
 def refusal(drift: Drift, bounds: Bounds) -> str:
