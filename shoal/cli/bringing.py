@@ -68,7 +68,8 @@ class Wanted:
 
 def command(
     path: Annotated[
-        Path, typer.Argument(help="A .pt2, .joblib, .pkl, .skops (scikit-learn), .json, .ubj (XGBoost) or .txt (LightGBM).")
+        Path,
+        typer.Argument(help="A .pt2, .joblib, .pkl, .skops (scikit-learn), .json, .ubj (XGBoost) or .txt (LightGBM)."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the model's folder is written.")
@@ -174,7 +175,11 @@ def as_document(made: Conversion) -> dict[str, Any]:
     document: dict[str, Any] = plain(made)
     for key in ("inputs", "outputs"):
         document[key] = [
-            {"name": port.name, "dtype": "text" if port.dtype.kind == "O" else port.dtype.name, "shape": list(port.shape)}
+            {
+                "name": port.name,
+                "dtype": "text" if port.dtype.kind == "O" else port.dtype.name,
+                "shape": list(port.shape),
+            }
             for port in getattr(made, key)
         ]
     return document
@@ -195,4 +200,3 @@ def check_path(path: Path) -> None:
     """
     if path.is_file() and (what := formats.advice(path)):
         raise InvalidArgument(f"{path}: {what}")
-

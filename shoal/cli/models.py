@@ -28,8 +28,8 @@ def push(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A .onnx file, a model folder in Triton's layout, or a model of PyTorch (.pt2), scikit-learn (.joblib, "
-            ".pkl, .skops), XGBoost (.json, .ubj) or LightGBM (.txt), which is converted and checked first."
+            help="A .onnx file, a model folder in Triton's layout, or a model of PyTorch (.pt2), scikit-learn "
+            "(.joblib, .pkl, .skops), XGBoost (.json, .ubj) or LightGBM (.txt), which is converted and checked first."
         ),
     ],
     name: Annotated[
@@ -192,7 +192,7 @@ def show_models(models: list[ModelVersion], title: str = "") -> None:
             size(model.size_bytes),
             len(model.files),
             model.created_at,
-            text([f"{key}={value}" for key, value in model.labels.items()]),
+            text([f"{key}={value}" for key, value in sorted(model.labels.items())]),
         )
         for model in models
     ]

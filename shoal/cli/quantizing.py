@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,7 +51,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Rows to calibrate and check on: .npz, .npy, .csv, or .jsonl with an input of `shoal infer` on each line. "
+            help="Rows to calibrate and check on: .npz, .npy, .csv, or .jsonl with one input of `shoal infer` a line. "
             "Default: the inputs that the node kept of jobs (`--keep-request`), else random ones.",
             show_default=False,
         ),
@@ -63,7 +63,9 @@ def command(
     ] = None,
     max_flips: Annotated[
         str | None,
-        typer.Option(metavar="N|P%", help="Refuse more changed labels than this: rows, or percent.", show_default=False),
+        typer.Option(
+            metavar="N|P%", help="Refuse more changed labels than this: rows, or percent.", show_default=False
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -73,7 +75,8 @@ def command(
         bool, typer.Option("--push", help="Push it to the node as the next version; needs a bound to be held to.")
     ] = False,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Push it under this name. Default: the model's.", show_default=False)
+        str | None,
+        typer.Option(metavar="NAME", help="Push it under this name. Default: the model's.", show_default=False),
     ] = None,
     threads: Annotated[int, typer.Option(metavar="N", min=0, help="Threads of the timed calls. 0: all cores.")] = 1,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of random rows.")] = 0,
@@ -89,9 +92,12 @@ def command(
       shoal models quantize digits --method static --max-flips 1% --push
     """
     if push and max_drift is None and max_flips is None and method is not MethodName.prune:
-        raise InvalidArgument("--push needs --max-drift or --max-flips: how far may its answers be from the original's?")
+        raise InvalidArgument(
+            "--push needs --max-drift or --max-flips: how far may its answers be from the original's?"
+        )
     if name is not None and not push:
         raise InvalidArgument("--name is the name to push under: it goes with --push")
+    bounds = _bounds(max_drift, max_flips, method)
     from shoal.convert.extras import COMPRESS, needed
 
     needed("onnx", COMPRESS, "making a model smaller")
@@ -110,7 +116,7 @@ def command(
             folder / "smaller.onnx",
             rows,
             name=source.title,
-            bounds=_bounds(max_drift, max_flips, rows, method),
+            bounds=bounds,
             threads=threads,
         )
         if not json or made.refused:
@@ -124,7 +130,7 @@ def command(
         else:
             shutil.copyfile(folder / "smaller.onnx", target)
     if json:
-        show_json({**plain(replace(made, target=target)), "pushed": plain(pushed)})
+        show_json({**plain(made), "target": None if push else str(target), "pushed": plain(pushed)})
         return
     for each in pushed:
         is_ready = {None: "", True: ", ready", False: ", not served (version policy)"}[each.ready]
@@ -163,10 +169,14 @@ class _Source:
         try:
             versions = {each.version: each for each in self.client().models.list(given)}
         except ShoalError as err:
-            raise type(err)(f"no file {given!r} here, and no node to ask for a model of that name: {err.message}") from err
+            raise type(err)(
+                f"no file {given!r} here, and no node to ask for a model of that name: {err.message}"
+            ) from err
         if not versions or (version or max(versions)) not in versions:
             there = f": there are {', '.join(map(str, sorted(versions)))}" if versions else ""
-            raise NotFound(f"no file {given!r} here, and no model {given!r} version {version or 'of any kind'} in the node{there}")
+            raise NotFound(
+                f"no file {given!r} here, and no model {given!r} version {version or 'of any kind'} in the node{there}"
+            )
         self.registered = versions[version or max(versions)]
         pulled = self.client().models.pull(given, self.registered.version, into=folder / "pulled")
         self._take(pulled, given, self.registered.version)
@@ -220,7 +230,7 @@ def _kept(source: _Source, inputs: Sequence[Port], most: int) -> list[Tensors]:
     if source.registered is None:
         return []
     jobs = source.client().jobs
-    calls = []
+    calls: list[Tensors] = []
     for job in jobs.list(state="succeeded", model=source.name, limit=10 * most):
         if job.keeps_request and len(calls) < most:
             calls.append(sample.fit(jobs.inputs(job.id), inputs, f"job {job.id}"))
@@ -248,23 +258,20 @@ def _of_lines(path: Path, inputs: Sequence[Port]) -> list[Tensors]:
     return calls
 
 
-def _bounds(max_drift: float | None, max_flips: str | None, rows: Rows, method: MethodName) -> Bounds | None:
+def _bounds(max_drift: float | None, max_flips: str | None, method: MethodName) -> Bounds | None:
     from shoal.convert.verdict import Bounds
 
     if method is MethodName.prune:  # It promises the same bits.
         return Bounds(0.0, 0)
     if max_drift is None and max_flips is None:
         return None
-    count = sum(len(next(iter(call.values()))) for call in rows.calls)
-    flips = count if max_flips is None else _flips(max_flips, count)
-    return Bounds(float("inf") if max_drift is None else max_drift, flips)
-
-
-def _flips(written: str, rows: int) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", written.strip())
+    relative = math.inf if max_drift is None else max_drift
+    if max_flips is None:
+        return Bounds(relative, share=1.0)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", max_flips.strip())
     if found is None or (not found[2] and "." in found[1]) or (found[2] and float(found[1]) > 100):
-        raise InvalidArgument(f"--max-flips {written!r}: expected a number of rows (3) or percent of them (0.5%)")
-    return int(float(found[1]) / 100 * rows) if found[2] else int(found[1])
+        raise InvalidArgument(f"--max-flips {max_flips!r}: expected a number of rows (3) or percent of them (0.5%)")
+    return Bounds(relative, share=float(found[1]) / 100) if found[2] else Bounds(relative, int(found[1]))
 
 
 def _laid_out(source: _Source, smaller: Path, into: Path) -> Path:
@@ -274,7 +281,9 @@ def _laid_out(source: _Source, smaller: Path, into: Path) -> Path:
         if not child.name.isdecimal():
             (shutil.copytree if child.is_dir() else shutil.copyfile)(child, into / child.name)
     if source.beside is not None:
-        shutil.copytree(source.file.parent, into / "1", ignore=lambda _, names: [n for n in names if n.startswith("model.onnx")])
+        shutil.copytree(
+            source.file.parent, into / "1", ignore=lambda _, names: [n for n in names if n.startswith("model.onnx")]
+        )
     (into / "1").mkdir(exist_ok=True)
     shutil.copyfile(smaller, into / "1" / "model.onnx")
     return into

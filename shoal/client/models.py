@@ -51,8 +51,8 @@ class AsyncModels:
         """Uploads a model, registers it, waits until it can be asked, and points `alias` at its newest version.
 
         `path` is a bare `.onnx` file, which becomes the next version unless `version` is given, or a model folder in
-        Triton's layout, of which every version goes, or only `version`; with `renumber` the folder has one version, which
-        becomes `version`, or the next one. What the store has is not sent again.
+        Triton's layout, of which every version goes, or only `version`; with `renumber` the folder has one version,
+        which becomes `version`, or the next one. What the store has is not sent again.
         `progress` is told how far the upload is; `timeout` is for the wait at the end: the upload has its own.
 
         Raises:

@@ -63,8 +63,8 @@ def run(
 ) -> Compression:
     """Writes `target` and measures it beside `source`.
 
-    Half of the rows are for the ranges of static int8, the other half for the report: drift on rows that the ranges were
-    taken from would be flattered.
+    Half of the rows are for the ranges of static int8, the other half for the report: drift on rows that the ranges
+    were taken from would be flattered.
 
     Raises:
         FailedPrecondition: the method does not suit the model.
@@ -72,8 +72,8 @@ def run(
     original = OnnxModel(source, threads=threads)
     if method is Method.STATIC and not rows.is_real:
         raise FailedPrecondition(
-            f"static int8 takes ranges from real rows, and the node kept no requests of {name}: give --data, or let jobs "
-            "keep their inputs (`shoal jobs submit --keep-request`) first"
+            f"static int8 takes ranges from real rows, and the node kept no requests of {name}: give --data, or let "
+            "jobs keep their inputs (`shoal jobs submit --keep-request`) first"
         )
     calibration, checked = split(rows.calls) if method is Method.STATIC else ([], list(rows.calls))
     notes = compress(method, source, target, calibration)

@@ -2,8 +2,9 @@
 
 Static: weights by channel, activations by the range that each took on the rows given, both signed, as quantize and
 dequantize pairs around each operator: what ONNX Runtime recommends for CPUs
-(https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). ONNX Runtime 1.32's tool makes models that
-do not load of some whose biases are reshaped when weights go by channel, so such a model is made anew by tensor.
+(https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). ONNX Runtime 1.32's tool makes
+models that do not load of some whose biases are reshaped when weights go by channel, so such a model is made anew by
+tensor.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ STATIC_OPERATORS = ("Conv", "MatMul", "Gemm")
 
 
 def static(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
-    """Writes `target` with int8 weights and activations. Raises FailedPrecondition when there are no rows, or no gain."""
+    """Writes `target` with int8 weights and activations. Raises FailedPrecondition when there are no rows, or no
+    gain."""
     notes = []
     with _prepared(source) as prepared, _quiet():
         try:

@@ -1,5 +1,5 @@
-"""How long two models take, side by side: a call of one, a call of the other, again and again, so that whatever else the
-machine does meets both alike."""
+"""How long two models take, side by side: a call of one, a call of the other, again and again, so that whatever else
+the machine does meets both alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The ways to make a model smaller, by name. Each reads one .onnx file and writes another with the same inputs and outputs."""
+"""The ways to make a model smaller, by name. Each reads one .onnx file and writes another with the same inputs and
+outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Method(StrEnum):
 
 
 def compress(method: Method, source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
-    """Writes `target`. `calls` are what static int8 takes its ranges from. Returns what the reader of a report should know.
+    """Writes `target`. `calls` are what static int8 takes its ranges from. Returns what the reader of a report
+    should know.
 
     Raises:
         FailedPrecondition: the method cannot be used on this model; the message says why.

@@ -1,4 +1,5 @@
-"""What nobody reads: nodes whose results go nowhere, initializers that no node takes, and copies of the same weights."""
+"""What nobody reads: nodes whose results go nowhere, initializers that no node takes, and copies of the same
+weights."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ def prune(source: Path, target: Path, calls: Sequence[Tensors] = ()) -> list[str
     nodes = _drop_nodes(model.graph)
     unread = _drop_initializers(model.graph)
     onnx.save_model(model, target)
-    return [f"left out: {nodes} nodes and {unread} initializers that nobody reads, {copies} copies of other initializers"]
+    return [
+        f"left out: {nodes} nodes and {unread} initializers that nobody reads, {copies} copies of other initializers"
+    ]
 
 
 def _merge_copies(graph: onnx.GraphProto) -> int:

@@ -84,7 +84,8 @@ class Conversion:
 
 
 def convert(original: Original, source: Path, name: str, into: Path, rows: Rows, bounds: Bounds) -> Conversion:
-    """Writes `into`/<name>/... and says how near it is to `original`. What is refused is written too: the caller decides.
+    """Writes `into`/<name>/... and says how near it is to `original`. What is refused is written too: the caller
+    decides.
 
     Raises:
         FailedPrecondition: no plan could be exported.

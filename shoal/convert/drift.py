@@ -1,7 +1,7 @@
 """How far two models' answers to the same rows are apart.
 
-Relative drift is |got - want| / max(|want|, rms(want)): elements that are small beside the others of their output do not
-blow it up, and neither does the scale of the output. A row flips when its label, or the place of its largest score,
+Relative drift is |got - want| / max(|want|, rms(want)): elements that are small beside the others of their output do
+not blow it up, and neither does the scale of the output. A row flips when its label, or the place of its largest score,
 differs. It is only a tie when the original's two best scores are within the tolerance of each other: no arithmetic
 decides such a row, so ties are told and not held against the model.
 """
@@ -33,9 +33,11 @@ class OutputDrift:
     flips: int | None
     """Rows whose label changes. None: the output has no labels."""
     ties: int = 0
-    """Further rows whose label changes, and whose two best scores the original tells apart by less than the tolerance."""
+    """Further rows whose label changes, and whose two best scores the original tells apart by less than the
+    tolerance."""
     is_number: bool = True
     """False: it is a label itself, and only flips say anything of it."""
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -150,10 +152,10 @@ def _flipped(want: Array, got: Array, is_scores: bool) -> Array:
     if is_scores:
         # A NaN would be the largest: both then point at it, and drift tells of it.
         return np.asarray(want.argmax(axis=1) != got.argmax(axis=1))
-    differs = np.asarray(want != got)
-    if _is_text(want):
-        differs = np.asarray(want.astype(str) != got.astype(str))
-    return differs.reshape(differs.shape[0], -1).any(axis=1) if differs.ndim else differs.reshape(1)
+    differs = want.astype(str) != got.astype(str) if _is_text(want) else want != got
+    rows = want.shape[0] if want.ndim else 1
+    changed: Array = np.asarray(differs).reshape(rows, -1).any(axis=1)
+    return changed
 
 
 def _ties(call: Answers, scores: Set[str], tolerance: float) -> Array:

@@ -1,4 +1,5 @@
-"""What lies beside a converted model: class names for clients that ask for classifications, and what that needs said."""
+"""What lies beside a converted model: class names for clients that ask for classifications, and what that needs
+said."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ _TYPES = {
 def write_beside(folder: Path, original: Original, converted: OnnxModel) -> None:
     """Writes `labels_<output>.txt` for each output with classes, and a config.pbtxt that names them.
 
-    A config.pbtxt also bounds the batch of a model that takes few rows. Else nothing is written: what infer needs it reads
-    from the .onnx file.
+    A config.pbtxt also bounds the batch of a model that takes few rows. Else nothing is written: what infer needs it
+    reads from the .onnx file.
     """
     named = {name: names for name, names in original.classes.items() if names and _is_plain(names)}
     most = min(original.most_rows, MAX_BATCH_SIZE)
@@ -42,7 +43,9 @@ def write_beside(folder: Path, original: Original, converted: OnnxModel) -> None
     skip = 1 if original.is_batched else 0
     lines = [f"max_batch_size: {most if original.is_batched else 0}"]
     lines += [_tensor("input", port, skip, "") for port in converted.inputs]
-    lines += [_tensor("output", port, skip, _file(port.name) if port.name in named else "") for port in converted.outputs]
+    lines += [
+        _tensor("output", port, skip, _file(port.name) if port.name in named else "") for port in converted.outputs
+    ]
     (folder / "config.pbtxt").write_text("\n".join(lines) + "\n")
 
 

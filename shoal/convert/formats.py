@@ -1,10 +1,10 @@
 """Which file is of which framework, and how it is opened.
 
-    .pt2                        PyTorch, torch.export.save        may run code: needs consent
-    .joblib .pkl .pickle        scikit-learn, XGBoost, LightGBM   may run code: needs consent
-    .skops                      scikit-learn                      types that skops does not know need consent
-    .json .ubj                  XGBoost
-    .txt                        LightGBM
+.pt2                        PyTorch, torch.export.save        may run code: needs consent
+.joblib .pkl .pickle        scikit-learn, XGBoost, LightGBM   may run code: needs consent
+.skops                      scikit-learn                      types that skops does not know need consent
+.json .ubj                  XGBoost
+.txt                        LightGBM
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Objects out of joblib, pickle and skops files.
 
-A pickle runs what code it likes as it is opened; nothing of this module looks at one before somebody has said that it may.
+A pickle runs what code it likes as it is opened; nothing of this module looks at one before somebody has said that
+it may.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 from shoal.convert.extras import SKLEARN, needed, versions
 from shoal.errors import FailedPrecondition, InvalidArgument
-
 
 
 def load(path: Path, *, trusts: bool) -> Any:

@@ -1,7 +1,8 @@
-"""Rows that somebody has: from .npz (arrays by input name), .npy (the one input) or .csv (numbers; a header is allowed).
+"""Rows that somebody has: from .npz (arrays by input name), .npy (the one input) or .csv (numbers; a header is
+allowed).
 
-They are given to a model in calls of 1, 2, 7 and then many rows, because a model that is right for one batch size may be
-wrong for another.
+They are given to a model in calls of 1, 2, 7 and then many rows, because a model that is right for one batch size
+may be wrong for another.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ def calls(arrays: Mapping[str, Array], inputs: Sequence[Port], *, is_batched: bo
         return [dict(arrays)]
     counts = {name: len(array) for name, array in arrays.items()}
     if len(set(counts.values())) > 1:
-        raise InvalidArgument("the inputs have different numbers of rows: " + ", ".join(f"{n} {c}" for n, c in counts.items()))
+        raise InvalidArgument(
+            "the inputs have different numbers of rows: " + ", ".join(f"{n} {c}" for n, c in counts.items())
+        )
     count = next(iter(counts.values()))
     if not is_batched:
         return [{name: array[n] for name, array in arrays.items()} for n in range(count)]

@@ -51,7 +51,7 @@ class SklearnEstimator:
         self.plans: Sequence[Plan] = [FLOAT64] if float64 else [FLOAT32, FLOAT64]
         self.scores: frozenset[str] = frozenset({"probabilities", "scores"} & self._asked.keys() & self._class_names())
         names = [str(name) for name in getattr(estimator, "classes_", ())]
-        self.classes: Mapping[str, Sequence[str]] = {name: names for name in self.scores}
+        self.classes: Mapping[str, Sequence[str]] = dict.fromkeys(self.scores, names)
         self.notes: Sequence[str] = _notes(estimator)
 
     def _class_names(self) -> set[str]:
@@ -89,7 +89,10 @@ def _questions(estimator: Any) -> dict[str, Callable[[Array], Array]]:
         return {"transformed": lambda rows: _dense(estimator.transform(rows))}
     if not hasattr(estimator, "classes_"):
         if _is_kind(estimator, "outlier_detector"):
-            return {"label": lambda rows: _column(estimator.predict(rows)), "scores": _asks(estimator.decision_function)}
+            return {
+                "label": lambda rows: _column(estimator.predict(rows)),
+                "scores": _asks(estimator.decision_function),
+            }
         if _is_kind(estimator, "clusterer"):
             return {"label": estimator.predict, "scores": lambda rows: estimator.transform(rows)}
         return {"prediction": _asks(estimator.predict)}

@@ -67,7 +67,7 @@ def export(estimator: Any, features: int, *, is_precise: bool) -> onnx.ModelProt
         _register_other(part)
     kind = DoubleTensorType if is_precise else FloatTensorType
     try:
-        return to_onnx(
+        model: onnx.ModelProto = to_onnx(
             estimator,
             initial_types=[("x", kind([None, features]))],
             options={id(part): options for part, options in _options(estimator)},
@@ -76,13 +76,14 @@ def export(estimator: Any, features: int, *, is_precise: bool) -> onnx.ModelProt
         )
     except Exception as err:  # It raises whatever its converters and NumPy raise.
         raise FailedPrecondition(f"skl2onnx cannot convert it: {_first_line(err)}") from err
+    return model
 
 
 def _options(estimator: Any) -> Iterator[tuple[Any, dict[str, object]]]:
     if not hasattr(estimator, "classes_"):
         return
     last = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator
-    # By default scores are made probabilities of a kind, and probabilities a map of names to numbers, which is no tensor.
+    # By default scores are made probabilities of a kind, and those a map of names to numbers, which is no tensor.
     wanted = {"zipmap": False, **({} if hasattr(estimator, "predict_proba") else {"raw_scores": True})}
     name = sklearn_operator_name_map.get(type(last), type(last).__name__)
     try:
@@ -101,7 +102,9 @@ def _register_other(estimator: Any) -> None:
     is_classifier = hasattr(estimator, "classes_")
     shape = calculate_linear_classifier_output_shapes if is_classifier else calculate_linear_regressor_output_shapes
     options = {"nocl": [True, False], "zipmap": [True, False, "columns"]} if is_classifier else None
-    update_registered_converter(type(estimator), type(estimator).__name__, shape, sklearn_trees.around(converter), options=options)
+    update_registered_converter(
+        type(estimator), type(estimator).__name__, shape, sklearn_trees.around(converter), options=options
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """Random rows for a fitted scikit-learn estimator, from what it learned of its data.
 
-    trees               around their thresholds (shoal/convert/trees.py), brought back through the steps before them
-    scalers, imputers   around the mean or range that they saw
-    else                standard normal
+trees               around their thresholds (shoal/convert/trees.py), brought back through the steps before them
+scalers, imputers   around the mean or range that they saw
+else                standard normal
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def draw(estimator: Any, features: int, rows: int, generator: np.random.Generato
 
 
 def _back(before: Sequence[Any], rows: Array, otherwise: Array) -> Array:
-    """`rows` as they must enter the steps `before` to come out near what they are; `otherwise` where there is no way."""
+    """`rows` as they must enter the steps `before` to come out near what they are; `otherwise` where there is no
+    way."""
     found = rows.astype(np.float64)
     for step in reversed(before):
         if not hasattr(step, "inverse_transform"):
@@ -42,23 +43,19 @@ def _back(before: Sequence[Any], rows: Array, otherwise: Array) -> Array:
 
 def _of_seen(first: Any, features: int, rows: int, generator: np.random.Generator) -> Array:
     middle, spread = np.zeros(features), np.ones(features)
-    if getattr(first, "mean_", None) is not None and np.shape(first.mean_) == (features,):
-        middle = np.asarray(first.mean_)
+    if (mean := getattr(first, "mean_", None)) is not None and np.shape(mean) == (features,):
+        middle = np.asarray(mean)
         scale = getattr(first, "scale_", None)
         spread = np.ones(features) if scale is None else np.asarray(scale)
     elif hasattr(first, "data_min_"):
         middle, spread = (first.data_min_ + first.data_max_) / 2, (first.data_max_ - first.data_min_) / 2
     elif hasattr(first, "center_") and hasattr(first, "scale_"):
         middle, spread = np.broadcast_to(first.center_, features), np.broadcast_to(first.scale_, features)
-    elif np.ndim(getattr(first, "support_vectors_", None)) == 2:
-        seen = np.asarray(first.support_vectors_)
-        middle, spread = seen.mean(axis=0), seen.std(axis=0) + 1e-6
-    elif np.ndim(getattr(first, "cluster_centers_", None)) == 2:
-        seen = np.asarray(first.cluster_centers_)
-        middle, spread = seen.mean(axis=0), seen.std(axis=0) + 1e-6
-    elif np.ndim(getattr(first, "_fit_X", None)) == 2:
-        seen = np.asarray(first._fit_X)
-        middle, spread = seen.mean(axis=0), seen.std(axis=0) + 1e-6
+    else:
+        for name in ("support_vectors_", "cluster_centers_", "_fit_X"):  # Rows that it saw, or that stand for them.
+            seen = getattr(first, name, None)
+            if isinstance(seen, np.ndarray) and seen.ndim == 2:
+                middle, spread = seen.mean(axis=0), seen.std(axis=0)
     return np.asarray(generator.normal(middle, 1.5 * spread + 1e-12, (rows, features)))
 
 

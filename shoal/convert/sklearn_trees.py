@@ -1,13 +1,13 @@
 """What skl2onnx 1.20 gets wrong about trees, put right as it makes their nodes.
 
 missing values   It sends NaN to the right always; the tree has learned where NaN goes (`missing_go_to_left`).
-thresholds       Those of HistGradientBoosting are rounded to the nearest float32: some up, and then a float32 value that
-                 lay to their right lies to their left. They are rounded down before it sees them.
+thresholds       Those of HistGradientBoosting are rounded to the nearest float32: some up, and then a float32 value
+                 that lay to their right lies to their left. They are rounded down before it sees them.
 float64          It works out thresholds in float64, and writes them as float32. They are written as float64.
 onnx 1.23        Truth values among integers are refused: they are made integers.
 
-Trees of XGBoost and LightGBM in a pipeline come by here too: those of LightGBM are rounded down likewise, and what XGBoost
-rounds to float32 before it compares, a graph of float64 rounds as well.
+Trees of XGBoost and LightGBM in a pipeline come by here too: those of LightGBM are rounded down likewise, and what
+XGBoost rounds to float32 before it compares, a graph of float64 rounds as well.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ def _missing_go_left(estimator: Any) -> Sequence[Array]:
     """By tree and node: whether NaN goes left. None of these for estimators whose converter knows."""
     if type(estimator) not in _KINDS:
         return []
-    found = [estimator] if hasattr(estimator, "tree_") else np.asarray(getattr(estimator, "estimators_", ())).reshape(-1)
+    found = (
+        [estimator] if hasattr(estimator, "tree_") else np.asarray(getattr(estimator, "estimators_", ())).reshape(-1)
+    )
     return [each.tree_.missing_go_to_left for each in found]
 
 

@@ -77,7 +77,9 @@ class TorchProgram:
         needed("onnxscript", TORCH, "converting a PyTorch program")
         self._program = program
         self._module = program.module()
-        self._bounds = {str(symbol): (int(span.lower), _upper(span)) for symbol, span in program.range_constraints.items()}
+        self._bounds = {
+            str(symbol): (int(span.lower), _upper(span)) for symbol, span in program.range_constraints.items()
+        }
         self._inputs = _inputs(program)
         self.packages: Mapping[str, str] = versions("torch", "onnxscript", "onnx")
         self.inputs: Sequence[Port] = [each.port for each in self._inputs]
@@ -125,7 +127,8 @@ class TorchProgram:
 
     def answer(self, inputs: Mapping[str, Array]) -> Tensors:
         given = [
-            torch.from_numpy(np.ascontiguousarray(inputs[each.port.name], dtype=each.port.dtype)) for each in self._inputs
+            torch.from_numpy(np.ascontiguousarray(inputs[each.port.name], dtype=each.port.dtype))
+            for each in self._inputs
         ]
         try:
             args, kwargs = torch.utils._pytree.tree_unflatten(given, self._program.call_spec.in_spec)
@@ -150,7 +153,9 @@ class TorchProgram:
 def _inputs(program: Any) -> list[_Input]:
     wanted = list(program.graph_signature.user_inputs)
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    examples = torch.utils._pytree.tree_leaves(program.example_inputs) if program.example_inputs else [None] * len(wanted)
+    examples = (
+        torch.utils._pytree.tree_leaves(program.example_inputs) if program.example_inputs else [None] * len(wanted)
+    )
     found = []
     for name, example in zip(wanted, examples, strict=True):
         value = nodes[name].meta.get("val") if isinstance(name, str) and name in nodes else None

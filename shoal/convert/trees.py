@@ -1,8 +1,8 @@
 """Random rows for models of trees: where trees go wrong is at their thresholds, so that is where most rows lie.
 
 The known trap: a framework compares float64 values with float64 thresholds, the converted model float32 with float32.
-A threshold that was rounded up takes one float32 value more to the left than the original does. So a feature's values are
-mostly its own thresholds, rounded to the type that is served, and their two neighbours.
+A threshold that was rounded up takes one float32 value more to the left than the original does. So a feature's
+values are mostly its own thresholds, rounded to the type that is served, and their two neighbours.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import onnx
 
 
-
 def load(path: Path) -> Any:
     """The XGBClassifier or XGBRegressor of the booster in the file.
 
@@ -74,7 +73,7 @@ class XgboostTrees:
         self._is_classifier = hasattr(estimator, "predict_proba")
         self.scores: frozenset[str] = frozenset({"probabilities"} if self._is_classifier else ())
         names = [str(name) for name in estimator.classes_] if self._is_classifier else []
-        self.classes: Mapping[str, Sequence[str]] = {name: names for name in self.scores}
+        self.classes: Mapping[str, Sequence[str]] = dict.fromkeys(self.scores, names)
         self.notes: Sequence[str] = _notes(estimator.get_booster())
 
     def draw(self, rows: int, generator: np.random.Generator) -> Tensors:
