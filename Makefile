@@ -9,6 +9,8 @@ CLIENT_VENV := .venv-tritonclient
 CLIENT_STAMP := $(CLIENT_VENV)/.installed
 TRITON_VENV := .venv-triton
 TRITON_STAMP := $(TRITON_VENV)/.installed
+ORIGINALS_VENV := .venv-originals
+ORIGINALS_STAMP := $(ORIGINALS_VENV)/.installed
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,10 +26,13 @@ $(CLIENT_STAMP): locks/tritonclient.txt tools/venv.sh
 $(TRITON_STAMP): locks/triton.txt tools/venv.sh
 	@tools/venv.sh $(TRITON_VENV) locks/triton.txt
 
+$(ORIGINALS_STAMP): locks/originals.txt tools/venv.sh
+	@UNHASHED=1 tools/venv.sh $(ORIGINALS_VENV) locks/originals.txt
+
 demo: $(STAMP) ## Start a node, send real files through it both ways, check every answer, stop
 	@$(PY) examples/filetypes/demo.py
 
-test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) ## Run every test
+test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(ORIGINALS_STAMP) ## Run every test
 	@tools/clients.sh
 	@$(PY) -m pytest $(ARGS)
 
@@ -58,4 +63,4 @@ lock: ## Renew the lock files
 	@tools/lock.sh
 
 clean: ## Remove the environments and caches
-	rm -rf $(VENV) $(CLIENT_VENV) $(TRITON_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENT_VENV) $(TRITON_VENV) $(ORIGINALS_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
