@@ -11,6 +11,8 @@ TRITON_VENV := .venv-triton
 TRITON_STAMP := $(TRITON_VENV)/.installed
 # The compilers of the GPU kernels, which need no GPU, and numba.cuda's simulator.
 CUDA_STAMPS := .venv-cuda12/.installed .venv-cuda13/.installed
+ORIGINALS_VENV := .venv-originals
+ORIGINALS_STAMP := $(ORIGINALS_VENV)/.installed
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,10 +31,13 @@ $(TRITON_STAMP): locks/triton.txt tools/venv.sh
 .venv-cuda%/.installed: locks/cuda%.txt tools/venv.sh
 	@tools/venv.sh .venv-cuda$* locks/cuda$*.txt
 
+$(ORIGINALS_STAMP): locks/originals.txt tools/venv.sh
+	@UNHASHED=1 tools/venv.sh $(ORIGINALS_VENV) locks/originals.txt
+
 demo: $(STAMP) ## Start a node, send real files through it both ways, check every answer, stop
 	@$(PY) examples/filetypes/demo.py
 
-test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) ## Run every test
+test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINALS_STAMP) ## Run every test
 	@tools/clients.sh
 	@$(PY) -m pytest $(ARGS)
 
@@ -63,4 +68,5 @@ lock: ## Renew the lock files
 	@tools/lock.sh
 
 clean: ## Remove the environments and caches
-	rm -rf $(VENV) $(CLIENT_VENV) $(TRITON_VENV) .venv-cuda12 .venv-cuda13 .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENT_VENV) $(TRITON_VENV) $(ORIGINALS_VENV) .venv-cuda12 .venv-cuda13
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,7 @@
 """Imports point down only, and modules are named by what they are about.
 
-shoal.cli -> shoal.client, shoal.discovery, mesh.node
+shoal.cli -> shoal.client, shoal.convert, shoal.compress, shoal.discovery, mesh.node
+shoal.compress -> shoal.convert -> shoal's errors; only when a model is converted or compressed
 services  -> mesh, kernels, shoal's stubs and errors; never each other
 mesh      -> shoal's stubs and errors; no service
 kernels   -> nothing of ours, no grpc, no asyncio
@@ -10,6 +11,8 @@ shoal.client, shoal.discovery -> shoal's stubs and errors
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,10 @@ def allowed(module: str) -> tuple[str, ...]:
         return (own, "mesh", "kernels", *bottom)
     if within(module, "shoal.cli"):
         return ("shoal", "mesh")
+    if within(module, "shoal.convert"):
+        return ("shoal.convert", "shoal.errors")
+    if within(module, "shoal.compress"):
+        return ("shoal.compress", "shoal.convert", "shoal.errors")
     return ("shoal.client", "shoal.discovery", *bottom)
 
 
@@ -77,11 +84,21 @@ def test_kernels_know_no_transport(module: str) -> None:
     assert not {name for name in imports_of(module) if within(name, "grpc", "asyncio", "google", "pymongo")}
 
 
+FRAMEWORKS = ("torch", "sklearn", "skl2onnx", "xgboost", "lightgbm", "onnxmltools", "joblib", "skops", "onnx")
+
+
+def test_the_command_line_imports_frameworks_only_to_convert() -> None:
+    code = "import sys, shoal.cli.models, shoal.client; print([name for name in sys.modules if '.' not in name])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not set(ast.literal_eval(loaded)) & set(FRAMEWORKS)
+
+
 @pytest.mark.parametrize("module", modules())
 def test_no_module_is_named_by_pattern_or_like_a_package_that_we_import(module: str) -> None:
     name = module.rpartition(".")[2]
     assert name not in {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
     clashes = {"grpc", "numpy", "pymongo", "pydantic", "obstore", "onnxruntime", "aetcd", "numba", "typer", "rich"}
+    clashes |= {*FRAMEWORKS}
     assert name not in clashes, f"{module} is named like a package"
 
 

@@ -1,9 +1,12 @@
 #!/bin/sh
-# Builds a virtual environment from a lock file: tools/venv.sh FOLDER LOCKFILE [EDITABLE_PROJECT]
+# Builds a virtual environment from a lock file: [UNHASHED=1] tools/venv.sh FOLDER LOCKFILE [EDITABLE_PROJECT]
+# UNHASHED=1: the file has no hashes, and says why.
 # Uses uv where it is at hand (seconds), else Python's own venv and pip.
 set -eu
 folder=$1 lock=$2 project=${3:-}
 python=${PYTHON:-python3}
+hashes=--require-hashes
+[ -z "${UNHASHED:-}" ] || hashes=
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "Shoal needs Python 3.11 or newer; $python is $("$python" -V 2>&1). Set PYTHON=/path/to/a/newer/python3." >&2
@@ -22,14 +25,18 @@ if command -v uv >/dev/null 2>&1; then
     uv venv --quiet --allow-existing --python "$python" "$folder"
     # pip compiles what it installs, uv only when told. Without it (and where PYTHONDONTWRITEBYTECODE is set, for ever)
     # every process compiles what it imports: a node is ready after 12 s of CPU instead of 6.
-    uv pip sync --quiet --compile-bytecode --require-hashes --python "$folder/bin/python" "$lock"
+    if [ -n "$hashes" ]; then
+        uv pip sync --quiet --compile-bytecode $hashes --python "$folder/bin/python" "$lock"
+    else
+        uv pip install --quiet --compile-bytecode --python "$folder/bin/python" -r "$lock"
+    fi
     [ -z "$project" ] || uv pip install --quiet --no-deps --no-build-isolation --python "$folder/bin/python" -e "$project"
 else
     "$python" -m venv "$folder" || {
         echo "$python has no working venv module. On Debian and Ubuntu: apt install python3-venv (or install uv)." >&2
         exit 1
     }
-    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check $hashes -r "$lock"
     [ -z "$project" ] || "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$project"
 fi
 [ -z "$project" ] || "$folder/bin/python" -m compileall -q shoal mesh services kernels || :

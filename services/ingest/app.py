@@ -53,7 +53,7 @@ async def run(config: IngestConfig) -> None:
         database = client[config.database]
         documents, payloads = database[JOBS], Payloads(database)
         results = RemoteResults(channel)
-        jobs = Jobs(documents)
+        jobs = Jobs(documents, payloads)
         claims = Claims(
             documents, clock=utc_now, new_id=ulids.new, owner=name, process=ulids.new(), lease_ms=config.lease_ms
         )

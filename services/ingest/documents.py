@@ -118,6 +118,8 @@ def document_of(job: Job) -> Document:
         document["deadline"] = job.deadline
     if job.explains:
         document["explains"] = True
+    if job.is_kept:
+        document["is_kept"] = True
     if job.is_apart:
         document["is_apart"] = True
     elif job.request is not None:
@@ -156,6 +158,7 @@ def job_of(document: Mapping[str, Any]) -> Job:
         traceparent=document["traceparent"],
         explains=document.get("explains", False),
         is_apart=document.get("is_apart", False),
+        is_kept=document.get("is_kept", False),
         request=document.get("request"),
     )
 

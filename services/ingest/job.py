@@ -147,6 +147,8 @@ class Job:
     """The client asked infer to explain its answer."""
     is_apart: bool = False
     """The request is kept outside of the job's document."""
+    is_kept: bool = False
+    """The client asked that its request stay when it is done with."""
     request: bytes | None = None
     """The serialised ModelInferRequest; None where it was not loaded or is kept apart."""
 
@@ -156,8 +158,8 @@ class Job:
 
     @property
     def keeps_request(self) -> bool:
-        """Whether its request is still of use: to run it, or to look into why it failed."""
-        return self.state not in (State.SUCCEEDED, State.CANCELLED, State.EXPIRED)
+        """Whether its request is still of use: to run it, to look into why it failed, or because a client said so."""
+        return self.is_kept or self.state not in (State.SUCCEEDED, State.CANCELLED, State.EXPIRED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from services.ingest.documents import LIGHT, job_of
 from services.ingest.job import Job, State
+from services.ingest.payloads import Payloads
 from services.ingest.ulid import is_ulid
-from shoal.errors import InvalidArgument, NotFound
+from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 PAGE_DEFAULT = 100
 PAGE_MOST = 1_000
@@ -50,8 +51,9 @@ class Page:
 class Jobs:
     """Reads jobs."""
 
-    def __init__(self, jobs: AsyncCollection[Document]) -> None:
+    def __init__(self, jobs: AsyncCollection[Document], payloads: Payloads) -> None:
         self._jobs = jobs
+        self._payloads = payloads
 
     async def get(self, job_id: str) -> Job:
         """One job, without its request.
@@ -68,6 +70,26 @@ class Jobs:
         if document is None:
             raise NotFound(f"no job {job_id!r}")
         return job_of(document)
+
+    async def payload(self, job_id: str) -> bytes:
+        """One job's serialised request.
+
+        Raises:
+            InvalidArgument: no id. NotFound: no such job. FailedPrecondition: its request is not kept.
+            Unavailable: MongoDB is away.
+        """
+        job = await self.get(job_id)
+        if job.is_apart:
+            request = await self._payloads.get(job_id)
+        else:
+            with translated("reading the request of a job"):
+                document = await self._jobs.find_one({"_id": job_id}, {"request": 1})
+            request = (document or {}).get("request")
+        if request is None:
+            raise FailedPrecondition(
+                f"job {job_id} is {job.state}, and its request is not kept: submit with keep_request to keep it"
+            )
+        return bytes(request)
 
     async def page(self, wanted: Filter, size: int, token: str) -> Page:
         """A page of jobs, newest first. `size` 0 means 100.

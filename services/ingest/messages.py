@@ -29,6 +29,7 @@ def message_of(job: Job) -> pb.Job:
         submitted_at=timestamp_of(job.submitted_at),
         updated_at=timestamp_of(job.updated_at),
         labels=dict(job.labels),
+        keeps_request=job.is_kept,
         transitions=[
             pb.Transition(
                 state=_STATES[step.state],

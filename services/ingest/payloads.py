@@ -77,6 +77,7 @@ class Payloads:
     async def _unneeded(self, ids: Sequence[str]) -> list[str]:
         over = [str(state) for state in (State.SUCCEEDED, State.CANCELLED, State.EXPIRED)]
         with translated("looking for the jobs of payloads"):
-            cursor = self._jobs.find({"_id": {"$in": list(ids)}, "state": {"$nin": over}}, {"_id": 1})
+            needed_by = {"$or": [{"state": {"$nin": over}}, {"is_kept": True}]}
+            cursor = self._jobs.find({"_id": {"$in": list(ids)}, **needed_by}, {"_id": 1})
             needed = {document["_id"] async for document in cursor}
         return [job_id for job_id in ids if job_id not in needed]

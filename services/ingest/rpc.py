@@ -12,6 +12,7 @@ from services.ingest.jobs import Filter, Jobs
 from services.ingest.messages import message_of, state_of
 from services.ingest.stream import Stream
 from services.ingest.watch import Watch
+from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 
@@ -42,6 +43,10 @@ class IngestRpc(ingest_pb2_grpc.IngestServiceServicer):
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
         return pb.GetJobResponse(job=message_of(await self._jobs.get(request.id)))
+
+    async def GetPayload(self, request: pb.GetPayloadRequest, context: Context) -> pb.GetPayloadResponse:
+        payload = await self._jobs.payload(request.id)
+        return pb.GetPayloadResponse(request=inference_pb2.ModelInferRequest.FromString(payload))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
         wanted = Filter(state_of(request.state), request.model_name, request.tenant)

@@ -57,6 +57,7 @@ def job_of(
         labels=_labels(submit),
         explains=submit.request.parameters[EXPLAIN].bool_param if EXPLAIN in submit.request.parameters else False,
         is_apart=len(request) > inline_bytes,
+        is_kept=submit.keep_request,
         request=request,
         due_at=now,
         traceparent=traceparent,

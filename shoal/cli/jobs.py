@@ -52,6 +52,9 @@ def submit(
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="A parameter of the request. May be repeated."),
     ] = None,
+    keep_request: Annotated[
+        bool, typer.Option("--keep-request", help="Keep the inputs when the job is done: for `shoal models quantize`.")
+    ] = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
@@ -82,6 +85,7 @@ def submit(
             deadline=deadline,
             retry=None if attempts is None else JobRetry(max_attempts=attempts),
             labels=labels,
+            keep_request=keep_request,
         )
     if json:
         show_json(job)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.output import AsJson, Gateway, connect, console, pairs, show, show_json, size, text
+from shoal.cli import bringing, quantizing
+from shoal.cli.output import AsJson, Gateway, connect, console, pairs, plain, show, show_json, size, text
+from shoal.convert import formats
 from shoal.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -22,7 +25,13 @@ app = typer.Typer(
 
 @app.command()
 def push(
-    path: Annotated[Path, typer.Argument(help="A .onnx file, or a model folder in Triton's layout.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A .onnx file, a model folder in Triton's layout, or a model of PyTorch (.pt2), scikit-learn "
+            "(.joblib, .pkl, .skops), XGBoost (.json, .ubj) or LightGBM (.txt), which is converted and checked first."
+        ),
+    ],
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model's name. Default: that of the file or folder.")
     ] = None,
@@ -42,6 +51,12 @@ def push(
     ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until every infer instance has it ready.")] = True,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for that.")] = 120.0,
+    sample: bringing.Sample = None,
+    tolerance: bringing.Tolerance = 1e-4,
+    max_flips: bringing.MaxFlips = 0,
+    seed: bringing.Seed = 0,
+    trust_pickle: bringing.TrustPickle = False,
+    float64: bringing.Float64 = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
@@ -54,27 +69,43 @@ def push(
       shoal models push digits.onnx
 
       shoal models push ./my_repository/resnet --version 3 --alias stable
+
+      shoal models push forest.joblib --trust-pickle --sample rows.csv
     """
+    bringing.check_path(path)
     labels = pairs(label or [], "--label")
-    with connect(gateway) as client:
+    made = None
+    with contextlib.ExitStack() as stack:
+        if formats.is_brought(path):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-")))
+            wanted = bringing.Wanted(sample, tolerance, max_flips, seed, trust_pickle, float64)
+            made = bringing.convert(path, folder, name, wanted, as_json=json)
+            labels = bringing.provenance(made) | labels
+        client = stack.enter_context(connect(gateway))
         with _bar() as progress:
             pushed = client.models.push(
-                path,
+                made.folder if made else path,
                 name,
                 version,
                 alias=alias or "",
                 labels=labels,
+                renumber=made is not None,
                 progress=progress,
                 wait=wait,
                 timeout=timeout,
             )
     if json:
-        show_json(pushed)
+        conversion = {} if made is None else {"conversion": bringing.as_document(made)}
+        show_json([plain(each) | conversion for each in pushed])
         return
     for each in pushed:
         how = "was there" if each.existed else f"registered, {size(each.sent_bytes)} sent"
         served = {None: "", True: ", ready", False: ", not served (version policy)"}[each.ready]
         typer.echo(f"{each.model.name} version {each.model.version}: {how}{served}")
+
+
+app.command("convert")(bringing.command)
+app.command("quantize")(quantizing.command)
 
 
 @app.command("list")
@@ -161,7 +192,7 @@ def show_models(models: list[ModelVersion], title: str = "") -> None:
             size(model.size_bytes),
             len(model.files),
             model.created_at,
-            text([f"{key}={value}" for key, value in model.labels.items()]),
+            text([f"{key}={value}" for key, value in sorted(model.labels.items())]),
         )
         for model in models
     ]

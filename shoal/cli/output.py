@@ -53,7 +53,14 @@ def console(*, stderr: bool = False) -> Console:
     return made
 
 
-def show(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "", empty: str = "none") -> None:
+def show(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    title: str = "",
+    empty: str = "none",
+    stderr: bool = False,
+) -> None:
     """Prints a table, or `empty` when it would have no rows."""
     from rich.table import Table
     from rich.text import Text
@@ -63,7 +70,7 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(text(cell)) for cell in row))
-    out = console()
+    out = console(stderr=stderr)
     if table.row_count:
         out.print(table)
     else:

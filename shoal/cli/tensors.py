@@ -140,7 +140,7 @@ def _of_protocol(document: dict[str, Any], tensors: list[dict[str, Any]], source
 
 
 def _shaped(name: str, data: Any, shape: Any) -> Any:
-    array = _array(name, data)
+    array = as_array(name, data)
     if shape is None:
         return array
     try:
@@ -150,7 +150,8 @@ def _shaped(name: str, data: Any, shape: Any) -> Any:
         raise InvalidArgument(message) from None
 
 
-def _array(name: str, data: Any) -> Any:
+def as_array(name: str, data: Any) -> Any:
+    """`data` as an array. Raises InvalidArgument when its rows have different lengths."""
     if isinstance(data, np.ndarray):
         return data
     try:
@@ -184,7 +185,7 @@ def fit(given: Given, metadata: ModelMetadata) -> Ready:
     for name, value in inputs.items():
         if name not in known:
             raise InvalidArgument(f"{metadata.name} has no input {name!r}: it takes {takes}")
-        inputs[name] = _batched(_array(name, value), known[name])
+        inputs[name] = _batched(as_array(name, value), known[name])
         datatypes[name] = given.datatypes.get(name) or known[name].datatype
     return Ready(inputs, datatypes)
 

@@ -34,6 +34,7 @@ class Jobs(Face[AsyncJobs]):
     submit = blocking(AsyncJobs.submit)
     submit_many = iterating(AsyncJobs.submit_many)
     get = blocking(AsyncJobs.get)
+    inputs = blocking(AsyncJobs.inputs)
     list = blocking(AsyncJobs.list)
     watch = iterating(AsyncJobs.watch)
     cancel = blocking(AsyncJobs.cancel)

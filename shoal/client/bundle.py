@@ -13,8 +13,8 @@ A model of another server (backend "remote") is its config.pbtxt alone: it needs
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -50,16 +50,30 @@ def read(path: Path, *, name: str | None = None, version: int | None = None) -> 
         raise InvalidArgument(f"version {version}: versions count from 1")
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path, _checked(name or path.resolve().name), version)
+        return _read_folder(path, checked(name or path.resolve().name), version)
     if not path.exists():
         raise NotFound(f"{path}: no such file or folder")
     if path.suffix != ".onnx":
         raise InvalidArgument(f"{path}: expected a .onnx file, or a model folder with <version>/model.onnx in it")
     files = [("model.onnx", path), *((side.name, side) for side in _external_data(path))]
-    return [Bundle(_checked(name or path.stem), version or 0, tuple(sorted(files)))]
+    return [Bundle(checked(name or path.stem), version or 0, tuple(sorted(files)))]
 
 
-def _checked(name: str) -> str:
+def renumbered(bundles: Sequence[Bundle], version: int | None) -> Bundle:
+    """The one of `bundles`, as `version`; as the next free one when that is None.
+
+    Raises:
+        InvalidArgument: there are several, or `version` is none.
+    """
+    if len(bundles) != 1:
+        raise InvalidArgument(f"{bundles[0].name} has {len(bundles)} versions: only one can get another number")
+    if version is not None and version < 1:
+        raise InvalidArgument(f"version {version}: versions count from 1")
+    return replace(bundles[0], version=version or 0)
+
+
+def checked(name: str) -> str:
+    """`name`. Raises InvalidArgument when no model may be called that."""
     if not _NAME.match(name):
         allowed = "letters, digits, `.`, `_`, `-`, starting with a letter or digit"
         raise InvalidArgument(f"model name {name!r}: use {allowed} (1 to 128 characters): give one with --name")

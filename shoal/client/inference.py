@@ -13,6 +13,7 @@ from shoal.inference.v2 import inference_pb2 as oip
 Parameter: TypeAlias = bool | int | float | str
 """A value of the protocol's `parameters`."""
 
+_Tensor: TypeAlias = oip.ModelInferRequest.InferInputTensor | oip.ModelInferResponse.InferOutputTensor
 _INT64 = 1 << 63
 _UINT64 = 1 << 64
 
@@ -113,21 +114,35 @@ def of_response(response: oip.ModelInferResponse) -> InferResult:
     raw = response.raw_output_contents
     if raw and len(raw) != len(response.outputs):
         raise DataLoss(f"{response.model_name!r} answered {len(response.outputs)} outputs with {len(raw)} contents")
-    outputs: dict[str, Array] = {}
-    for index, output in enumerate(response.outputs):
-        if raw:
-            array = from_tensor(output.name, output.datatype, output.shape, raw[index])
-        else:
-            array = from_contents(output.name, output.datatype, output.shape, output.contents)
-        outputs[output.name] = array
     return InferResult(
         model_name=response.model_name,
         model_version=response.model_version,
-        outputs=outputs,
+        outputs=_arrays(response.outputs, raw),
         parameters=of_parameters(response.parameters),
         id=response.id,
         datatypes={output.name: output.datatype for output in response.outputs},
     )
+
+
+def of_inputs(request: oip.ModelInferRequest) -> dict[str, Array]:
+    """The inputs of `request` by name.
+
+    Raises:
+        DataLoss: its tensors do not fit what it says of them.
+    """
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise DataLoss(f"a request to {request.model_name!r} has {len(request.inputs)} inputs with {len(raw)} contents")
+    return _arrays(request.inputs, raw)
+
+
+def _arrays(tensors: Sequence[_Tensor], raw: Sequence[bytes]) -> dict[str, Array]:
+    return {
+        tensor.name: from_tensor(tensor.name, tensor.datatype, tensor.shape, raw[index])
+        if raw
+        else from_contents(tensor.name, tensor.datatype, tensor.shape, tensor.contents)
+        for index, tensor in enumerate(tensors)
+    }
 
 
 def of_parameters(parameters: Mapping[str, oip.InferParameter]) -> dict[str, Parameter]:

@@ -61,6 +61,8 @@ class JobRequest(InferRequest):
     retry: JobRetry | None = None
     """None: the node's default."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    keep_request: bool = False
+    """The node keeps the inputs when the job is done: for `shoal models quantize`, or for asking another version."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Job:
     labels: Mapping[str, str] = field(default_factory=dict)
     transitions: tuple[Transition, ...] = ()
     """All so far, oldest first."""
+    keeps_request: bool = False
+    """Its inputs stay when it is done."""
 
     @property
     def ended(self) -> bool:
@@ -123,7 +127,11 @@ class Submitted:
 def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tenant: str) -> ingest.SubmitRequest:
     """The message of `job`, whose inference request is `request`."""
     message = ingest.SubmitRequest(
-        request=request, idempotency_key=key, tenant=job.tenant or tenant, labels=dict(job.labels)
+        request=request,
+        idempotency_key=key,
+        tenant=job.tenant or tenant,
+        labels=dict(job.labels),
+        keep_request=job.keep_request,
     )
     if job.retry is not None:
         message.retry.CopyFrom(
@@ -183,4 +191,5 @@ def of_job(message: ingest.Job) -> Job:
             Transition(of_state(step.state), of_time(step, "at"), step.attempt, step.instance, step.reason)
             for step in message.transitions
         ),
+        keeps_request=message.keeps_request,
     )

@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Se
 from datetime import timedelta
 
 from shoal.client import methods
-from shoal.client.arrays import ArrayLike
+from shoal.client.arrays import Array, ArrayLike
 from shoal.client.asking import Asker, each
 from shoal.client.calls import Caller
-from shoal.client.inference import InferResult, Parameter
+from shoal.client.inference import InferResult, Parameter, of_inputs
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, of_job, to_state, to_submit
 from shoal.client.outcome import of_result, without_result
 from shoal.client.submission import WINDOW, Submission
@@ -53,12 +53,14 @@ class AsyncJobs:
         deadline: float | timedelta | None = None,
         retry: JobRetry | None = None,
         labels: Mapping[str, str] | None = None,
+        keep_request: bool = False,
         timeout: float = SUBMIT_S,
     ) -> Job:
         """Hands in one job. When this returns it is durable: it will run, whatever is killed when.
 
         With an `idempotency_key` a second submit returns the first job; without, the client makes one, so that its own
-        retries make no second job. The job expires after `deadline` seconds without an answer.
+        retries make no second job. The job expires after `deadline` seconds without an answer. With `keep_request` its
+        inputs stay in the node when it is done.
 
         Raises:
             InvalidArgument: names what is wrong.
@@ -77,6 +79,7 @@ class AsyncJobs:
             deadline=deadline,
             retry=retry,
             labels=labels or {},
+            keep_request=keep_request,
         )
         message = await self._message(Asker(self._caller), request)
         answer = await self._caller.call(methods.SUBMIT, message, timeout_s=timeout, doing=f"submit to {model}")
@@ -123,6 +126,18 @@ class AsyncJobs:
         """
         request = ingest.GetJobRequest(id=job_id)
         return of_job((await self._caller.call(methods.GET_JOB, request, timeout_s=timeout)).job)
+
+    async def inputs(self, job_id: str, *, timeout: float = READ_S) -> dict[str, Array]:
+        """The inputs of a job by name, while the node keeps them: while it is under way, when it failed, and for ever
+        when it was submitted with `keep_request`.
+
+        Raises:
+            NotFound: no such job.
+            FailedPrecondition: they are not kept.
+        """
+        request = ingest.GetPayloadRequest(id=job_id)
+        answer = await self._caller.call(methods.GET_PAYLOAD, request, timeout_s=timeout, doing=f"inputs of {job_id}")
+        return of_inputs(answer.request)
 
     async def list(
         self,

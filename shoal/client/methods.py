@@ -60,6 +60,7 @@ _INGEST = "/shoal.ingest.v1.IngestService/"
 SUBMIT = Method(_INGEST + "Submit", ingest.SubmitRequest, ingest.SubmitResponse)
 SUBMIT_STREAM = Method(_INGEST + "SubmitStream", ingest.SubmitStreamRequest, ingest.SubmitStreamResponse)
 GET_JOB = Method(_INGEST + "GetJob", ingest.GetJobRequest, ingest.GetJobResponse)
+GET_PAYLOAD = Method(_INGEST + "GetPayload", ingest.GetPayloadRequest, ingest.GetPayloadResponse)
 LIST_JOBS = Method(_INGEST + "ListJobs", ingest.ListJobsRequest, ingest.ListJobsResponse)
 WATCH_JOB = Method(_INGEST + "WatchJob", ingest.WatchJobRequest, ingest.WatchJobResponse)
 CANCEL_JOB = Method(_INGEST + "CancelJob", ingest.CancelJobRequest, ingest.CancelJobResponse)

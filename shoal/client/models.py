@@ -43,6 +43,7 @@ class AsyncModels:
         *,
         alias: str = "",
         labels: Mapping[str, str] | None = None,
+        renumber: bool = False,
         progress: Callable[[Progress], None] = ignore,
         wait: bool = True,
         timeout: float = READY_S,
@@ -50,7 +51,8 @@ class AsyncModels:
         """Uploads a model, registers it, waits until it can be asked, and points `alias` at its newest version.
 
         `path` is a bare `.onnx` file, which becomes the next version unless `version` is given, or a model folder in
-        Triton's layout, of which every version goes, or only `version`. What the store has is not sent again.
+        Triton's layout, of which every version goes, or only `version`; with `renumber` the folder has one version,
+        which becomes `version`, or the next one. What the store has is not sent again.
         `progress` is told how far the upload is; `timeout` is for the wait at the end: the upload has its own.
 
         Raises:
@@ -60,7 +62,9 @@ class AsyncModels:
                 because the model's version policy leaves it out; the message says which.
             DeadlineExceeded: it is registered, but not ready everywhere in time.
         """
-        bundles = bundle.read(Path(path), name=name, version=version)
+        bundles = bundle.read(Path(path), name=name, version=None if renumber else version)
+        if renumber:
+            bundles = [bundle.renumbered(bundles, version)]
         files = dict.fromkeys(file for each in bundles for _, file in each.files)
         artifacts = {file: await upload.digest(file) for file in files}
         sent = await self._upload(artifacts.values(), progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 from mesh.mongo import connect
 from services.ingest.clock import milliseconds
@@ -15,8 +16,8 @@ from tests.ingest.making import START, job
 _old = Ulids(lambda: milliseconds(START - timedelta(hours=2)))
 
 
-def apart(state: State = State.QUEUED) -> Job:
-    return job(id=_old.new(), is_apart=True, request=b"large", state=state)
+def apart(state: State = State.QUEUED, **fields: Any) -> Job:
+    return job(id=_old.new(), is_apart=True, request=b"large", state=state, **fields)
 
 
 async def test_a_sweep(mongo_uri: str, mongo_database: str) -> None:
@@ -24,6 +25,7 @@ async def test_a_sweep(mongo_uri: str, mongo_database: str) -> None:
         database = client[mongo_database]
         payloads = Payloads(database)
         needed = [apart(State.QUEUED), apart(State.RUNNING), apart(State.DEAD), apart(State.FAILED)]
+        needed.append(apart(State.SUCCEEDED, is_kept=True))
         ended = [apart(State.SUCCEEDED), apart(State.CANCELLED), apart(State.EXPIRED)]
         orphans = [apart() for _ in range(600)]
         young = job(is_apart=True)

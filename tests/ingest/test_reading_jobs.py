@@ -146,3 +146,20 @@ def test_views_between_two_looks() -> None:
     many = tuple(Transition(State.RUNNING, START, n, "i", f"{n}") for n in range(300))
     flooded = replace(first, transitions=many)
     assert views_between(first, flooded) == [flooded]
+
+
+async def test_a_request_is_kept_for_as_long_as_it_was_asked_for(client: Client, mesh: FakeMesh) -> None:
+    large = b"x" * (2 << 20)  # Kept apart from its job.
+    for value in (b"small", large):
+        kept = await client.submit(data=value, keep_request=True)
+        assert kept.job.keeps_request
+        gone = await client.submit(data=value)
+        for each in (kept, gone):
+            await client.ended(each.job.id)
+        answer = await client.stub.GetPayload(pb.GetPayloadRequest(id=kept.job.id), timeout=20)
+        assert answer.request.raw_input_contents == [value]
+        code, said = await refusal(client.stub.GetPayload(pb.GetPayloadRequest(id=gone.job.id)))
+        assert code is S.FAILED_PRECONDITION
+        assert "is succeeded, and its request is not kept" in said
+    assert (await refusal(client.stub.GetPayload(pb.GetPayloadRequest(id=NOWHERE))))[0] is S.NOT_FOUND
+    assert (await refusal(client.stub.GetPayload(pb.GetPayloadRequest())))[0] is S.INVALID_ARGUMENT

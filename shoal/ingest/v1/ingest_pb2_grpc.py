@@ -49,6 +49,11 @@ class IngestServiceStub:
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobResponse.FromString,
                 _registered_method=True)
+        self.GetPayload = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/GetPayload',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetPayloadRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetPayloadResponse.FromString,
+                _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/shoal.ingest.v1.IngestService/ListJobs',
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobsRequest.SerializeToString,
@@ -94,6 +99,14 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPayload(self, request, context):
+        """The inference request of a job, while it is kept: until the job has succeeded, was cancelled or expired; for ever when
+        it was submitted with `keep_request`, or has failed. NOT_FOUND: no such job. FAILED_PRECONDITION: it is not kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListJobs(self, request, context):
         """Jobs by state, model and tenant, newest first, a page at a time.
         """
@@ -133,6 +146,11 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.GetJob,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobResponse.SerializeToString,
+            ),
+            'GetPayload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPayload,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetPayloadRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetPayloadResponse.SerializeToString,
             ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobs,
@@ -231,6 +249,33 @@ class IngestService:
             '/shoal.ingest.v1.IngestService/GetJob',
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobRequest.SerializeToString,
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPayload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/GetPayload',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetPayloadRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetPayloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

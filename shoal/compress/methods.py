@@ -1,0 +1,57 @@
+"""The ways to make a model smaller, by name. Each reads one .onnx file and writes another with the same inputs and
+outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+
+import onnx
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from shoal.compress import int8, pruning
+from shoal.convert.original import Tensors
+from shoal.errors import FailedPrecondition
+
+
+class Method(StrEnum):
+    """What is done to a model."""
+
+    DYNAMIC = "dynamic"
+    """Weights of MatMul, Gemm, LSTM, GRU, Attention and Gather as int8; activations become int8 call by call."""
+    STATIC = "static"
+    """Weights and activations as int8, by ranges that were seen on given rows; convolutions too."""
+    FLOAT16 = "float16"
+    """Weights and arithmetic as float16; inputs and outputs stay float32."""
+    PRUNE = "prune"
+    """Only what nobody reads is left out: the answers stay the same bits."""
+
+
+def compress(method: Method, source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
+    """Writes `target`. `calls` are what static int8 takes its ranges from. Returns what the reader of a report
+    should know.
+
+    Raises:
+        FailedPrecondition: the method cannot be used on this model; the message says why.
+    """
+    try:
+        return _METHODS[method](source, target, calls)
+    except FailedPrecondition:
+        raise
+    except Exception as err:  # ONNX Runtime's tools raise what they come across.
+        message = " ".join(str(err).split())[:400]
+        raise FailedPrecondition(f"{method}: ONNX Runtime's tool gave up: {type(err).__name__}: {message}") from err
+
+
+def _float16(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
+    onnx.save_model(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+    return ["ONNX Runtime computes most of float16 in float32 on a CPU: expect less memory there, not less time"]
+
+
+_METHODS: dict[Method, Callable[[Path, Path, Sequence[Tensors]], list[str]]] = {
+    Method.DYNAMIC: int8.dynamic,
+    Method.STATIC: int8.static,
+    Method.FLOAT16: _float16,
+    Method.PRUNE: pruning.prune,
+}

@@ -1,0 +1,91 @@
+"""What nobody reads: nodes whose results go nowhere, initializers that no node takes, and copies of the same
+weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnx
+
+from shoal.convert.original import Tensors
+
+
+def prune(source: Path, target: Path, calls: Sequence[Tensors] = ()) -> list[str]:
+    """Writes `target`, whose answers are those of `source`, bit for bit. Returns what was left out."""
+    model = onnx.load(source)
+    copies = _merge_copies(model.graph)
+    nodes = _drop_nodes(model.graph)
+    unread = _drop_initializers(model.graph)
+    onnx.save_model(model, target)
+    return [
+        f"left out: {nodes} nodes and {unread} initializers that nobody reads, {copies} copies of other initializers"
+    ]
+
+
+def _merge_copies(graph: onnx.GraphProto) -> int:
+    """Has one of several equal initializers read by all. Returns how many are unread since."""
+    first: dict[bytes, str] = {}
+    instead: dict[str, str] = {}
+    # An initializer that is an input too may be given another value by a caller.
+    open_names = {value.name for value in (*graph.input, *graph.output)}
+    for tensor in graph.initializer:
+        if tensor.name in open_names:
+            continue
+        nameless = onnx.TensorProto()
+        nameless.CopyFrom(tensor)
+        nameless.name = ""
+        same = first.setdefault(nameless.SerializeToString(deterministic=True), tensor.name)
+        if same != tensor.name:
+            instead[tensor.name] = same
+    for inner in _graphs(graph):
+        own = {tensor.name for tensor in inner.initializer} if inner is not graph else set()
+        for node in inner.node:
+            node.input[:] = [name if name in own else instead.get(name, name) for name in node.input]
+    kept = [tensor for tensor in graph.initializer if tensor.name not in instead]
+    _replace(graph.initializer, kept)
+    return len(instead)
+
+
+def _drop_nodes(graph: onnx.GraphProto) -> int:
+    dropped = 0
+    while True:
+        read = _read(graph)
+        kept = [node for node in graph.node if any(name in read for name in node.output if name)]
+        if len(kept) == len(graph.node):
+            return dropped
+        dropped += len(graph.node) - len(kept)
+        _replace(graph.node, kept)
+
+
+def _drop_initializers(graph: onnx.GraphProto) -> int:
+    read = _read(graph) | {value.name for value in graph.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    dropped = len(graph.initializer) - len(kept)
+    _replace(graph.initializer, kept)
+    return dropped
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """Names that a node, at any depth, or the caller reads."""
+    names = {value.name for value in graph.output}
+    for inner in _graphs(graph):
+        names.update(value.name for value in inner.output)
+        for node in inner.node:
+            names.update(node.input)
+    return names
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+            for inner in attribute.graphs:
+                yield from _graphs(inner)
+
+
+def _replace(field: object, kept: Sequence[object]) -> None:
+    del field[:]  # type: ignore[attr-defined]
+    field.extend(kept)  # type: ignore[attr-defined]

@@ -1,0 +1,195 @@
+"""How far two models' answers to the same rows are apart.
+
+Relative drift is |got - want| / max(|want|, rms(want)): elements that are small beside the others of their output do
+not blow it up, and neither does the scale of the output. A row flips when its label, or the place of its largest score,
+differs. It is only a tie when the original's two best scores are within the tolerance of each other: no arithmetic
+decides such a row, so ties are told and not held against the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from shoal.convert.original import Array
+
+_SMALL = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class OutputDrift:
+    """Of one output, over all rows."""
+
+    name: str
+    max_abs: float
+    """Infinite where one answer is a number and the other is not."""
+    mean_abs: float
+    max_relative: float
+    cosine: float
+    """Of all elements as one vector; 1 where both are zero."""
+    flips: int | None
+    """Rows whose label changes. None: the output has no labels."""
+    ties: int = 0
+    """Further rows whose label changes, and whose two best scores the original tells apart by less than the
+    tolerance."""
+    is_number: bool = True
+    """False: it is a label itself, and only flips say anything of it."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Of all outputs. `rows` is the number of calls where the model has no batch dimension."""
+
+    rows: int
+    outputs: tuple[OutputDrift, ...]
+
+    @property
+    def max_abs(self) -> float:
+        return max((output.max_abs for output in self.outputs), default=0.0)
+
+    @property
+    def mean_abs(self) -> float:
+        return max((output.mean_abs for output in self.outputs), default=0.0)
+
+    @property
+    def max_relative(self) -> float:
+        return max((output.max_relative for output in self.outputs), default=0.0)
+
+    @property
+    def cosine(self) -> float:
+        return min((output.cosine for output in self.outputs), default=1.0)
+
+    @property
+    def flips(self) -> int | None:
+        """Of the output with the most; None where no output has labels."""
+        return max((output.flips for output in self.outputs if output.flips is not None), default=None)
+
+    @property
+    def ties(self) -> int:
+        return max((output.ties for output in self.outputs), default=0)
+
+
+class Mismatch(Exception):
+    """The answers cannot be compared: another output, shape or kind. The text says which."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What both models answered to one call, by output name."""
+
+    want: Mapping[str, Array]
+    got: Mapping[str, Array]
+
+
+def measure(calls: Sequence[Answers], *, scores: Set[str] = frozenset(), tolerance: float = 0.0) -> Drift:
+    """Compares `got` with `want` over all calls, which have the same outputs.
+
+    Raises:
+        Mismatch: an output is missing, or has another shape or kind.
+    """
+    for call in calls:
+        _check(call)
+    names = list(calls[0].want) if calls else []
+    ties = [_ties(call, scores, tolerance) for call in calls]
+    outputs = tuple(
+        _of_output(name, [(call.want[name], call.got[name]) for call in calls], ties, name in scores) for name in names
+    )
+    return Drift(sum(_rows(call) for call in calls), outputs)
+
+
+def _check(call: Answers) -> None:
+    if list(call.want) != list(call.got):
+        raise Mismatch(f"the outputs are {', '.join(call.got)} instead of {', '.join(call.want)}")
+    for name, want in call.want.items():
+        got = call.got[name]
+        if want.shape != got.shape:
+            raise Mismatch(f"output {name!r} is {list(got.shape)} where the original answers {list(want.shape)}")
+        if _is_text(want) != _is_text(got):
+            raise Mismatch(f"output {name!r} is {got.dtype} where the original answers {want.dtype}")
+
+
+def _rows(call: Answers) -> int:
+    first = next(iter(call.want.values()), None)
+    return first.shape[0] if first is not None and first.ndim else 1
+
+
+def _of_output(name: str, pairs: Sequence[tuple[Array, Array]], ties: Sequence[Array], is_scores: bool) -> OutputDrift:
+    flips, tied = None, 0
+    if is_scores or not _is_float(pairs[0][0]):
+        flipped = [_flipped(want, got, is_scores) for want, got in pairs]
+        tied = sum(int((rows & tie).sum()) for rows, tie in _aligned(flipped, ties))
+        flips = sum(int(rows.sum()) for rows in flipped) - tied
+    if not _is_float(pairs[0][0]):
+        return OutputDrift(name, 0.0, 0.0, 0.0, 1.0, flips, tied, is_number=False)
+    want = np.concatenate([want.reshape(-1) for want, _ in pairs]).astype(np.float64)
+    got = np.concatenate([got.reshape(-1) for _, got in pairs]).astype(np.float64)
+    apart = _apart(want, got)
+    scale = np.maximum(np.abs(np.where(np.isfinite(want), want, 0)), max(_rms(want), _SMALL))
+    return OutputDrift(
+        name,
+        float(apart.max(initial=0.0)),
+        float(apart.mean()) if apart.size else 0.0,
+        float((apart / scale).max(initial=0.0)),
+        _cosine(want, got),
+        flips,
+        tied,
+    )
+
+
+def _apart(want: Array, got: Array) -> Array:
+    """|got - want|: 0 where both are the same infinity or no number, infinite where only one is."""
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(got - want)
+    same = (want == got) | (np.isnan(want) & np.isnan(got))
+    return np.where(same, 0.0, np.where(np.isnan(apart), math.inf, apart))
+
+
+def _flipped(want: Array, got: Array, is_scores: bool) -> Array:
+    """By row: whether the label differs."""
+    if is_scores:
+        # A NaN would be the largest: both then point at it, and drift tells of it.
+        return np.asarray(want.argmax(axis=1) != got.argmax(axis=1))
+    differs = want.astype(str) != got.astype(str) if _is_text(want) else want != got
+    rows = want.shape[0] if want.ndim else 1
+    changed: Array = np.asarray(differs).reshape(rows, -1).any(axis=1)
+    return changed
+
+
+def _ties(call: Answers, scores: Set[str], tolerance: float) -> Array:
+    """By row: whether the original's two best scores are as good as equal."""
+    tied = np.zeros(_rows(call), dtype=np.bool_)
+    for name in scores & call.want.keys():
+        two = np.sort(call.want[name].astype(np.float64), axis=1)[:, -2:]
+        if two.shape[1] == 2:
+            tied |= two[:, 1] - two[:, 0] <= 2 * tolerance * np.maximum(np.abs(two).max(axis=1), _rms(call.want[name]))
+    return tied
+
+
+def _aligned(flipped: Iterable[Array], ties: Iterable[Array]) -> Iterable[tuple[Array, Array]]:
+    """Pairs whose rows are the same rows; an output with other rows than the scores has no ties."""
+    return ((rows, tie) for rows, tie in zip(flipped, ties, strict=True) if rows.shape == tie.shape)
+
+
+def _rms(values: Array) -> float:
+    finite = values[np.isfinite(values)].astype(np.float64)
+    return float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
+
+
+def _cosine(want: Array, got: Array) -> float:
+    finite = np.isfinite(want) & np.isfinite(got)
+    want, got = want[finite], got[finite]
+    lengths = float(np.linalg.norm(want) * np.linalg.norm(got))
+    if lengths == 0.0:
+        return 1.0 if np.array_equal(want, got) else 0.0
+    return float(np.clip(want @ got / lengths, -1.0, 1.0))
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype.kind == "f"
+
+
+def _is_text(array: Array) -> bool:
+    return array.dtype.kind in "OSU"

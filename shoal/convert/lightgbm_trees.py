@@ -1,0 +1,155 @@
+"""LightGBM: a booster saved as .txt (or one out of a pickle), by way of onnxmltools.
+
+It compares float64 with float64 thresholds, and its exporter rounds each threshold to the nearest float32: some up, and
+then values between lie on the other side. So the exporter is given a copy whose thresholds are rounded down to float32
+first: every float32 value then goes the way that it went before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shoal.convert import graph, trees
+from shoal.convert.extras import LIGHTGBM, needed, versions
+from shoal.convert.original import ANY, Array, Plan, Port, Tensors
+from shoal.errors import FailedPrecondition, InvalidArgument
+
+if TYPE_CHECKING:
+    import onnx
+
+_CATEGORICAL = 1
+"""Bit of a split's `decision_type` in the text."""
+_AS_ZERO = np.float32(1e-35)
+"""Numbers that LightGBM takes for 0 as it reads rows, and that no data have: its thresholds beside 0 are +-1e-35."""
+
+
+def load(path: Path) -> Any:
+    """The booster in the file.
+
+    Raises:
+        InvalidArgument: it is no LightGBM model.
+    """
+    lightgbm = needed("lightgbm", LIGHTGBM, f"converting {path.name}")
+    try:
+        text = path.read_text()
+        if not text.startswith("tree"):
+            raise InvalidArgument(f"{path}: no LightGBM model: its first line would be `tree`")
+        return lightgbm.Booster(model_str=text)
+    except InvalidArgument:
+        raise
+    except Exception as err:
+        raise InvalidArgument(f"{path}: LightGBM cannot read it: {err}") from err
+
+
+class LightgbmTrees:
+    """An Original."""
+
+    framework = "LightGBM"
+    is_batched = True
+    most_rows = ANY
+    batches: Sequence[int] = (1, 2, 7, 990)
+    plans: Sequence[Plan] = (Plan("float32 arithmetic"),)
+
+    def __init__(self, booster: Any, classes: Sequence[Any] = ()) -> None:
+        """`classes`: names of the classes, where the booster was that of a classifier that knew them."""
+        needed("onnxmltools", LIGHTGBM, "converting a LightGBM model")
+        self._booster = booster
+        self._text = booster.model_to_string()
+        self._splits = splits(self._text, booster.num_feature())
+        self.packages: Mapping[str, str] = versions("lightgbm", "onnxmltools", "onnx")
+        self.inputs: Sequence[Port] = [Port("x", np.dtype("f4"), (None, self._splits.features))]
+        self._objective = _objective(self._text)
+        self._is_classifier = self._objective in ("binary", "multiclass", "multiclassova")
+        self.scores: frozenset[str] = frozenset({"probabilities"} if self._is_classifier else ())
+        count = max(2, booster.num_model_per_iteration())
+        self.classes: Mapping[str, Sequence[str]] = {
+            name: [str(name) for name in (classes if len(classes) else range(count))] for name in self.scores
+        }
+        names = booster.feature_name()
+        own = [f"Column_{n}" for n in range(len(names))]
+        self.notes: Sequence[str] = [] if names == own else [f"columns of x, in this order: {', '.join(names)}"]
+
+    def draw(self, rows: int, generator: np.random.Generator) -> Tensors:
+        drawn = trees.draw(self._splits, rows, generator)
+        drawn[np.abs(drawn) <= _AS_ZERO] = 0
+        return {"x": drawn}
+
+    def answer(self, inputs: Mapping[str, Array]) -> Tensors:
+        rows = np.asarray(inputs["x"], dtype=np.float64)
+        try:
+            answer = np.asarray(self._booster.predict(rows))
+        except Exception as err:  # LightGBMError, TypeError, ValueError.
+            raise InvalidArgument(f"LightGBM does not take the rows: {err}") from err
+        if not self._is_classifier:
+            return {"prediction": answer.reshape(-1, 1) if answer.ndim == 1 else answer}
+        probabilities = np.stack([1 - answer, answer], axis=1) if answer.ndim == 1 else answer
+        return {"label": probabilities.argmax(axis=1).astype(np.int64), "probabilities": probabilities}
+
+    def export(self, plan: Plan) -> onnx.ModelProto:
+        from onnxmltools import convert_lightgbm
+        from onnxmltools.convert.common.data_types import FloatTensorType
+
+        outputs = ["label", "probabilities"] if self._is_classifier else ["prediction"]
+        try:
+            model = convert_lightgbm(
+                with_float32_thresholds(self._booster),
+                name="model",
+                initial_types=[("x", FloatTensorType([None, self._splits.features]))],
+                target_opset=15,
+                zipmap=False,
+            )
+        except Exception as err:
+            raise FailedPrecondition(f"onnxmltools cannot convert it: {type(err).__name__}: {err}") from err
+        return graph.batched(graph.named(model, ["x"], outputs))
+
+
+def with_float32_thresholds(booster: Any) -> Any:
+    """A copy of a booster whose numeric thresholds are those that float32 can hold, rounded down."""
+
+    def rounded(line: re.Match[str]) -> str:
+        values = np.array([float(value) for value in line[2].split()])
+        return line[1] + " ".join(repr(float(value)) for value in trees.rounded_down(values))
+
+    # Of a categorical split the threshold is an index, which float32 holds.
+    text = re.sub(r"(?m)^(threshold=)(.+)$", rounded, booster.model_to_string())
+    # It says where each tree begins, in bytes: which no longer holds, and which a reader can do without.
+    return type(booster)(model_str=re.sub(r"(?m)^tree_sizes=.*\n", "", text))
+
+
+def _objective(text: str) -> str:
+    found = re.search(r"(?m)^objective=(\S+)", text)
+    return found[1] if found else ""
+
+
+def splits(text: str, features: int) -> trees.Splits:
+    """What the trees of a model's text compare."""
+    found: dict[int, set[float]] = {}
+    categories: dict[int, set[int]] = {}
+    for block in text.split("\nTree=")[1:]:
+        lines = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if not lines.get("split_feature"):
+            continue
+        of = [lines[name].split() for name in ("split_feature", "threshold", "decision_type")]
+        for feature, threshold, kind in zip(*of, strict=True):
+            if int(kind) & _CATEGORICAL:
+                categories.setdefault(int(feature), set()).update(_set(lines, int(float(threshold))))
+            else:
+                found.setdefault(int(feature), set()).add(float(threshold))
+    return trees.Splits(
+        features,
+        {feature: np.array(sorted(values)) for feature, values in found.items()},
+        {feature: np.array(sorted(values)) for feature, values in categories.items()},
+        takes_missing=True,
+    )
+
+
+def _set(lines: Mapping[str, str], index: int) -> set[int]:
+    """The categories of a split: a bit each in the words of its set."""
+    bounds = [int(value) for value in lines["cat_boundaries"].split()]
+    words = [int(value) for value in lines["cat_threshold"].split()[bounds[index] : bounds[index + 1]]]
+    return {32 * n + bit for n, word in enumerate(words) for bit in range(32) if word >> bit & 1}

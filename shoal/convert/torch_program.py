@@ -1,0 +1,248 @@
+"""PyTorch: a program that `torch.export.save` wrote (.pt2), by way of torch.onnx.export.
+
+Which sizes are free was decided when it was exported (`dynamic_shapes`): a program whose batch was not declared free
+serves that one batch size, and the report says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from shoal.convert import graph
+from shoal.convert.extras import TORCH, needed, versions
+from shoal.convert.original import ANY, Array, Plan, Port, Tensors
+from shoal.errors import FailedPrecondition, InvalidArgument
+
+if TYPE_CHECKING:
+    import onnx
+
+_DTYPES = {
+    torch.float16: "f2",
+    torch.float32: "f4",
+    torch.float64: "f8",
+    torch.int8: "i1",
+    torch.int16: "i2",
+    torch.int32: "i4",
+    torch.int64: "i8",
+    torch.uint8: "u1",
+    torch.bool: "?",
+}
+_LONGEST = 16
+"""Drawn sizes of free dimensions that are no batch end here: a check need not take minutes."""
+
+
+def load(path: Path) -> Any:
+    """The ExportedProgram in the file. Opening it may run code that is in it.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
+    try:
+        with _quiet():
+            return torch.export.load(str(path))
+    except Exception as err:  # Whatever its readers, or the code in the file, raise.
+        raise InvalidArgument(f"{path}: no program of torch.export.save: {_first_line(err)}") from err
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An input of the program."""
+
+    port: Port
+    dtype: Any
+    sizes: tuple[int | str, ...]
+    """A free dimension by its symbol: inputs that share one have the same size there."""
+    low: float
+    high: float
+    """Range of the example that it was exported with, for whole numbers; else of no meaning."""
+
+
+class TorchProgram:
+    """An Original."""
+
+    framework = "PyTorch"
+    plans: Sequence[Plan] = (Plan("as exported"),)
+
+    def __init__(self, program: Any) -> None:
+        """Raises InvalidArgument when an input or output is no tensor that can be served."""
+        needed("onnxscript", TORCH, "converting a PyTorch program")
+        self._program = program
+        self._module = program.module()
+        self._bounds = {
+            str(symbol): (int(span.lower), _upper(span)) for symbol, span in program.range_constraints.items()
+        }
+        self._inputs = _inputs(program)
+        self.packages: Mapping[str, str] = versions("torch", "onnxscript", "onnx")
+        self.inputs: Sequence[Port] = [each.port for each in self._inputs]
+        self._outputs = _output_names(program)
+        self.is_batched = _is_batched(program, self._inputs)
+        self.scores: frozenset[str] = frozenset(_score_outputs(program, self._outputs))
+        self.classes: Mapping[str, Sequence[str]] = {}
+        low, high = self._rows()
+        self.most_rows = high
+        self.batches: Sequence[int] = (
+            sorted({min(max(rows, low), high) for rows in (1, 2, 7, 22)}) if self.is_batched else (1,) * 4
+        )
+        self.notes: Sequence[str] = _notes(self._inputs, is_batched=self.is_batched, low=low)
+
+    def _rows(self) -> tuple[int, int]:
+        """The fewest and the most rows of a call."""
+        if not self.is_batched:
+            return 1, 1
+        low, high = self._bounds.get(str(self._inputs[0].sizes[0]), (1, ANY))
+        if low == 2:  # torch.export says 2 of every size that it was not told of; most programs take 1.
+            try:
+                self.answer(self.draw(1, np.random.default_rng(0)))
+                low = 1
+            except InvalidArgument:
+                pass
+        return low, high
+
+    def draw(self, rows: int, generator: np.random.Generator) -> Tensors:
+        sizes: dict[str, int] = {}
+        if self.is_batched:
+            sizes[str(self._inputs[0].sizes[0])] = rows
+        return {each.port.name: self._drawn(each, sizes, generator) for each in self._inputs}
+
+    def _drawn(self, each: _Input, sizes: dict[str, int], generator: np.random.Generator) -> Array:
+        for size in each.sizes:
+            if isinstance(size, str) and size not in sizes:
+                low, high = self._bounds.get(size, (2, _LONGEST))
+                sizes[size] = int(generator.integers(low, max(low, min(high, _LONGEST)) + 1))
+        shape = [sizes[size] if isinstance(size, str) else size for size in each.sizes]
+        if each.port.dtype.kind == "f":
+            return generator.standard_normal(shape).astype(each.port.dtype)
+        if each.port.dtype.kind == "b":
+            return generator.integers(0, 2, shape).astype(bool)
+        return generator.integers(int(each.low), int(each.high) + 1, shape).astype(each.port.dtype)
+
+    def answer(self, inputs: Mapping[str, Array]) -> Tensors:
+        given = [
+            torch.from_numpy(np.ascontiguousarray(inputs[each.port.name], dtype=each.port.dtype))
+            for each in self._inputs
+        ]
+        try:
+            args, kwargs = torch.utils._pytree.tree_unflatten(given, self._program.call_spec.in_spec)
+            with torch.no_grad():
+                found = self._module(*args, **kwargs)
+        except Exception as err:
+            raise InvalidArgument(f"the program does not take the inputs: {_first_line(err)}") from err
+        leaves = torch.utils._pytree.tree_leaves(found)
+        return {name: leaf.detach().numpy() for name, leaf in zip(self._outputs, leaves, strict=True)}
+
+    def export(self, plan: Plan) -> onnx.ModelProto:
+        try:
+            with _quiet():
+                made = torch.onnx.export(self._program, dynamo=True, verbose=False)
+        except Exception as err:
+            raise FailedPrecondition(f"torch.onnx.export cannot convert it: {_first_line(err)}") from err
+        assert made is not None  # Only without dynamo it gives nothing.
+        model = graph.named(made.model_proto, [each.port.name for each in self._inputs], self._outputs)
+        return graph.batched(model) if self.is_batched else model
+
+
+def _inputs(program: Any) -> list[_Input]:
+    wanted = list(program.graph_signature.user_inputs)
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    examples = (
+        torch.utils._pytree.tree_leaves(program.example_inputs) if program.example_inputs else [None] * len(wanted)
+    )
+    found = []
+    for name, example in zip(wanted, examples, strict=True):
+        value = nodes[name].meta.get("val") if isinstance(name, str) and name in nodes else None
+        if not isinstance(value, torch.Tensor):
+            raise InvalidArgument(f"input {name!r} of the program is no tensor: only tensors can be served")
+        if value.dtype not in _DTYPES:
+            raise InvalidArgument(f"input {name!r} of the program is {value.dtype}: no model input can be that")
+        sizes = tuple(int(size) if isinstance(size, int) else str(size) for size in value.shape)
+        shape = tuple(size if isinstance(size, int) else None for size in sizes)
+        low, high = _range(example)
+        found.append(_Input(Port(name, np.dtype(_DTYPES[value.dtype]), shape), value.dtype, sizes, low, high))
+    if not found:
+        raise InvalidArgument("the program has no inputs")
+    return found
+
+
+def _range(example: Any) -> tuple[float, float]:
+    # Whole numbers are mostly indices: nobody but the example says how far they may go.
+    if not isinstance(example, torch.Tensor) or not example.numel() or example.is_floating_point():
+        return 0, 1
+    return float(example.min()), float(example.max())
+
+
+def _upper(span: Any) -> int:
+    try:
+        return int(span.upper)
+    except (TypeError, ValueError, OverflowError, AttributeError):  # No bound.
+        return ANY
+
+
+def _output_values(program: Any) -> list[Any]:
+    by_name = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    return [by_name.get(name) for name in program.graph_signature.user_outputs]
+
+
+def _output_names(program: Any) -> list[str]:
+    """Keys, where the program answers with a dict of tensors; else `output`, or `output_0`, `output_1` ..."""
+    for value in _output_values(program):
+        if not isinstance(value, torch.Tensor):
+            raise InvalidArgument("the program answers with something that is no tensor: only tensors can be served")
+    spec = program.call_spec.out_spec
+    count = len(program.graph_signature.user_outputs)
+    if spec.type is dict and len(spec.context) == count:
+        return [str(key) for key in spec.context]
+    return ["output"] if count == 1 else [f"output_{n}" for n in range(count)]
+
+
+def _is_batched(program: Any, inputs: Sequence[_Input]) -> bool:
+    first = {each.sizes[0] if each.sizes else 1 for each in inputs}
+    out = {str(value.shape[0]) if value.ndim else "" for value in _output_values(program)}
+    (symbol,) = first if len(first) == 1 else (1,)
+    return isinstance(symbol, str) and out == {symbol}
+
+
+def _score_outputs(program: Any, names: Sequence[str]) -> Iterator[str]:
+    """Outputs that may be scores of classes."""
+    for name, value in zip(names, _output_values(program), strict=True):
+        if value.ndim == 2 and isinstance(value.shape[1], int) and value.shape[1] > 1 and value.is_floating_point():
+            yield name
+
+
+def _notes(inputs: Sequence[_Input], *, is_batched: bool, low: int) -> Sequence[str]:
+    notes = []
+    if not is_batched:
+        shapes = "; ".join(f"{each.port.name} {list(each.sizes)}" for each in inputs)
+        notes.append(f"the batch is not free ({shapes}): export with dynamic_shapes to have calls batched")
+    elif low > 1:
+        notes.append(f"the program takes {low} rows and more: calls of fewer were not checked")
+    if any(each.port.dtype.kind in "iu" for each in inputs):
+        notes.append("random whole numbers are drawn from the range of the program's example input")
+    return notes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter tells its developers."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
