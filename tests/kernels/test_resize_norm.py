@@ -128,6 +128,22 @@ def test_rows_of_a_multiple_of_16_bytes_and_strips_wider_than_one(place: Place) 
     assert np.abs(out.astype(np.float64) * 255 - expected).max() <= tolerance(place, np.float16) + 0.0005 * 255
 
 
+@pytest.mark.parametrize("width", [16, 19])
+@pytest.mark.parametrize("offset", [1, 5, 15])
+def test_an_image_anywhere_in_the_buffer(place: Place, offset: int, width: int) -> None:
+    """`pack` begins images at multiples of 16 bytes; a table of the caller's own need not."""
+    picture = image(np.random.default_rng(offset), 12, width)
+    packed = pack([picture], (6, 6))
+    packed.table["offset"] = offset
+    pixels = np.zeros(-(-(offset + picture.size) // 16) * 16, np.uint8)
+    pixels[offset : offset + picture.size] = picture.ravel()
+    table = packed.table_bytes() if place.name == "device" else packed.table
+    out = place.put(poisoned((1, 3, 6, 6), np.float32))
+    resize_norm(Packed(place.put(pixels), place.put(table)), out)
+    expected = truth([picture], (6, 6), None, True).transpose(0, 3, 1, 2)
+    assert np.abs(place.get(out) * 255 - expected).max() <= tolerance(place, np.float32)
+
+
 def test_one_launch_for_a_ragged_batch(place: Place) -> None:
     rng = np.random.default_rng(3)
     run(place, [image(rng, *shape) for shape in SIZES], out=poisoned((len(SIZES), 3, 8, 8), np.float32))
