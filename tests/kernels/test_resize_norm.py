@@ -2,7 +2,7 @@
 
 Tolerances, in grey levels of 255 where not said otherwise:
     cpu             0.002   float32 sums of at most some hundred taps; weights are made in float64
-    cuda            0.02    weights are made in float32 from coordinates up to some thousand: 2^-12 of a pixel
+    cuda            0.02    coordinates are float32: half a last place at 1,000 pixels, in both directions, times 255
     float16 out     0.0005 of the value more: its own rounding is 2^-11
     cuda, not float32   0.05 more: bytes are added to 2^15 before they are summed (resize_norm.cu)
     uint8 out       1       values beside a half round either way
