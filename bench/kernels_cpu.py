@@ -3,8 +3,8 @@
     python bench/kernels_cpu.py [OPERATION ...] [--rounds 7] [--threads 1]
 
 Peers are used where they are installed, and named where not. Ours is the first row; every row says how far its result
-is from the float64 reference, or from ours, so that what does less work is seen to. An operation is one function, here
-or in `row_kernels.py`.
+is from the float64 reference, or from ours, so that what does less work is seen to. With one thread processor time is
+measured, with more the clock on the wall. An operation is one function, here or in `row_kernels.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from row_kernels import (
     softmax_topk_cases,
     tabular_cases,
 )
-from side_by_side import Case, peer, show
+from side_by_side import Case, peer, processor, show, wall
 
 from kernels.resize_norm import reference, resize_norm
 
@@ -190,9 +190,11 @@ def main() -> None:
     with suppress(AttributeError):
         peer("cv2").setNumThreads(args.threads)
     console = Console(width=130)
-    console.print(f"{os.cpu_count()} processors; {args.rounds} rounds, interleaved; medians")
+    clock = processor if args.threads == 1 else wall
+    told = f"{os.cpu_count()} processors; {args.rounds} rounds, interleaved; medians of {clock.__name__} time"
+    console.print(told)
     for name in args.operations or OPERATIONS:
-        show(OPERATIONS[name](args.threads), args.rounds, console)
+        show(OPERATIONS[name](args.threads), args.rounds, console, clock)
 
 
 if __name__ == "__main__":

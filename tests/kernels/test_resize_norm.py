@@ -2,7 +2,7 @@
 
 Tolerances, in grey levels of 255 where not said otherwise:
     cpu             0.002   float32 sums of at most some hundred taps; weights are made in float64
-    cuda            0.02    weights are made in float32 from coordinates up to some thousand: 2^-12 of a pixel
+    cuda            0.02    coordinates are float32: half a last place at 1,000 pixels, in both directions, times 255
     float16 out     0.0005 of the value more: its own rounding is 2^-11
     cuda, not float32   0.05 more: bytes are added to 2^15 before they are summed (resize_norm.cu)
     uint8 out       1       values beside a half round either way
@@ -11,6 +11,8 @@ Tolerances, in grey levels of 255 where not said otherwise:
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kernels.resize_norm import IMAGE, Packed, pack, packed_bytes, reference, resize_norm
+from kernels.resize_norm import IMAGE, Packed, cpu, pack, packed_bytes, reference, resize_norm
 from tests.kernels.conftest import Place
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -126,6 +128,22 @@ def test_rows_of_a_multiple_of_16_bytes_and_strips_wider_than_one(place: Place) 
     assert np.abs(out.astype(np.float64) * 255 - expected).max() <= tolerance(place, np.float16) + 0.0005 * 255
 
 
+@pytest.mark.parametrize("width", [16, 19])
+@pytest.mark.parametrize("offset", [1, 5, 15])
+def test_an_image_anywhere_in_the_buffer(place: Place, offset: int, width: int) -> None:
+    """`pack` begins images at multiples of 16 bytes; a table of the caller's own need not."""
+    picture = image(np.random.default_rng(offset), 12, width)
+    packed = pack([picture], (6, 6))
+    packed.table["offset"] = offset
+    pixels = np.zeros(-(-(offset + picture.size) // 16) * 16, np.uint8)
+    pixels[offset : offset + picture.size] = picture.ravel()
+    table = packed.table_bytes() if place.name == "device" else packed.table
+    out = place.put(poisoned((1, 3, 6, 6), np.float32))
+    resize_norm(Packed(place.put(pixels), place.put(table)), out)
+    expected = truth([picture], (6, 6), None, True).transpose(0, 3, 1, 2)
+    assert np.abs(place.get(out) * 255 - expected).max() <= tolerance(place, np.float32)
+
+
 def test_one_launch_for_a_ragged_batch(place: Place) -> None:
     rng = np.random.default_rng(3)
     run(place, [image(rng, *shape) for shape in SIZES], out=poisoned((len(SIZES), 3, 8, 8), np.float32))
@@ -204,6 +222,35 @@ def test_many_threads_at_once() -> None:
     assert not wrong
 
 
+def test_a_forked_child_runs_too() -> None:
+    """What numba's OpenMP layer answers with a dead child."""
+    code = """
+import os
+import numpy as np
+from concurrent.futures import ThreadPoolExecutor
+from kernels.resize_norm import resize_norm
+pictures = [np.full((40, 40, 3), 9, np.uint8)] * 9
+with ThreadPoolExecutor(2) as pool:
+    resize_norm(pictures, size=(8, 8), dtype=np.uint8, pool=pool)
+child = os.fork()
+if child == 0:
+    with ThreadPoolExecutor(2) as pool:
+        os._exit(int((resize_norm(pictures, size=(8, 8), dtype=np.uint8, pool=pool) != 9).any()))
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_table_that_cannot_be_written_compiles_nothing_anew() -> None:
+    picture = np.zeros((4, 4, 3), np.uint8)
+    resize_norm([picture], size=(2, 2))
+    before = len(cpu.resize_images.signatures)
+    packed = pack([picture], (2, 2))
+    packed.table.flags.writeable = False
+    resize_norm(packed, size=(2, 2))
+    assert len(cpu.resize_images.signatures) == before
+
+
 def test_nothing_of_the_packing_is_left_to_chance() -> None:
     rng = np.random.default_rng(1)
     images = [image(rng, 5, 7), image(rng, 3, 3)]
@@ -216,11 +263,16 @@ def test_nothing_of_the_packing_is_left_to_chance() -> None:
     assert (room[144:] == 99).all()
 
 
+class OnDevice:
+    __cuda_array_interface__ = None
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"images": []}, ValueError, "no images"),
     ({"images": [np.zeros((4, 4, 3), np.float32)]}, ValueError, r"image 0 is float32\[4, 4, 3\]"),
     ({"images": [np.zeros((4, 4, 4), np.uint8)]}, ValueError, r"image 0 is uint8\[4, 4, 4\]"),
     ({"images": [np.zeros((0, 4, 3), np.uint8)]}, ValueError, r"image 0 is uint8\[0, 4, 3\]"),
+    ({"images": [OnDevice()]}, TypeError, "image 0 is on a GPU; images there come as Packed"),
     ({"images": ["a.jpg"]}, TypeError, "image 0 must be a NumPy array, not str"),
     ({"images": [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)]}, ValueError, "of 1 and of 3 channels"),
     ({"size": None}, ValueError, "without out, size must be"),
