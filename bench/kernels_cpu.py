@@ -1,6 +1,6 @@
 """Kernels on this machine's CPU beside what a user would pick instead: OpenCV, Pillow, torchvision, ONNX Runtime.
 
-    python bench/kernels_cpu.py [OPERATION ...] [--rounds 7] [--threads 1]
+    python bench/kernels_cpu.py [OPERATION ...] [--rounds 7] [--threads 1] [--busy]
 
 Peers are used where they are installed, and named where not. Ours is the first row; every row says how far its result
 is from the float64 reference, or from ours, so that what does less work is seen to. An operation is one function, here
@@ -29,7 +29,7 @@ from row_kernels import (
     softmax_topk_cases,
     tabular_cases,
 )
-from side_by_side import Case, peer, show
+from side_by_side import Case, peer, processor, show, wall
 
 from kernels.resize_norm import reference, resize_norm
 
@@ -182,7 +182,10 @@ def main() -> None:
     parser.add_argument("operations", nargs="*", choices=[*OPERATIONS, []], help="all when none is named")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--busy", action="store_true", help="processor time instead of wall time; for one thread")
     args = parser.parse_args()
+    if args.busy and args.threads != 1:
+        parser.error("--busy looks at one thread only")
     # A peer's own pool would run beside ours: pictures are shared out, and each is one thread's.
     os.environ["OMP_NUM_THREADS"] = "1"
     with suppress(AttributeError):
@@ -190,9 +193,10 @@ def main() -> None:
     with suppress(AttributeError):
         peer("cv2").setNumThreads(args.threads)
     console = Console(width=130)
-    console.print(f"{os.cpu_count()} processors; {args.rounds} rounds, interleaved; medians")
+    clock = processor if args.busy else wall
+    console.print(f"{os.cpu_count()} processors; {args.rounds} rounds, interleaved; medians of {clock.__name__} time")
     for name in args.operations or OPERATIONS:
-        show(OPERATIONS[name](args.threads), args.rounds, console)
+        show(OPERATIONS[name](args.threads), args.rounds, console, clock)
 
 
 if __name__ == "__main__":
