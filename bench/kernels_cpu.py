@@ -1,10 +1,10 @@
 """Kernels on this machine's CPU beside what a user would pick instead: OpenCV, Pillow, torchvision, ONNX Runtime.
 
-    python bench/kernels_cpu.py [OPERATION ...] [--rounds 7] [--threads 1] [--busy]
+    python bench/kernels_cpu.py [OPERATION ...] [--rounds 7] [--threads 1]
 
 Peers are used where they are installed, and named where not. Ours is the first row; every row says how far its result
-is from the float64 reference, or from ours, so that what does less work is seen to. An operation is one function, here
-or in `row_kernels.py`.
+is from the float64 reference, or from ours, so that what does less work is seen to. With one thread processor time is
+measured, with more the clock on the wall. An operation is one function, here or in `row_kernels.py`.
 """
 
 from __future__ import annotations
@@ -182,10 +182,7 @@ def main() -> None:
     parser.add_argument("operations", nargs="*", choices=[*OPERATIONS, []], help="all when none is named")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--busy", action="store_true", help="processor time instead of wall time; for one thread")
     args = parser.parse_args()
-    if args.busy and args.threads != 1:
-        parser.error("--busy looks at one thread only")
     # A peer's own pool would run beside ours: pictures are shared out, and each is one thread's.
     os.environ["OMP_NUM_THREADS"] = "1"
     with suppress(AttributeError):
@@ -193,8 +190,9 @@ def main() -> None:
     with suppress(AttributeError):
         peer("cv2").setNumThreads(args.threads)
     console = Console(width=130)
-    clock = processor if args.busy else wall
-    console.print(f"{os.cpu_count()} processors; {args.rounds} rounds, interleaved; medians of {clock.__name__} time")
+    clock = processor if args.threads == 1 else wall
+    told = f"{os.cpu_count()} processors; {args.rounds} rounds, interleaved; medians of {clock.__name__} time"
+    console.print(told)
     for name in args.operations or OPERATIONS:
         show(OPERATIONS[name](args.threads), args.rounds, console, clock)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import tempfile
 import warnings
 from functools import cache
 from typing import Any, Literal
@@ -115,7 +116,7 @@ class Operation:
         module = self._loaded.get(backend)
         if module is None:
             name = self._gpu if backend == "cuda" else backend
-            module = self._loaded[backend] = importlib.import_module(f"{self._package}.{name}")
+            module = self._loaded[backend] = _imported(f"{self._package}.{name}")
         return module
 
     def _device(self, arrays: dict[str, object]) -> bool:
@@ -144,6 +145,18 @@ class Operation:
             where = "on a GPU" if device else "on the host"
             raise BackendError(f"{self.name}: the arrays are {where}, but {VARIABLE}={insisted}")
         return insisted
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        if "cannot cache function" not in str(error):
+            raise
+        # Neither this package, nor a home, nor NUMBA_CACHE_DIR can be written: a container whose files are read-only.
+        # The folder is fresh and this process's own, because numba unpickles what it finds there.
+        importlib.import_module("numba").config.CACHE_DIR = tempfile.mkdtemp(prefix="shoal-numba-")
+        return importlib.import_module(name)
 
 
 def _kind(array: object) -> str:

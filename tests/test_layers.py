@@ -81,7 +81,19 @@ def test_kernels_know_no_transport(module: str) -> None:
 def test_no_module_is_named_by_pattern_or_like_a_package_that_we_import(module: str) -> None:
     name = module.rpartition(".")[2]
     assert name not in {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
-    clashes = {"grpc", "numpy", "pymongo", "pydantic", "obstore", "onnxruntime", "aetcd", "numba", "typer", "rich"}
+    clashes = {
+        "grpc",
+        "numpy",
+        "cupy",
+        "pymongo",
+        "pydantic",
+        "obstore",
+        "onnxruntime",
+        "aetcd",
+        "numba",
+        "typer",
+        "rich",
+    }
     assert name not in clashes, f"{module} is named like a package"
 
 

@@ -39,6 +39,8 @@ def run(
     **_: Any,
 ) -> None:
     table = images.table
+    if not (table.flags.writeable and table.flags.aligned):
+        table = table.copy()  # To numba another type: it would compile again, in the middle of a request.
     if isinstance(images, Loose):  # Where they are: nothing is packed.
         addresses = np.array([array.ctypes.data for array in images.arrays], np.int64)
     else:

@@ -11,6 +11,7 @@ from kernels.cuda_source import CudaSource
 from kernels.resize_norm.images import ALIGNMENT, CHANNELS_FIRST, Affine, Loose, Packed
 
 _ROWS, _COLUMNS = 8, 32
+_MOST_IMAGES = 65_535  # Of the grid's third dimension.
 _TYPES = {"float32": "float", "float16": "__half", "uint8": "unsigned char"}
 SOURCE = CudaSource(
     Path(__file__).with_name("resize_norm.cu"),
@@ -26,6 +27,8 @@ def run(
     _check_alignment(packed.pixels)
     channels = affine.scale.size
     count = out.shape[0]
+    if count > _MOST_IMAGES:
+        raise ValueError(f"resize_norm: {count} images in one launch; a GPU takes {_MOST_IMAGES}")
     out_h, out_w = out.shape[2:] if layout == CHANNELS_FIRST else out.shape[1:3]
     scale, bias = np.zeros(3, np.float32), np.zeros(3, np.float32)
     scale[:channels], bias[:channels] = affine.scale, affine.bias

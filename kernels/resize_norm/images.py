@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kernels.backend import on_device
+
 Array = npt.NDArray[Any]
 Box = tuple[float, float, float, float]
 
@@ -130,6 +132,8 @@ def channels_of(images: Sequence[Array]) -> int:
         raise ValueError("resize_norm: no images")
     found = set()
     for n, image in enumerate(images):
+        if on_device(image):
+            raise TypeError(f"resize_norm: image {n} is on a GPU; images there come as Packed, in one buffer")
         if not isinstance(image, np.ndarray):
             raise TypeError(f"resize_norm: image {n} must be a NumPy array, not {type(image).__name__}")
         channels = 1 if image.ndim == 2 else image.shape[2] if image.ndim == 3 else 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +126,23 @@ def test_fronts_are_cheap_to_import() -> None:
     heavy = "[n for n in ('numba', 'cupy', 'llvmlite', 'onnxruntime') if n in sys.modules]"
     code = f"import sys, {fronts}; found = {heavy}; assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numba_with_nowhere_to_keep_its_code(tmp_path: Path) -> None:
+    """As in a container whose files are read-only: it compiles into a folder of its own, and says nothing."""
+    code = """
+from numba.core import caching
+locators = caching.CacheImpl._locator_classes
+caching.CacheImpl._locator_classes = [locator for locator in locators if "UserProvided" in locator.__name__]
+assert caching.CacheImpl._locator_classes
+import numpy as np
+from kernels.resize_norm import resize_norm
+assert (resize_norm([np.full((4, 4, 3), 9, np.uint8)], size=(2, 2), dtype=np.uint8) == 9).all()
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert list(tmp_path.glob("shoal-numba-*/**/*.nbi"))
 
 
 def test_an_unknown_operation_is_named() -> None:

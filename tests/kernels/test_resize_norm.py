@@ -11,6 +11,8 @@ Tolerances, in grey levels of 255 where not said otherwise:
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kernels.resize_norm import IMAGE, Packed, pack, packed_bytes, reference, resize_norm
+from kernels.resize_norm import IMAGE, Packed, cpu, pack, packed_bytes, reference, resize_norm
 from tests.kernels.conftest import Place
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -204,6 +206,35 @@ def test_many_threads_at_once() -> None:
     assert not wrong
 
 
+def test_a_forked_child_runs_too() -> None:
+    """What numba's OpenMP layer answers with a dead child."""
+    code = """
+import os
+import numpy as np
+from concurrent.futures import ThreadPoolExecutor
+from kernels.resize_norm import resize_norm
+pictures = [np.full((40, 40, 3), 9, np.uint8)] * 9
+with ThreadPoolExecutor(2) as pool:
+    resize_norm(pictures, size=(8, 8), dtype=np.uint8, pool=pool)
+child = os.fork()
+if child == 0:
+    with ThreadPoolExecutor(2) as pool:
+        os._exit(int((resize_norm(pictures, size=(8, 8), dtype=np.uint8, pool=pool) != 9).any()))
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_table_that_cannot_be_written_compiles_nothing_anew() -> None:
+    picture = np.zeros((4, 4, 3), np.uint8)
+    resize_norm([picture], size=(2, 2))
+    before = len(cpu.resize_images.signatures)
+    packed = pack([picture], (2, 2))
+    packed.table.flags.writeable = False
+    resize_norm(packed, size=(2, 2))
+    assert len(cpu.resize_images.signatures) == before
+
+
 def test_nothing_of_the_packing_is_left_to_chance() -> None:
     rng = np.random.default_rng(1)
     images = [image(rng, 5, 7), image(rng, 3, 3)]
@@ -216,11 +247,16 @@ def test_nothing_of_the_packing_is_left_to_chance() -> None:
     assert (room[144:] == 99).all()
 
 
+class OnDevice:
+    __cuda_array_interface__ = None
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"images": []}, ValueError, "no images"),
     ({"images": [np.zeros((4, 4, 3), np.float32)]}, ValueError, r"image 0 is float32\[4, 4, 3\]"),
     ({"images": [np.zeros((4, 4, 4), np.uint8)]}, ValueError, r"image 0 is uint8\[4, 4, 4\]"),
     ({"images": [np.zeros((0, 4, 3), np.uint8)]}, ValueError, r"image 0 is uint8\[0, 4, 3\]"),
+    ({"images": [OnDevice()]}, TypeError, "image 0 is on a GPU; images there come as Packed"),
     ({"images": ["a.jpg"]}, TypeError, "image 0 must be a NumPy array, not str"),
     ({"images": [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)]}, ValueError, "of 1 and of 3 channels"),
     ({"size": None}, ValueError, "without out, size must be"),
