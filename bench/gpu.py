@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -163,6 +164,21 @@ def floors(cupy: Any, clock: Clock) -> Iterator[Row]:
     yield "the same, on the device", f"{1e6 * clock.device_s(partial(resize_norm, tiny, out)):.1f} us", ""
 
 
+def replayed(cupy: Any, clock: Clock) -> Iterator[Row]:
+    """A launch out of a CUDA graph: what is left when nothing is checked and nothing prepared."""
+    stream = cupy.cuda.Stream(non_blocking=True)
+    tiny = to_device(cupy, [np.zeros((4, 4, 3), np.uint8)], (2, 2))
+    out = cupy.empty((1, 3, 2, 2), cupy.float16)
+    resize_norm(tiny, out, stream=stream)
+    stream.synchronize()
+    with stream:
+        stream.begin_capture()
+        resize_norm(tiny, out, stream=stream)
+        graph = stream.end_capture()
+    seconds = clock.host_s(partial(graph.launch, stream))
+    yield "the same, replayed from a CUDA graph: the caller's thread", f"{1e6 * seconds:.1f} us", ""
+
+
 def to_device(cupy: Any, images: Sequence[np.ndarray], size: tuple[int, int], boxes: Any = None) -> Packed:
     packed = pack(images, size, boxes)
     return Packed(cupy.asarray(packed.pixels), cupy.asarray(packed.table_bytes()))
@@ -271,6 +287,19 @@ def from_host(cupy: Any, clock: Clock, thread_counts: Sequence[int]) -> Iterator
         yield f"resize on the CPU, {threads} thread(s), upload results", f"{64 / seconds:,.0f} frames/s", note
 
 
+def _right(rows: Iterator[Row]) -> Iterator[tuple[Row, bool]]:
+    return ((row, True) for row in rows)
+
+
+def _guarded(section: Iterator[tuple[Row, bool]]) -> Iterator[tuple[Row, bool]]:
+    """A section that ends with an error says so, and the others still run."""
+    try:
+        yield from section
+    except Exception as error:
+        traceback.print_exc()
+        yield ("FAILED", f"{type(error).__name__}: {error}", "the rest of this section did not run"), False
+
+
 def card(cupy: Any) -> str:
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"]
     return name.decode() if isinstance(name, bytes) else str(name)
@@ -293,17 +322,20 @@ def main() -> None:
     clock = Clock(cupy, args.rounds)
     thread_counts = [int(count) for count in args.threads.split(",")]
     table = Table("what", "value", "note", title=f"kernels on {card(cupy)}")
+    sections: list[Iterator[tuple[Row, bool]]] = [
+        _right(versions(cupy)),
+        correctness(time.time_ns() % 2**32, not args.no_sanitizer),
+        _right(floors(cupy, clock)),
+        _right(replayed(cupy, clock)),
+        _right(on_device(cupy, clock)),
+        _right(from_host(cupy, clock, thread_counts)),
+    ]
     failed = 0
-    for row in versions(cupy):
-        table.add_row(*row)
-    table.add_section()
-    for row, right in correctness(time.time_ns() % 2**32, not args.no_sanitizer):
-        failed += not right
-        table.add_row(*row, style="" if right else "red")
-    for section in (floors(cupy, clock), on_device(cupy, clock), from_host(cupy, clock, thread_counts)):
+    for section in sections:
+        for row, right in _guarded(section):
+            failed += not right
+            table.add_row(*row, style="" if right else "red")
         table.add_section()
-        for row in section:
-            table.add_row(*row)
     console = Console(width=150)
     console.print(table)
     if MISSING:

@@ -10,6 +10,7 @@ the same calls run on the CPU; the CUDA part has never run on a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,39 @@ from kernels.memory import Event, Memory
 from shoal.errors import FailedPrecondition, InvalidArgument
 
 Array = npt.NDArray[Any]
+_ALIGNMENT = 256
+"""Bytes: as CUDA's own allocations begin."""
+
+
+class Outputs:
+    """A model's outputs side by side in one buffer, and as much pinned memory on the host: one copy takes all of them.
+
+    Args:
+        shapes: shape and dtype of each output, by name.
+    """
+
+    def __init__(self, memory: Memory, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
+        places, nbytes = _places(shapes)
+        self.buffer = memory.empty((nbytes,), np.uint8)
+        self.pinned: Array = self.buffer if isinstance(self.buffer, np.ndarray) else memory.pinned(nbytes)
+        self.arrays = {name: _view(self.buffer, *place) for name, place in places.items()}
+        """Where the model runs."""
+        self.host: dict[str, Array] = {name: _view(self.pinned, *place) for name, place in places.items()}
+        """Where an answer arrives; the same memory where there is no GPU."""
+
+
+def _places(
+    shapes: Mapping[str, tuple[tuple[int, ...], Any]],
+) -> tuple[dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]], int]:
+    places, at = {}, 0
+    for name, (shape, dtype) in shapes.items():
+        places[name] = (at, tuple(shape), np.dtype(dtype))
+        at += -(-math.prod(shape) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+    return places, max(at, 1)
+
+
+def _view(buffer: Any, at: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    return buffer[at : at + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
 class Answer:
@@ -36,7 +70,7 @@ class Answer:
         return self._event.done
 
     def wait(self) -> dict[str, Array]:
-        """The outputs, views of the memory that the model keeps for this answer; blocks until they are there."""
+        """The outputs, views of the `Outputs` they were asked of; blocks until they are there."""
         self._event.synchronize()
         return self._outputs
 
@@ -73,43 +107,38 @@ class StreamedModel:
             # Otherwise every run ends with a wait for the stream.
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def run(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+    def run(self, inputs: Mapping[str, Any], outputs: Outputs) -> None:
         """Puts one execution on the stream; waits for nothing on a GPU.
 
         Args:
-            inputs, outputs: contiguous arrays in `memory`, by name. They must live until the stream has passed.
+            inputs: contiguous arrays in `memory`, by name. They must live until the stream has passed.
+            outputs: some or all of the model's.
 
         Raises:
             InvalidArgument: an unknown or missing name, or an array that the model does not take.
         """
         _check_names("input", inputs, self._inputs, need_all=True)
-        _check_names("output", outputs, self._outputs, need_all=False)
+        _check_names("output", outputs.arrays, self._outputs, need_all=False)
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, *self._where(name, array))
-        for name, array in outputs.items():
+        for name, array in outputs.arrays.items():
             binding.bind_output(name, *self._where(name, array))
         try:
             self._session.run_with_iobinding(binding, self._options)
         except Exception as err:
             raise InvalidArgument(f"the model does not run: {err}") from err
 
-    def answer(self, outputs: Mapping[str, Any], into: Mapping[str, Array]) -> Answer:
-        """Puts the copy of `outputs` to the host on the stream, and a mark behind it.
+    def answer(self, outputs: Outputs) -> Answer:
+        """Puts the one copy of all outputs to the host on the stream, and a mark behind it.
 
-        Args:
-            into: host arrays of the outputs' shapes and dtypes, by name; pinned memory, or the copies wait. The caller
-                gives them to one answer at a time.
+        `outputs` may be run into again when the answer has been waited for and read; two of them keep the stream busy.
         """
-        for name, array in outputs.items():
-            if into[name].shape != array.shape or into[name].dtype != array.dtype:
-                expected, given = f"{array.dtype}{list(array.shape)}", f"{into[name].dtype}{list(into[name].shape)}"
-                raise InvalidArgument(f"output {name!r} is {expected}, the memory for it {given}")
-        for name, array in outputs.items():
-            self.memory.copy_out(array, into[name], self.stream)
+        if outputs.pinned is not outputs.buffer:
+            self.memory.copy_out(outputs.buffer, outputs.pinned, self.stream)
         event = self.memory.event()
         event.record(self.stream)
-        return Answer({name: into[name] for name in outputs}, event)
+        return Answer(outputs.host, event)
 
     def _where(self, name: str, array: Any) -> tuple[str, int, Any, list[int], int]:
         if not array.flags.c_contiguous:

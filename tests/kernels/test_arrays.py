@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from kernels.tabular import columns, tabular
 class DeviceArray:
     """What a CuPy array shows of itself without a GPU."""
 
-    __cuda_array_interface__: Any = {}
+    __cuda_array_interface__: ClassVar[dict[str, object]] = {}
 
 
 DeviceArray.__module__ = "cupy"

@@ -2,7 +2,7 @@
 
 Tolerances, in grey levels of 255 where not said otherwise:
     cpu             0.002   float32 sums of at most some hundred taps; weights are made in float64
-    cuda            0.02    weights are made in float32 from coordinates up to some thousand: 2^-12 of a pixel
+    cuda            0.02    coordinates are float32: half a last place at 1,000 pixels, in both directions, times 255
     float16 out     0.0005 of the value more: its own rounding is 2^-11
     cuda, not float32   0.05 more: bytes are added to 2^15 before they are summed (resize_norm.cu)
     uint8 out       1       values beside a half round either way
@@ -126,6 +126,22 @@ def test_rows_of_a_multiple_of_16_bytes_and_strips_wider_than_one(place: Place) 
     out = run(place, images, out=poisoned((6, 3, 9, 40), np.float16))
     expected = truth(images, (9, 40), None, True).transpose(0, 3, 1, 2)
     assert np.abs(out.astype(np.float64) * 255 - expected).max() <= tolerance(place, np.float16) + 0.0005 * 255
+
+
+@pytest.mark.parametrize("width", [16, 19])
+@pytest.mark.parametrize("offset", [1, 5, 15])
+def test_an_image_anywhere_in_the_buffer(place: Place, offset: int, width: int) -> None:
+    """`pack` begins images at multiples of 16 bytes; a table of the caller's own need not."""
+    picture = image(np.random.default_rng(offset), 12, width)
+    packed = pack([picture], (6, 6))
+    packed.table["offset"] = offset
+    pixels = np.zeros(-(-(offset + picture.size) // 16) * 16, np.uint8)
+    pixels[offset : offset + picture.size] = picture.ravel()
+    table = packed.table_bytes() if place.name == "device" else packed.table
+    out = place.put(poisoned((1, 3, 6, 6), np.float32))
+    resize_norm(Packed(place.put(pixels), place.put(table)), out)
+    expected = truth([picture], (6, 6), None, True).transpose(0, 3, 1, 2)
+    assert np.abs(place.get(out) * 255 - expected).max() <= tolerance(place, np.float32)
 
 
 def test_one_launch_for_a_ragged_batch(place: Place) -> None:
