@@ -1,4 +1,5 @@
-"""Kernels on a GPU against the CPU, on fresh random ragged batches. An operation is one function here.
+"""Kernels on a GPU against the CPU, on fresh random ragged batches. An operation is one function, here
+or in `row_checks.py`.
 
     python bench/gpu_checks.py [SEED]
 
@@ -13,6 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from row_checks import (
+    nms_checks,
+    pad_tokens_checks,
+    pool_normalize_checks,
+    quantize_rows_checks,
+    softmax_topk_checks,
+    tabular_checks,
+)
 
 from kernels import backend
 from kernels.resize_norm import Packed, pack, resize_norm
@@ -55,6 +64,12 @@ def _box(rng: np.random.Generator, height: int, width: int) -> tuple[float, floa
 
 CHECKS: dict[str, Callable[[np.random.Generator, Any], Iterator[Found]]] = {
     "resize_norm": resize_norm_checks,
+    "pad_tokens": pad_tokens_checks,
+    "tabular": tabular_checks,
+    "pool_normalize": pool_normalize_checks,
+    "softmax_topk": softmax_topk_checks,
+    "quantize_rows": quantize_rows_checks,
+    "nms": nms_checks,
 }
 
 

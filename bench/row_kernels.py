@@ -303,7 +303,7 @@ def nms_cases(threads: int) -> Iterator[Case]:
     rng = np.random.default_rng(0)
     for m in (100, 300, 1000, 2000, 8400):
         for kind, boxes in (("scattered", _scattered(rng, m)), ("20 for each object", _clustered(rng, m))):
-            scores = rng.permutation(m).astype(np.float32) / m
+            scores = (rng.permutation(m) + 1).astype(np.float32) / m
             runs: Runs = {"shoal": partial(nms, boxes, scores, 0.5, out=np.empty(m, np.int64))}
             kept = len(runs["shoal"]())
             runs |= _nms_peers(boxes, scores)
@@ -346,7 +346,7 @@ def _nms_peers(boxes: np.ndarray, scores: np.ndarray) -> Runs:
     if cv2 is not None and len(boxes) <= 2000:  # Half a second a run above.
         wide = boxes.copy()
         wide[:, 2:] -= wide[:, :2]
-        runs["OpenCV NMSBoxes"] = lambda: cv2.dnn.NMSBoxes(wide, scores, -1.0, 0.5)
+        runs["OpenCV NMSBoxes"] = lambda: cv2.dnn.NMSBoxes(wide, scores, 0.0, 0.5)
     runs["NumPy, the usual loop"] = partial(_nms_numpy, boxes, scores)
     return runs
 

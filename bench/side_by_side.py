@@ -55,20 +55,22 @@ LEAST_SECONDS = 0.001
 
 def wall(run: Callable[[], Any]) -> float:
     """Seconds of one run; what is short is repeated until a millisecond has passed."""
-    began = time.perf_counter()
+    return _seconds(run, time.perf_counter)
+
+
+def processor(run: Callable[[], Any]) -> float:
+    """As `wall`, of this process's processor time, all threads: on a busy machine it says more than the clock."""
+    return _seconds(run, time.process_time)
+
+
+def _seconds(run: Callable[[], Any], now: Callable[[], float]) -> float:
+    began = now()
     runs, taken = 0, 0.0
     while taken < LEAST_SECONDS:
         run()
         runs += 1
-        taken = time.perf_counter() - began
+        taken = now() - began
     return taken / runs
-
-
-def processor(run: Callable[[], Any]) -> float:
-    """Processor time of this process, all threads: on a busy machine it says more than the clock on the wall."""
-    began = time.process_time()
-    run()
-    return time.process_time() - began
 
 
 def show(cases: Iterable[Case], rounds: int, console: Console, clock: Clock | None = None) -> None:
