@@ -4,8 +4,8 @@
 
 Real ONNX models of a few microseconds (y = x + 1, [n,16]) in one process, without a front. `steps` is the least that a
 caller can do by itself: whoever is answered by one scheduler starts the next call with what came, with no task and no
-look at it. `ensemble` is one call. Both take turns in each round; the figures are medians of rounds. `chain` follows one
-model by the next; `fan` asks four models for the same tensor, and a fifth one for their sums.
+look at it. `ensemble` is one call. Both take turns in each round; the figures are medians of rounds. `chain` follows
+one model by the next; `fan` asks four models for the same tensor, and a fifth one for their sums.
 """
 
 from __future__ import annotations

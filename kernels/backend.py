@@ -58,7 +58,7 @@ def wanted() -> Backend | None:
             return value
         case "cuda":
             if not device_available():
-                raise BackendError(f"{VARIABLE}=cuda, but {_why_no_device()}; unset it, or set it to cpu")
+                raise BackendError(f"{VARIABLE}=cuda, but {why_no_device()}; unset it, or set it to cpu")
             return "cuda"
         case _:
             raise BackendError(f"{VARIABLE}={value!r} is none of cuda, cpu, reference")
@@ -150,7 +150,8 @@ def _kind(array: object) -> str:
     return f"{type(array).__module__}.{type(array).__qualname__}"
 
 
-def _why_no_device() -> str:
+def why_no_device() -> str:
+    """For messages, where `device_available` is false."""
     if importlib.util.find_spec("cupy") is None:
         return "cupy is not installed (extras cuda12 and cuda13)"
     return "cupy finds no GPU with a working driver"

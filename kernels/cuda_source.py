@@ -53,7 +53,10 @@ class CudaSource:
 def launcher(source: CudaSource) -> Launch:
     """How kernels of a source are launched. Tests put a compiler for the CPU in this place."""
     cupy = importlib.import_module("cupy")
-    module = cupy.RawModule(code=source.text, options=OPTIONS, name_expressions=source.kernels)
+    # CuPy finds the compiler in NVIDIA's wheels, but for CUDA 12 not the headers beside it (cuda_fp16.h).
+    headers = importlib.import_module("cuda.pathfinder").find_nvidia_header_directory("cudart")
+    options = (*OPTIONS, f"-I{headers}") if headers else OPTIONS
+    module = cupy.RawModule(code=source.text, options=options, name_expressions=source.kernels)
     found: dict[str, Any] = {}
 
     def launch(kernel: str, grid: Extent, block: Extent, args: Sequence[Any], shared_bytes: int, stream: Any) -> None:

@@ -53,18 +53,18 @@ def nms(
         TypeError: a wrong dtype, or host and device arrays in one call.
     """
     version = OPERATION.version(stream, boxes=boxes, scores=scores, groups=groups, out=out)
-    arrays.expect("nms", "boxes", boxes, ("m", 4), "float32")
+    arrays.expect("nms", "boxes", boxes, ("m", 4), arrays.FLOAT32)
     m = boxes.shape[0]
-    arrays.expect("nms", "scores", scores, (m,), "float32")
+    arrays.expect("nms", "scores", scores, (m,), arrays.FLOAT32)
     if groups is not None:
-        arrays.expect("nms", "groups", groups, (m,), "int32")
+        arrays.expect("nms", "groups", groups, (m,), arrays.INT32)
     if not 0 <= threshold <= 1:
         raise ValueError(f"nms: threshold must be in [0, 1], not {threshold}")
     if math.isnan(least_score):
         raise ValueError("nms: least_score is NaN")
     if out is None:
-        out = arrays.empty(boxes, (m,), "int64", stream)
-    arrays.expect_output("nms", "out", out, ("l",), "int64")
+        out = arrays.empty(boxes, (m,), arrays.INT64, stream)
+    arrays.expect_output("nms", "out", out, ("l",), arrays.INT64)
     return version.run(boxes, scores, groups, _not_above(threshold), _not_below(least_score), out, stream)
 
 

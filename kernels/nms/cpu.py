@@ -13,17 +13,19 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
+
 Array = npt.NDArray[Any]
 
 STRETCH = 64
 INDEX = np.uint64(0xFFFFFFFF)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 ZERO, NAN = np.float32(0), np.float32(np.nan)
-NO_GROUPS = np.empty(0, np.int32)
+NO_GROUPS = frozen(np.empty(0, np.int32))
 
 
 @njit(nogil=True, cache=True)
-def order_of(scores: Any, bits: Any, least: Any, out: Any) -> int:
+def order_of(scores, bits, least, out):
     """Writes a number for each box that has at least `least`: it sorts higher scores first, equal ones by index."""
     count = 0
     for i in range(scores.size):
@@ -36,35 +38,35 @@ def order_of(scores: Any, bits: Any, least: Any, out: Any) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _side(low: Any, high: Any) -> Any:
+def side_of(low, high):
     side = high - low
     return side if side > ZERO else ZERO
 
 
 @njit(nogil=True, cache=True)
-def _area(x1: Any, y1: Any, x2: Any, y2: Any) -> Any:
+def area_of(x1, y1, x2, y2):
     """NaN with any coordinate: it makes every IoU NaN, which is above nothing."""
     if x1 != x1 or y1 != y1 or x2 != x2 or y2 != y2:
         return NAN
-    return _side(x1, x2) * _side(y1, y2)
+    return side_of(x1, x2) * side_of(y1, y2)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _suppressed(box: Any, area: Any, group: Any, threshold: Any, corners: Any, areas: Any, groups: Any) -> Any:
+def any_suppresses(box, area, group, threshold, corners, areas, groups):
     """Whether one of these kept boxes, corners [4, k], suppresses the box. No branch: the loop is a vector's."""
     x1, y1, x2, y2 = box
     left, top, right, bottom = corners
     found = np.int32(0)
     for j in range(areas.size):
-        w = _side(max(x1, left[j]), min(x2, right[j]))
-        h = _side(max(y1, top[j]), min(y2, bottom[j]))
+        w = side_of(max(x1, left[j]), min(x2, right[j]))
+        h = side_of(max(y1, top[j]), min(y2, bottom[j]))
         both = w * h
         found |= np.int32((both / (area + areas[j] - both) > threshold) & (groups[j] == group))
     return found != 0
 
 
 @njit(nogil=True, cache=True)
-def suppress(order: Any, boxes: Any, groups: Any, threshold: Any, out: Any) -> int:
+def suppress(order, boxes, groups, threshold, out):
     """Writes the kept boxes' indices; returns how many."""
     most = min(order.size, out.size)
     corners, areas, group_of = np.empty((4, most), np.float32), np.empty(most, np.float32), np.zeros(most, np.int32)
@@ -74,13 +76,13 @@ def suppress(order: Any, boxes: Any, groups: Any, threshold: Any, out: Any) -> i
             break
         at = number & INDEX
         box = (boxes[at, 0], boxes[at, 1], boxes[at, 2], boxes[at, 3])
-        area = _area(*box)
+        area = area_of(*box)
         group = groups[at] if groups.size else np.int32(0)
         suppressed = False
         for begin in range(0, count, STRETCH):
             end = min(begin + STRETCH, count)
             kept = corners[0, begin:end], corners[1, begin:end], corners[2, begin:end], corners[3, begin:end]
-            if _suppressed(box, area, group, threshold, kept, areas[begin:end], group_of[begin:end]):
+            if any_suppresses(box, area, group, threshold, kept, areas[begin:end], group_of[begin:end]):
                 suppressed = True
                 break
         if not suppressed:
@@ -100,7 +102,8 @@ def run(
     out: Array,
     stream: None = None,
 ) -> Array:
+    boxes, scores = frozen(boxes), frozen(scores)
     order = np.empty(scores.size, np.uint64)
     order = order[: order_of(scores, scores.view(np.int32), least, order)]
     order.sort()
-    return out[: suppress(order, boxes, NO_GROUPS if groups is None else groups, threshold, out)]
+    return out[: suppress(order, boxes, NO_GROUPS if groups is None else frozen(groups), threshold, out)]

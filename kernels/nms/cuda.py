@@ -21,9 +21,9 @@ def run(
     """Takes m * m / 8 bytes, and 28 m more, from the stream's memory pool for as long as the kernels run."""
     m = boxes.shape[0]
     words = -(-m // WORD)
-    corners = arrays.empty(boxes, (m, 4), "float32", stream)
-    group_of, index, count = (arrays.empty(boxes, (size,), "int32", stream) for size in (m, m, 1))
-    matrix = arrays.empty(boxes, (m, words), "uint64", stream)
+    corners = arrays.empty(boxes, (m, 4), arrays.FLOAT32, stream)
+    group_of, index, count = (arrays.empty(boxes, (size,), arrays.INT32, stream) for size in (m, m, 1))
+    matrix = arrays.empty(boxes, (m, words), np.dtype(np.uint64), stream)
     size = np.int32(m)
     if m:
         # A kernel takes no "no array": the scores stand in for groups that nobody reads.

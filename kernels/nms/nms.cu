@@ -109,8 +109,8 @@ __global__ void nms_sweep(const Word* __restrict__ matrix, const int* __restrict
                 word |= rows[(long long)(__ffsll((long long)left) - 1) * stride + w];
             suppressed[w] = word;
         }
+        // No barrier here: the next one comes before anyone reads `suppressed` or writes `decided`.
         total += __popcll(kept);
-        __syncthreads();
     }
     for (int i = min(total, most) + threadIdx.x; i < most; i += blockDim.x) out[i] = -1;
 }

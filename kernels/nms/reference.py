@@ -1,4 +1,4 @@
-"""nms in NumPy, pair by pair: what the other versions must equal. float32, because a decision must round alike."""
+"""nms in NumPy, box by box: what the other versions must equal. float32, because a decision must round alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-ZERO = np.float32(0)
+ZERO, NAN = np.float32(0), np.float32(np.nan)
 
 
 def run(
@@ -27,24 +27,22 @@ def run(
         if len(kept) == out.size:
             break
         rivals = [j for j in kept if groups is None or groups[i] == groups[j]]
-        if not any(overlap(boxes[i], boxes[j]) > threshold for j in rivals):
+        if not (overlaps(boxes[i], boxes[rivals]) > threshold).any():
             kept.append(i)
     out[: len(kept)] = kept
     return out[: len(kept)]
 
 
-def overlap(a: Array, b: Array) -> np.float32:
-    """IoU; 0 or NaN where one has no area or a NaN coordinate."""
-    if np.isnan(a).any() or np.isnan(b).any():
-        return ZERO
-    with np.errstate(over="ignore", invalid="ignore"):  # Infinite boxes, and two without an area.
-        w, h = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), ZERO)
-        both = w * h
-        ratio: np.float32 = both / (_area(a) + _area(b) - both)
-    return ratio
+def overlaps(box: Array, others: Array) -> Array:
+    """IoU with each of the others; NaN, which is above nothing, where a coordinate is NaN or both have no area."""
+    with np.errstate(over="ignore", invalid="ignore"):  # Infinite boxes, and such.
+        sides = np.maximum(np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2]), ZERO)
+        both = sides[:, 0] * sides[:, 1]
+        ratios: Array = both / (_areas(box[None]) + _areas(others) - both)
+    return ratios
 
 
-def _area(box: Array) -> np.float32:
-    w, h = np.maximum(box[2:] - box[:2], ZERO)
-    area: np.float32 = w * h
-    return area
+def _areas(boxes: Array) -> Array:
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], ZERO)  # NaN stays.
+    areas: Array = np.where(np.isnan(boxes).any(axis=1), NAN, sides[:, 0] * sides[:, 1])
+    return areas

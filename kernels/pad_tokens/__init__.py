@@ -17,6 +17,7 @@ from kernels import arrays
 from kernels.backend import Operation
 
 OPERATION = Operation(__name__, gpu="numba_cuda")
+_BEYOND = {arrays.INT32: 2**31, arrays.INT64: 2**63}
 
 
 def pad_tokens(
@@ -56,8 +57,8 @@ def pad_tokens(
     """
     ids, mask = out or (None, None)
     version = OPERATION.version(stream, flat=flat, offsets=offsets, ids=ids, mask=mask)
-    arrays.expect("pad_tokens", "flat", flat, ("tokens",), "int32", "int64")
-    arrays.expect("pad_tokens", "offsets", offsets, ("n + 1",), "int64")
+    arrays.expect("pad_tokens", "flat", flat, ("tokens",), arrays.INT32, arrays.INT64)
+    arrays.expect("pad_tokens", "offsets", offsets, ("n + 1",), arrays.INT64)
     if not offsets.size:
         raise ValueError("pad_tokens: offsets is empty; n sequences have n + 1 offsets")
     if side not in ("right", "left"):
@@ -67,13 +68,15 @@ def pad_tokens(
         width = longest if out is None else _columns(ids)
     if width is None:
         raise ValueError("pad_tokens: say width= or out=; the longest sequence on a GPU is not known without waiting")
+    if width < 0:
+        raise ValueError(f"pad_tokens: width must be 0 or more, not {width}")
     if longest is not None and longest > width and not truncate:
         raise ValueError(f"pad_tokens: a sequence of {longest} tokens in {width} columns; widen, or truncate=True")
     shape = (offsets.size - 1, width)
     if out is None:
-        ids, mask = arrays.empty(flat, shape, "int64", stream), arrays.empty(flat, shape, "int64", stream)
-    arrays.expect_output("pad_tokens", "out[0]", ids, shape, "int32", "int64")
-    arrays.expect_output("pad_tokens", "out[1]", mask, shape, "int32", "int64")
+        ids, mask = arrays.empty(flat, shape, arrays.INT64, stream), arrays.empty(flat, shape, arrays.INT64, stream)
+    arrays.expect_output("pad_tokens", "out[0]", ids, shape, arrays.INT32, arrays.INT64)
+    arrays.expect_output("pad_tokens", "out[1]", mask, shape, arrays.INT32, arrays.INT64)
     _check_range(flat, ids, pad_id)
     version.run(flat, offsets, pad_id, side == "left", ids, mask, stream)
     return ids, mask
@@ -97,8 +100,7 @@ def _longest(version: Any, flat: Any, offsets: Any) -> Any:
 def _check_range(flat: Any, ids: Any, pad_id: int) -> None:
     if ids.dtype.itemsize < flat.dtype.itemsize:
         raise TypeError(f"pad_tokens: out[0] is {ids.dtype}, which cannot hold every id of {flat.dtype}")
-    bounds = np.iinfo(ids.dtype)
-    if not bounds.min <= pad_id <= bounds.max:
+    if not -_BEYOND[ids.dtype] <= pad_id < _BEYOND[ids.dtype]:
         raise ValueError(f"pad_tokens: pad_id {pad_id} is outside of {ids.dtype}")
 
 

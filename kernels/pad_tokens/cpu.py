@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
+
 Array = npt.NDArray[Any]
 
 
 @njit(nogil=True, cache=True)
-def survey(offsets: Any, size: int) -> tuple[int, int]:
-    """The longest sequence, and the first bad one or -1."""
+def survey_offsets(offsets, size):
     longest = 0
     if offsets[0] < 0 or offsets[0] > size:
         return longest, 0
@@ -26,7 +27,7 @@ def survey(offsets: Any, size: int) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
-def _pad_row(tokens: Any, pad: Any, first: int, ids: Any, mask: Any) -> None:
+def pad_row(tokens, pad, first, ids, mask):
     last = first + tokens.size
     row = ids[first:last]
     # A loop, because it may widen int32 to int64: numba's `row[:] = tokens` does that one by one. Unsigned: no index
@@ -41,13 +42,19 @@ def _pad_row(tokens: Any, pad: Any, first: int, ids: Any, mask: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def pad_rows(flat: Any, offsets: Any, pad: Any, left: bool, ids: Any, mask: Any) -> None:
+def pad_rows(flat, offsets, pad, left, ids, mask):
     width = ids.shape[1]
     for i in range(ids.shape[0]):
         length = min(offsets[i + 1] - offsets[i], width)
         tokens = flat[offsets[i] : offsets[i] + length]
-        _pad_row(tokens, pad, width - length if left else 0, ids[i], mask[i])
+        pad_row(tokens, pad, width - length if left else 0, ids[i], mask[i])
+
+
+def survey(offsets: Array, size: int) -> tuple[int, int]:
+    """The longest sequence, and the first bad one or -1."""
+    longest, bad = survey_offsets(frozen(offsets), size)
+    return longest, bad
 
 
 def run(flat: Array, offsets: Array, pad_id: int, left: bool, ids: Array, mask: Array, stream: None = None) -> None:
-    pad_rows(flat, offsets, pad_id, left, ids, mask)
+    pad_rows(frozen(flat), frozen(offsets), pad_id, left, ids, mask)

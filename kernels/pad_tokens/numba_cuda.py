@@ -9,7 +9,7 @@ from numba import cuda
 from kernels import numba_launch
 
 THREADS = 128
-REGISTERS = 32
+REGISTERS = 48
 SIGNATURES = {
     "pad": [
         f"void({flat}[::1], int64[::1], int64, boolean, {ids}[:,::1], {mask}[:,::1])"
@@ -20,7 +20,7 @@ SIGNATURES = {
 
 
 @cuda.jit
-def pad(flat, offsets, pad_id, left, ids, mask):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
+def pad(flat, offsets, pad_id, left, ids, mask):
     n, width = ids.shape
     column = cuda.grid(1)
     if column >= width:

@@ -1,4 +1,4 @@
-"""Token embeddings to one vector a text: the mean of the tokens that count, of length 1, as sentence-transformers has it.
+"""Token embeddings to one vector a text: the mean of the tokens that count, of length 1, as in sentence-transformers.
 
 pooled[i] = sum of tokens[i, t] where mask[i, t] / number of those
 out[i]    = pooled[i] / max(|pooled[i]|, eps)
@@ -15,7 +15,7 @@ from kernels.backend import Operation
 
 OPERATION = Operation(__name__, gpu="cuda")
 EPS = 1e-12
-MASKS = ("int64", "int32", "bool")
+MASKS = (arrays.INT64, arrays.INT32, arrays.BOOL)
 
 
 def pool_normalize(
@@ -43,13 +43,13 @@ def pool_normalize(
         TypeError: a wrong dtype, or host and device arrays in one call.
     """
     version = OPERATION.version(stream, tokens=tokens, mask=mask, out=out)
-    arrays.expect("pool_normalize", "tokens", tokens, ("n", "t", "d"), "float32", "float16")
+    arrays.expect("pool_normalize", "tokens", tokens, ("n", "t", "d"), arrays.FLOAT32, arrays.FLOAT16)
     n, t, d = tokens.shape
     arrays.expect("pool_normalize", "mask", mask, (n, t), *MASKS)
     least = _least("pool_normalize", eps)
     if out is None:
-        out = arrays.empty(tokens, (n, d), "float32", stream)
-    arrays.expect_output("pool_normalize", "out", out, (n, d), "float32")
+        out = arrays.empty(tokens, (n, d), arrays.FLOAT32, stream)
+    arrays.expect_output("pool_normalize", "out", out, (n, d), arrays.FLOAT32)
     if out.size:
         version.pool(tokens, mask, least, normalize, out, stream)
     return out
@@ -71,11 +71,11 @@ def l2_normalize(x: Any, *, eps: float = EPS, out: Any = None, stream: Any = Non
         ValueError, TypeError: as `pool_normalize`.
     """
     version = OPERATION.version(stream, x=x, out=out)
-    arrays.expect("l2_normalize", "x", x, ("n", "d"), "float32", "float16")
+    arrays.expect("l2_normalize", "x", x, ("n", "d"), arrays.FLOAT32, arrays.FLOAT16)
     least = _least("l2_normalize", eps)
     if out is None:
-        out = arrays.empty(x, x.shape, "float32", stream)
-    arrays.expect_output("l2_normalize", "out", out, x.shape, "float32")
+        out = arrays.empty(x, x.shape, arrays.FLOAT32, stream)
+    arrays.expect_output("l2_normalize", "out", out, x.shape, arrays.FLOAT32)
     if out.size:
         version.l2(x, least, out, stream)
     return out

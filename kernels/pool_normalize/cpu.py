@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
+
 Array = npt.NDArray[Any]
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})
-def _squares(row: Any) -> Any:
+def sum_of_squares(row):
     total = np.float32(0)
     for j in range(row.size):
         total += row[j] * row[j]
@@ -23,15 +25,15 @@ def _squares(row: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _normalize(row: Any, eps: Any, out: Any) -> None:
-    length = np.sqrt(_squares(row))
+def normalize_row(row, eps, out):
+    length = np.sqrt(sum_of_squares(row))
     factor = np.float32(1) / (eps if length < eps else length)
     for j in range(row.size):
         out[j] = row[j] * factor
 
 
 @njit(nogil=True, cache=True)
-def _mean(tokens: Any, mask: Any, out: Any) -> None:
+def mean_of_tokens(tokens, mask, out):
     out[:] = 0
     count = 0
     for t in range(mask.size):
@@ -47,22 +49,22 @@ def _mean(tokens: Any, mask: Any, out: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def pool_rows(tokens: Any, mask: Any, eps: Any, normalize: bool, out: Any) -> None:
+def pool_rows(tokens, mask, eps, normalize, out):
     for i in range(out.shape[0]):
-        _mean(tokens[i], mask[i], out[i])
+        mean_of_tokens(tokens[i], mask[i], out[i])
         if normalize:
-            _normalize(out[i], eps, out[i])
+            normalize_row(out[i], eps, out[i])
 
 
 @njit(nogil=True, cache=True)
-def l2_rows(x: Any, eps: Any, out: Any) -> None:
+def l2_rows(x, eps, out):
     for i in range(out.shape[0]):
-        _normalize(x[i], eps, out[i])
+        normalize_row(x[i], eps, out[i])
 
 
 def pool(tokens: Array, mask: Array, eps: np.float32, normalize: bool, out: Array, stream: None = None) -> None:
-    pool_rows(tokens.astype(np.float32, copy=False), mask, eps, normalize, out)
+    pool_rows(frozen(tokens.astype(np.float32, copy=False)), frozen(mask), eps, normalize, out)
 
 
 def l2(x: Array, eps: np.float32, out: Array, stream: None = None) -> None:
-    l2_rows(x.astype(np.float32, copy=False), eps, out)
+    l2_rows(frozen(x.astype(np.float32, copy=False)), eps, out)

@@ -1,8 +1,8 @@
 """Rows of float32 as int8 and one scale each: a quarter of the bytes to store and to send.
 
-    m = max |x|     scale = m / 127     q = round(x * (127 / m))     x ~ q * scale, at most about scale / 2 off
+    scale = max |x| / 127     q = round(x / scale)     x ~ q * scale, at most about scale / 2 off
 
-Every step is one float32 operation, rounded to nearest even, so that all versions give the same bits.
+Every step is one float32 operation, rounded to nearest even: all versions give the same bits, NumPy's of this formula.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def quantize_rows(x: Any, *, out: tuple[Any, Any] | None = None, stream: Any = N
     """
     numbers, scales = out or (None, None)
     version = OPERATION.version(stream, x=x, numbers=numbers, scales=scales)
-    arrays.expect("quantize_rows", "x", x, ("n", "m"), "float32")
+    arrays.expect("quantize_rows", "x", x, ("n", "m"), arrays.FLOAT32)
     if out is None:
-        numbers = arrays.empty(x, x.shape, "int8", stream)
-        scales = arrays.empty(x, x.shape[:1], "float32", stream)
-    arrays.expect_output("quantize_rows", "out[0]", numbers, x.shape, "int8")
-    arrays.expect_output("quantize_rows", "out[1]", scales, x.shape[:1], "float32")
+        numbers = arrays.empty(x, x.shape, arrays.INT8, stream)
+        scales = arrays.empty(x, x.shape[:1], arrays.FLOAT32, stream)
+    arrays.expect_output("quantize_rows", "out[0]", numbers, x.shape, arrays.INT8)
+    arrays.expect_output("quantize_rows", "out[1]", scales, x.shape[:1], arrays.FLOAT32)
     version.quantize(x, numbers, scales, stream)
     return numbers, scales
 
@@ -64,11 +64,11 @@ def dequantize_rows(numbers: Any, scales: Any, *, out: Any = None, stream: Any =
         ValueError, TypeError: as `quantize_rows`.
     """
     version = OPERATION.version(stream, numbers=numbers, scales=scales, out=out)
-    arrays.expect("dequantize_rows", "numbers", numbers, ("n", "m"), "int8")
-    arrays.expect("dequantize_rows", "scales", scales, numbers.shape[:1], "float32")
+    arrays.expect("dequantize_rows", "numbers", numbers, ("n", "m"), arrays.INT8)
+    arrays.expect("dequantize_rows", "scales", scales, numbers.shape[:1], arrays.FLOAT32)
     if out is None:
-        out = arrays.empty(numbers, numbers.shape, "float32", stream)
-    arrays.expect_output("dequantize_rows", "out", out, numbers.shape, "float32")
+        out = arrays.empty(numbers, numbers.shape, arrays.FLOAT32, stream)
+    arrays.expect_output("dequantize_rows", "out", out, numbers.shape, arrays.FLOAT32)
     version.dequantize(numbers, scales, out, stream)
     return out
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
 from kernels.quantize_rows.reference import LEAST, LEVELS
 
 Array = npt.NDArray[Any]
@@ -21,34 +22,34 @@ ROUNDER_BITS = np.int32(0x4B400000)
 
 
 @njit(nogil=True, cache=True)
-def _largest(bits: Any) -> Any:
+def largest_of(bits):
     most = np.int32(0)
     for j in range(bits.size):
         most = max(most, bits[j] & np.int32(0x7FFFFFFF))
     return np.int32(most).view(np.float32)
 
 
-@njit(nogil=True, cache=True)
-def _round(row: Any, factor: Any, numbers: Any) -> None:
+@njit(nogil=True, cache=True, error_model="numpy")
+def round_row(row, scale, numbers):
     for j in range(row.size):
-        numbers[j] = np.float32(row[j] * factor + ROUNDER).view(np.int32) - ROUNDER_BITS
+        numbers[j] = np.float32(row[j] / scale + ROUNDER).view(np.int32) - ROUNDER_BITS
 
 
 @njit(nogil=True, cache=True)
-def quantize_all(x: Any, bits: Any, numbers: Any, scales: Any) -> None:
+def quantize_all(x, bits, numbers, scales):
     """`bits` is `x` seen as int32."""
     for i in range(x.shape[0]):
-        most = _largest(bits[i])
+        most = largest_of(bits[i])
         if LEAST <= most < np.inf:
             scales[i] = most / LEVELS
-            _round(x[i], LEVELS / most, numbers[i])
+            round_row(x[i], scales[i], numbers[i])
         else:
             scales[i] = np.float32(0) if most < LEAST else np.float32(np.nan)
             numbers[i] = 0
 
 
 @njit(nogil=True, cache=True)
-def dequantize_all(numbers: Any, scales: Any, out: Any) -> None:
+def dequantize_all(numbers, scales, out):
     for i in range(out.shape[0]):
         row, scale, into = numbers[i], scales[i], out[i]
         for j in range(row.size):
@@ -56,8 +57,9 @@ def dequantize_all(numbers: Any, scales: Any, out: Any) -> None:
 
 
 def quantize(x: Array, numbers: Array, scales: Array, stream: None = None) -> None:
+    x = frozen(x)
     quantize_all(x, x.view(np.int32), numbers, scales)
 
 
 def dequantize(numbers: Array, scales: Array, out: Array, stream: None = None) -> None:
-    dequantize_all(numbers, scales, out)
+    dequantize_all(frozen(numbers), frozen(scales), out)

@@ -20,7 +20,7 @@ def quantize(x: Array, numbers: Array, scales: Array, stream: None = None) -> No
         if most < LEAST:
             numbers[i], scales[i] = 0, 0
         elif most < np.inf:
-            numbers[i], scales[i] = np.rint(row * (LEVELS / most)), most / LEVELS
+            numbers[i], scales[i] = np.rint(row / (most / LEVELS)), most / LEVELS
         else:
             numbers[i], scales[i] = 0, np.nan
 

@@ -45,13 +45,13 @@ def softmax_topk(logits: Any, k: int, *, out: tuple[Any, Any] | None = None, str
     indices: Any
     probabilities, indices = out or (None, None)
     version = OPERATION.version(stream, logits=logits, probabilities=probabilities, indices=indices)
-    arrays.expect("softmax_topk", "logits", logits, ("n", "m"), "float32", "float16")
+    arrays.expect("softmax_topk", "logits", logits, ("n", "m"), arrays.FLOAT32, arrays.FLOAT16)
     shape = (logits.shape[0], min(k, logits.shape[1]))
     if out is None:
-        probabilities = arrays.empty(logits, shape, "float32", stream)
-        indices = arrays.empty(logits, shape, "int64", stream)
-    arrays.expect_output("softmax_topk", "out[0]", probabilities, shape, "float32")
-    arrays.expect_output("softmax_topk", "out[1]", indices, shape, "int64")
+        probabilities = arrays.empty(logits, shape, arrays.FLOAT32, stream)
+        indices = arrays.empty(logits, shape, arrays.INT64, stream)
+    arrays.expect_output("softmax_topk", "out[0]", probabilities, shape, arrays.FLOAT32)
+    arrays.expect_output("softmax_topk", "out[1]", indices, shape, arrays.INT64)
     if probabilities.size:
         version.run(logits, probabilities, indices, stream)
     return probabilities, indices

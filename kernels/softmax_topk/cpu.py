@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from kernels.arrays import frozen
+
 Array = npt.NDArray[Any]
 
 STRETCHES = 8
@@ -44,7 +46,7 @@ LEAST = np.float32(-87.33654)
 
 
 @njit(nogil=True, cache=True)
-def exp(x: Any) -> Any:
+def exp(x):
     """exp(x) of a float32 <= 0: within 1 ulp where the result is a normal float32, else 0."""
     inside = x if x > LEAST else LEAST
     n = np.int32(inside * LOG2E - np.float32(0.5))  # Cut off towards zero: the nearest whole number.
@@ -55,7 +57,7 @@ def exp(x: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})
-def _sum_of_exp(row: Any, top: Any) -> Any:
+def sum_of_exp(row, top):
     total = np.float32(0)
     for j in range(row.size):
         total += exp(row[j] - top)
@@ -63,24 +65,24 @@ def _sum_of_exp(row: Any, top: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _key(bits: Any) -> Any:
+def key_of(bits):
     """A float's bits as an integer of the same order, both zeros equal. NaN is not in order."""
     sign = bits >> np.int32(31)
     return ((bits & MAGNITUDE) ^ sign) - sign
 
 
 @njit(nogil=True, cache=True)
-def _larger(bits: Any, a: Any, b: Any) -> Any:
-    return max(_key(bits[a]), _key(bits[b]))
+def larger_of(bits, a, b):
+    return max(key_of(bits[a]), key_of(bits[b]))
 
 
 @njit(nogil=True, cache=True)
-def _further(bits: Any, a: Any, b: Any) -> Any:
+def further_of(bits, a, b):
     return max(bits[a] & MAGNITUDE, bits[b] & MAGNITUDE)
 
 
 @njit(nogil=True, cache=True)
-def _maxima(bits: Any, maxima: Any) -> Any:
+def maxima_of(bits, maxima):
     """Writes the largest key of each column; returns the largest magnitude of the row: above INFINITY where NaN is.
 
     Written out because a loop over the stretches inside is not made a vector, and outside is half as fast. Unsigned:
@@ -88,27 +90,27 @@ def _maxima(bits: Any, maxima: Any) -> Any:
     """
     most = np.int32(0)
     length = np.uint64(bits.size // STRETCHES)
+    half = np.uint64(STRETCHES // 2) * length
     for i in range(length):
         a = np.uint64(i)
         b, c, d = a + length, a + np.uint64(2) * length, a + np.uint64(3) * length
-        e, f, g, h = (
-            a + np.uint64(4) * length,
-            b + np.uint64(4) * length,
-            c + np.uint64(4) * length,
-            d + np.uint64(4) * length,
+        e, f, g, h = a + half, b + half, c + half, d + half
+        maxima[a] = max(
+            max(larger_of(bits, a, b), larger_of(bits, c, d)), max(larger_of(bits, e, f), larger_of(bits, g, h))
         )
-        maxima[a] = max(max(_larger(bits, a, b), _larger(bits, c, d)), max(_larger(bits, e, f), _larger(bits, g, h)))
-        far = max(max(_further(bits, a, b), _further(bits, c, d)), max(_further(bits, e, f), _further(bits, g, h)))
+        far = max(
+            max(further_of(bits, a, b), further_of(bits, c, d)), max(further_of(bits, e, f), further_of(bits, g, h))
+        )
         most = max(most, far)
     maxima[length] = LOWEST
     for i in range(STRETCHES * (bits.size // STRETCHES), bits.size):
-        maxima[length] = max(maxima[length], _key(bits[i]))
+        maxima[length] = max(maxima[length], key_of(bits[i]))
         most = max(most, bits[i] & MAGNITUDE)
     return most
 
 
 @njit(nogil=True, cache=True)
-def _kth_largest(keys: Any, best: Any) -> Any:
+def kth_largest(keys, best):
     """The best.size-th largest key, or LOWEST where there are fewer."""
     last = best.size - 1
     if best.size > keys.size:
@@ -127,14 +129,14 @@ def _kth_largest(keys: Any, best: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _candidate(bits: Any, at: Any) -> Any:
+def candidate_of(bits, at):
     """A logit as one number that sorts larger logits first, NaN last, equals by index."""
-    key = _key(bits[at]) if bits[at] & MAGNITUDE <= INFINITY else LOWEST
+    key = key_of(bits[at]) if bits[at] & MAGNITUDE <= INFINITY else LOWEST
     return np.uint64(np.int64(MAGNITUDE) - np.int64(key)) << np.uint64(32) | np.uint64(at)
 
 
 @njit(nogil=True, cache=True)
-def _candidates(bits: Any, maxima: Any, bound: Any, found: Any) -> int:
+def candidates_of(bits, maxima, bound, found):
     """Writes every logit that reaches the bound; returns how many."""
     count = 0
     worst = np.uint64(np.int64(MAGNITUDE) - np.int64(bound)) << np.uint64(32) | np.uint64(0xFFFFFFFF)
@@ -142,12 +144,12 @@ def _candidates(bits: Any, maxima: Any, bound: Any, found: Any) -> int:
     for i in range(length):
         if maxima[i] >= bound:
             for at in range(i, STRETCHES * length, length):
-                candidate = _candidate(bits, at)
+                candidate = candidate_of(bits, at)
                 if candidate <= worst:
                     found[count] = candidate
                     count += 1
     for at in range(STRETCHES * length, bits.size):
-        candidate = _candidate(bits, at)
+        candidate = candidate_of(bits, at)
         if candidate <= worst:
             found[count] = candidate
             count += 1
@@ -155,7 +157,7 @@ def _candidates(bits: Any, maxima: Any, bound: Any, found: Any) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _sort(found: Any) -> None:
+def sort_few(found):
     if found.size > FEW:
         found.sort()
         return
@@ -169,26 +171,24 @@ def _sort(found: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def rows(logits: Any, bits: Any, probabilities: Any, indices: Any) -> None:
+def rows(logits, bits, probabilities, indices):
     """`bits` is `logits` seen as int32."""
     n, m = logits.shape
     k = indices.shape[1]
-    if k == 0:
-        return
     maxima, best = np.empty(m // STRETCHES + 1, np.int32), np.empty(k, np.int32)
     found = np.empty(m, np.uint64)
     for i in range(n):
-        numbers = _maxima(bits[i], maxima) <= INFINITY
+        numbers = maxima_of(bits[i], maxima) <= INFINITY
         if numbers:
-            bound = _kth_largest(maxima, best)
+            bound = kth_largest(maxima, best)
         else:
             bound = LOWEST
             maxima[:] = MAGNITUDE
-        chosen = found[: _candidates(bits[i], maxima, bound, found)]
-        _sort(chosen)
+        chosen = found[: candidates_of(bits[i], maxima, bound, found)]
+        sort_few(chosen)
         top = logits[i, chosen[0] & INDEX]
         # NaN where the formula is: a NaN or +inf in the row, or nothing but -inf.
-        total = _sum_of_exp(logits[i], top) if numbers and abs(top) < np.inf else np.float32(np.nan)
+        total = sum_of_exp(logits[i], top) if numbers and abs(top) < np.inf else np.float32(np.nan)
         for j in range(k):
             at = chosen[j] & INDEX
             indices[i, j] = at
@@ -196,5 +196,5 @@ def rows(logits: Any, bits: Any, probabilities: Any, indices: Any) -> None:
 
 
 def run(logits: Array, probabilities: Array, indices: Array, stream: None = None) -> None:
-    logits = logits.astype(np.float32, copy=False)
+    logits = frozen(logits.astype(np.float32, copy=False))
     rows(logits, logits.view(np.int32), probabilities, indices)

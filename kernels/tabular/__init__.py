@@ -43,14 +43,14 @@ def tabular(columns: Columns, numbers: Any, codes: Any = None, *, out: Any = Non
     """
     version = OPERATION.version(stream, numbers=numbers, codes=codes, out=out, columns=columns.mean)
     f, c = columns.inputs
-    arrays.expect("tabular", "numbers", numbers, ("n", f), columns.dtype.name)
+    arrays.expect("tabular", "numbers", numbers, ("n", f), columns.dtype)
     n = numbers.shape[0]
     if codes is None:
-        codes = arrays.empty(numbers, (n, 0), "int64", stream)
-    arrays.expect("tabular", "codes", codes, (n, c), "int64", "int32")
+        codes = arrays.empty(numbers, (n, 0), arrays.INT64, stream)
+    arrays.expect("tabular", "codes", codes, (n, c), arrays.INT64, arrays.INT32)
     if out is None:
-        out = arrays.empty(numbers, (n, columns.width), "float32", stream)
-    arrays.expect_output("tabular", "out", out, (n, columns.width), "float32")
+        out = arrays.empty(numbers, (n, columns.width), arrays.FLOAT32, stream)
+    arrays.expect_output("tabular", "out", out, (n, columns.width), arrays.FLOAT32)
     version.run(columns, numbers, codes, out, stream)
     return out
 

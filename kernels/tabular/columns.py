@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from kernels.arrays import frozen
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -72,7 +74,8 @@ def columns(
         dtype: of the numeric columns.
 
     Raises:
-        ValueError: lengths that disagree, a mean or std that is no finite number, std below 0, a value named twice.
+        ValueError: lengths that disagree, a mean or std that is no finite number of the dtype, std below 0, a value
+            named twice.
         TypeError: categories that are no whole numbers, another dtype.
     """
     if dtype not in ("float32", "float64"):
@@ -85,15 +88,20 @@ def columns(
             raise ValueError(f"columns: mean has {means.size} columns, {name} has {values.size}")
     if not (np.isfinite(means).all() and np.isfinite(stds).all() and (stds >= 0).all()):
         raise ValueError("columns: mean and std must be finite, and std not negative")
+    scales = 1 / np.where(stds == 0, 1, stds)
+    if any(
+        np.abs(values[np.isfinite(values)]).max(initial=0) > np.finfo(dtype).max for values in (means, scales, fills)
+    ):
+        raise ValueError(f"columns: mean, 1/std and fill must be within {dtype}")
     known = [_known(number, values) for number, values in enumerate(categories)]
     sizes = [values.size for values in known]
     return Columns(
-        fill=fills.astype(dtype),
-        mean=means.astype(dtype),
-        scale=(1 / np.where(stds == 0, 1, stds)).astype(dtype),
-        categories=np.concatenate([np.empty(0, np.int64), *known]),
-        starts=np.cumsum([0, *sizes], dtype=np.int64),
-        owners=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+        fill=frozen(fills.astype(dtype)),
+        mean=frozen(means.astype(dtype)),
+        scale=frozen(scales.astype(dtype)),
+        categories=frozen(np.concatenate([np.empty(0, np.int64), *known])),
+        starts=frozen(np.cumsum([0, *sizes], dtype=np.int64)),
+        owners=frozen(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)),
     )
 
 

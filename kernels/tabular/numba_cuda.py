@@ -22,7 +22,7 @@ SIGNATURES = {
 
 
 @cuda.jit
-def element(numbers, codes, fill, mean, scale, categories, owners, out):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
+def element(numbers, codes, fill, mean, scale, categories, owners, out):
     n, width = out.shape
     f = mean.size
     column = cuda.grid(1)

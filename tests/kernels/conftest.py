@@ -83,9 +83,3 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, shims
     if here.name != "device":
         monkeypatch.setattr(backend.Operation, "version", lambda self, stream=None, **arrays: self.load(version))
     return here
-
-
-@pytest.fixture(autouse=True)
-def _needs_a_device(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and not backend.device_available():
-        pytest.skip("no GPU: tests marked gpu were not run")

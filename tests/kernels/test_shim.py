@@ -20,6 +20,7 @@ KERNELS = (
     "one_too_many",
     "one_before",
     "misaligned",
+    "misaligned_shared",
     "barrier_for_some",
     "reads_unwritten_shared",
     "votes",
@@ -98,6 +99,11 @@ def test_a_read_before_an_array_is_told(shims: Callable[[CudaSource, bool], Shim
 def test_a_misaligned_vector_load_is_told(shim: Shim) -> None:
     with pytest.raises(KernelFault, match="misaligned vector access"):
         shim.launch("misaligned", (1, 1, 1), (1, 1, 1), (np.zeros(64, np.uint8), np.zeros(1, np.uint32)))
+
+
+def test_shared_memory_is_aligned_as_declared_and_no_better(shim: Shim) -> None:
+    with pytest.raises(KernelFault, match="misaligned vector access"):
+        shim.launch("misaligned_shared", (1, 1, 1), (2, 1, 1), (np.zeros(2, np.float32),))
 
 
 def test_threads_that_wait_for_ever_are_told(shim: Shim) -> None:

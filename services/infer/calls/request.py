@@ -6,8 +6,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-
 from services.infer.calls import parameters, tensors
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.ragged import Value
@@ -65,15 +63,16 @@ def read(request: pb.ModelInferRequest, signature: Signature) -> Call:
     inputs = dict(zip((spec.name for spec in specs), _data(request, specs, signature.text), strict=True))
     outputs = _outputs(request.outputs, signature, model)
     size = sum(tensors.size_bytes(t) for t in inputs.values())
-    return Call(inputs, outputs, rows, size, key_of(inputs, outputs, signature), given, request)
+    key = key_of(inputs, outputs, signature)
+    return Call(inputs, outputs, rows, size, key, given, request)
 
 
 def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signature: Signature) -> Hashable:
     """What calls that can be run as one have in common. An input that is ragged keeps nobody apart."""
     skip = 1 if signature.max_batch_size else 0
-    known = signature.inputs_by_name
+    ragged = signature.ragged
     shapes = tuple(
-        (name, value.shape[skip:] if isinstance(value, np.ndarray) and not known[name].is_ragged else None)
+        (name, None if name in ragged or isinstance(value, list) else value.shape[skip:])
         for name, value in sorted(inputs.items())
     )
     return shapes, tuple(output.spec.name for output in outputs)

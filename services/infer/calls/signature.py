@@ -46,6 +46,11 @@ class Signature:
         return frozenset(spec.name for spec in self.inputs if not spec.is_optional)
 
     @cached_property
+    def ragged(self) -> frozenset[str]:
+        """Inputs whose rows may differ in shape."""
+        return frozenset(spec.name for spec in self.inputs if spec.is_ragged)
+
+    @cached_property
     def outputs_by_name(self) -> Mapping[str, TensorSpec]:
         return {spec.name: spec for spec in self.outputs}
 

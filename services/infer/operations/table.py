@@ -11,8 +11,15 @@ from services.infer.operations.crop_boxes import CropBoxes, CropBoxesParameters
 from services.infer.operations.ctc_decode import CtcDecode, CtcDecodeParameters
 from services.infer.operations.db_boxes import DbBoxes, DbBoxesParameters
 from services.infer.operations.decode_image import DecodeImage, DecodeImageParameters
+from services.infer.operations.nms import Nms, NmsParameters
 from services.infer.operations.operation import Operation, Setting
+from services.infer.operations.pad_tokens import PadTokens, PadTokensParameters
 from services.infer.operations.parameters import Parameters
+from services.infer.operations.pool_normalize import PoolNormalize, PoolNormalizeParameters
+from services.infer.operations.quantize_rows import QuantizeRows, QuantizeRowsParameters
+from services.infer.operations.resize_norm import ResizeNorm, ResizeNormParameters
+from services.infer.operations.softmax_topk import SoftmaxTopk, SoftmaxTopkParameters
+from services.infer.operations.tabular import Tabular, TabularParameters
 from services.infer.operations.tokenize import Tokenize, TokenizeParameters
 
 
@@ -34,4 +41,11 @@ OPERATIONS: Mapping[str, Entry] = {
     "ctc_decode": Entry(CtcDecodeParameters, CtcDecode),
     "db_boxes": Entry(DbBoxesParameters, DbBoxes),
     "tokenize": Entry(TokenizeParameters, Tokenize),
+    "nms": Entry(NmsParameters, Nms, has_gpu=True),
+    "pad_tokens": Entry(PadTokensParameters, PadTokens, has_gpu=True),
+    "pool_normalize": Entry(PoolNormalizeParameters, PoolNormalize, has_gpu=True),
+    "quantize_rows": Entry(QuantizeRowsParameters, QuantizeRows, has_gpu=True),
+    "resize_norm": Entry(ResizeNormParameters, ResizeNorm, has_gpu=True),
+    "softmax_topk": Entry(SoftmaxTopkParameters, SoftmaxTopk, has_gpu=True),
+    "tabular": Entry(TabularParameters, Tabular, has_gpu=True),
 }

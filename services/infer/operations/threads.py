@@ -14,14 +14,15 @@ class RowThreads:
     """As many as a model may use for one execution. The calling thread waits; a single row is run on it."""
 
     def __init__(self, count: int, name: str) -> None:
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name) if count > 1 else None
+        self.pool = ThreadPoolExecutor(count, thread_name_prefix=name) if count > 1 else None
+        """For kernels that share out their work themselves; None: there is one thread, the caller's."""
 
     def map(self, work: Callable[[S], R], rows: Sequence[S]) -> list[R]:
         """The results in order. Raises what `work` raises first."""
-        if self._pool is None or len(rows) < 2:
+        if self.pool is None or len(rows) < 2:
             return [work(row) for row in rows]
-        return list(self._pool.map(work, rows))
+        return list(self.pool.map(work, rows))
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)

@@ -25,7 +25,7 @@ class RowsExecution(Execution):
     def __init__(self, name: str, session: RowsSession, signature: Signature, clock: Callable[[], float]) -> None:
         super().__init__(name, session, signature, clock)
         self._rows_session = session
-        self._ragged = frozenset(spec.name for spec in signature.inputs if spec.is_ragged)
+        self._ragged = signature.ragged
 
     def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Any], int]:
         names = calls[0].inputs.keys()

@@ -38,6 +38,11 @@ CONFIGS = {
         output [ { name: "y" data_type: TYPE_FP32 dims: [ 5 ] label_filename: "labels.txt" } ]
     """,
     "versions": "version_policy { all {} }",
+    "decode": """
+        backend: "kernels"
+        max_batch_size: 8
+        parameters { key: "operation" value { string_value: "decode_image" } }
+    """,
     "patient": """
         max_batch_size: 4
         dynamic_batching { max_queue_delay_microseconds: 60000000 }
@@ -86,6 +91,7 @@ def write(root: Path) -> Path:
     versions    1: y = 1x, 2: y = 2x, 3: y = 3x; all of them served
     slow        y = 2x after some milliseconds of arithmetic
     patient     y = 2x, which waits a minute for the fourth row
+    decode      an operation without a model file: BYTES of an image to its pixels
     repeat      decoupled, model.py: `times` answers n = 0, 1, ...; an error when `times` is negative
     """
     _put(root, "double", onnx_files.scale(2))
@@ -101,8 +107,15 @@ def write(root: Path) -> Path:
         _put(root, "versions", onnx_files.scale(version), version)
     _put(root, "slow", onnx_files.slow())
     _put(root, "patient", onnx_files.scale(2))
+    put_decode(root)
     put_repeat(root)
     return root
+
+
+def put_decode(root: Path) -> None:
+    """Adds `decode`, which has a configuration and an empty version."""
+    (root / "decode/1").mkdir(parents=True)
+    (root / "decode/config.pbtxt").write_text(CONFIGS["decode"])
 
 
 def put_repeat(root: Path) -> None:

@@ -65,3 +65,9 @@ def test_the_texts_are_the_same(recorded, tmp_path, n):
     making.check(made, outputs, count)
     assert [text.decode() for text in outputs["text"][:, 0]] == [str(recorded[f"text{n}_{k}"]) for k in range(count)]
     np.testing.assert_allclose(outputs["score"][:, 0], [recorded[f"score{n}_{k}"] for k in range(count)], rtol=1e-6)
+
+
+def test_the_detector_is_given_the_same_size(recorded, tmp_path):
+    made = making.session(tmp_path, "resize_norm", fit="multiple", limit="736", limit_side="min", mean="0.5", std="0.5")
+    outputs = making.run(made, image=[recorded[f"image{n}"] for n in PAGES])
+    assert [image.shape[1:] for image in outputs["image"]] == [recorded[f"map{n}"].shape for n in PAGES]

@@ -167,8 +167,8 @@ def _program(source: CudaSource) -> str:
         source.text,
     )
     text = re.sub(
-        r"(?<!extern )__shared__\s+([\w:]+)\s+(\w+)((?:\[[^\]]+\])*);",
-        r"auto& \2 = shim::block_static<\1\3, __COUNTER__>();",
+        r"(?<!extern )__shared__\s+(?:(?:__align__|alignas)\((\d+)\)\s+)?([\w:]+)\s+(\w+)((?:\[[^\]]+\])*);",
+        lambda found: f"auto& {found[3]} = shim::block_static<{found[2]}{found[4]}, __COUNTER__, {found[1] or 1}>();",
         text,
     )
     cases = list(enumerate(source.kernels))

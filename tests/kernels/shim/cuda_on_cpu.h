@@ -131,9 +131,12 @@ template <class T> T exchange(unsigned mask, T value, int lane_to_read) {
 
 template <class T> T* dynamic_shared() { return reinterpret_cast<T*>(dynamic_memory); }
 
-// A static __shared__ array: one storage for each place in the source, poisoned by the first thread of a block.
-template <class T, int Place> T& block_static() {
-    alignas(16) static unsigned char storage[sizeof(T)];
+// A static __shared__ array: one storage for each place in the source, poisoned by the first thread of a block. It is
+// aligned as declared and no better, so that a vector access that relies on luck is told.
+template <class T, int Place, size_t Align> T& block_static() {
+    constexpr size_t align = Align > alignof(std::remove_all_extents_t<T>) ? Align : alignof(std::remove_all_extents_t<T>);
+    alignas(128) static unsigned char room[sizeof(T) + 128];
+    unsigned char* const storage = room + align;
     static unsigned long long seen = 0;
     if (seen != block_number) {
         std::memset(storage, 0xff, sizeof(T));
@@ -331,6 +334,7 @@ template <class T> void __stcs(T* at, T value) { *at = value; }
 template <class T> void __stcg(T* at, T value) { *at = value; }
 inline float __saturatef(float x) { return x != x ? 0.f : std::min(std::max(x, 0.f), 1.f); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.f / x; }
 inline float __expf(float x) { return std::exp(x); }

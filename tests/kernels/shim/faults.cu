@@ -34,6 +34,12 @@ __global__ void half_way(const float* in, __half* out) { out[threadIdx.x] = __fl
 __global__ void one_too_many(int* out, int n) { out[threadIdx.x + (threadIdx.x == n - 1)] = 7; }
 __global__ void one_before(const int* in, int* out) { out[threadIdx.x] = in[(int)threadIdx.x - 1]; }
 __global__ void misaligned(const unsigned char* in, unsigned* out) { out[0] = reinterpret_cast<const uint4*>(in + 1)->x; }
+__global__ void misaligned_shared(float* out) {
+    __shared__ float words[8];
+    reinterpret_cast<float4*>(words)[threadIdx.x] = make_float4(1, 2, 3, 4);
+    __syncthreads();
+    out[threadIdx.x] = words[threadIdx.x];
+}
 __global__ void barrier_for_some(int* out) {
     int tile = threadIdx.x;
     if (threadIdx.x < 3) tile += __shfl_xor_sync(0xffffffffu, tile, 1);
