@@ -65,6 +65,11 @@ def test_bytes_of_an_image_come_back_as_pixels(report: dict[str, Any]) -> None:
     assert message.startswith("model 'decode': input 'image': expected jpeg, png, webp, bmp")
 
 
+def test_an_ensemble_is_a_model(report: dict[str, Any]) -> None:
+    assert report["sync"]["ensemble"] == [[4, 8, 12, 16]]
+    assert report["sync"]["ensemble, metadata"]["platform"] == "ensemble"
+
+
 def test_async_infer(report: dict[str, Any]) -> None:
     assert report["callbacks"] == [2 * n for n in range(8)]
 

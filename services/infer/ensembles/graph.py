@@ -1,12 +1,7 @@
 """An ensemble's steps and the tensors between them, read from its configuration. What is wrong by itself is refused.
 
 ensemble_scheduling              Triton's, with Triton's meaning: `model_config.proto`
-parameters, ours                 when.<step>        the step is run only if this holds (`conditions`)
-                                 each.<step>        "crops": the step's model is called for each row of this tensor
-                                 skipped.<output>   "empty": an empty tensor, where no step gave the output
-                                 max_in_flight      requests that may be in work at the same time
-
-A step is named by its index from 0, or by its model where no other step has the same.
+parameters, ours                 `own`
 """
 
 from __future__ import annotations
@@ -15,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from services.infer.ensembles import conditions
 from services.infer.ensembles.conditions import Condition
+from services.infer.ensembles.own import EACH, WHEN, Own
 from services.infer.models import modelconfig
 from services.infer.models.wanted import ModelFiles
 from services.infer.wording import listed, quoted
@@ -26,8 +21,6 @@ from shoal.inference.v2 import model_config_pb2 as pb
 PLATFORM = "ensemble"
 
 _MOST_STEPS = 256
-_MOST_IN_FLIGHT = 1_000_000
-_WHEN, _EACH, _SKIPPED, _IN_FLIGHT = "when.", "each.", "skipped.", "max_in_flight"
 
 
 @dataclass(frozen=True)
@@ -133,7 +126,7 @@ def graph_of(config: pb.ModelConfig, *, says_batch: bool = True) -> Graph:
     wrong += _wrong_tensors(config, read, producers)
     if wrong:
         raise FailedPrecondition("ensemble_scheduling: " + "; ".join(wrong))
-    own = _Own(config)
+    own = Own(config)
     return Graph(
         config,
         says_batch,
@@ -175,16 +168,16 @@ def _wrong_tensors(
         elif len(indices) > 1 and not all(steps[n].when for n in indices):
             yield (
                 f"tensor {quoted(tensor)} is given by steps {', '.join(map(str, indices))}: only one may, unless each "
-                f"of them has a parameter {_WHEN}<step>"
+                f"of them has a parameter {WHEN}<step>"
             )
     for step in steps:
         for tensor in sorted({*step.inputs.values(), *step.asked}):
             if declared and tensor not in declared and tensor not in producers:
                 yield f"step {step.index} takes tensor {quoted(tensor)}, which no step gives and which is no input"
             elif not declared and tensor not in producers and tensor not in used:
-                yield f"step {step.index}: {_WHEN}{step.index} looks at tensor {quoted(tensor)}, which there is not"
+                yield f"step {step.index}: {WHEN}{step.index} looks at tensor {quoted(tensor)}, which there is not"
         for tensor in sorted(step.each - set(step.inputs.values())):
-            yield f"step {step.index}: {_EACH}{step.index} '{tensor}': expected one of {listed(step.inputs.values())}"
+            yield f"step {step.index}: {EACH}{step.index} '{tensor}': expected one of {listed(step.inputs.values())}"
     looked_at = {tensor for step in steps for tensor in step.asked}
     for name in declared:
         if name in producers:
@@ -196,60 +189,8 @@ def _wrong_tensors(
             yield f"output {quoted(name)} is given by no step"
 
 
-class _Own:
-    """Our parameters, as they are written."""
-
-    def __init__(self, config: pb.ModelConfig) -> None:
-        self.wrong: list[str] = []
-        self.when: dict[int, Condition] = {}
-        self.each: dict[int, frozenset[str]] = {}
-        self.skipped: list[str] = []
-        self.in_flight = 0
-        self._models = [step.model_name for step in config.ensemble_scheduling.step]
-        self._outputs = {tensor for step in config.ensemble_scheduling.step for tensor in step.output_map.values()}
-        for key in sorted(config.parameters):
-            try:
-                self._read(key, config.parameters[key].string_value.strip())
-            except ValueError as err:
-                self.wrong.append(f"parameter {quoted(key)} {quoted(config.parameters[key].string_value)}: {err}")
-
-    def _read(self, key: str, text: str) -> None:
-        if key.startswith(_WHEN):
-            self.when[self._step(key.removeprefix(_WHEN), self.when)] = conditions.parse(text)
-        elif key.startswith(_EACH):
-            tensors = [tensor.strip() for tensor in text.split(",")]
-            if not all(tensors):
-                raise ValueError("expected the names of tensors, with commas between them")
-            self.each[self._step(key.removeprefix(_EACH), self.each)] = frozenset(tensors)
-        elif key.startswith(_SKIPPED):
-            output = key.removeprefix(_SKIPPED)
-            if text != "empty":
-                raise ValueError("expected 'empty'")
-            if output not in self._outputs:
-                raise ValueError(f"no step gives {quoted(output)}")
-            self.skipped.append(output)
-        elif key == _IN_FLIGHT:
-            if not (text.isdecimal() and text.isascii() and len(text) < 8 and 1 <= int(text) <= _MOST_IN_FLIGHT):
-                raise ValueError(f"expected a whole number from 1 to {_MOST_IN_FLIGHT}")
-            self.in_flight = int(text)
-
-    def _step(self, said: str, taken: Mapping[int, object]) -> int:
-        if said.isdecimal() and said.isascii() and len(said) < 8:
-            found = [int(said)] if int(said) < len(self._models) else []
-        else:
-            found = [n for n, model in enumerate(self._models) if model == said]
-        if len(found) != 1:
-            raise ValueError(
-                f"{quoted(said)} names {len(found) or 'no'} step{'s' * (len(found) > 1)}: "
-                f"expected an index from 0 to {len(self._models) - 1}, or the model of one step only"
-            )
-        if found[0] in taken:
-            raise ValueError(f"step {found[0]} has it already, by its index or its model")
-        return found[0]
-
-
 def _with_parameters(config: pb.ModelConfig) -> tuple[tuple[Step, ...], list[str]]:
-    own = _Own(config)
+    own = Own(config)
     steps = tuple(
         Step(
             n,

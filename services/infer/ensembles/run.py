@@ -15,30 +15,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from services.infer.calls import ragged
 from services.infer.calls.parameters import NONE
 from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.signature import fits
-from services.infer.calls.tensors import Tensor
-from services.infer.ensembles import feeding, values
+from services.infer.calls.request import Call
+from services.infer.ensembles import answering, feeding
 from services.infer.ensembles.conditions import Undecided
 from services.infer.ensembles.fan_out import Asked, FanOut, Seen
 from services.infer.ensembles.plan import Feed, Plan, PlannedStep
 from services.infer.ensembles.step_call import StepCall, named
 from services.infer.ensembles.values import SKIPPED, Skipped
-from services.infer.scheduling.execution import Answer, StepTimes, Times
+from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.queue import Receiver
-from services.infer.wording import written
 from shoal.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from services.infer.ensembles.scheduler import EnsembleScheduler
 
 log = logging.getLogger(__name__)
-
-FIRED = "steps"
-"""In place of why a batch was run: each step says its own."""
 
 
 class Run:
@@ -252,11 +245,11 @@ class Run:
 
     def _finish(self) -> None:
         try:
-            outputs = [self._output(wanted) for wanted in self.call.outputs]
+            outputs = [answering.output(self.plan, self.call, self._values, wanted) for wanted in self.call.outputs]
         except Exception as err:
             self._end(named(err, f"in ensemble '{self.plan.graph.name}'"))
             return
-        answer = self._answer(outputs)
+        answer = answering.answer(self.plan, self.call, outputs, self._seen)
         self._owner.count(self, answer)
         self._end(answer)
 
@@ -274,40 +267,3 @@ class Run:
                 self._receiver.failed(outcome)
         except Exception:  # One caller's trouble is no other's.
             log.exception("ensemble %s: an answer could not be given", self.plan.graph.name)
-
-    def _output(self, wanted: WantedOutput) -> Tensor:
-        spec = wanted.spec
-        value = self._values[self.plan.places[spec.name]]
-        if value is None or isinstance(value, Skipped):
-            if spec.name not in self.plan.graph.empty_if_skipped:
-                raise InvalidArgument(
-                    f"output '{spec.name}': every step that gives it was skipped for this request: ask for other "
-                    f"outputs, or have it empty then (parameter skipped.{spec.name})"
-                )
-            batched = self.plan.completed.signature.max_batch_size > 0
-            return values.empty(spec.datatype, (self.call.rows, *spec.shape[1:]) if batched else spec.shape)
-        tensor = ragged.dense(value, spec, "output")
-        if spec.shape and not fits(tensor.shape, spec.shape):
-            raise InvalidArgument(
-                f"output '{spec.name}' has shape {written(tensor.shape)}, expected {written(spec.shape)}"
-            )
-        return tensor
-
-    def _answer(self, outputs: list[Tensor]) -> Answer:
-        seen = self._seen.values()
-        times = Times(
-            self.call.rows,
-            sum([one.gather_ns for one in seen]),
-            sum([one.compute_ns for one in seen]),
-            sum([one.scatter_ns for one in seen]),
-        )
-        answer = Answer(outputs, times, sum([one.queue_ns for one in seen]), FIRED)
-        if self.call.parameters.explain:
-            answer.steps = [self._told(n) for n in range(len(self.plan.steps))]
-        return answer
-
-    def _told(self, index: int) -> StepTimes:
-        version, seen = self.plan.steps[index].version, self._seen.get(index, Seen())
-        return StepTimes(
-            version.name, version.number, seen.calls, seen.rows, seen.queue_ns, seen.compute_ns, seen.fired
-        )

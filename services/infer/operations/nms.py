@@ -73,12 +73,13 @@ class Nms:
         if len(boxes) > self._asked.max_candidates:
             raise Unfit(f"input 'boxes' has {len(boxes)}, more than max_candidates, {self._asked.max_candidates}")
         put = self._place.put
-        keep = nms(
-            put(np.ascontiguousarray(boxes)),
-            put(np.ascontiguousarray(scores)),
-            self._asked.iou_threshold,
-            groups=None if classes is None else put(np.ascontiguousarray(classes)),
-            least_score=self._asked.score_threshold,
-        )
-        kept = self._place.get(keep)
+        with self._place.computing():
+            keep = nms(
+                put(np.ascontiguousarray(boxes)),
+                put(np.ascontiguousarray(scores)),
+                self._asked.iou_threshold,
+                groups=None if classes is None else put(np.ascontiguousarray(classes)),
+                least_score=self._asked.score_threshold,
+            )
+            kept = self._place.get(keep)
         return kept[kept >= 0][: self._asked.max_boxes]

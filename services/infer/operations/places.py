@@ -8,6 +8,7 @@ Between two steps on one GPU the arrays could stay there; they do not yet: `get`
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from services.infer.calls.tensors import Tensor
@@ -15,10 +16,13 @@ from shoal.errors import FailedPrecondition
 
 
 class Place(Protocol):
-    """The host, or a GPU."""
+    """The host, or a GPU. `put` and `get` are called within `computing`."""
 
     @property
     def gpus(self) -> tuple[int, ...]: ...
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Around all that is done there, on the thread that does it: which GPU is meant is said for each thread."""
 
     def put(self, array: Tensor) -> Any:
         """The array where the kernel wants it."""
@@ -31,6 +35,9 @@ class Host:
     """Nothing is copied."""
 
     gpus: tuple[int, ...] = ()
+
+    def computing(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def put(self, array: Tensor) -> Any:
         return array
@@ -51,13 +58,15 @@ class Gpu:
             raise FailedPrecondition(
                 "instance_group: KIND_GPU needs CuPy: pip install 'shoal[cuda13]' (or cuda12)"
             ) from err
-        self.gpus = (number,)
+        self.gpus: tuple[int, ...] = (number,)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        device: AbstractContextManager[Any] = self._cupy.cuda.Device(self.gpus[0])
+        return device
 
     def put(self, array: Tensor) -> Any:
-        with self._cupy.cuda.Device(self.gpus[0]):
-            return self._cupy.asarray(array)
+        return self._cupy.asarray(array)
 
     def get(self, array: Any) -> Tensor:
-        with self._cupy.cuda.Device(self.gpus[0]):
-            result: Tensor = self._cupy.asnumpy(array)
-            return result
+        result: Tensor = self._cupy.asnumpy(array)  # Waits for what computes it.
+        return result

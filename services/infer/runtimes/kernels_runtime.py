@@ -19,7 +19,7 @@ from services.infer.calls.tensors import Tensor
 from services.infer.models.modelconfig import GUESSED_BATCH_SIZE, KERNELS
 from services.infer.operations import places
 from services.infer.operations.assets import Assets
-from services.infer.operations.operation import Operation, Setting
+from services.infer.operations.operation import Operation, Results, Setting
 from services.infer.operations.parameters import OPERATION, read
 from services.infer.operations.table import OPERATIONS, Entry
 from services.infer.operations.threads import RowThreads
@@ -56,7 +56,9 @@ class KernelsRuntime:
         threads = RowThreads(options.intra_op_threads, f"{about.name}-rows")
         try:
             assets = Assets([file, about.folder or file.parent])
-            return OperationSession(name, entry.make(parameters, Setting(assets, threads, place)), threads, place)
+            with place.computing():
+                operation = entry.make(parameters, Setting(assets, threads, place))
+            return OperationSession(name, operation, threads, place)
         except BaseException:
             threads.close()
             raise
@@ -72,14 +74,14 @@ class OperationSession:
 
     def __init__(self, name: str, operation: Operation, threads: RowThreads, place: places.Place) -> None:
         """Closes the threads. Raises FailedPrecondition when the operation fails with its own example."""
-        self._name, self._operation, self._threads = name, operation, threads
+        self._name, self._operation, self._threads, self._place = name, operation, threads, place
         self.inputs, self.outputs = operation.inputs, operation.outputs
         self.only_computes = operation.only_computes
         self.gpus = place.gpus
         self._inputs = {spec.name: spec for spec in self.inputs}
         self._outputs = {spec.name: spec for spec in self.outputs}
         for example in (operation.example(), _read_only(operation.example())):  # Both compile what they need.
-            if unfit := operation.run(example).unfit:
+            if unfit := self._run(example).unfit:
                 raise FailedPrecondition(f"operation {name} fails with an example of its own: {unfit[0]}")
 
     def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
@@ -112,8 +114,12 @@ class OperationSession:
             raise ModelFailed(err.message) from err
 
     def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> RowResults:
-        results = self._operation.run(inputs)
+        results = self._run(inputs)
         return RowResults([results.values[name] for name in outputs], results.unfit)
+
+    def _run(self, inputs: Mapping[str, Value]) -> Results:
+        with self._place.computing():
+            return self._operation.run(inputs)
 
     def close(self) -> None:
         self._threads.close()

@@ -76,6 +76,8 @@ def sync(client: triton.InferenceServerClient) -> dict[str, Any]:
         "config": client.get_model_config(MODEL, as_json=True),
         "index": client.get_model_repository_index(as_json=True),
         "infer": y(client.infer(MODEL, [tensor()], headers={"x-shoal-tenant": "a"})),
+        "ensemble": y(client.infer("chain", [tensor()])),
+        "ensemble, metadata": client.get_model_metadata("chain", as_json=True),
         "classification": texts(client.infer("classes", [tensor()], outputs=classes)),
         "compressed": {
             name: client.infer(MODEL, [tensor(64)], compression_algorithm=name).as_numpy("y").shape

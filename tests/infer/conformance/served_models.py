@@ -82,6 +82,18 @@ class TritonPythonModel:
             sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 """
 
+CHAIN = """
+platform: "ensemble"
+ensemble_scheduling {
+  step [
+    { model_name: "double" model_version: -1
+      input_map { key: "x" value: "x" } output_map { key: "y" value: "twice" } },
+    { model_name: "double" model_version: -1
+      input_map { key: "x" value: "twice" } output_map { key: "y" value: "y" } }
+  ]
+}
+"""
+
 REPEAT_CONFIG = """
 backend: "python"
 max_batch_size: 0
@@ -106,6 +118,7 @@ def write(root: Path) -> Path:
     patient     y = 2x, which waits a minute for the fourth row
     decode      an operation without a model file: BYTES of an image to its pixels
     steps       sequences: total = sum of x so far, FP32 [n,1]
+    chain       y = 4x, an ensemble: double twice
     repeat      decoupled, model.py: `times` answers n = 0, 1, ...; an error when `times` is negative
     """
     _put(root, "double", onnx_files.scale(2))
@@ -121,10 +134,17 @@ def write(root: Path) -> Path:
         _put(root, "versions", onnx_files.scale(version), version)
     _put(root, "slow", onnx_files.slow())
     _put(root, "patient", onnx_files.scale(2))
+    put_chain(root)
     put_decode(root)
     _put(root, "steps", onnx_files.accumulating())
     put_repeat(root)
     return root
+
+
+def put_chain(root: Path) -> None:
+    """Adds `chain`, an ensemble of `double`."""
+    (root / "chain/1").mkdir(parents=True)
+    (root / "chain/config.pbtxt").write_text(CHAIN)
 
 
 def put_decode(root: Path) -> None:

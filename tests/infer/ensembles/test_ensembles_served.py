@@ -11,6 +11,7 @@ from onnx import TensorProto
 
 from shoal.errors import NotFound, Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
+from tests.breakable import until
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, output, request
 from tests.infer.ensembles.conftest import FAN, parameter, step, tensor
@@ -111,8 +112,7 @@ async def test_requests_of_different_ensembles_share_executions(serve, models_fo
     asked.parameters["explain"].bool_param = True
     async with occupied(double):
         calls = [served.stub.ModelInfer(r) for r in (asked, request("other", x=X), request("double", x=X))]
-        while len(double.scheduler._queue) < 3:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(double.scheduler._queue) >= 3)
     first, _, _ = await asyncio.gather(*calls)
     assert np.array_equal(output(first, "y"), 6 * X)
     assert first.parameters["step_0_batch_size"].int64_param == 6
@@ -167,8 +167,7 @@ async def test_one_bad_request_fails_alone_in_a_step_that_others_share(serve, mo
     numbers = [0, 9, 2]
     async with occupied(served.models.find("lookup", "")):
         calls = [served.stub.ModelInfer(request("e", i=np.array([[n]], np.int64))) for n in numbers]
-        while len(served.models.find("lookup", "").scheduler._queue) < 3:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(served.models.find("lookup", "").scheduler._queue) >= 3)
     answers = await asyncio.gather(*calls, return_exceptions=True)
     assert [output(a, "y").item() if isinstance(a, pb.ModelInferResponse) else "failed" for a in answers] == [
         10,
@@ -320,8 +319,7 @@ async def test_so_many_requests_at_the_same_time(serve, models_folder):
     served = await serve(models_folder.root)
     async with occupied(served.models.find("double", "")):
         calls = [served.stub.ModelInfer(request("e", x=X)) for _ in range(2)]
-        while len(served.models.find("double", "").scheduler._queue) < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(served.models.find("double", "").scheduler._queue) >= 2)
         with pytest.raises(grpc.aio.AioRpcError) as err:
             await served.stub.ModelInfer(request("e", x=X))
         assert err.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -338,8 +336,7 @@ async def test_a_full_queue_of_a_step_is_told_with_the_time_to_come_back(serve, 
     served = await serve(models_folder.root)
     async with occupied(served.models.find("narrow", "")):
         call = served.stub.ModelInfer(request("e", x=X))
-        while not len(served.models.find("narrow", "").scheduler._queue):
-            await asyncio.sleep(0.001)
+        await until(lambda: len(served.models.find("narrow", "").scheduler._queue) >= 1)
         with pytest.raises(grpc.aio.AioRpcError) as err:
             await served.stub.ModelInfer(request("e", x=X))
         assert err.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

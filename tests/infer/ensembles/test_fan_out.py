@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.breakable import until
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, output, request
 from tests.infer.ensembles.conftest import parameter, step, tensor
@@ -53,10 +54,10 @@ MORE = (
 PAGE = np.arange(1, 11, dtype=np.float32)
 
 
-async def put(serve, folder, more: str = MORE, **limits: int):
+async def put(serve, folder, *steps: str, more: str = MORE, **limits: int):
     folder.put("cut", cutting(), config="max_batch_size: 0")
     folder.bare("sum", summing())
-    folder.ensemble("e", *CUT, more=more)
+    folder.ensemble("e", *(steps or CUT), more=more)
     return await serve(folder.root, **limits)
 
 
@@ -81,8 +82,7 @@ async def test_pieces_of_one_shape_are_batched_across_requests(serve, models_fol
     model = served.models.find("sum", "")
     async with occupied(model):
         calls = [served.stub.ModelInfer(explained(asked(*sizes))) for sizes in ((3, 5), (5, 3), (3,))]
-        while len(model.scheduler._queue) < 5:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(model.scheduler._queue) >= 5)
     answers = await asyncio.gather(*calls)
     assert [output(answer, "sums").tolist() for answer in answers] == [sums(3, 5), sums(5, 3), sums(3)]
     assert {rows: times.count for rows, times in model.statistics.by_rows.items()} == {2: 1, 3: 1}
@@ -97,13 +97,11 @@ def explained(made):
 
 async def test_so_many_rows_at_a_time(serve, models_folder):
     """max_inflight_requests."""
-    more = MORE.replace("max_batch_size", "ensemble_scheduling { max_inflight_requests: 2 } max_batch_size")
-    served = await put(serve, models_folder, more)
+    served = await put(serve, models_folder, *CUT, "max_inflight_requests: 2")
     model = served.models.find("cut", "")
     async with occupied(model):
         call = served.stub.ModelInfer(asked(*range(1, 8)))
-        while not len(model.scheduler._queue):
-            await asyncio.sleep(0.001)
+        await until(lambda: len(model.scheduler._queue) >= 1)
         assert len(model.scheduler._queue) == 2
     assert output(await call, "sums").tolist() == sums(*range(1, 8))
 
@@ -138,7 +136,7 @@ async def test_tensors_with_different_numbers_of_rows(serve, models_folder):
 
 async def test_rows_of_different_shapes_are_no_tensor(serve, models_folder):
     more = MORE.replace(tensor("output", "sums", "-1, 1"), tensor("output", "pieces", "-1, -1"))
-    served = await put(serve, models_folder, more)
+    served = await put(serve, models_folder, more=more)
     assert output(await served.stub.ModelInfer(asked(2, 2)), "pieces").tolist() == [[1, 2], [1, 2]]
     code, why = await refused(served, asked(2, 3))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
@@ -146,7 +144,7 @@ async def test_rows_of_different_shapes_are_no_tensor(serve, models_folder):
 
 
 async def test_rows_are_stacked_for_a_step_that_takes_them_all(serve, models_folder):
-    served = await put(serve, models_folder, MORE.replace(parameter("each.sum", "pieces"), ""))
+    served = await put(serve, models_folder, more=MORE.replace(parameter("each.sum", "pieces"), ""))
     assert output(await served.stub.ModelInfer(asked(4, 4, 4)), "sums").tolist() == sums(4, 4, 4)
     assert output(await served.stub.ModelInfer(asked()), "sums").tolist() == []
     assert served.models.find("sum", "").statistics.by_rows.keys() == {3}

@@ -7,11 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from services.infer.operations.table import OPERATIONS
-from services.infer.runtimes.kernels_runtime import KernelsRuntime
-from services.infer.runtimes.runtime import About, Place, SessionOptions
 from shoal.errors import FailedPrecondition
-from shoal.inference.v2 import model_config_pb2 as pb
 from tests.infer.operations import making
 
 RNG = np.random.default_rng(0)
@@ -244,13 +240,3 @@ def test_an_unknown_operation_is_answered_with_those_that_there_are(made):
         made("resise")
     with pytest.raises(FailedPrecondition, match="parameter 'operation' is missing"):
         made("")
-
-
-@pytest.mark.parametrize("operation", sorted(OPERATIONS))
-def test_no_gpu_is_no_silent_cpu(tmp_path, operation):
-    (tmp_path / "keys.txt").write_text("a\n")
-    given = {"operation": operation} | ({"characters": "keys.txt"} if operation == "ctc_decode" else {})
-    config = pb.ModelConfig(parameters={key: {"string_value": value} for key, value in given.items()})
-    options = SessionOptions(1, places=(Place("gpu"),), about=About("m", folder=tmp_path, config=config))
-    with pytest.raises(FailedPrecondition, match="instance_group"):
-        KernelsRuntime().load(tmp_path, options)
