@@ -277,11 +277,14 @@ class SequenceScheduler:
 
     def _tidy(self, now: float) -> None:
         """Sends away what is too late, and ends what was idle for too long."""
-        for step in list(self.book.expire(now)):
+        late, over = list(self.book.expire(now)), self.book.forget_idle(now, at_once=self._is_closing)
+        for step in late:
             self._refuse(self.book.drop(step, now))
             self._settle(step, self._too_late())
-        for sequence in self.book.forget_idle(now, at_once=self._is_closing):
-            log.info("model %s: sequence %r was idle for too long, and is over", self._name, sequence.id)
+        for sequence in over:
+            log.debug("model %s: sequence %r was idle for too long, and is over", self._name, sequence.id)
+        if late or over:
+            self._soon()  # Places are free.
 
     def _unloading(self) -> Unavailable:
         return Unavailable(f"model '{self._name}' is being unloaded")
