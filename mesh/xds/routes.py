@@ -104,7 +104,7 @@ def route_configuration(table: Table, models: tuple[str, ...], sequenced: frozen
             routes += [_compressed(service)]
             routes += [_step(path, model) for model in models if model in sequenced for path in _paths(table.models)]
             routes += [_model(service, model) for model in models]
-        routes += _service(service, is_searched=not names_model or bool(models), has_steps=bool(sequenced))
+        routes += _service(service, is_searched=names_model and bool(models), has_steps=bool(sequenced))
     host = VirtualHost.from_dict(
         {
             "name": "any",
