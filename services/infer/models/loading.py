@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from services.infer.calls.signature import TensorSpec
@@ -18,6 +18,7 @@ from services.infer.runtimes.reshape import ReshapedSession
 from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
 from services.infer.scheduling import rules
 from services.infer.scheduling.batcher import BatchPolicy
+from services.infer.scheduling.cost import CostCurve
 from services.infer.sequences import stateful
 from services.infer.sequences.settings import clients
 from services.infer.sequences.stateful import Stateful
@@ -36,6 +37,8 @@ class Loaded:
 
     model: Completed
     session: Session
+    cost: CostCurve = field(default_factory=CostCurve)
+    """What trials took."""
     sequences: Stateful | None = None
     """Only for a model whose configuration has sequence_batching."""
 
@@ -102,14 +105,14 @@ def load(
             return Loaded(model, session)
         made_up = not isinstance(session, ProcessSession) or session.is_tried
         sequences = stateful.of(model.config, session, files.folder) if config.HasField("sequence_batching") else None
-        tried = session if sequences is None else sequences.trial(session)
-        model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up)
+        tried, cost = session if sequences is None else sequences.trial(session), CostCurve()
+        model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up, cost=cost)
         if sequences is not None and model.signature.max_batch_size != sequences.max_batch_size:
             raise FailedPrecondition(
                 "sequence_batching: max_batch_size could not be guessed, since rows of the model depend on each other: "
                 "write it into config.pbtxt"
             )
-        return Loaded(model, session, sequences)
+        return Loaded(model, session, cost, sequences)
     except BaseException as err:
         session.close()
         if isinstance(err, StopIteration):  # No future takes one: whoever waits would wait for ever.

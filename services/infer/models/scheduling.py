@@ -45,6 +45,7 @@ def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: 
         rules.of(config),
         instances=modelconfig.instances(config),
         statistics=statistics,
+        cost=loaded.cost,
         clock=means.clock,
     )
 
