@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import pytest
 
+from kernels import backend
 from mesh.node import parts
 
 READY_S = 30
@@ -32,6 +33,12 @@ hypothesis.settings.register_profile(
     "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("unhurried")
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_device(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not backend.device_available():
+        pytest.skip("no GPU: tests marked gpu were not run")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from contextlib import aclosing
 
 from services.infer import streaming
 from services.infer.aside import aside
-from services.infer.calls import answer, parameters, request
+from services.infer.calls import answer, parameters, ragged, request
 from services.infer.calls.request import Call
 from services.infer.models.control import Control
 from services.infer.models.models import Models, version_number
@@ -22,7 +22,7 @@ from services.infer.models.version import State, Version
 from services.infer.remembered import Memory
 from services.infer.responses.cache import CacheState
 from services.infer.scheduling.scheduler import Answer
-from services.infer.scheduling.waiter import Waiter
+from services.infer.scheduling.submitted import Waiter
 from services.infer.sequences.line import Line
 from services.infer.wording import quoted
 from shoal import __version__
@@ -255,6 +255,7 @@ def _is_long_read(asked: pb.ModelInferRequest) -> bool:
 
 
 def _is_long_write(got: Answer, call: Call) -> bool:
-    by_element = any(output.dtype == object and output.size > _FEW_ELEMENTS for output in got.outputs)
+    arrays = [array for output in got.outputs for array in ragged.arrays(output)]
+    by_element = sum(array.size for array in arrays if array.dtype == object) > _FEW_ELEMENTS
     classes = sum(wanted.classes for wanted in call.outputs) * call.rows
-    return by_element or classes > _FEW_ELEMENTS or sum(output.nbytes for output in got.outputs) > _LARGE_BYTES
+    return by_element or classes > _FEW_ELEMENTS or sum(array.nbytes for array in arrays) > _LARGE_BYTES

@@ -25,7 +25,8 @@ CONFIGS = {
 
 
 def write(root: Path) -> Path:
-    """The models of the clients: double and patient (y = 2x, [N,4]), wide (the same, of any size), classes, repeat."""
+    """The models of the clients: double and patient (y = 2x, [N,4]), wide (the same, of any size), classes, repeat,
+    decode, chain (an ensemble, y = 4x)."""
     for name, config in CONFIGS.items():
         model = onnx_files.identity() if name == "classes" else onnx_files.scale(2)
         (root / name / "1").mkdir(parents=True)
@@ -33,6 +34,8 @@ def write(root: Path) -> Path:
         (root / name / "config.pbtxt").write_text(config)
     (root / "classes/labels.txt").write_text("ant\nbee\n")
     served_models.put_repeat(root)
+    served_models.put_decode(root)
+    served_models.put_chain(root)
     return root
 
 

@@ -58,6 +58,18 @@ def test_streams(report: dict[str, Any], client: str) -> None:
         assert seen["decoupled, final"] == [0, 1, 2, "final"]
 
 
+def test_bytes_of_an_image_come_back_as_pixels(report: dict[str, Any]) -> None:
+    assert report["sync"]["image"] == [[[[255, 0, 0]], [[0, 0, 255]]]]
+    code, message = report["sync"]["no image"]
+    assert code == "StatusCode.INVALID_ARGUMENT"
+    assert message.startswith("model 'decode': input 'image': expected jpeg, png, webp, bmp")
+
+
+def test_an_ensemble_is_a_model(report: dict[str, Any]) -> None:
+    assert report["sync"]["ensemble"] == [[4, 8, 12, 16]]
+    assert report["sync"]["ensemble, metadata"]["platform"] == "ensemble"
+
+
 def test_async_infer(report: dict[str, Any]) -> None:
     assert report["callbacks"] == [2 * n for n in range(8)]
 

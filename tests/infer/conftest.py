@@ -20,6 +20,8 @@ from services.infer.models.control import Control
 from services.infer.models.means import Means
 from services.infer.models.models import Models
 from services.infer.rpc import inference_rpc
+from services.infer.runtimes.choice import Runtimes
+from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources.repository import look, scan
@@ -76,7 +78,8 @@ async def serve(run_dir: Path) -> AsyncIterator[Callable[..., object]]:
 
 @asynccontextmanager
 async def serving(root: Path, socket: Path, limits: QueueLimits) -> AsyncIterator[Serving]:
-    async with Models(Means.of(OnnxRuntime(), limits)) as models, Control(models, partial(look, root)) as control:
+    means = Means.of(Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
+    async with Models(means) as models, Control(models, partial(look, root)) as control:
         core = InferenceServer(models, "test/infer-0", control=control)
         async with GrpcServer(f"unix:{socket}", [inference_rpc(core)], drain_ms=2000):
             control.offer(scan(root))

@@ -24,6 +24,7 @@ from services.infer.sources.repository import scan
 from shoal.errors import InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
+from tests.infer.ensembles.conftest import step, written
 
 DTYPES = {"FP32": np.float32, "INT64": np.int64}
 
@@ -101,6 +102,9 @@ def folder(tmp_path_factory):
         "words": onnx_files.identity(TensorProto.STRING),
     }.items():
         (root / f"{name}.onnx").write_bytes(model.SerializeToString())
+    (root / "chain/1").mkdir(parents=True)
+    steps = step("double", {"x": "x"}, {"y": "m"}), step("double", {"x": "m"}, {"y": "y"})
+    (root / "chain/config.pbtxt").write_text(written(*steps))
     return root
 
 
@@ -145,6 +149,14 @@ REQUESTS = st.one_of(
         width=st.integers(0, 300),
     ),
     st.builds(request, model=st.just("whole"), rows=st.integers(1, 3), dtype=st.just("INT64"), value=st.integers(0, 9)),
+    st.builds(
+        request,
+        model=st.just("chain"),
+        rows=st.integers(0, 65),
+        id=st.sampled_from(["", "a"]),
+        outputs=st.sampled_from([(), ("y",), ("m",)]),
+        width=st.sampled_from([4, 4, 4, 3]),
+    ),
     st.builds(request, model=st.just("nobody")),
 )
 

@@ -21,6 +21,8 @@ class TensorSpec:
     """Names of an output's classes, by index."""
     is_optional: bool = False
     """An input that a request may leave out."""
+    is_ragged: bool = False
+    """Its rows may differ in shape (`ragged`): for an input, calls that differ in it may share an execution."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Signature:
     def required(self) -> frozenset[str]:
         """Inputs that every request has."""
         return frozenset(spec.name for spec in self.inputs if not spec.is_optional)
+
+    @cached_property
+    def ragged(self) -> frozenset[str]:
+        """Inputs whose rows may differ in shape."""
+        return frozenset(spec.name for spec in self.inputs if spec.is_ragged)
 
     @cached_property
     def outputs_by_name(self) -> Mapping[str, TensorSpec]:

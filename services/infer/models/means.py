@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from services.infer.ensembles.neighbours import Neighbours
 from services.infer.responses.store import DEFAULT_BYTES, ResponseStore
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.runtime import Runtime
@@ -35,6 +36,8 @@ class Means:
     """Where the models with a response cache keep answers."""
     around: Callable[[str, Execution], Runs] = as_it_is
     """What stands around each execution of a model, by the model's name."""
+    neighbours: Neighbours | None = None
+    """The other models, for ensembles."""
 
     @classmethod
     def of(

@@ -1,21 +1,26 @@
 """How the calls of a loaded version are run: the kind of scheduler that its configuration asks for.
 
 model_transaction_policy.decoupled ──> DecoupledScheduler    any number of responses
+ensemble_scheduling                ──> EnsembleScheduler     calls of other models
 sequence_batching                  ──> SequenceScheduler     steps of sequences, in order, each after what the last left
 nothing                            ──> Scheduler             batches, one answer for each call
 """
 
 from __future__ import annotations
 
+from services.infer.ensembles.loading import Composed
+from services.infer.ensembles.scheduler import EnsembleScheduler
 from services.infer.isolation.execution import ProcessExecution
 from services.infer.isolation.session import ProcessSession
 from services.infer.models import modelconfig
 from services.infer.models.loading import Loaded
 from services.infer.models.means import Means
+from services.infer.runtimes.runtime import RowsSession
 from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.execution import Execution, Runs
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.scheduling.rows_execution import RowsExecution
 from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
@@ -28,11 +33,17 @@ def scheduler_of(
     name: str, number: int, loaded: Loaded, means: Means, statistics: Statistics
 ) -> RunsCalls | DecoupledScheduler:
     """What runs the calls of version `number` of the model `name`. Nothing is started yet: enter it."""
+    if isinstance(loaded, Composed):
+        return _ensemble(loaded, means, statistics)
     if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):
         return _decoupled(name, number, loaded, loaded.session, means, statistics)
     if loaded.sequences is not None:
         return _sequencing(name, number, loaded, loaded.sequences, means, statistics)
     return _batching(name, number, loaded, means, statistics)
+
+
+def _ensemble(loaded: Composed, means: Means, statistics: Statistics) -> EnsembleScheduler:
+    return EnsembleScheduler(loaded.plan, loaded.renew, means.limits, statistics=statistics, clock=means.clock)
 
 
 def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: Statistics) -> Scheduler:
@@ -52,8 +63,11 @@ def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: 
 
 def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
     session, signature = loaded.session, loaded.model.signature
+    assert session is not None, "only ensembles have none"
     if isinstance(session, ProcessSession):
         made: Execution = ProcessExecution(name, number, session, signature, means.clock)
+    elif isinstance(session, RowsSession):
+        made = RowsExecution(name, session, signature, means.clock)
     else:
         made = Execution(name, session, signature, means.clock)
     return means.around(name, made)
@@ -64,6 +78,7 @@ def _sequencing(
 ) -> SequenceScheduler:
     config, signature = loaded.model.config, loaded.model.signature
     session, settings, first = loaded.session, sequences.settings, sequences.first
+    assert session is not None, "an ensemble has no sequences of its own"
 
     def execution(instance: int) -> Runs:
         if isinstance(session, ProcessSession):

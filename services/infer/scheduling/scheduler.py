@@ -26,7 +26,7 @@ from services.infer.scheduling.overload import SPARE, Pressure, spare_of
 from services.infer.scheduling.queue import Batch, Pending, Queue, QueueLimits, Receiver
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.statistics import Statistics
-from services.infer.scheduling.waiter import Waiter
+from services.infer.scheduling.submitted import submitted
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
@@ -164,15 +164,7 @@ class Scheduler:
             Internal: the model cannot process this call.
             Unavailable: the model is being unloaded.
         """
-        future: asyncio.Future[Answer] = self._loop.create_future()
-        pending = self.start(call, deadline, tenant, Waiter(future))
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self.abandon(pending)
-            raise
-        finally:
-            del future, pending  # They hold an error whose trace holds this frame: a circle, and in it the whole call.
+        return await submitted(self, call, deadline, tenant)
 
     def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Pending:
         """As `submit`, without waiting: `receiver` will be told. Raises what is clear at once."""

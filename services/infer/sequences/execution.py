@@ -82,7 +82,7 @@ class SequenceExecution(Execution):
 
     def _row(self, step: Step) -> Row:
         states = self._first if step.starts else step.sequence.states
-        return Row(step.call.inputs, step.starts, step.ends, step.id, states)
+        return Row(step.call.tensors, step.starts, step.ends, step.id, states)
 
 
 class ProcessSequenceExecution(SequenceExecution):
@@ -179,7 +179,7 @@ class ProcessSequenceExecution(SequenceExecution):
 
     def _checked(self, step: Step, answer: Answer) -> Outcome:
         try:
-            check_outputs(step.call, answer.outputs, 1 if self._batched else None)
+            check_outputs(step.call, cast("Sequence[Tensor]", answer.outputs), 1 if self._batched else None)
         except ModelFailed as err:
             return self._failed(err)
         return answer

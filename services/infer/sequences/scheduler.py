@@ -21,7 +21,7 @@ from services.infer.scheduling.batcher import Wait
 from services.infer.scheduling.execution import Answer, Outcome, Runs, Times
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
-from services.infer.scheduling.waiter import Waiter
+from services.infer.scheduling.submitted import submitted
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from services.infer.sequences import admission, direct, oldest, wording
 from services.infer.sequences.book import Book, Unknown
@@ -110,15 +110,7 @@ class SequenceScheduler:
 
     async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
         """As `RunsCalls` has it. Raises InvalidArgument, too: the call is no step of a sequence that is known here."""
-        waiter = Waiter(self._loop.create_future())
-        step = self.start(call, deadline, tenant, waiter)
-        try:
-            return await waiter.future
-        except asyncio.CancelledError:
-            self.abandon(step)
-            raise
-        finally:
-            del waiter, step  # They hold an error whose trace holds this frame: a circle, and in it the whole call.
+        return await submitted(self, call, deadline, tenant)
 
     def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Step:
         if self._is_closing:

@@ -83,6 +83,8 @@ class Cache:
                 blob = await self.fetch(sha256, size_bytes)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link(blob, target)
+            # A version may have no file of its own: its configuration says all of it.
+            (folder / str(version)).mkdir(parents=True, exist_ok=True)
             yield folder
         finally:
             await asyncio.to_thread(shutil.rmtree, folder.parent, ignore_errors=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
+import struct
 import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -75,12 +76,16 @@ def sync(client: triton.InferenceServerClient) -> dict[str, Any]:
         "config": client.get_model_config(MODEL, as_json=True),
         "index": client.get_model_repository_index(as_json=True),
         "infer": y(client.infer(MODEL, [tensor()], headers={"x-shoal-tenant": "a"})),
+        "ensemble": y(client.infer("chain", [tensor()])),
+        "ensemble, metadata": client.get_model_metadata("chain", as_json=True),
         "classification": texts(client.infer("classes", [tensor()], outputs=classes)),
         "compressed": {
             name: client.infer(MODEL, [tensor(64)], compression_algorithm=name).as_numpy("y").shape
             for name in ("gzip", "deflate")
         },
         "parameters": y(client.infer(MODEL, [tensor()], priority=1, timeout=20_000_000, parameters={"mine": "x"})),
+        "image": client.infer("decode", [image(bitmap())]).as_numpy("image").tolist(),
+        "no image": outcome(lambda: client.infer("decode", [image(b"nothing")])),
         "unknown": outcome(lambda: client.infer("nope", [tensor()])),
         "timeout": outcome(lambda: client.infer("patient", [tensor()], client_timeout=0.2)),
         "stream": streamed(
@@ -91,6 +96,18 @@ def sync(client: triton.InferenceServerClient) -> dict[str, Any]:
             client, 4, lambda: client.async_stream_infer("repeat", [times(3)], enable_empty_final_response=True)
         ),
     }
+
+
+def image(data: bytes) -> Any:
+    given = triton.InferInput("image", [1, 1], "BYTES")
+    given.set_data_from_numpy(np.array([[data]], object))
+    return given
+
+
+def bitmap() -> bytes:
+    """A BMP, 2 high and 1 wide: red above blue. Its rows go up, and its pixels are BGR."""
+    head = struct.pack("<2sIHHI", b"BM", 62, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 1, 2, 1, 24, 0, 8, 0, 0, 0, 0)
+    return head + bytes([255, 0, 0, 0, 0, 0, 255, 0])
 
 
 def streamed(client: triton.InferenceServerClient, count: int, send: Callable[[], Any]) -> list[Any]:

@@ -51,6 +51,11 @@ CONFIGS = {
           state { input_name: "product_in" output_name: "product_out" data_type: TYPE_FP32 dims: 1 }
         }
     """,
+    "decode": """
+        backend: "kernels"
+        max_batch_size: 8
+        parameters { key: "operation" value { string_value: "decode_image" } }
+    """,
     "patient": """
         max_batch_size: 4
         dynamic_batching { max_queue_delay_microseconds: 60000000 }
@@ -77,6 +82,18 @@ class TritonPythonModel:
             sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 """
 
+CHAIN = """
+platform: "ensemble"
+ensemble_scheduling {
+  step [
+    { model_name: "double" model_version: -1
+      input_map { key: "x" value: "x" } output_map { key: "y" value: "twice" } },
+    { model_name: "double" model_version: -1
+      input_map { key: "x" value: "twice" } output_map { key: "y" value: "y" } }
+  ]
+}
+"""
+
 REPEAT_CONFIG = """
 backend: "python"
 max_batch_size: 0
@@ -99,6 +116,8 @@ def write(root: Path) -> Path:
     versions    1: y = 1x, 2: y = 2x, 3: y = 3x; all of them served
     slow        y = 2x after some milliseconds of arithmetic
     patient     y = 2x, which waits a minute for the fourth row
+    decode      an operation without a model file: BYTES of an image to its pixels
+    chain       y = 4x, an ensemble: double twice
     steps       sequences: total = sum of x so far, FP32 [n,1]
     repeat      decoupled, model.py: `times` answers n = 0, 1, ...; an error when `times` is negative
     """
@@ -115,9 +134,23 @@ def write(root: Path) -> Path:
         _put(root, "versions", onnx_files.scale(version), version)
     _put(root, "slow", onnx_files.slow())
     _put(root, "patient", onnx_files.scale(2))
+    put_chain(root)
+    put_decode(root)
     _put(root, "steps", onnx_files.accumulating())
     put_repeat(root)
     return root
+
+
+def put_chain(root: Path) -> None:
+    """Adds `chain`, an ensemble of `double`."""
+    (root / "chain/1").mkdir(parents=True)
+    (root / "chain/config.pbtxt").write_text(CHAIN)
+
+
+def put_decode(root: Path) -> None:
+    """Adds `decode`, which has a configuration and an empty version."""
+    (root / "decode/1").mkdir(parents=True)
+    (root / "decode/config.pbtxt").write_text(CONFIGS["decode"])
 
 
 def put_repeat(root: Path) -> None:

@@ -17,6 +17,14 @@ from tests.infer.conformance.wire import floats, request
 
 Stub = GRPCInferenceServiceStub
 
+PAIR = """
+platform: "ensemble"
+ensemble_scheduling {
+  step { model_name: "double" input_map { key: "x" value: "x" } output_map { key: "y" value: "twice" } }
+  step { model_name: "triple" input_map { key: "x" value: "twice" } output_map { key: "y" value: "y" } }
+}
+"""
+
 
 @pytest.fixture(scope="module")
 def changing(front: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stub]:
@@ -26,6 +34,8 @@ def changing(front: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     for name, data in {**models, "broken": b"no model"}.items():
         (folder / "models" / name / "1").mkdir(parents=True)
         (folder / "models" / name / "1/model.onnx").write_bytes(data)
+    (folder / "models/pair/1").mkdir(parents=True)
+    (folder / "models/pair/config.pbtxt").write_text(PAIR)
     settings = {"SHOAL_INFER_MODEL_CONTROL": "explicit", "SHOAL_INFER_LOAD_MODELS": "double"}
     with Instance.serving(folder / "models", front, folder / "serve.log", settings) as running:
         with grpc.insecure_channel(running.address, options=wire.OPTIONS) as channel:
@@ -35,7 +45,7 @@ def changing(front: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 @pytest.fixture
 def alone(changing: Stub) -> Stub:
     """Serves `double` (y = 2x), as the repository has it; `triple` and `broken` are not loaded."""
-    for name in ("triple", "broken"):
+    for name in ("pair", "triple", "broken"):
         changing.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name=name), timeout=wire.PATIENCE_S)
     load(changing, "double")
     return changing
@@ -149,3 +159,13 @@ def test_unload_with_its_parameter(alone):
     assert not alone.ModelReady(pb.ModelReadyRequest(name="double")).ready
     asked.parameters["mine"].bool_param = True
     assert refused(alone.RepositoryModelUnload, asked)[0] == "INVALID_ARGUMENT"
+
+
+def test_an_ensemble_brings_its_models_and_takes_them_along(alone):
+    load(alone, "pair")
+    assert [state for (name, _), state in states(alone).items() if name in ("pair", "triple")] == ["READY", "READY"]
+    assert infer(alone, "pair") == [6, 12, 18, 24]
+    asked = pb.RepositoryModelUnloadRequest(model_name="pair")
+    asked.parameters["unload_dependents"].bool_param = True
+    alone.RepositoryModelUnload(asked, timeout=wire.PATIENCE_S)
+    assert "READY" not in states(alone).values()

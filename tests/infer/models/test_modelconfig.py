@@ -33,7 +33,6 @@ def completed(text: str, inputs=(X,), outputs=(Y,)):
 REFUSED = {
     'platform: "tensorrt_plan"': "platform 'tensorrt_plan' is not supported",
     'backend: "python"': "backend 'python' is not supported",
-    "ensemble_scheduling {}": "ensemble_scheduling is not supported",
     "model_transaction_policy { decoupled: true }": "decoupled is not supported",
     "max_batch_size: -1": "max_batch_size -1: expected 0 to",
     "instance_group [{ count: 1000 }]": "instance_group count 1000",
@@ -66,8 +65,8 @@ def test_refused_by_name(text):
 
 
 def test_all_that_is_wrong_is_named_at_once():
-    with pytest.raises(FailedPrecondition, match=r"backend 'x'.*ensemble_scheduling.*max_batch_size -2"):
-        completed('backend: "x" ensemble_scheduling {} max_batch_size: -2')
+    with pytest.raises(FailedPrecondition, match=r"backend 'x'.*batch_input.*max_batch_size -2"):
+        completed('backend: "x" batch_input {} max_batch_size: -2')
 
 
 def test_nothing_given():

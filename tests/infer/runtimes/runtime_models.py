@@ -1,12 +1,20 @@
-"""The same small models for every runtime: as ONNX files, and as Python."""
+"""The same small models for every runtime: as ONNX files, as Python, and as operations."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
+from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls.ragged import Value
+from services.infer.calls.signature import TensorSpec
+from services.infer.operations.operation import Results
+from services.infer.operations.parameters import Names, Parameters
+from services.infer.operations.table import Entry
 from tests.infer import onnx_files
 
 ONNX_TYPES = {
@@ -126,3 +134,101 @@ class TritonModels(OwnModels):
                     return responses
         """
         return textwrap.dedent(source).encode()
+
+
+class OperationModels:
+    """As configurations of operations, which are `OPERATIONS` below."""
+
+    def add(self) -> bytes:
+        return self._config("add")
+
+    def identity(self, datatype: str = "FP32", dims: tuple[int | str, ...] = ("n", 4)) -> bytes:
+        sizes = ",".join(str(dim if isinstance(dim, int) else -1) for dim in dims)
+        return self._config("identity", datatype=datatype, dims=sizes)
+
+    def scale(self) -> bytes:
+        return self._config("scale")
+
+    def lookup(self) -> bytes:
+        return self._config("lookup")
+
+    def reshaping(self) -> bytes:
+        return self._config("reshaping")
+
+    def _config(self, operation: str, **parameters: str) -> bytes:
+        said = {"operation": operation, **parameters}
+        parts = (f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}' for key, value in said.items())
+        return "\n".join(parts).encode()
+
+
+class OfAnyType(Parameters):
+    """Of the operations here."""
+
+    datatype: str = "FP32"
+    dims: Names = ("-1", "4")
+
+
+class Computed:
+    """An operation that is a function of arrays."""
+
+    is_batched = False
+    only_computes = True
+
+    def __init__(
+        self,
+        inputs: Mapping[str, tuple[str, tuple[int, ...]]],
+        outputs: Mapping[str, tuple[str, tuple[int, ...]]],
+        compute: Callable[..., tuple[np.ndarray, ...]],
+    ) -> None:
+        self.inputs = tuple(TensorSpec(name, BY_NAME[kind], shape) for name, (kind, shape) in inputs.items())
+        self.outputs = tuple(TensorSpec(name, BY_NAME[kind], shape) for name, (kind, shape) in outputs.items())
+        self._compute = compute
+
+    def run(self, inputs: Mapping[str, Value]) -> Results:
+        names = [spec.name for spec in self.outputs]
+        try:
+            return Results(dict(zip(names, self._compute(**inputs), strict=True)))
+        except (IndexError, ValueError) as err:
+            return Results(dict.fromkeys(names, np.empty(0)), {0: str(err)})
+
+    def example(self) -> Mapping[str, Value]:
+        # Nothing of each: then any shape is right.
+        return {spec.name: np.zeros([max(dim, 0) for dim in spec.shape], spec.datatype.dtype) for spec in self.inputs}
+
+
+_ANY = ("FP32", (-1, -1))
+_ROW = ("FP32", (-1, 4))
+
+OPERATIONS = {
+    "add": Entry(
+        Parameters,
+        lambda asked, setting: Computed(
+            {"a": _ANY, "b": _ANY}, {"sum": _ANY, "difference": _ANY}, lambda a, b: (a + b, a - b)
+        ),
+    ),
+    "identity": Entry(
+        OfAnyType,
+        lambda asked, setting: Computed(
+            {"x": (asked.datatype, tuple(map(int, asked.dims)))},
+            {"y": (asked.datatype, tuple(map(int, asked.dims)))},
+            lambda x: (x.copy(),),
+        ),
+    ),
+    "scale": Entry(Parameters, lambda asked, setting: Computed({"x": _ROW}, {"y": _ROW}, lambda x: (2 * x,))),
+    "lookup": Entry(
+        Parameters,
+        lambda asked, setting: Computed(
+            {"i": ("INT64", (-1, 1))},
+            {"y": ("FP32", (-1, 1))},
+            lambda i: (np.array([10, 20, 30], np.float32)[i],),
+        ),
+    ),
+    "reshaping": Entry(
+        Parameters,
+        lambda asked, setting: Computed(
+            {"x": ("FP32", (-1,)), "shape": ("INT64", (2,))},
+            {"y": ("FP32", (-1, -1))},
+            lambda x, shape: (x.reshape(shape),),
+        ),
+    ),
+}

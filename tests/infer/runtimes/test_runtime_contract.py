@@ -5,20 +5,23 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
 from onnx import TensorProto, helper
 
 from services.infer.calls.dtypes import NUMBERS
+from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.runtimes.runtime import About, ModelFailed, Runtime, Session, SessionOptions
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from tests.infer import onnx_files
-from tests.infer.runtimes.runtime_models import OnnxModels, OwnModels, TritonModels
+from tests.infer.runtimes.runtime_models import OPERATIONS, OnnxModels, OperationModels, OwnModels, TritonModels
 
 ONE_THREAD = SessionOptions(intra_op_threads=1)
 
@@ -29,7 +32,9 @@ RUNTIMES = {
     "triton's python": (PythonRuntime, TritonModels()),
     "python on a thread": (PythonRuntime, OwnModels()),
     "triton's python on a thread": (PythonRuntime, TritonModels()),
+    "kernels": (partial(KernelsRuntime, OPERATIONS), OperationModels()),
 }
+WITH_FILES = [name for name in RUNTIMES if name != "kernels"]
 ONNX = ["onnx", "onnx in a process"]
 
 
@@ -56,8 +61,11 @@ def load(kind: str, runtime: Runtime, tmp_path: Path):
             if kind.endswith("on a thread"):
                 about = About("m", config=pb.ModelConfig(parameters={"isolation": {"string_value": "none"}}))
                 options = replace(options, about=about)
+            if kind == "kernels":
+                options = replace(options, about=About("m", config=text_format.Parse(model, pb.ModelConfig())))
             file = tmp_path / runtime.model_file
-            file.write_bytes(model)
+            if runtime.model_file:
+                file.write_bytes(model)
             session = runtime.load(file, options)
             loaded.callback(session.close)
             return session
@@ -140,6 +148,7 @@ def test_a_model_that_raises_says_so_in_its_own_words(load, models, name, inputs
             assert inside not in message
 
 
+@pytest.mark.parametrize("kind", WITH_FILES)
 @pytest.mark.parametrize("data", [b"", b"no model", bytes(1000)])
 def test_a_file_that_is_no_model_is_refused(load, runtime, data):
     with pytest.raises(FailedPrecondition, match=r"model\.(onnx|py)"):
@@ -174,3 +183,11 @@ def test_many_threads_may_run_one_session(load, models):
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(run, range(200)))
+
+
+@pytest.mark.parametrize("kind", ["kernels"])
+def test_without_a_file_it_is_the_configuration_that_is_refused(load):
+    with pytest.raises(FailedPrecondition, match="operation 'nothing' is unknown: there are 'add', 'identity'"):
+        load(OperationModels()._config("nothing"))
+    with pytest.raises(FailedPrecondition, match="operation add: parameter 'size' is unknown: it has none"):
+        load(OperationModels()._config("add", size="3"))

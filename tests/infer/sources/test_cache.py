@@ -127,6 +127,11 @@ async def test_a_version_is_laid_out_as_in_a_repository(cache, source, tmp_path)
         assert not folder.exists()
 
 
+async def test_a_version_without_files_of_its_own_has_a_folder(cache, source):
+    async with cache.open("m", 3, [("../config.pbtxt", SHA, len(DATA))]) as folder:
+        assert (folder / "3").is_dir()
+
+
 @pytest.mark.parametrize(
     "path",
     ["", "..", "../", "/etc/passwd", "../../x", "a/../../x", "../a/../../x", "a\\b", "a\0b", "..//../x", "/../x"],

@@ -173,8 +173,8 @@ def _outputs() -> Iterator[Case]:
     yield infer("classification of infinities", classified("same_fp32", odd, ("int64_param", 3)))
 
 
-def classified(model: str, given: Given, parameter: tuple[str, object]) -> pb.ModelInferRequest:
-    asked = request(model, given, outputs=["y"])
+def classified(model: str, given: Given, parameter: tuple[str, object], output: str = "y") -> pb.ModelInferRequest:
+    asked = request(model, given, outputs=[output])
     wire.put(asked.outputs[0].parameters["classification"], parameter)
     return asked
 
@@ -239,6 +239,37 @@ def _models() -> Iterator[Case]:
             if method != "ModelStatistics"
             else Case("ModelStatistics of a version of every model", method, (asked(version="abc"),))
         )
+
+
+def _ensembles() -> Iterator[Case]:
+    for model in ("chain", "nested", "diamond"):
+        for rows in (1, 3, 4, 5, 8, 9):
+            yield infer(f"ensemble {model}, {rows} rows", request(model, floats(rows=rows), id="e-1"))
+        yield infer(f"ensemble {model}, unknown input", request(model, floats("z")))
+        yield infer(f"ensemble {model}, a tensor between its steps", request(model, floats(), outputs=["twice"]))
+        yield infer(f"ensemble {model}, wrong datatype", request(model, Given("x", "FP64", (1, 4), b"\0" * 32)))
+        yield infer(f"ensemble {model}, wrong shape", request(model, Given("x", "FP32", (1, 5), b"\0" * 20)))
+        yield infer(f"ensemble {model}, version '1'", request(model, floats(), version="1"))
+        yield infer(f"ensemble {model}, version '2'", request(model, floats(), version="2"))
+        yield infer(
+            f"ensemble {model}, with parameters", request(model, floats(), parameters={"mine": 7, "priority": 1})
+        )
+        yield Case(f"ModelMetadata of {model}", "ModelMetadata", (pb.ModelMetadataRequest(name=model),))
+        yield Case(f"ModelReady of {model}", "ModelReady", (pb.ModelReadyRequest(name=model),))
+    for names in (["s"], ["d"], ["s", "d"]):
+        yield infer(f"ensemble diamond, outputs {', '.join(names)}", request("diamond", floats(rows=2), outputs=names))
+    yield infer("ensemble diamond, classification", classified("diamond", floats(rows=2), ("int64_param", 2), "s"))
+    for i in (0, 2, 9):
+        yield infer(f"ensemble lookups, {i}", request("lookups", Given("i", "INT64", (1, 1), np.int64(i).tobytes())))
+    for shape in ((2, 3), (8, 1), (9, 2), (1, 5)):
+        size = b"\0" * 4 * shape[0] * shape[1]
+        asked = request("ragged", Given("a", "FP32", shape, size), Given("b", "FP32", shape, size))
+        yield infer(f"ensemble ragged, {list(shape)}", asked)
+    yield infer(
+        "ensemble ragged, rows that differ",
+        request("ragged", Given("a", "FP32", (2, 1), b"\0" * 8), Given("b", "FP32", (3, 1), b"\0" * 12)),
+    )
+    yield Case("ensemble on a stream", "ModelStreamInfer", (request("chain", floats()), request("diamond", floats())))
 
 
 def _repository() -> Iterator[Case]:
@@ -370,4 +401,5 @@ def _stream(name: str, steps: Sequence[pb.ModelInferRequest]) -> Case:
 _GROUPS = (
     *(_tensors, _shapes, _inputs, _outputs, _versions, _parameters, _models, _repository, _streams),
     _sequences,
+    _ensembles,
 )

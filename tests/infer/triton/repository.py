@@ -16,6 +16,14 @@ steps       sequences, direct: y = sum of x so far, which the model keeps by cor
             as its control has it and as the request does, the request's flags, and its place among the requests
             that come with it; an error for x < 0
 steps_...   the same: oldest candidates; ids as text, and as 32 bits; no batch dimension
+
+Ensembles of these:
+
+chain       y = 4x: double twice, at most 8 rows
+diamond     s = 4x, d = 0: double twice beside each other, then add; at most 4 rows
+lookups     y = table[i]: lookup, which raises for i > 2
+nested      y = 16x: chain twice
+ragged      sum = a + b for any shapes that agree, no batch: add, whose rows are the first dimension
 """
 
 from __future__ import annotations
@@ -175,8 +183,56 @@ CONFIGS = {
 }
 
 
+def _step(model: str, given: dict[str, str], gives: dict[str, str]) -> str:
+    maps = [
+        f'{field} {{ key: "{key}" value: "{tensor}" }}'
+        for field, pairs in (("input_map", given), ("output_map", gives))
+        for key, tensor in pairs.items()
+    ]
+    return f'{{ model_name: "{model}" model_version: -1 {" ".join(maps)} }}'
+
+
+def _ensemble(inputs: list[str], outputs: list[str], rows: int, *steps: str) -> str:
+    return f"""platform: "ensemble"
+max_batch_size: {rows}
+input [ {", ".join(inputs)} ]
+output [ {", ".join(outputs)} ]
+ensemble_scheduling {{ step [ {", ".join(steps)} ] }}
+"""
+
+
+_X, _Y = [_tensor("x", "FP32", "4")], [_tensor("y", "FP32", "4")]
+
+ENSEMBLES = {
+    "chain": _ensemble(
+        _X, _Y, 8, _step("double", {"x": "x"}, {"y": "twice"}), _step("double", {"x": "twice"}, {"y": "y"})
+    ),
+    "diamond": _ensemble(
+        _X,
+        [_tensor("s", "FP32", "-1"), _tensor("d", "FP32", "-1")],
+        4,
+        _step("add", {"a": "p", "b": "q"}, {"sum": "s", "difference": "d"}),
+        _step("double", {"x": "x"}, {"y": "p"}),
+        _step("double", {"x": "x"}, {"y": "q"}),
+    ),
+    "lookups": _ensemble(
+        [_tensor("i", "INT64", "1")], [_tensor("y", "FP32", "1")], 8, _step("lookup", {"i": "i"}, {"y": "y"})
+    ),
+    "nested": _ensemble(_X, _Y, 8, _step("chain", {"x": "x"}, {"y": "m"}), _step("chain", {"x": "m"}, {"y": "y"})),
+    "ragged": _ensemble(
+        [_tensor("a", "FP32", "-1, -1"), _tensor("b", "FP32", "-1, -1")],
+        [_tensor("sum", "FP32", "-1, -1")],
+        0,
+        _step("add", {"a": "a", "b": "b"}, {"sum": "sum"}),
+    ),
+}
+
+
 def write(root: Path) -> Path:
     """Fills `root`; returns it."""
+    for name, config in ENSEMBLES.items():
+        (root / name / "1").mkdir(parents=True)
+        (root / name / "config.pbtxt").write_text(config)
     for name, config in CONFIGS.items():
         for version in (1, 2, 3) if name == "versions" else (1,):
             folder = root / name / str(version)

@@ -39,10 +39,19 @@ def _streamed(answer: pb.ModelStreamInferResponse) -> dict[str, Any]:
     return infer(answer.infer_response)
 
 
+_NO_SEQUENCE = {
+    "sequence_id": "int64_param: 0",
+    "sequence_start": "bool_param: false",
+    "sequence_end": "bool_param: false",
+}
+"""Triton's ensembles say so of requests that are part of no sequence; ours do not."""
+
+
 def infer(response: pb.ModelInferResponse) -> dict[str, Any]:
     """An answer with its outputs as bytes."""
     outputs = [(output.name, *wire.raw_of(response, output.name)) for output in response.outputs]
     parameters = {name: str(value).strip() for name, value in response.parameters.items()}
+    parameters = dict(parameters.items() - _NO_SEQUENCE.items())
     return {
         "model": (response.model_name, response.model_version),
         "id": response.id,

@@ -1,0 +1,276 @@
+"""What an ensemble costs over its steps: the same models called one after the other, and as an ensemble.
+
+    python bench/ensemble.py [--calls 2000] [--rounds 7]
+
+Real ONNX models of a few microseconds (y = x + 1, [n,16]) in one process, without a front. `steps` is the least that a
+caller can do by itself: whoever is answered by one scheduler starts the next call with what came, with no task and no
+look at it. `ensemble` is one call. Both take turns in each round; the figures are medians of rounds. `chain` follows
+one model by the next; `fan` asks four models for the same tensor, and a fifth one for their sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import uvloop
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+from rich.table import Table
+
+from services.infer.calls import ragged
+from services.infer.calls.parameters import NONE
+from services.infer.calls.ragged import Value
+from services.infer.calls.request import Call, WantedOutput, key_of
+from services.infer.models.means import Means
+from services.infer.models.models import Models
+from services.infer.models.version import Version
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.scheduling.queue import QueueLimits
+from services.infer.scheduling.scheduler import Answer
+from services.infer.sources import repository
+
+MOST = 8
+CHAINS = (1, 2, 4, 8)
+IN_FLIGHT = (1, 8, 64)
+FAN = 4
+
+
+def save(root: Path) -> None:
+    """Models next0..next7 (y = x + 1) and sum4, the chains of them, and fan4."""
+    dims = ("n", 16)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name in "xy")
+    one = numpy_helper.from_array(np.float32(1), "one")
+    for n in range(MOST):
+        _onnx(root / f"next{n}.onnx", [helper.make_node("Add", ["x", "one"], ["y"])], [x], y, [one])
+    names = [f"x{n}" for n in range(FAN)]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name in names]
+    _onnx(root / "sum4.onnx", [helper.make_node("Sum", names, ["y"])], inputs, y, [])
+    for count in CHAINS:
+        _ensemble(root, f"chain{count}", [(f"next{n}", {"x": f"t{n}"}, f"t{n + 1}") for n in range(count)])
+    fan: list[tuple[str, dict[str, str], str]] = [(f"next{n}", {"x": "t"}, f"x{n}") for n in range(FAN)]
+    _ensemble(root, "fan4", [*fan, ("sum4", {name: name for name in names}, "y")])
+
+
+def _onnx(
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    output: onnx.ValueInfoProto,
+    weights: Sequence[onnx.TensorProto],
+) -> None:
+    graph = helper.make_graph(nodes, "bench", inputs, [output], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+def _ensemble(root: Path, name: str, steps: Sequence[tuple[str, dict[str, str], str]]) -> None:
+    text = 'platform: "ensemble" ensemble_scheduling {'
+    for model, given, output in steps:
+        maps = " ".join(f'input_map {{ key: "{key}" value: "{tensor}" }}' for key, tensor in given.items())
+        text += (
+            f'step {{ model_name: "{model}" model_version: -1 {maps} output_map {{ key: "y" value: "{output}" }} }}\n'
+        )
+    (root / name / "1").mkdir(parents=True)
+    (root / name / "config.pbtxt").write_text(text + "}")
+
+
+@dataclass(frozen=True)
+class To:
+    """A version, and what its calls have in common."""
+
+    version: Version
+    outputs: tuple[WantedOutput, ...]
+
+    @classmethod
+    def of(cls, version: Version) -> To:
+        return cls(version, tuple(WantedOutput(spec) for spec in version.loaded.model.signature.outputs))
+
+    def call(self, **inputs: Value) -> Call:
+        size = sum(map(ragged.size_bytes, inputs.values()))
+        key = key_of(inputs, self.outputs, self.version.loaded.model.signature)
+        return Call(inputs, self.outputs, 1, size, key, NONE)
+
+
+class Caller:
+    """Asks again whenever it is answered, in the next round of the loop, as a front does."""
+
+    def __init__(self, calls: int, expected: float) -> None:
+        self.left, self.expected = calls, expected
+        self.done = asyncio.Event()
+        self.seconds: list[float] = []
+        self.x = np.zeros((1, 16), np.float32)
+
+    def go(self) -> None:
+        self.began = time.perf_counter()
+        self.ask()
+
+    def ask(self) -> None:
+        raise NotImplementedError
+
+    def over(self, y: Value) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+        assert y[0][0] == self.expected
+        self.left -= 1
+        if self.left > 0:
+            asyncio.get_running_loop().call_soon(self.go)
+        else:
+            self.done.set()
+
+    def failed(self, error: BaseException) -> None:
+        raise error
+
+
+class Whole(Caller):
+    """One call of a model or an ensemble."""
+
+    def __init__(self, calls: int, expected: float, to: To) -> None:
+        super().__init__(calls, expected)
+        self.to = to
+        self.input = to.version.loaded.model.signature.inputs[0].name
+
+    def ask(self) -> None:
+        self.to.version.scheduler.start(self.to.call(**{self.input: self.x}), time.monotonic() + 30, "", self)
+
+    def answered(self, answer: Answer) -> None:
+        self.over(answer.outputs[0])
+
+
+class Chain(Caller):
+    """One model after the other."""
+
+    def __init__(self, calls: int, expected: float, models: Sequence[To]) -> None:
+        super().__init__(calls, expected)
+        self.models = models
+
+    def ask(self) -> None:
+        self.at = 0
+        self.next(self.x)
+
+    def next(self, x: Value) -> None:
+        to = self.models[self.at]
+        self.at += 1
+        to.version.scheduler.start(to.call(x=x), time.monotonic() + 30, "", self)
+
+    def answered(self, answer: Answer) -> None:
+        y = answer.outputs[0]
+        if self.at < len(self.models):
+            self.next(y)
+        else:
+            self.over(y)
+
+
+class Part:
+    """One of the models that a fan asks."""
+
+    def __init__(self, fan: Fan, at: int) -> None:
+        self.fan, self.at = fan, at
+        self.failed = fan.failed
+
+    def answered(self, answer: Answer) -> None:
+        self.fan.came(self.at, answer.outputs[0])
+
+
+class Fan(Caller):
+    """Several models, and one for what they gave."""
+
+    def __init__(self, calls: int, expected: float, models: Sequence[To], last: To) -> None:
+        super().__init__(calls, expected)
+        self.models, self.last = models, last
+
+    def ask(self) -> None:
+        self.parts: dict[str, Value] = {}
+        for n, to in enumerate(self.models):
+            to.version.scheduler.start(to.call(x=self.x), time.monotonic() + 30, "", Part(self, n))
+
+    def came(self, at: int, y: Value) -> None:
+        self.parts[f"x{at}"] = y
+        if len(self.parts) == len(self.models):
+            self.last.version.scheduler.start(self.last.call(**self.parts), time.monotonic() + 30, "", self)
+
+    def answered(self, answer: Answer) -> None:
+        self.over(answer.outputs[0])
+
+
+async def measure(make: Callable[[int], Caller], in_flight: int, calls: int) -> tuple[float, float]:
+    """Microseconds of processor a request, and the median latency in microseconds."""
+    callers = [make(max(calls // in_flight, 1)) for _ in range(in_flight)]
+    cpu = time.process_time()
+    for caller in callers:
+        caller.go()
+    for caller in callers:
+        await caller.done.wait()
+    cpu = time.process_time() - cpu
+    seconds = [second for caller in callers for second in caller.seconds]
+    return cpu * 1e6 / len(seconds), statistics.median(seconds) * 1e6
+
+
+async def run(options: argparse.Namespace, table: Table) -> None:
+    async with AsyncExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        save(root)
+        models = await stack.enter_async_context(Models(Means.of(OnnxRuntime(), QueueLimits(), threads=1)))
+        models.want(repository.scan(root))
+        await models.settled()
+        assert models.is_ready(), models.index()
+        to = {name: To.of(models.find(name, "")) for name in models.names()}
+        steps = [to[f"next{n}"] for n in range(MOST)]
+        kinds: list[tuple[str, int, Callable[[int], Caller], Callable[[int], Caller]]] = [
+            (
+                f"chain of {count}",
+                count,
+                partial(Chain, expected=float(count), models=steps[:count]),
+                partial(Whole, expected=float(count), to=to[f"chain{count}"]),
+            )
+            for count in CHAINS
+        ]
+        fan = partial(Fan, expected=float(FAN), models=steps[:FAN], last=to["sum4"])
+        kinds.append((f"fan of {FAN} and 1", FAN + 1, fan, partial(Whole, expected=float(FAN), to=to["fan4"])))
+        for name, count, apart, whole in kinds:
+            for in_flight in IN_FLIGHT:
+                rounds = []
+                for n in range(options.rounds + 1):
+                    both = [await measure(make, in_flight, options.calls) for make in (apart, whole)]
+                    if n:  # The first one warms up.
+                        rounds.append((*both[0], *both[1]))
+                cpu_a, p50_a, cpu_b, p50_b = (statistics.median(column) for column in zip(*rounds, strict=True))
+                added = statistics.median((cpu - before) / count for before, _, cpu, _ in rounds)
+                table.add_row(
+                    *(name, f"{in_flight}", f"{cpu_a:.0f}", f"{cpu_b:.0f}", f"{added:.1f}"),
+                    *(f"{p50_a:.0f}", f"{p50_b:.0f}", f"{(p50_b - p50_a) / count:.1f}" if in_flight == 1 else ""),
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--calls", type=int, default=2_000, help="requests of each kind and round")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    table = Table(
+        *(
+            "what",
+            "in flight",
+            "CPU us: steps",
+            "ensemble",
+            "added a step",
+            "p50 us: steps",
+            "ensemble",
+            "added a step",
+        ),
+        title=f"{options.rounds} rounds of {options.calls} requests, medians",
+    )
+    uvloop.run(run(options, table))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Contenders side by side: interleaved rounds, medians, ratios to the first; and which peers are missing here."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Clock = Callable[[Callable[[], Any]], float]
+MISSING: set[str] = set()
+
+
+def peer(name: str) -> Any:
+    """A package to compare with; None, and remembered, where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        MISSING.add(name.partition(".")[0])
+        return None
+
+
+@dataclass
+class Case:
+    """One piece of work that several do. The first contender is ours."""
+
+    title: str
+    items: int
+    """What a run makes, for a rate."""
+    item: str
+    runs: dict[str, Callable[[], Any]]
+    notes: dict[str, str] = field(default_factory=dict)
+    """By contender: how far its result is from the truth, or what it does not do."""
+
+
+def measure(case: Case, rounds: int, clock: Clock | None = None) -> dict[str, list[float]]:
+    """Seconds by contender, one for each round; each contender runs once before."""
+    clock = clock or wall
+    for run in case.runs.values():
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in case.runs}
+    for _ in range(rounds):
+        for name, run in case.runs.items():
+            taken[name].append(clock(run))
+    return taken
+
+
+LEAST_SECONDS = 0.001
+
+
+def wall(run: Callable[[], Any]) -> float:
+    """Seconds of one run; what is short is repeated until a millisecond has passed."""
+    began = time.perf_counter()
+    runs, taken = 0, 0.0
+    while taken < LEAST_SECONDS:
+        run()
+        runs += 1
+        taken = time.perf_counter() - began
+    return taken / runs
+
+
+def show(cases: Iterable[Case], rounds: int, console: Console, clock: Clock | None = None) -> None:
+    for case in cases:
+        table = Table(title=case.title, title_justify="left")
+        table.add_column("contender")
+        for column in (f"{case.item}/s", "us", "slower than ours"):
+            table.add_column(column, justify="right")
+        table.add_column("result")
+        taken = measure(case, rounds, clock)
+        first = statistics.median(taken[next(iter(taken))])
+        for name, seconds in taken.items():
+            median = statistics.median(seconds)
+            table.add_row(
+                name,
+                f"{case.items / median:,.0f}",
+                f"{1e6 * median:,.1f}",
+                f"{median / first:.2f}",
+                case.notes.get(name, ""),
+            )
+        console.print(table)
+    if MISSING:
+        console.print(f"not installed, so not compared: {', '.join(sorted(MISSING))}")

@@ -1,0 +1,173 @@
+"""Resize, crop, normalise and lay out a batch of images of different sizes, in one call or one launch.
+
+uint8 images, any sizes ──box──> triangle filter ──> (x / 255 - mean) / std ──> [n, 3, h, w] float16
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from kernels.backend import Operation, choice
+from kernels.resize_norm.images import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    IMAGE,
+    Affine,
+    Array,
+    Box,
+    Loose,
+    Packed,
+    channels_of,
+    check_packed,
+    layout_table,
+    pack,
+    packed_bytes,
+)
+
+__all__ = ["IMAGE", "Packed", "pack", "packed_bytes", "resize_norm", "warm_up"]
+
+_OPERATION = Operation(__name__, gpu="cuda")
+_DTYPES = (np.float32, np.float16, np.uint8)
+
+
+def resize_norm(
+    images: Packed | Sequence[Array],
+    out: Any = None,
+    *,
+    size: tuple[int, int] | None = None,
+    boxes: Sequence[Box | None] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    antialias: bool = True,
+    swap: bool = False,
+    layout: str = CHANNELS_FIRST,
+    dtype: Any = np.float32,
+    channels: int = 3,
+    stream: Any = None,
+    pool: Executor | None = None,
+) -> Any:
+    """Every image to one size; with `out` nothing is allocated but scratch lines.
+
+    out = (x / 255 - mean) / std with x the filtered pixel, 0 to 255. uint8 outputs are x itself, rounded to nearest.
+    With antialias the result is Pillow's `resize(size, BILINEAR, box=box)` but for Pillow's rounding between its two
+    passes: at most one grey level. Without, it is plain bilinear, OpenCV's INTER_LINEAR.
+
+    Args:
+        images: uint8 arrays [h, w, 3], or all [h, w, 1] or [h, w], on the host: read where they are (a view that is not
+            C-contiguous is copied). Or `Packed`, on the host or the device; a device's table is trusted, not read.
+        out: [n, c, h, w] for layout "CHW", [n, h, w, c] for "HWC", C-contiguous, float32, float16 or uint8, on the
+            images' side. Fresh when None: then `size` and `dtype` say what.
+        size: height and width of the outputs. Only needed without `out`.
+        boxes: for each image (y0, x0, y1, x1) in source pixels, fractions allowed, or None for all of it. A crop costs
+            nothing; the filter reaches over its edge, as Pillow's does. `Packed` has its boxes already.
+        mean, std: per source channel, of values between 0 and 1; None is 0 and 1.
+        antialias: widen the filter when shrinking.
+        swap: reverse the three channels: BGR to RGB.
+        channels: of `Packed` images: 1 or 3.
+        stream: of CuPy, for device arrays; the launch is put there and nothing waits for it. None is the current one.
+        pool: threads to share host images out to, and to wait for. Not from a task of the same pool.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; the message names it.
+        BackendError: see `kernels.backend`.
+    """
+    if layout not in (CHANNELS_FIRST, CHANNELS_LAST):
+        raise ValueError(f"resize_norm: layout {layout!r} is neither CHW nor HWC")
+    size = _size(out, size, layout)
+    batch: Packed | Loose
+    if isinstance(images, Packed):
+        if boxes is not None:
+            raise ValueError("resize_norm: packed images have their boxes in the table; give boxes to pack()")
+        version = _OPERATION.version(stream=stream, pixels=images.pixels, table=images.table, out=out)
+        check_packed(images, channels, size)
+        batch, like = images, images.pixels
+    else:
+        table = layout_table(images, size, boxes)
+        channels = channels_of(images)
+        version = _OPERATION.version(stream=stream, images=images[0], out=out)
+        batch, like = Loose([np.ascontiguousarray(image) for image in images], table), images[0]
+    if pool is not None and not isinstance(like, np.ndarray):
+        raise TypeError("resize_norm: pool= is for images on the host; these are on a GPU")
+    shape = (batch.table.shape[0], *((channels, *size) if layout == CHANNELS_FIRST else (*size, channels)))
+    if out is None:
+        out = _fresh(like, shape, dtype)
+    _check_out(out, shape)
+    affine = _affine(channels, _given(mean), _given(std), swap, out.dtype == np.uint8)
+    if shape[0]:
+        version.run(batch, out, affine=affine, antialias=antialias, layout=layout, stream=stream, pool=pool)
+    return out
+
+
+def warm_up() -> None:
+    """Compiles the version that runs here, for every kind of output."""
+    for channels in (1, 3):
+        image = np.zeros((4, 4, channels), np.uint8)
+        for dtype in _DTYPES:
+            batch: Any = [image]
+            if choice() == "cuda":
+                cupy = importlib.import_module("cupy")
+                packed = pack([image], (2, 2))
+                batch = Packed(cupy.asarray(packed.pixels), cupy.asarray(packed.table_bytes()))
+            resize_norm(batch, size=(2, 2), dtype=dtype, channels=channels)
+
+
+def _size(out: Any, size: tuple[int, int] | None, layout: str) -> tuple[int, int]:
+    if out is not None:
+        if not hasattr(out, "ndim") or out.ndim != 4:
+            raise ValueError(f"resize_norm: out must have 4 dimensions, not {list(getattr(out, 'shape', []))}")
+        found = tuple(out.shape[2:] if layout == CHANNELS_FIRST else out.shape[1:3])
+        if size is not None and tuple(size) != found:
+            raise ValueError(f"resize_norm: size {tuple(size)} is not that of out, {found}")
+        return found[0], found[1]
+    if size is None or len(size) != 2 or min(size) < 1:
+        raise ValueError(f"resize_norm: without out, size must be (height, width) of 1 or more, not {size}")
+    return size
+
+
+def _fresh(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    kind = np.dtype(dtype)
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, kind)
+    return importlib.import_module("cupy").empty(shape, kind)
+
+
+def _check_out(out: Any, shape: tuple[int, ...]) -> None:
+    if out.dtype.type not in _DTYPES or tuple(out.shape) != shape or not out.flags.c_contiguous:
+        told = f"{out.dtype}{list(out.shape)}{'' if out.flags.c_contiguous else ', not contiguous'}"
+        raise ValueError(f"resize_norm: out is {told}; expected float32, float16 or uint8 {list(shape)}, contiguous")
+
+
+def _given(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(float(value) for value in values)
+
+
+@lru_cache(maxsize=64)
+def _affine(
+    channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, swap: bool, to_bytes: bool
+) -> Affine:
+    if channels not in (1, 3):
+        raise ValueError(f"resize_norm: images have 1 or 3 channels, not {channels}")
+    if to_bytes and (mean is not None or std is not None):
+        raise ValueError("resize_norm: uint8 outputs are the pixels themselves; they take no mean and no std")
+    if swap and channels != 3:
+        raise ValueError("resize_norm: swap is for three channels")
+    mean = mean or (0.0,) * channels
+    std = std or (1 / 255 if to_bytes else 1.0,) * channels
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels or not all(map(math.isfinite, values)):
+            raise ValueError(f"resize_norm: {name} must be {channels} finite numbers, not {values}")
+    if 0.0 in std:
+        raise ValueError("resize_norm: std must not be 0")
+    spread, middle = np.array(std), np.array(mean)
+    scale, bias = (1 / (255 * spread)).astype(np.float32), (-middle / spread).astype(np.float32)
+    return Affine(scale, bias, (2, 1, 0) if swap else tuple(range(channels)))

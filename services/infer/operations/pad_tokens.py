@@ -1,0 +1,78 @@
+"""Token lists of any lengths to a batch that a model takes: padded ids, and a mask that says which are real."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from kernels.pad_tokens import pad_tokens
+from services.infer.calls.ragged import Rows, Value, rows
+from services.infer.calls.tensors import Tensor
+from services.infer.operations.operation import Results, Setting, spec
+from services.infer.operations.parameters import Parameters
+
+
+class PadTokensParameters(Parameters):
+    """Of `pad_tokens`."""
+
+    length: int = Field(0, ge=0, le=1 << 20)
+    """Of all rows; 0: of the longest row of the execution."""
+    max_length: int = Field(0, ge=0, le=1 << 20)
+    """What is longer is cut; 0: nothing is, unless `length` says so."""
+    multiple_of: int = Field(8, ge=1, le=4096)
+    """Lengths are rounded up to this: the model behind sees fewer shapes, and more calls share a batch."""
+    pad_id: int = 0
+    side: Literal["right", "left"] = "right"
+
+
+class PadTokens:
+    """INT64 ids of any lengths to ids, mask and types of one length."""
+
+    is_batched = True
+    only_computes = True
+    inputs = (
+        spec("input_ids", "INT64", -1, ragged=True),
+        spec("token_type_ids", "INT64", -1, ragged=True, optional=True),
+    )
+
+    def __init__(self, parameters: PadTokensParameters, setting: Setting) -> None:
+        self._asked, self._place = parameters, setting.place
+        length = parameters.length or -1
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        self.outputs = tuple(spec(name, "INT64", length) for name in names)
+
+    def run(self, inputs: Mapping[str, Value]) -> Results:
+        given = rows(inputs["input_ids"])
+        longest = max(map(len, given), default=0)
+        types = rows(inputs["token_type_ids"]) if "token_type_ids" in inputs else []
+        unfit = {
+            n: f"input 'token_type_ids' has {len(kind)} numbers, input 'input_ids' {len(ids)}: expected as many"
+            for n, (ids, kind) in enumerate(zip(given, types, strict=False))
+            if len(kind) != len(ids)
+        }
+        width = self._width(longest)
+        ids, mask = self._padded(given, width, self._asked.pad_id)
+        padded_types = self._padded(types, width, 0)[0] if types else np.zeros_like(ids)
+        return Results({"input_ids": ids, "attention_mask": mask, "token_type_ids": padded_types}, unfit)
+
+    def example(self) -> Mapping[str, Value]:
+        return {"input_ids": [np.arange(1, 4)], "token_type_ids": [np.zeros(3, np.int64)]}
+
+    def _width(self, longest: int) -> int:
+        asked = self._asked
+        if asked.length:
+            return asked.length
+        width = -(-max(longest, 1) // asked.multiple_of) * asked.multiple_of
+        return min(width, asked.max_length) if asked.max_length else width
+
+    def _padded(self, given: Rows, width: int, pad_id: int) -> tuple[Tensor, Tensor]:
+        flat = np.concatenate([np.empty(0, np.int64), *given])
+        offsets = np.cumsum([0, *map(len, given)], dtype=np.int64)
+        put, get = self._place.put, self._place.get
+        ids, mask = pad_tokens(
+            put(flat), put(offsets), width=width, pad_id=pad_id, side=self._asked.side, truncate=True
+        )
+        return get(ids), get(mask)

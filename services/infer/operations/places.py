@@ -1,0 +1,72 @@
+"""Where an operation computes: on the host, or on a GPU. The arrays' place says which version of a kernel runs.
+
+    host arrays ──put──> kernel ──get──> host arrays
+
+Between two steps on one GPU the arrays could stay there; they do not yet: `get` and `put` are where that will be.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from services.infer.calls.tensors import Tensor
+from shoal.errors import FailedPrecondition
+
+
+class Place(Protocol):
+    """The host, or a GPU. `put` and `get` are called within `computing`."""
+
+    @property
+    def gpus(self) -> tuple[int, ...]: ...
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Around all that is done there, on the thread that does it: which GPU is meant is said for each thread."""
+
+    def put(self, array: Tensor) -> Any:
+        """The array where the kernel wants it."""
+
+    def get(self, array: Any) -> Tensor:
+        """A result on the host."""
+
+
+class Host:
+    """Nothing is copied."""
+
+    gpus: tuple[int, ...] = ()
+
+    def computing(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def put(self, array: Tensor) -> Any:
+        return array
+
+    def get(self, array: Any) -> Tensor:
+        result: Tensor = array
+        return result
+
+
+class Gpu:
+    """A CUDA device, by way of CuPy."""
+
+    def __init__(self, number: int) -> None:
+        """Raises FailedPrecondition when CuPy is missing or broken."""
+        try:
+            self._cupy = importlib.import_module("cupy")
+        except ImportError as err:
+            raise FailedPrecondition(
+                "instance_group: KIND_GPU needs CuPy: pip install 'shoal[cuda13]' (or cuda12)"
+            ) from err
+        self.gpus: tuple[int, ...] = (number,)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        device: AbstractContextManager[Any] = self._cupy.cuda.Device(self.gpus[0])
+        return device
+
+    def put(self, array: Tensor) -> Any:
+        return self._cupy.asarray(array)
+
+    def get(self, array: Any) -> Tensor:
+        result: Tensor = self._cupy.asnumpy(array)  # Waits for what computes it.
+        return result

@@ -1,0 +1,36 @@
+"""Vectors as whole numbers of one byte with a scale for each: a quarter of the bytes to send and to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from kernels.quantize_rows import quantize_rows
+from services.infer.calls.ragged import Value
+from services.infer.operations.operation import Results, Setting, spec
+from services.infer.operations.parameters import Parameters
+
+
+class QuantizeRowsParameters(Parameters):
+    """Of `quantize_rows`: it has none."""
+
+
+class QuantizeRows:
+    """FP32 [size] to INT8 [size] and the FP32 [1] to multiply them with."""
+
+    is_batched = True
+    only_computes = True
+    inputs = (spec("values", "FP32", -1),)
+    outputs = (spec("quantized", "INT8", -1), spec("scale", "FP32", 1))
+
+    def __init__(self, parameters: QuantizeRowsParameters, setting: Setting) -> None:
+        self._place = setting.place
+
+    def run(self, inputs: Mapping[str, Value]) -> Results:
+        quantized, scales = quantize_rows(self._place.put(np.ascontiguousarray(inputs["values"])))
+        scale = self._place.get(scales).reshape(-1, 1)
+        return Results({"quantized": self._place.get(quantized), "scale": scale})
+
+    def example(self) -> Mapping[str, Value]:
+        return {"values": np.ones((1, 4), np.float32)}

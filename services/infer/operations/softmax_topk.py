@@ -1,0 +1,74 @@
+"""The likeliest classes of a classifier's output, with probabilities and names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from kernels.softmax_topk import softmax_topk
+from kernels.top_k import top_k
+from services.infer.calls.ragged import Value
+from services.infer.calls.signature import TensorSpec
+from services.infer.calls.tensors import Tensor
+from services.infer.operations.operation import Results, Setting, spec
+from services.infer.operations.parameters import Parameters
+
+
+class SoftmaxTopkParameters(Parameters):
+    """Of `softmax_topk`."""
+
+    k: int = Field(5, ge=1, le=10_000)
+    """More than there are classes: all of them."""
+    labels: str = ""
+    """A file with the name of each class on a line; empty: there are no names."""
+    activation: Literal["softmax", "sigmoid", "none"] = "softmax"
+    """What makes scores of the model's numbers; none: they are scores already."""
+
+
+class SoftmaxTopk:
+    """FP32 [classes] to the best k: scores, indices, and names where there are some."""
+
+    is_batched = True
+    only_computes = True
+    inputs = (spec("logits", "FP32", -1),)
+
+    def __init__(self, parameters: SoftmaxTopkParameters, setting: Setting) -> None:
+        self._asked, self._place = parameters, setting.place
+        self._labels: Tensor | None = None
+        self.outputs: tuple[TensorSpec, ...] = (spec("scores", "FP32", -1), spec("indices", "INT64", -1))
+        if parameters.labels:
+            lines = setting.assets.lines(parameters.labels)
+            self._labels = np.empty(len(lines), object)
+            self._labels[:] = [line.encode() for line in lines]
+            self.outputs = (*self.outputs, spec("labels", "BYTES", -1))
+
+    def run(self, inputs: Mapping[str, Value]) -> Results:
+        logits = np.asarray(inputs["logits"])
+        count, classes = logits.shape
+        unfit: dict[int, str] = {}
+        if self._labels is not None and classes != len(self._labels):
+            why = f"input 'logits' has {classes} classes, '{self._asked.labels}' has {len(self._labels)} names"
+            unfit = dict.fromkeys(range(count), f"{why}: the file is not this model's")
+        scores, indices = self._best(logits)
+        values: dict[str, Value] = {"scores": scores, "indices": indices}
+        if self._labels is not None:
+            nothing = np.full(indices.shape, b"", object)
+            values["labels"] = nothing if unfit else self._labels[indices]
+        return Results(values, unfit)
+
+    def example(self) -> Mapping[str, Value]:
+        return {"logits": np.zeros((1, 3 if self._labels is None else len(self._labels)), np.float32)}
+
+    def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self._asked.activation == "softmax":
+            put, get = self._place.put, self._place.get
+            scores, indices = softmax_topk(put(np.ascontiguousarray(logits)), self._asked.k)
+            return get(scores), get(indices)
+        scores, indices = top_k(logits, self._asked.k)
+        if self._asked.activation == "sigmoid":
+            with np.errstate(over="ignore"):  # exp of a large number is infinite, and 1 over that is 0.
+                scores = 1 / (1 + np.exp(-scores))
+        return scores.astype(np.float32), indices
