@@ -33,6 +33,7 @@ from mesh.xds.routes import (
     MODEL_HEADER,
     NAME,
     SEQUENCE_HEADER,
+    STEP_EXTRACTION_FILTER,
     ModelRoutes,
     Table,
 )
@@ -82,7 +83,7 @@ def listener(name: str, place: str, table: Table, tracing: Tracing | None) -> Re
         where["pipe"]["mode"] = 0o600
     manager = HttpConnectionManager.from_dict(_connection_manager(name, table, tracing))
     if table.models is not None:
-        manager.http_filters.insert(0, _extraction(table.models))
+        manager.http_filters[:0] = [_extraction(table.models, has_steps=has_steps) for has_steps in (False, True)]
     filter_chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager"}]}
     message = Listener.from_dict(
         {
@@ -145,8 +146,10 @@ def _lua(table: Table) -> list[dict[str, Any]]:
     return [{"name": LUA_FILTER, "typed_config": lua}]
 
 
-def _extraction(models: ModelRoutes) -> HttpFilter:
-    """Built, not `from_dict`: the descriptors are bytes, and the keys of its maps are not field names."""
+def _extraction(models: ModelRoutes, *, has_steps: bool) -> HttpFilter:
+    """Routes say which of the two is used, so that nobody pays for sequences while no model has them.
+
+    Built, not `from_dict`: the descriptors are bytes, and the keys of its maps are not field names."""
     config = GrpcFieldExtractionConfig.from_dict({"descriptor_set": {}})
     assert config.descriptor_set is not None
     config.descriptor_set.inline_bytes = models.descriptors
@@ -154,9 +157,10 @@ def _extraction(models: ModelRoutes) -> HttpFilter:
         method: FieldExtractions(
             request_field_extractions={
                 name: RequestFieldValueDisposition()
-                for name in (field, *([models.parameters] if method in models.steps else ()))
+                for name in (field, *([models.parameters] if has_steps and method in models.steps else ()))
             }
         )
         for method, field in models.fields
     }
-    return HttpFilter(name=EXTRACTION_FILTER, typed_config=Packed.pack(config))
+    name = STEP_EXTRACTION_FILTER if has_steps else EXTRACTION_FILTER
+    return HttpFilter(name=name, typed_config=Packed.pack(config))

@@ -29,6 +29,9 @@ MODEL_HEADER = "x-shoal-model"
 SEQUENCE_HEADER = "x-shoal-sequence"
 """The sequence that a message is a step of, as hexadecimal digits of what it says."""
 EXTRACTION_FILTER = "envoy.filters.http.grpc_field_extraction"
+"""Finds the model that a message names."""
+STEP_EXTRACTION_FILTER = "shoal.steps"
+"""The same filter in its place while a model has sequences: finds a message's parameters as well."""
 LUA_FILTER = "envoy.filters.http.lua"
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9._/-]{1,255}")
@@ -101,7 +104,7 @@ def route_configuration(table: Table, models: tuple[str, ...], sequenced: frozen
             routes += [_compressed(service)]
             routes += [_step(path, model) for model in models if model in sequenced for path in _paths(table.models)]
             routes += [_model(service, model) for model in models]
-        routes += _service(service, is_searched=not names_model or bool(models))
+        routes += _service(service, is_searched=names_model and bool(models), has_steps=bool(sequenced))
     host = VirtualHost.from_dict(
         {
             "name": "any",
@@ -121,11 +124,12 @@ def route_configuration(table: Table, models: tuple[str, ...], sequenced: frozen
 
 
 @lru_cache(64)
-def _service(service: ServiceRoutes, *, is_searched: bool) -> tuple[bytes, ...]:
+def _service(service: ServiceRoutes, *, is_searched: bool, has_steps: bool = False) -> tuple[bytes, ...]:
     """A route for each method that is named, and one for all others, which may not run twice. Serialized.
 
     Args:
         is_searched: calls go through the filters that find their model.
+        has_steps: and through those that find their sequence.
     """
     to = service.cluster
     routes = []
@@ -140,10 +144,16 @@ def _service(service: ServiceRoutes, *, is_searched: bool) -> tuple[bytes, ...]:
         never = {"numerator": 0}
         sampling = {"client_sampling": never, "random_sampling": never, "overall_sampling": never}
         routes = [{**route, "tracing": sampling} for route in routes]
+    finders = [EXTRACTION_FILTER if has_steps else STEP_EXTRACTION_FILTER]
     if not is_searched:
-        off = typed(FilterConfig, {"disabled": True})
-        routes = [{**route, "typed_per_filter_config": {EXTRACTION_FILTER: off, LUA_FILTER: off}} for route in routes]
+        finders = [EXTRACTION_FILTER, STEP_EXTRACTION_FILTER, LUA_FILTER]
+    routes = [{**route, "typed_per_filter_config": _off(*finders)} for route in routes]
     return tuple(bytes(Route.from_dict(route)) for route in routes)
+
+
+def _off(*filters: str) -> dict[str, Any]:
+    """These filters do nothing for a route's calls."""
+    return dict.fromkeys(filters, typed(FilterConfig, {"disabled": True}))
 
 
 @lru_cache(8192)
@@ -198,9 +208,9 @@ def _compressed(service: ServiceRoutes) -> bytes:
             {**encoding, "string_match": {"exact": "identity"}, "invert_match": True},
         ],
     }
-    off = typed(FilterConfig, {"disabled": True})
     route = _route(match, service.cluster, _IDEMPOTENT if service.all_idempotent else _ALWAYS)
-    return bytes(Route.from_dict({**route, "typed_per_filter_config": {EXTRACTION_FILTER: off}}))
+    off = _off(EXTRACTION_FILTER, STEP_EXTRACTION_FILTER)
+    return bytes(Route.from_dict({**route, "typed_per_filter_config": off}))
 
 
 def _route(match: dict[str, Any], cluster: str, retry_on: str) -> dict[str, Any]:

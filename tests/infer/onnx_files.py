@@ -167,3 +167,17 @@ def accumulating(control: int = TensorProto.FLOAT, corrid: int = TensorProto.INT
             numpy_helper.from_array(np.array([0], np.float32), "table"),
         ],
     )
+
+
+def summing() -> onnx.ModelProto:
+    """A stateful model: total = sum of all elements of x so far (a state), rows of any length."""
+    return model(
+        [
+            helper.make_node("ReduceSum", ["x", "axes"], ["row"], keepdims=1),
+            helper.make_node("Add", ["total_in", "row"], ["total"]),
+            helper.make_node("Identity", ["total"], ["total_out"]),
+        ],
+        [("x", TensorProto.FLOAT, ("n", "k")), ("total_in", TensorProto.FLOAT, ("n", 1))],
+        [("total", TensorProto.FLOAT, ("n", 1)), ("total_out", TensorProto.FLOAT, ("n", 1))],
+        [numpy_helper.from_array(np.array([1], np.int64), "axes")],
+    )

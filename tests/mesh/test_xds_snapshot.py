@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 
@@ -18,17 +19,20 @@ from shoal.errors import InvalidArgument
 
 NODE = EnvoyNode("local", "127.0.0.1:8080", "/tmp/shoal-x/outbound.sock")
 INFERENCE = "/inference.GRPCInferenceService/"
+INFER = "inference.GRPCInferenceService.ModelInfer"
+MODEL_FINDER, STEP_FINDER = "envoy.filters.http.grpc_field_extraction", "shoal.steps"
+LUA = "envoy.filters.http.lua"
 TABLE = Table(
     (
         ServiceRoutes(INFERENCE, "infer", all_idempotent=True),
         ServiceRoutes("/shoal.store.v1.", "store", idempotent=("/shoal.store.v1.StoreService/GetResult",)),
     ),
-    ModelRoutes(INFERENCE, (("inference.GRPCInferenceService.ModelInfer", "model_name"),), b""),
+    ModelRoutes(INFERENCE, ((INFER, "model_name"),), b"", steps=(INFER,), parameters="parameters"),
 )
 
 
 def infer(number: int, *models: str, state: State = State.READY, node: str = "local") -> Instance:
-    ready = tuple(ReadyModel(model, (1,)) for model in models)
+    ready = tuple(ReadyModel(model, (1,), model.startswith("steps")) for model in models)
     address = f"unix:/tmp/shoal-x/infer-{number}.sock"
     return Instance("infer", node, f"infer-{number}", address, 10 + number, state, 1.0, ready)
 
@@ -162,19 +166,36 @@ def test_calls_are_searched_for_their_model_only_where_instances_differ():
     alike = routes_of(made(infer(0, "a", "b"), infer(1, "a", "b")))
     (inference,) = [route for route in alike if route.match.prefix == INFERENCE]
     assert inference.route.cluster == "infer"
-    assert set(inference.typed_per_filter_config) == {
-        "envoy.filters.http.grpc_field_extraction",
-        "envoy.filters.http.lua",
-    }
-    assert not [r for r in alike if (r.match.prefix or "").startswith("/shoal") and r.typed_per_filter_config]
+    assert set(inference.typed_per_filter_config) == {MODEL_FINDER, STEP_FINDER, LUA}
     apart = routes_of(made(infer(0, "a", "b"), infer(1, "a")))
     assert [r.route.cluster for r in apart if r.match.headers and r.match.headers[0].name == "x-shoal-model"] == [
         "model/b"
     ]
     (inference,) = [route for route in apart if route.match.prefix == INFERENCE and not route.match.headers]
-    assert not inference.typed_per_filter_config
+    assert set(inference.typed_per_filter_config) == {STEP_FINDER}
+    for route in apart:
+        if (route.match.path or route.match.prefix or "").startswith("/shoal"):
+            assert set(route.typed_per_filter_config) == {MODEL_FINDER, STEP_FINDER, LUA}
     drained = routes_of(made(infer(0, "a"), infer(1, "a"), drained=frozenset({"local/infer-1"})))
     assert len(drained) == len(alike), "what is drained is drained of all models alike"
+
+
+def test_steps_go_by_the_hash_of_their_sequence_and_are_not_run_twice():
+    shot = made(infer(0, "a", "steps"), infer(1, "a", "steps"))
+    found = routes_of(shot)
+    (step,) = [route for route in found if route.match.path == INFERENCE + "ModelInfer" and route.match.headers]
+    assert step.route.cluster == "model/steps"
+    assert [policy.header.header_name for policy in step.route.hash_policy] == ["x-shoal-sequence"]
+    assert step.route.retry_policy.retry_on == "connect-failure,refused-stream,reset-before-request"
+    first = next(n for n, route in enumerate(found) if route.route and route.route.cluster == "model/steps")
+    assert found[first] == step, "before the route of the model's other calls"
+    (inference,) = [route for route in found if route.match.prefix == INFERENCE and not route.match.headers]
+    assert set(inference.typed_per_filter_config) == {MODEL_FINDER}, "calls are searched for their sequence, too"
+    policies = {
+        name: Cluster.parse(resource.packed.value).lb_policy.name for name, resource in shot.of(CLUSTER).items()
+    }
+    ringed = [name for name, policy in policies.items() if policy == "RING_HASH"]
+    assert ringed == ["model/steps"]
 
 
 def test_only_what_may_run_twice_is_retried_after_it_may_have_run():

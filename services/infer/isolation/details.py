@@ -8,7 +8,8 @@ from services.infer.calls import parameters
 from services.infer.calls.request import Call
 from shoal.inference.v2 import inference_pb2 as pb
 
-_SEQUENCE_START, _SEQUENCE_END = 1, 2
+SEQUENCE_START, SEQUENCE_END = 1, 2
+"""Flags of a request, as Triton numbers them."""
 
 
 def of(call: Call, model: str, version: int) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def of(call: Call, model: str, version: int) -> dict[str, Any]:
             name: value for name in given if name not in parameters.KNOWN and (value := _value(given[name])) is not None
         }
         said["correlation_id"] = call.parameters.sequence_id
-        said["flags"] = _flag(given, "sequence_start", _SEQUENCE_START) | _flag(given, "sequence_end", _SEQUENCE_END)
+        said["flags"] = _flag(given, "sequence_start", SEQUENCE_START) | _flag(given, "sequence_end", SEQUENCE_END)
     return said
 
 

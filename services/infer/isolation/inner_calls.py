@@ -17,6 +17,7 @@ import numpy as np
 from services.infer.calls import tensors
 from services.infer.calls.datatypes import BY_NAME
 from services.infer.isolation.channel import Message
+from services.infer.isolation.details import SEQUENCE_END, SEQUENCE_START
 from services.infer.isolation.payload import Part, Tensor
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -86,12 +87,23 @@ def _request(message: Message) -> pb.ModelInferRequest:
     asked = pb.ModelInferRequest(model_name=said["model"], model_version=said["version"], id=said["request_id"])
     for name, value in said["parameters"].items():
         setattr(asked.parameters[name], _FIELDS[type(value)], value)
+    if said.get("sequence_id"):
+        _put_sequence(asked, said["sequence_id"], int(said["flags"]))
     for name, datatype, array in message.tensors:
         asked.inputs.add(name=name, datatype=datatype, shape=array.shape)
         asked.raw_input_contents.append(tensors.to_raw(array, BY_NAME[datatype]))
     for name in said["outputs"]:
         asked.outputs.add(name=name)
     return asked
+
+
+def _put_sequence(asked: pb.ModelInferRequest, id: int | str, flags: int) -> None:
+    if isinstance(id, str):
+        asked.parameters["sequence_id"].string_param = id
+    else:
+        asked.parameters["sequence_id"].uint64_param = id
+    asked.parameters["sequence_start"].bool_param = bool(flags & SEQUENCE_START)
+    asked.parameters["sequence_end"].bool_param = bool(flags & SEQUENCE_END)
 
 
 def _part(given: pb.ModelInferResponse.InferOutputTensor, raw: bytes) -> Part:

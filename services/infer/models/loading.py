@@ -39,9 +39,9 @@ class Loaded:
     model: Completed
     session: Session | None
     """None for an ensemble: its models have theirs."""
-    cost: CostCurve = field(default_factory=CostCurve)
+    cost: CostCurve = field(default_factory=CostCurve, kw_only=True)
     """What trials took."""
-    sequences: Stateful | None = None
+    sequences: Stateful | None = field(default=None, kw_only=True)
     """Only for a model whose configuration has sequence_batching."""
 
     def batch_policy(self) -> BatchPolicy:
@@ -115,7 +115,7 @@ def load(
                 "sequence_batching: max_batch_size could not be guessed, since rows of the model depend on each other: "
                 "write it into config.pbtxt"
             )
-        return Loaded(model, session, cost, sequences)
+        return Loaded(model, session, cost=cost, sequences=sequences)
     except BaseException as err:
         session.close()
         if isinstance(err, StopIteration):  # No future takes one: whoever waits would wait for ever.

@@ -124,6 +124,7 @@ def _unsupported(config: pb.ModelConfig, *, can_be_ragged: bool = False) -> Iter
         "response_cache of a decoupled model": config.response_cache.enable
         and config.model_transaction_policy.decoupled,
         "model_warmup of a decoupled model": bool(config.model_warmup) and config.model_transaction_policy.decoupled,
+        "sequence_batching of an operation": config.HasField("sequence_batching") and can_be_ragged,
         "batch_input": bool(config.batch_input),
         "batch_output": bool(config.batch_output),
         "cc_model_filenames": bool(config.cc_model_filenames),

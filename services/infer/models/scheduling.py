@@ -93,7 +93,7 @@ def _sequencing(
 ) -> SequenceScheduler:
     config, signature = loaded.model.config, loaded.model.signature
     session, settings, first = loaded.session, sequences.settings, sequences.first
-    assert session is not None, "only ensembles have none"
+    assert session is not None, "an ensemble has no sequences of its own"
 
     def execution(instance: int) -> Runs:
         if isinstance(session, ProcessSession):

@@ -221,5 +221,7 @@ class InferenceRequest:
             "request_id": self._id,
             "outputs": self._outputs,
             "timeout_us": self._timeout,
+            "sequence_id": self._correlation_id,
+            "flags": self._flags,
             "parameters": dict(self._parameters) if isinstance(self._parameters, Mapping) else {},
         }

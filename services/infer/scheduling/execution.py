@@ -86,7 +86,7 @@ class Answer:
         self.queue_ns = queue_ns
         """How long it waited before its execution."""
         self.fired = fired
-        """Why its batch was run when it was: idle, queued, full, preferred, delay, slo, alone, closing."""
+        """Why its batch was run when it was: idle, queued, full, preferred, delay, slots, slo, alone, closing."""
         self.steps: Sequence[StepTimes] = ()
         """Of an ensemble, when its request wants to know."""
 

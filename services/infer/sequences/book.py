@@ -79,6 +79,10 @@ class Book:
         """Whether a step with this very call waits here."""
         return any(step.call is call for sequence in self._known.values() for step in sequence.waiting)
 
+    def left(self) -> list[Step]:
+        """All steps that wait."""
+        return [step for sequence in self._known.values() for step in sequence.waiting if step.is_waiting]
+
     # Running
 
     def heads(self, instance: int) -> list[Step]:

@@ -13,6 +13,8 @@ from shoal.inference.v2 import model_config_pb2 as pb
 
 _MOST_CANDIDATES = 1 << 16
 _CORRID_TYPES = (pb.TYPE_UINT64, pb.TYPE_INT64, pb.TYPE_UINT32, pb.TYPE_INT32, pb.TYPE_STRING)
+_NOT_HERE = ("slo_ms", "priority_aging_ms")
+# Parameters of queues that sequences do not have.
 _Batching = pb.ModelSequenceBatching
 
 
@@ -28,6 +30,9 @@ def wrong(config: pb.ModelConfig) -> Iterator[str]:
             "sequence_batching.iterative_sequence (generative sequences, whose requests are scheduled again) "
             "is not supported"
         )
+    for name in _NOT_HERE:
+        if name in config.parameters:
+            yield f"parameter {name} does nothing beside sequence_batching: leave it out"
     yield from _strategy(config)
     yield from _controls(config)
     for state in given.state:

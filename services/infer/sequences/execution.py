@@ -82,7 +82,7 @@ class SequenceExecution(Execution):
 
     def _row(self, step: Step) -> Row:
         states = self._first if step.starts else step.sequence.states
-        return Row(cast("Mapping[str, Tensor]", step.call.inputs), step.starts, step.ends, step.id, states)
+        return Row(step.call.tensors, step.starts, step.ends, step.id, states)
 
 
 class ProcessSequenceExecution(SequenceExecution):

@@ -72,7 +72,7 @@ class SequenceScheduler:
         self._idle: set[int] = set()
         self._ids = next((c.datatype for c in settings.controls if c.kind == CORRID), None)
         self._unanswered: deque[Step] | None = deque() if settings.preserves_order else None
-        self._will_dispatch = self._is_closing = False
+        self._will_dispatch = self._is_closing = self._is_ended = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
 
@@ -99,9 +99,12 @@ class SequenceScheduler:
             self._end_workers()
             if self._timer is not None:
                 self._timer.cancel()
+            # Nobody drained when leaving was cut short: what still waits is told so.
+            for step in self.book.left():
+                self._settle(step, self._unloading())
 
     def _end_workers(self) -> None:
-        self._idle = set()
+        self._idle, self._is_ended = set(), True
         for worker in self._workers:
             worker.close()
 
@@ -111,7 +114,7 @@ class SequenceScheduler:
 
     def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Step:
         if self._is_closing:
-            raise Unavailable(f"model '{self._name}' is being unloaded")
+            raise self._unloading()
         admission.check(self._name, call, self._ids)
         now = self._clock()
         step = Step(call, now, deadline, receiver)
@@ -190,7 +193,8 @@ class SequenceScheduler:
         self, instance: int, steps: Sequence[Step], fired: str, started: float, outcomes: Sequence[Outcome], _: float
     ) -> None:
         now = self._clock()
-        self._idle.add(instance)
+        if not self._is_ended:
+            self._idle.add(instance)
         begun = set()
         for step, outcome in zip(steps, outcomes, strict=True):
             is_success = isinstance(outcome, Answer)
@@ -265,11 +269,17 @@ class SequenceScheduler:
 
     def _tidy(self, now: float) -> None:
         """Sends away what is too late, and ends what was idle for too long."""
-        for step in list(self.book.expire(now)):
+        late, over = list(self.book.expire(now)), self.book.forget_idle(now, at_once=self._is_closing)
+        for step in late:
             self._refuse(self.book.drop(step, now))
             self._settle(step, self._too_late())
-        for sequence in self.book.forget_idle(now, at_once=self._is_closing):
-            log.info("model %s: sequence %r was idle for too long, and is over", self._name, sequence.id)
+        for sequence in over:
+            log.debug("model %s: sequence %r was idle for too long, and is over", self._name, sequence.id)
+        if late or over:
+            self._soon()  # Places are free.
+
+    def _unloading(self) -> Unavailable:
+        return Unavailable(f"model '{self._name}' is being unloaded")
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")

@@ -65,8 +65,8 @@ def test_refused_by_name(text):
 
 
 def test_all_that_is_wrong_is_named_at_once():
-    with pytest.raises(FailedPrecondition, match=r"backend 'x'.*ensemble_scheduling.*max_batch_size -2"):
-        completed('backend: "x" ensemble_scheduling {} max_batch_size: -2')
+    with pytest.raises(FailedPrecondition, match=r"backend 'x'.*batch_input.*max_batch_size -2"):
+        completed('backend: "x" batch_input {} max_batch_size: -2')
 
 
 def test_nothing_given():

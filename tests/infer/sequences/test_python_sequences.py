@@ -177,3 +177,42 @@ async def test_an_onnx_model_in_a_process_of_its_own(repo, serve):
     answers = await asyncio.gather(*(infer(step("m", n, n)) for n in (2, 1)))
     assert [output(answer, "total").item() for answer in answers] == [4, 2]
     assert [output(answer, "product").item() for answer in answers] == [9, 4]
+
+
+CALLS = """
+    import triton_python_backend_utils as pb_utils
+
+    class TritonPythonModel:
+        def execute(self, requests):
+            return [self.answer(request) for request in requests]
+
+        def answer(self, request):
+            inner = pb_utils.InferenceRequest(
+                model_name="m",
+                requested_output_names=["y"],
+                inputs=request.inputs(),
+                correlation_id=request.correlation_id(),
+                flags=request.flags(),
+            )
+            response = inner.exec()
+            if response.has_error():
+                return pb_utils.InferenceResponse(error=response.error())
+            return pb_utils.InferenceResponse(response.output_tensors())
+"""
+
+CALLS_CONFIG = """
+backend: "python"
+max_batch_size: 4
+input { name: "x" data_type: TYPE_FP32 dims: 1 }
+output { name: "y" data_type: TYPE_FP64 dims: 4 }
+"""
+
+
+@pytest.mark.parametrize("id", [7, -1, "text"])
+async def test_a_model_passes_its_callers_sequence_on(repo, serve, id):
+    repo.python("m", REMEMBERS, CONFIG % (1, ""))
+    repo.python("outer", CALLS, CALLS_CONFIG)
+    infer = (await serve()).stub.ModelInfer
+    assert START_IT in (await refused(infer(step("outer", id, 1))))[1]
+    totals = [told(await infer(step("outer", id, 2, start=n == 0, end=n == 2)))[0] for n in range(3)]
+    assert totals == [2, 4, 6]

@@ -56,10 +56,16 @@ def test_refused_by_name(text):
     assert REFUSED[text] in err.value.message
 
 
-def test_not_decoupled_and_not_cached():
-    text = "sequence_batching { } model_transaction_policy { decoupled: true }"
-    with pytest.raises(FailedPrecondition, match="sequence_batching of a decoupled model is not supported"):
-        modelconfig.check(modelconfig.parse(text), OnnxRuntime())
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("model_transaction_policy { decoupled: true }", "sequence_batching of a decoupled model is not supported"),
+        ('parameters { key: "slo_ms" value { string_value: "5" } }', "parameter slo_ms does nothing beside"),
+    ],
+)
+def test_what_does_not_go_with_sequences(more, said):
+    with pytest.raises(FailedPrecondition, match=said):
+        modelconfig.check(modelconfig.parse(f"sequence_batching {{ }} {more}"), OnnxRuntime())
 
 
 MISFITS = {
