@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from services.infer.calls.signature import TensorSpec
@@ -19,6 +19,7 @@ from services.infer.runtimes.reshape import ReshapedSession
 from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
 from services.infer.scheduling import rules
 from services.infer.scheduling.batcher import BatchPolicy
+from services.infer.scheduling.cost import CostCurve
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -34,6 +35,8 @@ class Loaded:
 
     model: Completed
     session: Session
+    cost: CostCurve = field(default_factory=CostCurve)
+    """What trials took."""
 
     def batch_policy(self) -> BatchPolicy:
         """How its calls are put together."""
@@ -100,7 +103,9 @@ def load(
         if config.model_transaction_policy.decoupled:
             return Loaded(model, session)
         made_up = bool(getattr(session, "is_tried", True))
-        return Loaded(warmup.run(name, model, session, files.folder, clock, made_up=made_up), session)
+        cost = CostCurve()
+        model = warmup.run(name, model, session, files.folder, clock, made_up=made_up, cost=cost)
+        return Loaded(model, session, cost)
     except BaseException as err:
         session.close()
         if isinstance(err, StopIteration):  # No future takes one: whoever waits would wait for ever.

@@ -196,6 +196,7 @@ class Version:
             rules.of(loaded.model.config),
             instances=modelconfig.instances(loaded.model.config),
             statistics=self.statistics,
+            cost=loaded.cost,
             clock=means.clock,
             worker=_worker,
         )

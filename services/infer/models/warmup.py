@@ -28,6 +28,7 @@ from services.infer.models import canary
 from services.infer.models.modelconfig import Completed
 from services.infer.models.wanted import read_bytes
 from services.infer.runtimes.runtime import ModelFailed, Session
+from services.infer.scheduling.cost import CostCurve
 from services.infer.wording import written
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -53,12 +54,20 @@ Clock = Callable[[], float]
 
 
 def run(
-    name: str, model: Completed, session: Session, folder: Path | None, clock: Clock, *, made_up: bool = True
+    name: str,
+    model: Completed,
+    session: Session,
+    folder: Path | None,
+    clock: Clock,
+    *,
+    made_up: bool = True,
+    cost: CostCurve | None = None,
 ) -> Completed:
     """Runs the model `name` on made-up data, and on the samples of its `folder`. Returns what is now known of it.
 
     Args:
         made_up: made-up data must suit it. If not, only a guessed batch dimension is tried with it.
+        cost: told what batches took.
 
     Raises:
         FailedPrecondition: it cannot be run; the message says what it said and what to do.
@@ -73,7 +82,7 @@ def run(
         model = _with_sample_run(name, sample, model, session, folder)
     if first is not None and batched > 1:
         for part in getattr(session, "parts", (session,)):
-            _batches(name, model, part, first, clock)
+            _batches(name, model, part, first, clock, cost if cost is not None else CostCurve())
     return model
 
 
@@ -163,9 +172,10 @@ def batch_sizes(largest: int) -> Iterator[int]:
         yield largest
 
 
-def _batches(name: str, model: Completed, session: Session, first: First, clock: Clock) -> None:
+def _batches(name: str, model: Completed, session: Session, first: First, clock: Clock, cost: CostCurve) -> None:
     row_bytes, start = _size_bytes(model, 1, first.size), clock()
     row_s = first.took_s
+    cost.add_trial(1, row_s)
     for rows in batch_sizes(model.signature.max_batch_size):
         # A row in a batch takes no longer than a row took in the batch before.
         if rows * row_bytes > _LARGEST_BYTES or clock() - start + rows * row_s > _BATCHES_S:
@@ -180,7 +190,9 @@ def _batches(name: str, model: Completed, session: Session, first: First, clock:
                 f"the model fails with a batch of {rows} rows (max_batch_size {largest}): {err}"
             ) from err
         canary.checked(name, model, results, rows)
-        row_s = (clock() - begun) / rows
+        took_s = clock() - begun
+        cost.add_trial(rows, took_s)
+        row_s = took_s / rows
 
 
 def _needed(model: Completed) -> list[TensorSpec]:

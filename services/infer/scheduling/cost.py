@@ -21,7 +21,8 @@ _NEWEST = 0.1
 
 _OUTLIER = 3.0
 _KNOWN = 8
-# Executions before anybody should be refused, or made to wait, because of what was learned.
+# Executions before anybody should be refused, or made to wait, because of what was learned. Of a model whose warm-up
+# tried most sizes, the first two.
 
 
 @dataclass(slots=True, eq=False)
@@ -51,10 +52,10 @@ class _Point:
 class CostCurve:
     """Seconds of one execution by rows."""
 
-    __slots__ = ("_buckets", "_is_stale", "_points", "_rows", "samples")
+    __slots__ = ("_buckets", "_is_stale", "_points", "_rows", "_trials", "samples")
 
     def __init__(self) -> None:
-        self.samples = 0
+        self.samples = self._trials = 0
         self._buckets: dict[int, _Bucket] = {}
         self._points: list[_Point] = []
         self._rows: list[float] = []
@@ -63,11 +64,19 @@ class CostCurve:
     @property
     def is_known(self) -> bool:
         """Whether it has seen enough to be acted upon."""
-        return self.samples >= _KNOWN
+        return self.samples >= (_KNOWN if self._trials < _KNOWN - 2 else 2)
 
     def add(self, rows: int, seconds: float) -> None:
         """One execution of `rows` that took `seconds`."""
         self.samples += 1
+        self._put(rows, seconds)
+
+    def add_trial(self, rows: int, seconds: float) -> None:
+        """The same, before it served: nothing to act upon by itself."""
+        self._trials += 1
+        self._put(rows, seconds)
+
+    def _put(self, rows: int, seconds: float) -> None:
         self._is_stale = True
         number = _bucket(rows)
         bucket = self._buckets.get(number)

@@ -228,10 +228,13 @@ class Queue:
         # While its own tenant's rows are run, others have their shares of the instances.
         return rows + sum(min(share.rows, own.rows * share.weight / own.weight) for share in same)
 
-    def take(self, now: float, *, instances: int = 1, is_idle: bool = True, is_late: bool = False) -> Batch | Wait:
+    def take(
+        self, now: float, *, max_rows: int = 0, instances: int = 1, is_idle: bool = True, is_late: bool = False
+    ) -> Batch | Wait:
         """The next batch; or how long to wait for one. Nothing in the queue may have expired: see `expire`.
 
         Args:
+            max_rows: no more rows than that, where the policy is to run what is there; 0: as many as it allows.
             instances: executions that may run at the same time.
             is_idle: the calls found an instance that was free, and did not wait for one.
             is_late: nothing is worth waiting for.
@@ -242,7 +245,7 @@ class Queue:
             return self._when_due(now, instances)
         key = self._next()
         lane = self._lanes[key]
-        front, is_cut = self._front(lane)
+        front, is_cut = self._front(lane, max_rows)
         if is_late:
             fired = "closing"
         elif self._policy.max_rows == 1:
@@ -283,8 +286,8 @@ class Queue:
             return slo.decide(front, now, self._policy, self._cost, rate=rate, instances=instances)
         return batcher.decide(front, lane.oldest(), now, self._policy, is_cut=is_cut)
 
-    def _front(self, lane: Lane) -> tuple[list[Pending], bool]:
-        front, is_cut = lane.front(self._policy.max_rows, self._policy.max_bytes)
+    def _front(self, lane: Lane, max_rows: int = 0) -> tuple[list[Pending], bool]:
+        front, is_cut = lane.front(max_rows or self._policy.max_rows, self._policy.max_bytes)
         return cast("list[Pending]", front), is_cut
 
     def _next(self) -> Hashable:

@@ -22,6 +22,7 @@ from services.infer.calls.request import Call
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import Backlog, CostCurve
 from services.infer.scheduling.execution import Answer, Outcome, Runs, Times
+from services.infer.scheduling.overload import SPARE, Pressure, spare_of
 from services.infer.scheduling.queue import Batch, Pending, Queue, QueueLimits, Receiver
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.statistics import Statistics
@@ -55,9 +56,6 @@ _FINE_S = 0.005
 _LONGEST_S = 3600.0
 # No timer is set for longer: loops differ in how far they can count.
 
-_SURE = 0.9
-# A call is refused for a forecast only when it is too late by a tenth: forecasts err.
-
 
 class _Waiter:
     """A receiver that can be awaited."""
@@ -83,6 +81,7 @@ class Scheduler:
     Args:
         execution: makes what runs the batches of one worker; called once for each.
         instances: how many executions may run at the same time.
+        cost: what is known of it from trials.
         clock: seconds; the one that deadlines and the executions' expiry are on.
         worker: makes what runs an instance's batches.
     """
@@ -97,13 +96,14 @@ class Scheduler:
         *,
         instances: int = 1,
         statistics: Statistics,
+        cost: CostCurve | None = None,
         clock: Callable[[], float] = time.monotonic,
         worker: Callable[[Runs, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
     ) -> None:
         self._name = name
         self._policy = policy
         self._rules = rules or Rules()
-        self.cost = CostCurve()
+        self.cost = cost if cost is not None else CostCurve()
         self._compute = CostCurve()  # Of the model alone: what a run on the loop would take.
         self._queue = Queue(name, limits, policy, self._rules, self.cost)
         self._execution = execution
@@ -114,8 +114,10 @@ class Scheduler:
         self._goal_s = policy.slo_s if policy.has_goal else math.inf
         if policy.slo_s != math.inf and policy.is_static:
             log.warning("model %s: slo_ms does nothing beside a queue delay or preferred sizes, which win", name)
+        self._waits = policy.is_static or policy.has_goal
         self._has_rules = self._rules != Rules(weights=self._rules.weights) or self._goal_s != math.inf
         self._backlog = Backlog()
+        self._pressure = Pressure()
         self._idle: list[Worker] = []
         self._workers: list[Worker] = []
         self._may_run_here = False
@@ -200,8 +202,10 @@ class Scheduler:
         if pending.expires <= now:
             self._statistics.expired += 1
             raise self._too_late()
-        if not self._idle and self._backlog.is_known:
-            self._admit(pending, tenant, now)
+        if not self._idle:
+            self._pressure.add(pending.rows, pending.expires - now)
+            if self._knows_pace:
+                self._admit(pending, tenant, now)
         try:
             evicted = self._queue.add(pending, tenant, self._retry_after_ms)
         except ResourceExhausted:
@@ -260,15 +264,22 @@ class Scheduler:
     def _admit(self, pending: Pending, tenant: str, now: float) -> None:
         """Raises ResourceExhausted when `pending` cannot make it: what waits before it takes too long already."""
         bound = min(pending.expires, pending.due)
-        if bound == math.inf or self._queue.rows <= self._policy.max_rows:
+        if bound == math.inf:
             return
-        free_s = min(self._free_at.values(), default=now) - now
-        row_s, batch_s = self._backlog.row_s / self._instances, self._backlog.batch_s
-        if now + free_s + self._queue.rows * row_s + batch_s < bound:
+        most = self._most_rows(now)
+        if self._queue.rows <= most and not self._is_overloaded(most):
             return
-        start_s = free_s + self._queue.ahead(pending, tenant) * row_s
-        start, end = now + _SURE * start_s, now + _SURE * (start_s + batch_s)
-        if start < pending.expires and end < pending.deadline and (end < pending.due or not self._can_reach_goal()):
+        free_s = max(min(self._free_at.values(), default=now) - now, 0.0)
+        row_s, batch_s = self._pace(most)
+        row_s /= self._instances
+        ahead_s = free_s + self._queue.rows * row_s
+        spare = spare_of(ahead_s, batch_s / self._instances)
+        if ahead_s + batch_s < spare * (bound - now):
+            return
+        start_s = free_s + self._queue.ahead(pending, tenant) // most * most * row_s  # Whole batches go before it.
+        end = now + (start_s + batch_s) / spare
+        meets_goal = end < pending.due or not self._can_reach_goal()
+        if meets_goal and now + start_s < pending.expires and end < pending.deadline:
             return
         self._statistics.shed += 1
         after_ms = self._retry_after_ms()
@@ -277,6 +288,27 @@ class Scheduler:
             f"which should be done in {(bound - now) * 1000:.0f} ms; retry after {after_ms} ms",
             retry_after_ms=after_ms,
         )
+
+    def _most_rows(self, now: float) -> int:
+        """Rows for the next batch: less than may be run together, where that gets more calls answered in time."""
+        if self._waits or self._pressure.budget_s == math.inf:
+            return self._policy.max_rows
+        return self._pressure.max_rows(now, self.cost, self._policy.max_rows, self._instances)
+
+    def _is_overloaded(self, most: int) -> bool:
+        """More comes than can be done in batches of `most` rows."""
+        return not self._waits and self.cost.is_known and self._pressure.rate * self._pace(most)[0] > self._instances
+
+    @property
+    def _knows_pace(self) -> bool:
+        return self._backlog.is_known or self.cost.is_known
+
+    def _pace(self, rows: int) -> tuple[float, float]:
+        """Seconds for each row, and for a batch, while more waits than fits into a batch of so many rows."""
+        if self._waits or not self.cost.is_known:
+            return self._backlog.row_s, self._backlog.batch_s
+        batch_s = self.cost.expected(rows)
+        return batch_s / rows, batch_s
 
     def _can_reach_goal(self) -> bool:
         return self._backlog.batch_s < self._goal_s
@@ -301,10 +333,11 @@ class Scheduler:
         if self._queue.next_expiry() <= now:
             self._expire(now)
         while self._idle:
-            if self._backlog.is_known and self._queue.rows > self._policy.max_rows:
-                self._shed(now)
+            most = self._most_rows(now)
+            if self._knows_pace and (self._queue.rows > most or self._is_overloaded(most)):
+                self._shed(now, min(most, self._queue.rows))
             batch = self._queue.take(
-                now, instances=self._instances, is_idle=not self._was_busy, is_late=self._is_closing
+                now, max_rows=most, instances=self._instances, is_idle=not self._was_busy, is_late=self._is_closing
             )
             if isinstance(batch, Wait):
                 if batch.until is not None:
@@ -468,15 +501,22 @@ class Scheduler:
         for pending in self._queue.expire(now):
             self._settle(pending, self._too_late())
 
-    def _shed(self, now: float) -> None:
+    def _shed(self, now: float, rows: int) -> None:
         """Sends away those that would be answered too late even if they were run next: others can still make it."""
-        # Here the doubt goes the other way than at admission: what is run in vain is capacity that others could have.
-        for pending in self._queue.shed(now + self._backlog.worst_s):
+        # The doubt goes against them: what is run in vain is capacity that others could have.
+        for pending in self._queue.shed(now + self._doubted_s(rows)):
             self._send_away(
                 pending,
                 f"model '{self._name}' is overloaded: this request could not be done before its deadline, and was not "
                 "executed",
             )
+
+    def _doubted_s(self, rows: int) -> float:
+        """Seconds of a batch of `rows`, and rather more; but not so many that nothing could be done in time at all."""
+        if self._waits or not self.cost.is_known:
+            return self._backlog.worst_s
+        worst_s = self.cost.worst(rows)
+        return worst_s if worst_s < SPARE * self._pressure.budget_s else self.cost.expected(rows)
 
     def _evict(self, pendings: Sequence[Pending]) -> None:
         for pending in pendings:

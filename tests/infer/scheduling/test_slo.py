@@ -197,32 +197,6 @@ def test_whoever_comes_alone_never_waits(slo_s):
     assert all(seconds == pytest.approx(0.003) for seconds, _ in run(main()))
 
 
-@pytest.mark.parametrize("over", [2.0, 5.0])
-@pytest.mark.parametrize("jitter", [(1.0,), (0.8, 0.9, 1.0, 1.0, 1.1, 1.2)], ids=["steady", "jittery"])
-def test_under_overload_nearly_all_of_the_capacity_is_answered_in_time(over, jitter):
-    chance = random.Random(3)
-
-    def cost(rows: int) -> float:
-        return (0.02 + rows * 0.001) * chance.choice(jitter)
-
-    capacity = 64 / (0.02 + 64 * 0.001)
-    calls = int(over * capacity * 4)  # Four seconds.
-
-    async def main():
-        dice = random.Random(7)
-        bench = Bench(cost, BatchPolicy(64, 1 << 30), QueueLimits())
-        gaps = [dice.expovariate(over * capacity) for _ in range(calls)]
-        return await offered(bench, gaps, deadline_s=0.5), bench
-
-    results, bench = run(main())
-    in_time = sum(not isinstance(answer, Exception) and seconds <= 0.5 for seconds, answer in results)
-    assert in_time >= 0.9 * capacity * 4
-    refused = [answer for _, answer in results if isinstance(answer, ResourceExhausted)]
-    assert len(refused) > 0.8 * (calls - in_time)
-    assert all(err.retry_after_ms > 0 for err in refused)
-    assert bench.statistics.expired_executed == 0
-
-
 def test_an_idle_server_refuses_nobody_whatever_it_has_learnt():
     async def main():
         bench = Bench(lambda rows: 1.0, BatchPolicy(1, 1 << 30), QueueLimits())
