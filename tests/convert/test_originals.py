@@ -1,4 +1,4 @@
-"""Real frameworks and exporters, in an environment of their own: each file of originals/ is a run of pytest in there."""
+"""Real frameworks and exporters, in an environment of their own: each file of originals/ is a run in there."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def scaled(last: Any) -> Any:
 
 def sklearn_models() -> dict[str, Any]:
     """Fitted estimators by name."""
-    fitted = {
+    return {
         "logistic": linear_model.LogisticRegression(max_iter=300).fit(IRIS.data, NAMED),
         "ridge": linear_model.Ridge().fit(DIABETES.data, DIABETES.target),
         "tree": tree.DecisionTreeClassifier(random_state=0).fit(CANCER.data, CANCER.target),
@@ -56,7 +56,6 @@ def sklearn_models() -> dict[str, Any]:
         "xgboost_wrapped": xgboost.XGBClassifier(n_estimators=5).fit(IRIS.data, IRIS.target),
         "lightgbm_wrapped": lightgbm.LGBMRegressor(n_estimators=5, verbose=-1).fit(GAPS, DIABETES.target),
     }
-    return fitted
 
 
 def save_sklearn(folder: Path) -> dict[str, Path]:

@@ -15,10 +15,26 @@ from shoal.convert.original import Original
 from shoal.convert.verdict import Bounds, refusal
 from shoal.errors import InvalidArgument
 
-SKLEARN = (
-    "logistic ridge tree forest forest_regressor boosting histogram histogram_regressor svc linear_svc perceptron "
-    "kmeans scaler scaled_tree scaled_lightgbm scaled_xgboost xgboost_wrapped lightgbm_wrapped"
-).split()
+SKLEARN = [
+    "logistic",
+    "ridge",
+    "tree",
+    "forest",
+    "forest_regressor",
+    "boosting",
+    "histogram",
+    "histogram_regressor",
+    "svc",
+    "linear_svc",
+    "perceptron",
+    "kmeans",
+    "scaler",
+    "scaled_tree",
+    "scaled_lightgbm",
+    "scaled_xgboost",
+    "xgboost_wrapped",
+    "lightgbm_wrapped",
+]
 XGBOOST = [f"xgboost_{name}" for name in ("binary.json", "several.ubj", "softmax.json", "gaps.json", "counts.json")]
 LIGHTGBM = [f"lightgbm_{name}.txt" for name in ("binary", "several", "gaps", "counts", "categories")]
 TORCH = [f"torch_{name}.pt2" for name in ("convolutions", "fixed", "words", "plain")]
