@@ -6,3 +6,5 @@ common="--quiet --upgrade --universal --python-version 3.11 --generate-hashes --
 uv pip compile $common --extra node --extra demo --extra dev pyproject.toml locks/build.in -o locks/shoal.txt
 uv pip compile $common locks/tritonclient.in -o locks/tritonclient.txt
 uv pip compile $common locks/triton.in -o locks/triton.txt
+# locks/originals.txt has no hashes, and says why: it is what `pip freeze` says, without torch, of an environment that was
+# made by hand with `pip install -r locks/originals.in`.
