@@ -18,7 +18,7 @@ def test_in_the_frameworks_own_environment(file: str, repository_root: Path) -> 
     if not python.exists():
         pytest.fail("the frameworks have an environment of their own: run `make test`")
     command = [python, "-m", "pytest", "-q", "-c", HERE / "pytest.ini", "--confcutdir", HERE, HERE / file]
-    environ = {**os.environ, "PYTHONPATH": str(repository_root), "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = {**os.environ, "PYTHONPATH": str(repository_root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, command)), env=environ, capture_output=True, text=True, timeout=280, check=False
     )
