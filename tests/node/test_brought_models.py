@@ -51,11 +51,6 @@ def original(repository_root: Path, running: Node, tmp_path_factory: pytest.Temp
 def test_from_a_pickle_to_int8(running: Node, original: Any, tmp_path: Path) -> None:
     assert original("-c", TRAIN, tmp_path).returncode == 0
     push = ["-m", "shoal.cli.main", "models", "push", tmp_path / "flowers.joblib", "--trust-pickle", "--json"]
-    refused = original(*push, "--tolerance", "0")
-    assert refused.returncode == 1
-    assert "flowers.joblib is refused: probabilities drifts by" in refused.stderr
-    assert json.loads(running.shoal("models", "list", "--json").stdout) == []
-
     done = original(*push)
     assert done.returncode == 0, done.stderr
     (pushed,) = json.loads(done.stdout)
