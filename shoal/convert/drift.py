@@ -154,8 +154,7 @@ def _flipped(want: Array, got: Array, is_scores: bool) -> Array:
         return np.asarray(want.argmax(axis=1) != got.argmax(axis=1))
     differs = want.astype(str) != got.astype(str) if _is_text(want) else want != got
     rows = want.shape[0] if want.ndim else 1
-    changed: Array = np.asarray(differs).reshape(rows, -1).any(axis=1)
-    return changed
+    return np.asarray(np.asarray(differs).reshape(rows, -1).any(axis=1))
 
 
 def _ties(call: Answers, scores: Set[str], tolerance: float) -> Array:

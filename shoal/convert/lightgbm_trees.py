@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _CATEGORICAL = 1
 """Bit of a split's `decision_type` in the text."""
-_AS_ZERO = np.float32(1e-35)
-"""Numbers that LightGBM takes for 0 as it reads rows, and that no data have: its thresholds beside 0 are +-1e-35."""
+_AS_ZERO = 1e-35
+"""LightGBM takes numbers up to this for 0 as it reads rows; its thresholds beside 0 are plus and minus that."""
 
 
 def load(path: Path) -> Any:
@@ -75,9 +75,7 @@ class LightgbmTrees:
         self.notes: Sequence[str] = [] if names == own else [f"columns of x, in this order: {', '.join(names)}"]
 
     def draw(self, rows: int, generator: np.random.Generator) -> Tensors:
-        drawn = trees.draw(self._splits, rows, generator)
-        drawn[np.abs(drawn) <= _AS_ZERO] = 0
-        return {"x": drawn}
+        return {"x": trees.draw(self._splits, rows, generator)}
 
     def answer(self, inputs: Mapping[str, Array]) -> Tensors:
         rows = np.asarray(inputs["x"], dtype=np.float64)
@@ -145,6 +143,7 @@ def splits(text: str, features: int) -> trees.Splits:
         {feature: np.array(sorted(values)) for feature, values in found.items()},
         {feature: np.array(sorted(values)) for feature, values in categories.items()},
         takes_missing=True,
+        as_zero=_AS_ZERO,
     )
 
 

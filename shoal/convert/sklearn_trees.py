@@ -4,6 +4,8 @@ missing values   It sends NaN to the right always; the tree has learned where Na
 thresholds       Those of HistGradientBoosting are rounded to the nearest float32: some up, and then a float32 value
                  that lay to their right lies to their left. They are rounded down before it sees them.
 float64          It works out thresholds in float64, and writes them as float32. They are written as float64.
+infinity         A threshold that only tells missing values from all others is infinite, and its search for the float64
+                 beside it never ends.
 onnx 1.23        Truth values among integers are refused: they are made integers.
 
 Trees of XGBoost and LightGBM in a pipeline come by here too: those of LightGBM are rounded down likewise, and what
@@ -20,6 +22,7 @@ import numpy as np
 from onnx import TensorProto, numpy_helper
 from skl2onnx import update_registered_converter
 from skl2onnx._supported_operators import sklearn_operator_name_map
+from skl2onnx.common import tree_ensemble
 from skl2onnx.common._registration import get_converter, get_shape_calculator
 from skl2onnx.common.data_types import DoubleTensorType
 from sklearn import ensemble, tree
@@ -49,6 +52,8 @@ _WIDE = ("nodes_values", "nodes_hitrates", "base_values", "class_weights", "targ
 
 def put_right() -> None:
     """Has skl2onnx convert trees by way of this module; once for the process."""
+    if tree_ensemble.sklearn_threshold is not _threshold:
+        tree_ensemble.sklearn_threshold = _threshold
     for kind in _KINDS:
         name = sklearn_operator_name_map[kind]
         registered = get_converter(name)
@@ -56,6 +61,13 @@ def put_right() -> None:
         if converter.__module__ != __name__:
             options = registered.get_allowed_options()
             update_registered_converter(kind, name, get_shape_calculator(name), around(converter), options=options)
+
+
+_finite_threshold = tree_ensemble.sklearn_threshold
+
+
+def _threshold(threshold: float, dtype: Any, mode: str) -> Any:
+    return threshold if np.isinf(threshold) else _finite_threshold(threshold, dtype, mode)
 
 
 def around(converter: Converter) -> Converter:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shoal.convert import graph
+from shoal.convert import graph, sample
 from shoal.convert.extras import TORCH, needed, versions
 from shoal.convert.original import ANY, Array, Plan, Port, Tensors
 from shoal.errors import FailedPrecondition, InvalidArgument
@@ -126,6 +126,10 @@ class TorchProgram:
         return generator.integers(int(each.low), int(each.high) + 1, shape).astype(each.port.dtype)
 
     def answer(self, inputs: Mapping[str, Array]) -> Tensors:
+        for each in self._inputs:
+            if not sample.fits(np.shape(inputs[each.port.name]), each.port):
+                came = list(np.shape(inputs[each.port.name]))
+                raise InvalidArgument(f"{each.port.name} is {came}, the program takes {sample.written(each.port)}")
         given = [
             torch.from_numpy(np.ascontiguousarray(inputs[each.port.name], dtype=each.port.dtype))
             for each in self._inputs

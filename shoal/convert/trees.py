@@ -31,6 +31,8 @@ class Splits:
     """Numbers of the categories that a feature's sets name."""
     takes_missing: bool = False
     """NaN has a way of its own through the trees."""
+    as_zero: float = 0.0
+    """Numbers of this size and less are taken for 0, which no data are near: they are drawn as 0."""
 
 
 def draw(splits: Splits, rows: int, generator: np.random.Generator, dtype: np.dtype[Any] = FLOAT32) -> Array:
@@ -45,12 +47,15 @@ def _column(splits: Splits, feature: int, rows: int, generator: np.random.Genera
         column = generator.choice([*named, named.max() + 1], rows).astype(dtype)
     else:
         column = _numbers(splits.thresholds.get(feature), rows, generator, dtype)
+    column[np.abs(column) <= dtype.type(splits.as_zero)] = 0
     if splits.takes_missing:
         column[generator.random(rows) < _MISSING] = np.nan
     return column
 
 
 def _numbers(thresholds: Array | None, rows: int, generator: np.random.Generator, dtype: np.dtype[Any]) -> Array:
+    # Infinite ones tell only missing values from all others.
+    thresholds = None if thresholds is None else thresholds[np.isfinite(thresholds)]
     if thresholds is None or not thresholds.size:
         return generator.standard_normal(rows).astype(dtype)
     low, high = float(thresholds.min()), float(thresholds.max())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.client.bundle import read
+from shoal.client.bundle import read, renumbered
 from shoal.errors import InvalidArgument, NotFound
 
 
@@ -106,3 +106,15 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         read(touch(tmp_path / "m", "1/model.onnx", "2/model.onnx"), version=3)
     with pytest.raises(InvalidArgument, match="count from 1"):
         read(tmp_path / "m", version=0)
+
+
+def test_the_one_version_of_a_folder_gets_another_number(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "m", "config.pbtxt", "1/model.onnx")
+    bundles = read(folder)
+    assert renumbered(bundles, None) == bundles[0].__class__("m", 0, bundles[0].files)
+    assert renumbered(bundles, 7).version == 7
+    with pytest.raises(InvalidArgument, match="versions count from 1"):
+        renumbered(bundles, 0)
+    touch(folder, "2/model.onnx")
+    with pytest.raises(InvalidArgument, match="m has 2 versions: only one can get another number"):
+        renumbered(read(folder), None)

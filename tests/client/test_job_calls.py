@@ -369,3 +369,22 @@ def test_the_blocking_face(served: Served, intake: Intake) -> None:
         assert [ack.job_id for ack in client.jobs.submit_many([JobRequest("m", X)])] == ["job-1"]
         assert [job.state for job in client.jobs.watch("a")] == ["running", "succeeded"]
         assert client.jobs.result("a")["y"].tolist() == [7]
+
+
+async def test_inputs_that_the_node_kept(served: Served, intake: Intake) -> None:
+    async with client_of(served) as client:
+        await client.jobs.submit("m", {"x": np.arange(3.0), "t": ["a", "b"]}, keep_request=True)
+        [request] = intake.jobs.values()
+        assert request.keep_request
+
+        async def payload(message: Any, context: Any) -> Any:
+            if message.id != "job-0":
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "its request is not kept")
+            return ingest.GetPayloadResponse(request=request.request)
+
+        served.on(methods.GET_PAYLOAD, payload)
+        inputs = await client.jobs.inputs("job-0")
+        assert inputs["x"].tolist() == [0, 1, 2]
+        assert inputs["t"].tolist() == [b"a", b"b"]
+        with pytest.raises(FailedPrecondition, match="is not kept"):
+            await client.jobs.inputs("job-1")

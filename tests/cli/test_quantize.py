@@ -1,0 +1,102 @@
+"""`shoal models quantize` on files, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.compress import models
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    models.perceptron(tmp_path / "m.onnx", wide=256)
+    np.savez(tmp_path / "rows.npz", x=np.random.default_rng(1).standard_normal((60, 16)))
+    return tmp_path
+
+
+def quantize(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shoal.cli.main", "models", "quantize", *map(str, args)]
+    environ = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}  # No node is found there.
+    environ.pop("SHOAL_GATEWAY", None)
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_a_file_becomes_a_smaller_file(folder: Path) -> None:
+    done = quantize(folder, "m.onnx", "--method", "static", "--data", "rows.npz", "--max-flips", "20%")
+    assert done.returncode == 0, done.stderr
+    assert "m.onnx, static" in done.stdout
+    assert "times smaller" in done.stdout
+    assert "drift from the original on 29 rows (rows.npz, ranges from 31 others)" in done.stdout
+    assert "accepted: allowed are any relative drift and 0.2 of the labels changed" in done.stdout
+    assert (folder / "m.static.onnx").stat().st_size < (folder / "m.onnx").stat().st_size
+    again = quantize(folder, "m.onnx", "--method", "static", "--data", "rows.npz")
+    assert again.returncode == 1
+    assert "m.static.onnx is there already" in again.stderr
+
+
+def test_without_data_it_says_so(folder: Path) -> None:
+    done = quantize(folder, "m.onnx")
+    assert done.returncode == 0, done.stderr
+    assert "the rows are random: no data was given (--data), and the node kept no requests of this model" in done.stdout
+    assert "not judged: no --max-drift or --max-flips" in done.stdout
+    refused = quantize(folder, "m.onnx", "--method", "static")
+    assert refused.returncode == 1
+    assert "static int8 takes ranges from real rows" in refused.stderr
+
+
+def test_lines_of_requests_and_json(folder: Path) -> None:
+    rows = [{"x": np.full((2, 16), n / 10).tolist()} for n in range(10)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    done = quantize(folder, "m.onnx", "--data", "rows.jsonl", "--json", "-o", "out.onnx")
+    said = json.loads(done.stdout)
+    assert (said["method"], said["rows"], said["drift"]["rows"]) == ("dynamic", "rows.jsonl", 20)
+    assert (said["target"], said["pushed"]) == ("out.onnx", [])
+    (folder / "rows.jsonl").write_text('{"x": [[1, 2]]}\n')
+    done = quantize(folder, "m.onnx", "--data", "rows.jsonl", "-o", "other.onnx")
+    assert done.returncode == 2
+    assert "rows.jsonl, line 1: 'x' is [1, 2], the model takes float32 [any, 16]" in done.stderr
+
+
+def test_a_folder_of_tritons_layout(folder: Path) -> None:
+    (folder / "named/2").mkdir(parents=True)
+    (folder / "m.onnx").rename(folder / "named/2/model.onnx")
+    done = quantize(folder, "named", "--method", "prune")
+    assert done.returncode == 0, done.stderr
+    assert "named version 2, prune" in done.stdout
+    assert (folder / "named.prune.onnx").exists()
+
+
+def test_too_much_drift_is_refused(folder: Path) -> None:
+    done = quantize(folder, "m.onnx", "--data", "rows.npz", "--max-drift", "1e-9")
+    assert done.returncode == 1
+    assert "m.onnx made smaller is refused: scores drifts by" in done.stderr
+    assert "max relative" in done.stdout
+    assert not (folder / "m.dynamic.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "says"),
+    [
+        (["m.onnx", "--push"], 2, "--push needs --max-drift or --max-flips"),
+        (["m.onnx", "--name", "n"], 2, "it goes with --push"),
+        (["m.onnx", "--max-flips", "x"], 2, "--max-flips 'x': expected a number of rows (3) or percent of them (0.5%)"),
+        (["m.onnx", "--max-flips", "101%"], 2, "--max-flips '101%'"),
+        (["rows.npz"], 2, "rows.npz: expected a .onnx file"),
+        (["gone.onnx"], 1, "gone.onnx: no such file or folder"),
+        (["gone"], 1, "no file 'gone' here, and no node to ask for a model of that name"),
+        (["m.onnx", "--data", "gone.jsonl"], 1, "gone.jsonl: no such file"),
+        (["m.onnx", "-o", "no/such/out.onnx"], 1, "no such folder"),
+        (["m.onnx", "--max-drift", "1", "--push", "-o", "x.onnx"], 2, "--output and --push: one of them"),
+    ],
+)
+def test_what_is_wrong_is_said(folder: Path, args: list[str], status: int, says: str) -> None:
+    done = quantize(folder, *args)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert says in done.stderr
