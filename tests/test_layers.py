@@ -97,7 +97,19 @@ def test_the_command_line_imports_frameworks_only_to_convert() -> None:
 def test_no_module_is_named_by_pattern_or_like_a_package_that_we_import(module: str) -> None:
     name = module.rpartition(".")[2]
     assert name not in {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
-    clashes = {"grpc", "numpy", "pymongo", "pydantic", "obstore", "onnxruntime", "aetcd", "numba", "typer", "rich", "cupy"}
+    clashes = {
+        "grpc",
+        "numpy",
+        "pymongo",
+        "pydantic",
+        "obstore",
+        "onnxruntime",
+        "aetcd",
+        "numba",
+        "typer",
+        "rich",
+        "cupy",
+    }
     clashes |= {*FRAMEWORKS}
     assert name not in clashes, f"{module} is named like a package"
 
