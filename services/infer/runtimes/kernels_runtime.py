@@ -25,7 +25,7 @@ from services.infer.operations.table import OPERATIONS, Entry
 from services.infer.operations.threads import RowThreads
 from services.infer.runtimes import gpus
 from services.infer.runtimes.runtime import About, ModelFailed, RowResults, SessionOptions
-from services.infer.wording import listed, quoted
+from services.infer.wording import listed, quoted, written
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -84,9 +84,12 @@ class OperationSession:
     def completed(self, config: pb.ModelConfig) -> pb.ModelConfig:
         """The configuration with the batch size that the operation wants where it says none.
 
+        What is said of outputs is held against the operation here: nothing is made up to try it with.
+
         Raises:
             FailedPrecondition: it says one that the operation cannot do.
         """
+        self._check_promises(config)
         done = pb.ModelConfig()
         done.CopyFrom(config)
         if not self._operation.is_batched:
@@ -98,6 +101,16 @@ class OperationSession:
         elif not config.max_batch_size:
             done.max_batch_size = GUESSED_BATCH_SIZE
         return done
+
+    def _check_promises(self, config: pb.ModelConfig) -> None:
+        for output in config.output:
+            spec = self._outputs.get(output.name)
+            own = spec.shape[1 if self._operation.is_batched else 0 :] if spec is not None else ()
+            if any(have == -1 and said != -1 for have, said in zip(own, output.dims, strict=False)):
+                raise FailedPrecondition(
+                    f"output '{output.name}': the configuration promises {written(output.dims)}, operation "
+                    f"{self._name} gives {written(own)}: write -1 where it varies"
+                )
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         given = {name: ragged.rows(array) if self._inputs[name].is_ragged else array for name, array in inputs.items()}
