@@ -16,7 +16,7 @@ from kernels.backend import device_available
 from services.infer.calls import ragged
 from services.infer.calls.ragged import Value
 from services.infer.calls.tensors import Tensor
-from services.infer.models.modelconfig import GUESSED_BATCH_SIZE, KERNELS
+from services.infer.models.modelconfig import KERNELS
 from services.infer.operations import places
 from services.infer.operations.assets import Assets
 from services.infer.operations.operation import Operation, Results, Setting
@@ -58,7 +58,7 @@ class KernelsRuntime:
             assets = Assets([file, about.folder or file.parent])
             with place.computing():
                 operation = entry.make(parameters, Setting(assets, threads, place))
-            return OperationSession(name, operation, threads, place)
+            return OperationSession(name, operation, threads, place, entry.batch_size)
         except BaseException:
             threads.close()
             raise
@@ -69,9 +69,12 @@ class OperationSession:
 
     text = False
 
-    def __init__(self, name: str, operation: Operation, threads: RowThreads, place: places.Place) -> None:
+    def __init__(
+        self, name: str, operation: Operation, threads: RowThreads, place: places.Place, batch_size: int
+    ) -> None:
         """Closes the threads. Raises FailedPrecondition when the operation fails with its own example."""
         self._name, self._operation, self._threads, self._place = name, operation, threads, place
+        self._batch_size = batch_size
         self.inputs, self.outputs = operation.inputs, operation.outputs
         self.only_computes = operation.only_computes
         self.gpus = place.gpus
@@ -99,7 +102,7 @@ class OperationSession:
                     "it is given, so calls are not put together: set 0, or leave it out"
                 )
         elif not config.max_batch_size:
-            done.max_batch_size = GUESSED_BATCH_SIZE
+            done.max_batch_size = self._batch_size
         return done
 
     def _check_promises(self, config: pb.ModelConfig) -> None:

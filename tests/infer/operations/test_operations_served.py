@@ -60,7 +60,7 @@ async def test_clients_send_bytes(serve, models_folder, put):
     assert [(t.name, t.datatype, list(t.shape)) for t in described.inputs] == [("image", "BYTES", [-1, 1])]
     assert [(t.name, list(t.shape)) for t in described.outputs] == [("image", [-1, -1, -1, 3]), ("size", [-1, 2])]
     config = (await serving.stub.ModelConfig(pb.ModelConfigRequest(name="decode"))).config
-    assert (config.max_batch_size, config.platform, config.backend) == (64, "kernels", "kernels")
+    assert (config.max_batch_size, config.platform, config.backend) == (16, "kernels", "kernels")
 
 
 async def test_images_of_different_sizes_share_one_execution(serve, models_folder, put):
