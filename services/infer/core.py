@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 from services.infer import streaming
 from services.infer.aside import aside
@@ -173,7 +174,7 @@ class InferenceServer:
         signature, scheduler = version.loaded.model.signature, version.scheduler
         call = await aside(lambda: request.read(asked, signature), _is_long_read(asked))
         if is_retry and self._memory is not None:
-            call = await self._memory.checked(version.name, call)
+            call = replace(await self._memory.checked(version.name, call), check=self._memory.checked)
         if version.response_cache is None:
             got, cache = await scheduler.submit(call, deadline, tenant), CacheState.OFF
         else:
