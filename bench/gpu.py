@@ -123,7 +123,16 @@ def correctness(seed: int, sanitizer: bool) -> Iterator[tuple[Row, bool]]:
     for operation, (what, off, allowed) in gpu_checks.run(seed):
         right = off <= allowed
         yield (f"{operation}: {what}", f"off by {off:.4f}", f"{allowed} allowed, seed {seed}"), right
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels", "tests/infer/test_onnx_stream.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "tests/kernels",
+        "tests/infer/runtimes/test_onnx_stream.py",
+    ]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = ran.stdout.strip().splitlines()[-1] if ran.stdout.strip() else ran.stderr[-200:]
     passed = re.search(r"(\d+) passed", last)

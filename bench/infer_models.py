@@ -1,8 +1,9 @@
-"""Three ONNX models with seeded weights that an inference server's ways show on, and their answers.
+"""Four ONNX models with seeded weights that an inference server's ways show on, and their answers.
 
 tiny   input [N,16] -> output [N,4]         a few microseconds a row: what the server itself costs
 mlp    input [N,256] -> output [N,10]       19 MB of weights: rows together cost far less than rows alone
 cnn    input [N,3,64,64] -> output [N,10]   about a millisecond a row: what the server leaves of a core
+latent input [N,16] -> output [N,10]        as cnn, drawn from a small input: much work, and little to send
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import onnxruntime
 ROWS = 64
 """Different requests of each model; each has its own answer, so that a mix-up shows."""
 
-_SHAPES = {"tiny": (16,), "mlp": (256,), "cnn": (3, 64, 64)}
+_SHAPES = {"tiny": (16,), "mlp": (256,), "cnn": (3, 64, 64), "latent": (16,)}
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,16 @@ class _Graph:
         self._dense("d", "output", 2048, 10)
         return self._nodes, self._weights
 
+    def latent(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        self._weights.append(onnx.numpy_helper.from_array(np.array([-1, 3, 64, 64]), "shape"))
+        self._node("Reshape", [self._dense("input", "flat", 16, 3 * 64 * 64), "shape"], "image")
+        return self._convolved("image")
+
     def cnn(self) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-        self._relu(self._conv("input", "a", 3, 32, 2), "b")
+        return self._convolved("input")
+
+    def _convolved(self, image: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        self._relu(self._conv(image, "a", 3, 32, 2), "b")
         self._relu(self._conv("b", "c", 32, 64, 2), "d")
         self._relu(self._conv("d", "e", 64, 64, 1), "f")
         self._relu(self._conv("f", "g", 64, 64, 1), "h")

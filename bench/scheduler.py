@@ -21,16 +21,16 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from services.infer.batcher import BatchPolicy
-from services.infer.datatypes import BY_NAME
-from services.infer.execution import Execution
-from services.infer.parameters import NONE
-from services.infer.queue import QueueLimits
-from services.infer.request import Call, WantedOutput
-from services.infer.rules import Rules
-from services.infer.scheduler import Answer, Scheduler
-from services.infer.signature import Signature, TensorSpec
-from services.infer.statistics import Statistics
+from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls.parameters import NONE
+from services.infer.calls.request import Call, WantedOutput
+from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.scheduling.batcher import BatchPolicy
+from services.infer.scheduling.execution import Execution
+from services.infer.scheduling.queue import QueueLimits
+from services.infer.scheduling.rules import Rules
+from services.infer.scheduling.scheduler import Answer, Scheduler
+from services.infer.scheduling.statistics import Statistics
 
 IN_FLIGHT = (1, 8, 64, 256)
 MODEL_NS = 10_000

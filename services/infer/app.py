@@ -24,22 +24,22 @@ from mesh.h2.server import H2Server
 from mesh.membership import ReadyModel, Registration, State
 from mesh.server import GrpcServer, until_stopped
 from mesh.tasks import end
-from services.infer import repository
-from services.infer.cache import Cache
 from services.infer.config import InferConfig
-from services.infer.control import Control
 from services.infer.core import InferenceServer
-from services.infer.inner_calls import InnerCalls
-from services.infer.models import Models
-from services.infer.onnx_runtime import OnnxRuntime
-from services.infer.poll import Poll
-from services.infer.python_runtime import IsolatedOnnxRuntime, PythonRuntime
-from services.infer.registry import Registry
+from services.infer.isolation.inner_calls import InnerCalls
+from services.infer.models.control import Control
+from services.infer.models.models import Models
+from services.infer.models.version import Means, as_it_is
 from services.infer.remembered import Memory, remembered
 from services.infer.rpc import inference_rpc, short_methods
-from services.infer.runtimes import Runtimes
-from services.infer.store_client import StoreClient
-from services.infer.version import Means, as_it_is
+from services.infer.runtimes.choice import Runtimes
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.sources import repository
+from services.infer.sources.cache import Cache
+from services.infer.sources.poll import Poll
+from services.infer.sources.registry import Registry
+from services.infer.sources.store_client import StoreClient
 
 
 class Server(Protocol):

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mesh.config import ServiceConfig
-from services.infer import repository
-from services.infer.queue import QueueLimits
-from services.infer.response_store import DEFAULT_BYTES
+from services.infer.responses.store import DEFAULT_BYTES
+from services.infer.scheduling.queue import QueueLimits
+from services.infer.sources import repository
 from shoal.errors import FailedPrecondition
 
 _DEFAULT = QueueLimits()

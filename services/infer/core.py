@@ -12,15 +12,16 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from services.infer import answer, request, streaming
+from services.infer import streaming
 from services.infer.aside import aside
-from services.infer.control import Control
-from services.infer.models import Models, version_number
+from services.infer.calls import answer, request
+from services.infer.calls.request import Call
+from services.infer.models.control import Control
+from services.infer.models.models import Models, version_number
+from services.infer.models.version import State, Version
 from services.infer.remembered import Memory
-from services.infer.request import Call
-from services.infer.response_cache import CacheState
-from services.infer.scheduler import Answer
-from services.infer.version import State, Version
+from services.infer.responses.cache import CacheState
+from services.infer.scheduling.scheduler import Answer
 from services.infer.wording import quoted
 from shoal import __version__
 from shoal.errors import InvalidArgument, ShoalError, Unimplemented

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mesh.flights import Crashes, Flights, Seat, Verdict
-from services.infer.execution import Execution, Job, Outcome, Runs
-from services.infer.request import Call
+from services.infer.calls.request import Call
+from services.infer.scheduling.execution import Execution, Job, Outcome, Runs
 from shoal.errors import Internal
 
 log = logging.getLogger(__name__)

@@ -15,13 +15,14 @@ from google.protobuf.message import DecodeError
 from mesh.asgi.exchange import Exchange
 from mesh.asgi.framing import PREFIX_BYTES
 from mesh.interceptors import malformed
-from services.infer import request, template
+from services.infer import template
+from services.infer.calls import request
 from services.infer.core import InferenceServer
-from services.infer.models import Models
+from services.infer.models.models import Models
+from services.infer.models.version import Version
 from services.infer.remembered import ATTEMPT
-from services.infer.scheduler import Answer
+from services.infer.scheduling.scheduler import Answer
 from services.infer.template import ID, NAME, VERSION, Named, Template
-from services.infer.version import Version
 from shoal.inference.v2 import inference_pb2 as pb
 
 log = logging.getLogger(__name__)

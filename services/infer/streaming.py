@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from services.infer import answer
-from services.infer.decoupled import Response
-from services.infer.execution import Answer, Times
-from services.infer.request import Call
-from services.infer.version import Version
+from services.infer.calls import answer
+from services.infer.calls.request import Call
+from services.infer.models.version import Version
+from services.infer.scheduling.decoupled import Response
+from services.infer.scheduling.execution import Answer, Times
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 

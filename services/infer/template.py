@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from mesh.asgi.framing import PREFIX_BYTES
-from services.infer import parameters
-from services.infer.request import Call, WantedOutput
-from services.infer.tensors import Tensor
-from services.infer.version import Version
+from services.infer.calls import parameters
+from services.infer.calls.request import Call, WantedOutput
+from services.infer.calls.tensors import Tensor
+from services.infer.models.version import Version
 from shoal.inference.v2 import inference_pb2 as pb
 
 NAME, VERSION, ID, RAW_INPUT, RAW_OUTPUT = 0x0A, 0x12, 0x1A, 0x3A, 0x32

@@ -15,14 +15,14 @@ import pytest
 
 from mesh.channel import connect
 from mesh.server import GrpcServer
-from services.infer.control import Control
 from services.infer.core import InferenceServer
-from services.infer.models import Models
-from services.infer.onnx_runtime import OnnxRuntime
-from services.infer.queue import QueueLimits
-from services.infer.repository import look, scan
+from services.infer.models.control import Control
+from services.infer.models.models import Models
+from services.infer.models.version import Means
 from services.infer.rpc import inference_rpc
-from services.infer.version import Means
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.scheduling.queue import QueueLimits
+from services.infer.sources.repository import look, scan
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 

@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from services.infer import repository
+from services.infer.calls.request import Call
 from services.infer.core import InferenceServer
-from services.infer.models import Models
-from services.infer.onnx_runtime import OnnxRuntime
-from services.infer.queue import QueueLimits
-from services.infer.request import Call
-from services.infer.version import Means
+from services.infer.models.models import Models
+from services.infer.models.version import Means
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.scheduling.queue import QueueLimits
+from services.infer.sources import repository
 from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files

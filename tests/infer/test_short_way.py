@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 from services.infer.core import InferenceServer
-from services.infer.models import Models
-from services.infer.onnx_runtime import OnnxRuntime
-from services.infer.queue import QueueLimits
-from services.infer.repository import scan
+from services.infer.models.models import Models
+from services.infer.models.version import Means
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.scheduling.queue import QueueLimits
 from services.infer.short import ShortInfer
-from services.infer.version import Means
+from services.infer.sources.repository import scan
 from shoal.errors import InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files

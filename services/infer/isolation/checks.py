@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.infer.request import Call
-from services.infer.runtime import ModelFailed
-from services.infer.signature import fits
-from services.infer.tensors import Tensor
+from services.infer.calls.request import Call
+from services.infer.calls.signature import fits
+from services.infer.calls.tensors import Tensor
+from services.infer.runtimes.runtime import ModelFailed
 from services.infer.wording import written
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.infer import parameters
-from services.infer.request import Call
+from services.infer.calls import parameters
+from services.infer.calls.request import Call
 from shoal.inference.v2 import inference_pb2 as pb
 
 _SEQUENCE_START, _SEQUENCE_END = 1, 2

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
 
 from kernels.stack_rows import split_rows
-from services.infer.execution import Answer, Execution, Job, Outcome, Times
+from services.infer.calls.request import Call
+from services.infer.calls.signature import Signature
+from services.infer.calls.tensors import Tensor
 from services.infer.isolation import details
 from services.infer.isolation.checks import check_outputs
 from services.infer.isolation.session import ModelDied, ProcessSession
-from services.infer.request import Call
-from services.infer.runtime import ModelFailed
-from services.infer.signature import Signature
-from services.infer.tensors import Tensor
+from services.infer.runtimes.runtime import ModelFailed
+from services.infer.scheduling.execution import Answer, Execution, Job, Outcome, Times
 from shoal.errors import DeadlineExceeded, ShoalError
 
 log = logging.getLogger(__name__)

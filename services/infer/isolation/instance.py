@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from services.infer.backoff import Backoff
 from services.infer.isolation.channel import ChannelClosed
 from services.infer.isolation.inside import Inside
 from services.infer.isolation.process import NotLoaded, Process
+from services.infer.models.backoff import Backoff
 from shoal.errors import FailedPrecondition, Unavailable
 
 log = logging.getLogger(__name__)

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from services.infer.calls.signature import TensorSpec
 from services.infer.isolation import payload
 from services.infer.isolation.hosted import Batch, Facts, Given, Load, LoadFailed, RunFailed, Sender
 from services.infer.isolation.payload import Tensor
-from services.infer.onnx_runtime import OnnxRuntime
-from services.infer.runtime import ModelFailed, SessionOptions
-from services.infer.signature import TensorSpec
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.runtimes.runtime import ModelFailed, SessionOptions
 from shoal.errors import FailedPrecondition
 
 

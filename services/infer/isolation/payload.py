@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from services.infer.dtypes import NUMBERS
+from services.infer.calls.dtypes import NUMBERS
 
 Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 

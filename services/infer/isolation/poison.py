@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from services.infer.request import Call
-from services.infer.tensors import Tensor, to_raw
+from services.infer.calls.request import Call
+from services.infer.calls.tensors import Tensor, to_raw
 
 FIRST_S, LONGEST_S = 60.0, 3600.0
 SUSPICIONS = 3
@@ -84,6 +84,6 @@ def fingerprint(call: Call) -> bytes:
 def _content(array: Tensor) -> bytes:
     if array.dtype != object:
         return array.tobytes()
-    from services.infer.datatypes import BY_NAME
+    from services.infer.calls.datatypes import BY_NAME
 
     return to_raw(array, BY_NAME["BYTES"])

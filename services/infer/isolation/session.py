@@ -19,17 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.config_json import from_json
-from services.infer.datatypes import BY_NAME
+from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls.signature import TensorSpec
+from services.infer.calls.tensors import Tensor
 from services.infer.isolation import payload
 from services.infer.isolation.channel import ChannelClosed, Message
 from services.infer.isolation.instance import Instance, Running
 from services.infer.isolation.link import Link
 from services.infer.isolation.payload import Part
 from services.infer.isolation.poison import Poison
-from services.infer.runtime import ModelFailed
-from services.infer.signature import TensorSpec
-from services.infer.tensors import Tensor
+from services.infer.models.config_json import from_json
+from services.infer.runtimes.runtime import ModelFailed
 from shoal.errors import BY_CODE, Code, FailedPrecondition, Internal, ShoalError
 from shoal.inference.v2 import model_config_pb2 as pb
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.dtypes import NUMBERS
+from services.infer.calls.dtypes import NUMBERS
 from services.infer.isolation import payload
 from services.infer.isolation.hosted import Batch, Facts, Given, Load, LoadFailed, RunFailed, Sender
 from services.infer.isolation.payload import Part

@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 
-from services.infer.dtypes import NUMBERS
+from services.infer.calls.dtypes import NUMBERS
 from services.infer.isolation.channel import Channel, ChannelClosed
 from services.infer.isolation.payload import part
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from services.infer.isolation.session import ModelDied, ProcessSession
-from services.infer.python_runtime import IsolatedOnnxRuntime, PythonRuntime
-from services.infer.runtime import About, ModelFailed, SessionOptions
+from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.runtimes.runtime import About, ModelFailed, SessionOptions
 from shoal.errors import FailedPrecondition, Unavailable
 from shoal.inference.v2 import model_config_pb2 as pb
 from tests.breakable import PATIENCE_S, until

@@ -11,16 +11,16 @@ import pytest
 
 from mesh.channel import connect
 from mesh.server import GrpcServer
-from services.infer import repository
 from services.infer.core import InferenceServer
-from services.infer.inner_calls import InnerCalls
-from services.infer.models import Models
-from services.infer.onnx_runtime import OnnxRuntime
-from services.infer.python_runtime import IsolatedOnnxRuntime, PythonRuntime
-from services.infer.queue import QueueLimits
+from services.infer.isolation.inner_calls import InnerCalls
+from services.infer.models.models import Models
+from services.infer.models.version import Means
 from services.infer.rpc import inference_rpc
-from services.infer.runtimes import Runtimes
-from services.infer.version import Means
+from services.infer.runtimes.choice import Runtimes
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.scheduling.queue import QueueLimits
+from services.infer.sources import repository
 from shoal.inference.v2 import inference_pb2_grpc
 from tests.infer.conftest import Repository, Serving
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mesh.channel import connect
-from services.infer import repository
+from services.infer.sources import repository
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc

@@ -1,0 +1,45 @@
+"""From what the model gave to the message that the caller gets."""
+
+from __future__ import annotations
+
+from services.infer.calls import tensors
+from services.infer.calls.classification import classify
+from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls.request import Call, WantedOutput
+from services.infer.calls.tensors import Tensor
+from services.infer.scheduling.scheduler import Answer
+from shoal.inference.v2 import inference_pb2 as pb
+
+
+def write(answer: Answer, call: Call, *, model: str, version: int, id: str, batched: bool) -> pb.ModelInferResponse:
+    """The response: outputs in the order of the request, all of them raw."""
+    response = pb.ModelInferResponse(model_name=model, model_version=str(version), id=id)
+    for wanted, output in zip(call.outputs, answer.outputs, strict=True):
+        _add(response, wanted, output, batched=batched)
+    return response
+
+
+def _add(response: pb.ModelInferResponse, wanted: WantedOutput, output: Tensor, *, batched: bool) -> None:
+    datatype = wanted.spec.datatype
+    if wanted.classes:
+        output, datatype = classify(output, wanted.spec, wanted.classes, batched=batched), BY_NAME["BYTES"]
+    response.outputs.add(name=wanted.spec.name, datatype=datatype.name, shape=output.shape)
+    response.raw_output_contents.append(tensors.to_raw(output, datatype))
+
+
+def explain(response: pb.ModelInferResponse, answer: Answer, replica: str, cache: str) -> None:
+    """Adds who answered and whence, how long that took part by part, and with how many rows and why then it was run.
+
+    The times are those of the execution that the outputs come from: all zero when they were kept in the cache.
+    """
+    times = answer.times
+    say = response.parameters
+    say["replica"].string_param = replica
+    say["version"].string_param = response.model_version
+    say["cache"].string_param = cache
+    say["batch_size"].int64_param = times.rows
+    say["fired"].string_param = answer.fired
+    say["queue_us"].int64_param = answer.queue_ns // 1000
+    say["gather_us"].int64_param = times.gather_ns // 1000
+    say["compute_us"].int64_param = times.compute_ns // 1000
+    say["scatter_us"].int64_param = times.scatter_ns // 1000

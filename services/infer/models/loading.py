@@ -1,0 +1,153 @@
+"""From files to a model that has been shown to run. Blocking: for a worker thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from services.infer.calls.signature import TensorSpec
+from services.infer.isolation.session import ProcessSession
+from services.infer.models import modelconfig, warmup
+from services.infer.models.modelconfig import Completed
+from services.infer.models.wanted import ModelFiles, read_text
+from services.infer.runtimes import onnx_settings
+from services.infer.runtimes.choice import Runtimes
+from services.infer.runtimes.reshape import ReshapedSession
+from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
+from services.infer.scheduling import rules
+from services.infer.scheduling.batcher import BatchPolicy
+from services.infer.scheduling.cost import CostCurve
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+_BATCH_BYTES = 64 << 20
+# Inputs gathered for one execution: beyond this, copying rows together costs more than running them together gives.
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that runs. Who has it closes its session."""
+
+    model: Completed
+    session: Session
+    cost: CostCurve = field(default_factory=CostCurve)
+    """What trials took."""
+
+    def batch_policy(self) -> BatchPolicy:
+        """How its calls are put together."""
+        batching = self.model.config.dynamic_batching
+        return BatchPolicy(
+            max_rows=max(self.model.signature.max_batch_size, 1),
+            max_bytes=_BATCH_BYTES,
+            delay_s=batching.max_queue_delay_microseconds / 1e6 if self.model.signature.max_batch_size else 0.0,
+            preferred=frozenset(batching.preferred_batch_size),
+            slo_s=rules.slo_s(self.model.config),
+        )
+
+
+def load(
+    name: str,
+    files: ModelFiles,
+    runtimes: Runtime | Runtimes,
+    *,
+    version: int = 1,
+    threads: int,
+    clock: Callable[[], float],
+    is_given_up: Callable[[], bool] = bool,
+) -> Loaded:
+    """Loads one version of the model `name` and warms it up. `threads`: for one execution, unless it says otherwise.
+    Loading ends early when `is_given_up`, where the runtime can.
+
+    Raises:
+        FailedPrecondition: it cannot be served; the message says why, and names the setting, tensor or file.
+    """
+    text = files.config_text()
+    config = modelconfig.parse(text)
+    if config.name not in ("", name):
+        log.warning(
+            "model %s: config.pbtxt calls it '%s'; it is served under the name of its folder", name, config.name
+        )
+    config.name = name
+    runtime = _runtime(runtimes, config, files)
+    modelconfig.check(config, runtime)
+    labels = _labels(config, files.folder)
+    about = About(name, version, files.folder, config, modelconfig.instances(config), is_given_up)
+    options = replace(_options(config, threads, runtime), about=about)
+    session = runtime.load(_model_file(config, files, runtime), options)
+    try:
+        says_batch = modelconfig.says_max_batch_size(text)
+        if isinstance(session, ProcessSession):
+            config, says_batch = session.completed(config), says_batch or session.says_batch
+            modelconfig.check(config, runtime)
+        elif _is_reshaped(config):
+            session = ReshapedSession(session, config)
+        model = modelconfig.complete(
+            config,
+            _inputs(session, config, runtime),
+            session.outputs,
+            runtime=runtime,
+            text=session.text,
+            batch_is_given=says_batch,
+            labels=labels,
+            gpus=getattr(session, "gpus", ()),
+        )
+        if config.model_transaction_policy.decoupled:
+            return Loaded(model, session)
+        made_up = not isinstance(session, ProcessSession) or session.is_tried
+        cost = CostCurve()
+        model = warmup.run(name, model, session, files.folder, clock, made_up=made_up, cost=cost)
+        return Loaded(model, session, cost)
+    except BaseException as err:
+        session.close()
+        if isinstance(err, StopIteration):  # No future takes one: whoever waits would wait for ever.
+            raise RuntimeError("a model's session ended an iteration that is not its own") from err
+        raise
+
+
+def _options(config: pb.ModelConfig, threads: int, runtime: Runtime) -> SessionOptions:
+    if runtime.backend == modelconfig.ONNX:
+        return onnx_settings.session_options(config, threads)
+    return SessionOptions(threads)
+
+
+def _is_reshaped(config: pb.ModelConfig) -> bool:
+    return any(tensor.HasField("reshape") for tensor in (*config.input, *config.output))
+
+
+def _inputs(session: Session, config: pb.ModelConfig, runtime: Runtime) -> tuple[TensorSpec, ...]:
+    """All inputs that the model can take."""
+    if runtime.backend != modelconfig.ONNX:
+        # A Python model sees for itself which of them came.
+        optional = {given.name for given in config.input if given.optional}
+        return tuple(replace(spec, is_optional=spec.name in optional) for spec in session.inputs)
+    return (*session.inputs, *getattr(session, "optional_inputs", ()))
+
+
+def _runtime(runtimes: Runtime | Runtimes, config: pb.ModelConfig, files: ModelFiles) -> Runtime:
+    return runtimes.of(config, files.version_folder, files.bare_file) if isinstance(runtimes, Runtimes) else runtimes
+
+
+def _model_file(config: pb.ModelConfig, files: ModelFiles, runtime: Runtime) -> Path:
+    name = files.bare_file or config.default_model_filename or runtime.model_file
+    file = files.version_folder / name
+    if not file.is_file():
+        raise FailedPrecondition(f"version folder {files.version_folder.name} has no file {name}")
+    return file
+
+
+def _labels(config: pb.ModelConfig, folder: Path | None) -> Mapping[str, tuple[str, ...]]:
+    labels = {}
+    for output in config.output:
+        if not output.label_filename:
+            continue
+        name = output.label_filename
+        if folder is None or Path(name).name != name:
+            raise FailedPrecondition(
+                f"output '{output.name}': label_filename '{name}': expected a file beside the config"
+            )
+        labels[output.name] = tuple(line.strip() for line in read_text(folder / name).rstrip("\n").split("\n"))
+    return labels

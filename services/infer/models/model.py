@@ -1,0 +1,241 @@
+"""One model with its versions, and the task that makes them what is wanted.
+
+    want(...) ──> load what is missing ──> all that replaces something is ready? ──> let go of what is not wanted
+                                                     └── no: what was there goes on, and the index says why
+
+A new version is loaded beside the old one. The old one goes only when a wanted one is ready in its place, and only
+after the calls that hold it: nobody notices the change. New content under the number of a version that serves takes
+over only when everything that was loaded with it is ready: a model is never half the old and half the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mesh.tasks import log_failure
+from services.infer.models.backoff import Backoff
+from services.infer.models.version import Means, State, Version
+from services.infer.models.wanted import WantedModel, WantedVersion
+
+log = logging.getLogger(__name__)
+
+_RETRY_FIRST_S, _RETRY_MAX_S = 0.2, 10.0
+# Files that could not be had are asked for again: soon, because the store may only be restarting; then at leisure.
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """One line of the repository index."""
+
+    name: str
+    version: int | None
+    state: State
+    reason: str
+
+
+@dataclass(eq=False)
+class Model:
+    """One model. `versions`, `refused` and `default` are replaced whole, never changed: calls see them complete."""
+
+    wanted: WantedModel
+    means: Means
+    on_change: asyncio.Event
+    """Set whenever a state changes."""
+    versions: Mapping[int, Version] = field(default_factory=dict)
+    refused: Mapping[int, Version] = field(default_factory=dict)
+    """What should have replaced a version that serves, and could not."""
+    default: Version | None = None
+    """The version for calls that name none: the alias `stable` if it is ready, else the newest that is."""
+    loading: tuple[Version, ...] = ()
+    leaving: set[Version] = field(default_factory=set)
+    is_settled: asyncio.Event = field(default_factory=asyncio.Event)
+    """Everything that is wanted has had its first attempt."""
+    _unloaded: tuple[int, ...] = ()
+    _is_again: bool = False
+    _rewanted: asyncio.Event = field(default_factory=asyncio.Event)
+    _unloads: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def want(self, wanted: WantedModel, *, again: bool = False) -> None:
+        """Another wish. The same one again changes nothing, but tries at once what is to be tried again.
+
+        Args:
+            again: try everything again that has failed.
+        """
+        self.is_settled.clear()
+        self.wanted = wanted
+        self._is_again |= again
+        self._choose_default()
+        self._rewanted.set()
+
+    def ready(self) -> list[Version]:
+        """Ascending."""
+        return [version for _, version in sorted(self.versions.items()) if version.is_ready]
+
+    def is_as_wanted(self) -> bool:
+        """Whether it serves, and nothing that is wanted has failed, but for what an older content stands in for."""
+        failed = [version for version in self.versions.values() if version.state is State.UNAVAILABLE]
+        return bool(self.ready()) and not failed
+
+    def is_gone(self) -> bool:
+        """Nothing of it is loaded, loads or leaves."""
+        return not self.versions and not self.leaving and not self.loading
+
+    def may_retry(self) -> bool:
+        """Whether something has failed for a cause that may pass."""
+        return any(version.may_retry for version in (*self.versions.values(), *self.refused.values()))
+
+    def failure(self) -> str:
+        """Why something that is wanted is not served; empty when all of it is."""
+        wrong = [v for v in self.wanted.versions if not _is_ready(self.versions.get(v.version), v)]
+        said = ((v.version, self.refused.get(v.version) or self.versions.get(v.version)) for v in wrong)
+        return self.wanted.problem or "; ".join(
+            f"version {number} is at UNAVAILABLE state: {version.reason if version else 'it was not loaded'}"
+            for number, version in said
+        )
+
+    def rows(self) -> Iterator[IndexRow]:
+        """Its lines of the index: the state that counts for each version."""
+        seen: dict[int, IndexRow] = {}
+        for version in (*self.leaving, *self.loading, *self.versions.values()):
+            refused = self.refused.get(version.number)
+            why = f"its newer content was refused: {refused.reason}" if refused and version.is_ready else version.reason
+            seen[version.number] = IndexRow(self.wanted.name, version.number, version.state, why)
+        if self.wanted.is_unloaded:
+            for number in self._unloaded:
+                seen.setdefault(number, IndexRow(self.wanted.name, number, State.UNAVAILABLE, "unloaded"))
+        yield from (seen[number] for number in sorted(seen))
+        if not seen and self.wanted.problem:
+            yield IndexRow(self.wanted.name, None, State.UNAVAILABLE, self.wanted.problem)
+        elif not seen and self.wanted.is_unloaded:
+            yield IndexRow(self.wanted.name, None, State.UNKNOWN, "")
+
+    async def converge(self) -> None:
+        """Makes it what is wanted, again and again, until it is cancelled."""
+        backoff = Backoff(_RETRY_FIRST_S, _RETRY_MAX_S)
+        while True:
+            self._rewanted.clear()
+            wanted = self.wanted
+            await self._load_missing(wanted)
+            if self.wanted is not wanted:
+                continue
+            self._let_go(wanted)
+            self.is_settled.set()
+            self.on_change.set()
+            failed = self.may_retry()
+            if not failed:
+                backoff.reset()
+            try:
+                await asyncio.wait_for(self._rewanted.wait(), backoff.next_s() if failed else None)
+            except TimeoutError:
+                log.info("model %s: trying again to get its files", wanted.name)
+
+    async def _load_missing(self, wanted: WantedModel) -> None:
+        again, self._is_again = self._is_again, False
+        self._forget_refused(wanted)
+        missing = [version for version in wanted.versions if not self._is_tried(version, again=again)]
+        self.loading = fresh = tuple(Version(wanted.name, version) for version in missing)
+        if not fresh:
+            return
+        self.on_change.set()
+        try:
+            # Newest first: it is the one that calls will want.
+            await asyncio.gather(*(self._load(version) for version in reversed(fresh)))
+            self._replace(fresh)
+        finally:
+            self.loading = ()
+            for version in fresh:
+                if self.versions.get(version.number) is not version:
+                    self._unload(version)
+
+    async def _load(self, version: Version) -> None:
+        await version.load(self.means)
+        held = self.versions.get(version.number)
+        if held is None or not held.is_ready:
+            self.loading = tuple(other for other in self.loading if other is not version)
+            self._put(version)
+
+    def _replace(self, fresh: Sequence[Version]) -> None:
+        """All of what was loaded takes the place of what serves under the same numbers; or none of it."""
+        waiting = [version for version in fresh if self.versions.get(version.number) is not version]
+        failed = [version for version in fresh if not version.is_ready]
+        for version in waiting:
+            if not failed:
+                self._put(version)
+            elif version.is_ready:
+                version.reason = f"version {failed[0].number}, which was loaded with it, failed"
+        if failed:
+            self.refused = {**self.refused, **{version.number: version for version in waiting}}
+
+    def _put(self, version: Version) -> None:
+        replaced = self.versions.get(version.number)
+        self.refused = {number: other for number, other in self.refused.items() if number != version.number}
+        self.versions = {**self.versions, version.number: version}
+        self._choose_default()
+        if replaced is not None:
+            self._unload(replaced)
+        self.on_change.set()
+
+    def _choose_default(self) -> None:
+        ready = self.ready() if self.wanted.is_served else []
+        stable = [version for version in ready if version.number == self.wanted.stable]
+        self.default = (stable or ready)[-1] if ready else None
+
+    def _is_tried(self, wanted: WantedVersion, *, again: bool) -> bool:
+        if _is_ready(self.versions.get(wanted.version), wanted):
+            return True
+        for failed in (self.versions.get(wanted.version), self.refused.get(wanted.version)):
+            if failed is not None and failed.wanted.digest == wanted.digest:
+                return not (failed.may_retry or again)
+        return False
+
+    def _forget_refused(self, wanted: WantedModel) -> None:
+        digests = {version.version: version.digest for version in wanted.versions}
+        self.refused = {n: other for n, other in self.refused.items() if digests.get(n) == other.wanted.digest}
+
+    def _let_go(self, wanted: WantedModel) -> None:
+        numbers = {version.version for version in wanted.versions}
+        has_taken_over = any(version.is_ready for number, version in self.versions.items() if number in numbers)
+        if wanted.is_unloaded:
+            self._unloaded = tuple(self.versions) or self._unloaded
+        for number, version in self.versions.items():
+            is_needed = version.is_ready and number in wanted.available and not has_taken_over
+            if number not in numbers and not is_needed:
+                self.versions = {n: other for n, other in self.versions.items() if n != number}
+                self._choose_default()
+                self._unload(version)
+
+    def _unload(self, version: Version) -> None:
+        if not version.is_ready:
+            return
+        version.state = State.UNLOADING
+        self.leaving.add(version)
+        task = asyncio.create_task(self._finish(version), name=f"unload-{version.name}-{version.number}")
+        self._unloads.add(task)
+        task.add_done_callback(self._unloads.discard)
+        task.add_done_callback(log_failure)
+
+    async def _finish(self, version: Version) -> None:
+        try:
+            await version.unload()
+        finally:
+            self.leaving.discard(version)
+            self.on_change.set()
+
+    async def left(self) -> None:
+        """Waits until what leaves now has left. Who gives up waiting stops nothing."""
+        if self._unloads:
+            await asyncio.wait(self._unloads)
+
+    async def close(self) -> None:
+        """Unloads all of it, after the calls that hold it."""
+        for version in self.versions.values():
+            self._unload(version)
+        self.versions = {}
+        await self.left()
+
+
+def _is_ready(version: Version | None, wanted: WantedVersion) -> bool:
+    return version is not None and version.is_ready and version.wanted.digest == wanted.digest

@@ -1,0 +1,176 @@
+"""All models of this instance: what is wanted is made so, one model at a time of its own, and calls find their version.
+
+want(...) ──> a task for each model (`model`): load what is missing ──> let go of what is not wanted
+                                          |
+                    calls: use(name, version)   index, readiness
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from types import TracebackType
+
+from mesh.latest import Latest
+from mesh.tasks import end
+from services.infer.models.model import IndexRow, Model
+from services.infer.models.version import Means, Version
+from services.infer.models.wanted import WantedModel
+from services.infer.wording import quoted
+from shoal.errors import InvalidArgument, NotFound, Unavailable
+
+_NUMBER = re.compile(r"[0-9]{1,19}")
+
+ReadySet = tuple[tuple[str, tuple[int, ...]], ...]
+"""Models with their ready versions, both ascending."""
+
+
+def version_number(text: str) -> int | None:
+    """The version that a call names; None for an empty text.
+
+    Raises:
+        InvalidArgument: it is not a number from 1 to 2**63 - 1.
+    """
+    if not text:
+        return None
+    if not _NUMBER.fullmatch(text) or not 0 < int(text) < 1 << 63:
+        raise InvalidArgument(
+            f"failed to get model version from specified version string {quoted(text)}: "
+            "expected a whole number, 1 or more"
+        )
+    return int(text)
+
+
+class Models:
+    """The models of this instance. Use as `async with`: leaving unloads everything."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+        self._models: dict[str, Model] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._is_told = asyncio.Event()
+        self.ready_set: Latest[ReadySet] = Latest(())
+        """What is ready now, for those who follow it."""
+
+    async def __aenter__(self) -> Models:
+        self._publisher = asyncio.create_task(self._publish(), name="ready-set")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await end(*self._tasks.values(), self._publisher)
+        await asyncio.gather(*(model.close() for model in self._models.values()))
+
+    def want(self, wanted: Sequence[WantedModel]) -> None:
+        """These models should be served, and no others. Returns at once; `settled` waits for what comes of it."""
+        by_name = {model.name: model for model in wanted}
+        for name in self._models.keys() - by_name.keys():
+            by_name[name] = WantedModel(name, ())
+        for name, model in by_name.items():
+            known = self._models.get(name)
+            if known is None or known.wanted != model or known.may_retry():
+                self.want_one(model)
+        self._is_told.set()
+        self._changed.set()
+
+    def want_one(self, wanted: WantedModel, *, again: bool = False) -> Model:
+        """This model should be served so; of the others nothing is said.
+
+        Args:
+            again: try everything again that has failed.
+        """
+        model = self._models.get(wanted.name)
+        if model is None:
+            model = self._models[wanted.name] = Model(wanted, self._means, self._changed)
+            self._tasks[wanted.name] = asyncio.create_task(model.converge(), name=f"model-{wanted.name}")
+        else:
+            model.want(wanted, again=again)
+        self._changed.set()
+        return model
+
+    @property
+    def is_told(self) -> bool:
+        """Whether it was ever said what should be served."""
+        return self._is_told.is_set()
+
+    async def settled(self) -> None:
+        """Waits until everything that is wanted has had its first attempt, successful or not."""
+        await self._is_told.wait()
+        while waiting := [model for model in self._models.values() if not model.is_settled.is_set()]:
+            await asyncio.gather(*(model.is_settled.wait() for model in waiting))
+
+    def is_ready(self) -> bool:
+        """Whether it is known what to serve, every model of that serves, and no version of it has failed."""
+        return self.is_told and all(model.is_as_wanted() for model in self._models.values() if model.wanted.is_served)
+
+    def index(self) -> list[IndexRow]:
+        """Every version of every model, sorted by name and version."""
+        return [row for name in sorted(self._models) for row in self._models[name].rows()]
+
+    def knows(self, name: str) -> bool:
+        """Whether anything was ever wanted of the model, or is left of it."""
+        return name in self._models
+
+    def versions(self, name: str) -> list[Version]:
+        """The ready versions of one model, ascending; none for a model that is not here."""
+        model = self._models.get(name)
+        return model.ready() if model else []
+
+    def names(self) -> list[str]:
+        """Models with a ready version, sorted."""
+        return [name for name, _ in self.ready_set.value]
+
+    def find(self, name: str, version: str) -> Version:
+        """The version of a model that a call means; an empty `version` leaves the choice to us.
+
+        Raises:
+            InvalidArgument: `version` is no number.
+            NotFound: there is no such model or version.
+            Unavailable: there is, but it is not ready.
+        """
+        model = self._models.get(name)
+        if not version and model is not None and (found := model.default) is not None:
+            return found  # What nearly every call wants, at the price of two look-ups.
+        return _found(name, model, version_number(version))
+
+    def use(self, name: str, version: str) -> Version:
+        """The version that `find` finds; `with` it, it stays loaded until the block ends. Raises what `find` does."""
+        return self.find(name, version)
+
+    async def _publish(self) -> None:
+        """Tells followers what is ready, and forgets models of which nothing is left."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            for name, model in list(self._models.items()):
+                if not model.wanted.is_served and not model.wanted.is_unloaded and model.is_gone():
+                    del self._models[name]
+                    self._tasks.pop(name).cancel()
+            ready = ((name, tuple(v.number for v in self._models[name].ready())) for name in sorted(self._models))
+            self.ready_set.set(tuple((name, versions) for name, versions in ready if versions))
+
+
+def _found(name: str, model: Model | None, number: int | None) -> Version:
+    unknown = f"Request for unknown model: {quoted(name)}"
+    if model is None or not model.wanted.is_served:
+        is_unloaded = model is not None and model.wanted.is_unloaded
+        raise NotFound(f"{unknown} {'has no available versions: it is not loaded' if is_unloaded else 'is not found'}")
+    if number is None:
+        raise Unavailable(f"{unknown} has no version that is ready{_why(model)}")
+    found = model.versions.get(number)
+    if found is not None and found.is_ready:
+        return found
+    if found is None and number not in {loading.number for loading in model.loading}:
+        raise NotFound(f"{unknown} version {number} is not found")
+    raise Unavailable(f"{unknown} version {number} is not ready{_why(model, number)}")
+
+
+def _why(model: Model, number: int | None = None) -> str:
+    rows = [row for row in model.rows() if number in (None, row.version)]
+    if not rows:
+        return ""
+    newest = rows[-1]
+    return f" ({newest.state}{': ' if newest.reason else ''}{newest.reason})"

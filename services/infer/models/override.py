@@ -1,0 +1,247 @@
+"""What a caller of RepositoryModelLoad gives in place of what the repository has, for this load.
+
+    config                       a ModelConfig as JSON: it holds in place of config.pbtxt
+    file:<version>/<name>        bytes: with any of these, the given files are all that the model consists of
+
+The files are kept in a folder of their own for as long as a version that is made of them is loaded, or may be again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from google.protobuf import json_format, text_format
+
+from services.infer.models import modelconfig
+from services.infer.models.wanted import CONFIG_FILE, MAX_CONFIG_BYTES, ModelFiles, WantedModel, WantedVersion, picked
+from services.infer.sources import repository
+from services.infer.wording import quoted
+from shoal.errors import FailedPrecondition, InvalidArgument
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2 import model_config_pb2
+
+_FILE = "file:"
+_PREFIX, _LOCK = "shoal-load-", "lock"
+_MOST_FILES = 4096
+_MOST_PARTS = 8
+_PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What came with the call."""
+
+    config: str
+    """As the text of a config.pbtxt."""
+    files: Mapping[PurePosixPath, bytes]
+    """By their path in the model's folder."""
+
+
+def read(parameters: Mapping[str, pb.ModelRepositoryParameter]) -> Given | None:
+    """The override that a call carries; None when it carries none.
+
+    Raises:
+        InvalidArgument: an unknown parameter, or one of another type.
+        FailedPrecondition: the configuration is none, a path leads out of the model's folder, or files come alone.
+    """
+    files: dict[PurePosixPath, bytes] = {}
+    config: str | None = None
+    for name, value in parameters.items():
+        if name == "config":
+            _must_be(name, value, "string_param")
+            config = _config_text(value.string_param)
+        elif name.startswith(_FILE):
+            _must_be(name, value, "bytes_param")
+            files[_path(name)] = value.bytes_param
+        else:
+            raise InvalidArgument(
+                f"unrecognized load parameter {quoted(name)}: expected 'config' or 'file:<version>/<name>'"
+            )
+    if files and config is None:
+        raise FailedPrecondition("files are overridden without the parameter 'config': give both")
+    if len(files) > _MOST_FILES:
+        raise FailedPrecondition(f"{len(files)} files: expected {_MOST_FILES} at most")
+    return None if config is None else Given(config, files)
+
+
+def _must_be(name: str, value: pb.ModelRepositoryParameter, kind: str) -> None:
+    if value.WhichOneof("parameter_choice") != kind:
+        raise InvalidArgument(f"invalid value type for load parameter {quoted(name)}, expected {kind}")
+
+
+def _config_text(text: str) -> str:
+    if len(text) > MAX_CONFIG_BYTES:
+        raise FailedPrecondition(f"config has {len(text)} characters: expected {MAX_CONFIG_BYTES} at most")
+    try:
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise FailedPrecondition("config: expected a JSON object, a ModelConfig")
+        config = json_format.ParseDict(fields, model_config_pb2.ModelConfig())
+    except (ValueError, RecursionError, json_format.ParseError) as err:
+        raise FailedPrecondition(f"config is no ModelConfig in JSON: {str(err)[:500]}") from err
+    # A message cannot tell 0 from nothing, and here the difference counts: nothing is guessed, 0 is meant.
+    is_zero = not config.max_batch_size and not fields.keys().isdisjoint(("max_batch_size", "maxBatchSize"))
+    return ("max_batch_size: 0\n" if is_zero else "") + text_format.MessageToString(config)
+
+
+def _path(parameter: str) -> PurePosixPath:
+    parts = parameter.removeprefix(_FILE).split("/")
+    if len(parts) > _MOST_PARTS or not all(_PART.fullmatch(part) and part not in (".", "..") for part in parts):
+        raise FailedPrecondition(f"{quoted(parameter)} is no path in a model's folder: expected file:<version>/<name>")
+    try:
+        "/".join(parts).encode()
+    except UnicodeError:
+        raise FailedPrecondition(f"{quoted(parameter)}: the name is not UTF-8") from None
+    return PurePosixPath(*parts)
+
+
+@dataclass(eq=False)
+class Folder:
+    """A folder of ours, removed once it is released and nobody holds it. Only the event loop's thread touches it."""
+
+    path: Path
+    _lock: int
+    _holders: int = 0
+    _is_released: bool = False
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """It stays until the block ends."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            self._remove()
+
+    def release(self) -> None:
+        """It is needed no more, but by those who hold it."""
+        self._is_released = True
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._is_released and not self._holders and self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+@dataclass(frozen=True)
+class Override:
+    """One load's own configuration, and its own files if it has any."""
+
+    given_config: str
+    digest: str
+    model: WantedModel | None = field(default=None)
+    """The model that the files are; None: the configuration alone is overridden."""
+    folder: Folder | None = None
+
+    def over(self, base: WantedModel | None) -> WantedModel:
+        """What should be served when the repository has `base`; that is needed where there are no files."""
+        if self.model is not None:
+            return self.model
+        assert base is not None, "a configuration alone is given for a model that is there"
+        config = modelconfig.parse(self.given_config)
+        versions = {v.version: self._configured(v) for v in (*base.versions, *base.others)}
+        if not versions:
+            return base
+        numbers = modelconfig.served_versions(config, versions, base.stable)
+        return picked(base.name, versions, numbers, base.stable)
+
+    def _configured(self, version: WantedVersion) -> WantedVersion:
+        opener = partial(_with_config, version, self.given_config)
+        return WantedVersion(version.version, f"{version.digest}+{self.digest}", opener)
+
+    def release(self) -> None:
+        """It holds no more."""
+        if self.folder is not None:
+            self.folder.release()
+
+
+def keep(name: str, given: Given, root: Path) -> Override:
+    """Makes an override of what was given to the model `name`; files go into a new folder in `root`. Blocking.
+
+    Raises:
+        FailedPrecondition: the configuration is another model's, one path is another's folder, there is no version.
+        OSError: the disk is full or broken.
+    """
+    if (said := modelconfig.parse(given.config).name) not in ("", name):
+        raise FailedPrecondition(f"config is that of model {quoted(said)}")
+    digest = hashlib.sha256(given.config.encode())
+    if not given.files:
+        return Override(given.config, digest.hexdigest())
+    for path, data in sorted(given.files.items()):
+        digest.update(b"%d %s %d " % (len(str(path).encode()), str(path).encode(), len(data)))
+        digest.update(data)
+    folder = _new_folder(root)
+    try:
+        _write(folder.path / "model", given)
+        found = repository.model_in(folder.path / "model", name)
+        if not found.available:
+            raise FailedPrecondition(f"the files given are no model: {found.problem}")
+    except BaseException:
+        folder.release()
+        raise
+    made = {v.version: _held(v, digest.hexdigest(), folder) for v in (*found.versions, *found.others)}
+    model = picked(name, made, (v.version for v in found.versions), None)
+    return Override(given.config, digest.hexdigest(), model, folder)
+
+
+def _write(folder: Path, given: Given) -> None:
+    for path, data in given.files.items():
+        try:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / path).open("xb") as file:
+                file.write(data)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as err:
+            raise FailedPrecondition(f"{quoted(f'file:{path}')} is a file and a folder at once") from err
+    (folder / CONFIG_FILE).write_text(given.config, encoding="utf-8")
+
+
+def _held(version: WantedVersion, digest: str, folder: Folder) -> WantedVersion:
+    return WantedVersion(version.version, digest, partial(_in_folder, version, folder))
+
+
+@asynccontextmanager
+async def _in_folder(version: WantedVersion, folder: Folder) -> AsyncIterator[ModelFiles]:
+    async with folder.held(), version.open() as files:
+        yield files
+
+
+@asynccontextmanager
+async def _with_config(version: WantedVersion, config: str) -> AsyncIterator[ModelFiles]:
+    opened: AbstractAsyncContextManager[ModelFiles] = version.open()
+    async with opened as files:
+        yield replace(files, config=config)
+
+
+def _new_folder(root: Path) -> Folder:
+    path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getuid()}-", dir=root))
+    # It has its name only when it is held: whoever finds it free may remove the folder.
+    lock = os.open(path / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (path / "lock.new").rename(path / _LOCK)
+    return Folder(path, lock)
+
+
+def sweep(root: Path) -> None:
+    """Removes what processes of this user that were killed have left in `root`: folders whose lock nobody holds."""
+    for lock in root.glob(f"{_PREFIX}{os.getuid()}-*/{_LOCK}"):
+        with suppress(OSError):
+            number = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+            finally:
+                os.close(number)

@@ -1,0 +1,66 @@
+"""What makes two requests the same for a response cache: a SHA-256 over everything that the answer may depend on.
+
+    seed (the model)  |  inputs: name, datatype, shape  |  outputs: name, classes  |  parameters  |  the inputs' bytes
+
+The header says how long the rest is, and the header's own length comes before it: no two different requests give the
+same bytes to the digest. SHA-256 because processors compute it (1.5 GB/s here; BLAKE2 0.6), and because callers choose
+the inputs: with a weaker digest one could make another's answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from services.infer.calls import tensors
+from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls.request import Call
+from services.infer.calls.signature import Signature
+from shoal.inference.v2.inference_pb2 import InferParameter
+from shoal.inference.v2.model_config_pb2 import ModelConfig
+
+_BYTES = BY_NAME["BYTES"]
+
+_OF_SERVING = ("timeout", "priority", "explain")
+_OF_SERVING_PREFIXES = ("triton_", "binary_data")
+# Parameters that say how to serve, and not what to compute: requests that differ only in them have one answer.
+
+
+class ResponseKeys:
+    """Makes the keys of one loaded model version."""
+
+    def __init__(self, model: str, version: int, digest: str, config: ModelConfig, signature: Signature) -> None:
+        """`digest` says what the version is made of."""
+        about = (model, version, digest, config.SerializeToString(deterministic=True))
+        self._seeded = hashlib.sha256(repr(about).encode("utf-8", "surrogatepass"))
+        self._datatypes = {spec.name: spec.datatype.name for spec in signature.inputs}
+
+    def key(self, call: Call, parameters: Mapping[str, InferParameter]) -> bytes:
+        """The key of `call`; `parameters` are those of its request, as they came."""
+        inputs = sorted(call.inputs.items())
+        header = repr(
+            (
+                [(name, self._datatypes.get(name), tensor.dtype.str, tensor.shape) for name, tensor in inputs],
+                [(output.spec.name, output.classes) for output in call.outputs],
+                _seen_by_model(parameters) if parameters else [],
+            )
+        ).encode("utf-8", "surrogatepass")
+        digest = self._seeded.copy()
+        digest.update(len(header).to_bytes(8, "little"))
+        digest.update(header)
+        for _, tensor in inputs:
+            if tensor.dtype == object:
+                digest.update(tensors.to_raw(tensor, _BYTES))  # Every element with its length.
+            else:
+                digest.update(np.ascontiguousarray(tensor).data)
+        return digest.digest()
+
+
+def _seen_by_model(parameters: Mapping[str, InferParameter]) -> list[tuple[str, bytes]]:
+    return [
+        (name, parameters[name].SerializeToString())
+        for name in sorted(parameters)
+        if name not in _OF_SERVING and not name.startswith(_OF_SERVING_PREFIXES)
+    ]

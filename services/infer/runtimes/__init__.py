@@ -1,0 +1,1 @@
+"""What runs a model: files in, sessions out. `runtime` is the interface, `choice` picks one for a model."""

@@ -1,0 +1,55 @@
+"""The runtimes there are, and which one a model is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.infer.runtimes.runtime import Runtime
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+
+ISOLATION = "isolation"
+"""The parameter that gives an ONNX model a process of its own."""
+
+_OF_PROCESSES = ("execution_timeout_ms", "load_timeout_ms")
+
+
+class Runtimes:
+    """By what a model's configuration says, or else by which file there is. The first one is for all that say nothing.
+
+    Args:
+        isolated: runs the models of the first one in processes of their own.
+    """
+
+    def __init__(self, runtimes: Sequence[Runtime], isolated: Runtime | None = None) -> None:
+        self._runtimes = tuple(runtimes)
+        self._isolated = isolated
+
+    def of(self, config: pb.ModelConfig, version_folder: Path, bare_file: str = "") -> Runtime:
+        """The runtime for a model. One that no runtime is for gets the first, whose check refuses it by name.
+
+        Raises:
+            FailedPrecondition: a parameter that is for models in processes of their own only.
+        """
+        first = self._runtimes[0]
+        found = self._named(config) or self._by_file(config, version_folder, bare_file) or first
+        if found is not first or self._isolated is None:
+            return found
+        said = config.parameters[ISOLATION].string_value if ISOLATION in config.parameters else ""
+        if said in ("", "none"):
+            for key in _OF_PROCESSES:
+                if key in config.parameters:
+                    raise FailedPrecondition(f"parameter {key} needs parameter {ISOLATION} 'process'")
+            return found
+        return self._isolated
+
+    def _named(self, config: pb.ModelConfig) -> Runtime | None:
+        said = config.backend or config.platform or config.runtime
+        return next((each for each in self._runtimes if said and said in (each.backend, each.platform)), None)
+
+    def _by_file(self, config: pb.ModelConfig, version_folder: Path, bare_file: str) -> Runtime | None:
+        name = bare_file or config.default_model_filename
+        if name:
+            return next((each for each in self._runtimes if Path(name).suffix == Path(each.model_file).suffix), None)
+        return next((each for each in self._runtimes if (version_folder / each.model_file).is_file()), None)

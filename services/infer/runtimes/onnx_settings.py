@@ -1,0 +1,154 @@
+"""What a configuration says to ONNX Runtime, in the words of Triton's backend for it.
+
+    optimization.graph.level             0 all of it, -1 basic, 1 basic and extended, 2 none
+    parameters                           intra_op_thread_count, inter_op_thread_count, execution_mode, enable_mem_arena,
+                                         enable_mem_pattern, memory.enable_memory_arena_shrinkage, session.<its own>
+    optimization.execution_accelerators  tensorrt, cuda (on GPUs), openvino (on the CPU), with their parameters
+    instance_group                       KIND_CPU; KIND_GPU on its gpus, or on all; KIND_AUTO: on GPUs if there are any
+
+Whether this build of ONNX Runtime can do it, and whether there are such GPUs, is found out when a model is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from services.infer.runtimes.runtime import Place, Provider, SessionOptions
+from services.infer.wording import enumerated, quoted
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+
+CUDA, TENSORRT, OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
+
+_MAX_THREADS = 1024
+_LEVELS = (-1, 0, 1, 2)
+_FLAGS = {"0": False, "1": True, "false": False, "true": True}
+_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
+
+_CUDA_PARAMETERS: Mapping[str, Mapping[str, str]] = {
+    "gpu_mem_limit": {},
+    "cudnn_conv_algo_search": {"0": "EXHAUSTIVE", "1": "HEURISTIC", "2": "DEFAULT"},
+    "arena_extend_strategy": {"0": "kNextPowerOfTwo", "1": "kSameAsRequested"},
+    "do_copy_in_default_stream": {},
+}
+"""Options of CUDA that older configurations have among the model's parameters, and the words for their numbers."""
+
+_TENSORRT_PARAMETERS = {
+    "max_workspace_size_bytes": "trt_max_workspace_size",
+    "int8_calibration_table_name": "trt_int8_calibration_table_name",
+    "int8_use_native_calibration_table": "trt_int8_use_native_calibration_table",
+}
+_PRECISIONS: Mapping[str, Mapping[str, str]] = {
+    "FP32": {},
+    "FP16": {"trt_fp16_enable": "1"},
+    "INT8": {"trt_int8_enable": "1"},
+}
+
+_KINDS = {
+    pb.ModelInstanceGroup.KIND_AUTO: "auto",
+    pb.ModelInstanceGroup.KIND_CPU: "cpu",
+    pb.ModelInstanceGroup.KIND_GPU: "gpu",
+}
+
+
+def session_options(config: pb.ModelConfig, threads: int) -> SessionOptions:
+    """How the configuration wants its model run; `threads` where it does not say.
+
+    Raises:
+        FailedPrecondition: a value is none, or out of range; the message names the setting.
+    """
+    values = {key: parameter.string_value for key, parameter in config.parameters.items()}
+    level = config.optimization.graph.level
+    if level not in _LEVELS:
+        raise FailedPrecondition(
+            f"optimization.graph.level {level}: expected 0 (all), -1 (basic), 1 (extended), 2 (none)"
+        )
+    inter_op = _threads(values, "inter_op_thread_count")
+    # Threads between operators are of use in the parallel mode only: to ask for some is to ask for it.
+    is_parallel = _flag(values, "execution_mode", inter_op > 1)
+    return SessionOptions(
+        intra_op_threads=_threads(values, "intra_op_thread_count") or threads,
+        inter_op_threads=inter_op or (threads if is_parallel else 1),
+        graph_level=level,
+        is_parallel=is_parallel,
+        has_arena=_flag(values, "enable_mem_arena", True),
+        has_pattern=_flag(values, "enable_mem_pattern", True),
+        entries={key: value for key, value in values.items() if key.startswith("session.")},
+        run_entries={_SHRINKAGE: values[_SHRINKAGE]} if values.get(_SHRINKAGE) else {},
+        places=tuple(_places(config.instance_group)),
+        gpu_providers=_gpu_providers(config, values),
+        cpu_providers=_cpu_providers(config),
+    )
+
+
+def _places(groups: Iterable[pb.ModelInstanceGroup]) -> Iterator[Place]:
+    for group in list(groups) or [pb.ModelInstanceGroup()]:
+        kind, count = _KINDS.get(group.kind), group.count or 1
+        if kind is None:
+            name = enumerated(group.Kind.DESCRIPTOR, group.kind)
+            raise FailedPrecondition(f"instance_group: {name} is not supported for ONNX models")
+        if group.gpus and kind == "cpu":
+            raise FailedPrecondition(f"instance_group: KIND_CPU with gpus {list(group.gpus)}: expected KIND_GPU")
+        for gpu in group.gpus or (None,):
+            yield Place("gpu" if group.gpus else kind, gpu, count)
+
+
+def _gpu_providers(config: pb.ModelConfig, values: Mapping[str, str]) -> tuple[Provider, ...]:
+    cuda = {key: words.get(values[key], values[key]) for key, words in _CUDA_PARAMETERS.items() if key in values}
+    asked = list(config.optimization.execution_accelerators.gpu_execution_accelerator)
+    providers = []
+    for accelerator in asked:
+        if accelerator.name == "tensorrt":
+            providers.append(Provider("tensorrt", TENSORRT, _tensorrt(accelerator.parameters)))
+        elif accelerator.name == "cuda":
+            cuda |= dict(accelerator.parameters)
+        else:
+            raise _unknown("gpu_execution_accelerator", accelerator.name, "'tensorrt' or 'cuda'")
+    is_cuda_named = cuda or any(accelerator.name == "cuda" for accelerator in asked)
+    return (*providers, Provider("cuda", CUDA, cuda)) if providers or is_cuda_named else ()
+
+
+def _tensorrt(parameters: Mapping[str, str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for key, value in parameters.items():
+        if key == "precision_mode":
+            if value not in _PRECISIONS:
+                raise FailedPrecondition(f"accelerator 'tensorrt': precision_mode {quoted(value)}: FP32, FP16 or INT8")
+            options |= _PRECISIONS[value]
+        elif key in _TENSORRT_PARAMETERS or key.startswith("trt_"):
+            options[_TENSORRT_PARAMETERS.get(key, key)] = value
+        else:
+            raise FailedPrecondition(f"accelerator 'tensorrt': parameter {quoted(key)} is not supported")
+    return options
+
+
+def _cpu_providers(config: pb.ModelConfig) -> tuple[Provider, ...]:
+    providers = []
+    for accelerator in config.optimization.execution_accelerators.cpu_execution_accelerator:
+        if accelerator.name != "openvino":
+            raise _unknown("cpu_execution_accelerator", accelerator.name, "'openvino'")
+        providers.append(Provider("openvino", OPENVINO, dict(accelerator.parameters)))
+    return tuple(providers)
+
+
+def _unknown(where: str, name: str, known: str) -> FailedPrecondition:
+    return FailedPrecondition(f"{where} {quoted(name)} is not supported: expected {known}")
+
+
+def _threads(values: Mapping[str, str], key: str) -> int:
+    written = values.get(key, "0").strip()
+    if not re.fullmatch(r"[0-9]{1,9}", written) or int(written) > _MAX_THREADS:
+        raise FailedPrecondition(
+            f"parameter {key} {quoted(written)}: expected a number from 0 (ours) to {_MAX_THREADS}"
+        )
+    return int(written)
+
+
+def _flag(values: Mapping[str, str], key: str, default: bool) -> bool:
+    if key not in values:
+        return default
+    flag = _FLAGS.get(values[key].strip().lower())
+    if flag is None:
+        raise FailedPrecondition(f"parameter {key} {quoted(values[key])}: expected 0 or 1")
+    return flag

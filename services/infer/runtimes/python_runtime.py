@@ -1,0 +1,139 @@
+"""Models written in Python (`model.py`), as a `Runtime`: each instance in a process of its own.
+
+Of its `parameters`, a model's configuration may say:
+
+    isolation              process (the default), or none: in the server's own process, on a thread
+    execution_timeout_ms   a run that takes longer is ended, and its process with it; unset: no bound
+    load_timeout_ms        the same for loading; 600000 when unset
+    max_streams            requests that one instance of a decoupled model works on at a time; 64 when unset
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from services.infer.isolation import interpreter
+from services.infer.isolation.inside import Inside
+from services.infer.isolation.instance import Instance, Running
+from services.infer.isolation.process import Process, program
+from services.infer.isolation.session import InnerCall, Limits, ProcessSession
+from services.infer.models.config_json import as_json
+from services.infer.runtimes.runtime import About, SessionOptions
+from shoal.errors import FailedPrecondition
+
+_LOAD_TIMEOUT_MS = 600_000
+_MAX_STREAMS = 64
+_MODULES = itertools.count(1)
+# Models in the server's process are modules side by side: each has a name of its own.
+
+
+class PythonRuntime:
+    """Loads `model.py` files."""
+
+    platform = "python"
+    backend = "python"
+    model_file = "model.py"
+    can_decouple = True
+    kind = "python"
+    isolations: tuple[str, ...] = ("process", "none")
+
+    def __init__(self, environ: Mapping[str, str] | None = None, call: InnerCall | None = None) -> None:
+        """`call` runs the calls that models make of other models; without it they are refused."""
+        self._environ = dict(os.environ if environ is None else environ)
+        self._call = call
+
+    def load(self, file: Path, options: SessionOptions) -> ProcessSession:
+        about = options.about or About(file.parent.name)
+        values = {key: parameter.string_value for key, parameter in about.config.parameters.items()}
+        self._check(values)
+        limits = Limits(
+            execution_s=_milliseconds(values, "execution_timeout_ms", 0) / 1000 or math.inf,
+            load_s=_milliseconds(values, "load_timeout_ms", _LOAD_TIMEOUT_MS) / 1000,
+            streams=_number(values, "max_streams", _MAX_STREAMS, 1, 4096),
+        )
+        title = f"{about.name} version {about.version}"
+        instances = [
+            Instance(
+                self._beginning(file, values),
+                title if about.instances == 1 else f"{title} instance {n}",
+                self._load_header(file, options, about, n, values),
+                load_timeout_s=limits.load_s,
+            )
+            for n in range(about.instances)
+        ]
+        return ProcessSession(about.name, title, instances, limits, self._call, is_given_up=about.is_given_up)
+
+    def _check(self, values: Mapping[str, str]) -> None:
+        if "EXECUTION_ENV_PATH" in values:
+            raise FailedPrecondition(
+                "parameter EXECUTION_ENV_PATH is not supported: install what the model imports beside Shoal, "
+                "or set SHOAL_PYTHON to a Python that has it"
+            )
+        if values.get("isolation", "process") not in self.isolations:
+            raise FailedPrecondition(
+                f"parameter isolation '{values['isolation']}': expected {' or '.join(map(repr, self.isolations))}"
+            )
+        if values.get("isolation") == "none" and values.get("execution_timeout_ms"):
+            raise FailedPrecondition("parameter execution_timeout_ms needs isolation 'process': a thread goes on")
+
+    def _beginning(self, file: Path, values: Mapping[str, str]) -> Callable[[str], Running]:
+        if values.get("isolation") == "none":
+            return Inside
+        python = interpreter.interpreter(self._environ)
+        started = program(python, interpreter.environment(self._environ), str(file.parent))
+        return lambda title: Process(started, title)
+
+    def _load_header(
+        self, file: Path, options: SessionOptions, about: About, number: int, values: Mapping[str, str]
+    ) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "name": about.name,
+            "version": str(about.version),
+            "file": str(file.absolute()),
+            "folder": str((about.folder or file.parent.parent).absolute()),
+            "instance": f"{about.name}_{number}",
+            "config": as_json(about.config),
+            "options": self._options(options),
+            "module": f"model_{next(_MODULES)}" if values.get("isolation") == "none" else "model",
+        }
+
+    def _options(self, options: SessionOptions) -> dict[str, Any]:
+        return {}
+
+
+class IsolatedOnnxRuntime(PythonRuntime):
+    """Loads .onnx files into processes of their own."""
+
+    platform = "onnxruntime_onnx"
+    backend = "onnxruntime"
+    model_file = "model.onnx"
+    can_decouple = False
+    kind = "onnx"
+
+    def _options(self, options: SessionOptions) -> dict[str, Any]:
+        given = {each.name: getattr(options, each.name) for each in fields(options)}
+        return {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in given.items()
+            if isinstance(value, int | str | Mapping)
+        }
+
+
+def _milliseconds(values: Mapping[str, str], key: str, default: int) -> int:
+    return _number(values, key, default, 0, 86_400_000)
+
+
+def _number(values: Mapping[str, str], key: str, default: int, least: int, most: int) -> int:
+    said = values.get(key, "").strip()
+    if not said:
+        return default
+    if not said.isascii() or not said.isdecimal() or len(said) > 9 or not least <= int(said) <= most:
+        raise FailedPrecondition(f"parameter {key} '{said}': expected a number from {least} to {most}")
+    return int(said)

@@ -1,0 +1,124 @@
+"""What runs a model: a runtime loads files into sessions, a session maps arrays to arrays.
+
+Both are blocking, and called on worker threads only. There are ONNX Runtime (`onnx_runtime`) and Python
+(`python_runtime`); `runtimes` says which one a model is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from services.infer.calls.signature import TensorSpec
+from services.infer.calls.tensors import Tensor
+from shoal.inference.v2 import model_config_pb2 as pb
+
+
+class ModelFailed(Exception):
+    """The model raised. The message is the model's own, without the insides of the runtime: callers see it."""
+
+
+@dataclass(frozen=True)
+class About:
+    """Whose file is loaded."""
+
+    name: str
+    version: int = 1
+    folder: Path | None = None
+    """The model's folder; None for a bare file."""
+    config: pb.ModelConfig = field(default_factory=pb.ModelConfig)
+    """As it was written: not completed yet."""
+    instances: int = 1
+    """How many executions may run at the same time."""
+    is_given_up: Callable[[], bool] = bool
+    """Nobody wants it any more: loading may end."""
+
+
+class Place(NamedTuple):
+    """Where some executions of a model run."""
+
+    kind: str = "auto"
+    """`cpu`, `gpu`, or `auto`: on GPUs when there are any."""
+    gpu: int | None = None
+    """Its number; None: on each GPU that there is."""
+    runs: int = 1
+    """How many at the same time; on each GPU."""
+
+
+class Provider(NamedTuple):
+    """What ONNX Runtime runs a model with."""
+
+    name: str
+    """As configurations call it: `tensorrt`."""
+    provider: str
+    """As ONNX Runtime calls it: `TensorrtExecutionProvider`."""
+    options: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How to run a model."""
+
+    intra_op_threads: int
+    inter_op_threads: int = 1
+    graph_level: int = 0
+    """How far the graph is optimised, in Triton's numbers. 0: as far as can be, -1: basic, 1: extended, 2: not."""
+    is_parallel: bool = False
+    """Operators that do not need each other run at the same time."""
+    has_arena: bool = True
+    """Memory that a run is done with is kept for the next."""
+    has_pattern: bool = True
+    """The memory that runs with the same shapes need is planned once."""
+    entries: Mapping[str, str] = field(default_factory=dict)
+    """The runtime's own settings, by its own names."""
+    run_entries: Mapping[str, str] = field(default_factory=dict)
+    """The same, for each run."""
+    places: Sequence[Place] = (Place("cpu"),)
+    gpu_providers: Sequence[Provider] = ()
+    """Preferred to the plain ones on GPUs, the first most."""
+    cpu_providers: Sequence[Provider] = ()
+    """The same on the CPU."""
+    about: About | None = None
+    """For a runtime that wants to know."""
+
+
+class Session(Protocol):
+    """One loaded model. Safe to run on several threads at the same time."""
+
+    inputs: tuple[TensorSpec, ...]
+    """As the file says; a shape of () may also mean that the file says nothing of it."""
+    outputs: tuple[TensorSpec, ...]
+    text: bool
+    """BYTES elements must be `str`, and come as `str`; else they are `bytes`."""
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        """The outputs of these names. They do not share memory with the inputs.
+
+        Raises:
+            ModelFailed: the model cannot process these inputs.
+        """
+
+    def close(self) -> None:
+        """Gives its memory back. It is not run after that."""
+
+
+class Runtime(Protocol):
+    """Loads models of one kind of file."""
+
+    platform: str
+    """The name in a model's configuration: `onnxruntime_onnx`."""
+    backend: str
+    """The other name there: `onnxruntime`."""
+    model_file: str
+    """What a model's file is called when nobody says otherwise: `model.onnx`."""
+    can_decouple: bool
+    """Whether its models may give any number of responses to a request."""
+
+    def load(self, file: Path, options: SessionOptions) -> Session:
+        """Loads a model.
+
+        Raises:
+            FailedPrecondition: the file is no model, or one that this runtime cannot run; the message says why.
+        """

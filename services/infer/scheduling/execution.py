@@ -1,0 +1,223 @@
+"""One execution: rows of several calls gathered, the model run once, the answers cut apart. It blocks.
+
+    inputs of each call ──stack_rows──> staging buffers ──session.run──> outputs ──slices──> views, one for each call
+
+A call that nobody waits for any more, or whose time is over, is left out up to the moment of the run. When a batch
+fails it is cut in halves (`bisection`), so that only the guilty calls fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from kernels.stack_rows import split_rows, stack_rows
+from services.infer.calls.request import Call
+from services.infer.calls.signature import Signature
+from services.infer.calls.tensors import Tensor
+from services.infer.runtimes.runtime import ModelFailed, Session
+from services.infer.scheduling.bisection import Bisection
+from services.infer.wording import written
+from shoal.errors import DeadlineExceeded, Internal
+
+log = logging.getLogger(__name__)
+
+_KEPT_BYTES = 16 << 20
+# A staging buffer beyond this is given back after its batch: one huge batch should not cost memory for ever.
+
+
+class Job(Protocol):
+    """What an execution needs of a waiting call."""
+
+    @property
+    def call(self) -> Call: ...
+
+    @property
+    def expires(self) -> float: ...
+
+    @property
+    def is_abandoned(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """How long the parts of an execution took, in nanoseconds; and how many rows it had."""
+
+    rows: int = 0
+    gather_ns: int = 0
+    compute_ns: int = 0
+    scatter_ns: int = 0
+
+
+class Answer:
+    """What came back for one call."""
+
+    __slots__ = ("fired", "outputs", "queue_ns", "times")
+
+    def __init__(self, outputs: Sequence[Tensor], times: Times, queue_ns: int = 0, fired: str = "") -> None:
+        self.outputs = outputs
+        """In the order that the call asks for them."""
+        self.times = times
+        self.queue_ns = queue_ns
+        """How long it waited before its execution."""
+        self.fired = fired
+        """Why its batch was run when it was: idle, queued, full, preferred, delay, slo, alone, closing."""
+
+
+Outcome: TypeAlias = Answer | Exception
+"""What became of one call."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What an execution did besides answering, since somebody last looked."""
+
+    bisections: int = 0
+    """Batches that failed and were cut in two."""
+    expired_rows: int = 0
+    """Rows that were run although their time was over: always 0, or there is a fault in here."""
+
+
+class Runs(Protocol):
+    """Runs batches, one at a time: an Execution, or what stands around one."""
+
+    tally: Tally
+    may_run_on_loop: bool
+
+    def run(self, batch: Sequence[Job]) -> list[Outcome]:
+        """One outcome for each job, in order. Never raises."""
+
+
+class Execution:
+    """Runs batches of one model version, one at a time: it owns the buffers that rows are gathered in."""
+
+    def __init__(self, name: str, session: Session, signature: Signature, clock: Callable[[], float]) -> None:
+        """`clock` is the one that expiry is measured on."""
+        self._name = name
+        self._session = session
+        self._batched = signature.max_batch_size > 0
+        self._clock = clock
+        self._staging: dict[str, np.ndarray[tuple[int], np.dtype[np.uint8]]] = {}
+        self.tally = Tally()
+        self.may_run_on_loop = bool(getattr(session, "only_computes", False))
+        """Whether the model only computes: then a run that is short enough holds up nobody."""
+
+    def run(self, batch: Sequence[Job]) -> list[Outcome]:
+        """One outcome for each job, in order. Never raises."""
+        outcomes: list[Outcome] = []
+        try:
+            try:
+                outcomes = self._run(batch)
+            except Exception as err:
+                outcomes = self._run_apart(batch, err) if len(batch) > 1 else [self._excused(err)]
+            if len(outcomes) != len(batch):
+                raise RuntimeError(f"model {self._name}: {len(outcomes)} outcomes for {len(batch)} calls")
+        except Exception as err:
+            outcomes = [err] * len(batch)
+        except BaseException as err:  # A model that exits, for one: its callers must hear of it, its worker lives on.
+            outcomes = [RuntimeError(f"model {self._name}: {type(err).__name__}: {err}")] * len(batch)
+        if self._staging:
+            self._give_back()
+        return outcomes
+
+    def _run_apart(self, batch: Sequence[Job], err: Exception) -> list[Outcome]:
+        log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
+        bisection: Bisection[Job, Outcome] = Bisection(self._run, self._excused)
+        outcomes = bisection.outcomes(batch)
+        self.tally.bisections += bisection.cuts
+        return outcomes
+
+    def _excused(self, err: Exception) -> Outcome:
+        # What the model says is for the caller; of any other fault the log is told everything, and the caller little.
+        return self._failed(err) if isinstance(err, ModelFailed) else err
+
+    def _failed(self, err: ModelFailed) -> Internal:
+        return Internal(f"Failed to process the request(s) for model '{self._name}': {err}")
+
+    def _run(self, batch: Sequence[Job]) -> list[Outcome]:
+        """Runs those that are alive as one. Raises what the model raises."""
+        alive = self._alive(batch, self._clock())
+        while alive:
+            start = perf_counter_ns()
+            calls = [job.call for job in alive]
+            inputs, rows = self._gathered(calls)
+            # Gathering large inputs takes a while: whoever ran out in it is left out too.
+            now = self._clock()
+            still = self._alive(alive, now)
+            if len(still) < len(alive):
+                alive = still
+                continue
+            self._check_alive(alive, now)
+            answers = self._computed(calls, inputs, rows, start)
+            if len(alive) == len(batch):
+                return answers
+            found = dict(zip(map(id, alive), answers, strict=True))
+            return [found[id(job)] if id(job) in found else _expired() for job in batch]
+        return [_expired() for _ in batch]
+
+    def _alive(self, batch: Sequence[Job], now: float) -> Sequence[Job]:
+        if any(job.is_abandoned for job in batch) or min([job.expires for job in batch]) <= now:
+            return [job for job in batch if not job.is_abandoned and now < job.expires]
+        return batch
+
+    def _check_alive(self, batch: Sequence[Job], now: float) -> None:
+        """Counts what must not be: whoever changes the above should see it."""
+        if min([job.expires for job in batch]) <= now:
+            self.tally.expired_rows += sum(job.call.rows for job in batch if job.expires <= now)
+
+    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Tensor], int]:
+        if len(calls) == 1:
+            return calls[0].inputs, calls[0].rows
+        inputs = {}
+        rows = sum([call.rows for call in calls])
+        for name, first in calls[0].inputs.items():
+            out = self._buffer(name, first, rows)
+            inputs[name] = stack_rows([call.inputs[name] for call in calls], out)
+        return inputs, rows
+
+    def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Tensor], rows: int, start: int) -> list[Outcome]:
+        gathered = perf_counter_ns()
+        names = [output.spec.name for output in calls[0].outputs]
+        results = self._session.run(inputs, names)
+        computed = perf_counter_ns()
+        if self._batched:
+            self._check_rows(names, results, rows)
+        if len(calls) == 1:
+            return [Answer(results, Times(rows, gathered - start, computed - gathered, 0))]
+        counts = [call.rows for call in calls]
+        parts = zip(*[split_rows(result, counts) for result in results], strict=True) if results else [()] * len(calls)
+        times = Times(rows, gathered - start, computed - gathered, perf_counter_ns() - computed)
+        return [Answer(outputs, times) for outputs in parts]
+
+    def _buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
+        shape = (rows, *like.shape[1:])
+        if like.dtype == object:
+            return np.empty(shape, object)
+        size = math.prod(shape) * like.dtype.itemsize
+        memory = self._staging.get(name)
+        if memory is None or memory.nbytes < size:
+            # Grown to a power of two, so that batches of changing size soon find it large enough.
+            memory = self._staging[name] = np.empty(1 << max(size - 1, 1).bit_length(), np.uint8)
+        return memory[:size].view(like.dtype).reshape(shape)
+
+    def _give_back(self) -> None:
+        for name in [name for name, memory in self._staging.items() if memory.nbytes > _KEPT_BYTES]:
+            del self._staging[name]
+
+    def _check_rows(self, names: Sequence[str], results: Sequence[Tensor], rows: int) -> None:
+        for name, result in zip(names, results, strict=True):
+            if result.shape[:1] != (rows,):
+                raise ModelFailed(
+                    f"output '{name}' has shape {written(result.shape)} for {rows} rows: its first dimension is no "
+                    "batch; set max_batch_size to 0 in the model's configuration"
+                )
+
+
+def _expired() -> DeadlineExceeded:
+    return DeadlineExceeded("Request timeout expired in the queue: it was not executed")

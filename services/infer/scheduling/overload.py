@@ -1,0 +1,98 @@
+"""How large a batch may be while more is asked than can be done, so that as much as possible is answered in time.
+
+    seconds since its arrival    0         waits          taken            answered      budget
+                                 |--------------------------|-- cost(b) ------|--- spare ---|
+
+With batches of b rows, a row that is taken must have come within the last budget - cost(b): of the rows offered only so
+many are of use when an instance turns to them. In time are then, for each second and instance,
+
+    min(b, rate * (budget - cost(b)) / instances) / cost(b)
+
+Large batches are cheap by the row, and too large ones leave no time to wait for them. The least b that reaches nearly
+the most is taken: what is left to spare is worth more than a hundredth of throughput.
+"""
+
+from __future__ import annotations
+
+import math
+
+from services.infer.scheduling.cost import CostCurve
+from services.infer.scheduling.slo import Arrivals
+
+SPARE = 0.9
+"""The part of a budget that plans may use up: clocks, networks and forecasts err."""
+
+_AMPLE = 0.6
+_ENOUGH = 3
+# The part that is used up where so many batches wait already: they keep the instances busy, and what would come in at
+# the last moment is better refused.
+
+_NEARLY = 0.98
+_NEWEST = 0.02
+# Weight of the newest call in the mean of the budgets.
+
+_AGAIN_S = 0.05
+# So often a new size is looked for.
+
+_SIZES = (1, *(size for power in range(1, 13) for size in (1 << power, 3 << (power - 1))))
+# 1, 2, 3, 4, 6, 8, 12, ...
+
+
+def spare_of(ahead_s: float, batch_s: float) -> float:
+    """The part of its time that a call may be planned to take, when `ahead_s` of work in batches waits before it."""
+    return _AMPLE if ahead_s > _ENOUGH * batch_s else SPARE
+
+
+class Pressure:
+    """What is asked of a model while none of its instances is free."""
+
+    __slots__ = ("_arrivals", "_at", "_hurry", "_rows")
+
+    def __init__(self) -> None:
+        self._arrivals = Arrivals()
+        self._hurry = 0.0  # Mean of 1 / budget: calls without a deadline count as in no hurry at all.
+        self._rows = math.inf
+        self._at = -math.inf
+
+    def add(self, rows: int, budget_s: float) -> None:
+        """A call that came, whether it was taken or not; `budget_s`: until its deadline."""
+        self._arrivals.add(rows)
+        self._hurry += (1 / max(budget_s, 1e-4) - self._hurry) * _NEWEST
+
+    @property
+    def rate(self) -> float:
+        """Rows that come in a second."""
+        return self._arrivals.rate
+
+    @property
+    def budget_s(self) -> float:
+        """How long calls have, by and large."""
+        return 1 / self._hurry if self._hurry > 1e-9 else math.inf
+
+    def max_rows(self, now: float, cost: CostCurve, most: int, instances: int) -> int:
+        """Rows for one batch: `most`, unless less gets more calls answered in time."""
+        if now >= self._at + _AGAIN_S:
+            self._at = now
+            rate = self._arrivals.per_second(now) / instances
+            self._rows = best_rows(cost, most, rate, SPARE * self.budget_s) if cost.is_known else math.inf
+        return int(min(self._rows, most))
+
+
+def best_rows(cost: CostCurve, most: int, rate: float, budget_s: float) -> int:
+    """The least number of rows that gets nearly as many answered in time as any up to `most`.
+
+    Args:
+        rate: rows that are offered to an instance in a second.
+        budget_s: from a row's arrival to its answer; infinite: `most` is best.
+    """
+    if budget_s == math.inf or budget_s <= cost.expected(1) or not rate:
+        return most
+    sizes = [size for size in _SIZES if size < most] + [most]
+    in_time = [_in_time(size, cost, rate, budget_s) for size in sizes]
+    enough = _NEARLY * max(in_time)
+    return next(size for size, found in zip(sizes, in_time, strict=True) if found >= enough)
+
+
+def _in_time(rows: int, cost: CostCurve, rate: float, budget_s: float) -> float:
+    useful = rate * max(budget_s - cost.expected(rows), 0.0)
+    return min(rows, useful) / max(cost.expected(rows), 1e-9)

@@ -1,0 +1,551 @@
+"""Brings calls to execution: a queue, and one worker for each instance of the model.
+
+    start ──> queue ──take──> batch ──> on the loop, when it is shorter than a hop          ──> answers
+                                   └──> worker thread: one hop there, and one back ──┘
+
+The decisions are the queue's and the policies'; this shell only waits, hands over and counts. What is done per call is
+kept small: no task, no timer, no lock; one pass over the batch when it is taken, run, and answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import TracebackType
+
+from services.infer.calls.request import Call
+from services.infer.scheduling.batcher import BatchPolicy, Wait
+from services.infer.scheduling.cost import Backlog, CostCurve
+from services.infer.scheduling.execution import Answer, Outcome, Runs, Times
+from services.infer.scheduling.overload import SPARE, Pressure, spare_of
+from services.infer.scheduling.queue import Batch, Pending, Queue, QueueLimits, Receiver
+from services.infer.scheduling.rules import Rules
+from services.infer.scheduling.statistics import Statistics
+from services.infer.scheduling.worker import ThreadWorker, Worker
+from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+
+__all__ = ["Answer", "Receiver", "Scheduler"]
+
+log = logging.getLogger(__name__)
+
+_RETRY_MIN_MS, _RETRY_MAX_MS = 5, 5_000
+# A refused caller comes back soon enough to use what was freed, and not so soon that it only asks again.
+
+_HOP_S = 150e-6
+# Handing a batch to a thread and back takes about so long, twice that when both want the interpreter's lock: what is
+# done sooner is run on the loop.
+
+_CALL_S = 2e-6
+# What an execution does for each call holds the interpreter's lock: on a thread, the loop would wait for it as well.
+
+_APART_S, _APART_TIMES = 100e-6, 8
+# A call that comes so long after the last answer, and the ones before it too, was not in the same round of the loop as
+# others: callers that ask again at once do so sooner.
+
+_LOOK_AFTER = 50
+# Executions until a goal that cannot be met is reported.
+
+_FINE_S = 0.005
+# The event loop's timers count milliseconds: the end of a wait is waited for by an idle worker.
+
+_LONGEST_S = 3600.0
+# No timer is set for longer: loops differ in how far they can count.
+
+
+class _Waiter:
+    """A receiver that can be awaited."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, future: asyncio.Future[Answer]) -> None:
+        self.future = future
+
+    def answered(self, answer: Answer) -> None:
+        if not self.future.done():
+            self.future.set_result(answer)
+
+    def failed(self, error: BaseException) -> None:
+        if not self.future.done():
+            # A future does not take StopIteration, which would end whoever awaits it.
+            self.future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+
+
+class Scheduler:
+    """Runs the calls of one model version. Use as `async with`: leaving runs what still waits, then stops.
+
+    Args:
+        execution: makes what runs the batches of one worker; called once for each.
+        instances: how many executions may run at the same time.
+        cost: what is known of it from trials.
+        clock: seconds; the one that deadlines and the executions' expiry are on.
+        worker: makes what runs an instance's batches.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        execution: Callable[[], Runs],
+        policy: BatchPolicy,
+        limits: QueueLimits,
+        rules: Rules | None = None,
+        *,
+        instances: int = 1,
+        statistics: Statistics,
+        cost: CostCurve | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        worker: Callable[[Runs, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
+    ) -> None:
+        self._name = name
+        self._policy = policy
+        self._rules = rules or Rules()
+        self.cost = cost if cost is not None else CostCurve()
+        self._compute = CostCurve()  # Of the model alone: what a run on the loop would take.
+        self._queue = Queue(name, limits, policy, self._rules, self.cost)
+        self._execution = execution
+        self._instances = instances
+        self._statistics = statistics
+        self._clock = clock
+        self._make_worker = worker
+        self._goal_s = policy.slo_s if policy.has_goal else math.inf
+        if policy.slo_s != math.inf and policy.is_static:
+            log.warning("model %s: slo_ms does nothing beside a queue delay or preferred sizes, which win", name)
+        self._waits = policy.is_static or policy.has_goal
+        self._has_rules = self._rules != Rules(weights=self._rules.weights) or self._goal_s != math.inf
+        self._backlog = Backlog()
+        self._pressure = Pressure()
+        self._idle: list[Worker] = []
+        self._workers: list[Worker] = []
+        self._may_run_here = False
+        self._free_at: dict[Worker, float] = {}
+        self._was_busy = False
+        self._unanswered: deque[Pending] | None = deque() if self._rules.preserves_order else None
+        self._is_closing = self._is_ended = False
+        self._will_dispatch = False
+        self._answered_at = -math.inf
+        self._apart = 0
+        self._waking: asyncio.TimerHandle | None = None
+        self._waking_at = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+
+    async def __aenter__(self) -> Scheduler:
+        self._loop = asyncio.get_running_loop()
+        self._is_drained = asyncio.Event()
+        try:
+            for n in range(self._instances):
+                self._workers.append(self._make_worker(self._execution(), self._loop, f"{self._name}-{n}"))
+        except BaseException:
+            self._end_workers()
+            raise
+        self._idle = self._workers[::-1]
+        self._may_run_here = all(worker.execution.may_run_on_loop for worker in self._workers)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._is_closing = True
+        self._soon()
+        try:
+            await self._is_drained.wait()
+        finally:
+            self._end_workers()
+            for timer in (self._timer, self._waking):
+                if timer is not None:
+                    timer.cancel()
+            # Nobody drained when leaving was cut short: what still waits is told so.
+            while not isinstance(batch := self._queue.take(math.inf, is_late=True), Wait):
+                for pending in batch.calls:
+                    self._settle(pending, self._unloading())
+
+    def _end_workers(self) -> None:
+        self._idle, self._is_ended = [], True
+        for worker in self._workers:
+            worker.close()
+
+    async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
+        """Runs one call with whatever it can share an execution with.
+
+        Args:
+            deadline: on this scheduler's clock; the call is not started at or after it, nor after its own `timeout`.
+            tenant: whose call it is: those who wait together have their shares of the model.
+
+        Raises:
+            ResourceExhausted: the queue is full, or too long for the call to be done in time.
+            DeadlineExceeded: it could not be started in time, and was not.
+            Internal: the model cannot process this call.
+            Unavailable: the model is being unloaded.
+        """
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        pending = self.start(call, deadline, tenant, _Waiter(future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.abandon(pending)
+            raise
+        finally:
+            del future, pending  # They hold an error whose trace holds this frame: a circle, and in it the whole call.
+
+    def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Pending:
+        """As `submit`, without waiting: `receiver` will be told. Raises what is clear at once."""
+        if self._is_closing:
+            raise self._unloading()
+        now = self._clock()
+        pending = Pending(call, now, deadline, receiver)
+        if self._has_rules or call.parameters.timeout_us:
+            self._apply_rules(pending)
+        if pending.expires <= now:
+            self._statistics.expired += 1
+            raise self._too_late()
+        if not self._idle:
+            self._pressure.add(pending.rows, pending.expires - now)
+            if self._knows_pace:
+                self._admit(pending, tenant, now)
+        try:
+            evicted = self._queue.add(pending, tenant, self._retry_after_ms)
+        except ResourceExhausted:
+            self._statistics.shed += 1
+            raise
+        if evicted:
+            self._evict(evicted)
+        if self._unanswered is not None:
+            self._unanswered.append(pending)
+        if pending.expires < self._timer_at or pending.yields_at < self._timer_at:
+            self._set_timer(min(pending.expires, pending.yields_at), now)
+        if self._will_dispatch or not self._idle:
+            self._apart = 0
+        elif self._is_alone(now):
+            self._dispatch()
+        else:
+            self._soon()
+        return pending
+
+    def _is_alone(self, now: float) -> bool:
+        """Whether calls come one at a time, of late: then there is no company to wait a round of the loop for."""
+        self._apart = self._apart + 1 if now - self._answered_at > _APART_S else 0
+        return self._apart > _APART_TIMES
+
+    def is_waiting(self, call: Call) -> bool:
+        """Whether `call` is in the queue: its execution has not begun."""
+        return self._queue.holds(call)
+
+    def abandon(self, pending: Pending) -> None:
+        """Nobody waits for this answer any more: its receiver will not be called. Nothing happens when it was."""
+        if pending.is_abandoned:
+            return
+        pending.is_abandoned = True
+        self._statistics.cancelled += 1
+        self._queue.discard(pending)
+        if self._unanswered is not None:
+            self._release()
+
+    def _apply_rules(self, pending: Pending) -> None:
+        asked = pending.call.parameters
+        pending.level = self._rules.level(asked.priority)
+        level = self._rules.levels[pending.level]
+        timeout_s = level.timeout_s
+        if asked.timeout_us and level.allows_override:
+            timeout_s = min(timeout_s, asked.timeout_us / 1e6)
+        if level.delays:
+            pending.yields_at = pending.arrived + timeout_s
+        else:
+            pending.expires = min(pending.deadline, pending.arrived + timeout_s)
+        pending.due = min(pending.deadline, pending.arrived + self._goal_s) if self._goal_s != math.inf else math.inf
+
+    # Forecasts
+
+    def _admit(self, pending: Pending, tenant: str, now: float) -> None:
+        """Raises ResourceExhausted when `pending` cannot make it: what waits before it takes too long already."""
+        bound = min(pending.expires, pending.due)
+        if bound == math.inf:
+            return
+        most = self._most_rows(now)
+        if self._queue.rows <= most and not self._is_overloaded(most):
+            return
+        free_s = max(min(self._free_at.values(), default=now) - now, 0.0)
+        row_s, batch_s = self._pace(most)
+        row_s /= self._instances
+        ahead_s = free_s + self._queue.rows * row_s
+        spare = spare_of(ahead_s, batch_s / self._instances)
+        if ahead_s + batch_s < spare * (bound - now):
+            return
+        start_s = free_s + self._queue.ahead(pending, tenant) // most * most * row_s  # Whole batches go before it.
+        end = now + (start_s + batch_s) / spare
+        meets_goal = end < pending.due or not self._can_reach_goal()
+        if meets_goal and now + start_s < pending.expires and end < pending.deadline:
+            return
+        self._statistics.shed += 1
+        after_ms = self._retry_after_ms()
+        raise ResourceExhausted(
+            f"model '{self._name}' is overloaded: about {start_s * 1000:.0f} ms of work wait before this request, "
+            f"which should be done in {(bound - now) * 1000:.0f} ms; retry after {after_ms} ms",
+            retry_after_ms=after_ms,
+        )
+
+    def _most_rows(self, now: float) -> int:
+        """Rows for the next batch: less than may be run together, where that gets more calls answered in time."""
+        if self._waits or self._pressure.budget_s == math.inf:
+            return self._policy.max_rows
+        return self._pressure.max_rows(now, self.cost, self._policy.max_rows, self._instances)
+
+    def _is_overloaded(self, most: int) -> bool:
+        """More comes than can be done in batches of `most` rows."""
+        return not self._waits and self.cost.is_known and self._pressure.rate * self._pace(most)[0] > self._instances
+
+    @property
+    def _knows_pace(self) -> bool:
+        return self._backlog.is_known or self.cost.is_known
+
+    def _pace(self, rows: int) -> tuple[float, float]:
+        """Seconds for each row, and for a batch, while more waits than fits into a batch of so many rows."""
+        if self._waits or not self.cost.is_known:
+            return self._backlog.row_s, self._backlog.batch_s
+        batch_s = self.cost.expected(rows)
+        return batch_s / rows, batch_s
+
+    def _can_reach_goal(self) -> bool:
+        return self._backlog.batch_s < self._goal_s
+
+    def _retry_after_ms(self) -> int:
+        """When what waits now will be done, roughly."""
+        row_s = self._backlog.row_s or self.cost.expected(1)
+        backlog_s = self._queue.rows * row_s / self._instances
+        return int(min(max(backlog_s * 1000, _RETRY_MIN_MS), _RETRY_MAX_MS))
+
+    # Batches
+
+    def _soon(self) -> None:
+        if not self._will_dispatch:
+            self._will_dispatch = True
+            self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Gives what waits to the instances that are free."""
+        self._will_dispatch = False
+        now = self._clock()
+        if self._queue.next_expiry() <= now:
+            self._expire(now)
+        while self._idle:
+            most = self._most_rows(now)
+            if self._knows_pace and (self._queue.rows > most or self._is_overloaded(most)):
+                self._shed(now, min(most, self._queue.rows))
+            batch = self._queue.take(
+                now, max_rows=most, instances=self._instances, is_idle=not self._was_busy, is_late=self._is_closing
+            )
+            if isinstance(batch, Wait):
+                if batch.until is not None:
+                    self._wait(batch.until, now)
+                break
+            worker = self._idle.pop()
+            self._waking_at = math.inf
+            if self._may_run_here and self._is_short(batch):
+                self._run_here(worker, batch, now)
+                break
+            self._run_there(worker, batch, now)
+        if not self._queue:
+            self._was_busy = False
+        if self._is_closing:
+            self._check_drained()
+
+    def _is_short(self, batch: Batch) -> bool:
+        limit_s = _HOP_S + len(batch.calls) * _CALL_S
+        seconds = self._compute.mean_of(batch.rows)
+        if seconds is None:
+            return self._compute.is_known and self._compute.expected(batch.rows) < limit_s
+        return seconds < limit_s
+
+    def _run_here(self, worker: Worker, batch: Batch, now: float) -> None:
+        start = time.perf_counter_ns()
+        outcomes = worker.execution.run(batch.calls)
+        seconds = (time.perf_counter_ns() - start) / 1e9
+        self._idle.append(worker)
+        if self._queue:
+            self._was_busy = True
+            self._soon()  # And not now: what has come meanwhile should join.
+        self._hand_out(worker, batch, outcomes, now, seconds)
+
+    def _run_there(self, worker: Worker, batch: Batch, now: float) -> None:
+        self._free_at[worker] = now + (self.cost.mean_of(batch.rows) or 0.0)
+        worker.run(batch.calls, partial(self._ran, worker, batch, now))
+
+    def _ran(self, worker: Worker, batch: Batch, started: float, outcomes: Sequence[Outcome], seconds: float) -> None:
+        del self._free_at[worker]
+        if not self._is_ended:
+            self._idle.append(worker)
+        if self._queue:
+            # The model goes on while answers are written.
+            self._was_busy = True
+            self._dispatch()
+        self._hand_out(worker, batch, outcomes, started, seconds)
+        if self._is_closing:
+            self._check_drained()
+
+    def _check_drained(self) -> None:
+        if not self._queue and len(self._idle) == len(self._workers):
+            self._is_drained.set()
+
+    def _wait(self, until: float, now: float) -> None:
+        """Looks again at `until`, if nothing comes before."""
+        if until == self._waking_at:
+            return
+        self._waking_at = until
+        left = min(until - now, _LONGEST_S)
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
+        if left > _FINE_S:
+            self._waking = self._loop.call_later(left - _FINE_S / 2, self._wake)
+        else:
+            self._idle[-1].wake_in(left, self._wake)
+
+    def _wake(self) -> None:
+        self._waking_at = math.inf
+        self._dispatch()
+
+    # Outcomes
+
+    def _hand_out(
+        self, worker: Worker, batch: Batch, outcomes: Sequence[Outcome], started: float, seconds: float
+    ) -> None:
+        self._answered_at = now = self._clock()
+        fired = batch.fired
+        arrived = 0.0
+        answers = 0
+        times: Times | None = None
+        is_whole = True
+        unanswered, tell = self._unanswered, self._tell
+        for pending, outcome in zip(batch.calls, outcomes, strict=True):
+            if type(outcome) is Answer:
+                if outcome.times is not times:
+                    if times is not None:
+                        is_whole = False
+                        self._count(times, answers, arrived, started, now)
+                    times, answers, arrived = outcome.times, 0, 0.0
+                answers += 1
+                arrived += pending.arrived
+                outcome.queue_ns = int((started - pending.arrived) * 1e9)
+                outcome.fired = fired
+            else:
+                is_whole = False
+            if unanswered is not None:
+                pending.outcome = outcome
+            elif not pending.is_abandoned:
+                tell(pending, outcome)
+        if times is not None:
+            self._count(times, answers, arrived, started, now)
+        if is_whole:
+            self._learn(batch, now - started, seconds)
+        tally = worker.execution.tally
+        if tally.bisections or tally.expired_rows:
+            self._statistics.tally(tally)
+        if unanswered is not None:
+            self._release()
+
+    def _tell(self, pending: Pending, outcome: Outcome) -> None:
+        pending.is_abandoned = True  # From here on, it is over.
+        try:
+            if isinstance(outcome, Answer):
+                pending.receiver.answered(outcome)
+            else:
+                if isinstance(outcome, DeadlineExceeded):
+                    self._statistics.expired += 1
+                pending.receiver.failed(outcome)
+        except Exception:  # One caller's trouble is no other's.
+            log.exception("model %s: an answer could not be given", self._name)
+
+    def _release(self) -> None:
+        """Gives what is next in the order of arrival, and ready."""
+        unanswered = self._unanswered
+        assert unanswered is not None, "only asked where order is preserved"
+        while unanswered and (unanswered[0].is_abandoned or unanswered[0].outcome is not None):
+            pending = unanswered.popleft()
+            if not pending.is_abandoned and pending.outcome is not None:
+                self._tell(pending, pending.outcome)
+
+    def _count(self, times: Times, answers: int, arrived: float, started: float, now: float) -> None:
+        self._statistics.executed(times, time.time_ns() // 1_000_000)
+        queue_ns, total_ns = int((answers * started - arrived) * 1e9), int((answers * now - arrived) * 1e9)
+        self._statistics.answered(times, answers, queue_ns=queue_ns, total_ns=total_ns)
+
+    def _learn(self, batch: Batch, elapsed_s: float, seconds: float) -> None:
+        if self._may_run_here:
+            self._compute.add(batch.rows, seconds)
+        if not self._may_run_here or elapsed_s > _HOP_S or self._goal_s != math.inf:
+            self.cost.add(batch.rows, elapsed_s)
+            if self.cost.samples == _LOOK_AFTER and self.cost.expected(1) > self._goal_s:
+                log.warning(
+                    "model %s: slo_ms %.0f cannot be met: one request alone takes about %.0f ms",
+                    *(self._name, self._goal_s * 1000, self.cost.expected(1) * 1000),
+                )
+        if batch.leaves_rows:
+            self._backlog.add(batch.rows, elapsed_s)
+
+    # Ends without an execution
+
+    def _settle(self, pending: Pending, error: Exception) -> None:
+        if self._unanswered is None:
+            if not pending.is_abandoned:
+                self._tell(pending, error)
+        else:
+            pending.outcome = error
+            self._release()
+
+    def _expire(self, now: float) -> None:
+        for pending in self._queue.expire(now):
+            self._settle(pending, self._too_late())
+
+    def _shed(self, now: float, rows: int) -> None:
+        """Sends away those that would be answered too late even if they were run next: others can still make it."""
+        # The doubt goes against them: what is run in vain is capacity that others could have.
+        for pending in self._queue.shed(now + self._doubted_s(rows)):
+            self._send_away(
+                pending,
+                f"model '{self._name}' is overloaded: this request could not be done before its deadline, and was not "
+                "executed",
+            )
+
+    def _doubted_s(self, rows: int) -> float:
+        """Seconds of a batch of `rows`, and rather more; but not so many that nothing could be done in time at all."""
+        if self._waits or not self.cost.is_known:
+            return self._backlog.worst_s
+        worst_s = self.cost.worst(rows)
+        return worst_s if worst_s < SPARE * self._pressure.budget_s else self.cost.expected(rows)
+
+    def _evict(self, pendings: Sequence[Pending]) -> None:
+        for pending in pendings:
+            self._send_away(
+                pending,
+                f"Exceeds maximum queue size of model '{self._name}': this request gave up its place, since others "
+                "of its tenant or priority hold more than their share",
+            )
+
+    def _send_away(self, pending: Pending, why: str) -> None:
+        self._statistics.shed += 1
+        after_ms = self._retry_after_ms()
+        self._settle(pending, ResourceExhausted(f"{why}; retry after {after_ms} ms", retry_after_ms=after_ms))
+
+    def _set_timer(self, at: float, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        # A loop's timer may be a little early; then nothing has expired yet, and a moment later it is asked again.
+        self._timer = self._loop.call_later(min(max(at - now, 0.0005), _LONGEST_S), self._on_timer)
+
+    def _on_timer(self) -> None:
+        now = self._clock()
+        self._timer, self._timer_at = None, math.inf
+        self._expire(now)
+        at = self._queue.next_expiry()
+        if at != math.inf:
+            self._set_timer(at, now)
+
+    def _unloading(self) -> Unavailable:
+        return Unavailable(f"model '{self._name}' is being unloaded")
+
+    def _too_late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")

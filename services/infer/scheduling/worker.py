@@ -1,0 +1,86 @@
+"""One instance of a model: what runs its batches beside the event loop, one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
+from time import perf_counter_ns, thread_time_ns
+from typing import Protocol, TypeAlias
+
+from services.infer.scheduling.execution import Job, Outcome, Runs
+
+log = logging.getLogger(__name__)
+
+Done: TypeAlias = Callable[[Sequence[Outcome], float], None]
+"""Called on the loop with one outcome for each job, and the seconds of processor that the run took."""
+
+
+class Worker(Protocol):
+    """Runs the batches of one instance."""
+
+    execution: Runs
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
+        """Runs a batch. Not before the last one is done."""
+
+    def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
+        """Calls `wake` on the loop after `seconds`, unless something else is asked of it before. Only while idle."""
+
+    def close(self) -> None:
+        """Ends it. It is idle."""
+
+
+class ThreadWorker:
+    """A thread with an inbox: a batch crosses to it once, and its outcomes once back."""
+
+    def __init__(self, execution: Runs, loop: asyncio.AbstractEventLoop, name: str) -> None:
+        self.execution = execution
+        self._loop = loop
+        self._inbox: SimpleQueue[tuple[Sequence[Job], Done] | tuple[float, Callable[[], None]] | None] = SimpleQueue()
+        # A process that has to end does not wait for a model; one that ends in order has closed its workers.
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
+        self._inbox.put((jobs, done))
+
+    def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
+        # The loop's own timers count milliseconds; waiting for the inbox is exact to some fifty microseconds.
+        self._inbox.put((max(seconds, 0.0), wake))
+
+    def close(self) -> None:
+        self._inbox.put(None)
+
+    def _work(self) -> None:
+        task = self._inbox.get()
+        while task is not None:
+            what, then = task
+            if isinstance(what, float):
+                task = self._waited(what, then)  # type: ignore[arg-type]
+                continue
+            self._on_loop(partial(then, *self._run(what)))  # type: ignore[call-arg]
+            task = self._inbox.get()
+
+    def _waited(
+        self, seconds: float, wake: Callable[[], None]
+    ) -> tuple[Sequence[Job], Done] | tuple[float, Callable[[], None]] | None:
+        try:
+            return self._inbox.get(timeout=seconds)
+        except Empty:
+            self._on_loop(wake)
+            return self._inbox.get()
+
+    def _run(self, jobs: Sequence[Job]) -> tuple[Sequence[Outcome], float]:
+        start, cpu = perf_counter_ns(), thread_time_ns()
+        outcomes = self.execution.run(jobs)
+        # What this thread waited for (the interpreter's lock, its turn on a core) is no cost of the model's.
+        return outcomes, min(perf_counter_ns() - start, thread_time_ns() - cpu) / 1e9
+
+    def _on_loop(self, call: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # The loop is gone, and so is everybody who waited.
+            self._loop.call_soon_threadsafe(call)

@@ -1,0 +1,70 @@
+"""A repository that is looked at again and again: what changed in it is served, once it has stood still for one look.
+
+Files are copied piece by piece. A model that is another at each look is still being written, and is left as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from mesh.tasks import Background
+from services.infer.models.wanted import WantedModel
+from shoal.errors import ShoalError
+
+log = logging.getLogger(__name__)
+
+Found = Mapping[str, WantedModel]
+
+
+def stood_still(offered: Found, before: Found, now: Found) -> dict[str, WantedModel]:
+    """What to offer after two looks: what both found alike, or missed alike, is so; the rest is as `offered`."""
+    models = {}
+    for name in offered.keys() | now.keys():
+        model = now.get(name) if before.get(name) == now.get(name) else offered.get(name)
+        if model is not None:
+            models[name] = model
+    return models
+
+
+class Poll(Background):
+    """Use as `async with`.
+
+    Args:
+        scan: what is in the repository now. Blocking. A look that raises ShoalError changes nothing.
+        offer: is told what is in it, whenever that has changed.
+        offered: what was told already.
+        pause: waits for the next look.
+    """
+
+    def __init__(
+        self,
+        scan: Callable[[], Sequence[WantedModel]],
+        offer: Callable[[Sequence[WantedModel]], None],
+        offered: Sequence[WantedModel],
+        pause: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._scan = scan
+        self._offer = offer
+        self._offered: Found = _by_name(offered)
+        self._pause = pause
+
+    async def _run(self) -> None:
+        before = self._offered
+        while True:
+            await self._pause()
+            try:
+                now = _by_name(await asyncio.to_thread(self._scan))
+            except ShoalError as err:
+                log.warning("%s: what is served stays as it is", err.message)
+                continue
+            models = stood_still(self._offered, before, now)
+            before = now
+            if models != self._offered:
+                self._offered = models
+                self._offer([models[name] for name in sorted(models)])
+
+
+def _by_name(models: Sequence[WantedModel]) -> Found:
+    return {model.name: model for model in models}

@@ -1,0 +1,151 @@
+"""The store's registry, turned into what should be served.
+
+    remembered snapshot ──> wanted          at once: a restart serves even while the store is away
+    watch ──snapshot──> wanted, remembered  again and again; when the watch breaks, a new one after a backoff
+
+Which versions are served is said by the newest one's configuration (`version_policy`; unset: the newest), and the
+version that the alias `stable` points at is always among them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+from google.protobuf.message import DecodeError
+
+from services.infer.models import modelconfig
+from services.infer.models.backoff import Backoff
+from services.infer.models.wanted import CONFIG_FILE, ModelFiles, WantedModel, WantedVersion, picked, read_text
+from services.infer.sources.cache import Cache
+from services.infer.wording import quoted
+from shoal.errors import FailedPrecondition, ShoalError
+from shoal.store.v1 import store_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+STABLE = "stable"
+"""The alias whose version answers calls that name none."""
+
+_RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
+# A new watch costs the store little, and a model that was pushed should be there soon.
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_CONFIG_PATH = f"../{CONFIG_FILE}"
+_MAX_CONFIG_BYTES = 4 << 20
+
+
+class Registered(Protocol):
+    """Where the registry is watched."""
+
+    def watch(self) -> AsyncIterator[pb.WatchModelsResponse]:
+        """The whole registry now and after each change. Raises ShoalError when the watch breaks."""
+        ...
+
+
+class Registry:
+    """Follows the registry, for as long as `follow` runs."""
+
+    def __init__(
+        self,
+        store: Registered,
+        cache: Cache,
+        want: Callable[[Sequence[WantedModel]], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`want` is told what should be served; `clock` gives unix seconds."""
+        self._store = store
+        self._cache = cache
+        self._want = want
+        self._clock = clock
+        self.is_tried = asyncio.Event()
+        """Set once what can be known at first is known: a snapshot was seen, or the store could not be asked."""
+
+    async def follow(self) -> None:
+        """Says what should be served, from now on. Ends only when it is cancelled."""
+        await self._remembered()
+        backoff = Backoff(_RETRY_FIRST_S, _RETRY_MAX_S)
+        while True:
+            try:
+                async for response in self._store.watch():
+                    backoff.reset()
+                    await self._take(response.snapshot)
+                    self._keep(response)
+                log.info("the watch of the registry ended: watching again")
+            except ShoalError as err:
+                log.warning("the registry cannot be watched: %s", err.message)
+            except Exception:  # A fault of ours in one snapshot must not end the watch for good.
+                log.exception("unexpected error while following the registry")
+            self.is_tried.set()
+            await asyncio.sleep(backoff.next_s())
+
+    async def _remembered(self) -> None:
+        data = self._cache.remembered()
+        if data is None:
+            return
+        try:
+            snapshot = pb.WatchModelsResponse.FromString(data).snapshot
+        except DecodeError:
+            log.warning("the registry in the cache is damaged, and is left out")
+            return
+        log.info("serving the %d model versions of the last known registry until the store answers", len(snapshot))
+        await self._take(snapshot)
+
+    async def _take(self, snapshot: Iterable[pb.ModelVersion]) -> None:
+        by_name = sorted(snapshot, key=lambda version: (version.name, version.version))
+        models = [list(versions) for _, versions in groupby(by_name, key=lambda version: version.name)]
+        self._want([await self._wanted(versions) for versions in models if _is_named(versions[0])])
+        self.is_tried.set()
+
+    def _keep(self, response: pb.WatchModelsResponse) -> None:
+        needed = frozenset(file.sha256 for version in response.snapshot for file in version.files)
+        try:
+            self._cache.remember(response.SerializeToString())
+            self._cache.prune(needed, self._clock())
+        except OSError as err:
+            log.warning("the cache cannot be written: %s", err)
+
+    async def _wanted(self, versions: Sequence[pb.ModelVersion]) -> WantedModel:
+        by_number = {version.version: version for version in versions}
+        stable = next((v.version for v in versions if STABLE in v.aliases), None)
+        there = {n: WantedVersion(n, v.content_digest, self._opener(v)) for n, v in by_number.items()}
+        return picked(versions[0].name, there, await self._picked(versions[-1], there, stable), stable)
+
+    async def _picked(self, newest: pb.ModelVersion, available: Iterable[int], stable: int | None) -> tuple[int, ...]:
+        numbers = list(available)
+        file = next((file for file in newest.files if file.path == _CONFIG_PATH), None)
+        try:
+            if file is None:
+                return modelconfig.served_versions(modelconfig.parse(""), numbers, stable)
+            if file.size_bytes > _MAX_CONFIG_BYTES:
+                raise FailedPrecondition(f"{CONFIG_FILE} has {file.size_bytes} bytes")
+            text = read_text(await self._cache.fetch(file.sha256, file.size_bytes))
+            return modelconfig.served_versions(modelconfig.parse(text), numbers, stable)
+        except (ShoalError, OSError):
+            # Loading it will fail for the same reason, and say so in the index.
+            return modelconfig.served_versions(modelconfig.parse(""), numbers, stable)
+
+    def _opener(self, version: pb.ModelVersion) -> Callable[[], AbstractAsyncContextManager[ModelFiles]]:
+        return partial(_opened, self._cache, version)
+
+
+@asynccontextmanager
+async def _opened(cache: Cache, version: pb.ModelVersion) -> AsyncIterator[ModelFiles]:
+    files = [(file.path, file.sha256, file.size_bytes) for file in version.files]
+    async with cache.open(version.name, version.version, files) as folder:
+        yield ModelFiles(folder, Path(folder, str(version.version)))
+
+
+def _is_named(version: pb.ModelVersion) -> bool:
+    is_named = _NAME.fullmatch(version.name) is not None and version.version > 0
+    if not is_named:
+        log.error("the registry holds a model named %s: it is left out", quoted(version.name))
+    return is_named

@@ -1,0 +1,140 @@
+"""What the runs before READY find out, with real models in a repository."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from services.infer.models.version import State
+from shoal.inference.v2 import inference_pb2 as pb
+from tests.infer import onnx_files
+from tests.infer.conftest import Repository, floats, output, request
+
+
+async def max_batch_size(served, name: str) -> int:
+    return (await served.stub.ModelConfig(pb.ModelConfigRequest(name=name))).config.max_batch_size
+
+
+def reason(served, name: str) -> str:
+    (row,) = [row for row in served.models.index() if row.name == name]
+    assert row.state is State.UNAVAILABLE
+    return row.reason
+
+
+async def test_a_free_first_dimension_is_a_batch_only_when_rows_are_independent(serve, models_folder: Repository):
+    models_folder.bare("double", onnx_files.scale())
+    models_folder.bare("lookup", onnx_files.lookup())
+    models_folder.bare("mixing", onnx_files.mixing())
+    models_folder.bare("fixed", onnx_files.scale(dims=(1, 4)))
+    models_folder.bare("text", onnx_files.identity(TensorProto.STRING))
+    served = await serve(models_folder.root)
+    assert [await max_batch_size(served, name) for name in ("double", "lookup", "mixing", "fixed", "text")] == [
+        *(64, 64, 0, 0, 64)
+    ]
+    # Served as it is, with its own first dimension.
+    x = floats([1, 2, 3, 4], [3, 4, 5, 6])
+    np.testing.assert_array_equal(output(await served.stub.ModelInfer(request("mixing", x=x)), "y"), x - x.mean(0))
+
+
+async def test_the_configuration_overrides_the_finding(serve, models_folder: Repository):
+    models_folder.put("double", onnx_files.scale(), config="max_batch_size: 0")
+    models_folder.put("mixing", onnx_files.mixing(), config="max_batch_size: 5")
+    served = await serve(models_folder.root)
+    assert [await max_batch_size(served, name) for name in ("double", "mixing")] == [0, 5]
+
+
+async def test_a_model_that_fails_is_not_served_and_says_what_to_do(serve, models_folder: Repository):
+    models_folder.bare("broken", onnx_files.broken())
+    models_folder.bare("double", onnx_files.scale())
+    served = await serve(models_folder.root)
+    assert "failed its warm-up run" in reason(served, "broken")
+    assert "model_warmup" in reason(served, "broken")
+    assert not (await served.stub.ServerReady(pb.ServerReadyRequest())).ready
+    assert (await served.stub.ModelReady(pb.ModelReadyRequest(name="double"))).ready
+
+
+SAMPLE = """
+max_batch_size: 4
+model_warmup [{
+  name: "sample" batch_size: 2
+  inputs { key: "i" value { data_type: TYPE_INT64 dims: [1] %s } }
+}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("zero_data: true", ""),
+        ("random_data: true", ""),
+        ('input_data_file: "two"', ""),
+        ('input_data_file: "nine"', "model_warmup 'sample': indices element out of data bounds"),
+        ('input_data_file: "short"', "byte size mismatch"),
+        ('input_data_file: "missing"', "No such file"),
+        ("", "input 'i' has no data"),
+    ],
+)
+async def test_samples_of_the_configuration_must_succeed(serve, models_folder: Repository, data, text):
+    folder = models_folder.put("lookup", onnx_files.lookup(), config=SAMPLE % data)
+    (folder / "warmup").mkdir()
+    for name, content in [("two", np.int64(2).tobytes()), ("nine", np.int64(9).tobytes()), ("short", b"\0")]:
+        (folder / "warmup" / name).write_bytes(content)
+    served = await serve(models_folder.root)
+    if text:
+        assert text in reason(served, "lookup")
+    else:
+        assert (await served.stub.ModelReady(pb.ModelReadyRequest(name="lookup"))).ready
+
+
+async def test_types_that_numpy_lacks(serve, models_folder: Repository):
+    models_folder.bare("narrow", onnx_files.cast(TensorProto.FLOAT, TensorProto.BFLOAT16))
+    models_folder.bare("wide", onnx_files.cast(TensorProto.BFLOAT16, TensorProto.FLOAT))
+    served = await serve(models_folder.root)
+    assert await max_batch_size(served, "narrow") == 64
+    answer = await served.stub.ModelInfer(request("narrow", x=floats([1.5, -2, 0, 1])))
+    assert answer.outputs[0].datatype == "BF16"
+    bits = answer.raw_output_contents[0]
+    assert np.frombuffer(bits, np.uint16).tolist() == [0x3FC0, 0xC000, 0, 0x3F80]
+    asked = pb.ModelInferRequest(model_name="wide", raw_input_contents=[bits])
+    asked.inputs.add(name="x", datatype="BF16", shape=[1, 4])
+    np.testing.assert_array_equal(output(await served.stub.ModelInfer(asked), "y"), floats([1.5, -2, 0, 1]))
+    classes = request("narrow", x=floats([1, 3, 2, 0]))
+    classes.outputs.add(name="y").parameters["classification"].int64_param = 1
+    assert output(await served.stub.ModelInfer(classes), "y").tolist() == [[b"3.000000:1"]]
+
+
+async def test_what_cannot_be_served_is_unavailable_with_a_reason(serve, models_folder: Repository):
+    (models_folder.root / "empty").mkdir(parents=True)
+    (models_folder.root / "filed" / "1").mkdir(parents=True)
+    (models_folder.root / ".git").mkdir()
+    (models_folder.root / "README.md").write_text("no model")
+    models_folder.put("pbtxt", onnx_files.scale(), config="max_batch_size: [")
+    models_folder.put("latin", onnx_files.scale())
+    (models_folder.root / "latin/config.pbtxt").write_bytes(b'name: "\xe9"')
+    models_folder.put("labels", onnx_files.scale(), config=LABELS)
+    models_folder.put("none", onnx_files.scale(), config="version_policy { specific { versions: [5] } }")
+    models_folder.put("odd", onnx_files.cast(TensorProto.FLOAT, TensorProto.FLOAT8E4M3FN).SerializeToString())
+    served = await serve(models_folder.root)
+    assert "has no version" in reason(served, "empty")
+    assert "has no file model.onnx" in reason(served, "filed")
+    assert "config.pbtxt: 1:" in reason(served, "pbtxt")
+    assert "cannot read config.pbtxt" in reason(served, "latin")
+    assert "cannot read labels.txt: No such file" in reason(served, "labels")
+    assert "picks none" in reason(served, "none")
+    assert reason(served, "odd")
+    assert {row.name for row in served.models.index()} == {
+        *("empty", "filed", "pbtxt", "latin", "labels", "none", "odd")
+    }
+    assert served.models.ready_set.value == ()
+
+
+LABELS = """
+max_batch_size: 4
+output [{ name: "y" data_type: TYPE_FP32 dims: [4] label_filename: "labels.txt" }]
+"""
+
+
+async def test_an_empty_repository_is_ready(serve, models_folder: Repository):
+    served = await serve(models_folder.root)
+    assert (await served.stub.ServerReady(pb.ServerReadyRequest())).ready

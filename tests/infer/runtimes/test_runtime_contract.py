@@ -1,0 +1,176 @@
+"""What every Runtime promises."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from services.infer.calls.dtypes import NUMBERS
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.runtimes.runtime import About, ModelFailed, Runtime, Session, SessionOptions
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+from tests.infer import onnx_files
+from tests.infer.runtimes.runtime_models import OnnxModels, OwnModels, TritonModels
+
+ONE_THREAD = SessionOptions(intra_op_threads=1)
+
+RUNTIMES = {
+    "onnx": (OnnxRuntime, OnnxModels()),
+    "onnx in a process": (IsolatedOnnxRuntime, OnnxModels()),
+    "python": (PythonRuntime, OwnModels()),
+    "triton's python": (PythonRuntime, TritonModels()),
+    "python on a thread": (PythonRuntime, OwnModels()),
+    "triton's python on a thread": (PythonRuntime, TritonModels()),
+}
+ONNX = ["onnx", "onnx in a process"]
+
+
+@pytest.fixture(params=RUNTIMES)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def runtime(kind: str) -> Runtime:
+    return RUNTIMES[kind][0]()
+
+
+@pytest.fixture
+def models(kind: str) -> OnnxModels | OwnModels:
+    return RUNTIMES[kind][1]
+
+
+@pytest.fixture
+def load(kind: str, runtime: Runtime, tmp_path: Path):
+    with ExitStack() as loaded:
+
+        def load(model: bytes, options: SessionOptions = ONE_THREAD) -> Session:
+            if kind.endswith("on a thread"):
+                about = About("m", config=pb.ModelConfig(parameters={"isolation": {"string_value": "none"}}))
+                options = replace(options, about=about)
+            file = tmp_path / runtime.model_file
+            file.write_bytes(model)
+            session = runtime.load(file, options)
+            loaded.callback(session.close)
+            return session
+
+        yield load
+
+
+def test_a_session_knows_its_inputs_and_outputs(load, models):
+    session = load(models.add())
+    assert [(s.name, s.datatype.name, s.shape) for s in session.inputs] == [
+        ("a", "FP32", (-1, -1)),
+        ("b", "FP32", (-1, -1)),
+    ]
+    assert [s.name for s in session.outputs] == ["sum", "difference"]
+
+
+def test_it_gives_the_outputs_that_are_asked_for(load, models):
+    session = load(models.add())
+    a, b = np.array([[1, 2]], np.float32), np.array([[10, 20]], np.float32)
+    difference, total = session.run({"b": b, "a": a}, ["difference", "sum"])
+    assert (difference.tolist(), total.tolist()) == ([[-9, -18]], [[11, 22]])
+    assert len(session.run({"a": a, "b": b}, ["sum"])) == 1
+
+
+def test_read_only_inputs_and_outputs_of_their_own(load, models):
+    session = load(models.identity())
+    given = np.ones((2, 4), np.float32)
+    given.flags.writeable = False
+    (got,) = session.run({"x": given}, ["y"])
+    assert not np.shares_memory(given, got)
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name != "BF16"])
+def test_every_kind_of_number_comes_back_as_it_went(load, models, name):
+    session = load(models.identity(name, ("n", 3)))
+    dtype = session.inputs[0].datatype.dtype
+    given = np.array([[0, 1, 1], [1, 0, 1]], dtype)
+    (got,) = session.run({"x": given}, ["y"])
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, given)
+
+
+def test_strings(load, models):
+    session = load(models.identity("BYTES", ("n",)))
+    texts = ["é", "", "a\0b"] if session.text else ["é".encode(), b"", b"a\0b\xff"]
+    assert session.run({"x": np.array(texts, object)}, ["y"])[0].tolist() == texts
+
+
+def test_bit_patterns(kind, load, models):
+    if kind.startswith("triton's python"):
+        pytest.skip("its interface has no BF16")
+    bits = load(models.identity("BF16", ("n",)))
+    given = np.array([0x3FC0, 0xFF80, 0], np.uint16)
+    assert bits.run({"x": given}, ["y"])[0].tolist() == given.tolist()
+    assert bits.run({"x": given[:0]}, ["y"])[0].shape == (0,)
+
+
+def test_a_hundred_megabytes_there_and_back(load, models):
+    session = load(models.identity("FP32", ("n", 4)))
+    given = np.arange(25 << 20, dtype=np.float32).reshape(-1, 4)
+    (got,) = session.run({"x": given}, ["y"])
+    np.testing.assert_array_equal(got, given)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("lookup", {"i": np.array([[3]])}),
+        ("reshaping", {"x": np.ones(4, np.float32), "shape": np.array([3, 3])}),
+    ],
+)
+def test_a_model_that_raises_says_so_in_its_own_words(load, models, name, inputs):
+    session = load(getattr(models, name)())
+    for _ in range(2):
+        with pytest.raises(ModelFailed) as err:
+            session.run(inputs, ["y"])
+        message = str(err.value)
+        assert message
+        for inside in ("/onnxruntime", ".h:", ".cc:", "onnxruntime::", "ONNXRuntimeError", "Non-zero status", "/tmp"):
+            assert inside not in message
+
+
+@pytest.mark.parametrize("data", [b"", b"no model", bytes(1000)])
+def test_a_file_that_is_no_model_is_refused(load, runtime, data):
+    with pytest.raises(FailedPrecondition, match=r"model\.(onnx|py)"):
+        load(data)
+
+
+@pytest.mark.parametrize("kind", ONNX)
+def test_what_is_no_tensor_is_refused_by_name(load):
+    value = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
+    model = onnx_files.identity()
+    del model.graph.node[:], model.graph.output[:]
+    model.graph.node.append(helper.make_node("SequenceConstruct", ["x"], ["y"]))
+    model.graph.output.append(value)
+    with pytest.raises(FailedPrecondition, match="output 'y' is a seq"):
+        load(model.SerializeToString())
+
+
+@pytest.mark.parametrize("kind", ONNX)
+def test_options(load, models):
+    entries = {"session.set_denormal_as_zero": "1"}
+    session = load(models.scale(), SessionOptions(2, inter_op_threads=2, graph_level=-1, entries=entries))
+    assert session.run({"x": np.ones((1, 4), np.float32)}, ["y"])[0].tolist() == [[2, 2, 2, 2]]
+    with pytest.raises(FailedPrecondition, match="cannot load"):
+        load(models.scale(), SessionOptions(1, entries={"session." + "x" * 5000: "1"}))
+
+
+def test_many_threads_may_run_one_session(load, models):
+    session = load(models.scale())
+
+    def run(n: int) -> bool:
+        return bool((session.run({"x": np.full((3, 4), n, np.float32)}, ["y"])[0] == 2 * n).all())
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(run, range(200)))

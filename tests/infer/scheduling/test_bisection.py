@@ -1,0 +1,44 @@
+"""Only the guilty fail, and finding them is cheap."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.infer.scheduling.bisection import Bisection
+
+
+class Guilt(Exception): ...
+
+
+class Model:
+    """Doubles; fails for a batch with a guilty number."""
+
+    def __init__(self, guilty: set[int]) -> None:
+        self.guilty = guilty
+        self.runs = 0
+
+    def run(self, batch: list[int]) -> list[object]:
+        self.runs += 1
+        if self.guilty.intersection(batch):
+            raise Guilt
+        return [2 * number for number in batch]
+
+
+@given(size=st.integers(2, 300), guilty=st.sets(st.integers(0, 299)))
+def test_only_the_guilty_fail_at_a_bounded_price(size, guilty):
+    model = Model(guilty)
+    outcomes = Bisection(model.run, lambda err: "guilty").outcomes(list(range(size)))
+    assert outcomes == ["guilty" if number in guilty else 2 * number for number in range(size)]
+    assert model.runs <= size + 4 * math.log2(size) + 8
+
+
+@given(size=st.integers(2, 1024), guilty=st.integers(0, 1023))
+def test_one_of_many_is_found_in_about_two_log_n_runs(size, guilty):
+    model = Model({guilty % size})
+    search = Bisection(model.run, lambda err: "guilty")
+    search.outcomes(list(range(size)))
+    assert model.runs <= 2 * math.ceil(math.log2(size))
+    assert search.cuts <= math.ceil(math.log2(size))

@@ -1,0 +1,129 @@
+"""While more is asked than can be done, what can be done is answered in time. In simulated time."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.infer.scheduling.batcher import BatchPolicy
+from services.infer.scheduling.cost import CostCurve
+from services.infer.scheduling.overload import Pressure, best_rows
+from services.infer.scheduling.queue import QueueLimits
+from shoal.errors import DeadlineExceeded, ResourceExhausted
+from tests.infer.scheduling.test_slo import offered
+from tests.infer.scheduling.virtual_time import Bench, run
+
+JITTER = (0.8, 0.9, 1.0, 1.0, 1.1, 1.2)
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def curve(fixed_s: float, row_s: float) -> CostCurve:
+    made = CostCurve()
+    for size in (*SIZES, 64):
+        made.add(size, fixed_s + row_s * size)
+    return made
+
+
+def in_time(rows: int, cost: CostCurve, rate: float, budget_s: float) -> float:
+    useful = rate * max(budget_s - cost.expected(rows), 0.0)
+    return min(rows, useful) / cost.expected(rows)
+
+
+def served(fixed_s: float, row_s: float, deadline_s: float, over: float, jitter: tuple[float, ...]):
+    """Forty full batches' worth of time at `over` times their rate; results, and what full batches would come to."""
+    chance, dice = random.Random(3), random.Random(7)
+
+    def cost(rows: int) -> float:
+        return (fixed_s + rows * row_s) * chance.choice(jitter)
+
+    capacity = 64 / (fixed_s + 64 * row_s)
+    seconds = 40 * 64 / capacity
+
+    async def main():
+        bench = Bench(cost, BatchPolicy(64, 1 << 30), QueueLimits())
+        for size in SIZES:  # As a model that has been warmed up.
+            bench.scheduler.cost.add_trial(size, fixed_s + size * row_s)
+        gaps = [dice.expovariate(over * capacity) for _ in range(int(over * capacity * seconds))]
+        return await offered(bench, gaps, deadline_s=deadline_s), bench
+
+    results, bench = run(main())
+    return results, bench, capacity * seconds
+
+
+@pytest.mark.parametrize("over", [1.2, 5.0])
+@pytest.mark.parametrize("jitter", [(1.0,), JITTER], ids=["steady", "jittery"])
+@pytest.mark.parametrize(
+    ("fixed_s", "row_s", "deadline_s"),
+    [(0.02, 0.001, 0.5), (0.0004, 0.00065, 0.05), (0.0005, 0.00011, 0.05)],
+    ids=["long deadlines", "a full batch takes nearly as long as there is", "batching pays"],
+)
+def test_nearly_all_of_the_capacity_is_answered_in_time(fixed_s, row_s, deadline_s, over, jitter):
+    results, bench, capacity = served(fixed_s, row_s, deadline_s, over, jitter)
+    answered = [seconds for seconds, answer in results if not isinstance(answer, Exception)]
+    on_time = sum(seconds <= deadline_s for seconds in answered)
+    assert on_time >= 0.88 * capacity
+    # Hardly anything is run in vain (the jitter is twice what plans leave to spare); whoever is refused is told so
+    # while it can still go elsewhere.
+    assert len(answered) - on_time <= 0.04 * on_time
+    refused = [(seconds, err) for seconds, err in results if isinstance(err, ResourceExhausted)]
+    assert len(refused) > 0.95 * (len(results) - len(answered))
+    assert sum(seconds < deadline_s / 5 for seconds, _ in refused) > 0.75 * len(refused)
+    assert all(err.retry_after_ms > 0 for _, err in refused)
+    assert bench.statistics.expired_executed == 0
+
+
+def test_a_batch_that_leaves_little_time_to_wait_for_it_is_still_run_full_enough():
+    # One row takes 30 ms of the 50 that there are, 32 rows take 35: only what comes in the last 10 ms of a run is of
+    # use to the next. Batches of one would answer 33 a second, batches of 64 are too late for nearly all.
+    results, _, capacity = served(0.03, 0.00015, 0.05, 2.0, (1.0,))
+    on_time = sum(seconds <= 0.05 for seconds, answer in results if not isinstance(answer, Exception))
+    assert on_time > 0.4 * capacity
+
+
+def test_calls_without_deadlines_are_batched_as_large_as_can_be():
+    pressure = Pressure()
+    for n in range(1000):
+        pressure.add(1, math.inf)
+        assert pressure.max_rows(n / 100, curve(0.001, 0.001), 64, 1) == 64
+    assert pressure.budget_s == math.inf
+
+
+def test_a_few_calls_in_a_hurry_do_not_make_small_batches_of_all():
+    cost, pressure = curve(0.001, 0.0006), Pressure()
+    for n in range(5000):
+        pressure.add(1, 0.05 if n % 50 == 0 else math.inf)
+    assert pressure.max_rows(1.0, cost, 64, 1) == 64
+    for _ in range(5000):
+        pressure.add(1, 0.05)
+    assert pressure.max_rows(2.0, cost, 64, 1) < 40
+
+
+@given(
+    fixed_s=st.floats(1e-5, 0.05),
+    row_s=st.floats(1e-6, 0.005),
+    rate=st.floats(1.0, 1e5),
+    budget_s=st.floats(0.001, 1.0),
+)
+def test_no_other_size_gets_many_more_answered_in_time(fixed_s, row_s, rate, budget_s):
+    cost = curve(fixed_s, row_s)
+    best = best_rows(cost, 64, rate, budget_s)
+    assert 1 <= best <= 64
+    if cost.expected(1) < budget_s:
+        most = max(in_time(rows, cost, rate, budget_s) for rows in SIZES)
+        assert in_time(best, cost, rate, budget_s) >= 0.97 * most
+
+
+def test_before_anything_is_known_nothing_is_cut():
+    pressure = Pressure()
+    pressure.add(1, 0.01)
+    assert pressure.max_rows(0.0, CostCurve(), 48, 1) == 48
+
+
+def test_an_expired_call_is_never_counted_as_run():
+    results, bench, _ = served(0.0004, 0.00065, 0.002, 3.0, JITTER)
+    assert sum(isinstance(answer, DeadlineExceeded | ResourceExhausted) for _, answer in results) > 0
+    assert bench.statistics.expired_executed == 0

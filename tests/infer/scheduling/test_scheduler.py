@@ -1,0 +1,448 @@
+"""The scheduler with a model under the test's control: what is executed, when, and what never is."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls.parameters import Parameters
+from services.infer.calls.request import Call, WantedOutput
+from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.runtimes.runtime import ModelFailed
+from services.infer.scheduling.batcher import BatchPolicy
+from services.infer.scheduling.execution import Execution
+from services.infer.scheduling.queue import Pending, QueueLimits
+from services.infer.scheduling.rules import Level, Rules
+from services.infer.scheduling.scheduler import Scheduler
+from services.infer.scheduling.statistics import Statistics
+from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from tests.breakable import until
+
+X, Y = TensorSpec("x", BY_NAME["FP32"], (-1, 1)), TensorSpec("y", BY_NAME["FP32"], (-1, 1))
+
+
+class Clock:
+    """Stands still unless it is told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Model:
+    """y = 2x; 13 is a number that it cannot stand. Runs when the gate is open, and remembers what it ran."""
+
+    inputs, outputs, text = (X,), (Y,), False
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.runs: list[list[float]] = []
+        self.entered = 0
+        self.answer = lambda x: 2 * x
+
+    def run(self, inputs, outputs: Sequence[str]):
+        self.entered += 1
+        assert self.gate.wait(30)
+        x = inputs["x"]
+        self.runs.append(x[:, 0].tolist())
+        if 13 in x:
+            raise ModelFailed("thirteen")
+        return [self.answer(x)]
+
+    def close(self) -> None: ...
+
+    @property
+    def executed(self) -> list[float]:
+        return [value for run in self.runs for value in run]
+
+
+def call(*values: float, key: object = "k", timeout_us: int = 0) -> Call:
+    x = np.array(values, np.float32)[:, None]
+    return Call({"x": x}, (WantedOutput(Y),), len(values), x.nbytes, key, Parameters(timeout_us))
+
+
+class Nobody:
+    """Receives, and does not care."""
+
+    def answered(self, answer) -> None: ...
+
+    def failed(self, error) -> None: ...
+
+
+class Bench:
+    """A scheduler over a Model, and the calls that the test has made."""
+
+    def __init__(self, **options) -> None:
+        self.model, self.clock, self.statistics = Model(), Clock(), Statistics()
+        policy = options.pop("policy", BatchPolicy(8, 1 << 20))
+        limits = options.pop("limits", QueueLimits())
+        self.scheduler = Scheduler(
+            "m", self.execution, policy, limits, statistics=self.statistics, clock=self.clock, **options
+        )
+
+    def execution(self) -> Execution:
+        return Execution("m", self.model, Signature((X,), (Y,), 8), self.clock)
+
+    async def occupied(self) -> asyncio.Task:
+        """The model is busy with a call until its gate is opened."""
+        self.model.gate.clear()
+        entered = self.model.entered
+        task = self.submit(call(-1))
+        await until(lambda: self.model.entered > entered)
+        return task
+
+    def submit(self, made: Call, deadline: float = math.inf) -> asyncio.Task:
+        return asyncio.ensure_future(self.scheduler.submit(made, deadline))
+
+    async def queued(self, *made: Call, deadline: float = math.inf) -> list[asyncio.Task]:
+        tasks = [self.submit(each, deadline) for each in made]
+        await asyncio.sleep(0)
+        return tasks
+
+
+def values(answer) -> list[float]:
+    return answer.outputs[0][:, 0].tolist()
+
+
+async def test_what_waits_is_run_together_and_cut_apart():
+    bench = Bench()
+    async with bench.scheduler:
+        first = await bench.occupied()
+        tasks = await bench.queued(call(1), call(2, 3), call(4))
+        bench.model.gate.set()
+        assert values(await first) == [-2]
+        assert [values(await task) for task in tasks] == [[2], [4, 6], [8]]
+    assert bench.model.runs == [[-1], [1, 2, 3, 4]]
+    assert (bench.statistics.rows, bench.statistics.executions, bench.statistics.success.count) == (5, 2, 4)
+    assert sorted(bench.statistics.by_rows) == [1, 4]
+
+
+async def test_answers_stay_what_they_are_when_the_next_batch_runs():
+    bench = Bench()
+    async with bench.scheduler:
+        answers = []
+        for base in (0, 100):
+            first = await bench.occupied()
+            tasks = await bench.queued(call(base + 1), call(base + 2))
+            bench.model.gate.set()
+            await first
+            answers += [await task for task in tasks]
+        assert [values(answer) for answer in answers] == [[2], [4], [202], [204]]
+
+
+async def test_calls_that_differ_are_not_stacked():
+    bench = Bench()
+    async with bench.scheduler:
+        first = await bench.occupied()
+        tasks = await bench.queued(call(1, key="a"), call(2, key="b"), call(3, key="a"))
+        bench.model.gate.set()
+        await asyncio.gather(first, *tasks)
+    assert bench.model.runs == [[-1], [1, 3], [2]]
+
+
+async def test_a_guilty_call_fails_alone():
+    bench = Bench()
+    async with bench.scheduler:
+        first = await bench.occupied()
+        tasks = await bench.queued(call(1), call(13), call(3))
+        bench.model.gate.set()
+        await first
+        assert values(await tasks[0]) == [2]
+        with pytest.raises(Internal, match=r"Failed to process the request\(s\) for model 'm': thirteen"):
+            await tasks[1]
+        assert values(await tasks[2]) == [6]
+        assert values(await bench.scheduler.submit(call(5))) == [10]
+
+
+async def test_a_model_that_is_no_batch_model_is_told_so():
+    bench = Bench()
+    bench.model.answer = lambda x: np.zeros((1, 1), np.float32)
+    async with bench.scheduler:
+        with pytest.raises(Internal, match=r"output 'y' has shape \[1,1\] for 2 rows.*max_batch_size"):
+            await bench.scheduler.submit(call(1, 2))
+
+
+async def test_a_fault_of_ours_reaches_all_and_ends_nothing():
+    bench = Bench()
+    bench.model.answer = lambda x: 1 / 0
+    async with bench.scheduler:
+        with pytest.raises(ZeroDivisionError):
+            await bench.scheduler.submit(call(1))
+        bench.model.answer = lambda x: x
+        assert values(await bench.scheduler.submit(call(1))) == [1]
+
+
+async def test_a_cancelled_call_is_never_executed():
+    bench = Bench()
+    async with bench.scheduler:
+        first = await bench.occupied()
+        tasks = await bench.queued(call(1), call(2))
+        tasks[0].cancel()
+        await asyncio.sleep(0)
+        bench.model.gate.set()
+        await asyncio.gather(first, tasks[1])
+    assert bench.model.executed == [-1, 2]
+
+
+def test_a_call_that_is_cancelled_after_it_was_taken_is_not_executed():
+    bench = Bench()
+    gone, here = (Pending(call(n), 0.0, math.inf, Nobody()) for n in (1, 2))
+    gone.is_abandoned = True
+    outcomes = bench.execution().run([gone, here])
+    assert isinstance(outcomes[0], DeadlineExceeded)
+    assert outcomes[1].outputs[0].tolist() == [[4]]
+    assert isinstance(bench.execution().run([gone])[0], DeadlineExceeded)
+    assert bench.model.executed == [2]
+
+
+async def test_an_expired_call_is_refused_at_the_door():
+    bench = Bench()
+    async with bench.scheduler:
+        with pytest.raises(DeadlineExceeded, match="Request timeout expired"):
+            await bench.scheduler.submit(call(1), deadline=bench.clock.now)
+    assert bench.model.executed == []
+
+
+@pytest.mark.parametrize("how", ["deadline", "timeout", "default"])
+async def test_a_call_that_expires_in_the_queue_is_never_executed(how):
+    bench = Bench(rules=Rules((Level(timeout_s=0.01 if how == "default" else math.inf),)))
+    async with bench.scheduler:
+        bench.model.gate.clear()
+        first = bench.submit(call(-1))
+        await until(lambda: bench.model.entered > 0)
+        deadline = bench.clock.now + 0.01 if how == "deadline" else math.inf
+        (task,) = await bench.queued(call(1, timeout_us=10_000 if how == "timeout" else 0), deadline=deadline)
+        bench.clock.now += 0.02
+        # It hears of it although the model is still busy.
+        with pytest.raises(DeadlineExceeded, match="it was not executed"):
+            await asyncio.wait_for(task, 30)
+        bench.model.gate.set()
+        await first
+    assert bench.model.executed == [-1]
+
+
+async def test_what_expires_between_queue_and_thread_is_left_out_of_the_batch():
+    bench = Bench()
+    async with bench.scheduler:
+        first = await bench.occupied()
+        late, soon = await bench.queued(call(1)), await bench.queued(call(2), deadline=bench.clock.now + 60)
+        bench.clock.now += 61  # Its timer has not fired; the clock says that it is over.
+        bench.model.gate.set()
+        await first
+        assert values(await late[0]) == [2]
+        with pytest.raises(DeadlineExceeded):
+            await soon[0]
+    assert bench.model.executed == [-1, 1]
+
+
+async def test_a_timeout_bounds_the_queue_and_not_the_execution():
+    bench = Bench()
+    async with bench.scheduler:
+        bench.model.gate.clear()
+        task = bench.submit(call(1, timeout_us=1000))
+        await until(lambda: bench.model.entered > 0)
+        bench.clock.now += 10
+        bench.model.gate.set()
+        assert values(await task) == [2]
+
+
+@pytest.mark.parametrize("limits", [QueueLimits(calls=2), QueueLimits(size_bytes=8)])
+async def test_a_full_queue_refuses_and_says_when_to_come_back(limits):
+    bench = Bench(limits=limits)
+    async with bench.scheduler:
+        first = await bench.occupied()
+        tasks = await bench.queued(call(1), call(2))
+        with pytest.raises(ResourceExhausted, match="Exceeds maximum queue size of model 'm': 2 requests") as err:
+            await bench.scheduler.submit(call(3))
+        assert err.value.retry_after_ms > 0
+        tasks[0].cancel()  # A place is free again.
+        await asyncio.sleep(0)
+        (fourth,) = await bench.queued(call(4))
+        bench.model.gate.set()
+        await asyncio.gather(first, tasks[1], fourth)
+    assert bench.model.executed == [-1, 2, 4]
+
+
+async def test_an_empty_queue_takes_a_call_of_any_size():
+    bench = Bench(limits=QueueLimits(size_bytes=1))
+    async with bench.scheduler:
+        assert values(await bench.scheduler.submit(call(1, 2, 3))) == [2, 4, 6]
+
+
+async def test_instances_run_side_by_side():
+    bench = Bench(instances=2, policy=BatchPolicy(1, 1 << 20))
+    async with bench.scheduler:
+        bench.model.gate.clear()
+        tasks = await bench.queued(call(1), call(2), call(3))
+        await until(lambda: bench.model.entered == 2)
+        bench.model.gate.set()
+        await asyncio.gather(*tasks)
+    assert sorted(bench.model.executed) == [1, 2, 3]
+
+
+async def test_with_a_delay_a_lone_call_waits_for_company_but_not_for_ever():
+    bench = Bench(policy=BatchPolicy(8, 1 << 20, delay_s=10.0))
+    async with bench.scheduler:
+        (task,) = await bench.queued(call(1))
+        await asyncio.sleep(0)
+        assert bench.model.entered == 0
+        bench.clock.now += 10
+        (other,) = await bench.queued(call(2))
+        await asyncio.gather(task, other)
+    assert bench.model.runs == [[1, 2]]
+
+
+@pytest.mark.parametrize("fault", [StopIteration("over"), SystemExit(1), KeyboardInterrupt()])
+async def test_whatever_the_model_throws_its_caller_hears_of_it_and_the_worker_lives_on(fault):
+    def throw(x):
+        raise fault
+
+    bench = Bench()
+    bench.model.answer = throw
+    async with bench.scheduler:
+        with pytest.raises(RuntimeError):
+            await asyncio.wait_for(bench.scheduler.submit(call(1)), 30)
+        bench.model.answer = lambda x: x
+        assert values(await bench.scheduler.submit(call(1))) == [1]
+
+
+def test_who_runs_out_while_the_guilty_are_looked_for_is_not_run():
+    bench = Bench()
+    execution = bench.execution()
+    jobs = [Pending(call(n), 0.0, math.inf, Nobody()) for n in (13, 2, 3, 4)]
+    jobs[2].expires = bench.clock.now + 1
+
+    def slow(inputs, outputs, run=bench.model.run):
+        bench.clock.now += 0.6
+        if bench.model.entered == 2:
+            jobs[3].is_abandoned = True
+        return run(inputs, outputs)
+
+    bench.model.run = slow
+    outcomes = execution.run(jobs)
+    assert bench.model.runs == [[13, 2, 3, 4], [13, 2], [13], [2]]
+    assert [type(outcome).__name__ for outcome in outcomes] == [
+        *("Internal", "Answer", "DeadlineExceeded", "DeadlineExceeded")
+    ]
+    assert execution.tally.expired_rows == 0
+    assert execution.tally.bisections == 2
+
+
+def test_batch_mates_of_a_fault_of_ours_are_spared_too():
+    bench = Bench()
+
+    def answer(x):
+        if 7 in x:
+            raise MemoryError("too much")
+        return x
+
+    bench.model.answer = answer
+    outcomes = bench.execution().run([Pending(call(n), 0.0, math.inf, Nobody()) for n in (1, 7, 3)])
+    assert [type(outcome).__name__ for outcome in outcomes] == ["Answer", "MemoryError", "Answer"]
+
+
+def test_a_goal_beside_static_settings_is_said_to_do_nothing(caplog):
+    Bench(policy=BatchPolicy(8, 1 << 20, delay_s=0.1, slo_s=0.05))
+    assert "slo_ms does nothing" in caplog.text
+
+
+async def test_outcomes_that_are_too_few_are_a_fault_and_hang_nobody():
+    bench = Bench()
+    execution = bench.execution()
+    execution._computed = lambda *args: []
+    outcomes = execution.run([Pending(call(n), 0.0, math.inf, Nobody()) for n in (1, 2)])
+    assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 2
+
+
+async def test_leaving_that_is_cut_short_tells_those_who_wait():
+    bench = Bench()
+
+    async def serve() -> None:
+        async with bench.scheduler:
+            ready.set()
+            await asyncio.Event().wait()
+
+    ready = asyncio.Event()
+    server = asyncio.create_task(serve())
+    await ready.wait()
+    first = await bench.occupied()
+    (waiting,) = await bench.queued(call(2))
+    server.cancel()
+    await asyncio.sleep(0)
+    server.cancel()  # Once to leave, once more while it waits for the model.
+    with pytest.raises(asyncio.CancelledError):
+        await server
+    with pytest.raises(Unavailable, match="being unloaded"):
+        await waiting
+    bench.model.gate.set()
+    assert values(await first) == [-2]
+    assert bench.model.executed == [-1]
+
+
+async def test_a_receiver_that_raises_harms_no_batch_mate(caplog):
+    class Clumsy(Nobody):
+        def answered(self, answer) -> None:
+            raise ValueError("clumsy")
+
+    bench = Bench()
+    async with bench.scheduler:
+        first = await bench.occupied()
+        bench.scheduler.start(call(1), math.inf, "", Clumsy())
+        (mate,) = await bench.queued(call(2))
+        bench.model.gate.set()
+        assert values(await mate) == [4]
+        await first
+    assert "clumsy" in caplog.text
+
+
+async def test_calls_that_come_one_by_one_are_run_without_a_round_of_the_loop():
+    bench = Bench()
+    bench.model.only_computes = True
+
+    class Told(Nobody):
+        answer = None
+
+        def answered(self, answer) -> None:
+            self.answer = answer
+
+    async with bench.scheduler:
+        for _ in range(20):
+            bench.clock.now += 1.0
+            await bench.scheduler.submit(call(1))
+        bench.clock.now += 1.0
+        told, mates = Told(), [Told(), Told()]
+        bench.scheduler.start(call(2), math.inf, "", told)
+        assert values(told.answer) == [4]
+        # Whoever comes right behind it may have company.
+        for mate in mates:
+            bench.scheduler.start(call(3), math.inf, "", mate)
+        assert [mate.answer for mate in mates] == [None, None]
+        await until(lambda: all(mate.answer is not None for mate in mates))
+    assert bench.model.runs[-2:] == [[2], [3, 3]]
+
+
+async def test_calls_that_come_in_bursts_are_run_together():
+    bench = Bench()
+    async with bench.scheduler:
+        for _ in range(20):
+            bench.clock.now += 1.0
+            await asyncio.gather(*await bench.queued(call(1), call(2), call(3)))
+    assert bench.model.runs == [[1, 2, 3]] * 20
+
+
+async def test_leaving_runs_what_waits_and_takes_nothing_more():
+    bench = Bench(policy=BatchPolicy(8, 1 << 20, delay_s=1000.0))
+    async with bench.scheduler:
+        (task,) = await bench.queued(call(1))
+    assert values(await task) == [2]
+    with pytest.raises(Unavailable, match="being unloaded"):
+        await bench.scheduler.submit(call(2))
