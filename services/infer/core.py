@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 from services.infer import streaming
 from services.infer.aside import aside
@@ -190,7 +191,7 @@ class InferenceServer:
         signature = version.loaded.model.signature
         call = await aside(lambda: request.read(asked, signature), _is_long_read(asked))
         if is_retry and self._memory is not None:
-            call = await self._memory.checked(version.name, call)
+            call = replace(await self._memory.checked(version.name, call), check=self._memory.checked)
         return call
 
     async def _step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -41,6 +41,8 @@ class Call:
     parameters: Parameters
     source: pb.ModelInferRequest | None = None
     """What it was read from, for models that want to know; None when it came the short way."""
+    check: Callable[[str, Call], Awaitable[Call]] | None = None
+    """Of a retry, whose last instance may have died of it: an ensemble asks this of each step, by its model's name."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:

@@ -5,11 +5,13 @@ rows ──> at most so many in flight ──> answers ──> [first, second, .
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.ragged import Value
+from services.infer.calls.request import Call
 from services.infer.calls.tensors import Tensor
 from services.infer.ensembles import feeding
 from services.infer.ensembles.feeding import Given
@@ -37,6 +39,7 @@ class Asked:
 
     parameters: Parameters
     source: pb.ModelInferRequest | None
+    check: Callable[[str, Call], Awaitable[Call]] | None
     expires: float
     tenant: str
 
@@ -127,7 +130,7 @@ class FanOut:
             return
         call = StepCall(self, row, self.step.version, made)
         self._out.add(call)
-        call.start(asked.expires, asked.tenant)
+        call.start(asked.expires, asked.tenant, asked.check)
 
     def came(self, call: StepCall, answer: Answer) -> None:
         self._out.discard(call)

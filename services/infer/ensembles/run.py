@@ -75,7 +75,7 @@ class Run:
         asked = call.parameters
         # `timeout` is in `expires`, which holds for all steps together.
         said = NONE if asked is NONE else replace(asked, timeout_us=0, explain=False)
-        self._asked = Asked(said, call.source, expires, tenant)
+        self._asked = Asked(said, call.source, call.check, expires, tenant)
         self._route = plan.route(call.outputs)
         self._left = len(self._route.targets)
         self._missing = list(self._route.missing)
@@ -153,7 +153,7 @@ class Run:
             return
         work = StepCall(self, index, step.version, call)
         self._out.add(work)
-        work.start(self._asked.expires, self._asked.tenant)
+        work.start(self._asked.expires, self._asked.tenant, self._asked.check)
 
     def _start_rows(self, index: int, step: PlannedStep, given: feeding.Given) -> None:
         split, rows = feeding.by_row(given)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from time import perf_counter_ns
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from services.infer.calls.request import Call
 from services.infer.ensembles.neighbours import StepVersion
 from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.runs_calls import Ticket
 from shoal.errors import ShoalError
+
+Check: TypeAlias = Callable[[str, Call], Awaitable[Call]]
 
 
 class Told(Protocol):
@@ -36,28 +40,37 @@ class StepCall:
         self._task: asyncio.Task[Any] | None = None
         self._is_over = False
 
-    def start(self, expires: float, tenant: str) -> None:
-        """Begins. It does not begin at or after `expires`, on the server's clock."""
+    def start(self, expires: float, tenant: str, check: Check | None) -> None:
+        """Begins. It does not begin at or after `expires`, on the server's clock.
+
+        Args:
+            check: asked first, of a retry. Gives the call as it may be run, or raises.
+        """
         self._began = perf_counter_ns()
-        cache = self.version.response_cache
-        if cache is not None:
-            self._task = asyncio.create_task(self._cached(expires, tenant), name="step-call")
+        if check is not None or self.version.response_cache is not None:
+            self._task = asyncio.create_task(self._long(expires, tenant, check), name="step-call")
             return
         try:
             self._ticket = self.version.scheduler.start(self.call, expires, tenant, self)
         except Exception as err:
             self.failed(err)
 
-    async def _cached(self, expires: float, tenant: str) -> None:
-        cache = self.version.response_cache
+    async def _long(self, expires: float, tenant: str, check: Check | None) -> None:
         try:
-            assert cache is not None, "asked just now"
-            parameters = self.call.source.parameters if self.call.source is not None else {}
-            answer, _ = await cache.answer(self.call, parameters, expires, tenant)
+            answer = await self._answer(expires, tenant, check)
         except Exception as err:
             self.failed(err)
         else:
             self.answered(answer)
+
+    async def _answer(self, expires: float, tenant: str, check: Check | None) -> Answer:
+        call, cache = self.call, self.version.response_cache
+        if check is not None:
+            call = replace(await check(self.version.name, call), check=check)
+        if cache is None:
+            return await self.version.scheduler.submit(call, expires, tenant)
+        answer, _ = await cache.answer(call, call.source.parameters if call.source is not None else {}, expires, tenant)
+        return answer
 
     def abandon(self) -> None:
         """Nobody waits any more. Nothing happens when it is over."""

@@ -45,7 +45,10 @@ def parse(text: str, where: str = "config.pbtxt") -> pb.ModelConfig:
     """Reads a configuration. Raises FailedPrecondition with line and column when it is not one."""
     try:
         return text_format.Parse(text, pb.ModelConfig())
-    except (text_format.ParseError, UnicodeError) as err:
+    except (
+        text_format.ParseError,
+        ValueError,
+    ) as err:  # A ValueError: of an enum's number beyond 32 bits, and of text.
         raise FailedPrecondition(f"{where}: {err}") from err
 
 

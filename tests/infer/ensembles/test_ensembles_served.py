@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from shoal.errors import NotFound, Unavailable
+from services.infer.core import InferenceServer
+from shoal.errors import Internal, NotFound, Unavailable
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.infer import onnx_files
@@ -343,3 +344,30 @@ async def test_a_full_queue_of_a_step_is_told_with_the_time_to_come_back(serve, 
         assert "in ensemble 'e', step 0, model 'narrow': Exceeds maximum queue size" in (err.value.details() or "")
         assert "retry-after-ms" in dict(err.value.trailing_metadata() or ())
     await call
+
+
+class Suspicious:
+    """A memory of crashes: another instance died while it ran `guilty`."""
+
+    def __init__(self, guilty: str) -> None:
+        self.guilty, self.asked = guilty, []
+
+    async def checked(self, model, call):
+        self.asked.append(model)
+        if model == self.guilty:
+            raise Internal(f"model '{model}': the instance that ran this request ended")
+        return call
+
+
+async def test_a_retry_of_what_another_instance_died_of_is_refused_at_the_step_that_did_it(serve, models_folder):
+    models_folder.ensemble("e", *CHAIN)
+    models_folder.ensemble("outer", step("e", {"x": "x"}, {"y": "y"}), step("double", {"x": "y"}, {"y": "z"}))
+    served = await serve(models_folder.root)
+    memory = Suspicious("triple")
+    core = InferenceServer(served.models, "test/infer-0", memory=memory)
+    with pytest.raises(Internal, match=r"in ensemble 'outer', step 0, model 'e': in ensemble 'e', step 1, .*ended"):
+        await core.infer(request("outer", x=X), is_retry=True)
+    assert memory.asked == ["outer", "e", "double", "triple"]
+    memory.guilty = ""
+    assert np.array_equal(output(await core.infer(request("outer", x=X), is_retry=True), "z"), 12 * X)
+    assert np.array_equal(output(await core.infer(request("outer", x=X)), "z"), 12 * X)
