@@ -63,7 +63,7 @@ class Version:
     decoupled: DecoupledScheduler | None = None
     """In place of the scheduler, for a model that gives any number of responses."""
     line: Line | None = None
-    """Only for a model with sequences: keeps the steps of each in the order of their arrival."""
+    """Only for a model with sequences, or an ensemble with such a step: keeps those of each in their order."""
     graph: Graph | None = None
     """Of an ensemble, as soon as it is read."""
     _seen: Seen = ()
@@ -170,7 +170,7 @@ class Version:
             self.decoupled = scheduler
             return
         self._scheduler = scheduler
-        self.line = Line() if loaded.sequences is not None else None
+        self.line = Line() if _has_sequences(loaded) else None
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
             self.response_cache = await self._resources.enter_async_context(self._caching(loaded, means, ttl))
@@ -238,6 +238,12 @@ class Version:
             rows = self.statistics.expired_executed
             log.error("model %s version %d: %d rows were run after their time was over", self.name, self.number, rows)
         log.info("model %s version %d is unloaded", self.name, self.number)
+
+
+def _has_sequences(loaded: Loaded) -> bool:
+    if isinstance(loaded, Composed):
+        return any(step.version.line is not None for step in loaded.plan.steps)
+    return loaded.sequences is not None
 
 
 async def _finished(work: asyncio.Future[Loaded], given_up: threading.Event) -> Loaded:
