@@ -141,7 +141,8 @@ def _try(original: Original, converted: OnnxModel, plan: str, calls: Sequence[Te
     except Mismatch as err:
         return Tried(plan, None, str(err))
     if refused and rounded is not None and not refusal(rounded, bounds):
-        refused += ": only because its inputs are float32, and the data are not: --float64 takes them as they are"
+        refused += ": only because its inputs are float32, and the data are not"
+        refused += ": --float64 takes them as they are" if original.framework == "scikit-learn" else ""
     return Tried(plan, seen, refused, rounded)
 
 
