@@ -9,6 +9,8 @@ CLIENT_VENV := .venv-tritonclient
 CLIENT_STAMP := $(CLIENT_VENV)/.installed
 TRITON_VENV := .venv-triton
 TRITON_STAMP := $(TRITON_VENV)/.installed
+# The compilers of the GPU kernels, which need no GPU, and numba.cuda's simulator.
+CUDA_STAMPS := .venv-cuda12/.installed .venv-cuda13/.installed
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,14 +26,17 @@ $(CLIENT_STAMP): locks/tritonclient.txt tools/venv.sh
 $(TRITON_STAMP): locks/triton.txt tools/venv.sh
 	@tools/venv.sh $(TRITON_VENV) locks/triton.txt
 
+.venv-cuda%/.installed: locks/cuda%.txt tools/venv.sh
+	@tools/venv.sh .venv-cuda$* locks/cuda$*.txt
+
 demo: $(STAMP) ## Start a node, send real files through it both ways, check every answer, stop
 	@$(PY) examples/filetypes/demo.py
 
-test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) ## Run every test
+test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) ## Run every test
 	@tools/clients.sh
 	@$(PY) -m pytest $(ARGS)
 
-test-fast: $(STAMP) ## Run the tests that start no whole node
+test-fast: $(STAMP) $(CUDA_STAMPS) ## Run the tests that start no whole node
 	@$(PY) -m pytest -m "not node" $(ARGS)
 
 soak: $(STAMP) ## Load the inference server for ten minutes: no wrong answer, flat memory
@@ -58,4 +63,4 @@ lock: ## Renew the lock files
 	@tools/lock.sh
 
 clean: ## Remove the environments and caches
-	rm -rf $(VENV) $(CLIENT_VENV) $(TRITON_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENT_VENV) $(TRITON_VENV) .venv-cuda12 .venv-cuda13 .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,3 +6,5 @@ common="--quiet --upgrade --universal --python-version 3.11 --generate-hashes --
 uv pip compile $common --extra node --extra demo --extra dev pyproject.toml locks/build.in -o locks/shoal.txt
 uv pip compile $common locks/tritonclient.in -o locks/tritonclient.txt
 uv pip compile $common locks/triton.in -o locks/triton.txt
+uv pip compile $common locks/cuda12.in -o locks/cuda12.txt
+uv pip compile $common locks/cuda13.in -o locks/cuda13.txt

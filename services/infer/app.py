@@ -28,11 +28,12 @@ from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
 from services.infer.isolation.inner_calls import InnerCalls
 from services.infer.models.control import Control
+from services.infer.models.means import Means, as_it_is
 from services.infer.models.models import Models
-from services.infer.models.version import Means, as_it_is
 from services.infer.remembered import Memory, remembered
 from services.infer.rpc import inference_rpc, short_methods
 from services.infer.runtimes.choice import Runtimes
+from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.sources import repository
@@ -94,7 +95,7 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
         calls = InnerCalls()
         flights = stack.enter_context(Flights(config.flights)) if config.flights else None
         means = Means.of(
-            Runtimes([OnnxRuntime(), PythonRuntime(call=calls)], IsolatedOnnxRuntime()),
+            Runtimes([OnnxRuntime(), PythonRuntime(call=calls), KernelsRuntime()], IsolatedOnnxRuntime()),
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,

@@ -14,7 +14,7 @@ from contextlib import aclosing
 
 from services.infer import streaming
 from services.infer.aside import aside
-from services.infer.calls import answer, request
+from services.infer.calls import answer, ragged, request
 from services.infer.calls.request import Call
 from services.infer.models.control import Control
 from services.infer.models.models import Models, version_number
@@ -227,6 +227,7 @@ def _is_long_read(asked: pb.ModelInferRequest) -> bool:
 
 
 def _is_long_write(got: Answer, call: Call) -> bool:
-    by_element = any(output.dtype == object and output.size > _FEW_ELEMENTS for output in got.outputs)
+    arrays = [array for output in got.outputs for array in ragged.arrays(output)]
+    by_element = sum(array.size for array in arrays if array.dtype == object) > _FEW_ELEMENTS
     classes = sum(wanted.classes for wanted in call.outputs) * call.rows
-    return by_element or classes > _FEW_ELEMENTS or sum(output.nbytes for output in got.outputs) > _LARGE_BYTES
+    return by_element or classes > _FEW_ELEMENTS or sum(array.nbytes for array in arrays) > _LARGE_BYTES

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mesh.flights import Crashes, Flights, Seat, Verdict
+from services.infer.calls import ragged
 from services.infer.calls.request import Call
 from services.infer.scheduling.execution import Execution, Job, Outcome, Runs
 from shoal.errors import Internal
@@ -81,7 +82,7 @@ class Memory:
 def mark(model: int, call: Call) -> int:
     """Eight bytes that tell a request from others, equal for equal inputs in whatever order; `model` is a digest."""
     digest, size = model, 0
-    for array in call.inputs.values():
+    for array in (array for value in call.inputs.values() for array in ragged.arrays(value)):
         size += array.nbytes
         if array.dtype == object:
             digest ^= _crc(b"\0".join([e.encode() if isinstance(e, str) else bytes(e) for e in array.flat[:_ELEMENTS]]))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from google.protobuf.message import DecodeError
 
@@ -17,6 +18,7 @@ from mesh.asgi.framing import PREFIX_BYTES
 from mesh.interceptors import malformed
 from services.infer import template
 from services.infer.calls import request
+from services.infer.calls.tensors import Tensor
 from services.infer.core import InferenceServer
 from services.infer.models.models import Models
 from services.infer.models.version import Version
@@ -147,7 +149,7 @@ class _Flight:
     def answered(self, answer: Answer) -> None:
         """Called by the scheduler."""
         self._version.__exit__(None, None, None)
-        outputs = answer.outputs
+        outputs = cast("Sequence[Tensor]", answer.outputs)  # None of them is ragged: else it is not learnt.
         opening = self._template.opening(self._prefix, outputs)
         parts: list[Any] = [self._prefix, self._id, opening.outputs]
         for raw, output in zip(opening.raw, outputs, strict=True):

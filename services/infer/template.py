@@ -142,11 +142,11 @@ def learn(body: bytes, asked: pb.ModelInferRequest, call: Call) -> tuple[bytes, 
 def _slots(asked: pb.ModelInferRequest, call: Call) -> tuple[Slot, ...] | None:
     if len(asked.raw_input_contents) != len(asked.inputs):
         return None
-    if any(wanted.classes or wanted.spec.datatype.is_bytes for wanted in call.outputs):
+    if any(wanted.classes or wanted.spec.datatype.is_bytes or wanted.spec.is_ragged for wanted in call.outputs):
         return None
     slots = []
     for given in asked.inputs:
-        array = call.inputs[given.name]
+        array = call.tensors[given.name]
         if array.dtype == object or array.dtype == bool:  # Their bytes have to be looked at.
             return None
         opening = _opened(RAW_INPUT, array.nbytes)

@@ -17,8 +17,8 @@ from mesh.channel import connect
 from mesh.server import GrpcServer
 from services.infer.core import InferenceServer
 from services.infer.models.control import Control
+from services.infer.models.means import Means
 from services.infer.models.models import Models
-from services.infer.models.version import Means
 from services.infer.rpc import inference_rpc
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 from services.infer.core import InferenceServer
+from services.infer.models.means import Means
 from services.infer.models.models import Models
-from services.infer.models.version import Means
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.short import ShortInfer

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from services.infer.calls import tensors
+from collections.abc import MutableMapping
+
+from services.infer.calls import ragged, tensors
 from services.infer.calls.classification import classify
 from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.tensors import Tensor
-from services.infer.scheduling.scheduler import Answer
+from services.infer.scheduling.execution import Answer, StepTimes
 from shoal.inference.v2 import inference_pb2 as pb
 
 
 def write(answer: Answer, call: Call, *, model: str, version: int, id: str, batched: bool) -> pb.ModelInferResponse:
-    """The response: outputs in the order of the request, all of them raw."""
+    """The response: outputs in the order of the request, all of them raw.
+
+    Raises:
+        InvalidArgument: the rows of a ragged output differ in shape, so that no tensor can carry them.
+    """
     response = pb.ModelInferResponse(model_name=model, model_version=str(version), id=id)
     for wanted, output in zip(call.outputs, answer.outputs, strict=True):
         _add(response, wanted, output, batched=batched)
     return response
 
 
-def _add(response: pb.ModelInferResponse, wanted: WantedOutput, output: Tensor, *, batched: bool) -> None:
+def _add(response: pb.ModelInferResponse, wanted: WantedOutput, value: Value, *, batched: bool) -> None:
     datatype = wanted.spec.datatype
+    output = ragged.dense(value, wanted.spec, "inference output")
     if wanted.classes:
         output, datatype = classify(output, wanted.spec, wanted.classes, batched=batched), BY_NAME["BYTES"]
     response.outputs.add(name=wanted.spec.name, datatype=datatype.name, shape=output.shape)
@@ -43,3 +50,15 @@ def explain(response: pb.ModelInferResponse, answer: Answer, replica: str, cache
     say["gather_us"].int64_param = times.gather_ns // 1000
     say["compute_us"].int64_param = times.compute_ns // 1000
     say["scatter_us"].int64_param = times.scatter_ns // 1000
+    for n, step in enumerate(answer.steps):
+        _explain_step(say, f"step_{n}_", step)
+
+
+def _explain_step(say: MutableMapping[str, pb.InferParameter], prefix: str, step: StepTimes) -> None:
+    say[f"{prefix}model"].string_param = step.model
+    say[f"{prefix}version"].string_param = str(step.version)
+    say[f"{prefix}calls"].int64_param = step.calls
+    say[f"{prefix}batch_size"].int64_param = step.rows
+    say[f"{prefix}fired"].string_param = step.fired
+    say[f"{prefix}queue_us"].int64_param = step.queue_ns // 1000
+    say[f"{prefix}compute_us"].int64_param = step.compute_ns // 1000

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from services.infer.calls import parameters, tensors
 from services.infer.calls.parameters import Parameters
+from services.infer.calls.ragged import Value
 from services.infer.calls.signature import Signature, TensorSpec, fits
 from services.infer.calls.tensors import Tensor
 from services.infer.wording import listed, quoted, written
@@ -28,17 +31,23 @@ class WantedOutput:
 class Call:
     """One request that fits its model. Nobody changes it; it is not frozen, because that would triple its cost."""
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Value]
+    """Tensors, as a request has them; between the steps of an ensemble, an input that is ragged may be `Rows`."""
     outputs: tuple[WantedOutput, ...]
     rows: int
     """Size of the batch dimension; 1 for a model that has none."""
     size_bytes: int
     """What its inputs weigh in a queue."""
     key: Hashable
-    """Calls with equal keys can be run as one: same inputs, row shapes and outputs."""
+    """Calls with equal keys can be run as one: same inputs, row shapes (but for what is ragged) and outputs."""
     parameters: Parameters
     source: pb.ModelInferRequest | None = None
     """What it was read from, for models that want to know; None when it came the short way."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The inputs, for a model that has no ragged ones."""
+        return cast("Mapping[str, Tensor]", self.inputs)
 
 
 def read(request: pb.ModelInferRequest, signature: Signature) -> Call:
@@ -55,9 +64,19 @@ def read(request: pb.ModelInferRequest, signature: Signature) -> Call:
     rows = _rows(request.inputs, specs, signature.max_batch_size, model)
     inputs = dict(zip((spec.name for spec in specs), _data(request, specs, signature.text), strict=True))
     outputs = _outputs(request.outputs, signature, model)
+    size = sum(tensors.size_bytes(t) for t in inputs.values())
+    return Call(inputs, outputs, rows, size, key_of(inputs, outputs, signature), given, request)
+
+
+def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signature: Signature) -> Hashable:
+    """What calls that can be run as one have in common. An input that is ragged keeps nobody apart."""
     skip = 1 if signature.max_batch_size else 0
-    key = (tuple((n, t.shape[skip:]) for n, t in sorted(inputs.items())), tuple(o.spec.name for o in outputs))
-    return Call(inputs, outputs, rows, sum(tensors.size_bytes(t) for t in inputs.values()), key, given, request)
+    known = signature.inputs_by_name
+    shapes = tuple(
+        (name, value.shape[skip:] if isinstance(value, np.ndarray) and not known[name].is_ragged else None)
+        for name, value in sorted(inputs.items())
+    )
+    return shapes, tuple(output.spec.name for output in outputs)
 
 
 def _spec(tensor: pb.ModelInferRequest.InferInputTensor, signature: Signature, model: str) -> TensorSpec:

@@ -21,6 +21,8 @@ class TensorSpec:
     """Names of an output's classes, by index."""
     is_optional: bool = False
     """An input that a request may leave out."""
+    is_ragged: bool = False
+    """Its rows may differ in shape (`ragged`): for an input, calls that differ in it may share an execution."""
 
 
 @dataclass(frozen=True)

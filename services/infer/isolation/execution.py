@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
+from typing import Any
 
 from kernels.stack_rows import split_rows
 from services.infer.calls.request import Call
@@ -52,10 +53,10 @@ class ProcessExecution(Execution):
         jobs = self._jobs if call is None else [job for job in self._jobs if job.call is call]
         return any(not job.is_abandoned and now < job.expires for job in jobs)
 
-    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Tensor], int]:
+    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Any], int]:
         return {}, sum(call.rows for call in calls)
 
-    def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Tensor], rows: int, start: int) -> list[Outcome]:
+    def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Any], rows: int, start: int) -> list[Outcome]:
         poison = self._processes.poison
         if not poison:
             return self._answers(calls, start)
@@ -93,7 +94,7 @@ class ProcessExecution(Execution):
         session, first = self._processes, calls[0]
         said = [details.of(call, self._name, self._version) for call in calls] if session.wants_requests else ()
         return session.run_requests(
-            {name: [call.inputs[name] for call in calls] for name in first.inputs},
+            {name: [call.tensors[name] for call in calls] for name in first.inputs},
             [output.spec.name for output in first.outputs],
             [call.rows for call in calls] if self._batched else (),
             said,

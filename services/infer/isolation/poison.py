@@ -74,7 +74,7 @@ class Poison:
 def fingerprint(call: Call) -> bytes:
     """What the model sees of a call: equal for equal inputs and wanted outputs."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, array in sorted(call.inputs.items()):
+    for name, array in sorted(call.tensors.items()):
         digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
         digest.update(_content(array))
     digest.update("\0".join(output.spec.name for output in call.outputs).encode())

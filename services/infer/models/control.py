@@ -14,13 +14,15 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from weakref import WeakValueDictionary
 
 from mesh.tasks import end
 from services.infer.models import override
+from services.infer.models.model import Model
 from services.infer.models.models import Models
 from services.infer.models.override import Given, Override
 from services.infer.models.wanted import WantedModel
@@ -48,6 +50,8 @@ class Word:
     override: Override | None = None
     beside: frozenset[int] = frozenset()
     """Versions that served when it was said: they go on until one of those that are wanted now is ready."""
+    number: int = field(default_factory=count().__next__)
+    """A later word has a higher one."""
 
 
 class Control:
@@ -75,6 +79,7 @@ class Control:
         self._words: dict[str, Word] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._loads: set[asyncio.Task[None]] = set()
+        models.on_need = self.need
 
     async def __aenter__(self) -> Control:
         await asyncio.to_thread(override.sweep, self._folder)
@@ -96,6 +101,18 @@ class Control:
         names = [*self._offered, *(name for name in self._words if name not in self._offered)]
         missing = [name for name in self._initially or () if name != ALL and name not in names]
         self._models.want([*map(self._wanted, names), *map(_missing, missing)])
+
+    async def need(self, name: str, by: str) -> None:
+        """Serves a model because the ensemble `by` is made of it; not one that was unloaded after `by` was loaded."""
+        word, asker = self._words.get(name), self._words.get(by)
+        if word is None:
+            if name in self._offered and self._is_initial(name):
+                return
+        elif word.is_served or asker is None or not asker.is_served or asker.number < word.number:
+            return
+        if await self._looked(name) is not None and self._words.get(name) is word:
+            self._words[name] = Word(is_served=True)
+            self._models.want_one(self._wanted(name))
 
     async def load(self, asked: pb.RepositoryModelLoadRequest) -> None:
         """Serves a model as the source has it now, or as the call's parameters override that. What serves already
@@ -122,23 +139,35 @@ class Control:
         Raises:
             InvalidArgument: a parameter is none of ours.
         """
-        for key, value in asked.parameters.items():
-            if key != "unload_dependents":
-                raise InvalidArgument(f"unrecognized unload parameter {quoted(key)}: expected 'unload_dependents'")
-            if value.WhichOneof("parameter_choice") != "bool_param":
-                raise InvalidArgument("invalid value type for 'unload_dependents' parameter, expected bool_param.")
-        name = asked.model_name
-        if not self._models.knows(name):
+        with_dependents = _with_dependents(asked)
+        if not self._models.knows(asked.model_name):
             return
-        replaced, self._words[name] = self._words.get(name), Word(is_served=False)
-        _release(replaced)
-        model = self._models.want_one(self._wanted(name))
+        names = [asked.model_name, *(self._made_of(asked.model_name) if with_dependents else ())]
+        models = [self._unwanted(name) for name in names]
         try:
             async with asyncio.timeout(_UNLOAD_S):
-                await model.is_settled.wait()
-                await model.left()
+                for model in models:
+                    await model.is_settled.wait()
+                    await model.left()
+                await self._models.followed()
         except TimeoutError:
-            log.info("model %s: still in use; it is unloaded after its last call", name)
+            log.info("model %s: still in use; it is unloaded after its last call", asked.model_name)
+
+    def _unwanted(self, name: str) -> Model:
+        replaced, self._words[name] = self._words.get(name), Word(is_served=False)
+        _release(replaced)
+        return self._models.want_one(self._wanted(name))
+
+    def _made_of(self, name: str) -> list[str]:
+        """The models that an ensemble is made of, and those that these are made of."""
+        found: dict[str, None] = {}
+        left = [name]
+        while left:
+            for other in sorted(self._models.needs(left.pop())):
+                if other != name and other not in found and self._models.knows(other):
+                    found[other] = None
+                    left.append(other)
+        return list(found)
 
     async def _load(self, name: str, given: Given | None) -> None:
         async with self._locks.setdefault(name, asyncio.Lock()):
@@ -163,6 +192,7 @@ class Control:
             raise Aborted(f"load of model '{name}': it was unloaded meanwhile, or loaded otherwise")
         if not (failure := model.failure()):
             word.beside = frozenset()
+            await self._models.followed()  # Ensembles that it is a step of serve again, too.
             return
         if word.override is not None:  # It was for this load alone. Without one, the source's model is what failed.
             self._put(name, before)
@@ -208,6 +238,15 @@ class Control:
         self._loads.discard(load)
         if not load.cancelled() and isinstance(error := load.exception(), ShoalError):
             log.warning("%s", error.message)  # Its caller may be gone.
+
+
+def _with_dependents(asked: pb.RepositoryModelUnloadRequest) -> bool:
+    for key, value in asked.parameters.items():
+        if key != "unload_dependents":
+            raise InvalidArgument(f"unrecognized unload parameter {quoted(key)}: expected 'unload_dependents'")
+        if value.WhichOneof("parameter_choice") != "bool_param":
+            raise InvalidArgument("invalid value type for 'unload_dependents' parameter, expected bool_param.")
+    return asked.parameters["unload_dependents"].bool_param if asked.parameters else False
 
 
 def _release(word: Word | None) -> None:

@@ -14,6 +14,7 @@ from services.infer.models.modelconfig import Completed
 from services.infer.models.wanted import ModelFiles, read_text
 from services.infer.runtimes import onnx_settings
 from services.infer.runtimes.choice import Runtimes
+from services.infer.runtimes.kernels_runtime import OperationSession
 from services.infer.runtimes.reshape import ReshapedSession
 from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
 from services.infer.scheduling import rules
@@ -33,8 +34,9 @@ class Loaded:
     """A model that runs. Who has it closes its session."""
 
     model: Completed
-    session: Session
-    cost: CostCurve = field(default_factory=CostCurve)
+    session: Session | None
+    """None for an ensemble: its models have theirs."""
+    cost: CostCurve = field(default_factory=CostCurve, kw_only=True)
     """What trials took."""
 
     def batch_policy(self) -> BatchPolicy:
@@ -74,7 +76,7 @@ def load(
     config.name = name
     runtime = _runtime(runtimes, config, files)
     modelconfig.check(config, runtime)
-    labels = _labels(config, files.folder)
+    labels = labels_of(config, files.folder)
     about = About(name, version, files.folder, config, modelconfig.instances(config), is_given_up)
     options = replace(_options(config, threads, runtime), about=about)
     session = runtime.load(_model_file(config, files, runtime), options)
@@ -83,6 +85,8 @@ def load(
         if isinstance(session, ProcessSession):
             config, says_batch = session.completed(config), says_batch or session.says_batch
             modelconfig.check(config, runtime)
+        elif isinstance(session, OperationSession):
+            config, says_batch = session.completed(config), True
         elif _is_reshaped(config):
             session = ReshapedSession(session, config)
         model = modelconfig.complete(
@@ -97,10 +101,11 @@ def load(
         )
         if config.model_transaction_policy.decoupled:
             return Loaded(model, session)
-        made_up = not isinstance(session, ProcessSession) or session.is_tried
+        # An operation was tried with an example of its own: made-up bytes are no image.
+        made_up = session.is_tried if isinstance(session, ProcessSession) else not isinstance(session, OperationSession)
         cost = CostCurve()
         model = warmup.run(name, model, session, files.folder, clock, made_up=made_up, cost=cost)
-        return Loaded(model, session, cost)
+        return Loaded(model, session, cost=cost)
     except BaseException as err:
         session.close()
         if isinstance(err, StopIteration):  # No future takes one: whoever waits would wait for ever.
@@ -109,7 +114,7 @@ def load(
 
 
 def _options(config: pb.ModelConfig, threads: int, runtime: Runtime) -> SessionOptions:
-    if runtime.backend == modelconfig.ONNX:
+    if runtime.backend in (modelconfig.ONNX, modelconfig.KERNELS):
         return onnx_settings.session_options(config, threads)
     return SessionOptions(threads)
 
@@ -120,7 +125,7 @@ def _is_reshaped(config: pb.ModelConfig) -> bool:
 
 def _inputs(session: Session, config: pb.ModelConfig, runtime: Runtime) -> tuple[TensorSpec, ...]:
     """All inputs that the model can take."""
-    if runtime.backend != modelconfig.ONNX:
+    if isinstance(session, ProcessSession):
         # A Python model sees for itself which of them came.
         optional = {given.name for given in config.input if given.optional}
         return tuple(replace(spec, is_optional=spec.name in optional) for spec in session.inputs)
@@ -132,6 +137,8 @@ def _runtime(runtimes: Runtime | Runtimes, config: pb.ModelConfig, files: ModelF
 
 
 def _model_file(config: pb.ModelConfig, files: ModelFiles, runtime: Runtime) -> Path:
+    if not runtime.model_file:
+        return files.version_folder
     name = files.bare_file or config.default_model_filename or runtime.model_file
     file = files.version_folder / name
     if not file.is_file():
@@ -139,7 +146,8 @@ def _model_file(config: pb.ModelConfig, files: ModelFiles, runtime: Runtime) -> 
     return file
 
 
-def _labels(config: pb.ModelConfig, folder: Path | None) -> Mapping[str, tuple[str, ...]]:
+def labels_of(config: pb.ModelConfig, folder: Path | None) -> Mapping[str, tuple[str, ...]]:
+    """Class names by output. Raises FailedPrecondition when a file of them cannot be read."""
     labels = {}
     for output in config.output:
         if not output.label_filename:

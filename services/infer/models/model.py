@@ -16,8 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mesh.tasks import log_failure
+from services.infer.ensembles.neighbours import Neighbours
 from services.infer.models.backoff import Backoff
-from services.infer.models.version import Means, State, Version
+from services.infer.models.means import Means
+from services.infer.models.version import State, Version
 from services.infer.models.wanted import WantedModel, WantedVersion
 
 log = logging.getLogger(__name__)
@@ -86,6 +88,18 @@ class Model:
     def may_retry(self) -> bool:
         """Whether something has failed for a cause that may pass."""
         return any(version.may_retry for version in (*self.versions.values(), *self.refused.values()))
+
+    def needs(self) -> set[str]:
+        """The models that its versions are made of."""
+        return {name for version in (*self.versions.values(), *self.loading) for name in version.needs}
+
+    def look_again(self, neighbours: Neighbours) -> bool:
+        """Whether something changed because models changed that it is made of: it may be loaded again, then."""
+        looked = [version.look_again(neighbours) for version in (*self.versions.values(), *self.refused.values())]
+        if any(looked):
+            self.want(self.wanted, again=True)
+            self.on_change.set()
+        return any(looked)
 
     def failure(self) -> str:
         """Why something that is wanted is not served; empty when all of it is."""
@@ -208,7 +222,7 @@ class Model:
                 self._unload(version)
 
     def _unload(self, version: Version) -> None:
-        if not version.is_ready:
+        if not version.is_loaded:
             return
         version.state = State.UNLOADING
         self.leaving.add(version)

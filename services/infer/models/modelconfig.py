@@ -29,6 +29,8 @@ GUESSED_BATCH_SIZE = 64
 """Rows at most for a model that says nothing: most of what batching gives is had by then, and memory stays modest."""
 
 ONNX = "onnxruntime"
+KERNELS = "kernels"
+"""The backends that this module knows by name."""
 
 MOST_SAMPLES = 1000
 """Runs of one sample of `model_warmup`."""
@@ -73,6 +75,27 @@ def check(config: pb.ModelConfig, runtime: Runtime) -> None:
         raise FailedPrecondition("the model's configuration: " + "; ".join(wrong))
 
 
+def check_ensemble(config: pb.ModelConfig) -> None:
+    """As `check`, for a model that is made of others and has no runtime of its own."""
+    wrong = [*_unsupported(config), *_not_of_ensembles(config), *_out_of_range(config), *rules.wrong(config)]
+    if wrong:
+        raise FailedPrecondition("the ensemble's configuration: " + "; ".join(wrong))
+
+
+def _not_of_ensembles(config: pb.ModelConfig) -> Iterator[str]:
+    unsupported = {
+        "backend": bool(config.backend),
+        "runtime": bool(config.runtime),
+        "default_model_filename": bool(config.default_model_filename),
+        "instance_group": bool(config.instance_group),
+        "optimization": config.HasField("optimization"),
+        "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled,
+    }
+    yield from (f"an ensemble has no {name}" for name, is_set in unsupported.items() if is_set)
+    tensors: list[pb.ModelInput | pb.ModelOutput] = [*config.input, *config.output]
+    yield from (f"'{t.name}': an ensemble has no reshape" for t in tensors if t.HasField("reshape"))
+
+
 def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
     names = ("", runtime.platform, runtime.backend)
     if config.platform not in names:
@@ -81,13 +104,24 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
         yield f"backend '{config.backend}' is not supported: use {runtime.backend}"
     if config.runtime not in (*names, f"libtriton_{runtime.backend}.so"):
         yield f"runtime '{config.runtime}' is not supported: leave it out"
+    if config.model_transaction_policy.decoupled and not runtime.can_decouple:
+        yield "model_transaction_policy.decoupled is not supported"
+    if config.default_model_filename and not runtime.model_file:
+        yield "default_model_filename without a model file is not supported"
+    yield from _unsupported(config, can_be_ragged=runtime.backend == KERNELS)
+    if runtime.backend != ONNX:
+        yield from _only_for_onnx(config, runtime)
+    elif "isolation" in config.parameters and config.parameters["isolation"].string_value == "process":
+        yield from _not_apart(config)
+
+
+def _unsupported(config: pb.ModelConfig, *, can_be_ragged: bool = False) -> Iterator[str]:
+    """What no kind of model does."""
     unsupported = {
         "sequence_batching": config.HasField("sequence_batching"),
-        "ensemble_scheduling": config.HasField("ensemble_scheduling"),
         "response_cache of a decoupled model": config.response_cache.enable
         and config.model_transaction_policy.decoupled,
         "model_warmup of a decoupled model": bool(config.model_warmup) and config.model_transaction_policy.decoupled,
-        "model_transaction_policy.decoupled": config.model_transaction_policy.decoupled and not runtime.can_decouple,
         "batch_input": bool(config.batch_input),
         "batch_output": bool(config.batch_output),
         "cc_model_filenames": bool(config.cc_model_filenames),
@@ -98,15 +132,12 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
         **_optimizations(config.optimization),
     }
     yield from (f"{name} is not supported" for name, is_set in unsupported.items() if is_set)
-    yield from (f"input '{i.name}': {what} is not supported" for i in config.input for what in _odd_input(i))
+    for given in config.input:
+        yield from (f"input '{given.name}': {what} is not supported" for what in _odd_input(given, can_be_ragged))
     for output in config.output:
         if output.is_shape_tensor or output.is_non_linear_format_io:
             yield f"output '{output.name}': shape tensors and other formats are not supported"
     yield from (f"instance_group: {what}" for group in config.instance_group for what in _odd_group(group))
-    if runtime.backend != ONNX:
-        yield from _only_for_onnx(config)
-    elif "isolation" in config.parameters and config.parameters["isolation"].string_value == "process":
-        yield from _not_apart(config)
 
 
 def _optimizations(given: pb.ModelOptimizationPolicy) -> dict[str, bool]:
@@ -119,9 +150,9 @@ def _optimizations(given: pb.ModelOptimizationPolicy) -> dict[str, bool]:
     }
 
 
-def _odd_input(given: pb.ModelInput) -> Iterator[str]:
+def _odd_input(given: pb.ModelInput, can_be_ragged: bool) -> Iterator[str]:
     for name in ("allow_ragged_batch", "is_shape_tensor", "is_non_linear_format_io"):
-        if getattr(given, name):
+        if getattr(given, name) and not (can_be_ragged and name == "allow_ragged_batch"):
             yield name
 
 
@@ -131,15 +162,16 @@ def _odd_group(group: pb.ModelInstanceGroup) -> Iterator[str]:
             yield f"{name} is not supported"
 
 
-def _only_for_onnx(config: pb.ModelConfig) -> Iterator[str]:
+def _only_for_onnx(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
     """What the other runtimes do not do."""
-    if any(group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus for group in config.instance_group):
+    is_on_gpu = any(group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus for group in config.instance_group)
+    if is_on_gpu and runtime.backend != KERNELS:
         yield "instance_group: KIND_GPU is not supported: models run on the CPU"
     if config.optimization.HasField("execution_accelerators"):
         yield "optimization.execution_accelerators is not supported"
     if config.optimization.graph.level:
         yield "optimization.graph.level is not supported"
-    yield from _no_reshape(config)
+    yield from _no_reshape(config, "of an operation" if runtime.backend == KERNELS else "in a process of its own")
 
 
 def _not_apart(config: pb.ModelConfig) -> Iterator[str]:
@@ -148,14 +180,12 @@ def _not_apart(config: pb.ModelConfig) -> Iterator[str]:
         yield "instance_group: KIND_GPU is not supported with parameter isolation 'process'"
     if config.optimization.HasField("execution_accelerators"):
         yield "optimization.execution_accelerators is not supported with parameter isolation 'process'"
-    yield from _no_reshape(config)
+    yield from _no_reshape(config, "in a process of its own")
 
 
-def _no_reshape(config: pb.ModelConfig) -> Iterator[str]:
+def _no_reshape(config: pb.ModelConfig, where: str) -> Iterator[str]:
     tensors: list[pb.ModelInput | pb.ModelOutput] = [*config.input, *config.output]
-    yield from (
-        f"'{t.name}': reshape is not supported in a process of its own" for t in tensors if t.HasField("reshape")
-    )
+    yield from (f"'{t.name}': reshape is not supported {where}" for t in tensors if t.HasField("reshape"))
 
 
 def _out_of_range(config: pb.ModelConfig) -> Iterator[str]:
@@ -253,9 +283,11 @@ def complete(
     given_inputs = tuple(_agreed(given, inputs, batched, "input") for given in config.input)
     given_outputs = tuple(_agreed(given, outputs, batched, "output") for given in config.output)
     needed = tuple(spec for spec in inputs if not spec.is_optional)
+    # What a file has a value for is hidden unless it is named; what an operation can do without is there.
+    shown = tuple(inputs) if runtime.backend == KERNELS else needed
     if given_inputs and (missing := {spec.name for spec in needed} - {spec.name for spec in given_inputs}):
         raise FailedPrecondition(f"the configuration leaves out input {listed(sorted(missing))} of the model")
-    all_inputs, all_outputs = given_inputs or needed, given_outputs or tuple(outputs)
+    all_inputs, all_outputs = given_inputs or shown, given_outputs or tuple(outputs)
     if not config.input:
         done.input.extend(_as_input(_batchable(spec, batched, "input"), batched) for spec in all_inputs)
     if not config.output:
@@ -288,6 +320,8 @@ def _agreed(given: pb.ModelInput | pb.ModelOutput, specs: Sequence[TensorSpec], 
     if isinstance(given, pb.ModelInput):
         if given.optional and not spec.is_optional:
             raise FailedPrecondition(f"input '{given.name}' is optional in the configuration, and the model needs it")
+        if given.allow_ragged_batch and not spec.is_ragged:
+            raise FailedPrecondition(f"input '{given.name}': allow_ragged_batch is not supported: its rows are stacked")
         return replace(spec, shape=shape, is_optional=given.optional)
     return replace(spec, shape=shape)
 
@@ -312,7 +346,14 @@ def _batchable(spec: TensorSpec, batched: int, role: str) -> TensorSpec:
 
 
 def _as_input(spec: TensorSpec, batched: int) -> pb.ModelInput:
-    return pb.ModelInput(name=spec.name, data_type=spec.datatype.config, dims=spec.shape[1 if batched else 0 :])
+    dims = spec.shape[1 if batched else 0 :]
+    return pb.ModelInput(
+        name=spec.name,
+        data_type=spec.datatype.config,
+        dims=dims,
+        optional=spec.is_optional,
+        allow_ragged_batch=spec.is_ragged,
+    )
 
 
 def _as_output(spec: TensorSpec, batched: int) -> pb.ModelOutput:

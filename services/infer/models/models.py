@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from mesh.latest import Latest
 from mesh.tasks import end
+from services.infer.models.means import Means
 from services.infer.models.model import IndexRow, Model
-from services.infer.models.version import Means, Version
+from services.infer.models.version import Version
 from services.infer.models.wanted import WantedModel
 from services.infer.wording import quoted
 from shoal.errors import InvalidArgument, NotFound, Unavailable
@@ -46,7 +48,9 @@ class Models:
     """The models of this instance. Use as `async with`: leaving unloads everything."""
 
     def __init__(self, means: Means) -> None:
-        self._means = means
+        self._means = replace(means, neighbours=self)
+        self.on_need: Callable[[str, str], Awaitable[None]] | None = None
+        """Asked to have a model served that an ensemble is made of: its name, and the ensemble's."""
         self._models: dict[str, Model] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -102,6 +106,34 @@ class Models:
         while waiting := [model for model in self._models.values() if not model.is_settled.is_set()]:
             await asyncio.gather(*(model.is_settled.wait() for model in waiting))
 
+    async def need(self, name: str, by: str) -> None:
+        """The ensemble `by` is made of the model `name`, which should be served unless somebody said otherwise."""
+        if self.on_need is not None:
+            await self.on_need(name, by)
+
+    def needs(self, name: str) -> set[str]:
+        """The models that `name` is made of, as far as is known; none for a model that is no ensemble."""
+        model = self._models.get(name)
+        return model.needs() if model else set()
+
+    async def tried(self, name: str) -> None:
+        """Waits until all that is wanted of one model has had its first attempt. Not for one that is not here."""
+        model = self._models.get(name)
+        if model is not None:
+            await model.is_settled.wait()
+
+    async def followed(self) -> None:
+        """Waits until ensembles are what the models make of them that are ready now."""
+        self._look_again()
+        while waiting := [m for m in self._models.values() if m.needs() and not m.is_settled.is_set()]:
+            await asyncio.gather(*(model.is_settled.wait() for model in waiting))
+            self._look_again()
+
+    def _look_again(self) -> None:
+        # What becomes of one ensemble may matter to another that it is a step of.
+        while [model for model in list(self._models.values()) if model.look_again(self)]:
+            pass
+
     def is_ready(self) -> bool:
         """Whether it is known what to serve, every model of that serves, and no version of it has failed."""
         return self.is_told and all(model.is_as_wanted() for model in self._models.values() if model.wanted.is_served)
@@ -145,6 +177,7 @@ class Models:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            self._look_again()
             for name, model in list(self._models.items()):
                 if not model.wanted.is_served and not model.wanted.is_unloaded and model.is_gone():
                     del self._models[name]

@@ -1,37 +1,34 @@
 """One version of one model, from its files to its end.
 
 LOADING ──> READY ──> UNLOADING ──> gone      (UNLOADING: taken from the table; calls that hold it finish first)
-   └──> UNAVAILABLE, with the reason
+   └──> UNAVAILABLE, with the reason          (an ensemble also from READY, when a model that it is made of goes)
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
-import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import TracebackType
 
-from services.infer.isolation.execution import ProcessExecution
-from services.infer.isolation.session import ProcessSession
-from services.infer.models import loading, modelconfig
+from services.infer.ensembles import graph, trial
+from services.infer.ensembles import loading as composing
+from services.infer.ensembles.graph import Graph
+from services.infer.ensembles.loading import Composed, Seen
+from services.infer.ensembles.neighbours import Neighbours
+from services.infer.ensembles.scheduler import EnsembleScheduler
+from services.infer.models import loading
 from services.infer.models.loading import Loaded
+from services.infer.models.means import Means
+from services.infer.models.scheduling import scheduler_of
 from services.infer.models.wanted import ModelFiles, WantedVersion
 from services.infer.responses.cache import ResponseCache, ttl_s
 from services.infer.responses.key import ResponseKeys
-from services.infer.responses.store import DEFAULT_BYTES, ResponseStore
-from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.runtime import Runtime
-from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
-from services.infer.scheduling.execution import Execution, Runs
-from services.infer.scheduling.queue import QueueLimits
-from services.infer.scheduling.scheduler import Scheduler
+from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unimplemented
 
@@ -49,42 +46,6 @@ class State(StrEnum):
     """The repository has it, and it was never loaded: an empty text, as clients expect."""
 
 
-def as_it_is(model: str, execution: Execution) -> Runs:
-    """Puts nothing around an execution."""
-    return execution
-
-
-@dataclass(frozen=True)
-class Means:
-    """What every version is loaded and run with."""
-
-    runtime: Runtime | Runtimes
-    threads: int
-    """For one execution, where the model does not say."""
-    limits: QueueLimits
-    at_once: asyncio.Semaphore
-    """Loading takes cores and memory: so many at a time."""
-    clock: Callable[[], float] = time.monotonic
-    responses: ResponseStore = field(default_factory=ResponseStore)
-    """Where the models with a response cache keep answers."""
-    around: Callable[[str, Execution], Runs] = as_it_is
-    """What stands around each execution of a model, by the model's name."""
-
-    @classmethod
-    def of(
-        cls,
-        runtime: Runtime | Runtimes,
-        limits: QueueLimits,
-        *,
-        threads: int = 0,
-        response_cache_bytes: int = DEFAULT_BYTES,
-        around: Callable[[str, Execution], Runs] = as_it_is,
-    ) -> Means:
-        """With `threads` 0: as many as this process may use cores."""
-        cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
-        return cls(runtime, threads or cores, limits, asyncio.Semaphore(cores), responses=responses, around=around)
-
-
 @dataclass(eq=False)
 class Version:
     """One version of one model. Only the event loop's thread touches it."""
@@ -100,8 +61,12 @@ class Version:
     """Only for a model whose configuration asks for it."""
     decoupled: DecoupledScheduler | None = None
     """In place of the scheduler, for a model that gives any number of responses."""
+    graph: Graph | None = None
+    """Of an ensemble, as soon as it is read."""
+    _seen: Seen = ()
+    """What an ensemble's steps meant when they were last looked up."""
     _loaded: Loaded | None = None
-    _scheduler: Scheduler | None = None
+    _scheduler: RunsCalls | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
     _users: int = 0
     _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -115,10 +80,22 @@ class Version:
         return self.state is State.READY
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether it holds what it would need to answer: it is READY, or an ensemble that lacks a step."""
+        return self._loaded is not None and self.state is not State.UNLOADING
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The models that it is made of."""
+        return self.graph.models if self.graph is not None else ()
+
+    @property
     def takes_numbers_only(self) -> bool:
         """Whether a request is to it what its tensors are: its bytes need not be parsed to be answered."""
         if self.response_cache is not None or self.decoupled is not None:
             return False
+        if isinstance(self.loaded, Composed):
+            return self.loaded.plan.takes_numbers_only
         return not getattr(self.loaded.session, "wants_requests", False)  # Ids and parameters too.
 
     @property
@@ -127,7 +104,7 @@ class Version:
         return self._loaded
 
     @property
-    def scheduler(self) -> Scheduler:
+    def scheduler(self) -> RunsCalls:
         """Only a version that was READY is asked. Raises Unimplemented when it is decoupled."""
         if self._scheduler is None:
             raise Unimplemented("ModelInfer RPC doesn't support models with decoupled transaction policy")
@@ -137,8 +114,7 @@ class Version:
         """Makes it READY, or UNAVAILABLE with a reason. Raises nothing but cancellation."""
         start = means.clock()
         try:
-            async with means.at_once:
-                await self._load(means)
+            await self._load(means)
             self.state = State.READY
             log.info("model %s version %d is ready after %.3f s", self.name, self.number, means.clock() - start)
         except asyncio.CancelledError:
@@ -154,21 +130,46 @@ class Version:
                 log.error("model %s version %d: unexpected error", self.name, self.number, exc_info=err)
 
     async def _load(self, means: Means) -> None:
-        files = await self._resources.enter_async_context(self.wanted.open())
+        async with means.at_once:
+            files = await self._resources.enter_async_context(self.wanted.open())
+            self.graph = await asyncio.to_thread(graph.read, self.name, files)
+            loaded = await self._ran(files, means) if self.graph is None else None
+        # Out of the way of others: the models of its steps have to be loaded, too.
+        loaded = loaded or await self._composed(files, means)
+        await self._schedule(loaded, means)
+        if self.graph is not None:
+            model = await trial.run(self.name, loaded.model, files.folder, self.scheduler)
+            loaded = replace(loaded, model=model)
+        self._loaded = loaded
+
+    async def _ran(self, files: ModelFiles, means: Means) -> Loaded:
         given_up = threading.Event()
         loaded = await _finished(self._loading(files, means, given_up), given_up)
-        # On a thread: a model's own good-bye may take a while.
-        self._resources.push_async_callback(asyncio.to_thread, loaded.session.close)
-        if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):
-            streams = self._streaming(loaded, loaded.session, means)
-            self.decoupled = await self._resources.enter_async_context(streams)
-            self._loaded = loaded
+        if loaded.session is not None:
+            # On a thread: a model's own good-bye may take a while.
+            self._resources.push_async_callback(asyncio.to_thread, loaded.session.close)
+        return loaded
+
+    async def _composed(self, files: ModelFiles, means: Means) -> Composed:
+        made_of, neighbours = self.graph, means.neighbours
+        assert made_of is not None, "it was read"
+        assert neighbours is not None, "versions are loaded by models"
+        self._seen = composing.seen(made_of, neighbours)
+        labels = await asyncio.to_thread(loading.labels_of, made_of.config, files.folder)
+        await composing.until_tried(made_of, neighbours)
+        self._seen = composing.seen(made_of, neighbours)
+        return composing.composed(made_of, neighbours, labels)
+
+    async def _schedule(self, loaded: Loaded, means: Means) -> None:
+        scheduler = scheduler_of(self.name, self.number, loaded, means, self.statistics)
+        await self._resources.enter_async_context(scheduler)
+        if isinstance(scheduler, DecoupledScheduler):
+            self.decoupled = scheduler
             return
-        self._scheduler = await self._resources.enter_async_context(self._scheduling(loaded, means))
+        self._scheduler = scheduler
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
             self.response_cache = await self._resources.enter_async_context(self._caching(loaded, means, ttl))
-        self._loaded = loaded
 
     def _loading(self, files: ModelFiles, means: Means, given_up: threading.Event) -> asyncio.Future[Loaded]:
         work = asyncio.to_thread(
@@ -183,43 +184,33 @@ class Version:
         )
         return asyncio.ensure_future(work)
 
-    def _scheduling(self, loaded: Loaded, means: Means) -> Scheduler:
-        return Scheduler(
-            self.name,
-            lambda: self._execution(loaded, means),
-            loaded.batch_policy(),
-            means.limits,
-            rules.of(loaded.model.config),
-            instances=modelconfig.instances(loaded.model.config),
-            statistics=self.statistics,
-            cost=loaded.cost,
-            clock=means.clock,
-        )
-
-    def _streaming(self, loaded: Loaded, session: ProcessSession, means: Means) -> DecoupledScheduler:
-        level = rules.of(loaded.model.config).levels[0]
-        return DecoupledScheduler(
-            self.name,
-            self.number,
-            session,
-            QueueLimits(level.calls or means.limits.calls, means.limits.size_bytes),
-            default_timeout_s=level.timeout_s,
-            statistics=self.statistics,
-            clock=means.clock,
-        )
-
-    def _execution(self, loaded: Loaded, means: Means) -> Runs:
-        session, signature = loaded.session, loaded.model.signature
-        if isinstance(session, ProcessSession):
-            made: Execution = ProcessExecution(self.name, self.number, session, signature, means.clock)
-        else:
-            made = Execution(self.name, session, signature, means.clock)
-        return means.around(self.name, made)
-
     def _caching(self, loaded: Loaded, means: Means, ttl: float) -> ResponseCache:
         config, signature = loaded.model.config, loaded.model.signature
         keys = ResponseKeys(self.name, self.number, self.wanted.digest, config, signature)
         return ResponseCache(keys, self.scheduler, means.responses, self.statistics, ttl_s=ttl, clock=means.clock)
+
+    def look_again(self, neighbours: Neighbours) -> bool:
+        """An ensemble whose models may have changed: True when it should be loaded again.
+
+        One that serves goes on with the new versions of its models, if they are as the old ones to callers; else it is
+        UNAVAILABLE, and says why.
+        """
+        if self.graph is None or self.state in (State.LOADING, State.UNLOADING):
+            return False
+        before, self._seen = self._seen, composing.seen(self.graph, neighbours)
+        return not self._goes_on() if self.is_ready else self._seen != before
+
+    def _goes_on(self) -> bool:
+        scheduler = self._scheduler
+        assert isinstance(scheduler, EnsembleScheduler), "what an ensemble gets"
+        try:
+            if scheduler.refresh() and self.response_cache is not None:
+                self.response_cache.forget()
+            return True
+        except ShoalError as err:
+            self.reason, self.state = err.message, State.UNAVAILABLE
+            log.warning("model %s version %d is unavailable: %s", self.name, self.number, self.reason)
+            return False
 
     def __enter__(self) -> Version:
         """For as long as the block lasts, it is not unloaded. No generator: every call comes this way."""
@@ -256,9 +247,9 @@ async def _finished(work: asyncio.Future[Loaded], given_up: threading.Event) -> 
 
 
 def _close(work: asyncio.Future[Loaded]) -> None:
-    if not work.cancelled() and work.exception() is None:
+    if not work.cancelled() and work.exception() is None and (session := work.result().session) is not None:
         # On a thread: a model's own good-bye may take a while.
-        work.get_loop().run_in_executor(None, work.result().session.close)
+        work.get_loop().run_in_executor(None, session.close)
 
 
 def _reason(error: Exception) -> str:

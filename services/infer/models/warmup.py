@@ -239,20 +239,22 @@ def _with_sample_run(
     name: str, sample: pb.ModelWarmup, model: Completed, session: Session, folder: Path | None
 ) -> Completed:
     try:
-        inputs = _sample(sample, model, folder)
+        inputs = sample_inputs(sample, model, folder)
         for _ in range(max(sample.count, 1)):
             results = _run(model, session, inputs)
-        return canary.checked(name, model, results, _rows(sample) if model.signature.max_batch_size else None)
+        return canary.checked(name, model, results, sample_rows(sample) if model.signature.max_batch_size else None)
     except (ModelFailed, InvalidArgument, FailedPrecondition) as err:
         raise FailedPrecondition(f"model_warmup '{sample.name}': {err}") from err
 
 
-def _rows(sample: pb.ModelWarmup) -> int:
+def sample_rows(sample: pb.ModelWarmup) -> int:
+    """How many rows a sample of `model_warmup` has."""
     return sample.batch_size or 1
 
 
-def _sample(sample: pb.ModelWarmup, model: Completed, folder: Path | None) -> Inputs:
-    batched, rows = model.signature.max_batch_size, _rows(sample)
+def sample_inputs(sample: pb.ModelWarmup, model: Completed, folder: Path | None) -> Inputs:
+    """The inputs of a sample. Raises InvalidArgument when they are not those of the model, or cannot be made."""
+    batched, rows = model.signature.max_batch_size, sample_rows(sample)
     if rows > max(batched, 1):
         raise InvalidArgument(f"batch_size {rows} is over max_batch_size {batched}")
     known = model.signature.inputs_by_name

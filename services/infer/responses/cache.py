@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import Protocol
+from weakref import WeakSet
 
 from mesh.tasks import end
 from services.infer.aside import aside
+from services.infer.calls import ragged
+from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call
-from services.infer.calls.tensors import Tensor
 from services.infer.responses.key import ResponseKeys
 from services.infer.responses.store import ResponseStore, frozen
 from services.infer.scheduling.execution import Times
@@ -109,6 +111,7 @@ class ResponseCache:
         self._clock = clock
         self._owner = store.owner()
         self._flights: dict[bytes, _Flight] = {}
+        self._old: WeakSet[asyncio.Task[Answer]] = WeakSet()  # In flight, and forgotten.
 
     async def __aenter__(self) -> ResponseCache:
         return self
@@ -117,7 +120,14 @@ class ResponseCache:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._store.drop(self._owner)
-        await end(*(flight.task for flight in self._flights.values()))
+        await end(*(flight.task for flight in self._flights.values()), *self._old)
+
+    def forget(self) -> None:
+        """What was kept, and what is in flight, is of no use to calls from now on: the model answers otherwise."""
+        self._store.drop(self._owner)
+        self._owner = self._store.owner()
+        self._old.update(flight.task for flight in self._flights.values())
+        self._flights.clear()
 
     async def answer(
         self, call: Call, parameters: Mapping[str, InferParameter], deadline: float = math.inf, tenant: str = ""
@@ -184,15 +194,15 @@ class ResponseCache:
         return flight
 
     async def _fly(self, key: bytes, call: Call, expires: float, tenant: str) -> Answer:
-        flight = self._flights[key]
+        flight, owner = self._flights[key], self._owner
         try:
             answer = got = await self._runs.submit(call, expires, tenant)
             began = time.perf_counter_ns()
-            size = sum(output.nbytes for output in got.outputs)
+            size = sum(array.nbytes for output in got.outputs for array in ragged.arrays(output))
             if size <= self._store.largest_bytes:
                 outputs = await aside(lambda: frozen(got.outputs), _is_long(size, got.outputs))
                 answer = Answer(outputs, got.times, got.queue_ns, got.fired)
-                self._store.put(self._owner, key, outputs, expires=self._clock() + self._ttl_s)
+                self._store.put(owner, key, outputs, expires=self._clock() + self._ttl_s)
             flight.kept_ns = time.perf_counter_ns() - began
             return answer
         finally:
@@ -255,5 +265,7 @@ def _look(task: asyncio.Task[Answer]) -> None:
         task.exception()  # Nobody may be left to look at it, which is no news for the log.
 
 
-def _is_long(size_bytes: int, arrays: Iterable[Tensor]) -> bool:
-    return size_bytes > _LONG_BYTES or any(a.dtype == object and a.size > _LONG_ELEMENTS for a in arrays)
+def _is_long(size_bytes: int, values: Iterable[Value]) -> bool:
+    if size_bytes > _LONG_BYTES:
+        return True
+    return any(a.dtype == object and a.size > _LONG_ELEMENTS for value in values for a in ragged.arrays(value))

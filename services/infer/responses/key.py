@@ -14,8 +14,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from services.infer.calls import tensors
+from services.infer.calls import ragged, tensors
 from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call
 from services.infer.calls.signature import Signature
 from shoal.inference.v2.inference_pb2 import InferParameter
@@ -42,7 +43,7 @@ class ResponseKeys:
         inputs = sorted(call.inputs.items())
         header = repr(
             (
-                [(name, self._datatypes.get(name), tensor.dtype.str, tensor.shape) for name, tensor in inputs],
+                [(name, self._datatypes.get(name), isinstance(value, list), _form(value)) for name, value in inputs],
                 [(output.spec.name, output.classes) for output in call.outputs],
                 _seen_by_model(parameters) if parameters else [],
             )
@@ -50,12 +51,17 @@ class ResponseKeys:
         digest = self._seeded.copy()
         digest.update(len(header).to_bytes(8, "little"))
         digest.update(header)
-        for _, tensor in inputs:
+        for tensor in (tensor for _, value in inputs for tensor in ragged.arrays(value)):
             if tensor.dtype == object:
                 digest.update(tensors.to_raw(tensor, _BYTES))  # Every element with its length.
             else:
                 digest.update(np.ascontiguousarray(tensor).data)
         return digest.digest()
+
+
+def _form(value: Value) -> list[tuple[str, tuple[int, ...]]]:
+    """The dtype and shape of each of its arrays; of a ragged value's rows, one by one."""
+    return [(tensor.dtype.str, tensor.shape) for tensor in ragged.arrays(value)]
 
 
 def _seen_by_model(parameters: Mapping[str, InferParameter]) -> list[tuple[str, bytes]]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from services.infer.calls import ragged
+from services.infer.calls.ragged import Value
 from services.infer.calls.tensors import Tensor
 
 DEFAULT_BYTES = 64 << 20
@@ -25,7 +27,7 @@ _ARRAY_BYTES = 200
 @dataclass(frozen=True, slots=True)
 class _Entry:
     owner: int
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Value, ...]
     size_bytes: int
     expires: float
 
@@ -56,7 +58,7 @@ class ResponseStore:
         self._owners[self._last_owner] = set()
         return self._last_owner
 
-    def get(self, owner: int, key: bytes, now: float) -> tuple[Tensor, ...] | None:
+    def get(self, owner: int, key: bytes, now: float) -> tuple[Value, ...] | None:
         """The answer under `key`, or None when there is none that is still good."""
         entry = self._entries.get(key)
         if entry is None or entry.owner != owner:
@@ -67,7 +69,7 @@ class ResponseStore:
         self._entries.move_to_end(key)
         return entry.outputs
 
-    def put(self, owner: int, key: bytes, outputs: Sequence[Tensor], *, expires: float = math.inf) -> bool:
+    def put(self, owner: int, key: bytes, outputs: Sequence[Value], *, expires: float = math.inf) -> bool:
         """Keeps an answer of the caller's that nobody changes any more (`frozen`). False when it is too large."""
         if owner not in self._owners:  # Dropped while the answer was on its way.
             return False
@@ -95,19 +97,19 @@ class ResponseStore:
         self._owners[entry.owner].discard(key)
 
 
-def size_bytes(outputs: Sequence[Tensor]) -> int:
+def size_bytes(outputs: Sequence[Value]) -> int:
     """What keeping `outputs` costs in memory, all of Python's own needs included."""
-    size = _ENTRY_BYTES + _ARRAY_BYTES * len(outputs)
-    for output in outputs:
-        size += output.nbytes
-        if output.dtype == object:
-            size += sum(map(sys.getsizeof, output.reshape(-1)))
+    size = _ENTRY_BYTES + _ARRAY_BYTES * sum(len(ragged.arrays(output)) for output in outputs)
+    for array in (array for output in outputs for array in ragged.arrays(output)):
+        size += array.nbytes
+        if array.dtype == object:
+            size += sum(map(sys.getsizeof, array.reshape(-1)))
     return size
 
 
-def frozen(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies that nobody can change, and that hold nothing else alive: outputs are views of a whole batch's."""
-    return tuple(_frozen(output) for output in outputs)
+def frozen(outputs: Sequence[Value]) -> tuple[Value, ...]:
+    """Copies that nobody changes, and that hold nothing else alive: outputs are views of a whole batch's."""
+    return tuple(list(map(_frozen, out)) if isinstance(out, list) else _frozen(out) for out in outputs)
 
 
 def _frozen(output: Tensor) -> Tensor:

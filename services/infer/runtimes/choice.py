@@ -49,7 +49,8 @@ class Runtimes:
         return next((each for each in self._runtimes if said and said in (each.backend, each.platform)), None)
 
     def _by_file(self, config: pb.ModelConfig, version_folder: Path, bare_file: str) -> Runtime | None:
+        with_file = [each for each in self._runtimes if each.model_file]
         name = bare_file or config.default_model_filename
         if name:
-            return next((each for each in self._runtimes if Path(name).suffix == Path(each.model_file).suffix), None)
-        return next((each for each in self._runtimes if (version_folder / each.model_file).is_file()), None)
+            return next((each for each in with_file if Path(name).suffix == Path(each.model_file).suffix), None)
+        return next((each for each in with_file if (version_folder / each.model_file).is_file()), None)

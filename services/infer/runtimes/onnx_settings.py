@@ -87,7 +87,7 @@ def _places(groups: Iterable[pb.ModelInstanceGroup]) -> Iterator[Place]:
         kind, count = _KINDS.get(group.kind), group.count or 1
         if kind is None:
             name = enumerated(group.Kind.DESCRIPTOR, group.kind)
-            raise FailedPrecondition(f"instance_group: {name} is not supported for ONNX models")
+            raise FailedPrecondition(f"instance_group: {name} is not supported")
         if group.gpus and kind == "cpu":
             raise FailedPrecondition(f"instance_group: KIND_CPU with gpus {list(group.gpus)}: expected KIND_GPU")
         for gpu in group.gpus or (None,):

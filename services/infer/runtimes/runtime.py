@@ -1,7 +1,7 @@
 """What runs a model: a runtime loads files into sessions, a session maps arrays to arrays.
 
-Both are blocking, and called on worker threads only. There are ONNX Runtime (`onnx_runtime`) and Python
-(`python_runtime`); `runtimes` says which one a model is for.
+Both are blocking, and called on worker threads only. There are ONNX Runtime (`onnx_runtime`), Python
+(`python_runtime`) and operations (`kernels_runtime`); `choice` says which one a model is for.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
+from services.infer.calls.ragged import Value
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -104,6 +105,24 @@ class Session(Protocol):
         """Gives its memory back. It is not run after that."""
 
 
+@dataclass(frozen=True)
+class RowResults:
+    """What came of the rows of one execution."""
+
+    values: Sequence[Value]
+    """The outputs that were asked for, in order: a row for each that came."""
+    unfit: Mapping[int, str]
+    """What is wrong with the rows that could not be processed, by their number: theirs mean nothing."""
+
+
+@runtime_checkable
+class RowsSession(Session, Protocol):
+    """One whose inputs and outputs may be ragged, and that tells the rows that it cannot process from the others."""
+
+    def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> RowResults:
+        """As `run`, with `Rows` for each input that is ragged."""
+
+
 class Runtime(Protocol):
     """Loads models of one kind of file."""
 
@@ -112,12 +131,12 @@ class Runtime(Protocol):
     backend: str
     """The other name there: `onnxruntime`."""
     model_file: str
-    """What a model's file is called when nobody says otherwise: `model.onnx`."""
+    """What a model's file is called when nobody says otherwise: `model.onnx`; empty: there is none."""
     can_decouple: bool
     """Whether its models may give any number of responses to a request."""
 
     def load(self, file: Path, options: SessionOptions) -> Session:
-        """Loads a model.
+        """Loads a model. Without a `model_file`, `file` is the version's folder.
 
         Raises:
             FailedPrecondition: the file is no model, or one that this runtime cannot run; the message says why.

@@ -236,7 +236,7 @@ class DecoupledScheduler:
 
     def _begin(self, place: _Place, deadline: float) -> None:
         call, session = place.call, self._session
-        parts = [payload.part(name, session.datatypes[name], [array]) for name, array in call.inputs.items()]
+        parts = [payload.part(name, session.datatypes[name], [array]) for name, array in call.tensors.items()]
         header: dict[str, Any] = {"outputs": [wanted.spec.name for wanted in call.outputs], "rows": []}
         header["credit"] = CREDIT
         if session.wants_requests:

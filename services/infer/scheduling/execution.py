@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from kernels.stack_rows import split_rows, stack_rows
+from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call
 from services.infer.calls.signature import Signature
 from services.infer.calls.tensors import Tensor
@@ -55,19 +56,36 @@ class Times:
     scatter_ns: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What one step of an ensemble took; where its model was called for each row, the longest of its calls."""
+
+    model: str
+    version: int
+    calls: int = 0
+    """0: it was skipped, or there were no rows to call its model with."""
+    rows: int = 0
+    """In the execution; the most."""
+    queue_ns: int = 0
+    compute_ns: int = 0
+    fired: str = ""
+
+
 class Answer:
     """What came back for one call."""
 
-    __slots__ = ("fired", "outputs", "queue_ns", "times")
+    __slots__ = ("fired", "outputs", "queue_ns", "steps", "times")
 
-    def __init__(self, outputs: Sequence[Tensor], times: Times, queue_ns: int = 0, fired: str = "") -> None:
+    def __init__(self, outputs: Sequence[Value], times: Times, queue_ns: int = 0, fired: str = "") -> None:
         self.outputs = outputs
-        """In the order that the call asks for them."""
+        """In the order that the call asks for them; `Rows` only for an output that is ragged."""
         self.times = times
         self.queue_ns = queue_ns
         """How long it waited before its execution."""
         self.fired = fired
         """Why its batch was run when it was: idle, queued, full, preferred, delay, slo, alone, closing."""
+        self.steps: Sequence[StepTimes] = ()
+        """Of an ensemble, when its request wants to know."""
 
 
 Outcome: TypeAlias = Answer | Exception
@@ -171,17 +189,24 @@ class Execution:
         if min([job.expires for job in batch]) <= now:
             self.tally.expired_rows += sum(job.call.rows for job in batch if job.expires <= now)
 
-    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Tensor], int]:
+    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Any], int]:
+        """What the model is given, and how many rows that is."""
         if len(calls) == 1:
-            return calls[0].inputs, calls[0].rows
+            return calls[0].tensors, calls[0].rows
+        return self._stacked(calls, calls[0].inputs)
+
+    def _stacked(self, calls: Sequence[Call], names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
+        """These inputs of all calls, each in one buffer; of a single call as they are."""
+        if len(calls) == 1:
+            return {name: calls[0].tensors[name] for name in names}, calls[0].rows
         inputs = {}
         rows = sum([call.rows for call in calls])
-        for name, first in calls[0].inputs.items():
-            out = self._buffer(name, first, rows)
-            inputs[name] = stack_rows([call.inputs[name] for call in calls], out)
+        for name in names:
+            parts = [call.tensors[name] for call in calls]
+            inputs[name] = stack_rows(parts, self._buffer(name, parts[0], rows))
         return inputs, rows
 
-    def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Tensor], rows: int, start: int) -> list[Outcome]:
+    def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Any], rows: int, start: int) -> list[Outcome]:
         gathered = perf_counter_ns()
         names = [output.spec.name for output in calls[0].outputs]
         results = self._session.run(inputs, names)

@@ -26,6 +26,7 @@ from services.infer.scheduling.overload import SPARE, Pressure, spare_of
 from services.infer.scheduling.queue import Batch, Pending, Queue, QueueLimits, Receiver
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.statistics import Statistics
+from services.infer.scheduling.submitted import submitted
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
@@ -55,24 +56,6 @@ _FINE_S = 0.005
 
 _LONGEST_S = 3600.0
 # No timer is set for longer: loops differ in how far they can count.
-
-
-class _Waiter:
-    """A receiver that can be awaited."""
-
-    __slots__ = ("future",)
-
-    def __init__(self, future: asyncio.Future[Answer]) -> None:
-        self.future = future
-
-    def answered(self, answer: Answer) -> None:
-        if not self.future.done():
-            self.future.set_result(answer)
-
-    def failed(self, error: BaseException) -> None:
-        if not self.future.done():
-            # A future does not take StopIteration, which would end whoever awaits it.
-            self.future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
 
 
 class Scheduler:
@@ -181,15 +164,7 @@ class Scheduler:
             Internal: the model cannot process this call.
             Unavailable: the model is being unloaded.
         """
-        future: asyncio.Future[Answer] = self._loop.create_future()
-        pending = self.start(call, deadline, tenant, _Waiter(future))
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self.abandon(pending)
-            raise
-        finally:
-            del future, pending  # They hold an error whose trace holds this frame: a circle, and in it the whole call.
+        return await submitted(self, call, deadline, tenant)
 
     def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Pending:
         """As `submit`, without waiting: `receiver` will be told. Raises what is clear at once."""

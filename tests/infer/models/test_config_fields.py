@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import TensorSpec
+from services.infer.ensembles.graph import graph_of
 from services.infer.models import modelconfig
 from services.infer.models.loading import Loaded
 from services.infer.responses.cache import ttl_s
@@ -37,7 +38,13 @@ CPU_ACCELERATOR = ACCELERATED % 'cpu_execution_accelerator { name: "openvino" %s
 GPU_ACCELERATOR = ACCELERATED % 'gpu_execution_accelerator { name: "%s" %s }'
 
 REFUSED = {
-    *("sequence_batching", "ensemble_scheduling", "batch_input", "batch_output", "cc_model_filenames"),
+    *(
+        "sequence_batching",
+        "ensemble_scheduling.step.model_namespace",
+        "batch_input",
+        "batch_output",
+        "cc_model_filenames",
+    ),
     *("model_operations", "model_repository_agents", "model_transaction_policy", "metric_tags", "model_metrics"),
     *("optimization.cuda", "optimization.priority", "optimization.gather_kernel_buffer_threshold"),
     *("optimization.eager_batching", "instance_group.rate_limiter", "instance_group.secondary_devices"),
@@ -129,6 +136,11 @@ TESTED = {
     "model_warmup.inputs.value.zero_data": "models.test_warmup:test_samples_of_the_configuration_must_succeed",
     "model_warmup.inputs.value.random_data": "models.test_warmup:test_samples_of_the_configuration_must_succeed",
     "model_warmup.inputs.value.input_data_file": "models.test_warmup:test_samples_of_the_configuration_must_succeed",
+    "ensemble_scheduling.step.model_name": "ensembles.test_ensemble_graph:test_what_is_read",
+    "ensemble_scheduling.step.model_version": "ensembles.test_ensemble_graph:test_what_is_read",
+    "ensemble_scheduling.step.input_map.value": "ensembles.test_ensemble_graph:test_what_is_read",
+    "ensemble_scheduling.step.output_map.value": "ensembles.test_ensemble_graph:test_what_is_read",
+    "ensemble_scheduling.max_inflight_requests": "ensembles.test_fan_out:test_so_many_rows_at_a_time",
 }
 """Where it is shown to be honoured."""
 
@@ -197,7 +209,7 @@ def effects(text: str) -> tuple[object, ...]:
     modelconfig.check(config, RUNTIME)
     given = modelconfig.says_max_batch_size(text)
     done = modelconfig.complete(config, [X], [Y], runtime=RUNTIME, text=True, batch_is_given=given, labels={})
-    loaded = Loaded(done, session=None)  # type: ignore[arg-type]
+    loaded = Loaded(done, session=None)
     return (
         onnx_settings.session_options(config, 1),
         modelconfig.served_versions(config, [1, 2, 3]),
@@ -223,7 +235,7 @@ def test_what_is_refused_is_named(path):
     config = pb.ModelConfig()
     set_leaf(config, path)
     with pytest.raises(FailedPrecondition) as err:
-        modelconfig.check(config, RUNTIME)
+        graph_of(config) if config.HasField("ensemble_scheduling") else modelconfig.check(config, RUNTIME)
     prefix = next(prefix for prefix in REFUSED if path == prefix or path.startswith(f"{prefix}."))
     name = prefix.rpartition(".")[2].removeprefix("is_").replace("non_linear_format_io", "format")
     assert name.replace("_", " ") in err.value.message.replace("_", " ")

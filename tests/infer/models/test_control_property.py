@@ -14,8 +14,8 @@ import pytest
 
 from services.infer.core import InferenceServer
 from services.infer.models.control import Control
+from services.infer.models.means import Means
 from services.infer.models.models import Models
-from services.infer.models.version import Means
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources.repository import look, scan

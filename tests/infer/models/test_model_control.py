@@ -15,8 +15,8 @@ from mesh.config import ConfigError
 from mesh.config import load as load_config
 from services.infer.config import InferConfig
 from services.infer.models.control import Control
+from services.infer.models.means import Means
 from services.infer.models.models import Models
-from services.infer.models.version import Means
 from services.infer.models.wanted import WantedModel
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits

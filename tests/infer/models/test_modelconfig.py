@@ -34,7 +34,6 @@ REFUSED = {
     'platform: "tensorrt_plan"': "platform 'tensorrt_plan' is not supported",
     'backend: "python"': "backend 'python' is not supported",
     "sequence_batching {}": "sequence_batching is not supported",
-    "ensemble_scheduling {}": "ensemble_scheduling is not supported",
     "model_transaction_policy { decoupled: true }": "decoupled is not supported",
     "max_batch_size: -1": "max_batch_size -1: expected 0 to",
     "instance_group [{ count: 1000 }]": "instance_group count 1000",

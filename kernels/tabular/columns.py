@@ -1,0 +1,116 @@
+"""What `tabular` does to each column: fitted elsewhere, from scikit-learn's attributes or any numbers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Arrays in one place, the host's or a GPU's. Made by `columns`; nothing here may be changed."""
+
+    fill: Any
+    """[f] what a missing number becomes; NaN leaves it missing."""
+    mean: Any
+    """[f]"""
+    scale: Any
+    """[f] 1 / standard deviation."""
+    categories: Any
+    """int64 [k], all known values of all categorical columns, one output column each."""
+    starts: Any
+    """int64 [c + 1]: column c's are categories[starts[c]:starts[c + 1]]."""
+    owners: Any
+    """int32 [k]: which categorical column a value belongs to."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the numbers, and of the arithmetic on them."""
+        dtype: np.dtype[Any] = self.mean.dtype
+        return dtype
+
+    @property
+    def inputs(self) -> tuple[int, int]:
+        """How many numeric and how many categorical columns come in."""
+        return self.mean.size, self.starts.size - 1
+
+    @property
+    def width(self) -> int:
+        """How many columns come out."""
+        return int(self.mean.size + self.categories.size)
+
+    def on_device(self) -> Columns:
+        """A copy on the current GPU."""
+        asarray = importlib.import_module("cupy").asarray
+        return Columns(**{name: asarray(array) for name, array in vars(self).items()})
+
+
+def columns(
+    *,
+    mean: npt.ArrayLike = (),
+    std: npt.ArrayLike | None = None,
+    fill: npt.ArrayLike | None = None,
+    categories: Sequence[npt.ArrayLike] = (),
+    dtype: Literal["float32", "float64"] = "float32",
+) -> Columns:
+    """Columns on the host.
+
+    From scikit-learn: `fill=imputer.statistics_, mean=scaler.mean_, std=scaler.scale_, categories=encoder.categories_`.
+
+    Args:
+        mean: [f], subtracted from the f numeric columns.
+        std: [f], what they are divided by then; 1 when None. A column without spread, 0, is divided by 1, as
+            scikit-learn does.
+        fill: [f], what NaN becomes before that; None leaves NaN.
+        categories: for each categorical column its known values, distinct whole numbers. Each value is one output
+            column, in this order.
+        dtype: of the numeric columns.
+
+    Raises:
+        ValueError: lengths that disagree, a mean or std that is no finite number, std below 0, a value named twice.
+        TypeError: categories that are no whole numbers, another dtype.
+    """
+    if dtype not in ("float32", "float64"):
+        raise TypeError(f"columns: dtype must be float32 or float64, not {dtype}")
+    means = _vector("mean", mean)
+    stds = np.ones_like(means) if std is None else _vector("std", std)
+    fills = np.full_like(means, np.nan) if fill is None else _vector("fill", fill)
+    for name, values in (("std", stds), ("fill", fills)):
+        if values.size != means.size:
+            raise ValueError(f"columns: mean has {means.size} columns, {name} has {values.size}")
+    if not (np.isfinite(means).all() and np.isfinite(stds).all() and (stds >= 0).all()):
+        raise ValueError("columns: mean and std must be finite, and std not negative")
+    known = [_known(number, values) for number, values in enumerate(categories)]
+    sizes = [values.size for values in known]
+    return Columns(
+        fill=fills.astype(dtype),
+        mean=means.astype(dtype),
+        scale=(1 / np.where(stds == 0, 1, stds)).astype(dtype),
+        categories=np.concatenate([np.empty(0, np.int64), *known]),
+        starts=np.cumsum([0, *sizes], dtype=np.int64),
+        owners=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+    )
+
+
+def _vector(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    vector = np.asarray(values, np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"columns: {name} must have shape [f], not {list(vector.shape)}")
+    return vector
+
+
+def _known(number: int, values: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    given = np.asarray(values)
+    whole = given.astype(np.int64) if given.dtype.kind in "iuf" else np.empty(0, np.int64)
+    if given.size and not (whole.size and (whole == given).all()):
+        raise TypeError(
+            f"columns: categories[{number}] holds what is no whole number of 64 bits: give strings numbers first"
+        )
+    if given.ndim != 1 or np.unique(whole).size != whole.size:
+        raise ValueError(f"columns: categories[{number}] must be a list of distinct values")
+    return whole

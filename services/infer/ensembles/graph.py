@@ -1,0 +1,283 @@
+"""An ensemble's steps and the tensors between them, read from its configuration. What is wrong by itself is refused.
+
+ensemble_scheduling              Triton's, with Triton's meaning: `model_config.proto`
+parameters, ours                 when.<step>        the step is run only if this holds (`conditions`)
+                                 each.<step>        "crops": the step's model is called for each row of this tensor
+                                 skipped.<output>   "empty": an empty tensor, where no step gave the output
+                                 max_in_flight      requests that may be in work at the same time
+
+A step is named by its index from 0, or by its model where no other step has the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from services.infer.ensembles import conditions
+from services.infer.ensembles.conditions import Condition
+from services.infer.models import modelconfig
+from services.infer.models.wanted import ModelFiles
+from services.infer.wording import listed, quoted
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+
+PLATFORM = "ensemble"
+
+_MOST_STEPS = 256
+_MOST_IN_FLIGHT = 1_000_000
+_WHEN, _EACH, _SKIPPED, _IN_FLIGHT = "when.", "each.", "skipped.", "max_in_flight"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a model."""
+
+    index: int
+    model: str
+    version: str
+    """As a request writes it: empty for the default."""
+    inputs: Mapping[str, str]
+    """The ensemble's tensor by the model's input."""
+    outputs: Mapping[str, str]
+    """The ensemble's tensor by the model's output."""
+    when: Condition = ()
+    each: frozenset[str] = frozenset()
+    """Tensors whose rows are given one by one; none: the model is called once."""
+
+    @property
+    def title(self) -> str:
+        return f"step {self.index}, model '{self.model}'"
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """Tensors that its condition looks at."""
+        return frozenset(comparison.tensor for comparison in self.when)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The steps of one ensemble, which fit each other by their names."""
+
+    config: pb.ModelConfig
+    """As it was written."""
+    says_batch: bool
+    """`max_batch_size` was written, be it 0."""
+    steps: tuple[Step, ...]
+    order: tuple[int, ...]
+    """Indices of steps: each comes after those whose tensors it needs."""
+    empty_if_skipped: frozenset[str] = frozenset()
+    max_in_flight: int = 0
+    """Of the whole ensemble; 0: the server's bound."""
+    rows_in_flight: int = 0
+    """Of one request at one `each` step; 0: enough for full batches."""
+    producers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By tensor, the steps that give it, in order."""
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @cached_property
+    def models(self) -> tuple[str, ...]:
+        """What it is made of."""
+        return tuple(dict.fromkeys(step.model for step in self.steps))
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Tensors that no step gives, in the order of their use."""
+        used = (tensor for step in self.steps for tensor in (*step.inputs.values(), *sorted(step.asked)))
+        return tuple(dict.fromkeys(tensor for tensor in used if tensor not in self.producers))
+
+    @cached_property
+    def last(self) -> tuple[str, ...]:
+        """Tensors that no step takes."""
+        used = {tensor for step in self.steps for tensor in (*step.inputs.values(), *step.asked)}
+        return tuple(tensor for tensor in self.producers if tensor not in used)
+
+
+def is_ensemble(config: pb.ModelConfig) -> bool:
+    return config.platform == PLATFORM or config.HasField("ensemble_scheduling")
+
+
+def read(name: str, files: ModelFiles) -> Graph | None:
+    """The ensemble that a model's files describe; None when it is another kind of model. Blocking.
+
+    Raises:
+        FailedPrecondition: names everything that is wrong with the ensemble as such.
+    """
+    text = files.config_text()
+    config = modelconfig.parse(text)
+    if not is_ensemble(config):
+        return None
+    config.name = name
+    modelconfig.check_ensemble(config)
+    return graph_of(config, says_batch=modelconfig.says_max_batch_size(text))
+
+
+def graph_of(config: pb.ModelConfig, *, says_batch: bool = True) -> Graph:
+    """Raises FailedPrecondition that names everything that is wrong."""
+    if config.platform not in ("", PLATFORM):
+        raise FailedPrecondition(f"ensemble_scheduling: platform '{config.platform}': expected '{PLATFORM}'")
+    steps = config.ensemble_scheduling.step
+    if not 1 <= len(steps) <= _MOST_STEPS:
+        raise FailedPrecondition(f"ensemble_scheduling has {len(steps)} steps: expected 1 to {_MOST_STEPS}")
+    wrong = [*_wrong_steps(config)]
+    read, wrong_parameters = _with_parameters(config)
+    wrong += wrong_parameters
+    producers: dict[str, list[int]] = {}
+    for step in read:
+        for tensor in step.outputs.values():
+            producers.setdefault(tensor, []).append(step.index)
+    wrong += _wrong_tensors(config, read, producers)
+    if wrong:
+        raise FailedPrecondition("ensemble_scheduling: " + "; ".join(wrong))
+    own = _Own(config)
+    return Graph(
+        config,
+        says_batch,
+        read,
+        _order(read, producers),
+        frozenset(own.skipped),
+        own.in_flight,
+        config.ensemble_scheduling.max_inflight_requests,
+        {tensor: tuple(indices) for tensor, indices in producers.items()},
+    )
+
+
+def _wrong_steps(config: pb.ModelConfig) -> Iterator[str]:
+    for n, step in enumerate(config.ensemble_scheduling.step):
+        if not step.model_name:
+            yield f"step {n} has no model_name"
+        elif step.model_name == config.name:
+            yield f"step {n} is the ensemble itself"
+        if step.model_version < -1:
+            yield f"step {n}: model_version {step.model_version}: expected a version, or -1 for the default"
+        if step.model_namespace:
+            yield f"step {n}: model_namespace is not supported"
+        for what, tensors in (("input_map", step.input_map), ("output_map", step.output_map)):
+            if not tensors:
+                yield f"step {n} has no {what}"
+            for name, tensor in sorted(tensors.items()):
+                if not name or not tensor:
+                    yield f"step {n}: {what} '{name}' to '{tensor}': expected two names"
+
+
+def _wrong_tensors(
+    config: pb.ModelConfig, steps: tuple[Step, ...], producers: Mapping[str, list[int]]
+) -> Iterator[str]:
+    declared, outputs = [given.name for given in config.input], [given.name for given in config.output]
+    used = {tensor for step in steps for tensor in step.inputs.values()}
+    for tensor, indices in producers.items():
+        if len(set(indices)) < len(indices):
+            yield f"step {indices[0]} gives tensor {quoted(tensor)} more than once"
+        elif len(indices) > 1 and not all(steps[n].when for n in indices):
+            yield (
+                f"tensor {quoted(tensor)} is given by steps {', '.join(map(str, indices))}: only one may, unless each "
+                f"of them has a parameter {_WHEN}<step>"
+            )
+    for step in steps:
+        for tensor in sorted({*step.inputs.values(), *step.asked}):
+            if declared and tensor not in declared and tensor not in producers:
+                yield f"step {step.index} takes tensor {quoted(tensor)}, which no step gives and which is no input"
+            elif not declared and tensor not in producers and tensor not in used:
+                yield f"step {step.index}: {_WHEN}{step.index} looks at tensor {quoted(tensor)}, which there is not"
+        for tensor in sorted(step.each - set(step.inputs.values())):
+            yield f"step {step.index}: {_EACH}{step.index} '{tensor}': expected one of {listed(step.inputs.values())}"
+    looked_at = {tensor for step in steps for tensor in step.asked}
+    for name in declared:
+        if name in producers:
+            yield f"input {quoted(name)} is given by step {producers[name][0]} as well"
+        elif name not in used and name not in looked_at:
+            yield f"input {quoted(name)} is taken by no step"
+    for name in outputs:
+        if name not in producers:
+            yield f"output {quoted(name)} is given by no step"
+
+
+class _Own:
+    """Our parameters, as they are written."""
+
+    def __init__(self, config: pb.ModelConfig) -> None:
+        self.wrong: list[str] = []
+        self.when: dict[int, Condition] = {}
+        self.each: dict[int, frozenset[str]] = {}
+        self.skipped: list[str] = []
+        self.in_flight = 0
+        self._models = [step.model_name for step in config.ensemble_scheduling.step]
+        self._outputs = {tensor for step in config.ensemble_scheduling.step for tensor in step.output_map.values()}
+        for key in sorted(config.parameters):
+            try:
+                self._read(key, config.parameters[key].string_value.strip())
+            except ValueError as err:
+                self.wrong.append(f"parameter {quoted(key)} {quoted(config.parameters[key].string_value)}: {err}")
+
+    def _read(self, key: str, text: str) -> None:
+        if key.startswith(_WHEN):
+            self.when[self._step(key.removeprefix(_WHEN), self.when)] = conditions.parse(text)
+        elif key.startswith(_EACH):
+            tensors = [tensor.strip() for tensor in text.split(",")]
+            if not all(tensors):
+                raise ValueError("expected the names of tensors, with commas between them")
+            self.each[self._step(key.removeprefix(_EACH), self.each)] = frozenset(tensors)
+        elif key.startswith(_SKIPPED):
+            output = key.removeprefix(_SKIPPED)
+            if text != "empty":
+                raise ValueError("expected 'empty'")
+            if output not in self._outputs:
+                raise ValueError(f"no step gives {quoted(output)}")
+            self.skipped.append(output)
+        elif key == _IN_FLIGHT:
+            if not (text.isdecimal() and text.isascii() and len(text) < 8 and 1 <= int(text) <= _MOST_IN_FLIGHT):
+                raise ValueError(f"expected a whole number from 1 to {_MOST_IN_FLIGHT}")
+            self.in_flight = int(text)
+
+    def _step(self, said: str, taken: Mapping[int, object]) -> int:
+        if said.isdecimal() and said.isascii() and len(said) < 8:
+            found = [int(said)] if int(said) < len(self._models) else []
+        else:
+            found = [n for n, model in enumerate(self._models) if model == said]
+        if len(found) != 1:
+            raise ValueError(
+                f"{quoted(said)} names {len(found) or 'no'} step{'s' * (len(found) > 1)}: "
+                f"expected an index from 0 to {len(self._models) - 1}, or the model of one step only"
+            )
+        if found[0] in taken:
+            raise ValueError(f"step {found[0]} has it already, by its index or its model")
+        return found[0]
+
+
+def _with_parameters(config: pb.ModelConfig) -> tuple[tuple[Step, ...], list[str]]:
+    own = _Own(config)
+    steps = tuple(
+        Step(
+            n,
+            step.model_name,
+            str(step.model_version) if step.model_version > 0 else "",
+            dict(sorted(step.input_map.items())),
+            dict(sorted(step.output_map.items())),
+            own.when.get(n, ()),
+            own.each.get(n, frozenset()),
+        )
+        for n, step in enumerate(config.ensemble_scheduling.step)
+    )
+    return steps, own.wrong
+
+
+def _order(steps: tuple[Step, ...], producers: Mapping[str, list[int]]) -> tuple[int, ...]:
+    """Raises FailedPrecondition when steps wait for each other."""
+    needs = {
+        step.index: {n for tensor in (*step.inputs.values(), *step.asked) for n in producers.get(tensor, ())}
+        for step in steps
+    }
+    order: list[int] = []
+    while needs:
+        free = [n for n, before in needs.items() if before.isdisjoint(needs)]
+        if not free:
+            ring = ", ".join(str(n) for n in needs)
+            raise FailedPrecondition(f"ensemble_scheduling: among the steps {ring} are some that wait for each other")
+        order += free
+        for n in free:
+            del needs[n]
+    return tuple(order)

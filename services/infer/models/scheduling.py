@@ -1,0 +1,82 @@
+"""How the calls of a loaded version are run: the kind of scheduler that its configuration asks for.
+
+model_transaction_policy.decoupled ──> DecoupledScheduler    any number of responses
+ensemble_scheduling                ──> EnsembleScheduler     calls of other models
+nothing                            ──> Scheduler             batches, one answer for each call
+"""
+
+from __future__ import annotations
+
+from services.infer.ensembles.loading import Composed
+from services.infer.ensembles.scheduler import EnsembleScheduler
+from services.infer.isolation.execution import ProcessExecution
+from services.infer.isolation.session import ProcessSession
+from services.infer.models import modelconfig
+from services.infer.models.loading import Loaded
+from services.infer.models.means import Means
+from services.infer.runtimes.runtime import RowsSession
+from services.infer.scheduling import rules
+from services.infer.scheduling.decoupled import DecoupledScheduler
+from services.infer.scheduling.execution import Execution, Runs
+from services.infer.scheduling.queue import QueueLimits
+from services.infer.scheduling.rows_execution import RowsExecution
+from services.infer.scheduling.runs_calls import RunsCalls
+from services.infer.scheduling.scheduler import Scheduler
+from services.infer.scheduling.statistics import Statistics
+
+
+def scheduler_of(
+    name: str, number: int, loaded: Loaded, means: Means, statistics: Statistics
+) -> RunsCalls | DecoupledScheduler:
+    """What runs the calls of version `number` of the model `name`. Nothing is started yet: enter it."""
+    if isinstance(loaded, Composed):
+        return _ensemble(loaded, means, statistics)
+    if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):
+        return _decoupled(name, number, loaded, loaded.session, means, statistics)
+    return _batching(name, number, loaded, means, statistics)
+
+
+def _ensemble(loaded: Composed, means: Means, statistics: Statistics) -> EnsembleScheduler:
+    return EnsembleScheduler(loaded.plan, loaded.renew, means.limits, statistics=statistics, clock=means.clock)
+
+
+def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: Statistics) -> Scheduler:
+    config = loaded.model.config
+    return Scheduler(
+        name,
+        lambda: _execution(name, number, loaded, means),
+        loaded.batch_policy(),
+        means.limits,
+        rules.of(config),
+        instances=modelconfig.instances(config),
+        statistics=statistics,
+        cost=loaded.cost,
+        clock=means.clock,
+    )
+
+
+def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
+    session, signature = loaded.session, loaded.model.signature
+    assert session is not None, "only ensembles have none"
+    if isinstance(session, ProcessSession):
+        made: Execution = ProcessExecution(name, number, session, signature, means.clock)
+    elif isinstance(session, RowsSession):
+        made = RowsExecution(name, session, signature, means.clock)
+    else:
+        made = Execution(name, session, signature, means.clock)
+    return means.around(name, made)
+
+
+def _decoupled(
+    name: str, number: int, loaded: Loaded, session: ProcessSession, means: Means, statistics: Statistics
+) -> DecoupledScheduler:
+    level = rules.of(loaded.model.config).levels[0]
+    return DecoupledScheduler(
+        name,
+        number,
+        session,
+        QueueLimits(level.calls or means.limits.calls, means.limits.size_bytes),
+        default_timeout_s=level.timeout_s,
+        statistics=statistics,
+        clock=means.clock,
+    )

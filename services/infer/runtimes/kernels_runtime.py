@@ -1,0 +1,134 @@
+"""Operations (`services/infer/operations`), as a `Runtime`: models without a model file.
+
+    backend: "kernels"
+    parameters { key: "operation" value { string_value: "decode_image" } }
+
+The rest of the parameters are the operation's own. The version's folder holds what the operation reads (a tokenizer,
+labels), or nothing. Inputs and outputs are the operation's: a configuration that says others is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kernels.backend import device_available
+from services.infer.calls import ragged
+from services.infer.calls.ragged import Value
+from services.infer.calls.tensors import Tensor
+from services.infer.models.modelconfig import GUESSED_BATCH_SIZE, KERNELS
+from services.infer.operations import places
+from services.infer.operations.assets import Assets
+from services.infer.operations.operation import Operation, Setting
+from services.infer.operations.parameters import OPERATION, read
+from services.infer.operations.table import OPERATIONS, Entry
+from services.infer.operations.threads import RowThreads
+from services.infer.runtimes import gpus
+from services.infer.runtimes.runtime import About, ModelFailed, RowResults, SessionOptions
+from services.infer.wording import listed, quoted
+from shoal.errors import FailedPrecondition, InvalidArgument
+from shoal.inference.v2 import model_config_pb2 as pb
+
+
+class KernelsRuntime:
+    """Makes sessions of operations."""
+
+    platform = KERNELS
+    backend = KERNELS
+    model_file = ""
+    can_decouple = False
+
+    def __init__(self, operations: Mapping[str, Entry] = OPERATIONS) -> None:
+        """`operations` are those that there are, by name."""
+        self._operations = operations
+
+    def load(self, file: Path, options: SessionOptions) -> OperationSession:
+        """`file` is the version's folder."""
+        about = options.about or About(file.parent.name)
+        given = {key: parameter.string_value for key, parameter in about.config.parameters.items()}
+        name = given.get(OPERATION, "").strip()
+        entry = self._operations.get(name)
+        if entry is None:
+            said = f"operation {quoted(name)} is unknown" if name else f"parameter '{OPERATION}' is missing"
+            raise FailedPrecondition(f"{said}: there are {listed(sorted(self._operations))}")
+        parameters = read(entry.parameters, name, given)
+        place = _place(options, name, has_gpu=entry.has_gpu)
+        threads = RowThreads(options.intra_op_threads, f"{about.name}-rows")
+        try:
+            assets = Assets([file, about.folder or file.parent])
+            return OperationSession(name, entry.make(parameters, Setting(assets, threads, place)), threads, place)
+        except BaseException:
+            threads.close()
+            raise
+
+
+class OperationSession:
+    """One operation with its parameters."""
+
+    text = False
+
+    def __init__(self, name: str, operation: Operation, threads: RowThreads, place: places.Place) -> None:
+        """Closes the threads. Raises FailedPrecondition when the operation fails with its own example."""
+        self._name, self._operation, self._threads = name, operation, threads
+        self.inputs, self.outputs = operation.inputs, operation.outputs
+        self.only_computes = operation.only_computes
+        self.gpus = place.gpus
+        self._inputs = {spec.name: spec for spec in self.inputs}
+        self._outputs = {spec.name: spec for spec in self.outputs}
+        if unfit := operation.run(operation.example()).unfit:  # Compiles what is to be compiled, too.
+            raise FailedPrecondition(f"operation {name} fails with an example of its own: {unfit[0]}")
+
+    def completed(self, config: pb.ModelConfig) -> pb.ModelConfig:
+        """The configuration with the batch size that the operation wants where it says none.
+
+        Raises:
+            FailedPrecondition: it says one that the operation cannot do.
+        """
+        done = pb.ModelConfig()
+        done.CopyFrom(config)
+        if not self._operation.is_batched:
+            if config.max_batch_size:
+                raise FailedPrecondition(
+                    f"max_batch_size {config.max_batch_size}: operation {self._name} gives another number of rows than "
+                    "it is given, so calls are not put together: set 0, or leave it out"
+                )
+        elif not config.max_batch_size:
+            done.max_batch_size = GUESSED_BATCH_SIZE
+        return done
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        given = {name: ragged.rows(array) if self._inputs[name].is_ragged else array for name, array in inputs.items()}
+        results = self.run_rows(given, outputs)
+        if results.unfit:
+            raise ModelFailed(next(iter(results.unfit.values())))
+        try:
+            named = zip(outputs, results.values, strict=True)
+            return [ragged.dense(value, self._outputs[name], "output") for name, value in named]
+        except InvalidArgument as err:
+            raise ModelFailed(err.message) from err
+
+    def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> RowResults:
+        results = self._operation.run(inputs)
+        return RowResults([results.values[name] for name in outputs], results.unfit)
+
+    def close(self) -> None:
+        self._threads.close()
+
+
+def _place(options: SessionOptions, name: str, *, has_gpu: bool) -> places.Place:
+    """The host, or the one GPU that the configuration asks for."""
+    asked = [place for place in options.places if place.kind == "gpu"]
+    if not asked:
+        return places.Host()
+    if not has_gpu:
+        raise FailedPrecondition(f"instance_group: operation {name} has no version for GPUs: use KIND_CPU")
+    number = asked[0].gpu or 0
+    there = gpus.count()
+    if number >= there or not device_available():
+        raise FailedPrecondition(
+            f"instance_group: KIND_GPU is not there: this process may use {there} GPUs"
+            + ("" if device_available() else ", and CuPy finds none (extra cuda13 or cuda12)")
+        )
+    if len(options.places) > 1 or (asked[0].gpu is None and there > 1):
+        raise FailedPrecondition(f"instance_group: operation {name} runs in one place: name one GPU, gpus: [ 0 ]")
+    return places.Gpu(number)

@@ -1,0 +1,62 @@
+"""An Execution of a session that takes rows of any shapes, and says which of them it cannot process.
+
+inputs of each call ──stacked; a list of rows where they are ragged──> run_rows ──> values, parted by calls
+                                                                              └──> unfit rows: their calls fail
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from time import perf_counter_ns
+from typing import Any
+
+from services.infer.calls import ragged
+from services.infer.calls.request import Call
+from services.infer.calls.signature import Signature
+from services.infer.runtimes.runtime import ModelFailed, RowsSession
+from services.infer.scheduling.execution import Answer, Execution, Outcome, Times
+from shoal.errors import InvalidArgument
+
+
+class RowsExecution(Execution):
+    """Runs batches of a RowsSession."""
+
+    def __init__(self, name: str, session: RowsSession, signature: Signature, clock: Callable[[], float]) -> None:
+        super().__init__(name, session, signature, clock)
+        self._rows_session = session
+        self._ragged = frozenset(spec.name for spec in signature.inputs if spec.is_ragged)
+
+    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Any], int]:
+        names = calls[0].inputs.keys()
+        stacked, rows = self._stacked(calls, names - self._ragged)
+        joined = {name: ragged.joined(call.inputs[name] for call in calls) for name in names & self._ragged}
+        return {**stacked, **joined}, rows
+
+    def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Any], rows: int, start: int) -> list[Outcome]:
+        gathered = perf_counter_ns()
+        names = [output.spec.name for output in calls[0].outputs]
+        results = self._rows_session.run_rows(inputs, names)
+        computed = perf_counter_ns()
+        times = Times(rows, gathered - start, computed - gathered, 0)
+        if not self._batched:
+            return [self._outcome(calls[0], list(results.values), times, results.unfit, 0)]
+        for name, value in zip(names, results.values, strict=True):
+            if len(value) != rows:
+                raise ModelFailed(f"output '{name}' has {len(value)} rows for {rows}")
+        counts = [call.rows for call in calls]
+        parts = zip(*[ragged.parted(value, counts) for value in results.values], strict=True)
+        starts = [0, *accumulate(counts)]
+        return [
+            self._outcome(call, outputs, times, results.unfit, start)
+            for call, outputs, start in zip(calls, parts, starts, strict=False)
+        ]
+
+    def _outcome(
+        self, call: Call, outputs: Sequence[ragged.Value], times: Times, unfit: Mapping[int, str], start: int
+    ) -> Outcome:
+        wrong = next((n for n in range(start, start + call.rows) if n in unfit), None) if unfit else None
+        if wrong is None:
+            return Answer(outputs, times)
+        row = f", row {wrong - start}" if call.rows > 1 else ""
+        return InvalidArgument(f"model '{self._name}'{row}: {unfit[wrong]}")

@@ -1,0 +1,54 @@
+"""What brings the calls of one model version to execution, as those see it who have calls: core, short way, cache.
+
+There are several kinds; `models.scheduling` says which one a model gets. One kind keeps all promises of the others:
+what was cancelled or is too late does not begin, the statistics count each call once, a full queue refuses at once.
+"""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any, Protocol, TypeAlias
+
+from services.infer.calls.request import Call
+from services.infer.scheduling.execution import Answer
+from services.infer.scheduling.queue import Receiver
+
+Ticket: TypeAlias = Any
+"""What `start` gives for `abandon`: each kind's own."""
+
+
+class RunsCalls(Protocol):
+    """Runs calls that have one answer each. Use as `async with`: leaving runs what still waits, then stops.
+
+    Only the event loop's thread touches it.
+    """
+
+    async def __aenter__(self) -> object: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+
+    async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
+        """Runs one call. Cancelled, it abandons it.
+
+        Args:
+            deadline: on the server's clock; the call is not started at or after it, nor after its own `timeout`.
+            tenant: whose call it is.
+
+        Raises:
+            ResourceExhausted: the queue is full, or too long for the call to be done in time.
+            DeadlineExceeded: it could not be started in time, and was not.
+            Internal: the model cannot process this call.
+            Unavailable: the model is being unloaded.
+        """
+
+    def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Ticket:
+        """As `submit`, without waiting: `receiver` is told, maybe before this returns. Raises what is clear at once."""
+
+    def abandon(self, ticket: Ticket) -> None:
+        """Nobody waits for this answer any more: its receiver will not be called. Nothing happens when it was."""
+
+    def is_waiting(self, call: Call) -> bool:
+        """Whether the execution of `call`, which was started here and is not answered yet, has not begun."""

@@ -1,0 +1,40 @@
+"""A call that is awaited: what has `start` and `abandon` gets `submit` of this."""
+
+from __future__ import annotations
+
+import asyncio
+
+from services.infer.calls.request import Call
+from services.infer.scheduling.execution import Answer
+from services.infer.scheduling.runs_calls import RunsCalls
+
+
+class _Waiter:
+    """A receiver that can be awaited."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, future: asyncio.Future[Answer]) -> None:
+        self.future = future
+
+    def answered(self, answer: Answer) -> None:
+        if not self.future.done():
+            self.future.set_result(answer)
+
+    def failed(self, error: BaseException) -> None:
+        if not self.future.done():
+            # A future does not take StopIteration, which would end whoever awaits it.
+            self.future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+
+
+async def submitted(to: RunsCalls, call: Call, deadline: float, tenant: str) -> Answer:
+    """Starts `call` and waits for its answer; cancelled, abandons it. Raises what the call fails with."""
+    future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    ticket = to.start(call, deadline, tenant, _Waiter(future))
+    try:
+        return await future
+    except asyncio.CancelledError:
+        to.abandon(ticket)
+        raise
+    finally:
+        del future, ticket  # They hold an error whose trace holds this frame: a circle, and in it the whole call.
