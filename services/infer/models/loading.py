@@ -15,7 +15,7 @@ from services.infer.models.wanted import ModelFiles, read_text
 from services.infer.runtimes import onnx_settings
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.kernels_runtime import OperationSession
-from services.infer.runtimes.reshape import ReshapedSession
+from services.infer.runtimes.reshape import ReshapedSession, is_reshaped
 from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
 from services.infer.scheduling import rules
 from services.infer.scheduling.batcher import BatchPolicy
@@ -60,9 +60,10 @@ def load(
     threads: int,
     clock: Callable[[], float],
     is_given_up: Callable[[], bool] = bool,
+    digest: str = "",
 ) -> Loaded:
     """Loads one version of the model `name` and warms it up. `threads`: for one execution, unless it says otherwise.
-    Loading ends early when `is_given_up`, where the runtime can.
+    Loading ends early when `is_given_up`, where the runtime can. `digest` stands for what the files are.
 
     Raises:
         FailedPrecondition: it cannot be served; the message says why, and names the setting, tensor or file.
@@ -77,7 +78,7 @@ def load(
     runtime = _runtime(runtimes, config, files)
     modelconfig.check(config, runtime)
     labels = labels_of(config, files.folder)
-    about = About(name, version, files.folder, config, modelconfig.instances(config), is_given_up)
+    about = About(name, version, files.folder, config, modelconfig.instances(config), is_given_up, digest)
     options = replace(_options(config, threads, runtime), about=about)
     session = runtime.load(_model_file(config, files, runtime), options)
     try:
@@ -87,7 +88,7 @@ def load(
             modelconfig.check(config, runtime)
         elif isinstance(session, OperationSession):
             config, says_batch = session.completed(config), True
-        elif _is_reshaped(config):
+        elif is_reshaped(config):
             session = ReshapedSession(session, config)
         model = modelconfig.complete(
             config,
@@ -117,10 +118,6 @@ def _options(config: pb.ModelConfig, threads: int, runtime: Runtime) -> SessionO
     if runtime.backend in (modelconfig.ONNX, modelconfig.KERNELS):
         return onnx_settings.session_options(config, threads)
     return SessionOptions(threads)
-
-
-def _is_reshaped(config: pb.ModelConfig) -> bool:
-    return any(tensor.HasField("reshape") for tensor in (*config.input, *config.output))
 
 
 def _inputs(session: Session, config: pb.ModelConfig, runtime: Runtime) -> tuple[TensorSpec, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,15 @@ ONE_THREAD = SessionOptions(intra_op_threads=1)
 RUNTIMES = {
     "onnx": (OnnxRuntime, OnnxModels()),
     "onnx in a process": (IsolatedOnnxRuntime, OnnxModels()),
+    "onnx shared": (partial(IsolatedOnnxRuntime, isolation="shared"), OnnxModels()),
     "python": (PythonRuntime, OwnModels()),
+    "python shared": (partial(PythonRuntime, isolation="shared"), OwnModels()),
+    "triton's python shared": (partial(PythonRuntime, isolation="shared"), TritonModels()),
     "triton's python": (PythonRuntime, TritonModels()),
     "python on a thread": (PythonRuntime, OwnModels()),
     "triton's python on a thread": (PythonRuntime, TritonModels()),
 }
-ONNX = ["onnx", "onnx in a process"]
+ONNX = ["onnx", "onnx in a process", "onnx shared"]
 
 
 @pytest.fixture(params=RUNTIMES)
