@@ -25,7 +25,7 @@ from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from tests.breakable import PATIENCE_S
 from tests.infer import onnx_files
-from tests.node.test_serve import start  # noqa: F401
+from tests.node.conftest import Start
 
 WIDTH = 5400  # Squared, in float32: 111 MiB of weights.
 WEIGHTS_MIB = WIDTH * WIDTH * 4 / 2**20
@@ -35,7 +35,7 @@ CLEAN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
 
 def heavy(factor: float) -> onnx.ModelProto:
     """y = factor * x[:, :4], by way of a matrix of more than 100 MB."""
-    weights = np.random.default_rng(3).standard_normal((WIDTH, WIDTH)).astype(np.float32)
+    weights = np.random.default_rng(3).random((WIDTH, WIDTH), np.float32)
     weights[:4] = 0
     weights[:4, :4] = factor * np.eye(4)
     nodes = [
@@ -167,7 +167,7 @@ class Callers:
 
 
 @contextmanager
-def served(start: Any, root: Path, *args: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def served(start: Start, root: Path, *args: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     process, said = start(str(root), "--workers", "2", *args)
     yield process, said
     gone = [*said["pids"], *owners(process.pid)]
@@ -176,7 +176,7 @@ def served(start: Any, root: Path, *args: str) -> Iterator[tuple[subprocess.Pope
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in gone))
 
 
-def test_both_answer_from_one_copy_of_the_weights(start: Any, repository: Path, heavy_file: Path) -> None:
+def test_both_answer_from_one_copy_of_the_weights(start: Start, repository: Path, heavy_file: Path) -> None:
     put(repository, "heavy", heavy_file)
     with served(start, repository) as (process, said):
         assert {model["state"] for model in said["models"]} == {"READY"}
@@ -189,7 +189,7 @@ def test_both_answer_from_one_copy_of_the_weights(start: Any, repository: Path, 
         assert all(memory_mib(pid) < WEIGHTS_MIB for pid in said["pids"])
 
 
-def test_kill_9_of_the_owner_under_load(start: Any, repository: Path) -> None:
+def test_kill_9_of_the_owner_under_load(start: Start, repository: Path) -> None:
     with served(start, repository) as (process, said), Callers(said["address"]) as callers:
         for _ in range(3):
             callers.more()
@@ -202,12 +202,12 @@ def test_kill_9_of_the_owner_under_load(start: Any, repository: Path) -> None:
         assert all("process" in err.details() for err in callers.failed), callers.failed
 
 
-def test_kill_9_of_a_worker_takes_no_call_of_the_other(start: Any, repository: Path) -> None:
+def test_kill_9_of_a_worker_takes_no_call_of_the_other(start: Start, repository: Path) -> None:
     with served(start, repository) as (process, said), Callers(said["address"]) as callers:
         callers.more()
         before = owners(process.pid)
+        port = int(said["address"].rpartition(":")[2])
         for pid in said["pids"]:  # One of them has started the owner: it makes no difference.
-            port = int(said["address"].rpartition(":")[2])
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda: listeners(port) == 2)
             callers.more()
@@ -218,7 +218,7 @@ def test_kill_9_of_a_worker_takes_no_call_of_the_other(start: Any, repository: P
 
 
 def test_followed_content_changes_with_no_failed_call_and_memory_comes_back(
-    start: Any, repository: Path, heavy_file: Path, tmp_path: Path
+    start: Start, repository: Path, heavy_file: Path, tmp_path: Path
 ) -> None:
     put(repository, "heavy", heavy_file)
     with served(start, repository, "--model-control", "poll", "--poll-ms", "150") as (process, said):
@@ -238,7 +238,7 @@ def test_followed_content_changes_with_no_failed_call_and_memory_comes_back(
         assert len(owners(process.pid)) == 1
 
 
-def test_kill_9_of_the_command_leaves_nothing(start: Any, repository: Path) -> None:
+def test_kill_9_of_the_command_leaves_nothing(start: Start, repository: Path) -> None:
     process, said = start(str(repository), "--workers", "2")
     gone = [*said["pids"], *owners(process.pid)]
     assert len(gone) == 3
@@ -247,7 +247,7 @@ def test_kill_9_of_the_command_leaves_nothing(start: Any, repository: Path) -> N
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in gone))
 
 
-def test_one_worker_serves_a_shared_model_too(start: Any, repository: Path) -> None:
+def test_one_worker_serves_a_shared_model_too(start: Start, repository: Path) -> None:
     process, said = start(str(repository))
     with Callers(said["address"], count=2) as callers:
         callers.more(replicas=1)
