@@ -109,9 +109,13 @@ class Owners:
 
 def key_of(load: Mapping[str, Any], digest: str) -> str:
     """What stands for what is loaded: its header, and `digest`, of its content; without one, what the file is now."""
-    file = os.stat(load["file"])
-    content = digest or f"{file.st_dev} {file.st_ino} {file.st_size} {file.st_mtime_ns}"
-    text = json.dumps([load, content], sort_keys=True)
+    if digest:
+        # Where it lies does not matter: each infer process of a node has links of its own to the files.
+        load = {**load, "file": Path(load["file"]).name, "folder": ""}
+    else:
+        file = os.stat(load["file"])
+        digest = f"{file.st_dev} {file.st_ino} {file.st_size} {file.st_mtime_ns}"
+    text = json.dumps([load, digest], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).hexdigest()
 
 
