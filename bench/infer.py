@@ -120,7 +120,7 @@ def start(front: str, models: Path, port: int, samples: dict[str, Sample]) -> Se
     process = subprocess.Popen(command, env=env, cwd=ROOT)
     server = Server(front, f"127.0.0.1:{port}", process.pid, process)
     for name in samples:
-        while not uvloop.run(_answers(server, samples[name])):
+        while not uvloop.run(answers(server, samples[name])):
             if process.poll() is not None:
                 sys.exit(f"the server with front {front} ended with status {process.returncode}")
             time.sleep(0.01)
@@ -129,7 +129,8 @@ def start(front: str, models: Path, port: int, samples: dict[str, Sample]) -> Se
     return server
 
 
-async def _answers(server: Server, sample: Sample) -> bool:
+async def answers(server: Server, sample: Sample) -> bool:
+    """Whether it answers rightly now."""
     try:
         async with asyncio.timeout(5):
             load = Load(server.address, Requests.of(sample.name, sample.inputs, sample.outputs))
@@ -145,12 +146,13 @@ def measure(servers: list[Server], samples: dict[str, Sample], rounds: int, seco
     for _ in range(rounds):
         for model, in_flight in LOADS:
             for server in servers:
-                count, cpu = uvloop.run(_loaded(server, requests[model], in_flight, seconds))
+                count, cpu = uvloop.run(loaded(server, requests[model], in_flight, seconds))
                 found.setdefault(f"{server.name} {model} {in_flight}", Measured()).add(count, cpu)
     return found
 
 
-async def _loaded(server: Server, requests: Requests, in_flight: int, seconds: float) -> tuple[Count, float]:
+async def loaded(server: Server, requests: Requests, in_flight: int, seconds: float) -> tuple[Count, float]:
+    """What came of a load, and the processor time that the server took for it, in seconds."""
     load = Load(server.address, requests)
     before = 0.0
 

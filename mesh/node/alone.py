@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,10 +89,10 @@ async def serve(wanted: Wanted, environ: Mapping[str, str], screen: Screen) -> i
         what = "is no folder: name the one around it" if repository.exists() else "does not exist"
         raise InvalidArgument(f"{repository} {what}: expected a folder of models: Triton's layout, or .onnx files")
     raise_file_limit()
-    with Ports() as ports:
+    with Ports() as ports, _shared(wanted.workers) as shared:
         address = _address(wanted.host, _reserve(ports, wanted.host, wanted.port))
         front = _front(wanted.front or environ.get(_VARIABLES + "FRONT", "auto"), address)
-        parts = [_part(number, wanted, address, front, environ) for number in range(wanted.workers)]
+        parts = [_part(number, wanted, address, front, environ, shared) for number in range(wanted.workers)]
         workers = Workers(parts, screen.ended)
         signals = _Forwarding(workers, screen)
         signals.start()
@@ -155,7 +156,7 @@ async def _models(address: str) -> list[ModelState]:
     return sorted(found, key=lambda model: (model.name, model.version.zfill(20)))
 
 
-def _part(number: int, wanted: Wanted, address: str, front: Choice, environ: Mapping[str, str]) -> Part:
+def _part(number: int, wanted: Wanted, address: str, front: Choice, environ: Mapping[str, str], shared: str) -> Part:
     name = f"infer-{number}"
     told = {
         **wanted.settings,
@@ -167,11 +168,21 @@ def _part(number: int, wanted: Wanted, address: str, front: Choice, environ: Map
     # It logs to the user's terminal: only what the user should see. Nobody there watches it, so nobody needs notice.
     defaults = {"LOG_LEVEL": "WARNING", "NOTICE_MS": "0"}
     if wanted.workers > 1:
-        told["SHARE_PORT"] = "true"
+        told |= {"SHARE_PORT": "true", "SHARED_DIR": shared}
         defaults["THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // wanted.workers))
     told |= {key: value for key, value in defaults.items() if _VARIABLES + key not in environ}
     env = {_VARIABLES + key: value for key, value in told.items()} | {"SHOAL_PARENT_PID": str(os.getpid())}
     return Part(name, service_command("infer"), _unasked, env, at_launcher_death=SERVICE_DEATH)
+
+
+@contextlib.contextmanager
+def _shared(workers: int) -> Iterator[str]:
+    """A private folder for what several workers share; none for one."""
+    if workers == 1:
+        yield ""
+        return
+    with tempfile.TemporaryDirectory(prefix="shoal-", ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 async def _unasked() -> bool:

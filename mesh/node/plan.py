@@ -139,7 +139,9 @@ def _own_settings(service: str, instance: str, options: Options, layout: Layout)
         return {"MONGO": mongo_of(options, layout)}
     if service == "infer":
         cache = options.data_dir / "cache" / "models"
-        return {"CACHE_DIR": str(cache), "FLIGHTS": str(layout.flights_of(instance))}
+        # Of several, those on a GPU would each bring the weights there.
+        shared = {"SHARED_DIR": str(layout.run_dir)} if options.replicas["infer"] > 1 else {}
+        return {"CACHE_DIR": str(cache), "FLIGHTS": str(layout.flights_of(instance)), **shared}
     return {}
 
 

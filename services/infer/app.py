@@ -37,6 +37,7 @@ from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.runtimes.remote_runtime import RemoteRuntime
+from services.infer.sharing.owners import Owners
 from services.infer.sources import repository
 from services.infer.sources.cache import Cache
 from services.infer.sources.poll import Poll
@@ -95,10 +96,9 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
         stopped = await stack.enter_async_context(_running(front.until_stopped()))
         calls = InnerCalls()
         flights = stack.enter_context(Flights(config.flights)) if config.flights else None
+        owners = stack.enter_context(Owners(config.shared_dir))
         means = Means.of(
-            Runtimes(
-                [OnnxRuntime(), PythonRuntime(call=calls), KernelsRuntime(), RemoteRuntime()], IsolatedOnnxRuntime()
-            ),
+            _runtimes(config, calls, owners),
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
@@ -131,6 +131,15 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
             await server.serve()
             await registration.update(state=State.READY)
         await stopped
+
+
+def _runtimes(config: InferConfig, calls: InnerCalls, owners: Owners) -> Runtimes:
+    """Where several infer processes share models, those on a GPU are: each would bring its weights there again."""
+    return Runtimes(
+        [OnnxRuntime(), PythonRuntime(call=calls, owners=owners), KernelsRuntime(), RemoteRuntime()],
+        IsolatedOnnxRuntime(owners=owners),
+        IsolatedOnnxRuntime(owners=owners, isolation="shared") if config.shared_dir else None,
+    )
 
 
 def _control(config: InferConfig, models: Models) -> Control:

@@ -40,6 +40,8 @@ class InferConfig(ServiceConfig):
     """Other infer processes may listen at the same TCP port: each gets a share of the connections."""
     flights: Path | None = None
     """A file, `<instance>.flights` in the folder of the node's: says what is being executed, should it end of that."""
+    shared_dir: Path | None = None
+    """A private folder of the infer processes that share models: each such model runs once, in a process of its own."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """For one execution of a model that does not say; 0: as many as this process may use cores."""
     queue_calls: Annotated[int, Field(ge=1, le=1_000_000)] = _DEFAULT.calls

@@ -72,7 +72,13 @@ def serve(
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(help="Processes that share the address, each with all models.", metavar="N", min=1, max=64)
+        int,
+        typer.Option(
+            help="Processes that share the address. A model on a GPU is loaded once for all; others by each.",
+            metavar="N",
+            min=1,
+            max=64,
+        ),
     ] = 1,
     json: Annotated[bool, typer.Option("--json", help="When ready, print where it is and its models as JSON.")] = False,
 ) -> None:

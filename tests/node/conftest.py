@@ -1,4 +1,4 @@
-"""Whole nodes for tests, started as a user starts them: `shoal up`, real parts, any free ports."""
+"""Whole nodes and servers for tests, started as a user starts them: `shoal up`, `shoal serve`, any free ports."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+SERVE = (sys.executable, "-m", "shoal.cli.main", "serve")
+Start = Callable[..., tuple[subprocess.Popen[str], dict[str, Any]]]
 
 READY_S = 60.0
 STOP_S = 60.0
@@ -132,3 +135,28 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeFactory]:
     yield start
     for one in reversed(nodes):
         one.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts `shoal serve ... --json` and returns it with what it printed."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(*args: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        process = subprocess.Popen([*SERVE, *args, "--port", "0", "--json"], stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout
+        text = ""
+        while not text.endswith("\n}\n"):
+            line = process.stdout.readline()
+            assert line, f"it ended with {process.wait()} after {text!r}"
+            text += line
+        return process, json.loads(text)
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -21,34 +17,8 @@ from mesh.embedded import launch
 from mesh.node.ports import listeners
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
-
-COMMAND = (sys.executable, "-m", "shoal.cli.main", "serve")
-Start = Callable[..., tuple[subprocess.Popen[str], dict[str, Any]]]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts `shoal serve ... --json` and returns it with what it printed."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def run(*args: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-        process = subprocess.Popen([*COMMAND, *args, "--port", "0", "--json"], stdout=subprocess.PIPE, text=True)
-        processes.append(process)
-        assert process.stdout
-        text = ""
-        while not text.endswith("\n}\n"):
-            line = process.stdout.readline()
-            assert line, f"it ended with {process.wait()} after {text!r}"
-            text += line
-        return process, json.loads(text)
-
-    yield run
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
+from tests.node.conftest import SERVE as COMMAND
+from tests.node.conftest import Start
 
 
 def wait_until_gone(pid: int) -> None:

@@ -20,11 +20,12 @@ from typing import NoReturn
 from mesh.children import hear_signals
 from services.infer.isolation.channel import Channel, ChannelClosed, Message
 from services.infer.isolation.engine import serve
-from services.infer.isolation.hosted import Hosted, Load, LoadFailed
+from services.infer.isolation.hosted import Call, Hosted, Load, LoadFailed
 from services.infer.isolation.mailbox import Mailbox
 
 _PR_SET_PDEATHSIG = 1
-_TEXT = 2000
+TEXT = 2000
+"""Characters of what is told of a failure."""
 
 
 def main(fd: int, server: int) -> NoReturn:
@@ -41,8 +42,8 @@ def main(fd: int, server: int) -> NoReturn:
         pass
     except BaseException:
         traceback.print_exc()
-        _exit(1)
-    _exit(0)
+        exit_now(1)
+    exit_now(0)
 
 
 def serve_one(channel: Channel) -> None:
@@ -55,9 +56,9 @@ def serve_one(channel: Channel) -> None:
     message = channel.receive()
     assert message is not None, "it waits without a bound"
     try:
-        hosted = _hosted(_load(message), mailbox)
+        hosted = hosted_of(message, mailbox.call)
     except LoadFailed as err:
-        channel.send({"op": "failed", "error": str(err)[:_TEXT]})
+        channel.send({"op": "failed", "error": str(err)[:TEXT]})
         return
     facts = hosted.facts
     channel.send({"op": "loaded", **vars(facts)})
@@ -70,12 +71,10 @@ def serve_one(channel: Channel) -> None:
             traceback.print_exc()
 
 
-def _load(message: Message) -> Load:
+def hosted_of(message: Message, call: Call) -> Hosted:
+    """The model that a "load" names; `call` runs the calls that it makes of others. Raises LoadFailed."""
     said = message.header["load"]
-    return Load(**{**said, "file": Path(said["file"]), "folder": Path(said["folder"])})
-
-
-def _hosted(load: Load, mailbox: Mailbox) -> Hosted:
+    load = Load(**{**said, "file": Path(said["file"]), "folder": Path(said["folder"])})
     # Each brings its own libraries: only what is needed is imported.
     if load.kind == "onnx":
         from services.infer.isolation.onnx_host import OnnxModel
@@ -83,10 +82,10 @@ def _hosted(load: Load, mailbox: Mailbox) -> Hosted:
         return OnnxModel(load)
     from services.infer.python_model.hosting import host
 
-    return host(load, mailbox.call)
+    return host(load, call)
 
 
-def _exit(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """Threads that a model left behind do not keep the process."""
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -9,18 +9,38 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from services.infer.isolation.channel import Channel, Message
+from services.infer.isolation.channel import Message
 from services.infer.isolation.hosted import Batch, Hosted, RunFailed
-from services.infer.isolation.mailbox import WAKE, Abandoned, Mailbox
+from services.infer.isolation.mailbox import WAKE, Abandoned, Hearer
 from services.infer.isolation.payload import Part
 
 _TEXT = 1000
 # Characters of an error that are sent: a status message travels in a header.
 
 
-def serve(channel: Channel, mailbox: Mailbox, hosted: Hosted) -> None:
+class Sends(Protocol):
+    """Where answers go: a `channel.Channel`, or something that looks like one."""
+
+    def send(self, header: dict[str, Any], parts: Sequence[Part] = ()) -> None: ...
+
+
+class Letters(Protocol):
+    """Where work comes from: a `mailbox.Mailbox`, or something that looks like one."""
+
+    hearers: dict[int, Hearer]
+
+    def listen(self) -> None: ...
+
+    def next(self) -> Any: ...
+
+    def poll(self) -> Any: ...
+
+    def put(self, thing: object) -> None: ...
+
+
+def serve(channel: Sends, mailbox: Letters, hosted: Hosted) -> None:
     """Works until it is told to close. Raises ChannelClosed when the server is gone."""
     if hosted.facts.is_decoupled:
         mailbox.listen()
@@ -32,7 +52,7 @@ def serve(channel: Channel, mailbox: Mailbox, hosted: Hosted) -> None:
         _run(channel, mailbox, hosted, message)
 
 
-def _next(mailbox: Mailbox) -> Message:
+def _next(mailbox: Letters) -> Message:
     """The next run, or the end. A cancellation, and its wake-up, are over once what they were for has ended."""
     while True:
         found = mailbox.next()
@@ -52,7 +72,7 @@ class _Cancellable:
     def credit(self, more: int) -> None: ...
 
 
-def _run(channel: Channel, mailbox: Mailbox, hosted: Hosted, message: Message) -> None:
+def _run(channel: Sends, mailbox: Letters, hosted: Hosted, message: Message) -> None:
     number, hearer = message.header["id"], _Cancellable()
     mailbox.hearers[number] = hearer
     try:
@@ -78,7 +98,7 @@ def _batch(message: Message, hearer: _Cancellable | None = None) -> Batch:
 class _Stream:
     """The Sender of one request of a decoupled model."""
 
-    def __init__(self, number: int, channel: Channel, mailbox: Mailbox, credit: int) -> None:
+    def __init__(self, number: int, channel: Sends, mailbox: Letters, credit: int) -> None:
         self._number, self._channel, self._mailbox = number, channel, mailbox
         self._credit = credit
         self._changed = threading.Condition()
@@ -141,7 +161,7 @@ class _Stream:
 class _Streams:
     """All requests of a decoupled model that are under way; generators are stepped in turn."""
 
-    def __init__(self, channel: Channel, mailbox: Mailbox, hosted: Hosted) -> None:
+    def __init__(self, channel: Sends, mailbox: Letters, hosted: Hosted) -> None:
         self._channel, self._mailbox, self._hosted = channel, mailbox, hosted
         self._streams: dict[int, _Stream] = {}
         self._steps: dict[int, Iterator[None]] = {}

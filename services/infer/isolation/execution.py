@@ -36,8 +36,11 @@ class ProcessExecution(Execution):
         super().__init__(name, session, signature, clock)
         self._version = version
         self._processes = session
+        self._most_rows = signature.max_batch_size
         self._jobs: Sequence[Job] = ()
         self._patient_until = 0.0
+        self._is_apart = False
+        self._waited_ns = 0
 
     def run(self, batch: Sequence[Job]) -> list[Outcome]:
         self._jobs = batch
@@ -46,6 +49,7 @@ class ProcessExecution(Execution):
         finally:
             self._jobs = ()
             self._patient_until = 0.0
+            self._is_apart = False
 
     def _is_wanted(self, call: Call | None = None) -> bool:
         """Whether somebody waits: for this call, or for any of the batch."""
@@ -75,12 +79,13 @@ class ProcessExecution(Execution):
             results = self._executed(calls)
         except ModelDied as err:
             self._processes.poison.blame(calls, is_sure=err.is_sure)
-            if len(calls) == 1:
+            if len(calls) == 1 and (err.is_alone or self._is_apart):
                 raise
             return self._apart(calls, err)
         computed = perf_counter_ns()
         counts = [call.rows for call in calls]
-        times = Times(sum(counts), gathered - start, computed - gathered, 0)
+        waited = min(self._waited_ns, computed - gathered)
+        times = Times(sum(counts), gathered - start, computed - gathered - waited, 0, waited)
         if len(results) == len(calls):
             return [self._checked(call, result, times) for call, result in zip(calls, results, strict=True)]
         stacked = results[0] if len(results) == 1 else ModelFailed(f"{len(results)} answers for {len(calls)} requests")
@@ -100,13 +105,19 @@ class ProcessExecution(Execution):
             said,
             is_wanted=self._is_wanted,
             patience_s=max(self._patient_until - self._clock(), 0.0),
+            most_rows=self._most_rows if self._batched and not self._is_apart else 0,
+            on_waited=self._waited,
         )
+
+    def _waited(self, waited_ns: int) -> None:
+        self._waited_ns = waited_ns
 
     def _apart(self, calls: Sequence[Call], err: ModelDied) -> list[Outcome]:
         """Each call alone. Halving, as for a model that only fails, would have more processes die."""
         log.info("model %s: %d calls run alone, since their %s", self._name, len(calls), str(err).removeprefix("the "))
         self.tally.bisections += 1
         self._patient_until = self._clock() + _PATIENCE_S
+        self._is_apart = True
         return [self._alone(call) for call in calls]
 
     def _alone(self, call: Call) -> Outcome:

@@ -42,6 +42,8 @@ class Load:
     """Of the runtime: threads and entries."""
     module: str = "model"
     """What a Python module is called once it is imported."""
+    runs: int = 1
+    """Executions that it takes at a time: more than one, where several infer processes share it."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class Facts:
     """Made-up inputs may be tried on it."""
     says_batch: bool = False
     """The `max_batch_size` of its `config` is meant, even 0."""
+    gpus: Sequence[int] = ()
+    """Those that it runs on."""
 
 
 class Hosted(Protocol):

@@ -15,14 +15,14 @@ from typing import Any
 
 from services.infer.isolation.channel import Channel, ChannelClosed
 from services.infer.isolation.child import serve_one
-from services.infer.isolation.process import NotLoaded
+from services.infer.isolation.process import NotLoaded, OwnProcess
 
 log = logging.getLogger(__name__)
 
 _GRACE_S = 5.0
 
 
-class Inside:
+class Inside(OwnProcess):
     """A model on a thread; see `process.Process`."""
 
     def __init__(self, title: str) -> None:

@@ -18,6 +18,7 @@ from services.infer.isolation.channel import ChannelClosed
 from services.infer.isolation.inside import Inside
 from services.infer.isolation.process import NotLoaded, Process
 from services.infer.models.backoff import Backoff
+from services.infer.sharing.shared import Shared
 from shoal.errors import FailedPrecondition, Unavailable
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ _LOOK_S = 0.1
 _MIN_RETRY_MS, _MAX_RETRY_MS = 50, 10_000
 
 
-Running: TypeAlias = Process | Inside
+Running: TypeAlias = Process | Inside | Shared
 """What runs a model: a process, or something that looks like one."""
 
 
@@ -107,7 +108,7 @@ class Instance:
             process = self._process
         if process is not None:
             try:
-                process.channel.send({"op": "close"})
+                process.say_goodbye()
             except (ChannelClosed, OSError):
                 pass
             if not process.died.wait(_GRACE_S):
@@ -122,7 +123,7 @@ class Instance:
         while self._keeper.is_alive():
             starting = self._starting
             if starting is not None:
-                starting.kill("the model is unloaded")
+                starting.leave("the model is unloaded")
             self._keeper.join(0.05)
 
     def _keep(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +11,10 @@ from services.infer.calls.signature import TensorSpec
 from services.infer.isolation import payload
 from services.infer.isolation.hosted import Batch, Facts, Given, Load, LoadFailed, RunFailed, Sender
 from services.infer.isolation.payload import Tensor
+from services.infer.models.config_json import from_json
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.runtime import ModelFailed, SessionOptions
+from services.infer.runtimes.reshape import ReshapedSession, is_reshaped
+from services.infer.runtimes.runtime import ModelFailed, Place, Provider, Session, SessionOptions
 from shoal.errors import FailedPrecondition
 
 
@@ -21,7 +24,10 @@ class OnnxModel:
     def __init__(self, load: Load) -> None:
         """Raises LoadFailed."""
         try:
-            self._session = OnnxRuntime().load(load.file, SessionOptions(**load.options))
+            self._session: Session = OnnxRuntime().load(load.file, _options(load.options))
+            config = from_json(load.config)
+            if is_reshaped(config):
+                self._session = ReshapedSession(self._session, config)
         except FailedPrecondition as err:
             raise LoadFailed(err.message) from err
         self._datatypes = {spec.name: spec.datatype.name for spec in self._session.outputs}
@@ -30,6 +36,7 @@ class OnnxModel:
             _told(self._session.outputs),
             _told(getattr(self._session, "optional_inputs", ())),
             text=self._session.text,
+            gpus=getattr(self._session, "gpus", ()),
         )
 
     def run(self, batch: Batch) -> Given:
@@ -48,6 +55,12 @@ class OnnxModel:
 
     def close(self) -> None:
         self._session.close()
+
+
+def _options(given: Mapping[str, Any]) -> SessionOptions:
+    lists = {"places": Place, "gpu_providers": Provider, "cpu_providers": Provider}
+    made = {key: tuple(kind(*each) for each in given[key]) for key, kind in lists.items() if key in given}
+    return SessionOptions(**{**given, **made})
 
 
 def _told(specs: Sequence[TensorSpec]) -> list[tuple[str, str, Sequence[int]]]:

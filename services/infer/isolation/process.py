@@ -49,7 +49,40 @@ class Program:
     """Its working directory."""
 
 
-class Process:
+class OwnProcess:
+    """What a process that works for one instance of one server alone says of itself."""
+
+    channel: Channel
+    end: str
+
+    def kill(self, reason: str) -> None: ...
+
+    def leave(self, reason: str) -> None:
+        """Uses it no more: without anybody who does, it ends."""
+        self.kill(reason)
+
+    def say_goodbye(self) -> None:
+        """Asks it to end in order. Raises ChannelClosed or OSError when it is gone."""
+        self.channel.send({"op": "close"})
+
+    def has_begun(self) -> bool:
+        """Whether what it was sent is being executed, or was when it died."""
+        return True
+
+    def runs_s(self, sent: float, now: float) -> float:
+        """For how long what it was sent at `sent` has been executed."""
+        return now - sent
+
+    def is_alone(self) -> bool:
+        """Whether nobody else's work was executed at the same time."""
+        return True
+
+    def is_own_doing(self) -> bool:
+        """Whether it died of its work: the kernel may have ended it for want of memory, or a person."""
+        return not any(name in self.end for name in ("SIGKILL", "SIGTERM"))
+
+
+class Process(OwnProcess):
     """A model process that runs, or has run. Any thread may use `channel`, `kill`, `died` and `end`."""
 
     def __init__(self, program: Program, title: str) -> None:
@@ -181,7 +214,7 @@ class Process:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
             code = self._popen.wait()
-            self.end = self._killed_for or _how(code)
+            self.end = self._killed_for or how(code)
             self.died.set()
         poll = select.poll()
         poll.register(self._out, select.POLLIN)
@@ -193,7 +226,8 @@ class Process:
         self.channel.shut()  # A thread may be waiting in it, and something that was started may hold the other end.
 
 
-def _how(code: int) -> str:
+def how(code: int) -> str:
+    """An exit status, or minus a signal, in words."""
     if code >= 0:
         return f"exit code {code}"
     try:
@@ -202,7 +236,10 @@ def _how(code: int) -> str:
         return f"signal {-code}"
 
 
-def program(python: str, environment: Mapping[str, str], folder: str) -> Program:
-    """The one that this package starts. `-P`: the working directory is not searched for modules."""
+CHILD, OWNER = "services.infer.isolation.child", "services.infer.sharing.owner"
+
+
+def program(python: str, environment: Mapping[str, str], folder: str, module: str = CHILD) -> Program:
+    """The one that runs a model. `-P`: the working directory is not searched for modules."""
     safe = ("-P",) if sys.version_info >= (3, 11) else ()
-    return Program((python, *safe, "-m", "services.infer.isolation.child"), environment, folder)
+    return Program((python, *safe, "-m", module), environment, folder)

@@ -52,9 +52,10 @@ class ModelDied(ModelFailed):
     """Its process ended while it ran the batch. `is_sure`: nobody from outside ended it. `is_unread`: it had not read
     the batch yet."""
 
-    def __init__(self, message: str, *, is_sure: bool, is_unread: bool = False) -> None:
+    def __init__(self, message: str, *, is_sure: bool, is_unread: bool = False, is_alone: bool = True) -> None:
+        """`is_alone`: nobody else's work was executed by it."""
         super().__init__(message)
-        self.is_sure, self.is_unread = is_sure, is_unread
+        self.is_sure, self.is_unread, self.is_alone = is_sure, is_unread, is_alone
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class ProcessSession:
         self.is_tried = bool(self.facts.get("is_tried"))
         self.poison = Poison(clock)
         self.says_batch = bool(self.facts.get("says_batch"))
+        self.gpus = tuple(self.facts.get("gpus", ()))
         self.datatypes = {spec.name: spec.datatype.name for spec in (*self.inputs, *self.optional_inputs)}
         self._free: queue.LifoQueue[Instance] = queue.LifoQueue()
         for instance in instances:
@@ -172,6 +174,8 @@ class ProcessSession:
         is_wanted: Callable[[], bool] = lambda: True,
         patience_s: float = 0.0,
         on: Running | None = None,
+        most_rows: int = 0,
+        on_waited: Callable[[int], None] = lambda waited_ns: None,
     ) -> list[list[Tensor] | Exception]:
         """Runs the requests of one batch.
 
@@ -182,6 +186,8 @@ class ProcessSession:
             is_wanted: whether anybody waits for the answer.
             patience_s: how long to wait for a process that is being started again.
             on: the process that must run it, whatever comes. Else it is one that is free.
+            most_rows: so many may be executed together with those of others, where others use the process; 0: none.
+            on_waited: told how long it waited there for others, in nanoseconds.
 
         Returns:
             One result for each request that the model answered one by one; else one for all of them, rows stacked.
@@ -194,6 +200,8 @@ class ProcessSession:
         header = {"op": "run", "id": next(self._numbers), "outputs": list(outputs), "rows": list(rows)}
         if self.wants_requests:
             header["details"] = list(details)
+        elif most_rows:
+            header["most"] = most_rows
         if on is not None:
             return self._results(self._exchanged_on(on, header, parts, is_wanted), outputs)
         with self._instance() as instance:
@@ -202,6 +210,7 @@ class ProcessSession:
                 with process.using:
                     answer = self._exchanged(process, header, parts, is_wanted, is_last) if _is_there(process) else None
                 if answer is not None:
+                    on_waited(int(answer.header.get("waited_ns", 0)))
                     return self._results(answer, outputs)
         raise ModelDied("the model's process dies as soon as it is started", is_sure=False)
 
@@ -253,14 +262,11 @@ class ProcessSession:
             return exchange.answer()
         except ChannelClosed as err:
             _reaped(process, err)
-            if err.is_unread and not exchange.has_said_more and not is_last:
+            is_unread = err.is_unread or not process.has_begun()
+            if is_unread and not exchange.has_said_more and not is_last:
                 return None
-            is_sure = self.is_own_doing(process)
-            raise ModelDied(f"the model's process died ({process.end})", is_sure=is_sure) from err
-
-    def is_own_doing(self, process: Running) -> bool:
-        """Whether it died by itself: the kernel may have ended it for want of memory, or a person."""
-        return not any(name in process.end for name in ("SIGKILL", "SIGTERM"))
+            said = f"the model's process died ({process.end})"
+            raise ModelDied(said, is_sure=process.is_own_doing(), is_alone=process.is_alone()) from err
 
     def refusal(self, name: str, after_s: float) -> Internal:
         """Why a call is not run that has ended a process of the model before."""
@@ -350,14 +356,14 @@ class _Exchange:
                 return message
             now = time.monotonic()
             wanted = now if self._is_wanted() else wanted
-            self._check_time(now - start, now - wanted)
+            self._check_time(self._process.runs_s(start, now), now - wanted)
 
     def _check_time(self, runs_s: float, is_unwanted_s: float) -> None:
         limit_s = self._session.limits.execution_s
         if runs_s > limit_s:
             self._process.kill(f"killed: a run took longer than execution_timeout_ms, {limit_s * 1000:.0f}")
             raise ChannelClosed("it takes too long")
-        if is_unwanted_s > _UNWANTED_S:
+        if is_unwanted_s > _UNWANTED_S and runs_s:
             self._process.kill(f"killed: it went on for {_UNWANTED_S:.0f} s after everybody had gone")
             raise ChannelClosed("nobody waits")
         if is_unwanted_s and not self._is_told:

@@ -15,7 +15,7 @@ from services.infer.models.wanted import ModelFiles, read_text
 from services.infer.remote.session import RemoteSession
 from services.infer.runtimes import onnx_settings
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.reshape import ReshapedSession
+from services.infer.runtimes.reshape import ReshapedSession, is_reshaped
 from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions, TellingSession
 from services.infer.scheduling import rules
 from services.infer.scheduling.batcher import BatchPolicy
@@ -65,9 +65,10 @@ def load(
     threads: int,
     clock: Callable[[], float],
     is_given_up: Callable[[], bool] = bool,
+    digest: str = "",
 ) -> Loaded:
     """Loads one version of the model `name` and warms it up. `threads`: for one execution, unless it says otherwise.
-    Loading ends early when `is_given_up`, where the runtime can.
+    Loading ends early when `is_given_up`, where the runtime can. `digest` stands for what the files are.
 
     Raises:
         FailedPrecondition: it cannot be served; the message says why, and names the setting, tensor or file.
@@ -82,7 +83,7 @@ def load(
     runtime = _runtime(runtimes, config, files)
     modelconfig.check(config, runtime)
     labels = labels_of(config, files.folder)
-    about = About(name, version, files.folder, config, modelconfig.instances(config), is_given_up)
+    about = About(name, version, files.folder, config, modelconfig.instances(config), is_given_up, digest)
     options = replace(_options(config, threads, runtime), about=about)
     session = runtime.load(_model_file(config, files, runtime), options)
     try:
@@ -91,7 +92,7 @@ def load(
             config = session.completed(config, says_batch=says_batch)
             says_batch = says_batch or session.says_batch
             modelconfig.check(config, runtime)
-        elif _is_reshaped(config):
+        elif is_reshaped(config):
             session = ReshapedSession(session, config)
         hidden = _hidden(config)
         model = modelconfig.complete(
@@ -135,10 +136,6 @@ def _hidden(config: pb.ModelConfig) -> frozenset[str]:
     names = {each.name for each in given.control_input}
     names |= {name for state in given.state for name in (state.input_name, state.output_name)}
     return frozenset(names - {output.name for output in config.output})
-
-
-def _is_reshaped(config: pb.ModelConfig) -> bool:
-    return any(tensor.HasField("reshape") for tensor in (*config.input, *config.output))
 
 
 def _inputs(session: Session, config: pb.ModelConfig, runtime: Runtime) -> tuple[TensorSpec, ...]:

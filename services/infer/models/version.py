@@ -185,6 +185,7 @@ class Version:
             threads=means.threads,
             clock=means.clock,
             is_given_up=given_up.is_set,
+            digest=self.wanted.digest,
         )
         return asyncio.ensure_future(work)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from services.infer.runtimes import onnx_settings
+from services.infer.runtimes.onnx_runtime import devices
 from services.infer.runtimes.runtime import Runtime
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
 ISOLATION = "isolation"
-"""The parameter that gives an ONNX model a process of its own."""
+"""The parameter that gives an ONNX model a process of its own, or one that several infer processes share."""
 
 _OF_PROCESSES = ("execution_timeout_ms", "load_timeout_ms")
 
@@ -20,10 +22,14 @@ class Runtimes:
 
     Args:
         isolated: runs the models of the first one in processes of their own.
+        for_gpus: runs those that would run on a GPU, and do not say where: once for several infer processes.
     """
 
-    def __init__(self, runtimes: Sequence[Runtime], isolated: Runtime | None = None) -> None:
+    def __init__(
+        self, runtimes: Sequence[Runtime], isolated: Runtime | None = None, for_gpus: Runtime | None = None
+    ) -> None:
         self._runtimes = tuple(runtimes)
+        self._for_gpus = for_gpus
         self._isolated = isolated
 
     def of(self, config: pb.ModelConfig, version_folder: Path, bare_file: str = "") -> Runtime:
@@ -40,8 +46,8 @@ class Runtimes:
         if said in ("", "none"):
             for key in _OF_PROCESSES:
                 if key in config.parameters:
-                    raise FailedPrecondition(f"parameter {key} needs parameter {ISOLATION} 'process'")
-            return found
+                    raise FailedPrecondition(f"parameter {key} needs parameter {ISOLATION} 'process' or 'shared'")
+            return self._for_gpus if self._for_gpus and not said and _is_for_gpus(config) else found
         return self._isolated
 
     def _named(self, config: pb.ModelConfig) -> Runtime | None:
@@ -54,3 +60,14 @@ class Runtimes:
         if name:
             return next((each for each in with_file if Path(name).suffix == Path(each.model_file).suffix), None)
         return next((each for each in with_file if (version_folder / each.model_file).is_file()), None)
+
+
+def _is_for_gpus(config: pb.ModelConfig) -> bool:
+    """Whether an ONNX model with this configuration would run on a GPU of this machine, and can be shared there."""
+    if config.HasField("sequence_batching"):
+        return False
+    try:
+        options = onnx_settings.session_options(config, 1)
+        return any(device.gpu is not None for device, _ in devices(options))
+    except FailedPrecondition:  # Whoever loads it says so.
+        return False

@@ -71,16 +71,20 @@ class OnnxRuntime:
         onnxruntime.set_default_logger_severity(_NOTHING)
 
     def load(self, file: Path, options: SessionOptions) -> Session:
-        devices = onnx_devices.resolved(options, onnxruntime.get_available_providers(), gpus.count)
         sessions: list[tuple[OnnxSession, int]] = []
         try:
-            for device, count in devices:
+            for device, count in devices(options):
                 sessions.append((_session(file, options, device), count))
         except BaseException:
             for session, _ in sessions:
                 session.close()
             raise
         return sessions[0][0] if len(sessions) == 1 else SpreadSession(sessions)
+
+
+def devices(options: SessionOptions) -> list[tuple[Device, int]]:
+    """Where a model will run on this machine, with the executions at a time. Raises FailedPrecondition."""
+    return onnx_devices.resolved(options, onnxruntime.get_available_providers(), gpus.count)
 
 
 def _session(file: Path, options: SessionOptions, device: Device) -> OnnxSession:

@@ -2,7 +2,8 @@
 
 Of its `parameters`, a model's configuration may say:
 
-    isolation              process (the default), or none: in the server's own process, on a thread
+    isolation              process (the default); shared: once for all infer processes of a server; or none: in the
+                           server's own process, on a thread
     execution_timeout_ms   a run that takes longer is ended, and its process with it; unset: no bound
     load_timeout_ms        the same for loading; 600000 when unset
     max_streams            requests that one instance of a decoupled model works on at a time; 64 when unset
@@ -21,11 +22,14 @@ from typing import Any
 from services.infer.isolation import interpreter
 from services.infer.isolation.inside import Inside
 from services.infer.isolation.instance import Instance, Running
-from services.infer.isolation.process import Process, program
+from services.infer.isolation.process import OWNER, Process, program
 from services.infer.isolation.session import InnerCall, Limits, ProcessSession
 from services.infer.models.config_json import as_json
+from services.infer.runtimes.onnx_runtime import devices
 from services.infer.runtimes.parameters import number, texts
 from services.infer.runtimes.runtime import About, SessionOptions
+from services.infer.sharing.owners import Owners, key_of
+from services.infer.sharing.shared import Shared
 from shoal.errors import FailedPrecondition
 
 _LOAD_TIMEOUT_MS = 600_000
@@ -42,16 +46,31 @@ class PythonRuntime:
     model_file = "model.py"
     can_decouple = True
     kind = "python"
-    isolations: tuple[str, ...] = ("process", "none")
+    isolations: tuple[str, ...] = ("process", "shared", "none")
 
-    def __init__(self, environ: Mapping[str, str] | None = None, call: InnerCall | None = None) -> None:
-        """`call` runs the calls that models make of other models; without it they are refused."""
+    def __init__(
+        self,
+        environ: Mapping[str, str] | None = None,
+        call: InnerCall | None = None,
+        owners: Owners | None = None,
+        isolation: str = "process",
+    ) -> None:
+        """Makes sessions of model processes.
+
+        Args:
+            call: runs the calls that models make of other models; without it they are refused.
+            owners: of the models that are shared; without it they are shared with nobody.
+            isolation: what holds for models that do not say.
+        """
         self._environ = dict(os.environ if environ is None else environ)
         self._call = call
+        self._owners = owners or Owners()
+        self._isolation = isolation
 
     def load(self, file: Path, options: SessionOptions) -> ProcessSession:
         about = options.about or About(file.parent.name)
         values = texts(about.config)
+        values.setdefault("isolation", self._isolation)
         self._check(values)
         limits = Limits(
             execution_s=_milliseconds(values, "execution_timeout_ms", 0) / 1000 or math.inf,
@@ -61,12 +80,12 @@ class PythonRuntime:
         title = f"{about.name} version {about.version}"
         instances = [
             Instance(
-                self._beginning(file, values),
+                self._beginning(file, values, about, header),
                 title if about.instances == 1 else f"{title} instance {n}",
-                self._load_header(file, options, about, n, values),
+                header,
                 load_timeout_s=limits.load_s,
             )
-            for n in range(about.instances)
+            for n, header in enumerate(self._load_headers(file, options, about, values))
         ]
         return ProcessSession(about.name, title, instances, limits, self._call, is_given_up=about.is_given_up)
 
@@ -83,12 +102,24 @@ class PythonRuntime:
         if values.get("isolation") == "none" and values.get("execution_timeout_ms"):
             raise FailedPrecondition("parameter execution_timeout_ms needs isolation 'process': a thread goes on")
 
-    def _beginning(self, file: Path, values: Mapping[str, str]) -> Callable[[str], Running]:
+    def _beginning(
+        self, file: Path, values: Mapping[str, str], about: About, header: Mapping[str, Any]
+    ) -> Callable[[str], Running]:
         if values.get("isolation") == "none":
             return Inside
         python = interpreter.interpreter(self._environ)
-        started = program(python, interpreter.environment(self._environ), str(file.parent))
+        environment, folder = interpreter.environment(self._environ), str(file.parent)
+        if values.get("isolation") == "shared":
+            owner, key = program(python, environment, folder, OWNER), key_of(header, about.digest)
+            return lambda title: Shared(self._owners, key, owner, title)
+        started = program(python, environment, folder)
         return lambda title: Process(started, title)
+
+    def _load_headers(
+        self, file: Path, options: SessionOptions, about: About, values: Mapping[str, str]
+    ) -> list[dict[str, Any]]:
+        """What each instance is to load."""
+        return [self._load_header(file, options, about, n, values) for n in range(about.instances)]
 
     def _load_header(
         self, file: Path, options: SessionOptions, about: About, number: int, values: Mapping[str, str]
@@ -101,11 +132,11 @@ class PythonRuntime:
             "folder": str((about.folder or file.parent.parent).absolute()),
             "instance": f"{about.name}_{number}",
             "config": as_json(about.config),
-            "options": self._options(options),
+            "options": self._options(options, values),
             "module": f"model_{next(_MODULES)}" if values.get("isolation") == "none" else "model",
         }
 
-    def _options(self, options: SessionOptions) -> dict[str, Any]:
+    def _options(self, options: SessionOptions, values: Mapping[str, str]) -> dict[str, Any]:
         return {}
 
 
@@ -118,9 +149,20 @@ class IsolatedOnnxRuntime(PythonRuntime):
     can_decouple = False
     kind = "onnx"
 
-    def _options(self, options: SessionOptions) -> dict[str, Any]:
+    def _load_headers(
+        self, file: Path, options: SessionOptions, about: About, values: Mapping[str, str]
+    ) -> list[dict[str, Any]]:
+        if values["isolation"] != "shared":
+            return super()._load_headers(file, options, about, values)
+        # One session for all, which takes so many executions at a time.
+        header = self._load_header(file, options, about, 0, values)
+        runs = sum(count for _, count in devices(options))
+        return [{**header, "runs": runs}] * runs
+
+    def _options(self, options: SessionOptions, values: Mapping[str, str]) -> dict[str, Any]:
         given = {each.name: getattr(options, each.name) for each in fields(options)}
-        return {
+        lists = ("places", "gpu_providers", "cpu_providers") if values["isolation"] == "shared" else ()
+        return {key: [list(each) for each in given[key]] for key in lists} | {
             name: dict(value) if isinstance(value, Mapping) else value
             for name, value in given.items()
             if isinstance(value, int | str | Mapping)

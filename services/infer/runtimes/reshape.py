@@ -21,6 +21,11 @@ from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
 
+def is_reshaped(config: pb.ModelConfig) -> bool:
+    """Whether any tensor has one."""
+    return any(tensor.HasField("reshape") for tensor in (*config.input, *config.output))
+
+
 def wrong(what: str, tensor: pb.ModelInput | pb.ModelOutput) -> Iterator[str]:
     """What is wrong with the reshape of `tensor`."""
     if not tensor.HasField("reshape"):

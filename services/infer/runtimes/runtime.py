@@ -36,6 +36,8 @@ class About:
     """How many executions may run at the same time."""
     is_given_up: Callable[[], bool] = bool
     """Nobody wants it any more: loading may end."""
+    digest: str = ""
+    """What its content is: another one is another model. Empty: nobody said."""
 
 
 class Place(NamedTuple):

@@ -278,7 +278,7 @@ class DecoupledScheduler:
             return
         link.is_blamed = True
         calls = [place.call for place in self._places if place.link is link]
-        self._session.poison.blame(calls, is_sure=self._session.is_own_doing(link.process))
+        self._session.poison.blame(calls, is_sure=link.process.is_own_doing())
 
     def _takes_too_long(self, place: _Place) -> None:
         ms = self._session.limits.execution_s * 1000

@@ -57,6 +57,8 @@ class Times:
     gather_ns: int = 0
     compute_ns: int = 0
     scatter_ns: int = 0
+    waited_ns: int = 0
+    """In the model's process, while it executed what others sent: not computing, but waiting in line."""
 
 
 @dataclass(frozen=True, slots=True)

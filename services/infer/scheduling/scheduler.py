@@ -405,7 +405,7 @@ class Scheduler:
                     times, answers, arrived = outcome.times, 0, 0.0
                 answers += 1
                 arrived += pending.arrived
-                outcome.queue_ns = int((started - pending.arrived) * 1e9)
+                outcome.queue_ns = int((started - pending.arrived) * 1e9) + outcome.times.waited_ns
                 outcome.fired = fired
             else:
                 is_whole = False
@@ -447,6 +447,7 @@ class Scheduler:
     def _count(self, times: Times, answers: int, arrived: float, started: float, now: float) -> None:
         self._statistics.executed(times, time.time_ns() // 1_000_000)
         queue_ns, total_ns = int((answers * started - arrived) * 1e9), int((answers * now - arrived) * 1e9)
+        queue_ns += answers * times.waited_ns
         self._statistics.answered(times, answers, queue_ns=queue_ns, total_ns=total_ns)
 
     def _learn(self, batch: Batch, elapsed_s: float, seconds: float) -> None:

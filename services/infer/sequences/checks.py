@@ -25,6 +25,8 @@ def wrong(config: pb.ModelConfig) -> Iterator[str]:
     given = config.sequence_batching
     if config.model_transaction_policy.decoupled:
         yield "sequence_batching of a decoupled model is not supported"
+    if "isolation" in config.parameters and config.parameters["isolation"].string_value == "shared":
+        yield "sequence_batching with parameter isolation 'shared' is not supported: servers know of their own sequences"
     if given.iterative_sequence:
         yield (
             "sequence_batching.iterative_sequence (generative sequences, whose requests are scheduled again) "

@@ -43,22 +43,29 @@ def repo(tmp_path: Path) -> PythonRepository:
 
 
 @pytest.fixture
-async def serve(repo: PythonRepository, tmp_path_factory):
+def isolation() -> str:
+    """Where Python models run that do not say."""
+    return "process"
+
+
+@pytest.fixture
+async def serve(repo: PythonRepository, isolation: str, tmp_path_factory):
     """Serves the folder as it is then."""
     run_dir = tmp_path_factory.mktemp("run")
     async with AsyncExitStack() as stack:
 
         async def start(**limits) -> Serving:
             repo.root.mkdir(exist_ok=True)
-            return await stack.enter_async_context(serving(repo.root, run_dir / "infer.sock", QueueLimits(**limits)))
+            served = serving(repo.root, run_dir / "infer.sock", QueueLimits(**limits), isolation)
+            return await stack.enter_async_context(served)
 
         yield start
 
 
 @asynccontextmanager
-async def serving(root: Path, socket: Path, limits: QueueLimits) -> AsyncIterator[Serving]:
+async def serving(root: Path, socket: Path, limits: QueueLimits, isolation: str = "process") -> AsyncIterator[Serving]:
     calls = InnerCalls()
-    runtimes = Runtimes([OnnxRuntime(), PythonRuntime(call=calls)], IsolatedOnnxRuntime())
+    runtimes = Runtimes([OnnxRuntime(), PythonRuntime(call=calls, isolation=isolation)], IsolatedOnnxRuntime())
     async with Models(Means.of(runtimes, limits)) as models:
         core = InferenceServer(models, "test/infer-0")
         calls.bind(core)

@@ -19,6 +19,11 @@ from tests.breakable import until
 from tests.infer.conftest import output, request
 
 
+@pytest.fixture(params=["process", "shared"])
+def isolation(request) -> str:
+    return request.param
+
+
 async def each(
     core: InferenceServer, asked: pb.ModelInferRequest, deadline: float = math.inf
 ) -> AsyncGenerator[pb.ModelInferResponse, None]:

@@ -12,6 +12,12 @@ from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.infer.conftest import floats, output, request
 
+
+@pytest.fixture(params=["process", "shared"])
+def isolation(request) -> str:
+    return request.param
+
+
 OWN = """
     import numpy as np
     class Model:

@@ -37,7 +37,10 @@ ONE_THREAD = SessionOptions(intra_op_threads=1)
 RUNTIMES = {
     "onnx": (OnnxRuntime, OnnxModels()),
     "onnx in a process": (IsolatedOnnxRuntime, OnnxModels()),
+    "onnx shared": (partial(IsolatedOnnxRuntime, isolation="shared"), OnnxModels()),
     "python": (PythonRuntime, OwnModels()),
+    "python shared": (partial(PythonRuntime, isolation="shared"), OwnModels()),
+    "triton's python shared": (partial(PythonRuntime, isolation="shared"), TritonModels()),
     "triton's python": (PythonRuntime, TritonModels()),
     "python on a thread": (PythonRuntime, OwnModels()),
     "triton's python on a thread": (PythonRuntime, TritonModels()),
@@ -45,7 +48,7 @@ RUNTIMES = {
     "remote": (RemoteRuntime, OwnModels()),
 }
 WITH_FILES = [name for name in RUNTIMES if name != "kernels"]
-ONNX = ["onnx", "onnx in a process"]
+ONNX = ["onnx", "onnx in a process", "onnx shared"]
 
 
 @pytest.fixture(params=RUNTIMES)

@@ -1,0 +1,56 @@
+"""Which models several infer processes share: those that ask for it, and those on a GPU. (No GPU is needed here.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.infer.runtimes import choice
+from services.infer.runtimes.choice import Runtimes
+from services.infer.runtimes.onnx_devices import resolved
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.runtimes.onnx_settings import CUDA
+from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+
+PLAIN, APART, ON_GPUS = OnnxRuntime(), IsolatedOnnxRuntime(), IsolatedOnnxRuntime(isolation="shared")
+AUTO, CPU, GPU = (pb.ModelInstanceGroup.Kind.Value(f"KIND_{kind}") for kind in ("AUTO", "CPU", "GPU"))
+
+
+def chosen(kind: int, isolation: str = "", *, several: bool = True) -> object:
+    config = pb.ModelConfig(instance_group=[{"kind": kind}])
+    if isolation:
+        config.parameters["isolation"].string_value = isolation
+    return Runtimes([PLAIN], APART, ON_GPUS if several else None).of(config, Path("nowhere"))
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ONNX Runtime with CUDA sees a machine with two GPUs."""
+    providers = [CUDA, "CPUExecutionProvider"]
+    monkeypatch.setattr(choice, "devices", lambda options: resolved(options, providers, lambda: 2))
+
+
+def test_what_would_run_on_a_gpu_is_shared_by_several_infer_processes(gpus):
+    assert (chosen(GPU), chosen(AUTO), chosen(CPU)) == (ON_GPUS, ON_GPUS, PLAIN)
+
+
+def test_one_infer_process_has_it_to_itself(gpus):
+    assert (chosen(GPU, several=False), chosen(AUTO, several=False)) == (PLAIN, PLAIN)
+
+
+def test_what_the_configuration_says_comes_first(gpus):
+    assert (chosen(GPU, "none"), chosen(CPU, "shared"), chosen(CPU, "process")) == (PLAIN, APART, APART)
+
+
+def test_without_a_gpu_nothing_is_shared_unasked():
+    assert (chosen(AUTO), chosen(CPU)) == (PLAIN, PLAIN)
+    assert chosen(GPU) is PLAIN  # Which refuses it, and says why.
+
+
+def test_a_parameter_for_processes_alone_is_refused_on_a_gpu_as_anywhere(gpus):
+    config = pb.ModelConfig(instance_group=[{"kind": GPU}], parameters={"load_timeout_ms": {"string_value": "5"}})
+    with pytest.raises(FailedPrecondition, match="needs parameter isolation 'process' or 'shared'"):
+        Runtimes([PLAIN], APART, ON_GPUS).of(config, Path("nowhere"))
