@@ -4,7 +4,8 @@
 
 Peers are used where they are installed, and named where not. Ours is the first row; every row says how far its result
 is from the float64 reference, or from ours, so that what does less work is seen to. With one thread processor time is
-measured, with more the clock on the wall. An operation is one function, here or in `row_kernels.py`.
+measured, with more the clock on the wall. An operation is one function, here, in `before_models.py` or in
+`after_models.py`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from after_models import nms_cases, pool_normalize_cases, quantize_rows_cases, softmax_topk_cases
+from before_models import pad_tokens_cases, tabular_cases
 from photographs import enlarged, photographs, synthetic
 from rich.console import Console
-from row_kernels import (
-    nms_cases,
-    pad_tokens_cases,
-    pool_normalize_cases,
-    quantize_rows_cases,
-    softmax_topk_cases,
-    tabular_cases,
-)
 from side_by_side import Case, peer, processor, show, wall
 
 from kernels.resize_norm import reference, resize_norm

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,9 @@ def peer(name: str) -> Any:
         return None
 
 
+Runs = dict[str, Callable[[], Any]]
+
+
 @dataclass
 class Case:
     """One piece of work that several do. The first contender is ours."""
@@ -33,7 +37,7 @@ class Case:
     items: int
     """What a run makes, for a rate."""
     item: str
-    runs: dict[str, Callable[[], Any]]
+    runs: Runs
     notes: dict[str, str] = field(default_factory=dict)
     """By contender: how far its result is from the truth, or what it does not do."""
 
@@ -94,3 +98,33 @@ def show(cases: Iterable[Case], rounds: int, console: Console, clock: Clock | No
         console.print(table)
     if MISSING:
         console.print(f"not installed, so not compared: {', '.join(sorted(MISSING))}")
+
+
+def compared(title: str, items: int, item: str, runs: Runs) -> Case:
+    """A case that says how far each result is from ours, of which there is one called shoal."""
+    results = {name: _first(run()) for name, run in runs.items()}
+    ours = results["shoal"]
+    notes = {name: _difference(ours, result) for name, result in results.items() if name != "shoal"}
+    return Case(title, items, item, runs, notes)
+
+
+def _first(result: Any) -> np.ndarray:
+    """The numbers of a result; in front of others where it is a tuple."""
+    array = np.asarray(result[0] if isinstance(result, tuple | list) else result)
+    return array.copy()
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> str:
+    if ours.shape != theirs.shape:
+        return f"another shape: {list(theirs.shape)}"
+    if np.array_equal(ours, theirs):
+        return "equal to ours"
+    return f"differs from ours by {np.abs(ours.astype(np.float64) - theirs).max():.1e} at most"
+
+
+def one_thread_session(model: bytes) -> Any:
+    """ONNX Runtime's, which must be installed."""
+    ort = peer("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -60,7 +60,7 @@ def frozen(array: Any) -> Any:
     It compiles anew for each combination, and so would the first request do whose tensors are views of received bytes.
     """
     view = array.view() if array.flags.aligned else array.copy()
-    view.flags.writeable = False
+    view.setflags(write=False)
     return view
 
 

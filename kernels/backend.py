@@ -24,6 +24,7 @@ import numpy as np
 
 Backend = Literal["cuda", "cpu", "reference"]
 VARIABLE = "KERNELS_BACKEND"
+_ON_HOST = {np.ndarray, type(None)}
 
 
 class BackendError(RuntimeError):
@@ -120,6 +121,8 @@ class Operation:
         return module
 
     def _device(self, arrays: dict[str, object]) -> bool:
+        if _ON_HOST.issuperset(map(type, arrays.values())):
+            return False  # As nearly always: a sixth of the time of what follows.
         places = {name: self._place(name, array) for name, array in arrays.items() if array is not None}
         if len(set(places.values())) > 1:
             told = ", ".join(f"{name} on the {place}" for name, place in places.items())

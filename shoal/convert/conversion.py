@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from shoal.convert import sample
+from shoal.convert import graph, sample
 from shoal.convert.drift import Answers, Drift, Mismatch, measure
 from shoal.convert.folder import write_beside
 from shoal.convert.onnx_model import OnnxModel, cast
@@ -99,7 +99,7 @@ def convert(original: Original, source: Path, name: str, into: Path, rows: Rows,
     converted: OnnxModel | None = None
     for plan in original.plans:
         try:
-            _save(original.export(plan), file)
+            _save(graph.settled(original.export(plan)), file)
             converted = OnnxModel(file)
         except FailedPrecondition as err:
             tried.append(Tried(plan.name, None, err.message))
@@ -141,7 +141,8 @@ def _try(original: Original, converted: OnnxModel, plan: str, calls: Sequence[Te
     except Mismatch as err:
         return Tried(plan, None, str(err))
     if refused and rounded is not None and not refusal(rounded, bounds):
-        refused += ": only because its inputs are float32, and the data are not: --float64 takes them as they are"
+        refused += ": only because its inputs are float32, and the data are not"
+        refused += ": --float64 takes them as they are" if original.framework == "scikit-learn" else ""
     return Tried(plan, seen, refused, rounded)
 
 

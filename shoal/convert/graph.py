@@ -79,6 +79,14 @@ def narrowed(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def settled(model: onnx.ModelProto) -> onnx.ModelProto:
+    """In an order that is always the same, where an exporter's own is that of a set; `model` itself is changed."""
+    versions = {each.domain: each.version for each in model.opset_import}
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(domain, versions[domain]) for domain in sorted(versions))
+    return model
+
+
 def batched(model: onnx.ModelProto, name: str = "batch") -> onnx.ModelProto:
     """Says of the first dimension of every input and output that it is the batch; `model` itself is changed."""
     for value in (*model.graph.input, *model.graph.output):

@@ -248,8 +248,10 @@ def test_models_list_remove_and_alias(shoal: Shoal, served: Served) -> None:
 
 
 def test_push_of_what_is_no_model(shoal: Shoal, tmp_path: Path) -> None:
+    (tmp_path / "m.bmp").touch()
+    assert "expected a .onnx file" in complaint(shoal("models", "push", "m.bmp"), 2)
     (tmp_path / "m.pt").touch()
-    assert "expected a .onnx file" in complaint(shoal("models", "push", "m.pt"), 2)
+    assert "torch.export.save(program, 'model.pt2')" in complaint(shoal("models", "push", "m.pt"), 2)
     assert "no such file or folder" in complaint(shoal("models", "push", "n.onnx"))
 
 

@@ -27,7 +27,7 @@ def run(method: Method, source: Path, rows: Rows = REAL, bounds: Bounds | None =
 @pytest.mark.parametrize(
     ("method", "smaller", "drift", "rows"),
     [
-        (Method.DYNAMIC, 3.0, 0.6, 300),
+        (Method.DYNAMIC, 2.5, 0.6, 300),
         (Method.STATIC, 2.5, 0.6, 150),
         (Method.FLOAT16, 1.8, 0.01, 300),
     ],

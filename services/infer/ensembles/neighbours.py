@@ -11,6 +11,7 @@ from services.infer.responses.cache import ResponseCache
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.statistics import Statistics
+from services.infer.sequences.line import Line
 
 
 class StepVersion(Protocol):
@@ -20,6 +21,7 @@ class StepVersion(Protocol):
     statistics: Statistics
     response_cache: ResponseCache | None
     decoupled: DecoupledScheduler | None
+    line: Line | None
 
     @property
     def number(self) -> int: ...

@@ -42,10 +42,10 @@ _MAX_BATCH_SIZE = 1 << 16
 
 
 def parse(text: str, where: str = "config.pbtxt") -> pb.ModelConfig:
-    """Reads a configuration. Raises FailedPrecondition with line and column when it is not one."""
+    """Reads a configuration. Raises FailedPrecondition, mostly with line and column, when it is not one."""
     try:
         return text_format.Parse(text, pb.ModelConfig())
-    except (text_format.ParseError, UnicodeError) as err:
+    except (text_format.ParseError, ValueError, RecursionError) as err:  # ValueError: an enum's number out of range.
         raise FailedPrecondition(f"{where}: {err}") from err
 
 

@@ -67,7 +67,7 @@ class Version:
     _seen: Seen = ()
     """What an ensemble's steps meant when they were last looked up."""
     line: Line | None = None
-    """Only for a model with sequences: keeps the steps of each in the order of their arrival."""
+    """Only for a model with sequences, or an ensemble with such a step: keeps those of each in their order."""
     _loaded: Loaded | None = None
     _scheduler: RunsCalls | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -170,7 +170,7 @@ class Version:
             self.decoupled = scheduler
             return
         self._scheduler = scheduler
-        self.line = Line() if loaded.sequences is not None else None
+        self.line = Line() if _has_sequences(loaded) else None
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
             self.response_cache = await self._resources.enter_async_context(self._caching(loaded, means, ttl))
@@ -238,6 +238,12 @@ class Version:
             rows = self.statistics.expired_executed
             log.error("model %s version %d: %d rows were run after their time was over", self.name, self.number, rows)
         log.info("model %s version %d is unloaded", self.name, self.number)
+
+
+def _has_sequences(loaded: Loaded) -> bool:
+    if isinstance(loaded, Composed):
+        return any(step.version.line is not None for step in loaded.plan.steps)
+    return loaded.sequences is not None
 
 
 async def _finished(work: asyncio.Future[Loaded], given_up: threading.Event) -> Loaded:

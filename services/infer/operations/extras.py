@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,8 @@ def opencv() -> Any:
 @cache
 def tokenizers() -> Any:
     """Hugging Face's tokenizers. Raises FailedPrecondition when they are not installed."""
+    # Its own threads are as many as there are cores, for each call: a model's executions have theirs.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return _imported("tokenizers", "text", "tokenizers")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from services.infer.models.modelconfig import GUESSED_BATCH_SIZE
 from services.infer.operations.byte_windows import ByteWindows, ByteWindowsParameters
 from services.infer.operations.crop_boxes import CropBoxes, CropBoxesParameters
 from services.infer.operations.ctc_decode import CtcDecode, CtcDecodeParameters
@@ -32,10 +33,13 @@ class Entry:
     """Raises FailedPrecondition when a file or package that it needs is missing or wrong."""
     has_gpu: bool = False
     """Whether it has a version for GPUs."""
+    batch_size: int = GUESSED_BATCH_SIZE
+    """Rows of one execution, where the configuration says none."""
 
 
 OPERATIONS: Mapping[str, Entry] = {
-    "decode_image": Entry(DecodeImageParameters, DecodeImage),
+    # Its images are held together: more of them gain nothing, and a few bytes can become a hundred megabytes.
+    "decode_image": Entry(DecodeImageParameters, DecodeImage, batch_size=16),
     "byte_windows": Entry(ByteWindowsParameters, ByteWindows),
     "crop_boxes": Entry(CropBoxesParameters, CropBoxes),
     "ctc_decode": Entry(CtcDecodeParameters, CtcDecode),

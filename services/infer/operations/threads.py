@@ -14,6 +14,7 @@ class RowThreads:
     """As many as a model may use for one execution. The calling thread waits; a single row is run on it."""
 
     def __init__(self, count: int, name: str) -> None:
+        self.count = count
         self.pool = ThreadPoolExecutor(count, thread_name_prefix=name) if count > 1 else None
         """For kernels that share out their work themselves; None: there is one thread, the caller's."""
 

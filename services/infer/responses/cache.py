@@ -149,6 +149,8 @@ class ResponseCache:
             flight = self._flights.get(key)
             if flight is None:
                 return await self._lead(key, call, expires, tenant, looked_ns), CacheState.MISS
+            if expires <= self._clock():  # Perhaps while it waited for a flight that failed.
+                raise _too_late()
             answer = await self._join(key, flight, expires)
             if answer is not None:
                 if flight.is_led:
@@ -216,9 +218,7 @@ class ResponseCache:
             while not flight.task.done():
                 left = expires - self._clock()
                 if left <= 0 and self._runs.is_waiting(flight.call):
-                    raise DeadlineExceeded(
-                        "Request timeout expired while the same request of another caller waited: it was not executed"
-                    )
+                    raise _too_late()
                 # Once it runs, its answer comes as soon as it can, as that of a call of one's own would.
                 await asyncio.wait((flight.task,), timeout=left if 0 < left < math.inf else None)
         finally:
@@ -253,6 +253,12 @@ def ttl_s(config: model_config_pb2.ModelConfig) -> float | None:
             "a request has any number of answers"
         )
     return int(written) / 1000 if written else math.inf
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "Request timeout expired while the same request of another caller waited: it was not executed"
+    )
 
 
 def _again(error: ShoalError) -> ShoalError:

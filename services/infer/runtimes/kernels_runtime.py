@@ -16,7 +16,7 @@ from kernels.backend import device_available
 from services.infer.calls import ragged
 from services.infer.calls.ragged import Value
 from services.infer.calls.tensors import Tensor
-from services.infer.models.modelconfig import GUESSED_BATCH_SIZE, KERNELS
+from services.infer.models.modelconfig import KERNELS
 from services.infer.operations import places
 from services.infer.operations.assets import Assets
 from services.infer.operations.operation import Operation, Results, Setting
@@ -25,7 +25,7 @@ from services.infer.operations.table import OPERATIONS, Entry
 from services.infer.operations.threads import RowThreads
 from services.infer.runtimes import gpus
 from services.infer.runtimes.runtime import About, ModelFailed, RowResults, SessionOptions
-from services.infer.wording import listed, quoted
+from services.infer.wording import listed, quoted, written
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -58,7 +58,7 @@ class KernelsRuntime:
             assets = Assets([file, about.folder or file.parent])
             with place.computing():
                 operation = entry.make(parameters, Setting(assets, threads, place))
-            return OperationSession(name, operation, threads, place)
+            return OperationSession(name, operation, threads, place, entry.batch_size)
         except BaseException:
             threads.close()
             raise
@@ -72,9 +72,12 @@ class OperationSession:
     """It was, with an example of its own: made-up bytes are no image."""
     says_batch = True
 
-    def __init__(self, name: str, operation: Operation, threads: RowThreads, place: places.Place) -> None:
+    def __init__(
+        self, name: str, operation: Operation, threads: RowThreads, place: places.Place, batch_size: int
+    ) -> None:
         """Closes the threads. Raises FailedPrecondition when the operation fails with its own example."""
         self._name, self._operation, self._threads, self._place = name, operation, threads, place
+        self._batch_size = batch_size
         self.inputs, self.outputs = operation.inputs, operation.outputs
         self.only_computes = operation.only_computes
         self.gpus = place.gpus
@@ -87,9 +90,12 @@ class OperationSession:
     def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
         """The configuration with the batch size that the operation wants where it says none.
 
+        What is said of outputs is held against the operation here: nothing is made up to try it with.
+
         Raises:
             FailedPrecondition: it says one that the operation cannot do.
         """
+        self._check_promises(config)
         done = pb.ModelConfig()
         done.CopyFrom(config)
         if not self._operation.is_batched:
@@ -99,8 +105,18 @@ class OperationSession:
                     "it is given, so calls are not put together: set 0, or leave it out"
                 )
         elif not config.max_batch_size:
-            done.max_batch_size = GUESSED_BATCH_SIZE
+            done.max_batch_size = self._batch_size
         return done
+
+    def _check_promises(self, config: pb.ModelConfig) -> None:
+        for output in config.output:
+            spec = self._outputs.get(output.name)
+            own = spec.shape[1 if self._operation.is_batched else 0 :] if spec is not None else ()
+            if any(have == -1 and said != -1 for have, said in zip(own, output.dims, strict=False)):
+                raise FailedPrecondition(
+                    f"output '{output.name}': the configuration promises {written(output.dims)}, operation "
+                    f"{self._name} gives {written(own)}: write -1 where it varies"
+                )
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         given = {name: ragged.rows(array) if self._inputs[name].is_ragged else array for name, array in inputs.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from shoal.convert.onnx_model import OnnxModel
 from tests.convert.originals import made
 
 
-def shoal(*args: object) -> subprocess.CompletedProcess[str]:
+def shoal(*args: object, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "shoal.cli.main", "models", "convert", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    every = {**os.environ, **(environ or {})}
+    return subprocess.run(command, env=every, capture_output=True, text=True, timeout=100, check=False)
 
 
 def test_a_model_is_written_as_a_folder_with_its_class_names(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -48,6 +50,16 @@ def test_a_model_is_written_as_a_folder_with_its_class_names(saved: dict[str, Pa
     assert again.returncode == 1
     assert "is there already" in again.stderr
     assert sorted(child.name for child in (tmp_path / "models").iterdir()) == ["iris"]
+
+
+def test_another_process_makes_the_same_file(saved: dict[str, Path], tmp_path: Path) -> None:
+    """Sets come in another order there, and an exporter's file may show it: then a second push were a new version."""
+    files = []
+    for seed in ("1", "2"):
+        done = shoal(saved["perceptron"], "-o", tmp_path / seed, "--trust-pickle", environ={"PYTHONHASHSEED": seed})
+        assert done.returncode == 0, done.stderr
+        files.append((tmp_path / seed / "perceptron/1/model.onnx").read_bytes())
+    assert files[0] == files[1]
 
 
 def test_too_much_drift_is_refused_and_leaves_nothing(saved: dict[str, Path], tmp_path: Path) -> None:

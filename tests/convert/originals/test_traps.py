@@ -131,17 +131,18 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, conten
         formats.open_original(tmp_path / name, trusts=True)
 
 
-def test_pickles_of_other_things_are_named(tmp_path: Path) -> None:
+def test_pickles_of_other_things_are_named(saved: dict[str, Path], tmp_path: Path) -> None:
     joblib.dump({"weights": [1, 2]}, tmp_path / "a.pkl")
     with pytest.raises(InvalidArgument, match="a dict is no fitted scikit-learn estimator"):
         formats.open_original(tmp_path / "a.pkl", trusts=True)
     joblib.dump(ensemble.RandomForestClassifier(), tmp_path / "b.pkl")
     with pytest.raises(InvalidArgument, match="a RandomForestClassifier is no fitted"):
         formats.open_original(tmp_path / "b.pkl", trusts=True)
-    for saved, framework in ((lightgbm.Booster, "LightGBM"), (xgboost.Booster, "XGBoost")):
-        kind = {"LightGBM": made.save_lightgbm, "XGBoost": made.save_xgboost}[framework](tmp_path)
-        joblib.dump(saved(model_file=str(next(iter(kind.values())))), tmp_path / "c.pkl")
-        assert formats.open_original(tmp_path / "c.pkl", trusts=True).framework == framework
+    booster = lightgbm.Booster(model_file=saved["lightgbm_gaps.txt"])
+    joblib.dump(booster, tmp_path / "c.pkl")
+    assert formats.open_original(tmp_path / "c.pkl", trusts=True).framework == "LightGBM"
+    joblib.dump(xgboost.Booster(model_file=saved["xgboost_gaps.json"]), tmp_path / "d.pkl")
+    assert formats.open_original(tmp_path / "d.pkl", trusts=True).framework == "XGBoost"
 
 
 def test_skops_needs_consent_only_for_what_it_does_not_know(tmp_path: Path) -> None:

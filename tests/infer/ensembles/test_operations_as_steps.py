@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
+import cv2
 import grpc
 import numpy as np
 import pytest
@@ -26,8 +27,6 @@ from tests.infer import onnx_files
 from tests.infer.conftest import Serving, output, request
 from tests.infer.ensembles.conftest import parameter, step, tensor
 from tests.infer.ensembles.test_ensembles_served import refused, states
-
-cv2 = pytest.importorskip("cv2")
 
 PAGE = np.repeat(np.arange(48, dtype=np.uint8).reshape(6, 8, 1), 3, axis=2)
 MORE = (

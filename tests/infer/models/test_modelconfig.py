@@ -48,6 +48,7 @@ REFUSED = {
     'output [{ name: "y" }, { name: "y" }]': "output 'y' is given more than once",
     "no_such_field: 1": 'Message type "inference.ModelConfig" has no field named "no_such_field"',
     "max_batch_size: many": "1:17",
+    'input [{ name: "x" data_type: 999999999999 dims: [4] }]': "config.pbtxt: Value out of range: 999999999999",
     # Against the model:
     'max_batch_size: 8 input [{ name: "z" data_type: TYPE_FP32 dims: [4] }]': "input 'z', the model has 'x'",
     'max_batch_size: 8 input [{ name: "x" data_type: TYPE_FP64 dims: [4] }]': "says FP64, the model FP32",

@@ -60,7 +60,7 @@ async def test_clients_send_bytes(serve, models_folder, put):
     assert [(t.name, t.datatype, list(t.shape)) for t in described.inputs] == [("image", "BYTES", [-1, 1])]
     assert [(t.name, list(t.shape)) for t in described.outputs] == [("image", [-1, -1, -1, 3]), ("size", [-1, 2])]
     config = (await serving.stub.ModelConfig(pb.ModelConfigRequest(name="decode"))).config
-    assert (config.max_batch_size, config.platform, config.backend) == (64, "kernels", "kernels")
+    assert (config.max_batch_size, config.platform, config.backend) == (16, "kernels", "kernels")
 
 
 async def test_images_of_different_sizes_share_one_execution(serve, models_folder, put):
@@ -135,6 +135,11 @@ async def test_wrong_configurations_are_told_in_the_index(serve, models_folder, 
         "ragged": (
             DECODE + ' input [ { name: "image" data_type: TYPE_STRING dims: [ 1 ] allow_ragged_batch: true } ]',
             "allow_ragged_batch is not supported",
+        ),
+        "promise": (
+            operation("resize_norm", fit="multiple")
+            + ' output [ { name: "image" data_type: TYPE_FP32 dims: [ 3, 640, 640 ] } ]',
+            "output 'image': the configuration promises [3,640,640], operation resize_norm gives [3,-1,-1]",
         ),
         "file": (DECODE + ' default_model_filename: "model.onnx"', "default_model_filename without a model file"),
         "reshape": (
@@ -226,6 +231,32 @@ async def test_from_the_bytes_of_an_image_to_the_name_of_its_class(serve, models
         await serving.stub.ModelInfer(request("colour", bytes=array(b"no image")))
     assert err.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "expected jpeg, png, webp, bmp" in err.value.details()
+
+
+async def test_crops_of_an_image_are_rows_of_the_next_steps(serve, models_folder, put):
+    """One image, some boxes, as many crops, of different sizes: each is a call of the steps that follow."""
+    put("decode", DECODE)
+    put("crops", operation("crop_boxes", corners="false", turn_from="0"))
+    put("resize", operation("resize_norm", size="8", datatype="UINT8"))
+    each = 'max_batch_size: 0 parameters { key: "each.resize" value { string_value: "crops" } } '
+    steps = (
+        ("decode", {"image": "file"}, {"image": "image"}),
+        ("crops", {"image": "image", "boxes": "boxes"}, {"crops": "crops", "row": "row"}),
+        ("resize", {"image": "crops"}, {"image": "small", "transform": "transform"}),
+    )
+    put("pieces", each + ensemble(*steps))
+    serving = await serve(models_folder.root)
+    image = pixels(60, 80)
+    boxes = np.array([[[0, 0, 30, 20], [5, 6, 17, 50], [40, 10, 41, 11]]], np.float32)
+    asked = request("pieces", file=array(encoded(image, "png")), boxes=boxes)
+    asked.outputs.add(name="small")
+    small = output(await serving.stub.ModelInfer(asked), "small").reshape(3, 3, 8, 8)
+    for (left, top, right, bottom), got in zip(boxes[0].astype(int), small, strict=True):
+        alone = request("resize", image=np.ascontiguousarray(image[top:bottom, left:right])[np.newaxis])
+        np.testing.assert_array_equal(got, output(await serving.stub.ModelInfer(alone), "image")[0])
+    nothing = request("pieces", file=array(encoded(image, "png")), boxes=boxes[:, :0])
+    nothing.outputs.add(name="small")
+    assert output(await serving.stub.ModelInfer(nothing), "small").shape[0] == 0
 
 
 MAGIKA = Path(magika.__file__).parent / "models/standard_v3_3"

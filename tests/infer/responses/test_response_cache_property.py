@@ -186,6 +186,16 @@ class Flights(RuleBasedStateMachine):
         return any(not e.cancelled() and isinstance(e.exception(), ResourceExhausted | DeadlineExceeded) for e in ends)
 
 
+def test_who_ran_out_while_a_flight_failed_does_not_wait_for_the_next():
+    state = Flights()
+    state.start(limit=0)
+    for patience in (5.0, 1.0, math.inf):
+        state.ask(patience=patience, value=0)
+    state.wait(seconds=6.0)  # The first one's execution never began; the third takes off before the second looks.
+    state.nobody_late()
+    state.teardown()
+
+
 TestFlights = Flights.TestCase
 TestFlights.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
