@@ -32,7 +32,8 @@ SURE = 0.5
 """Lines that are read with less are left out, as the original package does."""
 
 UNSURE = 0.08
-# Pixels are resized by another resize than the package's, at most a level of grey apart: scores move by hundredths. A line that is this near to SURE may be in the one answer and not in the other, or be read otherwise: it is a guess.
+# Pixels are resized by another resize than the package's, at most a level of grey apart: scores move by hundredths. A
+# line this near to SURE may be in the one answer and not in the other, or be read otherwise: it is a guess.
 
 BOX_PIXELS = 2.0
 # Corners, for the same reason: the edge of what the detector is sure of moves by a pixel of its map.
