@@ -28,7 +28,7 @@ class Parameters(BaseModel):
 P = TypeVar("P", bound=Parameters)
 
 
-def _split(text: Any) -> Any:
+def split(text: Any) -> Any:
     """`a, b, c`, in brackets or not, as the list that it is."""
     if not isinstance(text, str):
         return text
@@ -37,12 +37,12 @@ def _split(text: Any) -> Any:
 
 def _size(text: Any) -> Any:
     """`224`: as high as wide; `224, 320`: height and width."""
-    parts = _split(text)
+    parts = split(text)
     return parts * 2 if isinstance(parts, list) and len(parts) == 1 else parts
 
 
-Floats = Annotated[tuple[float, ...], BeforeValidator(_split)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(split)]
+Names = Annotated[tuple[str, ...], BeforeValidator(split)]
 Size = Annotated[tuple[int, int], BeforeValidator(_size)]
 """Height and width in pixels."""
 
