@@ -26,7 +26,7 @@ def wrong(config: pb.ModelConfig) -> Iterator[str]:
     if config.model_transaction_policy.decoupled:
         yield "sequence_batching of a decoupled model is not supported"
     if "isolation" in config.parameters and config.parameters["isolation"].string_value == "shared":
-        yield "sequence_batching with parameter isolation 'shared' is not supported: servers know of their own sequences"
+        yield "sequence_batching with parameter isolation 'shared' is not supported: use 'process'"
     if given.iterative_sequence:
         yield (
             "sequence_batching.iterative_sequence (generative sequences, whose requests are scheduled again) "

@@ -60,6 +60,10 @@ def test_refused_by_name(text):
     ("more", "said"),
     [
         ("model_transaction_policy { decoupled: true }", "sequence_batching of a decoupled model is not supported"),
+        (
+            'parameters { key: "isolation" value { string_value: "shared" } }',
+            "sequence_batching with parameter isolation 'shared' is not supported",
+        ),
         ('parameters { key: "slo_ms" value { string_value: "5" } }', "parameter slo_ms does nothing beside"),
     ],
 )
