@@ -1,7 +1,8 @@
 """Where somebody speaks, from a probability for each chunk: the rule of silero-vad with its default settings.
 
-Speech begins with a chunk of 0.5 or more, and ends where it fell below 0.35, once it has not come back for 100 ms. What is
-not longer than 250 ms is no speech. 30 ms are added at both ends, or half of the pause between two where that is shorter.
+Speech begins with a chunk of 0.5 or more, and ends where it fell below 0.35, once it has not come back for 100 ms. What
+is not longer than 250 ms is no speech. 30 ms are added at both ends, or half of the pause between two where that is
+shorter.
 """
 
 from __future__ import annotations
