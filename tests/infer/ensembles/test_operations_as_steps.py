@@ -9,7 +9,7 @@ import cv2
 import grpc
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from mesh.channel import connect
 from mesh.server import GrpcServer
@@ -52,6 +52,21 @@ def averaging() -> object:
     )
 
 
+def counting() -> object:
+    """tokens = how many of a row's places are real; places = how many there are."""
+    return onnx_files.model(
+        [
+            helper.make_node("ReduceSum", ["mask", "axes"], ["tokens"], keepdims=1),
+            helper.make_node("Sub", ["mask", "mask"], ["zeros"]),
+            helper.make_node("Add", ["zeros", "one"], ["ones"]),
+            helper.make_node("ReduceSum", ["ones", "axes"], ["places"], keepdims=1),
+        ],
+        [("mask", TensorProto.INT64, ("n", "width"))],
+        [("tokens", TensorProto.INT64, ("n", 1)), ("places", TensorProto.INT64, ("n", 1))],
+        [numpy_helper.from_array(np.array([1]), "axes"), numpy_helper.from_array(np.int64(1), "one")],
+    )
+
+
 def operation(folder, name: str, kind: str, **parameters: str) -> None:
     (folder.root / name / "1").mkdir(parents=True)
     said = "".join(parameter(key, value) for key, value in {"operation": kind, **parameters}.items())
@@ -69,6 +84,17 @@ async def served(models_folder, run_dir) -> AsyncIterator[Serving]:
         step("crop", {"image": "page", "boxes": "where"}, {"crops": "crops", "row": "whose"}),
         step("mean", {"image": "crops"}, {"mean": "means"}),
         more=MORE,
+    )
+    operation(models_folder, "tokens", "tokenize")
+    (models_folder.root / "tokens/1/vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\nfish\n")
+    operation(models_folder, "pad", "pad_tokens", pad_to="own", multiple_of="4")
+    models_folder.put("count", counting())
+    models_folder.ensemble(
+        "lengths",
+        step("tokens", {"text": "text"}, {"input_ids": "ids"}),
+        step("pad", {"input_ids": "ids"}, {"attention_mask": "mask"}),
+        step("count", {"mask": "mask"}, {"tokens": "tokens", "places": "places"}),
+        more=parameter("each.count", "mask"),
     )
     async with AsyncExitStack() as stack:
         runtimes = Runtimes([OnnxRuntime(), KernelsRuntime()])
@@ -110,3 +136,12 @@ async def test_a_file_that_is_no_image_is_told_by_the_step_that_reads_it(served)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "in ensemble 'pages', step 0, model 'decode': " in why
     assert served.models.find("crop", "").statistics.fail.count == 0
+
+
+async def test_texts_of_one_request_are_padded_each_to_its_own_length(served):
+    pytest.importorskip("tokenizers")
+    assert states(served)["lengths"] == ("READY", "")
+    texts = [b"", b"fish " * 3, b"fish " * 9, b"fish fish"]
+    answer = await served.stub.ModelInfer(request("lengths", text=np.array(texts, object).reshape(-1, 1)))
+    assert output(answer, "tokens").tolist() == [[2], [5], [11], [4]]
+    assert output(answer, "places").tolist() == [[4], [8], [12], [4]]
