@@ -35,7 +35,7 @@ $(ORIGINALS_STAMP): locks/originals.txt tools/venv.sh
 	@UNHASHED=1 tools/venv.sh $(ORIGINALS_VENV) locks/originals.txt
 
 demo: $(STAMP) ## Start a node, send real files through it both ways, check every answer, stop
-	@$(PY) examples/filetypes/demo.py
+	@$(PY) -m examples.filetypes.demo
 
 test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINALS_STAMP) ## Run every test
 	@tools/clients.sh

@@ -1,6 +1,8 @@
 """`make demo`: what kind of file is it? A real node, a real model, real files, and every answer checked.
 
-    shoal up ──> push magika's ONNX file ──> each file goes through twice:
+    bytes of a file ──> filetypes: windows ──> magika's ONNX file ──> names ──> label, score       (models/)
+
+    shoal up ──> push the models ──> each file goes through twice:
         at once        ModelInfer through the gateway, many at a time, so that batches form
         as a job       submitted to ingest, run by infer, its result read back from the store
     each answer is compared with the magika package's own, and the job's with the other.
@@ -26,21 +28,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from files import Sample, gather
-from node import NotReady, running, story, wait_until_ready
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import shoal
+from examples import repository
+from examples.filetypes.files import Sample, gather
+from examples.node import NotReady, running, story, wait_until_ready
 from shoal.client import JobRequest
 from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
-    from judge import Judge, Verdict
+    from examples.filetypes.judge import Judge, Verdict
 
-MODEL = "magika"
+MODEL = "filetypes"
+STEP = "step_1_batch_size"
+# Of magika's model, which is the ensemble's second step: how many rows ran together there.
+
 AT_ONCE = 32
 # Calls in flight: enough that a replica always finds some to run together.
 
@@ -60,10 +66,9 @@ FOLDERS = (
 
 @dataclass(frozen=True)
 class Question:
-    """A file, what the model is asked about it, and what magika says by itself."""
+    """A file, and what magika says of it by itself."""
 
     sample: Sample
-    features: NDArray[np.int32]
     own_together: Verdict
     """magika's answer when the model runs for many files at once."""
     judge: Judge
@@ -75,7 +80,7 @@ class Question:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        return {"bytes": self.features[np.newaxis]}
+        return {"file": np.array([[self.sample.content]], object)}
 
     def own(self, answer: Answer) -> Verdict:
         """magika's answer, from a run of the same kind."""
@@ -134,7 +139,7 @@ def _in_folder(folder: Path, count: int, out: Console) -> int:
     started = time.monotonic()
     # What anyone writes to the temporary folder goes with ours; ONNX Runtime does so as soon as it is imported.
     os.environ["TMPDIR"] = str(folder)
-    from judge import Judge
+    from examples.filetypes.judge import Judge
 
     out.print("starting a node: shoal up --replicas infer=2")
     with running(folder, "--replicas", "infer=2") as process:
@@ -143,13 +148,21 @@ def _in_folder(folder: Path, count: int, out: Console) -> int:
         gateway = wait_until_ready(process, folder)
         out.print(f"ready at {gateway} after {time.monotonic() - started:.1f} s")
         try:
-            result = asyncio.run(_ask(gateway, judge, questions, out))
+            models = build(folder / "models", judge)
+            result = asyncio.run(_ask(gateway, models, judge, questions, out))
         except ShoalError:
             out.print(Text(story(folder), "dim"))
             raise
     status = report(questions, *result, by_rule, out)
     out.print(f"the node has stopped; {time.monotonic() - started:.1f} s in all")
     return status
+
+
+def build(into: Path, judge: Judge) -> Path:
+    """The model repository: the configurations of models/, magika's ONNX file, the names of its classes."""
+    labels = "".join(f"{label}\n" for label in judge.labels).encode()
+    files = {"filetypes_magika/1/model.onnx": judge.model, "filetypes_names/1/labels.txt": labels}
+    return repository.build(Path(__file__).parent / "models", into, files)
 
 
 def prepare(judge: Judge, count: int) -> tuple[list[Question], int]:
@@ -167,18 +180,19 @@ def prepare(judge: Judge, count: int) -> tuple[list[Question], int]:
         if len(samples) == count:
             break
     own = judge.together(rows)
-    return [Question(*each, judge) for each in zip(samples, rows, own, strict=True)], by_rule
+    return [Question(*each, judge) for each in zip(samples, own, strict=True)], by_rule
 
 
 async def _ask(
-    gateway: str, judge: Judge, questions: Sequence[Question], out: Console
+    gateway: str, models: Path, judge: Judge, questions: Sequence[Question], out: Console
 ) -> tuple[list[Answer], list[Answer], float, float]:
     """The answers at once and those of the jobs, each with the seconds that it took for all of them."""
     async with shoal.AsyncClient(gateway) as client:
         start = time.monotonic()
-        [pushed] = await client.models.push(judge.model, MODEL)
+        pushed = await client.models.push(models)
         out.print(
-            f"pushed {MODEL} version {pushed.model.version} ({pushed.sent_bytes / 2**20:.1f} MiB): "
+            f"pushed {', '.join(each.model.name for each in pushed)} "
+            f"({sum(each.sent_bytes for each in pushed) / 2**20:.1f} MiB): "
             f"warm on every replica after {time.monotonic() - start:.1f} s"
         )
         start = time.monotonic()
@@ -226,9 +240,9 @@ async def as_jobs(client: shoal.AsyncClient, judge: Judge, questions: Sequence[Q
 def answer_of(judge: Judge, result: shoal.InferResult, seconds: float) -> Answer:
     """The answer in a result of one row."""
     return Answer(
-        verdict=judge.of_scores(result["target_label"][0]),
+        verdict=judge.of_guess(result["label"].item().decode(), result["score"].item()),
         replica=str(result.parameters.get("replica", "?")),
-        batch_size=int(result.parameters.get("batch_size", 0)),
+        batch_size=int(result.parameters.get(STEP, 0)),
         latency_ms=seconds * 1000,
     )
 

@@ -1,8 +1,8 @@
 """What the magika package says of a file by itself, and what it makes of the model's answer.
 
-The model is one part of magika: it turns 2,048 numbers (the first and last 1,024 bytes, stripped) into 214 scores. What
-comes before (which files are worth asking the model, and the 2,048 numbers) and after (a score below the threshold of
-its type becomes plain `txt` or `unknown`) is the package's own code here: only the model's answer is in question.
+The node turns the bytes of a file into 2,048 numbers, those into 214 scores, and those into the best guess and its
+score. Which files are worth asking for, and that a score below the threshold of its type becomes plain `txt` or
+`unknown`, is the package's own code here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import magika
 import numpy as np
@@ -39,7 +38,8 @@ class Judge:
         self.model = Path(magika.__file__).parent / "models" / self._magika.get_model_name() / "model.onnx"
         """The ONNX file."""
         config = json.loads(self.model.with_name("config.min.json").read_text())
-        self._labels: list[str] = config["target_labels_space"]
+        self.labels: list[str] = config["target_labels_space"]
+        """Names of the model's classes."""
 
     def features(self, content: bytes) -> NDArray[np.int32] | None:
         """What the model is asked about the file, int32 [2048]; None when magika answers by rule (tiny, blank)."""
@@ -62,12 +62,10 @@ class Judge:
         found = self._magika._get_results_from_features(rows)
         return [_of_prediction(found[str(n)].prediction) for n in range(len(features))]
 
-    def of_scores(self, scores: NDArray[Any]) -> Verdict:
-        """What magika would make of the model's 214 scores."""
-        best = int(scores.argmax())
-        label, score = ContentTypeLabel(self._labels[best]), float(scores[best])
-        answer, _ = self._magika._get_output_label_from_dl_label_and_score(label, score)
-        return Verdict(str(label), score, str(answer))
+    def of_guess(self, label: str, score: float) -> Verdict:
+        """What magika would make of the model's best guess."""
+        answer, _ = self._magika._get_output_label_from_dl_label_and_score(ContentTypeLabel(label), score)
+        return Verdict(label, score, str(answer))
 
 
 def _of_prediction(prediction: MagikaPrediction) -> Verdict:

@@ -28,8 +28,9 @@ def push(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A .onnx file, a model folder in Triton's layout, or a model of PyTorch (.pt2), scikit-learn "
-            "(.joblib, .pkl, .skops), XGBoost (.json, .ubj) or LightGBM (.txt), which is converted and checked first."
+            help="A .onnx file, a model folder in Triton's layout, a folder of such folders, or a model of PyTorch "
+            "(.pt2), scikit-learn (.joblib, .pkl, .skops), XGBoost (.json, .ubj) or LightGBM (.txt), which is "
+            "converted and checked first."
         ),
     ],
     name: Annotated[
@@ -69,6 +70,8 @@ def push(
       shoal models push digits.onnx
 
       shoal models push ./my_repository/resnet --version 3 --alias stable
+
+      shoal models push ./my_repository
 
       shoal models push forest.joblib --trust-pickle --sample rows.csv
     """

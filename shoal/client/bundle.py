@@ -128,7 +128,7 @@ def _files(folder: Path, skip: Callable[[Path], bool] = lambda child: False) -> 
 
 
 def _what_is_missing(folder: Path) -> str:
-    models = sorted(child.name for child in folder.iterdir() if child.is_dir() and _looks_like_model(child))
+    models = sorted(child.name for child in folder.iterdir() if looks_like_model(child))
     if models:
         return f"{folder} is a repository of models ({', '.join(models[:5])}): push one of them: {folder / models[0]}"
     bare = sorted(folder.glob("*.onnx"))
@@ -137,5 +137,6 @@ def _what_is_missing(folder: Path) -> str:
     return f"{folder} is no model: expected <version>/model.onnx in it, such as {folder / '1' / 'model.onnx'}"
 
 
-def _looks_like_model(folder: Path) -> bool:
-    return (folder / "config.pbtxt").is_file() or any(_is_version(child) for child in folder.iterdir())
+def looks_like_model(path: Path) -> bool:
+    """Whether it is a folder with a configuration, or with versions."""
+    return path.is_dir() and ((path / "config.pbtxt").is_file() or any(map(_is_version, path.iterdir())))

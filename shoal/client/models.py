@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
-from shoal.client import bundle, download, methods, readiness, upload
+from shoal.client import bundle, download, methods, readiness, repository, upload
 from shoal.client.calls import Caller
 from shoal.client.registry import ModelVersion, Progress, Pushed, of_model
 from shoal.client.serving import IndexEntry, ModelMetadata, ModelStatistics, of_metadata, of_statistics
@@ -52,23 +52,46 @@ class AsyncModels:
 
         `path` is a bare `.onnx` file, which becomes the next version unless `version` is given, or a model folder in
         Triton's layout, of which every version goes, or only `version`; with `renumber` the folder has one version,
-        which becomes `version`, or the next one. What the store has is not sent again.
+        which becomes `version`, or the next one. A folder of several model folders (a repository) is pushed one after
+        the other, an ensemble behind its models; when one of them fails, those before it stay.
+        What the store has is not sent again.
         `progress` is told how far the upload is; `timeout` is for the wait at the end: the upload has its own.
 
         Raises:
-            InvalidArgument, NotFound: `path` is no model.
+            InvalidArgument, NotFound: `path` is no model; or it is a repository, and `name` or `version` is given.
             AlreadyExists: the version is registered with other content.
             FailedPrecondition: a file cannot be read, the model cannot be loaded, or none of what was pushed is served,
                 because the model's version policy leaves it out; the message says which.
             DeadlineExceeded: it is registered, but not ready everywhere in time.
         """
-        bundles = bundle.read(Path(path), name=name, version=None if renumber else version)
-        if renumber:
-            bundles = [bundle.renumbered(bundles, version)]
+        folders = repository.models_in(Path(path))
+        if folders and not (name is None and version is None):
+            raise InvalidArgument(
+                f"{path} is a repository of models ({', '.join(folder.name for folder in folders[:5])}): a name or a "
+                f"version is that of one model: push that one: {folders[-1]}"
+            )
+        pushed: builtins.list[Pushed] = []
+        for each in folders or [Path(path)]:
+            bundles = bundle.read(each, name=name, version=None if renumber else version)
+            if renumber:
+                bundles = [bundle.renumbered(bundles, version)]
+            pushed += await self._push(bundles, alias, labels or {}, progress, wait, timeout)
+        return pushed
+
+    async def _push(
+        self,
+        bundles: builtins.list[bundle.Bundle],
+        alias: str,
+        labels: Mapping[str, str],
+        progress: Callable[[Progress], None],
+        wait: bool,
+        timeout: float,
+    ) -> builtins.list[Pushed]:
+        """All versions of one model."""
         files = dict.fromkeys(file for each in bundles for _, file in each.files)
         artifacts = {file: await upload.digest(file) for file in files}
         sent = await self._upload(artifacts.values(), progress)
-        pushed = [await self._register(each, artifacts, labels or {}, sent) for each in bundles]
+        pushed = [await self._register(each, artifacts, labels, sent) for each in bundles]
         if wait:
             pushed = await self._wait_pushed(pushed, timeout)
         newest = pushed[-1].model

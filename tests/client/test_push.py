@@ -14,7 +14,15 @@ from shoal.client.readiness import Seen, Standing, Verdict
 from shoal.client.retry import RetryPolicy
 from shoal.client.upload import CHUNK_BYTES
 from shoal.coord.v1 import coord_pb2 as coord
-from shoal.errors import AlreadyExists, DataLoss, DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
+from shoal.errors import (
+    AlreadyExists,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.store.v1 import store_pb2 as store
 from tests.client.served import Served
@@ -187,6 +195,24 @@ async def test_a_folder_goes_with_all_versions_and_equal_files_once(
     async with client_of(served) as client:
         with pytest.raises(AlreadyExists, match="other content"):
             await client.models.push(folder, wait=False)
+
+
+async def test_a_folder_of_models_goes_model_by_model_and_an_ensemble_last(
+    served: Served, kept: Store, tmp_path: Path
+) -> None:
+    steps = 'platform: "ensemble" ensemble_scheduling { step { model_name: "b" } }'
+    for name, content in {"a/config.pbtxt": steps, "b/1/model.onnx": "b", "c/1/model.onnx": "c"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "a/1").mkdir()
+    async with client_of(served) as client:
+        pushed = await client.models.push(tmp_path, labels={"by": "ada"}, wait=False)
+        assert {p.model.name for p in pushed} == {"a", "b", "c"}
+        assert pushed[-1].model.name == "a"
+        assert all(p.model.labels == {"by": "ada"} for p in pushed)
+        for options in ({"name": "x"}, {"version": 1}):
+            with pytest.raises(InvalidArgument, match=r"is a repository of models .*: push that one: .*/a$"):
+                await client.models.push(tmp_path, **options, wait=False)
 
 
 async def test_pull_brings_back_the_folder_that_was_pushed(served: Served, kept: Store, tmp_path: Path) -> None:

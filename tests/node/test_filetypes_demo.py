@@ -16,7 +16,7 @@ from tests.breakable import until
 
 pytestmark = pytest.mark.node
 
-DEMO = "examples/filetypes/demo.py"
+DEMO = "examples.filetypes.demo"
 
 
 @pytest.fixture
@@ -29,7 +29,12 @@ def folder() -> Iterator[Path]:
 def start(root: Path, folder: Path, *args: str, **environ: str) -> subprocess.Popen[str]:
     env = {**os.environ, "TMPDIR": str(folder), "XDG_RUNTIME_DIR": str(folder), **environ}
     return subprocess.Popen(
-        [sys.executable, DEMO, *args], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", DEMO, *args],
+        cwd=root,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

@@ -15,11 +15,17 @@ from services.infer.operations.operation import Results, Setting, spec
 from services.infer.operations.parameters import Parameters
 
 
+_OUTPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
 class PadTokensParameters(Parameters):
     """Of `pad_tokens`."""
 
     length: int = Field(0, ge=0, le=1 << 20)
-    """Of all rows; 0: of the longest row of the execution."""
+    """Of all rows; 0: as `pad_to` says."""
+    pad_to: Literal["longest", "own"] = "longest"
+    """The longest row of the execution; or own: each row is only rounded up, so that the model behind runs those of
+    about one length together, and nobody pays for the longest."""
     max_length: int = Field(0, ge=0, le=1 << 20)
     """What is longer is cut; 0: nothing is, unless `length` says so."""
     multiple_of: int = Field(8, ge=1, le=4096)
@@ -29,7 +35,7 @@ class PadTokensParameters(Parameters):
 
 
 class PadTokens:
-    """INT64 ids of any lengths to ids, mask and types of one length."""
+    """INT64 ids of any lengths to ids, mask and types of one length; with `pad_to` own, of one length in each row."""
 
     is_batched = True
     only_computes = True
@@ -41,25 +47,30 @@ class PadTokens:
     def __init__(self, parameters: PadTokensParameters, setting: Setting) -> None:
         self._asked, self._place = parameters, setting.place
         length = parameters.length or -1
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        self.outputs = tuple(spec(name, "INT64", length) for name in names)
+        self._apart = parameters.pad_to == "own" and not parameters.length
+        self.outputs = tuple(spec(name, "INT64", length, ragged=self._apart) for name in _OUTPUTS)
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
         given = rows(inputs["input_ids"])
-        longest = max(map(len, given), default=0)
         types = rows(inputs["token_type_ids"]) if "token_type_ids" in inputs else []
         unfit = {
             n: f"input 'token_type_ids' has {len(kind)} numbers, input 'input_ids' {len(ids)}: expected as many"
             for n, (ids, kind) in enumerate(zip(given, types, strict=False))
             if len(kind) != len(ids)
         }
-        width = self._width(longest)
-        ids, mask = self._padded(given, width, self._asked.pad_id)
-        padded_types = self._padded(types, width, 0)[0] if types else np.zeros_like(ids)
-        return Results({"input_ids": ids, "attention_mask": mask, "token_type_ids": padded_types}, unfit)
+        if not self._apart:
+            return Results(dict(zip(_OUTPUTS, self._batch(given, types), strict=True)), unfit)
+        one_by_one = [self._batch([ids], types[n : n + 1]) for n, ids in enumerate(given)]
+        return Results({name: [row[n][0] for row in one_by_one] for n, name in enumerate(_OUTPUTS)}, unfit)
 
     def example(self) -> Mapping[str, Value]:
         return {"input_ids": [np.arange(1, 4)], "token_type_ids": [np.zeros(3, np.int64)]}
+
+    def _batch(self, given: Rows, types: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and types of one width; `types` may be none."""
+        width = self._width(max(map(len, given), default=0))
+        ids, mask = self._padded(given, width, self._asked.pad_id)
+        return ids, mask, self._padded(types, width, 0)[0] if types else np.zeros_like(ids)
 
     def _width(self, longest: int) -> int:
         asked = self._asked

@@ -61,6 +61,20 @@ def test_padding_on_the_left_and_of_nothing(made):
     assert making.run(made("pad_tokens"), input_ids=[])["input_ids"].shape == (0, 8)
 
 
+def test_pad_tokens_each_row_to_its_own_length(made) -> None:
+    pad = made("pad_tokens", pad_to="own", multiple_of="4", max_length="6", pad_id="9")
+    ids = [np.arange(1, 4), np.arange(5), np.arange(9), np.arange(0)]
+    outputs = making.run(pad, input_ids=ids, token_type_ids=[np.ones(len(row), np.int64) for row in ids])
+    assert [row.tolist() for row in outputs["input_ids"]] == [[1, 2, 3, 9], [0, 1, 2, 3, 4, 9], [*range(6)], [9] * 4]
+    assert [row.tolist() for row in outputs["attention_mask"]] == [[1, 1, 1, 0], [1, 1, 1, 1, 1, 0], [1] * 6, [0] * 4]
+    assert [row.tolist() for row in outputs["token_type_ids"]] == [[1, 1, 1, 0], [1, 1, 1, 1, 1, 0], [1] * 6, [0] * 4]
+    assert all(each.is_ragged for each in pad.outputs)
+    assert making.run(pad, input_ids=[])["input_ids"] == []
+    whole = made("pad_tokens", pad_to="own", length="8")  # A length is that of all.
+    assert making.run(whole, input_ids=ids)["input_ids"].shape == (4, 8)
+    assert not any(each.is_ragged for each in whole.outputs)
+
+
 def test_types_must_be_as_many_as_ids(made):
     results = making.rows(
         made("pad_tokens"), {"input_ids": [np.arange(3), np.arange(2)], "token_type_ids": [np.arange(3), np.arange(3)]}

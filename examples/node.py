@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from shoal.errors import ShoalError
 
 READY_S = 60.0
 """It takes seconds; a machine that is busy may take longer."""
@@ -77,3 +82,32 @@ def story(folder: Path) -> str:
 
 def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
+def with_node(example: Callable[[str, Path], int], *options: str) -> int:
+    """Runs `example(gateway, folder)` beside a node of its own, in a folder that is gone afterwards; its exit status.
+
+    1 when the node fails, or a call to it does; 130 when it was interrupted.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory(prefix="shoal-example-") as name:
+            folder = Path(name)
+            os.environ["TMPDIR"] = name  # What anyone writes to the temporary folder goes with ours.
+            print("starting a node ...", flush=True)
+            with running(folder, *options) as process:
+                gateway = wait_until_ready(process, folder)
+                try:
+                    return example(gateway, folder)
+                except ShoalError:
+                    print(story(folder), file=sys.stderr)
+                    raise
+    except NotReady as err:
+        print(err, file=sys.stderr)
+    except ShoalError as err:
+        print(f"the example failed: {err.message}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted: everything is stopped")
+        return 130
+    return 1
