@@ -22,6 +22,7 @@ from services.infer.operations.resize_norm import ResizeNorm, ResizeNormParamete
 from services.infer.operations.softmax_topk import SoftmaxTopk, SoftmaxTopkParameters
 from services.infer.operations.tabular import Tabular, TabularParameters
 from services.infer.operations.tokenize import Tokenize, TokenizeParameters
+from services.infer.operations.turn_image import TurnImage, TurnImageParameters
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ OPERATIONS: Mapping[str, Entry] = {
     "ctc_decode": Entry(CtcDecodeParameters, CtcDecode),
     "db_boxes": Entry(DbBoxesParameters, DbBoxes),
     "tokenize": Entry(TokenizeParameters, Tokenize),
+    "turn_image": Entry(TurnImageParameters, TurnImage),
     "nms": Entry(NmsParameters, Nms, has_gpu=True),
     "pad_tokens": Entry(PadTokensParameters, PadTokens, has_gpu=True),
     "pool_normalize": Entry(PoolNormalizeParameters, PoolNormalize, has_gpu=True),

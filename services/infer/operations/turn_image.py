@@ -1,0 +1,64 @@
+"""Images turned upright, each as a classifier of angles says: lines of text that stand on their heads, photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from services.infer.calls.ragged import Value, rows
+from services.infer.calls.tensors import Tensor
+from services.infer.operations.operation import Results, Setting, Unfit, each, spec
+from services.infer.operations.parameters import Floats, Parameters
+
+
+class TurnImageParameters(Parameters):
+    """Of `turn_image`."""
+
+    degrees: Floats = (0, 180)
+    """By class: how far its images are turned, clockwise."""
+    threshold: float = Field(0, ge=0, le=1)
+    """An image is turned when the probability of its class is above this."""
+
+    @field_validator("degrees")
+    @classmethod
+    def _are_quarters(cls, degrees: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(each in (0, 90, 180, 270) for each in degrees):
+            raise ValueError("expected 0, 90, 180 or 270 for each class")
+        return degrees
+
+
+class TurnImage:
+    """UINT8 images and the FP32 [classes] of each to images, and how far each was turned, INT32 [1]."""
+
+    is_batched = True
+    only_computes = True
+    outputs = (spec("image", "UINT8", -1, -1, 3, ragged=True), spec("degrees", "INT32", 1))
+
+    def __init__(self, parameters: TurnImageParameters, setting: Setting) -> None:
+        self._degrees = [int(degrees) for degrees in parameters.degrees]
+        self._threshold, self._threads = parameters.threshold, setting.threads
+        self.inputs = (
+            spec("image", "UINT8", -1, -1, 3, ragged=True),
+            spec("probabilities", "FP32", len(self._degrees)),
+        )
+
+    def run(self, inputs: Mapping[str, Value]) -> Results:
+        images, probabilities = rows(inputs["image"]), rows(inputs["probabilities"])
+        found, unfit = each(probabilities, self._asked, self._threads, 0)
+        turned = [_turned(image, degrees) for image, degrees in zip(images, found, strict=True)]
+        return Results({"image": turned, "degrees": np.array(found, np.int32).reshape(-1, 1)}, unfit)
+
+    def example(self) -> Mapping[str, Value]:
+        return {"image": [np.zeros((2, 3, 3), np.uint8)], "probabilities": np.zeros((1, len(self._degrees)), np.float32)}
+
+    def _asked(self, probabilities: Tensor) -> int:
+        if np.isnan(probabilities).any():
+            raise Unfit("input 'probabilities': expected numbers, got NaN")
+        best = int(probabilities.argmax())
+        return self._degrees[best] if probabilities[best] > self._threshold else 0
+
+
+def _turned(image: Tensor, degrees: int) -> Tensor:
+    return np.ascontiguousarray(np.rot90(image, -degrees // 90)) if degrees else image
