@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from services.infer.calls.ragged import Value, rows
 from services.infer.calls.tensors import Tensor
-from services.infer.operations.operation import Results, Setting, Unfit, each, spec
+from services.infer.operations.operation import Results, Setting, spec
 from services.infer.operations.parameters import Floats, Parameters
 
 
@@ -37,27 +37,22 @@ class TurnImage:
     outputs = (spec("image", "UINT8", -1, -1, 3, ragged=True), spec("degrees", "INT32", 1))
 
     def __init__(self, parameters: TurnImageParameters, setting: Setting) -> None:
-        self._degrees = [int(degrees) for degrees in parameters.degrees]
-        self._threshold, self._threads = parameters.threshold, setting.threads
+        self._degrees, self._threshold = np.array(parameters.degrees, np.int32), parameters.threshold
         self.inputs = (
             spec("image", "UINT8", -1, -1, 3, ragged=True),
             spec("probabilities", "FP32", len(self._degrees)),
         )
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
-        images, probabilities = rows(inputs["image"]), rows(inputs["probabilities"])
-        found, unfit = each(probabilities, self._asked, self._threads, 0)
-        turned = [_turned(image, degrees) for image, degrees in zip(images, found, strict=True)]
-        return Results({"image": turned, "degrees": np.array(found, np.int32).reshape(-1, 1)}, unfit)
+        probabilities = np.asarray(inputs["probabilities"])
+        wrong = np.flatnonzero(np.isnan(probabilities).any(axis=1))
+        unfit = dict.fromkeys(wrong.tolist(), "input 'probabilities': expected numbers, got NaN")
+        degrees = np.where(probabilities.max(axis=1) > self._threshold, self._degrees[probabilities.argmax(axis=1)], 0)
+        images = [_turned(*pair) for pair in zip(rows(inputs["image"]), degrees.tolist(), strict=True)]
+        return Results({"image": images, "degrees": degrees.astype(np.int32)[:, np.newaxis]}, unfit)
 
     def example(self) -> Mapping[str, Value]:
         return {"image": [np.zeros((2, 3, 3), np.uint8)], "probabilities": np.zeros((1, len(self._degrees)), np.float32)}
-
-    def _asked(self, probabilities: Tensor) -> int:
-        if np.isnan(probabilities).any():
-            raise Unfit("input 'probabilities': expected numbers, got NaN")
-        best = int(probabilities.argmax())
-        return self._degrees[best] if probabilities[best] > self._threshold else 0
 
 
 def _turned(image: Tensor, degrees: int) -> Tensor:

@@ -1,0 +1,84 @@
+"""`make example-ocr`: the text on real images, read by one ensemble, and held against what the original package reads.
+
+    bytes ──> decode ──> detect ──> boxes ──> crop ─┬─> angle ──> turn ──> recognise ──> text      (models/)
+                                                    └─ each line on its own, batched with those of other images
+
+Without FILES: a photographed page and some drawn ones. Exits 0 when all agree with rapidocr-onnxruntime, 1 when one does
+not: texts are equal, corners within 2 pixels, scores within 0.02.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import shoal
+from examples import originals
+from examples.ocr import pages
+from examples.ocr.build import build
+from examples.ocr.reading import Line, by_the_package, differences, read
+from examples.serving import serving
+from shoal.errors import ShoalError
+
+AT_ONCE = 4
+
+
+def main() -> int:
+    """Runs the example; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="images of your own")
+    files: list[Path] = parser.parse_args().files
+    originals.folder("rapidocr_onnxruntime")
+    try:
+        images = {str(file): file.read_bytes() for file in files} or pages.gather()
+        with tempfile.TemporaryDirectory(prefix="shoal-ocr-") as folder:
+            print("starting shoal serve ...", flush=True)
+            with serving(build(Path(folder) / "models")) as (address, _):
+                ours = ask(address, images)
+    except ShoalError as err:
+        print(f"the example failed: {err.message}", file=sys.stderr)
+        return 1
+    except (OSError, RuntimeError) as err:
+        print(f"the example failed: {err}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: everything is stopped")
+        return 130
+    return compare(images, ours)
+
+
+def ask(address: str, images: Mapping[str, bytes]) -> list[list[Line]]:
+    """What Shoal reads on each, several at a time."""
+    with shoal.Client(address) as client, ThreadPoolExecutor(AT_ONCE) as pool:
+        found = list(pool.map(partial(read, client), images.values()))
+        for model in ("ocr_detect", "ocr_angle", "ocr_recognise"):
+            [seen] = client.models.statistics(model)
+            print(f"{model}: {seen.inference_count} rows in {seen.execution_count} executions")
+    return found
+
+
+def compare(images: Mapping[str, bytes], ours: list[list[Line]]) -> int:
+    """Prints what was read, and what the package reads otherwise; 0 when they agree."""
+    wrong = 0
+    for name, lines, theirs in zip(images, ours, by_the_package(list(images.values())), strict=True):
+        print(f"\n{name}: {len(lines) or 'no'} lines")
+        for line in lines:
+            corners = " ".join(f"{x:.0f},{y:.0f}" for x, y in np.round(line.box))
+            print(f"  {line.score:.3f}  {line.text:<40} {corners}")
+        found = differences(lines, theirs)
+        wrong += bool(found)
+        for difference in found:
+            print(f"  DIFFERS: {difference}")
+    print(f"\n{len(images) - wrong} of {len(images)} images agree with rapidocr-onnxruntime")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What is read on an image: through Shoal, or by the original package; and whether the two agree."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import shoal
+from examples import originals
+
+MODEL = "ocr"
+
+LARGEST_OFF_PX = 2.0
+# Resized pixels differ by a grey level from OpenCV's, which moves a side by one pixel of the map at most; a pixel of the
+# map is up to 1.5 of an image.
+
+LARGEST_OFF_SCORE = 0.02
+# The same grey levels, and lines that the package makes a pixel narrower (it rounds down, Shoal up).
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text."""
+
+    text: str
+    score: float
+    box: NDArray[np.float32]
+    """Corners [4, 2] in pixels (x, y), clockwise from the line's top left."""
+
+
+def read(client: shoal.Client, image: bytes) -> list[Line]:
+    """The lines on an image, in reading order.
+
+    Raises:
+        shoal.errors.InvalidArgument: it is no image, or a broken one.
+    """
+    answer = client.infer(MODEL, {"image": np.array([[image]], object)})
+    texts, scores = answer["texts"][:, 0], answer["scores"][:, 0]
+    lines = zip(texts, scores, answer["boxes"][0], strict=True)
+    return [Line(text.decode(), float(score), box) for text, score, box in lines]
+
+
+def by_the_package(images: Sequence[bytes]) -> list[list[Line]]:
+    """What rapidocr-onnxruntime reads on the same files."""
+    asked = [base64.b64encode(image).decode() for image in images]
+    answers = originals.ask(Path(__file__).with_name("original.py"), asked)
+    return [[Line(text, score, np.array(box, np.float32)) for box, text, score in lines] for lines in answers]
+
+
+def differences(ours: Sequence[Line], theirs: Sequence[Line]) -> list[str]:
+    """In words; none when the two agree."""
+    if len(ours) != len(theirs):
+        return [f"{len(ours)} lines, the package has {len(theirs)}: {[line.text for line in theirs]}"]
+    return [wrong for pair in zip(ours, theirs, strict=True) for wrong in _differences(*pair)]
+
+
+def _differences(our: Line, their: Line) -> list[str]:
+    found = []
+    if our.text != their.text:
+        found.append(f"{our.text!r}, the package has {their.text!r}")
+    if not abs(our.score - their.score) <= LARGEST_OFF_SCORE:
+        found.append(f"{our.text!r}: score {our.score:.3f}, the package has {their.score:.3f}")
+    off = float(np.abs(our.box - their.box).max())
+    if not off <= LARGEST_OFF_PX:
+        found.append(f"{our.text!r}: a corner is {off:.1f} pixels off")
+    return found
