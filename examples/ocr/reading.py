@@ -15,6 +15,9 @@ from examples import originals
 
 MODEL = "ocr"
 
+LEAST_SCORE = 0.5
+"""The package's: what is read with less is no text. Below it the model guesses, and a grey level changes its guess."""
+
 LARGEST_OFF_PX = 2.0
 # Resized pixels differ by a grey level from OpenCV's, which moves a side by one pixel of the map at most; a pixel of the
 # map is up to 1.5 of an image.
@@ -34,7 +37,7 @@ class Line:
 
 
 def read(client: shoal.Client, image: bytes) -> list[Line]:
-    """The lines on an image, in reading order.
+    """The lines on an image, in reading order, but for those that are hardly text.
 
     Raises:
         shoal.errors.InvalidArgument: it is no image, or a broken one.
@@ -42,7 +45,7 @@ def read(client: shoal.Client, image: bytes) -> list[Line]:
     answer = client.infer(MODEL, {"image": np.array([[image]], object)})
     texts, scores = answer["texts"][:, 0], answer["scores"][:, 0]
     lines = zip(texts, scores, answer["boxes"][0], strict=True)
-    return [Line(text.decode(), float(score), box) for text, score, box in lines]
+    return [Line(text.decode(), float(score), box) for text, score, box in lines if score >= LEAST_SCORE]
 
 
 def by_the_package(images: Sequence[bytes]) -> list[list[Line]]:
@@ -52,20 +55,36 @@ def by_the_package(images: Sequence[bytes]) -> list[list[Line]]:
     return [[Line(text, score, np.array(box, np.float32)) for box, text, score in lines] for lines in answers]
 
 
-def differences(ours: Sequence[Line], theirs: Sequence[Line]) -> list[str]:
-    """In words; none when the two agree."""
+@dataclass(frozen=True)
+class Comparison:
+    """How two readings of one image differ."""
+
+    wrong: tuple[str, ...]
+    """In words; none when they agree."""
+    off_px: float = 0.0
+    """The farthest corner, along x or y."""
+    off_score: float = 0.0
+
+
+def compare(ours: Sequence[Line], theirs: Sequence[Line]) -> Comparison:
+    """Line by line."""
     if len(ours) != len(theirs):
-        return [f"{len(ours)} lines, the package has {len(theirs)}: {[line.text for line in theirs]}"]
-    return [wrong for pair in zip(ours, theirs, strict=True) for wrong in _differences(*pair)]
+        return Comparison((f"{len(ours)} lines, the package has {len(theirs)}: {[line.text for line in theirs]}",))
+    pairs = [_compare(*pair) for pair in zip(ours, theirs, strict=True)]
+    return Comparison(
+        tuple(wrong for pair in pairs for wrong in pair.wrong),
+        max((pair.off_px for pair in pairs), default=0.0),
+        max((pair.off_score for pair in pairs), default=0.0),
+    )
 
 
-def _differences(our: Line, their: Line) -> list[str]:
-    found = []
+def _compare(our: Line, their: Line) -> Comparison:
+    wrong = []
+    off_px, off_score = float(np.abs(our.box - their.box).max()), abs(our.score - their.score)
     if our.text != their.text:
-        found.append(f"{our.text!r}, the package has {their.text!r}")
-    if not abs(our.score - their.score) <= LARGEST_OFF_SCORE:
-        found.append(f"{our.text!r}: score {our.score:.3f}, the package has {their.score:.3f}")
-    off = float(np.abs(our.box - their.box).max())
-    if not off <= LARGEST_OFF_PX:
-        found.append(f"{our.text!r}: a corner is {off:.1f} pixels off")
-    return found
+        wrong.append(f"{our.text!r}, the package has {their.text!r}")
+    if not off_score <= LARGEST_OFF_SCORE:
+        wrong.append(f"{our.text!r}: score {our.score:.3f}, the package has {their.score:.3f}")
+    if not off_px <= LARGEST_OFF_PX:
+        wrong.append(f"{our.text!r}: a corner is {off_px:.1f} pixels off")
+    return Comparison(tuple(wrong), off_px, off_score)

@@ -1,0 +1,102 @@
+"""examples/ocr on a real server: what it reads is what rapidocr-onnxruntime reads, and each answer is its request's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shoal
+from examples.ocr import pages
+from examples.ocr.build import build
+from examples.ocr.reading import Line, compare, read
+from examples.serving import serving
+from shoal.errors import InvalidArgument
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[shoal.Client]:
+    models = build(tmp_path_factory.mktemp("ocr") / "models")
+    # Two threads for the models, whatever the machine has.
+    with serving(models, SHOAL_INFER_THREADS="2") as (address, _), shoal.Client(address) as client:
+        yield client
+
+
+def texts(lines: list[Line]) -> list[str]:
+    return [line.text for line in lines]
+
+
+def test_the_example_agrees_with_the_original_package(repository_root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.ocr.demo"], cwd=repository_root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 of 8 images agree with rapidocr-onnxruntime" in done.stdout
+    assert "histogram of grey values:" in done.stdout
+    assert "Handle with care" in done.stdout
+
+
+def test_the_example_fails_when_a_file_is_no_image(repository_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(pages.gather()["receipt.png"][:2000])
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.ocr.demo", str(tmp_path / "broken.png")],
+        cwd=repository_root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the example failed: in ensemble 'ocr', step 0, model 'ocr_decode': " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_image_without_text_has_no_lines(client: shoal.Client) -> None:
+    answer = client.infer("ocr", {"image": np.array([[pages.gather()["empty.png"]]], object)})
+    shapes = {name: answer[name].shape for name in ("texts", "scores", "boxes")}
+    assert shapes == {"texts": (0, 1), "scores": (0, 1), "boxes": (1, 0, 4, 2)}
+
+
+def test_an_upside_down_line_reads_as_the_upright_one(client: shoal.Client) -> None:
+    image = pages.drawn(["Handle with care"], (640, 160), 48)
+    upright, turned = (read(client, pages.png(each)) for each in (image, image.rotate(180)))
+    assert texts(upright) == texts(turned) == ["Handle with care"]
+
+
+@pytest.mark.parametrize("broken", [b"", b"no image", pages.png(pages.drawn(["cut"], (99, 99), 30))[:400]])
+def test_what_is_no_image_is_refused_and_says_why(client: shoal.Client, broken: bytes) -> None:
+    with pytest.raises(InvalidArgument, match="in ensemble 'ocr', step 0, model 'ocr_decode': .*image"):
+        read(client, broken)
+
+
+def test_images_at_once_get_their_own_lines_and_share_executions(client: shoal.Client) -> None:
+    # Of one size, so that the detector batches them too; lines of at most 320 pixels, so that the recogniser does.
+    images = [pages.png(pages.drawn([f"No. {n * 37}", f"{n * 1234} km"], (320, 200), 36)) for n in range(1, 17)]
+    alone = [read(client, image) for image in images]
+    before = executions(client)
+    with ThreadPoolExecutor(len(images)) as pool:
+        together = list(pool.map(partial(read, client), images))
+    for n, (one, other) in enumerate(zip(alone, together, strict=True), 1):
+        assert str(n * 37) in texts(one)[0]
+        assert compare(one, other).wrong == ()
+    lines = sum(map(len, alone))
+    after = executions(client)
+    rows = {model: after[model][0] - before[model][0] for model in before}
+    assert rows == {"ocr_angle": lines, "ocr_recognise": lines}
+    for model in before:
+        # No image has more than two lines: without others' an execution has two rows at most.
+        assert after[model][1] - before[model][1] < lines / 2, model
+
+
+def executions(client: shoal.Client) -> dict[str, tuple[int, int]]:
+    """Rows and executions by model."""
+    found = {}
+    for model in ("ocr_angle", "ocr_recognise"):
+        [seen] = client.models.statistics(model)
+        found[model] = seen.inference_count, seen.execution_count
+    return found
