@@ -1,6 +1,6 @@
 # One door for people and CI. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast soak check format lint types proto proto-check lock clean
+.PHONY: help demo embeddings speech test test-fast soak check format lint types proto proto-check lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -36,6 +36,12 @@ $(ORIGINALS_STAMP): locks/originals.txt tools/venv.sh
 
 demo: $(STAMP) ## Start a node, send real files through it both ways, check every answer, stop
 	@$(PY) -m examples.filetypes.demo
+
+embeddings: $(STAMP) $(ORIGINALS_STAMP) ## Text embeddings and a search, beside sentence-transformers
+	@$(PY) -m examples.embeddings.demo
+
+speech: $(STAMP) $(ORIGINALS_STAMP) ## Streams of speech, each with its state in the server, beside silero-vad
+	@$(PY) -m examples.speech.demo
 
 test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINALS_STAMP) ## Run every test
 	@tools/clients.sh

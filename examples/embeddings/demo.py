@@ -91,7 +91,7 @@ def main() -> int:
 
 
 async def _ask(gateway: str, folder: Path) -> int:
-    texts = [*paragraphs(100), *ODD]
+    texts = [*paragraphs(60), *ODD]
     async with shoal.AsyncClient(gateway) as client:
         pushed = await client.models.push(build(folder / "models"))
         print(f"pushed {', '.join(each.model.name for each in pushed)}")

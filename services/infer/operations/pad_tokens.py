@@ -14,7 +14,6 @@ from services.infer.calls.tensors import Tensor
 from services.infer.operations.operation import Results, Setting, spec
 from services.infer.operations.parameters import Parameters
 
-
 _OUTPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
