@@ -23,7 +23,12 @@ def serving(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-m", "shoal.cli.main", "serve", str(models), "--port", "0", "--json"]
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **settings}
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **settings},
         )
         with server:
             try:

@@ -23,7 +23,9 @@ def gather() -> dict[str, bytes]:
         "notice.jpg": encoded(notice, "JPEG"),
         "label.webp": encoded(drawn(("Serial No. 4711-0815", "Made in 2026"), (560, 200), 40), "WEBP"),
         "tilted.png": png(notice.rotate(8, Image.Resampling.BICUBIC, fillcolor=WHITE)),
-        "upside-down.png": png(drawn(("This way up", "Handle with care"), (640, 240), 48).transpose(Image.Transpose.ROTATE_180)),
+        "upside-down.png": png(
+            drawn(("This way up", "Handle with care"), (640, 240), 48).transpose(Image.Transpose.ROTATE_180)
+        ),
         "cat.png": (data / "chelsea.png").read_bytes(),
         "empty.png": png(Image.new("RGB", (400, 300), WHITE)),
     }

@@ -52,7 +52,10 @@ class TurnImage:
         return Results({"image": images, "degrees": degrees.astype(np.int32)[:, np.newaxis]}, unfit)
 
     def example(self) -> Mapping[str, Value]:
-        return {"image": [np.zeros((2, 3, 3), np.uint8)], "probabilities": np.zeros((1, len(self._degrees)), np.float32)}
+        return {
+            "image": [np.zeros((2, 3, 3), np.uint8)],
+            "probabilities": np.zeros((1, len(self._degrees)), np.float32),
+        }
 
 
 def _turned(image: Tensor, degrees: int) -> Tensor:
