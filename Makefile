@@ -1,6 +1,6 @@
 # One door for people and CI. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo embeddings speech test test-fast soak check format lint types proto proto-check lock clean
+.PHONY: help demo embeddings example-ocr speech test test-fast soak check format lint types proto proto-check lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -39,6 +39,9 @@ demo: $(STAMP) ## Start a node, send real files through it both ways, check ever
 
 embeddings: $(STAMP) $(ORIGINALS_STAMP) ## Text embeddings and a search, beside sentence-transformers
 	@$(PY) -m examples.embeddings.demo
+
+example-ocr: $(STAMP) $(ORIGINALS_STAMP) ## The text on images, beside rapidocr-onnxruntime (ARGS="photo.jpg ...")
+	@$(PY) -m examples.ocr.demo $(ARGS)
 
 speech: $(STAMP) $(ORIGINALS_STAMP) ## Streams of speech, each with its state in the server, beside silero-vad
 	@$(PY) -m examples.speech.demo
