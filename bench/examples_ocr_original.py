@@ -1,4 +1,4 @@
-"""bench/examples.py runs this beside the original package: a line of JSON images in (base64), what reading them took out.
+"""bench/examples.py runs this beside the original package: a line of JSON images (base64) in, what they took out.
 
 As bench/examples_original.py, for rapidocr-onnxruntime, with the settings that it comes with but for the threads.
 """

@@ -3,8 +3,8 @@
     bytes ──> decode ──> detect ──> boxes ──> crop ─┬─> angle ──> turn ──> recognise ──> text      (models/)
                                                     └─ each line on its own, batched with those of other images
 
-Without FILES: a photographed page and some drawn ones. Exits 0 when all agree with rapidocr-onnxruntime, 1 when one does
-not: texts are equal, corners within 2 pixels, scores within 0.02.
+Without FILES: a photographed page and some drawn ones. Exits 0 when all agree with rapidocr-onnxruntime, 1 when one
+does not: texts are equal, corners within 2 pixels, scores within 0.02.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs where rapidocr-onnxruntime is installed: images in (base64 in JSON, stdin), what the package reads on each out."""
+"""Runs where rapidocr-onnxruntime is installed: images (base64 in JSON, stdin) in, what the package reads out."""
 
 from __future__ import annotations
 

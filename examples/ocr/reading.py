@@ -19,8 +19,8 @@ LEAST_SCORE = 0.5
 """The package's: what is read with less is no text. Below it the model guesses, and a grey level changes its guess."""
 
 LARGEST_OFF_PX = 2.0
-# Resized pixels differ by a grey level from OpenCV's, which moves a side by one pixel of the map at most; a pixel of the
-# map is up to 1.5 of an image.
+# Resized pixels differ by a grey level from OpenCV's, which may move a side by a pixel of the map: no larger than about
+# one of the image. Then both round to whole pixels.
 
 LARGEST_OFF_SCORE = 0.02
 # The same grey levels, and lines that the package makes a pixel narrower (it rounds down, Shoal up).

@@ -70,7 +70,7 @@ def test_an_upside_down_line_reads_as_the_upright_one(client: shoal.Client) -> N
 
 @pytest.mark.parametrize("broken", [b"", b"no image", pages.png(pages.drawn(["cut"], (99, 99), 30))[:400]])
 def test_what_is_no_image_is_refused_and_says_why(client: shoal.Client, broken: bytes) -> None:
-    with pytest.raises(InvalidArgument, match="in ensemble 'ocr', step 0, model 'ocr_decode': .*image"):
+    with pytest.raises(InvalidArgument, match=r"in ensemble 'ocr', step 0, model 'ocr_decode': .*image"):
         read(client, broken)
 
 
