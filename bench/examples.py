@@ -5,8 +5,8 @@
 `embeddings`: texts of this repository's documentation through `shoal serve` (the ensemble of examples/embeddings, 32
 requests in flight, one text each), and through sentence-transformers, one call for each text. `ocr`: the images of
 examples/ocr, 4 in flight, and rapidocr-onnxruntime with its own settings, one call for each image. Both have as many
-threads for the model and take turns in each round; figures are medians of rounds. CPU is that of the server's processes without
-the client's, and of the package's process: on a machine with other load it is the figure to trust.
+threads for the model and take turns in each round; figures are medians of rounds. CPU is that of the server's processes
+without the client's, and of the package's process: on a machine with other load it is the figure to trust.
 """
 
 from __future__ import annotations
