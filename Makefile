@@ -40,8 +40,8 @@ demo: $(STAMP) ## Start a node, send real files through it both ways, check ever
 embeddings: $(STAMP) $(ORIGINALS_STAMP) ## Text embeddings and a search, beside sentence-transformers
 	@$(PY) -m examples.embeddings.demo
 
-ocr: $(STAMP) $(ORIGINALS_STAMP) ## Text in images: three models as one ensemble, beside rapidocr-onnxruntime
-	@$(PY) -m examples.ocr.demo
+ocr: $(STAMP) $(ORIGINALS_STAMP) ## The text on images, beside rapidocr-onnxruntime (ARGS="photo.jpg ...")
+	@$(PY) -m examples.ocr.demo $(ARGS)
 
 speech: $(STAMP) $(ORIGINALS_STAMP) ## Streams of speech, each with its state in the server, beside silero-vad
 	@$(PY) -m examples.speech.demo

@@ -12,26 +12,24 @@ import onnxruntime
 
 from examples import originals, repository
 
-FILES = {
-    "ocr_detect": "ch_PP-OCRv4_det_infer.onnx",
-    "ocr_angle": "ch_ppocr_mobile_v2.0_cls_infer.onnx",
-    "ocr_read": "ch_PP-OCRv4_rec_infer.onnx",
-}
-
 
 def build(into: Path) -> Path:
     """The repository in `into`; returns it."""
-    models = originals.folder("rapidocr_onnxruntime") / "models"
-    files: dict[str, Path | bytes] = {f"{model}/1/model.onnx": models / name for model, name in FILES.items()}
-    files["ocr_text/1/characters.txt"] = _characters(models / FILES["ocr_read"]).encode()
+    wheel = originals.folder("rapidocr_onnxruntime") / "models"
+    recogniser = wheel / "ch_PP-OCRv4_rec_infer.onnx"
+    files = {
+        "ocr_detect/1/model.onnx": wheel / "ch_PP-OCRv4_det_infer.onnx",
+        "ocr_angle/1/model.onnx": wheel / "ch_ppocr_mobile_v2.0_cls_infer.onnx",
+        "ocr_recognise/1/model.onnx": recogniser,
+        "ocr_text/1/characters.txt": characters(recogniser).encode(),
+    }
     return repository.build(Path(__file__).parent / "models", into, files)
 
 
-def _characters(recogniser: Path) -> str:
-    """One character on each line, as the model's file has them with it."""
-    read = onnxruntime.InferenceSession(recogniser, providers=["CPUExecutionProvider"])
-    characters: str = read.get_modelmeta().custom_metadata_map["character"]
-    return characters
+def characters(model: Path) -> str:
+    """One on a line, in the order of the classes: the model has them in its metadata."""
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    return session.get_modelmeta().custom_metadata_map["character"] + "\n"
 
 
 if __name__ == "__main__":

@@ -1,98 +1,100 @@
-"""examples/ocr: pages are read as the original package reads them, by one server, many at once."""
+"""examples/ocr on a real server: what it reads is what rapidocr-onnxruntime reads, and each answer is its request's."""
 
 from __future__ import annotations
 
-import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
-import cv2
+import numpy as np
 import pytest
 
 import shoal
-from examples.ocr import demo
+from examples.ocr import pages
 from examples.ocr.build import build
-from examples.ocr.pages import pages
+from examples.ocr.reading import Line, compare, read
+from examples.serving import serving
 from shoal.errors import InvalidArgument
-from tests.infer.conformance.instance import Instance
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    root = tmp_path_factory.mktemp("ocr")
-    with Instance.serving(build(root / "models"), "h2", root / "log") as instance:
-        yield instance.address
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[shoal.Client]:
+    models = build(tmp_path_factory.mktemp("ocr") / "models")
+    # Two threads for the models, whatever the machine has.
+    with serving(models, SHOAL_INFER_THREADS="2") as (address, _), shoal.Client(address) as client:
+        yield client
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return pages(tmp_path_factory.mktemp("pages"))
+def texts(lines: list[Line]) -> list[str]:
+    return [line.text for line in lines]
 
 
-def read(address: str, given: list[bytes]) -> list[list[demo.Line]]:
-    async def go():
-        async with shoal.AsyncClient(address) as client:
-            return await demo.read_all(client, given)
-
-    return asyncio.run(go())
-
-
-def test_every_page_is_read_as_the_original_package_reads_it(address, files):
-    ours = read(address, [file.read_bytes() for file in files.values()])
-    theirs = demo.original(list(files.values()))
-    assert sum(map(len, theirs)) > 30
-    assert [demo.differences(*pair) for pair in zip(ours, theirs, strict=True)] == [[]] * len(files)
-    # What is not there is not read, and who looks for it is not disappointed.
-    by_name = dict(zip(files, ours, strict=True))
-    assert by_name["an empty page"] == by_name["a cat, and no text"] == []
-    assert any("INV" in line.text for line in by_name["a letter upside down"])
+def test_the_example_agrees_with_the_original_package(repository_root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.ocr.demo"], cwd=repository_root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 of 8 images agree with rapidocr-onnxruntime" in done.stdout
+    assert "histogram of grey values:" in done.stdout
+    assert "Handle with care" in done.stdout
 
 
-def test_answers_belong_to_their_requests_and_crops_of_several_pages_are_looked_at_together(address, files):
-    async def go():
-        async with shoal.AsyncClient(address) as client:
-            before = await client.models.statistics("ocr_angle")
-            lines = await demo.read_all(client, [file.read_bytes() for file in mixed])
-            after = await client.models.statistics("ocr_angle")
-            return lines, before, after
-
-    names = ["a letter, 400 by 640", "an empty page", "white on black"]
-    mixed = [files[name] for name in names] * 4
-    lines, before, after = asyncio.run(go())
-    alone = read(address, [files[name].read_bytes() for name in names])
-    for n, page in enumerate(lines):
-        assert demo.differences(page, alone[n % 3]) == []
-    crops = after[0].inference_count - before[0].inference_count
-    assert crops >= sum(map(len, lines))
-    assert after[0].execution_count - before[0].execution_count < crops
+def test_the_example_fails_when_a_file_is_no_image(repository_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(pages.gather()["receipt.png"][:2000])
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.ocr.demo", str(tmp_path / "broken.png")],
+        cwd=repository_root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the example failed: in ensemble 'ocr', step 0, model 'ocr_decode': " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("broken", [b"", b"no image", "cut"])
-def test_a_broken_file_is_named_and_harms_no_other(address, files, broken):
-    page = files["a letter, 400 by 640"].read_bytes()
-    given = page[: len(page) // 2] if broken == "cut" else broken
-
-    async def go():
-        async with shoal.AsyncClient(address) as client:
-            return await asyncio.gather(
-                demo.read(client, page), demo.read(client, given), demo.read(client, page), return_exceptions=True
-            )
-
-    first, wrong, last = asyncio.run(go())
-    assert isinstance(wrong, InvalidArgument)
-    assert "step 0, model 'ocr_decode'" in wrong.message
-    assert len(first) == len(last) == 6
+def test_an_image_without_text_has_no_lines(client: shoal.Client) -> None:
+    answer = client.infer("ocr", {"image": np.array([[pages.gather()["empty.png"]]], object)})
+    shapes = {name: answer[name].shape for name in ("texts", "scores", "boxes")}
+    assert shapes == {"texts": (0, 1), "scores": (0, 1), "boxes": (1, 0, 4, 2)}
 
 
-def test_differences_are_seen():
-    box = ((0.0, 0.0), (9.0, 0.0), (9.0, 5.0), (0.0, 5.0))
-    line = demo.Line("Shoal: many requests", 0.9, box)
-    moved = demo.Line(line.text, 0.9, tuple((x + 3, y) for x, y in box))
-    other = demo.Line("Shoal: few requests", 0.9, box)
-    assert demo.differences([line], [line]) == []
-    assert len(demo.differences([], [line])) == 1
-    assert len(demo.differences([line], [])) == 1
-    assert len(demo.differences([moved], [line])) == 2
-    assert len(demo.differences([other], [line])) == 1
+def test_an_upside_down_line_reads_as_the_upright_one(client: shoal.Client) -> None:
+    image = pages.drawn(["Handle with care"], (640, 160), 48)
+    upright, turned = (read(client, pages.png(each)) for each in (image, image.rotate(180)))
+    assert texts(upright) == texts(turned) == ["Handle with care"]
 
 
-def test_pages_are_images(files):
-    assert all(cv2.imread(str(file)) is not None for file in files.values())
+@pytest.mark.parametrize("broken", [b"", b"no image", pages.png(pages.drawn(["cut"], (99, 99), 30))[:400]])
+def test_what_is_no_image_is_refused_and_says_why(client: shoal.Client, broken: bytes) -> None:
+    with pytest.raises(InvalidArgument, match=r"in ensemble 'ocr', step 0, model 'ocr_decode': .*image"):
+        read(client, broken)
+
+
+def test_images_at_once_get_their_own_lines_and_share_executions(client: shoal.Client) -> None:
+    # Of one size, so that the detector batches them too; lines of at most 320 pixels, so that the recogniser does.
+    images = [pages.png(pages.drawn([f"No. {n * 37}", f"{n * 1234} km"], (320, 200), 36)) for n in range(1, 17)]
+    alone = [read(client, image) for image in images]
+    before = executions(client)
+    with ThreadPoolExecutor(len(images)) as pool:
+        together = list(pool.map(partial(read, client), images))
+    for n, (one, other) in enumerate(zip(alone, together, strict=True), 1):
+        assert str(n * 37) in texts(one)[0]
+        assert compare(one, other).wrong == ()
+    lines = sum(map(len, alone))
+    for model, (rows, batches) in executions(client).items():
+        assert rows - before[model][0] == lines, model
+        # No image has more than two lines: an execution of more has lines of several.
+        assert max(before[model][1]) <= 2 < max(batches), model
+
+
+def executions(client: shoal.Client) -> dict[str, tuple[int, list[int]]]:
+    """By model: rows that were answered, and how many rows executions had."""
+    found = {}
+    for model in ("ocr_angle", "ocr_recognise"):
+        [seen] = client.models.statistics(model)
+        found[model] = seen.inference_count, list(seen.batches)
+    return found

@@ -1,60 +1,62 @@
-"""Images turned upright, as a classifier of their orientation says: each class stands for some quarter turns."""
+"""Images turned upright, each as a classifier of angles says: lines of text that stand on their heads, photographs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
 
 import numpy as np
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from services.infer.calls.ragged import Value, rows
 from services.infer.calls.tensors import Tensor
 from services.infer.operations.operation import Results, Setting, spec
-from services.infer.operations.parameters import Parameters, split
+from services.infer.operations.parameters import Floats, Parameters
 
 
 class TurnImageParameters(Parameters):
     """Of `turn_image`."""
 
-    turns: Annotated[tuple[int, ...], BeforeValidator(split)] = (0, 2)
-    """For each class, quarter turns against the clock that make such an image upright."""
-    threshold: float = Field(0.9, ge=0)
-    """An image is turned only when the score of its class is above that."""
+    degrees: Floats = (0, 180)
+    """By class: how far its images are turned, clockwise."""
+    threshold: float = Field(0, ge=0, le=1)
+    """An image is turned when the probability of its class is above this."""
 
-    @field_validator("turns")
+    @field_validator("degrees")
     @classmethod
-    def _in_range(cls, turns: tuple[int, ...]) -> tuple[int, ...]:
-        if any(not 0 <= turn <= 3 for turn in turns):
-            raise ValueError("expected quarter turns, 0 to 3, one for each class")
-        return turns
+    def _are_quarters(cls, degrees: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(each in (0, 90, 180, 270) for each in degrees):
+            raise ValueError("expected 0, 90, 180 or 270 for each class")
+        return degrees
 
 
 class TurnImage:
-    """UINT8 images and FP32 [classes] to the images, turned."""
+    """UINT8 images and the FP32 [classes] of each to images, and how far each was turned, INT32 [1]."""
 
     is_batched = True
     only_computes = True
-    outputs = (spec("image", "UINT8", -1, -1, 3, ragged=True),)
+    outputs = (spec("image", "UINT8", -1, -1, 3, ragged=True), spec("degrees", "INT32", 1))
 
     def __init__(self, parameters: TurnImageParameters, setting: Setting) -> None:
-        self._turns, self._threshold = np.array(parameters.turns), parameters.threshold
+        self._degrees, self._threshold = np.array(parameters.degrees, np.int32), parameters.threshold
         self.inputs = (
             spec("image", "UINT8", -1, -1, 3, ragged=True),
-            spec("scores", "FP32", len(parameters.turns)),
+            spec("probabilities", "FP32", len(self._degrees)),
         )
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
-        scores = np.asarray(inputs["scores"])
-        # A NaN is above nothing: such an image stays as it is.
-        turns = np.where(scores.max(axis=1) > self._threshold, self._turns[scores.argmax(axis=1)], 0)
-        images = [_turned(image, int(turn)) for image, turn in zip(rows(inputs["image"]), turns, strict=True)]
-        return Results({"image": images})
+        probabilities = np.asarray(inputs["probabilities"])
+        wrong = np.flatnonzero(np.isnan(probabilities).any(axis=1))
+        unfit = dict.fromkeys(wrong.tolist(), "input 'probabilities': expected numbers, got NaN")
+        degrees = np.where(probabilities.max(axis=1) > self._threshold, self._degrees[probabilities.argmax(axis=1)], 0)
+        images = [_turned(*pair) for pair in zip(rows(inputs["image"]), degrees.tolist(), strict=True)]
+        return Results({"image": images, "degrees": degrees.astype(np.int32)[:, np.newaxis]}, unfit)
 
     def example(self) -> Mapping[str, Value]:
-        scores = np.eye(1, len(self._turns), dtype=np.float32)
-        return {"image": [np.zeros((2, 3, 3), np.uint8)], "scores": scores}
+        return {
+            "image": [np.zeros((2, 3, 3), np.uint8)],
+            "probabilities": np.zeros((1, len(self._degrees)), np.float32),
+        }
 
 
-def _turned(image: Tensor, turn: int) -> Tensor:
-    return np.ascontiguousarray(np.rot90(image, turn)) if turn else image
+def _turned(image: Tensor, degrees: int) -> Tensor:
+    return np.ascontiguousarray(np.rot90(image, -degrees // 90)) if degrees else image

@@ -1,41 +1,52 @@
-"""Images are turned as their class says, when it is sure."""
+"""Images that are turned as a classifier of angles says, and when they are not."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from shoal.errors import FailedPrecondition
 from tests.infer.operations import making
+from tests.infer.operations.images import pixels
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=5),
-    scores=st.lists(st.sampled_from([0.0, 0.5, 0.9, 0.95, np.nan]), min_size=20, max_size=20),
-)
-def test_each_row_is_turned_by_its_own_class(tmp_path_factory, sizes, scores):
-    made = making.session(tmp_path_factory.getbasetemp(), "turn_image", turns="0, 3, 2, 1")
-    images = [np.random.default_rng(n).integers(0, 256, (*size, 3), np.uint8) for n, size in enumerate(sizes)]
-    given = np.array(scores, np.float32).reshape(5, 4)[: len(images)]
-    outputs = making.run(made, image=images, scores=given)
-    making.check(made, outputs, len(images))
-    for image, row, got in zip(images, given, outputs["image"], strict=True):
-        is_sure = not np.isnan(row).any() and row.max() > np.float32(0.9)
-        turn = (0, 3, 2, 1)[int(row.argmax())] if is_sure else 0
-        np.testing.assert_array_equal(got, np.rot90(image, turn))
+def probabilities(*rows: list[float]) -> np.ndarray:
+    return np.array(rows, np.float32)
+
+
+def test_each_image_is_turned_by_its_own_class(tmp_path):
+    images = [pixels(5, 7), pixels(3, 11), pixels(4, 4), pixels(9, 2)]
+    made = making.session(tmp_path, "turn_image", degrees="0, 90, 180, 270")
+    outputs = making.run(made, image=images, probabilities=np.eye(4, dtype=np.float32))
+    assert outputs["degrees"].tolist() == [[0], [90], [180], [270]]
+    for n, (image, turned) in enumerate(zip(images, outputs["image"], strict=True)):
+        np.testing.assert_array_equal(turned, np.rot90(image, -n))
+
+
+def test_a_class_that_is_not_above_the_threshold_turns_nothing(tmp_path):
+    made = making.session(tmp_path, "turn_image", threshold="0.75")
+    sure = probabilities([0.25, 0.75], [0.2, 0.8])
+    outputs = making.run(made, image=[pixels(5, 7), pixels(5, 7)], probabilities=sure)
+    np.testing.assert_array_equal(outputs["image"][0], pixels(5, 7))
+    np.testing.assert_array_equal(outputs["image"][1], pixels(5, 7)[::-1, ::-1])
+
+
+def test_a_row_without_numbers_is_unfit_and_its_neighbour_is_not(tmp_path):
+    made = making.session(tmp_path, "turn_image")
+    given = {"image": [pixels(5, 7), pixels(3, 2)], "probabilities": probabilities([np.nan, 1], [0, 1])}
+    results = making.rows(made, given)
+    assert list(results.unfit) == [0]
+    assert "NaN" in results.unfit[0]
 
 
 @pytest.mark.parametrize(
-    ("parameters", "says"),
+    ("parameters", "why"),
     [
-        ({"turns": "0, 4"}, "parameter 'turns' '0, 4': expected quarter turns, 0 to 3"),
-        ({"turns": "left"}, "parameter 'turns' 'left'"),
-        ({"threshold": "-1"}, "parameter 'threshold' '-1'"),
+        ({"degrees": "0, 45"}, "expected 0, 90, 180 or 270 for each class"),
+        ({"degrees": "0, up"}, "degrees"),
+        ({"threshold": "2"}, "threshold"),
     ],
 )
-def test_wrong_parameters_are_named(tmp_path, parameters, says):
-    with pytest.raises(FailedPrecondition, match=says.replace("'", ".")):
+def test_wrong_parameters_are_named(tmp_path, parameters, why):
+    with pytest.raises(FailedPrecondition, match=why):
         making.session(tmp_path, "turn_image", **parameters)
