@@ -26,8 +26,14 @@ class Sender:
     def close(self) -> None:
         self._queue.put(None)
 
+    def until_sent(self) -> None:
+        """Waits until gRPC has sent what was given: only then it asks for more."""
+        self._queue.join()
+
     def __iter__(self) -> Iterator[pb.ModelInferRequest]:
-        return iter(self._queue.get, None)
+        while (made := self._queue.get()) is not None:
+            yield made
+            self._queue.task_done()
 
 
 @pytest.fixture
@@ -110,6 +116,7 @@ def test_a_client_that_leaves_takes_its_requests_along(stub, sender):
     sender.send(request("double", floats()))
     next(call)
     sender.send(request("patient", floats(rows=3)))
+    sender.until_sent()
     stub.ServerLive(pb.ServerLiveRequest())  # Behind it on the same connection.
     call.cancel()
     with pytest.raises(grpc.RpcError) as caught:
