@@ -1,12 +1,14 @@
 """The examples beside the packages whose models they serve, called for each request.
 
-    python -m bench.examples [--rounds 5] [--texts 128] [--pages 16] [--threads 1] [--only ocr]
+    python -m bench.examples [--rounds 5] [--texts 128] [--pages 16] [--threads 1] [--only ocr] [--triton-venv FOLDER]
 
 `embeddings`: texts of this repository's documentation through `shoal serve` (the ensemble of examples/embeddings, 32
-requests in flight, one text each), and through sentence-transformers, one call for each text. `ocr`: the images of
-examples/ocr, 4 in flight, and rapidocr-onnxruntime with its own settings, one call for each image. Both have as many
-threads for the model and take turns in each round; figures are medians of rounds. CPU is that of the server's processes
-without the client's, and of the package's process: on a machine with other load it is the figure to trust.
+requests in flight, one text each), and through sentence-transformers, one call for each text; with --triton-venv, the
+environment with nvidia-pytriton, onnxruntime and tokenizers, also through an ensemble of a real Triton's python
+backend (examples_triton.py), by the same client. `ocr`: the images of examples/ocr, 4 in flight, and
+rapidocr-onnxruntime with its own settings, one call for each image. All have as many threads for the model and take
+turns in each round; figures are medians of rounds. CPU is that of the server's processes without the client's, and of
+the package's process: on a machine with other load it is the figure to trust.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 import shoal
+from bench import examples_triton
 from examples import originals
 from examples.embeddings import demo
 from examples.embeddings.build import build
@@ -40,6 +43,14 @@ from examples.ocr.pages import gather
 from examples.serving import serving
 
 PAGES_AT_ONCE = 4
+
+SHOAL, PACKAGE = "Shoal", "the package, called per request"
+
+TRITONS = {"batch": "Triton, a batch padded together", "own": "Triton, each length by itself"}
+"""Contenders by how examples_triton.py pads."""
+
+Servers = dict[str, tuple[str, int]]
+"""Address and process by contender; Shoal is the first."""
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -59,8 +70,18 @@ class Took:
 def processor_s(pid: int) -> float:
     """Of a process and all that it started, by /proc."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return (int(fields[11]) + int(fields[12])) / TICKS + sum(processor_s(int(child)) for child in children)
+    return (int(fields[11]) + int(fields[12])) / TICKS + sum(map(processor_s, _children(pid)))
+
+
+def _children(pid: int) -> list[int]:
+    """Those that any of its threads started."""
+    found: list[int] = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(
+            FileNotFoundError, ProcessLookupError
+        ):  # A thread that has ended since: another has its children.
+            found += map(int, listed.read_text().split())
+    return found
 
 
 def sentences(most: int, least_words: int, most_words: int) -> list[str]:
@@ -70,23 +91,38 @@ def sentences(most: int, least_words: int, most_words: int) -> list[str]:
     return fit[:: max(1, len(fit) // most)][:most]
 
 
-def embeddings(rounds: int, texts: int, threads: int, out: Console) -> None:
-    """Through Shoal, and by the package itself."""
+def embeddings(rounds: int, texts: int, threads: int, triton: Path | None, out: Console) -> None:
+    """Through Shoal, through Triton where there is one, and by the package itself."""
     kinds = {
         "phrases of 2 to 7 words": sentences(texts, 2, 7),
         "sentences of 8 to 40 words": sentences(texts, 8, 40),
         "paragraphs": demo.paragraphs(texts),
     }
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(build(Path(folder) / "models"), SHOAL_INFER_THREADS=str(threads)) as (address, pid),
-    ):
-        with _package("examples_original.py", "sentence_transformers", threads) as package:
-            for kind, asked in kinds.items():
-                ours, theirs = asyncio.run(
-                    _rounds(address, pid, package, partial(demo.embed, texts=asked), asked, rounds)
-                )
-                _show(f"{len(asked)} {kind}, {threads} threads", "embedding", len(asked), ours, theirs, out)
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        models = build(work / "models")
+        servers = {SHOAL: stack.enter_context(serving(models, SHOAL_INFER_THREADS=str(threads)))}
+        for padded, name in TRITONS.items() if triton else ():
+            started = examples_triton.serving(triton, models, padded, threads, work / padded)
+            servers[name] = stack.enter_context(started)
+        package = stack.enter_context(_package("examples_original.py", "sentence_transformers", threads))
+        asyncio.run(_agree(servers, [*demo.ODD, *kinds["paragraphs"]]))
+        for kind, asked in kinds.items():
+            taken = asyncio.run(_rounds(servers, package, partial(demo.embed, texts=asked), asked, rounds))
+            left_out = "" if triton else "Triton left out: no --triton-venv"
+            _show(f"{len(asked)} {kind}, {threads} threads", "embedding", len(asked), taken, left_out, out)
+
+
+async def _agree(servers: Servers, texts: Sequence[str]) -> None:
+    """Raises RuntimeError when a server's embeddings are not Shoal's."""
+    answers = {}
+    for name, (address, _) in servers.items():
+        async with shoal.AsyncClient(address) as client:
+            answers[name] = await demo.embed(client, texts)
+    for name, vectors in answers.items():
+        least = demo.cosines(answers[SHOAL], vectors).min()
+        if not least > demo.LEAST_COSINE:
+            raise RuntimeError(f"{name}: its embeddings are not Shoal's: least cosine {least:.6f} of {len(texts)}")
 
 
 def ocr(rounds: int, pages: int, threads: int, out: Console) -> None:
@@ -109,8 +145,9 @@ def ocr(rounds: int, pages: int, threads: int, out: Console) -> None:
         serving(build_ocr(Path(folder) / "models"), **settings) as (address, pid),
     ):
         with _package("examples_ocr_original.py", "rapidocr_onnxruntime", threads) as package:
-            ours, theirs = asyncio.run(_rounds(address, pid, package, read, sent, rounds))
-    _show(f"{pages} pages, {threads} threads, {PAGES_AT_ONCE} in flight", "page", pages, ours, theirs, out)
+            taken = asyncio.run(_rounds({SHOAL: (address, pid)}, package, read, sent, rounds))
+    title = f"{pages} pages, {threads} threads, {PAGES_AT_ONCE} in flight"
+    _show(title, "page", pages, taken, "Triton left out: only its embeddings are measured", out)
 
 
 @contextmanager
@@ -126,41 +163,49 @@ def _package(script: str, package: str, threads: int) -> Iterator[subprocess.Pop
 
 
 async def _rounds(
-    address: str,
-    pid: int,
+    servers: Servers,
     package: subprocess.Popen[str],
     ask: Callable[[shoal.AsyncClient], Awaitable[object]],
     sent: Sequence[str],
     rounds: int,
-) -> tuple[Took, Took]:
-    ours, theirs = Took(), Took()
+) -> dict[str, Took]:
+    taken = {name: Took() for name in (*servers, PACKAGE)}
     assert package.stdin is not None
     assert package.stdout is not None
-    async with shoal.AsyncClient(address) as client:
-        for number in range(rounds + 1):  # The first one warms both up.
-            start, processor = time.perf_counter(), processor_s(pid)
-            await ask(client)
-            took = time.perf_counter() - start, processor_s(pid) - processor
+    async with AsyncExitStack() as stack:
+        clients = {
+            name: await stack.enter_async_context(shoal.AsyncClient(address)) for name, (address, _) in servers.items()
+        }
+        for number in range(rounds + 1):  # The first one warms all up.
+            took = {name: await _server(clients[name], pid, ask) for name, (_, pid) in servers.items()}
             package.stdin.write(json.dumps(sent) + "\n")
             package.stdin.flush()
-            original = json.loads(package.stdout.readline())
-            if number:
-                ours.add(*took)
-                theirs.add(*original)
-    return ours, theirs
+            took[PACKAGE] = json.loads(package.stdout.readline())
+            for name, (wall, processor) in took.items() if number else ():
+                taken[name].add(wall, processor)
+    return taken
 
 
-def _show(title: str, item: str, count: int, ours: Took, theirs: Took, out: Console) -> None:
-    table = Table(title=title)
-    for column in ("what", f"{item}s/s", f"CPU ms/{item}"):
+async def _server(
+    client: shoal.AsyncClient, pid: int, ask: Callable[[shoal.AsyncClient], Awaitable[object]]
+) -> tuple[float, float]:
+    start, processor = time.perf_counter(), processor_s(pid)
+    await ask(client)
+    return time.perf_counter() - start, processor_s(pid) - processor
+
+
+def _show(title: str, item: str, count: int, taken: dict[str, Took], left_out: str, out: Console) -> None:
+    """A row for each; the ratios are medians of those of each round."""
+    table = Table(title=title, caption=left_out)
+    for column in ("what", f"{item}s/s", f"CPU ms/{item}", "Shoal's rate to it", "its CPU to Shoal's"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    rates = [count / statistics.median(took.wall) for took in (ours, theirs)]
-    costs = [statistics.median(took.processor) * 1000 / count for took in (ours, theirs)]
-    table.add_row("Shoal", f"{rates[0]:.1f}", f"{costs[0]:.1f}")
-    table.add_row("the package, called per request", f"{rates[1]:.1f}", f"{costs[1]:.1f}")
-    per_round = [b / a for a, b in zip(ours.wall, theirs.wall, strict=True)]
-    cost = [b / a for a, b in zip(ours.processor, theirs.processor, strict=True)]
-    table.add_row("median ratio", f"{statistics.median(per_round):.2f}", f"{statistics.median(cost):.2f}")
+    ours = taken[SHOAL]
+    for name, theirs in taken.items():
+        rate = count / statistics.median(theirs.wall)
+        cost = statistics.median(theirs.processor) * 1000 / count
+        times = statistics.median(b / a for a, b in zip(ours.wall, theirs.wall, strict=True))
+        costs = statistics.median(b / a for a, b in zip(ours.processor, theirs.processor, strict=True))
+        table.add_row(name, f"{rate:.1f}", f"{cost:.1f}", f"{times:.2f}", f"{costs:.2f}")
     out.print(table)
 
 
@@ -171,10 +216,13 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("embeddings", "ocr"))
+    parser.add_argument("--triton-venv", type=Path, metavar="FOLDER")
     asked = parser.parse_args()
-    out = Console(width=110)
+    if asked.triton_venv:
+        examples_triton.check(asked.triton_venv)
+    out = Console(width=120)
     if asked.only != "ocr":
-        embeddings(asked.rounds, asked.texts, asked.threads, out)
+        embeddings(asked.rounds, asked.texts, asked.threads, asked.triton_venv, out)
     if asked.only != "embeddings":
         ocr(asked.rounds, asked.pages, asked.threads, out)
 
