@@ -1,6 +1,7 @@
 """The examples beside the packages whose models they serve, called for each request.
 
-    python bench/beside_originals.py [--rounds 5] [--texts 128] [--pages 16] [--threads 1] [--only ocr] [--triton-venv FOLDER]
+    python bench/beside_originals.py [--rounds 5] [--texts 128] [--pages 16] [--threads 1] [--only ocr]
+                                      [--triton-venv FOLDER]
 
 `embeddings`: texts of this repository's documentation through `shoal serve` (the ensemble of examples/embeddings, 32
 requests in flight, one text each), and through sentence-transformers, one call for each text; with --triton-venv, the
