@@ -189,6 +189,7 @@ def test_a_stacked_batch_is_cancelled_when_the_last_that_waits_for_it_has_gone(p
     assert not heard.is_cancelled
     junction.leave(peers[1].connection)
     assert heard.is_cancelled
+    answer(junction, message)  # What goes on for half a minute now would end this process, as an owner.
 
 
 def test_a_model_calls_others_of_the_server_whose_request_it_executes(peers):
