@@ -5,5 +5,6 @@
                           └── channel <═══ frames; large tensors in memory passed as a file descriptor ═══> channel
 
 `channel` and `payload` are used on both sides, `child` and `engine` run in the model process only, the rest in the
-server only. What runs in the model process imports neither protobuf nor gRPC: it should start quickly and weigh little.
+server only. The model process imports no gRPC, and protobuf for ONNX models only: it should start quickly and weigh
+little.
 """

@@ -10,12 +10,11 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 from services.infer.isolation.channel import Channel, ChannelClosed
 from services.infer.isolation.child import serve_one
-from services.infer.isolation.process import NotLoaded, OwnProcess
+from services.infer.isolation.life import NotLoaded, OwnProcess
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +26,8 @@ class Inside(OwnProcess):
 
     def __init__(self, title: str) -> None:
         """Starts its thread. `title` names the model in the log."""
-        self.title = title
+        super().__init__(title)
         self.pid = os.getpid()
-        self.died = threading.Event()
-        self.end = ""
-        self.using = threading.Lock()
-        self.facts: Mapping[str, Any] = {}
-        self._killed_for = ""
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours)
         self._thread = threading.Thread(target=self._work, args=(Channel(theirs),), name=title, daemon=True)
@@ -59,9 +53,7 @@ class Inside(OwnProcess):
             return
         if message is None:
             raise NotLoaded("loading took too long: see parameter load_timeout_ms")
-        if message.op != "loaded":
-            raise NotLoaded(str(message.header.get("error")))
-        self.facts = message.header
+        self.learn(message)
 
     def attend(self) -> None:
         """Waits for its end."""

@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 
 from services.infer.isolation.channel import ChannelClosed
 from services.infer.isolation.inside import Inside
-from services.infer.isolation.process import NotLoaded, Process
+from services.infer.isolation.life import NotLoaded
+from services.infer.isolation.process import Process
 from services.infer.models.backoff import Backoff
 from services.infer.sharing.shared import Shared
 from shoal.errors import FailedPrecondition, Unavailable

@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.infer.isolation.channel import Channel, ChannelClosed, Message
+from services.infer.isolation.life import NotLoaded, OwnProcess, Signalled
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,6 @@ _END_S = 2.0
 # What has closed its channel should end: it is given so long.
 _LAST_WORDS_S = 0.2
 # How long the output of a process that has ended is still read: one that it started may hold the pipe for ever.
-
-
-class NotLoaded(Exception):
-    """The model could not be loaded; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,53 +45,12 @@ class Program:
     """Its working directory."""
 
 
-class OwnProcess:
-    """What a process that works for one instance of one server alone says of itself."""
-
-    channel: Channel
-    end: str
-
-    def kill(self, reason: str) -> None: ...
-
-    def leave(self, reason: str) -> None:
-        """Uses it no more: without anybody who does, it ends."""
-        self.kill(reason)
-
-    def say_goodbye(self) -> None:
-        """Asks it to end in order. Raises ChannelClosed or OSError when it is gone."""
-        self.channel.send({"op": "close"})
-
-    def has_begun(self) -> bool:
-        """Whether what it was sent is being executed, or was when it died."""
-        return True
-
-    def runs_s(self, sent: float, now: float) -> float:
-        """For how long what it was sent at `sent` has been executed."""
-        return now - sent
-
-    def is_alone(self) -> bool:
-        """Whether nobody else's work was executed at the same time."""
-        return True
-
-    def is_own_doing(self) -> bool:
-        """Whether it died of its work: the kernel may have ended it for want of memory, or a person."""
-        return not any(name in self.end for name in ("SIGKILL", "SIGTERM"))
-
-
-class Process(OwnProcess):
-    """A model process that runs, or has run. Any thread may use `channel`, `kill`, `died` and `end`."""
+class Process(Signalled, OwnProcess):
+    """A model process that runs, or has run."""
 
     def __init__(self, program: Program, title: str) -> None:
         """Starts it. `title` names the model in the log. Raises OSError."""
-        self.title = title
-        self.died = threading.Event()
-        """Set once it is reaped, and `end` says how it ended."""
-        self.end = ""
-        self.using = threading.Lock()
-        """Held by the one that is in a call of the channel."""
-        self.facts: Mapping[str, Any] = {}
-        self._killed_for = ""
-        self._signalling = threading.Lock()
+        super().__init__(title)
         self._rest = b""
         ours, theirs = socket.socketpair()
         out, their_out = os.pipe2(os.O_CLOEXEC)
@@ -139,9 +94,7 @@ class Process(OwnProcess):
             message = None
         if message is None:
             return  # It has ended: `reap` knows how.
-        if message.op != "loaded":
-            raise NotLoaded(str(message.header.get("error", "the model process did not say how loading went")))
-        self.facts = message.header
+        self.learn(message)
 
     def _end_soon(self, reason: str) -> None:
         poll = select.poll()
@@ -196,14 +149,6 @@ class Process(OwnProcess):
             if text := line[:_LINE_BYTES].decode(errors="replace").rstrip():
                 log.info("model %s: %s", self.title, text)
         return bool(data)
-
-    def kill(self, reason: str) -> None:
-        """Ends it at once; `reason` is what is told of its end."""
-        with self._signalling:
-            if not self.died.is_set():
-                self._killed_for = self._killed_for or reason
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def reap(self) -> None:
         """Waits for its end, and gives back everything that was held for it."""

@@ -75,8 +75,10 @@ def spec(name: str, datatype: str, *dims: int, ragged: bool = False, optional: b
     return TensorSpec(name, BY_NAME[datatype], (-1, *dims), is_ragged=ragged, is_optional=optional)
 
 
-def each(rows: Sequence[S], work: Callable[[S], R], threads: RowThreads, instead: R) -> tuple[list[R], dict[int, str]]:
-    """`work` for each row, side by side; `instead` where it raises Unfit, and why."""
+def each(
+    rows: Sequence[S], work: Callable[[S], R], threads: RowThreads | None, instead: R
+) -> tuple[list[R], dict[int, str]]:
+    """`work` for each row, side by side, or without threads one by one; `instead` where it raises Unfit, and why."""
     unfit: dict[int, str] = {}
 
     def tried(numbered: tuple[int, S]) -> R:
@@ -87,4 +89,5 @@ def each(rows: Sequence[S], work: Callable[[S], R], threads: RowThreads, instead
             unfit[number] = str(err)
             return instead
 
-    return threads.map(tried, list(enumerate(rows))), unfit
+    numbered = list(enumerate(rows))
+    return threads.map(tried, numbered) if threads is not None else [tried(row) for row in numbered], unfit

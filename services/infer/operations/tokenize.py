@@ -100,7 +100,8 @@ class Tokenize:
             except UnicodeDecodeError as err:
                 raise Unfit(f"input '{name}' is not UTF-8: {err.reason} at byte {err.start}") from err
 
-        return each(rows(value), text, self._threads, "")
+        # A hop to a thread takes some microseconds for each row, and this is a fraction of one.
+        return each(rows(value), text, None, "")
 
 
 def _tokenizer(parameters: TokenizeParameters, assets: Assets) -> Any:

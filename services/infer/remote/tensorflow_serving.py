@@ -26,8 +26,6 @@ from shoal.remote.v1 import tensorflow_serving_pb2 as pb
 _SERVICE = "/tensorflow.serving.PredictionService/"
 _SIGNATURES = "signature_def"
 _INPUTS = pb.TensorFlowPredictRequest.DESCRIPTOR.fields_by_name["inputs"].number
-_KEY, _VALUE = 1, 2
-# The fields of an entry of any map.
 
 
 class TensorFlowServing:
@@ -62,10 +60,7 @@ class TensorFlowServing:
     ) -> Pieces:
         pieces = Pieces(pb.TensorFlowPredictRequest(model_spec=self._model).SerializeToString())
         for name, arrays in inputs.items():
-            entry = Pieces()
-            entry.add(_KEY, Pieces(name.encode()))
-            entry.add(_VALUE, tensorflow_tensors.to_message(arrays, specs[name].datatype))
-            pieces.add(_INPUTS, entry)
+            pieces.add_entry(_INPUTS, name, tensorflow_tensors.to_message(arrays, specs[name].datatype))
         pieces.append(pb.TensorFlowPredictRequest(output_filter=outputs).SerializeToString())
         return pieces
 

@@ -23,8 +23,6 @@ from shoal.remote.v1 import torchserve_pb2 as pb
 
 _SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
 _INPUT = pb.TorchServePredictionsRequest.DESCRIPTOR.fields_by_name["input"].number
-_KEY, _VALUE = 1, 2
-# The fields of an entry of any map.
 
 
 class TorchServe:
@@ -46,10 +44,7 @@ class TorchServe:
     ) -> Pieces:
         pieces = Pieces(self._head.SerializeToString())
         for name, (array,) in inputs.items():
-            entry = Pieces()
-            entry.add(_KEY, Pieces(name.encode()))
-            entry.add(_VALUE, Pieces(array.item()))
-            pieces.add(_INPUT, entry)
+            pieces.add_entry(_INPUT, name, Pieces(array.item()))
         return pieces
 
     def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:

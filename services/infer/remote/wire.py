@@ -16,6 +16,8 @@ from services.infer.calls.datatypes import Datatype
 from services.infer.calls.tensors import Tensor
 
 _LENGTH_DELIMITED = 2
+_KEY, _VALUE = 1, 2
+# The fields of an entry of any map.
 
 
 class Pieces:
@@ -35,10 +37,17 @@ class Pieces:
 
     def add(self, number: int, content: Pieces) -> None:
         """Adds field `number`: bytes, a string or a message."""
-        opening = varint(number << 3 | _LENGTH_DELIMITED) + varint(content.size)
+        opening = _varint(number << 3 | _LENGTH_DELIMITED) + _varint(content.size)
         self.parts.append(opening)
         self.parts.extend(content.parts)
         self.size += len(opening) + content.size
+
+    def add_entry(self, number: int, key: str, value: Pieces) -> None:
+        """Adds an entry of the map that is field `number`."""
+        entry = Pieces()
+        entry.add(_KEY, Pieces(key.encode()))
+        entry.add(_VALUE, value)
+        self.add(number, entry)
 
     def joined(self) -> bytes:
         """The message: the one copy."""
@@ -53,7 +62,7 @@ def raw(arrays: Iterable[Tensor], datatype: Datatype) -> Pieces:
     return pieces
 
 
-def varint(number: int) -> bytes:
+def _varint(number: int) -> bytes:
     """A number as protobuf writes lengths and tags."""
     written = bytearray()
     while number > 0x7F:

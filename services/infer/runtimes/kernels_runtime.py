@@ -24,6 +24,7 @@ from services.infer.operations.parameters import OPERATION, read
 from services.infer.operations.table import OPERATIONS, Entry
 from services.infer.operations.threads import RowThreads
 from services.infer.runtimes import gpus
+from services.infer.runtimes.parameters import texts
 from services.infer.runtimes.runtime import About, ModelFailed, RowResults, SessionOptions
 from services.infer.wording import listed, quoted, written
 from shoal.errors import FailedPrecondition, InvalidArgument
@@ -45,7 +46,7 @@ class KernelsRuntime:
     def load(self, file: Path, options: SessionOptions) -> OperationSession:
         """`file` is the version's folder."""
         about = options.about or About(file.parent.name)
-        given = {key: parameter.string_value for key, parameter in about.config.parameters.items()}
+        given = texts(about.config)
         name = given.get(OPERATION, "").strip()
         entry = self._operations.get(name)
         if entry is None:

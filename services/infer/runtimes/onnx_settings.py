@@ -11,9 +11,9 @@ Whether this build of ONNX Runtime can do it, and whether there are such GPUs, i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from services.infer.runtimes.parameters import number, texts
 from services.infer.runtimes.runtime import Place, Provider, SessionOptions
 from services.infer.wording import enumerated, quoted
 from shoal.errors import FailedPrecondition
@@ -58,17 +58,17 @@ def session_options(config: pb.ModelConfig, threads: int) -> SessionOptions:
     Raises:
         FailedPrecondition: a value is none, or out of range; the message names the setting.
     """
-    values = {key: parameter.string_value for key, parameter in config.parameters.items()}
+    values = texts(config)
     level = config.optimization.graph.level
     if level not in _LEVELS:
         raise FailedPrecondition(
             f"optimization.graph.level {level}: expected 0 (all), -1 (basic), 1 (extended), 2 (none)"
         )
-    inter_op = _threads(values, "inter_op_thread_count")
+    inter_op = number(values, "inter_op_thread_count", 0, 0, _MAX_THREADS)
     # Threads between operators are of use in the parallel mode only: to ask for some is to ask for it.
     is_parallel = _flag(values, "execution_mode", inter_op > 1)
     return SessionOptions(
-        intra_op_threads=_threads(values, "intra_op_thread_count") or threads,
+        intra_op_threads=number(values, "intra_op_thread_count", 0, 0, _MAX_THREADS) or threads,
         inter_op_threads=inter_op or (threads if is_parallel else 1),
         graph_level=level,
         is_parallel=is_parallel,
@@ -134,15 +134,6 @@ def _cpu_providers(config: pb.ModelConfig) -> tuple[Provider, ...]:
 
 def _unknown(where: str, name: str, known: str) -> FailedPrecondition:
     return FailedPrecondition(f"{where} {quoted(name)} is not supported: expected {known}")
-
-
-def _threads(values: Mapping[str, str], key: str) -> int:
-    written = values.get(key, "0").strip()
-    if not re.fullmatch(r"[0-9]{1,9}", written) or int(written) > _MAX_THREADS:
-        raise FailedPrecondition(
-            f"parameter {key} {quoted(written)}: expected a number from 0 (ours) to {_MAX_THREADS}"
-        )
-    return int(written)
 
 
 def _flag(values: Mapping[str, str], key: str, default: bool) -> bool:

@@ -30,6 +30,8 @@ class Connection:
         """The infer process."""
         self._mark = Mark.received(sock)
         self.channel = Channel(sock)
+        self.is_gone = False
+        """Nobody waits at its other end any more."""
         self._under_way = 0
 
     def send(self, header: Mapping[str, Any], parts: Sequence[Part] = ()) -> None:

@@ -115,11 +115,16 @@ class Junction:
                 answer.set_result(message)
 
     def leave(self, connection: Connection) -> None:
-        """It is gone. What it waits for is dropped; what is executed for it is told."""
+        """It is gone. What it waits for is dropped; what is executed for nobody else is told."""
         with self._changed:
+            connection.is_gone = True
             for job in [job for job in self._turns.get(connection.worker, ()) if job.connection is connection]:
                 self._drop(job)
-            numbers = [number for number, jobs in self._running.items() if jobs[0].connection is connection]
+            numbers = [
+                number
+                for number, jobs in self._running.items()
+                if any(job.connection is connection for job in jobs) and all(job.connection.is_gone for job in jobs)
+            ]
             calls = [answer for asked, answer in self._calls.values() if asked is connection]
         for number in numbers:
             if (hearer := self.hearers.get(number)) is not None:
@@ -231,7 +236,7 @@ class Junction:
             answers = merging.parted(header, parts, [merging.rows_of(job.message) for job in jobs])
         except ValueError:  # Each for itself: what is wrong with one is no other's fault.
             with self._changed:
-                for job in jobs:
+                for job in [job for job in jobs if not job.connection.is_gone]:
                     job.is_apart = True
                     self._turns.setdefault(job.connection.worker, deque()).appendleft(job)
                 self._changed.notify_all()
@@ -254,5 +259,6 @@ class Junction:
             connection.send({**header, "op": "call", "id": number}, parts)
             message = answer.result()
         finally:
-            self._calls.pop(number, None)
+            with self._changed:  # `leave` goes through them.
+                self._calls.pop(number, None)
         return message.header, message.tensors

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,7 +62,7 @@ class Owner:
             hosted = hosted_of(self._load, self._junction.call)
         except LoadFailed as err:
             self._tell({"op": "failed", "error": str(err)[:TEXT]})
-            self._junction_ended()
+            self._wait_until_left()
             return
         self._tell({"op": "loaded", **vars(hosted.facts)})
         self._serve(hosted, int(self._load.header["load"].get("runs", 1)))
@@ -88,7 +89,7 @@ class Owner:
         self._told = said
         self._is_told.set()
 
-    def _junction_ended(self) -> None:
+    def _wait_until_left(self) -> None:
         """Waits until everybody has heard that there is no model, and has gone."""
         while self._junction.next().op != "close":
             pass
@@ -194,7 +195,8 @@ def _end_with_all(alive: Path) -> None:
         exit_now(0)
 
 
-def _or_exit(work: Any) -> None:
+def _or_exit(work: Callable[[], object]) -> None:
+    """Runs it; what it raises ends the process, with a trace."""
     try:
         work()
     except BaseException:

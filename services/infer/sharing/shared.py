@@ -9,15 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import select
-import signal
-import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from services.infer.isolation.channel import Channel, ChannelClosed, Message
-from services.infer.isolation.process import NotLoaded, Program, how
+from services.infer.isolation.life import NotLoaded, Signalled
+from services.infer.isolation.process import Program, how
 from services.infer.sharing.mark import Mark
 from services.infer.sharing.owners import Owners
 
@@ -29,19 +26,14 @@ _TRIES = 3
 # An owner that was found, not started, may die of another's doing just then: so often, the next one is taken.
 
 
-class Shared:
+class Shared(Signalled):
     """A connection that is used, or was; see `isolation.process.Process`."""
 
     def __init__(self, owners: Owners, key: str, program: Program, title: str) -> None:
         """Joins the owner that `key` stands for. `title` names the model in the log. Raises OSError."""
+        super().__init__(title)
         self._owners, self._key, self._program = owners, key, program
-        self.title = title
-        self.died = threading.Event()
-        self.end = ""
-        self.using = threading.Lock()
-        self.facts: Mapping[str, Any] = {}
-        self._killed_for = self._left_for = ""
-        self._signalling = threading.Lock()
+        self._left_for = ""
         self._join()
 
     def _join(self) -> None:
@@ -77,9 +69,7 @@ class Shared:
                 self._join()
         if message is None:
             return  # It has ended: `reap` knows how.
-        if message.op != "loaded":
-            raise NotLoaded(str(message.header.get("error", "the model process did not say how loading went")))
-        self.facts = message.header
+        self.learn(message)
 
     def _first_word(self, header: dict[str, Any], deadline: float) -> Message | None:
         try:
@@ -98,14 +88,6 @@ class Shared:
         poll.register(self.channel.fileno(), select.POLLRDHUP)
         poll.poll()
         self.reap()
-
-    def kill(self, reason: str) -> None:
-        """Ends the owner at once, for everybody; `reason` is what is told of its end."""
-        with self._signalling:
-            if not self.died.is_set():
-                self._killed_for = self._killed_for or reason
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def leave(self, reason: str) -> None:
         """Uses it no more; the owner goes on for others."""

@@ -122,6 +122,17 @@ def test_when_a_stacked_batch_fails_each_part_of_it_runs_alone(peers):
     assert (peers[0].rows(), peers[1].rows()) == ((1, [2]), (2, [4]))
 
 
+def test_what_nobody_waits_for_any_more_does_not_run_alone(peers):
+    junction = Junction()
+    peers[0].run(junction, 1, [1])
+    peers[1].run(junction, 2, [2])
+    number = junction.next().header["id"]
+    junction.leave(peers[0].connection)
+    junction.send({"op": "error", "id": number, "error": "no", "code": "INTERNAL"})
+    assert rows_of(junction.next()) == [2]
+    assert junction.poll() is None
+
+
 def test_answers_that_are_not_a_row_for_each_row_are_not_parted(peers):
     junction = Junction()
     peers[0].run(junction, 1, [1])
@@ -157,6 +168,28 @@ def test_what_waits_can_be_taken_back_and_goes_with_its_connection(peers):
     peers[1].run(junction, 2, [3])
     junction.leave(peers[0].connection)
     assert rows_of(junction.next()) == [3]
+
+
+def test_a_stacked_batch_is_cancelled_when_the_last_that_waits_for_it_has_gone(peers):
+    class Heard:
+        is_cancelled = False
+
+        def cancel(self) -> None:
+            self.is_cancelled = True
+
+        def credit(self, more: int) -> None: ...
+
+    junction, heard = Junction(), Heard()
+    peers[0].run(junction, 1, [1])
+    peers[1].run(junction, 2, [2])
+    message = junction.next()
+    assert rows_of(message) == [1, 2]
+    junction.hearers[message.header["id"]] = heard
+    junction.leave(peers[0].connection)
+    assert not heard.is_cancelled
+    junction.leave(peers[1].connection)
+    assert heard.is_cancelled
+    answer(junction, message)  # What goes on for half a minute now would end this process, as an owner.
 
 
 def test_a_model_calls_others_of_the_server_whose_request_it_executes(peers):
