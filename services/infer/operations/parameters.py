@@ -7,15 +7,16 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from services.infer.responses.cache import TTL_KEY
+from services.infer.runtimes.onnx_settings import THREADS
+from services.infer.scheduling import rules
 from services.infer.wording import listed, quoted
 from shoal.errors import FailedPrecondition
 
 OPERATION = "operation"
 """The parameter that names the operation."""
 
-_OF_SERVING = frozenset(
-    {OPERATION, "slo_ms", "tenant_weights", "priority_aging_ms", "response_cache_ttl_ms", "intra_op_thread_count"}
-)
+_OF_SERVING = frozenset({OPERATION, *rules.PARAMETERS, TTL_KEY, THREADS})
 # Parameters of a configuration that say how to serve a model, whatever it is.
 
 

@@ -21,6 +21,9 @@ from shoal.inference.v2 import model_config_pb2 as pb
 
 CUDA, TENSORRT, OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 
+THREADS = "intra_op_thread_count"
+"""The parameter that says how many threads one execution has."""
+
 _MAX_THREADS = 1024
 _LEVELS = (-1, 0, 1, 2)
 _FLAGS = {"0": False, "1": True, "false": False, "true": True}
@@ -68,7 +71,7 @@ def session_options(config: pb.ModelConfig, threads: int) -> SessionOptions:
     # Threads between operators are of use in the parallel mode only: to ask for some is to ask for it.
     is_parallel = _flag(values, "execution_mode", inter_op > 1)
     return SessionOptions(
-        intra_op_threads=number(values, "intra_op_thread_count", 0, 0, _MAX_THREADS) or threads,
+        intra_op_threads=number(values, THREADS, 0, 0, _MAX_THREADS) or threads,
         inter_op_threads=inter_op or (threads if is_parallel else 1),
         graph_level=level,
         is_parallel=is_parallel,

@@ -15,10 +15,14 @@ from dataclasses import dataclass, field
 
 from shoal.inference.v2 import model_config_pb2 as pb
 
+SLO, WEIGHTS, AGING = PARAMETERS = ("slo_ms", "tenant_weights", "priority_aging_ms")
+"""The parameters of a configuration that are read here."""
+
 _MAX_LEVELS = 256
 _MAX_MS = 3_600_000
 _MAX_WEIGHT = 1_000_000
 _MAX_WEIGHTS = 1024
+
 _AGING_MS = 1000.0
 # Far longer than a healthy queue: levels are strict for calls of about the same age, and nobody waits for ever.
 
@@ -64,19 +68,19 @@ def of(config: pb.ModelConfig) -> Rules:
     batching = config.dynamic_batching
     own = batching.priority_queue_policy
     numbers = range(1, batching.priority_levels + 1) or (1,)
-    aging_s = float(_value(config, "priority_aging_ms") or _AGING_MS) / 1000
+    aging_s = float(_value(config, AGING) or _AGING_MS) / 1000
     return Rules(
         levels=tuple(_level(own.get(n, batching.default_queue_policy)) for n in numbers),
         default_level=max(batching.default_priority_level, 1) - 1,
         aging_s=aging_s or math.inf,
         preserves_order=batching.preserve_ordering,
-        weights=dict(_weights(_value(config, "tenant_weights") or "")),
+        weights=dict(_weights(_value(config, WEIGHTS) or "")),
     )
 
 
 def slo_s(config: pb.ModelConfig) -> float:
     """Within how many seconds calls should be answered; infinite when nothing is stated."""
-    value = _value(config, "slo_ms")
+    value = _value(config, SLO)
     return math.inf if value is None else float(value) / 1000
 
 
@@ -123,18 +127,18 @@ def _wrong_order(batching: pb.ModelDynamicBatching) -> Iterator[str]:
 
 
 def _wrong_parameters(config: pb.ModelConfig) -> Iterator[str]:
-    slo = _value(config, "slo_ms")
+    slo = _value(config, SLO)
     if slo is not None and not (_NUMBER.fullmatch(slo) and 0 < float(slo) <= _MAX_MS):
-        yield f"parameter slo_ms '{slo}': expected milliseconds, more than 0 and at most {_MAX_MS}"
-    aging = _value(config, "priority_aging_ms")
+        yield f"parameter {SLO} '{slo}': expected milliseconds, more than 0 and at most {_MAX_MS}"
+    aging = _value(config, AGING)
     if aging is not None and not (_NUMBER.fullmatch(aging) and float(aging) <= _MAX_MS):
-        yield f"parameter priority_aging_ms '{aging}': expected milliseconds from 0 (never) to {_MAX_MS}"
-    weights = _value(config, "tenant_weights")
+        yield f"parameter {AGING} '{aging}': expected milliseconds from 0 (never) to {_MAX_MS}"
+    weights = _value(config, WEIGHTS)
     if weights is not None:
         try:
             list(_weights(weights))
         except ValueError as err:
-            yield f"parameter tenant_weights '{weights}': {err}"
+            yield f"parameter {WEIGHTS} '{weights}': {err}"
 
 
 def _weights(text: str) -> Iterator[tuple[str, float]]:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from services.infer.calls.datatypes import BY_CONFIG
 from services.infer.calls.signature import fits
+from services.infer.scheduling import rules
 from services.infer.sequences.settings import CORRID, FALSE_TRUE
 from services.infer.wording import enumerated, listed, written
 from shoal.inference.v2 import model_config_pb2 as pb
 
 _MOST_CANDIDATES = 1 << 16
 _CORRID_TYPES = (pb.TYPE_UINT64, pb.TYPE_INT64, pb.TYPE_UINT32, pb.TYPE_INT32, pb.TYPE_STRING)
-_NOT_HERE = ("slo_ms", "priority_aging_ms")
+_NOT_HERE = (rules.SLO, rules.AGING)
 # Parameters of queues that sequences do not have.
 _Batching = pb.ModelSequenceBatching
 
