@@ -105,7 +105,7 @@ class ShortInfer:
         version = self._models.find(asked.model_name, asked.model_version)
         if not version.takes_numbers_only:
             return
-        learnt = template.learn(body, asked, request.read(asked, version.loaded.model.signature))
+        learnt = template.learn(body, asked, version.loaded.model.signature)
         if learnt is None:
             return
         before, head, found = learnt

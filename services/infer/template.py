@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from mesh.asgi.framing import PREFIX_BYTES
-from services.infer.calls import parameters
+from services.infer.calls import parameters, request
 from services.infer.calls.request import Call, WantedOutput
+from services.infer.calls.signature import Signature
 from services.infer.calls.tensors import Tensor
 from services.infer.models.version import Version
 from shoal.inference.v2 import inference_pb2 as pb
@@ -122,10 +123,14 @@ def named(version: Version, asked: pb.ModelInferRequest) -> Named:
     return Named(asked.model_name, asked.model_version, version, answer.SerializeToString())
 
 
-def learn(body: bytes, asked: pb.ModelInferRequest, call: Call) -> tuple[bytes, bytes, Template] | None:
-    """The named part, the head and the template of a request that was read; None when it has no such form."""
+def learn(body: bytes, asked: pb.ModelInferRequest, signature: Signature) -> tuple[bytes, bytes, Template] | None:
+    """The named part, the head and the template of a request that was answered; None when it has no such form."""
+    # First of all what is cheap to see: texts would be read a second time, on the event loop, and in vain.
+    if asked.parameters or not _has_numbers_only(asked):
+        return None
+    call = request.read(asked, signature)
     slots = _slots(asked, call)
-    if slots is None or asked.parameters:
+    if slots is None:
         return None
     raw_at = len(body) - sum(len(slot.opening) + slot.size for slot in slots)
     before = pb.ModelInferRequest(model_name=asked.model_name, model_version=asked.model_version).SerializeToString()
@@ -139,16 +144,19 @@ def learn(body: bytes, asked: pb.ModelInferRequest, call: Call) -> tuple[bytes, 
     return before, head, Template(slots, call.outputs, call.rows, call.size_bytes, call.key)
 
 
-def _slots(asked: pb.ModelInferRequest, call: Call) -> tuple[Slot, ...] | None:
+def _has_numbers_only(asked: pb.ModelInferRequest) -> bool:
+    """Whether its inputs are raw bytes of which nothing has to be looked at."""
     if len(asked.raw_input_contents) != len(asked.inputs):
-        return None
+        return False
+    return not any(given.datatype in ("BYTES", "BOOL") for given in asked.inputs)
+
+
+def _slots(asked: pb.ModelInferRequest, call: Call) -> tuple[Slot, ...] | None:
     if any(wanted.classes or wanted.spec.datatype.is_bytes or wanted.spec.is_ragged for wanted in call.outputs):
         return None
     slots = []
     for given in asked.inputs:
         array = call.tensors[given.name]
-        if array.dtype == object or array.dtype == bool:  # Their bytes have to be looked at.
-            return None
         opening = _opened(RAW_INPUT, array.nbytes)
         slots.append(Slot(given.name, array.dtype, array.size, array.shape, opening, array.nbytes))
     return tuple(slots)

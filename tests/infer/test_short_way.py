@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
+from services.infer.calls import request as reading
 from services.infer.core import InferenceServer
 from services.infer.models.means import Means
 from services.infer.models.models import Models
@@ -209,6 +210,28 @@ def test_what_was_learnt_is_used_and_gives_each_its_own_answer(folder):
         assert sum(len(one.templates) for one in named.values()) == 1
 
     both_ways(folder, work)
+
+
+def test_texts_are_read_once_though_they_come_again_and_again(folder, monkeypatch):
+    seen = []
+
+    def read(asked, signature):
+        seen.append(asked.id)
+        return whole(asked, signature)
+
+    whole = reading.read
+    monkeypatch.setattr(reading, "read", read)
+
+    async def work(server):
+        for n in range(3):
+            asked = pb.ModelInferRequest(model_name="words", id=str(n))
+            asked.inputs.add(name="x", datatype="BYTES", shape=[1, 4])
+            asked.raw_input_contents.append(4 * (struct.pack("<I", 2) + b"ab"))
+            end = await server.short_end(asked.SerializeToString())
+            assert end.raw_output_contents[0] == asked.raw_input_contents[0]
+
+    both_ways(folder, work)
+    assert seen == ["0", "1", "2"]
 
 
 def test_many_shapes_and_names_fill_no_memory(folder):

@@ -7,6 +7,7 @@ other callers' rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -41,16 +42,16 @@ def row_call(step: PlannedStep, given: Given, row: int, asked: Parameters, sourc
     """The call for one row of what is given row by row. Raises InvalidArgument as `whole_call` does."""
     inputs: dict[str, Value] = {}
     for feed, value in given:
-        element = value[row] if feed.by_row else _tensor(feed, value)
+        element = cast("Tensor", value[row] if feed.by_row else value)  # As `by_row` made it.
         inputs[feed.spec.name] = _fed(feed, element[np.newaxis, ...] if step.max_rows else element, step)
     return _call(step, inputs, 1, asked, source)
 
 
 def by_row(given: Given) -> tuple[Given, int]:
-    """The same, with the rows of what is given row by row in lists; and how many there are.
+    """The same, with the rows of what is given row by row in lists, and the rest as tensors; and how many rows.
 
     Raises:
-        InvalidArgument: two tensors do not have the same number of rows.
+        InvalidArgument: two tensors do not have the same number of rows, or rows differ where a tensor is needed.
     """
     split: list[tuple[Feed, Value]] = []
     first: tuple[Feed, int] | None = None
@@ -66,7 +67,10 @@ def by_row(given: Given) -> tuple[Given, int]:
             )
         first = first or (feed, len(parts))
         split.append((feed, parts))
-    return split, first[1] if first else 0
+    if first is None or not first[1]:
+        return split, 0
+    # Once, and not for each row.
+    return [(feed, value if feed.by_row else _tensor(feed, value)) for feed, value in split], first[1]
 
 
 def none(step: PlannedStep) -> list[Value]:

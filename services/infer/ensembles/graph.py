@@ -116,9 +116,9 @@ def graph_of(config: pb.ModelConfig, *, says_batch: bool = True) -> Graph:
     steps = config.ensemble_scheduling.step
     if not 1 <= len(steps) <= _MOST_STEPS:
         raise FailedPrecondition(f"ensemble_scheduling has {len(steps)} steps: expected 1 to {_MOST_STEPS}")
-    wrong = [*_wrong_steps(config)]
-    read, wrong_parameters = _with_parameters(config)
-    wrong += wrong_parameters
+    own = Own(config)
+    read = _with_parameters(config, own)
+    wrong = [*_wrong_steps(config), *own.wrong]
     producers: dict[str, list[int]] = {}
     for step in read:
         for tensor in step.outputs.values():
@@ -126,7 +126,6 @@ def graph_of(config: pb.ModelConfig, *, says_batch: bool = True) -> Graph:
     wrong += _wrong_tensors(config, read, producers)
     if wrong:
         raise FailedPrecondition("ensemble_scheduling: " + "; ".join(wrong))
-    own = Own(config)
     return Graph(
         config,
         says_batch,
@@ -189,9 +188,8 @@ def _wrong_tensors(
             yield f"output {quoted(name)} is given by no step"
 
 
-def _with_parameters(config: pb.ModelConfig) -> tuple[tuple[Step, ...], list[str]]:
-    own = Own(config)
-    steps = tuple(
+def _with_parameters(config: pb.ModelConfig, own: Own) -> tuple[Step, ...]:
+    return tuple(
         Step(
             n,
             step.model_name,
@@ -203,7 +201,6 @@ def _with_parameters(config: pb.ModelConfig) -> tuple[tuple[Step, ...], list[str
         )
         for n, step in enumerate(config.ensemble_scheduling.step)
     )
-    return steps, own.wrong
 
 
 def _order(steps: tuple[Step, ...], producers: Mapping[str, list[int]]) -> tuple[int, ...]:

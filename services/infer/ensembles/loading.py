@@ -27,7 +27,7 @@ class Composed(Loaded):
 
 
 Seen = tuple[StepVersion | None, ...]
-"""The versions that the steps of a graph mean at some time; None: none is ready."""
+"""The versions that the steps of a graph mean at some time, and the steps of these; None: none is ready."""
 
 
 async def until_tried(graph: Graph, neighbours: Neighbours) -> None:
@@ -57,8 +57,17 @@ def _ring(name: str, target: str, neighbours: Neighbours, seen: set[str]) -> tup
 
 
 def seen(graph: Graph, neighbours: Neighbours) -> Seen:
-    """What the steps mean now. Raises nothing."""
-    return tuple(_version(step, neighbours) for step in graph.steps)
+    """What the steps mean now, and those of steps that are ensembles themselves. Raises nothing."""
+    found: list[StepVersion | None] = []
+    left, entered = [graph], set[StepVersion]()
+    while left:
+        versions = [_version(step, neighbours) for step in left.pop().steps]
+        found += versions
+        for version in versions:
+            if version is not None and version.graph is not None and version not in entered:
+                entered.add(version)
+                left.append(version.graph)
+    return tuple(found)
 
 
 def _version(step: Step, neighbours: Neighbours) -> StepVersion | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol
 
+from services.infer.ensembles.graph import Graph
 from services.infer.models.loading import Loaded
 from services.infer.responses.cache import ResponseCache
 from services.infer.scheduling.decoupled import DecoupledScheduler
@@ -22,6 +23,7 @@ class StepVersion(Protocol):
     response_cache: ResponseCache | None
     decoupled: DecoupledScheduler | None
     line: Line | None
+    graph: Graph | None
 
     @property
     def number(self) -> int: ...

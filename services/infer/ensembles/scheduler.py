@@ -74,11 +74,9 @@ class EnsembleScheduler:
             for run in list(self._runs):
                 self.abandon(run)
 
-    def refresh(self) -> bool:
-        """Looks its steps up again; True when they are others than before. Raises Unavailable, with a step's name."""
-        plan = self._renew(self._plan)
-        is_new, self._plan = plan is not self._plan, plan
-        return is_new
+    def refresh(self) -> None:
+        """Looks its steps up again. Raises Unavailable, with a step's name."""
+        self._plan = self._renew(self._plan)
 
     async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
         """Runs one call. Raises what its steps do, with the name of the step; and as `RunsCalls.submit` does."""

@@ -203,13 +203,16 @@ class Version:
         if self.graph is None or self.state in (State.LOADING, State.UNLOADING):
             return False
         before, self._seen = self._seen, composing.seen(self.graph, neighbours)
-        return not self._goes_on() if self.is_ready else self._seen != before
+        is_other = self._seen != before
+        return not self._goes_on(is_other=is_other) if self.is_ready else is_other
 
-    def _goes_on(self) -> bool:
+    def _goes_on(self, *, is_other: bool) -> bool:
         scheduler = self._scheduler
         assert isinstance(scheduler, EnsembleScheduler), "what an ensemble gets"
         try:
-            if scheduler.refresh() and self.response_cache is not None:
+            scheduler.refresh()
+            # Not for its own plan alone: a call may have renewed that, and a step of a step is not in it.
+            if is_other and self.response_cache is not None:
                 self.response_cache.forget()
             return True
         except ShoalError as err:

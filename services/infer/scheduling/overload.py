@@ -9,7 +9,8 @@ many are of use when an instance turns to them. In time are then, for each secon
     min(b, rate * (budget - cost(b)) / instances) / cost(b)
 
 Large batches are cheap by the row, and too large ones leave no time to wait for them. The least b that reaches nearly
-the most is taken: what is left to spare is worth more than a hundredth of throughput.
+the most is taken: what is left to spare is worth more than a hundredth of throughput. But where all that comes can be
+done with ease, it is the largest b with which that is so: calls that came together are not kept waiting for each other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ _AMPLE = 0.6
 _ENOUGH = 3
 # The part that is used up where so many batches wait already: they keep the instances busy, and what would come in at
 # the last moment is better refused.
+
+_EASILY = 1.1
+# So many times the rows that are offered.
 
 _NEARLY = 0.98
 _NEWEST = 0.02
@@ -46,23 +50,20 @@ def spare_of(ahead_s: float, batch_s: float) -> float:
 class Pressure:
     """What is asked of a model while none of its instances is free."""
 
-    __slots__ = ("_arrivals", "_at", "_hurry", "_rows")
+    __slots__ = ("_arrivals", "_hurry", "_rows", "_until", "is_overloaded")
 
     def __init__(self) -> None:
         self._arrivals = Arrivals()
         self._hurry = 0.0  # Mean of 1 / budget: calls without a deadline count as in no hurry at all.
-        self._rows = math.inf
-        self._at = -math.inf
+        self._rows = 0
+        self._until = -math.inf
+        self.is_overloaded = False
+        """More came, when `max_rows` last looked, than can be done in batches of so many rows."""
 
     def add(self, rows: int, budget_s: float) -> None:
         """A call that came, whether it was taken or not; `budget_s`: until its deadline."""
         self._arrivals.add(rows)
         self._hurry += (1 / max(budget_s, 1e-4) - self._hurry) * _NEWEST
-
-    @property
-    def rate(self) -> float:
-        """Rows that come in a second."""
-        return self._arrivals.rate
 
     @property
     def budget_s(self) -> float:
@@ -71,15 +72,23 @@ class Pressure:
 
     def max_rows(self, now: float, cost: CostCurve, most: int, instances: int) -> int:
         """Rows for one batch: `most`, unless less gets more calls answered in time."""
-        if now >= self._at + _AGAIN_S:
-            self._at = now
-            rate = self._arrivals.per_second(now) / instances
-            self._rows = best_rows(cost, most, rate, SPARE * self.budget_s) if cost.is_known else math.inf
-        return int(min(self._rows, most))
+        if now >= self._until:
+            self._look(now, cost, most, instances)
+        return self._rows
+
+    def _look(self, now: float, cost: CostCurve, most: int, instances: int) -> None:
+        self._until = now + _AGAIN_S
+        rate = self._arrivals.per_second(now) / instances
+        self._rows, self.is_overloaded = most, False
+        if cost.is_known:
+            self._rows = best_rows(cost, most, rate, SPARE * self.budget_s)
+            self.is_overloaded = rate * cost.expected(self._rows) > self._rows
 
 
 def best_rows(cost: CostCurve, most: int, rate: float, budget_s: float) -> int:
     """The least number of rows that gets nearly as many answered in time as any up to `most`.
+
+    Where that is more than come, with ease: the largest that gets all of them answered in time.
 
     Args:
         rate: rows that are offered to an instance in a second.
@@ -89,8 +98,10 @@ def best_rows(cost: CostCurve, most: int, rate: float, budget_s: float) -> int:
         return most
     sizes = [size for size in _SIZES if size < most] + [most]
     in_time = [_in_time(size, cost, rate, budget_s) for size in sizes]
-    enough = _NEARLY * max(in_time)
-    return next(size for size, found in zip(sizes, in_time, strict=True) if found >= enough)
+    found = list(zip(sizes, in_time, strict=True))
+    if max(in_time) >= _EASILY * rate:
+        return next(size for size, rows in reversed(found) if rows >= _EASILY * rate)
+    return next(size for size, rows in found if rows >= _NEARLY * max(in_time))
 
 
 def _in_time(rows: int, cost: CostCurve, rate: float, budget_s: float) -> float:

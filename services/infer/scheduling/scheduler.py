@@ -242,7 +242,7 @@ class Scheduler:
         if bound == math.inf:
             return
         most = self._most_rows(now)
-        if self._queue.rows <= most and not self._is_overloaded(most):
+        if self._queue.rows <= most and not self._pressure.is_overloaded:
             return
         free_s = max(min(self._free_at.values(), default=now) - now, 0.0)
         row_s, batch_s = self._pace(most)
@@ -266,13 +266,9 @@ class Scheduler:
 
     def _most_rows(self, now: float) -> int:
         """Rows for the next batch: less than may be run together, where that gets more calls answered in time."""
-        if self._waits or self._pressure.budget_s == math.inf:
+        if self._waits:
             return self._policy.max_rows
         return self._pressure.max_rows(now, self.cost, self._policy.max_rows, self._instances)
-
-    def _is_overloaded(self, most: int) -> bool:
-        """More comes than can be done in batches of `most` rows."""
-        return not self._waits and self.cost.is_known and self._pressure.rate * self._pace(most)[0] > self._instances
 
     @property
     def _knows_pace(self) -> bool:
@@ -309,7 +305,7 @@ class Scheduler:
             self._expire(now)
         while self._idle:
             most = self._most_rows(now)
-            if self._knows_pace and (self._queue.rows > most or self._is_overloaded(most)):
+            if (self._queue.rows > most or self._pressure.is_overloaded) and self._knows_pace:
                 self._shed(now, min(most, self._queue.rows))
             batch = self._queue.take(
                 now, max_rows=most, instances=self._instances, is_idle=not self._was_busy, is_late=self._is_closing

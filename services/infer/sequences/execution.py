@@ -18,13 +18,13 @@ from services.infer.isolation.checks import check_outputs
 from services.infer.isolation.instance import Instance, Running
 from services.infer.isolation.session import ModelDied, ProcessSession
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Answer, Execution, Job, Outcome, Times
+from services.infer.scheduling.execution import Answer, Execution, Job, Outcome, Times, expired
 from services.infer.sequences import steps, wording
 from services.infer.sequences.rows import Row
 from services.infer.sequences.settings import Settings
 from services.infer.sequences.step import Step
 from services.infer.sequences.steps import ProcessSteps, Results, SessionSteps, Stepped
-from shoal.errors import DeadlineExceeded, ShoalError, Unavailable
+from shoal.errors import ShoalError, Unavailable
 
 _RETRY_MS = 100
 # A process is there again after about so long.
@@ -50,7 +50,7 @@ class SequenceExecution(Execution):
     def _run(self, batch: Sequence[Job]) -> list[Outcome]:
         alive = cast("Sequence[Step]", self._alive(batch, self._clock()))
         found = dict(zip(map(id, alive), self._answered(alive), strict=True)) if alive else {}
-        return [found[id(job)] if id(job) in found else _expired() for job in batch]
+        return [found[id(job)] if id(job) in found else expired() for job in batch]
 
     def _answered(self, alive: Sequence[Step]) -> list[Outcome]:
         start = perf_counter_ns()
@@ -189,7 +189,3 @@ class ProcessSequenceExecution(SequenceExecution):
         if self._processes.wants_requests:
             row.said = details.of(step.call, self._name, self._version)
         return row
-
-
-def _expired() -> DeadlineExceeded:
-    return DeadlineExceeded("Request timeout expired in the queue: it was not executed")

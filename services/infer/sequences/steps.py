@@ -14,7 +14,7 @@ import numpy as np
 from services.infer.calls.signature import fits
 from services.infer.calls.tensors import Tensor
 from services.infer.isolation.instance import Running
-from services.infer.isolation.session import ModelDied, ProcessSession
+from services.infer.isolation.session import ProcessSession
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.sequences.rows import Row, columns
 from services.infer.sequences.settings import Settings
@@ -153,6 +153,3 @@ def of(session: Session, settings: Settings, *, batched: bool) -> SessionSteps |
     if isinstance(session, ProcessSession):
         return ProcessSteps(session, settings, batched=batched)
     return SessionSteps(session, settings, batched=batched)
-
-
-__all__ = ["ModelDied", "ProcessSteps", "SessionSteps", "Stepped", "Steps", "of"]

@@ -203,6 +203,36 @@ async def test_a_response_cache_of_a_step_and_of_the_ensemble(serve, models_fold
     assert np.array_equal(output(await served.stub.ModelInfer(request("cached", x=X)), "y"), 60 * X)
 
 
+async def test_a_response_cache_forgets_when_a_model_changes_that_a_step_is_made_of(serve, models_folder):
+    models_folder.ensemble("inner", *CHAIN)
+    models_folder.ensemble("cached", step("inner", {"x": "x"}, {"y": "y"}), more="response_cache { enable: true }")
+    served = await serve(models_folder.root)
+    assert np.array_equal(output(await served.stub.ModelInfer(request("cached", x=X)), "y"), 6 * X)
+    models_folder.bare("double", onnx_files.scale(20.0))
+    await load(served, "double")
+    assert np.array_equal(output(await served.stub.ModelInfer(request("cached", x=X)), "y"), 60 * X)
+
+
+async def test_a_response_cache_forgets_though_a_call_found_the_new_version_first(serve, models_folder):
+    models_folder.ensemble("cached", *CHAIN, more="response_cache { enable: true }")
+    served = await serve(models_folder.root)
+    assert np.array_equal(output(await served.stub.ModelInfer(request("cached", x=X)), "y"), 6 * X)
+    cached = served.models.find("cached", "")
+    follow, asked = cached.look_again, []
+
+    def look_again(neighbours):
+        if not asked and served.models.find("double", "") is not before:
+            cached.scheduler.refresh()  # As every call does, before it runs.
+            asked.append(True)
+        return follow(neighbours)
+
+    before, cached.look_again = served.models.find("double", ""), look_again
+    models_folder.bare("double", onnx_files.scale(20.0))
+    await load(served, "double")
+    assert asked
+    assert np.array_equal(output(await served.stub.ModelInfer(request("cached", x=X)), "y"), 60 * X)
+
+
 async def test_samples_of_warm_up_go_through_the_steps(serve, models_folder):
     sample = """model_warmup { name: "%s" batch_size: 2 count: 3
         inputs { key: "%s" value { data_type: TYPE_%s dims: [%d] %s } } }"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.cost import CostCurve
+from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.overload import Pressure, best_rows
 from services.infer.scheduling.queue import QueueLimits
 from shoal.errors import DeadlineExceeded, ResourceExhausted
 from tests.infer.scheduling.test_slo import offered
-from tests.infer.scheduling.virtual_time import Bench, run
+from tests.infer.scheduling.virtual_time import Bench, call, run
 
 JITTER = (0.8, 0.9, 1.0, 1.0, 1.1, 1.2)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -30,7 +32,7 @@ def curve(fixed_s: float, row_s: float) -> CostCurve:
 
 def in_time(rows: int, cost: CostCurve, rate: float, budget_s: float) -> float:
     useful = rate * max(budget_s - cost.expected(rows), 0.0)
-    return min(rows, useful) / cost.expected(rows)
+    return min(min(rows, useful) / cost.expected(rows), rate)  # No more are answered than come.
 
 
 def served(fixed_s: float, row_s: float, deadline_s: float, over: float, jitter: tuple[float, ...]):
@@ -82,6 +84,33 @@ def test_a_batch_that_leaves_little_time_to_wait_for_it_is_still_run_full_enough
     results, _, capacity = served(0.03, 0.00015, 0.05, 2.0, (1.0,))
     on_time = sum(seconds <= 0.05 for seconds, answer in results if not isinstance(answer, Exception))
     assert on_time > 0.4 * capacity
+
+
+async def at_once(bench: Bench, count: int) -> list[Answer]:
+    deadline = asyncio.get_running_loop().time() + 0.05
+    return list(await asyncio.gather(*[bench.scheduler.submit(call(n), deadline) for n in range(count)]))
+
+
+def test_calls_that_come_together_are_run_together_once_the_rush_is_over():
+    def cost(rows: int) -> float:
+        return 0.001 + rows * 0.0001
+
+    async def main():
+        bench = Bench(cost, BatchPolicy(64, 1 << 30), QueueLimits())
+        for size in SIZES:
+            bench.scheduler.cost.add_trial(size, cost(size))
+        async with bench.scheduler:
+            for _ in range(200):  # More come while the model is busy.
+                rush = asyncio.gather(*[at_once(bench, 4) for _ in range(2)])
+                await asyncio.sleep(0.001)
+                await asyncio.gather(at_once(bench, 4), rush)
+            found = []
+            for pause_s in (0.2, 1.0, 60.0):
+                await asyncio.sleep(pause_s)
+                found.append([answer.times.rows for answer in await at_once(bench, 16)])
+        return found
+
+    assert run(main()) == [[16] * 16] * 3
 
 
 def test_calls_without_deadlines_are_batched_as_large_as_can_be():
