@@ -92,9 +92,12 @@ def command(
     from shoal.convert.extras import COMPRESS, needed
 
     needed("onnx", COMPRESS, "making a model smaller")
+    from shoal.client import bundle
     from shoal.compress import compression
     from shoal.convert.onnx_model import OnnxModel
 
+    if name is not None:
+        bundle.checked(name)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-")))
         source = _Source(model, version, gateway, folder, stack)
@@ -115,7 +118,7 @@ def command(
             raise FailedPrecondition(f"{source.title} made smaller is refused: {made.refused}")
         pushed = []
         if push:
-            laid = _laid_out(source, folder / "smaller.onnx", folder / (name or source.name))
+            laid = _laid_out(source, folder / "smaller.onnx", folder / "pushed" / (name or source.name))
             pushed = source.client().models.push(laid, renumber=True, labels=_labels(made))
         else:
             shutil.copyfile(folder / "smaller.onnx", target)
@@ -265,7 +268,7 @@ def _bounds(max_drift: float | None, max_flips: str | None, method: Method) -> B
 
 def _laid_out(source: _Source, smaller: Path, into: Path) -> Path:
     """The model's folder, with the smaller file as its one version."""
-    into.mkdir()
+    into.mkdir(parents=True)
     for child in source.beside.iterdir() if source.beside is not None else ():
         if not child.name.isdecimal():
             (shutil.copytree if child.is_dir() else shutil.copyfile)(child, into / child.name)

@@ -86,6 +86,7 @@ def test_too_much_drift_is_refused(folder: Path) -> None:
     [
         (["m.onnx", "--push"], 2, "--push needs --max-drift or --max-flips"),
         (["m.onnx", "--name", "n"], 2, "it goes with --push"),
+        (["m.onnx", "--name", "../n", "--push", "--max-drift", "1"], 2, "model name '../n': use letters"),
         (["m.onnx", "--max-flips", "x"], 2, "--max-flips 'x': expected a number of rows (3) or percent of them (0.5%)"),
         (["m.onnx", "--max-flips", "101%"], 2, "--max-flips '101%'"),
         (["rows.npz"], 2, "rows.npz: expected a .onnx file"),
