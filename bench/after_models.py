@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
-from side_by_side import Case, Runs, compared, one_thread_session, peer
+from side_by_side import Case, Runs, compared, onnx_model, peer, session
 
 from kernels.nms import nms
 from kernels.pool_normalize import l2_normalize, pool_normalize
 from kernels.quantize_rows import dequantize_rows, quantize_rows
 from kernels.softmax_topk import softmax_topk
-
-
-def _session(nodes: list[Any], inputs: list[Any], outputs: list[Any], initializers: list[Any]) -> Any:
-    onnx = peer("onnx")
-    make = onnx.helper
-    graph = make.make_graph(nodes, "peer", inputs, outputs, initializers)
-    data = io.BytesIO()
-    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9), data)
-    return one_thread_session(data.getvalue())
 
 
 def pool_normalize_cases(threads: int) -> Iterator[Case]:
@@ -77,8 +67,7 @@ def softmax_topk_cases(threads: int) -> Iterator[Case]:
         if torch is not None:
             runs["PyTorch softmax, topk"] = partial(_softmax_torch, torch, torch.from_numpy(logits), k)
         if peer("onnx") is not None and peer("onnxruntime") is not None:
-            session = _softmax_session(k)
-            runs["ONNX Runtime Softmax, TopK"] = partial(session.run, None, {"x": logits})
+            runs["ONNX Runtime Softmax, TopK"] = partial(session(_softmax_model(k)).run, None, {"x": logits})
         yield compared(f"softmax_topk: {n} rows of {m:,}, the best {k}", n, "rows", runs)
 
 
@@ -95,9 +84,9 @@ def _softmax_torch(torch: Any, logits: Any, k: int) -> Any:
     return tuple(torch.softmax(logits, 1).topk(k, 1))
 
 
-def _softmax_session(k: int) -> Any:
+def _softmax_model(k: int) -> bytes:
     make, numbers = peer("onnx").helper, peer("onnx").numpy_helper.from_array
-    return _session(
+    return onnx_model(
         [make.make_node("Softmax", ["x"], ["p"]), make.make_node("TopK", ["p", "k"], ["values", "indices"])],
         [make.make_tensor_value_info("x", 1, ["n", "m"])],
         [make.make_tensor_value_info("values", 1, ["n", "k"]), make.make_tensor_value_info("indices", 7, ["n", "k"])],
@@ -167,7 +156,7 @@ def _nms_peers(boxes: np.ndarray, scores: np.ndarray) -> Runs:
         runs["torchvision"] = partial(torchvision.ops.nms, torch.from_numpy(boxes), torch.from_numpy(scores), 0.5)
     if peer("onnx") is not None and peer("onnxruntime") is not None:
         make, numbers = peer("onnx").helper, peer("onnx").numpy_helper.from_array
-        session = _session(
+        model = onnx_model(
             [
                 make.make_node("NonMaxSuppression", ["boxes", "scores", "most", "threshold"], ["found"]),
                 make.make_node("Gather", ["found", "column"], ["kept"], axis=1),
@@ -180,7 +169,7 @@ def _nms_peers(boxes: np.ndarray, scores: np.ndarray) -> Runs:
                 numbers(np.array(2), "column"),
             ],
         )
-        runs["ONNX Runtime"] = partial(session.run, None, {"boxes": boxes[None], "scores": scores[None, None]})
+        runs["ONNX Runtime"] = partial(session(model).run, None, {"boxes": boxes[None], "scores": scores[None, None]})
     if cv2 is not None and len(boxes) <= 2000:  # Half a second a run above.
         wide = boxes.copy()
         wide[:, 2:] -= wide[:, :2]

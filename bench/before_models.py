@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from side_by_side import Case, Runs, compared, one_thread_session, peer
+from side_by_side import Case, Runs, compared, peer, session
 
 from kernels.pad_tokens import pad_tokens
 from kernels.tabular import columns, tabular
@@ -120,6 +120,6 @@ class _Sklearn:
         if skl2onnx is not None and peer("onnxruntime") is not None:
             floats = peer("skl2onnx.common.data_types").FloatTensorType
             model = skl2onnx.convert_sklearn(self.transformer, initial_types=[("x", floats([None, 30]))])
-            session = one_thread_session(model.SerializeToString())
-            runs["ONNX Runtime, by skl2onnx"] = partial(session.run, None, {"x": both})
+            made = session(model.SerializeToString())
+            runs["ONNX Runtime, by skl2onnx"] = partial(made.run, None, {"x": both})
         return runs

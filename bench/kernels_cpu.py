@@ -11,7 +11,6 @@ measured, with more the clock on the wall. An operation is one function, here, i
 from __future__ import annotations
 
 import argparse
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from after_models import nms_cases, pool_normalize_cases, quantize_rows_cases, s
 from before_models import pad_tokens_cases, tabular_cases
 from photographs import enlarged, photographs, synthetic
 from rich.console import Console
-from side_by_side import Case, peer, processor, show, wall
+from side_by_side import Case, onnx_model, peer, processor, session, show, wall
 
 from kernels.resize_norm import reference, resize_norm
 
@@ -52,13 +51,13 @@ def _resize_case(name: str, pictures: list[np.ndarray], antialias: bool, threads
     one_by_one = _antialiased(pictures) if antialias else _bilinear(pictures)
     runs: dict[str, Callable[[], Any]] = {"shoal": ours}
     for peer_name, one in one_by_one.items():
-        runs[peer_name] = partial(_each, one, pictures, out, pool)
-    cv2, ort = peer("cv2"), peer("onnxruntime")
+        runs[peer_name] = partial(_each, one, out, pool)
+    cv2 = peer("cv2")
     if cv2 is not None and not antialias:
         # Of blobFromImages only the scaling: it knows no standard deviation.
         runs["OpenCV blobFromImages"] = partial(_blob, cv2, pictures, out)
-    if ort is not None and antialias:
-        runs["ONNX Runtime Resize"] = partial(_each, _ort_resize(ort, threads), pictures, out, None)
+    if antialias and peer("onnx") is not None and peer("onnxruntime") is not None:
+        runs["ONNX Runtime Resize"] = partial(_each, _ort_resize(pictures, threads), out, None)
     truth = _truth(pictures[:8], antialias)
     notes = {}
     for contender, run in runs.items():
@@ -111,20 +110,17 @@ def _blob(cv2: Any, pictures: list[np.ndarray], out: np.ndarray) -> None:
     out /= STD[:, None, None]
 
 
-def _ort_resize(ort: Any, threads: int) -> Callable[[int], np.ndarray]:
+def _ort_resize(pictures: list[np.ndarray], threads: int) -> Callable[[int], np.ndarray]:
     """A model that a user would put before theirs: float, resize with antialias, normalise."""
-    onnx = peer("onnx")
-    make, numbers = onnx.helper, onnx.numpy_helper.from_array
-    nodes = [
-        make.make_node("Cast", ["x"], ["f"], to=1),
-        make.make_node("Transpose", ["f"], ["t"], perm=[0, 3, 1, 2]),
-        make.make_node("Resize", ["t", "", "", "sizes"], ["r"], mode="linear", antialias=1),
-        make.make_node("Mul", ["r", "scale"], ["m"]),
-        make.make_node("Add", ["m", "bias"], ["y"]),
-    ]
-    graph = make.make_graph(
-        nodes,
-        "resize",
+    make, numbers = peer("onnx").helper, peer("onnx").numpy_helper.from_array
+    model = onnx_model(
+        [
+            make.make_node("Cast", ["x"], ["f"], to=1),
+            make.make_node("Transpose", ["f"], ["t"], perm=[0, 3, 1, 2]),
+            make.make_node("Resize", ["t", "", "", "sizes"], ["r"], mode="linear", antialias=1),
+            make.make_node("Mul", ["r", "scale"], ["m"]),
+            make.make_node("Add", ["m", "bias"], ["y"]),
+        ],
         [make.make_tensor_value_info("x", 2, [1, "h", "w", 3])],
         [make.make_tensor_value_info("y", 1, [1, 3, 224, 224])],
         [
@@ -133,22 +129,15 @@ def _ort_resize(ort: Any, threads: int) -> Callable[[int], np.ndarray]:
             numbers((-MEAN / STD).reshape(1, 3, 1, 1), "bias"),
         ],
     )
-    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9)
-    data = io.BytesIO()
-    onnx.save(model, data)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = ort.InferenceSession(data.getvalue(), options, providers=["CPUExecutionProvider"])
-    return lambda picture: session.run(None, {"x": picture[None]})[0][0]
+    made = session(model, threads)
+    return lambda n: made.run(None, {"x": pictures[n][None]})[0][0]
 
 
-def _each(one: Callable[[Any], np.ndarray], pictures: list[np.ndarray], out: np.ndarray, pool: Executor | None) -> None:
-    by_picture = pool is None and one.__qualname__.startswith("_ort")
-
+def _each(one: Callable[[int], np.ndarray], out: np.ndarray, pool: Executor | None) -> None:
     def put(n: int) -> None:
-        out[n] = one(pictures[n] if by_picture else n)
+        out[n] = one(n)
 
-    list((pool.map if pool else map)(put, range(len(pictures))))
+    list((pool.map if pool else map)(put, range(len(out))))
 
 
 def _truth(pictures: Iterable[np.ndarray], antialias: bool) -> np.ndarray:

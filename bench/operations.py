@@ -37,7 +37,7 @@ MEAN, STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224,
 Work = Callable[[Sequence[bytes]], Any]
 
 
-def photographs(count: int) -> list[bytes]:
+def jpegs(count: int) -> list[bytes]:
     """JPEGs of 400 to 1200 pixels to a side: waves, edges and noise."""
     rng = np.random.default_rng(0)
     files = []
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
-    files = photographs(asked.images)
+    files = jpegs(asked.images)
     with ThreadPoolExecutor(asked.threads) as pool:
         works = contenders(asked.threads, asked.images, pool)
         results = {name: work(files) for name, work in works.items()}

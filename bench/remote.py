@@ -8,37 +8,16 @@ Both servers are `shoal serve` with the front for this machine; the load and the
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from infer_models import save
 
+from examples.serving import serving
+
 HERE = Path(__file__).resolve().parent
-
-
-@contextmanager
-def serving(models: Path) -> Iterator[dict[str, Any]]:
-    """A `shoal serve` until the block ends: its address and process id."""
-    command = [sys.executable, "-m", "shoal.cli.main", "serve", str(models), "--port", "0", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    text = ""
-    while not text.endswith("\n}\n"):
-        line = process.stdout.readline()
-        if not line:
-            sys.exit(f"shoal serve ended with {process.wait()}")
-        text += line
-    try:
-        yield json.loads(text)
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def main() -> None:
@@ -50,16 +29,16 @@ def main() -> None:
         far, near = Path(folder, "far"), Path(folder, "near")
         far.mkdir()
         names = list(save(far))
-        with serving(far) as direct:
+        with serving(far) as (direct, pid):
             for name in names:
                 (near / name).mkdir(parents=True)
-                url = f'key: "url" value {{ string_value: "grpc://{direct["address"]}" }}'
+                url = f'key: "url" value {{ string_value: "grpc://{direct}" }}'
                 (near / name / "config.pbtxt").write_text(f'backend: "remote" parameters {{ {url} }}')
             with serving(near) as through:
                 command = [sys.executable, str(HERE / "infer.py"), "--fronts", "", "--models", str(far)]
-                for name, server in (("direct", direct), ("through", through)):
-                    command += ["--endpoint", f"{name}={server['address']}"]
-                    command += ["--endpoint-pid", f"{name}={server['pid']}"]
+                for name, (address, process) in (("direct", (direct, pid)), ("through", through)):
+                    command += ["--endpoint", f"{name}={address}"]
+                    command += ["--endpoint-pid", f"{name}={process}"]
                 subprocess.run([*command, "--rounds", given.rounds, "--seconds", given.seconds], check=True)
 
 

@@ -122,9 +122,17 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> str:
     return f"differs from ours by {np.abs(ours.astype(np.float64) - theirs).max():.1e} at most"
 
 
-def one_thread_session(model: bytes) -> Any:
+def onnx_model(nodes: list[Any], inputs: list[Any], outputs: list[Any], initializers: list[Any]) -> bytes:
+    """A graph as a file of ONNX, which must be installed."""
+    make = peer("onnx").helper
+    graph = make.make_graph(nodes, "peer", inputs, outputs, initializers)
+    model: bytes = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9).SerializeToString()
+    return model
+
+
+def session(model: bytes, threads: int = 1) -> Any:
     """ONNX Runtime's, which must be installed."""
     ort = peer("onnxruntime")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

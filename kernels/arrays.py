@@ -48,6 +48,15 @@ def expect_output(operation: str, name: str, array: Any, shape: Shape, *dtypes: 
         TypeError, ValueError: as `expect`; ValueError as well when the array is read-only or not aligned.
     """
     expect(operation, name, array, shape, *dtypes)
+    expect_writable(operation, name, array)
+
+
+def expect_writable(operation: str, name: str, array: Any) -> None:
+    """Checks that numba can write an array, which lies where its dtype may lie.
+
+    Raises:
+        ValueError: it is read-only or not aligned.
+    """
     if isinstance(array, np.ndarray) and not array.flags.behaved:
         raise ValueError(
             f"{operation}: {name} is read-only, or does not lie at a multiple of its {array.itemsize} bytes"

@@ -5,7 +5,6 @@ uint8 images, any sizes ──box──> triangle filter ──> (x / 255 - mean
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels import arrays
 from kernels.backend import Operation, choice
 from kernels.resize_norm.images import (
     CHANNELS_FIRST,
@@ -100,7 +100,7 @@ def resize_norm(
         raise TypeError("resize_norm: pool= is for images on the host; these are on a GPU")
     shape = (batch.table.shape[0], *((channels, *size) if layout == CHANNELS_FIRST else (*size, channels)))
     if out is None:
-        out = _fresh(like, shape, dtype)
+        out = arrays.empty(like, shape, np.dtype(dtype), stream)
     _check_out(out, shape)
     affine = _affine(channels, _given(mean), _given(std), swap, out.dtype == np.uint8)
     if shape[0]:
@@ -111,13 +111,10 @@ def resize_norm(
 def warm_up() -> None:
     """Compiles the version that runs here, for every kind of output."""
     for channels in (1, 3):
-        image = np.zeros((4, 4, channels), np.uint8)
+        batch = pack([np.zeros((4, 4, channels), np.uint8)], (2, 2))
+        if choice() == "cuda":
+            batch = Packed(arrays.at_choice(batch.pixels), arrays.at_choice(batch.table_bytes()))
         for dtype in _DTYPES:
-            batch: Any = [image]
-            if choice() == "cuda":
-                cupy = importlib.import_module("cupy")
-                packed = pack([image], (2, 2))
-                batch = Packed(cupy.asarray(packed.pixels), cupy.asarray(packed.table_bytes()))
             resize_norm(batch, size=(2, 2), dtype=dtype, channels=channels)
 
 
@@ -134,17 +131,11 @@ def _size(out: Any, size: tuple[int, int] | None, layout: str) -> tuple[int, int
     return size
 
 
-def _fresh(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    kind = np.dtype(dtype)
-    if isinstance(like, np.ndarray):
-        return np.empty(shape, kind)
-    return importlib.import_module("cupy").empty(shape, kind)
-
-
 def _check_out(out: Any, shape: tuple[int, ...]) -> None:
     if out.dtype.type not in _DTYPES or tuple(out.shape) != shape or not out.flags.c_contiguous:
         told = f"{out.dtype}{list(out.shape)}{'' if out.flags.c_contiguous else ', not contiguous'}"
         raise ValueError(f"resize_norm: out is {told}; expected float32, float16 or uint8 {list(shape)}, contiguous")
+    arrays.expect_writable("resize_norm", "out", out)
 
 
 def _given(values: Sequence[float] | None) -> tuple[float, ...] | None:

@@ -289,6 +289,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"out": np.zeros((1, 3, 4), np.float32)}, ValueError, "out must have 4 dimensions"),
     ({"out": np.zeros((2, 3, 4, 4), np.float32)}, ValueError, r"out is float32\[2, 3, 4, 4\]; expected"),
     ({"out": np.zeros((1, 3, 4, 8), np.float32)[..., ::2]}, ValueError, "not contiguous"),
+    ({"out": np.frombuffer(bytes(192), np.float32).reshape(1, 3, 4, 4)}, ValueError, "out is read-only"),
+    ({"out": np.frombuffer(bytearray(193), np.float32, 48, 1).reshape(1, 3, 4, 4)}, ValueError, "a multiple of its 4"),
     ({"out": np.zeros((1, 3, 6, 6), np.float32)}, ValueError, "size .* is not that of out"),
     ({"swap": True, "images": [np.zeros((4, 4), np.uint8)]}, ValueError, "swap is for three channels"),
     ({"stream": object()}, TypeError, "stream= is for arrays on a GPU"),

@@ -35,6 +35,7 @@ def calls(given: Given) -> Iterator[None]:
     nms, pad = importlib.import_module("kernels.nms").nms, importlib.import_module("kernels.pad_tokens").pad_tokens
     pool, quantize = importlib.import_module("kernels.pool_normalize"), importlib.import_module("kernels.quantize_rows")
     softmax, table = importlib.import_module("kernels.softmax_topk"), importlib.import_module("kernels.tabular")
+    resize = importlib.import_module("kernels.resize_norm")
     boxes, scores = given(np.ones((3, 4), np.float32)), given(np.ones(3, np.float32))
     for groups in (None, given(np.zeros(3, np.int32))):
         yield nms(boxes, scores, 0.5, groups=groups)
@@ -59,6 +60,12 @@ def calls(given: Given) -> Iterator[None]:
         made = table.columns(mean=[0, 1], categories=[[1]], dtype=np.dtype(kind).name)
         yield table.tabular(made, given(np.ones((2, 2), kind)), given(np.ones((2, 1), code)))
         yield table.tabular(table.columns(mean=[0], dtype=np.dtype(kind).name), given(np.ones((2, 1), kind)))
+    for channels, dtype, layout in itertools.product((1, 3), (np.float32, np.float16, np.uint8), ("CHW", "HWC")):
+        options: dict[str, Any] = {"size": (3, 5), "dtype": dtype, "layout": layout, "swap": channels == 3}
+        picture = given(np.ones((4, 6, channels), np.uint8))
+        packed = resize.pack([picture], (3, 5))
+        yield resize.resize_norm([picture], boxes=[(0, 1, 2.5, 3)], antialias=False, **options)
+        yield resize.resize_norm(resize.Packed(given(packed.pixels), given(packed.table)), channels=channels, **options)
 
 
 def compiled() -> dict[str, int]:

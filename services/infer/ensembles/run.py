@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from services.infer.calls.parameters import NONE
 from services.infer.calls.ragged import Value
@@ -28,10 +28,17 @@ from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.queue import Receiver
 from shoal.errors import InvalidArgument
 
-if TYPE_CHECKING:
-    from services.infer.ensembles.scheduler import EnsembleScheduler
-
 log = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """Who admitted a request, and is told what became of it."""
+
+    def count(self, run: Run, answer: Answer) -> None:
+        """It was answered."""
+
+    def forget(self, run: Run) -> None:
+        """It is over: whatever it held is free."""
 
 
 class Run:
@@ -58,7 +65,7 @@ class Run:
 
     def __init__(
         self,
-        owner: EnsembleScheduler,
+        owner: Owner,
         plan: Plan,
         call: Call,
         receiver: Receiver,

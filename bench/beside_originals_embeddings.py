@@ -1,4 +1,4 @@
-"""bench/examples.py runs this beside the original package: a line of JSON texts in, what it took to encode them out.
+"""beside_originals.py runs this beside the original package: a line of JSON texts in, what it took to encode them out.
 
 One call of the package for each text, one after the other, on so many threads: what a service does that calls it for
 each request, without the costs of the service.

@@ -1,6 +1,6 @@
-"""bench/examples.py runs this beside the original package: a line of JSON images (base64) in, what they took out.
+"""beside_originals.py runs this beside the original package: a line of JSON images (base64) in, what they took out.
 
-As bench/examples_original.py, for rapidocr-onnxruntime, with the settings that it comes with but for the threads.
+As beside_originals_embeddings.py, for rapidocr-onnxruntime, with the settings that it comes with but for the threads.
 """
 
 from __future__ import annotations

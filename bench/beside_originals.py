@@ -1,11 +1,12 @@
 """The examples beside the packages whose models they serve, called for each request.
 
-    python -m bench.examples [--rounds 5] [--texts 128] [--pages 16] [--threads 1] [--only ocr] [--triton-venv FOLDER]
+    python bench/beside_originals.py [--rounds 5] [--texts 128] [--pages 16] [--threads 1] [--only ocr]
+                                      [--triton-venv FOLDER]
 
 `embeddings`: texts of this repository's documentation through `shoal serve` (the ensemble of examples/embeddings, 32
 requests in flight, one text each), and through sentence-transformers, one call for each text; with --triton-venv, the
 environment with nvidia-pytriton, onnxruntime and tokenizers, also through an ensemble of a real Triton's python
-backend (examples_triton.py), by the same client. `ocr`: the images of examples/ocr, 4 in flight, and
+backend (beside_originals_triton.py), by the same client. `ocr`: the images of examples/ocr, 4 in flight, and
 rapidocr-onnxruntime with its own settings, one call for each image. All have as many threads for the model and take
 turns in each round; figures are medians of rounds. CPU is that of the server's processes without the client's, and of
 the package's process: on a machine with other load it is the figure to trust.
@@ -29,12 +30,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import beside_originals_triton
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import shoal
-from bench import examples_triton
 from examples import originals
 from examples.embeddings import demo
 from examples.embeddings.build import build
@@ -47,7 +48,7 @@ PAGES_AT_ONCE = 4
 SHOAL, PACKAGE = "Shoal", "the package, called per request"
 
 TRITONS = {"batch": "Triton, a batch padded together", "own": "Triton, each length by itself"}
-"""Contenders by how examples_triton.py pads."""
+"""Contenders by how beside_originals_triton.py pads."""
 
 Servers = dict[str, tuple[str, int]]
 """Address and process by contender; Shoal is the first."""
@@ -103,9 +104,9 @@ def embeddings(rounds: int, texts: int, threads: int, triton: Path | None, out: 
         models = build(work / "models")
         servers = {SHOAL: stack.enter_context(serving(models, SHOAL_INFER_THREADS=str(threads)))}
         for padded, name in TRITONS.items() if triton else ():
-            started = examples_triton.serving(triton, models, padded, threads, work / padded)
+            started = beside_originals_triton.serving(triton, models, padded, threads, work / padded)
             servers[name] = stack.enter_context(started)
-        package = stack.enter_context(_package("examples_original.py", "sentence_transformers", threads))
+        package = stack.enter_context(_package("beside_originals_embeddings.py", "sentence_transformers", threads))
         asyncio.run(_agree(servers, [*demo.ODD, *kinds["paragraphs"]]))
         for kind, asked in kinds.items():
             taken = asyncio.run(_rounds(servers, package, partial(demo.embed, texts=asked), asked, rounds))
@@ -144,7 +145,7 @@ def ocr(rounds: int, pages: int, threads: int, out: Console) -> None:
         tempfile.TemporaryDirectory() as folder,
         serving(build_ocr(Path(folder) / "models"), **settings) as (address, pid),
     ):
-        with _package("examples_ocr_original.py", "rapidocr_onnxruntime", threads) as package:
+        with _package("beside_originals_ocr.py", "rapidocr_onnxruntime", threads) as package:
             taken = asyncio.run(_rounds({SHOAL: (address, pid)}, package, read, sent, rounds))
     title = f"{pages} pages, {threads} threads, {PAGES_AT_ONCE} in flight"
     _show(title, "page", pages, taken, "Triton left out: only its embeddings are measured", out)
@@ -219,7 +220,7 @@ def main() -> None:
     parser.add_argument("--triton-venv", type=Path, metavar="FOLDER")
     asked = parser.parse_args()
     if asked.triton_venv:
-        examples_triton.check(asked.triton_venv)
+        beside_originals_triton.check(asked.triton_venv)
     out = Console(width=120)
     if asked.only != "ocr":
         embeddings(asked.rounds, asked.texts, asked.threads, asked.triton_venv, out)
