@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 
 from mesh.asgi import status
-from mesh.asgi.context import EmbeddedContext
+from mesh.asgi.context import CallContext
 from mesh.asgi.exchange import Exchange, ShortHandler
 from mesh.asgi.framing import ACCEPTED, Deframer, check_encoding, framed, too_large
 from mesh.interceptors import status_of
@@ -118,7 +118,7 @@ class GrpcApp:
         check_encoding(encoding)
         deadline = status.deadline(headers, self.clock())
         peer = scope.get("client") or ("unix", 0)
-        context = EmbeddedContext(scope["headers"], f"{peer[0]}:{peer[1]}", deadline, self.clock)
+        context = CallContext(scope["headers"], f"{peer[0]}:{peer[1]}", deadline, self.clock)
         reply.context = context
         inbox = _Inbox(receive, Deframer(encoding, self.message_bytes))
         async with _Watched(inbox) as watched:
@@ -134,7 +134,7 @@ class GrpcApp:
                     raise
                 watched.uncancel()
 
-    async def _handle(self, handler: Any, inbox: _Inbox, context: EmbeddedContext, reply: _Reply) -> None:
+    async def _handle(self, handler: Any, inbox: _Inbox, context: CallContext, reply: _Reply) -> None:
         if handler.request_streaming:
             request: Any = _parsed(inbox, handler.request_deserializer)
         else:
@@ -302,7 +302,7 @@ class _Reply:
         self._has_started = False
         self._has_body_ended = False
         self._is_over = False
-        self.context: EmbeddedContext | None = None
+        self.context: CallContext | None = None
 
     def _start(self, extra: status.Headers, *, trailers: bool) -> Any:
         leading = status.encoded(self.context.leading) if self.context else []

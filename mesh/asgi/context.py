@@ -13,7 +13,7 @@ from mesh.asgi.status import metadata
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
-class EmbeddedContext:
+class CallContext:
     """`headers` are the request's; `deadline` is on `clock`, infinite when the caller set none."""
 
     def __init__(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from mesh.asgi import status
-from mesh.asgi.framing import PREFIX, check_encoding, inflated, too_large
+from mesh.asgi.framing import PREFIX, PREFIX_BYTES, check_encoding, inflated, too_large
 from mesh.interceptors import status_of
 from shoal.errors import InvalidArgument, ShoalError
 
@@ -108,7 +108,7 @@ class Exchange:
                 self._hold(piece)
                 piece, self._parts = b"".join(self._parts), None
             self._is_whole = True
-            if not piece or piece[0] or len(piece) - PREFIX.size != int.from_bytes(piece[1:5]):
+            if not piece or piece[0] or len(piece) - PREFIX_BYTES != int.from_bytes(piece[1:5]):
                 piece = self._straightened(piece)
             self._handler(piece, self)
         except BaseException as err:
@@ -119,26 +119,26 @@ class Exchange:
         if self._parts is None:
             self._parts, self._held = [], 0
         self._held += len(piece)
-        if len(self._parts) == 1 and len(self._parts[0]) < PREFIX.size:
+        if len(self._parts) == 1 and len(self._parts[0]) < PREFIX_BYTES:
             piece = self._parts.pop() + piece  # The prefix stays in one piece.
         if piece:
             self._parts.append(piece)
         limit, head = self._app.message_bytes, self._parts[0] if self._parts else b""
-        if len(head) >= PREFIX.size and PREFIX.unpack_from(head)[1] > limit:
+        if len(head) >= PREFIX_BYTES and PREFIX.unpack_from(head)[1] > limit:
             raise too_large(PREFIX.unpack_from(head)[1], limit)
-        if self._held > limit + PREFIX.size:
-            raise too_large(self._held - PREFIX.size, limit)
+        if self._held > limit + PREFIX_BYTES:
+            raise too_large(self._held - PREFIX_BYTES, limit)
 
     def _straightened(self, body: bytes) -> bytes:
         """A body that is not simply one plain message: made one, or refused."""
-        if len(body) < PREFIX.size:
+        if len(body) < PREFIX_BYTES:
             raise InvalidArgument(f"expected one message, got a request of {len(body)} bytes")
         flags, size = PREFIX.unpack_from(body)
         if size > self._app.message_bytes:
             raise too_large(size, self._app.message_bytes)
-        if size != len(body) - PREFIX.size:
+        if size != len(body) - PREFIX_BYTES:
             raise InvalidArgument(
-                f"expected one message: its prefix says {size} bytes, the request has {len(body) - PREFIX.size}"
+                f"expected one message: its prefix says {size} bytes, the request has {len(body) - PREFIX_BYTES}"
             )
         if flags > 1:
             raise InvalidArgument(f"a message begins with the flags {flags}: expected 0, or 1 when it is compressed")
@@ -148,7 +148,7 @@ class Exchange:
         if encoding in (None, b"identity"):
             raise InvalidArgument("a message is marked as compressed, but the call has no grpc-encoding")
         check_encoding(encoding)
-        return bytes(PREFIX.size) + inflated(body[PREFIX.size :], encoding, self._app.message_bytes)
+        return bytes(PREFIX_BYTES) + inflated(body[PREFIX_BYTES:], encoding, self._app.message_bytes)
 
     def reply(self, parts: Sequence[Any], size: int) -> None:
         """Ends the call with a message: `parts` are bytes-like, `size` bytes together. Nothing when it is over."""

@@ -50,7 +50,7 @@ class Deframer:
             Unimplemented: it is compressed with something that we do not know.
         """
         self._held += data
-        while len(self._held) >= PREFIX.size:
+        while len(self._held) >= PREFIX_BYTES:
             flags, size = PREFIX.unpack_from(self._held)
             if flags > 1:
                 raise InvalidArgument(
@@ -58,10 +58,10 @@ class Deframer:
                 )
             if size > self._limit:
                 raise too_large(size, self._limit)
-            end = PREFIX.size + size
+            end = PREFIX_BYTES + size
             if len(self._held) < end:
                 return
-            message = bytes(memoryview(self._held)[PREFIX.size : end])
+            message = bytes(memoryview(self._held)[PREFIX_BYTES:end])
             del self._held[:end]
             yield self._inflated(message) if flags else message
 

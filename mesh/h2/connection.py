@@ -66,7 +66,8 @@ _CONNECTIONS = 1024
 # The Envoys beside it open a few dozen.
 
 _RESETS = 20_000
-# Streams that the peer opened and cancelled on one connection, without one answer in between: no client does that.
+# Streams that the peer opened, and cancelled or had us cancel, on one connection, without one answer in between: no
+# client does that.
 
 _STATUS_200 = (b":status", b"200")
 
@@ -367,6 +368,7 @@ class Connection(asyncio.Protocol):
         if not size:
             raise ConnectionBroken(Reason.PROTOCOL_ERROR, "WINDOW_UPDATE by nothing")
         self._sender.widen(number, size)
+        self._check_resets()
 
     def _on_reset(self, number: int, payload: bytes) -> None:
         if len(payload) != 4:
@@ -377,11 +379,14 @@ class Connection(asyncio.Protocol):
         if inbound is None:
             return
         self._resets += 1
-        if self._resets > _RESETS:
-            raise ConnectionBroken(Reason.ENHANCE_YOUR_CALM, f"{_RESETS} streams were cancelled, and none was answered")
+        self._check_resets()
         self._sender.forget(number)
         _gone(inbound)
         self._close_when_done()
+
+    def _check_resets(self) -> None:
+        if self._resets > _RESETS:
+            raise ConnectionBroken(Reason.ENHANCE_YOUR_CALM, f"{_RESETS} streams were cancelled, and none was answered")
 
     def _on_settings(self, number: int, flags: int, payload: bytes) -> None:
         if number or len(payload) % 6:
@@ -398,7 +403,7 @@ class Connection(asyncio.Protocol):
     def _ended(self, number: int, reason: Reason | None) -> None:
         """Our side of a stream has ended: with its status (None), or without one."""
         inbound = self._inbound.pop(number)
-        self._resets = 0
+        self._resets = 0 if reason is None else self._resets + 1
         if reason is not None:
             _gone(inbound)
         elif not inbound.is_ended:  # The answer came before the end of the request: nobody reads the rest.

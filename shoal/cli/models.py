@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from shoal.client import ModelVersion, Progress
 
 app = typer.Typer(
-    rich_markup_mode="rich", add_completion=False, no_args_is_help=True, help="Push, list and remove models."
+    rich_markup_mode="rich",
+    add_completion=False,
+    no_args_is_help=True,
+    help="Push, convert, compress, list and remove models.",
 )
 
 

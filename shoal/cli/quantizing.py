@@ -8,13 +8,13 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli.output import AsJson, Gateway, connect, console, plain, show, show_json, size
+from shoal.compress.method import Method
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ShoalError
 
 if TYPE_CHECKING:
@@ -24,26 +24,17 @@ if TYPE_CHECKING:
     from shoal.convert.verdict import Bounds
 
 
-class MethodName(StrEnum):
-    """As shoal.compress.methods.Method, which only a command that runs imports."""
-
-    dynamic = "dynamic"
-    static = "static"
-    float16 = "float16"
-    prune = "prune"
-
-
 def command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL_OR_PATH", help="A .onnx file, a model folder, or a model of the node.")
     ],
     method: Annotated[
-        MethodName,
+        Method,
         typer.Option(
             help="dynamic: int8 weights. static: int8 weights and activations, by ranges seen on rows. float16. "
             "prune: only what nobody reads."
         ),
-    ] = MethodName.dynamic,
+    ] = Method.DYNAMIC,
     version: Annotated[
         int | None, typer.Option(metavar="V", min=1, help="This version. Default: the newest.", show_default=False)
     ] = None,
@@ -91,7 +82,7 @@ def command(
 
       shoal models quantize digits --method static --max-flips 1% --push
     """
-    if push and max_drift is None and max_flips is None and method is not MethodName.prune:
+    if push and max_drift is None and max_flips is None and method is not Method.PRUNE:
         raise InvalidArgument(
             "--push needs --max-drift or --max-flips: how far may its answers be from the original's?"
         )
@@ -101,17 +92,19 @@ def command(
     from shoal.convert.extras import COMPRESS, needed
 
     needed("onnx", COMPRESS, "making a model smaller")
+    from shoal.client import bundle
     from shoal.compress import compression
-    from shoal.compress.methods import Method
     from shoal.convert.onnx_model import OnnxModel
 
+    if name is not None:
+        bundle.checked(name)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-")))
         source = _Source(model, version, gateway, folder, stack)
         target = _target(output, source.name, method, push=push, folder=folder)
         rows = _rows(source, OnnxModel(source.file), data, recorded, seed)
         made = compression.run(
-            Method(method),
+            method,
             source.file,
             folder / "smaller.onnx",
             rows,
@@ -125,7 +118,7 @@ def command(
             raise FailedPrecondition(f"{source.title} made smaller is refused: {made.refused}")
         pushed = []
         if push:
-            laid = _laid_out(source, folder / "smaller.onnx", folder / (name or source.name))
+            laid = _laid_out(source, folder / "smaller.onnx", folder / "pushed" / (name or source.name))
             pushed = source.client().models.push(laid, renumber=True, labels=_labels(made))
         else:
             shutil.copyfile(folder / "smaller.onnx", target)
@@ -174,9 +167,8 @@ class _Source:
             ) from err
         if not versions or (version or max(versions)) not in versions:
             there = f": there are {', '.join(map(str, sorted(versions)))}" if versions else ""
-            raise NotFound(
-                f"no file {given!r} here, and no model {given!r} version {version or 'of any kind'} in the node{there}"
-            )
+            wanted = f"{given!r} version {version}" if version else repr(given)
+            raise NotFound(f"no file {given!r} here, and no model {wanted} in the node{there}")
         self.registered = versions[version or max(versions)]
         pulled = self.client().models.pull(given, self.registered.version, into=folder / "pulled")
         self._take(pulled, given, self.registered.version)
@@ -194,7 +186,7 @@ class _Source:
         return self._client
 
 
-def _target(output: Path | None, name: str, method: MethodName, *, push: bool, folder: Path) -> Path:
+def _target(output: Path | None, name: str, method: Method, *, push: bool, folder: Path) -> Path:
     if push:
         if output is not None:
             raise InvalidArgument("--output and --push: one of them")
@@ -258,10 +250,10 @@ def _of_lines(path: Path, inputs: Sequence[Port]) -> list[Tensors]:
     return calls
 
 
-def _bounds(max_drift: float | None, max_flips: str | None, method: MethodName) -> Bounds | None:
+def _bounds(max_drift: float | None, max_flips: str | None, method: Method) -> Bounds | None:
     from shoal.convert.verdict import Bounds
 
-    if method is MethodName.prune:  # It promises the same bits.
+    if method is Method.PRUNE:  # It promises the same bits.
         return Bounds(0.0, 0)
     if max_drift is None and max_flips is None:
         return None
@@ -276,7 +268,7 @@ def _bounds(max_drift: float | None, max_flips: str | None, method: MethodName) 
 
 def _laid_out(source: _Source, smaller: Path, into: Path) -> Path:
     """The model's folder, with the smaller file as its one version."""
-    into.mkdir()
+    into.mkdir(parents=True)
     for child in source.beside.iterdir() if source.beside is not None else ():
         if not child.name.isdecimal():
             (shutil.copytree if child.is_dir() else shutil.copyfile)(child, into / child.name)
@@ -306,9 +298,10 @@ def show_compression(made: Compression, *, stderr: bool = False) -> None:
     """Prints what was made, what it gives, and what it costs."""
     out = console(stderr=stderr)
     ratio = made.original_bytes / max(made.compressed_bytes, 1)
+    gain = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
     packages = ", ".join(f"{package} {version}" for package, version in made.packages.items())
     out.print(f"[bold]{made.source}[/bold], {made.method.value} ({packages})")
-    out.print(f"  size: {size(made.original_bytes)} -> {size(made.compressed_bytes)} ({ratio:.2f} times smaller)")
+    out.print(f"  size: {size(made.original_bytes)} -> {size(made.compressed_bytes)} ({gain})")
     times = [
         (each.rows, f"{each.original_ms:.3g} ms", f"{each.compressed_ms:.3g} ms", f"{each.speedup:.2f}", each.rounds)
         for each in made.latencies
@@ -333,8 +326,10 @@ def show_compression(made: Compression, *, stderr: bool = False) -> None:
     columns = ("output", "max abs", "mean abs", "max relative", "cosine", "label (or top score) changes")
     show(columns, drift, stderr=stderr)
     if not made.is_real:
-        out.print("  the rows are random: no data was given (--data), and the node kept no requests of this model")
-        out.print("  (`shoal jobs submit --keep-request`). Drift on your data may be another.")
+        out.print(
+            "  the rows are random, and drift on your data may be another: give --data, or name a model of a node"
+        )
+        out.print("  that kept requests of it (`shoal jobs submit --keep-request`)")
     for note in made.notes:
         out.print(f"  note: {note}", markup=False)
     if made.refused:

@@ -237,6 +237,8 @@ def show_result(result: InferResult, *, as_json: bool, output: Path | None) -> N
     console().print(", ".join(about), markup=False)
     if told := explanation.rows(result.parameters):
         show(("explained", ""), told)
+    if steps := explanation.steps(result.parameters):
+        show(explanation.STEP_COLUMNS, steps)
 
 
 def as_document(result: InferResult) -> dict[str, Any]:

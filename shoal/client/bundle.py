@@ -89,7 +89,7 @@ def _external_data(path: Path) -> Iterator[Path]:
 
 def _read_folder(folder: Path, name: str, version: int | None) -> list[Bundle]:
     versions = sorted(int(child.name) for child in folder.iterdir() if _is_version(child))
-    if not versions and _has_no_files(folder):
+    if not versions and configuration(folder).backend == "remote":
         beside = [(f"../{inside}", file) for inside, file in _files(folder)]
         return [Bundle(name, version or 0, tuple(sorted(beside)))]
     if not versions:
@@ -103,11 +103,13 @@ def _read_folder(folder: Path, name: str, version: int | None) -> list[Bundle]:
     ]
 
 
-def _has_no_files(folder: Path) -> bool:
+def configuration(folder: Path) -> ModelConfig:
+    """What the folder's config.pbtxt says; an empty one where there is none, or none that can be read: the server says
+    why."""
     try:
-        return text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig()).backend == "remote"
+        return text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
     except (OSError, UnicodeError, text_format.ParseError):
-        return False
+        return ModelConfig()
 
 
 def _is_version(child: Path) -> bool:
@@ -134,6 +136,11 @@ def _what_is_missing(folder: Path) -> str:
     bare = sorted(folder.glob("*.onnx"))
     if bare:
         return f"{folder} has no version folder: push the file itself: {bare[0]} --name {folder.resolve().name}"
+    if (folder / "config.pbtxt").is_file():
+        return (
+            f"{folder} is no model yet, it has no version: put the model into a folder named 1 (an empty one for an "
+            "ensemble or an operation; git keeps it when it holds a .gitkeep)"
+        )
     return f"{folder} is no model: expected <version>/model.onnx in it, such as {folder / '1' / 'model.onnx'}"
 
 

@@ -28,6 +28,8 @@ _NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server")
 _BROKEN = re.compile(r"RST_STREAM|^Internal error from Core$")
 # Envoy's own words: it knows the service, and has no instance of it.
 _NO_INSTANCE = re.compile(r"no healthy upstream")
+# How a server says that it has no such method: grpc's own words are only this, and those of our fronts begin so.
+_NO_METHOD = "Method not found"
 
 
 def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: float) -> ShoalError:
@@ -41,9 +43,10 @@ def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: f
         return too_late(doing, timeout_s)
     if code == grpc.StatusCode.UNIMPLEMENTED and "http2 header" in details:
         return FailedPrecondition(f"what answers at {address} is not a Shoal gateway ({details}): check the address")
-    if code == grpc.StatusCode.UNIMPLEMENTED and details == "Method not found!":
+    if code == grpc.StatusCode.UNIMPLEMENTED and details.startswith(_NO_METHOD):
         return Unimplemented(
-            f"{doing}: the server at {address} does not know this call: is it only an inference server?"
+            f"{doing}: the server at {address} does not know this call: is it only an inference server? `shoal serve` "
+            "has the models of its folder; a registry, jobs and results are a node's (`shoal up`)"
         )
     return from_status(code.value[0], details, retry_after_ms=retry_after_of(err.trailing_metadata() or ()))
 

@@ -10,11 +10,8 @@ from __future__ import annotations
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from google.protobuf import text_format
-
 from shoal.client import bundle
 from shoal.errors import InvalidArgument
-from shoal.inference.v2.model_config_pb2 import ModelConfig
 
 
 def models_in(path: Path) -> list[Path]:
@@ -35,9 +32,5 @@ def models_in(path: Path) -> list[Path]:
 
 
 def _made_of(folder: Path) -> set[str]:
-    """The models that an ensemble's steps name; none of what is no ensemble, or cannot be read: the server says why."""
-    try:
-        config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
-    except (OSError, UnicodeError, text_format.ParseError):
-        return set()
-    return {step.model_name for step in config.ensemble_scheduling.step}
+    """The models that an ensemble's steps name; none of what is no ensemble."""
+    return {step.model_name for step in bundle.configuration(folder).ensemble_scheduling.step}

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from shoal.compress.latency import Latency, compare
-from shoal.compress.methods import Method, compress
+from shoal.compress.method import Method
+from shoal.compress.methods import compress
 from shoal.convert.drift import Answers, Drift, Mismatch, measure
 from shoal.convert.extras import versions
 from shoal.convert.onnx_model import OnnxModel
-from shoal.convert.original import Port, Tensors
+from shoal.convert.original import Port, Tensors, row_count
 from shoal.convert.sample import written
 from shoal.convert.verdict import Bounds, refusal
 from shoal.errors import FailedPrecondition
@@ -72,8 +73,8 @@ def run(
     original = OnnxModel(source, threads=threads)
     if method is Method.STATIC and not rows.is_real:
         raise FailedPrecondition(
-            f"static int8 takes ranges from real rows, and the node kept no requests of {name}: give --data, or let "
-            "jobs keep their inputs (`shoal jobs submit --keep-request`) first"
+            "static int8 takes ranges from real rows: give --data, or name a model of a node that kept requests of it "
+            "(`shoal jobs submit --keep-request`)"
         )
     calibration, checked = split(rows.calls) if method is Method.STATIC else ([], list(rows.calls))
     notes = compress(method, source, target, calibration)
@@ -94,7 +95,7 @@ def run(
         compressed_bytes=weight(target),
         rows=rows.source,
         is_real=rows.is_real,
-        calibrated_on=sum(_count(call) for call in calibration),
+        calibrated_on=sum(row_count(call) for call in calibration),
         drift=drift,
         latencies=_latencies(original, compressed, checked),
         threads=threads,
@@ -113,11 +114,11 @@ def split(calls: Sequence[Tensors]) -> tuple[list[Tensors], list[Tensors]]:
     taken: list[Tensors] = []
     rest: list[Tensors] = []
     for call in calls:
-        if _count(call) > 1:
+        if row_count(call) > 1:
             halves = [{name: array[start::2] for name, array in call.items()} for start in (0, 1)]
         else:
             halves = [call, {}] if len(taken) <= len(rest) else [{}, call]
-        if sum(map(_count, taken)) + _count(halves[0] or call) > CALIBRATION_ROWS:
+        if sum(map(row_count, taken)) + row_count(halves[0] or call) > CALIBRATION_ROWS:
             halves = [{}, call]
         taken += [halves[0]] if halves[0] else []
         rest += [halves[1]] if halves[1] else []
@@ -171,16 +172,11 @@ def _changed(original: OnnxModel, compressed: OnnxModel) -> str:
 
 def _latencies(original: OnnxModel, compressed: OnnxModel, calls: Sequence[Tensors]) -> list[Latency]:
     if not original.is_batched:
-        return [compare(original, compressed, calls[0], _count(calls[0]))]
+        return [compare(original, compressed, calls[0], row_count(calls[0]))]
     return [compare(original, compressed, _rows_of(calls, rows), rows) for rows in BATCHES]
 
 
 def _rows_of(calls: Sequence[Tensors], rows: int) -> Tensors:
     """A call of `rows` rows, made of the largest, again and again."""
-    largest = max(calls, key=_count)
+    largest = max(calls, key=row_count)
     return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in largest.items()}
-
-
-def _count(call: Tensors) -> int:
-    first = next(iter(call.values()))
-    return len(first) if first.ndim else 1

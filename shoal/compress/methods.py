@@ -4,28 +4,15 @@ outputs."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
 
 import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from shoal.compress import int8, pruning
+from shoal.compress.method import Method
 from shoal.convert.original import Tensors
 from shoal.errors import FailedPrecondition
-
-
-class Method(StrEnum):
-    """What is done to a model."""
-
-    DYNAMIC = "dynamic"
-    """Weights of MatMul, Gemm, LSTM, GRU, Attention and Gather as int8; activations become int8 call by call."""
-    STATIC = "static"
-    """Weights and activations as int8, by ranges that were seen on given rows; convolutions too."""
-    FLOAT16 = "float16"
-    """Weights and arithmetic as float16; inputs and outputs stay float32."""
-    PRUNE = "prune"
-    """Only what nobody reads is left out: the answers stay the same bits."""
 
 
 def compress(method: Method, source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:

@@ -16,7 +16,7 @@ from shoal.convert import graph, sample
 from shoal.convert.drift import Answers, Drift, Mismatch, measure
 from shoal.convert.folder import write_beside
 from shoal.convert.onnx_model import OnnxModel, cast
-from shoal.convert.original import Original, Port, Tensors
+from shoal.convert.original import Original, Port, Tensors, row_count
 from shoal.convert.verdict import Bounds, refusal
 from shoal.errors import FailedPrecondition
 
@@ -120,7 +120,7 @@ def convert(original: Original, source: Path, name: str, into: Path, rows: Rows,
         outputs=converted.outputs,
         size_bytes=sum(each.stat().st_size for each in (folder / "1").iterdir()),
         rows=str(rows),
-        batches=[_count(call) for call in calls],
+        batches=[row_count(call) for call in calls],
         bounds=bounds,
         tried=_written_last(tried),
         is_batched=original.is_batched,
@@ -162,11 +162,6 @@ def _same(some: Sequence[Tensors], others: Sequence[Tensors]) -> bool:
         for name, array in call.items()
         if array.dtype.kind == "f"
     )
-
-
-def _count(call: Tensors) -> int:
-    first = next(iter(call.values()))
-    return len(first) if first.ndim else 1
 
 
 def _save(model: onnx.ModelProto, file: Path) -> None:

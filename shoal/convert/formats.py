@@ -57,6 +57,8 @@ def open_original(path: Path, *, trusts: bool = False, float64: bool = False) ->
     """
     if not path.is_file():
         raise NotFound(f"{path}: no such file")
+    if path.suffix == ".onnx":
+        raise InvalidArgument(f"{path}: it is ONNX already: `shoal models push` takes it as it is")
     if path.suffix not in _OPENERS:
         raise InvalidArgument(f"{path}: {advice(path) or 'expected one of ' + ', '.join(SUFFIXES)}")
     if path.suffix in _RUNS_CODE and not trusts:

@@ -55,8 +55,7 @@ class LightgbmTrees:
     batches: Sequence[int] = (1, 2, 7, 990)
     plans: Sequence[Plan] = (Plan("float32 arithmetic"),)
 
-    def __init__(self, booster: Any, classes: Sequence[Any] = ()) -> None:
-        """`classes`: names of the classes, where the booster was that of a classifier that knew them."""
+    def __init__(self, booster: Any) -> None:
         needed("onnxmltools", LIGHTGBM, "converting a LightGBM model")
         self._booster = booster
         self._text = booster.model_to_string()
@@ -68,7 +67,7 @@ class LightgbmTrees:
         self.scores: frozenset[str] = frozenset({"probabilities"} if self._is_classifier else ())
         count = max(2, booster.num_model_per_iteration())
         self.classes: Mapping[str, Sequence[str]] = {
-            name: [str(name) for name in (classes if len(classes) else range(count))] for name in self.scores
+            name: [str(number) for number in range(count)] for name in self.scores
         }
         names = booster.feature_name()
         own = [f"Column_{n}" for n in range(len(names))]

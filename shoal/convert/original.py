@@ -17,6 +17,12 @@ Tensors: TypeAlias = dict[str, Array]
 """Arrays by the name of the input or output."""
 
 
+def row_count(call: Tensors) -> int:
+    """Rows of a call with one input or more; 1 where they have no dimensions."""
+    first = next(iter(call.values()))
+    return len(first) if first.ndim else 1
+
+
 ANY = 1 << 30
 """Rows of a call to a model that takes any number."""
 

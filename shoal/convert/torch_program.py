@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from shoal.convert import graph, sample
-from shoal.convert.extras import TORCH, needed, versions
+from shoal.convert.extras import TORCH, first_line, needed, versions
 from shoal.convert.original import ANY, Array, Plan, Port, Tensors
 from shoal.errors import FailedPrecondition, InvalidArgument
 
@@ -50,7 +50,7 @@ def load(path: Path) -> Any:
         with _quiet():
             return torch.export.load(str(path))
     except Exception as err:  # Whatever its readers, or the code in the file, raise.
-        raise InvalidArgument(f"{path}: no program of torch.export.save: {_first_line(err)}") from err
+        raise InvalidArgument(f"{path}: no program of torch.export.save: {first_line(err)}") from err
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ class _Input:
     """An input of the program."""
 
     port: Port
-    dtype: Any
     sizes: tuple[int | str, ...]
     """A free dimension by its symbol: inputs that share one have the same size there."""
     low: float
@@ -139,7 +138,7 @@ class TorchProgram:
             with torch.no_grad():
                 found = self._module(*args, **kwargs)
         except Exception as err:
-            raise InvalidArgument(f"the program does not take the inputs: {_first_line(err)}") from err
+            raise InvalidArgument(f"the program does not take the inputs: {first_line(err)}") from err
         leaves = torch.utils._pytree.tree_leaves(found)
         return {name: leaf.detach().numpy() for name, leaf in zip(self._outputs, leaves, strict=True)}
 
@@ -148,7 +147,7 @@ class TorchProgram:
             with _quiet():
                 made = torch.onnx.export(self._program, dynamo=True, verbose=False)
         except Exception as err:
-            raise FailedPrecondition(f"torch.onnx.export cannot convert it: {_first_line(err)}") from err
+            raise FailedPrecondition(f"torch.onnx.export cannot convert it: {first_line(err)}") from err
         assert made is not None  # Only without dynamo it gives nothing.
         model = graph.named(made.model_proto, [each.port.name for each in self._inputs], self._outputs)
         return graph.batched(model) if self.is_batched else model
@@ -170,7 +169,7 @@ def _inputs(program: Any) -> list[_Input]:
         sizes = tuple(int(size) if isinstance(size, int) else str(size) for size in value.shape)
         shape = tuple(size if isinstance(size, int) else None for size in sizes)
         low, high = _range(example)
-        found.append(_Input(Port(name, np.dtype(_DTYPES[value.dtype]), shape), value.dtype, sizes, low, high))
+        found.append(_Input(Port(name, np.dtype(_DTYPES[value.dtype]), shape), sizes, low, high))
     if not found:
         raise InvalidArgument("the program has no inputs")
     return found
@@ -245,8 +244,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -25,7 +25,9 @@ class Bounds:
 
     def __str__(self) -> str:
         drift = "any relative drift" if self.relative == math.inf else f"a relative drift of {self.relative:g}"
-        labels = f"{self.flips} changed labels" if self.share is None else f"{self.share:.3g} of the labels changed"
+        labels = (
+            f"{self.flips} changed labels" if self.share is None else f"{100 * self.share:.3g}% of the labels changed"
+        )
         return f"allowed are {drift} and {'any label changed' if self.share == 1.0 else labels}"
 
 

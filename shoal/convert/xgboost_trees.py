@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shoal.convert import graph, trees
-from shoal.convert.extras import XGBOOST, needed, versions
+from shoal.convert.extras import XGBOOST, first_line, needed, versions
 from shoal.convert.original import ANY, Array, Plan, Port, Tensors
 from shoal.errors import FailedPrecondition, InvalidArgument
 
@@ -32,7 +32,7 @@ def load(path: Path) -> Any:
     try:
         booster = xgboost.Booster(model_file=str(path))
     except Exception as err:  # XGBoostError, and what its readers raise.
-        raise InvalidArgument(f"{path}: XGBoost cannot read it: {_first_line(err)}") from err
+        raise InvalidArgument(f"{path}: XGBoost cannot read it: {first_line(err)}") from err
     return of_booster(booster)
 
 
@@ -89,7 +89,7 @@ class XgboostTrees:
                 return {"prediction": answer.reshape(-1, 1) if answer.ndim == 1 else answer}
             return {"label": self._estimator.predict(rows), "probabilities": self._estimator.predict_proba(rows)}
         except Exception as err:
-            raise InvalidArgument(f"XGBoost does not take the rows: {_first_line(err)}") from err
+            raise InvalidArgument(f"XGBoost does not take the rows: {first_line(err)}") from err
 
     def export(self, plan: Plan) -> onnx.ModelProto:
         from onnxmltools import convert_xgboost
@@ -106,7 +106,7 @@ class XgboostTrees:
                     target_opset=15,
                 )
         except Exception as err:
-            raise FailedPrecondition(f"onnxmltools cannot convert it: {_first_line(err)}") from err
+            raise FailedPrecondition(f"onnxmltools cannot convert it: {first_line(err)}") from err
         return graph.batched(graph.named(model, ["x"], outputs))
 
 
@@ -157,8 +157,3 @@ def splits(booster: Any) -> trees.Splits:
         {feature: np.array(sorted(values)) for feature, values in categories.items()},
         takes_missing=True,
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

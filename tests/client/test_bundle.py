@@ -89,6 +89,11 @@ def test_a_linked_file_is_a_file_and_a_link_that_leads_nowhere_is_named(tmp_path
         (["r/a/1/model.onnx", "r/b/config.pbtxt"], "r", r"is a repository of models \(a, b\): push one of them"),
         (["d/model.onnx"], "d", r"has no version folder: push the file itself: .*model\.onnx --name d"),
         (["d/x.txt"], "d", "is no model: expected <version>/model.onnx"),
+        (
+            ["d/config.pbtxt"],
+            "d",
+            r"has no version: put the model into a folder named 1 \(an empty one for an ensemble",
+        ),
         (["d/0/model.onnx", "d/01/model.onnx"], "d", "is no model"),
         (["x.pt"], "x.pt", r"expected a \.onnx file, or a model folder"),
         (["a b.onnx"], "a b.onnx", "model name 'a b'"),

@@ -11,7 +11,7 @@ import pytest
 from shoal.compress import compression
 from shoal.compress.compression import Rows, random_rows, split
 from shoal.compress.latency import compare
-from shoal.compress.methods import Method
+from shoal.compress.method import Method
 from shoal.convert.onnx_model import OnnxModel
 from shoal.convert.verdict import Bounds
 from shoal.errors import FailedPrecondition

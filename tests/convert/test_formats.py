@@ -54,13 +54,14 @@ def test_what_may_run_code_is_not_opened_without_consent(tmp_path: Path, suffix:
         ("a.keras", "tf2onnx"),
         ("a.model", "save_model"),
         ("a.zip", "expected one of .pt2"),
+        ("a.onnx", "it is ONNX already: `shoal models push` takes it"),
     ],
 )
 def test_other_formats_are_told_what_to_do(tmp_path: Path, name: str, says: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(InvalidArgument, match=says):
         formats.open_original(tmp_path / name)
-    if not name.endswith(".zip"):
+    if not name.endswith((".zip", ".onnx")):
         with pytest.raises(InvalidArgument, match=says):
             bringing.check_path(tmp_path / name)
 

@@ -103,3 +103,35 @@ def test_what_a_model_says_itself_stays_beside_it():
     assert explanation.others(told) == {"mine": 1}
     assert explanation.others({"version": "mine"}) == {"version": "mine"}
     assert explanation.rows({"version": "mine"}) == []
+
+
+def test_the_steps_of_an_ensemble_are_rows_of_their_own():
+    told = {
+        "replica": "n/infer-0",
+        "version": "2",
+        "batch_size": 2,
+        "fired": "steps",
+        "compute_us": 30,
+        "step_1_mine": 1,
+    }
+    told |= {
+        "step_0_model": "a",
+        "step_0_version": "3",
+        "step_0_calls": 2,
+        "step_0_batch_size": 5,
+        "step_0_fired": "full",
+    }
+    told |= {
+        "step_0_queue_us": 10,
+        "step_0_compute_us": 30,
+        "step_1_model": "b",
+        "step_1_version": "1",
+        "step_1_calls": 0,
+    }
+    first, second = explanation.steps(told)
+    assert first == ("a", "3", 2, 5, "full (it was full)", "0.010 ms", "0.030 ms")
+    assert second == ("b", "1", "skipped", None, None, None, None)
+    assert ("executed with", "2 rows of its own, in the steps below") in explanation.rows(told)
+    assert "batch ran because" not in dict(explanation.rows(told))
+    assert explanation.others(told) == {"step_1_mine": 1}
+    assert explanation.steps({"replica": "n/infer-0"}) == []

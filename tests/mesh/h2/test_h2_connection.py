@@ -341,7 +341,15 @@ def goodbye_in(data: bytes) -> Reason | None:
     return found
 
 
-async def test_streams_that_are_opened_and_cancelled_without_end_are_too_many(caplog):
+@pytest.mark.parametrize(
+    "ending",
+    [
+        lambda number: frames.rst_stream(number, Reason.CANCEL),
+        lambda number: frames.window_update(number, (1 << 31) - 1),
+    ],
+    ids=["by the peer", "by us, after a window that is too large"],
+)
+async def test_streams_that_are_opened_and_cancelled_without_end_are_too_many(caplog, ending):
     async with serving() as (server, _):
         host, _, port = server.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -352,7 +360,7 @@ async def test_streams_that_are_opened_and_cancelled_without_end_are_too_many(ca
         again = block.encode([(":path", LATER), *CALL])
         for n in range(25_000):
             writer.write(frames.frame(frames.HEADERS, 4, 2 * n + 1, again if n else opening))
-            writer.write(frames.rst_stream(2 * n + 1, Reason.CANCEL))
+            writer.write(ending(2 * n + 1))
         with contextlib.suppress(ConnectionResetError):  # It closes while this side still talks.
             while await asyncio.wait_for(reader.read(1 << 16), 20):
                 pass
