@@ -107,6 +107,8 @@ def with_node(example: Callable[[str, Path], int], *options: str) -> int:
         print(err, file=sys.stderr)
     except ShoalError as err:
         print(f"the example failed: {err.message}", file=sys.stderr)
+    except RuntimeError as err:  # The original package's.
+        print(f"the example failed: {err}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted: everything is stopped")
         return 130
