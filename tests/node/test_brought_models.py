@@ -72,7 +72,7 @@ def test_from_a_pickle_to_int8(running: Node, original: Any, tmp_path: Path) -> 
         assert answer["label"].tolist() == label[:64].tolist()
         nothing = running.shoal("models", "quantize", "flowers", "--method", "static", check=False)
         assert nothing.returncode == 1
-        assert "the node kept no requests of flowers version 1" in nothing.stderr
+        assert "a node that kept requests of it" in nothing.stderr
         requests = [JobRequest("flowers", {"x": rows[n : n + 3]}, keep_request=True) for n in range(0, 150, 3)]
         for ack in client.jobs.submit_many(requests):
             client.jobs.result(ack.job_id)
