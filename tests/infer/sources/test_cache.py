@@ -152,7 +152,7 @@ async def test_a_path_is_named_once(cache, source):
     assert (await cache.fetch(SHA, len(DATA))).read_bytes() == DATA
 
 
-@pytest.mark.parametrize("sha256", ["", "../../x", SHA.upper(), SHA + "0"])
+@pytest.mark.parametrize("sha256", ["", "../../x", SHA.upper(), SHA + "0"], ids=["empty", "path", "upper", "long"])
 async def test_a_digest_must_be_one(cache, sha256):
     with pytest.raises(FailedPrecondition, match="no SHA-256 digest"):
         await cache.fetch(sha256, 1)
