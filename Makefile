@@ -4,6 +4,8 @@
 
 VENV := .venv
 PY := $(VENV)/bin/python
+# Processes that `make test` runs tests in. Many tests wait for real parts: three keep two cores busy.
+TESTERS ?= 3
 STAMP := $(VENV)/.installed
 CLIENT_VENV := .venv-tritonclient
 CLIENT_STAMP := $(CLIENT_VENV)/.installed
@@ -48,7 +50,7 @@ speech: $(STAMP) $(ORIGINALS_STAMP) ## Streams of speech, each with its state in
 
 test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINALS_STAMP) ## Run every test
 	@tools/clients.sh
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(TESTERS) --dist loadfile $(ARGS)
 
 test-fast: $(STAMP) $(CUDA_STAMPS) ## Run the tests that start no whole node
 	@$(PY) -m pytest -m "not node" $(ARGS)
