@@ -14,25 +14,25 @@ from mesh.membership import Registration, State
 from mesh.mongo import Document
 from mesh.server import GrpcServer, until_stopped
 from mesh.tasks import end, log_failure
-from services.ingest.attempt import Attempts
-from services.ingest.backlog import Backlog
-from services.ingest.budget import Budget
-from services.ingest.cancel import Cancelling
-from services.ingest.claims import Claims
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
-from services.ingest.dispatcher import Dispatcher
+from services.ingest.dispatch.attempt import Attempts
+from services.ingest.dispatch.cancel import Cancelling
+from services.ingest.dispatch.claims import Claims
+from services.ingest.dispatch.dispatcher import Dispatcher
+from services.ingest.dispatch.gate import Gate
+from services.ingest.dispatch.keeper import Keeper
+from services.ingest.dispatch.recorder import Recorder
+from services.ingest.dispatch.remote import RemoteModel, RemoteResults
 from services.ingest.documents import INDEXES, JOBS, PAYLOAD_VALIDATOR, PAYLOADS, VALIDATOR
-from services.ingest.gate import Gate
-from services.ingest.intake import Intake
-from services.ingest.jobs import Jobs
-from services.ingest.keeper import Keeper
-from services.ingest.payloads import Payloads
-from services.ingest.recorder import Recorder
-from services.ingest.remote import RemoteModel, RemoteResults
+from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.budget import Budget
+from services.ingest.intake.intake import Intake
+from services.ingest.intake.payloads import Payloads
+from services.ingest.reading.jobs import Jobs
+from services.ingest.reading.watch import Changes, Watch
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.ulid import Ulids
-from services.ingest.watch import Changes, Watch
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 
 from mesh.interceptors import Context
 from mesh.server import Rpc
-from services.ingest.cancel import Cancelling
-from services.ingest.intake import Intake
-from services.ingest.jobs import Filter, Jobs
+from services.ingest.dispatch.cancel import Cancelling
+from services.ingest.intake.intake import Intake
+from services.ingest.intake.stream import Stream
 from services.ingest.messages import message_of, state_of
-from services.ingest.stream import Stream
-from services.ingest.watch import Watch
+from services.ingest.reading.jobs import Filter, Jobs
+from services.ingest.reading.watch import Watch
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc

@@ -10,18 +10,18 @@ from datetime import UTC, datetime
 from mesh import mongo
 from mesh.membership import Registration, State
 from mesh.server import GrpcServer, Rpc, until_stopped
-from services.store.artifacts import Artifacts
-from services.store.blobs import open_blobs
+from services.store.artifacts.artifacts import Artifacts
+from services.store.artifacts.blobs import open_blobs
+from services.store.artifacts.staging import Staging
+from services.store.artifacts.threads import Threads
 from services.store.config import StoreConfig
 from services.store.documents import Collections
-from services.store.registry import Registry
-from services.store.registry_watch import RegistryWatch
+from services.store.registry.registry import Registry
+from services.store.registry.registry_watch import RegistryWatch
 from services.store.responses import Responses
-from services.store.result_watch import ResultWatch
-from services.store.results import Results
+from services.store.results.result_watch import ResultWatch
+from services.store.results.results import Results
 from services.store.rpc import StoreRpc
-from services.store.staging import Staging
-from services.store.threads import Threads
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 

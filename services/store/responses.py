@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import uuid
 
-from services.store.blobs import BlobStore
-from services.store.result_documents import BlobRef
-from services.store.threads import Threads
+from services.store.artifacts.blobs import BlobStore
+from services.store.artifacts.threads import Threads
+from services.store.results.result_documents import BlobRef
 from shoal.errors import DataLoss, NotFound
 
 INLINE_BYTES = 1 << 20

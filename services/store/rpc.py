@@ -8,15 +8,15 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from services.store import digest
-from services.store.artifacts import Artifact, Artifacts
-from services.store.model_rules import File
-from services.store.registry import Registry, Version
-from services.store.registry_watch import RegistryWatch
-from services.store.result_documents import timestamp
-from services.store.result_watch import ResultWatch
-from services.store.results import Results
-from services.store.uploads import Upload
+from services.store.artifacts import digest
+from services.store.artifacts.artifacts import Artifact, Artifacts
+from services.store.artifacts.uploads import Upload
+from services.store.registry.model_rules import File
+from services.store.registry.registry import Registry, Version
+from services.store.registry.registry_watch import RegistryWatch
+from services.store.results.result_documents import timestamp
+from services.store.results.result_watch import ResultWatch
+from services.store.results.results import Results
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 

@@ -11,7 +11,7 @@ import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import connect, ensure_collection
-from services.ingest.claims import Claims
+from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import (
     EVER,
     INDEXES,
@@ -33,7 +33,7 @@ from services.ingest.job import (
     take_over,
     try_again,
 )
-from services.ingest.jobs import Filter
+from services.ingest.reading.jobs import Filter
 from services.ingest.ulid import Ulids
 from shoal.errors import Code
 from tests.ingest.making import START, TestClock, job

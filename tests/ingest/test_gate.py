@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from services.ingest.gate import FIRST_MS, LONGEST_MS, Gate
+from services.ingest.dispatch.gate import FIRST_MS, LONGEST_MS, Gate
 from tests.ingest.making import START
 
 

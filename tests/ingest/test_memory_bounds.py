@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from services.ingest.backlog import Backlog
-from services.ingest.budget import Budget
-from services.ingest.stream import Window
+from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.budget import Budget
+from services.ingest.intake.stream import Window
 from shoal.errors import ResourceExhausted
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from mesh.mongo import connect
 from services.ingest.clock import milliseconds
 from services.ingest.documents import JOBS, PAYLOADS, document_of
+from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job, State
-from services.ingest.payloads import Payloads
 from services.ingest.ulid import Ulids
 from tests.ingest.making import START, job
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from services.ingest.dispatch.remote import RemoteResults, failure_of
 from services.ingest.job import End, Outcome
-from services.ingest.remote import RemoteResults, failure_of
 from shoal.errors import Code, Internal, Unavailable
 from shoal.store.v1 import store_pb2
 from tests.ingest.faults import FakeMesh, failing

@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from services.ingest.intake.submission import digest_of, job_of
 from services.ingest.job import Job, Policy, State
-from services.ingest.submission import digest_of, job_of
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb

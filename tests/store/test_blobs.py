@@ -12,13 +12,13 @@ import pytest
 from obstore.store import MemoryStore
 
 from mesh import mongo
-from services.store import blobs as blobs_module
-from services.store.artifacts import Artifacts
-from services.store.blobs import CHUNK_BYTES, BlobStore, LocalBlobs, ObjectBlobs, open_blobs
+from services.store.artifacts import blobs as blobs_module
+from services.store.artifacts.artifacts import Artifacts
+from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore, LocalBlobs, ObjectBlobs, open_blobs
+from services.store.artifacts.staging import Staging
+from services.store.artifacts.threads import Threads
+from services.store.artifacts.uploads import Upload
 from services.store.documents import Collections
-from services.store.staging import Staging
-from services.store.threads import Threads
-from services.store.uploads import Upload
 from shoal.errors import DataLoss, Internal, NotFound, ResourceExhausted
 from tests.store.conftest import sha256, upload
 

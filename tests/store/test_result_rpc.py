@@ -16,7 +16,7 @@ from grpc import StatusCode
 from pymongo import AsyncMongoClient
 
 from services.store.config import StoreConfig
-from services.store.result_rules import check_results
+from services.store.results.result_rules import check_results
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.store.v1 import store_pb2 as pb

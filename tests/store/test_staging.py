@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.store.staging import Partial, Staging
+from services.store.artifacts.staging import Partial, Staging
 from shoal.errors import FailedPrecondition, Internal, ResourceExhausted
 
 A, B = "a" * 64, "b" * 64

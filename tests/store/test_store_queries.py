@@ -11,9 +11,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pymongo import monitoring
 
 from mesh import mongo
-from services.store import results
 from services.store.documents import Collections
 from services.store.page_token import Place
+from services.store.results import results
 from shoal.store.v1 import store_pb2 as pb
 from tests.store.conftest import running_store, store_config, stored
 

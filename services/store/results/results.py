@@ -18,10 +18,11 @@ from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import BulkWriteError
 
 from mesh.mongo import TIMEOUT_MS, Document, translated
-from services.store import page_token, result_documents, result_rules
+from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Place
 from services.store.responses import Responses
+from services.store.results import result_documents, result_rules
 from shoal.errors import DataLoss, NotFound, ShoalError, Unavailable
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
-from services.ingest.intake import Intake
+from services.ingest.intake.intake import Intake
 from shoal.errors import Code, InvalidArgument, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
 

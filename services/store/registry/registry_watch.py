@@ -18,8 +18,8 @@ from mesh.latest import Latest
 from mesh.mongo import Document, next_change, translated
 from mesh.tasks import end
 from services.store.documents import Collections
-from services.store.model_rules import check_name
-from services.store.registry import Registry, Version
+from services.store.registry.model_rules import check_name
+from services.store.registry.registry import Registry, Version
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
-from services.store.blobs import CHUNK_BYTES, BlobStore
+from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
+from services.store.artifacts.staging import Partial, Staging
+from services.store.artifacts.threads import Threads
+from services.store.artifacts.uploads import TooLong, Upload
 from services.store.documents import Collections
-from services.store.staging import Partial, Staging
-from services.store.threads import Threads
-from services.store.uploads import TooLong, Upload
 from shoal.errors import DataLoss, InvalidArgument, NotFound, OutOfRange, ResourceExhausted, ShoalError
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from services.ingest.claims import Claims
 from services.ingest.clock import Clock
-from services.ingest.dispatcher import Dispatcher
+from services.ingest.dispatch.claims import Claims
+from services.ingest.dispatch.dispatcher import Dispatcher
+from services.ingest.intake.submission import REASON_CHARS
 from services.ingest.job import Job, ended_from_outside
-from services.ingest.jobs import Jobs
-from services.ingest.submission import REASON_CHARS
-from services.ingest.watch import Watch
+from services.ingest.reading.jobs import Jobs
+from services.ingest.reading.watch import Watch
 from shoal.errors import InvalidArgument, ResourceExhausted
 
 WAIT_S = 3.0

@@ -24,10 +24,10 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from services.ingest.clock import Clock
 from services.ingest.documents import fenced_update
-from services.ingest.group import Group
+from services.ingest.intake.group import Group
+from services.ingest.intake.payloads import Payloads
 from services.ingest.job import MESSAGE_CHARS, Again, End, Job, Outcome, end, try_again
 from services.ingest.messages import timestamp_of
-from services.ingest.payloads import Payloads
 from shoal.errors import Code, ShoalError
 from shoal.store.v1 import store_pb2
 

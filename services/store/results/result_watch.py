@@ -15,8 +15,8 @@ from pymongo.errors import OperationFailure
 
 from mesh.mongo import Document, next_change, translated
 from services.store.documents import Collection, Collections
-from services.store.result_rules import check_text
-from services.store.results import Results
+from services.store.results.result_rules import check_text
+from services.store.results.results import Results
 from shoal.errors import InvalidArgument, OutOfRange, ResourceExhausted, Unavailable
 from shoal.store.v1.store_pb2 import Result, WatchResultsRequest
 

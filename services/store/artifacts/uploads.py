@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from services.store.digest import checked
+from services.store.artifacts.digest import checked
 from shoal.errors import DeadlineExceeded, InvalidArgument
 from shoal.store.v1.store_pb2 import PutArtifactRequest
 

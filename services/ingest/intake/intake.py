@@ -20,14 +20,14 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import BulkWriteError
 
 from mesh.mongo import Document, translate, translated
-from services.ingest.backlog import Backlog
-from services.ingest.budget import Budget
 from services.ingest.clock import Clock
 from services.ingest.documents import LIGHT, document_of, job_of
-from services.ingest.group import Group
+from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.budget import Budget
+from services.ingest.intake.group import Group
+from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
-from services.ingest.payloads import Payloads
-from services.ingest.submission import job_of as job_of_submit
 from services.ingest.ulid import Ulids
 from shoal.errors import AlreadyExists, DataLoss, ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb

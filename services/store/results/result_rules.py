@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from services.store.digest import brief
+from services.store.artifacts.digest import brief
 from shoal.errors import InvalidArgument
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result
 

@@ -13,13 +13,13 @@ from typing import Protocol
 from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from services.ingest.budget import Budget
 from services.ingest.clock import Clock
-from services.ingest.gate import Gate
+from services.ingest.dispatch.gate import Gate
+from services.ingest.dispatch.recorder import result_of
+from services.ingest.intake.budget import Budget
+from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.submission import EXPLAIN, REQUEST_BYTES
 from services.ingest.job import Again, End, Failure, Job, Outcome, after_failure, ended_from_outside
-from services.ingest.payloads import Payloads
-from services.ingest.recorder import result_of
-from services.ingest.submission import EXPLAIN, REQUEST_BYTES
 from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2
 from shoal.store.v1 import store_pb2

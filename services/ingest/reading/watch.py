@@ -26,7 +26,7 @@ from pymongo.errors import PyMongoError
 from mesh.mongo import Document, next_change, translate
 from mesh.tasks import end
 from services.ingest.job import Job
-from services.ingest.jobs import Jobs
+from services.ingest.reading.jobs import Jobs
 from shoal.errors import ResourceExhausted, Unavailable
 
 log = logging.getLogger(__name__)

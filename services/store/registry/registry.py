@@ -17,11 +17,11 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import TIMEOUT_MS, Document, translated
-from services.store import model_rules as rules
-from services.store.artifacts import Artifacts
-from services.store.digest import brief
+from services.store.artifacts.artifacts import Artifacts
+from services.store.artifacts.digest import brief
 from services.store.documents import Collections, whole_milliseconds
-from services.store.model_rules import File
+from services.store.registry import model_rules as rules
+from services.store.registry.model_rules import File
 from shoal.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 T = TypeVar("T")

@@ -13,8 +13,8 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from services.ingest.documents import LIGHT, job_of
+from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job, State
-from services.ingest.payloads import Payloads
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 

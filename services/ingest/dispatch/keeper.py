@@ -16,14 +16,14 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from mesh.tasks import end
-from services.ingest.backlog import Backlog
-from services.ingest.claims import Claims
 from services.ingest.clock import Clock
-from services.ingest.dispatcher import Dispatcher
+from services.ingest.dispatch.claims import Claims
+from services.ingest.dispatch.dispatcher import Dispatcher
+from services.ingest.dispatch.recorder import Results
 from services.ingest.documents import EVER
+from services.ingest.intake.backlog import Backlog
+from services.ingest.intake.payloads import Payloads
 from services.ingest.job import End, Job, Lease, after_lapse, ended_from_outside
-from services.ingest.payloads import Payloads
-from services.ingest.recorder import Results
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)

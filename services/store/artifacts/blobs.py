@@ -23,8 +23,8 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from services.store import disk
-from services.store.threads import Threads
+from services.store.artifacts import disk
+from services.store.artifacts.threads import Threads
 from shoal.errors import NotFound, PermissionDenied, Unavailable
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.store import disk
+from services.store.artifacts import disk
 from shoal.errors import FailedPrecondition, ResourceExhausted
 
 _CATCH_UP_BYTES = 16 << 20

@@ -22,13 +22,13 @@ from datetime import datetime
 from types import TracebackType
 
 from mesh.tasks import end
-from services.ingest.attempt import Attempts
-from services.ingest.backlog import Backlog
-from services.ingest.claims import Claims
 from services.ingest.clock import Clock
-from services.ingest.gate import Gate
+from services.ingest.dispatch.attempt import Attempts
+from services.ingest.dispatch.claims import Claims
+from services.ingest.dispatch.gate import Gate
+from services.ingest.dispatch.recorder import Recorder
+from services.ingest.intake.backlog import Backlog
 from services.ingest.job import Again, End, Job, Lease, Outcome, released
-from services.ingest.recorder import Recorder
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)

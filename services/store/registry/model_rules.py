@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from services.store.digest import brief, checked
+from services.store.artifacts.digest import brief, checked
 from shoal.errors import InvalidArgument
 
 MAX_VERSION = (1 << 63) - 1

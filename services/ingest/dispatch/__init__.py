@@ -1,0 +1,1 @@
+"""From a durable job to its end: claims, attempts, recording, leases."""

@@ -1,0 +1,1 @@
+"""The way in: submits become durable jobs."""

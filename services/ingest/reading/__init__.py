@@ -1,0 +1,1 @@
+"""Jobs as clients read and watch them."""

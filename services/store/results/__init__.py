@@ -1,0 +1,1 @@
+"""What became of jobs, kept for ever: the first stands."""
