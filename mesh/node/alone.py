@@ -1,4 +1,6 @@
-"""The inference server by itself, on a folder of models or one file: no etcd, no MongoDB, no mesh. One process or several."""
+"""The inference server by itself, on a folder of models or one file: no etcd, no MongoDB, no mesh.
+
+One process or several."""
 
 from __future__ import annotations
 

@@ -289,5 +289,5 @@ def test_one_file_as_a_repository(tmp_path):
     assert look(file, ".hidden") == scan(file)[0]
     assert look(file, "hidden") is None
     file.unlink()
-    with pytest.raises(FailedPrecondition, match="give a folder of models, or one .onnx file"):
+    with pytest.raises(FailedPrecondition, match=r"give a folder of models, or one \.onnx file"):
         scan(file)
