@@ -11,7 +11,7 @@ from mesh import mongo
 from mesh.membership import Registration, State
 from mesh.server import GrpcServer, Rpc, until_stopped
 from services.store.artifacts.artifacts import Artifacts
-from services.store.artifacts.blobs import open_blobs
+from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
 from services.store.artifacts.threads import Threads
 from services.store.config import StoreConfig
