@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class WeedProcess(Process):
             prefix=prefix or None,
             region=_REGION,
             client_options={"allow_http": True},
+            retry_config={"retry_timeout": timedelta(seconds=2)},
             virtual_hosted_style_request=False,
             **{**given, **changed},
         )
@@ -129,6 +131,7 @@ def _command(folder: Path, ports: Mapping[str, int], grpc_ports: Mapping[str, in
         argv += [f"-{name}.port={ports[name]}", f"-{name}.port.grpc={grpc_ports[name]}"]
     # Nothing that listens elsewhere, nothing that calls home, nothing left in the temporary folder.
     argv += ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+    argv += ["-master.electionTimeout=1s"]  # It is alone: nobody else would vote.
     argv += [f"-filer.localSocket={folder}/f.sock", f"-s3.localSocket={folder}/s.sock"]
     # One bucket takes several volumes at once: small ones, made as they are filled.
     argv += ["-master.volumeSizeLimitMB=64", "-volume.max=200"]

@@ -38,7 +38,7 @@ async def run(config: StoreConfig) -> None:
         threads = stack.enter_context(Threads())
         client = await stack.enter_async_context(mongo.connect(config.mongo))
         collections = Collections(client[config.database])
-        blobs, folder = open_blobs(config.blobs, config.staging, threads)
+        blobs, folder = open_blobs(config.blobs, config.staging, threads, checksums=config.s3_checksums)
         staging = Staging(folder, config.max_uploads, config.upload_age_ms / 1000)
         artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=_now)
         registry = Registry(collections, artifacts, _now)

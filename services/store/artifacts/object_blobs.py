@@ -39,23 +39,20 @@ _REQUEST = timedelta(seconds=120)
 _CONNECT = timedelta(seconds=5)
 _RETRIES: RetryConfig = {"retry_timeout": timedelta(seconds=10)}
 # An object store that is away is reported after so long, and not after obstore's three minutes.
-_CHECKSUM = "AWS_CHECKSUM_ALGORITHM"
-# S3 compares what it receives with a checksum that travels along. Set this variable, empty if need be, for an object
-# store that does not know x-amz-checksum-sha256.
 _PAST_ITS_END = ("416 Range Not Satisfiable", "Requested range was invalid")
 # A range that begins beyond the end has no error class of its own: so say object stores, and so does a folder.
 _NOWHERE = "no-such-folder/"
 
 
-def open_object_store(url: str, request: timedelta = _REQUEST) -> ObjectStore:
+def open_object_store(url: str, *, checksums: bool = True, request: timedelta = _REQUEST) -> ObjectStore:
     """The store at `s3://bucket/prefix`, `gs://...`, `az://...`; credentials come from the usual variables.
 
-    `request`: the longest that one request may take.
+    `checksums`: send a SHA-256 of each part along, which S3 compares and keeps. `request`: the longest one may take.
     """
     # Options given here replace those that obstore finds in the environment, and this one of them matters.
     allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes")
     options: ClientConfig = {"timeout": request, "connect_timeout": _CONNECT, "allow_http": allow_http}
-    if url.startswith("s3") and _CHECKSUM not in os.environ:
+    if checksums and url.startswith("s3"):
         return S3Store.from_url(url, client_options=options, retry_config=_RETRIES, checksum_algorithm="SHA256")
     return from_url(url, client_options=options, retry_config=_RETRIES)
 

@@ -12,8 +12,10 @@ from services.store.artifacts.object_blobs import ObjectBlobs, open_object_store
 from services.store.artifacts.threads import Threads
 
 
-def open_blobs(url: str, staging: Path | None, threads: Threads) -> tuple[BlobStore, Path]:
+def open_blobs(url: str, staging: Path | None, threads: Threads, *, checksums: bool = True) -> tuple[BlobStore, Path]:
     """The blob store at `url` and the local folder for its unfinished uploads. Makes the folders.
+
+    `checksums`: S3 is sent checksums that it compares with what it receives.
 
     Raises:
         OSError: a folder cannot be made.
@@ -25,4 +27,4 @@ def open_blobs(url: str, staging: Path | None, threads: Threads) -> tuple[BlobSt
         return LocalBlobs(root, staging, threads), staging
     assert staging is not None  # StoreConfig sees to it.
     disk.make_folder(staging)
-    return ObjectBlobs(open_object_store(url)), staging
+    return ObjectBlobs(open_object_store(url, checksums=checksums)), staging
