@@ -13,7 +13,7 @@ from mesh.server import Rpc, until_stopped
 from mesh.serving import Server
 from mesh.serving import server as server_of
 from services.store.artifacts.artifacts import Artifacts
-from services.store.artifacts.blobs import open_blobs
+from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
 from services.store.artifacts.threads import Threads
 from services.store.config import StoreConfig
@@ -40,7 +40,7 @@ async def run(config: StoreConfig) -> None:
         threads = stack.enter_context(Threads())
         client = await stack.enter_async_context(mongo.connect(config.mongo))
         collections = Collections(client[config.database])
-        blobs, folder = open_blobs(config.blobs, config.staging, threads)
+        blobs, folder = open_blobs(config.blobs, config.staging, threads, checksums=config.s3_checksums)
         staging = Staging(folder, config.max_uploads, config.upload_age_ms / 1000)
         artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=_now)
         registry = Registry(collections, artifacts, _now)

@@ -27,6 +27,8 @@ class StoreConfig(ServiceConfig):
     of object stores come from their usual variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT, ...)."""
     staging: Annotated[Path | None, Field(validate_default=True)] = None
     """Local folder of unfinished uploads. For file:// it is always `<folder>/staging`; else it must be given."""
+    s3_checksums: bool = True
+    """Send S3 a SHA-256 with everything that is stored. Only for an S3 that refuses `x-amz-checksum-sha256`: false."""
     max_artifact_bytes: Annotated[int, Field(ge=1, le=1 << 42)] = 8 << 30
     """Largest artifact that is accepted."""
     max_uploads: Annotated[int, Field(ge=1, le=10_000)] = 64
