@@ -64,7 +64,7 @@ async def test_an_input_may_be_left_out(repo, serve, isolation):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", [("cpu", None, (), ())]),
+        ("", [("gpu", 0, (), ()), ("gpu", 1, (), ())]),
         ("instance_group [{ count: 2 kind: KIND_CPU }]", 2 * [("cpu", None, (), ())]),
         (
             "instance_group [{ kind: KIND_GPU count: 2 }, { kind: KIND_CPU }]",
