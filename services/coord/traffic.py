@@ -43,6 +43,7 @@ _STORE_IDEMPOTENT = (
     "QueryResults",
     "WatchResults",
     "StreamResults",
+    "ExportResults",
 )
 _INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob")
 _COORD_IDEMPOTENT = ("ListInstances", "WatchInstances", "GetLeader", "GetMeshStatus")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import grpc
@@ -11,6 +12,7 @@ import grpc
 from services.store.artifacts import digest
 from services.store.artifacts.artifacts import Artifact, Artifacts
 from services.store.artifacts.uploads import Upload
+from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
 from services.store.registry.registry import Registry, Version
 from services.store.registry.registry_watch import RegistryWatch
@@ -35,6 +37,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         results: Results,
         result_watch: ResultWatch,
         result_stream: ResultStream,
+        exports: Exports,
         *,
         upload_idle_s: float,
     ) -> None:
@@ -44,6 +47,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         self._results = results
         self._result_watch = result_watch
         self._result_stream = result_stream
+        self._exports = exports
         self._upload_idle_s = upload_idle_s
 
     async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
@@ -110,6 +114,14 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         async with aclosing(self._result_stream.follow(request)) as pieces:
             async for piece in pieces:
                 yield pb.StreamResultsResponse(**vars(piece))
+
+    async def ExportResults(
+        self, request: pb.ExportResultsRequest, ctx: Context
+    ) -> AsyncIterator[pb.ExportResultsResponse]:
+        async with aclosing(self._exports.run(request)) as running:
+            async for progress in running:
+                told = asdict(progress)
+                yield pb.ExportResultsResponse(bytes=told.pop("size"), **told)
 
 
 def _artifact(artifact: Artifact) -> pb.Artifact:
