@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from datetime import timedelta
 
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -29,6 +31,7 @@ from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.job import Job
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.rpc import IngestRpc, rpc
@@ -55,7 +58,13 @@ async def run(config: IngestConfig) -> None:
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         claims = Claims(
-            documents, clock=utc_now, new_id=ulids.new, owner=name, process=ulids.new(), lease_ms=config.lease_ms
+            documents,
+            clock=utc_now,
+            new_id=ulids.new,
+            owner=name,
+            process=ulids.new(),
+            lease_ms=config.lease_ms,
+            ageing=timedelta(milliseconds=config.ageing_ms),
         )
         attempts = Attempts(
             RemoteModel(channel),
@@ -94,6 +103,11 @@ async def run(config: IngestConfig) -> None:
             ready=ready,
             renew_ms=config.renew_ms,
         )
+
+        def accept(accepted: Sequence[Job]) -> None:
+            claims.notice(accepted)
+            dispatcher.accept(accepted)
+
         intake = Intake(
             documents,
             payloads,
@@ -103,7 +117,7 @@ async def run(config: IngestConfig) -> None:
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
-            on_accepted=dispatcher.accept,
+            on_accepted=accept,
         )
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
         servicer = IngestRpc(
@@ -140,6 +154,8 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            if lined_up := await claims.line_up():
+                log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():
                 log.warning("an earlier process of this name left %d jobs: they are taken up", left)
             return

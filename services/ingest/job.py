@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
 
+from services.ingest.lane import Lane
 from shoal.errors import Code
 
 
@@ -128,6 +129,8 @@ class Job:
     digest: bytes = b""
     """Of the submit request, when it has a key."""
     policy: Policy = Policy()
+    priority: int = 0
+    """Higher goes first, among the tenant's own jobs (`lane.py`)."""
     due_at: datetime | None = None
     """Set while the job waits to be claimed: not before then."""
     deadline: datetime | None = None
@@ -151,6 +154,11 @@ class Job:
     """The client asked that its request stay when it is done with."""
     request: bytes | None = None
     """The serialised ModelInferRequest; None where it was not loaded or is kept apart."""
+
+    @property
+    def lane(self) -> Lane:
+        """Where it waits."""
+        return Lane(self.tenant, self.model_name, self.priority)
 
     @property
     def is_final(self) -> bool:

@@ -45,6 +45,9 @@ def submit(
     attempts: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=100, help="Attempts in all. Default: the node's.")
     ] = None,
+    priority: Annotated[
+        int, typer.Option(metavar="P", min=-9, max=9, help="Which of the tenant's jobs go first: a level is a minute.")
+    ] = 0,
     label: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note that stays with the job. May be repeated.")
     ] = None,
@@ -85,6 +88,7 @@ def submit(
             deadline=deadline,
             retry=None if attempts is None else JobRetry(max_attempts=attempts),
             labels=labels,
+            priority=priority,
             keep_request=keep_request,
         )
     if json:
@@ -225,6 +229,7 @@ def _show_job(job: Job) -> None:
         ("state", job.state),
         ("model", f"{job.model_name} version {job.model_version}" if job.model_version else job.model_name),
         ("tenant", job.tenant),
+        ("priority", job.priority or None),
         ("attempts", job.attempts),
         ("submitted", job.submitted_at),
         ("not before", job.not_before),

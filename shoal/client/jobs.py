@@ -53,19 +53,20 @@ class AsyncJobs:
         deadline: float | timedelta | None = None,
         retry: JobRetry | None = None,
         labels: Mapping[str, str] | None = None,
+        priority: int = 0,
         keep_request: bool = False,
         timeout: float = SUBMIT_S,
     ) -> Job:
         """Hands in one job. When this returns it is durable: it will run, whatever is killed when.
 
         With an `idempotency_key` a second submit returns the first job; without, the client makes one, so that its own
-        retries make no second job. The job expires after `deadline` seconds without an answer. With `keep_request` its
-        inputs stay in the node when it is done.
+        retries make no second job. The job expires after `deadline` seconds without an answer. `priority` (-9 to 9)
+        orders the tenant's own jobs. With `keep_request` its inputs stay in the node when it is done.
 
         Raises:
             InvalidArgument: names what is wrong.
             AlreadyExists: the key was used with another request.
-            ResourceExhausted: the backlog is full.
+            ResourceExhausted: the backlog is full, or the tenant's quota is; `retry_after_ms` says when to come back.
         """
         request = JobRequest(
             model,
@@ -79,6 +80,7 @@ class AsyncJobs:
             deadline=deadline,
             retry=retry,
             labels=labels or {},
+            priority=priority,
             keep_request=keep_request,
         )
         message = await self._message(Asker(self._caller), request)

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from google.protobuf.duration_pb2 import Duration
 
 from services.ingest.job import Job, Policy, acceptance
+from services.ingest.lane import LEAST_PRIORITY, MOST_PRIORITY
 from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -53,6 +54,7 @@ def job_of(
         key=submit.idempotency_key,
         digest=digest_of(submit) if submit.idempotency_key else b"",
         policy=_policy(submit.retry),
+        priority=_priority(submit.priority),
         deadline=None if deadline is None else now + deadline,
         labels=_labels(submit),
         explains=submit.request.parameters[EXPLAIN].bool_param if EXPLAIN in submit.request.parameters else False,
@@ -102,6 +104,12 @@ def _policy(retry: pb.RetryPolicy) -> Policy:
         elif max_ms < initial_ms:
             raise InvalidArgument(f"retry.max_backoff: at least initial_backoff ({initial_ms} ms), got {max_ms} ms")
     return Policy(retry.max_attempts or default.max_attempts, initial_ms, max_ms)
+
+
+def _priority(priority: int) -> int:
+    if not LEAST_PRIORITY <= priority <= MOST_PRIORITY:
+        raise InvalidArgument(f"priority: {LEAST_PRIORITY} to {MOST_PRIORITY} (0 is the default), got {priority}")
+    return priority
 
 
 def _deadline(submit: pb.SubmitRequest) -> timedelta | None:
