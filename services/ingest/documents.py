@@ -103,7 +103,7 @@ def document_of(job: Job) -> Document:
         "model_name": job.model_name,
         "model_version": job.model_version,
         "tenant": job.tenant,
-        "policy": asdict(job.policy),
+        "policy": _policy(job.policy),
         "attempts": job.attempts,
         "refusals": job.refusals,
         "submitted_at": job.submitted_at,
@@ -148,8 +148,8 @@ def job_of(document: Mapping[str, Any]) -> Job:
         tenant=document["tenant"],
         key=document.get("key", ""),
         digest=document.get("digest", b""),
-        policy=Policy(**document["policy"]),
         priority=document.get("priority", 0),
+        policy=Policy(**{**document["policy"], "codes": tuple(document["policy"].get("codes", ()))}),
         due_at=document.get("due_at"),
         deadline=document.get("deadline"),
         attempts=document["attempts"],
@@ -228,6 +228,13 @@ def taking_over(lease: Lease, cancel_reason: str | None = None) -> Document:
     if cancel_reason is not None:
         set_["cancel"] = {"reason": cancel_reason}
     return {"$set": set_, "$unset": {"due_at": ""}}
+
+
+def _policy(policy: Policy) -> Document:
+    document = asdict(policy)
+    if not policy.codes:
+        del document["codes"]  # Few jobs have their own, and every job pays for its bytes.
+    return document
 
 
 def _step(step: Transition) -> Document:

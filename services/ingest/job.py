@@ -69,7 +69,7 @@ PERMANENT = frozenset(
     }
 )
 """The request is at fault: no further attempt would help. Every other code is tried again, NOT_FOUND too: a model that
-was pushed a moment ago may not be everywhere yet."""
+was pushed a moment ago may not be everywhere yet. A job may name its own codes instead (`Policy.codes`)."""
 
 NOT_READY_WAIT_MS = 1_000
 NOT_READY_MAX_WAIT_MS = 4_000
@@ -91,6 +91,20 @@ class Policy:
     max_attempts: int = 5
     initial_backoff_ms: int = 200
     max_backoff_ms: int = 30_000
+    codes: tuple[int, ...] = ()
+    """The status codes that are worth another attempt; none: all but PERMANENT."""
+
+    def is_permanent(self, code: int) -> bool:
+        """Whether a failure with `code` ends the job at once.
+
+        ABORTED never does: it is what an attempt ends with whose instance died, which says nothing about the request.
+        """
+        if code == Code.ABORTED:
+            return False
+        return code not in self.codes if self.codes else code in PERMANENT
+
+
+DEFAULT_POLICY = Policy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +142,9 @@ class Job:
     key: str = ""
     digest: bytes = b""
     """Of the submit request, when it has a key."""
-    policy: Policy = Policy()
     priority: int = 0
     """Higher goes first, among the tenant's own jobs (`lane.py`)."""
+    policy: Policy = DEFAULT_POLICY
     due_at: datetime | None = None
     """Set while the job waits to be claimed: not before then."""
     deadline: datetime | None = None
@@ -201,9 +215,12 @@ class End:
     message: str = ""
 
 
-def acceptance(now: datetime, instance: str) -> tuple[Transition, ...]:
-    """The transitions of a job that `instance` has just accepted."""
-    return (Transition(State.QUEUED, now, 0, instance, "submitted"),)
+def acceptance(now: datetime, instance: str, due_at: datetime | None = None) -> tuple[Transition, ...]:
+    """The transitions of a job that `instance` has just accepted, and that is not to run before `due_at`."""
+    reason = "submitted"
+    if due_at is not None and due_at > now:
+        reason += f", not to run before {due_at.isoformat(timespec='milliseconds')}"
+    return (Transition(State.QUEUED, now, 0, instance, reason),)
 
 
 def claim(job: Job, lease: Lease, now: datetime) -> Job:
@@ -248,7 +265,7 @@ def try_again(job: Job, again: Again, instance: str, now: datetime) -> Job:
 
 def end(job: Job, standing: End, instance: str, now: datetime) -> Job:
     """The job in its final state, by the result that stands in the store."""
-    state = state_of(standing)
+    state = state_of(standing, job.policy)
     step = Transition(state, now, job.attempts, instance, standing.message[:MESSAGE_CHARS] or "answered")
     is_answered = standing.outcome is Outcome.SUCCEEDED
     return replace(
@@ -264,10 +281,10 @@ def end(job: Job, standing: End, instance: str, now: datetime) -> Job:
     )
 
 
-def state_of(standing: End) -> State:
-    """The final state that belongs to a result."""
+def state_of(standing: End, policy: Policy = DEFAULT_POLICY) -> State:
+    """The final state that belongs to a result of a job with that policy."""
     if standing.outcome is Outcome.FAILED:
-        return State.FAILED if standing.code in PERMANENT else State.DEAD
+        return State.FAILED if policy.is_permanent(standing.code) else State.DEAD
     return State[standing.outcome.name]
 
 
@@ -275,7 +292,7 @@ def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], 
     """What becomes of a running job whose attempt failed. `draw` gives a number in [0, 1)."""
     if (ended := ended_from_outside(job, now)) is not None:
         return ended
-    if failure.is_reached and failure.code in PERMANENT:
+    if failure.is_reached and job.policy.is_permanent(failure.code):
         return End(Outcome.FAILED, failure.code, failure.message)
     name = _name_of(failure.code)
     if not failure.is_reached:

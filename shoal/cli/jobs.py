@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,8 @@ Tenant = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to an .npz, .npy or .json.")
 ]
+
+TIMES = ["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M", "%Y-%m-%d"]
 
 
 @app.command()
@@ -55,6 +58,21 @@ def submit(
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="A parameter of the request. May be repeated."),
     ] = None,
+    retry_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CODE",
+            help="Try again only after this status, such as unavailable. May be repeated. "
+            "Default: all that do not say that the request is at fault.",
+        ),
+    ] = None,
+    delay: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Do not run it before so many seconds have passed.")
+    ] = None,
+    not_before: Annotated[
+        datetime | None,
+        typer.Option(metavar="TIME", formats=TIMES, help="Do not run it before then: 2026-12-24T18:00, local time."),
+    ] = None,
     keep_request: Annotated[
         bool, typer.Option("--keep-request", help="Keep the inputs when the job is done: for `shoal models quantize`.")
     ] = False,
@@ -68,6 +86,8 @@ def submit(
       shoal jobs submit digits '{"x": [[1, 2, 3, 4]]}'
 
       shoal jobs submit digits rows.npy --key monday-7 --deadline 3600
+
+      shoal jobs submit digits rows.npy --delay 600 --attempts 10 --retry-on unavailable --retry-on internal
     """
     from shoal.cli import tensors
     from shoal.client import JobRetry
@@ -86,10 +106,12 @@ def submit(
             datatypes=ready.datatypes,
             idempotency_key=key,
             deadline=deadline,
-            retry=None if attempts is None else JobRetry(max_attempts=attempts),
+            retry=JobRetry(max_attempts=attempts or 5, codes=retry_on or ()) if attempts or retry_on else None,
             labels=labels,
             priority=priority,
             keep_request=keep_request,
+            delay=delay,
+            not_before=not_before,
         )
     if json:
         show_json(job)

@@ -9,6 +9,7 @@ from shoal.client.calls import Headers
 from shoal.client.face import Face, LoopThread, blocking, iterating
 from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
+from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
 
 
@@ -39,6 +40,14 @@ class Jobs(Face[AsyncJobs]):
     watch = iterating(AsyncJobs.watch)
     cancel = blocking(AsyncJobs.cancel)
     result = blocking(AsyncJobs.result)
+
+
+class Results(Face[AsyncResults]):
+    """`client.results`."""
+
+    get = blocking(AsyncResults.get)
+    list = blocking(AsyncResults.list)
+    stream = iterating(AsyncResults.stream)
 
 
 class Client(Face[AsyncClient]):
@@ -80,6 +89,7 @@ class Client(Face[AsyncClient]):
         super().__init__(inner, loop)
         self.models = Models(inner.models, loop)
         self.jobs = Jobs(inner.jobs, loop)
+        self.results = Results(inner.results, loop)
 
     @property
     def address(self) -> str:

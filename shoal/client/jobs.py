@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from shoal.client import methods
 from shoal.client.arrays import Array, ArrayLike
@@ -55,13 +55,16 @@ class AsyncJobs:
         labels: Mapping[str, str] | None = None,
         priority: int = 0,
         keep_request: bool = False,
+        not_before: datetime | None = None,
+        delay: float | timedelta | None = None,
         timeout: float = SUBMIT_S,
     ) -> Job:
         """Hands in one job. When this returns it is durable: it will run, whatever is killed when.
 
         With an `idempotency_key` a second submit returns the first job; without, the client makes one, so that its own
         retries make no second job. The job expires after `deadline` seconds without an answer. `priority` (-9 to 9)
-        orders the tenant's own jobs. With `keep_request` its inputs stay in the node when it is done.
+        orders the tenant's own jobs. With `keep_request` its inputs stay in the node when it is done. It is not run
+        before `not_before`, nor before `delay` seconds have passed.
 
         Raises:
             InvalidArgument: names what is wrong.
@@ -82,6 +85,8 @@ class AsyncJobs:
             labels=labels or {},
             priority=priority,
             keep_request=keep_request,
+            not_before=not_before,
+            delay=delay,
         )
         message = await self._message(Asker(self._caller), request)
         answer = await self._caller.call(methods.SUBMIT, message, timeout_s=timeout, doing=f"submit to {model}")

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import grpc
@@ -87,7 +87,10 @@ async def test_submit_says_all_of_it_and_makes_a_key(served: Served, intake: Int
             X,
             version=2,
             deadline=timedelta(seconds=90),
-            retry=JobRetry(max_attempts=3, initial_backoff_s=0.5, max_backoff_s=4),
+            retry=JobRetry(
+                max_attempts=3, initial_backoff_s=0.5, max_backoff_s=4, codes=["unavailable", Code.INTERNAL]
+            ),
+            delay=timedelta(seconds=7),
             labels={"a": "b"},
             parameters={"explain": True},
         )
@@ -99,6 +102,18 @@ async def test_submit_says_all_of_it_and_makes_a_key(served: Served, intake: Int
     assert request.request.parameters["explain"].bool_param
     assert request.deadline.ToSeconds() == 90
     assert (request.retry.max_attempts, request.retry.initial_backoff.ToMilliseconds()) == (3, 500)
+    assert list(request.retry.retry_codes) == [14, 13]
+    assert request.delay.ToSeconds() == 7
+
+
+async def test_when_a_job_may_run_and_what_is_worth_a_retry(served: Served, intake: Intake) -> None:
+    at = datetime(2030, 1, 2, 3, 4, tzinfo=timezone(timedelta(hours=2)))
+    async with client_of(served) as client:
+        await client.jobs.submit("m", X, not_before=at)
+        with pytest.raises(InvalidArgument, match="status code 'nope': use one of cancelled, unknown"):
+            await client.jobs.submit("m", X, retry=JobRetry(codes=["nope"]))
+    [request] = intake.jobs.values()
+    assert request.not_before.ToJsonString() == "2030-01-02T01:04:00Z"
 
 
 async def test_a_submit_whose_answer_is_lost_makes_one_job(served: Served, intake: Intake) -> None:

@@ -94,17 +94,26 @@ class World(RuleBasedStateMachine):
 
     # What may happen.
 
-    @rule(attempts=st.integers(1, 4), deadline_s=st.none() | st.integers(1, 60), backoff_ms=st.integers(0, 5_000))
-    def submit(self, attempts: int, deadline_s: int | None, backoff_ms: int) -> None:
+    @rule(
+        attempts=st.integers(1, 4),
+        deadline_s=st.none() | st.integers(1, 60),
+        backoff_ms=st.integers(0, 5_000),
+        codes=st.sampled_from([(), (Code.INTERNAL,), (Code.INVALID_ARGUMENT, Code.UNAVAILABLE)]),
+        delay_s=st.sampled_from([0, 0, 30]),
+    )
+    def submit(
+        self, attempts: int, deadline_s: int | None, backoff_ms: int, codes: tuple[int, ...], delay_s: int
+    ) -> None:
+        due_at = self.now + timedelta(seconds=delay_s)
         job = Job(
             id=f"job-{next(self.ids)}",
             model_name="m",
             submitted_at=self.now,
             updated_at=self.now,
-            due_at=self.now,
-            policy=Policy(attempts, backoff_ms, 30_000),
-            deadline=None if deadline_s is None else self.now + timedelta(seconds=deadline_s),
-            transitions=acceptance(self.now, "local/ingest-0"),
+            due_at=due_at,
+            policy=Policy(attempts, backoff_ms, 30_000, codes),
+            deadline=None if deadline_s is None else due_at + timedelta(seconds=deadline_s),
+            transitions=acceptance(self.now, "local/ingest-0", due_at),
         )
         self.jobs[job.id] = job
 
@@ -214,7 +223,7 @@ class World(RuleBasedStateMachine):
     def a_job_has_ended_exactly_when_its_result_says_so(self) -> None:
         for job in self.jobs.values():
             if job.is_final:
-                assert job.state is state_of(self.store[job.id])
+                assert job.state is state_of(self.store[job.id], job.policy)
                 assert job.lease is None
                 assert job.due_at is None
 

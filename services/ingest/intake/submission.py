@@ -7,13 +7,14 @@ model knows, and a job whose tensors are wrong ends as FAILED with the model's o
 from __future__ import annotations
 
 import hashlib
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.ingest.job import Job, Policy, acceptance
 from services.ingest.lane import LEAST_PRIORITY, MOST_PRIORITY
-from shoal.errors import InvalidArgument
+from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 REQUEST_BYTES = 12 << 20
@@ -27,9 +28,13 @@ REASON_CHARS = 1_000
 MOST_ATTEMPTS = 100
 LONGEST_BACKOFF = timedelta(days=1)
 LONGEST_DEADLINE = timedelta(days=3_660)
+LONGEST_DELAY = LONGEST_DEADLINE
 
 EXPLAIN = "explain"
 """The request parameter that asks infer who answered, and how."""
+
+_FAILURES = frozenset(Code) - {Code.OK}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def job_of(
@@ -44,6 +49,9 @@ def job_of(
     _at_most("idempotency_key", submit.idempotency_key, KEY_CHARS)
     _at_most("tenant", submit.tenant, TENANT_CHARS)
     deadline = _deadline(submit)
+    due_at = _due_at(submit, now)
+    if deadline is not None and due_at >= now + deadline:
+        raise InvalidArgument("deadline: it passes before the job may run, by `not_before` or `delay`")
     return Job(
         id=job_id,
         model_name=submit.request.model_name,
@@ -61,9 +69,9 @@ def job_of(
         is_apart=len(request) > inline_bytes,
         is_kept=submit.keep_request,
         request=request,
-        due_at=now,
+        due_at=due_at,
         traceparent=traceparent,
-        transitions=acceptance(now, instance),
+        transitions=acceptance(now, instance, due_at),
     )
 
 
@@ -103,7 +111,27 @@ def _policy(retry: pb.RetryPolicy) -> Policy:
             initial_ms = min(initial_ms, max_ms)
         elif max_ms < initial_ms:
             raise InvalidArgument(f"retry.max_backoff: at least initial_backoff ({initial_ms} ms), got {max_ms} ms")
-    return Policy(retry.max_attempts or default.max_attempts, initial_ms, max_ms)
+    return Policy(retry.max_attempts or default.max_attempts, initial_ms, max_ms, _codes(retry))
+
+
+def _codes(retry: pb.RetryPolicy) -> tuple[int, ...]:
+    codes = list(retry.retry_codes)
+    for at, code in enumerate(codes[: len(Code)]):
+        if code not in _FAILURES:
+            raise InvalidArgument(f"retry.retry_codes[{at}]: expected a gRPC status code, 1 to 16, got {code}")
+    if len(set(codes)) != len(codes):
+        raise InvalidArgument("retry.retry_codes: each code once")
+    return tuple(sorted(codes))
+
+
+def _due_at(submit: pb.SubmitRequest, now: datetime) -> datetime:
+    if submit.HasField("not_before") and submit.HasField("delay"):
+        raise InvalidArgument("delay: not together with not_before, which says the same by the clock")
+    if submit.HasField("delay"):
+        return now + timedelta(milliseconds=_ms("delay", submit.delay, LONGEST_DELAY))
+    if submit.HasField("not_before"):
+        return max(now, _time("not_before", submit.not_before, now + LONGEST_DELAY))
+    return now
 
 
 def _priority(priority: int) -> int:
@@ -139,6 +167,16 @@ def _ms(field: str, duration: Duration, longest: timedelta) -> int:
     if seconds > longest.total_seconds():
         raise InvalidArgument(f"{field}: at most {int(longest.total_seconds())} s, got {seconds} s")
     return seconds * 1000 + nanos // 1_000_000
+
+
+def _time(field: str, time: Timestamp, latest: datetime) -> datetime:
+    if not 0 <= time.nanos < 1_000_000_000:
+        raise InvalidArgument(f"{field}: not a valid time ({time.seconds} s and {time.nanos} ns)")
+    if time.seconds > latest.timestamp():
+        raise InvalidArgument(f"{field}: at most {LONGEST_DELAY.days} days ahead")
+    # Whole milliseconds, rounded up: never before what was asked for.
+    ms = -(-time.nanos // 1_000_000)
+    return _EPOCH + timedelta(seconds=max(0, time.seconds), milliseconds=ms)
 
 
 def _at_most(field: str, text: str, chars: int) -> None:
