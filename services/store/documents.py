@@ -79,6 +79,8 @@ RESULTS = _schema(
         "submitted_ns": {"bsonType": ["int", "long"], "minimum": 0, "maximum": 999_999},
         "response": {"bsonType": "binData"},
         "blob": _BLOB,
+        # Of later ones than the first only: `results/generations.py`.
+        "generation": {"bsonType": ["int", "long"], "minimum": 2},
     },
 )
 
