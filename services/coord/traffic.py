@@ -42,6 +42,7 @@ _STORE_IDEMPOTENT = (
     "GetResult",
     "QueryResults",
     "WatchResults",
+    "StreamResults",
 )
 _INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters")
 _COORD_IDEMPOTENT = ("ListInstances", "WatchInstances", "GetLeader", "GetMeshStatus")

@@ -13,7 +13,8 @@ from mesh import mongo
 from mesh.channel import connect
 from mesh.membership import Registration, State
 from mesh.mongo import Document
-from mesh.server import GrpcServer, until_stopped
+from mesh.server import until_stopped
+from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
@@ -35,6 +36,7 @@ from services.ingest.job import Job
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.rpc import IngestRpc, rpc
+from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.ulid import Ulids
 from shoal.errors import ShoalError
 
@@ -133,7 +135,15 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(intake)
-        server = await stack.enter_async_context(GrpcServer(config.listen, [rpc(servicer)], drain_ms=config.drain_ms))
+        server = await stack.enter_async_context(
+            server_of(
+                config.listen,
+                [rpc(servicer)],
+                drain_ms=config.drain_ms,
+                front=config.front,
+                short={SUBMIT: ShortSubmit(intake)},
+            )
+        )
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 
         async def start() -> None:

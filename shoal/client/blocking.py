@@ -10,6 +10,7 @@ from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.face import Face, LoopThread, blocking, iterating
 from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
+from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
 
 
@@ -54,6 +55,14 @@ class Jobs(Face[AsyncJobs]):
     result = blocking(AsyncJobs.result)
 
 
+class Results(Face[AsyncResults]):
+    """`client.results`."""
+
+    get = blocking(AsyncResults.get)
+    list = blocking(AsyncResults.list)
+    stream = iterating(AsyncResults.stream)
+
+
 class Client(Face[AsyncClient]):
     """Talks to a node at `address`, `host:port`; without one, to $SHOAL_GATEWAY or the node that runs here.
 
@@ -93,6 +102,7 @@ class Client(Face[AsyncClient]):
         super().__init__(inner, loop)
         self.models = Models(inner.models, loop)
         self.jobs = Jobs(inner.jobs, loop)
+        self.results = Results(inner.results, loop)
 
     @property
     def address(self) -> str:

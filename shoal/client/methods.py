@@ -54,6 +54,8 @@ LIST_MODELS = Method(_STORE + "ListModels", store.ListModelsRequest, store.ListM
 REMOVE_MODEL = Method(_STORE + "RemoveModel", store.RemoveModelRequest, store.RemoveModelResponse, False)
 SET_ALIAS = Method(_STORE + "SetAlias", store.SetAliasRequest, store.SetAliasResponse)
 GET_RESULT = Method(_STORE + "GetResult", store.GetResultRequest, store.GetResultResponse)
+QUERY_RESULTS = Method(_STORE + "QueryResults", store.QueryResultsRequest, store.QueryResultsResponse)
+STREAM_RESULTS = Method(_STORE + "StreamResults", store.StreamResultsRequest, store.StreamResultsResponse)
 
 _INGEST = "/shoal.ingest.v1.IngestService/"
 # The client never submits without an idempotency key, and that is what makes these two idempotent.

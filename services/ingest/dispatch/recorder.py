@@ -195,6 +195,7 @@ def result_of(job: Job, how: End) -> store_pb2.Result:
         lease_id=job.lease.id if job.lease else "",
         tenant=job.tenant,
         submitted_at=timestamp_of(job.submitted_at),
+        labels=dict(job.labels),
     )
 
 

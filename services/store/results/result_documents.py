@@ -34,6 +34,10 @@ def document(result: Result, recorded_at: datetime, response: bytes | BlobRef | 
         time = result.submitted_at
         milliseconds, doc["submitted_ns"] = divmod(time.nanos, 1_000_000)
         doc["submitted_at"] = _EPOCH + timedelta(seconds=time.seconds, milliseconds=milliseconds)
+    if result.labels:
+        doc["labels"] = [{"key": key, "value": value} for key, value in sorted(result.labels.items())]
+    if result.batch_id:
+        doc["batch_id"] = result.batch_id
     if isinstance(response, bytes):
         doc["response"] = response
     elif response is not None:
@@ -47,7 +51,13 @@ def result(doc: Document) -> Result:
     Raises:
         google.protobuf.message.DecodeError: the stored response is no ModelInferResponse.
     """
-    found = Result(job_id=doc["_id"], recorded_at=timestamp(doc["recorded_at"]))
+    labels = {label["key"]: label["value"] for label in doc.get("labels", ())}
+    found = Result(
+        job_id=doc["_id"],
+        recorded_at=timestamp(doc["recorded_at"]),
+        labels=labels,
+        batch_id=doc.get("batch_id", ""),
+    )
     for field in _SAME:
         setattr(found, field, doc[field])
     found.generation = doc.get("generation", 0)

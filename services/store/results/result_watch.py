@@ -64,6 +64,16 @@ class ResultWatch:
         finally:
             self._open -= 1
 
+    async def token(self) -> str:
+        """Where a watch goes on that shows all that is recorded from now on.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        with translated("opening a watch of results"):
+            async with await _opened(self._db[self._collections.results.name], [], None) as stream:
+                return _encoded(stream.resume_token)
+
     async def _items(
         self, pipeline: list[Document], after: Document | None
     ) -> AsyncGenerator[tuple[Result | None, str], None]:
