@@ -85,6 +85,7 @@ class Transition:
     instance: str
     """The ingest instance that made it."""
     reason: str
+    generation: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Job:
     """Its inputs stay when it is done."""
     priority: int = 0
     """As submitted."""
+    generation: int = 1
+    """How often it was begun: each requeue of a dead letter begins it again, with all its attempts."""
 
     @property
     def ended(self) -> bool:
@@ -218,9 +221,17 @@ def of_job(message: ingest.Job) -> Job:
         deadline=of_time(message, "deadline"),
         labels=dict(message.labels),
         transitions=tuple(
-            Transition(of_state(step.state), of_time(step, "at"), step.attempt, step.instance, step.reason)
+            Transition(
+                of_state(step.state),
+                of_time(step, "at"),
+                step.attempt,
+                step.instance,
+                step.reason,
+                step.generation or 1,
+            )
             for step in message.transitions
         ),
         keeps_request=message.keeps_request,
         priority=message.priority,
+        generation=message.generation or 1,
     )
