@@ -105,11 +105,7 @@ class SubmitStreamResponse(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., job_id: _Optional[str] = ..., existed: _Optional[bool] = ..., code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-<<<<<<< HEAD
-    __slots__ = ("id", "state", "model_name", "model_version", "tenant", "idempotency_key", "attempts", "last_code", "last_message", "submitted_at", "updated_at", "not_before", "deadline", "labels", "transitions", "keeps_request", "priority")
-=======
-    __slots__ = ("id", "state", "model_name", "model_version", "tenant", "idempotency_key", "attempts", "last_code", "last_message", "submitted_at", "updated_at", "not_before", "deadline", "labels", "transitions", "keeps_request", "generation")
->>>>>>> main
+    __slots__ = ("id", "state", "model_name", "model_version", "tenant", "idempotency_key", "attempts", "last_code", "last_message", "submitted_at", "updated_at", "not_before", "deadline", "labels", "transitions", "keeps_request", "priority", "generation")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -133,11 +129,8 @@ class Job(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     TRANSITIONS_FIELD_NUMBER: _ClassVar[int]
     KEEPS_REQUEST_FIELD_NUMBER: _ClassVar[int]
-<<<<<<< HEAD
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
-=======
     GENERATION_FIELD_NUMBER: _ClassVar[int]
->>>>>>> main
     id: str
     state: JobState
     model_name: str
@@ -154,13 +147,9 @@ class Job(_message.Message):
     labels: _containers.ScalarMap[str, str]
     transitions: _containers.RepeatedCompositeFieldContainer[Transition]
     keeps_request: bool
-<<<<<<< HEAD
     priority: int
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., attempts: _Optional[int] = ..., last_code: _Optional[int] = ..., last_message: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., deadline: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., transitions: _Optional[_Iterable[_Union[Transition, _Mapping]]] = ..., keeps_request: _Optional[bool] = ..., priority: _Optional[int] = ...) -> None: ...
-=======
     generation: int
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., attempts: _Optional[int] = ..., last_code: _Optional[int] = ..., last_message: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., deadline: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., transitions: _Optional[_Iterable[_Union[Transition, _Mapping]]] = ..., keeps_request: _Optional[bool] = ..., generation: _Optional[int] = ...) -> None: ...
->>>>>>> main
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., attempts: _Optional[int] = ..., last_code: _Optional[int] = ..., last_message: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., deadline: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., transitions: _Optional[_Iterable[_Union[Transition, _Mapping]]] = ..., keeps_request: _Optional[bool] = ..., priority: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Transition(_message.Message):
     __slots__ = ("state", "at", "attempt", "instance", "reason", "generation")
