@@ -114,7 +114,7 @@ class Claims:
     async def _seen(self, asks: Sequence[Ask], now: datetime, spread: int) -> dict[Lane, list[Waiting]]:
         """The beginning of each lane that is asked for: one round trip, and no document is read."""
         first, *others = [_head(lane, ask.limit(spread), now) for ask in asks for lane in ask.lanes]
-        unions = [{"$unionWith": {"coll": self._jobs.name, "pipeline": other}} for other in others]
+        unions: list[Document] = [{"$unionWith": {"coll": self._jobs.name, "pipeline": other}} for other in others]
         seen: dict[Lane, list[Waiting]] = {}
         async for found in await self._jobs.aggregate([*first, *unions]):
             seen.setdefault(lane_of(found["lane"]), []).append((found["due_at"], found["_id"]))
