@@ -116,7 +116,8 @@ class Claims:
         first, *others = [_head(lane, ask.limit(spread), now) for ask in asks for lane in ask.lanes]
         unions: list[Document] = [{"$unionWith": {"coll": self._jobs.name, "pipeline": other}} for other in others]
         seen: dict[Lane, list[Waiting]] = {}
-        async for found in await self._jobs.aggregate([*first, *unions]):
+        pipeline: list[Document] = [*first, *unions]
+        async for found in await self._jobs.aggregate(pipeline):
             seen.setdefault(lane_of(found["lane"]), []).append((found["due_at"], found["_id"]))
         return seen
 
