@@ -113,10 +113,10 @@ class Claims:
 
     async def _seen(self, asks: Sequence[Ask], now: datetime, spread: int) -> dict[Lane, list[Waiting]]:
         """The beginning of each lane that is asked for: one round trip, and no document is read."""
-        first, *others = [_head(lane, ask.limit(spread), now) for ask in asks for lane in ask.lanes]
-        unions: list[Document] = [{"$unionWith": {"coll": self._jobs.name, "pipeline": other}} for other in others]
+        pipeline, *others = [_head(lane, ask.limit(spread), now) for ask in asks for lane in ask.lanes]
+        for other in others:
+            pipeline.append({"$unionWith": {"coll": self._jobs.name, "pipeline": other}})
         seen: dict[Lane, list[Waiting]] = {}
-        pipeline: list[Document] = [*first, *unions]
         async for found in await self._jobs.aggregate(pipeline):
             seen.setdefault(lane_of(found["lane"]), []).append((found["due_at"], found["_id"]))
         return seen
@@ -130,7 +130,7 @@ class Claims:
     async def _list(self) -> None:
         started = time.monotonic()
         lanes: Document = {**WAITING, "lane": {"$gt": self._listed_to}}
-        heads = [
+        heads: list[Document] = [
             {"$match": lanes},
             {"$sort": {"lane": 1, "due_at": 1, "_id": 1}},
             {"$group": {"_id": "$lane", "due_at": {"$first": "$due_at"}}},
