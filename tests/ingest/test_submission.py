@@ -6,9 +6,11 @@ from datetime import timedelta
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.ingest.intake.submission import digest_of, job_of
 from services.ingest.job import Job, Policy, State
+from services.ingest.messages import timestamp_of
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -47,6 +49,22 @@ def test_all_that_may_be_asked_for() -> None:
     assert len(job.digest) == 32
 
 
+def test_codes_that_are_worth_a_retry() -> None:
+    assert made(submit()).policy.codes == ()
+    assert made(submit(retry=pb.RetryPolicy(retry_codes=[14, 4]))).policy.codes == (4, 14)
+
+
+def test_when_it_may_run() -> None:
+    assert made(submit(delay=Duration(seconds=90))).due_at == START + timedelta(seconds=90)
+    assert made(submit(delay=Duration())).due_at == START
+    later = made(submit(not_before=timestamp_of(START + timedelta(days=1))))
+    assert later.due_at == START + timedelta(days=1)
+    assert later.transitions[0].reason == "submitted, not to run before 2026-01-03T03:04:05.678+00:00"
+    assert made(submit(not_before=Timestamp(seconds=-5))).due_at == START  # Has passed: at once.
+    fraction = Timestamp(seconds=int(START.timestamp()) + 9, nanos=1)
+    assert made(submit(not_before=fraction)).due_at == START.replace(microsecond=1_000) + timedelta(seconds=9)
+
+
 def test_backoffs_that_are_half_given_fit_together() -> None:
     assert made(submit(retry=pb.RetryPolicy(initial_backoff=Duration(seconds=60)))).policy == Policy(5, 60_000, 60_000)
     assert made(submit(retry=pb.RetryPolicy(max_backoff=Duration(nanos=50_000_000)))).policy == Policy(5, 50, 50)
@@ -74,6 +92,17 @@ def test_backoffs_that_are_half_given_fit_together() -> None:
         (submit(deadline=Duration(seconds=2**62)), "deadline: at most 316224000 s"),
         (submit(deadline=Duration(seconds=1, nanos=-1)), "deadline: not a valid duration"),
         (submit(deadline=Duration(seconds=1, nanos=2_000_000_000)), "deadline: not a valid duration"),
+        (submit(retry=pb.RetryPolicy(retry_codes=[14, 0])), r"retry.retry_codes\[1\]: expected .* 1 to 16, got 0"),
+        (submit(retry=pb.RetryPolicy(retry_codes=[17])), r"retry.retry_codes\[0\]: expected .* got 17"),
+        (submit(retry=pb.RetryPolicy(retry_codes=[4, 14, 4])), "retry.retry_codes: each code once"),
+        (submit(retry=pb.RetryPolicy(retry_codes=[1] * 100_000)), "retry.retry_codes: each code once"),
+        (submit(delay=Duration(seconds=-1)), "delay: must not be negative"),
+        (submit(delay=Duration(seconds=2**60)), "delay: at most 316224000 s"),
+        (submit(not_before=Timestamp(seconds=2**61)), "not_before: not a time in the years 1 to 9999"),
+        (submit(not_before=Timestamp(seconds=253402300000)), "not_before: at most 3660 days ahead"),
+        (submit(not_before=Timestamp(nanos=-1)), "not_before: not a time"),
+        (submit(not_before=Timestamp(seconds=1), delay=Duration(seconds=1)), "delay: not together with not_before"),
+        (submit(delay=Duration(seconds=9), deadline=Duration(seconds=9)), "deadline: it passes before the job may run"),
         (submit(labels={str(n): "" for n in range(65)}), "labels: at most 64, got 65"),
         (submit(labels={"k" * 257: ""}), "its key: at most 256 characters, got 257"),
         (submit(labels={"key": "v" * 257}), r"labels\['key'\]: at most 256 characters, got 257"),

@@ -101,6 +101,7 @@ class Artifacts:
         Raises:
             InvalidArgument: a negative offset.
             NotFound: no such artifact.
+            FailedPrecondition: the folder or bucket of blobs is not there.
             OutOfRange: `offset` beyond its end.
             DataLoss: its bytes are gone or of another size; or, while iterating a read from 0, they hash to another
                 digest. A read from elsewhere is for its reader to verify, who has the bytes before.
@@ -113,6 +114,8 @@ class Artifacts:
         if offset > artifact.size:
             raise OutOfRange(f"offset {offset} is beyond the end of artifact {digest}: it has {artifact.size} bytes")
         size = await self._blobs.size(_key(digest))
+        if size is None:
+            await self._blobs.check()  # A bucket or disk that is away for an hour has lost nothing.
         if size != artifact.size:
             raise await self._damaged(digest, "they are gone" if size is None else f"{size} bytes of {artifact.size}")
         return artifact, self._verified(artifact, offset)
@@ -127,6 +130,7 @@ class Artifacts:
                 at += len(chunk)
                 yield chunk
         if at != artifact.size:
+            await self._blobs.check()
             raise await self._damaged(artifact.digest, f"they end at {at} of {artifact.size}")
         if offset == 0 and found.hexdigest() != artifact.digest:
             raise await self._damaged(artifact.digest, f"they hash to {found.hexdigest()}")
