@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from pymongo.asynchronous.database import AsyncDatabase
@@ -17,6 +18,7 @@ from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
+from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.dispatch.claims import Claims
@@ -30,6 +32,7 @@ from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.job import Job
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.rpc import IngestRpc, rpc
@@ -108,8 +111,22 @@ async def run(config: IngestConfig) -> None:
             on_accepted=dispatcher.accept,
         )
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
+
+        def requeued(again: Sequence[Job]) -> None:
+            backlog.added(len(again))
+            for job in again:
+                changes.poke(job.id)
+            dispatcher.wake()
+
+        dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=requeued)
         servicer = IngestRpc(
-            intake, jobs, watch, cancelling, stream_items=config.stream_items, stream_bytes=config.stream_bytes
+            intake,
+            jobs,
+            watch,
+            cancelling,
+            dead_letters,
+            stream_items=config.stream_items,
+            stream_bytes=config.stream_bytes,
         )
         # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
         # dispatcher; both outlive the server, whose last calls may need them.

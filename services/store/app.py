@@ -21,6 +21,7 @@ from services.store.documents import Collections
 from services.store.registry.registry import Registry
 from services.store.registry.registry_watch import RegistryWatch
 from services.store.responses import Responses
+from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
 from services.store.rpc import StoreRpc
@@ -48,7 +49,16 @@ async def run(config: StoreConfig) -> None:
         results = Results(collections, Responses(blobs, threads), _now)
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
-        rpc = StoreRpc(artifacts, registry, registry_watch, results, result_watch, config.upload_idle_ms / 1000)
+        result_stream = ResultStream(results, result_watch, config.max_streams)
+        rpc = StoreRpc(
+            artifacts,
+            registry,
+            registry_watch,
+            results,
+            result_watch,
+            result_stream,
+            upload_idle_s=config.upload_idle_ms / 1000,
+        )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
         server = await stack.enter_async_context(
             server_of(config.listen, [add], drain_ms=config.drain_ms, front=config.front, short={})

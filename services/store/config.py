@@ -40,6 +40,9 @@ class StoreConfig(ServiceConfig):
     max_watches: Annotated[int, Field(ge=1, le=2_000)] = 200
     """Open WatchResults streams, each of which holds a change stream of its own."""
 
+    max_streams: Annotated[int, Field(ge=1, le=2_000)] = 64
+    """Open StreamResults streams, each of which holds up to 4 MiB (or one response that is larger)."""
+
     @field_validator("staging")
     @classmethod
     def _staging_suits_blobs(cls, staging: Path | None, info: ValidationInfo) -> Path | None:

@@ -15,6 +15,7 @@ from services.store.registry.model_rules import File
 from services.store.registry.registry import Registry, Version
 from services.store.registry.registry_watch import RegistryWatch
 from services.store.results.result_documents import timestamp
+from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
 from shoal.store.v1 import store_pb2 as pb
@@ -33,6 +34,8 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         registry_watch: RegistryWatch,
         results: Results,
         result_watch: ResultWatch,
+        result_stream: ResultStream,
+        *,
         upload_idle_s: float,
     ) -> None:
         self._artifacts = artifacts
@@ -40,6 +43,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         self._registry_watch = registry_watch
         self._results = results
         self._result_watch = result_watch
+        self._result_stream = result_stream
         self._upload_idle_s = upload_idle_s
 
     async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
@@ -99,6 +103,13 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         async with aclosing(self._result_watch.follow(request)) as items:
             async for result, token in items:
                 yield pb.WatchResultsResponse(result=result, resume_token=token)
+
+    async def StreamResults(
+        self, request: pb.StreamResultsRequest, ctx: Context
+    ) -> AsyncIterator[pb.StreamResultsResponse]:
+        async with aclosing(self._result_stream.follow(request)) as pieces:
+            async for piece in pieces:
+                yield pb.StreamResultsResponse(**vars(piece))
 
 
 def _artifact(artifact: Artifact) -> pb.Artifact:

@@ -83,6 +83,7 @@ class Transition:
     instance: str
     """The ingest instance that made it."""
     reason: str
+    generation: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class Job:
     """All so far, oldest first."""
     keeps_request: bool = False
     """Its inputs stay when it is done."""
+    generation: int = 1
+    """How often it was begun: each requeue of a dead letter begins it again, with all its attempts."""
 
     @property
     def ended(self) -> bool:
@@ -213,8 +216,16 @@ def of_job(message: ingest.Job) -> Job:
         deadline=of_time(message, "deadline"),
         labels=dict(message.labels),
         transitions=tuple(
-            Transition(of_state(step.state), of_time(step, "at"), step.attempt, step.instance, step.reason)
+            Transition(
+                of_state(step.state),
+                of_time(step, "at"),
+                step.attempt,
+                step.instance,
+                step.reason,
+                step.generation or 1,
+            )
             for step in message.transitions
         ),
         keeps_request=message.keeps_request,
+        generation=message.generation or 1,
     )

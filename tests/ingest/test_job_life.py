@@ -56,6 +56,7 @@ async def test_a_job_runs_and_its_result_is_recorded(client: Client, mesh: FakeM
     assert not result.response.parameters  # Only ingest had asked for an explanation.
     assert (result.tenant, result.attempt, result.model_version) == ("t", 1, "1")
     assert result.submitted_at == job.submitted_at
+    assert dict(result.labels) == {"a.b": "$c"}
     assert mesh.infer.metadata[""]["x-envoy-max-retries"] == "0"
 
 

@@ -75,7 +75,7 @@ class Claims:
         lease = self.lease(now)
         ids = [job.id for job in jobs]
         with translated("claiming fresh jobs"):
-            untouched = {"_id": {"$in": ids}, "due_at": {"$gt": EVER}, "attempts": 0, "refusals": 0}
+            untouched = {"_id": {"$in": ids}, "due_at": {"$gt": EVER}, "steps": 1}
             won = await self._jobs.update_many(untouched, claiming(lease, now))
             if won.modified_count == len(ids):
                 return [claim(job, lease, now) for job in jobs]

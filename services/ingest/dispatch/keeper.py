@@ -128,7 +128,7 @@ class Keeper:
             return {}
 
     def _resume(self, job: Job, lost: Lease, standing: End | None) -> None:
-        if standing is not None:
+        if standing is not None and standing.generation == job.generation:
             self._dispatcher.end_as(job, standing)
             return
         decision = after_lapse(job, lost, self._clock())

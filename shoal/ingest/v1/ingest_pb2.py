@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from shoal.inference.v2 import inference_pb2 as shoal_dot_inference_dot_v2_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshoal/ingest/v1/ingest.proto\x12\x0fshoal.ingest.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"shoal/inference/v2/inference.proto\"\x9c\x01\n\x0bRetryPolicy\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\x05\x12\x32\n\x0finitial_backoff\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0bmax_backoff\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bretry_codes\x18\x04 \x03(\x05\"\x9c\x03\n\rSubmitRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.inference.ModelInferRequest\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12+\n\x05retry\x18\x04 \x01(\x0b\x32\x1c.shoal.ingest.v1.RetryPolicy\x12+\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x06labels\x18\x06 \x03(\x0b\x32*.shoal.ingest.v1.SubmitRequest.LabelsEntry\x12\x14\n\x0ckeep_request\x18\x07 \x01(\x08\x12.\n\nnot_before\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x05\x64\x65lay\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"D\n\x0eSubmitResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.shoal.ingest.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"W\n\x13SubmitStreamRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\x06submit\x18\x02 \x01(\x0b\x32\x1e.shoal.ingest.v1.SubmitRequest\"h\n\x14SubmitStreamResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0f\n\x07\x65xisted\x18\x03 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x04 \x01(\x05\x12\x0f\n\x07message\x18\x05 \x01(\t\"\xb4\x04\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.shoal.ingest.v1.JobState\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x06 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\x05\x12\x11\n\tlast_code\x18\x08 \x01(\x05\x12\x14\n\x0clast_message\x18\t \x01(\t\x12\x30\n\x0csubmitted_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nnot_before\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x64\x65\x61\x64line\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x06labels\x18\x0e \x03(\x0b\x32 .shoal.ingest.v1.Job.LabelsEntry\x12\x30\n\x0btransitions\x18\x0f \x03(\x0b\x32\x1b.shoal.ingest.v1.Transition\x12\x15\n\rkeeps_request\x18\x10 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x91\x01\n\nTransition\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shoal.ingest.v1.JobState\x12&\n\x02\x61t\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x10\n\x08instance\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x1b\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"3\n\x0eGetJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.shoal.ingest.v1.Job\"\x1f\n\x11GetPayloadRequest\x12\n\n\x02id\x18\x01 \x01(\t\"C\n\x12GetPayloadResponse\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.inference.ModelInferRequest\"\x86\x01\n\x0fListJobsRequest\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shoal.ingest.v1.JobState\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"O\n\x10ListJobsResponse\x12\"\n\x04jobs\x18\x01 \x03(\x0b\x32\x14.shoal.ingest.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1d\n\x0fWatchJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"5\n\x10WatchJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.shoal.ingest.v1.Job\".\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"6\n\x11\x43\x61ncelJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.shoal.ingest.v1.Job*\xc5\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x12\n\x0eJOB_STATE_DEAD\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x12\x15\n\x11JOB_STATE_EXPIRED\x10\x07\x32\xd5\x04\n\rIngestService\x12I\n\x06Submit\x12\x1e.shoal.ingest.v1.SubmitRequest\x1a\x1f.shoal.ingest.v1.SubmitResponse\x12_\n\x0cSubmitStream\x12$.shoal.ingest.v1.SubmitStreamRequest\x1a%.shoal.ingest.v1.SubmitStreamResponse(\x01\x30\x01\x12I\n\x06GetJob\x12\x1e.shoal.ingest.v1.GetJobRequest\x1a\x1f.shoal.ingest.v1.GetJobResponse\x12U\n\nGetPayload\x12\".shoal.ingest.v1.GetPayloadRequest\x1a#.shoal.ingest.v1.GetPayloadResponse\x12O\n\x08ListJobs\x12 .shoal.ingest.v1.ListJobsRequest\x1a!.shoal.ingest.v1.ListJobsResponse\x12Q\n\x08WatchJob\x12 .shoal.ingest.v1.WatchJobRequest\x1a!.shoal.ingest.v1.WatchJobResponse0\x01\x12R\n\tCancelJob\x12!.shoal.ingest.v1.CancelJobRequest\x1a\".shoal.ingest.v1.CancelJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshoal/ingest/v1/ingest.proto\x12\x0fshoal.ingest.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"shoal/inference/v2/inference.proto\"\x9c\x01\n\x0bRetryPolicy\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\x05\x12\x32\n\x0finitial_backoff\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0bmax_backoff\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bretry_codes\x18\x04 \x03(\x05\"\x9c\x03\n\rSubmitRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.inference.ModelInferRequest\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12+\n\x05retry\x18\x04 \x01(\x0b\x32\x1c.shoal.ingest.v1.RetryPolicy\x12+\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x06labels\x18\x06 \x03(\x0b\x32*.shoal.ingest.v1.SubmitRequest.LabelsEntry\x12\x14\n\x0ckeep_request\x18\x07 \x01(\x08\x12.\n\nnot_before\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x05\x64\x65lay\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"D\n\x0eSubmitResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.shoal.ingest.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"W\n\x13SubmitStreamRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\x06submit\x18\x02 \x01(\x0b\x32\x1e.shoal.ingest.v1.SubmitRequest\"h\n\x14SubmitStreamResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0f\n\x07\x65xisted\x18\x03 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x04 \x01(\x05\x12\x0f\n\x07message\x18\x05 \x01(\t\"\xc8\x04\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.shoal.ingest.v1.JobState\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x06 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\x05\x12\x11\n\tlast_code\x18\x08 \x01(\x05\x12\x14\n\x0clast_message\x18\t \x01(\t\x12\x30\n\x0csubmitted_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nnot_before\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x64\x65\x61\x64line\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x06labels\x18\x0e \x03(\x0b\x32 .shoal.ingest.v1.Job.LabelsEntry\x12\x30\n\x0btransitions\x18\x0f \x03(\x0b\x32\x1b.shoal.ingest.v1.Transition\x12\x15\n\rkeeps_request\x18\x10 \x01(\x08\x12\x12\n\ngeneration\x18\x14 \x01(\x05\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa5\x01\n\nTransition\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shoal.ingest.v1.JobState\x12&\n\x02\x61t\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x10\n\x08instance\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x12\n\ngeneration\x18\x06 \x01(\x05\"\x1b\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"3\n\x0eGetJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.shoal.ingest.v1.Job\"\x1f\n\x11GetPayloadRequest\x12\n\n\x02id\x18\x01 \x01(\t\"C\n\x12GetPayloadResponse\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.inference.ModelInferRequest\"\x86\x01\n\x0fListJobsRequest\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shoal.ingest.v1.JobState\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"O\n\x10ListJobsResponse\x12\"\n\x04jobs\x18\x01 \x03(\x0b\x32\x14.shoal.ingest.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1d\n\x0fWatchJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"5\n\x10WatchJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.shoal.ingest.v1.Job\".\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"6\n\x11\x43\x61ncelJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.shoal.ingest.v1.Job\"\x9a\x01\n\x10\x44\x65\x61\x64LetterFilter\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shoal.ingest.v1.JobState\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\x05\x12*\n\x06\x62\x65\x66ore\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"r\n\x16ListDeadLettersRequest\x12\x31\n\x06\x66ilter\x18\x01 \x01(\x0b\x32!.shoal.ingest.v1.DeadLetterFilter\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"V\n\x17ListDeadLettersResponse\x12\"\n\x04jobs\x18\x01 \x03(\x0b\x32\x14.shoal.ingest.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"z\n\x19RequeueDeadLettersRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\x31\n\x06\x66ilter\x18\x02 \x01(\x0b\x32!.shoal.ingest.v1.DeadLetterFilter\x12\r\n\x05limit\x18\x03 \x01(\x05\x12\x0e\n\x06reason\x18\x04 \x01(\t\"l\n\x1aRequeueDeadLettersResponse\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\x33\n\x07refused\x18\x02 \x03(\x0b\x32\".shoal.ingest.v1.DeadLetterRefusal\x12\x0c\n\x04more\x18\x03 \x01(\x08\">\n\x11\x44\x65\x61\x64LetterRefusal\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\"h\n\x17PurgeDeadLettersRequest\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\x31\n\x06\x66ilter\x18\x02 \x01(\x0b\x32!.shoal.ingest.v1.DeadLetterFilter\x12\r\n\x05limit\x18\x03 \x01(\x05\"j\n\x18PurgeDeadLettersResponse\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\x33\n\x07refused\x18\x02 \x03(\x0b\x32\".shoal.ingest.v1.DeadLetterRefusal\x12\x0c\n\x04more\x18\x03 \x01(\x08*\xc5\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x12\n\x0eJOB_STATE_DEAD\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x12\x15\n\x11JOB_STATE_EXPIRED\x10\x07\x32\x93\x07\n\rIngestService\x12I\n\x06Submit\x12\x1e.shoal.ingest.v1.SubmitRequest\x1a\x1f.shoal.ingest.v1.SubmitResponse\x12_\n\x0cSubmitStream\x12$.shoal.ingest.v1.SubmitStreamRequest\x1a%.shoal.ingest.v1.SubmitStreamResponse(\x01\x30\x01\x12I\n\x06GetJob\x12\x1e.shoal.ingest.v1.GetJobRequest\x1a\x1f.shoal.ingest.v1.GetJobResponse\x12U\n\nGetPayload\x12\".shoal.ingest.v1.GetPayloadRequest\x1a#.shoal.ingest.v1.GetPayloadResponse\x12O\n\x08ListJobs\x12 .shoal.ingest.v1.ListJobsRequest\x1a!.shoal.ingest.v1.ListJobsResponse\x12Q\n\x08WatchJob\x12 .shoal.ingest.v1.WatchJobRequest\x1a!.shoal.ingest.v1.WatchJobResponse0\x01\x12R\n\tCancelJob\x12!.shoal.ingest.v1.CancelJobRequest\x1a\".shoal.ingest.v1.CancelJobResponse\x12\x64\n\x0fListDeadLetters\x12\'.shoal.ingest.v1.ListDeadLettersRequest\x1a(.shoal.ingest.v1.ListDeadLettersResponse\x12m\n\x12RequeueDeadLetters\x12*.shoal.ingest.v1.RequeueDeadLettersRequest\x1a+.shoal.ingest.v1.RequeueDeadLettersResponse\x12g\n\x10PurgeDeadLetters\x12(.shoal.ingest.v1.PurgeDeadLettersRequest\x1a).shoal.ingest.v1.PurgeDeadLettersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,8 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_JOB_LABELSENTRY']._loaded_options = None
   _globals['_JOB_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_JOBSTATE']._serialized_start=2297
-  _globals['_JOBSTATE']._serialized_end=2494
+  _globals['_JOBSTATE']._serialized_start=3210
+  _globals['_JOBSTATE']._serialized_end=3407
   _globals['_RETRYPOLICY']._serialized_start=151
   _globals['_RETRYPOLICY']._serialized_end=307
   _globals['_SUBMITREQUEST']._serialized_start=310
@@ -53,31 +53,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITSTREAMRESPONSE']._serialized_start=883
   _globals['_SUBMITSTREAMRESPONSE']._serialized_end=987
   _globals['_JOB']._serialized_start=990
-  _globals['_JOB']._serialized_end=1554
+  _globals['_JOB']._serialized_end=1574
   _globals['_JOB_LABELSENTRY']._serialized_start=677
   _globals['_JOB_LABELSENTRY']._serialized_end=722
-  _globals['_TRANSITION']._serialized_start=1557
-  _globals['_TRANSITION']._serialized_end=1702
-  _globals['_GETJOBREQUEST']._serialized_start=1704
-  _globals['_GETJOBREQUEST']._serialized_end=1731
-  _globals['_GETJOBRESPONSE']._serialized_start=1733
-  _globals['_GETJOBRESPONSE']._serialized_end=1784
-  _globals['_GETPAYLOADREQUEST']._serialized_start=1786
-  _globals['_GETPAYLOADREQUEST']._serialized_end=1817
-  _globals['_GETPAYLOADRESPONSE']._serialized_start=1819
-  _globals['_GETPAYLOADRESPONSE']._serialized_end=1886
-  _globals['_LISTJOBSREQUEST']._serialized_start=1889
-  _globals['_LISTJOBSREQUEST']._serialized_end=2023
-  _globals['_LISTJOBSRESPONSE']._serialized_start=2025
-  _globals['_LISTJOBSRESPONSE']._serialized_end=2104
-  _globals['_WATCHJOBREQUEST']._serialized_start=2106
-  _globals['_WATCHJOBREQUEST']._serialized_end=2135
-  _globals['_WATCHJOBRESPONSE']._serialized_start=2137
-  _globals['_WATCHJOBRESPONSE']._serialized_end=2190
-  _globals['_CANCELJOBREQUEST']._serialized_start=2192
-  _globals['_CANCELJOBREQUEST']._serialized_end=2238
-  _globals['_CANCELJOBRESPONSE']._serialized_start=2240
-  _globals['_CANCELJOBRESPONSE']._serialized_end=2294
-  _globals['_INGESTSERVICE']._serialized_start=2497
-  _globals['_INGESTSERVICE']._serialized_end=3094
+  _globals['_TRANSITION']._serialized_start=1577
+  _globals['_TRANSITION']._serialized_end=1742
+  _globals['_GETJOBREQUEST']._serialized_start=1744
+  _globals['_GETJOBREQUEST']._serialized_end=1771
+  _globals['_GETJOBRESPONSE']._serialized_start=1773
+  _globals['_GETJOBRESPONSE']._serialized_end=1824
+  _globals['_GETPAYLOADREQUEST']._serialized_start=1826
+  _globals['_GETPAYLOADREQUEST']._serialized_end=1857
+  _globals['_GETPAYLOADRESPONSE']._serialized_start=1859
+  _globals['_GETPAYLOADRESPONSE']._serialized_end=1926
+  _globals['_LISTJOBSREQUEST']._serialized_start=1929
+  _globals['_LISTJOBSREQUEST']._serialized_end=2063
+  _globals['_LISTJOBSRESPONSE']._serialized_start=2065
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2144
+  _globals['_WATCHJOBREQUEST']._serialized_start=2146
+  _globals['_WATCHJOBREQUEST']._serialized_end=2175
+  _globals['_WATCHJOBRESPONSE']._serialized_start=2177
+  _globals['_WATCHJOBRESPONSE']._serialized_end=2230
+  _globals['_CANCELJOBREQUEST']._serialized_start=2232
+  _globals['_CANCELJOBREQUEST']._serialized_end=2278
+  _globals['_CANCELJOBRESPONSE']._serialized_start=2280
+  _globals['_CANCELJOBRESPONSE']._serialized_end=2334
+  _globals['_DEADLETTERFILTER']._serialized_start=2337
+  _globals['_DEADLETTERFILTER']._serialized_end=2491
+  _globals['_LISTDEADLETTERSREQUEST']._serialized_start=2493
+  _globals['_LISTDEADLETTERSREQUEST']._serialized_end=2607
+  _globals['_LISTDEADLETTERSRESPONSE']._serialized_start=2609
+  _globals['_LISTDEADLETTERSRESPONSE']._serialized_end=2695
+  _globals['_REQUEUEDEADLETTERSREQUEST']._serialized_start=2697
+  _globals['_REQUEUEDEADLETTERSREQUEST']._serialized_end=2819
+  _globals['_REQUEUEDEADLETTERSRESPONSE']._serialized_start=2821
+  _globals['_REQUEUEDEADLETTERSRESPONSE']._serialized_end=2929
+  _globals['_DEADLETTERREFUSAL']._serialized_start=2931
+  _globals['_DEADLETTERREFUSAL']._serialized_end=2993
+  _globals['_PURGEDEADLETTERSREQUEST']._serialized_start=2995
+  _globals['_PURGEDEADLETTERSREQUEST']._serialized_end=3099
+  _globals['_PURGEDEADLETTERSRESPONSE']._serialized_start=3101
+  _globals['_PURGEDEADLETTERSRESPONSE']._serialized_end=3207
+  _globals['_INGESTSERVICE']._serialized_start=3410
+  _globals['_INGESTSERVICE']._serialized_end=4325
 # @@protoc_insertion_point(module_scope)
