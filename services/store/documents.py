@@ -98,6 +98,8 @@ RESULTS = _schema(
         "batch_id": _NAME,
         "response": {"bsonType": "binData"},
         "blob": _BLOB,
+        # Of later ones than the first only: `results/generations.py`.
+        "generation": {"bsonType": ["int", "long"], "minimum": 2},
     },
 )
 
