@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import grpc
 
 from services.store.artifacts import digest
-from services.store.artifacts.artifacts import Artifact, Artifacts
+from services.store.artifacts.artifacts import Artifacts
+from services.store.artifacts.stored import Stored
 from services.store.artifacts.uploads import Upload
 from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
@@ -60,7 +61,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         return pb.StatArtifactResponse(artifact=_artifact(artifact) if artifact else None, received_bytes=received)
 
     async def GetArtifact(self, request: pb.GetArtifactRequest, ctx: Context) -> AsyncIterator[pb.GetArtifactResponse]:
-        artifact, chunks = await self._artifacts.read(digest.checked(request.sha256, "sha256"), request.offset)
+        artifact, chunks = await self._artifacts.reader.read(digest.checked(request.sha256, "sha256"), request.offset)
         yield pb.GetArtifactResponse(size_bytes=artifact.size)
         async for chunk in chunks:
             yield pb.GetArtifactResponse(chunk=chunk)
@@ -124,7 +125,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
                 yield pb.ExportResultsResponse(bytes=told.pop("size"), **told)
 
 
-def _artifact(artifact: Artifact) -> pb.Artifact:
+def _artifact(artifact: Stored) -> pb.Artifact:
     return pb.Artifact(sha256=artifact.digest, size_bytes=artifact.size, created_at=timestamp(artifact.created_at))
 
 

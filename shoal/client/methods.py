@@ -67,6 +67,14 @@ GET_PAYLOAD = Method(_INGEST + "GetPayload", ingest.GetPayloadRequest, ingest.Ge
 LIST_JOBS = Method(_INGEST + "ListJobs", ingest.ListJobsRequest, ingest.ListJobsResponse)
 WATCH_JOB = Method(_INGEST + "WatchJob", ingest.WatchJobRequest, ingest.WatchJobResponse)
 CANCEL_JOB = Method(_INGEST + "CancelJob", ingest.CancelJobRequest, ingest.CancelJobResponse)
+LIST_DEAD_LETTERS = Method(_INGEST + "ListDeadLetters", ingest.ListDeadLettersRequest, ingest.ListDeadLettersResponse)
+# Repeated after a lost answer they find nothing left to do, and say less than they did.
+REQUEUE_DEAD_LETTERS = Method(
+    _INGEST + "RequeueDeadLetters", ingest.RequeueDeadLettersRequest, ingest.RequeueDeadLettersResponse, False
+)
+PURGE_DEAD_LETTERS = Method(
+    _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
+)
 
 _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)

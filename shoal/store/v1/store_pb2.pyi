@@ -180,7 +180,7 @@ class WatchModelsResponse(_message.Message):
     def __init__(self, snapshot: _Optional[_Iterable[_Union[ModelVersion, _Mapping]]] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("job_id", "outcome", "model_name", "model_version", "response", "code", "message", "attempt", "lease_id", "tenant", "submitted_at", "recorded_at", "instance", "labels", "batch_id")
+    __slots__ = ("job_id", "outcome", "model_name", "model_version", "response", "code", "message", "attempt", "lease_id", "tenant", "submitted_at", "recorded_at", "instance", "labels", "batch_id", "generation")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[Result.Outcome]
@@ -215,6 +215,7 @@ class Result(_message.Message):
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     outcome: Result.Outcome
     model_name: str
@@ -230,7 +231,8 @@ class Result(_message.Message):
     instance: str
     labels: _containers.ScalarMap[str, str]
     batch_id: str
-    def __init__(self, job_id: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., lease_id: _Optional[str] = ..., tenant: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., instance: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ...) -> None: ...
+    generation: int
+    def __init__(self, job_id: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., lease_id: _Optional[str] = ..., tenant: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., instance: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class PutResultsRequest(_message.Message):
     __slots__ = ("results",)

@@ -177,7 +177,8 @@ class StoreServiceServicer:
 
     def PutResults(self, request, context):
         """Records the results of jobs, each exactly once: a job that already has a result keeps it, and the answer carries the
-        one that stands. Results are durable (majority, journaled) when the call returns. INVALID_ARGUMENT names the entry.
+        one that stands. (A FAILED one is replaced by the first of a later `generation`, when the job was requeued.) Results
+        are durable (majority, journaled) when the call returns. INVALID_ARGUMENT names the entry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
