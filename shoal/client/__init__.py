@@ -5,11 +5,8 @@ from __future__ import annotations
 from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
 from shoal.client.blocking import Client
-<<<<<<< HEAD
-from shoal.client.export import Exported
-=======
 from shoal.client.dead_letters import Handled
->>>>>>> main
+from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
@@ -23,11 +20,8 @@ __all__ = [
     "BFloat16",
     "Client",
     "EnvoyStatus",
-<<<<<<< HEAD
     "Exported",
-=======
     "Handled",
->>>>>>> main
     "IndexEntry",
     "InferRequest",
     "InferResult",
