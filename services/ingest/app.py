@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from datetime import timedelta
 
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -17,6 +19,7 @@ from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
+from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.dispatch.claims import Claims
@@ -30,6 +33,7 @@ from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.job import Job
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.rpc import IngestRpc, rpc
@@ -57,7 +61,13 @@ async def run(config: IngestConfig) -> None:
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         claims = Claims(
-            documents, clock=utc_now, new_id=ulids.new, owner=name, process=ulids.new(), lease_ms=config.lease_ms
+            documents,
+            clock=utc_now,
+            new_id=ulids.new,
+            owner=name,
+            process=ulids.new(),
+            lease_ms=config.lease_ms,
+            ageing=timedelta(milliseconds=config.ageing_ms),
         )
         attempts = Attempts(
             RemoteModel(channel),
@@ -96,6 +106,11 @@ async def run(config: IngestConfig) -> None:
             ready=ready,
             renew_ms=config.renew_ms,
         )
+
+        def accept(accepted: Sequence[Job]) -> None:
+            claims.notice(accepted)
+            dispatcher.accept(accepted)
+
         intake = Intake(
             documents,
             payloads,
@@ -105,11 +120,25 @@ async def run(config: IngestConfig) -> None:
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
-            on_accepted=dispatcher.accept,
+            on_accepted=accept,
         )
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
+
+        def requeued(again: Sequence[Job]) -> None:
+            backlog.added(len(again))
+            for job in again:
+                changes.poke(job.id)
+            dispatcher.wake()
+
+        dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=requeued)
         servicer = IngestRpc(
-            intake, jobs, watch, cancelling, stream_items=config.stream_items, stream_bytes=config.stream_bytes
+            intake,
+            jobs,
+            watch,
+            cancelling,
+            dead_letters,
+            stream_items=config.stream_items,
+            stream_bytes=config.stream_bytes,
         )
         # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
         # dispatcher; both outlive the server, whose last calls may need them.
@@ -150,6 +179,8 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            if lined_up := await claims.line_up():
+                log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():
                 log.warning("an earlier process of this name left %d jobs: they are taken up", left)
             return

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli import dead_letters
+from shoal.cli.job_table import show_job
 from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json, show_json_line, text
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     rich_markup_mode="rich", add_completion=False, no_args_is_help=True, help="Submit jobs, follow them, get results."
 )
+
+app.add_typer(dead_letters.app, name="dead")
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as `submit` printed it.")]
 Tenant = Annotated[
@@ -48,6 +52,9 @@ def submit(
     attempts: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=100, help="Attempts in all. Default: the node's.")
     ] = None,
+    priority: Annotated[
+        int, typer.Option(metavar="P", min=-9, max=9, help="Which of the tenant's jobs go first: a level is a minute.")
+    ] = 0,
     label: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note that stays with the job. May be repeated.")
     ] = None,
@@ -105,6 +112,7 @@ def submit(
             deadline=deadline,
             retry=JobRetry(max_attempts=attempts or 5, codes=retry_on or ()) if attempts or retry_on else None,
             labels=labels,
+            priority=priority,
             keep_request=keep_request,
             delay=delay,
             not_before=not_before,
@@ -128,7 +136,7 @@ def get(job_id: JobId, gateway: Gateway = None, json: AsJson = False) -> None:
     if json:
         show_json(job)
     else:
-        _show_job(job)
+        show_job(job)
 
 
 @app.command("list")
@@ -239,21 +247,3 @@ def result(
     with connect(gateway) as client:
         answer = client.jobs.result(job_id, wait=wait, timeout=timeout)
     tensors.show_result(answer, as_json=json, output=output)
-
-
-def _show_job(job: Job) -> None:
-    about = [
-        ("job", job.id),
-        ("state", job.state),
-        ("model", f"{job.model_name} version {job.model_version}" if job.model_version else job.model_name),
-        ("tenant", job.tenant),
-        ("attempts", job.attempts),
-        ("submitted", job.submitted_at),
-        ("not before", job.not_before),
-        ("deadline", job.deadline),
-        ("labels", [f"{key}={value}" for key, value in job.labels.items()]),
-        ("last error", job.last_message),
-    ]
-    show(("", ""), [(name, value) for name, value in about if value not in (None, "", [])])
-    steps = [(step.at, step.state, step.attempt or "", step.instance, step.reason) for step in job.transitions]
-    show(("at", "state", "attempt", "by", "why"), steps, empty="no steps yet")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
 from shoal.client.blocking import Client
+from shoal.client.dead_letters import Handled
+from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
@@ -18,6 +20,8 @@ __all__ = [
     "BFloat16",
     "Client",
     "EnvoyStatus",
+    "Exported",
+    "Handled",
     "IndexEntry",
     "InferRequest",
     "InferResult",

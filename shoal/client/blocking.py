@@ -6,6 +6,7 @@ from types import TracebackType
 
 from shoal.client.aio import AsyncClient
 from shoal.client.calls import Headers
+from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.face import Face, LoopThread, blocking, iterating
 from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
@@ -29,8 +30,20 @@ class Models(Face[AsyncModels]):
     index = blocking(AsyncModels.index)
 
 
+class DeadLetters(Face[AsyncDeadLetters]):
+    """`client.jobs.dead`."""
+
+    list = blocking(AsyncDeadLetters.list)
+    requeue = blocking(AsyncDeadLetters.requeue)
+    purge = blocking(AsyncDeadLetters.purge)
+
+
 class Jobs(Face[AsyncJobs]):
     """`client.jobs`."""
+
+    def __init__(self, inner: AsyncJobs, loop: LoopThread) -> None:
+        super().__init__(inner, loop)
+        self.dead = DeadLetters(inner.dead, loop)
 
     submit = blocking(AsyncJobs.submit)
     submit_many = iterating(AsyncJobs.submit_many)
@@ -48,6 +61,7 @@ class Results(Face[AsyncResults]):
     get = blocking(AsyncResults.get)
     list = blocking(AsyncResults.list)
     stream = iterating(AsyncResults.stream)
+    export = iterating(AsyncResults.export)
 
 
 class Client(Face[AsyncClient]):

@@ -133,6 +133,10 @@ class Dispatcher:
             self._fall_behind()
         self._wake.set()
 
+    def wake(self) -> None:
+        """Something may be due now: the queue is read at once, not only at the next poll."""
+        self._read_at(self._clock())
+
     def held(self) -> dict[str, Lease]:
         """The lease of each job that this instance works on."""
         return {job_id: holding.job.lease for job_id, holding in self._held.items() if holding.job.lease is not None}

@@ -7,12 +7,13 @@ model knows, and a job whose tensors are wrong ends as FAILED with the model's o
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.ingest.job import Job, Policy, acceptance
+from services.ingest.lane import LEAST_PRIORITY, MOST_PRIORITY
+from services.ingest.messages import moment_of
 from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -33,7 +34,6 @@ EXPLAIN = "explain"
 """The request parameter that asks infer who answered, and how."""
 
 _FAILURES = frozenset(Code) - {Code.OK}
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def job_of(
@@ -61,6 +61,7 @@ def job_of(
         key=submit.idempotency_key,
         digest=digest_of(submit) if submit.idempotency_key else b"",
         policy=_policy(submit.retry),
+        priority=_priority(submit.priority),
         deadline=None if deadline is None else now + deadline,
         labels=_labels(submit),
         explains=submit.request.parameters[EXPLAIN].bool_param if EXPLAIN in submit.request.parameters else False,
@@ -128,8 +129,17 @@ def _due_at(submit: pb.SubmitRequest, now: datetime) -> datetime:
     if submit.HasField("delay"):
         return now + timedelta(milliseconds=_ms("delay", submit.delay, LONGEST_DELAY))
     if submit.HasField("not_before"):
-        return max(now, _time("not_before", submit.not_before, now + LONGEST_DELAY))
+        due_at = moment_of("not_before", submit.not_before)
+        if due_at > now + LONGEST_DELAY:
+            raise InvalidArgument(f"not_before: at most {LONGEST_DELAY.days} days ahead")
+        return max(now, due_at)
     return now
+
+
+def _priority(priority: int) -> int:
+    if not LEAST_PRIORITY <= priority <= MOST_PRIORITY:
+        raise InvalidArgument(f"priority: {LEAST_PRIORITY} to {MOST_PRIORITY} (0 is the default), got {priority}")
+    return priority
 
 
 def _deadline(submit: pb.SubmitRequest) -> timedelta | None:
@@ -159,16 +169,6 @@ def _ms(field: str, duration: Duration, longest: timedelta) -> int:
     if seconds > longest.total_seconds():
         raise InvalidArgument(f"{field}: at most {int(longest.total_seconds())} s, got {seconds} s")
     return seconds * 1000 + nanos // 1_000_000
-
-
-def _time(field: str, time: Timestamp, latest: datetime) -> datetime:
-    if not 0 <= time.nanos < 1_000_000_000:
-        raise InvalidArgument(f"{field}: not a valid time ({time.seconds} s and {time.nanos} ns)")
-    if time.seconds > latest.timestamp():
-        raise InvalidArgument(f"{field}: at most {LONGEST_DELAY.days} days ahead")
-    # Whole milliseconds, rounded up: never before what was asked for.
-    ms = -(-time.nanos // 1_000_000)
-    return _EPOCH + timedelta(seconds=max(0, time.seconds), milliseconds=ms)
 
 
 def _at_most(field: str, text: str, chars: int) -> None:

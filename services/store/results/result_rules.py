@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.store.artifacts.digest import brief
+from services.store.results import generations
 from shoal.errors import InvalidArgument
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
 
@@ -64,6 +65,8 @@ def _check_result(result: Result, where: str) -> None:
         raise InvalidArgument(f"{where}.code: expected a gRPC status code, 0 to 16, got {result.code}")
     if result.attempt < 0:
         raise InvalidArgument(f"{where}.attempt: expected 0 or more, got {result.attempt}")
+    if not 0 <= result.generation <= generations.MOST:
+        raise InvalidArgument(f"{where}.generation: expected 0 to {generations.MOST}, got {result.generation}")
     if result.HasField("response"):
         _check_response(result, where)
     if result.HasField("submitted_at"):

@@ -112,7 +112,7 @@ def _explained(err: OperationFailure) -> Exception:
 
 
 def _pipeline(request: WatchResultsRequest) -> list[Document]:
-    match: Document = {"operationType": "insert"}
+    match: Document = {"operationType": {"$in": ["insert", "replace"]}}
     for field in ("model_name", "tenant"):
         if value := check_text(getattr(request, field), field):
             match[f"fullDocument.{field}"] = value

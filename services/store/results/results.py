@@ -22,7 +22,8 @@ from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Place
 from services.store.responses import Responses
-from services.store.results import result_documents, result_rules
+from services.store.results import generations, result_documents, result_rules
+from services.store.results.generations import is_same
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
 from shoal.errors import DataLoss, NotFound, ShoalError, Unavailable
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
@@ -56,7 +57,7 @@ class Results:
         result_rules.check_results(results)
         docs = await self._documents(results)
         standing = await self._first_ones(docs)
-        lost = {doc["_id"] for doc in docs if doc["_id"] in standing}
+        lost = {doc["_id"] for doc in docs if doc["_id"] in standing and not is_same(doc, standing[doc["_id"]])}
         await self._drop(doc for doc in docs if doc["_id"] in lost)
         outcome = ((doc["_id"] not in lost, standing.get(doc["_id"], doc)) for doc in docs)
         return [(recorded, result_documents.result(_bare(doc))) for recorded, doc in outcome]
@@ -186,6 +187,7 @@ class Results:
         for _ in range(_STANDING_ATTEMPTS):
             with translated("recording results"), pymongo.timeout(limit_s):
                 taken = await self._insert(waiting)
+                await generations.succeed(self._collections.results, [doc for doc in waiting if doc["_id"] in taken])
                 found = await self._collections.results.find({"_id": {"$in": taken}}, WITHOUT_RESPONSE).to_list()
             standing.update({doc["_id"]: doc for doc in found})
             # Taken, yet not found: a rival's write that no majority has yet. It may still be undone: try once more.
