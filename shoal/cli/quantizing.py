@@ -216,17 +216,15 @@ def _rows(source: _Source, model: Any, data: Path | None, recorded: int, seed: i
 
 
 def _kept(source: _Source, inputs: Sequence[Port], most: int) -> list[Tensors]:
-    """The inputs of the model's newest jobs that were kept; none for a model that is not the node's."""
+    """The inputs of the model's newest jobs that were kept, however many that were not came after them; none for a
+    model that is not the node's."""
     from shoal.convert import sample
 
     if source.registered is None:
         return []
     jobs = source.client().jobs
-    calls: list[Tensors] = []
-    for job in jobs.list(state="succeeded", model=source.name, limit=10 * most):
-        if job.keeps_request and len(calls) < most:
-            calls.append(sample.fit(jobs.inputs(job.id), inputs, f"job {job.id}"))
-    return calls
+    kept = islice((job for job in jobs.pages(state="succeeded", model=source.name) if job.keeps_request), most)
+    return [sample.fit(jobs.inputs(job.id), inputs, f"job {job.id}") for job in kept]
 
 
 def _of_lines(path: Path, inputs: Sequence[Port]) -> list[Tensors]:
