@@ -10,8 +10,8 @@ import typer
 
 from shoal.cli import dead_letters
 from shoal.cli.job_table import show_job
-from shoal.cli.watching import JobWatch, follow_all, follow_one
 from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json
+from shoal.cli.watching import JobWatch, follow_all, follow_one
 from shoal.errors import InvalidArgument
 
 app = typer.Typer(

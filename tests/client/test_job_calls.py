@@ -511,7 +511,7 @@ async def test_watching_many_goes_on_after_the_last_token(served: Served) -> Non
             if len(told) == 5:
                 break
         assert [change.job.id async for change in aslice(client.jobs.watch_all(resume_token="7"), 2)] == ["8", "9"]
-        with pytest.raises(InvalidArgument, match="states: .* use some of queued, running"):
+        with pytest.raises(InvalidArgument, match=r"states: .* use some of queued, running"):
             await anext(client.jobs.watch_all(JobFilter(states=["lost"])))
     assert told == [("1", "1", True), *((str(n), str(n), False) for n in range(2, 6))]
     first = asked[0]
