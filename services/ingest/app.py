@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from datetime import timedelta
 
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -61,7 +62,13 @@ async def run(config: IngestConfig) -> None:
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         claims = Claims(
-            documents, clock=utc_now, new_id=ulids.new, owner=name, process=ulids.new(), lease_ms=config.lease_ms
+            documents,
+            clock=utc_now,
+            new_id=ulids.new,
+            owner=name,
+            process=ulids.new(),
+            lease_ms=config.lease_ms,
+            ageing=timedelta(milliseconds=config.ageing_ms),
         )
         attempts = Attempts(
             RemoteModel(channel),
@@ -100,6 +107,11 @@ async def run(config: IngestConfig) -> None:
             ready=ready,
             renew_ms=config.renew_ms,
         )
+
+        def accept(accepted: Sequence[Job]) -> None:
+            claims.notice(accepted)
+            dispatcher.accept(accepted)
+
         intake = Intake(
             documents,
             payloads,
@@ -109,7 +121,7 @@ async def run(config: IngestConfig) -> None:
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
-            on_accepted=dispatcher.accept,
+            on_accepted=accept,
         )
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
@@ -173,6 +185,8 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            if lined_up := await claims.line_up():
+                log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():
                 log.warning("an earlier process of this name left %d jobs: they are taken up", left)
             return

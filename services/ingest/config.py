@@ -30,6 +30,8 @@ class IngestConfig(ServiceConfig):
     """Longest a single attempt may take."""
     poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     """How soon an idle instance notices jobs that others submitted, or left."""
+    ageing_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 60_000
+    """What one level of priority is worth: a job goes before one that waits so much longer at the next lower level."""
     inline_bytes: Annotated[int, Field(ge=0, le=12 << 20)] = 1 << 20
     """Requests above this are kept apart from the job, so that claims and scans stay light."""
     max_backlog: Annotated[int, Field(ge=1)] = 1_000_000

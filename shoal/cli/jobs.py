@@ -51,6 +51,9 @@ def submit(
     attempts: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=100, help="Attempts in all. Default: the node's.")
     ] = None,
+    priority: Annotated[
+        int, typer.Option(metavar="P", min=-9, max=9, help="Which of the tenant's jobs go first: a level is a minute.")
+    ] = 0,
     label: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note that stays with the job. May be repeated.")
     ] = None,
@@ -108,6 +111,7 @@ def submit(
             deadline=deadline,
             retry=JobRetry(max_attempts=attempts or 5, codes=retry_on or ()) if attempts or retry_on else None,
             labels=labels,
+            priority=priority,
             keep_request=keep_request,
             delay=delay,
             not_before=not_before,

@@ -62,6 +62,7 @@ class Results(Face[AsyncResults]):
     get = blocking(AsyncResults.get)
     list = blocking(AsyncResults.list)
     stream = iterating(AsyncResults.stream)
+    export = iterating(AsyncResults.export)
 
 
 class Client(Face[AsyncClient]):

@@ -59,6 +59,7 @@ class AsyncJobs:
         deadline: float | timedelta | None = None,
         retry: JobRetry | None = None,
         labels: Mapping[str, str] | None = None,
+        priority: int = 0,
         keep_request: bool = False,
         not_before: datetime | None = None,
         delay: float | timedelta | None = None,
@@ -67,14 +68,14 @@ class AsyncJobs:
         """Hands in one job. When this returns it is durable: it will run, whatever is killed when.
 
         With an `idempotency_key` a second submit returns the first job; without, the client makes one, so that its own
-        retries make no second job. The job expires after `deadline` seconds without an answer. With `keep_request` its
-        inputs stay in the node when it is done. It is not run before `not_before`, nor
-        before `delay` seconds have passed.
+        retries make no second job. The job expires after `deadline` seconds without an answer. `priority` (-9 to 9)
+        orders the tenant's own jobs. With `keep_request` its inputs stay in the node when it is done. It is not run
+        before `not_before`, nor before `delay` seconds have passed.
 
         Raises:
             InvalidArgument: names what is wrong.
             AlreadyExists: the key was used with another request.
-            ResourceExhausted: the backlog is full.
+            ResourceExhausted: the backlog is full, or the tenant's quota is; `retry_after_ms` says when to come back.
         """
         request = JobRequest(
             model,
@@ -88,6 +89,7 @@ class AsyncJobs:
             deadline=deadline,
             retry=retry,
             labels=labels or {},
+            priority=priority,
             keep_request=keep_request,
             not_before=not_before,
             delay=delay,
