@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from shoal.compress.compression import Compression, Rows
     from shoal.convert.original import Port, Tensors
     from shoal.convert.verdict import Bounds
+
+
+_LOOKED_AT = 100_000
+# Jobs, newest first, in search of requests that were kept: a hundred pages, some seconds.
 
 
 def command(
@@ -223,7 +228,8 @@ def _kept(source: _Source, inputs: Sequence[Port], most: int) -> list[Tensors]:
     if source.registered is None:
         return []
     jobs = source.client().jobs
-    kept = islice((job for job in jobs.pages(state="succeeded", model=source.name) if job.keeps_request), most)
+    newest = jobs.each(state="succeeded", model=source.name, most=_LOOKED_AT)
+    kept = islice((job for job in newest if job.keeps_request), most)
     return [sample.fit(jobs.inputs(job.id), inputs, f"job {job.id}") for job in kept]
 
 
