@@ -16,6 +16,8 @@ from mesh.server import GrpcServer, until_stopped
 from mesh.tasks import end, log_failure
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
+from services.ingest.connectors import settings
+from services.ingest.connectors.connectors import Connectors
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.dispatch.claims import Claims
@@ -29,6 +31,8 @@ from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.reading.answers import StoredAnswers
+from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.rpc import IngestRpc, rpc
@@ -66,7 +70,7 @@ async def run(config: IngestConfig) -> None:
             timeout_ms=config.attempt_timeout_ms,
         )
         recorder = Recorder(
-            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: changes.poke(job_id)
+            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: moved(job_id)
         )
         dispatcher = Dispatcher(
             claims,
@@ -83,6 +87,12 @@ async def run(config: IngestConfig) -> None:
         )
         changes = Changes(documents, ready=ready, on_taken=dispatcher.taken, max_watches=config.max_watches)
         watch = Watch(jobs, changes)
+        endings = Endings(documents, StoredAnswers(channel), ready=ready)
+
+        def moved(job_id: str) -> None:
+            changes.poke(job_id)
+            endings.poke(job_id)
+
         keeper = Keeper(
             documents,
             claims,
@@ -105,6 +115,8 @@ async def run(config: IngestConfig) -> None:
             inline_bytes=config.inline_bytes,
             on_accepted=dispatcher.accept,
         )
+        configured = settings.read(config.connectors) if config.connectors is not None else {}
+        connectors = Connectors(configured, intake, endings, clock=utc_now, ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
         servicer = IngestRpc(
             intake, jobs, watch, cancelling, stream_items=config.stream_items, stream_bytes=config.stream_bytes
@@ -116,6 +128,8 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(intake)
+        await stack.enter_async_context(endings)
+        await stack.enter_async_context(connectors)
         server = await stack.enter_async_context(GrpcServer(config.listen, [rpc(servicer)], drain_ms=config.drain_ms))
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mesh.config import Address, ServiceConfig
+from services.ingest.connectors import settings
 
 
 class IngestConfig(ServiceConfig):
@@ -39,6 +41,16 @@ class IngestConfig(ServiceConfig):
     """Requests in memory that wait to be written, all calls together; beyond it Submit is refused and streams wait."""
     max_watches: Annotated[int, Field(ge=1)] = 10_000
     """WatchJob streams at once."""
+
+    connectors: Path | None = None
+    """A file of connectors (TOML): streams of Kafka and others that this instance takes part in."""
+
+    @field_validator("connectors")
+    @classmethod
+    def _usable(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            settings.read(path)
+        return path
 
     @model_validator(mode="after")
     def _renews_in_time(self) -> IngestConfig:

@@ -125,6 +125,14 @@ class Intake:
             except TimeoutError:
                 raise Unavailable(f"MongoDB did not take the job within {_WAIT_S:.0f} s: retry in a moment") from None
 
+    async def by_key(self, tenant: str, key: str) -> Job | None:
+        """The job that has this idempotency key, without its request.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        return (await self._find_by_key({(tenant, key)})).get((tenant, key))
+
     async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
         await self._payloads.put(jobs)
         errors = await self._insert(jobs)
