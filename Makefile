@@ -1,11 +1,13 @@
 # One door for people and CI. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo embeddings ocr speech test test-fast soak check format lint types proto proto-check lock clean
+.PHONY: help demo embeddings ocr speech test test-fast soak chaos check format lint types proto proto-check lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
 # Processes that `make test` runs tests in. Many tests wait for real parts: three keep two cores busy.
 TESTERS ?= 3
+# How long `make chaos` kills.
+MINUTES ?= 3
 STAMP := $(VENV)/.installed
 CLIENT_VENV := .venv-tritonclient
 CLIENT_STAMP := $(CLIENT_VENV)/.installed
@@ -57,6 +59,9 @@ test-fast: $(STAMP) $(CUDA_STAMPS) ## Run the tests that start no whole node
 
 soak: $(STAMP) ## Load the inference server for ten minutes: no wrong answer, flat memory
 	@$(PY) bench/soak.py --seconds 600 $(ARGS)
+
+chaos: $(STAMP) ## Kill parts of a node at random under load (MINUTES=3), then compare every job with its result
+	@SHOAL_CHAOS_MINUTES=$(MINUTES) $(PY) -m pytest -q -s tests/chaos/test_chaos.py $(ARGS)
 
 check: $(STAMP) lint types proto-check test ## Format, lint, types, fresh generated code, and every test
 

@@ -68,6 +68,7 @@ _DEFAULTS: Mapping[str, Any] = {
 
 # https://github.com/mongodb/mongo/blob/v6.0/src/mongo/base/error_codes.yml
 _NAMESPACE_EXISTS = 48
+_INDEX_NOT_FOUND = 27
 _VALIDATION_FAILED = 121
 _DUPLICATE_KEY = 11000
 _CONFLICTING_OPERATION = 117
@@ -110,11 +111,17 @@ def connect(uri: str, *, max_connections: int | None = None) -> AsyncMongoClient
 
 
 async def ensure_collection(
-    db: AsyncDatabase[Document], name: str, *, validator: Mapping[str, Any], indexes: Sequence[IndexModel]
+    db: AsyncDatabase[Document],
+    name: str,
+    *,
+    validator: Mapping[str, Any],
+    indexes: Sequence[IndexModel],
+    retired: Sequence[str] = (),
 ) -> AsyncCollection[Document]:
     """Makes collection `name` with its validator and indexes, or brings the one that is there up to them.
 
-    Idempotent, and safe when several processes do it at once. Indexes that are no longer listed stay.
+    Idempotent, and safe when several processes do it at once. Indexes that are no longer listed stay, except those
+    whose names are `retired`: they go once the others are there.
 
     Raises:
         FailedPrecondition: an index of that name or those keys is there with other options.
@@ -136,7 +143,17 @@ async def ensure_collection(
                     hint = "drop the old index, then start again"
                     raise FailedPrecondition(f"an index of {db.name}.{name} has changed: {err}: {hint}") from err
                 raise
+        for old in retired:
+            await _drop_index(collection, old)
         return collection
+
+
+async def _drop_index(collection: AsyncCollection[Document], name: str) -> None:
+    try:
+        await collection.drop_index(name)
+    except OperationFailure as err:
+        if err.code != _INDEX_NOT_FOUND:
+            raise
 
 
 async def _update_validator(db: AsyncDatabase[Document], name: str, validator: Mapping[str, Any]) -> None:

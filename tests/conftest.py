@@ -1,4 +1,4 @@
-"""Real parts for the tests: one etcd and one mongod for the whole run, a fresh database and folder for each test."""
+"""Real parts for the tests: one etcd, mongod and object store for the whole run, a fresh place for each test."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import pytest
 
 from kernels import backend
 from mesh.node import parts
+from tests.weeds import WeedProcess
 
 READY_S = 30
 
@@ -85,6 +86,22 @@ def etcd_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = parts.free_port()
     with running(parts.etcd(folder, port, parts.free_port()), folder.parent / "etcd.log"):
         yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WeedProcess]:
+    """A real object store that speaks S3. A test takes a place of its own there: `weed.prefix()`."""
+    with WeedProcess(tmp_path_factory.mktemp("weed")) as weed:
+        weed.wait_until_ready()
+        yield weed
+
+
+@pytest.fixture
+def s3_access(weed: WeedProcess, monkeypatch: pytest.MonkeyPatch) -> WeedProcess:
+    """The same, with this process' environment made such that `s3://` URLs mean it."""
+    for name, value in weed.access.items():
+        monkeypatch.setenv(name, value)
+    return weed
 
 
 @pytest.fixture

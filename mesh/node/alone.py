@@ -1,4 +1,6 @@
-"""The inference server by itself, on a folder of models: no etcd, no MongoDB, no mesh. One process or several."""
+"""The inference server by itself, on a folder of models or one file: no etcd, no MongoDB, no mesh.
+
+One process or several."""
 
 from __future__ import annotations
 
@@ -43,6 +45,7 @@ class Wanted:
     """What is to be served, where and how."""
 
     repository: Path
+    """A folder of models, or one .onnx file: a model with the name of the file."""
     host: str
     port: int
     """0: any free one."""
@@ -81,13 +84,10 @@ async def serve(wanted: Wanted, environ: Mapping[str, str], screen: Screen) -> i
     Returns the exit status of the server: 0 after an orderly stop, 128 + N when signal N killed it.
 
     Raises:
-        InvalidArgument: there is no such folder, or this machine has no such address.
+        InvalidArgument: there is no such folder or file, or this machine has no such address.
         FailedPrecondition: the port is in use, or the front that is asked for cannot run here.
     """
-    repository = wanted.repository
-    if not repository.is_dir():
-        what = "is no folder: name the one around it" if repository.exists() else "does not exist"
-        raise InvalidArgument(f"{repository} {what}: expected a folder of models: Triton's layout, or .onnx files")
+    check(wanted.repository)
     raise_file_limit()
     with Ports() as ports, _shared(wanted.workers) as shared:
         address = _address(wanted.host, _reserve(ports, wanted.host, wanted.port))
@@ -102,6 +102,27 @@ async def serve(wanted: Wanted, environ: Mapping[str, str], screen: Screen) -> i
         finally:
             await end(announcing)
             signals.stop()
+
+
+def check(repository: Path) -> None:
+    """Raises InvalidArgument when `repository` is neither a folder nor an .onnx file that is a whole model."""
+    expected = "expected a folder of models (Triton's layout, or .onnx files), or one .onnx file"
+    try:
+        if repository.is_dir():
+            return
+        if not repository.is_file():
+            what = "is no plain file" if repository.exists() else "does not exist"
+            raise InvalidArgument(f"{repository} {what}: {expected}")
+        around = repository.absolute().parent
+        if around.name.isdecimal() and (around.parent / "config.pbtxt").exists():
+            raise InvalidArgument(
+                f"{repository} is version {around.name} of the model {around.parent.name}, whose config.pbtxt would be "
+                f"left out: give the folder of models {around.parent.parent}"
+            )
+    except OSError as err:
+        raise InvalidArgument(f"cannot look at {repository}: {err.strerror}") from err
+    if repository.suffix != ".onnx":
+        raise InvalidArgument(f"{repository} is no .onnx file: {expected}")
 
 
 def _front(asked: str, address: str) -> Choice:

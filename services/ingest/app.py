@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from datetime import timedelta
 
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -12,12 +14,14 @@ from mesh import mongo
 from mesh.channel import connect
 from mesh.membership import Registration, State
 from mesh.mongo import Document
-from mesh.server import GrpcServer, until_stopped
+from mesh.server import until_stopped
+from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import settings
 from services.ingest.connectors.connectors import Connectors
+from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.dispatch.claims import Claims
@@ -31,11 +35,13 @@ from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.job import Job
 from services.ingest.reading.answers import StoredAnswers
 from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.rpc import IngestRpc, rpc
+from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.ulid import Ulids
 from shoal.errors import ShoalError
 
@@ -59,7 +65,13 @@ async def run(config: IngestConfig) -> None:
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         claims = Claims(
-            documents, clock=utc_now, new_id=ulids.new, owner=name, process=ulids.new(), lease_ms=config.lease_ms
+            documents,
+            clock=utc_now,
+            new_id=ulids.new,
+            owner=name,
+            process=ulids.new(),
+            lease_ms=config.lease_ms,
+            ageing=timedelta(milliseconds=config.ageing_ms),
         )
         attempts = Attempts(
             RemoteModel(channel),
@@ -104,6 +116,11 @@ async def run(config: IngestConfig) -> None:
             ready=ready,
             renew_ms=config.renew_ms,
         )
+
+        def accept(accepted: Sequence[Job]) -> None:
+            claims.notice(accepted)
+            dispatcher.accept(accepted)
+
         intake = Intake(
             documents,
             payloads,
@@ -113,13 +130,27 @@ async def run(config: IngestConfig) -> None:
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
-            on_accepted=dispatcher.accept,
+            on_accepted=accept,
         )
         configured = settings.read(config.connectors) if config.connectors is not None else {}
         connectors = Connectors(configured, intake, endings, clock=utc_now, ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
+
+        def requeued(again: Sequence[Job]) -> None:
+            backlog.added(len(again))
+            for job in again:
+                changes.poke(job.id)
+            dispatcher.wake()
+
+        dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=requeued)
         servicer = IngestRpc(
-            intake, jobs, watch, cancelling, stream_items=config.stream_items, stream_bytes=config.stream_bytes
+            intake,
+            jobs,
+            watch,
+            cancelling,
+            dead_letters,
+            stream_items=config.stream_items,
+            stream_bytes=config.stream_bytes,
         )
         # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
         # dispatcher; both outlive the server, whose last calls may need them.
@@ -130,7 +161,15 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(intake)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)
-        server = await stack.enter_async_context(GrpcServer(config.listen, [rpc(servicer)], drain_ms=config.drain_ms))
+        server = await stack.enter_async_context(
+            server_of(
+                config.listen,
+                [rpc(servicer)],
+                drain_ms=config.drain_ms,
+                front=config.front,
+                short={SUBMIT: ShortSubmit(intake)},
+            )
+        )
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 
         async def start() -> None:
@@ -154,6 +193,8 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            if lined_up := await claims.line_up():
+                log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():
                 log.warning("an earlier process of this name left %d jobs: they are taken up", left)
             return

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from mesh.config import Address, ServiceConfig
+from mesh.serving import Front
 from services.ingest.connectors import settings
 
 
@@ -18,6 +19,8 @@ class IngestConfig(ServiceConfig):
     """Required here: every job goes through it, to infer and to store."""
     mongo: Annotated[str, Field(pattern=r"^mongodb(\+srv)?://")]
     """Where jobs are kept: a replica set (a set of one will do), for its majority writes and change streams."""
+    front: Front = "auto"
+    """What its own Envoy reaches it through. auto: what suits `listen` (mesh.serving)."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,38}$")] = "shoal"
     lease_ms: Annotated[int, Field(ge=500, le=300_000)] = 5_000
     """A claimed job whose instance is not heard of for so long goes to another."""
@@ -29,6 +32,8 @@ class IngestConfig(ServiceConfig):
     """Longest a single attempt may take."""
     poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     """How soon an idle instance notices jobs that others submitted, or left."""
+    ageing_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 60_000
+    """What one level of priority is worth: a job goes before one that waits so much longer at the next lower level."""
     inline_bytes: Annotated[int, Field(ge=0, le=12 << 20)] = 1 << 20
     """Requests above this are kept apart from the job, so that claims and scans stay light."""
     max_backlog: Annotated[int, Field(ge=1)] = 1_000_000

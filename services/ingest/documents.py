@@ -3,7 +3,7 @@
 Collection `jobs`: one document a job. Three optional fields say who cares for it, and each has a sparse index, so that
 the millions that have ended weigh nothing:
 
-    due_at    it waits: whoever claims it first after then has it
+    due_at    it waits in its lane (`lane.py`): whoever claims it first after then has it
     lease     somebody works on it, until lease.expires_at
     neither   it has ended
 
@@ -19,10 +19,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from bson import Binary
-from pymongo import ASCENDING, DESCENDING, IndexModel, UpdateOne
+from pymongo import ASCENDING, DESCENDING, DeleteOne, IndexModel, UpdateOne
 
 from mesh.mongo import Document
-from services.ingest.job import TRANSITIONS_KEPT, Job, Lease, Policy, State, Transition
+from services.ingest.job import DEAD_LETTERS, TRANSITIONS_KEPT, Job, Lease, Policy, State, Transition
 
 JOBS = "jobs"
 PAYLOADS = "payloads"
@@ -30,15 +30,20 @@ PAYLOADS = "payloads"
 EVER = datetime(1970, 1, 1, tzinfo=UTC)
 """Before everything: `{"$gt": EVER}` asks that a time is set, in a way that an index can answer."""
 
+WAITING: Mapping[str, Any] = {"lane": {"$gt": ""}, "due_at": {"$gt": EVER}}
+"""The jobs that wait, as the index `lanes` has them: with both, it answers alone."""
+
 LIGHT: Mapping[str, int] = {"request": 0}
 """Projection for everything but running a job."""
 
+_IS_DEAD_LETTER = {"state": {"$in": sorted(map(str, DEAD_LETTERS))}}
+
 # The planner uses a partial index only for a query that surely stays within it: `$exists: True` follows from any
-# comparison with a time. The claim index holds the model, so that excluding one reads no documents.
+# comparison with a time. The claim index holds the id, so that looking for jobs reads no documents.
 INDEXES = (
     IndexModel(
-        [("due_at", ASCENDING), ("model_name", ASCENDING)],
-        name="waiting",
+        [("lane", ASCENDING), ("due_at", ASCENDING), ("_id", ASCENDING)],
+        name="lanes",
         partialFilterExpression={"due_at": {"$exists": True}},
     ),
     IndexModel(
@@ -60,6 +65,16 @@ INDEXES = (
     IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="by_state"),
     IndexModel([("model_name", ASCENDING), ("_id", DESCENDING)], name="by_model"),
     IndexModel([("tenant", ASCENDING), ("_id", DESCENDING)], name="by_tenant"),
+    IndexModel(
+        [("state", ASCENDING), ("tenant", ASCENDING), ("_id", DESCENDING)],
+        name="dead_by_tenant",
+        partialFilterExpression=_IS_DEAD_LETTER,
+    ),
+    IndexModel(
+        [("state", ASCENDING), ("model_name", ASCENDING), ("_id", DESCENDING)],
+        name="dead_by_model",
+        partialFilterExpression=_IS_DEAD_LETTER,
+    ),
 )
 
 VALIDATOR: Mapping[str, Any] = {
@@ -73,7 +88,10 @@ VALIDATOR: Mapping[str, Any] = {
             "tenant": {"bsonType": "string"},
             "key": {"bsonType": "string", "minLength": 1},
             "attempts": {"bsonType": ["int", "long"], "minimum": 0},
+            "generation": {"bsonType": ["int", "long"], "minimum": 1},
+            "steps": {"bsonType": ["int", "long"], "minimum": 1},
             "submitted_at": {"bsonType": "date"},
+            "lane": {"bsonType": "string"},
             "due_at": {"bsonType": "date"},
             "deadline": {"bsonType": "date"},
             "lease": {"bsonType": "object", "required": ["id", "owner", "expires_at"]},
@@ -99,23 +117,29 @@ def document_of(job: Job) -> Document:
         "model_name": job.model_name,
         "model_version": job.model_version,
         "tenant": job.tenant,
-        "policy": asdict(job.policy),
+        "policy": _policy(job.policy),
+        "generation": job.generation,
         "attempts": job.attempts,
         "refusals": job.refusals,
         "submitted_at": job.submitted_at,
         "updated_at": job.updated_at,
-        "due_at": job.due_at,
+        "lane": job.lane.text,
         # Pairs, because a key may be any text, and MongoDB's field names may not.
         "labels": [list(pair) for pair in job.labels],
         "transitions": [_step(step) for step in job.transitions],
+        "steps": job.steps,
         "traceparent": job.traceparent,
     }
     if job.key:
         document |= {"key": job.key, "digest": Binary(job.digest)}
     if job.last_code:
         document |= {"last_code": job.last_code, "last_message": job.last_message}
+    if job.due_at is not None:
+        document["due_at"] = job.due_at
     if job.deadline is not None:
         document["deadline"] = job.deadline
+    if job.priority:
+        document["priority"] = job.priority
     if job.explains:
         document["explains"] = True
     if job.is_kept:
@@ -141,9 +165,11 @@ def job_of(document: Mapping[str, Any]) -> Job:
         tenant=document["tenant"],
         key=document.get("key", ""),
         digest=document.get("digest", b""),
-        policy=Policy(**document["policy"]),
+        priority=document.get("priority", 0),
+        policy=Policy(**{**document["policy"], "codes": tuple(document["policy"].get("codes", ()))}),
         due_at=document.get("due_at"),
         deadline=document.get("deadline"),
+        generation=document.get("generation", 1),
         attempts=document["attempts"],
         refusals=document["refusals"],
         last_code=document.get("last_code", 0),
@@ -153,6 +179,7 @@ def job_of(document: Mapping[str, Any]) -> Job:
             Transition(State(step["state"]), step["at"], step["attempt"], step["instance"], step["reason"])
             for step in document["transitions"]
         ),
+        steps=document.get("steps", len(document["transitions"])),
         lease=Lease(**lease) if lease else None,
         cancel_reason=cancel["reason"] if cancel else None,
         traceparent=document["traceparent"],
@@ -170,17 +197,33 @@ def fenced_update(before: Job, after: Job) -> UpdateOne:
     return UpdateOne(fence, difference(before, after))
 
 
+def requeueing(before: Job, after: Job) -> UpdateOne:
+    """The write that requeues a dead letter, unless somebody else did, or removed it."""
+    return UpdateOne(_unchanged(before), difference(before, after))
+
+
+def purging(letter: Job) -> DeleteOne:
+    """The write that removes a dead letter, unless somebody requeued it."""
+    return DeleteOne(_unchanged(letter))
+
+
+def _unchanged(job: Job) -> Document:
+    return {"_id": job.id, "state": str(job.state), "steps": job.steps}
+
+
 def difference(before: Job, after: Job) -> dict[str, Any]:
     """The update operators that turn `before` into `after`: changed fields, and the transition that was added."""
     set_: Document = {}
     unset: dict[str, str] = {}
-    for name in ("attempts", "refusals", "last_code", "last_message", "updated_at"):
+    for name in ("generation", "attempts", "refusals", "last_code", "last_message", "updated_at", "steps"):
         if getattr(before, name) != getattr(after, name):
             set_[name] = getattr(after, name)
     if before.state is not after.state:
         set_["state"] = str(after.state)
     if before.due_at != after.due_at:
         _put(set_, unset, "due_at", after.due_at)
+    if before.deadline != after.deadline:
+        _put(set_, unset, "deadline", after.deadline)
     if before.lease != after.lease:
         _put(set_, unset, "lease", after.lease and asdict(after.lease))
     if not after.keeps_request:
@@ -210,6 +253,7 @@ def claiming(lease: Lease, now: datetime) -> list[Document]:
         "updated_at": now,
         "lease": {"$literal": asdict(lease)},
         "transitions": steps,
+        "steps": {"$add": [{"$ifNull": ["$steps", {"$size": "$transitions"}]}, 1]},
     }
     return [{"$set": set_}, {"$unset": "due_at"}]
 
@@ -220,6 +264,13 @@ def taking_over(lease: Lease, cancel_reason: str | None = None) -> Document:
     if cancel_reason is not None:
         set_["cancel"] = {"reason": cancel_reason}
     return {"$set": set_, "$unset": {"due_at": ""}}
+
+
+def _policy(policy: Policy) -> Document:
+    document = asdict(policy)
+    if not policy.codes:
+        del document["codes"]  # Few jobs have their own, and every job pays for its bytes.
+    return document
 
 
 def _step(step: Transition) -> Document:

@@ -8,6 +8,8 @@
                     │   (backoff, lapse, release)                 EXPIRED     its deadline passed
                     └──── take_over ──┴── end ──────────────────>
 
+    FAILED, DEAD ──requeue──> QUEUED, as the next generation
+
 A job that somebody works on carries a **lease**: an id that is never used twice, its owner, and when it lapses. Every
 write about such a job names the lease that the writer holds and the attempt it belongs to (the fence), so a worker that
 was only slow writes nothing. `take_over` gives the job a new lease and thereby shuts out the old holder; cancellation,
@@ -17,6 +19,10 @@ A job ends in two steps: its result is recorded in the store, where the first on
 follows from the result that stands (`state_of`). A process that dies between the steps leaves a lease that lapses;
 whoever takes the job over records again, is told what stands, and ends the job by it. So states and results cannot
 disagree.
+
+A **generation** is one such life. A dead letter (FAILED, DEAD) that is requeued lives again as the next generation,
+with all its attempts; its result carries the generation, and the store lets it take the place of the earlier failure.
+What a holder of the earlier generation still writes, the fence keeps from the job, and the store from the result.
 
 `attempts` counts attempts that may have reached a model. One that certainly did not (nobody there, or shed before it
 ran) is taken back and counted in `refusals` instead: an outage costs no attempts, however long it lasts.
@@ -29,6 +35,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
 
+from services.ingest.lane import Lane
 from shoal.errors import Code
 
 
@@ -44,6 +51,8 @@ class State(StrEnum):
     EXPIRED = "expired"
 
 
+DEAD_LETTERS = frozenset({State.FAILED, State.DEAD})
+"""What may be requeued: it ended without an answer that anybody waits for, and its request is kept."""
 FINAL = frozenset({State.SUCCEEDED, State.FAILED, State.DEAD, State.CANCELLED, State.EXPIRED})
 
 
@@ -68,7 +77,7 @@ PERMANENT = frozenset(
     }
 )
 """The request is at fault: no further attempt would help. Every other code is tried again, NOT_FOUND too: a model that
-was pushed a moment ago may not be everywhere yet."""
+was pushed a moment ago may not be everywhere yet. A job may name its own codes instead (`Policy.codes`)."""
 
 NOT_READY_WAIT_MS = 1_000
 NOT_READY_MAX_WAIT_MS = 4_000
@@ -90,6 +99,20 @@ class Policy:
     max_attempts: int = 5
     initial_backoff_ms: int = 200
     max_backoff_ms: int = 30_000
+    codes: tuple[int, ...] = ()
+    """The status codes that are worth another attempt; none: all but PERMANENT."""
+
+    def is_permanent(self, code: int) -> bool:
+        """Whether a failure with `code` ends the job at once.
+
+        ABORTED never does: it is what an attempt ends with whose instance died, which says nothing about the request.
+        """
+        if code == Code.ABORTED:
+            return False
+        return code not in self.codes if self.codes else code in PERMANENT
+
+
+DEFAULT_POLICY = Policy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +150,24 @@ class Job:
     key: str = ""
     digest: bytes = b""
     """Of the submit request, when it has a key."""
-    policy: Policy = Policy()
+    priority: int = 0
+    """Higher goes first, among the tenant's own jobs (`lane.py`)."""
+    policy: Policy = DEFAULT_POLICY
     due_at: datetime | None = None
     """Set while the job waits to be claimed: not before then."""
     deadline: datetime | None = None
+    generation: int = 1
+    """How many lives it has begun: each requeue of a dead letter begins one."""
     attempts: int = 0
+    """Of this generation."""
     refusals: int = 0
     """Attempts in a row that never reached a model."""
     last_code: int = 0
     last_message: str = ""
     labels: tuple[tuple[str, str], ...] = ()
     transitions: tuple[Transition, ...] = ()
+    steps: int = 1
+    """Transitions that it has made; `transitions` holds the newest of them."""
     lease: Lease | None = None
     cancel_reason: str | None = None
     """Set when a client asked to cancel it."""
@@ -151,6 +181,11 @@ class Job:
     """The client asked that its request stay when it is done with."""
     request: bytes | None = None
     """The serialised ModelInferRequest; None where it was not loaded or is kept apart."""
+
+    @property
+    def lane(self) -> Lane:
+        """Where it waits."""
+        return Lane(self.tenant, self.model_name, self.priority)
 
     @property
     def is_final(self) -> bool:
@@ -191,11 +226,16 @@ class End:
     outcome: Outcome
     code: int = 0
     message: str = ""
+    generation: int = 1
+    """The job's, that it is the end of."""
 
 
-def acceptance(now: datetime, instance: str) -> tuple[Transition, ...]:
-    """The transitions of a job that `instance` has just accepted."""
-    return (Transition(State.QUEUED, now, 0, instance, "submitted"),)
+def acceptance(now: datetime, instance: str, due_at: datetime | None = None) -> tuple[Transition, ...]:
+    """The transitions of a job that `instance` has just accepted, and that is not to run before `due_at`."""
+    reason = "submitted"
+    if due_at is not None and due_at > now:
+        reason += f", not to run before {due_at.isoformat(timespec='milliseconds')}"
+    return (Transition(State.QUEUED, now, 0, instance, reason),)
 
 
 def claim(job: Job, lease: Lease, now: datetime) -> Job:
@@ -210,6 +250,7 @@ def claim(job: Job, lease: Lease, now: datetime) -> Job:
         updated_at=now,
         lease=lease,
         transitions=_grown(job, step),
+        steps=job.steps + 1,
     )
 
 
@@ -235,12 +276,13 @@ def try_again(job: Job, again: Again, instance: str, now: datetime) -> Job:
         updated_at=now,
         lease=None,
         transitions=_grown(job, step),
+        steps=job.steps + 1,
     )
 
 
 def end(job: Job, standing: End, instance: str, now: datetime) -> Job:
     """The job in its final state, by the result that stands in the store."""
-    state = state_of(standing)
+    state = state_of(standing, job.policy)
     step = Transition(state, now, job.attempts, instance, standing.message[:MESSAGE_CHARS] or "answered")
     is_answered = standing.outcome is Outcome.SUCCEEDED
     return replace(
@@ -253,13 +295,44 @@ def end(job: Job, standing: End, instance: str, now: datetime) -> Job:
         updated_at=now,
         lease=None,
         transitions=_grown(job, step),
+        steps=job.steps + 1,
     )
 
 
-def state_of(standing: End) -> State:
-    """The final state that belongs to a result."""
+def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
+    """A dead letter back in the queue as its next generation: with all its attempts, and its deadline anew."""
+    assert job.state in DEAD_LETTERS
+    step = Transition(State.QUEUED, now, 0, instance, f"requeued: {reason}" if reason else "requeued")
+    return replace(
+        job,
+        state=State.QUEUED,
+        generation=job.generation + 1,
+        attempts=0,
+        refusals=0,
+        due_at=now,
+        deadline=None if job.deadline is None else now + (job.deadline - job.submitted_at),
+        cancel_reason=None,
+        updated_at=now,
+        transitions=_grown(job, step),
+        steps=job.steps + 1,
+    )
+
+
+def generations(job: Job) -> list[int]:
+    """The generation of each of its transitions: one begins with each that follows an end."""
+    found: list[int] = []
+    generation = job.generation
+    for step, before in zip(reversed(job.transitions), (*reversed(job.transitions[:-1]), None), strict=True):
+        found.append(generation)
+        if before is not None and before.state in FINAL and step.state is State.QUEUED:
+            generation -= 1
+    return found[::-1]
+
+
+def state_of(standing: End, policy: Policy = DEFAULT_POLICY) -> State:
+    """The final state that belongs to a result of a job with that policy."""
     if standing.outcome is Outcome.FAILED:
-        return State.FAILED if standing.code in PERMANENT else State.DEAD
+        return State.FAILED if policy.is_permanent(standing.code) else State.DEAD
     return State[standing.outcome.name]
 
 
@@ -267,7 +340,7 @@ def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], 
     """What becomes of a running job whose attempt failed. `draw` gives a number in [0, 1)."""
     if (ended := ended_from_outside(job, now)) is not None:
         return ended
-    if failure.is_reached and failure.code in PERMANENT:
+    if failure.is_reached and job.policy.is_permanent(failure.code):
         return End(Outcome.FAILED, failure.code, failure.message)
     name = _name_of(failure.code)
     if not failure.is_reached:

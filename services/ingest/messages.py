@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from services.ingest.job import Job, State
+from services.ingest.job import Job, State, generations
 from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -30,6 +30,8 @@ def message_of(job: Job) -> pb.Job:
         updated_at=timestamp_of(job.updated_at),
         labels=dict(job.labels),
         keeps_request=job.is_kept,
+        priority=job.priority,
+        generation=job.generation,
         transitions=[
             pb.Transition(
                 state=_STATES[step.state],
@@ -37,8 +39,9 @@ def message_of(job: Job) -> pb.Job:
                 attempt=step.attempt,
                 instance=step.instance,
                 reason=step.reason,
+                generation=generation,
             )
-            for step in job.transitions
+            for step, generation in zip(job.transitions, generations(job), strict=True)
         ],
     )
     if job.due_at is not None and job.due_at > job.submitted_at:
@@ -59,6 +62,22 @@ def state_of(number: int) -> State | None:
     if (state := _STATE_OF.get(number)) is None:
         raise InvalidArgument(f"state: not a job state: {number}; expected 0 to {max(_STATE_OF)}")
     return state
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EARLIEST_S, _LATEST_S = -62135596800, 253402300799
+# Years 1 to 9999: what a Timestamp may hold.
+
+
+def moment_of(field: str, time: Timestamp) -> datetime:
+    """The time of a timestamp, in whole milliseconds, rounded up.
+
+    Raises:
+        InvalidArgument: it is not one.
+    """
+    if not _EARLIEST_S <= time.seconds < _LATEST_S or not 0 <= time.nanos < 1_000_000_000:
+        raise InvalidArgument(f"{field}: not a time in the years 1 to 9999 ({time.seconds} s and {time.nanos} ns)")
+    return _EPOCH + timedelta(seconds=time.seconds, milliseconds=-(-time.nanos // 1_000_000))
 
 
 def timestamp_of(moment: datetime) -> Timestamp:

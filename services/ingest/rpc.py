@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 
 from mesh.interceptors import Context
 from mesh.server import Rpc
+from services.ingest.dead_letters.dead_letters import DeadLetters
+from services.ingest.dead_letters.rpc import DeadLettersRpc
 from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.stream import Stream
@@ -17,12 +19,21 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 
 
-class IngestRpc(ingest_pb2_grpc.IngestServiceServicer):
-    """The servicer."""
+class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
+    """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
-        self, intake: Intake, jobs: Jobs, watch: Watch, cancelling: Cancelling, *, stream_items: int, stream_bytes: int
+        self,
+        intake: Intake,
+        jobs: Jobs,
+        watch: Watch,
+        cancelling: Cancelling,
+        dead_letters: DeadLetters,
+        *,
+        stream_items: int,
+        stream_bytes: int,
     ) -> None:
+        DeadLettersRpc.__init__(self, dead_letters)
         self._intake = intake
         self._jobs = jobs
         self._watch = watch

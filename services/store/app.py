@@ -9,16 +9,21 @@ from datetime import UTC, datetime
 
 from mesh import mongo
 from mesh.membership import Registration, State
-from mesh.server import GrpcServer, Rpc, until_stopped
+from mesh.server import Rpc, until_stopped
+from mesh.serving import Server
+from mesh.serving import server as server_of
 from services.store.artifacts.artifacts import Artifacts
-from services.store.artifacts.blobs import open_blobs
+from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
 from services.store.artifacts.threads import Threads
 from services.store.config import StoreConfig
 from services.store.documents import Collections
+from services.store.exports.exports import Exports
+from services.store.exports.places import Places
 from services.store.registry.registry import Registry
 from services.store.registry.registry_watch import RegistryWatch
 from services.store.responses import Responses
+from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
 from services.store.rpc import StoreRpc
@@ -38,7 +43,7 @@ async def run(config: StoreConfig) -> None:
         threads = stack.enter_context(Threads())
         client = await stack.enter_async_context(mongo.connect(config.mongo))
         collections = Collections(client[config.database])
-        blobs, folder = open_blobs(config.blobs, config.staging, threads)
+        blobs, folder = open_blobs(config.blobs, config.staging, threads, checksums=config.s3_checksums)
         staging = Staging(folder, config.max_uploads, config.upload_age_ms / 1000)
         artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=_now)
         registry = Registry(collections, artifacts, _now)
@@ -46,9 +51,27 @@ async def run(config: StoreConfig) -> None:
         results = Results(collections, Responses(blobs, threads), _now)
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
-        rpc = StoreRpc(artifacts, registry, registry_watch, results, result_watch, config.upload_idle_ms / 1000)
+        result_stream = ResultStream(results, result_watch, config.max_streams)
+        rpc = StoreRpc(
+            artifacts,
+            registry,
+            registry_watch,
+            results,
+            result_watch,
+            result_stream,
+            Exports(
+                results,
+                result_stream,
+                Places(config.exports, threads, checksums=config.s3_checksums),
+                threads,
+                config.max_exports,
+            ),
+            upload_idle_s=config.upload_idle_ms / 1000,
+        )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
-        server = await stack.enter_async_context(GrpcServer(config.listen, [add], drain_ms=config.drain_ms))
+        server = await stack.enter_async_context(
+            server_of(config.listen, [add], drain_ms=config.drain_ms, front=config.front, short={})
+        )
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))
         async with asyncio.TaskGroup() as tasks:
             opening = tasks.create_task(_open(collections, server, registration))
@@ -58,7 +81,7 @@ async def run(config: StoreConfig) -> None:
             sweeping.cancel()
 
 
-async def _open(collections: Collections, server: GrpcServer, registration: Registration) -> None:
+async def _open(collections: Collections, server: Server, registration: Registration) -> None:
     """Makes the collections, however long MongoDB is away, and only then says that the service is there."""
     while True:
         try:

@@ -8,6 +8,8 @@ from typing import Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from mesh.config import ServiceConfig
+from mesh.serving import Front
+from services.store.exports.places import PLACE
 
 _BLOB_URL = r"^(file:///.+|(s3|s3a|gs|az|azure|adl|abfs|abfss)://[^/\s]+.*)$"
 
@@ -17,6 +19,8 @@ class StoreConfig(ServiceConfig):
 
     mongo: Annotated[str, Field(pattern=r"^mongodb(\+srv)?://.+")]
     """MongoDB, a replica set (change streams and transactions need one)."""
+    front: Front = "auto"
+    """What its own Envoy reaches it through. auto: what suits `listen` (mesh.serving)."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,63}$")] = "shoal"
     """The database there."""
     blobs: Annotated[str, Field(pattern=_BLOB_URL)]
@@ -24,6 +28,8 @@ class StoreConfig(ServiceConfig):
     of object stores come from their usual variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT, ...)."""
     staging: Annotated[Path | None, Field(validate_default=True)] = None
     """Local folder of unfinished uploads. For file:// it is always `<folder>/staging`; else it must be given."""
+    s3_checksums: bool = True
+    """Send S3 a SHA-256 with everything that is stored. Only for an S3 that refuses `x-amz-checksum-sha256`: false."""
     max_artifact_bytes: Annotated[int, Field(ge=1, le=1 << 42)] = 8 << 30
     """Largest artifact that is accepted."""
     max_uploads: Annotated[int, Field(ge=1, le=10_000)] = 64
@@ -34,6 +40,19 @@ class StoreConfig(ServiceConfig):
     """An upload that sends nothing for so long is ended; what has arrived is kept."""
     max_watches: Annotated[int, Field(ge=1, le=2_000)] = 200
     """Open WatchResults streams, each of which holds a change stream of its own."""
+    max_streams: Annotated[int, Field(ge=1, le=2_000)] = 64
+    """Open StreamResults streams, each of which holds up to 4 MiB (or one response that is larger)."""
+
+    exports: tuple[Annotated[str, Field(pattern=PLACE)], ...] = ()
+    """Where ExportResults may write: URLs with commas between them (`file:///data/exports,s3://reports/shoal,gs://`),
+    each with all that lies under it. Exports to the caller need none."""
+    max_exports: Annotated[int, Field(ge=1, le=100)] = 2
+    """Exports that run at once, each of which holds a part (64 MiB of answers) in memory."""
+
+    @field_validator("exports", mode="before")
+    @classmethod
+    def _exports_listed(cls, exports: object) -> object:
+        return tuple(filter(None, map(str.strip, exports.split(",")))) if isinstance(exports, str) else exports
 
     @field_validator("staging")
     @classmethod

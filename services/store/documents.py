@@ -1,15 +1,17 @@
 """The store's collections: their schemas, their indexes, and the door to them that opens once both are made.
 
-artifacts  {_id: digest, size, created_at, damaged?}
+artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, damaged?, condemned_at?, referred_at?}
+references {_id: name of who refers, digest, made_at}: others than models
+graves     {_id: key of a blob that is to go, buried_at}
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
 aliases    {_id: "name/alias", name, alias, version}
-results    {_id: job id, outcome, ..., recorded_at, response: bytes | blob: {key, size, sha256}}
+results    {_id: job id, outcome, ..., recorded_at, labels?, response: bytes | blob: {key, size, sha256}}
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 from pymongo import ASCENDING, DESCENDING, IndexModel
@@ -42,9 +44,24 @@ def _schema(required: Mapping[str, Any], optional: Mapping[str, Any] | None = No
 
 _FILE = _schema({"path": _NAME, "sha256": _DIGEST, "size": _SIZE})
 _LABEL = _schema({"key": _NAME, "value": _TEXT})
+_RESULT_LABEL = _schema({"key": _TEXT, "value": _TEXT})
 _BLOB = _schema({"key": _NAME, "size": _SIZE, "sha256": _DIGEST})
 
-ARTIFACTS = _schema({"_id": _DIGEST, "size": _SIZE, "created_at": _DATE}, {"damaged": {"bsonType": "bool"}})
+ARTIFACTS = _schema(
+    {"_id": _DIGEST, "size": _SIZE, "created_at": _DATE},
+    {
+        "key": _NAME,
+        "block_bytes": _SIZE,
+        "blocks": {"bsonType": "binData"},
+        "damaged": {"bsonType": "bool"},
+        "keep_until": _DATE,
+        "condemned_at": _DATE,
+        # Written only so that referring to an artifact and collecting it cannot both succeed.
+        "referred_at": _DATE,
+    },
+)
+REFERENCES = _schema({"_id": _NAME, "digest": _DIGEST, "made_at": _DATE})
+GRAVES = _schema({"_id": _NAME, "buried_at": _DATE})
 MODELS = _schema(
     {
         "_id": _NAME,
@@ -77,20 +94,44 @@ RESULTS = _schema(
         "submitted_at": _DATE,
         # Below the millisecond that a BSON date holds: what was put is what is read.
         "submitted_ns": {"bsonType": ["int", "long"], "minimum": 0, "maximum": 999_999},
+        "labels": {"bsonType": "array", "minItems": 1, "items": _RESULT_LABEL},
+        "batch_id": _NAME,
         "response": {"bsonType": "binData"},
         "blob": _BLOB,
+        # Of later ones than the first only: `results/generations.py`.
+        "generation": {"bsonType": ["int", "long"], "minimum": 2},
     },
 )
 
+EVER = datetime(1, 1, 1, tzinfo=UTC)
+"""Before everything: `{"$gte": EVER}` asks that a time is set, in a way that an index can answer."""
+
 _NEWEST = [("recorded_at", DESCENDING), ("_id", DESCENDING)]
+# Not to be searched by, but looked at in the index, so that only documents that match are read.
+_ASIDE = [(field, ASCENDING) for field in ("tenant", "model_name", "model_version", "outcome")]
+_STANDING = {"recorded_at": {"$exists": True}}
+
+
+def _newest(name: str, *first: str, among: Mapping[str, Any] = _STANDING) -> IndexModel:
+    """An index by `first`, each in the order of time."""
+    keys = [(field, ASCENDING) for field in first] + _NEWEST + [aside for aside in _ASIDE if aside[0] not in first]
+    return IndexModel(keys, name=name, partialFilterExpression=dict(among))
+
+
 RESULT_INDEXES = [
-    IndexModel(_NEWEST, name="newest"),
-    IndexModel([("model_name", ASCENDING), *_NEWEST], name="model_newest"),
-    IndexModel([("tenant", ASCENDING), *_NEWEST], name="tenant_newest"),
-    # Most results succeeded: those are found soon by `newest`. The rest are few, and cost a success nothing here.
-    IndexModel(
-        [("outcome", ASCENDING), *_NEWEST], name="failed_newest", partialFilterExpression={"outcome": {"$gt": 1}}
-    ),
+    _newest("by_time"),
+    _newest("by_model", "model_name"),
+    _newest("by_tenant", "tenant"),
+    # Most results succeeded: those are found soon by time. The rest are few, and cost a success nothing here; nor do
+    # labels and batches cost a result that has none.
+    _newest("by_failure", "outcome", among={**_STANDING, "outcome": {"$gt": 1}}),
+    _newest("by_label", "labels", among={"labels": {"$exists": True}}),
+    _newest("by_batch", "batch_id", among={"batch_id": {"$exists": True}}),
+]
+_RETIRED_RESULT_INDEXES = ("newest", "model_newest", "tenant_newest", "failed_newest")
+ARTIFACT_INDEXES = [
+    IndexModel("keep_until", name="by_keeping"),
+    IndexModel("condemned_at", name="condemned", partialFilterExpression={"condemned_at": {"$exists": True}}),
 ]
 _BY_VERSION = [("name", ASCENDING), ("version", ASCENDING)]
 
@@ -111,23 +152,48 @@ class Collections:
         """
         db = self.db
         made = {
-            "artifacts": await ensure_collection(db, "artifacts", validator=_validator(ARTIFACTS), indexes=[]),
+            "artifacts": await ensure_collection(
+                db, "artifacts", validator=_validator(ARTIFACTS), indexes=ARTIFACT_INDEXES
+            ),
+            "references": await ensure_collection(
+                db, "references", validator=_validator(REFERENCES), indexes=[IndexModel("digest", name="by_digest")]
+            ),
+            "graves": await ensure_collection(
+                db, "graves", validator=_validator(GRAVES), indexes=[IndexModel("buried_at", name="oldest")]
+            ),
             "models": await ensure_collection(
                 db,
                 "models",
                 validator=_validator(MODELS),
-                indexes=[IndexModel(_BY_VERSION, name="versions", unique=True)],
+                indexes=[
+                    IndexModel(_BY_VERSION, name="versions", unique=True),
+                    IndexModel("files.sha256", name="by_file"),
+                ],
             ),
             "aliases": await ensure_collection(
                 db, "aliases", validator=_validator(ALIASES), indexes=[IndexModel(_BY_VERSION, name="versions")]
             ),
-            "results": await ensure_collection(db, "results", validator=_validator(RESULTS), indexes=RESULT_INDEXES),
+            "results": await ensure_collection(
+                db,
+                "results",
+                validator=_validator(RESULTS),
+                indexes=RESULT_INDEXES,
+                retired=_RETIRED_RESULT_INDEXES,
+            ),
         }
         self._made = made
 
     @property
     def artifacts(self) -> Collection:
         return self._get("artifacts")
+
+    @property
+    def references(self) -> Collection:
+        return self._get("references")
+
+    @property
+    def graves(self) -> Collection:
+        return self._get("graves")
 
     @property
     def models(self) -> Collection:

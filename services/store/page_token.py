@@ -1,7 +1,10 @@
-"""Page tokens of QueryResults: the place of the last result of a page, and the filter that the page belongs to.
+"""Page tokens of QueryResults and cursors of StreamResults: places among results, and the filter that they belong to.
 
-Results are ordered by (recorded_at, job id), newest first. The pair is unique, so a page starts exactly after the one
-before, however many results share a millisecond, and whatever is recorded or removed meanwhile.
+    page token   [1, milliseconds, job id, digest]                          the last result of the page
+    cursor       [2, milliseconds, job id, milliseconds, job id, digest]    the last one sent, and the last one of all
+
+Results are ordered by (recorded_at, job id). The pair is unique, so a page starts exactly after the one before, however
+many results share a millisecond, and whatever is recorded or removed meanwhile.
 """
 
 from __future__ import annotations
@@ -12,29 +15,40 @@ import hashlib
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from shoal.errors import InvalidArgument
-from shoal.store.v1.store_pb2 import QueryResultsRequest
+from shoal.store.v1.store_pb2 import ResultFilter
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_CHARACTERS = 1_024
 _LATEST_MS = 253402300799999  # The end of the year 9999.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Place:
-    """After which result a page starts."""
+    """Where a result stands among the others."""
 
     recorded_at: datetime
     job_id: str
 
 
-def filter_digest(query: QueryResultsRequest) -> str:
-    """A short digest of what `query` asks for, pages aside."""
-    asked = QueryResultsRequest()
-    asked.CopyFrom(query)
-    for field in ("page_size", "page_token", "omit_response"):
-        asked.ClearField(field)
+START = Place(_EPOCH, "")
+"""Before every result."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """How far a stream has come, and how far it goes."""
+
+    after: Place
+    last: Place
+
+
+def filter_digest(wanted: ResultFilter) -> str:
+    """A short digest of what `wanted` asks for."""
+    asked = ResultFilter()
+    asked.CopyFrom(wanted)
     asked.job_ids[:] = sorted(set(asked.job_ids))
     asked.DiscardUnknownFields()
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()[:16]
@@ -42,9 +56,7 @@ def filter_digest(query: QueryResultsRequest) -> str:
 
 def encode(place: Place, digest: str) -> str:
     """The token of a page that starts after `place`."""
-    milliseconds = (place.recorded_at - _EPOCH) // timedelta(milliseconds=1)
-    plain = json.dumps([1, milliseconds, place.job_id, digest], separators=(",", ":"))
-    return base64.urlsafe_b64encode(plain.encode()).decode()
+    return _written([1, *_plain(place), digest])
 
 
 def decode(token: str, digest: str) -> Place:
@@ -53,18 +65,51 @@ def decode(token: str, digest: str) -> Place:
     Raises:
         InvalidArgument: `token` is not one of ours, or one of another filter.
     """
+    (place,) = _places(token, digest, 1, "page_token", "the first page")
+    return place
+
+
+def encode_cursor(cursor: Cursor, digest: str) -> str:
+    """The token of a stream that goes on where `cursor` says."""
+    return _written([2, *_plain(cursor.after), *_plain(cursor.last), digest])
+
+
+def decode_cursor(token: str, digest: str) -> Cursor:
+    """Where the stream of `token` goes on.
+
+    Raises:
+        InvalidArgument: `token` is not one of ours, or one of another filter.
+    """
+    after, last = _places(token, digest, 2, "cursor", "all of them")
+    return Cursor(after, last)
+
+
+def _plain(place: Place) -> list[Any]:
+    return [(place.recorded_at - _EPOCH) // timedelta(milliseconds=1), place.job_id]
+
+
+def _written(parts: list[Any]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(parts, separators=(",", ":")).encode()).decode()
+
+
+def _places(token: str, digest: str, number: int, field: str, without: str) -> list[Place]:
+    """The places in a token that holds `number` of them, which is its version, too."""
     try:
         if len(token) > _MAX_CHARACTERS:
             raise ValueError("too long")
-        plain = json.loads(base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True))
-        version, milliseconds, job_id, of = plain
-        if version != 1 or type(milliseconds) is not int or not 0 <= milliseconds <= _LATEST_MS:
+        version, *plain, of = json.loads(base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True))
+        if version != number or len(plain) != 2 * number or not isinstance(of, str):
             raise ValueError("unknown form")
-        if not isinstance(job_id, str) or not isinstance(of, str):
-            raise ValueError("unknown form")
-        job_id.encode()  # JSON can spell lone surrogates, MongoDB cannot.
+        places = [_place(milliseconds, job_id) for milliseconds, job_id in zip(plain[::2], plain[1::2], strict=True)]
     except (ValueError, TypeError, binascii.Error, RecursionError) as err:
-        raise InvalidArgument("page_token: not a token of this service: leave it out for the first page") from err
+        raise InvalidArgument(f"{field}: not a token of this service: leave it out for {without}") from err
     if of != digest:
-        raise InvalidArgument("page_token: it belongs to another filter: a token goes on with the filter it came from")
+        raise InvalidArgument(f"{field}: it belongs to another filter: a token goes on with the filter it came from")
+    return places
+
+
+def _place(milliseconds: Any, job_id: Any) -> Place:
+    if type(milliseconds) is not int or not 0 <= milliseconds <= _LATEST_MS or not isinstance(job_id, str):
+        raise ValueError("unknown form")
+    job_id.encode()  # JSON can spell lone surrogates, MongoDB cannot.
     return Place(_EPOCH + timedelta(milliseconds=milliseconds), job_id)

@@ -36,10 +36,12 @@ class Responses:
 
         Raises:
             DataLoss: it is gone or damaged.
+            FailedPrecondition: the folder or bucket of blobs is not there.
         """
         try:
             data = b"".join([chunk async for chunk in self._blobs.read(ref.key, 0, ref.size)])
         except NotFound as err:
+            await self._blobs.check()  # A bucket or disk that is away for an hour has lost nothing.
             raise DataLoss(f"blob {ref.key}: the response that lay there is gone") from err
         if await self._threads.run(lambda: hashlib.sha256(data).hexdigest()) != ref.sha256:
             raise DataLoss(f"blob {ref.key}: the response that lies there is damaged")

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import grpc
 
 from services.store.artifacts import digest
-from services.store.artifacts.artifacts import Artifact, Artifacts
+from services.store.artifacts.artifacts import Artifacts
+from services.store.artifacts.stored import Stored
 from services.store.artifacts.uploads import Upload
+from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
 from services.store.registry.registry import Registry, Version
 from services.store.registry.registry_watch import RegistryWatch
 from services.store.results.result_documents import timestamp
+from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
 from shoal.store.v1 import store_pb2 as pb
@@ -33,6 +37,9 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         registry_watch: RegistryWatch,
         results: Results,
         result_watch: ResultWatch,
+        result_stream: ResultStream,
+        exports: Exports,
+        *,
         upload_idle_s: float,
     ) -> None:
         self._artifacts = artifacts
@@ -40,6 +47,8 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         self._registry_watch = registry_watch
         self._results = results
         self._result_watch = result_watch
+        self._result_stream = result_stream
+        self._exports = exports
         self._upload_idle_s = upload_idle_s
 
     async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
@@ -52,7 +61,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         return pb.StatArtifactResponse(artifact=_artifact(artifact) if artifact else None, received_bytes=received)
 
     async def GetArtifact(self, request: pb.GetArtifactRequest, ctx: Context) -> AsyncIterator[pb.GetArtifactResponse]:
-        artifact, chunks = await self._artifacts.read(digest.checked(request.sha256, "sha256"), request.offset)
+        artifact, chunks = await self._artifacts.reader.read(digest.checked(request.sha256, "sha256"), request.offset)
         yield pb.GetArtifactResponse(size_bytes=artifact.size)
         async for chunk in chunks:
             yield pb.GetArtifactResponse(chunk=chunk)
@@ -100,8 +109,23 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
             async for result, token in items:
                 yield pb.WatchResultsResponse(result=result, resume_token=token)
 
+    async def StreamResults(
+        self, request: pb.StreamResultsRequest, ctx: Context
+    ) -> AsyncIterator[pb.StreamResultsResponse]:
+        async with aclosing(self._result_stream.follow(request)) as pieces:
+            async for piece in pieces:
+                yield pb.StreamResultsResponse(**vars(piece))
 
-def _artifact(artifact: Artifact) -> pb.Artifact:
+    async def ExportResults(
+        self, request: pb.ExportResultsRequest, ctx: Context
+    ) -> AsyncIterator[pb.ExportResultsResponse]:
+        async with aclosing(self._exports.run(request)) as running:
+            async for progress in running:
+                told = asdict(progress)
+                yield pb.ExportResultsResponse(bytes=told.pop("size"), **told)
+
+
+def _artifact(artifact: Stored) -> pb.Artifact:
     return pb.Artifact(sha256=artifact.digest, size_bytes=artifact.size, created_at=timestamp(artifact.created_at))
 
 

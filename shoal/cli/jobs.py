@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli import dead_letters
+from shoal.cli.job_table import show_job
 from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json, show_json_line, text
 
 if TYPE_CHECKING:
@@ -16,6 +19,8 @@ app = typer.Typer(
     rich_markup_mode="rich", add_completion=False, no_args_is_help=True, help="Submit jobs, follow them, get results."
 )
 
+app.add_typer(dead_letters.app, name="dead")
+
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as `submit` printed it.")]
 Tenant = Annotated[
     str, typer.Option(metavar="NAME", help="Whose jobs. Default: the default tenant.", show_default=False)
@@ -23,6 +28,8 @@ Tenant = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to an .npz, .npy or .json.")
 ]
+
+TIMES = ["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M", "%Y-%m-%d"]
 
 
 @app.command()
@@ -45,12 +52,30 @@ def submit(
     attempts: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=100, help="Attempts in all. Default: the node's.")
     ] = None,
+    priority: Annotated[
+        int, typer.Option(metavar="P", min=-9, max=9, help="Which of the tenant's jobs go first: a level is a minute.")
+    ] = 0,
     label: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note that stays with the job. May be repeated.")
     ] = None,
     parameter: Annotated[
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="A parameter of the request. May be repeated."),
+    ] = None,
+    retry_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CODE",
+            help="Try again only after this status, such as unavailable. May be repeated. "
+            "Default: all that do not say that the request is at fault.",
+        ),
+    ] = None,
+    delay: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Do not run it before so many seconds have passed.")
+    ] = None,
+    not_before: Annotated[
+        datetime | None,
+        typer.Option(metavar="TIME", formats=TIMES, help="Do not run it before then: 2026-12-24T18:00, local time."),
     ] = None,
     keep_request: Annotated[
         bool, typer.Option("--keep-request", help="Keep the inputs when the job is done: for `shoal models quantize`.")
@@ -65,6 +90,8 @@ def submit(
       shoal jobs submit digits '{"x": [[1, 2, 3, 4]]}'
 
       shoal jobs submit digits rows.npy --key monday-7 --deadline 3600
+
+      shoal jobs submit digits rows.npy --delay 600 --attempts 10 --retry-on unavailable --retry-on internal
     """
     from shoal.cli import tensors
     from shoal.client import JobRetry
@@ -83,9 +110,12 @@ def submit(
             datatypes=ready.datatypes,
             idempotency_key=key,
             deadline=deadline,
-            retry=None if attempts is None else JobRetry(max_attempts=attempts),
+            retry=JobRetry(max_attempts=attempts or 5, codes=retry_on or ()) if attempts or retry_on else None,
             labels=labels,
+            priority=priority,
             keep_request=keep_request,
+            delay=delay,
+            not_before=not_before,
         )
     if json:
         show_json(job)
@@ -106,7 +136,7 @@ def get(job_id: JobId, gateway: Gateway = None, json: AsJson = False) -> None:
     if json:
         show_json(job)
     else:
-        _show_job(job)
+        show_job(job)
 
 
 @app.command("list")
@@ -217,21 +247,3 @@ def result(
     with connect(gateway) as client:
         answer = client.jobs.result(job_id, wait=wait, timeout=timeout)
     tensors.show_result(answer, as_json=json, output=output)
-
-
-def _show_job(job: Job) -> None:
-    about = [
-        ("job", job.id),
-        ("state", job.state),
-        ("model", f"{job.model_name} version {job.model_version}" if job.model_version else job.model_name),
-        ("tenant", job.tenant),
-        ("attempts", job.attempts),
-        ("submitted", job.submitted_at),
-        ("not before", job.not_before),
-        ("deadline", job.deadline),
-        ("labels", [f"{key}={value}" for key, value in job.labels.items()]),
-        ("last error", job.last_message),
-    ]
-    show(("", ""), [(name, value) for name, value in about if value not in (None, "", [])])
-    steps = [(step.at, step.state, step.attempt or "", step.instance, step.reason) for step in job.transitions]
-    show(("at", "state", "attempt", "by", "why"), steps, empty="no steps yet")

@@ -1,4 +1,4 @@
-"""`shoal serve`: only the inference server, on a folder of models."""
+"""`shoal serve`: only the inference server, on a folder of models or one file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def serve(
     repository: Annotated[
         Path,
         typer.Argument(
-            metavar="REPO", help="Folder of models: MODEL/config.pbtxt + MODEL/1/model.onnx, or .onnx files."
+            metavar="REPO",
+            help="Folder of models: MODEL/config.pbtxt + MODEL/1/model.onnx, or .onnx files. Or one .onnx file.",
         ),
     ],
     port: Annotated[int, typer.Option(help="Port for clients. 0: any free one.", metavar="N", min=0, max=65535)] = 8001,
@@ -82,7 +83,7 @@ def serve(
     ] = 1,
     json: Annotated[bool, typer.Option("--json", help="When ready, print where it is and its models as JSON.")] = False,
 ) -> None:
-    """Serve a folder of models over gRPC (Open Inference Protocol v2), without etcd, MongoDB or a mesh.
+    """Serve a folder of models, or one model, over gRPC (Open Inference Protocol v2), without etcd, MongoDB or a mesh.
 
     For clients that speak to Triton, KServe or MLServer. Settings of the server: SHOAL_INFER_... variables.
     Ctrl-C stops it once the calls under way are answered.
@@ -90,6 +91,8 @@ def serve(
     [bold]Examples[/bold]
 
       shoal serve ./models
+
+      shoal serve ./double.onnx
 
       shoal serve ./models --port 9000 --host 0.0.0.0
 
@@ -102,6 +105,7 @@ def serve(
 
     from mesh.node import alone
 
+    _check_kind(repository)
     screen = _Screen(as_json=json)
     if load_model and model_control is not ModelControl.explicit:
         raise typer.BadParameter(
@@ -115,6 +119,17 @@ def serve(
     settings = {name: value for name, value in given.items() if value}
     wanted = alone.Wanted(repository.expanduser(), host, port, front.value if front else "", workers, settings)
     raise typer.Exit(asyncio.run(alone.serve(wanted, os.environ, screen)))
+
+
+def _check_kind(file: Path) -> None:
+    """Says what to do with a model of a kind that is converted first, or that nobody takes."""
+    from shoal.cli import bringing
+    from shoal.convert import formats
+    from shoal.errors import InvalidArgument
+
+    bringing.check_path(file)
+    if formats.is_brought(file):
+        raise InvalidArgument(f"{file} is no .onnx file: make a folder to serve of it: shoal models convert {file}")
 
 
 class _Screen:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
 from shoal.client.blocking import Client
+from shoal.client.dead_letters import Handled
+from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
+from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
 from shoal.client.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
 from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
@@ -17,6 +20,8 @@ __all__ = [
     "BFloat16",
     "Client",
     "EnvoyStatus",
+    "Exported",
+    "Handled",
     "IndexEntry",
     "InferRequest",
     "InferResult",
@@ -24,6 +29,7 @@ __all__ = [
     "InstanceState",
     "Job",
     "JobRequest",
+    "JobResult",
     "JobRetry",
     "JobState",
     "Leader",
@@ -31,8 +37,10 @@ __all__ = [
     "ModelMetadata",
     "ModelStatistics",
     "ModelVersion",
+    "Outcome",
     "Progress",
     "Pushed",
+    "ResultFilter",
     "RetryPolicy",
     "Status",
     "Submitted",

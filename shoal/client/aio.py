@@ -13,6 +13,7 @@ from shoal.client.calls import Caller, Headers
 from shoal.client.inference import InferRequest, InferResult, Parameter, of_response
 from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
+from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
 from shoal.client.status import Status, look
 from shoal.discovery import find_gateway
@@ -53,6 +54,7 @@ class AsyncClient:
         self._caller = Caller(find_gateway(address, os.environ), retry=retry, headers=headers)
         self.models = AsyncModels(self._caller)
         self.jobs = AsyncJobs(self._caller, tenant)
+        self.results = AsyncResults(self._caller, tenant)
 
     @property
     def address(self) -> str:

@@ -6,9 +6,11 @@ from types import TracebackType
 
 from shoal.client.aio import AsyncClient
 from shoal.client.calls import Headers
+from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.face import Face, LoopThread, blocking, iterating
 from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
+from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
 
 
@@ -28,8 +30,20 @@ class Models(Face[AsyncModels]):
     index = blocking(AsyncModels.index)
 
 
+class DeadLetters(Face[AsyncDeadLetters]):
+    """`client.jobs.dead`."""
+
+    list = blocking(AsyncDeadLetters.list)
+    requeue = blocking(AsyncDeadLetters.requeue)
+    purge = blocking(AsyncDeadLetters.purge)
+
+
 class Jobs(Face[AsyncJobs]):
     """`client.jobs`."""
+
+    def __init__(self, inner: AsyncJobs, loop: LoopThread) -> None:
+        super().__init__(inner, loop)
+        self.dead = DeadLetters(inner.dead, loop)
 
     submit = blocking(AsyncJobs.submit)
     submit_many = iterating(AsyncJobs.submit_many)
@@ -39,6 +53,15 @@ class Jobs(Face[AsyncJobs]):
     watch = iterating(AsyncJobs.watch)
     cancel = blocking(AsyncJobs.cancel)
     result = blocking(AsyncJobs.result)
+
+
+class Results(Face[AsyncResults]):
+    """`client.results`."""
+
+    get = blocking(AsyncResults.get)
+    list = blocking(AsyncResults.list)
+    stream = iterating(AsyncResults.stream)
+    export = iterating(AsyncResults.export)
 
 
 class Client(Face[AsyncClient]):
@@ -80,6 +103,7 @@ class Client(Face[AsyncClient]):
         super().__init__(inner, loop)
         self.models = Models(inner.models, loop)
         self.jobs = Jobs(inner.jobs, loop)
+        self.results = Results(inner.results, loop)
 
     @property
     def address(self) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
 from google.protobuf.duration_pb2 import Duration
 
 from shoal.client.inference import InferRequest
 from shoal.client.registry import of_time
-from shoal.errors import ShoalError
+from shoal.errors import Code, InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.ingest.v1 import ingest_pb2 as ingest
 
@@ -47,6 +47,9 @@ class JobRetry:
     initial_backoff_s: float = 0.2
     """Wait before the second attempt; doubled for each further one, with full jitter."""
     max_backoff_s: float = 30.0
+    codes: Collection[Code | str] = ()
+    """Status codes that are worth another attempt, `Code.UNAVAILABLE` or "unavailable"; with any other the job fails at
+    once. None: all but those that say that the request is at fault."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,14 @@ class JobRequest(InferRequest):
     retry: JobRetry | None = None
     """None: the node's default."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    priority: int = 0
+    """-9 to 9: which of the tenant's own jobs go first. A level is worth a minute of waiting."""
     keep_request: bool = False
     """The node keeps the inputs when the job is done: for `shoal models quantize`, or for asking another version."""
+    not_before: datetime | None = None
+    """Not run before then. A time without a zone is local time."""
+    delay: float | timedelta | None = None
+    """Not run before so many seconds have passed since it was accepted. Not together with `not_before`."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class Transition:
     instance: str
     """The ingest instance that made it."""
     reason: str
+    generation: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,13 +106,17 @@ class Job:
     submitted_at: datetime | None = None
     updated_at: datetime | None = None
     not_before: datetime | None = None
-    """Not run before then: backoff."""
+    """Not run before then: it was asked for, or backoff."""
     deadline: datetime | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     transitions: tuple[Transition, ...] = ()
     """All so far, oldest first."""
     keeps_request: bool = False
     """Its inputs stay when it is done."""
+    priority: int = 0
+    """As submitted."""
+    generation: int = 1
+    """How often it was begun: each requeue of a dead letter begins it again, with all its attempts."""
 
     @property
     def ended(self) -> bool:
@@ -132,6 +146,7 @@ def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tena
         tenant=job.tenant or tenant,
         labels=dict(job.labels),
         keep_request=job.keep_request,
+        priority=job.priority,
     )
     if job.retry is not None:
         message.retry.CopyFrom(
@@ -139,11 +154,29 @@ def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tena
                 max_attempts=job.retry.max_attempts,
                 initial_backoff=_duration(job.retry.initial_backoff_s),
                 max_backoff=_duration(job.retry.max_backoff_s),
+                retry_codes=[to_code(code) for code in job.retry.codes],
             )
         )
     if job.deadline is not None:
         message.deadline.CopyFrom(_duration(job.deadline))
+    if job.not_before is not None:
+        message.not_before.FromDatetime(job.not_before.astimezone(UTC))
+    if job.delay is not None:
+        message.delay.CopyFrom(_duration(job.delay))
     return message
+
+
+def to_code(code: Code | str | int) -> int:
+    """A status code by its number or its name.
+
+    Raises:
+        InvalidArgument: there is no such code.
+    """
+    try:
+        return int(Code[code.upper()] if isinstance(code, str) else Code(code))
+    except (KeyError, ValueError):
+        known = ", ".join(each.name.lower() for each in Code if each is not Code.OK)
+        raise InvalidArgument(f"status code {code!r}: use one of {known}") from None
 
 
 def _duration(value: float | timedelta) -> Duration:
@@ -188,8 +221,17 @@ def of_job(message: ingest.Job) -> Job:
         deadline=of_time(message, "deadline"),
         labels=dict(message.labels),
         transitions=tuple(
-            Transition(of_state(step.state), of_time(step, "at"), step.attempt, step.instance, step.reason)
+            Transition(
+                of_state(step.state),
+                of_time(step, "at"),
+                step.attempt,
+                step.instance,
+                step.reason,
+                step.generation or 1,
+            )
             for step in message.transitions
         ),
         keeps_request=message.keeps_request,
+        priority=message.priority,
+        generation=message.generation or 1,
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import builtins
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from shoal.client import methods
 from shoal.client.arrays import Array, ArrayLike
 from shoal.client.asking import Asker, each
 from shoal.client.calls import Caller
+from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.inference import InferResult, Parameter, of_inputs
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, of_job, to_state, to_submit
 from shoal.client.outcome import of_result, without_result
@@ -38,6 +39,7 @@ class AsyncJobs:
     def __init__(self, caller: Caller, tenant: str = "") -> None:
         self._caller = caller
         self._tenant = tenant
+        self.dead = AsyncDeadLetters(caller, tenant)
 
     async def submit(
         self,
@@ -53,19 +55,23 @@ class AsyncJobs:
         deadline: float | timedelta | None = None,
         retry: JobRetry | None = None,
         labels: Mapping[str, str] | None = None,
+        priority: int = 0,
         keep_request: bool = False,
+        not_before: datetime | None = None,
+        delay: float | timedelta | None = None,
         timeout: float = SUBMIT_S,
     ) -> Job:
         """Hands in one job. When this returns it is durable: it will run, whatever is killed when.
 
         With an `idempotency_key` a second submit returns the first job; without, the client makes one, so that its own
-        retries make no second job. The job expires after `deadline` seconds without an answer. With `keep_request` its
-        inputs stay in the node when it is done.
+        retries make no second job. The job expires after `deadline` seconds without an answer. `priority` (-9 to 9)
+        orders the tenant's own jobs. With `keep_request` its inputs stay in the node when it is done. It is not run
+        before `not_before`, nor before `delay` seconds have passed.
 
         Raises:
             InvalidArgument: names what is wrong.
             AlreadyExists: the key was used with another request.
-            ResourceExhausted: the backlog is full.
+            ResourceExhausted: the backlog is full, or the tenant's quota is; `retry_after_ms` says when to come back.
         """
         request = JobRequest(
             model,
@@ -79,7 +85,10 @@ class AsyncJobs:
             deadline=deadline,
             retry=retry,
             labels=labels or {},
+            priority=priority,
             keep_request=keep_request,
+            not_before=not_before,
+            delay=delay,
         )
         message = await self._message(Asker(self._caller), request)
         answer = await self._caller.call(methods.SUBMIT, message, timeout_s=timeout, doing=f"submit to {model}")
@@ -207,7 +216,7 @@ class AsyncJobs:
             ShoalError: it failed: the class and the words of its last attempt, with the job's id.
         """
         found = await self._result(job_id)
-        if found is not None:
+        if found is not None and not await self._is_requeued(found):
             return of_result(found)
         if not wait:
             job = await self.get(job_id)
@@ -219,6 +228,15 @@ class AsyncJobs:
         if found is None:
             raise without_result(job)
         return of_result(found)
+
+    async def _is_requeued(self, found: store.Result) -> bool:
+        """Whether a failure that stands is of an earlier generation of the job than the one that it lives now."""
+        if found.outcome != store.Result.OUTCOME_FAILED:
+            return False
+        try:
+            return (await self.get(found.job_id)).generation > max(1, found.generation)
+        except ShoalError:
+            return False  # The job is gone, or cannot be asked for now: what stands is what is known.
 
     async def _result(self, job_id: str) -> store.Result | None:
         request = store.GetResultRequest(job_id=job_id)

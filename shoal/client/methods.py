@@ -54,6 +54,9 @@ LIST_MODELS = Method(_STORE + "ListModels", store.ListModelsRequest, store.ListM
 REMOVE_MODEL = Method(_STORE + "RemoveModel", store.RemoveModelRequest, store.RemoveModelResponse, False)
 SET_ALIAS = Method(_STORE + "SetAlias", store.SetAliasRequest, store.SetAliasResponse)
 GET_RESULT = Method(_STORE + "GetResult", store.GetResultRequest, store.GetResultResponse)
+QUERY_RESULTS = Method(_STORE + "QueryResults", store.QueryResultsRequest, store.QueryResultsResponse)
+EXPORT_RESULTS = Method(_STORE + "ExportResults", store.ExportResultsRequest, store.ExportResultsResponse)
+STREAM_RESULTS = Method(_STORE + "StreamResults", store.StreamResultsRequest, store.StreamResultsResponse)
 
 _INGEST = "/shoal.ingest.v1.IngestService/"
 # The client never submits without an idempotency key, and that is what makes these two idempotent.
@@ -64,6 +67,14 @@ GET_PAYLOAD = Method(_INGEST + "GetPayload", ingest.GetPayloadRequest, ingest.Ge
 LIST_JOBS = Method(_INGEST + "ListJobs", ingest.ListJobsRequest, ingest.ListJobsResponse)
 WATCH_JOB = Method(_INGEST + "WatchJob", ingest.WatchJobRequest, ingest.WatchJobResponse)
 CANCEL_JOB = Method(_INGEST + "CancelJob", ingest.CancelJobRequest, ingest.CancelJobResponse)
+LIST_DEAD_LETTERS = Method(_INGEST + "ListDeadLetters", ingest.ListDeadLettersRequest, ingest.ListDeadLettersResponse)
+# Repeated after a lost answer they find nothing left to do, and say less than they did.
+REQUEUE_DEAD_LETTERS = Method(
+    _INGEST + "RequeueDeadLetters", ingest.RequeueDeadLettersRequest, ingest.RequeueDeadLettersResponse, False
+)
+PURGE_DEAD_LETTERS = Method(
+    _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
+)
 
 _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)

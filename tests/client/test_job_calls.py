@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import grpc
@@ -87,7 +87,10 @@ async def test_submit_says_all_of_it_and_makes_a_key(served: Served, intake: Int
             X,
             version=2,
             deadline=timedelta(seconds=90),
-            retry=JobRetry(max_attempts=3, initial_backoff_s=0.5, max_backoff_s=4),
+            retry=JobRetry(
+                max_attempts=3, initial_backoff_s=0.5, max_backoff_s=4, codes=["unavailable", Code.INTERNAL]
+            ),
+            delay=timedelta(seconds=7),
             labels={"a": "b"},
             parameters={"explain": True},
         )
@@ -99,6 +102,18 @@ async def test_submit_says_all_of_it_and_makes_a_key(served: Served, intake: Int
     assert request.request.parameters["explain"].bool_param
     assert request.deadline.ToSeconds() == 90
     assert (request.retry.max_attempts, request.retry.initial_backoff.ToMilliseconds()) == (3, 500)
+    assert list(request.retry.retry_codes) == [14, 13]
+    assert request.delay.ToSeconds() == 7
+
+
+async def test_when_a_job_may_run_and_what_is_worth_a_retry(served: Served, intake: Intake) -> None:
+    at = datetime(2030, 1, 2, 3, 4, tzinfo=timezone(timedelta(hours=2)))
+    async with client_of(served) as client:
+        await client.jobs.submit("m", X, not_before=at)
+        with pytest.raises(InvalidArgument, match="status code 'nope': use one of cancelled, unknown"):
+            await client.jobs.submit("m", X, retry=JobRetry(codes=["nope"]))
+    [request] = intake.jobs.values()
+    assert request.not_before.ToJsonString() == "2030-01-02T01:04:00Z"
 
 
 async def test_a_submit_whose_answer_is_lost_makes_one_job(served: Served, intake: Intake) -> None:
@@ -388,3 +403,89 @@ async def test_inputs_that_the_node_kept(served: Served, intake: Intake) -> None
         assert inputs["t"].tolist() == [b"a", b"b"]
         with pytest.raises(FailedPrecondition, match="is not kept"):
             await client.jobs.inputs("job-1")
+
+
+class Letters:
+    """Dead letters, requeued or removed at most two at a time."""
+
+    def __init__(self, served: Served, *ids: str) -> None:
+        self.left = [*ids]
+        self.asked: list[Any] = []
+        served.on(methods.LIST_DEAD_LETTERS, self.list)
+        served.on(methods.REQUEUE_DEAD_LETTERS, self.requeue)
+        served.on(methods.PURGE_DEAD_LETTERS, self.purge)
+
+    async def list(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return ingest.ListDeadLettersResponse(jobs=[ingest.Job(id=one, state=5, generation=2) for one in self.left])
+
+    async def requeue(self, request: Any, context: Any) -> Any:
+        return ingest.RequeueDeadLettersResponse(**self.take(request))
+
+    async def purge(self, request: Any, context: Any) -> Any:
+        return ingest.PurgeDeadLettersResponse(**self.take(request))
+
+    def take(self, request: Any) -> dict[str, Any]:
+        self.asked.append(request)
+        if request.ids:
+            refused = [one for one in request.ids if one not in self.left]
+            done = [one for one in request.ids if one in self.left]
+            why = [ingest.DeadLetterRefusal(id=one, code=5, message=f"no job {one}") for one in refused]
+            return {"ids": done, "refused": why}
+        done, self.left = self.left[:2], self.left[2:]
+        return {"ids": done, "more": bool(self.left)}
+
+
+async def test_dead_letters(served: Served) -> None:
+    letters = Letters(served, "a", "b", "c", "d", "e")
+    async with client_of(served, tenant="blue") as client:
+        dead = client.jobs.dead
+        assert [(job.id, job.state, job.generation) for job in await dead.list(limit=2)] == [
+            ("a", "dead", 2),
+            ("b", "dead", 2),
+        ]
+        handled = await dead.requeue(["a", "x"], reason="mended")
+        assert handled.ids == ("a",)
+        assert isinstance(handled.refused["x"], NotFound)
+        assert letters.asked[-1].reason == "mended"
+        assert (await dead.purge(all=True, state="failed", code="internal")).ids == ("a", "b", "c", "d", "e")
+        among = letters.asked[-1].filter
+        assert (among.state, among.tenant, among.code) == (ingest.JOB_STATE_FAILED, "blue", 13)
+        for wrong in (dead.requeue(), dead.purge(["a"], all=True), dead.list(state="running"), dead.list(code="no")):
+            with pytest.raises(InvalidArgument):
+                await wrong
+
+
+async def test_what_comes_back_dead_is_not_requeued_for_ever(served: Served) -> None:
+    async def again(request: Any, context: Any) -> Any:
+        return ingest.RequeueDeadLettersResponse(ids=["a", "b"], more=True)
+
+    served.on(methods.REQUEUE_DEAD_LETTERS, again)
+    async with client_of(served) as client:
+        await client.jobs.dead.requeue(all=True)
+    assert served.count(methods.REQUEUE_DEAD_LETTERS) == 2
+
+
+async def test_the_result_of_a_requeued_job_is_waited_for(served: Served) -> None:
+    first = store.Result(job_id="a", outcome=store.Result.OUTCOME_FAILED, code=13, message="boom", attempt=1)
+    second = store.Result(job_id="a", outcome=store.Result.OUTCOME_SUCCEEDED, response=answer(), generation=2)
+    standing = [first]
+
+    async def get(request: Any, context: Any) -> Any:
+        return ingest.GetJobResponse(job=job("QUEUED", generation=2))
+
+    async def watch(request: Any, context: Any) -> Any:
+        yield ingest.WatchJobResponse(job=job("QUEUED", generation=2))
+        standing.append(second)
+        yield ingest.WatchJobResponse(job=job("SUCCEEDED", generation=2))
+
+    async def found(request: Any, context: Any) -> Any:
+        return store.GetResultResponse(result=standing[-1])
+
+    served.on(methods.GET_JOB, get)
+    served.on(methods.WATCH_JOB, watch, "unary_stream")
+    served.on(methods.GET_RESULT, found)
+    async with client_of(served) as client:
+        with pytest.raises(FailedPrecondition, match="job a is queued: it has no result yet"):
+            await client.jobs.result("a", wait=False)
+        assert (await client.jobs.result("a"))["y"].tolist() == [7]

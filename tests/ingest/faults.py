@@ -19,6 +19,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 from shoal.store.v1 import store_pb2
 
+FAILED = store_pb2.Result.OUTCOME_FAILED
 Model = Callable[[inference_pb2.ModelInferRequest, Any], Awaitable[inference_pb2.ModelInferResponse]]
 
 
@@ -48,7 +49,7 @@ class FakeInfer(inference_pb2_grpc.GRPCInferenceServiceServicer):
 
 
 class FakeStore:
-    """Keeps results; the first of a job stands. `before` runs first in each put, and may abort or wait."""
+    """Keeps results; the first of a job's generation stands. `before` runs first in each put, and may abort or wait."""
 
     def __init__(self) -> None:
         self.results: dict[str, store_pb2.Result] = {}
@@ -63,9 +64,13 @@ class FakeStore:
         entries = []
         for result in request.results:
             self.puts[result.job_id].append(result)
-            recorded = result.job_id not in self.results
+            before = self.results.get(result.job_id)
+            is_next = before is not None and result.generation > before.generation and before.outcome == FAILED
+            recorded = before is None or is_next
+            if recorded:
+                self.results[result.job_id] = result
             standing = store_pb2.Result()
-            standing.CopyFrom(self.results.setdefault(result.job_id, result))
+            standing.CopyFrom(self.results[result.job_id])
             standing.ClearField("response")
             entries.append(
                 store_pb2.PutResultsResponse.Entry(job_id=result.job_id, recorded=recorded, standing=standing)

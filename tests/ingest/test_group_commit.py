@@ -102,3 +102,22 @@ async def test_after_the_end_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPat
     assert all(isinstance(answer, Unavailable) for answer in answers)
     with pytest.raises(Unavailable):
         await numbers.put(4)
+
+
+async def test_who_waits_too_long_is_told_and_what_leaves_is_counted_once() -> None:
+    writer, left = Writer(), list[int]()
+    numbers: Group[int, int] = Group(
+        "numbers", writer, max_items=2, max_bytes=100, size=abs, limit_s=0.05, on_left=left.extend
+    )
+    async with numbers:
+        tasks = await puts(numbers, 1, 2, 3, 4)
+        tasks[3].cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(answer) for answer in answers[:3]] == [Unavailable] * 3
+        assert left == []  # The first write still has two of them.
+        late = await puts(numbers, 5)
+        for _ in range(3):
+            writer.may.release()
+        assert await late[0] == 10
+        assert sorted(left) == [1, 2, 3, 4, 5]
+        assert writer.groups == [[1, 2], [5]]

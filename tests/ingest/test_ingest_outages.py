@@ -154,3 +154,34 @@ def test_a_wrong_setting_is_named(start_ingest: StartIngest) -> None:
         ingest = start_ingest(7, **wrong)
         assert ingest.wait(20) == 2
         assert says in ingest.log.read_text()
+
+
+async def test_a_stream_stops_its_producer_while_the_database_hangs(
+    mongod: MongodProcess, own_mesh: FakeMesh, start_ingest: StartIngest
+) -> None:
+    mongod.start()
+    await mongod.until_ready()
+    ingest = start_ingest(mongo=mongod.uri, stream_items=20)
+    await ingest.until_ready()
+    client, sent = Client(ingest.address), 0
+
+    async def endless() -> AsyncIterator[pb.SubmitStreamRequest]:
+        nonlocal sent
+        while sent < 400:
+            sent += 1
+            yield pb.SubmitStreamRequest(sequence=sent, submit=submit(data=b"x" * (256 << 10)))
+
+    mongod.freeze()
+    call = client.stub.SubmitStream(endless(), timeout=90)
+    await until(lambda: sent > 20, "the window of the stream is full")
+    seen = -1
+    while sent != seen:
+        seen = sent
+        await asyncio.sleep(0.3)
+    assert sent < 100  # 20 items taken, and what HTTP/2's windows hold.
+    mongod.thaw()
+    answers = [answer async for answer in call]
+    assert [answer.sequence for answer in answers] == list(range(1, 401))
+    assert all(answer.job_id or answer.code == S.UNAVAILABLE.value[0] for answer in answers)
+    assert all(answer.job_id for answer in answers[-300:])
+    await client.channel.close()

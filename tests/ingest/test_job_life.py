@@ -56,6 +56,7 @@ async def test_a_job_runs_and_its_result_is_recorded(client: Client, mesh: FakeM
     assert not result.response.parameters  # Only ingest had asked for an explanation.
     assert (result.tenant, result.attempt, result.model_version) == ("t", 1, "1")
     assert result.submitted_at == job.submitted_at
+    assert dict(result.labels) == {"a.b": "$c"}
     assert mesh.infer.metadata[""]["x-envoy-max-retries"] == "0"
 
 
@@ -103,6 +104,35 @@ async def test_out_of_attempts_is_dead_and_blocks_nobody(client: Client, mesh: F
     assert (job.state, job.attempts) == (pb.JOB_STATE_DEAD, 3)
     assert mesh.infer.calls["poison"] == 3
     assert mesh.store.results[job.id].outcome == store_pb2.Result.OUTCOME_FAILED
+
+
+async def test_a_job_names_the_codes_that_are_worth_a_retry(client: Client, mesh: FakeMesh) -> None:
+    only = pb.RetryPolicy(
+        max_attempts=3, initial_backoff=Duration(nanos=1_000_000), retry_codes=[Code.INVALID_ARGUMENT]
+    )
+    mesh.infer.model = fails(1, S.INVALID_ARGUMENT, "not yet")
+    job = await client.ended((await client.submit(retry=only)).job.id)
+    assert (job.state, job.attempts) == (pb.JOB_STATE_SUCCEEDED, 2)
+    mesh.infer.model = fails(9, S.INVALID_ARGUMENT, "never")
+    job = await client.ended((await client.submit(retry=only)).job.id)
+    assert (job.state, job.attempts) == (pb.JOB_STATE_DEAD, 3)
+    mesh.infer.model = fails(9, S.INTERNAL, "broken")
+    job = await client.ended((await client.submit(retry=only)).job.id)
+    assert (job.state, job.attempts, job.last_code) == (pb.JOB_STATE_FAILED, 1, Code.INTERNAL)
+
+
+async def test_a_job_does_not_run_before_its_time(client: Client, mesh: FakeMesh) -> None:
+    later = (await client.submit(request_id="later", delay=Duration(seconds=3_600))).job
+    soon = (await client.submit(request_id="soon", delay=Duration(nanos=400_000_000))).job
+    assert later.not_before.seconds - later.submitted_at.seconds in (3_599, 3_600)
+    for other in [await client.submit() for _ in range(20)]:
+        await client.ended(other.job.id)
+    ended = await client.ended(soon.id)
+    assert ended.state == pb.JOB_STATE_SUCCEEDED
+    assert ended.transitions[1].at.ToMilliseconds() - soon.submitted_at.ToMilliseconds() >= 400
+    assert (await client.get(later.id)).state == pb.JOB_STATE_QUEUED
+    assert mesh.infer.calls["later"] == 0
+    assert (await cancel(client, later.id)).state == pb.JOB_STATE_CANCELLED
 
 
 @pytest.mark.parametrize("code", [S.UNAVAILABLE, S.UNIMPLEMENTED])

@@ -1,7 +1,8 @@
-"""Whatever workers do and however they die, each acknowledged job ends with exactly one result.
+"""Whatever workers do and however they die, each acknowledged job ends with exactly one result, in each generation.
 
 A simulated world on a simulated clock: jobs lie in a table whose writes are fenced as MongoDB's are, results in a store
-where the first stands, and workers are slow, forgetful, cut off or killed at any point between any two steps.
+where the first of a generation stands, and workers are slow, forgetful, cut off or killed at any point between any two
+steps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from services.ingest.job import (
+    DEAD_LETTERS,
     FINAL,
     Again,
     End,
@@ -30,7 +32,9 @@ from services.ingest.job import (
     claim,
     end,
     ended_from_outside,
+    generations,
     released,
+    requeue,
     state_of,
     take_over,
     try_again,
@@ -73,8 +77,8 @@ class World(RuleBasedStateMachine):
         self.ids = itertools.count()
         self.jobs: dict[str, Job] = {}
         self.store: dict[str, End] = {}
-        self.seen_results: dict[str, End] = {}
-        self.seen_final: dict[str, Job] = {}
+        self.seen_results: dict[tuple[str, int], End] = {}
+        self.seen_final: dict[tuple[str, int], Job] = {}
         self.workers = [Worker(f"local/ingest-{n}") for n in range(WORKERS)]
 
     # What MongoDB and the store do.
@@ -86,25 +90,39 @@ class World(RuleBasedStateMachine):
         if there.lease is not None and (there.lease.id, there.attempts) == (before.lease.id, before.attempts):
             self.jobs[before.id] = after
 
-    def record(self, job_id: str, how: End) -> End:
-        return self.store.setdefault(job_id, how)
+    def record(self, job: Job, how: End) -> End:
+        """What services/store/results/generations.py says."""
+        how = replace(how, generation=job.generation)
+        standing = self.store.setdefault(job.id, how)
+        if standing.outcome is Outcome.FAILED and standing.generation < how.generation:
+            self.store[job.id] = how
+        return self.store[job.id]
 
     def lease(self, worker: Worker) -> Lease:
         return Lease(f"lease-{next(self.ids)}", worker.name, worker.name, self.now + LEASE)
 
     # What may happen.
 
-    @rule(attempts=st.integers(1, 4), deadline_s=st.none() | st.integers(1, 60), backoff_ms=st.integers(0, 5_000))
-    def submit(self, attempts: int, deadline_s: int | None, backoff_ms: int) -> None:
+    @rule(
+        attempts=st.integers(1, 4),
+        deadline_s=st.none() | st.integers(1, 60),
+        backoff_ms=st.integers(0, 5_000),
+        codes=st.sampled_from([(), (Code.INTERNAL,), (Code.INVALID_ARGUMENT, Code.UNAVAILABLE)]),
+        delay_s=st.sampled_from([0, 0, 30]),
+    )
+    def submit(
+        self, attempts: int, deadline_s: int | None, backoff_ms: int, codes: tuple[int, ...], delay_s: int
+    ) -> None:
+        due_at = self.now + timedelta(seconds=delay_s)
         job = Job(
             id=f"job-{next(self.ids)}",
             model_name="m",
             submitted_at=self.now,
             updated_at=self.now,
-            due_at=self.now,
-            policy=Policy(attempts, backoff_ms, 30_000),
-            deadline=None if deadline_s is None else self.now + timedelta(seconds=deadline_s),
-            transitions=acceptance(self.now, "local/ingest-0"),
+            due_at=due_at,
+            policy=Policy(attempts, backoff_ms, 30_000, codes),
+            deadline=None if deadline_s is None else due_at + timedelta(seconds=deadline_s),
+            transitions=acceptance(self.now, "local/ingest-0", due_at),
         )
         self.jobs[job.id] = job
 
@@ -136,7 +154,7 @@ class World(RuleBasedStateMachine):
     def a_result_reaches_the_store(self, data: st.DataObject, is_heard: bool) -> None:
         task = data.draw(self.tasks(lambda task: task.how is not None))
         assert task.how is not None
-        standing = self.record(task.job.id, task.how)
+        standing = self.record(task.job, task.how)
         if is_heard:  # Else the answer was lost on its way, and the put is repeated.
             task.how = None
             task.after = end(task.job, standing, "i", self.now)
@@ -182,8 +200,9 @@ class World(RuleBasedStateMachine):
             if before.lease is not None and before.lease.expires_at <= self.now:
                 job = take_over(before, lease)
                 task = self.take(worker, job)
-                if asks and job.id in self.store:
-                    task.after = end(job, self.store[job.id], "i", self.now)
+                standing = self.store.get(job.id) if asks else None
+                if standing is not None and standing.generation == job.generation:
+                    task.after = end(job, standing, "i", self.now)
                 else:
                     self.decide(task, after_lapse(job, before.lease, self.now))
 
@@ -208,24 +227,37 @@ class World(RuleBasedStateMachine):
             assert how is not None
             self.decide(self.take(self.workers[n], job), how)
 
+    @precondition(lambda self: any(job.state in DEAD_LETTERS for job in self.jobs.values()))
+    @rule(data=st.data())
+    def is_requeued(self, data: st.DataObject) -> None:
+        before = data.draw(st.sampled_from([job for job in self.jobs.values() if job.state in DEAD_LETTERS]))
+        self.jobs[before.id] = requeue(before, "", "i", self.now)
+
     # What must hold.
 
     @invariant()
     def a_job_has_ended_exactly_when_its_result_says_so(self) -> None:
         for job in self.jobs.values():
             if job.is_final:
-                assert job.state is state_of(self.store[job.id])
+                assert job.state is state_of(self.store[job.id], job.policy)
+                assert self.store[job.id].generation == job.generation
                 assert job.lease is None
                 assert job.due_at is None
 
     @invariant()
     def what_has_ended_never_changes(self) -> None:
-        for job_id, result in self.seen_results.items():
-            assert self.store[job_id] == result, "a result was overwritten"
-        for job_id, job in self.seen_final.items():
-            assert self.jobs[job_id] == job, "an ended job was changed"
-        self.seen_results = dict(self.store)
-        self.seen_final = {job.id: job for job in self.jobs.values() if job.is_final}
+        for (job_id, generation), result in self.seen_results.items():
+            assert self.store[job_id].generation >= generation, "an old result took the place of a new one"
+            if self.store[job_id].generation == generation:
+                assert self.store[job_id] == result, "a result was overwritten"
+            else:
+                assert result.outcome is Outcome.FAILED, "a result that stands for ever was replaced"
+        for (job_id, generation), job in self.seen_final.items():
+            assert self.jobs[job_id].generation >= generation
+            if self.jobs[job_id].generation == generation:
+                assert self.jobs[job_id] == job, "an ended job was changed"
+        self.seen_results |= {(job_id, result.generation): result for job_id, result in self.store.items()}
+        self.seen_final |= {(job.id, job.generation): job for job in self.jobs.values() if job.is_final}
 
     @invariant()
     def somebody_is_responsible_for_every_other(self) -> None:
@@ -242,7 +274,12 @@ class World(RuleBasedStateMachine):
     def the_last_transition_is_the_state(self) -> None:
         for job in self.jobs.values():
             assert job.transitions[-1].state is job.state
-            assert not any(step.state in FINAL for step in job.transitions[:-1])
+            assert job.steps == len(job.transitions)
+            ends = [step for step in job.transitions[:-1] if step.state in FINAL]
+            assert len(ends) == job.generation - 1
+            assert all(step.state in DEAD_LETTERS for step in ends)
+            assert generations(job) == sorted(generations(job))
+            assert generations(job)[0] == 1
 
     def teardown(self) -> None:
         """However things stand: one worker that lives is enough to end every job."""
@@ -255,7 +292,7 @@ class World(RuleBasedStateMachine):
             self.claims(0, 1_000)
             for task in list(self.workers[0].tasks.values()):
                 if task.after is None:
-                    standing = self.record(task.job.id, task.how or End(Outcome.SUCCEEDED))
+                    standing = self.record(task.job, task.how or End(Outcome.SUCCEEDED))
                     task.after = end(task.job, standing, "i", self.now)
                 self.write(task.job, task.after)
                 self.drop(task)

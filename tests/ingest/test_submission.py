@@ -6,9 +6,11 @@ from datetime import timedelta
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.ingest.intake.submission import digest_of, job_of
 from services.ingest.job import Job, Policy, State
+from services.ingest.messages import timestamp_of
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -38,13 +40,31 @@ def test_all_that_may_be_asked_for() -> None:
                 max_attempts=100, initial_backoff=Duration(nanos=5_000_000), max_backoff=Duration(seconds=1)
             ),
             deadline=Duration(seconds=90, nanos=1_000_000),
+            priority=-9,
             labels={"ü" * 256: "v" * 256, **{str(n): "" for n in range(63)}},
         )
     )
     assert job.policy == Policy(100, 5, 1_000)
     assert job.deadline == START + timedelta(seconds=90, milliseconds=1)
+    assert job.lane == ("t" * 64, "echo", -9)
     assert len(job.labels) == 64
     assert len(job.digest) == 32
+
+
+def test_codes_that_are_worth_a_retry() -> None:
+    assert made(submit()).policy.codes == ()
+    assert made(submit(retry=pb.RetryPolicy(retry_codes=[14, 4]))).policy.codes == (4, 14)
+
+
+def test_when_it_may_run() -> None:
+    assert made(submit(delay=Duration(seconds=90))).due_at == START + timedelta(seconds=90)
+    assert made(submit(delay=Duration())).due_at == START
+    later = made(submit(not_before=timestamp_of(START + timedelta(days=1))))
+    assert later.due_at == START + timedelta(days=1)
+    assert later.transitions[0].reason == "submitted, not to run before 2026-01-03T03:04:05.678+00:00"
+    assert made(submit(not_before=Timestamp(seconds=-5))).due_at == START  # Has passed: at once.
+    fraction = Timestamp(seconds=int(START.timestamp()) + 9, nanos=1)
+    assert made(submit(not_before=fraction)).due_at == START.replace(microsecond=1_000) + timedelta(seconds=9)
 
 
 def test_backoffs_that_are_half_given_fit_together() -> None:
@@ -69,11 +89,24 @@ def test_backoffs_that_are_half_given_fit_together() -> None:
             submit(retry=pb.RetryPolicy(initial_backoff=Duration(seconds=2), max_backoff=Duration(seconds=1))),
             "retry.max_backoff: at least initial_backoff",
         ),
+        (submit(priority=10), r"priority: -9 to 9 \(0 is the default\), got 10"),
+        (submit(priority=-(2**31)), "priority: -9 to 9 .*, got -2147483648"),
         (submit(deadline=Duration()), "deadline: at least 1 ms"),
         (submit(deadline=Duration(seconds=-5)), "deadline: must not be negative"),
         (submit(deadline=Duration(seconds=2**62)), "deadline: at most 316224000 s"),
         (submit(deadline=Duration(seconds=1, nanos=-1)), "deadline: not a valid duration"),
         (submit(deadline=Duration(seconds=1, nanos=2_000_000_000)), "deadline: not a valid duration"),
+        (submit(retry=pb.RetryPolicy(retry_codes=[14, 0])), r"retry.retry_codes\[1\]: expected .* 1 to 16, got 0"),
+        (submit(retry=pb.RetryPolicy(retry_codes=[17])), r"retry.retry_codes\[0\]: expected .* got 17"),
+        (submit(retry=pb.RetryPolicy(retry_codes=[4, 14, 4])), "retry.retry_codes: each code once"),
+        (submit(retry=pb.RetryPolicy(retry_codes=[1] * 100_000)), "retry.retry_codes: each code once"),
+        (submit(delay=Duration(seconds=-1)), "delay: must not be negative"),
+        (submit(delay=Duration(seconds=2**60)), "delay: at most 316224000 s"),
+        (submit(not_before=Timestamp(seconds=2**61)), "not_before: not a time in the years 1 to 9999"),
+        (submit(not_before=Timestamp(seconds=253402300000)), "not_before: at most 3660 days ahead"),
+        (submit(not_before=Timestamp(nanos=-1)), "not_before: not a time"),
+        (submit(not_before=Timestamp(seconds=1), delay=Duration(seconds=1)), "delay: not together with not_before"),
+        (submit(delay=Duration(seconds=9), deadline=Duration(seconds=9)), "deadline: it passes before the job may run"),
         (submit(labels={str(n): "" for n in range(65)}), "labels: at most 64, got 65"),
         (submit(labels={"k" * 257: ""}), "its key: at most 256 characters, got 257"),
         (submit(labels={"key": "v" * 257}), r"labels\['key'\]: at most 256 characters, got 257"),

@@ -37,6 +37,12 @@ def double(address: str) -> list[float]:
     return np.frombuffer(answer.raw_output_contents[0], np.float32).tolist()
 
 
+def is_ready(address: str, model: str) -> bool:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        return bool(stub.ModelReady(pb.ModelReadyRequest(name=model), timeout=30).ready)
+
+
 def test_a_folder_of_models_is_served_and_said_to_be(start: Start, onnx_models: Path) -> None:
     process, said = start(str(onnx_models))
     assert {(model["name"], model["state"]) for model in said["models"]} == {("double", "READY"), ("slow", "READY")}
@@ -91,12 +97,54 @@ def test_a_port_in_use_is_named(onnx_models: Path) -> None:
     assert f"port {port} of 127.0.0.1 is in use: give another with --port" in said
 
 
-def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
-    status, said = fails(str(tmp_path / "nowhere"), "--port", "0")
-    assert (status, "nowhere does not exist: expected a folder of models" in said) == (2, True)
-    (tmp_path / "a.onnx").touch()
-    status, said = fails(str(tmp_path / "a.onnx"), "--port", "0")
-    assert (status, "is no folder: name the one around it" in said) == (2, True)
+def test_one_bare_file_is_served_under_its_name(start: Start, onnx_models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "double.onnx"
+    file.write_bytes((onnx_models / "double.onnx").read_bytes())
+    (tmp_path / "junk.onnx").write_text("a neighbour that is not asked for")
+    _, said = start(str(file), "--workers", "2")
+    assert [(model["name"], model["version"], model["state"]) for model in said["models"]] == [("double", "1", "READY")]
+    assert double(said["address"]) == [2, 4, 6, 8]
+
+
+def test_one_bare_file_that_is_written_anew_is_taken_up(start: Start, onnx_models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "double.onnx"
+    file.write_text("not yet")
+    _, said = start(str(file), "--model-control", "poll", "--poll-ms", "100")
+    assert [(model["name"], model["state"]) for model in said["models"]] == [("double", "UNAVAILABLE")]
+    file.unlink()  # While it is away, what is served stays as it is.
+    file.write_bytes((onnx_models / "double.onnx").read_bytes())
+    deadline = time.monotonic() + 60
+    while not is_ready(said["address"], "double"):
+        assert time.monotonic() < deadline
+    assert double(said["address"]) == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("nowhere", "nowhere does not exist: expected a folder of models (Triton's layout, or .onnx files), or one"),
+        ("gone.onnx", "gone.onnx does not exist: expected a folder"),
+        ("pipe.onnx", "pipe.onnx is no plain file: expected a folder"),
+        ("notes.md", "notes.md is no .onnx file: expected a folder"),
+        ("forest.joblib", "make a folder to serve of it: shoal models convert "),
+        ("net.pth", "torch.export.save"),
+        ("file/x.onnx", "file/x.onnx does not exist"),
+        (
+            "double/1/model.onnx",
+            "is version 1 of the model double, whose config.pbtxt would be left out: give the folder",
+        ),
+    ],
+)
+def test_what_is_neither_a_folder_nor_a_model_is_named(tmp_path: Path, path: str, what: str) -> None:
+    for name in ("notes.md", "forest.joblib", "net.pth", "file"):
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe.onnx")
+    (tmp_path / "double" / "1").mkdir(parents=True)
+    (tmp_path / "double" / "config.pbtxt").touch()
+    (tmp_path / "double" / "1" / "model.onnx").touch()
+    status, said = fails(str(tmp_path / path), "--port", "0")
+    assert (status, what in said) == (2, True), said
+    assert "Traceback" not in said
 
 
 def test_an_address_of_another_machine_is_named(onnx_models: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from itertools import product
+from typing import Any, cast
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -13,27 +14,34 @@ from pymongo import monitoring
 from mesh import mongo
 from services.store.documents import Collections
 from services.store.page_token import Place
-from services.store.results import results
+from services.store.results.result_documents import document
+from services.store.results.result_filter import find
+from services.store.results.results import Results
 from shoal.store.v1 import store_pb2 as pb
 from tests.store.conftest import running_store, store_config, stored
 
 pytestmark = pytest.mark.mongo
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
-QUERIES = [
-    pb.QueryResultsRequest(),
-    pb.QueryResultsRequest(job_ids=["a", "b"]),
-    pb.QueryResultsRequest(job_ids=["a", "b"], tenant="t", since=Timestamp(seconds=1)),
-    pb.QueryResultsRequest(model_name="m"),
-    pb.QueryResultsRequest(model_name="m", model_version="1"),
-    pb.QueryResultsRequest(model_version="1"),
-    pb.QueryResultsRequest(tenant="t"),
-    pb.QueryResultsRequest(tenant="t", model_name="m", outcome=pb.Result.OUTCOME_SUCCEEDED),
-    pb.QueryResultsRequest(outcome=pb.Result.OUTCOME_FAILED),
-    pb.QueryResultsRequest(outcome=pb.Result.OUTCOME_SUCCEEDED),
-    pb.QueryResultsRequest(since=Timestamp(seconds=1), until=Timestamp(seconds=2)),
-    pb.QueryResultsRequest(model_name="m", since=Timestamp(seconds=1)),
-]
+OK, FAILED = pb.Result.OUTCOME_SUCCEEDED, pb.Result.OUTCOME_FAILED
+PLACES = [None, Place(NOW, "j")]
+# Each field of a filter, left out and given: every combination of them is asked.
+CHOICES: dict[str, list[Any]] = {
+    "model_name": [None, "m1"],
+    "model_version": [None, "1"],
+    "tenant": [None, "t2"],
+    "outcome": [None, OK, FAILED],
+    "since": [None, Timestamp(seconds=1)],
+    "until": [None, Timestamp(seconds=253402300799)],
+    "labels": [None, {"team": "a"}, {"team": "a", "stage": "1"}],
+    "batch_id": [None, "b3"],
+}
+
+
+def combinations(**more: list[Any]) -> list[pb.ResultFilter]:
+    choices = {**CHOICES, **more}
+    given = (zip(choices, values, strict=True) for values in product(*choices.values()))
+    return [pb.ResultFilter(**{field: value for field, value in one if value is not None}) for one in given]
 
 
 def stages(plan: Any) -> Iterator[str]:
@@ -48,30 +56,6 @@ def stages(plan: Any) -> Iterator[str]:
             yield from stages(value)
 
 
-@pytest.fixture
-async def collections(mongo_uri: str, mongo_database: str) -> AsyncIterator[Collections]:
-    async with mongo.connect(mongo_uri) as client:
-        collections = Collections(client[mongo_database])
-        await collections.prepare()
-        yield collections
-
-
-@pytest.mark.parametrize("place", [None, Place(NOW, "j")])
-@pytest.mark.parametrize("query", QUERIES, ids=lambda query: str(query).replace("\n", " ") or "all")
-async def test_queries_of_results(collections: Collections, query: pb.QueryResultsRequest, place: Place | None) -> None:
-    plan = await results.find(collections, query, place).explain()
-    seen = set(stages(plan["queryPlanner"]["winningPlan"]))
-    assert "IXSCAN" in seen
-    assert "COLLSCAN" not in seen
-    if not query.job_ids:  # At most 1,000 documents: those are sorted in memory.
-        assert "SORT" not in seen
-
-
-async def test_failures_are_found_by_their_own_index(collections: Collections) -> None:
-    plan = await results.find(collections, pb.QueryResultsRequest(outcome=pb.Result.OUTCOME_EXPIRED), None).explain()
-    assert "failed_newest" in str(plan["queryPlanner"]["winningPlan"])
-
-
 class Heard(monitoring.CommandListener):
     """Every command that any client of this process sends, once it is told to listen."""
 
@@ -84,6 +68,138 @@ class Heard(monitoring.CommandListener):
     def succeeded(self, event: object) -> None: ...
 
     def failed(self, event: object) -> None: ...
+
+    def client(self, uri: str) -> mongo.Client:
+        return mongo.Client(uri, event_listeners=[self], tz_aware=True)
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+SESSION = ("lsid", "txnNumber", "startTransaction", "autocommit", "$db", "$clusterTime", "writeConcern")
+
+
+def bare(command: dict[str, Any]) -> dict[str, Any]:
+    """A command as it can be explained."""
+    return {key: value for key, value in command.items() if key not in (*SESSION, "readConcern", "maxTimeMS")}
+
+
+@pytest.fixture
+async def collections(mongo_uri: str, mongo_database: str) -> AsyncIterator[Collections]:
+    async with mongo.connect(mongo_uri) as client:
+        collections = Collections(client[mongo_database])
+        await collections.prepare()
+        yield collections
+
+
+@pytest.mark.parametrize("oldest_first", [False, True])
+@pytest.mark.parametrize("place", PLACES, ids=["first page", "next page"])
+async def test_every_combination_of_filters_uses_an_index_and_no_sort(
+    collections: Collections, place: Place | None, oldest_first: bool
+) -> None:
+    asked = combinations()
+    assert len(asked) == 576
+    for wanted in asked:
+        plan = await find(collections, wanted, place, oldest_first=oldest_first).explain()
+        seen = set(stages(plan["queryPlanner"]["winningPlan"]))
+        assert "IXSCAN" in seen, wanted
+        assert not seen & {"COLLSCAN", "SORT"}, wanted
+
+
+def recorded(n: int) -> dict[str, Any]:
+    """One of a thousand: 4 models in 2 versions, 5 tenants, a tenth failed, a seventh labelled, a third in batches."""
+    of = pb.Result(
+        job_id=f"j{n:04}",
+        outcome=FAILED if n % 10 == 0 else OK,
+        model_name=f"m{n % 4}",
+        model_version=str(n % 2 + 1),
+        tenant=f"t{n % 5}",
+        labels={"team": "ab"[n % 2], "stage": str(n % 3)} if n % 7 == 0 else {},
+        batch_id=f"b{n % 6}" if n % 3 == 0 else "",
+    )
+    return document(of, NOW + timedelta(milliseconds=n // 10), b"x" * 100)
+
+
+@pytest.fixture
+async def thousand(collections: Collections) -> Collections:
+    await collections.results.insert_many([recorded(n) for n in range(1_000)])
+    return collections
+
+
+async def test_only_answers_are_read(thousand: Collections) -> None:
+    """What does not match is passed over in the index: its document, response and all, is never read."""
+    for wanted in combinations(labels=[None], batch_id=[None]):
+        plan = await find(thousand, wanted).explain()
+        assert plan["executionStats"]["totalDocsExamined"] == plan["executionStats"]["nReturned"], wanted
+
+
+@pytest.mark.parametrize(
+    ("wanted", "index"),
+    [
+        (pb.ResultFilter(), "by_time"),
+        (pb.ResultFilter(tenant="t1"), "by_tenant"),
+        (pb.ResultFilter(model_name="m1"), "by_model"),
+        (pb.ResultFilter(outcome=pb.Result.OUTCOME_EXPIRED), "by_failure"),
+        (pb.ResultFilter(labels={"team": "nobody"}), "by_label"),
+        (pb.ResultFilter(tenant="t1", labels={"team": "nobody"}), "by_label"),
+        (pb.ResultFilter(batch_id="b9"), "by_batch"),
+        (pb.ResultFilter(tenant="t1", model_name="m1", batch_id="b9"), "by_batch"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+async def test_a_narrow_filter_uses_its_own_index(thousand: Collections, wanted: pb.ResultFilter, index: str) -> None:
+    plan = await find(thousand, wanted).explain()
+    assert f"'{index}'" in str(plan["queryPlanner"]["winningPlan"])
+
+
+async def test_answers_are_those_that_match(thousand: Collections) -> None:
+    """The question to MongoDB against a plain reading of the filter, for every combination."""
+    docs = [recorded(n) for n in range(1_000)]
+    results = Results(thousand, cast(Any, None), lambda: NOW)
+    for wanted in combinations(job_ids=[None, ["j0000", "j0042", "j0043", "j0777", "none"]]):
+        page, more = await results.page(wanted, None, 1_000, omit_response=True)
+        expected = [doc["_id"] for doc in reversed(docs) if matches(doc, wanted)]
+        assert ([doc["_id"] for doc in page], more) == (expected, False), wanted
+
+
+def matches(doc: dict[str, Any], wanted: pb.ResultFilter) -> bool:
+    labels = {label["key"]: label["value"] for label in doc.get("labels", ())}
+    return (
+        all(getattr(wanted, f) in (0, "", doc.get(f)) for f in ("model_name", "model_version", "tenant", "outcome"))
+        and wanted.batch_id in ("", doc.get("batch_id"))
+        and (not wanted.job_ids or doc["_id"] in wanted.job_ids)
+        and all(labels.get(key) == value for key, value in wanted.labels.items())
+    )
+
+
+async def test_questions_with_job_ids_read_no_more_than_those(
+    thousand: Collections, heard: Heard, mongo_uri: str, mongo_database: str
+) -> None:
+    async with heard.client(mongo_uri) as client:
+        listened = Collections(client[mongo_database])
+        await listened.prepare()
+        heard.commands.clear()
+        results = Results(listened, cast(Any, None), lambda: NOW)
+        await results.page(pb.ResultFilter(job_ids=["j0001", "j0002"], tenant="t1", labels={"a": "b"}), None, 9)
+        await results.page(pb.ResultFilter(job_ids=["j0001", "j0002"]), PLACES[1], 9, oldest_first=True)
+    found = [command for _, command in heard.commands if "find" in command]
+    assert len(found) >= 3
+    for command in found:
+        assert not command.get("sort")
+        plan = await thousand.db.command("explain", bare(command), verbosity="executionStats")
+        assert "COLLSCAN" not in set(stages(plan["queryPlanner"]["winningPlan"]))
+        assert plan["executionStats"]["totalDocsExamined"] <= 2
+
+
+async def test_indexes_of_an_older_store_go(collections: Collections) -> None:
+    results = collections.results
+    await results.create_index([("tenant", 1), ("recorded_at", -1), ("_id", -1)], name="tenant_newest")
+    await collections.prepare()
+    assert {*await results.index_information()} == {
+        "_id_", "by_time", "by_model", "by_tenant", "by_failure", "by_label", "by_batch"
+    }  # fmt: skip
 
 
 async def test_every_command_of_every_call(
@@ -118,9 +234,7 @@ async def test_every_command_of_every_call(
         for name, command in heard.commands:
             if name != mongo_database or next(iter(command)) not in ("find", "update", "delete", "findAndModify"):
                 continue
-            session = ("lsid", "txnNumber", "startTransaction", "autocommit", "$db", "$clusterTime", "writeConcern")
-            bare = {key: value for key, value in command.items() if key not in (*session, "readConcern", "maxTimeMS")}
-            plan = await client[name].command("explain", bare, verbosity="queryPlanner")
-            assert "COLLSCAN" not in set(stages(plan)), bare
+            plan = await client[name].command("explain", bare(command), verbosity="queryPlanner")
+            assert "COLLSCAN" not in set(stages(plan)), command
             explained += 1
     assert explained > 20

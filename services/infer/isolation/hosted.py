@@ -118,6 +118,8 @@ class Facts:
     """The configuration as the model itself completed it."""
     wants_requests: bool = False
     """It is given each request with what it says about itself, not only rows."""
+    sees_missing: bool = True
+    """It sees for itself which inputs came."""
     is_decoupled: bool = False
     """It gives any number of responses to a request."""
     is_tried: bool = True

@@ -34,9 +34,10 @@ class OnnxModel:
         self.facts = Facts(
             _told(self._session.inputs),
             _told(self._session.outputs),
-            _told(getattr(self._session, "optional_inputs", ())),
+            _told(self._session.optional_inputs),
             text=self._session.text,
-            gpus=getattr(self._session, "gpus", ()),
+            sees_missing=self._session.sees_missing,
+            gpus=self._session.gpus,
         )
 
     def run(self, batch: Batch) -> Given:

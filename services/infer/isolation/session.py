@@ -29,7 +29,7 @@ from services.infer.isolation.link import Link
 from services.infer.isolation.payload import Part
 from services.infer.isolation.poison import Poison
 from services.infer.models.config_json import from_json
-from services.infer.runtimes.runtime import ModelFailed
+from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import BY_CODE, Code, FailedPrecondition, Internal, ShoalError
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -74,10 +74,10 @@ InnerCall = Callable[[Message, Callable[[dict[str, Any], Sequence[Part]], None]]
 """Runs a call that a model makes of another one; gives the answer to the function, later and from any thread."""
 
 
-class ProcessSession:
+class ProcessSession(Session):
     """One model in one or several processes. Any thread may run it."""
 
-    only_computes = False
+    reshapes = True
 
     def __init__(
         self,
@@ -118,17 +118,18 @@ class ProcessSession:
             raise
         self.text = bool(self.facts.get("text"))
         self.wants_requests = bool(self.facts.get("wants_requests"))
+        self.sees_missing = bool(self.facts.get("sees_missing"))
         self.is_decoupled = bool(self.facts.get("is_decoupled"))
         self.is_tried = bool(self.facts.get("is_tried"))
         self.poison = Poison(clock)
         self.says_batch = bool(self.facts.get("says_batch"))
-        self.gpus = tuple(self.facts.get("gpus", ()))
+        self.gpus = tuple(sorted({gpu for each in facts for gpu in each.get("gpus", ())}))
         self.datatypes = {spec.name: spec.datatype.name for spec in (*self.inputs, *self.optional_inputs)}
         self._free: queue.LifoQueue[Instance] = queue.LifoQueue()
         for instance in instances:
             self._free.put(instance)
 
-    def completed(self, config: pb.ModelConfig, *, says_batch: bool = False) -> pb.ModelConfig:
+    def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
         """The configuration as the model itself completed it; `config` when it did not. Raises FailedPrecondition."""
         said = self.facts.get("config")
         if said is None:

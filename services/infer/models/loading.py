@@ -8,15 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from services.infer.calls.signature import TensorSpec
-from services.infer.isolation.session import ProcessSession
 from services.infer.models import modelconfig, warmup
 from services.infer.models.modelconfig import Completed
 from services.infer.models.wanted import ModelFiles, read_text
-from services.infer.remote.session import RemoteSession
 from services.infer.runtimes import onnx_settings
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.reshape import ReshapedSession, is_reshaped
-from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions, TellingSession
+from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
 from services.infer.scheduling import rules
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.cost import CostCurve
@@ -88,26 +86,25 @@ def load(
     session = runtime.load(_model_file(config, files, runtime), options)
     try:
         says_batch = modelconfig.says_max_batch_size(text)
-        if isinstance(session, TellingSession):
-            config = session.completed(config, says_batch=says_batch)
-            says_batch = says_batch or session.says_batch
-            modelconfig.check(config, runtime)
-        elif is_reshaped(config):
+        config = session.completed(config, says_batch=says_batch)
+        says_batch = says_batch or session.says_batch
+        modelconfig.check(config, runtime)
+        if is_reshaped(config) and not session.reshapes:
             session = ReshapedSession(session, config)
         hidden = _hidden(config)
         model = modelconfig.complete(
             config,
-            clients(_inputs(session, config, runtime), hidden),
+            clients(_inputs(session, config), hidden),
             clients(session.outputs, hidden),
             runtime=runtime,
             text=session.text,
             batch_is_given=says_batch,
             labels=labels,
-            gpus=getattr(session, "gpus", ()),
+            gpus=session.gpus,
         )
         if config.model_transaction_policy.decoupled:
             return Loaded(model, session)
-        made_up = not isinstance(session, TellingSession) or session.is_tried
+        made_up = session.is_tried
         sequences = stateful.of(model.config, session, files.folder) if config.HasField("sequence_batching") else None
         tried, cost = session if sequences is None else sequences.trial(session), CostCurve()
         model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up, cost=cost)
@@ -138,13 +135,13 @@ def _hidden(config: pb.ModelConfig) -> frozenset[str]:
     return frozenset(names - {output.name for output in config.output})
 
 
-def _inputs(session: Session, config: pb.ModelConfig, runtime: Runtime) -> tuple[TensorSpec, ...]:
+def _inputs(session: Session, config: pb.ModelConfig) -> tuple[TensorSpec, ...]:
     """All inputs that the model can take."""
-    if isinstance(session, ProcessSession | RemoteSession):
-        # A Python model, or a remote server, sees for itself which of them came.
-        optional = {given.name for given in config.input if given.optional}
-        return tuple(replace(spec, is_optional=spec.is_optional or spec.name in optional) for spec in session.inputs)
-    return (*session.inputs, *getattr(session, "optional_inputs", ()))
+    inputs = (*session.inputs, *session.optional_inputs)
+    if not session.sees_missing:
+        return inputs
+    optional = {given.name for given in config.input if given.optional}
+    return tuple(replace(spec, is_optional=spec.is_optional or spec.name in optional) for spec in inputs)
 
 
 def _runtime(runtimes: Runtime | Runtimes, config: pb.ModelConfig, files: ModelFiles) -> Runtime:

@@ -34,6 +34,8 @@ ONNX = "onnxruntime"
 KERNELS, REMOTE = "kernels", "remote"
 """The backends that this module knows by name."""
 
+_OF = {KERNELS: "of an operation", REMOTE: "of a remote model"}
+
 MOST_SAMPLES = 1000
 """Runs of one sample of `model_warmup`."""
 
@@ -114,8 +116,6 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
     yield from _unsupported(config, can_be_ragged=runtime.backend == KERNELS)
     if runtime.backend != ONNX:
         yield from _only_for_onnx(config, runtime)
-    elif "isolation" in config.parameters and config.parameters["isolation"].string_value == "process":
-        yield from _not_apart(config)
 
 
 def _unsupported(config: pb.ModelConfig, *, can_be_ragged: bool = False) -> Iterator[str]:
@@ -177,16 +177,7 @@ def _only_for_onnx(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
         yield "optimization.graph.level is not supported"
     if config.HasField("sequence_batching") and runtime.backend in (KERNELS, REMOTE):
         yield f"sequence_batching is not supported with backend {runtime.backend}"
-    yield from _no_reshape(config, "of an operation" if runtime.backend == KERNELS else "in a process of its own")
-
-
-def _not_apart(config: pb.ModelConfig) -> Iterator[str]:
-    """What ONNX models in a process of their own do not do."""
-    if any(group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus for group in config.instance_group):
-        yield "instance_group: KIND_GPU is not supported with parameter isolation 'process'"
-    if config.optimization.HasField("execution_accelerators"):
-        yield "optimization.execution_accelerators is not supported with parameter isolation 'process'"
-    yield from _no_reshape(config, "in a process of its own")
+    yield from _no_reshape(config, _OF.get(runtime.backend, "of a Python model"))
 
 
 def _no_reshape(config: pb.ModelConfig, where: str) -> Iterator[str]:

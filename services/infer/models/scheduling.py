@@ -19,7 +19,6 @@ from services.infer.models.loading import Loaded
 from services.infer.models.means import Means
 from services.infer.remote.execution import RemoteExecution
 from services.infer.remote.session import RemoteSession
-from services.infer.runtimes.runtime import RowsSession
 from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.execution import Execution, Runs
@@ -81,7 +80,7 @@ def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
         return RemoteExecution(name, session, signature, means.clock)
     if isinstance(session, ProcessSession):
         made: Execution = ProcessExecution(name, number, session, signature, means.clock)
-    elif isinstance(session, RowsSession):
+    elif session.takes_rows:
         made = RowsExecution(name, session, signature, means.clock)
     else:
         made = Execution(name, session, signature, means.clock)

@@ -99,7 +99,7 @@ class Version:
             return False
         if isinstance(self.loaded, Composed):
             return self.loaded.plan.takes_numbers_only
-        return not getattr(self.loaded.session, "wants_requests", False)  # Ids and parameters too.
+        return self.loaded.session is None or not self.loaded.session.wants_requests  # Ids and parameters too.
 
     @property
     def loaded(self) -> Loaded:

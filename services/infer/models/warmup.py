@@ -81,7 +81,7 @@ def run(
     for sample in model.config.model_warmup:
         model = _with_sample_run(name, sample, model, session, folder)
     if first is not None and batched > 1:
-        for part in getattr(session, "parts", (session,)):
+        for part in session.parts():
             _batches(name, model, part, first, clock, cost if cost is not None else CostCurve())
     return model
 

@@ -22,7 +22,7 @@ from services.infer.remote.dialect import Dialect, Facts, Question, changes
 from services.infer.remote.errors import RETRY_AFTER_MS, NotAccepted, NotServable, NotToBlame
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces
-from services.infer.runtimes.runtime import ModelFailed
+from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError, Unavailable
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -49,11 +49,11 @@ class Asked:
     outputs: Sequence[str]
 
 
-class RemoteSession:
+class RemoteSession(Session):
     """One model of one server. Owns the connection. Any thread may run it; one event loop may execute it."""
 
     text = False
-    only_computes = False
+    sees_missing = True
     is_tried = False
     """Made-up inputs are not sent to a server that others use, too."""
 
@@ -83,6 +83,7 @@ class RemoteSession:
                 f"the remote server at {settings.address.url} says nothing of the model's inputs and outputs: "
                 "write input and output into config.pbtxt"
             )
+        self.says_batch = self._facts.max_batch_size is not None
         self._inputs_by_name = {spec.name: spec for spec in self.inputs}
         self._outputs_by_name = {spec.name: spec for spec in self.outputs}
         self._change = ""
@@ -133,11 +134,6 @@ class RemoteSession:
         if not done.instance_group:
             done.instance_group.add(count=IN_FLIGHT)
         return done
-
-    @property
-    def says_batch(self) -> bool:
-        """Whether the server says what its batches may be."""
-        return self._facts.max_batch_size is not None
 
     # Runs
 

@@ -25,7 +25,7 @@ from services.infer.operations.table import OPERATIONS, Entry
 from services.infer.operations.threads import RowThreads
 from services.infer.runtimes import gpus
 from services.infer.runtimes.parameters import texts
-from services.infer.runtimes.runtime import About, ModelFailed, RowResults, SessionOptions
+from services.infer.runtimes.runtime import About, ModelFailed, RowResults, Session, SessionOptions
 from services.infer.wording import listed, quoted, written
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -65,10 +65,11 @@ class KernelsRuntime:
             raise
 
 
-class OperationSession:
+class OperationSession(Session):
     """One operation with its parameters."""
 
     text = False
+    takes_rows = True
     is_tried = False
     """It was, with an example of its own: made-up bytes are no image."""
     says_batch = True

@@ -126,7 +126,7 @@ def _run_options(entries: Mapping[str, str]) -> Any:
     return options
 
 
-class OnnxSession:
+class OnnxSession(Session):
     """One model in ONNX Runtime."""
 
     text = True

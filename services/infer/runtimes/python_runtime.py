@@ -14,8 +14,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from services.infer.isolation.instance import Instance, Running
 from services.infer.isolation.process import OWNER, Process, program
 from services.infer.isolation.session import InnerCall, Limits, ProcessSession
 from services.infer.models.config_json import as_json
+from services.infer.runtimes.onnx_devices import Device
 from services.infer.runtimes.onnx_runtime import devices
 from services.infer.runtimes.parameters import number, texts
-from services.infer.runtimes.runtime import About, SessionOptions
+from services.infer.runtimes.runtime import About, Place, SessionOptions
 from services.infer.sharing.owners import Owners, key_of
 from services.infer.sharing.shared import Shared
 from shoal.errors import FailedPrecondition
@@ -78,14 +79,15 @@ class PythonRuntime:
             streams=number(values, "max_streams", _MAX_STREAMS, 1, 4096),
         )
         title = f"{about.name} version {about.version}"
+        headers = self._load_headers(file, options, about, values)
         instances = [
             Instance(
                 self._beginning(file, values, about, header),
-                title if about.instances == 1 else f"{title} instance {n}",
+                title if len(headers) == 1 else f"{title} instance {n}",
                 header,
                 load_timeout_s=limits.load_s,
             )
-            for n, header in enumerate(self._load_headers(file, options, about, values))
+            for n, header in enumerate(headers)
         ]
         return ProcessSession(about.name, title, instances, limits, self._call, is_given_up=about.is_given_up)
 
@@ -152,21 +154,33 @@ class IsolatedOnnxRuntime(PythonRuntime):
     def _load_headers(
         self, file: Path, options: SessionOptions, about: About, values: Mapping[str, str]
     ) -> list[dict[str, Any]]:
-        if values["isolation"] != "shared":
-            return super()._load_headers(file, options, about, values)
-        # One session for all, which takes so many executions at a time.
-        header = self._load_header(file, options, about, 0, values)
-        runs = sum(count for _, count in devices(options))
-        return [{**header, "runs": runs}] * runs
+        where = devices(options)
+        if values["isolation"] == "shared":
+            # One session for all, which takes so many executions at a time.
+            runs = sum(count for _, count in where)
+            return [{**self._load_header(file, options, about, 0, values), "runs": runs}] * runs
+        alone = each_alone(options, where)
+        return [self._load_header(file, each, about, n, values) for n, each in enumerate(alone)]
 
     def _options(self, options: SessionOptions, values: Mapping[str, str]) -> dict[str, Any]:
         given = {each.name: getattr(options, each.name) for each in fields(options)}
-        lists = ("places", "gpu_providers", "cpu_providers") if values["isolation"] == "shared" else ()
+        lists = ("places", "gpu_providers", "cpu_providers")
         return {key: [list(each) for each in given[key]] for key in lists} | {
             name: dict(value) if isinstance(value, Mapping) else value
             for name, value in given.items()
             if isinstance(value, int | str | Mapping)
         }
+
+
+def each_alone(options: SessionOptions, where: Sequence[tuple[Device, int]]) -> list[SessionOptions]:
+    """The options of each execution, where each has a process of its own: its device, and what suits that."""
+    on_cpu = replace(options, places=(Place("cpu"),), gpu_providers=())
+    on_gpu = replace(options, cpu_providers=())
+    return [
+        on_cpu if device.gpu is None else replace(on_gpu, places=(Place("gpu", device.gpu),))
+        for device, count in where
+        for _ in range(count)
+    ]
 
 
 def _milliseconds(values: Mapping[str, str], key: str, default: int) -> int:

@@ -69,8 +69,10 @@ class Reshape:
         return array.reshape((*array.shape[: self.skip], *(next(free) if dim == -1 else dim for dim in self.made)))
 
 
-class ReshapedSession:
+class ReshapedSession(Session):
     """A session whose inputs and outputs have the shapes of the configuration. Closing it closes the other."""
+
+    reshapes = True
 
     def __init__(self, session: Session, config: pb.ModelConfig) -> None:
         """`config` is checked: `wrong` has found nothing. Raises FailedPrecondition when the model has other shapes."""
@@ -83,16 +85,10 @@ class ReshapedSession:
         self.inputs = tuple(_seen(spec, self._inputs.get(spec.name), is_input=True) for spec in session.inputs)
         self.outputs = tuple(_seen(spec, self._outputs.get(spec.name), is_input=False) for spec in session.outputs)
         self.optional_inputs = tuple(
-            _seen(spec, self._inputs.get(spec.name), is_input=True) for spec in getattr(session, "optional_inputs", ())
+            _seen(spec, self._inputs.get(spec.name), is_input=True) for spec in session.optional_inputs
         )
-        self.text = session.text
-        self.gpus = getattr(session, "gpus", ())
-        self.only_computes = getattr(session, "only_computes", False)
-        self.parts = (
-            (self,)
-            if (parts := getattr(session, "parts", None)) is None
-            else tuple(ReshapedSession(part, config) for part in parts)
-        )
+        self.text, self.gpus, self.only_computes = session.text, session.gpus, session.only_computes
+        self._parts = [self if part is session else ReshapedSession(part, config) for part in session.parts()]
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         given = {name: self._reshaped(self._inputs, name, array) for name, array in inputs.items()}
@@ -102,6 +98,9 @@ class ReshapedSession:
     @staticmethod
     def _reshaped(reshapes: Mapping[str, Reshape], name: str, array: Tensor) -> Tensor:
         return reshapes[name](name, array) if name in reshapes else array
+
+    def parts(self) -> Sequence[Session]:
+        return self._parts
 
     def close(self) -> None:
         self._session.close()

@@ -7,10 +7,11 @@ is for.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 from services.infer.calls.ragged import Value
 from services.infer.calls.signature import TensorSpec
@@ -88,26 +89,6 @@ class SessionOptions:
     """For a runtime that wants to know."""
 
 
-class Session(Protocol):
-    """One loaded model. Safe to run on several threads at the same time."""
-
-    inputs: tuple[TensorSpec, ...]
-    """As the file says; a shape of () may also mean that the file says nothing of it."""
-    outputs: tuple[TensorSpec, ...]
-    text: bool
-    """BYTES elements must be `str`, and come as `str`; else they are `bytes`."""
-
-    def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
-        """The outputs of these names. They do not share memory with the inputs.
-
-        Raises:
-            ModelFailed: the model cannot process these inputs.
-        """
-
-    def close(self) -> None:
-        """Gives its memory back. It is not run after that."""
-
-
 @dataclass(frozen=True)
 class RowResults:
     """What came of the rows of one execution."""
@@ -118,27 +99,64 @@ class RowResults:
     """What is wrong with the rows that could not be processed, by their number: theirs mean nothing."""
 
 
-@runtime_checkable
-class RowsSession(Session, Protocol):
-    """One whose inputs and outputs may be ragged, and that tells the rows that it cannot process from the others."""
+class Session(ABC):
+    """One loaded model. Safe to run on several threads at the same time.
+
+    What only some of them can is a member too, and what it is for those that cannot stands here: a session says it by
+    deriving from this class, and what stands around a session passes on what it is asked for.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    """As the file says; a shape of () may also mean that the file says nothing of it."""
+    outputs: tuple[TensorSpec, ...]
+    text: bool
+    """BYTES elements must be `str`, and come as `str`; else they are `bytes`."""
+
+    optional_inputs: tuple[TensorSpec, ...] = ()
+    """More inputs: the model has a value for each that is not given."""
+    sees_missing: bool = False
+    """It sees for itself which inputs came: the configuration may call any of them optional."""
+    wants_requests: bool = False
+    """It is given each request with what that says of itself, not only rows."""
+    takes_rows: bool = False
+    """`run_rows`: its inputs and outputs may be ragged, and it tells rows that it cannot process from the others."""
+    reshapes: bool = False
+    """A `reshape` of the configuration is its own doing: it already has the shapes that clients see."""
+    only_computes: bool = False
+    """It waits for nobody, and its time is that of its arithmetic: a short run may be made on the event loop."""
+    gpus: tuple[int, ...] = ()
+    """Those that it runs on; none: on the CPU, or nobody knows."""
+    is_tried: bool = True
+    """Made-up inputs may be tried on it."""
+    says_batch: bool = False
+    """Whether the `max_batch_size` of what it completed is meant, even 0."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
+        """The outputs of these names. They do not share memory with the inputs.
+
+        Raises:
+            ModelFailed: the model cannot process these inputs.
+        """
 
     def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> RowResults:
-        """As `run`, with `Rows` for each input that is ragged."""
+        """As `run`, with `Rows` for each input that is ragged. Only where it `takes_rows`."""
+        raise NotImplementedError("this session takes no rows")
 
+    def close(self) -> None:
+        """Gives its memory back. It is not run after that."""
+        return
 
-@runtime_checkable
-class TellingSession(Session, Protocol):
-    """One that knows more of its model than inputs and outputs."""
+    def parts(self) -> Sequence[Session]:
+        """The same model on each device that it runs on: what is warmed up one by one."""
+        return (self,)
 
-    is_tried: bool
-    """Made-up inputs may be tried on it."""
-
-    @property
-    def says_batch(self) -> bool:
-        """Whether the `max_batch_size` of what it completed is meant, even 0."""
+    def declare(self, datatypes: Mapping[str, str]) -> None:
+        """Tells it of inputs, by their datatypes, that the server fills in and the model may not have declared."""
+        return
 
     def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
-        """The configuration with what the model says of itself.
+        """The configuration with what the model says of itself; as it is where the model says nothing.
 
         Args:
             says_batch: `config` has a `max_batch_size` that is meant, even 0.
@@ -146,6 +164,7 @@ class TellingSession(Session, Protocol):
         Raises:
             FailedPrecondition: the two contradict each other.
         """
+        return config
 
 
 class Runtime(Protocol):

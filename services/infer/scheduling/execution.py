@@ -128,7 +128,7 @@ class Execution:
         self._clock = clock
         self._staging: dict[str, np.ndarray[tuple[int], np.dtype[np.uint8]]] = {}
         self.tally = Tally()
-        self.may_run_on_loop = bool(getattr(session, "only_computes", False))
+        self.may_run_on_loop = session.only_computes
         """Whether the model only computes: then a run that is short enough holds up nobody."""
 
     def run(self, batch: Sequence[Job]) -> list[Outcome]:

@@ -14,15 +14,15 @@ from typing import Any
 from services.infer.calls import ragged
 from services.infer.calls.request import Call
 from services.infer.calls.signature import Signature
-from services.infer.runtimes.runtime import ModelFailed, RowsSession
+from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.execution import Answer, Execution, Outcome, Times
 from shoal.errors import InvalidArgument
 
 
 class RowsExecution(Execution):
-    """Runs batches of a RowsSession."""
+    """Runs batches of a session that `takes_rows`."""
 
-    def __init__(self, name: str, session: RowsSession, signature: Signature, clock: Callable[[], float]) -> None:
+    def __init__(self, name: str, session: Session, signature: Signature, clock: Callable[[], float]) -> None:
         super().__init__(name, session, signature, clock)
         self._rows_session = session
         self._ragged = signature.ragged

@@ -140,7 +140,7 @@ def agreed(settings: Settings, session: Session, *, batched: bool, declares: boo
     """
     if not declares:
         return settings
-    known = {spec.name: spec for spec in (*session.inputs, *getattr(session, "optional_inputs", ()))}
+    known = {spec.name: spec for spec in (*session.inputs, *session.optional_inputs)}
     outputs = {spec.name: spec for spec in session.outputs}
     controls = []
     for control in settings.controls:

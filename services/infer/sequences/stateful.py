@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.infer.calls.tensors import Tensor
-from services.infer.isolation.session import ProcessSession
 from services.infer.runtimes.runtime import Session
 from services.infer.sequences import initial, settings
 from services.infer.sequences.settings import Settings
@@ -41,10 +40,8 @@ def of(config: pb.ModelConfig, session: Session, folder: Path | None) -> Statefu
     batched = config.max_batch_size > 0
     found = settings.of(config)
     # Triton's model.py does not say what it takes: the configuration is all there is.
-    is_told = isinstance(session, ProcessSession) and session.wants_requests
-    found = settings.agreed(found, session, batched=batched, declares=not is_told)
-    if isinstance(session, ProcessSession):
-        states = {state.input: state.datatype.name for state in found.states}
-        session.declare({**states, **{control.name: control.datatype.name for control in found.controls}})
+    found = settings.agreed(found, session, batched=batched, declares=not session.wants_requests)
+    states = {state.input: state.datatype.name for state in found.states}
+    session.declare({**states, **{control.name: control.datatype.name for control in found.controls}})
     first = initial.states(found, folder, batched=batched, text=session.text)
     return Stateful(found, first, config.max_batch_size)

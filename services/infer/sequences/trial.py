@@ -17,7 +17,7 @@ from services.infer.sequences.settings import Settings, clients
 from shoal.errors import ShoalError
 
 
-class TrialSession:
+class TrialSession(Session):
     """Runs single steps, for a `services.infer.models.warmup`. Closing it is the session's owner's."""
 
     def __init__(self, session: Session, settings: Settings, first: Mapping[str, Tensor], *, batched: bool) -> None:
@@ -25,10 +25,10 @@ class TrialSession:
         self.inputs = clients(session.inputs, settings.inputs)
         self.outputs = session.outputs
         self.text = session.text
-        self.parts = tuple(
-            TrialSession(part, settings, first, batched=batched) if part is not session else self
-            for part in getattr(session, "parts", (session,))
-        )
+        self._parts = [
+            self if part is session else TrialSession(part, settings, first, batched=batched)
+            for part in session.parts()
+        ]
         self._first, self._batched = first, batched
         self._steps = steps.of(session, settings, batched=batched)
 
@@ -47,5 +47,8 @@ class TrialSession:
         own = {name: array[n : n + 1] for name, array in inputs.items()} if self._batched else inputs
         # Both flags, so that a model that remembers sequences forgets this one.
         return Row(own, True, True, n + 1, self._first, {"correlation_id": n + 1, "flags": 3})
+
+    def parts(self) -> Sequence[Session]:
+        return self._parts
 
     def close(self) -> None: ...

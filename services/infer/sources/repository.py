@@ -40,7 +40,7 @@ def check(root: Path) -> None:
         if root.is_file() and root.suffix == _BARE:
             return
         if not root.is_dir():
-            raise FailedPrecondition(f"{root} is not a folder: give a folder of models")
+            raise FailedPrecondition(f"{root} is not a folder: give a folder of models, or one .onnx file")
         if (root / "config.pbtxt").exists() or any(_version_folders(root)):
             raise FailedPrecondition(f"{root} is the folder of one model: give the folder that it lies in")
     except OSError as err:
@@ -55,7 +55,7 @@ def scan(root: Path) -> list[WantedModel]:
     """
     check(root)
     if root.is_file():
-        return [_bare(root)]
+        return [model for model in [_entry(root)] if model is not None]
     try:
         names = sorted(name for name in os.listdir(root) if not name.startswith("."))
     except OSError as err:
@@ -71,10 +71,10 @@ def scan(root: Path) -> list[WantedModel]:
 
 def look(root: Path, name: str) -> WantedModel | None:
     """The model `name` of the repository, as it is now; None when there is none. Raises nothing."""
+    if root.is_file():
+        return _entry(root) if root.stem == name else None
     if not name or name.startswith(".") or "/" in name or "\0" in name or len(name.encode()) > _LONGEST_NAME:
         return None
-    if root.is_file():
-        return _bare(root) if root.stem == name else None
     for path in (root / name, root / f"{name}{_BARE}"):
         if os.path.lexists(path) and (found := _entry(path)) is not None and found.name == name:
             return found
@@ -120,7 +120,8 @@ def _entry(path: Path) -> WantedModel | None:
 
 def _model_at(path: Path, name: str) -> WantedModel | None:
     if name != path.name:
-        return WantedModel(name, (), problem="its name is not UTF-8: rename it") if path.is_dir() else None
+        is_one = path.is_dir() or path.suffix == _BARE
+        return WantedModel(name, (), problem="its name is not UTF-8: rename it") if is_one else None
     if path.is_dir():
         return model_in(path, name)
     if path.suffix == _BARE and path.is_file():

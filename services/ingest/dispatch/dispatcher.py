@@ -121,12 +121,21 @@ class Dispatcher:
 
     def accept(self, jobs: Sequence[Job]) -> None:
         """Hears of jobs that were just made durable here."""
+        now = self._clock()
+        for job in jobs:
+            if job.due_at is not None and job.due_at > now:
+                self._read_at(job.due_at)
         if not self._is_drained or self._stop_at is not None:
             return
-        self._fresh.extend(replace(job, request=None) if job.is_apart else job for job in jobs)
+        due = [job for job in jobs if job.due_at is not None and job.due_at <= now]
+        self._fresh.extend(replace(job, request=None) if job.is_apart else job for job in due)
         if len(self._fresh) > self._max_calls * _FRESH_PER_CALL:
             self._fall_behind()
         self._wake.set()
+
+    def wake(self) -> None:
+        """Something may be due now: the queue is read at once, not only at the next poll."""
+        self._read_at(self._clock())
 
     def held(self) -> dict[str, Lease]:
         """The lease of each job that this instance works on."""

@@ -190,10 +190,12 @@ def result_of(job: Job, how: End) -> store_pb2.Result:
         model_name=job.model_name,
         code=how.code,
         message=how.message[:MESSAGE_CHARS],
+        generation=job.generation,
         attempt=job.attempts,
         lease_id=job.lease.id if job.lease else "",
         tenant=job.tenant,
         submitted_at=timestamp_of(job.submitted_at),
+        labels=dict(job.labels),
     )
 
 

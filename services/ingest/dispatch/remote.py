@@ -133,7 +133,7 @@ class RemoteResults:
 
 def _end_of(result: store_pb2.Result) -> End:
     try:
-        return End(Outcome(result.outcome), result.code, result.message)
+        return End(Outcome(result.outcome), result.code, result.message, result.generation or 1)
     except ValueError:
         raise Internal(f"the store has a result of job {result.job_id} with the outcome {result.outcome}") from None
 

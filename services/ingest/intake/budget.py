@@ -32,21 +32,40 @@ class Budget:
         Raises:
             ResourceExhausted: it is spent, and `waits` is False.
         """
-        if self._line or not self._fits(nbytes):
-            if not waits:
-                raise ResourceExhausted(
-                    f"{self._used} bytes of {self._what} are held already and the limit is {self._limit}: "
-                    "come back in a moment",
-                    retry_after_ms=RETRY_AFTER_MS,
-                )
-            await self._wait(nbytes)
+        if waits:
+            await self.wait_for(nbytes)
         else:
-            self._used += nbytes
+            self.take(nbytes)
         try:
             yield
         finally:
-            self._used -= nbytes
-            self._admit()
+            self.give_back(nbytes)
+
+    def take(self, nbytes: int) -> None:
+        """Holds `nbytes` until they are given back.
+
+        Raises:
+            ResourceExhausted: it is spent.
+        """
+        if self._line or not self._fits(nbytes):
+            raise ResourceExhausted(
+                f"{self._used} bytes of {self._what} are held already and the limit is {self._limit}: "
+                "come back in a moment",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        self._used += nbytes
+
+    async def wait_for(self, nbytes: int) -> None:
+        """The same, but waits for room."""
+        if self._line or not self._fits(nbytes):
+            await self._wait(nbytes)
+        else:
+            self._used += nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """Holds `nbytes` no more."""
+        self._used -= nbytes
+        self._admit()
 
     def _fits(self, nbytes: int) -> bool:
         return self._used == 0 or self._used + nbytes <= self._limit

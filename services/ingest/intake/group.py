@@ -1,8 +1,8 @@
 """Group commit: many callers, one write at a time.
 
-    put ─┐
-    put ─┼─> waiting ──(write in flight? then gather; else go at once)──> write(group) ──> each caller its own answer
-    put ─┘
+    add ─┐
+    add ─┼─> waiting ──(write in flight? then gather; else go at once)──> write(group) ──> each caller its own answer
+    add ─┘
 
 A lone caller never waits for company. While a write is under way the next group gathers, so the group grows with the
 load and the cost of a durable write is shared: 100 documents a write are 11 times as fast as one each.
@@ -29,12 +29,20 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def _nobody(_: object) -> None:
+    """Nobody wants to hear of what has left."""
+
+
 class Group(Generic[T, R]):
     """Writes items in groups. Used as `async with`; leaving waits a little for what is under way.
 
     `write` gets 1 to `max_items` items of at most `max_bytes` together (a larger one goes alone) and returns an answer
     or an error for each, in their order. What it raises is everyone's error. The queue has no bound of its own: callers
     wait for their answer, so whoever bounds the callers bounds the queue.
+
+    Args:
+        limit_s: who waited so long for an answer gets Unavailable; what is written then may or may not be there.
+        on_left: hears of items that are held no more: written, refused, or given up.
     """
 
     def __init__(
@@ -45,18 +53,25 @@ class Group(Generic[T, R]):
         max_items: int,
         max_bytes: int,
         size: Callable[[T], int] = lambda _: 0,
+        limit_s: float | None = None,
+        on_left: Callable[[Sequence[T]], None] = _nobody,
     ) -> None:
         self._name = name
         self._write = write
         self._max_items = max_items
         self._max_bytes = max_bytes
         self._size = size
-        self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
+        self._limit_s = limit_s
+        self._on_left = on_left
+        self._waiting: deque[tuple[T, asyncio.Future[R], float]] = deque()
+        self._under_way: list[tuple[T, asyncio.Future[R], float]] = []
         self._arrived = asyncio.Event()
         self._closed = False
         self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Group[T, R]:
+        self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run(), name=f"group {self._name}")
         return self
 
@@ -68,7 +83,27 @@ class Group(Generic[T, R]):
         assert self._task is not None
         await asyncio.wait([self._task], timeout=_LAST_WRITE_S)
         await end(self._task)
-        _fail(list(self._waiting), Unavailable(f"{self._name}: this instance has stopped"))
+        if self._timer is not None:
+            self._timer.cancel()
+        left = [*self._waiting]
+        self._waiting.clear()
+        _fail(left, Unavailable(f"{self._name}: this instance has stopped"))
+        self._on_left([item for item, _, _ in left])
+
+    def add(self, item: T) -> asyncio.Future[R]:
+        """Hands `item` to the next group. The future gets its answer or its error; cancelled, it is not written.
+
+        Raises:
+            Unavailable: the group is closed.
+        """
+        if self._closed:
+            raise Unavailable("this instance is stopping: another one takes it")
+        future: asyncio.Future[R] = self._loop.create_future()
+        if self._limit_s is not None and self._timer is None:
+            self._timer = self._loop.call_later(self._limit_s, self._expire)
+        self._waiting.append((item, future, self._loop.time()))
+        self._arrived.set()
+        return future
 
     async def put(self, item: T) -> R:
         """Hands `item` to the next group and returns its answer, or raises its error.
@@ -76,12 +111,19 @@ class Group(Generic[T, R]):
         Raises:
             Unavailable: the group is closed.
         """
-        if self._closed:
-            raise Unavailable("this instance is stopping: another one takes it")
-        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
-        self._arrived.set()
-        return await future
+        return await self.add(item)
+
+    def _expire(self) -> None:
+        """One timer for all: it looks at the oldest, which come first."""
+        assert self._limit_s is not None
+        self._timer = None
+        before = self._loop.time() - self._limit_s
+        late = Unavailable(f"{self._name}: nothing was written for {self._limit_s:.0f} s: retry in a moment")
+        for entry in (*self._under_way, *self._waiting):
+            if entry[2] > before:
+                self._timer = self._loop.call_at(entry[2] + self._limit_s, self._expire)
+                return
+            _fail([entry], late)
 
     async def _run(self) -> None:
         while self._waiting or not self._closed:
@@ -92,23 +134,30 @@ class Group(Generic[T, R]):
             if group := self._gather():
                 await self._commit(group)
 
-    def _gather(self) -> list[tuple[T, asyncio.Future[R]]]:
-        group: list[tuple[T, asyncio.Future[R]]] = []
+    def _gather(self) -> list[tuple[T, asyncio.Future[R], float]]:
+        group: list[tuple[T, asyncio.Future[R], float]] = []
+        unwanted: list[T] = []
         nbytes = 0
         while self._waiting and len(group) < self._max_items:
-            item, future = self._waiting[0]
-            nbytes += self._size(item)
+            entry = self._waiting[0]
+            nbytes += self._size(entry[0])
             if group and nbytes > self._max_bytes:
                 break
             self._waiting.popleft()
-            if not future.done():  # Its caller may have given up: then nobody wants it written.
-                group.append((item, future))
+            if entry[1].done():  # Its caller has given up: then nobody wants it written.
+                unwanted.append(entry[0])
+            else:
+                group.append(entry)
+        if unwanted:
+            self._on_left(unwanted)
         return group
 
-    async def _commit(self, group: list[tuple[T, asyncio.Future[R]]]) -> None:
+    async def _commit(self, group: list[tuple[T, asyncio.Future[R], float]]) -> None:
+        self._under_way = group
+        items = [item for item, _, _ in group]
         try:
-            answers = await self._write([item for item, _ in group])
-            for (_, future), answer in zip(group, answers, strict=True):
+            answers = await self._write(items)
+            for (_, future, _), answer in zip(group, answers, strict=True):
                 if future.done():
                     continue
                 if isinstance(answer, ShoalError):
@@ -123,9 +172,11 @@ class Group(Generic[T, R]):
         finally:
             # Cancelled in the middle: nobody may be left waiting for ever.
             _fail(group, Unavailable(f"{self._name}: interrupted"))
+            self._under_way = []
+            self._on_left(items)
 
 
-def _fail(group: list[tuple[T, asyncio.Future[R]]], error: ShoalError) -> None:
-    for _, future in group:
+def _fail(group: Sequence[tuple[object, asyncio.Future[R], float]], error: ShoalError) -> None:
+    for _, future, _ in group:
         if not future.done():
             future.set_exception(type(error)(error.message, retry_after_ms=error.retry_after_ms))

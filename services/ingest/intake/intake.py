@@ -77,7 +77,13 @@ class Intake:
         self._inline_bytes = inline_bytes
         self._on_accepted = on_accepted
         self._group: Group[Job, Accepted] = Group(
-            "submitted jobs", self._write, max_items=GROUP_ITEMS, max_bytes=GROUP_BYTES, size=_size
+            "submitted jobs",
+            self._write,
+            max_items=GROUP_ITEMS,
+            max_bytes=GROUP_BYTES,
+            size=_size,
+            limit_s=_WAIT_S,
+            on_left=self._left,
         )
         self._is_open = False
 
@@ -94,36 +100,54 @@ class Intake:
         """The collections are there, with the indexes that idempotency rests on: submits may come."""
         self._is_open = True
 
-    async def submit(self, submit: pb.SubmitRequest, *, waits: bool = False) -> Accepted:
-        """Makes `submit` a durable job, or finds the one that it made before.
+    async def submit(self, submit: pb.SubmitRequest) -> Accepted:
+        """Makes `submit` a durable job, or finds the one that it made before. Raises what `begin` does, or gives."""
+        return await self.begin(submit, current_trace())
 
-        `waits`: where memory is short, wait for some instead of refusing (a stream, which is then read no further).
+    def begin(self, submit: pb.SubmitRequest, traceparent: str = "") -> asyncio.Future[Accepted]:
+        """Takes `submit` in: the future has its answer once it is durable, or that of the job that it made before.
 
-        Raises:
+        Raises, or its future does:
             InvalidArgument: names the field.
             AlreadyExists: the key was used with another request.
             ResourceExhausted: the backlog is full, or too many bytes wait to be written.
             Unavailable: MongoDB is away; the job may or may not be there, so repeat it with an idempotency key.
         """
-        carrier: dict[str, str] = {}
-        propagate.inject(carrier)
+        job = self._checked(submit, traceparent)
+        self._budget.take(_size(job))
+        return self._handed_on(job)
+
+    async def begin_when_there_is_room(
+        self, submit: pb.SubmitRequest, traceparent: str = ""
+    ) -> asyncio.Future[Accepted]:
+        """The same, but where memory is short it waits for some instead of refusing. For a stream: read on after it."""
+        job = self._checked(submit, traceparent)
+        await self._budget.wait_for(_size(job))
+        return self._handed_on(job)
+
+    def _checked(self, submit: pb.SubmitRequest, traceparent: str) -> Job:
         job = job_of_submit(
             submit,
             job_id=self._ulids.new(),
             now=self._clock(),
             instance=self._instance,
             inline_bytes=self._inline_bytes,
-            traceparent=carrier.get("traceparent", ""),
+            traceparent=traceparent,
         )
         if not self._is_open:
             raise Unavailable("the job database has not been reached yet: retry in a moment")
         self._backlog.admit()
-        async with self._budget.of(_size(job), waits=waits):
-            try:
-                async with asyncio.timeout(_WAIT_S):
-                    return await self._group.put(job)
-            except TimeoutError:
-                raise Unavailable(f"MongoDB did not take the job within {_WAIT_S:.0f} s: retry in a moment") from None
+        return job
+
+    def _handed_on(self, job: Job) -> asyncio.Future[Accepted]:
+        try:
+            return self._group.add(job)
+        except ShoalError:
+            self._budget.give_back(_size(job))
+            raise
+
+    def _left(self, jobs: Sequence[Job]) -> None:
+        self._budget.give_back(sum(map(_size, jobs)))
 
     async def by_key(self, tenant: str, key: str) -> Job | None:
         """The job that has this idempotency key, without its request.
@@ -175,6 +199,13 @@ class Intake:
                         job = job_of(document)
                         found[job.tenant, job.key] = job
         return found
+
+
+def current_trace() -> str:
+    """The trace that the caller is in (W3C's traceparent); empty when it is in none."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return carrier.get("traceparent", "")
 
 
 class KeyTaken(AlreadyExists):

@@ -2,6 +2,8 @@
 
     reader ──(window: items, bytes)──> submits under way ──> acknowledgements, in order ──> client
 
+No item has a task: each is a future in the group that is written next.
+
 The window is the backpressure: while it is full the stream is not read, so HTTP/2's flow control stops its producer.
 """
 
@@ -9,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
-from services.ingest.intake.intake import Intake
-from shoal.errors import Code, InvalidArgument, ShoalError
+from services.ingest.intake.intake import Accepted, Intake, current_trace
+from shoal.errors import Internal, InvalidArgument, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -50,47 +54,77 @@ class Stream:
         self._intake = intake
         self._window = Window(items, nbytes)
         # Bounded by the window: whatever is in here has entered it.
-        self._under_way: asyncio.Queue[tuple[asyncio.Task[pb.SubmitStreamResponse], int] | None] = asyncio.Queue()
+        self._under_way: deque[_Item | None] = deque()
+        self._came = asyncio.Event()
 
     async def acknowledge(
         self, requests: AsyncIterator[pb.SubmitStreamRequest]
     ) -> AsyncIterator[pb.SubmitStreamResponse]:
         """An answer for each request, in their order. What is refused is answered in-band, and the stream goes on."""
         reader = asyncio.create_task(self._read(requests), name="submit stream")
-        current: asyncio.Task[pb.SubmitStreamResponse] | None = None
         try:
-            while (entry := await self._under_way.get()) is not None:
-                current, nbytes = entry
-                yield await current
-                self._window.leave(nbytes)
+            while (item := await self._next()) is not None:
+                response = await item.response()
+                self._under_way.popleft()
+                yield response
+                self._window.leave(item.nbytes)
             await reader  # What ended the stream, if it was not its client.
         finally:
             # The client is gone, or the instance stops: what is not yet in a write is not wanted any more.
             reader.cancel()
-            if current is not None:
-                current.cancel()
-            while not self._under_way.empty():
-                if (entry := self._under_way.get_nowait()) is not None:
-                    entry[0].cancel()
+            for left in self._under_way:
+                if left is not None:
+                    left.give_up()
+
+    async def _next(self) -> _Item | None:
+        while not self._under_way:
+            self._came.clear()
+            await self._came.wait()
+        return self._under_way[0]
 
     async def _read(self, requests: AsyncIterator[pb.SubmitStreamRequest]) -> None:
+        traceparent = current_trace()
         try:
             async for request in requests:
                 nbytes = request.ByteSize()
                 await self._window.enter(nbytes)
-                self._under_way.put_nowait((asyncio.create_task(self._submit(request)), nbytes))
+                self._put(_Item(request.sequence, nbytes, await self._begun(request, traceparent)))
         finally:
-            self._under_way.put_nowait(None)
+            self._put(None)
 
-    async def _submit(self, request: pb.SubmitStreamRequest) -> pb.SubmitStreamResponse:
+    def _put(self, item: _Item | None) -> None:
+        self._under_way.append(item)
+        self._came.set()
+
+    async def _begun(self, request: pb.SubmitStreamRequest, traceparent: str) -> asyncio.Future[Accepted] | ShoalError:
         try:
             if not request.HasField("submit"):
                 raise InvalidArgument("submit: required, and not set")
-            accepted = await self._intake.submit(request.submit, waits=True)
+            return await self._intake.begin_when_there_is_room(request.submit, traceparent)
         except ShoalError as err:
-            return pb.SubmitStreamResponse(sequence=request.sequence, code=err.code, message=err.message)
+            return err
         except Exception:
             log.exception("unexpected error with an item of a stream")
-            message = "internal error: the log of the service has the cause"
-            return pb.SubmitStreamResponse(sequence=request.sequence, code=Code.INTERNAL, message=message)
-        return pb.SubmitStreamResponse(sequence=request.sequence, job_id=accepted.job.id, existed=accepted.existed)
+            return Internal("internal error: the log of the service has the cause")
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """One request of a stream, and what becomes of it."""
+
+    sequence: int
+    nbytes: int
+    outcome: asyncio.Future[Accepted] | ShoalError
+
+    async def response(self) -> pb.SubmitStreamResponse:
+        try:
+            if isinstance(self.outcome, ShoalError):
+                raise self.outcome
+            accepted = self.outcome.result() if self.outcome.done() else await self.outcome
+        except ShoalError as err:
+            return pb.SubmitStreamResponse(sequence=self.sequence, code=err.code, message=err.message)
+        return pb.SubmitStreamResponse(sequence=self.sequence, job_id=accepted.job.id, existed=accepted.existed)
+
+    def give_up(self) -> None:
+        if isinstance(self.outcome, asyncio.Future):
+            self.outcome.cancel()

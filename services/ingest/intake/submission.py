@@ -12,7 +12,9 @@ from datetime import datetime, timedelta
 from google.protobuf.duration_pb2 import Duration
 
 from services.ingest.job import Job, Policy, acceptance
-from shoal.errors import InvalidArgument
+from services.ingest.lane import LEAST_PRIORITY, MOST_PRIORITY
+from services.ingest.messages import moment_of
+from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 REQUEST_BYTES = 12 << 20
@@ -26,9 +28,12 @@ REASON_CHARS = 1_000
 MOST_ATTEMPTS = 100
 LONGEST_BACKOFF = timedelta(days=1)
 LONGEST_DEADLINE = timedelta(days=3_660)
+LONGEST_DELAY = LONGEST_DEADLINE
 
 EXPLAIN = "explain"
 """The request parameter that asks infer who answered, and how."""
+
+_FAILURES = frozenset(Code) - {Code.OK}
 
 
 def job_of(
@@ -43,6 +48,9 @@ def job_of(
     _at_most("idempotency_key", submit.idempotency_key, KEY_CHARS)
     _at_most("tenant", submit.tenant, TENANT_CHARS)
     deadline = _deadline(submit)
+    due_at = _due_at(submit, now)
+    if deadline is not None and due_at >= now + deadline:
+        raise InvalidArgument("deadline: it passes before the job may run, by `not_before` or `delay`")
     return Job(
         id=job_id,
         model_name=submit.request.model_name,
@@ -53,15 +61,16 @@ def job_of(
         key=submit.idempotency_key,
         digest=digest_of(submit) if submit.idempotency_key else b"",
         policy=_policy(submit.retry),
+        priority=_priority(submit.priority),
         deadline=None if deadline is None else now + deadline,
         labels=_labels(submit),
         explains=submit.request.parameters[EXPLAIN].bool_param if EXPLAIN in submit.request.parameters else False,
         is_apart=len(request) > inline_bytes,
         is_kept=submit.keep_request,
         request=request,
-        due_at=now,
+        due_at=due_at,
         traceparent=traceparent,
-        transitions=acceptance(now, instance),
+        transitions=acceptance(now, instance, due_at),
     )
 
 
@@ -101,7 +110,36 @@ def _policy(retry: pb.RetryPolicy) -> Policy:
             initial_ms = min(initial_ms, max_ms)
         elif max_ms < initial_ms:
             raise InvalidArgument(f"retry.max_backoff: at least initial_backoff ({initial_ms} ms), got {max_ms} ms")
-    return Policy(retry.max_attempts or default.max_attempts, initial_ms, max_ms)
+    return Policy(retry.max_attempts or default.max_attempts, initial_ms, max_ms, _codes(retry))
+
+
+def _codes(retry: pb.RetryPolicy) -> tuple[int, ...]:
+    codes = list(retry.retry_codes)
+    for at, code in enumerate(codes[: len(Code)]):
+        if code not in _FAILURES:
+            raise InvalidArgument(f"retry.retry_codes[{at}]: expected a gRPC status code, 1 to 16, got {code}")
+    if len(set(codes)) != len(codes):
+        raise InvalidArgument("retry.retry_codes: each code once")
+    return tuple(sorted(codes))
+
+
+def _due_at(submit: pb.SubmitRequest, now: datetime) -> datetime:
+    if submit.HasField("not_before") and submit.HasField("delay"):
+        raise InvalidArgument("delay: not together with not_before, which says the same by the clock")
+    if submit.HasField("delay"):
+        return now + timedelta(milliseconds=_ms("delay", submit.delay, LONGEST_DELAY))
+    if submit.HasField("not_before"):
+        due_at = moment_of("not_before", submit.not_before)
+        if due_at > now + LONGEST_DELAY:
+            raise InvalidArgument(f"not_before: at most {LONGEST_DELAY.days} days ahead")
+        return max(now, due_at)
+    return now
+
+
+def _priority(priority: int) -> int:
+    if not LEAST_PRIORITY <= priority <= MOST_PRIORITY:
+        raise InvalidArgument(f"priority: {LEAST_PRIORITY} to {MOST_PRIORITY} (0 is the default), got {priority}")
+    return priority
 
 
 def _deadline(submit: pb.SubmitRequest) -> timedelta | None:

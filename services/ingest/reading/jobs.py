@@ -7,7 +7,7 @@ import binascii
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pymongo.asynchronous.collection import AsyncCollection
 
@@ -38,6 +38,13 @@ class Filter:
         if self.state is not None:
             asked["state"] = str(self.state)
         return {name: value for name, value in asked.items() if value}
+
+
+class Query(Protocol):
+    """Which jobs."""
+
+    def query(self) -> Document:
+        """As MongoDB is asked. Not by `_id`: pages go along it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +98,7 @@ class Jobs:
             )
         return bytes(request)
 
-    async def page(self, wanted: Filter, size: int, token: str) -> Page:
+    async def page(self, wanted: Query, size: int, token: str) -> Page:
         """A page of jobs, newest first. `size` 0 means 100.
 
         Raises:
@@ -121,7 +128,11 @@ def _weight(job: Job) -> int:
 
 
 def _token(after: str, query: Mapping[str, Any]) -> str:
-    return base64.urlsafe_b64encode(json.dumps([after, query], separators=(",", ":")).encode()).decode()
+    return base64.urlsafe_b64encode(json.dumps([after, _plain(query)], separators=(",", ":")).encode()).decode()
+
+
+def _plain(query: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(query, default=str))
 
 
 def _read_token(token: str, query: Mapping[str, Any]) -> str:
@@ -132,6 +143,6 @@ def _read_token(token: str, query: Mapping[str, Any]) -> str:
         after, of_query = json.loads(base64.b64decode(token.encode(), altchars=b"-_", validate=True))
     except (ValueError, TypeError, binascii.Error, RecursionError):
         raise bad from None
-    if not isinstance(after, str) or not is_ulid(after) or of_query != query:
+    if not isinstance(after, str) or not is_ulid(after) or of_query != _plain(query):
         raise bad
     return after

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.mongo import Document
+from services.store.results.generations import FIRST
 from shoal.store.v1.store_pb2 import Result
 
 _SAME = ("outcome", "model_name", "model_version", "code", "message", "attempt", "lease_id", "tenant", "instance")
@@ -27,10 +28,16 @@ def document(result: Result, recorded_at: datetime, response: bytes | BlobRef | 
     """The document of `result`, whose `response` is given apart: serialised, or where it lies."""
     doc: Document = {"_id": result.job_id, **{field: getattr(result, field) for field in _SAME}}
     doc["recorded_at"] = recorded_at
+    if result.generation > FIRST:
+        doc["generation"] = result.generation
     if result.HasField("submitted_at"):
         time = result.submitted_at
         milliseconds, doc["submitted_ns"] = divmod(time.nanos, 1_000_000)
         doc["submitted_at"] = _EPOCH + timedelta(seconds=time.seconds, milliseconds=milliseconds)
+    if result.labels:
+        doc["labels"] = [{"key": key, "value": value} for key, value in sorted(result.labels.items())]
+    if result.batch_id:
+        doc["batch_id"] = result.batch_id
     if isinstance(response, bytes):
         doc["response"] = response
     elif response is not None:
@@ -44,9 +51,16 @@ def result(doc: Document) -> Result:
     Raises:
         google.protobuf.message.DecodeError: the stored response is no ModelInferResponse.
     """
-    found = Result(job_id=doc["_id"], recorded_at=timestamp(doc["recorded_at"]))
+    labels = {label["key"]: label["value"] for label in doc.get("labels", ())}
+    found = Result(
+        job_id=doc["_id"],
+        recorded_at=timestamp(doc["recorded_at"]),
+        labels=labels,
+        batch_id=doc.get("batch_id", ""),
+    )
     for field in _SAME:
         setattr(found, field, doc[field])
+    found.generation = doc.get("generation", 0)
     if submitted := doc.get("submitted_at"):
         found.submitted_at.CopyFrom(timestamp(submitted))
         found.submitted_at.nanos += doc.get("submitted_ns", 0)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.store.artifacts.digest import brief
+from services.store.results import generations
 from shoal.errors import InvalidArgument
-from shoal.store.v1.store_pb2 import QueryResultsRequest, Result
+from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
 
 MAX_RESULTS = 1_000
 MAX_JOB_ID_CHARACTERS = 64
 MAX_TEXT_CHARACTERS = 1_024
 MAX_MESSAGE_CHARACTERS = 65_536
+MAX_LABELS, MAX_LABEL_CHARACTERS = 64, 256
 MAX_RESPONSE_BYTES = 120 << 20
 """A response that came in one message must fit into one message again, with room for the rest of its result."""
 DEFAULT_PAGE, MAX_PAGE = 100, 1_000
@@ -57,10 +59,14 @@ def _check_result(result: Result, where: str) -> None:
     for field in _TEXTS:
         check_text(getattr(result, field), f"{where}.{field}")
     check_text(result.message, f"{where}.message", MAX_MESSAGE_CHARACTERS)
+    check_text(result.batch_id, f"{where}.batch_id", MAX_JOB_ID_CHARACTERS)
+    check_labels(result.labels, f"{where}.labels")
     if not 0 <= result.code <= 16:
         raise InvalidArgument(f"{where}.code: expected a gRPC status code, 0 to 16, got {result.code}")
     if result.attempt < 0:
         raise InvalidArgument(f"{where}.attempt: expected 0 or more, got {result.attempt}")
+    if not 0 <= result.generation <= generations.MOST:
+        raise InvalidArgument(f"{where}.generation: expected 0 to {generations.MOST}, got {result.generation}")
     if result.HasField("response"):
         _check_response(result, where)
     if result.HasField("submitted_at"):
@@ -87,25 +93,43 @@ def check_time(time: Timestamp, field: str) -> None:
         raise InvalidArgument(f"{field}: expected a time in the years 1 to 9999 with 0 to 999999999 nanos")
 
 
-def check_query(query: QueryResultsRequest) -> int:
-    """Checks everything but the page token. Gives the page size.
+def check_labels(labels: Mapping[str, str], field: str) -> None:
+    """Labels as jobs have them, or InvalidArgument."""
+    if len(labels) > MAX_LABELS:
+        raise InvalidArgument(f"{field}: {len(labels)} are too many: {MAX_LABELS} at most")
+    for key, value in labels.items():
+        check_text(key, f"{field}: key {brief(key)}", MAX_LABEL_CHARACTERS)
+        check_text(value, f"{field}[{brief(key)}]", MAX_LABEL_CHARACTERS)
+
+
+def check_page_size(query: QueryResultsRequest) -> int:
+    """The page size that is asked for.
+
+    Raises:
+        InvalidArgument: there are no such pages.
+    """
+    if not 0 <= query.page_size <= MAX_PAGE:
+        raise InvalidArgument(f"page_size: expected 1 to {MAX_PAGE}, or 0 for {DEFAULT_PAGE}; got {query.page_size}")
+    return query.page_size or DEFAULT_PAGE
+
+
+def check_filter(wanted: ResultFilter) -> None:
+    """Checks everything.
 
     Raises:
         InvalidArgument: a field is wrong.
     """
-    if len(query.job_ids) > MAX_RESULTS:
-        raise InvalidArgument(f"job_ids: {len(query.job_ids)} are too many: {MAX_RESULTS} at most")
-    _check_each(query.job_ids)
-    for field in ("model_name", "model_version", "tenant"):
-        check_text(getattr(query, field), field)
-    if query.outcome not in Result.Outcome.values():
-        raise InvalidArgument(f"outcome: there is no outcome {query.outcome}")
+    if len(wanted.job_ids) > MAX_RESULTS:
+        raise InvalidArgument(f"job_ids: {len(wanted.job_ids)} are too many: {MAX_RESULTS} at most")
+    _check_each(wanted.job_ids)
+    for field in ("model_name", "model_version", "tenant", "batch_id"):
+        check_text(getattr(wanted, field), field)
+    if wanted.outcome not in Result.Outcome.values():
+        raise InvalidArgument(f"outcome: there is no outcome {wanted.outcome}")
     for field in ("since", "until"):
-        if query.HasField(field):
-            check_time(getattr(query, field), field)
-    if not 0 <= query.page_size <= MAX_PAGE:
-        raise InvalidArgument(f"page_size: expected 1 to {MAX_PAGE}, or 0 for {DEFAULT_PAGE}; got {query.page_size}")
-    return query.page_size or DEFAULT_PAGE
+        if wanted.HasField(field):
+            check_time(getattr(wanted, field), field)
+    check_labels(wanted.labels, "labels")
 
 
 def _check_each(job_ids: Iterable[str]) -> None:

@@ -64,6 +64,16 @@ class ResultWatch:
         finally:
             self._open -= 1
 
+    async def token(self) -> str:
+        """Where a watch goes on that shows all that is recorded from now on.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        with translated("opening a watch of results"):
+            async with await _opened(self._db[self._collections.results.name], [], None) as stream:
+                return _encoded(stream.resume_token)
+
     async def _items(
         self, pipeline: list[Document], after: Document | None
     ) -> AsyncGenerator[tuple[Result | None, str], None]:
@@ -102,7 +112,7 @@ def _explained(err: OperationFailure) -> Exception:
 
 
 def _pipeline(request: WatchResultsRequest) -> list[Document]:
-    match: Document = {"operationType": "insert"}
+    match: Document = {"operationType": {"$in": ["insert", "replace"]}}
     for field in ("model_name", "tenant"):
         if value := check_text(getattr(request, field), field):
             match[f"fullDocument.{field}"] = value

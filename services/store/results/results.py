@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from datetime import datetime
 
 import pymongo
 from google.protobuf.message import DecodeError
-from pymongo import DESCENDING
 from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import BulkWriteError
 
@@ -22,18 +22,21 @@ from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Place
 from services.store.responses import Responses
-from services.store.results import result_documents, result_rules
+from services.store.results import generations, result_documents, result_rules
+from services.store.results.generations import is_same
+from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
 from shoal.errors import DataLoss, NotFound, ShoalError, Unavailable
-from shoal.store.v1.store_pb2 import QueryResultsRequest, Result
+from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
 
 PAGE_BYTES = 64 << 20
 """A page ends before its responses exceed this, so that it fits a message. A larger response has a page of its own."""
 _WRITE_BYTES_PER_S = 8 << 20
 # What a slow disk still journals: 100 MiB of results in one call get so much longer than other operations.
 _BLOBS_AT_ONCE = 8
+_NAMED_AT_ONCE = 32
+# Responses of up to 1 MiB lie in the documents: so many are held beside the page.
 _STANDING_ATTEMPTS = 5
 _DUPLICATE_KEY = 11000
-_WITHOUT_RESPONSE = {"response": 0, "blob": 0}
 
 
 class Results:
@@ -54,7 +57,7 @@ class Results:
         result_rules.check_results(results)
         docs = await self._documents(results)
         standing = await self._first_ones(docs)
-        lost = {doc["_id"] for doc in docs if doc["_id"] in standing}
+        lost = {doc["_id"] for doc in docs if doc["_id"] in standing and not is_same(doc, standing[doc["_id"]])}
         await self._drop(doc for doc in docs if doc["_id"] in lost)
         outcome = ((doc["_id"] not in lost, standing.get(doc["_id"], doc)) for doc in docs)
         return [(recorded, result_documents.result(_bare(doc))) for recorded, doc in outcome]
@@ -80,15 +83,16 @@ class Results:
             InvalidArgument: a bad filter, page size or token.
             DataLoss: a response is damaged.
         """
-        size = result_rules.check_query(query)
-        digest = page_token.filter_digest(query)
+        size = result_rules.check_page_size(query)
+        wanted = filter_of(query)
+        result_rules.check_filter(wanted)
+        digest = page_token.filter_digest(wanted)
         after = page_token.decode(query.page_token, digest) if query.page_token else None
-        with translated("querying results"):
-            docs, more = await self._page(find(self._collections, query, after), size)
+        docs, more = await self.page(wanted, after, size, omit_response=query.omit_response)
         found = [await self.whole(doc) for doc in docs]
         if not more:
             return found, ""
-        return found, page_token.encode(Place(docs[-1]["recorded_at"], docs[-1]["_id"]), digest)
+        return found, page_token.encode(place_of(docs[-1]), digest)
 
     async def whole(self, doc: Document) -> Result:
         """The result of a document, its response fetched from where it lies.
@@ -104,17 +108,56 @@ class Results:
             raise DataLoss(f"job {doc['_id']}: the stored response cannot be read") from err
         return result
 
-    async def _page(self, cursor: AsyncCursor[Document], size: int) -> tuple[list[Document], bool]:
-        """The documents of one page, and whether there are more."""
-        docs: list[Document] = []
+    async def page(
+        self,
+        wanted: ResultFilter,
+        after: Place | None,
+        size: int,
+        *,
+        most_bytes: int = PAGE_BYTES,
+        oldest_first: bool = False,
+        omit_response: bool = False,
+    ) -> tuple[list[Document], bool]:
+        """The documents of one page of `size`, from `after` on, and whether there are more.
+
+        It ends before its responses exceed `most_bytes`; a larger one has a page of its own.
+        """
+        if wanted.job_ids:
+            docs = self._named(wanted, after, size + 1, oldest_first, omit_response)
+        else:
+            found = find(self._collections, wanted, after, oldest_first=oldest_first, omit_response=omit_response)
+            docs = _each(found.limit(size + 1))
+        page: list[Document] = []
         held = 0
-        async with cursor.limit(size + 1):
-            async for doc in cursor:
-                held += result_documents.response_bytes(doc)
-                if len(docs) == size or (docs and held > PAGE_BYTES):
-                    return docs, True
-                docs.append(doc)
-        return docs, False
+        with translated("querying results"):
+            async with aclosing(docs):
+                async for doc in docs:
+                    held += result_documents.response_bytes(doc)
+                    if len(page) == size or (page and held > most_bytes):
+                        return page, True
+                    page.append(doc)
+        return page, False
+
+    async def _named(
+        self, wanted: ResultFilter, after: Place | None, size: int, oldest_first: bool, omit_response: bool
+    ) -> AsyncGenerator[Document, None]:
+        """The documents of a filter with job ids. Their places (at most 1,000) are sorted here: MongoDB would sort the
+        documents, responses and all.
+        """
+        results = self._collections.results
+        lean = {"recorded_at": 1}
+        # The planner might walk an index in time order instead.
+        places = [place_of(doc) async for doc in results.find(condition(wanted), lean).hint("_id_")]
+        if after is not None:
+            places = [place for place in places if (place > after if oldest_first else place < after)]
+        ids = [place.job_id for place in sorted(places, reverse=not oldest_first)][:size]
+        projection = WITHOUT_RESPONSE if omit_response else None
+        for first in range(0, len(ids), _NAMED_AT_ONCE):
+            some = ids[first : first + _NAMED_AT_ONCE]
+            found = {doc["_id"]: doc async for doc in results.find({"_id": {"$in": some}}, projection)}
+            for job_id in some:
+                if job_id in found:
+                    yield found[job_id]
 
     async def _documents(self, results: Sequence[Result]) -> list[Document]:
         """Their documents, in order; large responses are blobs by then."""
@@ -144,7 +187,8 @@ class Results:
         for _ in range(_STANDING_ATTEMPTS):
             with translated("recording results"), pymongo.timeout(limit_s):
                 taken = await self._insert(waiting)
-                found = await self._collections.results.find({"_id": {"$in": taken}}, _WITHOUT_RESPONSE).to_list()
+                await generations.succeed(self._collections.results, [doc for doc in waiting if doc["_id"] in taken])
+                found = await self._collections.results.find({"_id": {"$in": taken}}, WITHOUT_RESPONSE).to_list()
             standing.update({doc["_id"]: doc for doc in found})
             # Taken, yet not found: a rival's write that no majority has yet. It may still be undone: try once more.
             waiting = [doc for doc in waiting if doc["_id"] in taken and doc["_id"] not in standing]
@@ -172,37 +216,16 @@ class Results:
                     await self._responses.drop(ref)
 
 
-def find(collections: Collections, query: QueryResultsRequest, after: Place | None) -> AsyncCursor[Document]:
-    """The cursor of a query: newest first, from `after` on. Each uses an index: a test explains them."""
-    cursor = collections.results.find(
-        _filter(query, after), _WITHOUT_RESPONSE if query.omit_response else None, allow_disk_use=True
-    )
-    if query.job_ids:
-        # At most 1,000 documents, sorted once found. The planner might walk an index in time order instead.
-        cursor = cursor.hint("_id_")
-    return cursor.sort([("recorded_at", DESCENDING), ("_id", DESCENDING)])
+def place_of(doc: Document) -> Place:
+    """Where the result of a document stands among the others."""
+    return Place(doc["recorded_at"], doc["_id"])
 
 
-def _filter(query: QueryResultsRequest, after: Place | None) -> Document:
-    wanted: Document = {}
-    if query.job_ids:
-        wanted["_id"] = {"$in": list(query.job_ids)}
-    for field in ("model_name", "model_version", "tenant", "outcome"):
-        if value := getattr(query, field):
-            wanted[field] = value
-    window: Document = {}
-    if query.HasField("since"):
-        window["$gte"] = result_rules.milliseconds_up(query.since)
-    if query.HasField("until"):
-        window["$lt"] = result_rules.milliseconds_up(query.until)
-    conditions: list[Document] = [wanted, {"recorded_at": window}] if window else [wanted]
-    if after:
-        same = {"recorded_at": after.recorded_at, "_id": {"$lt": after.job_id}}
-        # The first bound lets the index start there; the second is exact.
-        conditions.append({"recorded_at": {"$lte": after.recorded_at}})
-        conditions.append({"$or": [{"recorded_at": {"$lt": after.recorded_at}}, same]})
-    return {"$and": [condition for condition in conditions if condition]} if len(conditions) > 1 else wanted
+async def _each(cursor: AsyncCursor[Document]) -> AsyncGenerator[Document, None]:
+    async with cursor:
+        async for doc in cursor:
+            yield doc
 
 
 def _bare(doc: Document) -> Document:
-    return {key: value for key, value in doc.items() if key not in _WITHOUT_RESPONSE}
+    return {key: value for key, value in doc.items() if key not in WITHOUT_RESPONSE}

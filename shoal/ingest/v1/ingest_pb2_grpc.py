@@ -69,6 +69,21 @@ class IngestServiceStub:
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListDeadLetters',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RequeueDeadLetters = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/RequeueDeadLetters',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RequeueDeadLettersRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RequeueDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.PurgeDeadLetters = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/PurgeDeadLetters',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersResponse.FromString,
+                _registered_method=True)
 
 
 class IngestServiceServicer:
@@ -129,6 +144,34 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDeadLetters(self, request, context):
+        """The life of jobs: dead letters.
+
+        Jobs that ended without an answer and whose requests are kept: DEAD ones, or FAILED ones when the filter says so;
+        newest first, a page at a time. GetJob and GetPayload say more about each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequeueDeadLetters(self, request, context):
+        """Puts dead letters back into the queue, at most 1,000 at a time. Each runs as the next generation of its job, with all
+        its attempts and its deadline anew; its result takes the place of the failure. Jobs that have ended otherwise, or not
+        at all, are named in the answer and stay as they are, so a repeat does no harm. INVALID_ARGUMENT: neither ids nor a
+        filter, or both.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeDeadLetters(self, request, context):
+        """Removes dead letters, with their requests, at most 1,000 at a time. Their results stay in the store; their
+        idempotency keys are free again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IngestServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -166,6 +209,21 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelJobRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'RequeueDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequeueDeadLetters,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RequeueDeadLettersRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RequeueDeadLettersResponse.SerializeToString,
+            ),
+            'PurgeDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeDeadLetters,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -357,6 +415,87 @@ class IngestService:
             '/shoal.ingest.v1.IngestService/CancelJob',
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelJobRequest.SerializeToString,
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListDeadLetters',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListDeadLettersRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequeueDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/RequeueDeadLetters',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.RequeueDeadLettersRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.RequeueDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/PurgeDeadLetters',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersResponse.FromString,
             options,
             channel_credentials,
             insecure,

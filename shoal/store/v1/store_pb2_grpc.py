@@ -94,6 +94,16 @@ class StoreServiceStub:
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.WatchResultsRequest.SerializeToString,
                 response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.WatchResultsResponse.FromString,
                 _registered_method=True)
+        self.StreamResults = channel.unary_stream(
+                '/shoal.store.v1.StoreService/StreamResults',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsResponse.FromString,
+                _registered_method=True)
+        self.ExportResults = channel.unary_stream(
+                '/shoal.store.v1.StoreService/ExportResults',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.FromString,
+                _registered_method=True)
 
 
 class StoreServiceServicer:
@@ -167,7 +177,8 @@ class StoreServiceServicer:
 
     def PutResults(self, request, context):
         """Records the results of jobs, each exactly once: a job that already has a result keeps it, and the answer carries the
-        one that stands. Results are durable (majority, journaled) when the call returns. INVALID_ARGUMENT names the entry.
+        one that stands. (A FAILED one is replaced by the first of a later `generation`, when the job was requeued.) Results
+        are durable (majority, journaled) when the call returns. INVALID_ARGUMENT names the entry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,7 +192,8 @@ class StoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def QueryResults(self, request, context):
-        """Results by job, model and time, newest first, a page at a time. INVALID_ARGUMENT: a bad page token or filter.
+        """Results by job, model, version, tenant, outcome, label, batch and time, newest first, a page at a time.
+        INVALID_ARGUMENT: a bad page token or filter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,6 +201,28 @@ class StoreServiceServicer:
 
     def WatchResults(self, request, context):
         """Streams results as they are recorded, from now on, or after `resume_token`. OUT_OF_RANGE: the token is too old.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamResults(self, request, context):
+        """Records: results in bulk, and how long they are kept.
+
+        Streams the results that match a filter, oldest first, then ends: every one that was recorded when the stream was
+        first opened (and that retention has not removed since), each once. A stream that broke goes on after the `cursor` of
+        its last message. INVALID_ARGUMENT: a bad filter, or a cursor of another filter.
+        RESOURCE_EXHAUSTED: too many streams are open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportResults(self, request, context):
+        """Writes the results that match a filter as Parquet files, oldest first, to a URL or, without one, to the caller: those
+        that StreamResults would give. Says how far it is; a call that ends early ends the export after its last part, and
+        another with its `cursor` goes on there. INVALID_ARGUMENT: a bad filter, URL or cursor. PERMISSION_DENIED: the store
+        may not write there. FAILED_PRECONDITION: an export lies there already. RESOURCE_EXHAUSTED: too many exports run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -256,6 +290,16 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.WatchResults,
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.WatchResultsRequest.FromString,
                     response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.WatchResultsResponse.SerializeToString,
+            ),
+            'StreamResults': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamResults,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsResponse.SerializeToString,
+            ),
+            'ExportResults': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportResults,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -582,6 +626,60 @@ class StoreService:
             '/shoal.store.v1.StoreService/WatchResults',
             shoal_dot_store_dot_v1_dot_store__pb2.WatchResultsRequest.SerializeToString,
             shoal_dot_store_dot_v1_dot_store__pb2.WatchResultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamResults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/StreamResults',
+            shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportResults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ExportResults',
+            shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.FromString,
             options,
             channel_credentials,
             insecure,

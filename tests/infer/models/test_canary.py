@@ -10,7 +10,7 @@ from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import Signature, TensorSpec
 from services.infer.models import warmup
 from services.infer.models.modelconfig import Completed
-from services.infer.runtimes.runtime import ModelFailed
+from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2
@@ -20,7 +20,7 @@ from tests.infer.conftest import Repository, floats, output, request
 F = BY_NAME["FP32"]
 
 
-class Session:
+class Recorded(Session):
     """y = x, written down; each run takes what `took` says on the clock of the test."""
 
     def __init__(self, answer=lambda x: x, took=lambda rows: 0.0) -> None:
@@ -55,19 +55,19 @@ def warm(session: Session, what: Completed) -> Completed:
     ("largest", "sizes"), [(1, []), (2, [2]), (3, [2, 3]), (8, [2, 4, 8]), (100, [2, 4, 8, 16, 32, 64, 100])]
 )
 def test_each_size_is_run(largest, sizes):
-    session = Session()
+    session = Recorded()
     warm(session, model(largest))
     assert session.rows == [1, 1, *sizes]
 
 
 def test_a_slow_model_is_not_run_for_long():
-    session = Session(took=lambda rows: 0.03 * rows)
+    session = Recorded(took=lambda rows: 0.03 * rows)
     warm(session, model(64))
     assert session.rows == [1, 1, 2, 4]  # Four more would take 0.24 s.
 
 
 def test_large_rows_are_not_run_in_large_batches():
-    session = Session()
+    session = Recorded()
     what = model(1024)
     wide = Signature((TensorSpec("x", F, (-1, 1 << 20)),), (TensorSpec("y", F, (-1, 1 << 20)),), 1024, True)
     warm(session, Completed(what.config, wide, False))
@@ -81,7 +81,7 @@ def test_a_size_that_fails_is_named():
         return x
 
     with pytest.raises(FailedPrecondition, match=r"batch of 8 rows \(max_batch_size 64\): eight is too many"):
-        warm(Session(answer), model(64))
+        warm(Recorded(answer), model(64))
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_a_size_that_fails_is_named():
 )
 def test_an_answer_that_was_not_promised(answer, named):
     with pytest.raises(FailedPrecondition, match=named):
-        warm(Session(answer), model())
+        warm(Recorded(answer), model())
 
 
 def test_what_only_the_file_says_is_put_right():
-    done = warm(Session(lambda x: x[:, :3]), model(given=False))
+    done = warm(Recorded(lambda x: x[:, :3]), model(given=False))
     assert done.signature.outputs[0].shape == (-1, -1)
     assert list(done.config.output[0].dims) == [-1]
-    done = warm(Session(), model(shape=(), given=False))
+    done = warm(Recorded(), model(shape=(), given=False))
     assert done.signature.outputs[0].shape == (-1, -1)
 
 

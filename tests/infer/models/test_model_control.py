@@ -276,3 +276,18 @@ async def test_an_unload_does_not_wait_for_ever(models, models_folder: Repositor
             assert rows(models) == {("a", 1): ("READY", "")}
             await control.unload(pb.RepositoryModelUnloadRequest(model_name="a"))
         await until(lambda: rows(models) == {("a", 1): ("UNAVAILABLE", "unloaded")})
+
+
+def test_one_file_as_a_repository(tmp_path):
+    file = tmp_path / os.fsdecode(b"caf\xe9.onnx")
+    file.touch()
+    (model,) = scan(file)
+    assert (model.name, model.problem) == ("caf\\xe9.onnx", "its name is not UTF-8: rename it")
+    assert scan(tmp_path) == [model]
+    file = file.rename(tmp_path / ".hidden.onnx")
+    assert [found.name for found in scan(file)] == [".hidden"]
+    assert look(file, ".hidden") == scan(file)[0]
+    assert look(file, "hidden") is None
+    file.unlink()
+    with pytest.raises(FailedPrecondition, match=r"give a folder of models, or one \.onnx file"):
+        scan(file)

@@ -11,7 +11,7 @@ import pytest
 from services.infer.models import modelconfig
 from services.infer.runtimes.onnx_devices import Device, resolved
 from services.infer.runtimes.onnx_settings import CUDA, OPENVINO, TENSORRT, session_options
-from services.infer.runtimes.runtime import Place, Provider, SessionOptions
+from services.infer.runtimes.runtime import Place, Provider, Session, SessionOptions
 from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
@@ -206,7 +206,7 @@ async def test_a_server_does_it_or_says_why_not(serve, models_folder: Repository
     assert [(group.count, group.kind) for group in config.instance_group] == [(2, config.instance_group[0].KIND_CPU)]
 
 
-class Counting:
+class Counting(Session):
     """A session that says how many of its runs there are at the same time."""
 
     inputs = outputs = ()

@@ -19,10 +19,13 @@ from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.runtimes.remote_runtime import RemoteRuntime
+from services.infer.runtimes.reshape import ReshapedSession
 from services.infer.runtimes.runtime import About, ModelFailed, Runtime, Session, SessionOptions
+from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from tests.infer import onnx_files
+from tests.infer.models.test_canary import with_default
 from tests.infer.runtimes.runtime_models import (
     OPERATIONS,
     OnnxModels,
@@ -34,8 +37,25 @@ from tests.infer.runtimes.runtime_models import (
 
 ONE_THREAD = SessionOptions(intra_op_threads=1)
 
+
+class Reshaping(OnnxRuntime):
+    """What stands around a session promises what the session does: as a model with a `reshape` somewhere has it."""
+
+    def load(self, file: Path, options: SessionOptions) -> Session:
+        return ReshapedSession(super().load(file, options), pb.ModelConfig())
+
+
+class Spreading(OnnxRuntime):
+    """As on two devices."""
+
+    def load(self, file: Path, options: SessionOptions) -> Session:
+        return SpreadSession([(super(Spreading, self).load(file, options), 2) for _ in range(2)])
+
+
 RUNTIMES = {
     "onnx": (OnnxRuntime, OnnxModels()),
+    "onnx reshaped": (Reshaping, OnnxModels()),
+    "onnx on two devices": (Spreading, OnnxModels()),
     "onnx in a process": (IsolatedOnnxRuntime, OnnxModels()),
     "onnx shared": (partial(IsolatedOnnxRuntime, isolation="shared"), OnnxModels()),
     "python": (PythonRuntime, OwnModels()),
@@ -47,8 +67,24 @@ RUNTIMES = {
     "kernels": (partial(KernelsRuntime, OPERATIONS), OperationModels()),
     "remote": (RemoteRuntime, OwnModels()),
 }
+IN_A_PROCESS = {"sees_missing", "reshapes"}
+SAYS = {
+    "onnx": {"only_computes", "is_tried"},
+    "onnx reshaped": {"only_computes", "is_tried", "reshapes"},
+    "onnx on two devices": {"is_tried"},
+    "onnx in a process": {"is_tried", "reshapes"},
+    "onnx shared": {"is_tried", "reshapes"},
+    "python": IN_A_PROCESS,
+    "python shared": IN_A_PROCESS,
+    "python on a thread": IN_A_PROCESS,
+    "triton's python": {*IN_A_PROCESS, "wants_requests"},
+    "triton's python shared": {*IN_A_PROCESS, "wants_requests"},
+    "triton's python on a thread": {*IN_A_PROCESS, "wants_requests"},
+    "kernels": {"takes_rows", "only_computes"},
+    "remote": {"sees_missing"},
+}
 WITH_FILES = [name for name in RUNTIMES if name != "kernels"]
-ONNX = ["onnx", "onnx in a process", "onnx shared"]
+ONNX = ["onnx", "onnx reshaped", "onnx on two devices", "onnx in a process", "onnx shared"]
 
 
 @pytest.fixture(params=RUNTIMES)
@@ -215,3 +251,54 @@ def test_without_a_file_it_is_the_configuration_that_is_refused(load):
         load(OperationModels()._config("nothing"))
     with pytest.raises(FailedPrecondition, match="operation add: parameter 'size' is unknown: it has none"):
         load(OperationModels()._config("add", size="3"))
+
+
+def test_what_it_can_do_is_said_by_its_members(kind, load, models):
+    session = load(models.scale())
+    assert isinstance(session, Session)
+    assert {
+        name
+        for name in ("sees_missing", "wants_requests", "takes_rows", "reshapes", "only_computes", "is_tried")
+        if getattr(session, name)
+    } == SAYS[kind]
+    assert (session.gpus, session.optional_inputs) == ((), ())
+
+
+def test_its_parts_are_the_whole_on_each_device(kind, load, models):
+    session = load(models.scale())
+    assert len(session.parts()) == (2 if kind == "onnx on two devices" else 1)
+    for part in session.parts():
+        assert isinstance(part, Session)
+        assert (part.inputs, part.outputs, part.text) == (session.inputs, session.outputs, session.text)
+        assert part.run({"x": np.ones((3, 4), np.float32)}, ["y"])[0].tolist() == [[2.0] * 4] * 3
+
+
+def test_what_the_configuration_says_is_left(load, models):
+    session = load(models.scale())
+    config = text_format.Parse('parameters { key: "k" value { string_value: "v" } }', pb.ModelConfig())
+    before = config.SerializeToString(deterministic=True)
+    completed = session.completed(config, says_batch=False)
+    assert completed.parameters["k"].string_value == "v" or session.wants_requests  # It completed what it was given.
+    assert config.SerializeToString(deterministic=True) == before
+    session.declare({"x": "FP32"})
+    assert session.run({"x": np.ones((1, 4), np.float32)}, ["y"])[0].tolist() == [[2.0] * 4]
+
+
+def test_only_who_takes_rows_is_given_rows(load, models):
+    session = load(models.scale())
+    given = {"x": np.ones((2, 4), np.float32)}
+    if session.takes_rows:
+        results = session.run_rows(given, ["y"])
+        assert ([value.tolist() for value in results.values], results.unfit) == ([[[2.0] * 4] * 2], {})
+    else:
+        with pytest.raises(NotImplementedError):
+            session.run_rows(given, ["y"])
+
+
+@pytest.mark.parametrize("kind", ONNX)
+def test_what_the_file_has_a_value_for_may_be_left_out(load):
+    session = load(with_default().SerializeToString())
+    assert [(spec.name, spec.is_optional) for spec in session.optional_inputs] == [("b", True)]
+    x = np.ones((1, 4), np.float32)
+    assert session.run({"x": x}, ["y"])[0].tolist() == [[11.0] * 4]
+    assert session.run({"x": x, "b": x}, ["y"])[0].tolist() == [[2.0] * 4]

@@ -15,7 +15,7 @@ from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.parameters import NONE
 from services.infer.calls.request import Call, WantedOutput, key_of
 from services.infer.calls.signature import Signature, TensorSpec
-from services.infer.runtimes.runtime import ModelFailed, RowResults
+from services.infer.runtimes.runtime import ModelFailed, RowResults, Session
 from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.rows_execution import RowsExecution
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument
@@ -29,7 +29,7 @@ SIGNATURE = Signature((IMAGE, FACTOR), (TIMES, TOTAL), 64)
 POISON, FATAL = -1.0, -2.0
 
 
-class Model:
+class Model(Session):
     """times = image * factor, and its total. A row that holds -1 is unfit; one that holds -2 fails the model."""
 
     inputs, outputs, text = SIGNATURE.inputs, SIGNATURE.outputs, False

@@ -14,7 +14,7 @@ from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.calls.signature import Signature, TensorSpec
-from services.infer.runtimes.runtime import ModelFailed
+from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.execution import Execution
 from services.infer.scheduling.queue import Pending, QueueLimits
@@ -37,7 +37,7 @@ class Clock:
         return self.now
 
 
-class Model:
+class Model(Session):
     """y = 2x; 13 is a number that it cannot stand. Runs when the gate is open, and remembers what it ran."""
 
     inputs, outputs, text = (X,), (Y,), False

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from services.infer.runtimes.runtime import ModelFailed
+from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.execution import Execution
 from services.infer.scheduling.queue import QueueLimits
@@ -20,7 +20,7 @@ from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted
 from tests.infer.scheduling.virtual_time import SIGNATURE, X, Y, call
 
 
-class Model:
+class Model(Session):
     """y = 2x + 1, after a while of work. Numbers that end in 13 are poison."""
 
     inputs, outputs, text = (X,), (Y,), False

@@ -15,7 +15,7 @@ from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.calls.signature import Signature, TensorSpec
-from services.infer.runtimes.runtime import ModelFailed
+from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.execution import Execution, Job
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
@@ -60,7 +60,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         loop.close()
 
 
-class Model:
+class Model(Session):
     """y = 2x + 1. Fails for the values in `poison`, and remembers when it ran what."""
 
     inputs, outputs, text = (X,), (Y,), False

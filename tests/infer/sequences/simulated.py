@@ -13,7 +13,7 @@ from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.calls.signature import Signature, TensorSpec
-from services.infer.runtimes.runtime import ModelFailed
+from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.statistics import Statistics
@@ -52,7 +52,7 @@ class Ran:
     x: float
 
 
-class Model:
+class Model(Session):
     """total = total + x. Fails for the values in `poison`."""
 
     inputs, outputs, text = (), (Y,), False

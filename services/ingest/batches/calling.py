@@ -1,0 +1,184 @@
+"""Stacks of rows go to the model until each row has an answer, or is to blame for having none.
+
+    stack ──> answered
+      │  nobody there, shed, model not there yet: again after a wait, for as long as it takes
+      │  the request is at fault (a code that no retry can mend): its halves; a row by itself is dead
+      │  anything else: its halves; a row by itself is tried again, and dead when it is out of attempts
+      └─ an instance died under it: the same, but alone: nothing else of ours is under way meanwhile
+
+So a row that kills whoever runs it takes no other row with it: only what happens to a row by itself is held against it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.ingest.batches.outputs.part import Dead
+from services.ingest.batches.rows.fitting import Fitted
+from services.ingest.batches.rows.stacking import Stack
+from services.ingest.batches.rows.wire import Array, Asked, answer_of, request_of
+from services.ingest.job import PERMANENT, Failure, Policy, backoff_ms, refused_wait_ms
+from shoal.errors import Code, DataLoss
+from shoal.inference.v2 import inference_pb2
+
+_AWAY = frozenset({Code.NOT_FOUND, Code.RESOURCE_EXHAUSTED})
+# The model is not there (yet, or any more), or has no room: no row is to blame, however long it lasts.
+_KILLED = frozenset({Code.UNAVAILABLE, Code.UNKNOWN})
+
+
+class Model(Protocol):
+    """infer, as a call needs it."""
+
+    async def infer(self, request: bytes, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
+        """Runs one serialised ModelInferRequest, once. Never raises for a call that failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Rows with one answer: arrays by output name, whose first dimension is the rows."""
+
+    rows: tuple[int, ...]
+    outputs: dict[str, Array]
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """A row without an answer."""
+
+    row: int
+    dead: Dead
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Decision: the same stack again, after a wait."""
+
+    ms: float
+    is_counted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Decision: its halves, each by itself."""
+
+    is_alone: bool
+
+
+def decide(
+    failure: Failure, *, rows: int, attempts: int, refusals: int, policy: Policy, drawn: float
+) -> Wait | Split | Dead:
+    """What becomes of a stack that failed; `attempts` counts those that failed by themselves, this one included."""
+    if not failure.is_reached or failure.code in _AWAY:
+        return Wait(max(refused_wait_ms(refusals, drawn), failure.retry_after_ms), False)
+    if rows > 1:
+        return Split(failure.code in _KILLED)
+    if failure.code in PERMANENT or attempts >= policy.max_attempts:
+        return Dead(_name_of(failure.code), failure.message, attempts)
+    return Wait(max(backoff_ms(policy, attempts, drawn), failure.retry_after_ms), True)
+
+
+class Lanes:
+    """At most `most` calls at once, or one that is alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._places = asyncio.Semaphore(most)
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def one(self, *, alone: bool) -> AsyncIterator[None]:
+        """A place for one call; with `alone` all of them."""
+        taken = 0
+        try:
+            async with self._turn:  # Two that want all would each hold a part for ever.
+                for _ in range(self._most if alone else 1):
+                    await self._places.acquire()
+                    taken += 1
+            yield
+        finally:
+            for _ in range(taken):
+                self._places.release()
+
+
+class Calling:
+    """Calls a model for the rows of one chunk."""
+
+    def __init__(
+        self,
+        model: Model,
+        asked: Asked,
+        lanes: Lanes,
+        *,
+        policy: Policy,
+        timeout_s: float,
+        on_wait: Callable[[str], None],
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._model = model
+        self._asked = asked
+        self._lanes = lanes
+        self._policy = policy
+        self._timeout_s = timeout_s
+        self._on_wait = on_wait
+        self._draw = draw
+
+    async def answer(
+        self, inputs: Sequence[Fitted], stack: Stack, *, is_alone: bool = False
+    ) -> list[Answered | Blamed]:
+        """What came of the rows of a stack, in their order."""
+        attempts = refusals = 0
+        while True:
+            async with self._lanes.one(alone=is_alone):
+                got = await self._once(inputs, stack)
+            if isinstance(got, Answered):
+                self._on_wait("")
+                return [got]
+            attempts += got.is_reached and got.code not in _AWAY
+            how = decide(
+                got,
+                rows=len(stack.rows),
+                attempts=attempts,
+                refusals=refusals,
+                policy=self._policy,
+                drawn=self._draw(),
+            )
+            if isinstance(how, Dead):
+                return [Blamed(stack.rows[0], how)]
+            is_alone = is_alone or (got.code in _KILLED and got.is_reached)
+            if isinstance(how, Split):
+                return await self._halves(inputs, stack, is_alone=how.is_alone or is_alone)
+            refusals += not how.is_counted
+            if not how.is_counted:
+                self._on_wait(f"{_name_of(got.code)}: {got.message}"[:300])
+            await asyncio.sleep(how.ms / 1000)
+
+    async def _halves(self, inputs: Sequence[Fitted], stack: Stack, *, is_alone: bool) -> list[Answered | Blamed]:
+        first, second = stack.halves()
+        return [
+            *await self.answer(inputs, first, is_alone=is_alone),
+            *await self.answer(inputs, second, is_alone=is_alone),
+        ]
+
+    async def _once(self, inputs: Sequence[Fitted], stack: Stack) -> Answered | Failure:
+        got = await self._model.infer(request_of(self._asked, inputs, stack), self._timeout_s)
+        if isinstance(got, Failure):
+            return got
+        try:
+            outputs = answer_of(self._asked.signature, got, len(stack.rows))
+        except DataLoss as err:
+            # It promises one thing and answers another: a further attempt would not help.
+            return Failure(Code.FAILED_PRECONDITION, err.message)
+        return Answered(stack.rows, dict(outputs), got.model_version[:32])
+
+
+def _name_of(code: int) -> str:
+    try:
+        return Code(code).name
+    except ValueError:
+        return f"code {code}"

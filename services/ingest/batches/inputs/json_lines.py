@@ -1,0 +1,134 @@
+"""JSON Lines: a row is a line with an object; `{"b64": "..."}` stands for bytes, as on the command line.
+
+    {"x": [1, 2, 3, 4], "id": "a"}
+    {"x": [5, 6, 7, 8], "id": "b"}
+
+A chunk is found again by the offset of its first line. Nothing larger than a piece is in memory, however long a line.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from services.ingest.batches.inputs.piece import PIECE_BYTES, PIECE_ROWS, ROW_BYTES, Piece, Span, none_of
+from shoal.errors import DataLoss
+
+_BLOCK = 4 << 20
+
+
+class JsonLines:
+    """Reads the columns that are wanted."""
+
+    def __init__(self, file: BinaryIO, columns: frozenset[str]) -> None:
+        self._file = file
+        self._columns = columns
+        self._row = 0
+
+    def seek(self, row: int, offset: int) -> None:
+        """Goes to row `row`, whose line begins at `offset`."""
+        self._file.seek(offset)
+        self._row = row
+
+    def read(self, most: int) -> Piece:
+        """The next lines. A line that is no object is a row that fails."""
+        rows: list[dict[str, Any]] = []
+        errors: dict[int, str] = {}
+        nbytes = 0
+        while len(rows) < min(most, PIECE_ROWS) and nbytes < PIECE_BYTES:
+            line = self._file.readline(ROW_BYTES + 1)
+            if not line:
+                break
+            nbytes += len(line)
+            try:
+                rows.append(_object(self._whole(line)))
+            except ValueError as err:
+                errors[len(rows)] = str(err)
+                rows.append({})
+        if not rows:
+            raise DataLoss(f"the file ends before line {self._row + 1}: it was longer when the batch was planned")
+        first, self._row = self._row, self._row + len(rows)
+        columns = {name: [row.get(name) for row in rows] for name in self._columns}
+        return Piece(first, len(rows), columns or {"": none_of(len(rows))}, errors)
+
+    def _whole(self, line: bytes) -> bytes:
+        """The line; of one that is too long, the rest is passed over."""
+        if len(line) <= ROW_BYTES:
+            return line
+        while line and not line.endswith(b"\n"):
+            line = self._file.readline(_BLOCK)
+        raise ValueError(f"the line is longer than {ROW_BYTES} bytes")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def spans(file: BinaryIO, chunk_rows: int, chunk_bytes: int, *, row: int = 0, offset: int = 0) -> Iterator[Span]:
+    """Cuts a file into chunks, from `row` (whose line begins at `offset`) on. What follows the last newline is a row.
+
+    Raises:
+        DataLoss: the file is shorter than `offset`.
+    """
+    file.seek(offset)
+    first, begin, at, rows = row, offset, offset, 0
+    while block := file.read(_BLOCK):
+        ends = at + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
+        at += len(block)
+        for end in _cuts(ends, rows, begin, chunk_rows, chunk_bytes):
+            taken = int(np.searchsorted(ends, end, side="right"))
+            rows += taken
+            ends = ends[taken:]
+            yield Span(first, rows, begin, end)
+            first, begin, rows = first + rows, end, 0
+        rows += len(ends)
+    if at > begin:
+        yield Span(first, rows + _has_tail(file, at), begin, at)
+
+
+def _cuts(ends: Any, rows: int, begin: int, chunk_rows: int, chunk_bytes: int) -> Iterator[int]:
+    """The line ends at which a chunk is full."""
+    at = 0
+    while at < len(ends):
+        by_rows = at + chunk_rows - rows - 1
+        by_bytes = int(np.searchsorted(ends, begin + chunk_bytes))
+        last = max(at, min(by_rows, by_bytes))
+        if last >= len(ends):
+            return
+        yield int(ends[last])
+        at, rows, begin = last + 1, 0, int(ends[last])
+
+
+def _has_tail(file: BinaryIO, size: int) -> int:
+    """1 when the file does not end with a newline: its last line counts."""
+    file.seek(size - 1)
+    return int(file.read(1) != b"\n")
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as err:
+        raise ValueError(f"not JSON: {err}" if line.strip() else "an empty line: expected an object") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object of columns by name, got {type(found).__name__}")
+    return {key: _decoded(value) for key, value in found.items()}
+
+
+def _decoded(value: Any) -> Any:
+    """`value` with `{"b64": ...}` replaced by its bytes."""
+    if isinstance(value, list):
+        # Numbers by far the most often: those need no look at each.
+        return [_decoded(item) for item in value] if value and isinstance(value[0], list | dict) else value
+    if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
+        try:
+            return base64.b64decode(value["b64"], validate=True)
+        except binascii.Error as err:
+            raise ValueError(f"b64 {value['b64'][:20]!r}: {err}") from None
+    return value

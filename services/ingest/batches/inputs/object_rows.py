@@ -1,0 +1,81 @@
+"""A prefix of objects: each object (an image, a text) is a row, with the columns `content`, its bytes, and `url`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
+
+from services.ingest.batches.inputs.listing import Listed, listed
+from services.ingest.batches.inputs.piece import PIECE_BYTES, ROW_BYTES, Piece
+from services.ingest.batches.inputs.places import Entry
+from shoal.errors import DataLoss, NotFound
+
+COLUMNS = ("content", "url")
+_AT_ONCE = 8
+_ROWS = 64
+
+
+class ObjectRows:
+    """Reads the objects of a listing. `fetch` reads one object."""
+
+    def __init__(self, listing: BinaryIO, fetch: Callable[[Entry], bytes]) -> None:
+        self._listing = listing
+        self._fetch = fetch
+        self._row = 0
+        self._lines: Iterator[Listed] = iter(())
+        self._held: Listed | None = None
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="batch-objects")
+
+    def seek(self, row: int, offset: int) -> None:
+        """Goes to row `row`, whose line begins at `offset`."""
+        self._lines = listed(self._listing, offset)
+        self._held = None
+        self._row = row
+
+    def read(self, most: int) -> Piece:
+        """The next objects, fetched several at a time. One that cannot be read is a row that fails.
+
+        Raises:
+            Unavailable: the store of objects is away.
+        """
+        entries = [line.entry for line in self._next(min(most, _ROWS))]
+        if not entries:
+            raise DataLoss(f"the listing ends before row {self._row}")
+        first, self._row = self._row, self._row + len(entries)
+        errors: dict[int, str] = {}
+        contents: list[bytes | None] = []
+        for index, content in enumerate(self._pool.map(self._content, entries)):
+            contents.append(content if isinstance(content, bytes) else None)
+            if isinstance(content, str):
+                errors[index] = content
+        urls = [entry.url for entry in entries]
+        return Piece(first, len(entries), {"content": contents, "url": urls}, errors, sources=urls)
+
+    def _next(self, most: int) -> list[Listed]:
+        found: list[Listed] = []
+        nbytes = 0
+        while len(found) < most:
+            line = self._held or next(self._lines, None)
+            self._held = None
+            if line is None:
+                break
+            nbytes += min(line.entry.size, ROW_BYTES)
+            if found and nbytes > PIECE_BYTES:
+                self._held = line
+                break
+            found.append(line)
+        return found
+
+    def _content(self, entry: Entry) -> bytes | str:
+        """The bytes, or why there are none."""
+        if entry.size > ROW_BYTES:
+            return f"the object has {entry.size} bytes: at most {ROW_BYTES} are taken"
+        try:
+            return self._fetch(entry)
+        except NotFound:
+            return "the object is gone: it was there when the batch was planned"
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._listing.close()

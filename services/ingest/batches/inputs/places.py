@@ -1,0 +1,323 @@
+"""Places: files of this machine and objects of a store, by URL.
+
+    file:///data/rows.parquet    s3://bucket/rows.jsonl    gs://bucket/images/    az://container/rows.npz
+
+What is put somewhere is there whole or not at all, and durable when the call returns. All of it blocks: for threads.
+
+Which URLs may be used the operator says, because files are read and written with the rights of this process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import ObjectStore, from_url
+
+from services.ingest.batches.inputs.ranged import Ranged
+from shoal.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    ShoalError,
+    Unavailable,
+)
+
+SCHEMES = ("file", "s3", "gs", "az")
+URL_CHARS = 2_048
+_RETRY = timedelta(seconds=10)
+# An object store that is away is reported after so long, and not after obstore's three minutes: who asked waits better.
+_PART_BYTES = 8 << 20
+_PARTS_AT_ONCE = 4
+_LISTED_AT_ONCE = 1_000
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file or an object, as it was when somebody looked."""
+
+    url: str
+    size: int
+    version: str
+    """Changes when the content does: an object's e-tag, a file's size and time."""
+
+
+class Places:
+    """The places that may be used: those whose URLs begin with one of `allowed`."""
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self._allowed = tuple(allowed)
+        self._stores: dict[str, ObjectStore] = {}
+
+    def check(self, field: str, url: str) -> str:
+        """`url` in the one form that it has here.
+
+        Raises:
+            InvalidArgument: it is none. PermissionDenied: the operator does not allow it.
+        """
+        scheme, separator, rest = url.partition("://")
+        if len(url) > URL_CHARS or not separator or scheme not in SCHEMES or not rest or "\0" in url:
+            raise InvalidArgument(
+                f"{field}: {url[:200]!r} is not a URL of a place: expected "
+                "file:///path, s3://bucket/key, gs://bucket/key or az://container/key"
+            )
+        known = _local(field, rest) if scheme == "file" else f"{scheme}://{_key(field, rest)}"
+        if not any(is_within(known, root) for root in self._allowed):
+            allowed = ", ".join(self._allowed) or "none"
+            raise PermissionDenied(
+                f"{field}: {url[:200]!r} may not be used here; this node allows: {allowed} (SHOAL_INGEST_BATCH_URLS)"
+            )
+        return known
+
+    def stat(self, url: str) -> Entry:
+        """What is there.
+
+        Raises:
+            NotFound: nothing. PermissionDenied, Unavailable.
+        """
+        with _translated(f"looking at {url}"):
+            if path := _path(url):
+                return _entry_of(path)
+            store, key = self._object(url)
+            return _object_entry(url, obstore.head(store, key))
+
+    def open(self, entry: Entry) -> BinaryIO:
+        """Its bytes, as a file that can seek. The caller closes it. Raises as `stat` does."""
+        with _translated(f"reading {entry.url}"):
+            if path := _path(entry.url):
+                return path.open("rb")
+        store, key = self._object(entry.url)
+
+        def read(start: int, end: int) -> bytes:
+            with _translated(f"reading {entry.url}"):
+                return bytes(obstore.get_range(store, key, start=start, end=end))
+
+        return Ranged(read, entry.size)
+
+    def read(self, url: str, most_bytes: int) -> bytes:
+        """All of it.
+
+        Raises:
+            InvalidArgument: it is larger than `most_bytes`. NotFound, PermissionDenied, Unavailable.
+        """
+        entry = self.stat(url)
+        if entry.size > most_bytes:
+            raise InvalidArgument(f"{url} has {entry.size} bytes: at most {most_bytes} are taken")
+        with self.open(entry) as file:
+            return file.read()
+
+    def list(self, url: str) -> Iterator[Entry]:
+        """Everything below the prefix `url`, which ends with a slash. Files in the order of their paths.
+
+        Names that begin with a dot are left out, and so are folders. Raises as `stat` does, while iterating.
+        """
+        with _translated(f"listing {url}"):
+            if path := _path(url):
+                yield from _walk(path)
+                return
+            store, key = self._object(url)
+            for page in obstore.list(store, key.rstrip("/") or None, chunk_size=_LISTED_AT_ONCE):
+                for found in page:
+                    if not found["path"].rpartition("/")[2].startswith("."):
+                        yield _object_entry(_root_of(url) + "/" + found["path"], found)
+
+    def put(self, url: str, data: bytes, *, only_new: bool = False) -> None:
+        """Stores `data`.
+
+        Raises:
+            AlreadyExists: something is there, and `only_new`. PermissionDenied, ResourceExhausted, Unavailable.
+        """
+        with _translated(f"writing {url}"):
+            if path := _path(url):
+                _write(path, data, only_new=only_new)
+                return
+            store, key = self._object(url)
+            obstore.put(store, key, data, mode="create" if only_new else "overwrite")
+
+    def adopt(self, url: str, file: Path) -> None:
+        """Takes over a finished local file, which is gone afterwards. Raises as `put` does."""
+        with _translated(f"writing {url}"):
+            if path := _path(url):
+                _move(file, path)
+                return
+            store, key = self._object(url)
+            obstore.put(store, key, file, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+            file.unlink(missing_ok=True)
+
+    def publish(self, from_url: str, to_url: str) -> None:
+        """Moves what is at `from_url`, over whatever is at `to_url`. Done again, it does nothing.
+
+        Raises:
+            NotFound: neither is there. PermissionDenied, ResourceExhausted, Unavailable.
+        """
+        try:
+            with _translated(f"moving {from_url}"):
+                if (source := _path(from_url)) and (target := _path(to_url)):
+                    _move(source, target)
+                    return
+                store, key = self._object(from_url)
+                obstore.copy(store, key, self._object(to_url)[1])
+                obstore.delete(store, key)
+        except NotFound:
+            self.stat(to_url)  # Somebody has moved it already, or it was never there.
+
+    def remove_all(self, url: str) -> None:
+        """Removes everything below a prefix. Never fails: what it leaves is only litter."""
+        with suppress(ShoalError), _translated(f"removing {url}"):
+            if path := _path(url):
+                shutil.rmtree(path, ignore_errors=True)
+                return
+            store, key = self._object(url)
+            for page in obstore.list(store, key.rstrip("/"), chunk_size=_LISTED_AT_ONCE):
+                obstore.delete(store, [found["path"] for found in page])
+
+    def _object(self, url: str) -> tuple[ObjectStore, str]:
+        root = _root_of(url)
+        if (store := self._stores.get(root)) is None:
+            store = self._stores[root] = from_url(root, retry_config={"retry_timeout": _RETRY})
+        return store, url[len(root) + 1 :]
+
+
+def is_within(url: str, root: str) -> bool:
+    """Whether `url` lies at or below `root`, name by name: `s3://a/bc` is not within `s3://a/b`."""
+    root = root if root.endswith("://") else root.rstrip("/")
+    root = "file://" if root == "file:" else root
+    return url == root or url.startswith(root if root.endswith("://") else root + "/")
+
+
+def join(prefix: str, name: str) -> str:
+    """`name` below `prefix`."""
+    return f"{prefix.rstrip('/')}/{name}"
+
+
+def _local(field: str, rest: str) -> str:
+    path = unquote(rest)
+    if not path.startswith("/"):
+        raise InvalidArgument(f"{field}: {'file://' + rest[:200]!r}: expected an absolute path: file:///path")
+    # Links are followed now: what they lead to must be allowed, too.
+    real = os.path.realpath(path)
+    return "file://" + real + ("/" if path.endswith("/") and real != "/" else "")
+
+
+def _key(field: str, rest: str) -> str:
+    bucket, _, key = rest.partition("/")
+    names = key.rstrip("/").split("/") if key else []
+    if not bucket or any(name in ("", ".", "..") for name in names):
+        raise InvalidArgument(f"{field}: {rest[:200]!r}: expected BUCKET/KEY, without empty, . or .. names in it")
+    return rest
+
+
+def _path(url: str) -> Path | None:
+    return Path(url[len("file://") :]) if url.startswith("file://") else None
+
+
+def _root_of(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"
+
+
+def _object_entry(url: str, found: obstore.ObjectMeta) -> Entry:
+    version = found["e_tag"] or f"{found['size']}-{found['last_modified'].isoformat()}"
+    return Entry(url, found["size"], version)
+
+
+def _entry_of(path: Path) -> Entry:
+    stat = path.stat()
+    if not path.is_file():
+        raise InvalidArgument(f"{path} is not a file; a prefix ends with a slash: file://{path}/")
+    return Entry(f"file://{path}", stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def _walk(folder: Path) -> Iterator[Entry]:
+    """The files below a folder. One folder is in memory at a time, for each level."""
+    with os.scandir(folder) as found:
+        children = sorted((child for child in found if not child.name.startswith(".")), key=lambda child: child.name)
+    for child in children:
+        if child.is_dir(follow_symlinks=False):
+            yield from _walk(Path(child.path))
+        elif child.is_file(follow_symlinks=False):
+            yield _entry_of(Path(child.path))
+
+
+def _write(path: Path, data: bytes, *, only_new: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with staged.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if only_new:
+            os.link(staged, path)  # Unlike a rename, it refuses to replace.
+            staged.unlink()
+        else:
+            staged.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _move(file: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    try:
+        file.replace(target)
+    except OSError as err:
+        if err.errno != errno.EXDEV:
+            raise
+        staged = target.parent / f".{uuid.uuid4().hex}.tmp"
+        shutil.copyfile(file, staged)
+        _move(staged, target)
+        file.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    """Raises errors of the system and of obstore as ShoalError, the cause kept."""
+    try:
+        yield
+    except ShoalError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise NotFound(f"{doing}: it is not there") from err
+    except (AlreadyExistsError, FileExistsError) as err:
+        raise AlreadyExists(f"{doing}: something is there already") from err
+    except (PermissionDeniedError, UnauthenticatedError) as err:
+        raise PermissionDenied(f"{doing}: the object store refuses: check the credentials of ingest") from err
+    except PermissionError as err:
+        raise PermissionDenied(f"{doing}: this user may not: check the rights of ingest's user there") from err
+    except BaseError as err:
+        raise Unavailable(f"{doing}: the object store does not do it just now ({_brief(err)})") from err
+    except OSError as err:
+        if err.errno in _FULL:
+            raise ResourceExhausted(f"{doing}: the disk is full: free some space there", retry_after_ms=1_000) from err
+        raise FailedPrecondition(f"{doing}: {err.strerror or err}") from err
+
+
+def _brief(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

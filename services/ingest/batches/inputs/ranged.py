@@ -1,0 +1,47 @@
+"""A file that can seek, over a place that answers ranges of bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import BinaryIO, cast
+
+WINDOW_BYTES = 4 << 20
+"""Read at once: few requests for those who read on, and little that is fetched for nothing."""
+
+
+class _Windows(io.RawIOBase):
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read = read
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"seek to {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        data = self._read(self._at, end)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def Ranged(read: Callable[[int, int], bytes], size: int) -> BinaryIO:
+    """A file of `size` bytes, of which `read(start, end)` gives any range."""
+    return cast(BinaryIO, io.BufferedReader(_Windows(read, size), WINDOW_BYTES))

@@ -1,0 +1,278 @@
+"""Which column feeds which input of the model, and whether the files are fit for that: said before anything runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from services.ingest.batches.batch import Batch, Format
+from services.ingest.batches.inputs import npz_rows
+from services.ingest.batches.inputs.json_lines import JsonLines
+from services.ingest.batches.inputs.object_rows import COLUMNS as OBJECT_COLUMNS
+from services.ingest.batches.inputs.parquet_rows import open_parquet
+from services.ingest.batches.inputs.piece import ROW_BYTES, Piece
+from services.ingest.batches.outputs.columns import Columns
+from services.ingest.batches.rows.fitting import check_array, fit
+from services.ingest.batches.rows.signature import Signature, Spec
+from shoal.errors import DataLoss, InvalidArgument
+
+SAMPLE_ROWS = 50
+"""Of JSON Lines, which say nothing about themselves: the first rows stand for all."""
+_AS_JSON = {b"shoal": b"json"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of each row."""
+
+    inputs: tuple[tuple[Spec, str], ...]
+    """Inputs of the model, and the column that feeds each."""
+    kept: Any
+    """The schema (Arrow) of the columns that are carried over."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Wanted:
+        """What a batch wants."""
+        specs = {spec.name: spec for spec in batch.signature.inputs}
+        kept = pa.ipc.read_schema(pa.BufferReader(batch.kept)) if batch.kept else pa.schema([])
+        return cls(tuple((specs[name], column) for name, column in batch.columns), kept)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """All columns that are read."""
+        return frozenset(column for _, column in self.inputs) | frozenset(self.kept.names)
+
+
+def result_columns(batch: Batch) -> Columns:
+    """What the parts of a batch have."""
+    kept = {field.name: field.type for field in Wanted.of(batch).kept}
+    return Columns(batch.signature.outputs, frozenset(batch.texts), kept)
+
+
+def map_columns(
+    model: str, signature: Signature, given: Mapping[str, str], available: Sequence[str]
+) -> tuple[tuple[Spec, str], ...]:
+    """Each input of the model with its column: the one that is `given`, else the one of its name. Optional inputs
+    without a column are left out.
+
+    Raises:
+        InvalidArgument: says what the model takes, and what there is.
+    """
+    specs = {spec.name: spec for spec in signature.inputs}
+    there = ", ".join(sorted(available)) or "none"
+    for name in given:
+        if name not in specs:
+            raise InvalidArgument(f"columns: model {model!r} has no input {name!r}: it takes {signature.takes}")
+    found = []
+    for name, spec in specs.items():
+        column = given.get(name, name)
+        if column in available:
+            found.append((spec, column))
+        elif name in given or not spec.is_optional:
+            hint = "" if name in given else f": say which it is, as in columns {{{name!r}: 'COLUMN'}}"
+            raise InvalidArgument(
+                f"columns: input {name!r} of model {model!r} needs a column {column!r}, "
+                f"and the inputs have the columns {there}{hint}"
+            )
+    if not found:
+        raise InvalidArgument(f"columns: nothing feeds model {model!r}: it takes {signature.takes}, there are {there}")
+    return tuple(found)
+
+
+def object_columns(model: str, signature: Signature, given: Mapping[str, str]) -> tuple[tuple[Spec, str], ...]:
+    """The same for a prefix of objects: the one input of BYTES takes the content.
+
+    Raises:
+        InvalidArgument: it is not clear which takes what.
+    """
+    texts = [spec.name for spec in signature.inputs if spec.datatype == "BYTES" and not spec.is_optional]
+    if not given and len(texts) == 1:
+        given = {texts[0]: "content"}
+    found = map_columns(model, signature, given, OBJECT_COLUMNS)
+    for spec, column in found:
+        check_array(spec, column, np.dtype(object), ())
+    return found
+
+
+def available_columns(kind: Format, file: BinaryIO) -> list[str]:
+    """The columns of a file; of JSON Lines, of its first rows.
+
+    Raises:
+        InvalidArgument: it is not what its format says.
+    """
+    if kind is Format.PARQUET:
+        return list(open_parquet(file).schema_arrow.names)
+    if kind is Format.NPZ:
+        return [member.name for member in npz_rows.members(file)]
+    return sorted({name for row in _sample(file) for name in row})
+
+
+def kept_schema(kind: Format, file: BinaryIO, names: Sequence[str]) -> Any:
+    """The types of the columns that are carried over, as this file has them.
+
+    Raises:
+        InvalidArgument: it has no such column.
+    """
+    if kind is Format.OBJECTS:
+        if names:
+            raise InvalidArgument("keep_columns: objects have no columns to keep; `source` is their URL anyway")
+        return pa.schema([])
+    available = available_columns(kind, file)
+    for name in names:
+        if name not in available:
+            raise InvalidArgument(f"keep_columns: no column {name!r}: there are {', '.join(available) or 'none'}")
+    file.seek(0)
+    if kind is Format.PARQUET:
+        schema = open_parquet(file).schema_arrow
+        return pa.schema([pa.field(name, _plain(schema.field(name).type)) for name in names])
+    if kind is Format.NPZ:
+        members = {member.name: member for member in npz_rows.members(file)}
+        return pa.schema([pa.field(name, _numpy_type(members[name])) for name in names])
+    rows = _sample(file)
+    return pa.schema([_json_field(name, [row.get(name) for row in rows]) for name in names])
+
+
+def check_file(kind: Format, file: BinaryIO, wanted: Wanted) -> None:
+    """Whether a file has what is wanted, in types that may fit.
+
+    Raises:
+        InvalidArgument: says which column, what was expected and what there is.
+    """
+    file.seek(0)
+    if kind is Format.PARQUET:
+        _check_parquet(open_parquet(file).schema_arrow, wanted)
+    elif kind is Format.NPZ:
+        _check_npz(npz_rows.members(file), wanted)
+    elif kind is Format.JSONL:
+        _check_lines(file, wanted)
+    file.seek(0)
+
+
+def kept_arrays(wanted: Wanted, piece: Piece) -> tuple[dict[str, Any], dict[int, str]]:
+    """The columns that are carried over as Arrow arrays, and the rows that do not fit their types."""
+    arrays: dict[str, Any] = {}
+    errors: dict[int, str] = {}
+    for field in wanted.kept:
+        if field.name in piece.arrow:
+            arrays[field.name] = _decoded(piece.arrow[field.name])
+            continue
+        cells = piece.columns[field.name]
+        values = list(cells) if isinstance(cells, np.ndarray) and cells.ndim > 1 else cells
+        if field.metadata == _AS_JSON:
+            values = [None if cell is None else json.dumps(cell, ensure_ascii=False, default=str) for cell in values]
+        arrays[field.name] = _array(field, values, errors)
+    return arrays, errors
+
+
+def _array(field: Any, values: Any, errors: dict[int, str]) -> Any:
+    values = values.tolist() if isinstance(values, np.ndarray) and values.dtype.kind in "SU" else values
+    try:
+        return pa.array(values, field.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        pass
+    fit_for: list[Any] = []
+    for row, value in enumerate(values):
+        try:
+            fit_for.append(pa.scalar(value, field.type))
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            errors[row] = f"column {field.name!r}: {str(value)[:80]!r} is not {field.type}, as the first rows are"
+            fit_for.append(pa.scalar(None, field.type))
+    return pa.array(fit_for, field.type)
+
+
+def _decoded(array: Any) -> Any:
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _plain(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _check_parquet(schema: Any, wanted: Wanted) -> None:
+    for name in sorted(wanted.columns):
+        if schema.names.count(name) != 1:
+            raise InvalidArgument(f"no column {name!r}: there are {', '.join(schema.names) or 'none'}")
+    for spec, column in wanted.inputs:
+        _check_type(spec, column, _plain(schema.field(column).type))
+    for field in wanted.kept:
+        kind = _plain(schema.field(field.name).type)
+        if kind != field.type:
+            raise InvalidArgument(f"column {field.name!r} is {kind}; in the first file it is {field.type}")
+
+
+def _check_type(spec: Spec, column: str, kind: Any) -> None:
+    depth, leaf = 0, kind
+    while pa.types.is_list(leaf) or pa.types.is_large_list(leaf) or pa.types.is_fixed_size_list(leaf):
+        depth, leaf = depth + 1, leaf.value_type
+    if isinstance(leaf, pa.BaseExtensionType):
+        return  # Its storage says more than its type; each row is looked at.
+    is_text = pa.types.is_string(leaf) or pa.types.is_binary(leaf) or pa.types.is_large_string(leaf)
+    is_text = is_text or pa.types.is_large_binary(leaf) or pa.types.is_fixed_size_binary(leaf)
+    is_number = pa.types.is_integer(leaf) or pa.types.is_floating(leaf) or pa.types.is_boolean(leaf)
+    fits = is_text if spec.datatype == "BYTES" else is_number
+    may_be_flat = depth <= 1 and -1 not in spec.shape
+    if not fits or not (depth == len(spec.shape) or may_be_flat):
+        raise InvalidArgument(f"column {column!r} holds {kind}, and the model takes {spec}")
+
+
+def _check_npz(members: Sequence[npz_rows.Member], wanted: Wanted) -> None:
+    found = {member.name: member for member in members}
+    for name in sorted(wanted.columns):
+        if name not in found:
+            raise InvalidArgument(f"no array {name!r}: there are {', '.join(sorted(found)) or 'none'}")
+    lengths = {name: found[name].shape[0] for name in sorted(wanted.columns)}
+    if len(set(lengths.values())) > 1:
+        raise InvalidArgument(f"the arrays have different numbers of rows: {lengths}")
+    for spec, column in wanted.inputs:
+        check_array(spec, column, found[column].dtype, found[column].shape[1:])
+    for field in wanted.kept:
+        if _numpy_type(found[field.name]) != field.type:
+            raise InvalidArgument(f"array {field.name!r} is not {field.type}, which it is in the first file")
+
+
+def _check_lines(file: BinaryIO, wanted: Wanted) -> None:
+    try:
+        piece = JsonLines(file, wanted.columns).read(SAMPLE_ROWS)
+    except DataLoss:
+        return  # An empty file has no rows, which is no mistake.
+    errors = dict(piece.errors)
+    for spec, column in wanted.inputs:
+        for row, reason in fit(spec, piece.columns[column]).errors.items():
+            errors.setdefault(row, reason)
+    if len(errors) == piece.count:
+        raise InvalidArgument(f"none of the first {piece.count} rows is fit; row 0: {errors[0]}")
+
+
+def _sample(file: BinaryIO) -> list[dict[str, Any]]:
+    file.seek(0)
+    found = []
+    for line in itertools.islice(iter(lambda: file.readline(ROW_BYTES), b""), SAMPLE_ROWS):
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [row for row in found if isinstance(row, dict)]
+
+
+def _json_field(name: str, values: Sequence[Any]) -> Any:
+    kinds = {type(value) for value in values if value is not None}
+    for known, kind in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64()), ({str}, pa.string())):
+        if kinds and kinds <= known:
+            return pa.field(name, kind)
+    return pa.field(name, pa.string(), metadata=_AS_JSON)
+
+
+def _numpy_type(member: npz_rows.Member) -> Any:
+    kind = {"U": pa.string(), "S": pa.binary()}.get(member.dtype.kind)
+    try:
+        kind = pa.from_numpy_dtype(member.dtype) if kind is None else kind
+    except pa.ArrowException:
+        raise InvalidArgument(f"array {member.name!r}: dtype {member.dtype} cannot be kept") from None
+    for _ in member.shape[1:]:
+        kind = pa.list_(kind)
+    return kind

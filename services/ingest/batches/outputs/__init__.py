@@ -1,0 +1,1 @@
+"""Where answers go: parts of Parquet, and what is said about them."""

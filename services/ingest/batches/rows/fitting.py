@@ -1,0 +1,200 @@
+"""Cells of a column become rows of a tensor: every value keeps its meaning, or its row fails and says why.
+
+Mostly all rows have one shape: then it is one conversion of one array. Else each row is looked at by itself.
+
+    model's row       cells that fit
+    []                3.5                                        a value
+    [4]               [1, 2, 3, 4]                               values
+    [2, 2]            [[1, 2], [3, 4]] or [1, 2, 3, 4]           nested, or in one row where every dimension is fixed
+    [-1]              [1], [1, 2]                                any length
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.ingest.batches.inputs.piece import Cells
+from services.ingest.batches.rows.signature import DTYPES, Spec
+from shoal.errors import InvalidArgument
+
+Array = NDArray[Any]
+
+
+class Unfit(ValueError):
+    """A value that cannot become what the model takes; the message says what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The rows of one input."""
+
+    spec: Spec
+    rows: Array | Sequence[Array | None]
+    """An array whose first dimension is the rows, or an array (None: the row failed) for each."""
+    errors: dict[int, str]
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """Of one row that did not fail."""
+        if isinstance(self.rows, np.ndarray):
+            return self.rows.shape[1:]
+        found = self.rows[row]
+        assert found is not None
+        return found.shape
+
+    def stacked(self, rows: Sequence[int]) -> Array:
+        """These rows, which have one shape and did not fail, as one array."""
+        if isinstance(self.rows, np.ndarray):
+            first, last = rows[0], rows[-1]
+            return self.rows[first : last + 1] if last - first + 1 == len(rows) else self.rows[list(rows)]
+        stack = np.empty((len(rows), *self.shape(rows[0])), _dtype(self.spec.datatype))
+        for index, row in enumerate(rows):
+            stack[index] = self.rows[row]
+        return stack
+
+
+def fit(spec: Spec, cells: Cells) -> Fitted:
+    """All cells of a column, for one input of a model."""
+    array = cells if isinstance(cells, np.ndarray) else _regular(cells)
+    if array is not None:
+        try:
+            rows, lost = _fitted(spec, array)
+        except Unfit:
+            pass  # Some row may fit all the same, and each says for itself what is wrong.
+        else:
+            return Fitted(spec, rows, {int(row): _lost(spec, cells[row]) for row in np.flatnonzero(lost)})
+    found: list[Array | None] = []
+    errors: dict[int, str] = {}
+    for row, cell in enumerate(cells):
+        try:
+            found.append(_one(spec, cell))
+        except Unfit as err:
+            errors[row] = str(err)
+            found.append(None)
+    return Fitted(spec, found, errors)
+
+
+def check_array(spec: Spec, column: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Whether rows of `shape` may fit at all.
+
+    Raises:
+        InvalidArgument: says which column, what was expected and what came.
+    """
+    is_text = dtype.kind in "OSU"
+    if is_text is not (spec.datatype == "BYTES") or dtype.kind not in "biufOSU":
+        raise InvalidArgument(f"column {column!r} holds {dtype}, and the model takes {spec}")
+    try:
+        _shaped(spec, np.empty((0, *shape)))
+    except Unfit as err:
+        raise InvalidArgument(f"column {column!r}: {err}") from None
+
+
+def _one(spec: Spec, cell: Any) -> Array:
+    if cell is None:
+        raise Unfit(f"input {spec.name!r}: no value")
+    array = cell[np.newaxis] if isinstance(cell, np.ndarray) else _regular([cell])
+    if array is None:
+        raise Unfit(f"input {spec.name!r}: expected {spec.datatype} {list(spec.shape)}, got {_short(cell)}")
+    rows, lost = _fitted(spec, array)
+    if lost.any():
+        raise Unfit(_lost(spec, cell))
+    return rows.reshape(rows.shape[1:])  # Not rows[0]: of one element, that is no array any more.
+
+
+def _regular(cells: Sequence[Any]) -> Array | None:
+    """The cells as one array of numbers, or of objects that are texts or bytes; None when they are not alike."""
+    if not cells:
+        return None
+    first: Any = cells[0]
+    while isinstance(first, list | tuple) and first:
+        first = first[0]
+    try:
+        array = np.array(cells, dtype=object) if isinstance(first, str | bytes) else np.asarray(cells)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    if array.dtype != object:
+        return array if array.dtype.kind in "biuf" else None
+    return array if all(isinstance(element, str | bytes) for element in array.reshape(-1)) else None
+
+
+def _fitted(spec: Spec, array: Array) -> tuple[Array, NDArray[np.bool_]]:
+    """`array` as the model takes it, and which rows lost their meaning by that."""
+    if (array.dtype.kind in "OSU") is not (spec.datatype == "BYTES"):
+        what = f"{spec.datatype} {list(spec.shape)}"
+        raise Unfit(f"input {spec.name!r}: expected {what}, got {_short(array.reshape(-1)[:1].tolist())}")
+    shaped = _shaped(spec, array)
+    if spec.datatype == "BYTES":
+        return _as_bytes(spec, shaped), np.zeros(len(shaped), np.bool_)
+    converted, kept = _converted(shaped, spec.datatype)
+    lost = ~kept.reshape(len(shaped), -1).all(axis=1) if kept.size else np.zeros(len(shaped), np.bool_)
+    return converted, np.asarray(lost)
+
+
+def _shaped(spec: Spec, array: Array) -> Array:
+    rows, got, want = len(array), array.shape[1:], spec.shape
+    if len(got) == len(want) and all(need in (-1, size) for need, size in zip(want, got, strict=True)):
+        return array
+    is_fixed = -1 not in want
+    if is_fixed and len(got) <= 1 and math.prod(got) == math.prod(want):
+        return array.reshape(rows, *want)
+    raise Unfit(f"input {spec.name!r}: expected the shape {list(want)}, got {list(got)}")
+
+
+def _as_bytes(spec: Spec, array: Array) -> Array:
+    found = np.empty(array.size, object)
+    try:
+        found[:] = [item.encode() if isinstance(item, str) else item for item in array.reshape(-1).tolist()]
+    except UnicodeEncodeError as err:
+        raise Unfit(f"input {spec.name!r}: not text: {err}") from None
+    return found.reshape(array.shape)
+
+
+def _converted(array: Array, datatype: str) -> tuple[Array, NDArray[np.bool_]]:
+    """`array` in the type of `datatype`, and where that kept the meaning. Rounding of fractions is no loss."""
+    if datatype == "BF16":
+        wide, kept = _converted(array, "FP32")
+        return _bfloat16(wide), kept
+    target = DTYPES[datatype]
+    if array.dtype == target:
+        return array, np.ones((0,), np.bool_)
+    with np.errstate(all="ignore"):
+        converted = array.astype(target)
+        if target.kind == "f":
+            finite = np.isfinite(array) if array.dtype.kind == "f" else np.ones(array.shape, np.bool_)
+            return converted, np.asarray(~finite | np.isfinite(converted))
+        same = np.asarray(converted.astype(array.dtype) == array)
+    if target.kind in "iu" and array.dtype.kind in "iu":
+        same &= np.asarray((converted < 0) == (array < 0))  # A sign that wraps around comes back equal.
+    if target.kind in "iu" and array.dtype.kind == "f":
+        limits = np.iinfo(target)
+        wide = array.astype(np.float64)
+        # float(max) rounds up to a power of two that no integer type holds, hence `<`.
+        same &= np.asarray((wide >= float(limits.min)) & (wide < float(limits.max) + 1))
+    return converted, same
+
+
+def _bfloat16(array: Array) -> Array:
+    """The bits of the nearest bfloat16, ties to even; NaN stays NaN."""
+    wide = np.ascontiguousarray(array, dtype="<f4")
+    raw = wide.view("<u4").astype(np.uint64)
+    rounded = ((raw + 0x7FFF + ((raw >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype("<u2")
+    quiet = ((raw >> np.uint64(16)) | np.uint64(0x40)).astype("<u2")
+    return np.where(np.isnan(wide), quiet, rounded)
+
+
+def _lost(spec: Spec, cell: Any) -> str:
+    return f"input {spec.name!r}: {_short(cell)} is not {spec.datatype}"
+
+
+def _short(cell: Any) -> str:
+    text = repr(cell.tolist() if isinstance(cell, np.ndarray) else cell)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _dtype(datatype: str) -> np.dtype[Any]:
+    return DTYPES.get(datatype, np.dtype(object))

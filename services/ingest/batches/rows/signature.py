@@ -1,0 +1,87 @@
+"""What a model takes and gives for one row, as a batch remembers it: read once, from the model's own word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shoal.errors import FailedPrecondition, InvalidArgument
+from shoal.inference.v2 import inference_pb2, model_config_pb2
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    "INT8": np.dtype("<i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "UINT8": np.dtype("<u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
+}
+"""The NumPy type that carries each datatype of fixed size; BF16 by its bits. BYTES is carried by objects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One input or output, for one row."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    """Without the batch dimension; -1 where a dimension varies."""
+    is_optional: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.datatype} {list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A model, as it was when the batch was submitted."""
+
+    inputs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+    max_rows: int
+    """Rows that one request may have; 0: a request is a row, and has no batch dimension."""
+
+    @property
+    def takes(self) -> str:
+        """Its inputs, in words."""
+        return "; ".join(map(str, self.inputs)) or "nothing"
+
+
+def signature_of(
+    metadata: inference_pb2.ModelMetadataResponse, config: model_config_pb2.ModelConfig, outputs: Sequence[str]
+) -> Signature:
+    """The signature of a model, of whose outputs some are wanted (none named: all).
+
+    Raises:
+        FailedPrecondition: a batch cannot be run with such a model. InvalidArgument: it has no such output.
+    """
+    if config.model_transaction_policy.decoupled:
+        raise FailedPrecondition(f"model {metadata.name!r} is decoupled: it may give any number of answers to a row")
+    if config.HasField("sequence_batching"):
+        raise FailedPrecondition(f"model {metadata.name!r} is stateful: rows of a batch are not a sequence")
+    skipped = 1 if config.max_batch_size > 0 else 0
+    optional = {tensor.name for tensor in config.input if tensor.optional}
+    known = [tensor.name for tensor in metadata.outputs]
+    for name in outputs:
+        if name not in known:
+            raise InvalidArgument(f"outputs: model {metadata.name!r} has no output {name!r}: it gives {known}")
+    return Signature(
+        tuple(Spec(t.name, t.datatype, tuple(t.shape[skipped:]), t.name in optional) for t in metadata.inputs),
+        tuple(
+            Spec(t.name, t.datatype, tuple(t.shape[skipped:]))
+            for t in metadata.outputs
+            if not outputs or t.name in outputs
+        ),
+        max(config.max_batch_size, 0),
+    )

@@ -1,0 +1,65 @@
+"""Rows become stacks: as many as a model takes in one request, of rows that follow each other and have one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.ingest.batches.rows.fitting import Fitted
+from services.ingest.batches.rows.signature import DTYPES
+
+STACK_BYTES = 8 << 20
+"""Of one request, at most (a row that is larger goes alone): ingest holds several of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Rows of a piece that make one request."""
+
+    rows: tuple[int, ...]
+    """Counted from 0 within the piece."""
+
+    def halves(self) -> tuple[Stack, Stack]:
+        """The first and the second half; of two rows and more."""
+        middle = len(self.rows) // 2
+        return Stack(self.rows[:middle]), Stack(self.rows[middle:])
+
+
+def stacks(inputs: Sequence[Fitted], rows: Sequence[int], max_rows: int) -> Iterator[Stack]:
+    """Stacks of `rows`, none of which failed, in their order."""
+    most = max(1, max_rows)
+    if all(_is_even(fitted) for fitted in inputs):
+        size = sum(_bytes(fitted, 0) for fitted in inputs) if rows else 1
+        most = max(1, min(most, STACK_BYTES // max(size, 1)))
+        yield from (Stack(tuple(rows[first : first + most])) for first in range(0, len(rows), most))
+        return
+    held: list[int] = []
+    held_shapes: list[tuple[int, ...]] = []
+    nbytes = 0
+    for row in rows:
+        shapes = [fitted.shape(row) for fitted in inputs]
+        size = sum(_bytes(fitted, row) for fitted in inputs)
+        if held and (len(held) == most or shapes != held_shapes or nbytes + size > STACK_BYTES):
+            yield Stack(tuple(held))
+            held, nbytes = [], 0
+        held.append(row)
+        held_shapes = shapes
+        nbytes += size
+    if held:
+        yield Stack(tuple(held))
+
+
+def _is_even(fitted: Fitted) -> bool:
+    """All rows have one shape and one size."""
+    return isinstance(fitted.rows, np.ndarray) and fitted.spec.datatype != "BYTES"
+
+
+def _bytes(fitted: Fitted, row: int) -> int:
+    if fitted.spec.datatype == "BYTES":
+        return sum(map(len, fitted.stacked([row]).reshape(-1).tolist()))
+    size = DTYPES[fitted.spec.datatype].itemsize
+    for length in fitted.shape(row):
+        size *= length
+    return size

@@ -1,0 +1,51 @@
+"""The calls about dead letters: translates between messages and what this room thinks in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mesh.interceptors import Context
+from services.ingest.dead_letters.dead_letters import DeadLetters, Done
+from services.ingest.dead_letters.wanted import DeadFilter, Wanted, checked_filter, wanted
+from services.ingest.messages import message_of, moment_of, state_of
+from shoal.ingest.v1 import ingest_pb2 as pb
+
+
+class DeadLettersRpc:
+    """A part of the servicer."""
+
+    def __init__(self, letters: DeadLetters) -> None:
+        self._letters = letters
+
+    async def ListDeadLetters(self, request: pb.ListDeadLettersRequest, context: Context) -> pb.ListDeadLettersResponse:
+        page = await self._letters.page(_filter(request.filter), request.page_size, request.page_token)
+        return pb.ListDeadLettersResponse(jobs=map(message_of, page.jobs), next_page_token=page.next_token)
+
+    async def RequeueDeadLetters(
+        self, request: pb.RequeueDeadLettersRequest, context: Context
+    ) -> pb.RequeueDeadLettersResponse:
+        done = await self._letters.requeue(_wanted(request), request.reason)
+        return pb.RequeueDeadLettersResponse(ids=done.ids, refused=_refused(done), more=done.more)
+
+    async def PurgeDeadLetters(
+        self, request: pb.PurgeDeadLettersRequest, context: Context
+    ) -> pb.PurgeDeadLettersResponse:
+        done = await self._letters.purge(_wanted(request))
+        return pb.PurgeDeadLettersResponse(ids=done.ids, refused=_refused(done), more=done.more)
+
+
+def _filter(message: pb.DeadLetterFilter) -> DeadFilter:
+    before = moment_of("filter.before", message.before) if message.HasField("before") else None
+    return checked_filter(state_of(message.state), message.model_name, message.tenant, message.code, before)
+
+
+def _wanted(request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest) -> Wanted:
+    among = _filter(request.filter) if request.HasField("filter") else None
+    return wanted(request.ids, among, request.limit)
+
+
+def _refused(done: Done) -> Sequence[pb.DeadLetterRefusal]:
+    return [
+        pb.DeadLetterRefusal(id=job_id, code=error.code, message=error.message)
+        for job_id, error in done.refused.items()
+    ]

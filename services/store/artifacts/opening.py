@@ -1,0 +1,30 @@
+"""From a URL to the blob store that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from services.store.artifacts import disk
+from services.store.artifacts.blobs import BlobStore
+from services.store.artifacts.local_blobs import LocalBlobs
+from services.store.artifacts.object_blobs import ObjectBlobs, open_object_store
+from services.store.artifacts.threads import Threads
+
+
+def open_blobs(url: str, staging: Path | None, threads: Threads, *, checksums: bool = True) -> tuple[BlobStore, Path]:
+    """The blob store at `url` and the local folder for its unfinished uploads. Makes the folders.
+
+    `checksums`: S3 is sent checksums that it compares with what it receives.
+
+    Raises:
+        OSError: a folder cannot be made.
+    """
+    if url.startswith("file://"):
+        root = Path(unquote(urlsplit(url).path))
+        staging = root / "staging"
+        disk.make_folder(staging)
+        return LocalBlobs(root, staging, threads), staging
+    assert staging is not None  # StoreConfig sees to it.
+    disk.make_folder(staging)
+    return ObjectBlobs(open_object_store(url, checksums=checksums)), staging
