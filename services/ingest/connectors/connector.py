@@ -67,7 +67,9 @@ class Sink(AbstractAsyncContextManager[Any], Protocol):
 class Submits(Protocol):
     """The intake, as a connector needs it."""
 
-    async def submit(self, submit: pb.SubmitRequest, *, waits: bool = False) -> Accepted: ...
+    async def begin_when_there_is_room(
+        self, submit: pb.SubmitRequest, traceparent: str = ""
+    ) -> asyncio.Future[Accepted]: ...
 
     async def by_key(self, tenant: str, key: str) -> Job | None: ...
 
@@ -199,8 +201,11 @@ class Connector(Background):
             return Failed(err.code, err.message, accepted.job.id)
 
     async def _accepted(self, submit: pb.SubmitRequest) -> Accepted | Failed:
+        async def submitted() -> Accepted:
+            return await (await self._intake.begin_when_there_is_room(submit))
+
         try:
-            return await self._patiently(lambda: self._intake.submit(submit, waits=True))
+            return await self._patiently(submitted)
         except AlreadyExists as err:
             # The same message, submitted when the connector was set up otherwise. Its job stands.
             earlier = await self._patiently(lambda: self._intake.by_key(submit.tenant, submit.idempotency_key))

@@ -22,7 +22,7 @@ from tests.ingest.connectors.conftest import StartConnector
 from tests.ingest.faults import FakeMesh, echo, failing
 
 pytestmark = [pytest.mark.mongo, pytest.mark.timeout(240)]
-PATIENT = {"within_s": 30.0, "every_s": 0.2}
+PATIENT = {"within_s": 90.0, "every_s": 0.2}
 """A broker may take half a session to let a member in, twice."""
 
 
