@@ -40,6 +40,7 @@ from services.ingest.reading.answers import StoredAnswers
 from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
+from services.ingest.reading.watch_many import WatchMany
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.ulid import Ulids
@@ -143,12 +144,17 @@ async def run(config: IngestConfig) -> None:
             dispatcher.wake()
 
         dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=requeued)
+        watching = await stack.enter_async_context(
+            mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
+        )
+        watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
         servicer = IngestRpc(
             intake,
             jobs,
             watch,
             cancelling,
             dead_letters,
+            watch_many,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )

@@ -46,6 +46,8 @@ class IngestConfig(ServiceConfig):
     """Requests in memory that wait to be written, all calls together; beyond it Submit is refused and streams wait."""
     max_watches: Annotated[int, Field(ge=1)] = 10_000
     """WatchJob streams at once."""
+    max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100
+    """WatchJobs streams at once, each of which holds a change stream of its own: MongoDB reads its log for each."""
 
     connectors: Path | None = None
     """A file of connectors (TOML): streams of Kafka and others that this instance takes part in."""
