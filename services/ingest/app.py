@@ -19,6 +19,8 @@ from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
+from services.ingest.connectors import settings
+from services.ingest.connectors.connectors import Connectors
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
@@ -34,6 +36,8 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
+from services.ingest.reading.answers import StoredAnswers
+from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
@@ -79,7 +83,7 @@ async def run(config: IngestConfig) -> None:
             timeout_ms=config.attempt_timeout_ms,
         )
         recorder = Recorder(
-            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: changes.poke(job_id)
+            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: moved(job_id)
         )
         dispatcher = Dispatcher(
             claims,
@@ -96,6 +100,12 @@ async def run(config: IngestConfig) -> None:
         )
         changes = Changes(documents, ready=ready, on_taken=dispatcher.taken, max_watches=config.max_watches)
         watch = Watch(jobs, changes)
+        endings = Endings(documents, StoredAnswers(channel), ready=ready)
+
+        def moved(job_id: str) -> None:
+            changes.poke(job_id)
+            endings.poke(job_id)
+
         keeper = Keeper(
             documents,
             claims,
@@ -123,6 +133,8 @@ async def run(config: IngestConfig) -> None:
             inline_bytes=config.inline_bytes,
             on_accepted=accept,
         )
+        configured = settings.read(config.connectors) if config.connectors is not None else {}
+        connectors = Connectors(configured, intake, endings, clock=utc_now, ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
         def requeued(again: Sequence[Job]) -> None:
@@ -153,6 +165,8 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(intake)
+        await stack.enter_async_context(endings)
+        await stack.enter_async_context(connectors)
         server = await stack.enter_async_context(
             server_of(
                 config.listen,
