@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -38,6 +39,11 @@ from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.short import SUBMIT, ShortSubmit
+from services.ingest.tenants.admission import Admission
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.bucket import Buckets
+from services.ingest.tenants.pending import Pending
+from services.ingest.tenants.reading import Standings
 from services.ingest.ulid import Ulids
 from shoal.errors import ShoalError
 
@@ -60,6 +66,9 @@ async def run(config: IngestConfig) -> None:
         documents, payloads = database[JOBS], Payloads(database)
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
+        book = Book(database)
+        pending = Pending(documents, time.monotonic)
+        buckets = Buckets(database, time.monotonic)
         claims = Claims(
             documents,
             clock=utc_now,
@@ -67,6 +76,7 @@ async def run(config: IngestConfig) -> None:
             owner=name,
             process=ulids.new(),
             lease_ms=config.lease_ms,
+            weight_of=book.weight,
             ageing=timedelta(milliseconds=config.ageing_ms),
         )
         attempts = Attempts(
@@ -115,6 +125,7 @@ async def run(config: IngestConfig) -> None:
             documents,
             payloads,
             backlog=backlog,
+            admission=Admission(book, pending, buckets, gates=[backlog.admit]),
             budget=Budget(config.pending_bytes, "submitted requests"),
             clock=utc_now,
             ulids=ulids,
@@ -137,11 +148,14 @@ async def run(config: IngestConfig) -> None:
             watch,
             cancelling,
             dead_letters,
+            book,
+            Standings(documents, book, pending),
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
         # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
         # dispatcher; both outlive the server, whose last calls may need them.
+        await stack.enter_async_context(book)
         await stack.enter_async_context(recorder)
         await stack.enter_async_context(changes)
         await stack.enter_async_context(keeper)
@@ -159,7 +173,7 @@ async def run(config: IngestConfig) -> None:
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 
         async def start() -> None:
-            await _prepare(database, claims)
+            await _prepare(database, claims, book, buckets)
             intake.open()
             ready.set()
             await server.serve()
@@ -173,12 +187,14 @@ async def run(config: IngestConfig) -> None:
         dispatcher.stop_claiming()
 
 
-async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
+async def _prepare(database: AsyncDatabase[Document], claims: Claims, book: Book, buckets: Buckets) -> None:
     """Makes the collections, and takes up what an earlier process of this name left behind. Tries until it succeeds."""
     while True:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            await book.open()
+            await buckets.open()
             if lined_up := await claims.line_up():
                 log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():

@@ -14,12 +14,15 @@ from services.ingest.intake.stream import Stream
 from services.ingest.messages import message_of, state_of
 from services.ingest.reading.jobs import Filter, Jobs
 from services.ingest.reading.watch import Watch
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.reading import Standings
+from services.ingest.tenants.rpc import TenantsRpc
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 
 
-class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
+class IngestRpc(DeadLettersRpc, TenantsRpc, ingest_pb2_grpc.IngestServiceServicer):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -29,11 +32,14 @@ class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
         watch: Watch,
         cancelling: Cancelling,
         dead_letters: DeadLetters,
+        book: Book,
+        standings: Standings,
         *,
         stream_items: int,
         stream_bytes: int,
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
+        TenantsRpc.__init__(self, book, standings)
         self._intake = intake
         self._jobs = jobs
         self._watch = watch
