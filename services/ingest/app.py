@@ -20,6 +20,8 @@ from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
+from services.ingest.connectors import settings
+from services.ingest.connectors.connectors import Connectors
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
@@ -35,8 +37,11 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
+from services.ingest.reading.answers import StoredAnswers
+from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
+from services.ingest.reading.watch_many import WatchMany
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.tenants.admission import Admission
@@ -88,7 +93,7 @@ async def run(config: IngestConfig) -> None:
             timeout_ms=config.attempt_timeout_ms,
         )
         recorder = Recorder(
-            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: changes.poke(job_id)
+            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: moved(job_id)
         )
         dispatcher = Dispatcher(
             claims,
@@ -105,6 +110,12 @@ async def run(config: IngestConfig) -> None:
         )
         changes = Changes(documents, ready=ready, on_taken=dispatcher.taken, max_watches=config.max_watches)
         watch = Watch(jobs, changes)
+        endings = Endings(documents, StoredAnswers(channel), ready=ready)
+
+        def moved(job_id: str) -> None:
+            changes.poke(job_id)
+            endings.poke(job_id)
+
         keeper = Keeper(
             documents,
             claims,
@@ -133,6 +144,8 @@ async def run(config: IngestConfig) -> None:
             inline_bytes=config.inline_bytes,
             on_accepted=accept,
         )
+        configured = settings.read(config.connectors) if config.connectors is not None else {}
+        connectors = Connectors(configured, intake, endings, clock=utc_now, ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
         def requeued(again: Sequence[Job]) -> None:
@@ -142,12 +155,17 @@ async def run(config: IngestConfig) -> None:
             dispatcher.wake()
 
         dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=requeued)
+        watching = await stack.enter_async_context(
+            mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
+        )
+        watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
         servicer = IngestRpc(
             intake,
             jobs,
             watch,
             cancelling,
             dead_letters,
+            watch_many,
             book,
             Standings(documents, book, pending),
             stream_items=config.stream_items,
@@ -161,6 +179,8 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(intake)
+        await stack.enter_async_context(endings)
+        await stack.enter_async_context(connectors)
         server = await stack.enter_async_context(
             server_of(
                 config.listen,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mesh.config import Address, ServiceConfig
 from mesh.serving import Front
+from services.ingest.connectors import settings
 
 
 class IngestConfig(ServiceConfig):
@@ -44,6 +46,18 @@ class IngestConfig(ServiceConfig):
     """Requests in memory that wait to be written, all calls together; beyond it Submit is refused and streams wait."""
     max_watches: Annotated[int, Field(ge=1)] = 10_000
     """WatchJob streams at once."""
+    max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100
+    """WatchJobs streams at once, each of which holds a change stream of its own: MongoDB reads its log for each."""
+
+    connectors: Path | None = None
+    """A file of connectors (TOML): streams of Kafka and others that this instance takes part in."""
+
+    @field_validator("connectors")
+    @classmethod
+    def _usable(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            settings.read(path)
+        return path
 
     @model_validator(mode="after")
     def _renews_in_time(self) -> IngestConfig:

@@ -9,6 +9,7 @@ from shoal.client.dead_letters import Handled
 from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
+from shoal.client.job_watch import JobChange, JobFilter
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
 from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
@@ -29,6 +30,8 @@ __all__ = [
     "Instance",
     "InstanceState",
     "Job",
+    "JobChange",
+    "JobFilter",
     "JobRequest",
     "JobResult",
     "JobRetry",

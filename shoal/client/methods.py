@@ -66,6 +66,7 @@ GET_JOB = Method(_INGEST + "GetJob", ingest.GetJobRequest, ingest.GetJobResponse
 GET_PAYLOAD = Method(_INGEST + "GetPayload", ingest.GetPayloadRequest, ingest.GetPayloadResponse)
 LIST_JOBS = Method(_INGEST + "ListJobs", ingest.ListJobsRequest, ingest.ListJobsResponse)
 WATCH_JOB = Method(_INGEST + "WatchJob", ingest.WatchJobRequest, ingest.WatchJobResponse)
+WATCH_JOBS = Method(_INGEST + "WatchJobs", ingest.WatchJobsRequest, ingest.WatchJobsResponse)
 CANCEL_JOB = Method(_INGEST + "CancelJob", ingest.CancelJobRequest, ingest.CancelJobResponse)
 LIST_DEAD_LETTERS = Method(_INGEST + "ListDeadLetters", ingest.ListDeadLettersRequest, ingest.ListDeadLettersResponse)
 # Repeated after a lost answer they find nothing left to do, and say less than they did.

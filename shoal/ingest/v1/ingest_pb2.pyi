@@ -323,6 +323,41 @@ class PurgeDeadLettersResponse(_message.Message):
     more: bool
     def __init__(self, ids: _Optional[_Iterable[str]] = ..., refused: _Optional[_Iterable[_Union[DeadLetterRefusal, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
 
+class WatchJobsRequest(_message.Message):
+    __slots__ = ("ids", "states", "model_name", "tenant", "labels", "include_existing", "resume_token")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_EXISTING_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    states: _containers.RepeatedScalarFieldContainer[JobState]
+    model_name: str
+    tenant: str
+    labels: _containers.ScalarMap[str, str]
+    include_existing: bool
+    resume_token: str
+    def __init__(self, ids: _Optional[_Iterable[str]] = ..., states: _Optional[_Iterable[_Union[JobState, str]]] = ..., model_name: _Optional[str] = ..., tenant: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., include_existing: _Optional[bool] = ..., resume_token: _Optional[str] = ...) -> None: ...
+
+class WatchJobsResponse(_message.Message):
+    __slots__ = ("job", "resume_token", "existing")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    EXISTING_FIELD_NUMBER: _ClassVar[int]
+    job: Job
+    resume_token: str
+    existing: bool
+    def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., resume_token: _Optional[str] = ..., existing: _Optional[bool] = ...) -> None: ...
+
 class TenantSettings(_message.Message):
     __slots__ = ("weight", "max_pending", "rate", "burst")
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
