@@ -41,6 +41,7 @@ class FakeInfer(inference_pb2_grpc.GRPCInferenceServiceServicer, bulk_pb2_grpc.B
     def __init__(self) -> None:
         self.has_bulks = True
         self.bulks: list[int] = []
+        self.before_bulk: Callable[[bulk_pb2.InferBulkRequest, Any], Awaitable[None]] | None = None
         self.model: Model = echo
         self.calls: Counter[str] = Counter()
         self.metadata: dict[str, dict[str, str]] = {}
@@ -58,6 +59,8 @@ class FakeInfer(inference_pb2_grpc.GRPCInferenceServiceServicer, bulk_pb2_grpc.B
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         first = await anext(request_iterator)
         self.bulks.append(len(first.entries))
+        if self.before_bulk is not None:
+            await self.before_bulk(first, context)
         calls = {e.number: asyncio.ensure_future(self._entry(e, context)) for e in first.entries}
         reader = asyncio.ensure_future(self._given_up(request_iterator, calls))
         try:
