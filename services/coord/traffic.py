@@ -44,8 +44,9 @@ _STORE_IDEMPOTENT = (
     "QueryResults",
     "WatchResults",
     "StreamResults",
+    "ExportResults",
 )
-_INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters")
+_INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters", "WatchJobs")
 _COORD_IDEMPOTENT = ("ListInstances", "WatchInstances", "GetLeader", "GetMeshStatus")
 
 _MODEL_FIELDS = {

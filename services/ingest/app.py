@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from datetime import timedelta
 
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -18,6 +19,8 @@ from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
+from services.ingest.connectors import settings
+from services.ingest.connectors.connectors import Connectors
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
@@ -33,8 +36,11 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
+from services.ingest.reading.answers import StoredAnswers
+from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
+from services.ingest.reading.watch_many import WatchMany
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.ulid import Ulids
@@ -60,7 +66,13 @@ async def run(config: IngestConfig) -> None:
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         claims = Claims(
-            documents, clock=utc_now, new_id=ulids.new, owner=name, process=ulids.new(), lease_ms=config.lease_ms
+            documents,
+            clock=utc_now,
+            new_id=ulids.new,
+            owner=name,
+            process=ulids.new(),
+            lease_ms=config.lease_ms,
+            ageing=timedelta(milliseconds=config.ageing_ms),
         )
         attempts = Attempts(
             RemoteModel(channel),
@@ -71,7 +83,7 @@ async def run(config: IngestConfig) -> None:
             timeout_ms=config.attempt_timeout_ms,
         )
         recorder = Recorder(
-            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: changes.poke(job_id)
+            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: moved(job_id)
         )
         dispatcher = Dispatcher(
             claims,
@@ -89,6 +101,12 @@ async def run(config: IngestConfig) -> None:
         )
         changes = Changes(documents, ready=ready, on_taken=dispatcher.taken, max_watches=config.max_watches)
         watch = Watch(jobs, changes)
+        endings = Endings(documents, StoredAnswers(channel), ready=ready)
+
+        def moved(job_id: str) -> None:
+            changes.poke(job_id)
+            endings.poke(job_id)
+
         keeper = Keeper(
             documents,
             claims,
@@ -100,6 +118,11 @@ async def run(config: IngestConfig) -> None:
             ready=ready,
             renew_ms=config.renew_ms,
         )
+
+        def accept(accepted: Sequence[Job]) -> None:
+            claims.notice(accepted)
+            dispatcher.accept(accepted)
+
         intake = Intake(
             documents,
             payloads,
@@ -109,8 +132,10 @@ async def run(config: IngestConfig) -> None:
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
-            on_accepted=dispatcher.accept,
+            on_accepted=accept,
         )
+        configured = settings.read(config.connectors) if config.connectors is not None else {}
+        connectors = Connectors(configured, intake, endings, clock=utc_now, ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
         def requeued(again: Sequence[Job]) -> None:
@@ -120,12 +145,17 @@ async def run(config: IngestConfig) -> None:
             dispatcher.wake()
 
         dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=requeued)
+        watching = await stack.enter_async_context(
+            mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
+        )
+        watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
         servicer = IngestRpc(
             intake,
             jobs,
             watch,
             cancelling,
             dead_letters,
+            watch_many,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
@@ -136,6 +166,8 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(intake)
+        await stack.enter_async_context(endings)
+        await stack.enter_async_context(connectors)
         server = await stack.enter_async_context(
             server_of(
                 config.listen,
@@ -168,6 +200,8 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            if lined_up := await claims.line_up():
+                log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():
                 log.warning("an earlier process of this name left %d jobs: they are taken up", left)
             return

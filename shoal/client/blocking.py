@@ -50,7 +50,9 @@ class Jobs(Face[AsyncJobs]):
     get = blocking(AsyncJobs.get)
     inputs = blocking(AsyncJobs.inputs)
     list = blocking(AsyncJobs.list)
+    each = iterating(AsyncJobs.each)
     watch = iterating(AsyncJobs.watch)
+    watch_all = iterating(AsyncJobs.watch_all)
     cancel = blocking(AsyncJobs.cancel)
     result = blocking(AsyncJobs.result)
 
@@ -61,6 +63,7 @@ class Results(Face[AsyncResults]):
     get = blocking(AsyncResults.get)
     list = blocking(AsyncResults.list)
     stream = iterating(AsyncResults.stream)
+    export = iterating(AsyncResults.export)
 
 
 class Client(Face[AsyncClient]):

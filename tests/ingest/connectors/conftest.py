@@ -1,0 +1,54 @@
+"""Brokers for the tests of connectors, and ingest with a connector on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ingest.conftest import IngestProcess, StartIngest
+from tests.ingest.connectors.brokers import Broker, toml
+from tests.ingest.connectors.kafkas import Kafka, Tansu
+
+
+@pytest.fixture(scope="module")
+def tansu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tansu]:
+    with Tansu(tmp_path_factory.mktemp("tansu")) as broker:
+        broker.wait_until_ready()
+        yield broker
+
+
+@pytest.fixture
+async def kafka(tansu: Tansu) -> Kafka:
+    return await Kafka(tansu.address).make()
+
+
+@pytest.fixture(params=["kafka"])
+async def broker(request: pytest.FixtureRequest) -> Broker:
+    """Each broker in turn. Its parts are started only for those who ask for it."""
+    if request.param == "kafka":
+        return await Kafka(request.getfixturevalue("tansu").address).make()
+    raise AssertionError(request.param)
+
+
+StartConnector = Callable[..., IngestProcess]
+
+
+@pytest.fixture
+def start_connector(start_ingest: StartIngest, run_dir: Path) -> Iterator[StartConnector]:
+    """Starts ingest with a connector named `c` on a broker. More settings are the connector's."""
+    logs: set[Path] = set()
+
+    def start(broker: Broker, n: int = 0, *, ingest: dict[str, Any] | None = None, **settings: Any) -> IngestProcess:
+        file = run_dir / "connectors.toml"
+        file.write_text(toml("c", broker.table, **settings))
+        fast = {"lease_ms": 2_000, "renew_ms": 500}
+        process = start_ingest(n, connectors=file, **{**fast, **(ingest or {})})
+        logs.add(process.log)
+        return process
+
+    yield start
+    for log in logs:
+        print(log.read_text()[-8_000:])  # Shown with a test that fails.
