@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
@@ -78,20 +79,16 @@ async def test_what_is_wrong_is_named(client: Client, request_: pb.SetTenantRequ
     assert call.value.code() is S.INVALID_ARGUMENT
 
 
-async def test_a_full_quota_refuses_its_tenant_alone(client: Client, mesh: FakeMesh, tenant: str) -> None:
+async def test_a_full_quota_refuses_its_tenant_alone(client: Client, tenant: str) -> None:
     await set_tenant(client, tenant, max_pending=3)
-    mesh.infer.model = waits = Waits()
-    # Enough to keep every place of the instance busy, so that what the tenant submits stays in the queue.
-    await asyncio.gather(*(client.submit(tenant=tenant + " other") for _ in range(64)))
-    await until(lambda: waits.calls == 64, "all places taken")
-    for _ in range(3):
-        await client.submit(tenant=tenant)
+    hour = Duration(seconds=3_600)
+    waiting = [await client.submit(tenant=tenant, delay=hour) for _ in range(3)]
     message, retry_after_ms = await refusal(client, tenant=tenant)
     assert message.startswith(f"3 jobs of tenant '{tenant}' are queued, which is its quota")
     assert retry_after_ms > 0
     assert (await get_tenant(client, tenant)).pending == 3
-    await client.submit(tenant=tenant + " other")
-    waits.go_on.set()
+    assert (await client.submit(tenant=tenant + " other")).job.id
+    await client.stub.CancelJob(pb.CancelJobRequest(id=waiting[0].job.id), timeout=20)
 
     async def is_taken() -> bool:
         try:
