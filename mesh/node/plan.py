@@ -147,7 +147,13 @@ def _own_settings(service: str, instance: str, options: Options, layout: Layout)
 
 def _own_defaults(service: str, options: Options) -> dict[str, str]:
     if service == "store":
-        return {"DATABASE": "shoal", "BLOBS": (options.data_dir / "blobs").as_uri()}
+        exports = (options.data_dir / "exports").as_uri()
+        return {
+            "DATABASE": "shoal",
+            "BLOBS": (options.data_dir / "blobs").as_uri(),
+            # Buckets are open to whom the user's credentials are; of this machine only the node's own folder.
+            "EXPORTS": f"{exports},s3://,gs://,az://",
+        }
     return {"DATABASE": "shoal"} if service == "ingest" else {}
 
 

@@ -2,7 +2,7 @@
 
 Fields: envoy.config.listener.v3.Listener. Both route alike, over RDS, and find the model that a call names:
 
-    (drop x-shoal-model) ──> grpc_field_extraction ──> Lua: metadata to headers, route again ──> router
+    (gateway: drop x-shoal-model) ──> grpc_field_extraction ──> Lua: metadata to headers, route again ──> router
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def listener(name: str, place: str, table: Table, tracing: Tracing | None) -> Re
 
 
 def _connection_manager(name: str, table: Table, tracing: Tracing | None) -> dict[str, Any]:
+    removed = (SEQUENCE_HEADER,) if name == OUTBOUND else (MODEL_HEADER, SEQUENCE_HEADER)
     document: dict[str, Any] = {
         "stat_prefix": name,
         "codec_type": "AUTO",
@@ -113,13 +114,11 @@ def _connection_manager(name: str, table: Table, tracing: Tracing | None) -> dic
         "use_remote_address": name == GATEWAY,
         # A fresh id in each call's headers is of use to traces only, and makes every call's headers new to read.
         "generate_request_id": tracing is not None,
-        # Nobody but this Envoy says which model a call is for, and of which sequence.
+        # No client says which model a call is for, and of which sequence. Services of the mesh may say the model.
         "early_header_mutation_extensions": [
             {
                 "name": "envoy.http.early_header_mutation.header_mutation",
-                "typed_config": typed(
-                    HeaderMutation, {"mutations": [{"remove": MODEL_HEADER}, {"remove": SEQUENCE_HEADER}]}
-                ),
+                "typed_config": typed(HeaderMutation, {"mutations": [{"remove": header} for header in removed]}),
             }
         ],
         "http_filters": [*_lua(table), _router()],

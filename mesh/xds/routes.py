@@ -58,6 +58,9 @@ class ServiceRoutes:
     streaming: tuple[str, ...] = ()
     """Paths of methods whose requests have no end: they are not held back for a retry."""
     traced: bool = True
+    names_model_itself: bool = False
+    """Its callers say in the header x-shoal-model which model their calls are for. Only services of the mesh can: the
+    gateway takes the header away, and calls without it have no route."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def route_configuration(table: Table, models: tuple[str, ...], sequenced: frozen
             routes += [_compressed(service)]
             routes += [_step(path, model) for model in models if model in sequenced for path in _paths(table.models)]
             routes += [_model(service, model) for model in models]
+        if service.names_model_itself:
+            routes += [_named(service, model) for model in models]
         routes += _service(service, is_searched=names_model and bool(models), has_steps=bool(sequenced))
     host = VirtualHost.from_dict(
         {
@@ -140,6 +145,9 @@ def _service(service: ServiceRoutes, *, is_searched: bool, has_steps: bool = Fal
     # A route for each: Envoy refuses a regular expression as large as a dozen of them.
     routes += [_route({"path": path}, to, _IDEMPOTENT) for path in service.idempotent]
     routes.append(_route({"prefix": service.prefix}, to, _IDEMPOTENT if service.all_idempotent else _ALWAYS))
+    if service.names_model_itself:
+        there = [{"name": MODEL_HEADER, "present_match": True}]
+        routes = [{**route, "match": {**route["match"], "headers": there}} for route in routes]
     if not service.traced:
         never = {"numerator": 0}
         sampling = {"client_sampling": never, "random_sampling": never, "overall_sampling": never}
@@ -162,6 +170,16 @@ def _model(service: ServiceRoutes, model: str) -> bytes:
     match = {"prefix": service.prefix, "headers": [{"name": MODEL_HEADER, "string_match": {"exact": model}}]}
     action = bytes(RouteAction(cluster=model_cluster(model))) + _action(service.all_idempotent)
     return nested(_MATCH, bytes(RouteMatch.from_dict(match))) + nested(_ACTION, action)
+
+
+@lru_cache(8192)
+def _named(service: ServiceRoutes, model: str) -> bytes:
+    """The route of calls whose header says `model`. Serialized."""
+    match = {"prefix": service.prefix, "headers": [{"name": MODEL_HEADER, "string_match": {"exact": model}}]}
+    route = _route(match, model_cluster(model), _ALWAYS)
+    off = _off(EXTRACTION_FILTER, STEP_EXTRACTION_FILTER, LUA_FILTER)
+    small = {"request_body_buffer_limit": _STREAM_BUFFER_BYTES}
+    return bytes(Route.from_dict({**route, **small, "typed_per_filter_config": off}))
 
 
 def _paths(models: ModelRoutes) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from mesh.xds.routes import ModelRoutes, ServiceRoutes, Table
 from shoal.coord.v1 import coord_pb2
-from shoal.inference.v2 import inference_pb2
+from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.ingest.v1 import ingest_pb2
 from shoal.store.v1 import store_pb2
 
@@ -22,6 +22,7 @@ STORE: ServiceDescriptor = store_pb2.DESCRIPTOR.services_by_name["StoreService"]
 INGEST: ServiceDescriptor = ingest_pb2.DESCRIPTOR.services_by_name["IngestService"]
 COORD: ServiceDescriptor = coord_pb2.DESCRIPTOR.services_by_name["CoordService"]
 INFER: ServiceDescriptor = inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+BULK: ServiceDescriptor = bulk_pb2.DESCRIPTOR.services_by_name["BulkInference"]
 HEALTH: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
 PUBLIC: dict[str, str] = {
@@ -43,8 +44,9 @@ _STORE_IDEMPOTENT = (
     "QueryResults",
     "WatchResults",
     "StreamResults",
+    "ExportResults",
 )
-_INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters")
+_INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters", "WatchJobs")
 _COORD_IDEMPOTENT = ("ListInstances", "WatchInstances", "GetLeader", "GetMeshStatus")
 
 _MODEL_FIELDS = {
@@ -75,6 +77,9 @@ def table() -> Table:
     inference = f"/{INFER.full_name}/"
     return Table(
         services=(
+            ServiceRoutes(
+                f"/{BULK.full_name}/", "infer", streaming=paths(BULK, ("InferBulk",)), names_model_itself=True
+            ),
             ServiceRoutes(inference, "infer", all_idempotent=True),
             ServiceRoutes(
                 "/shoal.store.v1.",

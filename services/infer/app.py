@@ -22,7 +22,7 @@ from mesh.channel import connect
 from mesh.flights import Flights
 from mesh.h2.server import H2Server
 from mesh.membership import ReadyModel, Registration, State
-from mesh.server import GrpcServer, until_stopped
+from mesh.server import GrpcServer, Rpc, until_stopped
 from mesh.tasks import end
 from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
@@ -31,7 +31,7 @@ from services.infer.models.control import Control
 from services.infer.models.means import Means, as_it_is
 from services.infer.models.models import Models
 from services.infer.remembered import Memory, remembered
-from services.infer.rpc import inference_rpc, short_methods
+from services.infer.rpc import bulk_rpc, inference_rpc, short_methods
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
@@ -68,8 +68,13 @@ class Front:
     until_stopped: Callable[[], Coroutine[Any, Any, None]]
 
 
+def rpcs_of(config: InferConfig, core: InferenceServer) -> list[Rpc]:
+    """What it serves: the inference protocol, and in a mesh the bulk door for jobs."""
+    return [inference_rpc(core), bulk_rpc(core)] if config.mesh is not None else [inference_rpc(core)]
+
+
 def _grpc_server(config: InferConfig, core: InferenceServer) -> GrpcServer:
-    return GrpcServer(config.listen, [inference_rpc(core)], drain_ms=config.drain_ms, share_port=config.share_port)
+    return GrpcServer(config.listen, rpcs_of(config, core), drain_ms=config.drain_ms, share_port=config.share_port)
 
 
 def short_way(core: InferenceServer) -> Mapping[str, ShortHandler]:
@@ -80,7 +85,7 @@ def short_way(core: InferenceServer) -> Mapping[str, ShortHandler]:
 def _h2_server(config: InferConfig, core: InferenceServer) -> H2Server:
     short = short_way(core)
     return H2Server(
-        config.listen, [inference_rpc(core)], drain_ms=config.drain_ms, short=short, share_port=config.share_port
+        config.listen, rpcs_of(config, core), drain_ms=config.drain_ms, short=short, share_port=config.share_port
     )
 
 

@@ -65,6 +65,11 @@ class InferenceServer:
         self._replica = replica
         self._clock = clock
 
+    @property
+    def replica(self) -> str:
+        """Its name, `<node>/<instance>`."""
+        return self._replica
+
     def live(self) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 

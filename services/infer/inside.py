@@ -6,17 +6,16 @@ from functools import partial
 
 from mesh.embedded.entry import Host
 from mesh.embedded.server import EmbeddedServer
-from services.infer.app import Front, run, short_way
+from services.infer.app import Front, rpcs_of, run, short_way
 from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
-from services.infer.rpc import inference_rpc
 
 
 def _server(host: Host, config: InferConfig, core: InferenceServer) -> EmbeddedServer:
     return EmbeddedServer(
         host.app,
         config.listen,
-        [inference_rpc(core)],
+        rpcs_of(config, core),
         drain_ms=config.drain_ms,
         short=short_way(core),
         admin_path=host.admin_path,

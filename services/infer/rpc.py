@@ -14,10 +14,12 @@ from mesh.asgi.exchange import ShortHandler
 from mesh.interceptors import Context
 from mesh.server import Rpc
 from services.infer import stream
+from services.infer.bulk import Bulk
 from services.infer.core import InferenceServer
 from services.infer.remembered import ATTEMPT
 from services.infer.short import TENANT, ShortInfer
 from shoal.errors import Unimplemented
+from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 
@@ -117,6 +119,30 @@ def inference_rpc(server: InferenceServer) -> Rpc:
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(server), to)
 
     return Rpc(pb.DESCRIPTOR.services_by_name["GRPCInferenceService"], add)
+
+
+class BulkServicer(bulk_pb2_grpc.BulkInferenceServicer):
+    """Serves bulks by the short way of an InferenceServer."""
+
+    def __init__(self, server: InferenceServer) -> None:
+        self._replica = server.replica
+        self._infer = ShortInfer(server, server.models)
+
+    async def InferBulk(
+        self, request_iterator: AsyncIterator[bulk_pb2.InferBulkRequest], context: Context
+    ) -> AsyncIterator[bulk_pb2.InferBulkResponse]:
+        async with aclosing(Bulk(self._infer, self._replica).answers(request_iterator)) as answers:
+            async for answer in answers:
+                yield answer
+
+
+def bulk_rpc(server: InferenceServer) -> Rpc:
+    """The bulk door to `server`, for the services of its mesh."""
+
+    def add(to: grpc.aio.Server) -> None:
+        bulk_pb2_grpc.add_BulkInferenceServicer_to_server(BulkServicer(server), to)
+
+    return Rpc(bulk_pb2.DESCRIPTOR.services_by_name["BulkInference"], add)
 
 
 def _deadline(context: Context) -> float:

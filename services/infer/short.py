@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 from google.protobuf.message import DecodeError
 
-from mesh.asgi.exchange import Exchange
 from mesh.asgi.framing import PREFIX_BYTES
 from mesh.interceptors import malformed
 from services.infer import template
@@ -37,8 +36,30 @@ _MOST_NAMED = 1024
 # Names and versions as clients write them: hostile ones are never learnt, since they name no model.
 
 
+class Caller(Protocol):
+    """Who asked: the exchange of a call, or an entry of a bulk (`bulk.Entry`)."""
+
+    deadline: float
+    """On the clock of the core; infinite when there is none."""
+    on_end: Callable[[], None] | None
+    """Called when nobody waits for the answer any more."""
+    is_over: bool
+
+    @property
+    def headers(self) -> Mapping[bytes, bytes]: ...
+
+    def reply(self, parts: Sequence[Any], size: int) -> None:
+        """Ends it with a message: `parts` are bytes-like, `size` bytes together."""
+
+    def refuse(self, error: BaseException) -> None:
+        """Ends it with an error."""
+
+    def age_ns(self) -> int:
+        """How long ago it came."""
+
+
 class ShortInfer:
-    """A mesh.asgi.exchange.ShortHandler for ModelInfer."""
+    """A mesh.asgi.exchange.ShortHandler for ModelInfer; also what a bulk does with each of its entries."""
 
     def __init__(self, server: InferenceServer, models: Models) -> None:
         self._server = server
@@ -46,7 +67,7 @@ class ShortInfer:
         self._named: dict[bytes, Named] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def __call__(self, body: bytes, exchange: Exchange) -> None:
+    def __call__(self, body: bytes, exchange: Caller) -> None:
         is_retry = exchange.headers.get(_ATTEMPT, b"1") != b"1"
         if is_retry or not self._quick(body, exchange):
             task = asyncio.create_task(self._long(body, exchange, is_retry))
@@ -54,7 +75,7 @@ class ShortInfer:
             task.add_done_callback(self._tasks.discard)
             exchange.on_end = task.cancel  # type: ignore[assignment]
 
-    def _quick(self, body: bytes, exchange: Exchange) -> bool:
+    def _quick(self, body: bytes, exchange: Caller) -> bool:
         """Whether there is a template: then the call is on its way. Raises what the core would."""
         try:
             at = PREFIX_BYTES + 2 + body[PREFIX_BYTES + 1]
@@ -87,7 +108,7 @@ class ShortInfer:
         _Flight(exchange, version, named.prefix, found, id_field).start(call)
         return True
 
-    async def _long(self, body: bytes, exchange: Exchange, is_retry: bool) -> None:
+    async def _long(self, body: bytes, exchange: Caller, is_retry: bool) -> None:
         try:
             asked = _parsed(body)
             tenant = exchange.headers.get(_TENANT, b"").decode("latin-1")
@@ -122,7 +143,7 @@ class _Flight:
 
     __slots__ = ("_exchange", "_id", "_pending", "_prefix", "_template", "_version")
 
-    def __init__(self, exchange: Exchange, version: Version, prefix: bytes, found: Template, id_field: bytes) -> None:
+    def __init__(self, exchange: Caller, version: Version, prefix: bytes, found: Template, id_field: bytes) -> None:
         self._exchange = exchange
         self._version = version
         self._prefix = prefix

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from datetime import timedelta
 
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -35,6 +36,7 @@ from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
+from services.ingest.reading.watch_many import WatchMany
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.ulid import Ulids
@@ -60,7 +62,13 @@ async def run(config: IngestConfig) -> None:
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         claims = Claims(
-            documents, clock=utc_now, new_id=ulids.new, owner=name, process=ulids.new(), lease_ms=config.lease_ms
+            documents,
+            clock=utc_now,
+            new_id=ulids.new,
+            owner=name,
+            process=ulids.new(),
+            lease_ms=config.lease_ms,
+            ageing=timedelta(milliseconds=config.ageing_ms),
         )
         attempts = Attempts(
             RemoteModel(channel),
@@ -99,6 +107,11 @@ async def run(config: IngestConfig) -> None:
             ready=ready,
             renew_ms=config.renew_ms,
         )
+
+        def accept(accepted: Sequence[Job]) -> None:
+            claims.notice(accepted)
+            dispatcher.accept(accepted)
+
         intake = Intake(
             documents,
             payloads,
@@ -108,7 +121,7 @@ async def run(config: IngestConfig) -> None:
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
-            on_accepted=dispatcher.accept,
+            on_accepted=accept,
         )
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
@@ -119,12 +132,17 @@ async def run(config: IngestConfig) -> None:
             dispatcher.wake()
 
         dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=requeued)
+        watching = await stack.enter_async_context(
+            mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
+        )
+        watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
         servicer = IngestRpc(
             intake,
             jobs,
             watch,
             cancelling,
             dead_letters,
+            watch_many,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
@@ -167,6 +185,8 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            if lined_up := await claims.line_up():
+                log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():
                 log.warning("an earlier process of this name left %d jobs: they are taken up", left)
             return

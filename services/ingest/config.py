@@ -30,6 +30,8 @@ class IngestConfig(ServiceConfig):
     """Longest a single attempt may take."""
     poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     """How soon an idle instance notices jobs that others submitted, or left."""
+    ageing_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 60_000
+    """What one level of priority is worth: a job goes before one that waits so much longer at the next lower level."""
     inline_bytes: Annotated[int, Field(ge=0, le=12 << 20)] = 1 << 20
     """Requests above this are kept apart from the job, so that claims and scans stay light."""
     max_backlog: Annotated[int, Field(ge=1)] = 1_000_000
@@ -42,6 +44,8 @@ class IngestConfig(ServiceConfig):
     """Requests in memory that wait to be written, all calls together; beyond it Submit is refused and streams wait."""
     max_watches: Annotated[int, Field(ge=1)] = 10_000
     """WatchJob streams at once."""
+    max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100
+    """WatchJobs streams at once, each of which holds a change stream of its own: MongoDB reads its log for each."""
 
     @model_validator(mode="after")
     def _renews_in_time(self) -> IngestConfig:

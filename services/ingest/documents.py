@@ -3,7 +3,7 @@
 Collection `jobs`: one document a job. Three optional fields say who cares for it, and each has a sparse index, so that
 the millions that have ended weigh nothing:
 
-    due_at    it waits: whoever claims it first after then has it
+    due_at    it waits in its lane (`lane.py`): whoever claims it first after then has it
     lease     somebody works on it, until lease.expires_at
     neither   it has ended
 
@@ -30,17 +30,20 @@ PAYLOADS = "payloads"
 EVER = datetime(1970, 1, 1, tzinfo=UTC)
 """Before everything: `{"$gt": EVER}` asks that a time is set, in a way that an index can answer."""
 
+WAITING: Mapping[str, Any] = {"lane": {"$gt": ""}, "due_at": {"$gt": EVER}}
+"""The jobs that wait, as the index `lanes` has them: with both, it answers alone."""
+
 LIGHT: Mapping[str, int] = {"request": 0}
 """Projection for everything but running a job."""
 
 _IS_DEAD_LETTER = {"state": {"$in": sorted(map(str, DEAD_LETTERS))}}
 
 # The planner uses a partial index only for a query that surely stays within it: `$exists: True` follows from any
-# comparison with a time. The claim index holds the model, so that excluding one reads no documents.
+# comparison with a time. The claim index holds the id, so that looking for jobs reads no documents.
 INDEXES = (
     IndexModel(
-        [("due_at", ASCENDING), ("model_name", ASCENDING)],
-        name="waiting",
+        [("lane", ASCENDING), ("due_at", ASCENDING), ("_id", ASCENDING)],
+        name="lanes",
         partialFilterExpression={"due_at": {"$exists": True}},
     ),
     IndexModel(
@@ -88,6 +91,7 @@ VALIDATOR: Mapping[str, Any] = {
             "generation": {"bsonType": ["int", "long"], "minimum": 1},
             "steps": {"bsonType": ["int", "long"], "minimum": 1},
             "submitted_at": {"bsonType": "date"},
+            "lane": {"bsonType": "string"},
             "due_at": {"bsonType": "date"},
             "deadline": {"bsonType": "date"},
             "lease": {"bsonType": "object", "required": ["id", "owner", "expires_at"]},
@@ -119,6 +123,7 @@ def document_of(job: Job) -> Document:
         "refusals": job.refusals,
         "submitted_at": job.submitted_at,
         "updated_at": job.updated_at,
+        "lane": job.lane.text,
         # Pairs, because a key may be any text, and MongoDB's field names may not.
         "labels": [list(pair) for pair in job.labels],
         "transitions": [_step(step) for step in job.transitions],
@@ -133,6 +138,8 @@ def document_of(job: Job) -> Document:
         document["due_at"] = job.due_at
     if job.deadline is not None:
         document["deadline"] = job.deadline
+    if job.priority:
+        document["priority"] = job.priority
     if job.explains:
         document["explains"] = True
     if job.is_kept:
@@ -158,6 +165,7 @@ def job_of(document: Mapping[str, Any]) -> Job:
         tenant=document["tenant"],
         key=document.get("key", ""),
         digest=document.get("digest", b""),
+        priority=document.get("priority", 0),
         policy=Policy(**{**document["policy"], "codes": tuple(document["policy"].get("codes", ()))}),
         due_at=document.get("due_at"),
         deadline=document.get("deadline"),

@@ -35,6 +35,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
 
+from services.ingest.lane import Lane
 from shoal.errors import Code
 
 
@@ -149,6 +150,8 @@ class Job:
     key: str = ""
     digest: bytes = b""
     """Of the submit request, when it has a key."""
+    priority: int = 0
+    """Higher goes first, among the tenant's own jobs (`lane.py`)."""
     policy: Policy = DEFAULT_POLICY
     due_at: datetime | None = None
     """Set while the job waits to be claimed: not before then."""
@@ -178,6 +181,11 @@ class Job:
     """The client asked that its request stay when it is done with."""
     request: bytes | None = None
     """The serialised ModelInferRequest; None where it was not loaded or is kept apart."""
+
+    @property
+    def lane(self) -> Lane:
+        """Where it waits."""
+        return Lane(self.tenant, self.model_name, self.priority)
 
     @property
     def is_final(self) -> bool:

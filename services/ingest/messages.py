@@ -30,6 +30,7 @@ def message_of(job: Job) -> pb.Job:
         updated_at=timestamp_of(job.updated_at),
         labels=dict(job.labels),
         keeps_request=job.is_kept,
+        priority=job.priority,
         generation=job.generation,
         transitions=[
             pb.Transition(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from mesh.interceptors import Context
 from mesh.server import Rpc
@@ -13,7 +14,9 @@ from services.ingest.intake.intake import Intake
 from services.ingest.intake.stream import Stream
 from services.ingest.messages import message_of, state_of
 from services.ingest.reading.jobs import Filter, Jobs
+from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
+from services.ingest.reading.watch_many import WatchMany
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
@@ -29,6 +32,7 @@ class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
         watch: Watch,
         cancelling: Cancelling,
         dead_letters: DeadLetters,
+        watch_many: WatchMany,
         *,
         stream_items: int,
         stream_bytes: int,
@@ -38,6 +42,7 @@ class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
         self._jobs = jobs
         self._watch = watch
         self._cancelling = cancelling
+        self._watch_many = watch_many
         self._stream_items = stream_items
         self._stream_bytes = stream_bytes
 
@@ -67,6 +72,15 @@ class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
         async for job in self._watch.follow(request.id):
             yield pb.WatchJobResponse(job=message_of(job))
+
+    async def WatchJobs(self, request: pb.WatchJobsRequest, context: Context) -> AsyncIterator[pb.WatchJobsResponse]:
+        states = frozenset(state for number in request.states if (state := state_of(number)) is not None)
+        wanted = checked(tuple(request.ids), states, request.model_name, request.tenant, request.labels)
+        watch = self._watch_many.follow(wanted, existing=request.include_existing, token=request.resume_token)
+        async with aclosing(watch) as told:
+            async for one in told:
+                job = None if one.job is None else message_of(one.job)
+                yield pb.WatchJobsResponse(job=job, resume_token=one.token, existing=one.is_existing)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
         return pb.CancelJobResponse(job=message_of(await self._cancelling.cancel(request.id, request.reason)))

@@ -18,6 +18,8 @@ from services.store.artifacts.staging import Staging
 from services.store.artifacts.threads import Threads
 from services.store.config import StoreConfig
 from services.store.documents import Collections
+from services.store.exports.exports import Exports
+from services.store.exports.places import Places
 from services.store.registry.registry import Registry
 from services.store.registry.registry_watch import RegistryWatch
 from services.store.responses import Responses
@@ -57,6 +59,13 @@ async def run(config: StoreConfig) -> None:
             results,
             result_watch,
             result_stream,
+            Exports(
+                results,
+                result_stream,
+                Places(config.exports, threads, checksums=config.s3_checksums),
+                threads,
+                config.max_exports,
+            ),
             upload_idle_s=config.upload_idle_ms / 1000,
         )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))

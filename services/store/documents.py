@@ -1,6 +1,8 @@
 """The store's collections: their schemas, their indexes, and the door to them that opens once both are made.
 
-artifacts  {_id: digest, size, created_at, damaged?}
+artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, damaged?, condemned_at?, referred_at?}
+references {_id: name of who refers, digest, made_at}: others than models
+graves     {_id: key of a blob that is to go, buried_at}
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
 aliases    {_id: "name/alias", name, alias, version}
 results    {_id: job id, outcome, ..., recorded_at, labels?, response: bytes | blob: {key, size, sha256}}
@@ -45,7 +47,21 @@ _LABEL = _schema({"key": _NAME, "value": _TEXT})
 _RESULT_LABEL = _schema({"key": _TEXT, "value": _TEXT})
 _BLOB = _schema({"key": _NAME, "size": _SIZE, "sha256": _DIGEST})
 
-ARTIFACTS = _schema({"_id": _DIGEST, "size": _SIZE, "created_at": _DATE}, {"damaged": {"bsonType": "bool"}})
+ARTIFACTS = _schema(
+    {"_id": _DIGEST, "size": _SIZE, "created_at": _DATE},
+    {
+        "key": _NAME,
+        "block_bytes": _SIZE,
+        "blocks": {"bsonType": "binData"},
+        "damaged": {"bsonType": "bool"},
+        "keep_until": _DATE,
+        "condemned_at": _DATE,
+        # Written only so that referring to an artifact and collecting it cannot both succeed.
+        "referred_at": _DATE,
+    },
+)
+REFERENCES = _schema({"_id": _NAME, "digest": _DIGEST, "made_at": _DATE})
+GRAVES = _schema({"_id": _NAME, "buried_at": _DATE})
 MODELS = _schema(
     {
         "_id": _NAME,
@@ -113,6 +129,10 @@ RESULT_INDEXES = [
     _newest("by_batch", "batch_id", among={"batch_id": {"$exists": True}}),
 ]
 _RETIRED_RESULT_INDEXES = ("newest", "model_newest", "tenant_newest", "failed_newest")
+ARTIFACT_INDEXES = [
+    IndexModel("keep_until", name="by_keeping"),
+    IndexModel("condemned_at", name="condemned", partialFilterExpression={"condemned_at": {"$exists": True}}),
+]
 _BY_VERSION = [("name", ASCENDING), ("version", ASCENDING)]
 
 
@@ -132,12 +152,23 @@ class Collections:
         """
         db = self.db
         made = {
-            "artifacts": await ensure_collection(db, "artifacts", validator=_validator(ARTIFACTS), indexes=[]),
+            "artifacts": await ensure_collection(
+                db, "artifacts", validator=_validator(ARTIFACTS), indexes=ARTIFACT_INDEXES
+            ),
+            "references": await ensure_collection(
+                db, "references", validator=_validator(REFERENCES), indexes=[IndexModel("digest", name="by_digest")]
+            ),
+            "graves": await ensure_collection(
+                db, "graves", validator=_validator(GRAVES), indexes=[IndexModel("buried_at", name="oldest")]
+            ),
             "models": await ensure_collection(
                 db,
                 "models",
                 validator=_validator(MODELS),
-                indexes=[IndexModel(_BY_VERSION, name="versions", unique=True)],
+                indexes=[
+                    IndexModel(_BY_VERSION, name="versions", unique=True),
+                    IndexModel("files.sha256", name="by_file"),
+                ],
             ),
             "aliases": await ensure_collection(
                 db, "aliases", validator=_validator(ALIASES), indexes=[IndexModel(_BY_VERSION, name="versions")]
@@ -155,6 +186,14 @@ class Collections:
     @property
     def artifacts(self) -> Collection:
         return self._get("artifacts")
+
+    @property
+    def references(self) -> Collection:
+        return self._get("references")
+
+    @property
+    def graves(self) -> Collection:
+        return self._get("graves")
 
     @property
     def models(self) -> Collection:

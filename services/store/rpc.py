@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import grpc
 
 from services.store.artifacts import digest
-from services.store.artifacts.artifacts import Artifact, Artifacts
+from services.store.artifacts.artifacts import Artifacts
+from services.store.artifacts.stored import Stored
 from services.store.artifacts.uploads import Upload
+from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
 from services.store.registry.registry import Registry, Version
 from services.store.registry.registry_watch import RegistryWatch
@@ -35,6 +38,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         results: Results,
         result_watch: ResultWatch,
         result_stream: ResultStream,
+        exports: Exports,
         *,
         upload_idle_s: float,
     ) -> None:
@@ -44,6 +48,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         self._results = results
         self._result_watch = result_watch
         self._result_stream = result_stream
+        self._exports = exports
         self._upload_idle_s = upload_idle_s
 
     async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
@@ -56,7 +61,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         return pb.StatArtifactResponse(artifact=_artifact(artifact) if artifact else None, received_bytes=received)
 
     async def GetArtifact(self, request: pb.GetArtifactRequest, ctx: Context) -> AsyncIterator[pb.GetArtifactResponse]:
-        artifact, chunks = await self._artifacts.read(digest.checked(request.sha256, "sha256"), request.offset)
+        artifact, chunks = await self._artifacts.reader.read(digest.checked(request.sha256, "sha256"), request.offset)
         yield pb.GetArtifactResponse(size_bytes=artifact.size)
         async for chunk in chunks:
             yield pb.GetArtifactResponse(chunk=chunk)
@@ -111,8 +116,16 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
             async for piece in pieces:
                 yield pb.StreamResultsResponse(**vars(piece))
 
+    async def ExportResults(
+        self, request: pb.ExportResultsRequest, ctx: Context
+    ) -> AsyncIterator[pb.ExportResultsResponse]:
+        async with aclosing(self._exports.run(request)) as running:
+            async for progress in running:
+                told = asdict(progress)
+                yield pb.ExportResultsResponse(bytes=told.pop("size"), **told)
 
-def _artifact(artifact: Artifact) -> pb.Artifact:
+
+def _artifact(artifact: Stored) -> pb.Artifact:
     return pb.Artifact(sha256=artifact.digest, size_bytes=artifact.size, created_at=timestamp(artifact.created_at))
 
 

@@ -18,6 +18,7 @@ def show_job(job: Job) -> None:
         ("model", f"{job.model_name} version {job.model_version}" if job.model_version else job.model_name),
         ("tenant", job.tenant),
         ("generation", job.generation if job.generation > 1 else None),
+        ("priority", job.priority or None),
         ("attempts", job.attempts),
         ("submitted", job.submitted_at),
         ("not before", job.not_before),

@@ -6,8 +6,10 @@ from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
 from shoal.client.blocking import Client
 from shoal.client.dead_letters import Handled
+from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
+from shoal.client.job_watch import JobChange, JobFilter
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
 from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
@@ -19,6 +21,7 @@ __all__ = [
     "BFloat16",
     "Client",
     "EnvoyStatus",
+    "Exported",
     "Handled",
     "IndexEntry",
     "InferRequest",
@@ -26,6 +29,8 @@ __all__ = [
     "Instance",
     "InstanceState",
     "Job",
+    "JobChange",
+    "JobFilter",
     "JobRequest",
     "JobResult",
     "JobRetry",

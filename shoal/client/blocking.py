@@ -51,6 +51,7 @@ class Jobs(Face[AsyncJobs]):
     inputs = blocking(AsyncJobs.inputs)
     list = blocking(AsyncJobs.list)
     watch = iterating(AsyncJobs.watch)
+    watch_all = iterating(AsyncJobs.watch_all)
     cancel = blocking(AsyncJobs.cancel)
     result = blocking(AsyncJobs.result)
 
@@ -61,6 +62,7 @@ class Results(Face[AsyncResults]):
     get = blocking(AsyncResults.get)
     list = blocking(AsyncResults.list)
     stream = iterating(AsyncResults.stream)
+    export = iterating(AsyncResults.export)
 
 
 class Client(Face[AsyncClient]):

@@ -14,6 +14,7 @@ from shoal.client.calls import Caller
 from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.inference import InferResult, Parameter, of_inputs
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, of_job, to_state, to_submit
+from shoal.client.job_watch import JobChange, JobFilter, to_watch
 from shoal.client.outcome import of_result, without_result
 from shoal.client.submission import WINDOW, Submission
 from shoal.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, ShoalError
@@ -28,6 +29,9 @@ READ_S = 10.0
 
 WATCH_S = 3_600.0
 """Jobs may wait long for their turn; an hour ends a watch that was forgotten."""
+
+WATCH_ALL_S = 30 * 86_400.0
+"""A watch of many is a service of somebody's own: a month, then it wants to be seen again."""
 
 RESULT_S = 300.0
 """Waiting for a result is waiting for a queue: five minutes, then say how it stands."""
@@ -55,6 +59,7 @@ class AsyncJobs:
         deadline: float | timedelta | None = None,
         retry: JobRetry | None = None,
         labels: Mapping[str, str] | None = None,
+        priority: int = 0,
         keep_request: bool = False,
         not_before: datetime | None = None,
         delay: float | timedelta | None = None,
@@ -63,14 +68,14 @@ class AsyncJobs:
         """Hands in one job. When this returns it is durable: it will run, whatever is killed when.
 
         With an `idempotency_key` a second submit returns the first job; without, the client makes one, so that its own
-        retries make no second job. The job expires after `deadline` seconds without an answer. With `keep_request` its
-        inputs stay in the node when it is done. It is not run before `not_before`, nor
-        before `delay` seconds have passed.
+        retries make no second job. The job expires after `deadline` seconds without an answer. `priority` (-9 to 9)
+        orders the tenant's own jobs. With `keep_request` its inputs stay in the node when it is done. It is not run
+        before `not_before`, nor before `delay` seconds have passed.
 
         Raises:
             InvalidArgument: names what is wrong.
             AlreadyExists: the key was used with another request.
-            ResourceExhausted: the backlog is full.
+            ResourceExhausted: the backlog is full, or the tenant's quota is; `retry_after_ms` says when to come back.
         """
         request = JobRequest(
             model,
@@ -84,6 +89,7 @@ class AsyncJobs:
             deadline=deadline,
             retry=retry,
             labels=labels or {},
+            priority=priority,
             keep_request=keep_request,
             not_before=not_before,
             delay=delay,
@@ -193,6 +199,38 @@ class AsyncJobs:
             if job != last:  # A stream that was opened again begins with what is known.
                 last = job
                 yield job
+
+    async def watch_all(
+        self,
+        wanted: JobFilter | None = None,
+        *,
+        include_existing: bool = False,
+        resume_token: str = "",
+        timeout: float = WATCH_ALL_S,
+    ) -> AsyncGenerator[JobChange, None]:
+        """Every transition of every job that matches, once, from now on, for `timeout` seconds at most.
+
+        Goes on where a stream breaks. With `include_existing` the jobs that are there are told first. To go on after
+        the watcher itself was stopped, keep the `resume_token` of what was dealt with last.
+
+        Raises:
+            InvalidArgument: a filter that makes no sense, or a token of another one.
+            OutOfRange: the token is older than the database's log: list the jobs, and watch anew.
+            DeadlineExceeded: `timeout` has passed.
+        """
+        wanted = wanted or JobFilter()
+        last = resume_token
+
+        def request() -> ingest.WatchJobsRequest:
+            return to_watch(wanted, tenant=self._tenant, include_existing=include_existing, resume_token=last)
+
+        answers = self._caller.follow(
+            methods.WATCH_JOBS, request, timeout_s=timeout, ended=lambda _: False, doing="watch jobs"
+        )
+        async for answer in answers:
+            if answer.HasField("job"):
+                yield JobChange(of_job(answer.job), answer.resume_token, answer.existing)
+            last = answer.resume_token
 
     async def cancel(self, job_id: str, reason: str = "", *, timeout: float = READ_S) -> Job:
         """Asks that a job not run, or that its answer not be recorded. Returns how it stands: it may have ended before.

@@ -202,6 +202,7 @@ def test_what_the_node_says_is_one_clear_line(shoal: Shoal, model: Served) -> No
         ("results",),
         ("results", "list"),
         ("results", "show"),
+        ("results", "export"),
         ("status",),
     ],
 )

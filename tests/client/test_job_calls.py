@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import shoal
-from shoal.client import AsyncClient, JobRequest, JobRetry, JobState, methods
+from shoal.client import AsyncClient, JobFilter, JobRequest, JobRetry, JobState, methods
 from shoal.client.retry import RetryPolicy
 from shoal.errors import (
     Cancelled,
@@ -489,3 +489,37 @@ async def test_the_result_of_a_requeued_job_is_waited_for(served: Served) -> Non
         with pytest.raises(FailedPrecondition, match="job a is queued: it has no result yet"):
             await client.jobs.result("a", wait=False)
         assert (await client.jobs.result("a"))["y"].tolist() == [7]
+
+
+async def test_watching_many_goes_on_after_the_last_token(served: Served) -> None:
+    asked: list[Any] = []
+
+    async def watch(request: Any, context: Any) -> Any:
+        asked.append(request)
+        yield ingest.WatchJobsResponse(resume_token=request.resume_token or "0")
+        for n in range(2):
+            token = str(int(request.resume_token or 0) + n + 1)
+            yield ingest.WatchJobsResponse(job=ingest.Job(id=token, state=1), resume_token=token, existing=token == "1")
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+
+    served.on(methods.WATCH_JOBS, watch, "unary_stream")
+    async with client_of(served, tenant="blue") as client:
+        wanted = JobFilter(states=["dead", JobState.FAILED], model="m", labels={"a": "b"}, ids=["x"])
+        told = []
+        async for change in client.jobs.watch_all(wanted, include_existing=True):
+            told.append((change.job.id, change.resume_token, change.existing))
+            if len(told) == 5:
+                break
+        assert [change.job.id async for change in aslice(client.jobs.watch_all(resume_token="7"), 2)] == ["8", "9"]
+        with pytest.raises(InvalidArgument, match=r"states: .* use some of queued, running"):
+            await anext(client.jobs.watch_all(JobFilter(states=["lost"])))
+    assert told == [("1", "1", True), *((str(n), str(n), False) for n in range(2, 6))]
+    first = asked[0]
+    assert (list(first.states), first.tenant, first.model_name, dict(first.labels)) == ([5, 4], "blue", "m", {"a": "b"})
+    assert (first.include_existing, list(first.ids)) == (True, ["x"])
+    assert [request.resume_token for request in asked] == ["", "2", "4", "7"]
+
+
+async def aslice(items: AsyncIterator[Any], many: int) -> AsyncIterator[Any]:
+    for _ in range(many):
+        yield await anext(items)

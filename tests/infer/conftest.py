@@ -19,7 +19,7 @@ from services.infer.core import InferenceServer
 from services.infer.models.control import Control
 from services.infer.models.means import Means
 from services.infer.models.models import Models
-from services.infer.rpc import inference_rpc
+from services.infer.rpc import bulk_rpc, inference_rpc
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
@@ -84,7 +84,7 @@ async def serving(
     means = Means.of(runtime or Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
     async with Models(means) as models, Control(models, partial(look, root)) as control:
         core = InferenceServer(models, "test/infer-0", control=control)
-        async with GrpcServer(f"unix:{socket}", [inference_rpc(core)], drain_ms=2000):
+        async with GrpcServer(f"unix:{socket}", [inference_rpc(core), bulk_rpc(core)], drain_ms=2000):
             control.offer(scan(root))
             await models.settled()
             async with connect(f"unix:{socket}") as channel:

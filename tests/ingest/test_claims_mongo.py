@@ -33,6 +33,7 @@ from services.ingest.job import (
     take_over,
     try_again,
 )
+from services.ingest.lane import range_of
 from services.ingest.reading.jobs import Filter
 from services.ingest.ulid import Ulids
 from shoal.errors import Code
@@ -74,6 +75,7 @@ FULL = {
     "deadline": START,
     "labels": (("a.$b", "\x00"), ("", "ü")),
     "tenant": "t",
+    "priority": -3,
     "traceparent": "00-1-2-01",
     "explains": True,
 }
@@ -242,8 +244,9 @@ NOW = {"$lte": START, "$gt": EVER}
 @pytest.mark.parametrize(
     ("query", "sort", "index"),
     [
-        ({"due_at": NOW}, "due_at", "waiting"),
-        ({"due_at": NOW, "model_name": {"$nin": ["a"]}}, "due_at", "waiting"),
+        ({"lane": job().lane.text, "due_at": NOW}, "due_at", "lanes"),
+        ({"lane": range_of("t"), "due_at": {"$gt": EVER}}, None, "lanes"),
+        ({"lane": None, "due_at": {"$gt": EVER}}, None, "lanes"),
         ({"lease.expires_at": {"$lte": START}}, "lease.expires_at", "leased"),
         ({"deadline": NOW, "due_at": {"$gt": EVER}}, None, "waiting_deadline"),
         ({"lease.expires_at": {"$gt": EVER}, "lease.owner": "o", "lease.process": {"$ne": "p"}}, None, "leased"),

@@ -40,11 +40,13 @@ def test_all_that_may_be_asked_for() -> None:
                 max_attempts=100, initial_backoff=Duration(nanos=5_000_000), max_backoff=Duration(seconds=1)
             ),
             deadline=Duration(seconds=90, nanos=1_000_000),
+            priority=-9,
             labels={"ü" * 256: "v" * 256, **{str(n): "" for n in range(63)}},
         )
     )
     assert job.policy == Policy(100, 5, 1_000)
     assert job.deadline == START + timedelta(seconds=90, milliseconds=1)
+    assert job.lane == ("t" * 64, "echo", -9)
     assert len(job.labels) == 64
     assert len(job.digest) == 32
 
@@ -87,6 +89,8 @@ def test_backoffs_that_are_half_given_fit_together() -> None:
             submit(retry=pb.RetryPolicy(initial_backoff=Duration(seconds=2), max_backoff=Duration(seconds=1))),
             "retry.max_backoff: at least initial_backoff",
         ),
+        (submit(priority=10), r"priority: -9 to 9 \(0 is the default\), got 10"),
+        (submit(priority=-(2**31)), "priority: -9 to 9 .*, got -2147483648"),
         (submit(deadline=Duration()), "deadline: at least 1 ms"),
         (submit(deadline=Duration(seconds=-5)), "deadline: must not be negative"),
         (submit(deadline=Duration(seconds=2**62)), "deadline: at most 316224000 s"),

@@ -24,6 +24,7 @@ from mesh.xds.routes import ServiceRoutes
 from mesh.xds.snapshot import EnvoyNode, Snapshot, checked, snapshot
 from mesh.xds.tracing import Tracing
 from services.coord.traffic import table
+from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 from tests.breakable import EnvoyProcess, Process, until
@@ -204,6 +205,29 @@ async def test_a_client_cannot_choose_the_model_route_itself(mesh: Mesh):
     assert (told(response, "replica"), told(response, "header")) == ("infer-0", "a")
     response = await mesh.infer("", metadata=(("x-shoal-model", "b"),))
     assert told(response, "header") == ""
+
+
+async def test_bulks_of_services_go_to_the_model_that_their_header_names(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
+    async with connect(f"unix:{mesh.folder}/outbound.sock") as channel:
+        stub = bulk_pb2_grpc.BulkInferenceStub(channel)
+        for model, replica in (("a", "infer-0"), ("b", "infer-1")):
+            call = stub.InferBulk(timeout=30, metadata=(("x-shoal-model", model),))
+            await call.write(bulk_pb2.InferBulkRequest(entries=[{"number": 7, "request": b"x"}]))
+            first = await call.read()  # Before the request has ended: it is not held back.
+            assert (first.instance, first.answers[0].message) == (replica, model)
+            await call.write(bulk_pb2.InferBulkRequest(given_up=[7]))
+            assert (await call.read()).answers[0].number == 7
+            await call.done_writing()
+            assert await call.read() == grpc.aio.EOF
+        nobody = stub.InferBulk(iter([bulk_pb2.InferBulkRequest()]), timeout=30)
+        assert await nobody.code() is grpc.StatusCode.UNIMPLEMENTED
+    # At the gateway, clients have no such door, whatever they say.
+    public = bulk_pb2_grpc.BulkInferenceStub(mesh.channel)
+    call = public.InferBulk(iter([bulk_pb2.InferBulkRequest()]), timeout=30, metadata=(("x-shoal-model", "a"),))
+    assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_streams_are_routed_by_their_first_message(mesh: Mesh):

@@ -18,12 +18,14 @@ from mesh.xds.tracing import OTEL, Tracing, collector_cluster, tracing_of
 from shoal.errors import InvalidArgument
 
 NODE = EnvoyNode("local", "127.0.0.1:8080", "/tmp/shoal-x/outbound.sock")
+BULK = "/shoal.inference.v2.BulkInference/"
 INFERENCE = "/inference.GRPCInferenceService/"
 INFER = "inference.GRPCInferenceService.ModelInfer"
 MODEL_FINDER, STEP_FINDER = "envoy.filters.http.grpc_field_extraction", "shoal.steps"
 LUA = "envoy.filters.http.lua"
 TABLE = Table(
     (
+        ServiceRoutes(BULK, "infer", streaming=(BULK + "InferBulk",), names_model_itself=True),
         ServiceRoutes(INFERENCE, "infer", all_idempotent=True),
         ServiceRoutes("/shoal.store.v1.", "store", idempotent=("/shoal.store.v1.StoreService/GetResult",)),
     ),
@@ -147,7 +149,7 @@ def test_calls_that_name_a_model_go_to_its_cluster_before_any_other_route_matche
     by_model = {
         route.match.headers[0].string_match.exact: route.route.cluster
         for route in found
-        if route.match.headers and route.match.headers[0].name == "x-shoal-model"
+        if route.match.prefix == INFERENCE and route.match.headers and route.match.headers[0].name == "x-shoal-model"
     }
     assert by_model == {"a": "model/a", "b" * 200: "model/" + "b" * 200}
     fallback = next(n for n, route in enumerate(found) if route.match.prefix == INFERENCE and not route.match.headers)
@@ -158,8 +160,8 @@ def test_calls_that_name_a_model_go_to_its_cluster_before_any_other_route_matche
 def test_a_hundred_models_are_all_there():
     shot = made(infer(0, *(f"m{number}" for number in range(100))), infer(9))
     assert len(shot.of(CLUSTER)) == 102
-    # One more: compressed messages cannot be searched.
-    assert len(routes_of(shot)) == 100 + 1 + len(routes_of(made()))
+    # Each of its own for the protocol's calls and for bulks. One more: compressed messages cannot be searched.
+    assert len(routes_of(shot)) == 2 * 100 + 1 + len(routes_of(made()))
 
 
 def test_calls_are_searched_for_their_model_only_where_instances_differ():
@@ -168,9 +170,8 @@ def test_calls_are_searched_for_their_model_only_where_instances_differ():
     assert inference.route.cluster == "infer"
     assert set(inference.typed_per_filter_config) == {MODEL_FINDER, STEP_FINDER, LUA}
     apart = routes_of(made(infer(0, "a", "b"), infer(1, "a")))
-    assert [r.route.cluster for r in apart if r.match.headers and r.match.headers[0].name == "x-shoal-model"] == [
-        "model/b"
-    ]
+    named = [r for r in apart if r.match.prefix == INFERENCE and r.match.headers]
+    assert [r.route.cluster for r in named if r.match.headers[0].name == "x-shoal-model"] == ["model/b"]
     (inference,) = [route for route in apart if route.match.prefix == INFERENCE and not route.match.headers]
     assert set(inference.typed_per_filter_config) == {STEP_FINDER}
     for route in apart:
@@ -180,6 +181,18 @@ def test_calls_are_searched_for_their_model_only_where_instances_differ():
     assert len(drained) == len(alike), "what is drained is drained of all models alike"
 
 
+def test_bulks_are_routed_by_their_header_and_not_at_all_without_it():
+    for shot in (made(infer(0, "a"), infer(1, "b")), made(infer(0, "a"), infer(1, "a"))):
+        bulk = [r for r in routes_of(shot) if (r.match.path or r.match.prefix or "").startswith(BULK)]
+        assert all(r.match.headers[0].name == "x-shoal-model" for r in bulk)
+        by_model = {
+            r.match.headers[0].string_match.exact: r.route.cluster for r in bulk if r.match.headers[0].string_match
+        }
+        assert by_model in ({"a": "model/a", "b": "model/b"}, {})
+        assert {r.route.cluster for r in bulk if r.match.headers[0].present_match} == {"infer"}
+        assert all(r.route.retry_policy.retry_on == "connect-failure,refused-stream,reset-before-request" for r in bulk)
+
+
 def test_steps_go_by_the_hash_of_their_sequence_and_are_not_run_twice():
     shot = made(infer(0, "a", "steps"), infer(1, "a", "steps"))
     found = routes_of(shot)
@@ -187,6 +200,7 @@ def test_steps_go_by_the_hash_of_their_sequence_and_are_not_run_twice():
     assert step.route.cluster == "model/steps"
     assert [policy.header.header_name for policy in step.route.hash_policy] == ["x-shoal-sequence"]
     assert step.route.retry_policy.retry_on == "connect-failure,refused-stream,reset-before-request"
+    found = [route for route in found if route.match.prefix != BULK]
     first = next(n for n, route in enumerate(found) if route.route and route.route.cluster == "model/steps")
     assert found[first] == step, "before the route of the model's other calls"
     (inference,) = [route for route in found if route.match.prefix == INFERENCE and not route.match.headers]

@@ -15,6 +15,7 @@ from typing import Any
 from mesh.interceptors import Context
 from mesh.server import GrpcServer, Rpc, until_stopped
 from shoal.errors import Code, from_status
+from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 
@@ -59,11 +60,32 @@ class TinyInfer(pb_grpc.GRPCInferenceServiceServicer):
             yield pb.ModelStreamInferResponse(infer_response=await self.ModelInfer(request, ctx))
 
 
+class TinyBulk(bulk_pb2_grpc.BulkInferenceServicer):
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    async def InferBulk(
+        self, request_iterator: AsyncIterator[bulk_pb2.InferBulkRequest], ctx: Context
+    ) -> AsyncIterator[bulk_pb2.InferBulkResponse]:
+        """Says which model the call was routed by, and then what is given up."""
+        header = dict(ctx.invocation_metadata() or ()).get("x-shoal-model", "")
+        async for request in request_iterator:
+            answers = [bulk_pb2.InferBulkResponse.Answer(number=n, message=str(header)) for n in request.given_up]
+            answers += [
+                bulk_pb2.InferBulkResponse.Answer(number=e.number, message=str(header)) for e in request.entries
+            ]
+            yield bulk_pb2.InferBulkResponse(answers=answers, instance=self._name)
+
+
 async def main(socket: str, name: str) -> None:
     descriptor = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     servicer = TinyInfer(name)
     rpc = Rpc(descriptor, lambda server: pb_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server))
-    async with GrpcServer(f"unix:{socket}", [rpc], drain_ms=2_000) as server:
+    bulk = Rpc(
+        bulk_pb2.DESCRIPTOR.services_by_name["BulkInference"],
+        lambda server: bulk_pb2_grpc.add_BulkInferenceServicer_to_server(TinyBulk(name), server),
+    )
+    async with GrpcServer(f"unix:{socket}", [rpc, bulk], drain_ms=2_000) as server:
         await server.serve()
         await until_stopped()
 

@@ -37,8 +37,13 @@ class Store:
     def staged(self) -> list[Path]:
         return sorted((self.root / "staging").iterdir())
 
+    def blobs(self, digest: str) -> list[Path]:
+        """The files that hold an artifact's bytes: one, but for what is left of broken or replaced uploads."""
+        return sorted((self.root / "artifacts" / digest[:2]).glob(f"{digest}*"))
+
     def blob(self, digest: str) -> Path:
-        return self.root / "artifacts" / digest[:2] / digest
+        (path,) = self.blobs(digest)
+        return path
 
     async def put(self, data: bytes, **header: object) -> pb.PutArtifactResponse:
         return await self.stub.PutArtifact(iter(upload(data, **header)))

@@ -8,7 +8,6 @@ import os
 import grpc
 import pytest
 from grpc import StatusCode
-from pymongo import AsyncMongoClient
 
 from services.store.config import StoreConfig
 from shoal.store.v1 import store_pb2 as pb
@@ -159,7 +158,7 @@ async def test_bytes_that_do_not_hash_are_discarded(store: Store) -> None:
     await refused(store.stub.StatArtifact(pb.StatArtifactRequest(sha256=digest)), StatusCode.NOT_FOUND)
     await refused(store.get(digest), StatusCode.NOT_FOUND)
     assert store.staged == []
-    assert not store.blob(digest).exists()
+    assert store.blobs(digest) == []
     assert not (await store.put(data)).existed
 
 
@@ -260,35 +259,6 @@ async def test_rot_is_found_and_the_next_upload_repairs_it(store: Store, harm: s
     await refused(store.get(digest), StatusCode.NOT_FOUND)
     assert not (await store.put(data)).existed
     assert await store.get(digest) == (len(data), data)
-
-
-async def test_bytes_whose_document_was_never_written_are_found_again(store: Store) -> None:
-    # As when MongoDB goes away, or the process is killed, between the two.
-    data = os.urandom(3 * MIB)
-    digest = sha256(data)
-    await stored_without_document(store, data)
-
-    async def only_the_header():
-        yield header(sha256=digest, size_bytes=len(data))
-        await asyncio.Event().wait()
-
-    await refused(store.get(digest), StatusCode.NOT_FOUND)
-    assert not (await store.stub.PutArtifact(only_the_header(), timeout=20)).existed
-    assert await store.get(digest) == (len(data), data)
-
-
-async def test_wrong_bytes_without_a_document_are_replaced(store: Store) -> None:
-    data = os.urandom(3 * MIB)
-    await stored_without_document(store, data)
-    store.blob(sha256(data)).write_bytes(bytes(3 * MIB))
-    assert not (await store.put(data)).existed
-    assert await store.get(sha256(data)) == (len(data), data)
-
-
-async def stored_without_document(store: Store, data: bytes) -> None:
-    await store.put(data)
-    async with AsyncMongoClient(store.config.mongo) as client:
-        await client[store.config.database].artifacts.delete_one({"_id": sha256(data)})
 
 
 async def test_an_upload_that_nobody_goes_on_with_is_discarded(config: StoreConfig) -> None:

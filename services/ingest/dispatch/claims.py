@@ -1,26 +1,45 @@
 """Who works on what: jobs are claimed, renewed, taken over and let go in bulk, each write fenced by its lease.
 
+Which jobs are next is decided in `lanes.py`; here the lanes are listed and read, and what was picked is claimed. All of
+it costs by the number of jobs claimed and of lanes waiting, and not by how many jobs wait.
+
 Several instances may do all of this at once. A claim is an update whose filter holds only for jobs that still wait, so
 of two claimers the database lets one have a job; each then reads which ones carry its lease.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
 
+from pymongo import UpdateOne
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from services.ingest.clock import Clock
-from services.ingest.documents import EVER, LIGHT, claiming, job_of, taking_over
+from services.ingest.dispatch.lanes import Ask, Lanes, Waiting
+from services.ingest.documents import EVER, LIGHT, WAITING, claiming, job_of, taking_over
 from services.ingest.job import Job, Lease, claim, take_over
+from services.ingest.lane import Lane, lane_of
 
 _CROWDED_SPREAD = 4
 # Claimers that read the same head of the queue win a third of what they ask for; reading a head four times as long and
 # picking from it at random lets two or three pass each other.
+AGEING = timedelta(minutes=1)
+_LIST_REST = 20
+_SHORTEST_REST = timedelta(milliseconds=100)
+# Ten thousand lanes are listed in 40 ms: listing takes at most a twentieth of the time, and what others submitted to a
+# lane that nobody knew of here is seen within 100 ms.
+_LISTED_MOST = 20_000
+# Lanes known at a time, for memory's sake. With more, they take turns.
+_LINED_UP = 1_000
+_LANED = {"tenant": 1, "model_name": 1}
+
+
+def _same(tenant: str) -> float:
+    return 1.0
 
 
 class Claims:
@@ -35,6 +54,8 @@ class Claims:
         owner: str,
         process: str,
         lease_ms: int,
+        weight_of: Callable[[str], float] = _same,
+        ageing: timedelta = AGEING,
     ) -> None:
         self._jobs = jobs
         self._clock = clock
@@ -43,31 +64,86 @@ class Claims:
         self._process = process
         self._lease_for = timedelta(milliseconds=lease_ms)
         self._spread = 1
+        self._lanes = Lanes(weight_of, ageing)
+        self._listed_at = EVER
+        self._list_again = timedelta()
+        self._listed_to = ""
 
     def lease(self, now: datetime) -> Lease:
         """A new lease from `now` on."""
         return Lease(self._new_id(), self._owner, self._process, now + self._lease_for)
 
-    async def claim_due(self, limit: int, closed_models: Sequence[str]) -> tuple[list[Job], bool]:
-        """Claims up to `limit` jobs that are due, the longest due first, with their requests.
+    def notice(self, jobs: Sequence[Job]) -> None:
+        """Hears of jobs that were just put into the queue: their lanes need not be listed to be found."""
+        for job in jobs:
+            if job.due_at is not None:
+                self._lanes.noticed(job.lane, job.due_at)
 
-        Also says whether more may be due than it saw.
+    async def claim_due(self, limit: int, closed_models: Sequence[str]) -> tuple[list[Job], bool]:
+        """Claims up to `limit` jobs that are due, with their requests: fairly among tenants, the longest waiting first.
+
+        Also says whether more may be due than it claimed.
         """
-        now = self._clock()
-        due: dict[str, Any] = {"due_at": {"$lte": now, "$gt": EVER}}
-        if closed_models:
-            due["model_name"] = {"$nin": list(closed_models)}
+        closed = frozenset(closed_models)
         with translated("claiming jobs"):
-            cursor = self._jobs.find(due, {"_id": 1}).sort("due_at", 1).limit(limit * self._spread)
-            seen = [document["_id"] async for document in cursor]
-            ids = random.sample(seen, limit) if len(seen) > limit else seen
-            if not ids:
-                return [], False
-            lease = self.lease(now)
-            won = await self._jobs.update_many({"_id": {"$in": ids}, **due}, claiming(lease, now))
-            self._spread = _CROWDED_SPREAD if won.modified_count * 2 < len(ids) else 1
-            mine = await self._mine(ids, lease) if won.modified_count else []
-            return mine, len(seen) >= limit
+            is_listed = await self._list_now_and_then()
+            mine = await self._claim_known(limit, closed)
+            if not mine and not is_listed:  # What was known is used up.
+                await self._list()
+                mine = await self._claim_known(limit, closed)
+        return mine, self._lanes.has_due(self._clock(), closed)
+
+    async def _claim_known(self, limit: int, closed: Collection[str]) -> list[Job]:
+        now, spread = self._clock(), self._spread
+        asks = self._lanes.asks(limit, now, closed, spread)
+        if not asks:
+            return []
+        ids = self._lanes.pick(asks, await self._seen(asks, now, spread), spread)
+        mine = await self._claim(ids, now) if ids else []
+        for tenant, jobs in Counter(job.tenant for job in mine).items():
+            self._lanes.claimed(tenant, jobs)
+        return mine
+
+    async def _claim(self, ids: Sequence[str], now: datetime) -> list[Job]:
+        lease = self.lease(now)
+        due = {"_id": {"$in": ids}, "due_at": {"$lte": now, "$gt": EVER}}
+        won = await self._jobs.update_many(due, claiming(lease, now))
+        self._spread = _CROWDED_SPREAD if won.modified_count * 2 < len(ids) else 1
+        return await self._mine(ids, lease) if won.modified_count else []
+
+    async def _seen(self, asks: Sequence[Ask], now: datetime, spread: int) -> dict[Lane, list[Waiting]]:
+        """The beginning of each lane that is asked for: one round trip, and no document is read."""
+        pipeline, *others = [_head(lane, ask.limit(spread), now) for ask in asks for lane in ask.lanes]
+        for other in others:
+            pipeline.append({"$unionWith": {"coll": self._jobs.name, "pipeline": other}})
+        seen: dict[Lane, list[Waiting]] = {}
+        async for found in await self._jobs.aggregate(pipeline):
+            seen.setdefault(lane_of(found["lane"]), []).append((found["due_at"], found["_id"]))
+        return seen
+
+    async def _list_now_and_then(self) -> bool:
+        if self._listed_at <= self._clock() < self._listed_at + self._list_again:
+            return False
+        await self._list()
+        return True
+
+    async def _list(self) -> None:
+        started = time.monotonic()
+        lanes: Document = {**WAITING, "lane": {"$gt": self._listed_to}}
+        heads: list[Document] = [
+            {"$match": lanes},
+            {"$sort": {"lane": 1, "due_at": 1, "_id": 1}},
+            {"$group": {"_id": "$lane", "due_at": {"$first": "$due_at"}}},
+            {"$sort": {"_id": 1}},
+            {"$limit": _LISTED_MOST},
+        ]
+        found = [
+            (document["_id"], document["due_at"]) async for document in await self._jobs.aggregate(heads, hint="lanes")
+        ]
+        self._lanes.listed((lane_of(text), due_at) for text, due_at in found)
+        self._listed_to = found[-1][0] if len(found) == _LISTED_MOST else ""
+        self._listed_at = self._clock()
+        self._list_again = max(_SHORTEST_REST, _LIST_REST * timedelta(seconds=time.monotonic() - started))
 
     async def claim_fresh(self, jobs: Sequence[Job]) -> list[Job]:
         """Claims jobs that this instance has just accepted and still has in memory: one write, and mostly no read."""
@@ -142,6 +218,25 @@ class Claims:
             lapsed = await self._jobs.update_many(left, {"$set": {"lease.expires_at": self._clock()}})
             return lapsed.modified_count
 
+    async def line_up(self) -> int:
+        """Gives lanes to jobs that were put into the queue before there were any. Says how many."""
+        lined_up = 0
+        with translated("lining up jobs of an earlier version"):
+            while found := await self._jobs.find({"lane": None, "due_at": {"$gt": EVER}}, _LANED).to_list(_LINED_UP):
+                lanes = [(one["_id"], Lane(one["tenant"], one["model_name"], 0).text) for one in found]
+                await self._jobs.bulk_write([UpdateOne({"_id": id_}, {"$set": {"lane": lane}}) for id_, lane in lanes])
+                lined_up += len(found)
+        return lined_up
+
     async def _mine(self, ids: Sequence[str], lease: Lease, fields: Mapping[str, int] | None = None) -> list[Job]:
         cursor = self._jobs.find({"_id": {"$in": list(ids)}, "lease.id": lease.id}, fields)
         return [job_of(document) async for document in cursor]
+
+
+def _head(lane: Lane, limit: int, now: datetime) -> list[Document]:
+    return [
+        {"$match": {"lane": lane.text, "due_at": {"$lte": now, "$gt": EVER}}},
+        {"$sort": {"due_at": 1, "_id": 1}},
+        {"$limit": limit},
+        {"$project": {"_id": 1, "lane": 1, "due_at": 1}},
+    ]

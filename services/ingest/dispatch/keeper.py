@@ -20,7 +20,7 @@ from services.ingest.clock import Clock
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.dispatch.recorder import Results
-from services.ingest.documents import EVER
+from services.ingest.documents import WAITING
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import End, Job, Lease, after_lapse, ended_from_outside
@@ -142,7 +142,7 @@ class Keeper:
 
     async def _count(self, limit: int) -> int:
         with translated("counting queued jobs"):
-            return await self._jobs.count_documents({"due_at": {"$gt": EVER}}, limit=limit, hint="waiting")
+            return await self._jobs.count_documents(WAITING, limit=limit, hint="lanes")
 
     async def _sweep(self) -> float:
         if swept := await self._payloads.sweep(self._clock()):

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from google.protobuf.duration_pb2 import Duration
 
 from services.ingest.job import Job, Policy, acceptance
+from services.ingest.lane import LEAST_PRIORITY, MOST_PRIORITY
 from services.ingest.messages import moment_of
 from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -60,6 +61,7 @@ def job_of(
         key=submit.idempotency_key,
         digest=digest_of(submit) if submit.idempotency_key else b"",
         policy=_policy(submit.retry),
+        priority=_priority(submit.priority),
         deadline=None if deadline is None else now + deadline,
         labels=_labels(submit),
         explains=submit.request.parameters[EXPLAIN].bool_param if EXPLAIN in submit.request.parameters else False,
@@ -132,6 +134,12 @@ def _due_at(submit: pb.SubmitRequest, now: datetime) -> datetime:
             raise InvalidArgument(f"not_before: at most {LONGEST_DELAY.days} days ahead")
         return max(now, due_at)
     return now
+
+
+def _priority(priority: int) -> int:
+    if not LEAST_PRIORITY <= priority <= MOST_PRIORITY:
+        raise InvalidArgument(f"priority: {LEAST_PRIORITY} to {MOST_PRIORITY} (0 is the default), got {priority}")
+    return priority
 
 
 def _deadline(submit: pb.SubmitRequest) -> timedelta | None:

@@ -1,43 +1,43 @@
-"""Artifacts: immutable bytes, named by their SHA-256, verified on the way in and on the way out.
+"""Artifacts: immutable bytes, named by their SHA-256, verified on the way in and on the way out (`reading`).
 
     upload ──> staging file (grows, survives) ──> hash right? ──> blob (durable) ──> document: now it exists
-                                                       └─ no: the file is discarded, DATA_LOSS
+                    ^                                  └─ no: the file is discarded, DATA_LOSS      |
+                    └──────────────────── kept when one of these fails ────────────────── then it is discarded
 
-A document is written last, so an artifact that is known is there whole. When a read finds it damaged, its document says
-so: it counts as missing, and the next upload of it repairs it.
+A document is written last, so an artifact that is known is there whole. A blob without a document is a stray, which is
+collected when it is old (services/store/collecting).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncIterator, Callable, Collection
+import logging
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from pymongo import ReturnDocument
+from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
+from services.store.artifacts.blocks import Blocks, block_bytes
+from services.store.artifacts.graves import Graves
+from services.store.artifacts.reading import Reader
 from services.store.artifacts.staging import Partial, Staging
+from services.store.artifacts.stored import Stored, bytes_fields, key_of, new_key, stored_of
 from services.store.artifacts.threads import Threads
 from services.store.artifacts.uploads import TooLong, Upload
-from services.store.documents import Collections
-from shoal.errors import DataLoss, InvalidArgument, NotFound, OutOfRange, ResourceExhausted, ShoalError
+from services.store.documents import Collections, whole_milliseconds
+from shoal.errors import Aborted, DataLoss, InvalidArgument, NotFound, ResourceExhausted, ShoalError
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Artifact:
-    """One artifact that is stored whole."""
-
-    digest: str
-    size: int
-    created_at: datetime
+WITHOUT_BLOCKS = {"blocks": 0}
+_RACES = 5
 
 
 class Artifacts:
-    """Stores, finds and reads artifacts. Safe beside other instances on the same MongoDB and blobs."""
+    """Takes and finds artifacts. Safe beside other instances on the same MongoDB and blobs."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class Artifacts:
         *,
         max_bytes: int,
         clock: Callable[[], datetime],
+        kept_for: timedelta = timedelta(days=1),
     ) -> None:
         self._collections = collections
         self._blobs = blobs
@@ -55,26 +56,30 @@ class Artifacts:
         self._threads = threads
         self._max_bytes = max_bytes
         self._clock = clock
+        self._kept_for = kept_for
+        self._graves = Graves(collections)
+        self.reader = Reader(collections, blobs, threads)
 
-    async def find(self, digests: Collection[str]) -> dict[str, Artifact]:
+    async def find(self, digests: Collection[str]) -> dict[str, Stored]:
         """Those of `digests` that are stored whole."""
         with translated("looking for artifacts"):
             query = {"_id": {"$in": list(digests)}, "damaged": {"$ne": True}}
-            return {doc["_id"]: _artifact(doc) async for doc in self._collections.artifacts.find(query)}
+            docs = self._collections.artifacts.find(query, WITHOUT_BLOCKS)
+            return {doc["_id"]: stored_of(doc) async for doc in docs}
 
-    async def stat(self, digest: str) -> tuple[Artifact | None, int]:
-        """The artifact when it is whole, and the bytes of it that are here.
+    async def stat(self, digest: str) -> tuple[Stored | None, int]:
+        """The artifact when it is whole, and the bytes of it that are here. Who asks is given time to refer to it.
 
         Raises:
             NotFound: nothing of it is here.
         """
-        if artifact := (await self.find([digest])).get(digest):
+        if (artifact := (await self.find([digest])).get(digest)) and await self._keep(digest):
             return artifact, artifact.size
         if received := await self._threads.run(self._staging.received, digest):
             return None, received
         raise NotFound(f"artifact {digest}: nothing of it is stored")
 
-    async def put(self, upload: Upload) -> tuple[Artifact, bool]:
+    async def put(self, upload: Upload) -> tuple[Stored, bool]:
         """Stores an upload, or says that it is stored already (True) without reading the rest of it.
 
         A stream that breaks leaves what has come, to be resumed.
@@ -82,7 +87,7 @@ class Artifacts:
         Raises:
             InvalidArgument: size_bytes contradicts the artifact that is there, or the stream and its header disagree.
             DataLoss: the bytes do not hash to the digest. All of them are discarded.
-            FailedPrecondition: no earlier upload stopped at the offset.
+            FailedPrecondition: no earlier upload stopped at the offset, or there is no folder or bucket to put it in.
             ResourceExhausted: over the size limit, too many uploads, or the disk is full.
         """
         if upload.size > self._max_bytes:
@@ -91,95 +96,63 @@ class Artifacts:
             if there.size != upload.size:
                 raise InvalidArgument(f"header.size_bytes: artifact {there.digest} has {there.size}, not {upload.size}")
             return there, True
-        if not await self._left_behind(upload):
-            await self._receive(upload)
-        return await self._record(upload), False
+        stored = await self._receive(upload)
+        await self._threads.run(self._staging.forget, upload.digest)
+        return stored, False
 
-    async def read(self, digest: str, offset: int) -> tuple[Artifact, AsyncIterator[bytes]]:
-        """The artifact, and its bytes from `offset` in pieces of 1 MiB at most.
+    async def touch(self, digests: Collection[str], session: AsyncClientSession) -> bool:
+        """In the transaction that refers to them: nobody collects them. False: one is not there (any more)."""
+        change = {"$unset": {"condemned_at": ""}, "$set": {"referred_at": self._clock()}}
+        query = {"_id": {"$in": list(digests)}, "damaged": {"$ne": True}}
+        touched = await self._collections.artifacts.update_many(query, change, session=session)
+        return touched.matched_count == len(set(digests))
 
-        Raises:
-            InvalidArgument: a negative offset.
-            NotFound: no such artifact.
-            FailedPrecondition: the folder or bucket of blobs is not there.
-            OutOfRange: `offset` beyond its end.
-            DataLoss: its bytes are gone or of another size; or, while iterating a read from 0, they hash to another
-                digest. A read from elsewhere is for its reader to verify, who has the bytes before.
-        """
-        if offset < 0:
-            raise InvalidArgument(f"offset: expected 0 or more, got {offset}")
-        artifact = (await self.find([digest])).get(digest)
-        if artifact is None:
-            raise NotFound(f"artifact {digest}: not stored")
-        if offset > artifact.size:
-            raise OutOfRange(f"offset {offset} is beyond the end of artifact {digest}: it has {artifact.size} bytes")
-        size = await self._blobs.size(_key(digest))
-        if size is None:
-            await self._blobs.check()  # A bucket or disk that is away for an hour has lost nothing.
-        if size != artifact.size:
-            raise await self._damaged(digest, "they are gone" if size is None else f"{size} bytes of {artifact.size}")
-        return artifact, self._verified(artifact, offset)
+    async def _keep(self, digest: str) -> bool:
+        """Gives whoever was told that it is there the time to refer to it. False: it has just been collected."""
+        until = self._clock() + self._kept_for
+        with translated("keeping an artifact"):
+            kept = await self._collections.artifacts.update_one(
+                {"_id": digest, "damaged": {"$ne": True}},
+                {"$max": {"keep_until": until}, "$unset": {"condemned_at": ""}},
+            )
+        return kept.matched_count == 1
 
-    async def _verified(self, artifact: Artifact, offset: int) -> AsyncIterator[bytes]:
-        found = hashlib.sha256()
-        at = offset
-        with suppress(NotFound):  # Removed under our hands: shorter than it should be.
-            async for chunk in self._blobs.read(_key(artifact.digest), offset, artifact.size):
-                if offset == 0:
-                    await self._threads.run(found.update, chunk)
-                at += len(chunk)
-                yield chunk
-        if at != artifact.size:
-            await self._blobs.check()
-            raise await self._damaged(artifact.digest, f"they end at {at} of {artifact.size}")
-        if offset == 0 and found.hexdigest() != artifact.digest:
-            raise await self._damaged(artifact.digest, f"they hash to {found.hexdigest()}")
-
-    async def _damaged(self, digest: str, how: str) -> DataLoss:
-        with suppress(ShoalError):  # The reader is to hear of the damage, whether or not it can be noted now.
-            with translated("marking a damaged artifact"):
-                await self._collections.artifacts.update_one({"_id": digest}, {"$set": {"damaged": True}})
-        return DataLoss(f"artifact {digest}: its stored bytes are damaged ({how}): upload it again")
-
-    async def _whole(self, digest: str) -> Artifact | None:
+    async def _whole(self, digest: str) -> Stored | None:
         """The artifact, when its document and a blob of its size are there. A blob that is gone is uploaded again."""
         artifact = (await self.find([digest])).get(digest)
-        if artifact and await self._blobs.size(_key(digest)) == artifact.size:
-            return artifact
-        return None
+        if artifact is None:
+            return None
+        try:
+            await self.reader.check_size(artifact)
+        except (DataLoss, NotFound, Aborted):
+            return None
+        return artifact if await self._keep(digest) else None
 
-    async def _left_behind(self, upload: Upload) -> bool:
-        """Whether the right bytes are there and only their document is missing: MongoDB went away between the two."""
-        key = _key(upload.digest)
-        if await self._blobs.size(key) != upload.size:
-            return False
-        found = hashlib.sha256()
-        async for chunk in self._blobs.read(key, 0, upload.size):
-            await self._threads.run(found.update, chunk)
-        return found.hexdigest() == upload.digest
-
-    async def _receive(self, upload: Upload) -> None:
-        """Brings the rest of the upload here, verifies it and makes it a blob."""
+    async def _receive(self, upload: Upload) -> Stored:
+        """Brings the rest of the upload here, verifies it and makes it an artifact."""
         partial = await self._open(upload)
         try:
             await self._grow(partial, upload)
             found = await self._threads.run(partial.finish)
             if found != upload.digest:
                 raise DataLoss(f"the upload hashes to {found}, not to {upload.digest}: all of it is discarded")
-            await self._blobs.adopt(_key(upload.digest), partial.path)
+            key = new_key(upload.digest)
+            await self._blobs.adopt(key, partial.path)
+            stored = await self._record(upload, key, partial.blocks())
         except (DataLoss, TooLong):
             await self._threads.run(partial.discard)
             raise
         except BaseException:
             await self._threads.run(partial.suspend)
             raise
-        await self._threads.run(partial.close)
+        await self._threads.run(partial.discard)
+        return stored
 
     async def _open(self, upload: Upload) -> Partial:
-        now = self._clock().timestamp()
+        now, blocks = self._clock().timestamp(), block_bytes(upload.size)
         if upload.offset == 0:
-            return await self._threads.run(self._staging.begin, upload.digest, now)
-        return await self._threads.run(self._staging.resume, upload.digest, upload.offset, now)
+            return await self._threads.run(self._staging.begin, upload.digest, now, blocks)
+        return await self._threads.run(self._staging.resume, upload.digest, upload.offset, now, blocks)
 
     async def _grow(self, partial: Partial, upload: Upload) -> None:
         while not await self._threads.run(partial.catch_up):
@@ -198,28 +171,38 @@ class Artifacts:
             here = f"the stream ended at {partial.received} of {upload.size} bytes"
             raise InvalidArgument(f"{here}: send the rest from offset {partial.received}")
 
-    async def _record(self, upload: Upload) -> Artifact:
-        change = {"$setOnInsert": {"size": upload.size, "created_at": self._clock()}, "$unset": {"damaged": ""}}
+    async def _record(self, upload: Upload, key: str, blocks: Blocks) -> Stored:
+        """Writes the document of a blob that is there. Of several uploads at once the first one's blob counts."""
+        now = whole_milliseconds(self._clock())
+        fields: Document = {"size": upload.size, "keep_until": now + self._kept_for, **bytes_fields(key, blocks)}
         with translated("recording an artifact"):
-            doc = await self._upserted(upload.digest, change)
-        await self._threads.run(self._staging.forget, upload.digest)
-        return _artifact(doc)
+            doc = await self._written(upload.digest, fields, now)
+        if key_of(doc) != key:
+            with suppress(ShoalError):  # What stays is a stray.
+                await self._blobs.remove(key)
+        elif await self._graves.has(key):
+            # This took so long that the blob was taken for a stray. One of the two always sees the other: the grave is
+            # written before documents are looked at, and this document was before graves were.
+            raise await self.reader.damaged(stored_of(doc), "collected before they were recorded")
+        return stored_of(doc)
 
-    async def _upserted(self, digest: str, change: Document) -> Document:
+    async def _written(self, digest: str, fields: Document, now: datetime) -> Document:
         artifacts = self._collections.artifacts
-        try:
-            doc = await artifacts.find_one_and_update(
-                {"_id": digest}, change, upsert=True, return_document=ReturnDocument.AFTER
-            )
-        except DuplicateKeyError:  # Two first uploads at once: the other one inserted, so this is an update now.
-            doc = await artifacts.find_one_and_update({"_id": digest}, change, return_document=ReturnDocument.AFTER)
-        assert doc is not None
-        return doc
+        for _ in range(_RACES):
+            if before := await self._repaired(digest, fields):
+                await self._graves.bury([key_of(before)], now)
+                return {**before, **fields}
+            try:
+                doc = {"_id": digest, "created_at": now, **fields}
+                await artifacts.insert_one(doc)
+                return doc
+            except DuplicateKeyError:
+                there = await artifacts.find_one({"_id": digest, "damaged": {"$ne": True}})
+            if there is not None:
+                return there
+        raise Aborted(f"artifact {digest}: it is being removed and uploaded at once: try again")
 
-
-def _key(digest: str) -> str:
-    return f"artifacts/{digest[:2]}/{digest}"
-
-
-def _artifact(doc: Document) -> Artifact:
-    return Artifact(doc["_id"], doc["size"], doc["created_at"])
+    async def _repaired(self, digest: str, fields: Document) -> Document | None:
+        """Gives a damaged artifact its new bytes. The document as it was; None: there is no damaged one."""
+        change = {"$set": fields, "$unset": {"damaged": "", "condemned_at": ""}}
+        return await self._collections.artifacts.find_one_and_update({"_id": digest, "damaged": True}, change)

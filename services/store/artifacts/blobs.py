@@ -40,16 +40,16 @@ class BlobStore(Protocol):
         """How many bytes it has, or None when there is no such blob (or, see `check`, nothing at all)."""
 
     async def adopt(self, key: str, file: Path) -> None:
-        """Takes over the content of a local file, which is closed and synced. The file is gone afterwards.
+        """Makes the content of a local file, which is whole and synced, a blob. The file is not to change any more.
 
-        Replaces a blob of that key: whoever reads it now reads on undisturbed.
+        It may be gone afterwards. Replaces a blob of that key: whoever reads it now reads on undisturbed.
         """
 
     async def put(self, key: str, data: bytes) -> None:
         """Stores `data`, all of it in memory."""
 
     def read(self, key: str, offset: int, size: int) -> AsyncIterator[bytes]:
-        """Yields the bytes from `offset` to `size`, the size of the whole blob, in pieces of CHUNK_BYTES at most.
+        """Yields the bytes from `offset` to `size`, the size of the whole blob, in pieces of CHUNK_BYTES, but the last.
 
         Fewer bytes come when the blob is shorter than that. Raises NotFound (while iterating) when it is gone.
         """

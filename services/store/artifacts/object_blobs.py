@@ -78,7 +78,6 @@ class ObjectBlobs:
     async def adopt(self, key: str, file: Path) -> None:
         with _storing(key):
             await obstore.put_async(self._store, key, file, chunk_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
-        file.unlink(missing_ok=True)
 
     async def put(self, key: str, data: bytes) -> None:
         with _storing(key):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.store.artifacts import disk
+from services.store.artifacts.blocks import SMALLEST_BYTES, BlockHash, Blocks
 from shoal.errors import FailedPrecondition, ResourceExhausted
 
 _CATCH_UP_BYTES = 16 << 20
@@ -32,13 +33,16 @@ _TEMPORARY = ".tmp"
 class Partial:
     """One upload's file, held by nobody else. Call the methods one at a time."""
 
-    def __init__(self, path: Path, fd: int, received: int, source: int | None = None) -> None:
+    def __init__(
+        self, path: Path, fd: int, received: int, source: int | None = None, block_bytes: int = SMALLEST_BYTES
+    ) -> None:
         self.path = path
         self.received = received
         """Bytes that are in the file, or will be once it has caught up."""
         self._fd = fd
         self._source = source
         self._hash = hashlib.sha256()
+        self._block_hash = BlockHash(block_bytes)
         self._hashed = 0
 
     def catch_up(self) -> bool:
@@ -51,8 +55,7 @@ class Partial:
                     raise FailedPrecondition("the unfinished upload is gone: start again at offset 0")
                 if self._source is not None:
                     disk.write_all(self._fd, data, self._hashed)
-            self._hash.update(data)
-            self._hashed += len(data)
+            self._update(data)
         return self._hashed == self.received
 
     def append(self, data: bytes) -> None:
@@ -63,15 +66,18 @@ class Partial:
             except OSError:
                 os.ftruncate(self._fd, self.received)
                 raise
-        self._hash.update(data)
+        self._update(data)
         self.received += len(data)
-        self._hashed += len(data)
 
     def finish(self) -> str:
         """Makes the content durable, and says its SHA-256. The file stays locked until `close`."""
         with disk.translated("syncing an upload"):
             os.fsync(self._fd)
         return self._hash.hexdigest()
+
+    def blocks(self) -> Blocks:
+        """The digests of its blocks, once it is whole."""
+        return self._block_hash.blocks()
 
     def suspend(self) -> None:
         """Leaves the file for a later upload to go on from."""
@@ -98,6 +104,11 @@ class Partial:
             os.close(self._fd)
             self._fd = -1
 
+    def _update(self, data: bytes) -> None:
+        self._hash.update(data)
+        self._block_hash.update(data)
+        self._hashed += len(data)
+
     def __del__(self) -> None:
         self.close()  # Its upload was cancelled while a thread was still opening it: nobody else knows of it.
 
@@ -114,16 +125,16 @@ class Staging:
         """Bytes from which an upload of `digest` can go on; 0 when there are none."""
         return max((_size(path) for path in self._files(digest)), default=0)
 
-    def begin(self, digest: str, now: float) -> Partial:
+    def begin(self, digest: str, now: float, block_bytes: int = SMALLEST_BYTES) -> Partial:
         """A fresh file for an upload from its start. `now`: unix seconds.
 
         Raises:
             ResourceExhausted: as many uploads are under way as the store takes, or the disk is full.
         """
         self.sweep(now, keep=self.max_uploads - 1)
-        return self._create(digest)
+        return self._create(digest, block_bytes)
 
-    def resume(self, digest: str, offset: int, now: float) -> Partial:
+    def resume(self, digest: str, offset: int, now: float, block_bytes: int = SMALLEST_BYTES) -> Partial:
         """The file of an upload that stopped at `offset`. It has to catch up before it grows.
 
         Raises:
@@ -134,9 +145,9 @@ class Staging:
             held = _lock(path)
             if held is None:
                 if _size(path) >= offset:  # Its call is still being cleaned up: take what it has, leave it alone.
-                    return self._copy(digest, path, offset, now)
+                    return self._copy(digest, path, offset, now, block_bytes)
             elif os.fstat(held).st_size == offset:
-                return Partial(path, held, offset)
+                return Partial(path, held, offset, block_bytes=block_bytes)
             else:
                 os.close(held)
         there = self.received(digest)
@@ -169,22 +180,22 @@ class Staging:
     def _files(self, digest: str) -> list[Path]:
         return list(self.folder.glob(f"{digest}.*.part"))
 
-    def _create(self, digest: str, received: int = 0, source: int | None = None) -> Partial:
+    def _create(self, digest: str, block_bytes: int, received: int = 0, source: int | None = None) -> Partial:
         with disk.translated("beginning an upload"):
             while True:
                 path = self.folder / f"{digest}.{uuid.uuid4().hex[:12]}.part"
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
                 if (fd := _lock(path)) is not None:
-                    return Partial(path, fd, received, source)
+                    return Partial(path, fd, received, source, block_bytes)
 
-    def _copy(self, digest: str, path: Path, offset: int, now: float) -> Partial:
+    def _copy(self, digest: str, path: Path, offset: int, now: float, block_bytes: int) -> Partial:
         try:
             source = os.open(path, os.O_RDONLY)
         except FileNotFoundError as err:
             raise FailedPrecondition("the earlier upload has just ended: ask for its state again") from err
         try:
             self.sweep(now, keep=self.max_uploads - 1)
-            return self._create(digest, offset, source)
+            return self._create(digest, block_bytes, offset, source)
         except BaseException:
             os.close(source)
             raise

@@ -153,8 +153,17 @@ class Registry:
     async def _insert(self, doc: Document, version: int) -> Document | None:
         """Inserts `doc` as this version: None. Or gives the same content that is there as this version."""
         doc.update(_key(doc["name"], version), version=version)
+        digests = {file["sha256"] for file in doc["files"]}
+
+        async def both(session: AsyncClientSession) -> bool:
+            # Writing to the artifacts makes a collection of one of them at the same time conflict with this.
+            if is_there := await self._artifacts.touch(digests, session):
+                await self._collections.models.insert_one(doc, session=session)
+            return is_there
+
         try:
-            await self._collections.models.insert_one(doc)
+            if not await self._transaction(both):
+                raise NotFound("an artifact has just been collected, because nothing referred to it: upload it again")
         except DuplicateKeyError:
             there = await self._collections.models.find_one({"_id": doc["_id"]})
             if there is None:
@@ -188,8 +197,12 @@ class Registry:
 
     async def _together(self, doing: str, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
         """Runs `work` in one transaction: all of it or nothing. It may run more than once."""
+        with translated(doing):
+            return await self._transaction(work)
+
+    async def _transaction(self, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
         # pymongo would retry a transaction for two minutes.
-        with translated(doing), pymongo.timeout(TIMEOUT_MS / 1000):
+        with pymongo.timeout(TIMEOUT_MS / 1000):
             async with self._collections.db.client.start_session() as session:
                 return await session.with_transaction(work)
 

@@ -84,6 +84,11 @@ class IngestServiceStub:
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersResponse.FromString,
                 _registered_method=True)
+        self.WatchJobs = channel.unary_stream(
+                '/shoal.ingest.v1.IngestService/WatchJobs',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.FromString,
+                _registered_method=True)
 
 
 class IngestServiceServicer:
@@ -172,6 +177,19 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchJobs(self, request, context):
+        """The life of jobs: watching many.
+
+        Every transition of every job that matches, once, in the order of a job's history, from now on or after
+        `resume_token`. The stream goes on until the client ends it; the token of its last message goes on exactly there,
+        whichever instance serves the next one. A job that is removed before its last transitions were told (a purge,
+        retention) is not told any more. OUT_OF_RANGE: the token is older than MongoDB's log (list, and watch anew).
+        RESOURCE_EXHAUSTED: too many watch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IngestServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -224,6 +242,11 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.PurgeDeadLetters,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersResponse.SerializeToString,
+            ),
+            'WatchJobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchJobs,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -496,6 +519,33 @@ class IngestService:
             '/shoal.ingest.v1.IngestService/PurgeDeadLetters',
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersRequest.SerializeToString,
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.PurgeDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/WatchJobs',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -382,3 +382,39 @@ class StreamResultsResponse(_message.Message):
     watch_token: str
     complete: bool
     def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ..., cursor: _Optional[str] = ..., watch_token: _Optional[str] = ..., complete: _Optional[bool] = ...) -> None: ...
+
+class ExportResultsRequest(_message.Message):
+    __slots__ = ("filter", "url", "cursor", "omit_response", "part_rows")
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    OMIT_RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    PART_ROWS_FIELD_NUMBER: _ClassVar[int]
+    filter: ResultFilter
+    url: str
+    cursor: str
+    omit_response: bool
+    part_rows: int
+    def __init__(self, filter: _Optional[_Union[ResultFilter, _Mapping]] = ..., url: _Optional[str] = ..., cursor: _Optional[str] = ..., omit_response: _Optional[bool] = ..., part_rows: _Optional[int] = ...) -> None: ...
+
+class ExportResultsResponse(_message.Message):
+    __slots__ = ("rows", "bytes", "parts", "cursor", "file", "file_bytes", "offset", "chunk", "complete")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    bytes: int
+    parts: int
+    cursor: str
+    file: str
+    file_bytes: int
+    offset: int
+    chunk: bytes
+    complete: bool
+    def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., parts: _Optional[int] = ..., cursor: _Optional[str] = ..., file: _Optional[str] = ..., file_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., chunk: _Optional[bytes] = ..., complete: _Optional[bool] = ...) -> None: ...

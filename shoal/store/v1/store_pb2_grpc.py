@@ -99,6 +99,11 @@ class StoreServiceStub:
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsRequest.SerializeToString,
                 response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsResponse.FromString,
                 _registered_method=True)
+        self.ExportResults = channel.unary_stream(
+                '/shoal.store.v1.StoreService/ExportResults',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.FromString,
+                _registered_method=True)
 
 
 class StoreServiceServicer:
@@ -213,6 +218,16 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportResults(self, request, context):
+        """Writes the results that match a filter as Parquet files, oldest first, to a URL or, without one, to the caller: those
+        that StreamResults would give. Says how far it is; a call that ends early ends the export after its last part, and
+        another with its `cursor` goes on there. INVALID_ARGUMENT: a bad filter, URL or cursor. PERMISSION_DENIED: the store
+        may not write there. FAILED_PRECONDITION: an export lies there already. RESOURCE_EXHAUSTED: too many exports run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -280,6 +295,11 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.StreamResults,
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsRequest.FromString,
                     response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsResponse.SerializeToString,
+            ),
+            'ExportResults': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportResults,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -633,6 +653,33 @@ class StoreService:
             '/shoal.store.v1.StoreService/StreamResults',
             shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsRequest.SerializeToString,
             shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportResults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ExportResults',
+            shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,5 +55,5 @@ async def uploaded(data: bytes, **fields: object) -> Upload:
 
 
 async def read(artifacts: Artifacts, digest: str, offset: int = 0) -> bytes:
-    _, chunks = await artifacts.read(digest, offset)
+    _, chunks = await artifacts.reader.read(digest, offset)
     return b"".join([chunk async for chunk in chunks])

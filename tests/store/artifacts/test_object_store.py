@@ -31,10 +31,6 @@ def artifacts(weed: WeedProcess, make_artifacts: MakeArtifacts) -> Artifacts:
     return make_artifacts(ObjectBlobs(weed.store(weed.prefix())))
 
 
-def key(digest: str) -> str:
-    return f"artifacts/{digest[:2]}/{digest}"
-
-
 async def test_artifacts_over_an_object_store(artifacts: Artifacts, tmp_path: Path) -> None:
     data = os.urandom(LARGE)
     artifact, existed = await artifacts.put(await uploaded(data))
@@ -44,11 +40,13 @@ async def test_artifacts_over_an_object_store(artifacts: Artifacts, tmp_path: Pa
     assert await read(artifacts, artifact.digest, 5) == data[5:]
 
 
-async def test_rot_in_an_object_store(artifacts: Artifacts) -> None:
+async def test_rot_in_an_object_store(weed: WeedProcess, make_artifacts: MakeArtifacts) -> None:
+    blobs = ObjectBlobs(weed.store(weed.prefix()))
+    artifacts = make_artifacts(blobs)
     data = os.urandom(3 << 20)
     artifact, _ = await artifacts.put(await uploaded(data))
-    await artifacts._blobs.put(key(artifact.digest), bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(DataLoss, match="damaged"):
+    await blobs.put(artifact.key, data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DataLoss, match=f"{artifact.digest}.*of bytes {2 << 20} to {(3 << 20) - 1}"):
         await read(artifacts, artifact.digest)
     assert not (await artifacts.put(await uploaded(data)))[1]
     assert await read(artifacts, artifact.digest) == data
@@ -92,7 +90,7 @@ async def test_the_bucket_is_gone(weed: WeedProcess, make_artifacts: MakeArtifac
         await anext(blobs.list("artifacts"))
 
     weed.make_bucket(bucket)
-    # Known and not marked as damaged: whether the bytes are there is found out when they are read.
+    # Known, and not marked as damaged: only now it is certain that the bytes are lost.
     assert sha256(data) in await artifacts.find([sha256(data)])
     assert (await artifacts.stat(sha256(later)))[1] == len(later)  # What was uploaded in vain is not uploaded twice.
     await artifacts.put(await uploaded(later, offset=len(later)))

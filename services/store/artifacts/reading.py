@@ -1,0 +1,130 @@
+"""Artifacts on their way out: every byte is verified before it is passed on, wherever the read begins.
+
+    read(digest, 2_500_000)         block 0      block 1      block 2 ─right?─> from byte 2_500_000 on
+                                                              block 3 ─right?─> ...
+                                                                └─ no: DATA_LOSS, and the document says damaged
+
+A damaged artifact counts as missing, so the next upload of it repairs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from mesh.mongo import translated
+from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
+from services.store.artifacts.blocks import BlockHash, Blocks, block_bytes
+from services.store.artifacts.stored import Stored, block_fields, same_bytes, stored_of
+from services.store.artifacts.threads import Threads
+from services.store.documents import Collections
+from shoal.errors import Aborted, DataLoss, InvalidArgument, NotFound, OutOfRange, ShoalError
+
+
+class Reader:
+    """Reads and verifies artifacts."""
+
+    def __init__(self, collections: Collections, blobs: BlobStore, threads: Threads) -> None:
+        self._collections = collections
+        self._blobs = blobs
+        self._threads = threads
+
+    async def read(self, digest: str, offset: int) -> tuple[Stored, AsyncIterator[bytes]]:
+        """The artifact, and its verified bytes from `offset` in pieces of 1 MiB at most.
+
+        Raises:
+            InvalidArgument: a negative offset.
+            NotFound: no such artifact.
+            FailedPrecondition: the folder or bucket of blobs is not there.
+            OutOfRange: `offset` beyond its end.
+            DataLoss: its bytes are gone, of another size, or (while iterating) not what they were: the message says
+                which.
+            Aborted: it was uploaded anew while it was read.
+        """
+        if offset < 0:
+            raise InvalidArgument(f"offset: expected 0 or more, got {offset}")
+        stored = await self._find(digest)
+        if offset > stored.size:
+            raise OutOfRange(f"offset {offset} is beyond the end of artifact {digest}: it has {stored.size} bytes")
+        await self.check_size(stored)
+        return stored, self._blocks(stored, await self._blocks_of(stored), offset)
+
+    async def verify(self, stored: Stored) -> None:
+        """Reads all of it.
+
+        Raises:
+            DataLoss: it is not what it was. NotFound, Aborted: it was removed or replaced meanwhile.
+        """
+        await self.check_size(stored)
+        async for _ in self._blocks(stored, await self._blocks_of(stored), 0):
+            pass
+
+    async def check_size(self, stored: Stored) -> None:
+        """Looks whether its bytes are there, and as many as there should be. Reads none.
+
+        Raises:
+            DataLoss: they are not. FailedPrecondition: the folder or bucket is not there.
+        """
+        size = await self._blobs.size(stored.key)
+        if size is None:
+            await self._blobs.check()  # A bucket or disk that is away for an hour has lost nothing.
+        if size != stored.size:
+            raise await self.damaged(stored, "they are gone" if size is None else f"{size} bytes of {stored.size}")
+
+    async def damaged(self, stored: Stored, how: str) -> ShoalError:
+        """Marks it as damaged, and gives the error that says so; or that it was removed or replaced meanwhile."""
+        with suppress(ShoalError):  # The reader is to hear of the damage, whether or not it can be noted now.
+            with translated("marking a damaged artifact"):
+                marked = await self._collections.artifacts.update_one(same_bytes(stored), {"$set": {"damaged": True}})
+                if not marked.matched_count:
+                    return await self._changed(stored.digest)
+        return DataLoss(f"artifact {stored.digest}: its stored bytes are damaged ({how}): upload it again")
+
+    async def _changed(self, digest: str) -> ShoalError:
+        if await self._collections.artifacts.find_one({"_id": digest}, {"_id": 1}) is None:
+            return NotFound(f"artifact {digest}: removed, because nothing referred to it")
+        return Aborted(f"artifact {digest}: uploaded anew meanwhile: read it again")
+
+    async def _find(self, digest: str) -> Stored:
+        with translated("looking for an artifact"):
+            doc = await self._collections.artifacts.find_one({"_id": digest, "damaged": {"$ne": True}})
+        if doc is None:
+            raise NotFound(f"artifact {digest}: not stored")
+        return stored_of(doc)
+
+    async def _blocks(self, stored: Stored, blocks: Blocks, offset: int) -> AsyncIterator[bytes]:
+        index = offset // blocks.block_bytes
+        waiting = bytearray()
+        with suppress(NotFound):  # Gone under our hands: shorter than it should be.
+            async for chunk in self._blobs.read(stored.key, index * blocks.block_bytes, stored.size):
+                waiting += chunk
+                start, end = blocks.span(index, stored.size)
+                if len(waiting) < end - start:
+                    continue
+                block = chunk if len(chunk) == len(waiting) else bytes(waiting)
+                waiting.clear()
+                if not await self._threads.run(blocks.is_right, index, block):
+                    raise await self.damaged(stored, f"of bytes {start} to {end - 1}")
+                for at in range(max(0, offset - start), len(block), CHUNK_BYTES):
+                    yield block[at : at + CHUNK_BYTES]
+                index += 1
+        if index < len(blocks):
+            await self._blobs.check()
+            raise await self.damaged(stored, f"they end at {blocks.span(index, stored.size)[0] + len(waiting)}")
+
+    async def _blocks_of(self, stored: Stored) -> Blocks:
+        """Its blocks' digests; made now, from bytes that hash to its name, when an older version stored it."""
+        if stored.blocks is not None:
+            return stored.blocks
+        whole, parts = hashlib.sha256(), BlockHash(block_bytes(stored.size))
+        with suppress(NotFound):
+            async for chunk in self._blobs.read(stored.key, 0, stored.size):
+                await self._threads.run(whole.update, chunk)
+                await self._threads.run(parts.update, chunk)
+        if whole.hexdigest() != stored.digest:
+            await self._blobs.check()
+            raise await self.damaged(stored, f"they hash to {whole.hexdigest()}")
+        with translated("keeping the digests of an artifact's blocks"):
+            await self._collections.artifacts.update_one(same_bytes(stored), {"$set": block_fields(parts.blocks())})
+        return parts.blocks()

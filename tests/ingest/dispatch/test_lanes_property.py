@@ -1,0 +1,223 @@
+"""Who is claimed next, on a simulated queue and clock: shares stay within bounds, and nobody starves."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable
+from datetime import timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.ingest.dispatch.lanes import LANES_PER_CLAIM, Lanes, Waiting
+from services.ingest.lane import Lane
+from tests.ingest.making import START, TestClock
+
+AGEING = timedelta(seconds=60)
+LISTS_EVERY = timedelta(milliseconds=100)
+
+
+class Queue:
+    """What MongoDB has: lanes in order of due times."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[Lane, list[Waiting]] = {}
+        self._ids = itertools.count()
+        self._lane_of: dict[str, Lane] = {}
+
+    def put(self, lane: Lane, due_at=START, jobs: int = 1) -> list[str]:
+        ids = [f"{next(self._ids):026}" for _ in range(jobs)]
+        self._lane_of.update(dict.fromkeys(ids, lane))
+        self.lanes.setdefault(lane, []).extend((due_at, id_) for id_ in ids)
+        self.lanes[lane].sort()
+        return ids
+
+    def head(self, lane: Lane, now, limit: int) -> list[Waiting]:
+        return [job for job in self.lanes.get(lane, [])[:limit] if job[0] <= now]
+
+    def due(self, now, closed=()) -> list[tuple[Lane, Waiting]]:
+        return [
+            (lane, job)
+            for lane, jobs in self.lanes.items()
+            for job in jobs
+            if job[0] <= now and lane.model not in closed
+        ]
+
+    def take(self, ids: Iterable[str]) -> list[tuple[Lane, Waiting]]:
+        wanted = frozenset(ids)
+        taken = []
+        for lane in {self._lane_of[id_] for id_ in ids}:
+            jobs = self.lanes.pop(lane)
+            taken += [(lane, job) for job in jobs if job[1] in wanted]
+            if kept := [job for job in jobs if job[1] not in wanted]:
+                self.lanes[lane] = kept
+        return taken
+
+
+class Claimer:
+    """What `claims.Claims` does around the decisions."""
+
+    def __init__(self, queue: Queue, clock: TestClock, weights: dict[str, float]) -> None:
+        self._queue = queue
+        self._clock = clock
+        self.lanes = Lanes(lambda tenant: weights.get(tenant, 1.0), AGEING)
+        self._listed_at = START - timedelta(days=1)
+
+    def claim(self, room: int, closed: frozenset[str] = frozenset()) -> list[tuple[Lane, Waiting]]:
+        is_listed = self._clock.now - self._listed_at >= LISTS_EVERY
+        if is_listed:
+            self._list()
+        taken = self._claim_known(room, closed)
+        if not taken and not is_listed:
+            self._list()
+            taken = self._claim_known(room, closed)
+        return taken
+
+    def _claim_known(self, room: int, closed: frozenset[str]) -> list[tuple[Lane, Waiting]]:
+        now = self._clock.now
+        asks = self.lanes.asks(room, now, closed)
+        assert sum(len(ask.lanes) for ask in asks) <= LANES_PER_CLAIM
+        assert sum(ask.jobs for ask in asks) == (room if asks else 0)
+        seen = {lane: self._queue.head(lane, now, ask.limit(1)) for ask in asks for lane in ask.lanes}
+        ids = self.lanes.pick(asks, seen)
+        assert len(ids) == len(set(ids)) <= room
+        taken = self._queue.take(ids)
+        for tenant, jobs in Counter(lane.tenant for lane, _ in taken).items():
+            self.lanes.claimed(tenant, jobs)
+        return taken
+
+    def _list(self) -> None:
+        self._listed_at = self._clock.now
+        self.lanes.listed((lane, jobs[0][0]) for lane, jobs in self._queue.lanes.items())
+
+
+def lane(tenant: str, model: str = "m", priority: int = 0) -> Lane:
+    return Lane(tenant, model, priority)
+
+
+@given(
+    weights=st.lists(st.sampled_from([0.1, 0.5, 1, 1, 2, 7]), min_size=2, max_size=8),
+    rooms=st.lists(st.integers(1, 40), min_size=1, max_size=10),
+    claimers=st.integers(1, 3),
+)
+@settings(max_examples=40)
+def test_tenants_that_wait_together_share_by_weight(weights: list[float], rooms: list[int], claimers: int) -> None:
+    queue, clock = Queue(), TestClock()
+    shares = {f"t{n}": weight for n, weight in enumerate(weights)}
+    for tenant in shares:
+        queue.put(lane(tenant), jobs=1_250)  # More than all claims take: all of them wait all the time.
+    workers = [Claimer(queue, clock, shares) for _ in range(claimers)]
+    served: Counter[str] = Counter()
+    for room in rooms:
+        for worker in workers:
+            taken = worker.claim(room)
+            assert len(taken) == room
+            served.update(one.tenant for one, _ in taken)
+        for a, b in itertools.combinations(shares, 2):
+            apart = abs(served[a] / shares[a] - served[b] / shares[b])
+            assert apart <= claimers * (1 / shares[a] + 1 / shares[b]) + 1e-6
+
+
+@given(
+    backlog=st.integers(100, 1_000),
+    before=st.integers(0, 20),
+    room=st.integers(1, 64),
+    weight=st.sampled_from([0.5, 1, 3]),
+    others=st.integers(1, 5),
+)
+@settings(max_examples=30)
+def test_ten_jobs_do_not_wait_for_anybodys_backlog(
+    backlog: int, before: int, room: int, weight: float, others: int
+) -> None:
+    queue, clock = Queue(), TestClock()
+    worker = Claimer(queue, clock, {"small": weight})
+    for n in range(others):
+        queue.put(lane(f"big{n}"), START - timedelta(hours=1), jobs=backlog)
+    for _ in range(before):
+        worker.claim(room)
+    clock.advance(seconds=1)
+    ten = set(queue.put(lane("small"), clock.now, jobs=10))
+    claimed = 0
+    while ten:
+        taken = worker.claim(room)
+        claimed += len(taken)
+        ten -= {job[1] for _, job in taken}
+    # Its share of what is claimed, and the last claim in full: whatever waits besides.
+    assert claimed <= 10 * (weight + others) / weight + others / weight + others + 1 + room
+
+
+def test_with_more_tenants_than_a_claim_reads_each_has_its_turn() -> None:
+    queue, clock = Queue(), TestClock()
+    worker = Claimer(queue, clock, {})
+    tenants = [f"t{n}" for n in range(5 * LANES_PER_CLAIM)]
+    for tenant in tenants:
+        queue.put(lane(tenant), jobs=40)
+    served: Counter[str] = Counter()
+    for _ in range(5):
+        served.update(one.tenant for one, _ in worker.claim(128))
+    assert served == dict.fromkeys(tenants, 2)
+
+
+jobs_of_one = st.lists(
+    st.tuples(st.sampled_from(["m", "n"]), st.integers(-2, 1), st.integers(-400, 100)), min_size=1, max_size=60
+)
+
+
+@given(jobs=jobs_of_one, room=st.integers(1, 20), step_s=st.integers(0, 30))
+@settings(max_examples=60)
+def test_a_tenants_jobs_go_by_age_and_priority_and_none_is_left(
+    jobs: list[tuple[str, int, int]], room: int, step_s: int
+) -> None:
+    queue, clock = Queue(), TestClock()
+    worker = Claimer(queue, clock, {})
+    for model, priority, due_s in jobs:
+        queue.put(lane("t", model, priority), START + timedelta(seconds=due_s))
+    while queue.lanes:
+        order = sorted((one.age(job[0], AGEING), job[1]) for one, job in queue.due(clock.now))
+        taken = {job[1] for _, job in worker.claim(room)}
+        assert taken == {id_ for _, id_ in order[:room]}
+        clock.advance(seconds=step_s if order else 100)
+
+
+@given(data=st.data(), room=st.integers(1, 30))
+@settings(max_examples=30)
+def test_what_is_due_and_open_is_found_whoever_put_it_there_and_whenever(data: st.DataObject, room: int) -> None:
+    """A claim comes back with nothing only when nothing is there, and never with what is closed or not due."""
+    queue, clock = Queue(), TestClock()
+    workers = [Claimer(queue, clock, {"a": 3}) for _ in range(2)]
+    lanes = st.builds(Lane, st.sampled_from("abc"), st.sampled_from(["m", "n"]), st.integers(-1, 1))
+    for _ in range(15):
+        for one, after_s, jobs in data.draw(
+            st.lists(st.tuples(lanes, st.integers(-5, 5), st.integers(1, 20)), max_size=3)
+        ):
+            queue.put(one, clock.now + timedelta(seconds=after_s), jobs)
+        closed = data.draw(st.sampled_from([frozenset(), frozenset("m"), frozenset("mn")]))
+        due = queue.due(clock.now, closed)
+        taken = data.draw(st.sampled_from(workers)).claim(room, closed)
+        assert all(job in due for job in taken)
+        assert bool(taken) == bool(due)
+        clock.advance(milliseconds=data.draw(st.sampled_from([0, 30, 1_000])))
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_what_was_noticed_during_a_claim_is_not_forgotten_by_it(is_noticed: bool) -> None:
+    lanes = Lanes(lambda tenant: 1.0, AGEING)
+    lanes.listed([(lane("t"), START)])
+    asks = lanes.asks(10, START, ())
+    if is_noticed:
+        lanes.noticed(lane("t"), START)  # Put there after the lane was read.
+    assert lanes.pick(asks, {lane("t"): [(START, "x")]}) == ["x"]
+    assert lanes.has_due(START, ()) == is_noticed
+
+
+def test_claimers_in_a_crowd_do_not_all_take_the_head() -> None:
+    seen = {lane("t"): [(START, f"{n:03}") for n in range(401)]}
+    picks = []
+    for _ in range(2):
+        lanes = Lanes(lambda tenant: 1.0, AGEING)
+        lanes.listed([(lane("t"), START)])
+        picks.append(set(lanes.pick(lanes.asks(100, START, (), 4), seen, 4)))
+    assert all(len(pick) == 100 and max(pick) > "150" for pick in picks)
+    assert len(picks[0] & picks[1]) < 60
