@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -17,6 +18,7 @@ from mesh.mongo import Document
 from mesh.server import until_stopped
 from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
+from services.ingest.batches.door import batches_of
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
 from services.ingest.dead_letters.dead_letters import DeadLetters
@@ -41,6 +43,9 @@ from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.ulid import Ulids
 from shoal.errors import ShoalError
+
+if TYPE_CHECKING:
+    from services.ingest.batches.room import Batches
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +75,9 @@ async def run(config: IngestConfig) -> None:
             lease_ms=config.lease_ms,
             ageing=timedelta(milliseconds=config.ageing_ms),
         )
+        model = RemoteModel(channel)
         attempts = Attempts(
-            RemoteModel(channel),
+            model,
             payloads,
             gate=gate,
             memory=Budget(config.pending_bytes, "requests being run"),
@@ -136,6 +142,7 @@ async def run(config: IngestConfig) -> None:
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
         watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
+        batches = batches_of(config, database, channel, model, clock=utc_now, new_id=ulids.new, ready=ready)
         servicer = IngestRpc(
             intake,
             jobs,
@@ -143,6 +150,7 @@ async def run(config: IngestConfig) -> None:
             cancelling,
             dead_letters,
             watch_many,
+            batches,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
@@ -153,6 +161,8 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(intake)
+        if batches is not None:
+            await stack.enter_async_context(batches)
         server = await stack.enter_async_context(
             server_of(
                 config.listen,
@@ -165,7 +175,7 @@ async def run(config: IngestConfig) -> None:
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 
         async def start() -> None:
-            await _prepare(database, claims)
+            await _prepare(database, claims, batches)
             intake.open()
             ready.set()
             await server.serve()
@@ -177,9 +187,11 @@ async def run(config: IngestConfig) -> None:
         stack.push_async_callback(end, starting)
         await until_stopped()
         dispatcher.stop_claiming()
+        if batches is not None:
+            batches.stop()
 
 
-async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
+async def _prepare(database: AsyncDatabase[Document], claims: Claims, batches: Batches | None) -> None:
     """Makes the collections, and takes up what an earlier process of this name left behind. Tries until it succeeds."""
     while True:
         try:
@@ -189,6 +201,8 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
                 log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():
                 log.warning("an earlier process of this name left %d jobs: they are taken up", left)
+            if batches is not None and (chunks := await batches.prepare()):
+                log.warning("an earlier process of this name left %d chunks of batches: they are taken up", chunks)
             return
         except ShoalError as err:
             log.warning("not ready yet: %s", err)

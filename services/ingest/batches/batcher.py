@@ -115,7 +115,8 @@ class Batcher:
         self.stop()
         await end(*self._tasks)
         held, doing = list(self._held.values()), list(self._doing.values())
-        await end(*(each.task for each in [*held, *doing] if each.task is not None))
+        tasks = [one.task for one in held] + [one.task for one in doing]
+        await end(*(task for task in tasks if task is not None))
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WRITES_S):
                 for one in held:
@@ -215,8 +216,7 @@ class Batcher:
         await self._persist(lambda: self._ledger.finish(chunk))
 
     async def _persist(self, write: Callable[[], Awaitable[bool]]) -> bool:
-        """Writes what is fenced, again while MongoDB is away: much work is behind it, and the fence says if it is late.
-        """
+        """Writes what is fenced, again while MongoDB is away: work is behind it, and the fence says if it is late."""
         give_up = asyncio.get_running_loop().time() + _PERSIST_S
         while True:
             try:

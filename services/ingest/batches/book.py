@@ -180,9 +180,7 @@ class Book:
         live = {"_id": batch_id, "is_active": True, "ending": {"$exists": False}, "totals": {"$exists": False}}
         set_ = {"ending": {"state": str(ending.state), "reason": ending.reason}, "updated_at": self._clock()}
         with translated("ending a batch"):
-            found = await self._batches.find_one_and_update(
-                live, {"$set": set_}, return_document=ReturnDocument.AFTER
-            )
+            found = await self._batches.find_one_and_update(live, {"$set": set_}, return_document=ReturnDocument.AFTER)
         return None if found is None else batch_of(found)
 
     async def turn(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> Batch | None:

@@ -102,9 +102,7 @@ class Batches:
             instance=name,
             on_accepted=self._batcher.wake,
         )
-        self.viewing = Viewing(
-            self._book, self._ledger, on_change=self._batcher.wake, max_watches=config.max_watches
-        )
+        self.viewing = Viewing(self._book, self._ledger, on_change=self._batcher.wake, max_watches=config.max_watches)
 
     async def __aenter__(self) -> Batches:
         self._stack.enter_context(self._folder)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ _AHEAD = 2
 class Progress:
     """How far a chunk is, while it runs."""
 
-    now: SoFar = SoFar()
+    now: SoFar = field(default_factory=SoFar)
 
     def add(self, ok: int, failed: int) -> None:
         """Some rows are written."""
@@ -121,10 +121,10 @@ class Running:
     async def publish(self, batch: Batch, chunk: Chunk) -> None:
         """Moves a staged part to its own place. Done again, it does nothing."""
         name = part_name(chunk.number)
-        moves = [(f"{chunk.staged}.parquet", (name,))] if chunk.ok else []
-        moves += [(f"{chunk.staged}.dead.parquet", (DEAD, name))] if chunk.failed else []
+        moves = [(f"{chunk.staged}.parquet", batch.place(name))] if chunk.ok else []
+        moves += [(f"{chunk.staged}.dead.parquet", batch.place(DEAD, name))] if chunk.failed else []
         for staged, final in moves:
-            await self._threads.run(self._places.publish, batch.place(STAGING, staged), batch.place(*final))
+            await self._threads.run(self._places.publish, batch.place(STAGING, staged), final)
 
     async def _adopt(self, batch: Batch, name: str, file: Path) -> None:
         await self._threads.run(self._places.adopt, batch.place(STAGING, name), file)
@@ -193,9 +193,7 @@ def prepare(wanted: Wanted, piece: Piece, max_rows: int) -> Prepared:
 
 def unfit(prepared: Prepared) -> Outcomes:
     """The rows that no model saw."""
-    return [
-        Blamed(row, Dead(Code.INVALID_ARGUMENT.name, reason)) for row, reason in sorted(prepared.errors.items())
-    ]
+    return [Blamed(row, Dead(Code.INVALID_ARGUMENT.name, reason)) for row, reason in sorted(prepared.errors.items())]
 
 
 def write(part: Part, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcomes]]) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,11 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from mesh.threads import Threads
-from services.ingest.batches.batch import Batch, BatchState, Format, Step
+from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, Format, Step
 from services.ingest.batches.book import MOST_ACTIVE, Book
 from services.ingest.batches.duties import entries, format_of, owner_of
 from services.ingest.batches.facts import Facts
-from services.ingest.batches.inputs.places import Entry, Places, is_within
+from services.ingest.batches.inputs.places import Places, is_within
 from services.ingest.batches.mapping import (
     Wanted,
     available_columns,
@@ -42,7 +44,9 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 
 INPUTS = 1_000
 NAMES = 256
-CHUNK_ROWS = 1_000_000
+MOST_CHUNK_ROWS = 1_000_000
+_LOOKED_AT = 1_000
+# Names below a prefix that are looked at to learn the format.
 
 _FORMATS = {
     pb.BATCH_FORMAT_JSONL: Format.JSONL,
@@ -89,9 +93,10 @@ class Submissions:
         """The batch, durable, and whether its key was known.
 
         Raises:
-            InvalidArgument: names the field, what was expected and what came. PermissionDenied: a place may not be used.
-            NotFound: no such file or model. FailedPrecondition: the output has something in it. AlreadyExists: the key
-            was used with another request. ResourceExhausted: too many batches. Unavailable: somebody is away.
+            InvalidArgument: names the field, what was expected and what came. NotFound: no such file or model.
+            PermissionDenied: a place may not be used. FailedPrecondition: the output has something in it.
+            AlreadyExists: the key was used with another request. ResourceExhausted: too many batches.
+            Unavailable: somebody is away.
         """
         check_fields(request)
         digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
@@ -120,9 +125,7 @@ class Submissions:
                 raise InvalidArgument(f"output: the input {url} lies within {output}: choose a folder of its own")
         return inputs, output
 
-    def _look(
-        self, request: pb.SubmitBatchRequest, inputs: Sequence[str], output: str, signature: Signature
-    ) -> Looked:
+    def _look(self, request: pb.SubmitBatchRequest, inputs: Sequence[str], output: str, signature: Signature) -> Looked:
         """Looks at the first input and at the output. It blocks: for a thread."""
         self._check_output(output)
         kind = _FORMATS.get(request.format) or self._guess(inputs[0])
@@ -149,7 +152,7 @@ class Submissions:
         )
 
     def _guess(self, url: str) -> Format:
-        """The format that names say: that of the file, or of the first file below a prefix that has one."""
+        """The format that names say: that of the file, or of those below a prefix, when they agree."""
         if not url.endswith("/"):
             if (kind := format_of(url)) is None:
                 raise InvalidArgument(
@@ -157,10 +160,14 @@ class Submissions:
                     ".npz, or say the format; a prefix ends with a slash"
                 )
             return kind
-        first: Entry | None = next(self._places.list(url), None)
-        if first is None:
+        names = (entry.url for entry in self._places.list(url) if not entry.url.rpartition("/")[2].startswith("_"))
+        kinds = Counter(format_of(name) or Format.OBJECTS for name in itertools.islice(names, _LOOKED_AT))
+        if not kinds:
             raise InvalidArgument(f"inputs: nothing is below {url}")
-        return format_of(first.url) or Format.OBJECTS
+        if len(kinds) > 1:
+            found = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common())
+            raise InvalidArgument(f"format: below {url} are files of several kinds ({found}): say the format")
+        return next(iter(kinds))
 
     def _batch(
         self,
@@ -191,8 +198,8 @@ class Submissions:
             key=request.idempotency_key,
             digest=digest if request.idempotency_key else b"",
             labels=tuple(sorted(request.labels.items())),
-            chunk_rows=request.chunk_rows or Batch.chunk_rows,
-            max_attempts=request.max_attempts or Batch.max_attempts,
+            chunk_rows=request.chunk_rows or CHUNK_ROWS,
+            max_attempts=request.max_attempts or ATTEMPTS,
             submitted_at=now,
             updated_at=now,
             free_at=now,
@@ -231,7 +238,7 @@ def check_fields(request: pb.SubmitBatchRequest) -> None:
         if len(set(given)) != len(given):
             raise InvalidArgument(f"{field}: a name is given twice")
     for field, value, most in (
-        ("chunk_rows", request.chunk_rows, CHUNK_ROWS),
+        ("chunk_rows", request.chunk_rows, MOST_CHUNK_ROWS),
         ("max_attempts", request.max_attempts, MOST_ATTEMPTS),
     ):
         if not 0 <= value <= most:

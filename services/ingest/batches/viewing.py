@@ -1,4 +1,4 @@
-"""Batches as clients see and steer them: one by id, pages of them, followed to their end; cancelled, paused, resumed."""
+"""Batches as clients see and steer them: one by id, pages of them, followed; cancelled, paused, resumed."""
 
 from __future__ import annotations
 
