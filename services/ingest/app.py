@@ -19,8 +19,8 @@ from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
-from services.ingest.connectors import settings
-from services.ingest.connectors.connectors import Connectors
+from services.ingest.connectors import checkpoints, settings
+from services.ingest.connectors.connectors import Connectors, Place
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
@@ -134,7 +134,7 @@ async def run(config: IngestConfig) -> None:
             on_accepted=accept,
         )
         configured = settings.read(config.connectors) if config.connectors is not None else {}
-        connectors = Connectors(configured, intake, endings, clock=utc_now, ready=ready)
+        connectors = Connectors(configured, intake, endings, Place(name, utc_now, database), ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
         def requeued(again: Sequence[Job]) -> None:
@@ -198,6 +198,9 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
     while True:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(
+                database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
+            )
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
             if lined_up := await claims.line_up():
                 log.info("%d jobs of an earlier version were lined up", lined_up)
