@@ -26,8 +26,9 @@ class IngestConfig(ServiceConfig):
     """A claimed job whose instance is not heard of for so long goes to another."""
     renew_ms: Annotated[int, Field(ge=100, le=100_000)] = 1_500
     """How often leases are renewed: two renewals may be lost before a lease lapses."""
-    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 64
-    """Calls to infer at once. infer batches what comes together, so this also bounds its batches."""
+    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 256
+    """Jobs of one model that may be in calls to infer at once; of all models together, four times as many are held.
+    infer batches what comes together, so this also bounds its batches."""
     attempt_timeout_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 60_000
     """Longest a single attempt may take."""
     poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
