@@ -136,7 +136,8 @@ def _service(
 
 def _own_settings(service: str, instance: str, options: Options, layout: Layout) -> dict[str, str]:
     if service in _WITH_MONGO:
-        return {"MONGO": mongo_of(options, layout)}
+        streams = {"CONNECTORS": str(options.connectors)} if service == "ingest" and options.connectors else {}
+        return {"MONGO": mongo_of(options, layout), **streams}
     if service == "infer":
         cache = options.data_dir / "cache" / "models"
         # Of several, those on a GPU would each bring the weights there.

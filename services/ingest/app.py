@@ -21,6 +21,8 @@ from mesh.tasks import end, log_failure
 from services.ingest.batches.door import batches_of
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
+from services.ingest.connectors import checkpoints, settings
+from services.ingest.connectors.connectors import Connectors, Place
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
@@ -36,6 +38,8 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
+from services.ingest.reading.answers import StoredAnswers
+from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
@@ -85,7 +89,7 @@ async def run(config: IngestConfig) -> None:
             timeout_ms=config.attempt_timeout_ms,
         )
         recorder = Recorder(
-            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: changes.poke(job_id)
+            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: moved(job_id)
         )
         dispatcher = Dispatcher(
             claims,
@@ -97,11 +101,18 @@ async def run(config: IngestConfig) -> None:
             instance=name,
             ready=ready,
             max_in_flight=config.max_in_flight,
+            attempt_timeout_ms=config.attempt_timeout_ms,
             poll_ms=config.poll_ms,
             drain_ms=config.drain_ms,
         )
         changes = Changes(documents, ready=ready, on_taken=dispatcher.taken, max_watches=config.max_watches)
         watch = Watch(jobs, changes)
+        endings = Endings(documents, StoredAnswers(channel), ready=ready)
+
+        def moved(job_id: str) -> None:
+            changes.poke(job_id)
+            endings.poke(job_id)
+
         keeper = Keeper(
             documents,
             claims,
@@ -129,6 +140,8 @@ async def run(config: IngestConfig) -> None:
             inline_bytes=config.inline_bytes,
             on_accepted=accept,
         )
+        configured = settings.read(config.connectors) if config.connectors is not None else {}
+        connectors = Connectors(configured, intake, endings, Place(name, utc_now, database), ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
         def requeued(again: Sequence[Job]) -> None:
@@ -161,6 +174,8 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(intake)
+        await stack.enter_async_context(endings)
+        await stack.enter_async_context(connectors)
         if batches is not None:
             await stack.enter_async_context(batches)
         server = await stack.enter_async_context(
@@ -196,6 +211,9 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims, batches: B
     while True:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(
+                database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
+            )
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
             if lined_up := await claims.line_up():
                 log.info("%d jobs of an earlier version were lined up", lined_up)

@@ -25,7 +25,7 @@ Before = Callable[[list[int], Any], Awaitable[None]]
 
 
 class Doubling(FakeInfer):
-    """The model `double`: x FP32 [4] to y = 2x. `before(rows, context)`, rows by their first value, may wait or abort."""
+    """The model `double`: x FP32 [4] to y = 2x. `before(rows, context)` (by their first value) may wait or abort."""
 
     def __init__(self) -> None:
         super().__init__()
