@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -18,10 +19,11 @@ from mesh.mongo import Document
 from mesh.server import until_stopped
 from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
+from services.ingest.batches.door import batches_of
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
-from services.ingest.connectors import settings
-from services.ingest.connectors.connectors import Connectors
+from services.ingest.connectors import checkpoints, settings
+from services.ingest.connectors.connectors import Connectors, Place
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
@@ -51,6 +53,9 @@ from services.ingest.tenants.pending import Pending
 from services.ingest.tenants.reading import Standings
 from services.ingest.ulid import Ulids
 from shoal.errors import ShoalError
+
+if TYPE_CHECKING:
+    from services.ingest.batches.room import Batches
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +89,9 @@ async def run(config: IngestConfig) -> None:
             weight_of=book.weight,
             ageing=timedelta(milliseconds=config.ageing_ms),
         )
+        model = RemoteModel(channel)
         attempts = Attempts(
-            RemoteModel(channel),
+            model,
             payloads,
             gate=gate,
             memory=Budget(config.pending_bytes, "requests being run"),
@@ -146,7 +152,7 @@ async def run(config: IngestConfig) -> None:
             on_accepted=accept,
         )
         configured = settings.read(config.connectors) if config.connectors is not None else {}
-        connectors = Connectors(configured, intake, endings, clock=utc_now, ready=ready)
+        connectors = Connectors(configured, intake, endings, Place(name, utc_now, database), ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
         def requeued(again: Sequence[Job]) -> None:
@@ -160,6 +166,7 @@ async def run(config: IngestConfig) -> None:
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
         watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
+        batches = batches_of(config, database, channel, model, clock=utc_now, new_id=ulids.new, ready=ready)
         servicer = IngestRpc(
             intake,
             jobs,
@@ -167,6 +174,7 @@ async def run(config: IngestConfig) -> None:
             cancelling,
             dead_letters,
             watch_many,
+            batches,
             book,
             Standings(documents, book, pending),
             stream_items=config.stream_items,
@@ -182,6 +190,8 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(intake)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)
+        if batches is not None:
+            await stack.enter_async_context(batches)
         server = await stack.enter_async_context(
             server_of(
                 config.listen,
@@ -194,7 +204,7 @@ async def run(config: IngestConfig) -> None:
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 
         async def start() -> None:
-            await _prepare(database, claims, book, buckets)
+            await _prepare(database, claims, batches, book, buckets)
             intake.open()
             ready.set()
             await server.serve()
@@ -206,13 +216,20 @@ async def run(config: IngestConfig) -> None:
         stack.push_async_callback(end, starting)
         await until_stopped()
         dispatcher.stop_claiming()
+        if batches is not None:
+            batches.stop()
 
 
-async def _prepare(database: AsyncDatabase[Document], claims: Claims, book: Book, buckets: Buckets) -> None:
+async def _prepare(
+    database: AsyncDatabase[Document], claims: Claims, batches: Batches | None, book: Book, buckets: Buckets
+) -> None:
     """Makes the collections, and takes up what an earlier process of this name left behind. Tries until it succeeds."""
     while True:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(
+                database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
+            )
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
             await book.open()
             await buckets.open()
@@ -220,6 +237,8 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims, book: Book
                 log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():
                 log.warning("an earlier process of this name left %d jobs: they are taken up", left)
+            if batches is not None and (chunks := await batches.prepare()):
+                log.warning("an earlier process of this name left %d chunks of batches: they are taken up", chunks)
             return
         except ShoalError as err:
             log.warning("not ready yet: %s", err)
