@@ -20,6 +20,7 @@ from mesh.tasks import end, log_failure
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
 from services.ingest.dead_letters.dead_letters import DeadLetters
+from services.ingest.dependencies.cascade import Cascade
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.dispatch.claims import Claims
@@ -78,9 +79,12 @@ async def run(config: IngestConfig) -> None:
             clock=utc_now,
             timeout_ms=config.attempt_timeout_ms,
         )
-        recorder = Recorder(
-            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: changes.poke(job_id)
-        )
+
+        def changed(job_id: str) -> None:
+            changes.poke(job_id)
+            cascade.changed(job_id)
+
+        recorder = Recorder(documents, results, payloads, clock=utc_now, instance=name, on_change=changed)
         dispatcher = Dispatcher(
             claims,
             attempts,
@@ -111,6 +115,7 @@ async def run(config: IngestConfig) -> None:
         def accept(accepted: Sequence[Job]) -> None:
             claims.notice(accepted)
             dispatcher.accept(accepted)
+            cascade.accepted(accepted)
 
         intake = Intake(
             documents,
@@ -125,13 +130,19 @@ async def run(config: IngestConfig) -> None:
         )
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
-        def requeued(again: Sequence[Job]) -> None:
+        def due_again(again: Sequence[Job]) -> None:
             backlog.added(len(again))
+            claims.notice(again)
             for job in again:
                 changes.poke(job.id)
             dispatcher.wake()
+            cascade.accepted(again)
 
-        dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=requeued)
+        cascade = Cascade(
+            documents, claims, dispatcher, clock=utc_now, instance=name, ready=ready, on_released=due_again
+        )
+
+        dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=due_again)
         watching = await stack.enter_async_context(
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
@@ -152,6 +163,7 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(changes)
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
+        await stack.enter_async_context(cascade)
         await stack.enter_async_context(intake)
         server = await stack.enter_async_context(
             server_of(
