@@ -45,6 +45,9 @@ _STORE_IDEMPOTENT = (
     "WatchResults",
     "StreamResults",
     "ExportResults",
+    "SetRetention",
+    "ListRetention",
+    "ApplyRetention",
 )
 _INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters", "WatchJobs")
 _COORD_IDEMPOTENT = ("ListInstances", "WatchInstances", "GetLeader", "GetMeshStatus")
