@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -17,8 +18,11 @@ from mesh.mongo import Document
 from mesh.server import until_stopped
 from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
+from services.ingest.batches.door import batches_of
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
+from services.ingest.connectors import checkpoints, settings
+from services.ingest.connectors.connectors import Connectors, Place
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
@@ -34,6 +38,8 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
+from services.ingest.reading.answers import StoredAnswers
+from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
@@ -41,6 +47,9 @@ from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.ulid import Ulids
 from shoal.errors import ShoalError
+
+if TYPE_CHECKING:
+    from services.ingest.batches.room import Batches
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +79,9 @@ async def run(config: IngestConfig) -> None:
             lease_ms=config.lease_ms,
             ageing=timedelta(milliseconds=config.ageing_ms),
         )
+        model = RemoteModel(channel)
         attempts = Attempts(
-            RemoteModel(channel),
+            model,
             payloads,
             gate=gate,
             memory=Budget(config.pending_bytes, "requests being run"),
@@ -79,7 +89,7 @@ async def run(config: IngestConfig) -> None:
             timeout_ms=config.attempt_timeout_ms,
         )
         recorder = Recorder(
-            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: changes.poke(job_id)
+            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: moved(job_id)
         )
         dispatcher = Dispatcher(
             claims,
@@ -91,11 +101,18 @@ async def run(config: IngestConfig) -> None:
             instance=name,
             ready=ready,
             max_in_flight=config.max_in_flight,
+            attempt_timeout_ms=config.attempt_timeout_ms,
             poll_ms=config.poll_ms,
             drain_ms=config.drain_ms,
         )
         changes = Changes(documents, ready=ready, on_taken=dispatcher.taken, max_watches=config.max_watches)
         watch = Watch(jobs, changes)
+        endings = Endings(documents, StoredAnswers(channel), ready=ready)
+
+        def moved(job_id: str) -> None:
+            changes.poke(job_id)
+            endings.poke(job_id)
+
         keeper = Keeper(
             documents,
             claims,
@@ -123,6 +140,8 @@ async def run(config: IngestConfig) -> None:
             inline_bytes=config.inline_bytes,
             on_accepted=accept,
         )
+        configured = settings.read(config.connectors) if config.connectors is not None else {}
+        connectors = Connectors(configured, intake, endings, Place(name, utc_now, database), ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
         def requeued(again: Sequence[Job]) -> None:
@@ -136,6 +155,7 @@ async def run(config: IngestConfig) -> None:
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
         watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
+        batches = batches_of(config, database, channel, model, clock=utc_now, new_id=ulids.new, ready=ready)
         servicer = IngestRpc(
             intake,
             jobs,
@@ -143,6 +163,7 @@ async def run(config: IngestConfig) -> None:
             cancelling,
             dead_letters,
             watch_many,
+            batches,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
@@ -153,6 +174,10 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(intake)
+        await stack.enter_async_context(endings)
+        await stack.enter_async_context(connectors)
+        if batches is not None:
+            await stack.enter_async_context(batches)
         server = await stack.enter_async_context(
             server_of(
                 config.listen,
@@ -165,7 +190,7 @@ async def run(config: IngestConfig) -> None:
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 
         async def start() -> None:
-            await _prepare(database, claims)
+            await _prepare(database, claims, batches)
             intake.open()
             ready.set()
             await server.serve()
@@ -177,18 +202,25 @@ async def run(config: IngestConfig) -> None:
         stack.push_async_callback(end, starting)
         await until_stopped()
         dispatcher.stop_claiming()
+        if batches is not None:
+            batches.stop()
 
 
-async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
+async def _prepare(database: AsyncDatabase[Document], claims: Claims, batches: Batches | None) -> None:
     """Makes the collections, and takes up what an earlier process of this name left behind. Tries until it succeeds."""
     while True:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(
+                database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
+            )
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
             if lined_up := await claims.line_up():
                 log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():
                 log.warning("an earlier process of this name left %d jobs: they are taken up", left)
+            if batches is not None and (chunks := await batches.prepare()):
+                log.warning("an earlier process of this name left %d chunks of batches: they are taken up", chunks)
             return
         except ShoalError as err:
             log.warning("not ready yet: %s", err)

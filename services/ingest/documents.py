@@ -13,13 +13,14 @@ before their job.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+import bson
 from bson import Binary
-from pymongo import ASCENDING, DESCENDING, DeleteOne, IndexModel, UpdateOne
+from pymongo import ASCENDING, DESCENDING, DeleteOne, IndexModel, UpdateMany, UpdateOne
 
 from mesh.mongo import Document
 from services.ingest.job import DEAD_LETTERS, TRANSITIONS_KEPT, Job, Lease, Policy, State, Transition
@@ -195,6 +196,21 @@ def fenced_update(before: Job, after: Job) -> UpdateOne:
     assert before.lease is not None
     fence = {"_id": before.id, "lease.id": before.lease.id, "attempts": before.attempts}
     return UpdateOne(fence, difference(before, after))
+
+
+def fenced_updates(changes: Sequence[tuple[Job, Job]]) -> list[UpdateOne | UpdateMany]:
+    """The writes of many changes. Jobs of one lease and attempt to which the same happens are one write together."""
+    alike: dict[tuple[str, int, bytes], tuple[dict[str, Any], list[str]]] = {}
+    for before, after in changes:
+        assert before.lease is not None
+        update = difference(before, after)
+        alike.setdefault((before.lease.id, before.attempts, bson.encode(update)), (update, []))[1].append(before.id)
+    return [
+        UpdateOne({"_id": ids[0], "lease.id": lease, "attempts": attempts}, update)
+        if len(ids) == 1
+        else UpdateMany({"_id": {"$in": ids}, "lease.id": lease, "attempts": attempts}, update)
+        for (lease, attempts, _), (update, ids) in alike.items()
+    ]
 
 
 def requeueing(before: Job, after: Job) -> UpdateOne:

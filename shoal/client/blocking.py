@@ -50,6 +50,7 @@ class Jobs(Face[AsyncJobs]):
     get = blocking(AsyncJobs.get)
     inputs = blocking(AsyncJobs.inputs)
     list = blocking(AsyncJobs.list)
+    each = iterating(AsyncJobs.each)
     watch = iterating(AsyncJobs.watch)
     watch_all = iterating(AsyncJobs.watch_all)
     cancel = blocking(AsyncJobs.cancel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import sys
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -162,22 +163,37 @@ class AsyncJobs:
         timeout: float = READ_S,
     ) -> builtins.list[Job]:
         """The newest `limit` jobs, of those in `state`, of `model` and of `tenant` when these are given."""
-        found: builtins.list[Job] = []
-        token = ""
-        while len(found) < limit:
+        jobs = self.each(state=state, model=model, tenant=tenant, most=limit, timeout=timeout)
+        return [job async for job in jobs]
+
+    async def each(
+        self,
+        *,
+        state: JobState | str | None = None,
+        model: str = "",
+        tenant: str = "",
+        most: int | None = None,
+        timeout: float = READ_S,
+    ) -> AsyncGenerator[Job, None]:
+        """As `list`, one job after the other, however many there are: the next page is asked for when it is needed.
+
+        `timeout` is each page's.
+        """
+        left, token = most if most is not None else sys.maxsize, ""
+        while left > 0:
             request = ingest.ListJobsRequest(
                 state=_state(state),
                 model_name=model,
                 tenant=tenant or self._tenant,
-                page_size=min(limit - len(found), 1_000),
+                page_size=min(left, 1_000),
                 page_token=token,
             )
             answer = await self._caller.call(methods.LIST_JOBS, request, timeout_s=timeout, doing="list jobs")
-            found += [of_job(job) for job in answer.jobs]
-            token = answer.next_page_token
+            for job in answer.jobs[:left]:
+                yield of_job(job)
+            left, token = left - len(answer.jobs), answer.next_page_token
             if not token:
-                break
-        return found[:limit]
+                return
 
     async def watch(self, job_id: str, *, timeout: float = WATCH_S) -> AsyncGenerator[Job, None]:
         """A job as it stands, and again after each transition, until it has ended. Goes on where a stream breaks.

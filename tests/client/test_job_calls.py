@@ -374,6 +374,12 @@ async def test_lists_go_over_pages(served: Served) -> None:
         assert [job.id for job in await client.jobs.list(limit=3)] == list("012")
         with pytest.raises(InvalidArgument, match="state 'lost': use one of queued, running"):
             await client.jobs.list(state="lost")
+        asked.clear()
+        found = client.jobs.each(model="m")
+        assert [(await anext(found)).id for _ in range(3)] == list("012")
+        await found.aclose()
+        assert len(asked) == 2, "pages are asked for as they are needed"
+        assert [job.id async for job in client.jobs.each(most=5)] == list("01234")
 
 
 def test_the_blocking_face(served: Served, intake: Intake) -> None:

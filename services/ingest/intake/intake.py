@@ -149,6 +149,14 @@ class Intake:
     def _left(self, jobs: Sequence[Job]) -> None:
         self._budget.give_back(sum(map(_size, jobs)))
 
+    async def by_key(self, tenant: str, key: str) -> Job | None:
+        """The job that has this idempotency key, without its request.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        return (await self._find_by_key({(tenant, key)})).get((tenant, key))
+
     async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
         await self._payloads.put(jobs)
         errors = await self._insert(jobs)
