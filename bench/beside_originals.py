@@ -4,10 +4,10 @@
                                       [--triton-venv FOLDER]
 
 `embeddings`: texts of this repository's documentation through `shoal serve` (the ensemble of examples/embeddings, 32
-requests in flight, one text each), and through sentence-transformers, one call for each text; with --triton-venv, the
-environment with nvidia-pytriton, onnxruntime and tokenizers, also through an ensemble of a real Triton's python
-backend (beside_originals_triton.py), by the same client. `ocr`: the images of examples/ocr, 4 in flight, and
-rapidocr-onnxruntime with its own settings, one call for each image. All have as many threads for the model and take
+requests in flight, one text each), and through sentence-transformers, one call for each text. `ocr`: the images of
+examples/ocr, 4 in flight, and rapidocr-onnxruntime with its own settings, one call for each image. With --triton-venv,
+an environment with nvidia-pytriton and what the steps import, both also through an ensemble of a real Triton's python
+backend (beside_originals_triton.py), by the same client. All have as many threads for the model and take
 turns in each round; figures are medians of rounds. CPU is that of the server's processes without the client's, and of
 the package's process: on a machine with other load it is the figure to trust.
 """
@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +41,7 @@ from examples.embeddings import demo
 from examples.embeddings.build import build
 from examples.ocr.build import build as build_ocr
 from examples.ocr.pages import gather
+from examples.ocr.reading import LARGEST_OFF_PX, LEAST_SCORE, Line
 from examples.serving import serving
 
 PAGES_AT_ONCE = 4
@@ -49,6 +50,9 @@ SHOAL, PACKAGE = "Shoal", "the package, called per request"
 
 TRITONS = {"batch": "Triton, a batch padded together", "own": "Triton, each length by itself"}
 """Contenders by how beside_originals_triton.py pads."""
+
+TRITONS_READING = {6: "Triton, six lines padded together", 1: "Triton, each line by itself"}
+"""The same by how many lines are recognised at once: six are the package's own way."""
 
 Servers = dict[str, tuple[str, int]]
 """Address and process by contender; Shoal is the first."""
@@ -104,14 +108,17 @@ def embeddings(rounds: int, texts: int, threads: int, triton: Path | None, out: 
         models = build(work / "models")
         servers = {SHOAL: stack.enter_context(serving(models, SHOAL_INFER_THREADS=str(threads)))}
         for padded, name in TRITONS.items() if triton else ():
-            started = beside_originals_triton.serving(triton, models, padded, threads, work / padded)
-            servers[name] = stack.enter_context(started)
+            ensemble = beside_originals_triton.embeddings(models, padded, threads)
+            servers[name] = stack.enter_context(beside_originals_triton.serving(triton, ensemble, work / padded))
         package = stack.enter_context(_package("beside_originals_embeddings.py", "sentence_transformers", threads))
         asyncio.run(_agree(servers, [*demo.ODD, *kinds["paragraphs"]]))
         for kind, asked in kinds.items():
             taken = asyncio.run(_rounds(servers, package, partial(demo.embed, texts=asked), asked, rounds))
-            left_out = "" if triton else "Triton left out: no --triton-venv"
-            _show(f"{len(asked)} {kind}, {threads} threads", "embedding", len(asked), taken, left_out, out)
+            _show(f"{len(asked)} {kind}, {threads} threads", "embedding", len(asked), taken, _left_out(triton), out)
+
+
+def _left_out(triton: Path | None) -> str:
+    return "" if triton else "Triton left out: no --triton-venv"
 
 
 async def _agree(servers: Servers, texts: Sequence[str]) -> None:
@@ -126,29 +133,57 @@ async def _agree(servers: Servers, texts: Sequence[str]) -> None:
             raise RuntimeError(f"{name}: its embeddings are not Shoal's: least cosine {least:.6f} of {len(texts)}")
 
 
-def ocr(rounds: int, pages: int, threads: int, out: Console) -> None:
-    """The images of examples/ocr, again and again: through Shoal, and by the package itself."""
-    found = list(gather().values())
-    images = [found[n % len(found)] for n in range(pages)]
+def ocr(rounds: int, pages: int, threads: int, triton: Path | None, out: Console) -> None:
+    """The images of examples/ocr, again and again: as `embeddings`."""
+    found = gather()
+    images = [list(found.values())[n % len(found)] for n in range(pages)]
+    sent = [base64.b64encode(image).decode() for image in images]
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        models = build_ocr(work / "models")
+        servers = {SHOAL: stack.enter_context(serving(models, SHOAL_INFER_THREADS=str(threads)))}
+        for together, name in TRITONS_READING.items() if triton else ():
+            ensemble = beside_originals_triton.ocr(together, threads)
+            started = beside_originals_triton.serving(triton, ensemble, work / str(together))
+            servers[name] = stack.enter_context(started)
+        package = stack.enter_context(_package("beside_originals_ocr.py", "rapidocr_onnxruntime", threads))
+        asyncio.run(_read_the_same(servers, found))
+        taken = asyncio.run(_rounds(servers, package, partial(_read, images=images), sent, rounds))
+    title = f"{pages} pages, {threads} threads, {PAGES_AT_ONCE} in flight"
+    _show(title, "page", pages, taken, _left_out(triton), out)
+
+
+async def _read(client: shoal.AsyncClient, images: Iterable[bytes]) -> list[list[Line]]:
+    """The lines on each image."""
     places = asyncio.Semaphore(PAGES_AT_ONCE)
 
-    async def read(client: shoal.AsyncClient) -> None:
-        async def one(image: bytes) -> None:
-            async with places:
-                await client.infer("ocr", {"image": np.array([[image]], object)}, timeout=120)
+    async def one(image: bytes) -> list[Line]:
+        async with places:
+            answer = await client.infer("ocr", {"image": np.array([[image]], object)}, timeout=120)
+        texts, scores = answer["texts"].reshape(-1), answer["scores"].reshape(-1)
+        lines = zip(texts, scores, answer["boxes"].reshape(-1, 4, 2), strict=True)
+        return [Line(text.decode(), float(score), box) for text, score, box in lines if score >= LEAST_SCORE]
 
-        await asyncio.gather(*map(one, images))
+    return await asyncio.gather(*map(one, images))
 
-    sent = [base64.b64encode(image).decode() for image in images]
-    settings = {"SHOAL_INFER_THREADS": str(threads)}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(build_ocr(Path(folder) / "models"), **settings) as (address, pid),
-    ):
-        with _package("beside_originals_ocr.py", "rapidocr_onnxruntime", threads) as package:
-            taken = asyncio.run(_rounds({SHOAL: (address, pid)}, package, read, sent, rounds))
-    title = f"{pages} pages, {threads} threads, {PAGES_AT_ONCE} in flight"
-    _show(title, "page", pages, taken, "Triton left out: only its embeddings are measured", out)
+
+async def _read_the_same(servers: Servers, images: Mapping[str, bytes]) -> None:
+    """Raises RuntimeError when a server reads something else than Shoal; but for spaces where padding moves them."""
+    read = {}
+    for name, (address, _) in servers.items():
+        async with shoal.AsyncClient(address) as client:
+            read[name] = await _read(client, images.values())
+    for name, pages in read.items():
+        spaceless = name == TRITONS_READING[6]
+        for image, ours, theirs in zip(images, read[SHOAL], pages, strict=True):
+            if _texts(ours, spaceless) != _texts(theirs, spaceless):
+                raise RuntimeError(f"{name} reads {image} otherwise than Shoal: {theirs}, not {ours}")
+            if any(np.abs(a.box - b.box).max() > LARGEST_OFF_PX for a, b in zip(ours, theirs, strict=True)):
+                raise RuntimeError(f"{name} finds the lines of {image} elsewhere than Shoal: {theirs}, not {ours}")
+
+
+def _texts(lines: Sequence[Line], spaceless: bool) -> list[str]:
+    return [line.text.replace(" ", "") if spaceless else line.text for line in lines]
 
 
 @contextmanager
@@ -225,7 +260,7 @@ def main() -> None:
     if asked.only != "ocr":
         embeddings(asked.rounds, asked.texts, asked.threads, asked.triton_venv, out)
     if asked.only != "embeddings":
-        ocr(asked.rounds, asked.pages, asked.threads, out)
+        ocr(asked.rounds, asked.pages, asked.threads, asked.triton_venv, out)
 
 
 if __name__ == "__main__":

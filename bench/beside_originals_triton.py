@@ -1,7 +1,10 @@
-"""The steps of examples/embeddings as an ensemble of a real Triton: the binary in the wheel `nvidia-pytriton`.
+"""The steps of examples/embeddings and examples/ocr as ensembles of a real Triton: the binary in the wheel
+`nvidia-pytriton`.
 
-That wheel has no ONNX Runtime backend, so every step is a model of Triton's python backend (triton_embeddings/), which
-calls tokenizers, ONNX Runtime and NumPy. Each has one instance, one process, and batches the requests that wait.
+That wheel has no ONNX Runtime backend, so every step is a model of Triton's python backend (triton_embeddings/,
+triton_ocr/): it calls tokenizers, ONNX Runtime and NumPy; for OCR, the parts of rapidocr-onnxruntime. Each has one
+instance, one process, and is given the requests that wait together. An ensemble of Triton's cannot call a model for
+each line of a page: lines travel packed, and a step unpacks them and runs those of several requests together.
 """
 
 from __future__ import annotations
@@ -9,16 +12,32 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.infer.triton import triton_process
 
-NEEDED = ("pytriton", "onnxruntime", "tokenizers")
+NEEDED = ("pytriton", "onnxruntime", "tokenizers", "rapidocr_onnxruntime")
 ROWS = 64
 
-MODELS = Path(__file__).with_name("triton_embeddings")
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What Triton is given."""
+
+    name: str
+    folder: Path
+    """Where the steps' Python is: <step>.py."""
+    steps: Mapping[str, tuple[Sequence[str], Sequence[str]]]
+    """Inputs and outputs by step. Between the steps, a tensor has the same name on both sides."""
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    parameters: Mapping[str, str]
+    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    """More files of a step."""
+
 
 _TEXT = '{ name: "text" data_type: TYPE_STRING dims: 1 }'
 _EMBEDDING = '{ name: "embedding" data_type: TYPE_FP32 dims: 384 }'
@@ -27,12 +46,65 @@ _IDS = '{ name: "input_ids" data_type: TYPE_INT64 dims: -1 RAGGED }'
 _MASK = '{ name: "attention_mask" data_type: TYPE_INT64 dims: -1 RAGGED }'
 _TOKENS = '{ name: "token_embeddings" data_type: TYPE_FP32 dims: [ -1, 384 ] RAGGED }'
 
-STEPS = {
-    "tokenize": ([_TEXT], [_IDS, _MASK]),
-    "minilm": ([_IDS, _MASK], [_TOKENS]),
-    "pool": ([_TOKENS, _MASK], [_EMBEDDING]),
-}
-"""Inputs and outputs by step. Between the steps, a tensor has the same name on both sides."""
+
+def embeddings(shoals: Path, padded: str, threads: int) -> Ensemble:
+    """
+    Args:
+        shoals: the repository that examples/embeddings/build.py wrote, for the ONNX file and the tokenizer.
+        padded: `batch` or `own`, see triton_embeddings/minilm.py.
+    """
+    return Ensemble(
+        "embed",
+        Path(__file__).with_name("triton_embeddings"),
+        {
+            "tokenize": ([_TEXT], [_IDS, _MASK]),
+            "minilm": ([_IDS, _MASK], [_TOKENS]),
+            "pool": ([_TOKENS, _MASK], [_EMBEDDING]),
+        },
+        [_TEXT],
+        [_EMBEDDING],
+        {"padded": padded, "threads": str(threads)},
+        {
+            "tokenize": [shoals / "embed_tokenize/1/tokenizer.json"],
+            "minilm": [shoals / "embed_minilm/1/model.onnx"],
+        },
+    )
+
+
+_IMAGE = '{ name: "image" data_type: TYPE_STRING dims: 1 }'
+_PAGE = '{ name: "page" data_type: TYPE_UINT8 dims: [ -1, -1, 3 ] RAGGED }'
+_FRAME = '{ name: "frame" data_type: TYPE_FP32 dims: 5 }'
+_CORNERS = '{ name: "corners" data_type: TYPE_FP32 dims: [ -1, 4, 2 ] RAGGED }'
+_PIXELS = '{ name: "pixels" data_type: TYPE_UINT8 dims: -1 RAGGED }'
+_UPRIGHT = '{ name: "upright" data_type: TYPE_UINT8 dims: -1 RAGGED }'
+_SIZES = '{ name: "sizes" data_type: TYPE_INT32 dims: [ -1, 2 ] RAGGED }'
+_TEXTS = '{ name: "texts" data_type: TYPE_STRING dims: -1 }'
+_SCORES = '{ name: "scores" data_type: TYPE_FP32 dims: -1 }'
+_BOXES = '{ name: "boxes" data_type: TYPE_FP32 dims: [ -1, 4, 2 ] }'
+
+
+def ocr(together: int, threads: int) -> Ensemble:
+    """The package's own parts, with the settings that it comes with but for the threads.
+
+    Args:
+        together: lines that are recognised at once, padded to the longest of them; the package's own is 6.
+    """
+    folder = Path(__file__).with_name("triton_ocr")
+    return Ensemble(
+        "ocr",
+        folder,
+        {
+            "decode": ([_IMAGE], [_PAGE, _FRAME]),
+            "detect": ([_PAGE], [_CORNERS]),
+            "crop": ([_PAGE, _FRAME, _CORNERS], [_PIXELS, _SIZES, _BOXES]),
+            "angle": ([_PIXELS, _SIZES], [_UPRIGHT]),
+            "recognise": ([_UPRIGHT, _SIZES], [_TEXTS, _SCORES]),
+        },
+        [_IMAGE],
+        [_TEXTS, _SCORES, _BOXES],
+        {"threads": str(threads), "together": str(together)},
+        {step: [folder / "lines.py"] for step in ("crop", "angle", "recognise")},
+    )
 
 
 def check(environment: Path) -> None:
@@ -40,23 +112,22 @@ def check(environment: Path) -> None:
     missing = [name for name in NEEDED if not list(environment.glob(f"lib/python3*/site-packages/{name}"))]
     if missing:
         sys.exit(
-            f"--triton-venv {environment}: it has no {', '.join(missing)}: run `make .venv-triton/.installed`, install "
-            "onnxruntime and tokenizers into .venv-triton with pip, and name that folder"
+            f"--triton-venv {environment}: it has no {', '.join(missing)}: make one with tools/venv.sh FOLDER "
+            "locks/triton.txt; with its pip, install onnxruntime tokenizers rapidocr-onnxruntime 'numpy<2', then with "
+            "--no-deps the opencv-python of locks/originals.txt, which resizes as Shoal's does; and name that folder"
         )
 
 
 @contextmanager
-def serving(environment: Path, shoals: Path, padded: str, threads: int, work: Path) -> Iterator[tuple[str, int]]:
-    """Serves the ensemble `embed` until the block ends: its address and its process.
+def serving(environment: Path, ensemble: Ensemble, work: Path) -> Iterator[tuple[str, int]]:
+    """Serves the ensemble until the block ends: its address and its process.
 
     Args:
-        environment: the virtual environment with the wheel, onnxruntime and tokenizers.
-        shoals: the repository that examples/embeddings/build.py wrote, for the ONNX file and the tokenizer.
-        padded: `batch` or `own`, see triton_embeddings/minilm.py.
+        environment: the virtual environment with the wheel and what the steps import.
         work: an empty folder.
     """
     before = _children()
-    root = _write(work / "repository", shoals, padded, threads)
+    root = _write(work / "repository", ensemble)
     (work / "server").mkdir()
     with triton_process.running(environment, root, work / "server") as address:
         [pid] = _children() - before
@@ -67,19 +138,19 @@ def _children() -> set[int]:
     return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
 
 
-def _write(root: Path, shoals: Path, padded: str, threads: int) -> Path:
-    for step, (inputs, outputs) in STEPS.items():
+def _write(root: Path, ensemble: Ensemble) -> Path:
+    for step, (inputs, outputs) in ensemble.steps.items():
         (root / step / "1").mkdir(parents=True)
-        shutil.copy(MODELS / f"{step}.py", root / step / "1/model.py")
-        (root / step / "config.pbtxt").write_text(_step(inputs, outputs, {"padded": padded, "threads": str(threads)}))
-    shutil.copy(shoals / "embed_tokenize/1/tokenizer.json", root / "tokenize/1")
-    shutil.copy(shoals / "embed_minilm/1/model.onnx", root / "minilm/1")
-    (root / "embed/1").mkdir(parents=True)
-    (root / "embed/config.pbtxt").write_text(_ensemble())
+        shutil.copy(ensemble.folder / f"{step}.py", root / step / "1/model.py")
+        for file in ensemble.files.get(step, ()):
+            shutil.copy(file, root / step / "1")
+        (root / step / "config.pbtxt").write_text(_step(inputs, outputs, ensemble.parameters))
+    (root / ensemble.name / "1").mkdir(parents=True)
+    (root / ensemble.name / "config.pbtxt").write_text(_ensemble(ensemble))
     return root
 
 
-def _step(inputs: list[str], outputs: list[str], parameters: dict[str, str]) -> str:
+def _step(inputs: Sequence[str], outputs: Sequence[str], parameters: Mapping[str, str]) -> str:
     settings = "\n".join(
         f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}' for key, value in parameters.items()
     )
@@ -93,9 +164,9 @@ dynamic_batching {{ }}
 """
 
 
-def _ensemble() -> str:
+def _ensemble(ensemble: Ensemble) -> str:
     steps = []
-    for step, tensors in STEPS.items():
+    for step, tensors in ensemble.steps.items():
         maps = [
             f'{side}_map {{ key: "{name}" value: "{name}" }}'
             for side, each in zip(("input", "output"), tensors, strict=True)
@@ -104,7 +175,7 @@ def _ensemble() -> str:
         steps.append(f'{{ model_name: "{step}" model_version: -1 {" ".join(maps)} }}')
     return f"""platform: "ensemble"
 max_batch_size: {ROWS}
-input [ {_TEXT} ]
-output [ {_EMBEDDING} ]
+input [ {", ".join(ensemble.inputs)} ]
+output [ {", ".join(ensemble.outputs)} ]
 ensemble_scheduling {{ step [ {", ".join(steps)} ] }}
 """

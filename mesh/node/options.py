@@ -31,6 +31,8 @@ class Options:
     mongo: str | None = None
     """URL of a MongoDB that is there already."""
     name: str = "local"
+    connectors: Path | None = None
+    """A file of connectors, for every instance of ingest."""
 
 
 def checked(
@@ -43,6 +45,7 @@ def checked(
     etcd: str | None = None,
     mongo: str | None = None,
     name: str = "local",
+    connectors: Path | None = None,
 ) -> Options:
     """Options from what was typed.
 
@@ -59,6 +62,8 @@ def checked(
     if gateway_port == admin_port != 0:
         raise InvalidArgument(f"--gateway-port and --admin-port are both {gateway_port}: they must differ")
     chosen = parse_services(services)
+    if connectors is not None and "ingest" not in chosen:
+        raise InvalidArgument("--connectors is for ingest, which --services leaves out: name it there too")
     return Options(
         data_dir=data_dir.expanduser().absolute(),
         gateway_port=gateway_port,
@@ -67,6 +72,7 @@ def checked(
         etcd=parse_etcd(etcd) if etcd is not None else None,
         mongo=parse_mongo(mongo) if mongo is not None else None,
         name=name,
+        connectors=connectors.expanduser().absolute() if connectors is not None else None,
     )
 
 

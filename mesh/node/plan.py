@@ -136,7 +136,8 @@ def _service(
 
 def _own_settings(service: str, instance: str, options: Options, layout: Layout) -> dict[str, str]:
     if service in _WITH_MONGO:
-        return {"MONGO": mongo_of(options, layout)}
+        streams = {"CONNECTORS": str(options.connectors)} if service == "ingest" and options.connectors else {}
+        return {"MONGO": mongo_of(options, layout), **streams}
     if service == "infer":
         cache = options.data_dir / "cache" / "models"
         # Of several, those on a GPU would each bring the weights there.
@@ -147,8 +148,16 @@ def _own_settings(service: str, instance: str, options: Options, layout: Layout)
 
 def _own_defaults(service: str, options: Options) -> dict[str, str]:
     if service == "store":
-        return {"DATABASE": "shoal", "BLOBS": (options.data_dir / "blobs").as_uri()}
-    return {"DATABASE": "shoal"} if service == "ingest" else {}
+        exports = (options.data_dir / "exports").as_uri()
+        return {
+            "DATABASE": "shoal",
+            "BLOBS": (options.data_dir / "blobs").as_uri(),
+            # Buckets are open to whom the user's credentials are; of this machine only the node's own folder.
+            "EXPORTS": f"{exports},s3://,gs://,az://",
+        }
+    # Whoever reaches the gateway, which listens on this machine only, may use what its user may.
+    places = "file:///,s3://,gs://,az://"
+    return {"DATABASE": "shoal", "BATCH_URLS": places} if service == "ingest" else {}
 
 
 def _grace_s(drain_ms: str) -> float:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 from mesh.interceptors import Context
 from mesh.server import Rpc
+from services.ingest.batches.rpc import BatchesRpc
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dead_letters.rpc import DeadLettersRpc
 from services.ingest.dispatch.cancel import Cancelling
@@ -13,13 +16,21 @@ from services.ingest.intake.intake import Intake
 from services.ingest.intake.stream import Stream
 from services.ingest.messages import message_of, state_of
 from services.ingest.reading.jobs import Filter, Jobs
+from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
+from services.ingest.reading.watch_many import WatchMany
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.reading import Standings
+from services.ingest.tenants.rpc import TenantsRpc
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 
+if TYPE_CHECKING:
+    from services.ingest.batches.room import Batches
 
-class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
+
+class IngestRpc(DeadLettersRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -29,15 +40,22 @@ class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
         watch: Watch,
         cancelling: Cancelling,
         dead_letters: DeadLetters,
+        watch_many: WatchMany,
+        batches: Batches | None,
+        book: Book,
+        standings: Standings,
         *,
         stream_items: int,
         stream_bytes: int,
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
+        BatchesRpc.__init__(self, batches)
+        TenantsRpc.__init__(self, book, standings)
         self._intake = intake
         self._jobs = jobs
         self._watch = watch
         self._cancelling = cancelling
+        self._watch_many = watch_many
         self._stream_items = stream_items
         self._stream_bytes = stream_bytes
 
@@ -67,6 +85,15 @@ class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.WatchJobResponse]:
         async for job in self._watch.follow(request.id):
             yield pb.WatchJobResponse(job=message_of(job))
+
+    async def WatchJobs(self, request: pb.WatchJobsRequest, context: Context) -> AsyncIterator[pb.WatchJobsResponse]:
+        states = frozenset(state for number in request.states if (state := state_of(number)) is not None)
+        wanted = checked(tuple(request.ids), states, request.model_name, request.tenant, request.labels)
+        watch = self._watch_many.follow(wanted, existing=request.include_existing, token=request.resume_token)
+        async with aclosing(watch) as told:
+            async for one in told:
+                job = None if one.job is None else message_of(one.job)
+                yield pb.WatchJobsResponse(job=job, resume_token=one.token, existing=one.is_existing)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
         return pb.CancelJobResponse(job=message_of(await self._cancelling.cancel(request.id, request.reason)))

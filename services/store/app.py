@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
 from mesh import mongo
+from mesh.etcd import Etcd
 from mesh.membership import Registration, State
 from mesh.server import Rpc, until_stopped
 from mesh.serving import Server
@@ -23,12 +24,18 @@ from services.store.collecting.rounds import Rounds
 from services.store.collecting.verification import Verification
 from services.store.config import StoreConfig
 from services.store.documents import Collections
+from services.store.exports.exports import Exports
+from services.store.exports.places import Places
 from services.store.registry.registry import Registry
 from services.store.registry.registry_watch import RegistryWatch
 from services.store.responses import Responses
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
+from services.store.retention.book import RuleBook
+from services.store.retention.leadership import Leadership
+from services.store.retention.retention import Retention
+from services.store.retention.sweep import Sweep
 from services.store.rpc import StoreRpc
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2, store_pb2_grpc
@@ -55,6 +62,9 @@ async def run(config: StoreConfig) -> None:
         results = Results(collections, responses, _now)
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
+        etcd = await stack.enter_async_context(Etcd(config.etcd)) if config.etcd else None
+        book = RuleBook(collections, _now)
+        retention = Retention(book, Sweep(collections, book, _now), Leadership(etcd))
         result_stream = ResultStream(results, result_watch, config.max_streams)
         collector = Collector(collections, blobs, _now)
         await stack.enter_async_context(Rounds(collector, config.collect_every_ms / 1000))
@@ -72,6 +82,14 @@ async def run(config: StoreConfig) -> None:
             results,
             result_watch,
             result_stream,
+            Exports(
+                results,
+                result_stream,
+                Places(config.exports, threads, checksums=config.s3_checksums),
+                threads,
+                config.max_exports,
+            ),
+            retention,
         )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
         server = await stack.enter_async_context(

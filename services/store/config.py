@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from mesh.config import ServiceConfig
 from mesh.serving import Front
+from services.store.exports.places import PLACE
 
 _BLOB_URL = r"^(file:///.+|(s3|s3a|gs|az|azure|adl|abfs|abfss)://[^/\s]+.*)$"
 
@@ -41,9 +42,19 @@ class StoreConfig(ServiceConfig):
     """How often artifacts that nobody refers to are looked for."""
     max_watches: Annotated[int, Field(ge=1, le=2_000)] = 200
     """Open WatchResults streams, each of which holds a change stream of its own."""
-
     max_streams: Annotated[int, Field(ge=1, le=2_000)] = 64
     """Open StreamResults streams, each of which holds up to 4 MiB (or one response that is larger)."""
+
+    exports: tuple[Annotated[str, Field(pattern=PLACE)], ...] = ()
+    """Where ExportResults may write: URLs with commas between them (`file:///data/exports,s3://reports/shoal,gs://`),
+    each with all that lies under it. Exports to the caller need none."""
+    max_exports: Annotated[int, Field(ge=1, le=100)] = 2
+    """Exports that run at once, each of which holds a part (64 MiB of answers) in memory."""
+
+    @field_validator("exports", mode="before")
+    @classmethod
+    def _exports_listed(cls, exports: object) -> object:
+        return tuple(filter(None, map(str.strip, exports.split(",")))) if isinstance(exports, str) else exports
 
     @field_validator("staging")
     @classmethod

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import grpc
 
 from services.store.artifact_rpc import ArtifactParts, ArtifactRpc
+from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
 from services.store.registry.registry import Registry, Version
 from services.store.registry.registry_watch import RegistryWatch
@@ -16,6 +18,8 @@ from services.store.results.result_documents import timestamp
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
+from services.store.retention.messages import message_of, rule_of
+from services.store.retention.retention import Retention
 from shoal.store.v1 import store_pb2 as pb
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -32,6 +36,8 @@ class StoreRpc(ArtifactRpc):
         results: Results,
         result_watch: ResultWatch,
         result_stream: ResultStream,
+        exports: Exports,
+        retention: Retention,
     ) -> None:
         super().__init__(artifacts)
         self._registry = registry
@@ -39,6 +45,8 @@ class StoreRpc(ArtifactRpc):
         self._results = results
         self._result_watch = result_watch
         self._result_stream = result_stream
+        self._exports = exports
+        self._retention = retention
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:
         model = request.model
@@ -89,6 +97,24 @@ class StoreRpc(ArtifactRpc):
         async with aclosing(self._result_stream.follow(request)) as pieces:
             async for piece in pieces:
                 yield pb.StreamResultsResponse(**vars(piece))
+
+    async def ExportResults(
+        self, request: pb.ExportResultsRequest, ctx: Context
+    ) -> AsyncIterator[pb.ExportResultsResponse]:
+        async with aclosing(self._exports.run(request)) as running:
+            async for progress in running:
+                told = asdict(progress)
+                yield pb.ExportResultsResponse(bytes=told.pop("size"), **told)
+
+    async def SetRetention(self, request: pb.SetRetentionRequest, ctx: Context) -> pb.SetRetentionResponse:
+        rules = await self._retention.set(rule_of(request.rule), remove=request.remove)
+        return pb.SetRetentionResponse(rules=map(message_of, rules))
+
+    async def ListRetention(self, request: pb.ListRetentionRequest, ctx: Context) -> pb.ListRetentionResponse:
+        return pb.ListRetentionResponse(rules=map(message_of, await self._retention.list()))
+
+    async def ApplyRetention(self, request: pb.ApplyRetentionRequest, ctx: Context) -> pb.ApplyRetentionResponse:
+        return pb.ApplyRetentionResponse(**vars(await self._retention.apply(request.token)))
 
 
 def _version(version: Version) -> pb.ModelVersion:

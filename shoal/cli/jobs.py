@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from shoal.cli import dead_letters
 from shoal.cli.job_table import show_job
-from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json, show_json_line, text
-
-if TYPE_CHECKING:
-    from shoal.client import Job
+from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json
+from shoal.cli.watching import JobWatch, follow_all, follow_one
+from shoal.errors import InvalidArgument
 
 app = typer.Typer(
     rich_markup_mode="rich", add_completion=False, no_args_is_help=True, help="Submit jobs, follow them, get results."
@@ -77,6 +76,15 @@ def submit(
         datetime | None,
         typer.Option(metavar="TIME", formats=TIMES, help="Do not run it before then: 2026-12-24T18:00, local time."),
     ] = None,
+    after: Annotated[
+        list[str] | None, typer.Option(metavar="JOB", help="Run it after this job has succeeded. May be repeated.")
+    ] = None,
+    after_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="The same by that job's idempotency key. May be repeated.")
+    ] = None,
+    fail_with: Annotated[
+        bool, typer.Option("--fail-with", help="When such a job does not succeed, fail; else it is cancelled.")
+    ] = False,
     keep_request: Annotated[
         bool, typer.Option("--keep-request", help="Keep the inputs when the job is done: for `shoal models quantize`.")
     ] = False,
@@ -116,6 +124,9 @@ def submit(
             keep_request=keep_request,
             delay=delay,
             not_before=not_before,
+            depends_on=after or (),
+            depends_on_keys=after_key or (),
+            fails_with_dependencies=fail_with,
         )
     if json:
         show_json(job)
@@ -173,35 +184,46 @@ def list_jobs(
 
 @app.command()
 def watch(
-    job_id: JobId,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for its end.")] = 3600.0,
+    job_id: Annotated[
+        str | None, typer.Argument(metavar="[JOB]", help="One job's id. Without: all that the options describe.")
+    ] = None,
+    state: Annotated[
+        list[str] | None, typer.Option(metavar="STATE", help="Only what becomes so. May be repeated.")
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="NAME", help="Only jobs of this model.", show_default=False)] = "",
+    tenant: Tenant = "",
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only jobs with this label. May be repeated.")
+    ] = None,
+    existing: Annotated[bool, typer.Option("--existing", help="Tell the jobs that are there first.")] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep there how far this has come, and go on from there.", dir_okay=False),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="End after so long. Default: an hour for one job.")
+    ] = None,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
     """Follow a job until it has ended: a line for each step (with --json, the job as a line of JSON).
 
-    Exits 0 when it succeeded, 1 when it ended otherwise.
+    Exits 0 when it succeeded, 1 when it ended otherwise. Without a JOB, follows all that match, until it is stopped.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       shoal jobs watch 01JD8Y3V5M2Q4R6T8W0X2Z4B6D
-    """
-    from shoal.client import JobState
 
-    last: Job | None = None
+      shoal jobs watch --model digits --state dead --state failed --resume watched
+    """
+    wanted = JobWatch(state or [], model, tenant, pairs(label or [], "--label"), existing, resume)
     with connect(gateway) as client:
-        shown = 0
-        for last in client.jobs.watch(job_id, timeout=timeout):
-            if json:
-                show_json_line(last)
-                continue
-            for step in last.transitions[shown:]:
-                attempt = f"  attempt {step.attempt}" if step.attempt else ""
-                reason = f"  {step.reason}" if step.reason else ""
-                typer.echo(f"{text(step.at)}  {step.state:<9}{attempt}{reason}")
-            shown = len(last.transitions)
-    if last is None or last.state is not JobState.SUCCEEDED:
-        raise typer.Exit(1)
+        if job_id is None:
+            follow_all(client, wanted, timeout=timeout, as_json=json)
+        else:
+            if wanted.is_set:
+                raise InvalidArgument("a job's id and options that describe jobs: give one of the two")
+            follow_one(client, job_id, timeout=3600.0 if timeout is None else timeout, as_json=json)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from shoal.compress.compression import Compression, Rows
     from shoal.convert.original import Port, Tensors
     from shoal.convert.verdict import Bounds
+
+
+_LOOKED_AT = 100_000
+# Jobs, newest first, in search of requests that were kept: a hundred pages, some seconds.
 
 
 def command(
@@ -216,17 +221,16 @@ def _rows(source: _Source, model: Any, data: Path | None, recorded: int, seed: i
 
 
 def _kept(source: _Source, inputs: Sequence[Port], most: int) -> list[Tensors]:
-    """The inputs of the model's newest jobs that were kept; none for a model that is not the node's."""
+    """The inputs of the model's newest jobs that were kept, however many that were not came after them; none for a
+    model that is not the node's."""
     from shoal.convert import sample
 
     if source.registered is None:
         return []
     jobs = source.client().jobs
-    calls: list[Tensors] = []
-    for job in jobs.list(state="succeeded", model=source.name, limit=10 * most):
-        if job.keeps_request and len(calls) < most:
-            calls.append(sample.fit(jobs.inputs(job.id), inputs, f"job {job.id}"))
-    return calls
+    newest = jobs.each(state="succeeded", model=source.name, most=_LOOKED_AT)
+    kept = islice((job for job in newest if job.keeps_request), most)
+    return [sample.fit(jobs.inputs(job.id), inputs, f"job {job.id}") for job in kept]
 
 
 def _of_lines(path: Path, inputs: Sequence[Port]) -> list[Tensors]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json
-from shoal.errors import InvalidArgument
+from shoal.cli.output import AsJson, Gateway, connect, console, pairs, show, show_json, size
+from shoal.errors import InvalidArgument, ShoalError
 
 if TYPE_CHECKING:
-    from shoal.client import JobResult, ResultFilter
+    from shoal.client import Exported, JobResult, ResultFilter
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -108,6 +111,69 @@ def show_result(
     show(("", ""), [(name, value) for name, value in about if value not in (None, "", [])])
     if result.answer is not None:
         tensors.show_result(result.answer, as_json=False, output=None)
+
+
+@app.command()
+def export(
+    to: Annotated[
+        str, typer.Argument(metavar="TO", help="A folder here, or a URL that the store writes to: s3://bucket/prefix.")
+    ],
+    model: Model = "",
+    version: Version = "",
+    tenant: Tenant = "",
+    outcome: Outcome = None,
+    label: Label = None,
+    batch: Batch = "",
+    since: Since = None,
+    until: Until = None,
+    answers: Annotated[bool, typer.Option(help="With the models' answers.")] = True,
+    part_rows: Annotated[
+        int, typer.Option(metavar="N", min=1, max=1_000_000, help="Rows of one part at most.")
+    ] = 100_000,
+    cursor: Annotated[
+        str, typer.Option(metavar="CURSOR", help="Go on with an export that was interrupted.", show_default=False)
+    ] = "",
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Write results to Parquet files, oldest first: part-00000.parquet and so on, then manifest.json.
+
+    Those that are recorded now. Interrupted, it says how to go on.
+
+    [bold]Examples[/bold]
+
+      shoal results export ./out --model digits --since 24h
+
+      shoal results export s3://reports/monday --label team=vision --no-answers
+    """
+    wanted = _filter(model, version, tenant, outcome, label, batch, since, until)
+    last = None
+    try:
+        with connect(gateway) as client, _counting() as told:
+            for last in client.results.export(to, wanted, answers=answers, part_rows=part_rows, cursor=cursor):
+                told(last)
+    except (KeyboardInterrupt, ShoalError):
+        if last is not None and not last.complete:
+            print(f"{last.parts} parts are written: go on with --cursor {last.cursor}", file=sys.stderr)
+        raise
+    assert last is not None  # The last message says that it is complete.
+    if json:
+        show_json(last)
+    else:
+        typer.echo(f"{last.rows} results in {last.parts} parts, {size(last.bytes)}, in {to}")
+
+
+@contextmanager
+def _counting() -> Iterator[Callable[[Exported], None]]:
+    """A line on standard error that counts. Where that is no terminal, nothing."""
+    from rich.status import Status
+
+    out = console(stderr=True)
+    if not out.is_terminal:
+        yield lambda _: None
+        return
+    with Status("looking", console=out) as status:
+        yield lambda at: status.update(f"{at.rows} results, {at.parts} parts written, {size(at.bytes)}")
 
 
 def _filter(

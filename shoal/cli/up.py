@@ -46,6 +46,12 @@ def up(
             show_default="all",
         ),
     ] = "",
+    connectors: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take part in the streams of this file: Kafka topics and others (docs/streams.md).", metavar="FILE"
+        ),
+    ] = None,
     node: Annotated[
         str, typer.Option(help="Name of this node: nodes that share an etcd need different ones.", metavar="NAME")
     ] = "local",
@@ -65,16 +71,20 @@ def up(
 
       shoal up --gateway-port 0 --admin-port 0 --ready-file ready.json
 
+      shoal up --connectors streams.toml
+
       shoal up --etcd http://10.0.0.5:2379 --mongo 'mongodb://10.0.0.6/?replicaSet=rs0' --node b --services infer
     """
     import asyncio
     import os
 
     from mesh.node import node as launcher
+    from mesh.node.connectors import check as check_connectors
     from mesh.node.options import checked
     from shoal.cli.screen import NodeScreen
 
     options = checked(
+        connectors=connectors,
         data_dir=data_dir or default_data_dir(os.environ.get("XDG_DATA_HOME")),
         gateway_port=gateway_port,
         admin_port=admin_port,
@@ -84,6 +94,8 @@ def up(
         mongo=mongo,
         name=node,
     )
+    if options.connectors is not None:
+        check_connectors(options.connectors)
     screen = NodeScreen(options, as_json=json)
     files = [file for file in (ready_file and ready_file.expanduser().absolute(), _pointer(screen)) if file]
     with screen:

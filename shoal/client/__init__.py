@@ -6,19 +6,23 @@ from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
 from shoal.client.blocking import Client
 from shoal.client.dead_letters import Handled
+from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
+from shoal.client.job_watch import JobChange, JobFilter
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
 from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
 from shoal.client.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
 from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
+from shoal.client.tenants import Tenant, TenantSettings
 
 __all__ = [
     "AsyncClient",
     "BFloat16",
     "Client",
     "EnvoyStatus",
+    "Exported",
     "Handled",
     "IndexEntry",
     "InferRequest",
@@ -26,6 +30,8 @@ __all__ = [
     "Instance",
     "InstanceState",
     "Job",
+    "JobChange",
+    "JobFilter",
     "JobRequest",
     "JobResult",
     "JobRetry",
@@ -42,6 +48,8 @@ __all__ = [
     "RetryPolicy",
     "Status",
     "Submitted",
+    "Tenant",
+    "TenantSettings",
     "TensorMetadata",
     "Transition",
 ]

@@ -12,6 +12,7 @@ from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
+from shoal.client.tenants import AsyncTenants
 
 
 class Models(Face[AsyncModels]):
@@ -50,7 +51,9 @@ class Jobs(Face[AsyncJobs]):
     get = blocking(AsyncJobs.get)
     inputs = blocking(AsyncJobs.inputs)
     list = blocking(AsyncJobs.list)
+    each = iterating(AsyncJobs.each)
     watch = iterating(AsyncJobs.watch)
+    watch_all = iterating(AsyncJobs.watch_all)
     cancel = blocking(AsyncJobs.cancel)
     result = blocking(AsyncJobs.result)
 
@@ -61,6 +64,15 @@ class Results(Face[AsyncResults]):
     get = blocking(AsyncResults.get)
     list = blocking(AsyncResults.list)
     stream = iterating(AsyncResults.stream)
+    export = iterating(AsyncResults.export)
+
+
+class Tenants(Face[AsyncTenants]):
+    """`client.tenants`."""
+
+    list = blocking(AsyncTenants.list)
+    get = blocking(AsyncTenants.get)
+    set = blocking(AsyncTenants.set)
 
 
 class Client(Face[AsyncClient]):
@@ -103,6 +115,7 @@ class Client(Face[AsyncClient]):
         self.models = Models(inner.models, loop)
         self.jobs = Jobs(inner.jobs, loop)
         self.results = Results(inner.results, loop)
+        self.tenants = Tenants(inner.tenants, loop)
 
     @property
     def address(self) -> str:

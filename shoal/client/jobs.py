@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import sys
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -14,6 +15,7 @@ from shoal.client.calls import Caller
 from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.inference import InferResult, Parameter, of_inputs
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, of_job, to_state, to_submit
+from shoal.client.job_watch import JobChange, JobFilter, to_watch
 from shoal.client.outcome import of_result, without_result
 from shoal.client.submission import WINDOW, Submission
 from shoal.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, ShoalError
@@ -28,6 +30,9 @@ READ_S = 10.0
 
 WATCH_S = 3_600.0
 """Jobs may wait long for their turn; an hour ends a watch that was forgotten."""
+
+WATCH_ALL_S = 30 * 86_400.0
+"""A watch of many is a service of somebody's own: a month, then it wants to be seen again."""
 
 RESULT_S = 300.0
 """Waiting for a result is waiting for a queue: five minutes, then say how it stands."""
@@ -59,6 +64,9 @@ class AsyncJobs:
         keep_request: bool = False,
         not_before: datetime | None = None,
         delay: float | timedelta | None = None,
+        depends_on: Sequence[str] = (),
+        depends_on_keys: Sequence[str] = (),
+        fails_with_dependencies: bool = False,
         timeout: float = SUBMIT_S,
     ) -> Job:
         """Hands in one job. When this returns it is durable: it will run, whatever is killed when.
@@ -66,11 +74,13 @@ class AsyncJobs:
         With an `idempotency_key` a second submit returns the first job; without, the client makes one, so that its own
         retries make no second job. The job expires after `deadline` seconds without an answer. `priority` (-9 to 9)
         orders the tenant's own jobs. With `keep_request` its inputs stay in the node when it is done. It is not run
-        before `not_before`, nor before `delay` seconds have passed.
+        before `not_before`, nor before `delay` seconds have passed, nor before the jobs that it depends on (by id or
+        key) have succeeded; when one of these does not, it is cancelled, or fails.
 
         Raises:
             InvalidArgument: names what is wrong.
             AlreadyExists: the key was used with another request.
+            NotFound: it depends on a job that there is not.
             ResourceExhausted: the backlog is full, or the tenant's quota is; `retry_after_ms` says when to come back.
         """
         request = JobRequest(
@@ -89,6 +99,9 @@ class AsyncJobs:
             keep_request=keep_request,
             not_before=not_before,
             delay=delay,
+            depends_on=depends_on,
+            depends_on_keys=depends_on_keys,
+            fails_with_dependencies=fails_with_dependencies,
         )
         message = await self._message(Asker(self._caller), request)
         answer = await self._caller.call(methods.SUBMIT, message, timeout_s=timeout, doing=f"submit to {model}")
@@ -158,22 +171,37 @@ class AsyncJobs:
         timeout: float = READ_S,
     ) -> builtins.list[Job]:
         """The newest `limit` jobs, of those in `state`, of `model` and of `tenant` when these are given."""
-        found: builtins.list[Job] = []
-        token = ""
-        while len(found) < limit:
+        jobs = self.each(state=state, model=model, tenant=tenant, most=limit, timeout=timeout)
+        return [job async for job in jobs]
+
+    async def each(
+        self,
+        *,
+        state: JobState | str | None = None,
+        model: str = "",
+        tenant: str = "",
+        most: int | None = None,
+        timeout: float = READ_S,
+    ) -> AsyncGenerator[Job, None]:
+        """As `list`, one job after the other, however many there are: the next page is asked for when it is needed.
+
+        `timeout` is each page's.
+        """
+        left, token = most if most is not None else sys.maxsize, ""
+        while left > 0:
             request = ingest.ListJobsRequest(
                 state=_state(state),
                 model_name=model,
                 tenant=tenant or self._tenant,
-                page_size=min(limit - len(found), 1_000),
+                page_size=min(left, 1_000),
                 page_token=token,
             )
             answer = await self._caller.call(methods.LIST_JOBS, request, timeout_s=timeout, doing="list jobs")
-            found += [of_job(job) for job in answer.jobs]
-            token = answer.next_page_token
+            for job in answer.jobs[:left]:
+                yield of_job(job)
+            left, token = left - len(answer.jobs), answer.next_page_token
             if not token:
-                break
-        return found[:limit]
+                return
 
     async def watch(self, job_id: str, *, timeout: float = WATCH_S) -> AsyncGenerator[Job, None]:
         """A job as it stands, and again after each transition, until it has ended. Goes on where a stream breaks.
@@ -196,6 +224,38 @@ class AsyncJobs:
                 last = job
                 yield job
 
+    async def watch_all(
+        self,
+        wanted: JobFilter | None = None,
+        *,
+        include_existing: bool = False,
+        resume_token: str = "",
+        timeout: float = WATCH_ALL_S,
+    ) -> AsyncGenerator[JobChange, None]:
+        """Every transition of every job that matches, once, from now on, for `timeout` seconds at most.
+
+        Goes on where a stream breaks. With `include_existing` the jobs that are there are told first. To go on after
+        the watcher itself was stopped, keep the `resume_token` of what was dealt with last.
+
+        Raises:
+            InvalidArgument: a filter that makes no sense, or a token of another one.
+            OutOfRange: the token is older than the database's log: list the jobs, and watch anew.
+            DeadlineExceeded: `timeout` has passed.
+        """
+        wanted = wanted or JobFilter()
+        last = resume_token
+
+        def request() -> ingest.WatchJobsRequest:
+            return to_watch(wanted, tenant=self._tenant, include_existing=include_existing, resume_token=last)
+
+        answers = self._caller.follow(
+            methods.WATCH_JOBS, request, timeout_s=timeout, ended=lambda _: False, doing="watch jobs"
+        )
+        async for answer in answers:
+            if answer.HasField("job"):
+                yield JobChange(of_job(answer.job), answer.resume_token, answer.existing)
+            last = answer.resume_token
+
     async def cancel(self, job_id: str, reason: str = "", *, timeout: float = READ_S) -> Job:
         """Asks that a job not run, or that its answer not be recorded. Returns how it stands: it may have ended before.
 
@@ -209,7 +269,7 @@ class AsyncJobs:
         """The answer to a job, from the store; waits until the job has ended, at most `timeout` seconds.
 
         Raises:
-            NotFound: no such job.
+            NotFound: no such job, or its result is no longer kept.
             FailedPrecondition: it has not ended, and `wait` is False.
             DeadlineExceeded: it has not ended in time, or it expired.
             Cancelled: it was cancelled.

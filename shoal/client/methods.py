@@ -55,6 +55,7 @@ REMOVE_MODEL = Method(_STORE + "RemoveModel", store.RemoveModelRequest, store.Re
 SET_ALIAS = Method(_STORE + "SetAlias", store.SetAliasRequest, store.SetAliasResponse)
 GET_RESULT = Method(_STORE + "GetResult", store.GetResultRequest, store.GetResultResponse)
 QUERY_RESULTS = Method(_STORE + "QueryResults", store.QueryResultsRequest, store.QueryResultsResponse)
+EXPORT_RESULTS = Method(_STORE + "ExportResults", store.ExportResultsRequest, store.ExportResultsResponse)
 STREAM_RESULTS = Method(_STORE + "StreamResults", store.StreamResultsRequest, store.StreamResultsResponse)
 
 _INGEST = "/shoal.ingest.v1.IngestService/"
@@ -65,6 +66,7 @@ GET_JOB = Method(_INGEST + "GetJob", ingest.GetJobRequest, ingest.GetJobResponse
 GET_PAYLOAD = Method(_INGEST + "GetPayload", ingest.GetPayloadRequest, ingest.GetPayloadResponse)
 LIST_JOBS = Method(_INGEST + "ListJobs", ingest.ListJobsRequest, ingest.ListJobsResponse)
 WATCH_JOB = Method(_INGEST + "WatchJob", ingest.WatchJobRequest, ingest.WatchJobResponse)
+WATCH_JOBS = Method(_INGEST + "WatchJobs", ingest.WatchJobsRequest, ingest.WatchJobsResponse)
 CANCEL_JOB = Method(_INGEST + "CancelJob", ingest.CancelJobRequest, ingest.CancelJobResponse)
 LIST_DEAD_LETTERS = Method(_INGEST + "ListDeadLetters", ingest.ListDeadLettersRequest, ingest.ListDeadLettersResponse)
 # Repeated after a lost answer they find nothing left to do, and say less than they did.
@@ -74,6 +76,9 @@ REQUEUE_DEAD_LETTERS = Method(
 PURGE_DEAD_LETTERS = Method(
     _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
 )
+SET_TENANT = Method(_INGEST + "SetTenant", ingest.SetTenantRequest, ingest.SetTenantResponse)
+GET_TENANT = Method(_INGEST + "GetTenant", ingest.GetTenantRequest, ingest.GetTenantResponse)
+LIST_TENANTS = Method(_INGEST + "ListTenants", ingest.ListTenantsRequest, ingest.ListTenantsResponse)
 
 _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)

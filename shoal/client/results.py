@@ -1,12 +1,15 @@
-"""The results of a node: found, listed and streamed, long after their jobs are forgotten."""
+"""The results of a node: found, listed, streamed and exported, long after their jobs are forgotten."""
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 from shoal.client import methods
 from shoal.client.calls import Caller
+from shoal.client.export import Exported, ExportFolder
 from shoal.client.result import JobResult, ResultFilter, of_stored, to_filter, to_query
 from shoal.store.v1 import store_pb2 as store
 
@@ -88,6 +91,51 @@ class AsyncResults:
             cursor = piece.cursor
             for result in piece.results:
                 yield of_stored(result)
+
+    async def export(
+        self,
+        to: str | Path,
+        filter: ResultFilter = ResultFilter(),  # noqa: B008 - frozen
+        *,
+        answers: bool = True,
+        part_rows: int = 0,
+        cursor: str = "",
+        timeout: float = STREAM_S,
+    ) -> AsyncGenerator[Exported, None]:
+        """Writes every result that matches and is recorded now to Parquet files, oldest first, and says how far it is.
+
+        `to` is a folder here, or a URL (`s3://bucket/prefix`, `file:///folder`) that the node's store writes to. Goes
+        on where the connection breaks; one that was given up goes on with its last `cursor`. `part_rows`: rows of one
+        part at most; 0 for the store's default.
+
+        Raises:
+            InvalidArgument: names what is wrong.
+            PermissionDenied: the store may not write there.
+            FailedPrecondition: an export lies there already, or the folder cannot be written.
+        """
+        url = str(to) if "://" in str(to) else ""
+        folder = None if url else ExportFolder(Path(to))
+        wanted = self._wanted(filter)
+        if folder is not None and not cursor:
+            await asyncio.to_thread(folder.check_empty)
+        answered = self._caller.follow(
+            methods.EXPORT_RESULTS,
+            lambda: store.ExportResultsRequest(
+                filter=wanted, url=url, cursor=cursor, omit_response=not answers, part_rows=part_rows
+            ),
+            timeout_s=timeout,
+            ended=lambda piece: piece.complete,
+            doing="export results",
+        )
+        try:
+            async for piece in answered:
+                if folder is None or await asyncio.to_thread(folder.take, piece):
+                    cursor = piece.cursor
+                yield Exported(piece.rows, piece.bytes, piece.parts, cursor, piece.complete)
+        finally:
+            await answered.aclose()
+            if folder is not None:
+                folder.close()
 
     def _wanted(self, filter: ResultFilter) -> store.ResultFilter:
         wanted = to_filter(filter)

@@ -171,3 +171,29 @@ def test_the_version() -> None:
         [sys.executable, "-m", "shoal.cli.main", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("shoal ")
+
+
+def test_a_wrong_file_of_connectors_is_explained_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "streams.toml"
+    file.write_text("[connectors.reviews]\nmodel = 3\n")
+    argv = [
+        sys.executable,
+        "-m",
+        "shoal.cli.main",
+        "up",
+        "--data-dir",
+        str(tmp_path / "data"),
+        "--connectors",
+        str(file),
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode != 0
+    assert "connectors.reviews.model: should be a valid string" in " ".join(done.stderr.split())
+    assert "connectors.reviews.source is required" in " ".join(done.stderr.split())
+    assert not (tmp_path / "data").exists()
+
+
+def test_connectors_need_ingest(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="--connectors is for ingest"):
+        checked(data_dir=tmp_path, services="infer", connectors=tmp_path / "streams.toml")
+    assert checked(data_dir=tmp_path, connectors=Path("streams.toml")).connectors == Path.cwd() / "streams.toml"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import shoal
-from shoal.client import AsyncClient, JobRequest, JobRetry, JobState, methods
+from shoal.client import AsyncClient, JobFilter, JobRequest, JobRetry, JobState, methods
 from shoal.client.retry import RetryPolicy
 from shoal.errors import (
     Cancelled,
@@ -109,11 +109,15 @@ async def test_submit_says_all_of_it_and_makes_a_key(served: Served, intake: Int
 async def test_when_a_job_may_run_and_what_is_worth_a_retry(served: Served, intake: Intake) -> None:
     at = datetime(2030, 1, 2, 3, 4, tzinfo=timezone(timedelta(hours=2)))
     async with client_of(served) as client:
-        await client.jobs.submit("m", X, not_before=at)
+        await client.jobs.submit(
+            "m", X, not_before=at, depends_on=["a"], depends_on_keys=["k"], fails_with_dependencies=True
+        )
         with pytest.raises(InvalidArgument, match="status code 'nope': use one of cancelled, unknown"):
             await client.jobs.submit("m", X, retry=JobRetry(codes=["nope"]))
     [request] = intake.jobs.values()
     assert request.not_before.ToJsonString() == "2030-01-02T01:04:00Z"
+    assert list(request.depends_on) == [ingest.Dependency(job_id="a"), ingest.Dependency(idempotency_key="k")]
+    assert request.on_dependency_failure == ingest.ON_DEPENDENCY_FAILURE_FAIL
 
 
 async def test_a_submit_whose_answer_is_lost_makes_one_job(served: Served, intake: Intake) -> None:
@@ -328,7 +332,7 @@ async def test_a_job_that_has_not_ended(served: Served) -> None:
 async def test_a_job_that_ended_and_left_nothing(served: Served) -> None:
     async with client_of(served) as client:
         standing(served, "SUCCEEDED")
-        with pytest.raises(Internal, match="job a succeeded, and the store has no result"):
+        with pytest.raises(NotFound, match="job a succeeded; its result is no longer in the store"):
             await client.jobs.result("a")
         standing(served, "DEAD")
         with pytest.raises(Internal, match="job a is dead: no luck"):
@@ -374,6 +378,12 @@ async def test_lists_go_over_pages(served: Served) -> None:
         assert [job.id for job in await client.jobs.list(limit=3)] == list("012")
         with pytest.raises(InvalidArgument, match="state 'lost': use one of queued, running"):
             await client.jobs.list(state="lost")
+        asked.clear()
+        found = client.jobs.each(model="m")
+        assert [(await anext(found)).id for _ in range(3)] == list("012")
+        await found.aclose()
+        assert len(asked) == 2, "pages are asked for as they are needed"
+        assert [job.id async for job in client.jobs.each(most=5)] == list("01234")
 
 
 def test_the_blocking_face(served: Served, intake: Intake) -> None:
@@ -489,3 +499,37 @@ async def test_the_result_of_a_requeued_job_is_waited_for(served: Served) -> Non
         with pytest.raises(FailedPrecondition, match="job a is queued: it has no result yet"):
             await client.jobs.result("a", wait=False)
         assert (await client.jobs.result("a"))["y"].tolist() == [7]
+
+
+async def test_watching_many_goes_on_after_the_last_token(served: Served) -> None:
+    asked: list[Any] = []
+
+    async def watch(request: Any, context: Any) -> Any:
+        asked.append(request)
+        yield ingest.WatchJobsResponse(resume_token=request.resume_token or "0")
+        for n in range(2):
+            token = str(int(request.resume_token or 0) + n + 1)
+            yield ingest.WatchJobsResponse(job=ingest.Job(id=token, state=1), resume_token=token, existing=token == "1")
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+
+    served.on(methods.WATCH_JOBS, watch, "unary_stream")
+    async with client_of(served, tenant="blue") as client:
+        wanted = JobFilter(states=["dead", JobState.FAILED], model="m", labels={"a": "b"}, ids=["x"])
+        told = []
+        async for change in client.jobs.watch_all(wanted, include_existing=True):
+            told.append((change.job.id, change.resume_token, change.existing))
+            if len(told) == 5:
+                break
+        assert [change.job.id async for change in aslice(client.jobs.watch_all(resume_token="7"), 2)] == ["8", "9"]
+        with pytest.raises(InvalidArgument, match=r"states: .* use some of queued, running"):
+            await anext(client.jobs.watch_all(JobFilter(states=["lost"])))
+    assert told == [("1", "1", True), *((str(n), str(n), False) for n in range(2, 6))]
+    first = asked[0]
+    assert (list(first.states), first.tenant, first.model_name, dict(first.labels)) == ([5, 4], "blue", "m", {"a": "b"})
+    assert (first.include_existing, list(first.ids)) == (True, ["x"])
+    assert [request.resume_token for request in asked] == ["", "2", "4", "7"]
+
+
+async def aslice(items: AsyncIterator[Any], many: int) -> AsyncIterator[Any]:
+    for _ in range(many):
+        yield await anext(items)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,7 +13,7 @@ import pytest
 
 from shoal.client import Client, Outcome, ResultFilter, methods
 from shoal.client.result import to_filter, to_query
-from shoal.errors import InvalidArgument, NotFound
+from shoal.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from shoal.store.v1 import store_pb2 as pb
 from tests.client.served import Served
 
@@ -93,6 +94,100 @@ def test_a_stream_goes_on_where_it_broke(served: Served) -> None:
         found = [one.job_id for one in client.results.stream()]
     assert found == [f"j{n}" for n in range(30)]
     assert opened == ["", *(str(n) for n in range(3, 30, 3))]
+
+
+FILES = {"part-00000.parquet": b"a" * 10, "part-00001.parquet": b"b" * 7, "manifest.json": b"{}"}
+
+
+def served_export(served: Served, asked: list[pb.ExportResultsRequest], *, breaks: bool) -> None:
+    """An export of FILES in pieces of 4 bytes. With `breaks`, each call breaks within the second file that it sends."""
+
+    async def export(request: pb.ExportResultsRequest, context: Any) -> Any:
+        asked.append(request)
+        begin = int(request.cursor or 0)
+        yield pb.ExportResultsResponse(cursor=str(begin))
+        for number, (name, data) in enumerate(list(FILES.items())[begin:], begin):
+            yield pb.ExportResultsResponse(cursor=str(number), rows=number)
+            for at in range(0, len(data), 4):
+                if breaks and number > begin and at:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "as the test wants it")
+                yield pb.ExportResultsResponse(
+                    cursor=str(number + 1), file=name, file_bytes=len(data), offset=at, chunk=data[at : at + 4]
+                )
+        yield pb.ExportResultsResponse(cursor=str(len(FILES)), parts=2, complete=True)
+
+    served.on(methods.EXPORT_RESULTS, export, "unary_stream")
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_an_export_to_a_folder_here(served: Served, tmp_path: Path, breaks: bool) -> None:
+    asked: list[pb.ExportResultsRequest] = []
+    served_export(served, asked, breaks=breaks)
+    folder = tmp_path / "new" / "folder"
+    with Client(served.address) as client:
+        *_, last = client.results.export(folder)
+        assert (last.complete, last.parts) == (True, 2)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+        assert [request.cursor for request in asked] == (["", "1"] if breaks else [""])
+        with pytest.raises(FailedPrecondition, match="holds an export already"):
+            next(client.results.export(folder))
+        # With a cursor it goes on there.
+        (folder / "part-00001.parquet").unlink()
+        assert [at.complete for at in client.results.export(folder, cursor="1")][-1]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+
+
+def test_an_export_that_is_given_up_leaves_nothing_half(served: Served, tmp_path: Path) -> None:
+    served_export(served, [], breaks=False)
+    with Client(served.address) as client:
+        for at in client.results.export(tmp_path / "out"):
+            if at.cursor == "1":
+                break
+        for _ in zip(range(6), client.results.export(tmp_path / "out", cursor="1"), strict=False):
+            pass
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(FILES)
+
+
+def test_an_export_to_a_url_is_the_stores_work(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[pb.ExportResultsRequest] = []
+
+    async def export(request: pb.ExportResultsRequest, context: Any) -> Any:
+        asked.append(request)
+        yield pb.ExportResultsResponse(rows=3, parts=1, bytes=9, cursor="c", complete=True)
+
+    served.on(methods.EXPORT_RESULTS, export, "unary_stream")
+    with Client(served.address) as client:
+        (only,) = client.results.export("s3://bucket/x", ResultFilter(tenant="t"), answers=False, part_rows=5)
+    assert (only.rows, only.parts, only.bytes, only.complete) == (3, 1, 9, True)
+    assert (asked[0].url, asked[0].filter.tenant, asked[0].omit_response, asked[0].part_rows) == (
+        "s3://bucket/x", "t", True, 5
+    )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        {"file": "../part-00000.parquet"}, {"file": "x"}, {"file": "/etc/passwd"}, {"file": "part-00000.parquet/x"},
+        {"file": "part-00000.parquet", "offset": 5}, {"file": "part-00000.parquet", "offset": -1},
+    ],
+)  # fmt: skip
+def test_a_node_that_sends_nonsense_writes_nothing(served: Served, tmp_path: Path, piece: dict[str, Any]) -> None:
+    async def export(request: pb.ExportResultsRequest, context: Any) -> Any:
+        yield pb.ExportResultsResponse(**{"file_bytes": 9, "chunk": b"x", **piece})
+
+    served.on(methods.EXPORT_RESULTS, export, "unary_stream")
+    with Client(served.address) as client, pytest.raises(DataLoss):
+        list(client.results.export(tmp_path / "out"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_written(served: Served, tmp_path: Path) -> None:
+    served_export(served, [], breaks=False)
+    (tmp_path / "file").write_text("")
+    with Client(served.address) as client, pytest.raises(FailedPrecondition, match="cannot export"):
+        list(client.results.export(tmp_path / "file" / "out"))
 
 
 def test_a_filter_is_checked_and_translated() -> None:

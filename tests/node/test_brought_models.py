@@ -78,6 +78,15 @@ def test_from_a_pickle_to_int8(running: Node, original: Any, tmp_path: Path) -> 
             client.jobs.result(ack.job_id)
         np.testing.assert_array_equal(client.jobs.inputs(ack.job_id)["x"].shape, (3, 4))
 
+        # Newer ones that were not kept hide none that were.
+        for ack in client.jobs.submit_many(JobRequest("flowers", {"x": rows[:1]}) for _ in range(60)):
+            client.jobs.result(ack.job_id)
+    few = running.shoal(
+        *("models", "quantize", "flowers", "--method", "dynamic", "--recorded", "5", "--json"),
+        *("--output", str(tmp_path / "few.onnx")),
+    )
+    assert json.loads(few.stdout)["rows"] == "5 requests that the node kept"
+
     smaller = running.shoal(
         "models", "quantize", "flowers", "--method", "static", "--max-flips", "10%", "--push", "--json"
     )

@@ -106,7 +106,7 @@ class Plan:
     @property
     def takes_numbers_only(self) -> bool:
         """Whether no model of it looks at the ids and parameters of requests."""
-        return all(step.version.takes_numbers_only or step.version.response_cache for step in self.steps)
+        return all(step.version.sees_numbers_only for step in self.steps)
 
     def route(self, outputs: tuple[WantedOutput, ...]) -> Route:
         """How to come to these outputs, and no others."""

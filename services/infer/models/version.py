@@ -95,7 +95,12 @@ class Version:
     @property
     def takes_numbers_only(self) -> bool:
         """Whether a request is to it what its tensors are: its bytes need not be parsed to be answered."""
-        if self.response_cache is not None or self.decoupled is not None or self.line is not None:
+        return self.response_cache is None and self.sees_numbers_only
+
+    @property
+    def sees_numbers_only(self) -> bool:
+        """Whether its model sees nothing of a request but the tensors."""
+        if self.decoupled is not None or self.line is not None:
             return False
         if isinstance(self.loaded, Composed):
             return self.loaded.plan.takes_numbers_only

@@ -98,10 +98,6 @@ class CostCurve:
         """Seconds that are hardly ever exceeded: two mean deviations more, at most twice what is expected."""
         return self._at(rows, "worst")
 
-    def marginal(self, rows: int) -> float:
-        """Seconds that one more row adds to `rows`."""
-        return max(self.expected(rows + 1) - self.expected(rows), 0.0)
-
     def _at(self, rows: int, what: str) -> float:
         if self._is_stale:
             self._refit()

@@ -40,6 +40,8 @@ class Book:
         of the states that a sequence begins with."""
         self.placed: list[dict[Sequence, None]] = [{} for _ in range(instances)]
         """By instance: the sequences that have a place in it."""
+        self._ready: list[dict[Sequence, None]] = [{} for _ in range(instances)]
+        # Those of them with a step that may run: thousands may have a place and wait for their clients.
         self._free_slots = [list(range(places)) for _ in range(instances)]  # Heaps: batches stay dense.
         self._idle_s = idle_s
         self._first_shapes = first_shapes
@@ -74,6 +76,8 @@ class Book:
         if sequence.place is None:
             self._backlog.setdefault(sequence)
             self._assign()
+        else:
+            self._look(sequence)
 
     def holds(self, call: Call) -> bool:
         """Whether a step with this very call waits here."""
@@ -86,8 +90,8 @@ class Book:
     # Running
 
     def heads(self, instance: int) -> list[Step]:
-        """The steps of an instance that may run now."""
-        return [head for sequence in self.placed[instance] if (head := sequence.head) is not None]
+        """The steps of an instance that may run now: of each sequence with a step that waits, the first."""
+        return [sequence.waiting[0] for sequence in self._ready[instance]]
 
     def key(self, step: Step) -> Hashable:
         """Heads with equal keys can be stacked."""
@@ -100,6 +104,7 @@ class Book:
             assert sequence.place is not None, "only heads are taken"
             self._leave_line(sequence.waiting.popleft())
             sequence.running = step
+            self._look(sequence)
             step.slot = sequence.place.slot
             if step.starts:
                 sequence.has_begun = False
@@ -214,6 +219,17 @@ class Book:
             self._idle[sequence] = now
         elif sequence.waiting[0].is_dropped:
             self._end(sequence)
+        self._look(sequence)
+
+    def _look(self, sequence: Sequence) -> None:
+        """Something has become of a sequence's steps: it is among those that are ready, or not."""
+        if sequence.place is None:
+            return
+        ready = self._ready[sequence.place.instance]
+        if sequence.head is None:
+            ready.pop(sequence, None)
+        else:
+            ready.setdefault(sequence)
 
     # Places
 
@@ -222,6 +238,7 @@ class Book:
         if place is None:
             return
         del self.placed[place.instance][sequence]
+        self._ready[place.instance].pop(sequence, None)
         heapq.heappush(self._free_slots[place.instance], place.slot)
         sequence.place = None
         self._held[sequence.tenant] -= 1
@@ -238,6 +255,7 @@ class Book:
             del self._backlog[sequence]
             sequence.place = Place(instance, heapq.heappop(self._free_slots[instance]))
             self.placed[instance][sequence] = None
+            self._look(sequence)
             self._held[sequence.tenant] = self._held.get(sequence.tenant, 0) + 1
 
     def _behind(self, sequence: Sequence) -> float:

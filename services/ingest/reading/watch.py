@@ -25,7 +25,7 @@ from pymongo.errors import PyMongoError
 
 from mesh.mongo import Document, next_change, translate
 from mesh.tasks import end
-from services.ingest.job import Job
+from services.ingest.job import Job, generations
 from services.ingest.reading.jobs import Jobs
 from shoal.errors import ResourceExhausted, Unavailable
 
@@ -216,10 +216,11 @@ def views_between(before: Job, after: Job) -> list[Job]:
     missed = range(first, len(after.transitions) - 1)
     if len(missed) > _STEPS_TOLD:
         return [after]
-    return [*(_as_of(after, index) for index in missed), after]
+    return [*(as_of(after, index) for index in missed), after]
 
 
-def _as_of(job: Job, index: int) -> Job:
+def as_of(job: Job, index: int) -> Job:
+    """The job as it was after that one of its transitions, as far as these tell."""
     step = job.transitions[index]
     return replace(
         job,
@@ -231,4 +232,6 @@ def _as_of(job: Job, index: int) -> Job:
         last_code=0,
         last_message="",
         transitions=job.transitions[: index + 1],
+        steps=job.steps - (len(job.transitions) - 1 - index),
+        generation=generations(job)[index],
     )

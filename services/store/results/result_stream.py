@@ -85,13 +85,13 @@ class ResultStream:
         return Cursor(START, place_of(newest[0]) if newest else START)
 
     async def step(
-        self, wanted: ResultFilter, cursor: Cursor, *, omit_response: bool = False
+        self, wanted: ResultFilter, cursor: Cursor, *, size: int = MESSAGE_RESULTS, omit_response: bool = False
     ) -> tuple[list[Document], Cursor]:
         """The next documents, and the cursor after them. Nothing is left when `after` has reached `last`."""
         page, more = await self._results.page(
             wanted,
             cursor.after,
-            MESSAGE_RESULTS,
+            size,
             most_bytes=MESSAGE_BYTES,
             oldest_first=True,
             omit_response=omit_response,

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import AsyncGenerator
 
-import bson
-from bson import Binary
-from bson.errors import BSONError
 from pymongo.asynchronous.change_stream import AsyncCollectionChangeStream
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import OperationFailure
 
+from mesh import change_tokens
 from mesh.mongo import Document, next_change, translated
 from services.store.documents import Collection, Collections
 from services.store.results.result_rules import check_text
 from services.store.results.results import Results
-from shoal.errors import InvalidArgument, OutOfRange, ResourceExhausted, Unavailable
+from shoal.errors import ResourceExhausted, Unavailable
 from shoal.store.v1.store_pb2 import Result, WatchResultsRequest
 
 _AWAIT_MS = 1_000
-_MAX_TOKEN_CHARACTERS = 8_192
-# https://github.com/mongodb/mongo/blob/v6.0/src/mongo/base/error_codes.yml
-_HISTORY_LOST = frozenset({286, 136})  # ChangeStreamHistoryLost, CappedPositionLost.
-_FATAL = 280  # ChangeStreamFatalError: the token's place is not in the stream (any more).
-_BAD_TOKEN = frozenset({2, 9, 14, 260, 50811, 40649, 40647, 8704900})
 
 
 class ResultWatch:
@@ -53,7 +44,7 @@ class ResultWatch:
             Unavailable: MongoDB went away: go on with the last token.
         """
         pipeline = _pipeline(request)
-        after = _decoded(request.resume_token) if request.resume_token else None
+        after = change_tokens.checked(change_tokens.read(request.resume_token)) if request.resume_token else None
         if self._open >= self._max_watches:
             raise ResourceExhausted(f"{self._open} watches are open, the most there may be", retry_after_ms=1_000)
         self._open += 1
@@ -72,7 +63,7 @@ class ResultWatch:
         """
         with translated("opening a watch of results"):
             async with await _opened(self._db[self._collections.results.name], [], None) as stream:
-                return _encoded(stream.resume_token)
+                return _written(stream.resume_token)
 
     async def _items(
         self, pipeline: list[Document], after: Document | None
@@ -80,10 +71,10 @@ class ResultWatch:
         collection = self._db[self._collections.results.name]
         stream = await _opened(collection, pipeline, after)
         async with stream:
-            yield None, _encoded(after or stream.resume_token)
+            yield None, _written(after or stream.resume_token)
             while stream.alive:
                 if (change := await _next(stream)) is not None:
-                    yield await self._results.whole(change["fullDocument"]), _encoded(change["_id"])
+                    yield await self._results.whole(change["fullDocument"]), _written(change["_id"])
         raise Unavailable("the watch was ended by MongoDB: watch again")
 
 
@@ -93,26 +84,23 @@ async def _opened(
     try:
         return await collection.watch(pipeline, resume_after=after, max_await_time_ms=_AWAIT_MS)
     except OperationFailure as err:
-        raise _explained(err) from err
+        raise change_tokens.explained(err) from err
 
 
 async def _next(stream: AsyncCollectionChangeStream[Document]) -> Document | None:
     try:
         return await next_change(stream)
     except OperationFailure as err:
-        raise _explained(err) from err
-
-
-def _explained(err: OperationFailure) -> Exception:
-    if err.code in _HISTORY_LOST or err.code == _FATAL:
-        return OutOfRange("resume_token: its place is no longer in MongoDB's log: query what was missed, watch anew")
-    if err.code in _BAD_TOKEN:
-        return InvalidArgument("resume_token: not a token of this watch: leave it out to watch from now on")
-    return err
+        raise change_tokens.explained(err) from err
 
 
 def _pipeline(request: WatchResultsRequest) -> list[Document]:
-    match: Document = {"operationType": {"$in": ["insert", "replace"]}}
+    match: Document = {
+        "operationType": {"$in": ["insert", "replace"]},
+        # MongoDB may log as a replacement what retention changes: that is no new result.
+        "fullDocument.recorded_at": {"$exists": True},
+        "fullDocument.answer_removed_at": {"$exists": False},
+    }
     for field in ("model_name", "tenant"):
         if value := check_text(getattr(request, field), field):
             match[f"fullDocument.{field}"] = value
@@ -122,20 +110,6 @@ def _pipeline(request: WatchResultsRequest) -> list[Document]:
     return pipeline
 
 
-def _encoded(token: object) -> str:
+def _written(token: object) -> str:
     assert isinstance(token, dict)  # Since MongoDB 4.0.7 each batch has one, empty or not.
-    return base64.urlsafe_b64encode(bson.encode(token)).decode()
-
-
-def _decoded(token: str) -> Document:
-    try:
-        if len(token) > _MAX_TOKEN_CHARACTERS:
-            raise ValueError("too long")
-        found = bson.decode(base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True))
-        if not isinstance(found.get("_data"), str) or not found.keys() <= {"_data", "_typeBits"}:
-            raise ValueError("unknown form")
-        if not isinstance(found.get("_typeBits", b""), bytes | Binary):
-            raise ValueError("unknown form")
-    except (ValueError, BSONError, binascii.Error) as err:
-        raise InvalidArgument("resume_token: not a token of this service: leave it out to watch from now on") from err
-    return dict(found)
+    return change_tokens.written(token)

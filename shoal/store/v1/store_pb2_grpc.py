@@ -99,6 +99,26 @@ class StoreServiceStub:
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsRequest.SerializeToString,
                 response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsResponse.FromString,
                 _registered_method=True)
+        self.ExportResults = channel.unary_stream(
+                '/shoal.store.v1.StoreService/ExportResults',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.FromString,
+                _registered_method=True)
+        self.SetRetention = channel.unary_unary(
+                '/shoal.store.v1.StoreService/SetRetention',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionResponse.FromString,
+                _registered_method=True)
+        self.ListRetention = channel.unary_unary(
+                '/shoal.store.v1.StoreService/ListRetention',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionResponse.FromString,
+                _registered_method=True)
+        self.ApplyRetention = channel.unary_unary(
+                '/shoal.store.v1.StoreService/ApplyRetention',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.FromString,
+                _registered_method=True)
         self.ReleaseArtifacts = channel.unary_unary(
                 '/shoal.store.v1.StoreService/ReleaseArtifacts',
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ReleaseArtifactsRequest.SerializeToString,
@@ -233,6 +253,39 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportResults(self, request, context):
+        """Writes the results that match a filter as Parquet files, oldest first, to a URL or, without one, to the caller: those
+        that StreamResults would give. Says how far it is; a call that ends early ends the export after its last part, and
+        another with its `cursor` goes on there. INVALID_ARGUMENT: a bad filter, URL or cursor. PERMISSION_DENIED: the store
+        may not write there. FAILED_PRECONDITION: an export lies there already. RESOURCE_EXHAUSTED: too many exports run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRetention(self, request, context):
+        """Says how long something is kept, for one tenant or for all that have no rule of their own, or removes such a rule.
+        Once it returns, nothing is removed under the rules before. INVALID_ARGUMENT names what is wrong.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRetention(self, request, context):
+        """All rules.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyRetention(self, request, context):
+        """For coord's leader: removes what the rules no longer keep, for about two seconds. FAILED_PRECONDITION: the token is
+        not the leader's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReleaseArtifacts(self, request, context):
         """Artifacts: who needs them, whether they are what they were, and what becomes of the rest.
 
@@ -332,6 +385,26 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.StreamResults,
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsRequest.FromString,
                     response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsResponse.SerializeToString,
+            ),
+            'ExportResults': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportResults,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.SerializeToString,
+            ),
+            'SetRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRetention,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionResponse.SerializeToString,
+            ),
+            'ListRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRetention,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionResponse.SerializeToString,
+            ),
+            'ApplyRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplyRetention,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.SerializeToString,
             ),
             'ReleaseArtifacts': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseArtifacts,
@@ -705,6 +778,114 @@ class StoreService:
             '/shoal.store.v1.StoreService/StreamResults',
             shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsRequest.SerializeToString,
             shoal_dot_store_dot_v1_dot_store__pb2.StreamResultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportResults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ExportResults',
+            shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/SetRetention',
+            shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ListRetention',
+            shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ApplyRetention',
+            shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ def test_between_what_was_seen_it_is_a_line_and_beyond_it_is_in_proportion():
     assert curve.expected(1) == pytest.approx(0.001)
     assert curve.expected(20) == pytest.approx(0.0035)
     assert curve.expected(64) == pytest.approx(0.010)
-    assert curve.marginal(8) == pytest.approx(0.003 / 24)
+    assert curve.expected(9) - curve.expected(8) == pytest.approx(0.003 / 24)
     assert curve.mean_of(2) is None
 
 

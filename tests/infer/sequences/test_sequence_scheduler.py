@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 import pytest
 
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.sequences.step import Sequence, Step
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted
 from tests.infer.scheduling.virtual_time import run
 from tests.infer.sequences.simulated import Bench, settings, step
@@ -253,5 +254,30 @@ def test_leaving_runs_what_waits():
             waiting = [later(bench.total(step(n, start=True))) for n in (2, 3)]
             await asyncio.sleep(0)
         assert await asyncio.gather(*waiting) == [1, 1]
+
+    run(scene())
+
+
+def test_an_execution_looks_only_at_sequences_with_a_step(monkeypatch):
+    """However many have a place and nothing to do."""
+    looks = 0
+    plain = Sequence.head.fget
+
+    def counted(sequence: Sequence) -> Step | None:
+        nonlocal looks
+        looks += 1
+        return plain(sequence)
+
+    async def scene() -> None:
+        nonlocal looks
+        bench = Bench(settings(direct=False, places=3000, rows=4), limits=QueueLimits(calls=3000))
+        async with bench.scheduler:
+            await asyncio.gather(*(bench.total(step(n, start=True)) for n in range(1, 3001)))
+            assert len(bench.scheduler.book.placed[0]) == 3000
+            monkeypatch.setattr(Sequence, "head", property(counted))
+            runs, looks = len(bench.log), 0
+            assert await asyncio.gather(*(bench.total(step(n)) for n in (7, 2999, 40))) == [2, 2, 2]
+            assert [ran.id for ran in bench.log[runs:]] == [7, 2999, 40]
+            assert looks < 20
 
     run(scene())

@@ -13,6 +13,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.infer.sequences.book import Book
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument
 from tests.infer.scheduling.virtual_time import run
 from tests.infer.sequences import simulated
@@ -93,10 +94,20 @@ async def traffic(bench: Bench, script: Sequence[Sent]) -> list[Told]:
         told.append(Told(n, sent, clock()))
         tasks.append(asyncio.create_task(one(told[-1])))
         await asyncio.sleep(0)  # It arrives.
+        check_heads(bench.scheduler.book)
         if sent.cancel_s is not None:
             asyncio.get_running_loop().call_later(sent.cancel_s, tasks[-1].cancel)
     await asyncio.wait(tasks)
     return told
+
+
+def check_heads(book: Book) -> None:
+    """What is remembered of who has a step to run is what looking at each sequence would find."""
+    for instance, placed in enumerate(book.placed):
+        found = {head for sequence in placed if (head := sequence.head) is not None}
+        heads = book.heads(instance)
+        assert set(heads) == found
+        assert len(heads) == len(found)
 
 
 def check_rows(log: Sequence[Ran]) -> None:

@@ -175,3 +175,17 @@ async def test_explain_and_statistics(served):
     (stats,) = (await served.stub.ModelStatistics(pb.ModelStatisticsRequest(name="oldest"))).model_stats
     assert stats.inference_stats.success.count == 1
     assert stats.inference_stats.fail.count == 1
+
+
+async def test_a_new_version_and_an_unload_end_the_sequences_of_the_old(served, models_folder: Repository):
+    infer, load = served.stub.ModelInfer, served.stub.RepositoryModelLoad
+    assert numbers(await infer(step("direct", 5, 4, start=True))) == (4, 5)
+    put(models_folder, "direct", config("direct { }", rows=3))  # Another content: it is loaded anew.
+    await load(pb.RepositoryModelLoadRequest(model_name="direct"), timeout=30)
+    code, message = await refused(infer(step("direct", 5, 1)))
+    assert (code, START_IT in message) == ("INVALID_ARGUMENT", True)
+    assert numbers(await infer(step("direct", 5, 2, start=True))) == (2, 3)
+    await served.stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="direct"), timeout=30)
+    await load(pb.RepositoryModelLoadRequest(model_name="direct"), timeout=30)
+    code, message = await refused(infer(step("direct", 5, 1)))
+    assert (code, START_IT in message) == ("INVALID_ARGUMENT", True)

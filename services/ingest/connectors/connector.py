@@ -1,0 +1,274 @@
+"""One connector: takes messages, sees each through to its end, and only then lets its source forget it.
+
+    receive ──window (messages, bytes)──> a task a message: submit, wait, send ──> settle
+       └── not called while the window is full: that is the backpressure, up to the broker
+
+Whatever unexpected happens, the connector starts again from what its source has committed: messages are delivered
+again, find their jobs by their keys, and have the same results. So nothing here needs to be undone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from mesh.tasks import Background
+from services.ingest.connectors.formats import Format
+from services.ingest.connectors.message import Lane, Message, Outgoing
+from services.ingest.connectors.outcome import Failed, answered, dead_letter, failed_of, submit_of
+from services.ingest.connectors.progress import Progress, Standing
+from services.ingest.intake.intake import Accepted
+from services.ingest.intake.stream import Window
+from services.ingest.job import PERMANENT, Job
+from shoal.errors import AlreadyExists, Code, InvalidArgument, ShoalError
+from shoal.ingest.v1 import ingest_pb2 as pb
+from shoal.store.v1 import store_pb2
+
+log = logging.getLogger(__name__)
+
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 10.0
+_RECEIVED_AT_ONCE = 500
+_PASSING = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.ABORTED})
+# Worth a wait where it happened; what else fails starts the connector anew.
+
+T = TypeVar("T")
+
+
+class Source(AbstractAsyncContextManager[Any], Protocol):
+    """Where messages come from. Open while its block lasts; leaving it commits what is settled."""
+
+    async def receive(self, limit: int) -> Sequence[Message]:
+        """Waits for messages, 1 to `limit`. Not to call it holds the broker back. Raises ShoalError."""
+
+    def settle(self, message: Message) -> None:
+        """The message is done with: the source may forget it, once all before it in its lane are done with too."""
+
+    def standing(self) -> Standing:
+        """How far it is behind, by lane."""
+
+
+class Sink(AbstractAsyncContextManager[Any], Protocol):
+    """Where messages go. Open while its block lasts."""
+
+    async def send(self, message: Outgoing) -> None:
+        """Returns when the message is durable there.
+
+        Raises:
+            InvalidArgument: it will never take this one (too large, ...). ShoalError: not now.
+        """
+
+
+class Submits(Protocol):
+    """The intake, as a connector needs it."""
+
+    async def begin_when_there_is_room(
+        self, submit: pb.SubmitRequest, traceparent: str = ""
+    ) -> asyncio.Future[Accepted]: ...
+
+    async def by_key(self, tenant: str, key: str) -> Job | None: ...
+
+
+class Ends(Protocol):
+    """How jobs end, as a connector needs it."""
+
+    async def until_ended(self, job_id: str, *, is_old: bool = False) -> None: ...
+
+    async def result(self, job_id: str) -> store_pb2.Result: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A connector's ends, fresh for each start."""
+
+    source: Source
+    dead_letters: Sink
+    sink: Sink | None = None
+    """None: the results only lie in the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a connector does."""
+
+    name: str
+    format: Format
+    open: Callable[[], Parts]
+    tenant: str = ""
+    retry: pb.RetryPolicy = field(default_factory=pb.RetryPolicy)
+    deadline_s: float | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+    max_in_flight: int = 256
+    max_bytes: int = 32 << 20
+
+
+class Connector(Background):
+    """Runs a plan until its block ends. Whoever is away, it waits."""
+
+    def __init__(self, plan: Plan, intake: Submits, endings: Ends, *, ready: asyncio.Event, progress: Progress) -> None:
+        self._plan = plan
+        self._intake = intake
+        self._endings = endings
+        self._ready = ready
+        self._under_way: dict[Lane, set[asyncio.Task[None]]] = {}
+        self._freed = asyncio.Event()
+        self.progress = progress
+
+    async def _run(self) -> None:
+        await self._ready.wait()
+        pause = Pause()
+        while True:
+            before = self.progress.settled
+            try:
+                await self._serve(self._plan.open())
+            except* ShoalError as group:
+                self._troubled(_first(group))
+            except* Exception as group:
+                log.exception("connector %s", self._plan.name, exc_info=group)
+                self.progress.trouble("an unexpected error: the log has the cause")
+            pause = Pause() if self.progress.settled > before else pause
+            self.progress.stopped()
+            await pause.sleep()
+
+    async def _serve(self, parts: Parts) -> None:
+        window = Window(self._plan.max_in_flight, self._plan.max_bytes)
+        async with AsyncExitStack() as stack:
+            for part in (parts.dead_letters, parts.sink, parts.source):
+                if part is not None:
+                    await stack.enter_async_context(part)
+            self.progress.started(parts.source.standing)
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    for message in await parts.source.receive(await self._room()):
+                        await window.enter(message.nbytes)
+                        self._begin(tasks, message, parts, window)
+
+    async def _room(self) -> int:
+        """How many messages may come; waits until that is worth asking for."""
+        while (room := self._plan.max_in_flight - self.progress.in_flight) < max(1, self._plan.max_in_flight // 4):
+            self._freed.clear()
+            await self._freed.wait()
+        return min(room, _RECEIVED_AT_ONCE)
+
+    def _begin(self, tasks: asyncio.TaskGroup, message: Message, parts: Parts, window: Window) -> None:
+        self.progress.received()
+        task = tasks.create_task(self._see_through(message, parts))
+        self._under_way.setdefault(message.lane, set()).add(task)
+        message.lane.on_lost = self._give_up
+
+        # A callback, not a `finally`: a task that is cancelled before its first step runs no code of its own.
+        def left(_: object) -> None:
+            self.progress.left()
+            window.leave(message.nbytes)
+            self._freed.set()
+            self._under_way[message.lane].discard(task)
+            if not self._under_way[message.lane]:
+                del self._under_way[message.lane]
+
+        task.add_done_callback(left)
+        if message.lane.is_lost:
+            task.cancel()
+
+    def _give_up(self, lane: Lane) -> None:
+        for task in self._under_way.get(lane, ()):
+            task.cancel()
+
+    async def _see_through(self, message: Message, parts: Parts) -> None:
+        is_dead = await self._deliver(message, await self._outcome(message), parts)
+        parts.source.settle(message)
+        self.progress.done(is_dead=is_dead)
+
+    async def _outcome(self, message: Message) -> store_pb2.Result | Failed:
+        """How the message's job ended, or why there is none."""
+        try:
+            submit = submit_of(self._plan, message)
+        except InvalidArgument as err:
+            return Failed(err.code, err.message)
+        accepted = await self._accepted(submit)
+        if isinstance(accepted, Failed):
+            return accepted
+        await self._endings.until_ended(accepted.job.id, is_old=accepted.existed)
+        try:
+            return await self._patiently(lambda: self._endings.result(accepted.job.id))
+        except ShoalError as err:
+            if err.code not in (Code.NOT_FOUND, Code.DATA_LOSS):
+                raise
+            return Failed(err.code, err.message, accepted.job.id)
+
+    async def _accepted(self, submit: pb.SubmitRequest) -> Accepted | Failed:
+        async def submitted() -> Accepted:
+            return await (await self._intake.begin_when_there_is_room(submit))
+
+        try:
+            return await self._patiently(submitted)
+        except AlreadyExists as err:
+            # The same message, submitted when the connector was set up otherwise. Its job stands.
+            earlier = await self._patiently(lambda: self._intake.by_key(submit.tenant, submit.idempotency_key))
+            return Failed(err.code, err.message) if earlier is None else Accepted(earlier, True)
+        except ShoalError as err:
+            if err.code not in PERMANENT:
+                raise
+            return Failed(err.code, err.message)
+
+    async def _deliver(self, message: Message, outcome: store_pb2.Result | Failed, parts: Parts) -> bool:
+        """Sends what became of the message, and says whether that was to the dead letters."""
+        failed = outcome if isinstance(outcome, Failed) else failed_of(outcome)
+        if failed is None and isinstance(outcome, store_pb2.Result):
+            if parts.sink is None:
+                return False
+            try:
+                outgoing = answered(self._plan, message, outcome)
+                await self._send(parts.sink, outgoing)
+                return False
+            except ShoalError as err:
+                if err.code not in (Code.INVALID_ARGUMENT, Code.DATA_LOSS):
+                    raise
+                failed = Failed(err.code, f"the answer cannot be sent on: {err.message}", outcome.job_id)
+        assert failed is not None
+        try:
+            await self._send(parts.dead_letters, dead_letter(self._plan, message, failed))
+        except InvalidArgument:
+            # Too large with its reason around it. What it was still lies where it came from.
+            await self._send(parts.dead_letters, dead_letter(self._plan, message, failed, is_whole=False))
+        return True
+
+    async def _send(self, sink: Sink, outgoing: Outgoing) -> None:
+        await self._patiently(lambda: sink.send(outgoing))
+
+    async def _patiently(self, act: Callable[[], Awaitable[T]]) -> T:
+        """What `act` returns, however long what it needs is away. Raises what waiting does not mend."""
+        pause = Pause()
+        while True:
+            try:
+                return await act()
+            except ShoalError as err:
+                if err.code not in _PASSING:
+                    raise
+                self._troubled(err)
+                await pause.sleep(err.retry_after_ms)
+
+    def _troubled(self, err: ShoalError) -> None:
+        if self.progress.trouble(err.message):
+            log.warning("connector %s: %s", self._plan.name, err.message)
+
+
+class Pause:
+    """Waits that double, with jitter."""
+
+    def __init__(self) -> None:
+        self._next_s = _FIRST_WAIT_S
+
+    async def sleep(self, at_least_ms: int | None = None) -> None:
+        wait_s = max(self._next_s * random.uniform(0.5, 1), (at_least_ms or 0) / 1000)
+        self._next_s = min(self._next_s * 2, _LONGEST_WAIT_S)
+        await asyncio.sleep(wait_s)
+
+
+def _first(group: BaseExceptionGroup[ShoalError]) -> ShoalError:
+    found = group.exceptions[0]
+    return found if isinstance(found, ShoalError) else _first(found)

@@ -1,0 +1,131 @@
+"""All connectors of an instance: made from the settings, started and stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+
+from google.protobuf.duration_pb2 import Duration
+from pymongo.asynchronous.database import AsyncDatabase
+
+from mesh.mongo import Document
+from services.ingest.clock import Clock
+from services.ingest.connectors import settings
+from services.ingest.connectors.checkpoints import CHECKPOINTS
+from services.ingest.connectors.connector import Connector, Ends, Parts, Plan, Sink, Source, Submits
+from services.ingest.connectors.formats import Format
+from services.ingest.connectors.progress import Progress
+from shoal.ingest.v1 import ingest_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where connectors run."""
+
+    instance: str
+    clock: Clock
+    database: AsyncDatabase[Document]
+
+
+class Connectors:
+    """Runs each connector of `configured` for as long as the block lasts."""
+
+    def __init__(
+        self,
+        configured: Mapping[str, settings.Settings],
+        intake: Submits,
+        endings: Ends,
+        place: Place,
+        *,
+        ready: asyncio.Event,
+    ) -> None:
+        self._connectors = {
+            name: Connector(plan_of(name, each, place), intake, endings, ready=ready, progress=Progress(place.clock))
+            for name, each in configured.items()
+        }
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Connectors:
+        for connector in self._connectors.values():
+            await self._stack.enter_async_context(connector)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, err, tb)
+
+
+def plan_of(name: str, configured: settings.Settings, place: Place) -> Plan:
+    """What a connector of these settings does."""
+    inputs = dict(configured.inputs)
+    form = Format(configured.format, configured.writes, configured.model, configured.version, inputs)
+    return Plan(
+        name=name,
+        format=form,
+        open=lambda: _parts(name, configured, place),
+        tenant=configured.tenant,
+        retry=_retry(configured.retry),
+        deadline_s=configured.deadline_s,
+        labels=tuple(sorted(configured.labels.items())),
+        max_in_flight=configured.max_in_flight,
+        max_bytes=configured.max_bytes,
+    )
+
+
+def _parts(name: str, configured: settings.Settings, place: Place) -> Parts:
+    return Parts(
+        source=_source(name, configured.source, place),
+        dead_letters=_sink(configured.dead_letters),
+        sink=None if configured.sink is None else _sink(configured.sink),
+    )
+
+
+# A broker's library is imported only where it is used: each is an extra of its own.
+
+
+def _source(name: str, given: settings.Source, place: Place) -> Source:
+    if isinstance(given, settings.KafkaSource):
+        from services.ingest.connectors import kafka
+
+        return kafka.KafkaSource(given.brokers, given.topic, given.group, start=given.start, options=given.options)
+    from services.ingest.connectors import kinesis
+
+    return kinesis.KinesisSource(
+        name,
+        kinesis.Access(given.stream, given.region, given.endpoint),
+        place.database[CHECKPOINTS],
+        me=place.instance,
+        clock=place.clock,
+        start=given.start,
+        lease_ms=given.lease_ms,
+        poll_ms=given.poll_ms,
+    )
+
+
+def _sink(given: settings.Sink) -> Sink:
+    if isinstance(given, settings.KafkaSink):
+        from services.ingest.connectors import kafka
+
+        return kafka.KafkaSink(given.brokers, given.topic, options=given.options)
+    from services.ingest.connectors import kinesis
+
+    return kinesis.KinesisSink(kinesis.Access(given.stream, given.region, given.endpoint))
+
+
+def _retry(given: settings.Retry) -> pb.RetryPolicy:
+    return pb.RetryPolicy(
+        max_attempts=given.attempts,
+        initial_backoff=_duration(given.initial_backoff_ms),
+        max_backoff=_duration(given.max_backoff_ms),
+    )
+
+
+def _duration(ms: int) -> Duration:
+    duration = Duration()
+    duration.FromTimedelta(timedelta(milliseconds=ms))
+    return duration

@@ -1,0 +1,381 @@
+"""Kafka: a topic as a source, a topic as a sink.
+
+librdkafka is driven by a thread of its own: it polls (which keeps the membership in the group and serves rebalances),
+hands messages to the event loop, and commits what is settled, after the fact.
+
+    event loop   receive ──wanted──> thread: consume ──messages──> event loop ... settle ──> thread: ledger ──> commit
+
+Nobody asks for messages while the connector's window is full: then partitions are paused, and polled on. A partition
+that is revoked is committed as far as it is settled, and lost: its messages go to whoever has it next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import confluent_kafka
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
+
+from services.ingest.connectors.ledger import Ledger
+from services.ingest.connectors.message import Lane, Message, Outgoing
+from services.ingest.connectors.progress import LaneStanding, Standing
+from shoal.errors import Internal, InvalidArgument, ShoalError, Unavailable
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_COMMIT_S = 0.1
+_PAUSE_AFTER_S = 1.0
+# Nobody wanted messages for so long: what librdkafka holds is dropped, and fetched again later.
+_LAG_S = 1.0
+_LEAVE_S = 8.0
+# Leaving the group takes an answer of the broker.
+_SEND_S = 30
+_TOO_MUCH = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_MSG_SIZE})
+_NO_TOPIC = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
+
+SOURCE_OWN = frozenset({"bootstrap.servers", "group.id", "enable.auto.commit", "enable.auto.offset.store"})
+SINK_OWN = frozenset({"bootstrap.servers", "acks", "request.required.acks", "enable.idempotence"})
+"""Settings that are not a user's: what a connector promises rests on them."""
+
+
+class KafkaSource:
+    """Consumes a topic as a member of a group. `options` are librdkafka's, over ours."""
+
+    def __init__(self, brokers: str, topic: str, group: str, *, start: str, options: Mapping[str, str]) -> None:
+        self._topic = topic
+        self._config: dict[str, Any] = {
+            "session.timeout.ms": 10_000,
+            "heartbeat.interval.ms": 2_000,
+            "auto.offset.reset": start,
+            **options,
+            "bootstrap.servers": brokers,
+            "group.id": group,
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "error_cb": self._on_error,
+            "logger": log,
+        }
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._wanted: tuple[int, asyncio.Future[list[Message]]] | None = None
+        self._settled: deque[Message] = deque()
+        self._failed: ShoalError | None = None
+        # The thread's own:
+        self._lanes: dict[int, tuple[Lane, Ledger]] = {}
+        self._committed: dict[int, int] = {}
+        # Written by the thread, read by anyone: swapped whole.
+        self._standing = Standing()
+        self._trouble = ""
+
+    async def __aenter__(self) -> KafkaSource:
+        self._loop = asyncio.get_running_loop()
+        try:
+            consumer = confluent_kafka.Consumer(self._config)
+        except (KafkaException, TypeError, ValueError) as err:
+            raise InvalidArgument(f"Kafka does not take these options: {err}") from err
+        self._thread = threading.Thread(target=self._serve, args=(consumer,), name=f"kafka {self._topic}", daemon=True)
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._wake.set()
+        assert self._thread is not None
+        await asyncio.to_thread(self._thread.join, _LEAVE_S)
+
+    async def receive(self, limit: int) -> Sequence[Message]:
+        if self._failed is not None:
+            raise self._failed
+        future: asyncio.Future[list[Message]] = self._loop.create_future()
+        self._wanted = (limit, future)
+        self._wake.set()
+        return await future
+
+    def settle(self, message: Message) -> None:
+        self._settled.append(message)
+
+    def standing(self) -> Standing:
+        return self._standing
+
+    def _serve(self, consumer: Any) -> None:
+        """The thread."""
+        try:
+            consumer.subscribe(
+                [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+            self._poll(consumer)
+        except Exception as err:
+            self._fail(_translated(err, f"consuming {self._topic}"))
+        finally:
+            try:
+                self._commit(consumer)
+                consumer.close()
+            except Exception as err:
+                log.warning("leaving topic %s: %s", self._topic, err)
+            for lane, _ in self._lanes.values():
+                self._on_loop(lane.lose)
+
+    def _poll(self, consumer: Any) -> None:
+        asked_at, is_paused = time.monotonic(), False
+        next_commit = next_look = 0.0
+        while not self._stop.is_set():
+            now = time.monotonic()
+            if now >= next_commit:
+                self._commit(consumer)
+                next_commit = now + _COMMIT_S
+            if now >= next_look:
+                self._look(consumer)
+                next_look = now + _LAG_S
+            if (wanted := self._wanted) is not None:
+                asked_at = now
+                if is_paused:
+                    consumer.resume(consumer.assignment())
+                    is_paused = False
+                self._hand_over(wanted, _consumed(consumer, wanted[0]))
+            elif now - asked_at < _PAUSE_AFTER_S:
+                self._wake.wait(_POLL_S)
+                self._wake.clear()
+            else:
+                consumer.pause(consumer.assignment())  # Again each time: a rebalance brings new ones, which are not.
+                is_paused = True
+                self._hand_back(consumer, consumer.poll(_POLL_S))
+
+    def _hand_over(self, wanted: tuple[int, asyncio.Future[list[Message]]], consumed: Sequence[Any]) -> None:
+        messages = [made for each in consumed if (made := self._message(each)) is not None]
+        if messages:
+            self._wanted = None
+            self._on_loop(_resolve, wanted[1], messages)
+
+    def _hand_back(self, consumer: Any, message: Any) -> None:
+        """A message that came although everything is paused: it is fetched again."""
+        if message is not None and message.error() is None:
+            consumer.seek(TopicPartition(message.topic(), message.partition(), message.offset()))
+
+    def _message(self, consumed: Any) -> Message | None:
+        if (error := consumed.error()) is not None:
+            self._heard(error)
+            return None
+        if (held := self._lanes.get(consumed.partition())) is None:
+            return None  # Of a partition that was just revoked.
+        lane, ledger = held
+        ledger.received(consumed.offset())
+        self._trouble = ""
+        _, stamp = consumed.timestamp()
+        return Message(
+            lane=lane,
+            position=consumed.offset(),
+            place=f"{self._topic}/{consumed.partition()}/{consumed.offset()}",
+            value=consumed.value() or b"",
+            key=consumed.key(),
+            headers=tuple((name, value or b"") for name, value in consumed.headers() or ()),
+            stamp=max(0, stamp),
+        )
+
+    def _heard(self, error: Any) -> None:
+        if error.code() == KafkaError._PARTITION_EOF:
+            return
+        if error.code() in _NO_TOPIC:
+            self._trouble = f"there is no topic {self._topic}: create it"
+        elif error.fatal():
+            raise KafkaException(error)
+        else:
+            self._trouble = f"Kafka: {error.str()}"
+
+    def _commit(self, consumer: Any) -> None:
+        while self._settled:
+            message = self._settled.popleft()
+            held = self._lanes.get(int(message.lane.name))
+            if held is not None and held[0] is message.lane:
+                held[1].settled(message.position)
+        self._commit_of(consumer, self._lanes)
+
+    def _commit_of(self, consumer: Any, partitions: Mapping[int, object]) -> None:
+        due = {
+            partition: ledger.settled_to + 1
+            for partition, (_, ledger) in self._lanes.items()
+            if partition in partitions
+            and ledger.settled_to is not None
+            and self._committed.get(partition) != ledger.settled_to + 1
+        }
+        if not due:
+            return
+        offsets = [TopicPartition(self._topic, partition, offset) for partition, offset in due.items()]
+        try:
+            answers = consumer.commit(offsets=offsets, asynchronous=False)
+        except KafkaException as err:
+            # A rebalance is under way, or the broker is: tried again, or delivered again to whoever has it next.
+            self._trouble = f"cannot commit: {err.args[0].str()}"
+            return
+        for answer in answers or ():
+            if answer.error is None:
+                self._committed[answer.partition] = answer.offset
+            else:
+                self._trouble = f"cannot commit partition {answer.partition}: {answer.error.str()}"
+
+    def _on_assign(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        for each in partitions:
+            self._lanes[each.partition] = (Lane(str(each.partition)), Ledger())
+            self._committed.pop(each.partition, None)
+
+    def _on_revoke(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        self._commit(consumer)
+        self._on_lost(consumer, partitions)
+
+    def _on_lost(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        for each in partitions:
+            if (held := self._lanes.pop(each.partition, None)) is not None:
+                self._on_loop(held[0].lose)
+
+    def _look(self, consumer: Any) -> None:
+        """What people see of it."""
+        lanes = [self._lane_standing(consumer, partition) for partition in sorted(self._lanes)]
+        self._standing = Standing(tuple(lanes), self._trouble)
+
+    def _lane_standing(self, consumer: Any, partition: int) -> LaneStanding:
+        at = self._committed.get(partition)
+        try:
+            where = TopicPartition(self._topic, partition)
+            low, high = consumer.get_watermark_offsets(where, cached=True)
+            if at is None and (read := consumer.position([where])[0].offset) >= 0:
+                under_way = self._lanes[partition][1].under_way
+                return LaneStanding(str(partition), "", max(0, high - read + under_way) if high >= 0 else None)
+        except KafkaException:
+            low = high = -1
+        return LaneStanding(
+            str(partition),
+            "" if at is None else str(at),
+            max(0, high - (low if at is None else at)) if high >= 0 else None,
+        )
+
+    def _on_error(self, error: Any) -> None:
+        self._trouble = f"Kafka: {error.str()}"
+
+    def _fail(self, error: ShoalError) -> None:
+        """The thread ends: whoever waits is told, now or with the next call."""
+        self._trouble = error.message
+
+        def tell() -> None:
+            self._failed = error
+            if self._wanted is not None and not self._wanted[1].done():
+                self._wanted[1].set_exception(error)
+
+        self._on_loop(tell)
+
+    def _on_loop(self, act: Callable[..., object], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(act, *args)
+        except RuntimeError:
+            pass  # The loop has ended: nobody is there to be told.
+
+
+class KafkaSink:
+    """Produces to a topic: a message is sent when every in-sync replica has it."""
+
+    def __init__(self, brokers: str, topic: str, *, options: Mapping[str, str]) -> None:
+        self._topic = topic
+        self._config: dict[str, Any] = {
+            "linger.ms": 5,
+            "compression.type": "lz4",
+            "delivery.timeout.ms": _SEND_S * 1_000,
+            **options,
+            "bootstrap.servers": brokers,
+            "acks": "all",
+            "enable.idempotence": True,
+            "logger": log,
+        }
+        self._stop = threading.Event()
+
+    async def __aenter__(self) -> KafkaSink:
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._producer = confluent_kafka.Producer(self._config)
+        except (KafkaException, TypeError, ValueError) as err:
+            raise InvalidArgument(f"Kafka does not take these options: {err}") from err
+        self._thread = threading.Thread(target=self._serve, name=f"kafka {self._topic}", daemon=True)
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._stop.set()
+        await asyncio.to_thread(self._thread.join, _LEAVE_S)
+
+    async def send(self, message: Outgoing) -> None:
+        future: asyncio.Future[None] = self._loop.create_future()
+
+        def delivered(error: Any, _: Any) -> None:
+            self._on_loop(_answer, future, None if error is None else self._refusal(error))
+
+        while True:
+            try:
+                self._producer.produce(
+                    self._topic,
+                    message.value,
+                    message.key,
+                    headers=[(name, value) for name, value in message.headers],
+                    on_delivery=delivered,
+                )
+                break
+            except BufferError:  # Its queue is full: the broker is slow, or away.
+                await asyncio.sleep(_POLL_S)
+            except KafkaException as err:
+                raise self._refusal(err.args[0]) from err
+        await future
+
+    def _refusal(self, error: Any) -> ShoalError:
+        if error.code() in _TOO_MUCH:
+            return InvalidArgument(f"topic {self._topic} does not take the message: {error.str()}")
+        if error.code() in _NO_TOPIC:
+            return Unavailable(f"there is no topic {self._topic}: create it")
+        if error.fatal():
+            return Internal(f"producing to {self._topic}: {error.str()}")
+        return Unavailable(f"producing to {self._topic}: {error.str()}")
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            self._producer.poll(_POLL_S)
+        # Nobody waits for what is left; it is sent again after a restart.
+        self._producer.purge()
+        self._producer.poll(0)
+
+    def _on_loop(self, act: Callable[..., object], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(act, *args)
+        except RuntimeError:
+            pass
+
+
+def _consumed(consumer: Any, limit: int) -> list[Any]:
+    """What there is, at most `limit`, once there is something. (`consume` alone waits until it has all of them.)"""
+    first = consumer.poll(_POLL_S)
+    return [] if first is None else [first, *consumer.consume(limit - 1, 0)] if limit > 1 else [first]
+
+
+def _resolve(future: asyncio.Future[list[Message]], messages: list[Message]) -> None:
+    if not future.done():
+        future.set_result(messages)
+
+
+def _answer(future: asyncio.Future[None], error: ShoalError | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+def _translated(error: Exception, doing: str) -> ShoalError:
+    if isinstance(error, ShoalError):
+        return error
+    if isinstance(error, KafkaException):
+        return Unavailable(f"{doing}: {error.args[0].str()}")
+    log.error("%s", doing, exc_info=error)
+    return Internal(f"{doing}: an unexpected error; the log has the cause")

@@ -1,0 +1,28 @@
+"""Secrets are not written in the file: it says where they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+_ENV, _FILE = "env:", "file:"
+
+
+def revealed(value: str, environ: Mapping[str, str] = os.environ) -> str:
+    """`value`; `env:NAME` is what the variable holds, `file:PATH` what the file does, less a last newline.
+
+    Raises:
+        ValueError: the variable is not set, or the file cannot be read.
+    """
+    if value.startswith(_ENV):
+        name = value.removeprefix(_ENV)
+        if name not in environ:
+            raise ValueError(f"{value}: this variable is not set where ingest runs")
+        return environ[name]
+    if value.startswith(_FILE):
+        try:
+            return Path(value.removeprefix(_FILE)).read_text().removesuffix("\n")
+        except (OSError, UnicodeDecodeError) as err:
+            raise ValueError(f"{value}: cannot be read: {err}") from None
+    return value

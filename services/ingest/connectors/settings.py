@@ -1,0 +1,241 @@
+"""The file of connectors: TOML, checked as a whole at start. What is wrong is named by its key.
+
+[connectors.reviews]
+model = "sentiment"
+format = "record"
+inputs = { text = "BYTES" }
+source = { kind = "kafka", brokers = "localhost:9092", topic = "reviews", group = "shoal" }
+sink = { kind = "kafka", brokers = "localhost:9092", topic = "sentiments" }
+dead_letters = { kind = "kafka", brokers = "localhost:9092", topic = "reviews-dead" }
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from services.ingest.connectors import tensors
+from services.ingest.connectors.secrets import revealed
+from services.ingest.intake.submission import (
+    LABEL_CHARS,
+    LABELS,
+    MODEL_NAME_CHARS,
+    MODEL_VERSION_CHARS,
+    MOST_ATTEMPTS,
+    TENANT_CHARS,
+)
+
+NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
+_OWN_LABELS = 2
+MOST = 100
+"""Connectors in one file: each has threads and connections."""
+
+Secret: TypeAlias = Annotated[str, AfterValidator(revealed)]
+Brokers: TypeAlias = Annotated[str, Field(pattern=r"^[^\s,/]+:\d{1,5}(,[^\s,/]+:\d{1,5})*$")]
+Topic: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
+Options: TypeAlias = Mapping[str, str]
+_KAFKA_OWN = {"bootstrap.servers": "brokers", "group.id": "group", "auto.offset.reset": "start"}
+_KAFKA_FIXED = ("enable.auto.commit", "enable.auto.offset.store", "acks", "request.required.acks", "enable.idempotence")
+
+
+def _installed(package: str) -> Callable[[str], str]:
+    """Says at start, not at the first message, that the library of a kind is not there."""
+
+    def check(kind: str) -> str:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{kind} needs a library that is not installed: pip install 'shoal[{kind}]'")
+        return kind
+
+    return check
+
+
+class Part(BaseModel):
+    """A table of the file: a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class KafkaSink(Part):
+    """A topic that is written to."""
+
+    kind: Annotated[Literal["kafka"], AfterValidator(_installed("confluent_kafka"))]
+    brokers: Brokers
+    topic: Topic
+    options: Options = {}
+    """librdkafka's, such as `security.protocol`; a value may be `env:NAME` or `file:PATH`."""
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        return {key: _option(key, value) for key, value in given.items()} if isinstance(given, dict) else given
+
+
+class KafkaSource(KafkaSink):
+    """A topic that is read, as a member of a group."""
+
+    group: Annotated[str, Field(min_length=1, max_length=255)]
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where a group begins that has committed nothing yet."""
+
+
+class KinesisSink(Part):
+    """A stream that is written to. Keys are found as AWS' own tools find them."""
+
+    kind: Annotated[Literal["kinesis"], AfterValidator(_installed("aiobotocore"))]
+    stream: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    region: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^\s]+$")] | None = None
+    """Another server than AWS' own."""
+
+
+class KinesisSource(KinesisSink):
+    """A stream that is read, its shards shared with other instances."""
+
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where a shard is begun that has no checkpoint yet."""
+    lease_ms: Annotated[int, Field(ge=1_000, le=600_000)] = 10_000
+    """Shards of an instance that is not heard of for so long go to others."""
+    poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
+    """How soon a shard that had nothing is asked again: Kinesis allows five questions a second, of all readers."""
+
+
+Source: TypeAlias = Annotated[KafkaSource | KinesisSource, Field(discriminator="kind")]
+Sink: TypeAlias = Annotated[KafkaSink | KinesisSink, Field(discriminator="kind")]
+
+
+class Retry(Part):
+    """As a job's retry policy."""
+
+    attempts: Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)] = 5
+    initial_backoff_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 200
+    max_backoff_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 30_000
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Retry:
+        if self.max_backoff_ms < self.initial_backoff_ms:
+            raise ValueError(f"max_backoff_ms must be at least initial_backoff_ms ({self.initial_backoff_ms})")
+        return self
+
+
+class Settings(Part):
+    """One connector."""
+
+    model: Annotated[str, Field(min_length=1, max_length=MODEL_NAME_CHARS)]
+    version: Annotated[str, Field(max_length=MODEL_VERSION_CHARS)] = ""
+    """Empty: whichever the server chooses."""
+    source: Source
+    sink: Sink | None = None
+    """Where answers go; none: they only lie in the store."""
+    dead_letters: Sink
+    """Where messages go that have no answer, with the reason. Required: nothing is dropped silently."""
+    format: Literal["json", "record", "bytes", "protobuf"] = "json"
+    """How messages are read."""
+    writes: Literal["json", "protobuf"] = "json"
+    """How answers are written."""
+    inputs: Mapping[str, str] = {}
+    """record: the datatype of each input. bytes: the one input that gets the message, as BYTES."""
+    tenant: Annotated[str, Field(max_length=TENANT_CHARS)] = ""
+    labels: Mapping[Annotated[str, Field(max_length=LABEL_CHARS)], Annotated[str, Field(max_length=LABEL_CHARS)]] = {}
+    retry: Retry = Retry()
+    deadline_s: Annotated[float, Field(gt=0, le=86_400 * 3_660)] | None = None
+    """A message's job expires without an answer so long after it was taken; none: never."""
+    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 256
+    """Messages under way, of one ingest instance. 1 keeps their order."""
+    max_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 32 << 20
+    """The same in bytes; a larger message passes alone."""
+
+    @field_validator("deadline_s", mode="before")
+    @classmethod
+    def _whole(cls, given: Any) -> Any:
+        return float(given) if type(given) is int else given
+
+    @model_validator(mode="after")
+    def _fits(self) -> Settings:
+        if self.format == "record" and not self.inputs:
+            raise ValueError('inputs: format record needs the model\'s inputs: inputs = { text = "BYTES" }')
+        if self.format == "bytes" and list(self.inputs.values()) != ["BYTES"]:
+            raise ValueError('inputs: format bytes needs one input, of BYTES: inputs = { image = "BYTES" }')
+        if self.format in ("json", "protobuf") and self.inputs:
+            raise ValueError(f"inputs: format {self.format} brings its inputs in each message: leave them out")
+        for name, datatype in self.inputs.items():
+            if datatype not in tensors.DATATYPES:
+                raise ValueError(f"inputs.{name}: {datatype!r} is none of {', '.join(tensors.DATATYPES)}")
+        if taken := {"connector", "source"} & self.labels.keys():
+            raise ValueError(f"labels: {', '.join(sorted(taken))} is set by the connector itself")
+        if len(self.labels) > LABELS - _OWN_LABELS:
+            raise ValueError(f"labels: at most {LABELS - _OWN_LABELS}, got {len(self.labels)}")
+        return self
+
+
+class File(Part):
+    """The whole file."""
+
+    connectors: Annotated[dict[Annotated[str, Field(pattern=NAME)], Settings], Field(min_length=1, max_length=MOST)]
+
+
+def read(path: Path) -> dict[str, Settings]:
+    """The connectors of a file, by name.
+
+    Raises:
+        ValueError: it cannot be read, or is wrong; one line for each mistake, with its key.
+    """
+    try:
+        document = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as err:
+        raise ValueError(f"cannot be read: {getattr(err, 'strerror', None) or err}") from None
+    except tomllib.TOMLDecodeError as err:
+        raise ValueError(f"is no TOML: {err}") from None
+    return of_document(document)
+
+
+def of_document(document: Mapping[str, Any]) -> dict[str, Settings]:
+    """The connectors of a file that was parsed.
+
+    Raises:
+        ValueError: it is wrong; one line for each mistake, with its key.
+    """
+    try:
+        return File.model_validate(document).connectors
+    except ValidationError as err:
+        raise ValueError(
+            "\n".join(_explained(each["loc"], each["type"], each["msg"]) for each in err.errors())
+        ) from None
+
+
+def _option(key: str, value: Any) -> str:
+    if key in _KAFKA_OWN:
+        raise ValueError(f"{key} is not given here: it is the key {_KAFKA_OWN[key]}")
+    if key in _KAFKA_FIXED:
+        raise ValueError(f"{key} cannot be changed: that nothing is lost rests on it")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{key}: expected a text, a number, true or false")
+    return revealed(value)
+
+
+def _explained(loc: Iterable[int | str], kind: str, message: str) -> str:
+    steps = [str(step) for step in loc]
+    # A union of tables names the kind as a step of its own, and a key that is wrong is marked.
+    path = ".".join(
+        step
+        for before, step in zip(["", *steps], steps, strict=False)
+        if step != "[key]" and not (before in ("source", "sink", "dead_letters") and step in KINDS)
+    )
+    if kind == "missing":
+        return f"{path} is required"
+    if kind == "extra_forbidden":
+        return f"{path} is not a key of this table"
+    text = re.sub(r"^(Value error, |String should |Input should )", "", message)
+    return f"{path}: should {text}" if message.startswith(("String", "Input")) else f"{path}: {text}"
+
+
+KINDS = ("kafka", "kinesis")

@@ -1,0 +1,46 @@
+"""The store's results with their answers, read through the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+
+from mesh.interceptors import translate
+from shoal.errors import Code, Unavailable
+from shoal.store.v1 import store_pb2, store_pb2_grpc
+
+_TIMEOUT_S = 20.0
+# Up to 64 MiB of answers in one page.
+
+
+class StoredAnswers:
+    """Reads what stands."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = store_pb2_grpc.StoreServiceStub(channel)
+
+    async def whole(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
+        """The results that stand for these jobs (at most 1,000), with their answers; jobs that have none are left out.
+
+        Raises:
+            DataLoss: an answer is damaged. ShoalError: they cannot be read just now.
+        """
+        found: dict[str, store_pb2.Result] = {}
+        request = store_pb2.QueryResultsRequest(job_ids=job_ids, page_size=len(job_ids))
+        while True:
+            page = await self._page(request)
+            found.update({result.job_id: result for result in page.results})
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    async def _page(self, request: store_pb2.QueryResultsRequest) -> store_pb2.QueryResultsResponse:
+        try:
+            response: store_pb2.QueryResultsResponse = await self._stub.QueryResults(request, timeout=_TIMEOUT_S)
+        except grpc.RpcError as err:
+            known = translate(err, "reading results")
+            if known.code is Code.UNIMPLEMENTED:
+                raise Unavailable(f"the mesh has no way to the store yet ({known.message})") from err
+            raise known from err
+        return response

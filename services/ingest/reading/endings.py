@@ -1,0 +1,180 @@
+"""Waiting for many jobs to end, and reading the results that stand: both in bulk, whoever waits for which.
+
+    until_ended ─┐                     ┌─ pokes: jobs that just moved here
+                 ├─> waiting, by job <─┤
+    until_ended ─┘        │            └─ a look at all of them now and then: other instances end jobs too
+                          └──one query for many──> ended? then its waiters go on, and ask `result` for what stands
+
+A poke is only a hint, and may come before its job is waited for: the newest are remembered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Protocol
+
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from mesh.tasks import end
+from services.ingest.intake.group import Group
+from services.ingest.job import FINAL
+from shoal.errors import NotFound, ShoalError
+from shoal.store.v1 import store_pb2
+
+log = logging.getLogger(__name__)
+
+_REMEMBERED = 10_000
+# Pokes without a waiter: more than the jobs that end between a submit's write and its answer.
+_ASKED_AT_ONCE = 1_000
+_LOOK_S = 0.25
+_REST = 10
+# Looking at all takes at most a tenth of the time: with very many waiting, other instances' ends are seen later.
+_AWAY_S = 0.5
+_RESULTS_AT_ONCE = 100
+_FINAL = sorted(FINAL)
+
+
+class Answers(Protocol):
+    """The store, as it is asked here."""
+
+    async def whole(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
+        """The results that stand for these jobs, with their answers. Raises ShoalError."""
+
+
+class Endings:
+    """Tells when jobs have ended, and how. Used as `async with`."""
+
+    def __init__(self, jobs: AsyncCollection[Document], answers: Answers, *, ready: asyncio.Event) -> None:
+        self._jobs = jobs
+        self._answers = answers
+        self._ready = ready
+        # No bound of its own: who waits is bounded by the windows of streams and connectors.
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._hinted: set[str] = set()
+        self._poked: OrderedDict[str, None] = OrderedDict()
+        self._wake = asyncio.Event()
+        self._results: Group[str, store_pb2.Result] = Group(
+            "results that are read", self._read, max_items=_RESULTS_AT_ONCE, max_bytes=1
+        )
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Endings:
+        await self._results.__aenter__()
+        self._task = asyncio.create_task(self._run(), name="endings")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        assert self._task is not None
+        await end(self._task)
+        await self._results.__aexit__(kind, err, tb)
+
+    def poke(self, job_id: str) -> None:
+        """The job has moved, maybe to its end."""
+        if job_id in self._waiting:
+            self._hint(job_id)
+            return
+        self._poked[job_id] = None
+        if len(self._poked) > _REMEMBERED:
+            self._poked.popitem(last=False)
+
+    async def until_ended(self, job_id: str, *, is_old: bool = False) -> None:
+        """Waits until the job has ended; for ever, as a queue may. `is_old`: it may have ended long ago.
+
+        A job that is there no more has ended.
+        """
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(job_id, set()).add(future)
+        if is_old or self._poked.pop(job_id, future) is None:
+            self._hint(job_id)
+        try:
+            await future
+        finally:
+            futures = self._waiting.get(job_id, set())
+            futures.discard(future)
+            if not futures:
+                self._waiting.pop(job_id, None)
+
+    async def result(self, job_id: str) -> store_pb2.Result:
+        """The result that stands, with its answer, of a job that has ended.
+
+        Raises:
+            NotFound: the store has none (any more). ShoalError: the store is away, or cannot read it.
+        """
+        return await self._results.put(job_id)
+
+    def _hint(self, job_id: str) -> None:
+        self._hinted.add(job_id)
+        self._wake.set()
+
+    async def _run(self) -> None:
+        await self._ready.wait()
+        next_look = 0.0
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), _LOOK_S)
+            self._wake.clear()
+            try:
+                await self._settle(list(self._hinted & self._waiting.keys()))
+                if time.monotonic() >= next_look:
+                    began = time.monotonic()
+                    await self._settle(list(self._waiting))
+                    next_look = time.monotonic() + max(_LOOK_S, _REST * (time.monotonic() - began))
+            except ShoalError as err:
+                log.warning("cannot see which jobs have ended, for now: %s", err)
+                await asyncio.sleep(_AWAY_S)
+            except Exception:
+                log.exception("looking for jobs that have ended")
+                await asyncio.sleep(_AWAY_S)
+
+    async def _settle(self, job_ids: list[str]) -> None:
+        """Lets go those who wait for one of these that has ended."""
+        self._hinted.intersection_update(self._waiting)
+        for first in range(0, len(job_ids), _ASKED_AT_ONCE):
+            some = job_ids[first : first + _ASKED_AT_ONCE]
+            self._hinted.difference_update(some)  # Before the question: a poke from now on is news.
+            try:
+                going_on = await self._going_on(some)
+            except ShoalError:
+                self._hinted.update(some)
+                raise
+            for job_id in some:
+                if job_id not in going_on:
+                    self._let_go(job_id)
+
+    async def _going_on(self, job_ids: Sequence[str]) -> set[str]:
+        with translated("looking for jobs that have ended"):
+            query = {"_id": {"$in": list(job_ids)}, "state": {"$nin": _FINAL}}
+            return {document["_id"] async for document in self._jobs.find(query, {"_id": 1}).hint("_id_")}
+
+    def _let_go(self, job_id: str) -> None:
+        for future in self._waiting.get(job_id, ()):
+            if not future.done():
+                future.set_result(None)
+
+    async def _read(self, job_ids: list[str]) -> Sequence[store_pb2.Result | ShoalError]:
+        try:
+            found = await self._answers.whole(list(dict.fromkeys(job_ids)))
+        except ShoalError:
+            if len(job_ids) == 1:
+                raise
+            return [await self._read_alone(job_id) for job_id in job_ids]  # One damaged answer is only its own job's.
+        return [found.get(job_id) or _missing(job_id) for job_id in job_ids]
+
+    async def _read_alone(self, job_id: str) -> store_pb2.Result | ShoalError:
+        try:
+            return (await self._answers.whole([job_id])).get(job_id) or _missing(job_id)
+        except ShoalError as err:
+            return err
+
+
+def _missing(job_id: str) -> NotFound:
+    return NotFound(f"job {job_id} has ended, and the store has no result of it (any more)")

@@ -1,0 +1,173 @@
+"""Watching many jobs: every transition of those that match, once, in order, over any number of disconnects.
+
+    MongoDB's log ──change stream of this watcher──> (job as of that transition, token) ──> client
+         ^                                                                                    │
+         └────────────────────────── watch again, after the last token <──────────────────────┘
+
+A token is a place in MongoDB's log, which outlives this process: whoever serves the next watch goes on exactly there.
+Each transition is one write, and so one change; the job is looked up soon after, and its history cut to that.
+With `existing`, the jobs that are there are told first, by id; the token then says how far that has come, too, and the
+place in the log from where changes follow, so that nothing falls between the two.
+
+Each watcher has a change stream of its own, because each stands at a place of its own; they are bounded, and have
+connections of their own, so that they never take those that jobs need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
+
+from pymongo.asynchronous.change_stream import AsyncChangeStream
+from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.errors import OperationFailure
+
+from mesh import change_tokens
+from mesh.mongo import Document, next_change, translated
+from services.ingest.documents import LIGHT, job_of
+from services.ingest.job import Job
+from services.ingest.reading.wanted import Wanted
+from services.ingest.reading.watch import as_of
+from services.ingest.ulid import is_ulid
+from shoal.errors import InvalidArgument, ResourceExhausted, Unavailable
+
+_AWAIT_MS = 1_000
+_HEARTBEAT_S = 10.0
+# A watcher with nothing to tell says how far it has come: its token must not grow older than MongoDB's log.
+_LISTED_AT_ONCE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a watcher is told: a job, and how to go on after it. Without a job: only how to go on."""
+
+    token: str
+    job: Job | None = None
+    is_existing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far a watcher has come."""
+
+    log: Document
+    """The change stream's own token."""
+    listed: str | None = None
+    """Set while the jobs that were there are being told: the last one."""
+
+
+class WatchMany:
+    """Opens watches, a bounded number at a time. `jobs` is of a client for watches alone."""
+
+    def __init__(self, jobs: AsyncCollection[Document], max_watches: int) -> None:
+        self._jobs = jobs
+        self._max_watches = max_watches
+        self._open = 0
+
+    async def follow(self, wanted: Wanted, *, existing: bool, token: str) -> AsyncGenerator[Told, None]:
+        """First that the watch stands, then the jobs that are there (when `existing`, and no token says that they were
+        told), then each transition. Never ends by itself.
+
+        Raises:
+            InvalidArgument: a token that is none of this filter.
+            OutOfRange: its place is no longer in MongoDB's log.
+            ResourceExhausted: too many watches.
+            Unavailable: MongoDB went away: go on with the last token.
+        """
+        place = _place(token, wanted) if token else None
+        if self._open >= self._max_watches:
+            raise ResourceExhausted(f"{self._open} watches are open, the most there may be", retry_after_ms=1_000)
+        self._open += 1
+        try:
+            with translated("watching jobs"):
+                async for told in self._told(wanted, place, existing):
+                    yield told
+        finally:
+            self._open -= 1
+
+    async def _told(self, wanted: Wanted, place: Place | None, existing: bool) -> AsyncGenerator[Told, None]:
+        if place is None:
+            async with await self._stream(wanted, None) as stream:
+                place = Place(_token_of(stream), "" if existing else None)
+        yield Told(_written(place, wanted))
+        if place.listed is not None:
+            async for told in self._listed(wanted, place):
+                yield told
+        async for told in self._changed(wanted, place.log):
+            yield told
+
+    async def _listed(self, wanted: Wanted, place: Place) -> AsyncGenerator[Told, None]:
+        after = place.listed or ""
+        while True:
+            query = {"$and": [wanted.query(), {"_id": {"$gt": after}}]}
+            found = await self._jobs.find(query, LIGHT).sort("_id", 1).limit(_LISTED_AT_ONCE).to_list()
+            for document in found:
+                after = document["_id"]
+                yield Told(_written(replace(place, listed=after), wanted), job_of(document), is_existing=True)
+            if len(found) < _LISTED_AT_ONCE:
+                return
+
+    async def _changed(self, wanted: Wanted, after: Document) -> AsyncGenerator[Told, None]:
+        loop = asyncio.get_running_loop()
+        told_at, told = loop.time(), after
+        async with await self._stream(wanted, after) as stream:
+            while stream.alive:
+                change = await _next(stream)
+                job = None if change is None else _job_of(change, wanted)
+                if change is not None and job is not None:
+                    told_at, told = loop.time(), change["_id"]
+                    yield Told(_written(Place(told), wanted), job)
+                elif loop.time() >= told_at + _HEARTBEAT_S and _token_of(stream) != told:
+                    told_at, told = loop.time(), _token_of(stream)
+                    yield Told(_written(Place(told), wanted))
+        raise Unavailable("the watch was ended by MongoDB: watch again")
+
+    async def _stream(self, wanted: Wanted, after: Document | None) -> AsyncChangeStream[Document]:
+        try:
+            return await self._jobs.watch(
+                wanted.pipeline(), full_document="updateLookup", resume_after=after, max_await_time_ms=_AWAIT_MS
+            )
+        except OperationFailure as err:
+            raise change_tokens.explained(err) from err
+
+
+async def _next(stream: AsyncChangeStream[Document]) -> Document | None:
+    try:
+        return await next_change(stream)
+    except OperationFailure as err:
+        raise change_tokens.explained(err) from err
+
+
+def _job_of(change: Document, wanted: Wanted) -> Job | None:
+    """The job as of the transition that `change` is about; None when that is not into a wanted state."""
+    job = job_of(change["fullDocument"])
+    step = change.get("step", 1)  # An insert is the first.
+    index = len(job.transitions) - 1 - (job.steps - step)
+    if index < 0:
+        index = 0  # So many followed that it is not kept any more: what is left of the history tells.
+    view = job if index == len(job.transitions) - 1 else as_of(job, index)
+    return view if wanted.includes(view) else None
+
+
+def _token_of(stream: AsyncChangeStream[Document]) -> Document:
+    token = stream.resume_token
+    assert isinstance(token, dict)  # Since MongoDB 4.0.7 each batch has one, empty or not.
+    return token
+
+
+def _written(place: Place, wanted: Wanted) -> str:
+    document: Document = {"log": place.log, "of": wanted.digest}
+    if place.listed is not None:
+        document["listed"] = place.listed
+    return change_tokens.written(document)
+
+
+def _place(token: str, wanted: Wanted) -> Place:
+    document = change_tokens.read(token)
+    log, listed = change_tokens.checked(document.get("log")), document.get("listed")
+    if not (listed is None or listed == "" or (isinstance(listed, str) and is_ulid(listed))):
+        raise InvalidArgument("resume_token: not a token of this service: leave it out to watch from now on")
+    if document.get("of") != wanted.digest:
+        raise InvalidArgument("resume_token: it belongs to another filter: go on with the filter it came from")
+    return Place(log, listed)

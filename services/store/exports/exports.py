@@ -1,0 +1,215 @@
+"""ExportResults: results that match a filter as Parquet files, oldest first, in parts.
+
+    stream ──rows──> part (in memory) ──full──> part-00000.parquet, part-00001.parquet, ... ──all──> manifest.json
+                                          └─ cursor: go on after this part
+
+A part is named by its number and written whole or not at all, and where it ends is told in the cursor after it. So an
+export that breaks off goes on after its last part, and what it writes again lies under the same name. The manifest
+comes last: with it, the export is complete.
+
+What is written goes to a place that the operator allows (places.py), or to the caller, who asked with no URL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from google.protobuf.json_format import MessageToDict
+
+from services.store.artifacts.threads import Threads
+from services.store.exports.places import Place, Places
+from services.store.page_token import Cursor, decode_cursor, encode_cursor, filter_digest
+from services.store.results import result_rules
+from services.store.results.result_stream import ResultStream
+from services.store.results.results import Results
+from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from shoal.store.v1.store_pb2 import ExportResultsRequest
+
+if TYPE_CHECKING:
+    from services.store.exports.part import Part
+
+MANIFEST = "manifest.json"
+DEFAULT_PART_ROWS, MAX_PART_ROWS = 100_000, 1_000_000
+_STEP_ROWS = 1_000
+_CHUNK_BYTES = 1 << 20
+_MAX_PARTS = 99_999
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far an export has come: `parts` are written, with `rows` in them and `size` bytes."""
+
+    cursor: Cursor
+    parts: int = 0
+    rows: int = 0
+    size: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self.cursor.after >= self.cursor.last
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One message: how far it is, and a piece of a file when the caller is the place."""
+
+    rows: int
+    size: int
+    parts: int
+    cursor: str
+    file: str = ""
+    file_bytes: int = 0
+    offset: int = 0
+    chunk: bytes = b""
+    complete: bool = False
+
+
+class Exports:
+    """Runs exports, a bounded number at a time: each holds a part."""
+
+    def __init__(self, results: Results, stream: ResultStream, places: Places, threads: Threads, most: int) -> None:
+        self._results = results
+        self._stream = stream
+        self._places = places
+        self._threads = threads
+        self._most = most
+        self._running = 0
+
+    async def run(self, request: ExportResultsRequest) -> AsyncGenerator[Progress, None]:
+        """Writes an export, and says how far it is. Leaving early ends it after the last part.
+
+        Raises:
+            InvalidArgument: a bad filter, URL, cursor or number of rows.
+            PermissionDenied: the operator has not allowed the place, or the object store refuses.
+            FailedPrecondition: an export lies there already; pyarrow is not installed.
+            ResourceExhausted: too many exports; the disk is full.
+            Unavailable: MongoDB or the object store is away: go on with the last cursor.
+            DataLoss: a response is damaged.
+        """
+        result_rules.check_filter(request.filter)
+        check_part_rows(request.part_rows)
+        if self._running >= self._most:
+            raise ResourceExhausted(f"{self._running} exports are running, the most there may be", retry_after_ms=5_000)
+        self._running += 1
+        try:
+            async with aclosing(self._run(request)) as running:
+                async for progress in running:
+                    yield progress
+        finally:
+            self._running -= 1
+
+    async def _run(self, request: ExportResultsRequest) -> AsyncGenerator[Progress, None]:
+        digest = _digest(request)
+        place = await self._places.open(request.url) if request.url else None
+        if request.cursor:
+            at = decode(request.cursor, digest)
+        else:
+            await _check_empty(place, request.url)
+            at = Standing(await self._stream.whole(request.filter))
+        yield _progress(at, digest)
+        while not at.is_complete:
+            part = _new_part(request.part_rows or DEFAULT_PART_ROWS)
+            cursor = at.cursor
+            while cursor.after < cursor.last and not part.is_full:
+                cursor = await self._fill(part, request, cursor)
+                yield replace(_progress(at, digest), rows=at.rows + part.rows)
+            data = await self._threads.run(part.finish)
+            name = f"part-{at.parts:05}.parquet"
+            at = Standing(cursor, at.parts + 1, at.rows + part.rows, at.size + len(data))
+            async for progress in self._delivered(place, name, data, _progress(at, digest)):
+                yield progress
+        manifest = json.dumps(_manifest(request, at), indent=2).encode()
+        async for progress in self._delivered(place, MANIFEST, manifest, _progress(at, digest)):
+            yield progress
+        yield replace(_progress(at, digest), complete=True)
+
+    async def _fill(self, part: Part, request: ExportResultsRequest, cursor: Cursor) -> Cursor:
+        """Adds the next rows to `part`; the cursor after them."""
+        size = min(_STEP_ROWS, part.room)
+        docs, cursor = await self._stream.step(request.filter, cursor, size=size, omit_response=request.omit_response)
+        await self._threads.run(part.add, [await self._results.whole(doc) for doc in docs])
+        return cursor
+
+    async def _delivered(
+        self, place: Place | None, name: str, data: bytes, told: Progress
+    ) -> AsyncGenerator[Progress, None]:
+        """Writes a file, and says so. The caller, if it is the place, gets it in pieces."""
+        if place is not None:
+            await place.put(name, data)
+            yield told
+            return
+        for at in range(0, len(data), _CHUNK_BYTES):
+            chunk = data[at : at + _CHUNK_BYTES]
+            yield replace(told, file=name, file_bytes=len(data), offset=at, chunk=chunk)
+
+
+def check_part_rows(rows: int) -> None:
+    """How many rows a part may have, or InvalidArgument."""
+    if not 0 <= rows <= MAX_PART_ROWS:
+        raise InvalidArgument(f"part_rows: expected 1 to {MAX_PART_ROWS}, or 0 for {DEFAULT_PART_ROWS}; got {rows}")
+
+
+def encode(at: Standing, digest: str) -> str:
+    """The cursor of an export that has come so far."""
+    return f"{at.parts}.{at.rows}.{at.size}.{encode_cursor(at.cursor, digest)}"
+
+
+def decode(cursor: str, digest: str) -> Standing:
+    """How far the export of `cursor` had come.
+
+    Raises:
+        InvalidArgument: it is none of ours, or one of another filter or place.
+    """
+    *numbers, token = cursor.split(".", 3) if cursor.count(".") == 3 else ["", "", "", cursor]
+    if not all(number.isascii() and number.isdigit() and len(number) < 19 for number in numbers):
+        raise InvalidArgument("cursor: not one of an export of this service: leave it out for all of them")
+    parts, rows, size = map(int, numbers)
+    if parts > _MAX_PARTS:
+        raise InvalidArgument(f"cursor: an export has {_MAX_PARTS} parts at most")
+    return Standing(decode_cursor(token, digest), parts, rows, size)
+
+
+def _digest(request: ExportResultsRequest) -> str:
+    """A short digest of what is asked for, and of where it goes."""
+    parts = [filter_digest(request.filter), request.url, str(request.omit_response), str(request.part_rows)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _progress(at: Standing, digest: str) -> Progress:
+    return Progress(at.rows, at.size, at.parts, encode(at, digest))
+
+
+def _manifest(request: ExportResultsRequest, at: Standing) -> dict[str, object]:
+    return {
+        "format": "shoal results 1",
+        "rows": at.rows,
+        "bytes": at.size,
+        "parts": at.parts,
+        "filter": MessageToDict(request.filter, preserving_proto_field_name=True),
+        "answers": not request.omit_response,
+    }
+
+
+def _new_part(rows: int) -> Part:
+    try:
+        from services.store.exports.part import Part
+    except ImportError as err:
+        raise FailedPrecondition("exports need pyarrow where the store runs: pip install 'shoal[parquet]'") from err
+    return Part(rows)
+
+
+async def _check_empty(place: Place | None, url: str) -> None:
+    """That no part of an export lies there: two in one place would be taken for one."""
+    if place is None:
+        return
+    for name in (MANIFEST, "part-00000.parquet"):
+        if await place.size(name) is not None:
+            raise FailedPrecondition(
+                f"url: {url} holds an export already, or a part of one ({name}): choose another place, or go on with "
+                "the cursor of that one"
+            )

@@ -1,0 +1,62 @@
+"""One part of an export: a Parquet file that grows in memory, compressed, up to a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from services.store.exports.table import SCHEMA, table_of
+from shoal.store.v1.store_pb2 import Result
+
+PART_BYTES = 64 << 20
+"""A part is full when its responses exceed this: so much an export holds (compressed, mostly far less), and so much is
+done again when it breaks off."""
+_GROUP_BYTES, _GROUP_ROWS = 8 << 20, 10_000
+# Row groups: what a reader decodes at once. Small ones compress badly, large ones wait in memory uncompressed.
+
+
+class Part:
+    """Takes rows until it is full, then gives its bytes. Blocking: for a thread."""
+
+    def __init__(self, most_rows: int) -> None:
+        self._most_rows = most_rows
+        self._sink = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(self._sink, SCHEMA, compression="zstd")
+        self._waiting: list[pa.Table] = []
+        self._waiting_bytes = 0
+        self._waiting_rows = 0
+        self._bytes = 0
+        self.rows = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.rows >= self._most_rows or self._bytes >= PART_BYTES
+
+    @property
+    def room(self) -> int:
+        """How many rows it still takes."""
+        return self._most_rows - self.rows
+
+    def add(self, results: Sequence[Result]) -> None:
+        """Appends rows."""
+        table = table_of(results)
+        self._waiting.append(table)
+        self._waiting_bytes += table.nbytes
+        self._waiting_rows += len(results)
+        self._bytes += table.nbytes
+        self.rows += len(results)
+        if self._waiting_bytes >= _GROUP_BYTES or self._waiting_rows >= _GROUP_ROWS:
+            self._write_group()
+
+    def finish(self) -> bytes:
+        """The whole file. It takes no more rows."""
+        if self._waiting:
+            self._write_group()
+        self._writer.close()
+        return bytes(self._sink.getvalue())
+
+    def _write_group(self) -> None:
+        self._writer.write_table(pa.concat_tables(self._waiting))
+        self._waiting, self._waiting_bytes, self._waiting_rows = [], 0, 0

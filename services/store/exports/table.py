@@ -1,0 +1,113 @@
+"""Results as a table, one row each. What the columns mean: docs/store.md.
+
+Outputs keep their bytes as the inference protocol has them on the wire (little-endian; BYTES with a length of four
+bytes before each element): a reader gets an array back with `numpy.frombuffer(data, dtype).reshape(shape)`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from shoal.inference.v2.inference_pb2 import InferParameter, ModelInferResponse
+from shoal.store.v1.store_pb2 import Result
+
+_TIME = pa.timestamp("us", tz="UTC")
+_OUTPUT = pa.struct(
+    [("name", pa.string()), ("datatype", pa.string()), ("shape", pa.list_(pa.int64())), ("data", pa.binary())]
+)
+SCHEMA = pa.schema(
+    [
+        ("job_id", pa.string()),
+        ("outcome", pa.string()),
+        ("model_name", pa.string()),
+        ("model_version", pa.string()),
+        ("tenant", pa.string()),
+        ("labels", pa.map_(pa.string(), pa.string())),
+        ("batch_id", pa.string()),
+        ("code", pa.int32()),
+        ("message", pa.string()),
+        ("attempt", pa.int32()),
+        ("instance", pa.string()),
+        ("submitted_at", _TIME),
+        ("recorded_at", _TIME),
+        ("parameters", pa.string()),
+        ("outputs", pa.list_(_OUTPUT)),
+    ]
+)
+_SAME = ("job_id", "model_name", "model_version", "tenant", "batch_id", "code", "message", "attempt", "instance")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# Where a response has its values in the message, and not as raw bytes: the field, and what the wire's bytes would be.
+_CONTENTS = {
+    "BOOL": ("bool_contents", "?"),
+    "INT8": ("int_contents", "<i1"),
+    "INT16": ("int_contents", "<i2"),
+    "INT32": ("int_contents", "<i4"),
+    "INT64": ("int64_contents", "<i8"),
+    "UINT8": ("uint_contents", "<u1"),
+    "UINT16": ("uint_contents", "<u2"),
+    "UINT32": ("uint_contents", "<u4"),
+    "UINT64": ("uint64_contents", "<u8"),
+    "FP32": ("fp32_contents", "<f4"),
+    "FP64": ("fp64_contents", "<f8"),
+}
+
+
+def table_of(results: Sequence[Result]) -> pa.Table:
+    """The rows of `results`, in their order."""
+    return pa.Table.from_pylist([_row(result) for result in results], SCHEMA)
+
+
+def _row(result: Result) -> dict[str, Any]:
+    row: dict[str, Any] = {field: getattr(result, field) for field in _SAME}
+    row["outcome"] = Result.Outcome.Name(result.outcome).removeprefix("OUTCOME_").lower()
+    row["labels"] = sorted(result.labels.items())
+    for field in ("submitted_at", "recorded_at"):
+        row[field] = _time(getattr(result, field)) if result.HasField(field) else None
+    if result.HasField("response"):
+        row["parameters"] = _parameters(result.response)
+        row["outputs"] = _outputs(result.response)
+    return row
+
+
+def _time(time: Timestamp) -> datetime:
+    return _EPOCH + timedelta(seconds=time.seconds, microseconds=time.nanos // 1_000)
+
+
+def _parameters(response: ModelInferResponse) -> str:
+    return json.dumps({name: _value(parameter) for name, parameter in sorted(response.parameters.items())})
+
+
+def _value(parameter: InferParameter) -> Any:
+    which = parameter.WhichOneof("parameter_choice")
+    return getattr(parameter, which) if which else None
+
+
+def _outputs(response: ModelInferResponse) -> list[dict[str, Any]]:
+    raw = response.raw_output_contents
+    return [
+        {
+            "name": output.name,
+            "datatype": output.datatype,
+            "shape": list(output.shape),
+            "data": (raw[at] if at < len(raw) else None) if raw else _bytes_of(output),
+        }
+        for at, output in enumerate(response.outputs)
+    ]
+
+
+def _bytes_of(output: ModelInferResponse.InferOutputTensor) -> bytes | None:
+    """The wire's bytes of values that lie in the message. None: its datatype has no such form."""
+    if output.datatype == "BYTES":
+        return b"".join(len(element).to_bytes(4, "little") + element for element in output.contents.bytes_contents)
+    if output.datatype not in _CONTENTS:
+        return None
+    field, dtype = _CONTENTS[output.datatype]
+    # Values beyond their datatype's range can be sent: they wrap, as they do in memory.
+    return np.asarray(getattr(output.contents, field)).astype(dtype).tobytes()

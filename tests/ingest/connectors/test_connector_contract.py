@@ -1,0 +1,214 @@
+"""What every connector promises, on real brokers, with ingest as a real process that is killed.
+
+At least once into the sink; exactly one job and one result for each message; nothing is settled before its answer is
+durable, nor before what came before it; what has no answer goes to the dead letters and holds up nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+import pytest
+from pymongo import AsyncMongoClient
+from pymongo.asynchronous.collection import AsyncCollection
+
+from tests.breakable import until
+from tests.ingest.connectors.brokers import Broker, Received, message, number
+from tests.ingest.connectors.conftest import StartConnector
+from tests.ingest.faults import FakeMesh, echo, failing
+
+pytestmark = [pytest.mark.mongo, pytest.mark.timeout(240)]
+PATIENT = {"within_s": 90.0, "every_s": 0.2}
+"""A broker may take half a session to let a member in, twice."""
+
+
+@pytest.fixture
+async def jobs(mongo_uri: str, mongo_database: str) -> AsyncIterator[AsyncCollection[Any]]:
+    """ingest's collection of jobs."""
+    async with AsyncMongoClient[dict[str, Any]](mongo_uri) as client:
+        yield client[mongo_database]["jobs"]
+
+
+async def answered(broker: Broker, numbers: Iterable[int]) -> list[Received]:
+    """All answers, once there is one for each of the messages."""
+    wanted = set(numbers)
+    found: list[Received] = []
+
+    async def complete() -> bool:
+        found[:] = await broker.answers()
+        return {number(each) for each in found} >= wanted
+
+    await until(complete, "an answer to each message", **PATIENT)
+    return found
+
+
+async def settled(broker: Broker, count: int) -> None:
+    async def is_so() -> bool:
+        return await broker.settled() == count
+
+    await until(is_so, f"{count} messages settled", **PATIENT)
+
+
+async def one_result_each(
+    own_mesh: FakeMesh, jobs: AsyncCollection[Any], answers: list[Received], numbers: Iterable[int]
+) -> None:
+    """Each message has one job and one result, and each copy of its answer is of that job."""
+    documents = await jobs.find().to_list()
+    results = own_mesh.store.results
+    assert len(documents) == len(set(numbers)) == len(results)
+    assert {document["_id"] for document in documents} == results.keys()
+    by_message: defaultdict[int, set[str]] = defaultdict(set)
+    for each in answers:
+        by_message[number(each)].add(each.headers["shoal-job-id"])
+        result = results[each.headers["shoal-job-id"]]
+        assert result.response.SerializeToString() == each.value, "another job's answer"
+    assert all(len(ids) == 1 for ids in by_message.values()), "a message has two results"
+    assert set(by_message) == set(numbers)
+
+
+async def test_each_message_is_answered_and_settled(
+    broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
+) -> None:
+    await broker.publish([message(n) for n in range(30)])
+    start_connector(broker, labels={"team": "search"}, tenant="shop")
+    answers = await answered(broker, range(30))
+    await one_result_each(own_mesh, jobs, answers, range(30))
+    await settled(broker, 30)
+    one = await jobs.find_one({})
+    assert one is not None
+    assert one["tenant"] == "shop"
+    assert one["model_name"] == "echo", "the connector's, whatever the message says"
+    assert answers[0].headers["shoal-connector"] == "c"
+    assert not await broker.dead()
+
+
+async def test_kills_leave_one_result_for_each_message(
+    broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
+) -> None:
+    async def slow(request: Any, context: Any) -> Any:
+        await asyncio.sleep(0.05)
+        return await echo(request, context)
+
+    own_mesh.infer.model = slow
+    await broker.publish([message(n) for n in range(120)])
+    for kill in range(3):
+        before = len(own_mesh.store.results)
+        process = start_connector(broker, max_in_flight=8)
+        await until(lambda before=before: len(own_mesh.store.results) >= min(before + 20, 115), "some", **PATIENT)  # type: ignore[misc]
+        process.kill()
+        assert kill < 3
+    start_connector(broker)
+    answers = await answered(broker, range(120))
+    await settled(broker, 120)
+    await one_result_each(own_mesh, jobs, answers, range(120))
+
+
+async def test_nothing_is_settled_before_what_came_before_it(
+    broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
+) -> None:
+    go = asyncio.Event()
+
+    async def first_waits(request: Any, context: Any) -> Any:
+        if request.id in ("0", "1"):  # The first of each partition, where there are two.
+            await go.wait()
+        return await echo(request, context)
+
+    own_mesh.infer.model = first_waits
+    await broker.publish([message(n) for n in range(20)])
+    process = start_connector(broker)
+    await answered(broker, range(2, 20))
+    assert await broker.settled() == getattr(broker, "settled_out_of_order", 0)
+    process.kill()
+    start_connector(broker)
+    go.set()
+    answers = await answered(broker, range(20))
+    await settled(broker, 20)
+    await one_result_each(own_mesh, jobs, answers, range(20))
+
+
+async def test_what_has_no_answer_goes_to_the_dead_letters_and_holds_up_nobody(
+    broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh
+) -> None:
+    async def picky(request: Any, context: Any) -> Any:
+        if request.id == "5":
+            await failing(context, grpc.StatusCode.INVALID_ARGUMENT, "input 'x': no such shape")
+        return await echo(request, context)
+
+    own_mesh.infer.model = picky
+    values = [message(n) for n in range(10)]
+    values[3] = b"\xff\xff no protobuf"
+    await broker.publish(values)
+    start_connector(broker)
+    await answered(broker, {0, 1, 2, 4, 6, 7, 8, 9})
+    await settled(broker, 10)
+    dead = {each.value: each.headers for each in await broker.dead()}
+    assert dead.keys() == {values[3], values[5]}, "as they came"
+    assert dead[values[3]]["shoal-code"] == "INVALID_ARGUMENT"
+    assert "no serialised" in dead[values[3]]["shoal-message"]
+    assert "shoal-job-id" not in dead[values[3]]
+    assert dead[values[5]]["shoal-message"] == "input 'x': no such shape"
+    assert own_mesh.store.results[dead[values[5]]["shoal-job-id"]].message == "input 'x': no such shape"
+
+
+async def test_a_slow_model_holds_the_broker_back(
+    broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
+) -> None:
+    go = asyncio.Event()
+
+    async def waits(request: Any, context: Any) -> Any:
+        await go.wait()
+        return await echo(request, context)
+
+    own_mesh.infer.model = waits
+    await broker.publish([message(n) for n in range(60)])
+    start_connector(broker, max_in_flight=10)
+    await until(lambda: sum(own_mesh.infer.calls.values()) >= 10, "a full window", **PATIENT)
+    for _ in range(20):
+        assert await jobs.count_documents({}) <= 10
+    go.set()
+    answers = await answered(broker, range(60))
+    await one_result_each(own_mesh, jobs, answers, range(60))
+
+
+async def test_an_outage_of_everything_behind_ingest_loses_nothing(
+    broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
+) -> None:
+    await own_mesh.down()
+    await broker.publish([message(n) for n in range(10)])
+    start_connector(broker)
+
+    async def all_queued() -> bool:
+        return await jobs.count_documents({}) == 10
+
+    await until(all_queued, "jobs", **PATIENT)
+    assert await broker.settled() == 0
+    await own_mesh.up()
+    answers = await answered(broker, range(10))
+    await settled(broker, 10)
+    await one_result_each(own_mesh, jobs, answers, range(10))
+
+
+async def test_a_message_keeps_its_job_when_the_connector_is_set_up_otherwise(
+    broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
+) -> None:
+    go = asyncio.Event()
+
+    async def waits(request: Any, context: Any) -> Any:
+        await go.wait()
+        return await echo(request, context)
+
+    own_mesh.infer.model = waits
+    await broker.publish([message(0)])
+    process = start_connector(broker)
+    await until(lambda: sum(own_mesh.infer.calls.values()) >= 1, "the call", **PATIENT)
+    process.kill()
+    start_connector(broker, labels={"now": "another request"})
+    go.set()
+    answers = await answered(broker, [0])
+    await settled(broker, 1)
+    await one_result_each(own_mesh, jobs, answers, [0])
+    assert not await broker.dead()

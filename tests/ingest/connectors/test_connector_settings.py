@@ -1,0 +1,130 @@
+"""The file of connectors: what is wrong is named by its key."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.ingest.connectors.message import Lane, Message, job_key
+from services.ingest.connectors.secrets import revealed
+from services.ingest.connectors.settings import of_document, read
+from services.ingest.intake.submission import KEY_CHARS
+
+KAFKA = {"kind": "kafka", "brokers": "localhost:9092", "topic": "t"}
+GOOD: dict[str, Any] = {"model": "m", "source": {**KAFKA, "group": "g"}, "sink": KAFKA, "dead_letters": KAFKA}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """A good file with one key set, or (None) left out."""
+    document = {"connectors": {"c": copy.deepcopy(GOOD)}}
+    *steps, last = path.split(".")
+    table: Any = document["connectors"]["c"]
+    for step in steps:
+        table = table.setdefault(step, {})
+    table.pop(last, None)
+    if value is not None:
+        table[last] = value
+    return document
+
+
+def test_the_least_that_is_needed() -> None:
+    one = of_document(changed("sink", None))["c"]
+    assert one.source.kind == "kafka"
+    assert one.sink is None
+    assert one.format == "json"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model", None, "connectors.c.model is required"),
+        ("model", "", "connectors.c.model: should have at least 1 character"),
+        ("modle", "m", "connectors.c.modle is not a key of this table"),
+        ("dead_letters", None, "connectors.c.dead_letters is required"),
+        ("source", None, "connectors.c.source is required"),
+        ("source.topic", None, "connectors.c.source.topic is required"),
+        ("source.group", None, "connectors.c.source.group is required"),
+        ("source.kind", "kafak", "connectors.c.source"),
+        ("source.brokers", "localhost", "connectors.c.source.brokers: should match"),
+        ("source.start", "middle", "connectors.c.source.start: should be 'earliest' or 'latest'"),
+        ("sink.topic", "no spaces", "connectors.c.sink.topic: should match"),
+        ("sink.group", "g", "connectors.c.sink.group is not a key of this table"),
+        ("source.options", {"group.id": "x"}, "connectors.c.source.options: group.id is not given here"),
+        ("source.options", {"enable.auto.commit": True}, "enable.auto.commit cannot be changed"),
+        ("source.options", {"a": []}, "connectors.c.source.options: a: expected a text"),
+        ("source.options", {"sasl.password": "env:SHOAL_NO_SUCH"}, "SHOAL_NO_SUCH: this variable is not set"),
+        ("format", "xml", "connectors.c.format: should be 'json'"),
+        ("format", "record", "connectors.c: inputs: format record needs"),
+        ("format", "bytes", "connectors.c: inputs: format bytes needs one input"),
+        ("inputs", {"x": "FP32"}, "connectors.c: inputs: format json brings its inputs"),
+        ("labels", {"source": "mine"}, "connectors.c: labels: source is set by the connector"),
+        ("labels", {"a": 3}, "connectors.c.labels.a: should be a valid string"),
+        ("max_in_flight", 0, "connectors.c.max_in_flight: should be greater than or equal to 1"),
+        ("max_in_flight", "8", "connectors.c.max_in_flight: should be a valid integer"),
+        ("deadline_s", -1, "connectors.c.deadline_s: should be greater than 0"),
+        ("retry", {"attempts": 1_000}, "connectors.c.retry.attempts: should be less than or equal to 100"),
+        ("retry", {"max_backoff_ms": 1}, "connectors.c.retry: max_backoff_ms must be at least"),
+        ("tenant", "t" * 65, "connectors.c.tenant: should have at most 64"),
+    ],
+    ids=range(28),
+)
+def test_what_is_wrong_is_named_by_its_key(path: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"(?m)^{re.escape(words)}" if words.startswith("connectors") else words):
+        of_document(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "connectors is required"),
+        ("[connectors]", "connectors"),
+        ("connectors = 3", "connectors"),
+        ("[connectors.'Bad Name']\nmodel = 'm'", "connectors.Bad Name"),
+        ("[connectors.c", "is no TOML"),
+        ("other = 1", "other is not a key"),
+    ],
+    ids=range(6),
+)
+def test_a_file_that_is_none_of_connectors(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "connectors.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read(file)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        read(tmp_path / "none.toml")
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    document = changed("model", None)
+    document["connectors"]["c"]["tenant"] = 3
+    with pytest.raises(ValueError, match=r"model is required\nconnectors\.c\.tenant"):
+        of_document(document)
+
+
+def test_secrets_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("from a file\n")
+    assert revealed("plain") == "plain"
+    assert revealed("env:KEY", {"KEY": "from the environment"}) == "from the environment"
+    assert revealed(f"file:{tmp_path / 'key'}") == "from a file"
+    with pytest.raises(ValueError, match="cannot be read"):
+        revealed(f"file:{tmp_path / 'none'}")
+
+
+def test_the_key_of_a_message_is_where_it_lies_and_what_it_is() -> None:
+    def key(place: str = "t/0/7", value: bytes = b"v", name: str = "c", **more: Any) -> str:
+        return job_key(name, Message(Lane("0"), 7, place, value, **more))
+
+    assert key() == key()
+    assert key().startswith("c/t/0/7/")
+    assert len({key(), key("t/0/8"), key(value=b"w"), key(name="d"), key(stamp=5), key(key=b"v"), key(value=b"")}) == 7
+    assert key(key=b"a", value=b"bc") != key(key=b"ab", value=b"c")
+    long = key("t" * 249 + "/0/7")
+    assert len(long) <= KEY_CHARS
+    assert long != key("t" * 249 + "/0/8")
