@@ -45,6 +45,7 @@ _STORE_IDEMPOTENT = (
     "WatchResults",
     "StreamResults",
     "ExportResults",
+    "ListRetention",
 )
 _OF_BATCHES = ("GetBatch", "ListBatches", "WatchBatch")
 _INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters", "WatchJobs", *_OF_BATCHES)

@@ -24,6 +24,7 @@ from services.ingest.config import IngestConfig
 from services.ingest.connectors import checkpoints, settings
 from services.ingest.connectors.connectors import Connectors, Place
 from services.ingest.dead_letters.dead_letters import DeadLetters
+from services.ingest.dependencies.cascade import Cascade
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.dispatch.claims import Claims
@@ -112,6 +113,7 @@ async def run(config: IngestConfig) -> None:
         def moved(job_id: str) -> None:
             changes.poke(job_id)
             endings.poke(job_id)
+            cascade.changed(job_id)
 
         keeper = Keeper(
             documents,
@@ -128,6 +130,7 @@ async def run(config: IngestConfig) -> None:
         def accept(accepted: Sequence[Job]) -> None:
             claims.notice(accepted)
             dispatcher.accept(accepted)
+            cascade.accepted(accepted)
 
         intake = Intake(
             documents,
@@ -144,13 +147,19 @@ async def run(config: IngestConfig) -> None:
         connectors = Connectors(configured, intake, endings, Place(name, utc_now, database), ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
-        def requeued(again: Sequence[Job]) -> None:
+        def due_again(again: Sequence[Job]) -> None:
             backlog.added(len(again))
+            claims.notice(again)
             for job in again:
                 changes.poke(job.id)
             dispatcher.wake()
+            cascade.accepted(again)
 
-        dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=requeued)
+        cascade = Cascade(
+            documents, claims, dispatcher, clock=utc_now, instance=name, ready=ready, on_released=due_again
+        )
+
+        dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=due_again)
         watching = await stack.enter_async_context(
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
@@ -173,6 +182,7 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(changes)
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
+        await stack.enter_async_context(cascade)
         await stack.enter_async_context(intake)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)

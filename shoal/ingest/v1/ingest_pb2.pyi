@@ -23,6 +23,12 @@ class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_STATE_CANCELLED: _ClassVar[JobState]
     JOB_STATE_EXPIRED: _ClassVar[JobState]
 
+class OnDependencyFailure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ON_DEPENDENCY_FAILURE_UNSPECIFIED: _ClassVar[OnDependencyFailure]
+    ON_DEPENDENCY_FAILURE_CANCEL: _ClassVar[OnDependencyFailure]
+    ON_DEPENDENCY_FAILURE_FAIL: _ClassVar[OnDependencyFailure]
+
 class BatchState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     BATCH_STATE_UNSPECIFIED: _ClassVar[BatchState]
@@ -47,6 +53,9 @@ JOB_STATE_FAILED: JobState
 JOB_STATE_DEAD: JobState
 JOB_STATE_CANCELLED: JobState
 JOB_STATE_EXPIRED: JobState
+ON_DEPENDENCY_FAILURE_UNSPECIFIED: OnDependencyFailure
+ON_DEPENDENCY_FAILURE_CANCEL: OnDependencyFailure
+ON_DEPENDENCY_FAILURE_FAIL: OnDependencyFailure
 BATCH_STATE_UNSPECIFIED: BatchState
 BATCH_STATE_RUNNING: BatchState
 BATCH_STATE_PAUSED: BatchState
@@ -72,7 +81,7 @@ class RetryPolicy(_message.Message):
     def __init__(self, max_attempts: _Optional[int] = ..., initial_backoff: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_backoff: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., retry_codes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("request", "idempotency_key", "tenant", "retry", "deadline", "labels", "keep_request", "priority", "not_before", "delay")
+    __slots__ = ("request", "idempotency_key", "tenant", "retry", "deadline", "labels", "keep_request", "priority", "not_before", "delay", "depends_on", "on_dependency_failure")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +99,8 @@ class SubmitRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     NOT_BEFORE_FIELD_NUMBER: _ClassVar[int]
     DELAY_FIELD_NUMBER: _ClassVar[int]
+    DEPENDS_ON_FIELD_NUMBER: _ClassVar[int]
+    ON_DEPENDENCY_FAILURE_FIELD_NUMBER: _ClassVar[int]
     request: _inference_pb2.ModelInferRequest
     idempotency_key: str
     tenant: str
@@ -100,7 +111,17 @@ class SubmitRequest(_message.Message):
     priority: int
     not_before: _timestamp_pb2.Timestamp
     delay: _duration_pb2.Duration
-    def __init__(self, request: _Optional[_Union[_inference_pb2.ModelInferRequest, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., tenant: _Optional[str] = ..., retry: _Optional[_Union[RetryPolicy, _Mapping]] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., keep_request: _Optional[bool] = ..., priority: _Optional[int] = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    depends_on: _containers.RepeatedCompositeFieldContainer[Dependency]
+    on_dependency_failure: OnDependencyFailure
+    def __init__(self, request: _Optional[_Union[_inference_pb2.ModelInferRequest, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., tenant: _Optional[str] = ..., retry: _Optional[_Union[RetryPolicy, _Mapping]] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., keep_request: _Optional[bool] = ..., priority: _Optional[int] = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., depends_on: _Optional[_Iterable[_Union[Dependency, _Mapping]]] = ..., on_dependency_failure: _Optional[_Union[OnDependencyFailure, str]] = ...) -> None: ...
+
+class Dependency(_message.Message):
+    __slots__ = ("job_id", "idempotency_key")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    idempotency_key: str
+    def __init__(self, job_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class SubmitResponse(_message.Message):
     __slots__ = ("job", "existed")
@@ -133,7 +154,7 @@ class SubmitStreamResponse(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., job_id: _Optional[str] = ..., existed: _Optional[bool] = ..., code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "state", "model_name", "model_version", "tenant", "idempotency_key", "attempts", "last_code", "last_message", "submitted_at", "updated_at", "not_before", "deadline", "labels", "transitions", "keeps_request", "priority", "generation")
+    __slots__ = ("id", "state", "model_name", "model_version", "tenant", "idempotency_key", "attempts", "last_code", "last_message", "submitted_at", "updated_at", "not_before", "deadline", "labels", "transitions", "keeps_request", "priority", "generation", "depends_on", "waits_for")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +180,8 @@ class Job(_message.Message):
     KEEPS_REQUEST_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    DEPENDS_ON_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: JobState
     model_name: str
@@ -177,7 +200,9 @@ class Job(_message.Message):
     keeps_request: bool
     priority: int
     generation: int
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., attempts: _Optional[int] = ..., last_code: _Optional[int] = ..., last_message: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., deadline: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., transitions: _Optional[_Iterable[_Union[Transition, _Mapping]]] = ..., keeps_request: _Optional[bool] = ..., priority: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+    depends_on: _containers.RepeatedCompositeFieldContainer[Dependency]
+    waits_for: _containers.RepeatedCompositeFieldContainer[Dependency]
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., attempts: _Optional[int] = ..., last_code: _Optional[int] = ..., last_message: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., not_before: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., deadline: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., transitions: _Optional[_Iterable[_Union[Transition, _Mapping]]] = ..., keeps_request: _Optional[bool] = ..., priority: _Optional[int] = ..., generation: _Optional[int] = ..., depends_on: _Optional[_Iterable[_Union[Dependency, _Mapping]]] = ..., waits_for: _Optional[_Iterable[_Union[Dependency, _Mapping]]] = ...) -> None: ...
 
 class Transition(_message.Message):
     __slots__ = ("state", "at", "attempt", "instance", "reason", "generation")
