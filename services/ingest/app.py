@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -46,6 +47,11 @@ from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.short import SUBMIT, ShortSubmit
+from services.ingest.tenants.admission import Admission
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.bucket import Buckets
+from services.ingest.tenants.pending import Pending
+from services.ingest.tenants.reading import Standings
 from services.ingest.ulid import Ulids
 from shoal.errors import ShoalError
 
@@ -71,6 +77,9 @@ async def run(config: IngestConfig) -> None:
         documents, payloads = database[JOBS], Payloads(database)
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
+        book = Book(database)
+        pending = Pending(documents, time.monotonic)
+        buckets = Buckets(database, time.monotonic)
         claims = Claims(
             documents,
             clock=utc_now,
@@ -78,6 +87,7 @@ async def run(config: IngestConfig) -> None:
             owner=name,
             process=ulids.new(),
             lease_ms=config.lease_ms,
+            weight_of=book.weight,
             ageing=timedelta(milliseconds=config.ageing_ms),
         )
         model = RemoteModel(channel)
@@ -136,6 +146,7 @@ async def run(config: IngestConfig) -> None:
             documents,
             payloads,
             backlog=backlog,
+            admission=Admission(book, pending, buckets, gates=[backlog.admit]),
             budget=Budget(config.pending_bytes, "submitted requests"),
             clock=utc_now,
             ulids=ulids,
@@ -173,11 +184,14 @@ async def run(config: IngestConfig) -> None:
             dead_letters,
             watch_many,
             batches,
+            book,
+            Standings(documents, book, pending),
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
         # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
         # dispatcher; both outlive the server, whose last calls may need them.
+        await stack.enter_async_context(book)
         await stack.enter_async_context(recorder)
         await stack.enter_async_context(changes)
         await stack.enter_async_context(keeper)
@@ -200,7 +214,7 @@ async def run(config: IngestConfig) -> None:
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 
         async def start() -> None:
-            await _prepare(database, claims, batches)
+            await _prepare(database, claims, batches, book, buckets)
             intake.open()
             ready.set()
             await server.serve()
@@ -216,7 +230,9 @@ async def run(config: IngestConfig) -> None:
             batches.stop()
 
 
-async def _prepare(database: AsyncDatabase[Document], claims: Claims, batches: Batches | None) -> None:
+async def _prepare(
+    database: AsyncDatabase[Document], claims: Claims, batches: Batches | None, book: Book, buckets: Buckets
+) -> None:
     """Makes the collections, and takes up what an earlier process of this name left behind. Tries until it succeeds."""
     while True:
         try:
@@ -225,6 +241,8 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims, batches: B
                 database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
             )
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            await book.open()
+            await buckets.open()
             if lined_up := await claims.line_up():
                 log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():

@@ -19,6 +19,9 @@ from services.ingest.reading.jobs import Filter, Jobs
 from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.reading import Standings
+from services.ingest.tenants.rpc import TenantsRpc
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from services.ingest.batches.room import Batches
 
 
-class IngestRpc(DeadLettersRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
+class IngestRpc(DeadLettersRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -39,12 +42,15 @@ class IngestRpc(DeadLettersRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceService
         dead_letters: DeadLetters,
         watch_many: WatchMany,
         batches: Batches | None,
+        book: Book,
+        standings: Standings,
         *,
         stream_items: int,
         stream_bytes: int,
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
         BatchesRpc.__init__(self, batches)
+        TenantsRpc.__init__(self, book, standings)
         self._intake = intake
         self._jobs = jobs
         self._watch = watch

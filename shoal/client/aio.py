@@ -17,6 +17,7 @@ from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
 from shoal.client.status import Status, look
+from shoal.client.tenants import AsyncTenants
 from shoal.discovery import find_gateway
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as oip
@@ -57,6 +58,7 @@ class AsyncClient:
         self.jobs = AsyncJobs(self._caller, tenant)
         self.batches = AsyncBatches(self._caller, tenant)
         self.results = AsyncResults(self._caller, tenant)
+        self.tenants = AsyncTenants(self._caller)
 
     @property
     def address(self) -> str:
