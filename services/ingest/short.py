@@ -9,6 +9,7 @@ import asyncio
 from functools import partial
 
 from google.protobuf.message import DecodeError
+from opentelemetry import propagate
 
 from mesh.asgi.exchange import Exchange
 from mesh.asgi.framing import PREFIX_BYTES
@@ -28,10 +29,19 @@ class ShortSubmit:
         self._intake = intake
 
     def __call__(self, body: bytes, exchange: Exchange) -> None:
-        future = self._intake.begin(_parsed(body))
+        future = self._intake.begin(_parsed(body), _trace(exchange))
         # A caller that has gone does not want its job written, if that has not begun.
         exchange.on_end = future.cancel  # type: ignore[assignment] # What it returns is nobody's.
         future.add_done_callback(partial(_answer, exchange))
+
+
+def _trace(exchange: Exchange) -> str:
+    """The caller's trace, if it is in one: the short way makes no span of its own."""
+    if (parent := exchange.headers.get(b"traceparent")) is None:
+        return ""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier, propagate.extract({"traceparent": parent.decode("latin-1")}))
+    return carrier.get("traceparent", "")
 
 
 def _answer(exchange: Exchange, future: asyncio.Future[Accepted]) -> None:

@@ -5,16 +5,17 @@ They keep the contract: a job's first result stands for ever. Whatever else happ
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from mesh.channel import connect
-from shoal.inference.v2 import inference_pb2, inference_pb2_grpc
+from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, inference_pb2, inference_pb2_grpc
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 from shoal.store.v1 import store_pb2
@@ -34,10 +35,13 @@ async def echo(request: inference_pb2.ModelInferRequest, context: Any) -> infere
     return response
 
 
-class FakeInfer(inference_pb2_grpc.GRPCInferenceServiceServicer):
-    """Runs `model`; counts calls by request id."""
+class FakeInfer(inference_pb2_grpc.GRPCInferenceServiceServicer, bulk_pb2_grpc.BulkInferenceServicer):
+    """Runs `model`; counts calls by request id. `has_bulks`: else it is an infer of before there were any."""
 
     def __init__(self) -> None:
+        self.has_bulks = True
+        self.bulks: list[int] = []
+        self.before_bulk: Callable[[bulk_pb2.InferBulkRequest, Any], Awaitable[None]] | None = None
         self.model: Model = echo
         self.calls: Counter[str] = Counter()
         self.metadata: dict[str, dict[str, str]] = {}
@@ -46,6 +50,64 @@ class FakeInfer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self.calls[request.id] += 1
         self.metadata[request.id] = dict(context.invocation_metadata())
         return await self.model(request, context)
+
+    async def InferBulk(
+        self, request_iterator: AsyncIterator[bulk_pb2.InferBulkRequest], context: Any
+    ) -> AsyncIterator[bulk_pb2.InferBulkResponse]:
+        """Each entry as a call of ModelInfer, all at once; answers as they come. What is given up is cancelled."""
+        if not self.has_bulks:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        first = await anext(request_iterator)
+        self.bulks.append(len(first.entries))
+        if self.before_bulk is not None:
+            await self.before_bulk(first, context)
+        calls = {e.number: asyncio.ensure_future(self._entry(e, context)) for e in first.entries}
+        reader = asyncio.ensure_future(self._given_up(request_iterator, calls))
+        try:
+            for done in asyncio.as_completed([*calls.values()]):
+                with suppress(asyncio.CancelledError):
+                    yield bulk_pb2.InferBulkResponse(answers=[await done], instance="local/infer-0")
+        finally:
+            for task in (reader, *calls.values()):
+                task.cancel()
+
+    async def _given_up(self, requests: AsyncIterator[bulk_pb2.InferBulkRequest], calls: dict[int, Any]) -> None:
+        async for request in requests:
+            for number in request.given_up:
+                calls[number].cancel()
+
+    async def _entry(self, entry: bulk_pb2.InferBulkRequest.Entry, context: Any) -> bulk_pb2.InferBulkResponse.Answer:
+        own = EntryContext(context)
+        try:
+            async with asyncio.timeout(entry.timeout_ms / 1000):
+                response = await self.ModelInfer(inference_pb2.ModelInferRequest.FromString(entry.request), own)
+        except TimeoutError:
+            return bulk_pb2.InferBulkResponse.Answer(number=entry.number, code=4, message="too late")
+        except Aborted as err:
+            return bulk_pb2.InferBulkResponse.Answer(number=entry.number, **err.fields)
+        return bulk_pb2.InferBulkResponse.Answer(number=entry.number, response=response.SerializeToString())
+
+
+class Aborted(Exception):
+    """An entry that its model aborted."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(fields)
+        self.fields = fields
+
+
+class EntryContext:
+    """The context of an entry of a bulk, as a model sees it."""
+
+    def __init__(self, of_call: Any) -> None:
+        self._of_call = of_call
+
+    def invocation_metadata(self) -> Any:
+        return self._of_call.invocation_metadata()
+
+    async def abort(self, code: grpc.StatusCode, message: str, trailing: Any = ()) -> None:
+        after = {key: int(value) for key, value in trailing if key == "retry-after-ms"}
+        raise Aborted(code=code.value[0], message=message, retry_after_ms=after.get("retry-after-ms"))
 
 
 class FakeStore:
@@ -94,6 +156,7 @@ class FakeMesh:
     async def up(self) -> None:
         self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", 128 << 20)])
         inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self.infer, self._server)
+        bulk_pb2_grpc.add_BulkInferenceServicer_to_server(self.infer, self._server)
         handlers = {
             "PutResults": grpc.unary_unary_rpc_method_handler(
                 self.store.PutResults,

@@ -1,21 +1,28 @@
-"""One attempt: a claimed job's request goes to a model, and what comes back is an answer or a decision.
+"""Attempts: claimed jobs go to a model, one by one or many in a call, and what comes back are answers and decisions.
+
+    one job  ──ModelInfer──> answer | Failure ─┐
+    many     ──InferBulk───> as they are done ─┴──> result, Again or End of each
 
 It writes nothing: what it returns, the dispatcher has recorded.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Callable
-from contextlib import AsyncExitStack
-from typing import Protocol
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from typing import Protocol, TypeAlias
 
+from google.protobuf.message import DecodeError
 from opentelemetry import propagate, trace
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from services.ingest.clock import Clock
+from services.ingest.dispatch.bulks import is_suspect
 from services.ingest.dispatch.gate import Gate
 from services.ingest.dispatch.recorder import result_of
+from services.ingest.dispatch.remote import Answer, BulkDoorClosed, BulkEntry, GivenUp
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.submission import EXPLAIN, REQUEST_BYTES
@@ -31,6 +38,11 @@ _EXPLAIN = inference_pb2.ModelInferRequest(
 # parsing the request. https://protobuf.dev/programming-guides/encoding/#last-one-wins
 _NAME_CHARS = 256
 _EXPLANATIONS = ("replica", "batch_size", "queue_us", "compute_us")
+_DOOR_S = 10.0
+# How long bulks go job by job after an infer that knows no bulks was met.
+
+Decision: TypeAlias = store_pb2.Result | Again | End
+"""What becomes of a job after an attempt: its answer, another attempt, or its end."""
 
 
 class Model(Protocol):
@@ -38,6 +50,15 @@ class Model(Protocol):
 
     async def infer(self, request: bytes, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
         """Runs one serialised ModelInferRequest, once. Never raises for a call that failed."""
+
+    def infer_bulk(
+        self, model: str, entries: Sequence[BulkEntry], given_up: GivenUp, traceparent: str
+    ) -> AsyncGenerator[list[tuple[str, Answer | Failure]], None]:
+        """Runs many of one model, each once: says what becomes of them, by their jobs.
+
+        Raises:
+            BulkDoorClosed: it takes no bulks; none of them ran.
+        """
 
 
 class Attempts:
@@ -62,38 +83,117 @@ class Attempts:
         self._timeout_s = timeout_ms / 1000
         self._draw = draw
         self._tracer = trace.get_tracer("shoal")
+        self._door_closed_until = 0.0
 
-    async def run(self, job: Job) -> store_pb2.Result | Again | End:
-        """Runs a claimed job once: its result when it was answered, else what becomes of it."""
+    async def run(self, jobs: Sequence[Job], given_up: GivenUp) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
+        """Runs claimed jobs of one model once: what becomes of each, several at a time, as it is known."""
         now = self._clock()
-        if (ended := ended_from_outside(job, now)) is not None:
-            return ended
-        timeout_s = self._timeout_s
-        if job.deadline is not None:
-            timeout_s = min(timeout_s, (job.deadline - now).total_seconds())
-        answer = await self._traced(job, timeout_s)
-        if isinstance(answer, inference_pb2.ModelInferResponse):
-            self._gate.passed(job.model_name)
-            return answered(job, answer)
+        ended = [(job, how) for job in jobs if (how := ended_from_outside(job, now)) is not None]
+        if ended:
+            yield [*ended]
+            gone = {job.id for job, _ in ended}
+            jobs = [job for job in jobs if job.id not in gone]
+        is_open = asyncio.get_running_loop().time() >= self._door_closed_until
+        if is_open and (len(jobs) > 1 or (jobs and is_suspect(jobs[0]) and not jobs[0].is_apart)):
+            try:
+                async with aclosing(self._together(jobs, given_up)) as decided:
+                    async for some in decided:
+                        yield some
+                return
+            except BulkDoorClosed:
+                self._door_closed_until = asyncio.get_running_loop().time() + _DOOR_S
+        async with aclosing(self._one_by_one(jobs)) as decided:
+            async for some in decided:
+                yield some
+
+    async def _one_by_one(self, jobs: Sequence[Job]) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
+        if len(jobs) == 1:
+            yield [(jobs[0], await self._alone(jobs[0]))]
+            return
+        running = {asyncio.ensure_future(self._alone(job)): job for job in jobs}
+        try:
+            while running:
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                yield [(running.pop(task), task.result()) for task in done]
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def _alone(self, job: Job) -> Decision:
+        answer = await self._traced(job, self._left_s(job))
+        if isinstance(answer, Failure):
+            return self._failed(job, answer)
+        self._gate.passed(job.model_name)
+        instance = answer.parameters["replica"].string_param if "replica" in answer.parameters else ""
+        if not job.explains:
+            for name in _EXPLANATIONS:
+                if name in answer.parameters:
+                    del answer.parameters[name]
+        result = result_of(job, End(Outcome.SUCCEEDED))
+        result.response.CopyFrom(answer)
+        return _answered(result, instance)
+
+    async def _together(
+        self, jobs: Sequence[Job], given_up: GivenUp
+    ) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
+        by_id = {job.id: job for job in jobs}
+        spans = {job.id: self._span(job) for job in jobs if job.traceparent}
+        entries = [
+            BulkEntry(job.id, job.request or b"", self._left_s(job), job.tenant, is_suspect(job)) for job in jobs
+        ]
+        # The call belongs to the trace of the first job that has one.
+        traceparent = _traceparent(next(iter(spans.values()))) if spans else ""
+        try:
+            answers = self._model.infer_bulk(jobs[0].model_name, entries, given_up, traceparent)
+            async with aclosing(answers):
+                async for some in answers:
+                    for job_id, answer in some:
+                        if (span := spans.pop(job_id, None)) is not None:
+                            _finish(span, answer)
+                    yield [(by_id[job_id], self._decided(by_id[job_id], answer)) for job_id, answer in some]
+        finally:
+            for span in spans.values():
+                span.end()
+
+    def _decided(self, job: Job, answer: Answer | Failure) -> Decision:
+        if isinstance(answer, Failure):
+            return self._failed(job, answer)
+        result = result_of(job, End(Outcome.SUCCEEDED))
+        result.response.SetInParent()
+        try:
+            result.response.MergeFromString(answer.response)
+        except DecodeError as err:
+            return self._failed(job, Failure(Code.INTERNAL, f"infer's answer is no ModelInferResponse: {err}"))
+        self._gate.passed(job.model_name)
+        return _answered(result, answer.instance)
+
+    def _failed(self, job: Job, failure: Failure) -> Again | End:
         now = self._clock()
-        if answer.is_reached:
+        if failure.is_reached:
             self._gate.passed(job.model_name)
         else:
-            self._gate.refused(job.model_name, now, answer.retry_after_ms)
-        return after_failure(job, answer, now, self._draw)
+            self._gate.refused(job.model_name, now, failure.retry_after_ms)
+        return after_failure(job, failure, now, self._draw)
 
-    async def _traced(self, job: Job, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
+    def _left_s(self, job: Job) -> float:
+        if job.deadline is None:
+            return self._timeout_s
+        return min(self._timeout_s, (job.deadline - self._clock()).total_seconds())
+
+    def _span(self, job: Job) -> Span:
         parent = propagate.extract({"traceparent": job.traceparent}) if job.traceparent else None
         about: dict[str, str | int] = {
             "shoal.job": job.id,
             "shoal.attempt": job.attempts,
             "shoal.model": job.model_name,
         }
-        with self._tracer.start_as_current_span("attempt", parent, SpanKind.CONSUMER, about) as span:
+        return self._tracer.start_span("attempt", parent, SpanKind.CONSUMER, about)
+
+    async def _traced(self, job: Job, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
+        with trace.use_span(self._span(job), end_on_exit=True) as span:
             answer = await self._call(job, timeout_s)
             if isinstance(answer, Failure):
-                span.set_attribute("rpc.grpc.status_code", answer.code)
-                span.set_status(Status(StatusCode.ERROR, answer.message))
+                _mark(span, answer)
             return answer
 
     async def _call(self, job: Job, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
@@ -111,16 +211,25 @@ class Attempts:
             return await self._model.infer(request + _EXPLAIN, timeout_s)
 
 
-def answered(job: Job, answer: inference_pb2.ModelInferResponse) -> store_pb2.Result:
-    """The result of an answered job. What only ingest asked to be explained is taken out of the answer."""
-    instance = answer.parameters["replica"].string_param if "replica" in answer.parameters else ""
-    if not job.explains:
-        for name in _EXPLANATIONS:
-            if name in answer.parameters:
-                del answer.parameters[name]
-    result = result_of(job, End(Outcome.SUCCEEDED))
+def _answered(result: store_pb2.Result, instance: str) -> store_pb2.Result:
     # Cut, because the store refuses longer ones, and a model may say anything.
-    result.model_version = answer.model_version[:_NAME_CHARS]
+    result.model_version = result.response.model_version[:_NAME_CHARS]
     result.instance = instance[:_NAME_CHARS]
-    result.response.CopyFrom(answer)
     return result
+
+
+def _traceparent(span: Span) -> str:
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier, trace.set_span_in_context(span))
+    return carrier.get("traceparent", "")
+
+
+def _mark(span: Span, failure: Failure) -> None:
+    span.set_attribute("rpc.grpc.status_code", failure.code)
+    span.set_status(Status(StatusCode.ERROR, failure.message))
+
+
+def _finish(span: Span, answer: Answer | Failure) -> None:
+    if isinstance(answer, Failure):
+        _mark(span, answer)
+    span.end()

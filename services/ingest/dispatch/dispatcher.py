@@ -1,9 +1,14 @@
 """Runs jobs: claims what is due, as much as there is room for, and sees each job through to its end.
 
-    ┌─ fresh (accepted here, still in memory) ─┐                    ┌─ answer, End ──> recorder.end ──────┐
-    │                                          ├─ claim ─> attempt ─┤                                     ├─> let go
-    └─ due (by poll, or when a wait is over) ──┘   "calling"        └─ Again ────────> recorder.put_back ─┘
-                                                  <──────────────────── "held": the lease is renewed ────>
+    ┌─ fresh (accepted here, still in memory) ─┐                        ┌─ answer, End ──> recorder.end ──────┐
+    │                                          ├─ claim ─> line ─> call ┤                                     ├─> let go
+    └─ due (by poll, or when a wait is over) ──┘       of its model     └─ Again ────────> recorder.put_back ─┘
+                                                      <──────────── "held": the lease is renewed ────────────>
+
+All of it goes in bulk: a claim, a call and a record are of many jobs each, and a task is a call's or a record's, not a
+job's. Jobs of one model stand in one line here, and as many are in calls at once as it answers in good time
+(`bulks.Pace`). A model with a line is claimed no more of, and no claim is of more than half of what may still be held:
+so a slow model, or several, leave room for the others.
 
 While the queue is drained, jobs submitted here go straight from intake to a claim, and nobody reads the queue but for a
 poll now and then. When there is more than it has room for, it forgets the fresh ones and works by the queue's order.
@@ -15,29 +20,41 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from types import TracebackType
+from typing import Any
 
 from mesh.tasks import end
 from services.ingest.clock import Clock
-from services.ingest.dispatch.attempt import Attempts
+from services.ingest.dispatch.attempt import Attempts, Decision
+from services.ingest.dispatch.bulks import Pace, next_bulk
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.gate import Gate
-from services.ingest.dispatch.recorder import Recorder
+from services.ingest.dispatch.recorder import Ending, Recorder, result_of
+from services.ingest.dispatch.remote import GivenUp
 from services.ingest.intake.backlog import Backlog
-from services.ingest.job import Again, End, Job, Lease, Outcome, released
+from services.ingest.job import Again, End, Job, Lease, released
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
 
 HELD_PER_CALL = 4
-"""Jobs held at most, for each call that may be in flight: answers that wait to be recorded keep no model idle, and no
-more than this many are in memory when the store is away."""
-_FRESH_PER_CALL = 2
+"""Jobs held at most, for each that a model may have in calls: answers that wait to be recorded keep no model idle, and
+no more than this many are in memory when the store is away."""
+HELD_BYTES = 128 << 20
+"""Requests in memory, of all jobs that are held, beyond which nothing is claimed."""
+_FRESH_PER_CALL = 1
 _LARGE_BYTES = 16 << 10
+_CLAIM_PART = 8
+# From a queue that is long, an eighth of what may be held is claimed at least: small claims cost as much as large ones.
+_SLOW_PART = 4
+# A model that takes longer to answer than a quarter of what an attempt may take gets less at once.
+_LINES = 1_000
+# Models remembered with their pace while they have nothing here.
 _AWAY_WAIT_S = 1.0
 _LAST_WRITES_S = 1.0
 # After a drain that ran out of time: to put back what did not finish.
@@ -45,12 +62,32 @@ _LAST_WRITES_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """A job that this instance works on."""
+    """A job that this instance works on: in line, in a call, or being recorded."""
 
     job: Job
+    call: Call | None = None
+    """What its attempt is part of, while that is under way."""
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """The jobs of one model: those in line, and how many are in calls."""
+
+    pace: Pace
+    waiting: deque[Job] = field(default_factory=deque)
+    calls: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A call to infer that is under way, for one job or many."""
+
+    line: Line
+    began_s: float
+    left: set[str]
+    """The jobs that are neither answered nor given up."""
+    given_up: GivenUp = field(default_factory=GivenUp)
     task: asyncio.Task[None] | None = None
-    is_calling: bool = False
-    is_released: bool = False
 
 
 class Dispatcher:
@@ -68,6 +105,7 @@ class Dispatcher:
         instance: str,
         ready: asyncio.Event,
         max_in_flight: int,
+        attempt_timeout_ms: int,
         poll_ms: int,
         drain_ms: int,
     ) -> None:
@@ -81,11 +119,14 @@ class Dispatcher:
         self._ready = ready
         self._max_calls = max_in_flight
         self._max_held = max_in_flight * HELD_PER_CALL
+        self._slow_s = attempt_timeout_ms / 1000 / _SLOW_PART
         self._poll_s = poll_ms / 1000
         self._drain_s = drain_ms / 1000
         self._held: dict[str, Holding] = {}
+        self._lines: dict[str, Line] = {}
+        self._bytes = 0
+        self._usual_bytes = 1.0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._calls = 0
         self._fresh: deque[Job] = deque()
         self._is_drained = True
         self._wake = asyncio.Event()
@@ -105,11 +146,9 @@ class Dispatcher:
         assert self._stop_at is not None
         await asyncio.wait([self._loop_task], timeout=_AWAY_WAIT_S)
         await end(self._loop_task)
+        self._release(self._is_in_line)
         await self._finish(self._stop_at - asyncio.get_running_loop().time())
-        for holding in self._held.values():
-            if holding.is_calling and holding.task is not None:
-                holding.is_released = True
-                holding.task.cancel()
+        self._release(lambda holding: holding.call is not None)
         await self._finish(_LAST_WRITES_S)
         await end(*self._tasks)
 
@@ -148,15 +187,17 @@ class Dispatcher:
 
     def end(self, job: Job, how: End) -> None:
         """Sees to it that a job that was taken over ends. An attempt of it that runs here is given up."""
-        self._hold(job, lambda holding: self._recorder.end(holding.job, how))
+        self._settle([(self._hold(job), how)])
 
     def end_as(self, job: Job, standing: End) -> None:
         """The same for a job whose result stands already."""
-        self._hold(job, lambda holding: self._recorder.end_as(holding.job, standing))
+        holding = self._hold(job)
+        work = self._recorder.end_as([(job, standing)], self._is_held([holding]), self._let_all_go)
+        self._spawn(work, "end of a job", [holding])
 
     def put_back(self, job: Job, again: Again) -> None:
         """Sees to it that a job that was taken over goes back to the queue."""
-        self._hold(job, lambda holding: self._put_back(holding.job, again))
+        self._settle([(self._hold(job), again)])
 
     def lost(self, job_id: str, lease: Lease) -> None:
         """`lease` does not hold the job any more: a call under it is given up.
@@ -165,7 +206,7 @@ class Dispatcher:
         still worth recording, and the fence keeps its holder from doing more.
         """
         holding = self._held.get(job_id)
-        if holding is not None and holding.is_calling and holding.job.lease == lease:
+        if holding is not None and self._is_before_its_end(holding) and holding.job.lease == lease:
             log.info("lost the lease of job %s: giving it up", job_id)
             self._let_go(holding)
 
@@ -190,17 +231,15 @@ class Dispatcher:
                 log.exception("claiming jobs")  # A fault of ours must not end the dispatching.
                 await self._sleep(_AWAY_WAIT_S)
                 continue
-            for job in claimed:
-                self._calls += 1
-                self._hold(job, self._work, is_calling=True)
+            self._take(claimed)
             if not claimed:
                 await self._sleep(self._idle_s())
 
     async def _claim(self) -> list[Job]:
-        room = min(self._max_calls - self._calls, self.room)
+        room = self._claim_room()
         if room <= 0:
             return []
-        closed = self._gate.closed(self._clock())
+        closed = [*self._gate.closed(self._clock()), *(model for model, line in self._lines.items() if line.waiting)]
         now = asyncio.get_running_loop().time()
         if self._is_drained and now < self._next_read:
             fresh = [self._fresh.popleft() for _ in range(min(room, len(self._fresh)))]
@@ -217,13 +256,178 @@ class Dispatcher:
         self._backlog.taken(len(jobs))
         return jobs
 
+    def _claim_room(self) -> int:
+        """How many jobs the next claim is of; 0 while it is better to wait for more room."""
+        room = self.room
+        room = min(self._max_calls, (room + 1) // 2, int((HELD_BYTES - self._bytes) / self._usual_bytes))
+        if room <= 0:
+            return 0 if self._held else min(1, self.room)
+        is_worth_it = self._is_drained or not self._held or room >= min(self._max_held // _CLAIM_PART, self._max_calls)
+        return room if is_worth_it else 0
+
+    def _take(self, claimed: Sequence[Job]) -> None:
+        """Lets claimed jobs stand in line, and calls as many as their models' paces allow."""
+        for job in claimed:
+            self._hold(job)
+            self._line(job.model_name).waiting.append(job)
+            self._usual_bytes += (len(job.request or b"") - self._usual_bytes) / 64
+        for model in dict.fromkeys(job.model_name for job in claimed):
+            self._call(self._lines[model])
+
+    def _line(self, model: str) -> Line:
+        line = self._lines.get(model)
+        if line is None:
+            if len(self._lines) >= _LINES:
+                self._lines = {name: line for name, line in self._lines.items() if line.calls or line.waiting}
+            line = self._lines[model] = Line(Pace(self._max_calls, self._slow_s))
+        return line
+
+    def _call(self, line: Line) -> None:
+        while line.waiting and line.calls < line.pace.limit and self._stop_at is None:
+            jobs = next_bulk(line.waiting, line.pace.limit - line.calls)
+            line.calls += len(jobs)
+            call = Call(line, asyncio.get_running_loop().time(), {job.id for job in jobs})
+            for job in jobs:
+                self._held[job.id].call = call
+            call.task = self._spawn(self._see_through(call, jobs), f"call of {len(jobs)} jobs of {jobs[0].model_name}")
+            # A callback, not a `finally`: a task that is cancelled before its first step runs no code of its own.
+            call.task.add_done_callback(partial(self._over, call))
+
+    async def _see_through(self, call: Call, jobs: Sequence[Job]) -> None:
+        async with aclosing(self._attempts.run(jobs, call.given_up)) as decided:
+            async for some in decided:
+                self._decided(call, some)
+
+    def _decided(self, call: Call, some: Sequence[tuple[Job, Decision]]) -> None:
+        known: list[tuple[Holding, Decision]] = []
+        for job, decision in some:
+            if job.id not in call.left:
+                continue  # Given up.
+            call.left.remove(job.id)
+            holding = self._held[job.id]
+            holding.call = None
+            if job.request is not None and len(job.request) > _LARGE_BYTES:
+                self._bytes -= len(job.request)
+                holding.job = replace(job, request=None)  # Not kept in memory while it is recorded.
+            known.append((holding, decision))
+        now = asyncio.get_running_loop().time()
+        call.line.calls -= len(known)
+        call.line.pace.answered(len(known), now - call.began_s, now)
+        self._settle(known)
+        self._call(call.line)
+        self._wake.set()
+
+    def _over(self, call: Call, _: asyncio.Task[None]) -> None:
+        """The call's task has ended. What it says nothing of, for a fault of ours, lapses, and is tried again so."""
+        call.line.calls -= len(call.left)
+        for job_id in call.left:
+            if (holding := self._held.get(job_id)) is not None and holding.call is call:
+                del self._held[job_id]
+                self._bytes -= len(holding.job.request or b"")
+        call.left.clear()
+        self._call(call.line)
+        self._wake.set()
+
+    def _settle(self, decided: Sequence[tuple[Holding, Decision]]) -> None:
+        """Has decisions recorded, in a task for all of them."""
+        ending = [(holding, how) for holding, how in decided if not isinstance(how, Again)]
+        if ending:
+            holdings = [holding for holding, _ in ending]
+            endings = [
+                Ending(holding.job, result_of(holding.job, how) if isinstance(how, End) else how)
+                for holding, how in ending
+            ]
+            work = self._recorder.end(endings, self._is_held(holdings), self._let_all_go)
+            self._spawn(work, f"end of {len(endings)} jobs", holdings)
+        back = [(holding, again) for holding, again in decided if isinstance(again, Again)]
+        if back:
+            holdings = [holding for holding, _ in back]
+            work = self._put_all_back([(holding.job, again) for holding, again in back], self._is_held(holdings))
+            self._spawn(work, f"return of {len(back)} jobs", holdings)
+
+    async def _put_all_back(self, back: Sequence[tuple[Job, Again]], is_held: Callable[[Job], bool]) -> None:
+        due = {job.id: again.due_at for job, again in back}
+
+        def on_back(jobs: Sequence[Job]) -> None:
+            self._let_all_go(jobs)
+            self._backlog.added(len(jobs))
+            for job in jobs:
+                self._read_at(due[job.id])
+
+        await self._recorder.put_back(back, is_held, on_back)
+
+    def _is_held(self, holdings: Sequence[Holding]) -> Callable[[Job], bool]:
+        """Whether a job is still held as it is now: not let go, and not taken up anew by a later event."""
+        those = {holding.job.id: holding for holding in holdings}
+        return lambda job: self._held.get(job.id) is those[job.id]
+
+    def _hold(self, job: Job) -> Holding:
+        if (before := self._held.get(job.id)) is not None:
+            self._let_go(before)
+        holding = self._held[job.id] = Holding(job)
+        self._bytes += len(job.request or b"")
+        return holding
+
+    def _is_before_its_end(self, holding: Holding) -> bool:
+        return holding.call is not None or self._is_in_line(holding)
+
+    def _is_in_line(self, holding: Holding) -> bool:
+        line = self._lines.get(holding.job.model_name)
+        return line is not None and any(job is holding.job for job in line.waiting)
+
+    def _let_all_go(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if (holding := self._held.pop(job.id, None)) is not None:
+                self._bytes -= len(holding.job.request or b"")
+        self._wake.set()
+
+    def _let_go(self, holding: Holding) -> None:
+        """Nothing more is done about it: it leaves its line or its call, and its records find nobody."""
+        job, call = holding.job, holding.call
+        del self._held[job.id]
+        self._bytes -= len(job.request or b"")
+        if call is not None:
+            call.given_up.add(job.id)
+            call.left.remove(job.id)
+            call.line.calls -= 1
+            if not call.left and call.task is not None:
+                call.task.cancel()
+        elif self._is_in_line(holding):
+            line = self._lines[job.model_name]
+            line.waiting = deque(other for other in line.waiting if other is not job)
+        self._wake.set()
+
+    def _release(self, which: Callable[[Holding], bool]) -> None:
+        """Lets others take what is in line or in a call: nothing is counted."""
+        leaving = [holding for holding in self._held.values() if which(holding)]
+        for holding in leaving:
+            self._let_go(holding)
+        again = released(self._clock(), self._instance)
+        self._settle([(self._hold(holding.job), again) for holding in leaving])
+
+    def _spawn(
+        self, work: Coroutine[Any, Any, None], name: str, holdings: Sequence[Holding] = ()
+    ) -> asyncio.Task[None]:
+        """Runs `work`; `holdings` end with it, if they have not before."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._done, holdings))
+        return task
+
+    def _done(self, holdings: Sequence[Holding], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (err := task.exception()) is not None:
+            # The leases of its jobs lapse, and whoever finds them so tries again.
+            log.error("unexpected error in the %s", task.get_name(), exc_info=err)
+        self._let_all_go([holding.job for holding in holdings if self._held.get(holding.job.id) is holding])
+
     def _fall_behind(self) -> None:
         self._is_drained = False
         self._fresh.clear()
 
     def _idle_s(self) -> float:
         """How long there is nothing to do unless somebody wakes the loop."""
-        if self._calls >= self._max_calls or not self.room:
+        if not self._claim_room():
             return self._poll_s
         if self._fresh or not self._is_drained:
             return 0.0 if self._is_drained else self._poll_s / 10
@@ -232,63 +436,6 @@ class Dispatcher:
     async def _sleep(self, seconds: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), seconds)
-
-    def _hold(self, job: Job, work: Callable[[Holding], Awaitable[object]], *, is_calling: bool = False) -> None:
-        if (before := self._held.get(job.id)) is not None:
-            self._let_go(before)
-        holding = Holding(job, is_calling=is_calling)
-        self._held[job.id] = holding
-        holding.task = asyncio.create_task(self._see_through(holding, work), name=f"job {job.id}")
-        self._tasks.add(holding.task)
-        # A callback, not a `finally`: a task that is cancelled before its first step runs no code of its own.
-        holding.task.add_done_callback(lambda task: self._done(holding, task))
-
-    def _done(self, holding: Holding, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._end_call(holding)
-        if self._held.get(holding.job.id) is holding:
-            del self._held[holding.job.id]
-            self._wake.set()
-
-    def _let_go(self, holding: Holding) -> None:
-        if self._held.get(holding.job.id) is holding:
-            del self._held[holding.job.id]
-        if holding.task is not None:
-            holding.task.cancel()
-
-    async def _see_through(self, holding: Holding, work: Callable[[Holding], Awaitable[object]]) -> None:
-        try:
-            await work(holding)
-        except asyncio.CancelledError:
-            if not holding.is_released:
-                return
-            await self._put_back(holding.job, released(self._clock(), self._instance))
-        except Exception:
-            # Its lease lapses, and whoever finds it so tries again.
-            log.exception("unexpected error with job %s", holding.job.id)
-
-    async def _work(self, holding: Holding) -> None:
-        decision = await self._attempts.run(holding.job)
-        if holding.job.request is not None and len(holding.job.request) > _LARGE_BYTES:
-            holding.job = replace(holding.job, request=None)  # Not kept in memory while it is recorded.
-        self._end_call(holding)
-        if isinstance(decision, Again):
-            await self._put_back(holding.job, decision)
-        elif isinstance(decision, End):
-            await self._recorder.end(holding.job, decision)
-        else:
-            await self._recorder.end(holding.job, _ANSWERED, decision)
-
-    def _end_call(self, holding: Holding) -> None:
-        if holding.is_calling:
-            holding.is_calling = False
-            self._calls -= 1
-            self._wake.set()
-
-    async def _put_back(self, job: Job, again: Again) -> None:
-        await self._recorder.put_back(job, again)
-        self._backlog.added(1)
-        self._read_at(again.due_at)
 
     def _read_at(self, due_at: datetime) -> None:
         """A job is due then: the queue is read at that moment, not only at the next poll."""
@@ -301,6 +448,3 @@ class Dispatcher:
     async def _finish(self, seconds: float) -> None:
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=max(0.0, seconds))
-
-
-_ANSWERED = End(Outcome.SUCCEEDED)

@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from pymongo import UpdateOne
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from services.ingest.clock import Clock
-from services.ingest.documents import fenced_update
+from services.ingest.documents import fenced_updates
 from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import MESSAGE_CHARS, Again, End, Job, Outcome, end, try_again
@@ -64,6 +63,19 @@ class Finding:
     traceparent: str
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A job that is to end with `result`, unless another one stands."""
+
+    job: Job
+    result: store_pb2.Result
+
+
+IsHeld: TypeAlias = Callable[[Job], bool]
+"""Whether this instance still holds a job: else there is no point in trying on."""
+OnSettled: TypeAlias = Callable[[Sequence[Job]], None]
+
+
 class Recorder:
     """Ends jobs. Used as `async with`; leaving waits for the writes under way."""
 
@@ -101,46 +113,61 @@ class Recorder:
     ) -> None:
         await self._stack.__aexit__(kind, err, tb)
 
-    async def end(self, job: Job, how: End, result: store_pb2.Result | None = None) -> Job:
-        """Ends a job that this instance holds: records `result` (or one that says `how`), then the state that follows.
+    async def end(self, endings: Sequence[Ending], is_held: IsHeld, on_ended: OnSettled) -> None:
+        """Ends jobs that this instance holds: records their results, then the states that follow from what stands.
 
-        Returns the job as it ended; a fenced-out holder's last write changes nothing. Tries until it succeeds.
+        Tries until it succeeds, or nobody holds a job any more; a fenced-out holder's last write changes nothing.
+        `on_ended` hears of the jobs whose ends are written, as they were before.
         """
-        standing = await self._record(Finding(result or result_of(job, how), job.traceparent))
-        ended = end(job, standing, self._instance, self._clock())
-        await self._settle(job, ended)
-        return ended
+        waiting, wait_s = list(endings), _FIRST_WAIT_S
+        while waiting := [ending for ending in waiting if is_held(ending.job)]:
+            stand, waiting = await self._record(waiting)
+            now = self._clock()
+            ended = [(job, end(job, standing, self._instance, now)) for job, standing in stand]
+            await self._settle(ended, is_held, on_ended)
+            if waiting:
+                wait_s = await _pause(wait_s)
 
-    async def end_as(self, job: Job, standing: End) -> Job:
-        """Ends a job whose result is known to stand already."""
-        ended = end(job, standing, self._instance, self._clock())
-        await self._settle(job, ended)
-        return ended
+    async def end_as(self, stand: Sequence[tuple[Job, End]], is_held: IsHeld, on_ended: OnSettled) -> None:
+        """Ends jobs whose results are known to stand already."""
+        now = self._clock()
+        await self._settle([(job, end(job, how, self._instance, now)) for job, how in stand], is_held, on_ended)
 
-    async def put_back(self, job: Job, again: Again) -> None:
-        """Lets go of a job that this instance holds: back to the queue."""
-        await self._settle(job, try_again(job, again, self._instance, self._clock()))
+    async def put_back(self, back: Sequence[tuple[Job, Again]], is_held: IsHeld, on_back: OnSettled) -> None:
+        """Lets go of jobs that this instance holds: back to the queue."""
+        now = self._clock()
+        changes = [(job, try_again(job, again, self._instance, now)) for job, again in back]
+        await self._settle(changes, is_held, on_back)
 
-    async def _record(self, finding: Finding) -> End:
-        wait_s = _FIRST_WAIT_S
-        while True:
-            try:
-                return await self._findings.put(finding)
-            except ShoalError as err:
-                if _is_refused(err) and finding.result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
-                    log.error("the store refuses the answer of job %s: %s", finding.result.job_id, err)
-                    finding = replace(finding, result=_unstorable(finding.result, err))
-                    continue
-            wait_s = await _pause(wait_s)
+    async def _record(self, endings: Sequence[Ending]) -> tuple[list[tuple[Job, End]], list[Ending]]:
+        """What stands of each, and those of which it is not known yet."""
+        answers = await self._findings.put_all([Finding(each.result, each.job.traceparent) for each in endings])
+        stand: list[tuple[Job, End]] = []
+        left: list[Ending] = []
+        for ending, answer in zip(endings, answers, strict=True):
+            if not isinstance(answer, ShoalError):
+                stand.append((ending.job, answer))
+            elif _is_refused(answer) and ending.result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
+                log.error("the store refuses the answer of job %s: %s", ending.job.id, answer)
+                left.append(replace(ending, result=_unstorable(ending.result, answer)))
+            else:
+                left.append(ending)
+        return stand, left
 
-    async def _settle(self, before: Job, after: Job) -> None:
-        wait_s = _FIRST_WAIT_S
-        while True:
-            try:
-                await self._states.put((before, after))
+    async def _settle(self, changes: Sequence[tuple[Job, Job]], is_held: IsHeld, on_settled: OnSettled) -> None:
+        waiting, wait_s = list(changes), _FIRST_WAIT_S
+        while waiting := [change for change in waiting if is_held(change[0])]:
+            answers = await self._states.put_all(waiting)
+            done = [
+                before
+                for (before, _), answer in zip(waiting, answers, strict=True)
+                if not isinstance(answer, ShoalError)
+            ]
+            for before in done:
                 self._on_change(before.id)
-                return
-            except ShoalError:  # `_write` has told the log, once for all.
+            on_settled(done)
+            # What failed, `_write` has told the log, once for all.
+            if waiting := [c for c, answer in zip(waiting, answers, strict=True) if isinstance(answer, ShoalError)]:
                 wait_s = await _pause(wait_s)
 
     async def _put(self, findings: list[Finding]) -> Sequence[End | ShoalError]:
@@ -163,16 +190,16 @@ class Recorder:
         return await self._results.put([f.result for f in findings], [f.traceparent for f in findings])
 
     async def _write(self, changes: list[tuple[Job, Job]]) -> Sequence[None]:
-        updates: list[UpdateOne] = [fenced_update(before, after) for before, after in changes]
+        updates = fenced_updates(changes)
         try:
             with translated("writing the states of jobs"):
                 written = await self._jobs.bulk_write(updates, ordered=False)
         except ShoalError as err:
-            log.warning("cannot write the states of %d jobs for now: %s", len(updates), err)
+            log.warning("cannot write the states of %d jobs for now: %s", len(changes), err)
             raise
-        if fenced := len(updates) - written.matched_count:
+        if fenced := len(changes) - written.matched_count:
             log.info(
-                "%d of %d state changes were not ours to make: other instances hold those jobs", fenced, len(updates)
+                "%d of %d state changes were not ours to make: other instances hold those jobs", fenced, len(changes)
             )
         done = [after.id for _, after in changes if after.is_apart and not after.keeps_request]
         await self._payloads.drop(done)  # Their results stand, whoever holds the jobs now.

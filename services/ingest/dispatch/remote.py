@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass
 
 import grpc
 from opentelemetry import propagate, trace
@@ -12,7 +14,7 @@ from opentelemetry.trace import Link, SpanKind
 from mesh.interceptors import translate
 from services.ingest.job import End, Failure, Outcome
 from shoal.errors import Code, Internal, ShoalError, Unavailable
-from shoal.inference.v2 import inference_pb2
+from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, inference_pb2
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 STORE_TIMEOUT_S = 10.0
@@ -26,6 +28,11 @@ _LINKS = 64
 # that a request which kills its instance is stopped, and is not handed on to the next instance by Envoy.
 _NO_RETRIES = (("x-envoy-max-retries", "0"),)
 
+_MODEL_HEADER = "x-shoal-model"
+# What the mesh routes bulks by: only a service's own Envoy takes it from anybody.
+_BULK_MARGIN_S = 5.0
+# A bulk's entries have their own deadlines; the call's is for an instance that is cut off.
+
 _NEVER_REACHED = (
     # What Envoy, and grpc's own channel, say when no instance has seen the request.
     "no healthy upstream",
@@ -38,6 +45,51 @@ _NEVER_REACHED = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class BulkEntry:
+    """One job's part in a bulk."""
+
+    job_id: str
+    request: bytes
+    """A serialised ModelInferRequest."""
+    timeout_s: float
+    tenant: str = ""
+    is_retry: bool = False
+    """An instance died while it had this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A model's answer to one entry."""
+
+    response: bytes
+    """A serialised ModelInferResponse."""
+    instance: str
+
+
+class BulkDoorClosed(Exception):
+    """What answers at the bulk door does not know it: an infer of an earlier version, or a mesh without its route."""
+
+
+class GivenUp:
+    """Jobs of a bulk whose answers nobody wants any more: told to infer while the call is under way."""
+
+    def __init__(self) -> None:
+        self._job_ids: list[str] = []
+        self._came = asyncio.Event()
+
+    def add(self, job_id: str) -> None:
+        self._job_ids.append(job_id)
+        self._came.set()
+
+    async def next(self) -> list[str]:
+        """The next ones, once there are some."""
+        await self._came.wait()
+        self._came.clear()
+        job_ids, self._job_ids = self._job_ids, []
+        return job_ids
+
+
 class RemoteModel:
     """infer, behind the mesh."""
 
@@ -48,6 +100,7 @@ class RemoteModel:
             request_serializer=None,
             response_deserializer=inference_pb2.ModelInferResponse.FromString,
         )
+        self._bulk = bulk_pb2_grpc.BulkInferenceStub(channel).InferBulk
 
     async def infer(self, request: bytes, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
         """Runs one serialised ModelInferRequest, once."""
@@ -58,6 +111,71 @@ class RemoteModel:
         except grpc.RpcError as err:
             return failure_of(err)
         return response
+
+    async def infer_bulk(
+        self, model: str, entries: Sequence[BulkEntry], given_up: GivenUp, traceparent: str = ""
+    ) -> AsyncGenerator[list[tuple[str, Answer | Failure]], None]:
+        """Runs serialised ModelInferRequests of one model, each once: what becomes of them, by their jobs.
+
+        What the call ends without an answer to, failed as the call did. Entries that are given up may have none.
+
+        Raises:
+            BulkDoorClosed: it takes no bulks; none of them ran.
+        """
+        metadata = [*_NO_RETRIES, (_MODEL_HEADER, _printable(model))]
+        if traceparent:
+            metadata.append(("traceparent", traceparent))
+        timeout_s = max(entry.timeout_s for entry in entries) + _BULK_MARGIN_S
+        left, instance = set(range(len(entries))), ""
+        call = self._bulk(_bulk_requests(entries, given_up), timeout=timeout_s, metadata=metadata)
+        try:
+            async for response in call:
+                instance = instance or response.instance
+                fresh = [answer for answer in response.answers if answer.number in left]
+                left.difference_update(answer.number for answer in fresh)
+                yield [(entries[answer.number].job_id, _bulk_answer(answer, instance)) for answer in fresh]
+            failure = Failure(Code.INTERNAL, "infer ended a bulk without answers to all of its entries")
+        except grpc.RpcError as err:
+            failure = failure_of(err)
+            if failure.code == Code.UNIMPLEMENTED and len(left) == len(entries):
+                raise BulkDoorClosed from err
+        finally:
+            call.cancel()
+        if left:
+            yield [(entries[number].job_id, failure) for number in sorted(left)]
+
+
+async def _bulk_requests(
+    entries: Sequence[BulkEntry], given_up: GivenUp
+) -> AsyncGenerator[bulk_pb2.InferBulkRequest, None]:
+    make = bulk_pb2.InferBulkRequest.Entry
+    yield bulk_pb2.InferBulkRequest(
+        entries=[
+            make(
+                number=number,
+                request=entry.request,
+                timeout_ms=max(1, int(entry.timeout_s * 1000)),
+                tenant=entry.tenant,
+                is_retry=entry.is_retry,
+            )
+            for number, entry in enumerate(entries)
+        ]
+    )
+    numbers = {entry.job_id: number for number, entry in enumerate(entries)}
+    while True:
+        yield bulk_pb2.InferBulkRequest(given_up=[numbers[job_id] for job_id in await given_up.next()])
+
+
+def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> Answer | Failure:
+    if answer.HasField("response"):
+        return Answer(answer.response, instance)
+    is_shed = answer.HasField("retry_after_ms") and answer.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
+    return Failure(answer.code, answer.message, not is_shed, answer.retry_after_ms)
+
+
+def _printable(model: str) -> str:
+    """The name as a header may carry it: one that cannot be is no cluster's, and any instance may say so."""
+    return model if model.isascii() and model.isprintable() else "?"
 
 
 def failure_of(error: grpc.RpcError) -> Failure:
@@ -115,7 +233,10 @@ class RemoteResults:
         found: dict[str, End] = {}
         for first in range(0, len(job_ids), _QUERIED_AT_ONCE):
             some = job_ids[first : first + _QUERIED_AT_ONCE]
-            request = store_pb2.QueryResultsRequest(job_ids=some, omit_response=True, page_size=len(some))
+            # A result that retention has removed stands all the same: its job must not run again.
+            request = store_pb2.QueryResultsRequest(
+                job_ids=some, omit_response=True, page_size=len(some), include_removed=True
+            )
             with _translated("looking for results"):
                 response = await self._stub.QueryResults(request, timeout=LOOK_TIMEOUT_S)
             found.update({result.job_id: _end_of(result) for result in response.results})

@@ -113,6 +113,22 @@ class Group(Generic[T, R]):
         """
         return await self.add(item)
 
+    async def put_all(self, items: Sequence[T]) -> list[R | ShoalError]:
+        """Hands all `items` to the next groups and returns the answer or the error of each, in their order."""
+        try:
+            futures = [self.add(item) for item in items]
+        except ShoalError as err:
+            return [err] * len(items)
+        if not futures:
+            return []
+        try:
+            await asyncio.wait(futures)
+        except asyncio.CancelledError:
+            for future in futures:
+                future.cancel()
+            raise
+        return list(map(_outcome, futures))
+
     def _expire(self) -> None:
         """One timer for all: it looks at the oldest, which come first."""
         assert self._limit_s is not None
@@ -174,6 +190,15 @@ class Group(Generic[T, R]):
             _fail(group, Unavailable(f"{self._name}: interrupted"))
             self._under_way = []
             self._on_left(items)
+
+
+def _outcome(future: asyncio.Future[R]) -> R | ShoalError:
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, ShoalError):
+        return error
+    raise error
 
 
 def _fail(group: Sequence[tuple[object, asyncio.Future[R], float]], error: ShoalError) -> None:
