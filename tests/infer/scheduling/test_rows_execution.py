@@ -37,7 +37,7 @@ class Model(Session):
     def __init__(self) -> None:
         self.runs: list[int] = []
 
-    def run_rows(self, inputs, outputs):
+    def run_rows(self, inputs, outputs, stay=()):
         images, factors = inputs["image"], inputs["factor"]
         assert isinstance(images, list)
         self.runs.append(len(images))
