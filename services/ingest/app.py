@@ -119,10 +119,6 @@ async def run(config: IngestConfig) -> None:
             renew_ms=config.renew_ms,
         )
 
-        def accept(accepted: Sequence[Job]) -> None:
-            claims.notice(accepted)
-            dispatcher.accept(accepted)
-
         intake = Intake(
             documents,
             payloads,
@@ -132,7 +128,7 @@ async def run(config: IngestConfig) -> None:
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
-            on_accepted=accept,
+            takers=dispatcher,
         )
         configured = settings.read(config.connectors) if config.connectors is not None else {}
         connectors = Connectors(configured, intake, endings, clock=utc_now, ready=ready)

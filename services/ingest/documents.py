@@ -137,6 +137,8 @@ def document_of(job: Job) -> Document:
         document |= {"last_code": job.last_code, "last_message": job.last_message}
     if job.due_at is not None:
         document["due_at"] = job.due_at
+    if job.lease is not None:  # Adopted by its instance in the write that makes it durable.
+        document["lease"] = asdict(job.lease)
     if job.deadline is not None:
         document["deadline"] = job.deadline
     if job.priority:

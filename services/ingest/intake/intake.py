@@ -2,6 +2,8 @@
 
     submit ──check──> memory budget, backlog ──> group ──payloads, then jobs──> acknowledged ──> the dispatcher hears
 
+Where the dispatcher has time for them, jobs are written as claimed already: one write less in the life of each.
+
 A key that was used before is found by its unique index, in the same write: no read comes first, and two that race are
 told apart by the database.
 """
@@ -10,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from opentelemetry import propagate
 from pymongo.asynchronous.collection import AsyncCollection
@@ -51,6 +53,25 @@ class Accepted:
     existed: bool
 
 
+class Takers(Protocol):
+    """Who works on jobs, as intake needs them."""
+
+    def adopt(self, jobs: list[Job]) -> list[Job]:
+        """The jobs as they are to be written: claimed at once where somebody here has time for them.
+
+        What was adopted is then accepted, disowned or forgotten.
+        """
+
+    def accept(self, jobs: Sequence[Job]) -> None:
+        """They were written."""
+
+    def disown(self, jobs: Sequence[Job]) -> None:
+        """It is not clear whether they were written."""
+
+    def forget(self, jobs: Sequence[Job]) -> None:
+        """They were not written."""
+
+
 class Intake:
     """Takes jobs. Used as `async with`; leaving finishes the write under way."""
 
@@ -65,7 +86,7 @@ class Intake:
         ulids: Ulids,
         instance: str,
         inline_bytes: int,
-        on_accepted: Callable[[Sequence[Job]], None],
+        takers: Takers,
     ) -> None:
         self._jobs = jobs
         self._payloads = payloads
@@ -75,7 +96,7 @@ class Intake:
         self._ulids = ulids
         self._instance = instance
         self._inline_bytes = inline_bytes
-        self._on_accepted = on_accepted
+        self._takers = takers
         self._group: Group[Job, Accepted] = Group(
             "submitted jobs",
             self._write,
@@ -158,12 +179,17 @@ class Intake:
         return (await self._find_by_key({(tenant, key)})).get((tenant, key))
 
     async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
-        await self._payloads.put(jobs)
-        errors = await self._insert(jobs)
-        written = [job for job in jobs if job.id not in errors]
-        if written:
-            self._backlog.added(len(written))
-            self._on_accepted(written)
+        jobs = self._takers.adopt(jobs)
+        try:
+            await self._payloads.put(jobs)
+            errors = await self._insert(jobs)
+        except BaseException:
+            self._takers.disown(jobs)  # They may be there or not.
+            raise
+        self._takers.forget([job for job in jobs if job.id in errors])
+        if written := [job for job in jobs if job.id not in errors]:
+            self._backlog.added(sum(job.due_at is not None for job in written))
+            self._takers.accept(written)
         earlier = await self._earlier([job for job in jobs if isinstance(errors.get(job.id), KeyTaken)])
         await self._payloads.drop([job.id for job in jobs if job.id in errors and job.is_apart])
         return [earlier.get(job.id) or errors.get(job.id) or Accepted(job, False) for job in jobs]
