@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
 from mesh import mongo
+from mesh.etcd import Etcd
 from mesh.membership import Registration, State
 from mesh.server import Rpc, until_stopped
 from mesh.serving import Server
@@ -26,6 +27,10 @@ from services.store.responses import Responses
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
+from services.store.retention.book import RuleBook
+from services.store.retention.leadership import Leadership
+from services.store.retention.retention import Retention
+from services.store.retention.sweep import Sweep
 from services.store.rpc import StoreRpc
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2, store_pb2_grpc
@@ -51,6 +56,9 @@ async def run(config: StoreConfig) -> None:
         results = Results(collections, Responses(blobs, threads), _now)
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
+        etcd = await stack.enter_async_context(Etcd(config.etcd)) if config.etcd else None
+        book = RuleBook(collections, _now)
+        retention = Retention(book, Sweep(collections, book, _now), Leadership(etcd))
         result_stream = ResultStream(results, result_watch, config.max_streams)
         rpc = StoreRpc(
             artifacts,
@@ -66,6 +74,7 @@ async def run(config: StoreConfig) -> None:
                 threads,
                 config.max_exports,
             ),
+            retention,
             upload_idle_s=config.upload_idle_ms / 1000,
         )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))

@@ -21,6 +21,8 @@ from services.store.results.result_documents import timestamp
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
+from services.store.retention.messages import message_of, rule_of
+from services.store.retention.retention import Retention
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 
@@ -39,6 +41,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         result_watch: ResultWatch,
         result_stream: ResultStream,
         exports: Exports,
+        retention: Retention,
         *,
         upload_idle_s: float,
     ) -> None:
@@ -49,6 +52,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         self._result_watch = result_watch
         self._result_stream = result_stream
         self._exports = exports
+        self._retention = retention
         self._upload_idle_s = upload_idle_s
 
     async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
@@ -123,6 +127,16 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
             async for progress in running:
                 told = asdict(progress)
                 yield pb.ExportResultsResponse(bytes=told.pop("size"), **told)
+
+    async def SetRetention(self, request: pb.SetRetentionRequest, ctx: Context) -> pb.SetRetentionResponse:
+        rules = await self._retention.set(rule_of(request.rule), remove=request.remove)
+        return pb.SetRetentionResponse(rules=map(message_of, rules))
+
+    async def ListRetention(self, request: pb.ListRetentionRequest, ctx: Context) -> pb.ListRetentionResponse:
+        return pb.ListRetentionResponse(rules=map(message_of, await self._retention.list()))
+
+    async def ApplyRetention(self, request: pb.ApplyRetentionRequest, ctx: Context) -> pb.ApplyRetentionResponse:
+        return pb.ApplyRetentionResponse(**vars(await self._retention.apply(request.token)))
 
 
 def _artifact(artifact: Stored) -> pb.Artifact:

@@ -76,6 +76,15 @@ def submit(
         datetime | None,
         typer.Option(metavar="TIME", formats=TIMES, help="Do not run it before then: 2026-12-24T18:00, local time."),
     ] = None,
+    after: Annotated[
+        list[str] | None, typer.Option(metavar="JOB", help="Run it after this job has succeeded. May be repeated.")
+    ] = None,
+    after_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="The same by that job's idempotency key. May be repeated.")
+    ] = None,
+    fail_with: Annotated[
+        bool, typer.Option("--fail-with", help="When such a job does not succeed, fail; else it is cancelled.")
+    ] = False,
     keep_request: Annotated[
         bool, typer.Option("--keep-request", help="Keep the inputs when the job is done: for `shoal models quantize`.")
     ] = False,
@@ -115,6 +124,9 @@ def submit(
             keep_request=keep_request,
             delay=delay,
             not_before=not_before,
+            depends_on=after or (),
+            depends_on_keys=after_key or (),
+            fails_with_dependencies=fail_with,
         )
     if json:
         show_json(job)

@@ -15,6 +15,7 @@ from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
 from shoal.client.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
 from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
+from shoal.client.tenants import Tenant, TenantSettings
 
 __all__ = [
     "AsyncClient",
@@ -47,6 +48,8 @@ __all__ = [
     "RetryPolicy",
     "Status",
     "Submitted",
+    "Tenant",
+    "TenantSettings",
     "TensorMetadata",
     "Transition",
 ]

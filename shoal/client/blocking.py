@@ -12,6 +12,7 @@ from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
+from shoal.client.tenants import AsyncTenants
 
 
 class Models(Face[AsyncModels]):
@@ -66,6 +67,14 @@ class Results(Face[AsyncResults]):
     export = iterating(AsyncResults.export)
 
 
+class Tenants(Face[AsyncTenants]):
+    """`client.tenants`."""
+
+    list = blocking(AsyncTenants.list)
+    get = blocking(AsyncTenants.get)
+    set = blocking(AsyncTenants.set)
+
+
 class Client(Face[AsyncClient]):
     """Talks to a node at `address`, `host:port`; without one, to $SHOAL_GATEWAY or the node that runs here.
 
@@ -106,6 +115,7 @@ class Client(Face[AsyncClient]):
         self.models = Models(inner.models, loop)
         self.jobs = Jobs(inner.jobs, loop)
         self.results = Results(inner.results, loop)
+        self.tenants = Tenants(inner.tenants, loop)
 
     @property
     def address(self) -> str:

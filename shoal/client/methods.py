@@ -76,6 +76,9 @@ REQUEUE_DEAD_LETTERS = Method(
 PURGE_DEAD_LETTERS = Method(
     _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
 )
+SET_TENANT = Method(_INGEST + "SetTenant", ingest.SetTenantRequest, ingest.SetTenantResponse)
+GET_TENANT = Method(_INGEST + "GetTenant", ingest.GetTenantRequest, ingest.GetTenantResponse)
+LIST_TENANTS = Method(_INGEST + "ListTenants", ingest.ListTenantsRequest, ingest.ListTenantsResponse)
 
 _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)

@@ -42,6 +42,10 @@ SUMMARY = "_summary.json"
 DEAD = "_dead"
 """In the output. Names that begin with an underscore are passed over by readers of folders of Parquet."""
 
+CHUNK_ROWS = 4_096
+"""Rows of a chunk, unless a client says otherwise."""
+ATTEMPTS = 5
+"""Of a row by itself."""
 MOST_TRIES = 8
 """Times that a chunk, or a duty, may break for a reason of its own before its batch fails: so one that kills its
 instance each time does not do so for ever."""
@@ -151,8 +155,8 @@ class Batch:
     key: str = ""
     digest: bytes = b""
     labels: tuple[tuple[str, str], ...] = ()
-    chunk_rows: int = 4_096
-    max_attempts: int = 5
+    chunk_rows: int = CHUNK_ROWS
+    max_attempts: int = ATTEMPTS
     free_at: datetime | None = None
     """Its duty may be taken up from then on."""
     lease: Lease | None = None

@@ -5,17 +5,30 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 
 from google.protobuf.duration_pb2 import Duration
+from pymongo.asynchronous.database import AsyncDatabase
 
+from mesh.mongo import Document
 from services.ingest.clock import Clock
 from services.ingest.connectors import settings
+from services.ingest.connectors.checkpoints import CHECKPOINTS
 from services.ingest.connectors.connector import Connector, Ends, Parts, Plan, Sink, Source, Submits
 from services.ingest.connectors.formats import Format
 from services.ingest.connectors.progress import Progress
 from shoal.ingest.v1 import ingest_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where connectors run."""
+
+    instance: str
+    clock: Clock
+    database: AsyncDatabase[Document]
 
 
 class Connectors:
@@ -26,12 +39,12 @@ class Connectors:
         configured: Mapping[str, settings.Settings],
         intake: Submits,
         endings: Ends,
+        place: Place,
         *,
-        clock: Clock,
         ready: asyncio.Event,
     ) -> None:
         self._connectors = {
-            name: Connector(plan_of(name, each), intake, endings, ready=ready, progress=Progress(clock))
+            name: Connector(plan_of(name, each, place), intake, endings, ready=ready, progress=Progress(place.clock))
             for name, each in configured.items()
         }
         self._stack = AsyncExitStack()
@@ -47,14 +60,14 @@ class Connectors:
         await self._stack.__aexit__(kind, err, tb)
 
 
-def plan_of(name: str, configured: settings.Settings) -> Plan:
+def plan_of(name: str, configured: settings.Settings, place: Place) -> Plan:
     """What a connector of these settings does."""
     inputs = dict(configured.inputs)
     form = Format(configured.format, configured.writes, configured.model, configured.version, inputs)
     return Plan(
         name=name,
         format=form,
-        open=lambda: _parts(name, configured),
+        open=lambda: _parts(name, configured, place),
         tenant=configured.tenant,
         retry=_retry(configured.retry),
         deadline_s=configured.deadline_s,
@@ -64,9 +77,9 @@ def plan_of(name: str, configured: settings.Settings) -> Plan:
     )
 
 
-def _parts(name: str, configured: settings.Settings) -> Parts:
+def _parts(name: str, configured: settings.Settings, place: Place) -> Parts:
     return Parts(
-        source=_source(configured.source),
+        source=_source(name, configured.source, place),
         dead_letters=_sink(configured.dead_letters),
         sink=None if configured.sink is None else _sink(configured.sink),
     )
@@ -75,16 +88,33 @@ def _parts(name: str, configured: settings.Settings) -> Parts:
 # A broker's library is imported only where it is used: each is an extra of its own.
 
 
-def _source(given: settings.KafkaSource) -> Source:
-    from services.ingest.connectors import kafka
+def _source(name: str, given: settings.Source, place: Place) -> Source:
+    if isinstance(given, settings.KafkaSource):
+        from services.ingest.connectors import kafka
 
-    return kafka.KafkaSource(given.brokers, given.topic, given.group, start=given.start, options=given.options)
+        return kafka.KafkaSource(given.brokers, given.topic, given.group, start=given.start, options=given.options)
+    from services.ingest.connectors import kinesis
+
+    return kinesis.KinesisSource(
+        name,
+        kinesis.Access(given.stream, given.region, given.endpoint),
+        place.database[CHECKPOINTS],
+        me=place.instance,
+        clock=place.clock,
+        start=given.start,
+        lease_ms=given.lease_ms,
+        poll_ms=given.poll_ms,
+    )
 
 
-def _sink(given: settings.KafkaSink) -> Sink:
-    from services.ingest.connectors import kafka
+def _sink(given: settings.Sink) -> Sink:
+    if isinstance(given, settings.KafkaSink):
+        from services.ingest.connectors import kafka
 
-    return kafka.KafkaSink(given.brokers, given.topic, options=given.options)
+        return kafka.KafkaSink(given.brokers, given.topic, options=given.options)
+    from services.ingest.connectors import kinesis
+
+    return kinesis.KinesisSink(kinesis.Access(given.stream, given.region, given.endpoint))
 
 
 def _retry(given: settings.Retry) -> pb.RetryPolicy:

@@ -84,8 +84,29 @@ class KafkaSource(KafkaSink):
     """Where a group begins that has committed nothing yet."""
 
 
-Source: TypeAlias = Annotated[KafkaSource, Field()]
-Sink: TypeAlias = Annotated[KafkaSink, Field()]
+class KinesisSink(Part):
+    """A stream that is written to. Keys are found as AWS' own tools find them."""
+
+    kind: Annotated[Literal["kinesis"], AfterValidator(_installed("aiobotocore"))]
+    stream: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    region: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^\s]+$")] | None = None
+    """Another server than AWS' own."""
+
+
+class KinesisSource(KinesisSink):
+    """A stream that is read, its shards shared with other instances."""
+
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where a shard is begun that has no checkpoint yet."""
+    lease_ms: Annotated[int, Field(ge=1_000, le=600_000)] = 10_000
+    """Shards of an instance that is not heard of for so long go to others."""
+    poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
+    """How soon a shard that had nothing is asked again: Kinesis allows five questions a second, of all readers."""
+
+
+Source: TypeAlias = Annotated[KafkaSource | KinesisSource, Field(discriminator="kind")]
+Sink: TypeAlias = Annotated[KafkaSink | KinesisSink, Field(discriminator="kind")]
 
 
 class Retry(Part):
@@ -217,4 +238,4 @@ def _explained(loc: Iterable[int | str], kind: str, message: str) -> str:
     return f"{path}: should {text}" if message.startswith(("String", "Input")) else f"{path}: {text}"
 
 
-KINDS = ("kafka",)
+KINDS = ("kafka", "kinesis")

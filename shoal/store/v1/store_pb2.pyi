@@ -1,5 +1,6 @@
 import datetime
 
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from shoal.inference.v2 import inference_pb2 as _inference_pb2
 from google.protobuf.internal import containers as _containers
@@ -180,7 +181,7 @@ class WatchModelsResponse(_message.Message):
     def __init__(self, snapshot: _Optional[_Iterable[_Union[ModelVersion, _Mapping]]] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("job_id", "outcome", "model_name", "model_version", "response", "code", "message", "attempt", "lease_id", "tenant", "submitted_at", "recorded_at", "instance", "labels", "batch_id", "generation")
+    __slots__ = ("job_id", "outcome", "model_name", "model_version", "response", "code", "message", "attempt", "lease_id", "tenant", "submitted_at", "recorded_at", "instance", "labels", "batch_id", "removed_at", "answer_removed_at", "generation")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[Result.Outcome]
@@ -215,6 +216,8 @@ class Result(_message.Message):
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_AT_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_REMOVED_AT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     outcome: Result.Outcome
@@ -231,8 +234,10 @@ class Result(_message.Message):
     instance: str
     labels: _containers.ScalarMap[str, str]
     batch_id: str
+    removed_at: _timestamp_pb2.Timestamp
+    answer_removed_at: _timestamp_pb2.Timestamp
     generation: int
-    def __init__(self, job_id: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., lease_id: _Optional[str] = ..., tenant: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., instance: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., lease_id: _Optional[str] = ..., tenant: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., instance: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ..., removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., answer_removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class PutResultsRequest(_message.Message):
     __slots__ = ("results",)
@@ -268,7 +273,7 @@ class GetResultResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
 
 class QueryResultsRequest(_message.Message):
-    __slots__ = ("job_ids", "model_name", "model_version", "tenant", "outcome", "since", "until", "page_size", "page_token", "omit_response", "labels", "batch_id")
+    __slots__ = ("job_ids", "model_name", "model_version", "tenant", "outcome", "since", "until", "page_size", "page_token", "omit_response", "labels", "batch_id", "include_removed")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +293,7 @@ class QueryResultsRequest(_message.Message):
     OMIT_RESPONSE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_REMOVED_FIELD_NUMBER: _ClassVar[int]
     job_ids: _containers.RepeatedScalarFieldContainer[str]
     model_name: str
     model_version: str
@@ -300,7 +306,8 @@ class QueryResultsRequest(_message.Message):
     omit_response: bool
     labels: _containers.ScalarMap[str, str]
     batch_id: str
-    def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., omit_response: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ...) -> None: ...
+    include_removed: bool
+    def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., omit_response: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ..., include_removed: _Optional[bool] = ...) -> None: ...
 
 class QueryResultsResponse(_message.Message):
     __slots__ = ("results", "next_page_token")
@@ -418,3 +425,67 @@ class ExportResultsResponse(_message.Message):
     chunk: bytes
     complete: bool
     def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., parts: _Optional[int] = ..., cursor: _Optional[str] = ..., file: _Optional[str] = ..., file_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., chunk: _Optional[bytes] = ..., complete: _Optional[bool] = ...) -> None: ...
+
+class RetentionRule(_message.Message):
+    __slots__ = ("collection", "tenant", "keep", "updated_at")
+    class Collection(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        COLLECTION_UNSPECIFIED: _ClassVar[RetentionRule.Collection]
+        COLLECTION_RESULTS: _ClassVar[RetentionRule.Collection]
+        COLLECTION_ANSWERS: _ClassVar[RetentionRule.Collection]
+        COLLECTION_TOMBSTONES: _ClassVar[RetentionRule.Collection]
+    COLLECTION_UNSPECIFIED: RetentionRule.Collection
+    COLLECTION_RESULTS: RetentionRule.Collection
+    COLLECTION_ANSWERS: RetentionRule.Collection
+    COLLECTION_TOMBSTONES: RetentionRule.Collection
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
+    collection: RetentionRule.Collection
+    tenant: str
+    keep: _duration_pb2.Duration
+    updated_at: _timestamp_pb2.Timestamp
+    def __init__(self, collection: _Optional[_Union[RetentionRule.Collection, str]] = ..., tenant: _Optional[str] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class SetRetentionRequest(_message.Message):
+    __slots__ = ("rule", "remove")
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    rule: RetentionRule
+    remove: bool
+    def __init__(self, rule: _Optional[_Union[RetentionRule, _Mapping]] = ..., remove: _Optional[bool] = ...) -> None: ...
+
+class SetRetentionResponse(_message.Message):
+    __slots__ = ("rules",)
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    rules: _containers.RepeatedCompositeFieldContainer[RetentionRule]
+    def __init__(self, rules: _Optional[_Iterable[_Union[RetentionRule, _Mapping]]] = ...) -> None: ...
+
+class ListRetentionRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListRetentionResponse(_message.Message):
+    __slots__ = ("rules",)
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    rules: _containers.RepeatedCompositeFieldContainer[RetentionRule]
+    def __init__(self, rules: _Optional[_Iterable[_Union[RetentionRule, _Mapping]]] = ...) -> None: ...
+
+class ApplyRetentionRequest(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: int
+    def __init__(self, token: _Optional[int] = ...) -> None: ...
+
+class ApplyRetentionResponse(_message.Message):
+    __slots__ = ("results", "answers", "tombstones", "more")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    TOMBSTONES_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    results: int
+    answers: int
+    tombstones: int
+    more: bool
+    def __init__(self, results: _Optional[int] = ..., answers: _Optional[int] = ..., tombstones: _Optional[int] = ..., more: _Optional[bool] = ...) -> None: ...

@@ -104,6 +104,21 @@ class StoreServiceStub:
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.SerializeToString,
                 response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.FromString,
                 _registered_method=True)
+        self.SetRetention = channel.unary_unary(
+                '/shoal.store.v1.StoreService/SetRetention',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionResponse.FromString,
+                _registered_method=True)
+        self.ListRetention = channel.unary_unary(
+                '/shoal.store.v1.StoreService/ListRetention',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionResponse.FromString,
+                _registered_method=True)
+        self.ApplyRetention = channel.unary_unary(
+                '/shoal.store.v1.StoreService/ApplyRetention',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.FromString,
+                _registered_method=True)
 
 
 class StoreServiceServicer:
@@ -228,6 +243,29 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRetention(self, request, context):
+        """Says how long something is kept, for one tenant or for all that have no rule of their own, or removes such a rule.
+        Once it returns, nothing is removed under the rules before. INVALID_ARGUMENT names what is wrong.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRetention(self, request, context):
+        """All rules.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyRetention(self, request, context):
+        """For coord's leader: removes what the rules no longer keep, for about two seconds. FAILED_PRECONDITION: the token is
+        not the leader's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -300,6 +338,21 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.ExportResults,
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.FromString,
                     response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.SerializeToString,
+            ),
+            'SetRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRetention,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionResponse.SerializeToString,
+            ),
+            'ListRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRetention,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionResponse.SerializeToString,
+            ),
+            'ApplyRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplyRetention,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -680,6 +733,87 @@ class StoreService:
             '/shoal.store.v1.StoreService/ExportResults',
             shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsRequest.SerializeToString,
             shoal_dot_store_dot_v1_dot_store__pb2.ExportResultsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/SetRetention',
+            shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.SetRetentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ListRetention',
+            shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ListRetentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ApplyRetention',
+            shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.FromString,
             options,
             channel_credentials,
             insecure,

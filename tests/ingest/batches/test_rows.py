@@ -24,7 +24,8 @@ from services.ingest.batches.mapping import (
 )
 from services.ingest.batches.opening import rows_of
 from services.ingest.batches.outputs.columns import Columns
-from services.ingest.batches.outputs.part import About, Dead, Part
+from services.ingest.batches.outputs.part import Part
+from services.ingest.batches.outputs.written import About, Dead
 from services.ingest.batches.rows.fitting import fit
 from services.ingest.batches.rows.signature import DTYPES, Signature, Spec, signature_of
 from services.ingest.batches.rows.stacking import STACK_BYTES, Stack, stacks

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.breakable import PATIENCE_S
 from tests.ingest.conftest import IngestProcess, StartIngest
 from tests.ingest.connectors.brokers import Broker, toml
 from tests.ingest.connectors.kafkas import Kafka, Tansu
+from tests.ingest.connectors.kinesises import KEYS, Kinesis, Moto
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +28,29 @@ async def kafka(tansu: Tansu) -> Kafka:
     return await Kafka(tansu.address).make()
 
 
-@pytest.fixture(params=["kafka"])
-async def broker(request: pytest.FixtureRequest) -> Broker:
+@pytest.fixture(scope="module")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moto]:
+    with Moto(tmp_path_factory.mktemp("moto")) as server:
+        deadline = time.monotonic() + PATIENCE_S
+        while not server.is_ready():
+            assert server.is_running(), server.log.read_text()[-2000:]
+            assert time.monotonic() < deadline, "moto did not become ready"
+            time.sleep(0.05)
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _keys_of_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """moto takes any."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name.upper().replace("REGION_NAME", "AWS_DEFAULT_REGION"), value)
+
+
+@pytest.fixture(params=["kafka", "kinesis"])
+async def broker(request: pytest.FixtureRequest, mongo_uri: str, mongo_database: str) -> Broker:
     """Each broker in turn. Its parts are started only for those who ask for it."""
+    if request.param == "kinesis":
+        return await Kinesis(request.getfixturevalue("moto"), mongo_uri, mongo_database).make()
     if request.param == "kafka":
         return await Kafka(request.getfixturevalue("tansu").address).make()
     raise AssertionError(request.param)

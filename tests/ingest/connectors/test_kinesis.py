@@ -1,0 +1,165 @@
+"""Kinesis: shards that split, instances that share them, streams that are made anew."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from pymongo import AsyncMongoClient
+
+from services.ingest.clock import utc_now
+from services.ingest.connectors.checkpoints import CHECKPOINTS, Checkpoints
+from services.ingest.connectors.kinesis import Access, KinesisSink, KinesisSource
+from services.ingest.connectors.message import Message, Outgoing
+from shoal.errors import InvalidArgument, Unavailable
+from tests.breakable import until
+from tests.ingest.connectors.kinesises import REGION, Kinesis, Moto
+
+pytestmark = [pytest.mark.mongo]
+LEASE_MS = 1_000
+
+
+class Reader:
+    """A source that is read by a task, which settles what it is told to."""
+
+    def __init__(self, moto: Moto, stream: str, collection: Any, me: str, start: str = "earliest") -> None:
+        access = Access(stream, REGION, moto.endpoint)
+        self.source = KinesisSource(
+            "c", access, collection, me=me, clock=utc_now, start=start, lease_ms=LEASE_MS, poll_ms=20
+        )
+        self.got: list[Message] = []
+        self.settles = True
+
+    async def run(self) -> None:
+        async with self.source:
+            while True:
+                for message in await self.source.receive(100):
+                    self.got.append(message)
+                    if self.settles:
+                        self.source.settle(message)
+
+    @property
+    def values(self) -> list[bytes]:
+        return [message.value for message in self.got]
+
+
+@pytest.fixture
+async def kinesis(moto: Moto, mongo_uri: str, mongo_database: str) -> Kinesis:
+    return await Kinesis(moto, mongo_uri, mongo_database).make()
+
+
+@pytest.fixture
+async def collection(mongo_uri: str, mongo_database: str) -> Any:
+    async with AsyncMongoClient[dict[str, Any]](mongo_uri, tz_aware=True) as client:
+        yield client[mongo_database][CHECKPOINTS]
+
+
+async def test_a_split_shard_is_read_to_its_end_before_its_children(
+    moto: Moto, kinesis: Kinesis, collection: Any
+) -> None:
+    reader = Reader(moto, kinesis.stream, collection, "x")
+    reader.settles = False
+    await kinesis.publish([b"%d" % n for n in range(6)])
+    client = moto.client()
+    shard = sorted(each["ShardId"] for each in client.list_shards(StreamName=kinesis.stream)["Shards"])[0]
+    client.split_shard(StreamName=kinesis.stream, ShardToSplit=shard, NewStartingHashKey=str(1 << 126))
+    await kinesis.publish([b"%d" % n for n in range(6, 12)])
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(reader.run())
+        children = {each[0] for each in kinesis.published[6:]} - {each[0] for each in kinesis.published[:6]}
+        assert children, "the stream was not split"
+        others = sum(each[0] not in children for each in kinesis.published)
+        await until(lambda: len(reader.got) == others, "all but the children's")
+        assert not {message.lane.name for message in reader.got} & children
+        for message in reader.got:
+            reader.source.settle(message)
+        reader.settles = True
+        await until(lambda: len(reader.got) == 12, "the children's")
+        task.cancel()
+    assert sorted(reader.values, key=int) == [b"%d" % n for n in range(12)], "each once"
+
+
+async def test_two_instances_share_the_shards_and_one_takes_over_when_the_other_is_gone(
+    moto: Moto, kinesis: Kinesis, collection: Any
+) -> None:
+    one, two = (Reader(moto, kinesis.stream, collection, name) for name in ("x", "y"))
+    async with asyncio.TaskGroup() as tasks:
+        first = tasks.create_task(one.run())
+        await until(lambda: len(one.source.standing().lanes) == 2, "both shards")
+        second = tasks.create_task(two.run())
+        await until(lambda: [len(each.source.standing().lanes) for each in (one, two)] == [1, 1], "a shard each")
+        await kinesis.publish([b"%d" % n for n in range(10)])
+        await until(lambda: len(one.got) + len(two.got) >= 10, "all")
+        first.cancel()
+        await until(lambda: len(two.source.standing().lanes) == 2, "the other's too")
+        await kinesis.publish([b"%d" % n for n in range(10, 20)])
+        await until(lambda: len(two.got) >= 15, "the rest")
+        second.cancel()
+    assert {*one.values, *two.values} == {b"%d" % n for n in range(20)}
+
+
+async def test_who_goes_on_begins_after_the_last_that_was_settled(
+    moto: Moto, kinesis: Kinesis, collection: Any
+) -> None:
+    await kinesis.publish([b"%d" % n for n in range(10)])
+    one = Reader(moto, kinesis.stream, collection, "x")
+    one.settles = False
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(one.run())
+        await until(lambda: len(one.got) == 10, "all")
+        # 0 and 2 are of one shard, in this order; 1 is of the other, whose 3 is not settled.
+        for message in one.got:
+            if message.value in (b"0", b"2", b"1", b"5"):
+                one.source.settle(message)
+        task.cancel()
+    two = Reader(moto, kinesis.stream, collection, "y")
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(two.run())
+        await until(lambda: len(two.got) == 7, "what was not settled")
+        task.cancel()
+    assert {int(value) for value in two.values} == {3, 4, 5, 6, 7, 8, 9}
+
+
+async def test_from_latest_only_what_comes_later_is_read(moto: Moto, kinesis: Kinesis, collection: Any) -> None:
+    await kinesis.publish([b"old"])
+    reader = Reader(moto, kinesis.stream, collection, "x", start="latest")
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(reader.run())
+        await until(lambda: len(reader.source.standing().lanes) == 2, "both shards")
+
+        async def arrives() -> bool:
+            await kinesis.publish([b"new", b"new"])
+            return bool(reader.got)
+
+        await until(arrives, "a new one", every_s=0.2)
+        task.cancel()
+    assert b"old" not in reader.values
+
+
+async def test_an_instance_that_was_only_slow_moves_no_checkpoint(collection: Any) -> None:
+    slow, other = (Checkpoints(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
+    taken = await slow.take("a")
+    assert taken is not None
+    assert await other.take("a") is None, "it is held"
+
+    async def takes() -> bool:
+        return await other.take("a") is not None
+
+    await until(takes, "the lease lapsed")
+    assert not await slow.move("a", taken[0], sequence="99")
+    assert await slow.renew({"a": taken[0]}) == {"a"}
+    assert (await other.all())["a"].sequence == ""
+    assert (await other.all())["a"].owner == "y"
+
+
+async def test_a_stream_that_is_not_there_is_named(moto: Moto, collection: Any) -> None:
+    reader = Reader(moto, "none", collection, "x")
+    with pytest.raises(Unavailable, match="looking at stream none: there is no such stream: create it"):
+        await reader.run()
+
+
+async def test_a_record_that_is_too_large_is_refused_before_it_is_sent(moto: Moto, kinesis: Kinesis) -> None:
+    async with KinesisSink(Access(kinesis.stream, REGION, moto.endpoint)) as sink:
+        with pytest.raises(InvalidArgument, match="at most 1048576 bytes"):
+            await sink.send(Outgoing(b"x" * (1 << 20)))
