@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
+from shoal.client.batch import Batch, BatchFormat, BatchState, BatchStep
 from shoal.client.blocking import Client
 from shoal.client.dead_letters import Handled
 from shoal.client.export import Exported
@@ -20,6 +21,10 @@ from shoal.client.tenants import Tenant, TenantSettings
 __all__ = [
     "AsyncClient",
     "BFloat16",
+    "Batch",
+    "BatchFormat",
+    "BatchState",
+    "BatchStep",
     "Client",
     "EnvoyStatus",
     "Exported",
