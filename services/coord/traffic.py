@@ -46,6 +46,7 @@ _STORE_IDEMPOTENT = (
     "StreamResults",
     "ExportResults",
     "ListRetention",
+    "ListUsage",
 )
 _OF_BATCHES = ("GetBatch", "ListBatches", "WatchBatch")
 _INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters", "WatchJobs", *_OF_BATCHES)

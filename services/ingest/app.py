@@ -39,6 +39,7 @@ from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.storage import Storage
 from services.ingest.job import Job
 from services.ingest.reading.answers import StoredAnswers
 from services.ingest.reading.endings import Endings
@@ -142,11 +143,13 @@ async def run(config: IngestConfig) -> None:
             dispatcher.accept(accepted)
             cascade.accepted(accepted)
 
+        storage = await stack.enter_async_context(Storage(channel))
         intake = Intake(
             documents,
             payloads,
             backlog=backlog,
             admission=Admission(book, pending, buckets, gates=[backlog.admit]),
+            storage=storage,
             budget=Budget(config.pending_bytes, "submitted requests"),
             clock=utc_now,
             ulids=ulids,

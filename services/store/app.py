@@ -32,6 +32,8 @@ from services.store.retention.leadership import Leadership
 from services.store.retention.retention import Retention
 from services.store.retention.sweep import Sweep
 from services.store.rpc import StoreRpc
+from services.store.usage.counters import Counters
+from services.store.usage.quotas import Quotas
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
@@ -53,12 +55,13 @@ async def run(config: StoreConfig) -> None:
         artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=_now)
         registry = Registry(collections, artifacts, _now)
         registry_watch = await stack.enter_async_context(RegistryWatch(collections, registry))
-        results = Results(collections, Responses(blobs, threads), _now)
+        counters = await stack.enter_async_context(Counters(collections, _now))
+        results = Results(collections, Responses(blobs, threads), _now, counters.recorded)
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
         etcd = await stack.enter_async_context(Etcd(config.etcd)) if config.etcd else None
         book = RuleBook(collections, _now)
-        retention = Retention(book, Sweep(collections, book, _now), Leadership(etcd))
+        retention = Retention(book, Sweep(collections, book, counters, _now), Leadership(etcd))
         result_stream = ResultStream(results, result_watch, config.max_streams)
         rpc = StoreRpc(
             artifacts,
@@ -75,6 +78,7 @@ async def run(config: StoreConfig) -> None:
                 config.max_exports,
             ),
             retention,
+            Quotas(collections, counters, _now),
             upload_idle_s=config.upload_idle_ms / 1000,
         )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))

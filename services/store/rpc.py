@@ -23,6 +23,8 @@ from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
 from services.store.retention.messages import message_of, rule_of
 from services.store.retention.retention import Retention
+from services.store.usage.messages import usage_of
+from services.store.usage.quotas import Quotas
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 
@@ -42,6 +44,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         result_stream: ResultStream,
         exports: Exports,
         retention: Retention,
+        quotas: Quotas,
         *,
         upload_idle_s: float,
     ) -> None:
@@ -53,6 +56,7 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         self._result_stream = result_stream
         self._exports = exports
         self._retention = retention
+        self._quotas = quotas
         self._upload_idle_s = upload_idle_s
 
     async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
@@ -137,6 +141,14 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
 
     async def ApplyRetention(self, request: pb.ApplyRetentionRequest, ctx: Context) -> pb.ApplyRetentionResponse:
         return pb.ApplyRetentionResponse(**vars(await self._retention.apply(request.token)))
+
+    async def SetQuota(self, request: pb.SetQuotaRequest, ctx: Context) -> pb.SetQuotaResponse:
+        tenant = request.tenant if request.HasField("tenant") else None
+        await self._quotas.put(tenant, None if request.remove else request.bytes)
+        return pb.SetQuotaResponse()
+
+    async def ListUsage(self, request: pb.ListUsageRequest, ctx: Context) -> pb.ListUsageResponse:
+        return await usage_of(self._quotas, request)
 
 
 def _artifact(artifact: Stored) -> pb.Artifact:

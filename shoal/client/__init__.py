@@ -15,6 +15,7 @@ from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
 from shoal.client.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
 from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
+from shoal.client.store import Kept, RetentionRule, StoreUsage, TenantUsage
 from shoal.client.tenants import Tenant, TenantSettings
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "JobResult",
     "JobRetry",
     "JobState",
+    "Kept",
     "Leader",
     "ModelFile",
     "ModelMetadata",
@@ -45,11 +47,14 @@ __all__ = [
     "Progress",
     "Pushed",
     "ResultFilter",
+    "RetentionRule",
     "RetryPolicy",
     "Status",
+    "StoreUsage",
     "Submitted",
     "Tenant",
     "TenantSettings",
+    "TenantUsage",
     "TensorMetadata",
     "Transition",
 ]

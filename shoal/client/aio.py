@@ -16,6 +16,7 @@ from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
 from shoal.client.status import Status, look
+from shoal.client.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 from shoal.discovery import find_gateway
 from shoal.errors import ShoalError
@@ -56,6 +57,7 @@ class AsyncClient:
         self.models = AsyncModels(self._caller)
         self.jobs = AsyncJobs(self._caller, tenant)
         self.results = AsyncResults(self._caller, tenant)
+        self.store = AsyncStore(self._caller)
         self.tenants = AsyncTenants(self._caller)
 
     @property

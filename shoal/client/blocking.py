@@ -12,6 +12,7 @@ from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
+from shoal.client.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 
 
@@ -75,6 +76,17 @@ class Tenants(Face[AsyncTenants]):
     set = blocking(AsyncTenants.set)
 
 
+class Store(Face[AsyncStore]):
+    """`client.store`."""
+
+    retention = blocking(AsyncStore.retention)
+    set_retention = blocking(AsyncStore.set_retention)
+    remove_retention = blocking(AsyncStore.remove_retention)
+    usage = blocking(AsyncStore.usage)
+    set_quota = blocking(AsyncStore.set_quota)
+    remove_quota = blocking(AsyncStore.remove_quota)
+
+
 class Client(Face[AsyncClient]):
     """Talks to a node at `address`, `host:port`; without one, to $SHOAL_GATEWAY or the node that runs here.
 
@@ -115,6 +127,7 @@ class Client(Face[AsyncClient]):
         self.models = Models(inner.models, loop)
         self.jobs = Jobs(inner.jobs, loop)
         self.results = Results(inner.results, loop)
+        self.store = Store(inner.store, loop)
         self.tenants = Tenants(inner.tenants, loop)
 
     @property

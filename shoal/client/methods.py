@@ -55,6 +55,10 @@ REMOVE_MODEL = Method(_STORE + "RemoveModel", store.RemoveModelRequest, store.Re
 SET_ALIAS = Method(_STORE + "SetAlias", store.SetAliasRequest, store.SetAliasResponse)
 GET_RESULT = Method(_STORE + "GetResult", store.GetResultRequest, store.GetResultResponse)
 QUERY_RESULTS = Method(_STORE + "QueryResults", store.QueryResultsRequest, store.QueryResultsResponse)
+LIST_RETENTION = Method(_STORE + "ListRetention", store.ListRetentionRequest, store.ListRetentionResponse)
+SET_RETENTION = Method(_STORE + "SetRetention", store.SetRetentionRequest, store.SetRetentionResponse)
+LIST_USAGE = Method(_STORE + "ListUsage", store.ListUsageRequest, store.ListUsageResponse)
+SET_QUOTA = Method(_STORE + "SetQuota", store.SetQuotaRequest, store.SetQuotaResponse)
 EXPORT_RESULTS = Method(_STORE + "ExportResults", store.ExportResultsRequest, store.ExportResultsResponse)
 STREAM_RESULTS = Method(_STORE + "StreamResults", store.StreamResultsRequest, store.StreamResultsResponse)
 
