@@ -1,165 +1,115 @@
-"""`shoal store`: what is kept, how long, and how much room it takes."""
+"""`shoal store`: is everything there, and is it what it was; how long it is kept, and how much room it takes."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli import amounts
-from shoal.cli.output import AsJson, Gateway, connect, show, show_json, size
+from shoal.cli import retention, usage
+from shoal.cli.output import AsJson, Gateway, connect, console, show, show_json, show_json_line, size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shoal.client import Finding, Verified
 
 app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     no_args_is_help=True,
-    help="How long results are kept, and how much room they take.",
+    help="Verify what the store keeps, and say how long.",
 )
-retention = typer.Typer(
-    rich_markup_mode="rich",
-    no_args_is_help=True,
-    help="How long results, their answers, and what is left of them are kept.",
-)
-quota = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, help="How much room a tenant's results may take.")
-app.add_typer(retention, name="retention")
-app.add_typer(quota, name="quota")
-
-What = Annotated[str, typer.Argument(metavar="WHAT", help="results, answers or tombstones.")]
-Tenant = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Only of this tenant; '' is the default one. Without: of all that have no rule of their own.",
-    ),
-]
-
-
-@retention.command("list")
-def list_rules(gateway: Gateway = None, json: AsJson = False) -> None:
-    """List the rules. What has none is kept for ever.
-
-    [bold]Example[/bold]
-
-      shoal store retention list
-    """
-    with connect(gateway) as client:
-        rules = client.store.retention()
-    if json:
-        show_json(
-            [{**vars(rule), "keep_s": None if rule.keep is None else int(rule.keep.total_seconds())} for rule in rules]
-        )
-        return
-    rows = [
-        (rule.kept, _whose(rule.tenant), "for ever" if rule.keep is None else amounts.span(rule.keep), rule.updated_at)
-        for rule in rules
-    ]
-    show(("what", "tenant", "kept for", "since"), rows, empty="no rules: everything is kept")
-
-
-@retention.command("set")
-def set_rule(
-    what: What,
-    keep: Annotated[str, typer.Argument(metavar="AGE", help="90m, 24h, 30d, 8w; or forever.")],
-    tenant: Tenant = None,
-    gateway: Gateway = None,
-) -> None:
-    """Say how long something is kept. The leader removes what is older, within a minute or so.
-
-    [bold]Examples[/bold]
-
-      shoal store retention set answers 30d
-
-      shoal store retention set results forever --tenant acme
-    """
-    until = None if keep == "forever" else amounts.age(keep, "AGE")
-    with connect(gateway) as client:
-        client.store.set_retention(what, until, tenant=tenant)
-    typer.echo(f"{what} of {_whose(tenant)}: kept {'for ever' if until is None else f'for {keep}'}")
-
-
-@retention.command("remove")
-def remove_rule(what: What, tenant: Tenant = None, gateway: Gateway = None) -> None:
-    """Remove a rule: the one for all tenants counts again, or none.
-
-    [bold]Example[/bold]
-
-      shoal store retention remove results --tenant acme
-    """
-    with connect(gateway) as client:
-        client.store.remove_retention(what, tenant=tenant)
-    typer.echo(f"{what} of {_whose(tenant)}: no rule")
+app.add_typer(retention.app, name="retention")
+app.command()(usage.usage)
+app.add_typer(usage.quota, name="quota")
 
 
 @app.command()
-def usage(
-    recount: Annotated[
-        bool, typer.Option("--recount", help="Count all results one by one first: about a minute for some million.")
+def verify(
+    quick: Annotated[bool, typer.Option("--quick", help="Only whether blobs are there with their sizes.")] = False,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Read every blob and compare it with what was stored. Names what is damaged, and which models and jobs it harms.
+
+    Exits 1 when something is damaged. Push a damaged model again to repair it.
+
+    [bold]Examples[/bold]
+
+      shoal store verify
+
+      shoal store verify --quick --json
+    """
+    findings: list[Finding] = []
+    last: Verified | None = None
+    with connect(gateway) as client:
+        for last in _shown(client.store.verify(sizes_only=quick), json):
+            if last.finding is not None:
+                findings.append(last.finding)
+                if json:
+                    show_json_line(last.finding)
+    blobs, nbytes = (last.blobs, last.bytes) if last else (0, 0)
+    damaged = sum(finding.kind == "damaged" for finding in findings)
+    if json:
+        show_json_line({"blobs": blobs, "bytes": nbytes, "damaged": damaged})
+    else:
+        if findings:
+            rows = [(found.kind, found.key, found.message, "\n".join(found.users)) for found in findings]
+            show(("", "blob", "what", "harms"), rows)
+        looked = "looked at" if quick else "read and compared"
+        typer.echo(f"{blobs} blobs ({size(nbytes)}) {looked}: {damaged or 'none'} damaged")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def collect(
+    strays: Annotated[
+        bool, typer.Option("--strays", help="Also look through all blobs for those of uploads that broke off.")
     ] = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Show what each tenant's results take, and what they may take.
+    """Collect artifacts that nothing refers to, now. The store does this every ten minutes by itself.
+
+    An artifact goes in three steps, ten minutes apart: condemned, collected, its bytes removed.
 
     [bold]Example[/bold]
 
-      shoal store usage
+      shoal store collect --strays
     """
     with connect(gateway) as client:
-        found = client.store.usage(recount=recount)
+        done = client.store.collect(strays=strays)
     if json:
-        show_json(found)
+        show_json(done)
         return
-    rows = [
-        (
-            _name(one.tenant),
-            one.results,
-            size(one.bytes),
-            "none" if one.quota_bytes is None else size(one.quota_bytes),
-            "" if one.quota_bytes is None else f"{one.bytes / max(one.quota_bytes, 1):.0%}",
-            one.recounted_at,
-        )
-        for one in found.tenants
-    ]
-    show(("tenant", "results", "size", "quota", "used", "counted one by one"), rows, empty="no results")
-    typer.echo(f"{found.artifacts} artifacts (models, payloads): {size(found.artifact_bytes)}")
+    typer.echo(f"{done.condemned} condemned, {done.collected} collected, {done.removed} blobs removed")
+    if strays:
+        typer.echo(f"{done.strays} strays found")
 
 
-@quota.command("set")
-def set_quota(
-    most: Annotated[str, typer.Argument(metavar="BYTES", help="1048576, 500MiB, 20GB.")],
-    tenant: Tenant = None,
-    gateway: Gateway = None,
-) -> None:
-    """Say how much room a tenant's results may take. Who has used it up cannot submit jobs until there is room again.
-
-    [bold]Examples[/bold]
-
-      shoal store quota set 20GiB
-
-      shoal store quota set 500MiB --tenant acme
-    """
-    most_bytes = amounts.size(most, "BYTES")
-    with connect(gateway) as client:
-        client.store.set_quota(most_bytes, tenant=tenant)
-    typer.echo(f"results of {_whose(tenant)}: {size(most_bytes)} at most")
+def _shown(steps: Iterable[Verified], json: bool) -> Iterator[Verified]:
+    """The steps, with a progress bar on a terminal."""
+    with _bar(json) as told:
+        for step in steps:
+            told(step)
+            yield step
 
 
-@quota.command("remove")
-def remove_quota(tenant: Tenant = None, gateway: Gateway = None) -> None:
-    """Remove a quota: the one for all tenants counts again, or none.
+@contextmanager
+def _bar(json: bool) -> Iterator[Any]:
+    out = console(stderr=True)
+    if json or not out.is_terminal:
+        yield lambda step: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    [bold]Example[/bold]
-
-      shoal store quota remove --tenant acme
-    """
-    with connect(gateway) as client:
-        client.store.remove_quota(tenant=tenant)
-    typer.echo(f"results of {_whose(tenant)}: no quota")
-
-
-def _name(tenant: str) -> str:
-    return tenant or "(default)"
-
-
-def _whose(tenant: str | None) -> str:
-    return "all tenants without one of their own" if tenant is None else f"tenant {_name(tenant)}"
+    with Progress(
+        TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[read]}"),
+        TimeRemainingColumn(), console=out, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=None, read="")
+        yield lambda step: bar.update(task, completed=step.blobs, total=step.blobs_in_all, read=size(step.bytes))
