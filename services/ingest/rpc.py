@@ -19,6 +19,8 @@ from services.ingest.reading.jobs import Filter, Jobs
 from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.schedules.book import Schedules
+from services.ingest.schedules.rpc import SchedulesRpc
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from services.ingest.batches.room import Batches
 
 
-class IngestRpc(DeadLettersRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
+class IngestRpc(DeadLettersRpc, SchedulesRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -37,6 +39,7 @@ class IngestRpc(DeadLettersRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceService
         watch: Watch,
         cancelling: Cancelling,
         dead_letters: DeadLetters,
+        schedules: Schedules,
         watch_many: WatchMany,
         batches: Batches | None,
         *,
@@ -44,6 +47,7 @@ class IngestRpc(DeadLettersRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceService
         stream_bytes: int,
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
+        SchedulesRpc.__init__(self, schedules)
         BatchesRpc.__init__(self, batches)
         self._intake = intake
         self._jobs = jobs

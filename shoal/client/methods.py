@@ -76,6 +76,12 @@ REQUEUE_DEAD_LETTERS = Method(
 PURGE_DEAD_LETTERS = Method(
     _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
 )
+# A second put without `replace` is ALREADY_EXISTS, a second removal NOT_FOUND: a repeat would call a success a failure.
+PUT_SCHEDULE = Method(_INGEST + "PutSchedule", ingest.PutScheduleRequest, ingest.PutScheduleResponse, False)
+GET_SCHEDULE = Method(_INGEST + "GetSchedule", ingest.GetScheduleRequest, ingest.GetScheduleResponse)
+LIST_SCHEDULES = Method(_INGEST + "ListSchedules", ingest.ListSchedulesRequest, ingest.ListSchedulesResponse)
+PAUSE_SCHEDULE = Method(_INGEST + "PauseSchedule", ingest.PauseScheduleRequest, ingest.PauseScheduleResponse)
+REMOVE_SCHEDULE = Method(_INGEST + "RemoveSchedule", ingest.RemoveScheduleRequest, ingest.RemoveScheduleResponse, False)
 
 _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)
