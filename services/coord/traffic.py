@@ -45,6 +45,7 @@ _STORE_IDEMPOTENT = (
     "WatchResults",
     "StreamResults",
     "ExportResults",
+    "ListRetention",
 )
 _OF_BATCHES = ("GetBatch", "ListBatches", "WatchBatch")
 _OF_LIFE = ("ListDeadLetters", "WatchJobs", "GetSchedule", "ListSchedules")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -52,6 +53,11 @@ from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.documents import VALIDATOR as SCHEDULE_VALIDATOR
 from services.ingest.schedules.firing import Firing
 from services.ingest.short import SUBMIT, ShortSubmit
+from services.ingest.tenants.admission import Admission
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.bucket import Buckets
+from services.ingest.tenants.pending import Pending
+from services.ingest.tenants.reading import Standings
 from services.ingest.ulid import Ulids
 from shoal.errors import ShoalError
 
@@ -77,6 +83,9 @@ async def run(config: IngestConfig) -> None:
         documents, payloads = database[JOBS], Payloads(database)
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
+        book = Book(database)
+        pending = Pending(documents, time.monotonic)
+        buckets = Buckets(database, time.monotonic)
         claims = Claims(
             documents,
             clock=utc_now,
@@ -84,6 +93,7 @@ async def run(config: IngestConfig) -> None:
             owner=name,
             process=ulids.new(),
             lease_ms=config.lease_ms,
+            weight_of=book.weight,
             ageing=timedelta(milliseconds=config.ageing_ms),
         )
         model = RemoteModel(channel)
@@ -142,6 +152,7 @@ async def run(config: IngestConfig) -> None:
             documents,
             payloads,
             backlog=backlog,
+            admission=Admission(book, pending, buckets, gates=[backlog.admit]),
             budget=Budget(config.pending_bytes, "submitted requests"),
             clock=utc_now,
             ulids=ulids,
@@ -197,11 +208,14 @@ async def run(config: IngestConfig) -> None:
             schedules,
             watch_many,
             batches,
+            book,
+            Standings(documents, book, pending),
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
         # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
         # dispatcher; both outlive the server, whose last calls may need them.
+        await stack.enter_async_context(book)
         await stack.enter_async_context(recorder)
         await stack.enter_async_context(changes)
         await stack.enter_async_context(keeper)
@@ -226,7 +240,7 @@ async def run(config: IngestConfig) -> None:
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 
         async def start() -> None:
-            await _prepare(database, claims, batches)
+            await _prepare(database, claims, batches, book, buckets)
             intake.open()
             ready.set()
             await server.serve()
@@ -242,7 +256,9 @@ async def run(config: IngestConfig) -> None:
             batches.stop()
 
 
-async def _prepare(database: AsyncDatabase[Document], claims: Claims, batches: Batches | None) -> None:
+async def _prepare(
+    database: AsyncDatabase[Document], claims: Claims, batches: Batches | None, book: Book, buckets: Buckets
+) -> None:
     """Makes the collections, and takes up what an earlier process of this name left behind. Tries until it succeeds."""
     while True:
         try:
@@ -253,6 +269,8 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims, batches: B
             await mongo.ensure_collection(database, LEADS, validator=LEAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, SCHEDULES, validator=SCHEDULE_VALIDATOR, indexes=SCHEDULE_INDEXES)
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            await book.open()
+            await buckets.open()
             if lined_up := await claims.line_up():
                 log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():

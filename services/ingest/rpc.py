@@ -21,6 +21,9 @@ from services.ingest.reading.watch import Watch
 from services.ingest.reading.watch_many import WatchMany
 from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.rpc import SchedulesRpc
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.reading import Standings
+from services.ingest.tenants.rpc import TenantsRpc
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from services.ingest.batches.room import Batches
 
 
-class IngestRpc(DeadLettersRpc, SchedulesRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
+class IngestRpc(DeadLettersRpc, SchedulesRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -42,6 +45,8 @@ class IngestRpc(DeadLettersRpc, SchedulesRpc, BatchesRpc, ingest_pb2_grpc.Ingest
         schedules: Schedules,
         watch_many: WatchMany,
         batches: Batches | None,
+        book: Book,
+        standings: Standings,
         *,
         stream_items: int,
         stream_bytes: int,
@@ -49,6 +54,7 @@ class IngestRpc(DeadLettersRpc, SchedulesRpc, BatchesRpc, ingest_pb2_grpc.Ingest
         DeadLettersRpc.__init__(self, dead_letters)
         SchedulesRpc.__init__(self, schedules)
         BatchesRpc.__init__(self, batches)
+        TenantsRpc.__init__(self, book, standings)
         self._intake = intake
         self._jobs = jobs
         self._watch = watch

@@ -271,7 +271,7 @@ class AsyncJobs:
         """The answer to a job, from the store; waits until the job has ended, at most `timeout` seconds.
 
         Raises:
-            NotFound: no such job.
+            NotFound: no such job, or its result is no longer kept.
             FailedPrecondition: it has not ended, and `wait` is False.
             DeadlineExceeded: it has not ended in time, or it expired.
             Cancelled: it was cancelled.

@@ -56,6 +56,8 @@ SET_ALIAS = Method(_STORE + "SetAlias", store.SetAliasRequest, store.SetAliasRes
 GET_RESULT = Method(_STORE + "GetResult", store.GetResultRequest, store.GetResultResponse)
 QUERY_RESULTS = Method(_STORE + "QueryResults", store.QueryResultsRequest, store.QueryResultsResponse)
 EXPORT_RESULTS = Method(_STORE + "ExportResults", store.ExportResultsRequest, store.ExportResultsResponse)
+VERIFY_STORE = Method(_STORE + "VerifyStore", store.VerifyStoreRequest, store.VerifyStoreResponse)
+COLLECT_ARTIFACTS = Method(_STORE + "CollectArtifacts", store.CollectArtifactsRequest, store.CollectArtifactsResponse)
 STREAM_RESULTS = Method(_STORE + "StreamResults", store.StreamResultsRequest, store.StreamResultsResponse)
 
 _INGEST = "/shoal.ingest.v1.IngestService/"
@@ -76,6 +78,18 @@ REQUEUE_DEAD_LETTERS = Method(
 PURGE_DEAD_LETTERS = Method(
     _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
 )
+SET_TENANT = Method(_INGEST + "SetTenant", ingest.SetTenantRequest, ingest.SetTenantResponse)
+GET_TENANT = Method(_INGEST + "GetTenant", ingest.GetTenantRequest, ingest.GetTenantResponse)
+LIST_TENANTS = Method(_INGEST + "ListTenants", ingest.ListTenantsRequest, ingest.ListTenantsResponse)
+
+# As with Submit: never without an idempotency key.
+SUBMIT_BATCH = Method(_INGEST + "SubmitBatch", ingest.SubmitBatchRequest, ingest.SubmitBatchResponse)
+GET_BATCH = Method(_INGEST + "GetBatch", ingest.GetBatchRequest, ingest.GetBatchResponse)
+LIST_BATCHES = Method(_INGEST + "ListBatches", ingest.ListBatchesRequest, ingest.ListBatchesResponse)
+WATCH_BATCH = Method(_INGEST + "WatchBatch", ingest.WatchBatchRequest, ingest.WatchBatchResponse)
+CANCEL_BATCH = Method(_INGEST + "CancelBatch", ingest.CancelBatchRequest, ingest.CancelBatchResponse)
+PAUSE_BATCH = Method(_INGEST + "PauseBatch", ingest.PauseBatchRequest, ingest.PauseBatchResponse)
+RESUME_BATCH = Method(_INGEST + "ResumeBatch", ingest.ResumeBatchRequest, ingest.ResumeBatchResponse)
 # A second put without `replace` is ALREADY_EXISTS, a second removal NOT_FOUND: a repeat would call a success a failure.
 PUT_SCHEDULE = Method(_INGEST + "PutSchedule", ingest.PutScheduleRequest, ingest.PutScheduleResponse, False)
 GET_SCHEDULE = Method(_INGEST + "GetSchedule", ingest.GetScheduleRequest, ingest.GetScheduleResponse)

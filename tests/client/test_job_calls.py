@@ -332,7 +332,7 @@ async def test_a_job_that_has_not_ended(served: Served) -> None:
 async def test_a_job_that_ended_and_left_nothing(served: Served) -> None:
     async with client_of(served) as client:
         standing(served, "SUCCEEDED")
-        with pytest.raises(Internal, match="job a succeeded, and the store has no result"):
+        with pytest.raises(NotFound, match="job a succeeded; its result is no longer in the store"):
             await client.jobs.result("a")
         standing(served, "DEAD")
         with pytest.raises(Internal, match="job a is dead: no luck"):

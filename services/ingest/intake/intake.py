@@ -20,6 +20,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import BulkWriteError
 
 from mesh.mongo import Document, translate, translated
+from mesh.tasks import end
 from services.ingest.clock import Clock
 from services.ingest.dependencies.references import by_key, words
 from services.ingest.dependencies.standings import standings
@@ -30,6 +31,7 @@ from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
+from services.ingest.tenants.admission import Admission
 from services.ingest.ulid import Ulids
 from shoal.errors import AlreadyExists, DataLoss, NotFound, ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -62,6 +64,7 @@ class Intake:
         payloads: Payloads,
         *,
         backlog: Backlog,
+        admission: Admission,
         budget: Budget,
         clock: Clock,
         ulids: Ulids,
@@ -72,6 +75,7 @@ class Intake:
         self._jobs = jobs
         self._payloads = payloads
         self._backlog = backlog
+        self._admission = admission
         self._budget = budget
         self._clock = clock
         self._ulids = ulids
@@ -87,6 +91,8 @@ class Intake:
             limit_s=_WAIT_S,
             on_left=self._left,
         )
+        self._asking: set[asyncio.Task[Accepted]] = set()
+        # Submits that wait to hear of a limit. Bounded as calls are: each has its caller.
         self._is_open = False
 
     async def __aenter__(self) -> Intake:
@@ -96,6 +102,7 @@ class Intake:
     async def __aexit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
+        await end(*self._asking)
         await self._group.__aexit__(kind, err, tb)
 
     def open(self) -> None:
@@ -116,14 +123,23 @@ class Intake:
             Unavailable: MongoDB is away; the job may or may not be there, so repeat it with an idempotency key.
         """
         job = self._checked(submit, traceparent)
+        if not self._admission.admit_at_hand(job.tenant):
+            asking = asyncio.create_task(self._begin_later(job), name="admission")
+            self._asking.add(asking)
+            asking.add_done_callback(self._asking.discard)
+            return asking
         self._budget.take(_size(job))
         return self._handed_on(job)
 
     async def begin_when_there_is_room(
         self, submit: pb.SubmitRequest, traceparent: str = ""
     ) -> asyncio.Future[Accepted]:
-        """The same, but where memory is short it waits for some instead of refusing. For a stream: read on after it."""
+        """The same, but for a stream, which is read on after it: where there is no room, it waits for some.
+
+        For memory as long as it takes; for what `Admission` asks, half a minute.
+        """
         job = self._checked(submit, traceparent)
+        await self._admission.wait(job.tenant)
         await self._budget.wait_for(_size(job))
         return self._handed_on(job)
 
@@ -138,8 +154,12 @@ class Intake:
         )
         if not self._is_open:
             raise Unavailable("the job database has not been reached yet: retry in a moment")
-        self._backlog.admit()
         return job
+
+    async def _begin_later(self, job: Job) -> Accepted:
+        await self._admission.admit(job.tenant)
+        self._budget.take(_size(job))
+        return await self._handed_on(job)
 
     def _handed_on(self, job: Job) -> asyncio.Future[Accepted]:
         try:

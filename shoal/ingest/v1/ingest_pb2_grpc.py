@@ -149,6 +149,21 @@ class IngestServiceStub:
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchResponse.FromString,
                 _registered_method=True)
+        self.SetTenant = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/SetTenant',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantResponse.FromString,
+                _registered_method=True)
+        self.GetTenant = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/GetTenant',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantResponse.FromString,
+                _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListTenants',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
 
 
 class IngestServiceServicer:
@@ -157,7 +172,8 @@ class IngestServiceServicer:
     def Submit(self, request, context):
         """Takes one job. The answer means: it is durable, it will run. A repeated `idempotency_key` of the same tenant is
         answered with the first job. INVALID_ARGUMENT says which field. ALREADY_EXISTS: the key was used with another
-        request. RESOURCE_EXHAUSTED: the backlog is full; the trailer `retry-after-ms` says when to come back.
+        request. RESOURCE_EXHAUSTED: the backlog or the tenant's quota is full, its rate is used up, or the database is short
+        of time or disk; the trailer `retry-after-ms` says when to come back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,7 +181,8 @@ class IngestServiceServicer:
 
     def SubmitStream(self, request_iterator, context):
         """Takes a stream of jobs and acknowledges each once it is durable, in the order of the stream. Jobs are written in
-        groups, so this is the fast way in. Reading stops while too many are unacknowledged: that is the backpressure.
+        groups, so this is the fast way in. Reading stops while too many are unacknowledged, and while the tenant is at a limit
+        or the database is short (for up to 30 s, then that job is refused): that is the backpressure.
         A job that is refused is answered in-band, and the stream goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -344,6 +361,31 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetTenant(self, request, context):
+        """Tenants: shares and limits.
+
+        Says what a tenant may have; counts within about a second on every instance, for jobs that wait already too. Only the
+        fields that are set change. INVALID_ARGUMENT says which field.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTenant(self, request, context):
+        """A tenant's settings, what is in force for it, and how much waits. A tenant that nobody has set is answered as well:
+        the default is in force for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTenants(self, request, context):
+        """Tenants that have settings, or jobs that wait, by name, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IngestServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -461,6 +503,21 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.ResumeBatch,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchResponse.SerializeToString,
+            ),
+            'SetTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTenant,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantResponse.SerializeToString,
+            ),
+            'GetTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTenant,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantResponse.SerializeToString,
+            ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1084,6 +1141,87 @@ class IngestService:
             '/shoal.ingest.v1.IngestService/ResumeBatch',
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchRequest.SerializeToString,
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/SetTenant',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/GetTenant',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListTenants',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.FromString,
             options,
             channel_credentials,
             insecure,
