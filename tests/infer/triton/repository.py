@@ -48,7 +48,6 @@ class TritonPythonModel:
         self.version = int(args["model_version"])
 
     def execute(self, requests):
-        self.requests = requests
         return [self.answer(request) for request in requests]
 
     def answer(self, request):
