@@ -21,6 +21,7 @@ from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import checkpoints, settings
 from services.ingest.connectors.connectors import Connectors, Place
+from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
@@ -149,6 +150,9 @@ async def run(config: IngestConfig) -> None:
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
         watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
+        run_streams = RunStreams(
+            intake, endings, most=config.max_streams, items=config.run_items, all_items=config.run_items_together
+        )
         servicer = IngestRpc(
             intake,
             jobs,
@@ -156,6 +160,7 @@ async def run(config: IngestConfig) -> None:
             cancelling,
             dead_letters,
             watch_many,
+            run_streams,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )

@@ -50,6 +50,12 @@ class IngestConfig(ServiceConfig):
     max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100
     """WatchJobs streams at once, each of which holds a change stream of its own: MongoDB reads its log for each."""
 
+    run_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Jobs of one RunStream without a result beyond which it is not read further."""
+    run_items_together: Annotated[int, Field(ge=1)] = 100_000
+    """The same of all such streams together; each may have one beyond it. About 2 KiB of memory each."""
+    max_streams: Annotated[int, Field(ge=1)] = 10_000
+    """RunStreams at once."""
     connectors: Path | None = None
     """A file of connectors (TOML): streams of Kafka and others that this instance takes part in."""
 

@@ -7,6 +7,8 @@ from contextlib import aclosing
 
 from mesh.interceptors import Context
 from mesh.server import Rpc
+from services.ingest.connectors.rpc import StreamsRpc
+from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dead_letters.rpc import DeadLettersRpc
 from services.ingest.dispatch.cancel import Cancelling
@@ -22,7 +24,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 
 
-class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
+class IngestRpc(DeadLettersRpc, StreamsRpc, ingest_pb2_grpc.IngestServiceServicer):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -33,11 +35,13 @@ class IngestRpc(DeadLettersRpc, ingest_pb2_grpc.IngestServiceServicer):
         cancelling: Cancelling,
         dead_letters: DeadLetters,
         watch_many: WatchMany,
+        run_streams: RunStreams,
         *,
         stream_items: int,
         stream_bytes: int,
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
+        StreamsRpc.__init__(self, run_streams)
         self._intake = intake
         self._jobs = jobs
         self._watch = watch

@@ -8,7 +8,7 @@ from shoal.client.blocking import Client
 from shoal.client.dead_letters import Handled
 from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
-from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
+from shoal.client.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, Transition
 from shoal.client.job_watch import JobChange, JobFilter
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
 from shoal.client.result import JobResult, Outcome, ResultFilter
@@ -43,6 +43,7 @@ __all__ = [
     "Outcome",
     "Progress",
     "Pushed",
+    "Ran",
     "ResultFilter",
     "RetryPolicy",
     "Status",

@@ -357,3 +357,35 @@ class WatchJobsResponse(_message.Message):
     resume_token: str
     existing: bool
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., resume_token: _Optional[str] = ..., existing: _Optional[bool] = ...) -> None: ...
+
+class RunStreamRequest(_message.Message):
+    __slots__ = ("sequence", "submit", "job_id", "stream")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    submit: SubmitRequest
+    job_id: str
+    stream: str
+    def __init__(self, sequence: _Optional[int] = ..., submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., job_id: _Optional[str] = ..., stream: _Optional[str] = ...) -> None: ...
+
+class RunStreamResponse(_message.Message):
+    __slots__ = ("sequence", "job_id", "existed", "state", "response", "code", "message", "retry_after_ms")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    EXISTED_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    job_id: str
+    existed: bool
+    state: JobState
+    response: _inference_pb2.ModelInferResponse
+    code: int
+    message: str
+    retry_after_ms: int
+    def __init__(self, sequence: _Optional[int] = ..., job_id: _Optional[str] = ..., existed: _Optional[bool] = ..., state: _Optional[_Union[JobState, str]] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
