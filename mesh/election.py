@@ -28,6 +28,8 @@ from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
 
+LEADER = b"/shoal/election/coord/"
+"""The election that makes one coord replica the leader of the cluster: whoever acts for it asks here who that is."""
 TTL_S = 3
 """A killed leader is succeeded after about so long."""
 REFRESH_S = 1.0

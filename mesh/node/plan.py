@@ -155,7 +155,9 @@ def _own_defaults(service: str, options: Options) -> dict[str, str]:
             # Buckets are open to whom the user's credentials are; of this machine only the node's own folder.
             "EXPORTS": f"{exports},s3://,gs://,az://",
         }
-    return {"DATABASE": "shoal"} if service == "ingest" else {}
+    # Whoever reaches the gateway, which listens on this machine only, may use what its user may.
+    places = "file:///,s3://,gs://,az://"
+    return {"DATABASE": "shoal", "BATCH_URLS": places} if service == "ingest" else {}
 
 
 def _grace_s(drain_ms: str) -> float:

@@ -9,19 +9,21 @@ from contextlib import AsyncExitStack
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from mesh.election import Election
+from mesh.channel import connect
+from mesh.election import LEADER, Election
 from mesh.etcd import Etcd
 from mesh.membership import Registration, State
 from mesh.mirror import Mirror
 from mesh.server import GrpcServer, Rpc, until_stopped
 from mesh.xds.ads import AdsServer
 from mesh.xds.tracing import tracing_of
-from services.coord.cluster import ELECTION, PREFIX
+from services.coord.cluster import PREFIX
 from services.coord.config import CoordConfig
 from services.coord.configurations import Configurations
 from services.coord.duties import Duties
 from services.coord.health import MeshHealth
 from services.coord.instances import Instances
+from services.coord.retention import Retention
 from services.coord.rpc import CoordRpc
 from services.coord.traffic import COORD, HEALTH, INFER, INGEST, PUBLIC, STORE, table
 from shoal.coord.v1 import coord_pb2_grpc
@@ -50,8 +52,11 @@ async def run(config: CoordConfig) -> None:
         )
         stack.callback(health.leave)
         registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))
-        election = await stack.enter_async_context(Election(etcd, ELECTION, name))
+        election = await stack.enter_async_context(Election(etcd, LEADER, name))
         await stack.enter_async_context(Duties(etcd, mirror, election))
+        if config.mesh is not None:
+            channel = await stack.enter_async_context(connect(config.mesh))
+            await stack.enter_async_context(Retention(election, channel, config.retention_ms / 1000))
         health.serve()
         await registration.update(state=State.READY)
         log.info("serving at %s", server.address)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesh.election import Leader, leader_of
+from mesh.election import LEADER, Leader, leader_of
 from mesh.membership import Instance, State, view_of
 from mesh.mirror import Copy
 from services.coord.drains import Mark, drained, marks_of
 
 PREFIX = b"/shoal/"
-ELECTION = b"/shoal/election/coord/"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def cluster_of(copy: Copy) -> Cluster:
     """Reads a copy of all keys under PREFIX."""
     view = view_of(copy)
     marks = marks_of(copy.entries)
-    election = {key: entry for key, entry in copy.entries.items() if key.startswith(ELECTION)}
+    election = {key: entry for key, entry in copy.entries.items() if key.startswith(LEADER)}
     return Cluster(
         view.instances,
         marks,

@@ -45,8 +45,10 @@ _STORE_IDEMPOTENT = (
     "WatchResults",
     "StreamResults",
     "ExportResults",
+    "ListRetention",
 )
-_INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters", "WatchJobs")
+_OF_BATCHES = ("GetBatch", "ListBatches", "WatchBatch")
+_INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters", "WatchJobs", *_OF_BATCHES)
 _COORD_IDEMPOTENT = ("ListInstances", "WatchInstances", "GetLeader", "GetMeshStatus")
 
 _MODEL_FIELDS = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from pymongo.asynchronous.database import AsyncDatabase
 
@@ -17,12 +19,14 @@ from mesh.mongo import Document
 from mesh.server import until_stopped
 from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
+from services.ingest.batches.door import batches_of
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import checkpoints, settings
 from services.ingest.connectors.connectors import Connectors, Place
 from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
+from services.ingest.dependencies.cascade import Cascade
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.dispatch.claims import Claims
@@ -44,8 +48,16 @@ from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.short import SUBMIT, ShortSubmit
+from services.ingest.tenants.admission import Admission
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.bucket import Buckets
+from services.ingest.tenants.pending import Pending
+from services.ingest.tenants.reading import Standings
 from services.ingest.ulid import Ulids
 from shoal.errors import ShoalError
+
+if TYPE_CHECKING:
+    from services.ingest.batches.room import Batches
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +78,9 @@ async def run(config: IngestConfig) -> None:
         documents, payloads = database[JOBS], Payloads(database)
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
+        book = Book(database)
+        pending = Pending(documents, time.monotonic)
+        buckets = Buckets(database, time.monotonic)
         claims = Claims(
             documents,
             clock=utc_now,
@@ -73,10 +88,12 @@ async def run(config: IngestConfig) -> None:
             owner=name,
             process=ulids.new(),
             lease_ms=config.lease_ms,
+            weight_of=book.weight,
             ageing=timedelta(milliseconds=config.ageing_ms),
         )
+        model = RemoteModel(channel)
         attempts = Attempts(
-            RemoteModel(channel),
+            model,
             payloads,
             gate=gate,
             memory=Budget(config.pending_bytes, "requests being run"),
@@ -107,6 +124,7 @@ async def run(config: IngestConfig) -> None:
         def moved(job_id: str) -> None:
             changes.poke(job_id)
             endings.poke(job_id)
+            cascade.changed(job_id)
 
         keeper = Keeper(
             documents,
@@ -123,11 +141,13 @@ async def run(config: IngestConfig) -> None:
         def accept(accepted: Sequence[Job]) -> None:
             claims.notice(accepted)
             dispatcher.accept(accepted)
+            cascade.accepted(accepted)
 
         intake = Intake(
             documents,
             payloads,
             backlog=backlog,
+            admission=Admission(book, pending, buckets, gates=[backlog.admit]),
             budget=Budget(config.pending_bytes, "submitted requests"),
             clock=utc_now,
             ulids=ulids,
@@ -139,13 +159,19 @@ async def run(config: IngestConfig) -> None:
         connectors = Connectors(configured, intake, endings, Place(name, utc_now, database), ready=ready)
         cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
 
-        def requeued(again: Sequence[Job]) -> None:
+        def due_again(again: Sequence[Job]) -> None:
             backlog.added(len(again))
+            claims.notice(again)
             for job in again:
                 changes.poke(job.id)
             dispatcher.wake()
+            cascade.accepted(again)
 
-        dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=requeued)
+        cascade = Cascade(
+            documents, claims, dispatcher, clock=utc_now, instance=name, ready=ready, on_released=due_again
+        )
+
+        dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=due_again)
         watching = await stack.enter_async_context(
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
@@ -153,6 +179,7 @@ async def run(config: IngestConfig) -> None:
         run_streams = RunStreams(
             intake, endings, most=config.max_streams, items=config.run_items, all_items=config.run_items_together
         )
+        batches = batches_of(config, database, channel, model, clock=utc_now, new_id=ulids.new, ready=ready)
         servicer = IngestRpc(
             intake,
             jobs,
@@ -160,19 +187,26 @@ async def run(config: IngestConfig) -> None:
             cancelling,
             dead_letters,
             watch_many,
+            batches,
+            book,
+            Standings(documents, book, pending),
             run_streams,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
         # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
         # dispatcher; both outlive the server, whose last calls may need them.
+        await stack.enter_async_context(book)
         await stack.enter_async_context(recorder)
         await stack.enter_async_context(changes)
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
+        await stack.enter_async_context(cascade)
         await stack.enter_async_context(intake)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)
+        if batches is not None:
+            await stack.enter_async_context(batches)
         server = await stack.enter_async_context(
             server_of(
                 config.listen,
@@ -185,7 +219,7 @@ async def run(config: IngestConfig) -> None:
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 
         async def start() -> None:
-            await _prepare(database, claims)
+            await _prepare(database, claims, batches, book, buckets)
             intake.open()
             ready.set()
             await server.serve()
@@ -197,9 +231,13 @@ async def run(config: IngestConfig) -> None:
         stack.push_async_callback(end, starting)
         await until_stopped()
         dispatcher.stop_claiming()
+        if batches is not None:
+            batches.stop()
 
 
-async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
+async def _prepare(
+    database: AsyncDatabase[Document], claims: Claims, batches: Batches | None, book: Book, buckets: Buckets
+) -> None:
     """Makes the collections, and takes up what an earlier process of this name left behind. Tries until it succeeds."""
     while True:
         try:
@@ -208,10 +246,14 @@ async def _prepare(database: AsyncDatabase[Document], claims: Claims) -> None:
                 database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
             )
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+            await book.open()
+            await buckets.open()
             if lined_up := await claims.line_up():
                 log.info("%d jobs of an earlier version were lined up", lined_up)
             if left := await claims.inherit():
                 log.warning("an earlier process of this name left %d jobs: they are taken up", left)
+            if batches is not None and (chunks := await batches.prepare()):
+                log.warning("an earlier process of this name left %d chunks of batches: they are taken up", chunks)
             return
         except ShoalError as err:
             log.warning("not ready yet: %s", err)

@@ -47,6 +47,19 @@ class IngestConfig(ServiceConfig):
     """Requests in memory that wait to be written, all calls together; beyond it Submit is refused and streams wait."""
     max_watches: Annotated[int, Field(ge=1)] = 10_000
     """WatchJob streams at once."""
+    batch_urls: Annotated[str, Field(pattern=r"^((file|s3|gs|az)://[^,\s]*(,\s*|$))*$")] = "s3://,gs://,az://"
+    """What batches may read and write, as beginnings of URLs with commas between them: `file:///data,s3://bucket/x`.
+    Whoever may submit a batch reaches these places with the rights of this process. Empty: nothing."""
+    batch_chunks: Annotated[int, Field(ge=1, le=64)] = 2
+    """Chunks of batches that this instance runs at once: while one is read and written, the other keeps models busy."""
+    batch_calls: Annotated[int, Field(ge=1, le=1_000)] = 16
+    """Calls to infer at once for batches, each of as many rows as the model takes."""
+
+    @property
+    def batch_places(self) -> tuple[str, ...]:
+        """`batch_urls`, one by one."""
+        return tuple(url.strip() for url in self.batch_urls.split(",") if url.strip())
+
     max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100
     """WatchJobs streams at once, each of which holds a change stream of its own: MongoDB reads its log for each."""
 

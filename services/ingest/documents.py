@@ -23,7 +23,7 @@ from bson import Binary
 from pymongo import ASCENDING, DESCENDING, DeleteOne, IndexModel, UpdateMany, UpdateOne
 
 from mesh.mongo import Document
-from services.ingest.job import DEAD_LETTERS, TRANSITIONS_KEPT, Job, Lease, Policy, State, Transition
+from services.ingest.job import DEAD_LETTERS, TRANSITIONS_KEPT, End, Job, Lease, Outcome, Policy, State, Transition
 
 JOBS = "jobs"
 PAYLOADS = "payloads"
@@ -63,6 +63,13 @@ INDEXES = (
         unique=True,
         partialFilterExpression={"key": {"$exists": True}},
     ),
+    # Whom the end of a job concerns, and all that wait for others: of most jobs neither index knows anything.
+    IndexModel([("waits_for", ASCENDING)], name="dependents", partialFilterExpression={"waits_for": {"$exists": True}}),
+    IndexModel(
+        [("state", ASCENDING), ("_id", ASCENDING)],
+        name="all_dependents",
+        partialFilterExpression={"waits_for": {"$exists": True}},
+    ),
     IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="by_state"),
     IndexModel([("model_name", ASCENDING), ("_id", DESCENDING)], name="by_model"),
     IndexModel([("tenant", ASCENDING), ("_id", DESCENDING)], name="by_tenant"),
@@ -94,6 +101,8 @@ VALIDATOR: Mapping[str, Any] = {
             "submitted_at": {"bsonType": "date"},
             "lane": {"bsonType": "string"},
             "due_at": {"bsonType": "date"},
+            "depends_on": {"bsonType": "array", "minItems": 1, "items": {"bsonType": "string"}},
+            "waits_for": {"bsonType": "array", "minItems": 1, "items": {"bsonType": "string"}},
             "deadline": {"bsonType": "date"},
             "lease": {"bsonType": "object", "required": ["id", "owner", "expires_at"]},
             "transitions": {"bsonType": "array", "minItems": 1},
@@ -137,6 +146,12 @@ def document_of(job: Job) -> Document:
         document |= {"last_code": job.last_code, "last_message": job.last_message}
     if job.due_at is not None:
         document["due_at"] = job.due_at
+    if job.depends_on:
+        document |= {"depends_on": list(job.depends_on), "waits_for": list(job.waits_for)}
+    if job.not_before is not None:
+        document["not_before"] = job.not_before
+    if job.fails_with_them:
+        document["fails_with_them"] = True
     if job.deadline is not None:
         document["deadline"] = job.deadline
     if job.priority:
@@ -155,6 +170,7 @@ def document_of(job: Job) -> Document:
 def job_of(document: Mapping[str, Any]) -> Job:
     """Reads a job; fields that a projection left out take their defaults."""
     cancel: Mapping[str, Any] | None = document.get("cancel")
+    doom: Mapping[str, Any] | None = document.get("doom")
     lease: Mapping[str, Any] | None = document.get("lease")
     return Job(
         id=document["_id"],
@@ -170,6 +186,10 @@ def job_of(document: Mapping[str, Any]) -> Job:
         policy=Policy(**{**document["policy"], "codes": tuple(document["policy"].get("codes", ()))}),
         due_at=document.get("due_at"),
         deadline=document.get("deadline"),
+        depends_on=tuple(document.get("depends_on", ())),
+        waits_for=tuple(document.get("waits_for", ())),
+        not_before=document.get("not_before"),
+        fails_with_them=document.get("fails_with_them", False),
         generation=document.get("generation", 1),
         attempts=document["attempts"],
         refusals=document["refusals"],
@@ -183,6 +203,7 @@ def job_of(document: Mapping[str, Any]) -> Job:
         steps=document.get("steps", len(document["transitions"])),
         lease=Lease(**lease) if lease else None,
         cancel_reason=cancel["reason"] if cancel else None,
+        doom=End(Outcome(doom["outcome"]), doom["code"], doom["message"]) if doom else None,
         traceparent=document["traceparent"],
         explains=document.get("explains", False),
         is_apart=document.get("is_apart", False),
@@ -238,6 +259,14 @@ def difference(before: Job, after: Job) -> dict[str, Any]:
         set_["state"] = str(after.state)
     if before.due_at != after.due_at:
         _put(set_, unset, "due_at", after.due_at)
+    if before.waits_for != after.waits_for:
+        _put(set_, unset, "waits_for", list(after.waits_for) or None)
+    if before.not_before != after.not_before:
+        _put(set_, unset, "not_before", after.not_before)
+    if before.cancel_reason is not None and after.cancel_reason is None:
+        unset["cancel"] = ""
+    if before.doom is not None and after.doom is None:
+        unset["doom"] = ""
     if before.deadline != after.deadline:
         _put(set_, unset, "deadline", after.deadline)
     if before.lease != after.lease:
@@ -287,6 +316,17 @@ def _policy(policy: Policy) -> Document:
     if not policy.codes:
         del document["codes"]  # Few jobs have their own, and every job pays for its bytes.
     return document
+
+
+def unleased(job: Job) -> Document:
+    """The filter of a write about a job that nobody works on, as it was read."""
+    return {"_id": job.id, "steps": job.steps, "lease": {"$exists": False}, "waits_for": {"$exists": True}}
+
+
+def dooming(lease: Lease, how: End) -> Document:
+    """An update that takes a job over, to end it so: whoever finds it after that does the same."""
+    doom = {"outcome": int(how.outcome), "code": how.code, "message": how.message}
+    return {"$set": {"lease": asdict(lease), "doom": doom}}
 
 
 def _step(step: Transition) -> Document:

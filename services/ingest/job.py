@@ -20,6 +20,8 @@ follows from the result that stands (`state_of`). A process that dies between th
 whoever takes the job over records again, is told what stands, and ends the job by it. So states and results cannot
 disagree.
 
+A job with dependencies is QUEUED, and not due before they have succeeded (`dependencies/`).
+
 A **generation** is one such life. A dead letter (FAILED, DEAD) that is requeued lives again as the next generation,
 with all its attempts; its result carries the generation, and the store lets it take the place of the earlier failure.
 What a holder of the earlier generation still writes, the fence keeps from the job, and the store from the result.
@@ -137,6 +139,17 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """Decision: the job has its outcome; record it."""
+
+    outcome: Outcome
+    code: int = 0
+    message: str = ""
+    generation: int = 1
+    """The job's, that it is the end of."""
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A job as it is at one moment. Times are UTC, in whole milliseconds."""
 
@@ -156,6 +169,14 @@ class Job:
     due_at: datetime | None = None
     """Set while the job waits to be claimed: not before then."""
     deadline: datetime | None = None
+    depends_on: tuple[str, ...] = ()
+    """The jobs that must succeed first, as `dependencies/` writes them down."""
+    waits_for: tuple[str, ...] = ()
+    """Those of them that have not; while there are any it is not due, whoever has it."""
+    not_before: datetime | None = None
+    """With dependencies: not due before then, even when they have succeeded earlier."""
+    fails_with_them: bool = False
+    """It ends as FAILED when one of them does not succeed, and not as CANCELLED."""
     generation: int = 1
     """How many lives it has begun: each requeue of a dead letter begins one."""
     attempts: int = 0
@@ -171,6 +192,8 @@ class Job:
     lease: Lease | None = None
     cancel_reason: str | None = None
     """Set when a client asked to cancel it."""
+    doom: End | None = None
+    """Set when it was decided that it ends so, whoever carries that out."""
     traceparent: str = ""
     """The trace of the submit (W3C), which each attempt continues."""
     explains: bool = False
@@ -219,20 +242,15 @@ class Again:
     message: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class End:
-    """Decision: the job has its outcome; record it."""
-
-    outcome: Outcome
-    code: int = 0
-    message: str = ""
-    generation: int = 1
-    """The job's, that it is the end of."""
-
-
-def acceptance(now: datetime, instance: str, due_at: datetime | None = None) -> tuple[Transition, ...]:
-    """The transitions of a job that `instance` has just accepted, and that is not to run before `due_at`."""
+def acceptance(
+    now: datetime, instance: str, due_at: datetime | None = None, dependencies: int = 0
+) -> tuple[Transition, ...]:
+    """The transitions of a job that `instance` has just accepted, and that is not to run before `due_at`, nor before
+    so many others have succeeded.
+    """
     reason = "submitted"
+    if dependencies:
+        reason += f", waits for {dependencies} jobs" if dependencies > 1 else ", waits for a job"
     if due_at is not None and due_at > now:
         reason += f", not to run before {due_at.isoformat(timespec='milliseconds')}"
     return (Transition(State.QUEUED, now, 0, instance, reason),)
@@ -268,7 +286,7 @@ def try_again(job: Job, again: Again, instance: str, now: datetime) -> Job:
     return replace(
         job,
         state=State.QUEUED,
-        due_at=again.due_at,
+        due_at=None if job.waits_for else again.due_at,
         attempts=job.attempts - is_taken_back,
         refusals=0 if again.is_counted else job.refusals + bool(again.code),
         last_code=again.code or job.last_code,
@@ -276,6 +294,21 @@ def try_again(job: Job, again: Again, instance: str, now: datetime) -> Job:
         updated_at=now,
         lease=None,
         transitions=_grown(job, step),
+        steps=job.steps + 1,
+    )
+
+
+def released_from_waiting(job: Job, instance: str, now: datetime) -> Job:
+    """A job whose dependencies have succeeded: it is due, or will be at its own time."""
+    many = len(job.depends_on)
+    reason = f"its {many} dependencies have succeeded" if many > 1 else "its dependency has succeeded"
+    return replace(
+        job,
+        waits_for=(),
+        not_before=None,
+        due_at=now if job.not_before is None else max(now, job.not_before),
+        updated_at=now,
+        transitions=_grown(job, Transition(State.QUEUED, now, job.attempts, instance, reason)),
         steps=job.steps + 1,
     )
 
@@ -289,6 +322,7 @@ def end(job: Job, standing: End, instance: str, now: datetime) -> Job:
         job,
         state=state,
         due_at=None,
+        waits_for=(),
         refusals=0,
         last_code=job.last_code if is_answered else standing.code,
         last_message=job.last_message if is_answered else standing.message[:MESSAGE_CHARS],
@@ -309,7 +343,10 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
         generation=job.generation + 1,
         attempts=0,
         refusals=0,
-        due_at=now,
+        due_at=None if job.depends_on else now,
+        waits_for=job.depends_on,
+        not_before=None,
+        doom=None,
         deadline=None if job.deadline is None else now + (job.deadline - job.submitted_at),
         cancel_reason=None,
         updated_at=now,
@@ -390,7 +427,9 @@ def refused_wait_ms(refusals: int, drawn: float) -> float:
 
 
 def ended_from_outside(job: Job, now: datetime) -> End | None:
-    """How a job ends whatever its attempts say: a client cancelled it, or its deadline passed. None: neither."""
+    """How a job ends whatever its attempts say: a client cancelled it, its deadline passed ... None: it does not."""
+    if job.doom is not None:
+        return job.doom
     if job.cancel_reason is not None:
         reason = f"cancelled: {job.cancel_reason}" if job.cancel_reason else "cancelled by a client"
         return End(Outcome.CANCELLED, Code.CANCELLED, reason)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from services.ingest.dependencies import references
 from services.ingest.job import Job, State, generations
 from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -32,6 +33,8 @@ def message_of(job: Job) -> pb.Job:
         keeps_request=job.is_kept,
         priority=job.priority,
         generation=job.generation,
+        depends_on=map(references.message_of, job.depends_on),
+        waits_for=map(references.message_of, job.waits_for),
         transitions=[
             pb.Transition(
                 state=_STATES[step.state],
@@ -44,8 +47,9 @@ def message_of(job: Job) -> pb.Job:
             for step, generation in zip(job.transitions, generations(job), strict=True)
         ],
     )
-    if job.due_at is not None and job.due_at > job.submitted_at:
-        message.not_before.CopyFrom(timestamp_of(job.due_at))
+    due_at = job.due_at or job.not_before
+    if due_at is not None and due_at > job.submitted_at:
+        message.not_before.CopyFrom(timestamp_of(due_at))
     if job.deadline is not None:
         message.deadline.CopyFrom(timestamp_of(job.deadline))
     return message

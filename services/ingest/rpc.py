@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 from mesh.interceptors import Context
 from mesh.server import Rpc
+from services.ingest.batches.rpc import BatchesRpc
 from services.ingest.connectors.rpc import StreamsRpc
 from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
@@ -19,12 +21,18 @@ from services.ingest.reading.jobs import Filter, Jobs
 from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.reading import Standings
+from services.ingest.tenants.rpc import TenantsRpc
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 
+if TYPE_CHECKING:
+    from services.ingest.batches.room import Batches
 
-class IngestRpc(DeadLettersRpc, StreamsRpc, ingest_pb2_grpc.IngestServiceServicer):
+
+class IngestRpc(DeadLettersRpc, TenantsRpc, BatchesRpc, StreamsRpc, ingest_pb2_grpc.IngestServiceServicer):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -35,6 +43,9 @@ class IngestRpc(DeadLettersRpc, StreamsRpc, ingest_pb2_grpc.IngestServiceService
         cancelling: Cancelling,
         dead_letters: DeadLetters,
         watch_many: WatchMany,
+        batches: Batches | None,
+        book: Book,
+        standings: Standings,
         run_streams: RunStreams,
         *,
         stream_items: int,
@@ -42,6 +53,8 @@ class IngestRpc(DeadLettersRpc, StreamsRpc, ingest_pb2_grpc.IngestServiceService
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
         StreamsRpc.__init__(self, run_streams)
+        BatchesRpc.__init__(self, batches)
+        TenantsRpc.__init__(self, book, standings)
         self._intake = intake
         self._jobs = jobs
         self._watch = watch

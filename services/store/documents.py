@@ -2,7 +2,10 @@
 
 artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, damaged?, condemned_at?, referred_at?}
 references {_id: name of who refers, digest, made_at}: others than models
+retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
+fences     {_id: "retention", token, rules, acts?}; how far answers are gone: {_id: answers/tenant, recorded_at, job_id}
 graves     {_id: key of a blob that is to go, buried_at}
+holds      {_id: a backup that is under way, expires_at}: no blob is removed
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
 aliases    {_id: "name/alias", name, alias, version}
 results    {_id: job id, outcome, ..., recorded_at, labels?, response: bytes | blob: {key, size, sha256}}
@@ -62,6 +65,7 @@ ARTIFACTS = _schema(
 )
 REFERENCES = _schema({"_id": _NAME, "digest": _DIGEST, "made_at": _DATE})
 GRAVES = _schema({"_id": _NAME, "buried_at": _DATE})
+HOLDS = _schema({"_id": _NAME, "expires_at": _DATE})
 MODELS = _schema(
     {
         "_id": _NAME,
@@ -100,8 +104,27 @@ RESULTS = _schema(
         "blob": _BLOB,
         # Of later ones than the first only: `results/generations.py`.
         "generation": {"bsonType": ["int", "long"], "minimum": 2},
+        # Retention has taken the answer out.
+        "answer_removed_at": _DATE,
     },
 )
+# What is left of a result that retention has removed: `retention/tombstones.py`.
+TOMBSTONES = _schema(
+    {
+        "_id": RESULTS["properties"]["_id"],
+        "outcome": RESULTS["properties"]["outcome"],
+        "code": {"bsonType": ["int", "long"]},
+        "attempt": _SIZE,
+        "stood_at": _DATE,
+        "removed_at": _DATE,
+    },
+    {"generation": RESULTS["properties"]["generation"]},
+)
+RETENTION = _schema(
+    {"_id": _NAME, "kept": _NAME, "updated_at": _DATE},
+    {"tenant": _TEXT, "keep_ms": {"bsonType": ["int", "long"], "minimum": 1}},
+)
+FENCES = _schema({"_id": _NAME}, {"token": _SIZE, "rules": _SIZE, "acts": _SIZE, "recorded_at": _DATE, "job_id": _NAME})
 
 EVER = datetime(1, 1, 1, tzinfo=UTC)
 """Before everything: `{"$gte": EVER}` asks that a time is set, in a way that an index can answer."""
@@ -126,7 +149,10 @@ RESULT_INDEXES = [
     # labels and batches cost a result that has none.
     _newest("by_failure", "outcome", among={**_STANDING, "outcome": {"$gt": 1}}),
     _newest("by_label", "labels", among={"labels": {"$exists": True}}),
+    # Not for queries: whether a blob still belongs to a result.
+    IndexModel("blob.key", name="by_blob", partialFilterExpression={"blob.key": {"$exists": True}}),
     _newest("by_batch", "batch_id", among={"batch_id": {"$exists": True}}),
+    IndexModel("removed_at", name="removed", partialFilterExpression={"removed_at": {"$exists": True}}),
 ]
 _RETIRED_RESULT_INDEXES = ("newest", "model_newest", "tenant_newest", "failed_newest")
 ARTIFACT_INDEXES = [
@@ -161,6 +187,7 @@ class Collections:
             "graves": await ensure_collection(
                 db, "graves", validator=_validator(GRAVES), indexes=[IndexModel("buried_at", name="oldest")]
             ),
+            "holds": await ensure_collection(db, "holds", validator=_validator(HOLDS), indexes=[]),
             "models": await ensure_collection(
                 db,
                 "models",
@@ -176,10 +203,12 @@ class Collections:
             "results": await ensure_collection(
                 db,
                 "results",
-                validator=_validator(RESULTS),
+                validator=_validator(RESULTS, TOMBSTONES),
                 indexes=RESULT_INDEXES,
                 retired=_RETIRED_RESULT_INDEXES,
             ),
+            "retention": await ensure_collection(db, "retention", validator=_validator(RETENTION), indexes=[]),
+            "fences": await ensure_collection(db, "fences", validator=_validator(FENCES), indexes=[]),
         }
         self._made = made
 
@@ -192,8 +221,20 @@ class Collections:
         return self._get("references")
 
     @property
+    def retention(self) -> Collection:
+        return self._get("retention")
+
+    @property
+    def fences(self) -> Collection:
+        return self._get("fences")
+
+    @property
     def graves(self) -> Collection:
         return self._get("graves")
+
+    @property
+    def holds(self) -> Collection:
+        return self._get("holds")
 
     @property
     def models(self) -> Collection:
@@ -218,5 +259,6 @@ def whole_milliseconds(time: datetime) -> datetime:
     return time.replace(microsecond=time.microsecond // 1_000 * 1_000)
 
 
-def _validator(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"$jsonSchema": dict(schema)}
+def _validator(*schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """Documents of one of these forms."""
+    return {"$jsonSchema": dict(schemas[0]) if len(schemas) == 1 else {"oneOf": list(map(dict, schemas))}}

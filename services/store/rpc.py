@@ -9,10 +9,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from services.store.artifacts import digest
-from services.store.artifacts.artifacts import Artifacts
-from services.store.artifacts.stored import Stored
-from services.store.artifacts.uploads import Upload
+from services.store.artifact_rpc import ArtifactParts, ArtifactRpc
 from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
 from services.store.registry.registry import Registry, Version
@@ -21,50 +18,35 @@ from services.store.results.result_documents import timestamp
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
+from services.store.retention.messages import message_of, rule_of
+from services.store.retention.retention import Retention
 from shoal.store.v1 import store_pb2 as pb
-from shoal.store.v1 import store_pb2_grpc
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
-class StoreRpc(store_pb2_grpc.StoreServiceServicer):
+class StoreRpc(ArtifactRpc):
     """The servicer. Errors are translated by the server's interceptor."""
 
     def __init__(
         self,
-        artifacts: Artifacts,
+        artifacts: ArtifactParts,
         registry: Registry,
         registry_watch: RegistryWatch,
         results: Results,
         result_watch: ResultWatch,
         result_stream: ResultStream,
         exports: Exports,
-        *,
-        upload_idle_s: float,
+        retention: Retention,
     ) -> None:
-        self._artifacts = artifacts
+        super().__init__(artifacts)
         self._registry = registry
         self._registry_watch = registry_watch
         self._results = results
         self._result_watch = result_watch
         self._result_stream = result_stream
         self._exports = exports
-        self._upload_idle_s = upload_idle_s
-
-    async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
-        upload = await Upload.opened(requests, self._upload_idle_s)
-        artifact, existed = await self._artifacts.put(upload)
-        return pb.PutArtifactResponse(artifact=_artifact(artifact), existed=existed)
-
-    async def StatArtifact(self, request: pb.StatArtifactRequest, ctx: Context) -> pb.StatArtifactResponse:
-        artifact, received = await self._artifacts.stat(digest.checked(request.sha256, "sha256"))
-        return pb.StatArtifactResponse(artifact=_artifact(artifact) if artifact else None, received_bytes=received)
-
-    async def GetArtifact(self, request: pb.GetArtifactRequest, ctx: Context) -> AsyncIterator[pb.GetArtifactResponse]:
-        artifact, chunks = await self._artifacts.reader.read(digest.checked(request.sha256, "sha256"), request.offset)
-        yield pb.GetArtifactResponse(size_bytes=artifact.size)
-        async for chunk in chunks:
-            yield pb.GetArtifactResponse(chunk=chunk)
+        self._retention = retention
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:
         model = request.model
@@ -124,9 +106,15 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
                 told = asdict(progress)
                 yield pb.ExportResultsResponse(bytes=told.pop("size"), **told)
 
+    async def SetRetention(self, request: pb.SetRetentionRequest, ctx: Context) -> pb.SetRetentionResponse:
+        rules = await self._retention.set(rule_of(request.rule), remove=request.remove)
+        return pb.SetRetentionResponse(rules=map(message_of, rules))
 
-def _artifact(artifact: Stored) -> pb.Artifact:
-    return pb.Artifact(sha256=artifact.digest, size_bytes=artifact.size, created_at=timestamp(artifact.created_at))
+    async def ListRetention(self, request: pb.ListRetentionRequest, ctx: Context) -> pb.ListRetentionResponse:
+        return pb.ListRetentionResponse(rules=map(message_of, await self._retention.list()))
+
+    async def ApplyRetention(self, request: pb.ApplyRetentionRequest, ctx: Context) -> pb.ApplyRetentionResponse:
+        return pb.ApplyRetentionResponse(**vars(await self._retention.apply(request.token)))
 
 
 def _version(version: Version) -> pb.ModelVersion:

@@ -22,6 +22,7 @@ def show_job(job: Job) -> None:
         ("attempts", job.attempts),
         ("submitted", job.submitted_at),
         ("not before", job.not_before),
+        ("waits for", list(job.waits_for)),
         ("deadline", job.deadline),
         ("labels", [f"{key}={value}" for key, value in job.labels.items()]),
         ("last error", job.last_message),

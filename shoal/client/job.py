@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -72,6 +72,12 @@ class JobRequest(InferRequest):
     """Not run before then. A time without a zone is local time."""
     delay: float | timedelta | None = None
     """Not run before so many seconds have passed since it was accepted. Not together with `not_before`."""
+    depends_on: Sequence[str] = ()
+    """Ids of jobs that must succeed first."""
+    depends_on_keys: Sequence[str] = ()
+    """The same by idempotency key: jobs of the same tenant, which exist or come earlier in the same stream."""
+    fails_with_dependencies: bool = False
+    """It fails when one of them does not succeed, and so can be requeued. Else it is cancelled."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ class Job:
     """As submitted."""
     generation: int = 1
     """How often it was begun: each requeue of a dead letter begins it again, with all its attempts."""
+    waits_for: tuple[str, ...] = ()
+    """The jobs that must succeed before it runs, and have not yet: ids, or `key:` and an idempotency key."""
 
     @property
     def ended(self) -> bool:
@@ -176,6 +184,10 @@ def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tena
         message.not_before.FromDatetime(job.not_before.astimezone(UTC))
     if job.delay is not None:
         message.delay.CopyFrom(_duration(job.delay))
+    message.depends_on.extend(ingest.Dependency(job_id=job_id) for job_id in job.depends_on)
+    message.depends_on.extend(ingest.Dependency(idempotency_key=one) for one in job.depends_on_keys)
+    if job.fails_with_dependencies:
+        message.on_dependency_failure = ingest.ON_DEPENDENCY_FAILURE_FAIL
     return message
 
 
@@ -247,4 +259,5 @@ def of_job(message: ingest.Job) -> Job:
         keeps_request=message.keeps_request,
         priority=message.priority,
         generation=message.generation or 1,
+        waits_for=tuple(one.job_id or f"key:{one.idempotency_key}" for one in message.waits_for),
     )

@@ -67,6 +67,9 @@ class AsyncJobs:
         keep_request: bool = False,
         not_before: datetime | None = None,
         delay: float | timedelta | None = None,
+        depends_on: Sequence[str] = (),
+        depends_on_keys: Sequence[str] = (),
+        fails_with_dependencies: bool = False,
         timeout: float = SUBMIT_S,
     ) -> Job:
         """Hands in one job. When this returns it is durable: it will run, whatever is killed when.
@@ -74,11 +77,13 @@ class AsyncJobs:
         With an `idempotency_key` a second submit returns the first job; without, the client makes one, so that its own
         retries make no second job. The job expires after `deadline` seconds without an answer. `priority` (-9 to 9)
         orders the tenant's own jobs. With `keep_request` its inputs stay in the node when it is done. It is not run
-        before `not_before`, nor before `delay` seconds have passed.
+        before `not_before`, nor before `delay` seconds have passed, nor before the jobs that it depends on (by id or
+        key) have succeeded; when one of these does not, it is cancelled, or fails.
 
         Raises:
             InvalidArgument: names what is wrong.
             AlreadyExists: the key was used with another request.
+            NotFound: it depends on a job that there is not.
             ResourceExhausted: the backlog is full, or the tenant's quota is; `retry_after_ms` says when to come back.
         """
         request = JobRequest(
@@ -97,6 +102,9 @@ class AsyncJobs:
             keep_request=keep_request,
             not_before=not_before,
             delay=delay,
+            depends_on=depends_on,
+            depends_on_keys=depends_on_keys,
+            fails_with_dependencies=fails_with_dependencies,
         )
         message = await self._message(Asker(self._caller), request)
         answer = await self._caller.call(methods.SUBMIT, message, timeout_s=timeout, doing=f"submit to {model}")
@@ -283,7 +291,7 @@ class AsyncJobs:
         """The answer to a job, from the store; waits until the job has ended, at most `timeout` seconds.
 
         Raises:
-            NotFound: no such job.
+            NotFound: no such job, or its result is no longer kept.
             FailedPrecondition: it has not ended, and `wait` is False.
             DeadlineExceeded: it has not ended in time, or it expired.
             Cancelled: it was cancelled.

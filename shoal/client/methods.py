@@ -77,6 +77,18 @@ REQUEUE_DEAD_LETTERS = Method(
 PURGE_DEAD_LETTERS = Method(
     _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
 )
+SET_TENANT = Method(_INGEST + "SetTenant", ingest.SetTenantRequest, ingest.SetTenantResponse)
+GET_TENANT = Method(_INGEST + "GetTenant", ingest.GetTenantRequest, ingest.GetTenantResponse)
+LIST_TENANTS = Method(_INGEST + "ListTenants", ingest.ListTenantsRequest, ingest.ListTenantsResponse)
+
+# As with Submit: never without an idempotency key.
+SUBMIT_BATCH = Method(_INGEST + "SubmitBatch", ingest.SubmitBatchRequest, ingest.SubmitBatchResponse)
+GET_BATCH = Method(_INGEST + "GetBatch", ingest.GetBatchRequest, ingest.GetBatchResponse)
+LIST_BATCHES = Method(_INGEST + "ListBatches", ingest.ListBatchesRequest, ingest.ListBatchesResponse)
+WATCH_BATCH = Method(_INGEST + "WatchBatch", ingest.WatchBatchRequest, ingest.WatchBatchResponse)
+CANCEL_BATCH = Method(_INGEST + "CancelBatch", ingest.CancelBatchRequest, ingest.CancelBatchResponse)
+PAUSE_BATCH = Method(_INGEST + "PauseBatch", ingest.PauseBatchRequest, ingest.PauseBatchResponse)
+RESUME_BATCH = Method(_INGEST + "ResumeBatch", ingest.ResumeBatchRequest, ingest.ResumeBatchResponse)
 
 _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)

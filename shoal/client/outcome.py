@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shoal.client.inference import InferResult, of_response
 from shoal.client.job import Job, JobState
-from shoal.errors import Cancelled, Code, DeadlineExceeded, Internal, ShoalError, from_status
+from shoal.errors import Cancelled, Code, DeadlineExceeded, NotFound, ShoalError, from_status
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.store.v1 import store_pb2 as store
 
@@ -15,9 +15,12 @@ def of_result(result: store.Result) -> InferResult:
     Raises:
         Cancelled: the job was cancelled.
         DeadlineExceeded: it expired.
+        NotFound: its answer is no longer kept.
         ShoalError: it failed: the class and the words of its last attempt.
     """
     if result.outcome == store.Result.OUTCOME_SUCCEEDED:
+        if result.HasField("answer_removed_at"):
+            raise NotFound(f"job {result.job_id} succeeded; retention has removed its answer since")
         return of_response(result.response)
     if result.outcome == store.Result.OUTCOME_CANCELLED:
         raise Cancelled(_words(result.job_id, "was cancelled", result.message))
@@ -30,7 +33,7 @@ def of_result(result: store.Result) -> InferResult:
 def without_result(job: Job) -> ShoalError:
     """The error of a job that has ended, and of which the store has nothing (any more)."""
     if job.state is JobState.SUCCEEDED:
-        return Internal(f"job {job.id} succeeded, and the store has no result of it: was it removed?")
+        return NotFound(f"job {job.id} succeeded; its result is no longer in the store: retention has removed it")
     if job.state is JobState.CANCELLED:
         return Cancelled(_words(job.id, "was cancelled", job.last_message))
     if job.state is JobState.EXPIRED:

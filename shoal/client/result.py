@@ -47,6 +47,8 @@ class JobResult:
     recorded_at: datetime | None = None
     answer: InferResult | None = None
     """The model's answer, when it succeeded and was asked for."""
+    answer_removed_at: datetime | None = None
+    """Retention has taken the answer out and left the rest."""
 
 
 @dataclass(frozen=True)
@@ -143,4 +145,5 @@ def of_stored(message: store.Result) -> JobResult:
         submitted_at=of_time(message, "submitted_at"),
         recorded_at=of_time(message, "recorded_at"),
         answer=of_response(message.response) if message.HasField("response") else None,
+        answer_removed_at=of_time(message, "answer_removed_at"),
     )

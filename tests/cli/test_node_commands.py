@@ -199,6 +199,10 @@ def test_what_the_node_says_is_one_clear_line(shoal: Shoal, model: Served) -> No
         ("jobs", "watch"),
         ("jobs", "cancel"),
         ("jobs", "result"),
+        ("tenants",),
+        ("tenants", "list"),
+        ("tenants", "set"),
+        ("tenants", "show"),
         ("results",),
         ("results", "list"),
         ("results", "show"),
@@ -209,7 +213,7 @@ def test_what_the_node_says_is_one_clear_line(shoal: Shoal, model: Served) -> No
 def test_every_command_has_help_with_an_example(shoal: Shoal, args: tuple[str, ...]) -> None:
     done = shoal(*args, "--help")
     assert done.returncode == 0, done.stderr
-    if args not in (("models",), ("jobs",), ("results",)):
+    if args not in (("models",), ("jobs",), ("tenants",), ("results",)):
         assert f"shoal {' '.join(args)}".strip() in done.stdout.partition("Example" if args else "First steps")[2]
 
 

@@ -109,11 +109,15 @@ async def test_submit_says_all_of_it_and_makes_a_key(served: Served, intake: Int
 async def test_when_a_job_may_run_and_what_is_worth_a_retry(served: Served, intake: Intake) -> None:
     at = datetime(2030, 1, 2, 3, 4, tzinfo=timezone(timedelta(hours=2)))
     async with client_of(served) as client:
-        await client.jobs.submit("m", X, not_before=at)
+        await client.jobs.submit(
+            "m", X, not_before=at, depends_on=["a"], depends_on_keys=["k"], fails_with_dependencies=True
+        )
         with pytest.raises(InvalidArgument, match="status code 'nope': use one of cancelled, unknown"):
             await client.jobs.submit("m", X, retry=JobRetry(codes=["nope"]))
     [request] = intake.jobs.values()
     assert request.not_before.ToJsonString() == "2030-01-02T01:04:00Z"
+    assert list(request.depends_on) == [ingest.Dependency(job_id="a"), ingest.Dependency(idempotency_key="k")]
+    assert request.on_dependency_failure == ingest.ON_DEPENDENCY_FAILURE_FAIL
 
 
 async def test_a_submit_whose_answer_is_lost_makes_one_job(served: Served, intake: Intake) -> None:
@@ -328,7 +332,7 @@ async def test_a_job_that_has_not_ended(served: Served) -> None:
 async def test_a_job_that_ended_and_left_nothing(served: Served) -> None:
     async with client_of(served) as client:
         standing(served, "SUCCEEDED")
-        with pytest.raises(Internal, match="job a succeeded, and the store has no result"):
+        with pytest.raises(NotFound, match="job a succeeded; its result is no longer in the store"):
             await client.jobs.result("a")
         standing(served, "DEAD")
         with pytest.raises(Internal, match="job a is dead: no luck"):

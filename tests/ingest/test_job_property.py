@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from services.ingest.dependencies.waiting import Standing, after_look
 from services.ingest.job import (
     DEAD_LETTERS,
     FINAL,
@@ -109,17 +110,34 @@ class World(RuleBasedStateMachine):
         backoff_ms=st.integers(0, 5_000),
         codes=st.sampled_from([(), (Code.INTERNAL,), (Code.INVALID_ARGUMENT, Code.UNAVAILABLE)]),
         delay_s=st.sampled_from([0, 0, 30]),
+        dependencies=st.integers(0, 2),
+        fails_with_them=st.booleans(),
+        data=st.data(),
     )
     def submit(
-        self, attempts: int, deadline_s: int | None, backoff_ms: int, codes: tuple[int, ...], delay_s: int
+        self,
+        attempts: int,
+        deadline_s: int | None,
+        backoff_ms: int,
+        codes: tuple[int, ...],
+        delay_s: int,
+        dependencies: int,
+        fails_with_them: bool,
+        data: st.DataObject,
     ) -> None:
         due_at = self.now + timedelta(seconds=delay_s)
+        ids = st.lists(st.sampled_from([*self.jobs]), max_size=dependencies, unique=True) if self.jobs else st.just([])
+        depends_on = tuple(data.draw(ids))
         job = Job(
             id=f"job-{next(self.ids)}",
             model_name="m",
             submitted_at=self.now,
             updated_at=self.now,
-            due_at=due_at,
+            due_at=None if depends_on else due_at,
+            depends_on=depends_on,
+            waits_for=depends_on,
+            not_before=due_at if depends_on else None,
+            fails_with_them=fails_with_them,
             policy=Policy(attempts, backoff_ms, 30_000, codes),
             deadline=None if deadline_s is None else due_at + timedelta(seconds=deadline_s),
             transitions=acceptance(self.now, "local/ingest-0", due_at),
@@ -137,6 +155,7 @@ class World(RuleBasedStateMachine):
         lease = self.lease(worker)
         due = [job for job in self.jobs.values() if job.due_at is not None and job.due_at <= self.now]
         for job in due[:most]:
+            assert all(self.jobs[one].state is State.SUCCEEDED for one in job.depends_on), "it did not wait"
             self.jobs[job.id] = claim(job, lease, self.now)
             worker.tasks[job.id] = Task(self.jobs[job.id])
 
@@ -217,6 +236,20 @@ class World(RuleBasedStateMachine):
                 assert how is not None
                 self.decide(self.take(worker, take_over(before, lease)), how)
 
+    @precondition(lambda self: any(job.waits_for and job.lease is None for job in self.jobs.values()))
+    @rule(n=st.integers(0, WORKERS - 1))
+    def looks_after_those_that_wait(self, n: int) -> None:
+        worker = self.workers[n]
+        lease = self.lease(worker)
+        known = {job.id: Standing(job.id, job.state) for job in self.jobs.values()}
+        for before in list(self.jobs.values()):
+            if before.waits_for and before.lease is None:
+                after = after_look(before, known, "i", self.now)
+                if isinstance(after, Job):
+                    self.jobs[before.id] = after
+                else:
+                    self.decide(self.take(worker, replace(take_over(before, lease), doom=after)), after)
+
     @precondition(lambda self: any(not job.is_final for job in self.jobs.values()))
     @rule(data=st.data(), n=st.integers(0, WORKERS - 1))
     def cancels(self, data: st.DataObject, n: int) -> None:
@@ -262,8 +295,8 @@ class World(RuleBasedStateMachine):
     @invariant()
     def somebody_is_responsible_for_every_other(self) -> None:
         for job in self.jobs.values():
-            if not job.is_final:
-                assert (job.due_at is None) != (job.lease is None)
+            waits = bool(job.waits_for) and job.lease is None
+            assert [job.due_at is not None, job.lease is not None, waits].count(True) == (not job.is_final)
 
     @invariant()
     def attempts_stay_within_the_policy(self) -> None:
@@ -285,10 +318,11 @@ class World(RuleBasedStateMachine):
         """However things stand: one worker that lives is enough to end every job."""
         for worker in self.workers:
             worker.tasks.clear()
-        for _ in range(20):
+        for _ in range(60):  # More than the longest chain of dependencies.
             self.now += timedelta(minutes=1)
             self.recovers(0, True)
             self.expires(0)
+            self.looks_after_those_that_wait(0)
             self.claims(0, 1_000)
             for task in list(self.workers[0].tasks.values()):
                 if task.after is None:

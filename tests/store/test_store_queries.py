@@ -198,7 +198,7 @@ async def test_indexes_of_an_older_store_go(collections: Collections) -> None:
     await results.create_index([("tenant", 1), ("recorded_at", -1), ("_id", -1)], name="tenant_newest")
     await collections.prepare()
     assert {*await results.index_information()} == {
-        "_id_", "by_time", "by_model", "by_tenant", "by_failure", "by_label", "by_batch"
+        "_id_", "by_time", "by_model", "by_tenant", "by_failure", "by_label", "by_batch", "removed"
     }  # fmt: skip
 
 

@@ -42,6 +42,10 @@ SUMMARY = "_summary.json"
 DEAD = "_dead"
 """In the output. Names that begin with an underscore are passed over by readers of folders of Parquet."""
 
+CHUNK_ROWS = 4_096
+"""Rows of a chunk, unless a client says otherwise."""
+ATTEMPTS = 5
+"""Of a row by itself."""
 MOST_TRIES = 8
 """Times that a chunk, or a duty, may break for a reason of its own before its batch fails: so one that kills its
 instance each time does not do so for ever."""
@@ -151,8 +155,8 @@ class Batch:
     key: str = ""
     digest: bytes = b""
     labels: tuple[tuple[str, str], ...] = ()
-    chunk_rows: int = 4_096
-    max_attempts: int = 5
+    chunk_rows: int = CHUNK_ROWS
+    max_attempts: int = ATTEMPTS
     free_at: datetime | None = None
     """Its duty may be taken up from then on."""
     lease: Lease | None = None
@@ -240,8 +244,13 @@ def duty_of(batch: Batch, *, is_busy: bool, has_undone: bool) -> Duty | None:
 
 
 def ending_of(batch: Batch) -> Ending:
-    """How a batch ends that nobody works on any more."""
-    return batch.ending or Ending(BatchState.SUCCEEDED, "every row was run")
+    """How a batch ends that nobody works on any more, and whose totals are known."""
+    if batch.ending is not None:
+        return batch.ending
+    if batch.totals is not None and batch.totals.failed and not batch.totals.ok:
+        codes = ", ".join(f"{rows} {code}" for code, rows in batch.totals.codes.items())
+        return Ending(BatchState.FAILED, f"no row was answered ({codes}): {DEAD}/ says why, row by row")
+    return Ending(BatchState.SUCCEEDED, "every row was run")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from services.ingest.batches.batch import Batch, Chunk, Format
 from services.ingest.batches.inputs.json_lines import JsonLines
@@ -15,6 +16,7 @@ from services.ingest.batches.inputs.piece import ROW_BYTES, Rows
 from services.ingest.batches.inputs.places import Entry, Places
 from shoal.errors import DataLoss, ShoalError
 
+_Key: TypeAlias = tuple[str, str, str]
 _KEPT = 4
 # Readers that are kept open: one for each chunk that runs, and some for batches that take turns.
 
@@ -53,43 +55,51 @@ def named(entry: Entry) -> Iterator[None]:
 
 
 class Readers:
-    """Readers that stay open between chunks that follow each other. For threads, one chunk of a reader at a time."""
+    """Readers that stay open between chunks that follow each other. They block: for threads, any number of them."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
-        self._kept: dict[tuple[str, str, str], list[Rows]] = {}
+        self._lock = threading.Lock()
+        self._kept: list[tuple[_Key, Rows]] = []
 
-    @contextmanager
-    def at(self, batch: Batch, chunk: Chunk) -> Iterator[Rows]:
-        """A reader at the first row of a chunk. One that fails is not kept."""
-        key = (batch.id, chunk.entry.url, chunk.entry.version)
+    def take(self, batch: Batch, chunk: Chunk) -> Rows:
+        """A reader at the first row of a chunk. The caller keeps it for the next chunk, or closes it.
+
+        Raises:
+            DataLoss: the file has changed, or is broken. NotFound: it is gone. PermissionDenied, Unavailable.
+        """
         with named(chunk.entry):
-            spare = self._kept.pop(key, [])
-            rows = spare.pop() if spare else self._open(batch, chunk)
-            if spare:
-                self._kept[key] = spare
+            rows = self._spare(_key(batch, chunk)) or self._open(batch, chunk)
             try:
                 rows.seek(chunk.span.row, chunk.span.offset)
-                yield rows
             except BaseException:
                 rows.close()
                 raise
-            self._keep(key, rows)
+            return rows
+
+    def keep(self, batch: Batch, chunk: Chunk, rows: Rows) -> None:
+        """Takes back a reader that did not fail."""
+        with self._lock:
+            self._kept.append((_key(batch, chunk), rows))
+            old = self._kept[:-_KEPT]
+            del self._kept[:-_KEPT]
+        for _, each in old:
+            each.close()
 
     def close(self) -> None:
         """Closes all."""
-        for readers in self._kept.values():
-            for rows in readers:
-                rows.close()
-        self._kept = {}
+        with self._lock:
+            kept, self._kept = self._kept, []
+        for _, rows in kept:
+            rows.close()
 
-    def _keep(self, key: tuple[str, str, str], rows: Rows) -> None:
-        self._kept.setdefault(key, []).append(rows)
-        while sum(map(len, self._kept.values())) > _KEPT:
-            oldest = next(iter(self._kept))
-            self._kept[oldest].pop(0).close()
-            if not self._kept[oldest]:
-                del self._kept[oldest]
+    def _spare(self, key: _Key) -> Rows | None:
+        with self._lock:
+            for index, (known, rows) in enumerate(self._kept):
+                if known == key:
+                    del self._kept[index]
+                    return rows
+        return None
 
     def _open(self, batch: Batch, chunk: Chunk) -> Rows:
         file = open_pinned(self._places, chunk.entry)
@@ -97,6 +107,10 @@ class Readers:
         if batch.format is Format.OBJECTS:
             return ObjectRows(file, lambda entry: self._places.read(entry.url, ROW_BYTES))
         return rows_of(batch.format, file, columns)
+
+
+def _key(batch: Batch, chunk: Chunk) -> _Key:
+    return batch.id, chunk.entry.url, chunk.entry.version
 
 
 def rows_of(kind: Format, file: BinaryIO, columns: frozenset[str]) -> Rows:

@@ -201,7 +201,7 @@ class Claims:
         live = {
             "_id": job_id,
             "cancel": {"$exists": False},
-            "$or": [{"due_at": {"$gt": EVER}}, {"lease.expires_at": {"$gt": EVER}}],
+            "$or": [{"due_at": {"$gt": EVER}}, {"lease.expires_at": {"$gt": EVER}}, {"waits_for": {"$exists": True}}],
         }
         with translated("cancelling a job"):
             before = await self._jobs.find_one_and_update(live, taking_over(lease, reason), LIGHT)

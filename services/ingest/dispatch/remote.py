@@ -233,7 +233,10 @@ class RemoteResults:
         found: dict[str, End] = {}
         for first in range(0, len(job_ids), _QUERIED_AT_ONCE):
             some = job_ids[first : first + _QUERIED_AT_ONCE]
-            request = store_pb2.QueryResultsRequest(job_ids=some, omit_response=True, page_size=len(some))
+            # A result that retention has removed stands all the same: its job must not run again.
+            request = store_pb2.QueryResultsRequest(
+                job_ids=some, omit_response=True, page_size=len(some), include_removed=True
+            )
             with _translated("looking for results"):
                 response = await self._stub.QueryResults(request, timeout=LOOK_TIMEOUT_S)
             found.update({result.job_id: _end_of(result) for result in response.results})

@@ -20,7 +20,10 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import BulkWriteError
 
 from mesh.mongo import Document, translate, translated
+from mesh.tasks import end
 from services.ingest.clock import Clock
+from services.ingest.dependencies.references import by_key, words
+from services.ingest.dependencies.standings import standings
 from services.ingest.documents import LIGHT, document_of, job_of
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
@@ -28,8 +31,9 @@ from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
+from services.ingest.tenants.admission import Admission
 from services.ingest.ulid import Ulids
-from shoal.errors import AlreadyExists, DataLoss, ShoalError, Unavailable
+from shoal.errors import AlreadyExists, DataLoss, NotFound, ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ class Intake:
         payloads: Payloads,
         *,
         backlog: Backlog,
+        admission: Admission,
         budget: Budget,
         clock: Clock,
         ulids: Ulids,
@@ -70,6 +75,7 @@ class Intake:
         self._jobs = jobs
         self._payloads = payloads
         self._backlog = backlog
+        self._admission = admission
         self._budget = budget
         self._clock = clock
         self._ulids = ulids
@@ -85,6 +91,8 @@ class Intake:
             limit_s=_WAIT_S,
             on_left=self._left,
         )
+        self._asking: set[asyncio.Task[Accepted]] = set()
+        # Submits that wait to hear of a limit. Bounded as calls are: each has its caller.
         self._is_open = False
 
     async def __aenter__(self) -> Intake:
@@ -94,6 +102,7 @@ class Intake:
     async def __aexit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
+        await end(*self._asking)
         await self._group.__aexit__(kind, err, tb)
 
     def open(self) -> None:
@@ -114,14 +123,23 @@ class Intake:
             Unavailable: MongoDB is away; the job may or may not be there, so repeat it with an idempotency key.
         """
         job = self._checked(submit, traceparent)
+        if not self._admission.admit_at_hand(job.tenant):
+            asking = asyncio.create_task(self._begin_later(job), name="admission")
+            self._asking.add(asking)
+            asking.add_done_callback(self._asking.discard)
+            return asking
         self._budget.take(_size(job))
         return self._handed_on(job)
 
     async def begin_when_there_is_room(
         self, submit: pb.SubmitRequest, traceparent: str = ""
     ) -> asyncio.Future[Accepted]:
-        """The same, but where memory is short it waits for some instead of refusing. For a stream: read on after it."""
+        """The same, but for a stream, which is read on after it: where there is no room, it waits for some.
+
+        For memory as long as it takes; for what `Admission` asks, half a minute.
+        """
         job = self._checked(submit, traceparent)
+        await self._admission.wait(job.tenant)
         await self._budget.wait_for(_size(job))
         return self._handed_on(job)
 
@@ -136,8 +154,12 @@ class Intake:
         )
         if not self._is_open:
             raise Unavailable("the job database has not been reached yet: retry in a moment")
-        self._backlog.admit()
         return job
+
+    async def _begin_later(self, job: Job) -> Accepted:
+        await self._admission.admit(job.tenant)
+        self._budget.take(_size(job))
+        return await self._handed_on(job)
 
     def _handed_on(self, job: Job) -> asyncio.Future[Accepted]:
         try:
@@ -158,15 +180,37 @@ class Intake:
         return (await self._find_by_key({(tenant, key)})).get((tenant, key))
 
     async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
-        await self._payloads.put(jobs)
-        errors = await self._insert(jobs)
+        errors = await self._without_dependencies(jobs)
+        known = [job for job in jobs if job.id not in errors]
+        await self._payloads.put(known)
+        errors |= await self._insert(known) if known else {}
         written = [job for job in jobs if job.id not in errors]
         if written:
             self._backlog.added(len(written))
             self._on_accepted(written)
         earlier = await self._earlier([job for job in jobs if isinstance(errors.get(job.id), KeyTaken)])
+        earlier |= await self._repeated([job for job in jobs if isinstance(errors.get(job.id), NotFound) and job.key])
         await self._payloads.drop([job.id for job in jobs if job.id in errors and job.is_apart])
         return [earlier.get(job.id) or errors.get(job.id) or Accepted(job, False) for job in jobs]
+
+    async def _without_dependencies(self, jobs: Sequence[Job]) -> dict[str, ShoalError]:
+        """Those of `jobs` that depend on jobs that there are not, neither in the database nor before them in `jobs`.
+
+        A key is as good as its job, before that is written: when the one among `jobs` does not get it, another has it.
+        """
+        dependents = [job for job in jobs if job.depends_on]
+        known: set[tuple[str, str]] = set()
+        for tenant in {job.tenant for job in dependents}:
+            asked = {reference for job in dependents if job.tenant == tenant for reference in job.depends_on}
+            known |= {(tenant, reference) for reference in await standings(self._jobs, tenant, asked)}
+        errors: dict[str, ShoalError] = {}
+        for job in jobs:
+            missing = [reference for reference in job.depends_on if (job.tenant, reference) not in known]
+            if missing:
+                errors[job.id] = NotFound(f"depends_on: there is no job {words(missing[0])} of this tenant")
+            elif job.key:
+                known.add((job.tenant, by_key(job.key)))
+        return errors
 
     async def _insert(self, jobs: Sequence[Job]) -> dict[str, ShoalError]:
         """Writes the jobs and says which were refused."""
@@ -186,6 +230,16 @@ class Intake:
         except ShoalError as err:
             return {job.id: err for job in jobs}
         return {job.id: _same_or_not(job, found.get((job.tenant, job.key))) for job in jobs}
+
+    async def _repeated(self, jobs: Sequence[Job]) -> dict[str, Accepted | ShoalError]:
+        """For those of `jobs` that were submitted before, when their dependencies were still there: that job."""
+        found: dict[str, Accepted | ShoalError] = {}
+        for job in jobs:
+            with translated("looking for the earlier job of a key"):
+                document = await self._jobs.find_one({"tenant": job.tenant, "key": job.key}, LIGHT)
+            if document is not None:
+                found[job.id] = _same_or_not(job, job_of(document))
+        return found
 
     async def _find_by_key(self, keys: set[tuple[str, str]]) -> dict[tuple[str, str], Job]:
         found: dict[tuple[str, str], Job] = {}

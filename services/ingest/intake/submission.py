@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
 
+from services.ingest.dependencies.references import references_of
 from services.ingest.job import Job, Policy, acceptance
 from services.ingest.lane import LEAST_PRIORITY, MOST_PRIORITY
 from services.ingest.messages import moment_of
@@ -51,6 +52,7 @@ def job_of(
     due_at = _due_at(submit, now)
     if deadline is not None and due_at >= now + deadline:
         raise InvalidArgument("deadline: it passes before the job may run, by `not_before` or `delay`")
+    depends_on = references_of(submit, KEY_CHARS)
     return Job(
         id=job_id,
         model_name=submit.request.model_name,
@@ -68,9 +70,13 @@ def job_of(
         is_apart=len(request) > inline_bytes,
         is_kept=submit.keep_request,
         request=request,
-        due_at=due_at,
+        due_at=None if depends_on else due_at,
+        depends_on=depends_on,
+        waits_for=depends_on,
+        not_before=due_at if depends_on and due_at > now else None,
+        fails_with_them=submit.on_dependency_failure == pb.ON_DEPENDENCY_FAILURE_FAIL,
         traceparent=traceparent,
-        transitions=acceptance(now, instance, due_at),
+        transitions=acceptance(now, instance, due_at, len(depends_on)),
     )
 
 

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Protocol
@@ -172,14 +172,19 @@ class Endings:
             if len(job_ids) == 1:
                 raise
             return [await self._read_alone(job_id) for job_id in job_ids]  # One damaged answer is only its own job's.
-        return [found.get(job_id) or _missing(job_id) for job_id in job_ids]
+        return [_kept(job_id, found) for job_id in job_ids]
 
     async def _read_alone(self, job_id: str) -> store_pb2.Result | ShoalError:
         try:
-            return (await self._answers.whole([job_id])).get(job_id) or _missing(job_id)
+            return _kept(job_id, await self._answers.whole([job_id]))
         except ShoalError as err:
             return err
 
 
-def _missing(job_id: str) -> NotFound:
-    return NotFound(f"job {job_id} has ended, and the store has no result of it (any more)")
+def _kept(job_id: str, found: Mapping[str, store_pb2.Result]) -> store_pb2.Result | ShoalError:
+    result = found.get(job_id)
+    if result is None:
+        return NotFound(f"job {job_id} has ended, and the store has no result of it (any more)")
+    if result.HasField("answer_removed_at"):
+        return NotFound(f"job {job_id} succeeded; retention has removed its answer since")
+    return result

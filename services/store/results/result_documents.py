@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.mongo import Document
 from services.store.results.generations import FIRST
+from services.store.retention.tombstones import is_tombstone
 from shoal.store.v1.store_pb2 import Result
 
 _SAME = ("outcome", "model_name", "model_version", "code", "message", "attempt", "lease_id", "tenant", "instance")
@@ -51,6 +52,8 @@ def result(doc: Document) -> Result:
     Raises:
         google.protobuf.message.DecodeError: the stored response is no ModelInferResponse.
     """
+    if is_tombstone(doc):
+        return _removed(doc)
     labels = {label["key"]: label["value"] for label in doc.get("labels", ())}
     found = Result(
         job_id=doc["_id"],
@@ -61,6 +64,8 @@ def result(doc: Document) -> Result:
     for field in _SAME:
         setattr(found, field, doc[field])
     found.generation = doc.get("generation", 0)
+    if removed := doc.get("answer_removed_at"):
+        found.answer_removed_at.CopyFrom(timestamp(removed))
     if submitted := doc.get("submitted_at"):
         found.submitted_at.CopyFrom(timestamp(submitted))
         found.submitted_at.nanos += doc.get("submitted_ns", 0)
@@ -68,6 +73,20 @@ def result(doc: Document) -> Result:
         found.response.SetInParent()
         found.response.MergeFromString(response)
     return found
+
+
+def _removed(doc: Document) -> Result:
+    """What is left to say of a result that retention has removed."""
+    return Result(
+        job_id=doc["_id"],
+        outcome=doc["outcome"],
+        code=doc["code"],
+        message=f"its result was removed by retention, {doc['removed_at']:%Y-%m-%d %H:%M} UTC",
+        attempt=doc["attempt"],
+        generation=doc.get("generation", 0),
+        recorded_at=timestamp(doc["stood_at"]),
+        removed_at=timestamp(doc["removed_at"]),
+    )
 
 
 def blob_of(doc: Document) -> BlobRef | None:

@@ -42,7 +42,7 @@ def find(
     omit_response: bool = False,
 ) -> AsyncCursor[Document]:
     """The cursor of a filter without job ids: newest first, or oldest first; from `after` on. A test explains each."""
-    conditions = [condition(wanted), *([_beyond(after, oldest_first)] if after else [])]
+    conditions = [condition(wanted), *([beyond(after, oldest_first=oldest_first)] if after else [])]
     cursor = collections.results.find({"$and": conditions}, WITHOUT_RESPONSE if omit_response else None)
     way = ASCENDING if oldest_first else DESCENDING
     return cursor.sort([("recorded_at", way), ("_id", way)])
@@ -63,11 +63,12 @@ def condition(wanted: ResultFilter) -> Document:
     return made
 
 
-def _beyond(after: Place, oldest_first: bool) -> Document:
-    beyond = "$gt" if oldest_first else "$lt"
-    same = {"recorded_at": after.recorded_at, "_id": {beyond: after.job_id}}
+def beyond(after: Place, *, oldest_first: bool) -> Document:
+    """What a document must be to stand after a place, in either order."""
+    way = "$gt" if oldest_first else "$lt"
+    same = {"recorded_at": after.recorded_at, "_id": {way: after.job_id}}
     # The first bound lets the index start there; the second is exact.
     return {
-        "recorded_at": {f"{beyond}e": after.recorded_at},
-        "$or": [{"recorded_at": {beyond: after.recorded_at}}, same],
+        "recorded_at": {f"{way}e": after.recorded_at},
+        "$or": [{"recorded_at": {way: after.recorded_at}}, same],
     }

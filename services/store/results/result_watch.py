@@ -95,7 +95,12 @@ async def _next(stream: AsyncCollectionChangeStream[Document]) -> Document | Non
 
 
 def _pipeline(request: WatchResultsRequest) -> list[Document]:
-    match: Document = {"operationType": {"$in": ["insert", "replace"]}}
+    match: Document = {
+        "operationType": {"$in": ["insert", "replace"]},
+        # MongoDB may log as a replacement what retention changes: that is no new result.
+        "fullDocument.recorded_at": {"$exists": True},
+        "fullDocument.answer_removed_at": {"$exists": False},
+    }
     for field in ("model_name", "tenant"):
         if value := check_text(getattr(request, field), field):
             match[f"fullDocument.{field}"] = value

@@ -25,7 +25,8 @@ from services.store.responses import Responses
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
-from shoal.errors import DataLoss, NotFound, ShoalError, Unavailable
+from services.store.retention.tombstones import is_tombstone
+from shoal.errors import DataLoss, InvalidArgument, NotFound, ShoalError, Unavailable
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
 
 PAGE_BYTES = 64 << 20
@@ -66,7 +67,7 @@ class Results:
         """One job's result.
 
         Raises:
-            NotFound: the job has none.
+            NotFound: the job has none, or retention has removed it.
             DataLoss: its response is damaged.
         """
         result_rules.check_job_id(job_id)
@@ -74,6 +75,8 @@ class Results:
             doc = await self._collections.results.find_one({"_id": job_id})
         if doc is None:
             raise NotFound(f"job {job_id}: no result (yet)")
+        if is_tombstone(doc):
+            raise NotFound(f"job {job_id}: {result_documents.result(doc).message}")
         return await self.whole(doc)
 
     async def query(self, query: QueryResultsRequest) -> tuple[list[Result], str]:
@@ -88,7 +91,11 @@ class Results:
         result_rules.check_filter(wanted)
         digest = page_token.filter_digest(wanted)
         after = page_token.decode(query.page_token, digest) if query.page_token else None
-        docs, more = await self.page(wanted, after, size, omit_response=query.omit_response)
+        if query.include_removed and not query.job_ids:
+            raise InvalidArgument("include_removed: only with job_ids: results that were removed are in no other order")
+        docs, more = await self.page(
+            wanted, after, size, omit_response=query.omit_response, include_removed=query.include_removed
+        )
         found = [await self.whole(doc) for doc in docs]
         if not more:
             return found, ""
@@ -117,13 +124,14 @@ class Results:
         most_bytes: int = PAGE_BYTES,
         oldest_first: bool = False,
         omit_response: bool = False,
+        include_removed: bool = False,
     ) -> tuple[list[Document], bool]:
         """The documents of one page of `size`, from `after` on, and whether there are more.
 
         It ends before its responses exceed `most_bytes`; a larger one has a page of its own.
         """
         if wanted.job_ids:
-            docs = self._named(wanted, after, size + 1, oldest_first, omit_response)
+            docs = self._named(wanted, after, size + 1, oldest_first, omit_response, include_removed)
         else:
             found = find(self._collections, wanted, after, oldest_first=oldest_first, omit_response=omit_response)
             docs = _each(found.limit(size + 1))
@@ -139,15 +147,24 @@ class Results:
         return page, False
 
     async def _named(
-        self, wanted: ResultFilter, after: Place | None, size: int, oldest_first: bool, omit_response: bool
+        self,
+        wanted: ResultFilter,
+        after: Place | None,
+        size: int,
+        oldest_first: bool,
+        omit_response: bool,
+        include_removed: bool,
     ) -> AsyncGenerator[Document, None]:
         """The documents of a filter with job ids. Their places (at most 1,000) are sorted here: MongoDB would sort the
         documents, responses and all.
         """
         results = self._collections.results
-        lean = {"recorded_at": 1}
+        lean = {"recorded_at": 1, "stood_at": 1}
+        where = condition(wanted)
+        if include_removed:
+            where = {"_id": where["_id"], "$or": [where, {"removed_at": {"$exists": True}}]}
         # The planner might walk an index in time order instead.
-        places = [place_of(doc) async for doc in results.find(condition(wanted), lean).hint("_id_")]
+        places = [place_of(doc) async for doc in results.find(where, lean).hint("_id_")]
         if after is not None:
             places = [place for place in places if (place > after if oldest_first else place < after)]
         ids = [place.job_id for place in sorted(places, reverse=not oldest_first)][:size]
@@ -218,7 +235,7 @@ class Results:
 
 def place_of(doc: Document) -> Place:
     """Where the result of a document stands among the others."""
-    return Place(doc["recorded_at"], doc["_id"])
+    return Place(doc["stood_at"] if "stood_at" in doc else doc["recorded_at"], doc["_id"])
 
 
 async def _each(cursor: AsyncCursor[Document]) -> AsyncGenerator[Document, None]:

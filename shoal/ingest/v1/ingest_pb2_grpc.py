@@ -89,6 +89,56 @@ class IngestServiceStub:
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.FromString,
                 _registered_method=True)
+        self.SubmitBatch = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/SubmitBatch',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SubmitBatchRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SubmitBatchResponse.FromString,
+                _registered_method=True)
+        self.GetBatch = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/GetBatch',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetBatchRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetBatchResponse.FromString,
+                _registered_method=True)
+        self.ListBatches = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListBatches',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListBatchesRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListBatchesResponse.FromString,
+                _registered_method=True)
+        self.WatchBatch = channel.unary_stream(
+                '/shoal.ingest.v1.IngestService/WatchBatch',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchBatchRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchBatchResponse.FromString,
+                _registered_method=True)
+        self.CancelBatch = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/CancelBatch',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelBatchRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelBatchResponse.FromString,
+                _registered_method=True)
+        self.PauseBatch = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/PauseBatch',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseBatchRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseBatchResponse.FromString,
+                _registered_method=True)
+        self.ResumeBatch = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ResumeBatch',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchResponse.FromString,
+                _registered_method=True)
+        self.SetTenant = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/SetTenant',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantResponse.FromString,
+                _registered_method=True)
+        self.GetTenant = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/GetTenant',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantResponse.FromString,
+                _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListTenants',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
         self.RunStream = channel.stream_stream(
                 '/shoal.ingest.v1.IngestService/RunStream',
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamRequest.SerializeToString,
@@ -102,7 +152,8 @@ class IngestServiceServicer:
     def Submit(self, request, context):
         """Takes one job. The answer means: it is durable, it will run. A repeated `idempotency_key` of the same tenant is
         answered with the first job. INVALID_ARGUMENT says which field. ALREADY_EXISTS: the key was used with another
-        request. RESOURCE_EXHAUSTED: the backlog is full; the trailer `retry-after-ms` says when to come back.
+        request. RESOURCE_EXHAUSTED: the backlog or the tenant's quota is full, its rate is used up, or the database is short
+        of time or disk; the trailer `retry-after-ms` says when to come back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,7 +161,8 @@ class IngestServiceServicer:
 
     def SubmitStream(self, request_iterator, context):
         """Takes a stream of jobs and acknowledges each once it is durable, in the order of the stream. Jobs are written in
-        groups, so this is the fast way in. Reading stops while too many are unacknowledged: that is the backpressure.
+        groups, so this is the fast way in. Reading stops while too many are unacknowledged, and while the tenant is at a limit
+        or the database is short (for up to 30 s, then that job is refused): that is the backpressure.
         A job that is refused is answered in-band, and the stream goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -195,6 +247,86 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SubmitBatch(self, request, context):
+        """Batches: all rows of files go through one model, and their answers into files (docs/batches.md).
+
+        Takes a batch. Everything that can be known to be wrong is said now: INVALID_ARGUMENT names the field, a column and
+        what the model takes; NOT_FOUND: no such file or model; PERMISSION_DENIED: a place that may not be used;
+        FAILED_PRECONDITION: the output has the results of another batch. The answer means: it is durable, it will run.
+        A repeated `idempotency_key` of the same tenant is answered with the first batch. UNIMPLEMENTED: without Arrow.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetBatch(self, request, context):
+        """A batch and what has come of it so far. NOT_FOUND: no such batch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListBatches(self, request, context):
+        """Batches by state, model and tenant, newest first, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchBatch(self, request, context):
+        """A batch as it is now, and again when it has come on, until it has ended. NOT_FOUND: no such batch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelBatch(self, request, context):
+        """Asks that a batch end. What it has written stays, with a manifest and a summary. A batch that has ended stays as it
+        is. NOT_FOUND: no such batch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseBatch(self, request, context):
+        """Rows that are under way are let go of, and no more are begun until ResumeBatch. FAILED_PRECONDITION: it has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeBatch(self, request, context):
+        """A paused batch goes on. FAILED_PRECONDITION: it has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTenant(self, request, context):
+        """Tenants: shares and limits.
+
+        Says what a tenant may have; counts within about a second on every instance, for jobs that wait already too. Only the
+        fields that are set change. INVALID_ARGUMENT says which field.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTenant(self, request, context):
+        """A tenant's settings, what is in force for it, and how much waits. A tenant that nobody has set is answered as well:
+        the default is in force for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTenants(self, request, context):
+        """Tenants that have settings, or jobs that wait, by name, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RunStream(self, request_iterator, context):
         """Streams.
 
@@ -264,6 +396,56 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.WatchJobs,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.SerializeToString,
+            ),
+            'SubmitBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitBatch,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SubmitBatchRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SubmitBatchResponse.SerializeToString,
+            ),
+            'GetBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBatch,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetBatchRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetBatchResponse.SerializeToString,
+            ),
+            'ListBatches': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBatches,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListBatchesRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListBatchesResponse.SerializeToString,
+            ),
+            'WatchBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchBatch,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchBatchRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchBatchResponse.SerializeToString,
+            ),
+            'CancelBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelBatch,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelBatchRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelBatchResponse.SerializeToString,
+            ),
+            'PauseBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseBatch,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseBatchRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseBatchResponse.SerializeToString,
+            ),
+            'ResumeBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeBatch,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchResponse.SerializeToString,
+            ),
+            'SetTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTenant,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantResponse.SerializeToString,
+            ),
+            'GetTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTenant,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantResponse.SerializeToString,
+            ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.SerializeToString,
             ),
             'RunStream': grpc.stream_stream_rpc_method_handler(
                     servicer.RunStream,
@@ -568,6 +750,276 @@ class IngestService:
             '/shoal.ingest.v1.IngestService/WatchJobs',
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.SerializeToString,
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/SubmitBatch',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.SubmitBatchRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.SubmitBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/GetBatch',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetBatchRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBatches(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListBatches',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListBatchesRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListBatchesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/WatchBatch',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchBatchRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/CancelBatch',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelBatchRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.CancelBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/PauseBatch',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseBatchRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ResumeBatch',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ResumeBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/SetTenant',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/GetTenant',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListTenants',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,5 +1,6 @@
 import datetime
 
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from shoal.inference.v2 import inference_pb2 as _inference_pb2
 from google.protobuf.internal import containers as _containers
@@ -14,14 +15,16 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class PutArtifactRequest(_message.Message):
     __slots__ = ("header", "chunk")
     class Header(_message.Message):
-        __slots__ = ("sha256", "size_bytes", "offset")
+        __slots__ = ("sha256", "size_bytes", "offset", "reference")
         SHA256_FIELD_NUMBER: _ClassVar[int]
         SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
         OFFSET_FIELD_NUMBER: _ClassVar[int]
+        REFERENCE_FIELD_NUMBER: _ClassVar[int]
         sha256: str
         size_bytes: int
         offset: int
-        def __init__(self, sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+        reference: str
+        def __init__(self, sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., reference: _Optional[str] = ...) -> None: ...
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     header: PutArtifactRequest.Header
@@ -180,7 +183,7 @@ class WatchModelsResponse(_message.Message):
     def __init__(self, snapshot: _Optional[_Iterable[_Union[ModelVersion, _Mapping]]] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("job_id", "outcome", "model_name", "model_version", "response", "code", "message", "attempt", "lease_id", "tenant", "submitted_at", "recorded_at", "instance", "labels", "batch_id", "generation")
+    __slots__ = ("job_id", "outcome", "model_name", "model_version", "response", "code", "message", "attempt", "lease_id", "tenant", "submitted_at", "recorded_at", "instance", "labels", "batch_id", "removed_at", "answer_removed_at", "generation")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[Result.Outcome]
@@ -215,6 +218,8 @@ class Result(_message.Message):
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_AT_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_REMOVED_AT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     outcome: Result.Outcome
@@ -231,8 +236,10 @@ class Result(_message.Message):
     instance: str
     labels: _containers.ScalarMap[str, str]
     batch_id: str
+    removed_at: _timestamp_pb2.Timestamp
+    answer_removed_at: _timestamp_pb2.Timestamp
     generation: int
-    def __init__(self, job_id: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., lease_id: _Optional[str] = ..., tenant: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., instance: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., lease_id: _Optional[str] = ..., tenant: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., instance: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ..., removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., answer_removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class PutResultsRequest(_message.Message):
     __slots__ = ("results",)
@@ -268,7 +275,7 @@ class GetResultResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
 
 class QueryResultsRequest(_message.Message):
-    __slots__ = ("job_ids", "model_name", "model_version", "tenant", "outcome", "since", "until", "page_size", "page_token", "omit_response", "labels", "batch_id")
+    __slots__ = ("job_ids", "model_name", "model_version", "tenant", "outcome", "since", "until", "page_size", "page_token", "omit_response", "labels", "batch_id", "include_removed")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +295,7 @@ class QueryResultsRequest(_message.Message):
     OMIT_RESPONSE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_REMOVED_FIELD_NUMBER: _ClassVar[int]
     job_ids: _containers.RepeatedScalarFieldContainer[str]
     model_name: str
     model_version: str
@@ -300,7 +308,8 @@ class QueryResultsRequest(_message.Message):
     omit_response: bool
     labels: _containers.ScalarMap[str, str]
     batch_id: str
-    def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., omit_response: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ...) -> None: ...
+    include_removed: bool
+    def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., omit_response: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ..., include_removed: _Optional[bool] = ...) -> None: ...
 
 class QueryResultsResponse(_message.Message):
     __slots__ = ("results", "next_page_token")
@@ -418,3 +427,163 @@ class ExportResultsResponse(_message.Message):
     chunk: bytes
     complete: bool
     def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., parts: _Optional[int] = ..., cursor: _Optional[str] = ..., file: _Optional[str] = ..., file_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., chunk: _Optional[bytes] = ..., complete: _Optional[bool] = ...) -> None: ...
+
+class RetentionRule(_message.Message):
+    __slots__ = ("collection", "tenant", "keep", "updated_at")
+    class Collection(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        COLLECTION_UNSPECIFIED: _ClassVar[RetentionRule.Collection]
+        COLLECTION_RESULTS: _ClassVar[RetentionRule.Collection]
+        COLLECTION_ANSWERS: _ClassVar[RetentionRule.Collection]
+        COLLECTION_TOMBSTONES: _ClassVar[RetentionRule.Collection]
+    COLLECTION_UNSPECIFIED: RetentionRule.Collection
+    COLLECTION_RESULTS: RetentionRule.Collection
+    COLLECTION_ANSWERS: RetentionRule.Collection
+    COLLECTION_TOMBSTONES: RetentionRule.Collection
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
+    collection: RetentionRule.Collection
+    tenant: str
+    keep: _duration_pb2.Duration
+    updated_at: _timestamp_pb2.Timestamp
+    def __init__(self, collection: _Optional[_Union[RetentionRule.Collection, str]] = ..., tenant: _Optional[str] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class SetRetentionRequest(_message.Message):
+    __slots__ = ("rule", "remove")
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    rule: RetentionRule
+    remove: bool
+    def __init__(self, rule: _Optional[_Union[RetentionRule, _Mapping]] = ..., remove: _Optional[bool] = ...) -> None: ...
+
+class SetRetentionResponse(_message.Message):
+    __slots__ = ("rules",)
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    rules: _containers.RepeatedCompositeFieldContainer[RetentionRule]
+    def __init__(self, rules: _Optional[_Iterable[_Union[RetentionRule, _Mapping]]] = ...) -> None: ...
+
+class ListRetentionRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListRetentionResponse(_message.Message):
+    __slots__ = ("rules",)
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    rules: _containers.RepeatedCompositeFieldContainer[RetentionRule]
+    def __init__(self, rules: _Optional[_Iterable[_Union[RetentionRule, _Mapping]]] = ...) -> None: ...
+
+class ApplyRetentionRequest(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: int
+    def __init__(self, token: _Optional[int] = ...) -> None: ...
+
+class ApplyRetentionResponse(_message.Message):
+    __slots__ = ("results", "answers", "tombstones", "more")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    TOMBSTONES_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    results: int
+    answers: int
+    tombstones: int
+    more: bool
+    def __init__(self, results: _Optional[int] = ..., answers: _Optional[int] = ..., tombstones: _Optional[int] = ..., more: _Optional[bool] = ...) -> None: ...
+
+class ReleaseArtifactsRequest(_message.Message):
+    __slots__ = ("references",)
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    references: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, references: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ReleaseArtifactsResponse(_message.Message):
+    __slots__ = ("released",)
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    released: int
+    def __init__(self, released: _Optional[int] = ...) -> None: ...
+
+class ListReferencesRequest(_message.Message):
+    __slots__ = ("prefix", "after", "before", "page_size")
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    prefix: str
+    after: str
+    before: str
+    page_size: int
+    def __init__(self, prefix: _Optional[str] = ..., after: _Optional[str] = ..., before: _Optional[str] = ..., page_size: _Optional[int] = ...) -> None: ...
+
+class ListReferencesResponse(_message.Message):
+    __slots__ = ("references",)
+    class Reference(_message.Message):
+        __slots__ = ("name", "sha256")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        SHA256_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        sha256: str
+        def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    references: _containers.RepeatedCompositeFieldContainer[ListReferencesResponse.Reference]
+    def __init__(self, references: _Optional[_Iterable[_Union[ListReferencesResponse.Reference, _Mapping]]] = ...) -> None: ...
+
+class VerifyStoreRequest(_message.Message):
+    __slots__ = ("sizes_only",)
+    SIZES_ONLY_FIELD_NUMBER: _ClassVar[int]
+    sizes_only: bool
+    def __init__(self, sizes_only: _Optional[bool] = ...) -> None: ...
+
+class VerifyStoreResponse(_message.Message):
+    __slots__ = ("blobs", "blobs_in_all", "bytes", "finding")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[VerifyStoreResponse.Kind]
+        KIND_DAMAGED: _ClassVar[VerifyStoreResponse.Kind]
+        KIND_STRAY: _ClassVar[VerifyStoreResponse.Kind]
+        KIND_WHOLE_AGAIN: _ClassVar[VerifyStoreResponse.Kind]
+    KIND_UNSPECIFIED: VerifyStoreResponse.Kind
+    KIND_DAMAGED: VerifyStoreResponse.Kind
+    KIND_STRAY: VerifyStoreResponse.Kind
+    KIND_WHOLE_AGAIN: VerifyStoreResponse.Kind
+    class Finding(_message.Message):
+        __slots__ = ("kind", "key", "message", "sha256", "users")
+        KIND_FIELD_NUMBER: _ClassVar[int]
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        MESSAGE_FIELD_NUMBER: _ClassVar[int]
+        SHA256_FIELD_NUMBER: _ClassVar[int]
+        USERS_FIELD_NUMBER: _ClassVar[int]
+        kind: VerifyStoreResponse.Kind
+        key: str
+        message: str
+        sha256: str
+        users: _containers.RepeatedScalarFieldContainer[str]
+        def __init__(self, kind: _Optional[_Union[VerifyStoreResponse.Kind, str]] = ..., key: _Optional[str] = ..., message: _Optional[str] = ..., sha256: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ...) -> None: ...
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_IN_ALL_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    FINDING_FIELD_NUMBER: _ClassVar[int]
+    blobs: int
+    blobs_in_all: int
+    bytes: int
+    finding: VerifyStoreResponse.Finding
+    def __init__(self, blobs: _Optional[int] = ..., blobs_in_all: _Optional[int] = ..., bytes: _Optional[int] = ..., finding: _Optional[_Union[VerifyStoreResponse.Finding, _Mapping]] = ...) -> None: ...
+
+class CollectArtifactsRequest(_message.Message):
+    __slots__ = ("strays",)
+    STRAYS_FIELD_NUMBER: _ClassVar[int]
+    strays: bool
+    def __init__(self, strays: _Optional[bool] = ...) -> None: ...
+
+class CollectArtifactsResponse(_message.Message):
+    __slots__ = ("condemned", "collected", "removed", "strays")
+    CONDEMNED_FIELD_NUMBER: _ClassVar[int]
+    COLLECTED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    STRAYS_FIELD_NUMBER: _ClassVar[int]
+    condemned: int
+    collected: int
+    removed: int
+    strays: int
+    def __init__(self, condemned: _Optional[int] = ..., collected: _Optional[int] = ..., removed: _Optional[int] = ..., strays: _Optional[int] = ...) -> None: ...

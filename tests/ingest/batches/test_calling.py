@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ingest.batches.calling import Answered, Blamed, Calling, Lanes, Split, Wait, decide
-from services.ingest.batches.outputs.part import Dead
+from services.ingest.batches.outputs.written import Dead
 from services.ingest.batches.rows.fitting import fit
 from services.ingest.batches.rows.stacking import Stack
 from services.ingest.batches.rows.wire import Asked

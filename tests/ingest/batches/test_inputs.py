@@ -254,9 +254,10 @@ def rows_read(one: Batch, chunks: list[Chunk]) -> Iterator[tuple[int, float]]:
     """The number of each row, and the first value of its x."""
     readers = Readers(places())
     for chunk in chunks:
-        with readers.at(one, chunk) as rows:
-            for n, cell in enumerate(all_of(rows, chunk.span.rows)):
-                yield chunk.first + n, cell[0]
+        rows = readers.take(one, chunk)
+        for n, cell in enumerate(all_of(rows, chunk.span.rows)):
+            yield chunk.first + n, cell[0]
+        readers.keep(one, chunk, rows)
     readers.close()
 
 

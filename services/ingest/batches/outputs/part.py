@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from services.ingest.batches.outputs.columns import Columns
+from services.ingest.batches.outputs.written import About, Dead, Written
 from services.ingest.batches.rows.wire import Array
 
 GROUP_BYTES = 16 << 20
@@ -34,40 +34,6 @@ DEAD = pa.schema(
         pa.field("attempts", pa.int32()),
     ]
 )
-
-
-def part_name(number: int) -> str:
-    """The name of a chunk's part."""
-    return f"part-{number:08d}.parquet"
-
-
-@dataclass(frozen=True, slots=True)
-class Dead:
-    """Why a row was not answered."""
-
-    code: str
-    reason: str
-    attempts: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """Which rows they are."""
-
-    rows: Sequence[int]
-    sources: Sequence[str]
-    source_rows: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a part has, once it is whole."""
-
-    rows: int
-    dead: int
-    nbytes: int
-    codes: Mapping[str, int]
-    """Dead rows by status code."""
 
 
 class Part:

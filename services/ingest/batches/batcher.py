@@ -1,0 +1,312 @@
+"""One instance's part in the batches: it takes up duties and claims chunks while it has room, and keeps their leases.
+
+    round: look at the active batches ──> duties that are due ──> a task each
+                                     └──> free chunks, of the batches in turn ──> a task each, up to `slots`
+    keep:  renew what is held; let go of what was lost, paused, cancelled
+
+Instances share batches by claiming chunks one at a time; none knows of another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+from mesh.tasks import end
+from services.ingest.batches.batch import (
+    MOST_TRIES,
+    Batch,
+    BatchState,
+    Chunk,
+    ChunkState,
+    Duty,
+    Ending,
+    after_break,
+    duty_of,
+    ending_of,
+)
+from services.ingest.batches.book import Book
+from services.ingest.batches.duties import Duties
+from services.ingest.batches.ledger import Ledger, SoFar
+from services.ingest.batches.running import Progress, Running
+from services.ingest.clock import Clock
+from services.ingest.job import Lease
+from shoal.errors import DataLoss, Internal, ShoalError, Unavailable
+
+log = logging.getLogger(__name__)
+
+_DUTIES = 4
+"""Duties at once: planning reads whole files, and would keep chunks from running."""
+_AWAY_S = 1.0
+_LAST_WRITES_S = 2.0
+# At the end: to give back what is held. What is not given back lapses.
+_PERSIST_S = 60.0
+_SWEEP_S = 600.0
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A chunk that this instance runs."""
+
+    batch: Batch
+    chunk: Chunk
+    progress: Progress = field(default_factory=Progress)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def lease(self) -> tuple[Lease, SoFar]:
+        assert self.chunk.lease is not None
+        return self.chunk.lease, self.progress.now
+
+
+@dataclass(slots=True, eq=False)
+class _Doing:
+    """A duty that this instance does."""
+
+    batch: Batch
+    task: asyncio.Task[None] | None = None
+
+
+class Batcher:
+    """Works for as long as the `async with` block lasts, once `ready` is set."""
+
+    def __init__(
+        self,
+        book: Book,
+        ledger: Ledger,
+        duties: Duties,
+        running: Running,
+        *,
+        clock: Clock,
+        ready: asyncio.Event,
+        slots: int,
+        poll_ms: int,
+        renew_ms: int,
+    ) -> None:
+        self._book = book
+        self._ledger = ledger
+        self._duties = duties
+        self._running = running
+        self._clock = clock
+        self._ready = ready
+        self._slots = slots
+        self._poll_s = poll_ms / 1000
+        self._renew_s = renew_ms / 1000
+        self._held: dict[str, _Held] = {}
+        self._doing: dict[str, _Doing] = {}
+        self._wake = asyncio.Event()
+        self._look = asyncio.Event()
+        self._turn = 0
+        self._is_open = True
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Batcher:
+        for name, step in (("batch work", self._round), ("batch leases", self._keep), ("batch sweep", self._sweep)):
+            self._tasks.append(asyncio.create_task(self._for_ever(name, step), name=name))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.stop()
+        await end(*self._tasks)
+        held, doing = list(self._held.values()), list(self._doing.values())
+        tasks = [one.task for one in held] + [one.task for one in doing]
+        await end(*(task for task in tasks if task is not None))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WRITES_S):
+                for one in held:
+                    await self._give_back(one.chunk)
+                for other in doing:
+                    with suppress(ShoalError):
+                        await self._book.let_go(other.batch)
+
+    def stop(self) -> None:
+        """Takes nothing up any more."""
+        self._is_open = False
+
+    def wake(self) -> None:
+        """Something is new: look at once."""
+        self._wake.set()
+        self._look.set()
+
+    async def _for_ever(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
+        await self._ready.wait()
+        while True:
+            try:
+                await step()
+            except ShoalError as err:
+                log.warning("%s: %s", name, err)
+                await asyncio.sleep(_AWAY_S)
+            except Exception:
+                log.exception("%s", name)  # A fault of ours must not end it.
+                await asyncio.sleep(_AWAY_S)
+
+    async def _round(self) -> None:
+        """Takes up what there is room for, then waits for news."""
+        self._wake.clear()
+        if self._is_open:
+            active = await self._book.active()
+            for batch in active:
+                await self._take_duty(batch)
+            await self._claim(active)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), self._poll_s)
+
+    async def _take_duty(self, batch: Batch) -> None:
+        is_due = batch.free_at is not None and batch.free_at <= self._clock()
+        if not is_due or batch.id in self._doing or len(self._doing) >= _DUTIES:
+            return
+        is_ending = batch.ending is not None or batch.totals is not None
+        duty = duty_of(
+            batch,
+            is_busy=is_ending and await self._ledger.is_busy(batch.id),
+            has_undone=batch.is_planned and await self._ledger.has_undone(batch.id),
+        )
+        if duty is None or (taken := await self._book.take_duty(batch.id)) is None:
+            return
+        doing = self._doing[batch.id] = _Doing(taken)
+        doing.task = asyncio.create_task(self._do(doing, duty), name=f"{duty} {batch.id}")
+
+    async def _claim(self, active: list[Batch]) -> None:
+        """Claims chunks of the batches in turn, so that a large one does not keep a small one waiting."""
+        wanting = [batch for batch in active if batch.listing is not None and batch.state is BatchState.RUNNING]
+        while wanting and len(self._held) < self._slots:
+            self._turn += 1
+            batch = wanting[self._turn % len(wanting)]
+            is_ending = batch.ending is not None or batch.totals is not None
+            chunk = await self._ledger.claim(batch.id, only_staged=is_ending)
+            if chunk is None:
+                wanting.remove(batch)
+                continue
+            held = self._held[chunk.id] = _Held(batch, chunk)
+            held.task = asyncio.create_task(self._run(held), name=f"chunk {chunk.id}")
+
+    async def _run(self, held: _Held) -> None:
+        try:
+            await self._run_chunk(held)
+        except ShoalError as err:
+            await self._broke(held, err)
+        except Exception as err:
+            log.exception("running chunk %s", held.chunk.id)
+            await self._broke(held, Internal(f"{type(err).__name__}: {err}"[:500]))
+        finally:
+            if not _is_cancelled():  # Who cancels, gives it back.
+                self._held.pop(held.chunk.id, None)
+                self._wake.set()
+
+    async def _run_chunk(self, held: _Held) -> None:
+        batch, chunk = held.batch, held.chunk
+        if chunk.state is not ChunkState.STAGED:
+            if chunk.attempts > MOST_TRIES:
+                times = f"they were begun {chunk.attempts - 1} times, and whoever ran them died each time"
+                raise DataLoss(f"{_rows(chunk)}: {times}")
+            name, written, versions = await self._running.run(batch, chunk, held.progress)
+            if not await self._persist(lambda: self._ledger.stage(chunk, name, written, versions)):
+                return
+            chunk = held.chunk = replace(
+                chunk, state=ChunkState.STAGED, staged=name, ok=written.rows, failed=written.dead
+            )
+            held.progress.now = SoFar()
+        await self._running.publish(batch, chunk)
+        await self._persist(lambda: self._ledger.finish(chunk))
+
+    async def _persist(self, write: Callable[[], Awaitable[bool]]) -> bool:
+        """Writes what is fenced, again while MongoDB is away: work is behind it, and the fence says if it is late."""
+        give_up = asyncio.get_running_loop().time() + _PERSIST_S
+        while True:
+            try:
+                return await write()
+            except Unavailable:
+                if asyncio.get_running_loop().time() > give_up:
+                    raise
+                await asyncio.sleep(_AWAY_S)
+
+    async def _broke(self, held: _Held, error: ShoalError) -> None:
+        chunk = held.chunk
+        how = after_break(chunk.attempts, error, self._clock())
+        log.warning("chunk %s: %s", chunk.id, how.reason)
+        with suppress(ShoalError):  # Else it lapses.
+            if how.again_at is None:
+                await self._book.doom(chunk.batch, Ending(BatchState.FAILED, how.reason))
+            await self._ledger.let_go(chunk, until=how.again_at, is_counted=how.is_counted, note=how.reason[:300])
+
+    async def _do(self, doing: _Doing, duty: Duty) -> None:
+        batch = doing.batch
+        try:
+            if batch.tries > MOST_TRIES and duty is not Duty.FINISH:
+                raise DataLoss(f"its inputs were taken up {batch.tries - 1} times, and whoever did so died each time")
+            await self._duties.do(batch, duty)
+        except ShoalError as err:
+            await self._duty_broke(batch, duty, err)
+        except Exception as err:
+            log.exception("duty %s of batch %s", duty, batch.id)
+            await self._duty_broke(batch, duty, Internal(f"{type(err).__name__}: {err}"[:500]))
+        finally:
+            if not _is_cancelled():
+                self._doing.pop(batch.id, None)
+                self._wake.set()
+
+    async def _duty_broke(self, batch: Batch, duty: Duty, error: ShoalError) -> None:
+        how = after_break(batch.tries, error, self._clock())
+        log.warning("batch %s: cannot %s: %s", batch.id, duty, how.reason)
+        with suppress(ShoalError):
+            if how.again_at is None and duty is Duty.FINISH:
+                ending = ending_of(batch)
+                reason = f"{ending.reason}; what came of it could not be written: {how.reason}"
+                state = ending.state if ending.state is not BatchState.SUCCEEDED else BatchState.FAILED
+                await self._book.end(batch, Ending(state, reason))
+                return
+            if how.again_at is None:
+                await self._book.doom(batch.id, Ending(BatchState.FAILED, how.reason))
+            await self._book.let_go(batch, until=how.again_at, is_counted=how.is_counted, note=how.reason[:300])
+
+    async def _keep(self) -> None:
+        """Renews what is held, and ends what is not to be run any more."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._look.wait(), self._renew_s)
+        self._look.clear()
+        held = dict(self._held)
+        if held:
+            lost = await self._ledger.renew({chunk_id: one.lease for chunk_id, one in held.items()})
+            stopped = await self._book.stopped(list({one.batch.id for one in held.values()}))
+            for chunk_id, one in held.items():
+                if chunk_id in lost or (one.batch.id in stopped and one.chunk.state is not ChunkState.STAGED):
+                    await self._drop(one)
+        for doing in list(self._doing.values()):
+            if not await self._book.renew(doing.batch) and doing.task is not None:
+                await end(doing.task)
+                self._doing.pop(doing.batch.id, None)
+
+    async def _drop(self, held: _Held) -> None:
+        if self._held.get(held.chunk.id) is not held or held.task is None:
+            return  # It has come to its end meanwhile.
+        await end(held.task)
+        self._held.pop(held.chunk.id, None)
+        await self._give_back(held.chunk)
+        self._wake.set()
+
+    async def _give_back(self, chunk: Chunk) -> None:
+        with suppress(ShoalError):
+            await self._ledger.let_go(chunk, is_counted=False)
+
+    async def _sweep(self) -> None:
+        """Deletes the chunks of batches whose end was broken off in between."""
+        await asyncio.sleep(_SWEEP_S)
+        # In this order: a batch is there before its chunks are.
+        with_chunks = await self._ledger.batches()
+        for batch_id in with_chunks - await self._book.active_among(with_chunks):
+            await self._ledger.forget(batch_id)
+
+
+def _rows(chunk: Chunk) -> str:
+    return f"{chunk.entry.url}: rows {chunk.span.row} to {chunk.span.row + chunk.span.rows - 1}"
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

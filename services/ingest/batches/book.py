@@ -1,0 +1,223 @@
+"""The batches in MongoDB: which there are, and who has the duty of which."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pymongo import ReturnDocument
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from services.ingest.batches.batch import Batch, BatchState, Ending, Step, Totals
+from services.ingest.batches.documents import batch_document, batch_of, step_document, totals_document
+from services.ingest.batches.inputs.places import Entry
+from services.ingest.batches.ledger import Ledger
+from services.ingest.clock import Clock
+from services.ingest.documents import EVER
+from services.ingest.job import Lease
+from services.ingest.ulid import is_ulid
+from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+
+MOST_ACTIVE = 1_000
+"""Batches under way at once, which every instance looks at again and again; more than these are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFilter:
+    """Which batches; each that is set narrows."""
+
+    state: BatchState | None = None
+    model_name: str = ""
+    tenant: str = ""
+
+    def query(self) -> Document:
+        asked: Document = {"model_name": self.model_name, "tenant": self.tenant}
+        if self.state is not None:
+            asked["state"] = str(self.state)
+        return {name: value for name, value in asked.items() if value}
+
+
+class Book:
+    """The batches. Leases are the ledger's."""
+
+    def __init__(self, batches: AsyncCollection[Document], ledger: Ledger, *, clock: Clock, instance: str) -> None:
+        self._batches = batches
+        self._ledger = ledger
+        self._clock = clock
+        self._instance = instance
+
+    async def add(self, batch: Batch) -> tuple[Batch, bool]:
+        """Makes a batch durable, and says whether its key was known: then the earlier one is given.
+
+        Raises:
+            AlreadyExists: the key was used with another request. Unavailable: MongoDB is away.
+        """
+        try:
+            with translated("storing a batch"):
+                await self._batches.insert_one(batch_document(batch))
+        except AlreadyExists:
+            earlier = await self._of_key(batch)
+            if earlier is None:
+                raise
+            if earlier.digest != batch.digest:
+                raise AlreadyExists(
+                    f"idempotency_key {batch.key!r} was used by batch {earlier.id} with another request"
+                ) from None
+            return earlier, True
+        return batch, False
+
+    async def of_key(self, tenant: str, key: str) -> Batch | None:
+        """The batch that was submitted with a key."""
+        with translated("reading a batch"):
+            document = await self._batches.find_one({"tenant": tenant, "key": key})
+        return None if document is None else batch_of(document)
+
+    async def _of_key(self, batch: Batch) -> Batch | None:
+        return await self.of_key(batch.tenant, batch.key) if batch.key else None
+
+    async def count_active(self) -> int:
+        """How many are under way."""
+        with translated("counting batches"):
+            return await self._batches.count_documents({"is_active": True}, limit=MOST_ACTIVE, hint="active")
+
+    async def get(self, batch_id: str) -> Batch:
+        """One batch.
+
+        Raises:
+            InvalidArgument: no id. NotFound: no such batch. Unavailable: MongoDB is away.
+        """
+        if not batch_id:
+            raise InvalidArgument("id: required, and empty")
+        if not is_ulid(batch_id):
+            raise NotFound(f"no batch {batch_id[:64]!r}: a batch id is 26 characters, as SubmitBatch returned it")
+        with translated("reading a batch"):
+            document = await self._batches.find_one({"_id": batch_id})
+        if document is None:
+            raise NotFound(f"no batch {batch_id!r}")
+        return batch_of(document)
+
+    async def page(self, wanted: BatchFilter, size: int, before: str) -> list[Batch]:
+        """The newest batches, of those older than `before` when that is set."""
+        query = wanted.query() | ({"_id": {"$lt": before}} if before else {})
+        with translated("listing batches"):
+            return [batch_of(found) async for found in self._batches.find(query).sort("_id", -1).limit(size)]
+
+    async def active(self) -> list[Batch]:
+        """Those under way, the oldest first."""
+        with translated("looking for batches"):
+            cursor = self._batches.find({"is_active": True}, hint="active").sort("_id", 1).limit(MOST_ACTIVE)
+            return [batch_of(found) async for found in cursor]
+
+    async def active_among(self, batch_ids: Collection[str]) -> set[str]:
+        """Those among `batch_ids` that are under way."""
+        with translated("looking at batches"):
+            cursor = self._batches.find({"_id": {"$in": list(batch_ids)}, "is_active": True}, {"_id": 1})
+            return {found["_id"] async for found in cursor}
+
+    async def stopped(self, batch_ids: Sequence[str]) -> set[str]:
+        """Those among `batch_ids` whose chunks are not to be run now: paused, or about to end."""
+        running = {"state": str(BatchState.RUNNING), "ending": {"$exists": False}}
+        with translated("looking at batches"):
+            cursor = self._batches.find({"_id": {"$in": list(batch_ids)}, **running}, {"_id": 1})
+            return set(batch_ids) - {found["_id"] async for found in cursor}
+
+    async def take_duty(self, batch_id: str) -> Batch | None:
+        """Takes up the duty of a batch; None: somebody has it. Counts the try."""
+        lease, now = self._ledger.lease(), self._clock()
+        free = {"_id": batch_id, "is_active": True, "free_at": {"$lte": now, "$gt": EVER}}
+        update = {"$set": {"lease": _lease(lease), "free_at": lease.expires_at}, "$inc": {"tries": 1}}
+        with translated("taking up a batch"):
+            found = await self._batches.find_one_and_update(free, update, return_document=ReturnDocument.AFTER)
+        return None if found is None else batch_of(found)
+
+    async def renew(self, batch: Batch) -> bool:
+        """Extends the lease of a duty. False: it is lost."""
+        return await self._fenced(batch, {"$set": {"free_at": self._ledger.lease().expires_at}})
+
+    async def listed(self, batch: Batch, listing: Entry, files: int) -> bool:
+        """The inputs are pinned. The duty is done."""
+        entry = {"url": listing.url, "size": listing.size, "version": listing.version}
+        return await self._done(batch, {"listing": entry, "files": files})
+
+    async def planned(self, batch: Batch) -> bool:
+        """All chunks are planned. The duty is done."""
+        return await self._done(batch, {"is_planned": True})
+
+    async def total(self, batch: Batch, totals: Totals) -> bool:
+        """Nothing can change any more. The duty goes on."""
+        set_ = {"totals": totals_document(totals), "ended_at": self._clock()}
+        return await self._fenced(batch, {"$set": set_})
+
+    async def end(self, batch: Batch, ending: Ending) -> bool:
+        """The batch has ended, and everything is written."""
+        step = Step(ending.state, self._clock(), self._instance, ending.reason)
+        update: Document = {
+            "$set": {
+                "state": str(ending.state),
+                "message": "" if ending.state is BatchState.SUCCEEDED else ending.reason,
+                "note": "",
+                "updated_at": step.at,
+            },
+            "$unset": {"is_active": "", "free_at": "", "lease": "", "ending": ""},
+            "$push": {"steps": step_document(step)},
+        }
+        return await self._fenced(batch, update)
+
+    async def let_go(self, batch: Batch, *, until: Any = None, is_counted: bool = False, note: str = "") -> bool:
+        """Gives a duty back, at once or from `until` on."""
+        update: Document = {
+            "$set": {"free_at": until or self._clock(), "note": note},
+            "$unset": {"lease": ""},
+        }
+        if not is_counted:
+            update["$inc"] = {"tries": -1}
+        return await self._fenced(batch, update)
+
+    async def doom(self, batch_id: str, ending: Ending) -> Batch | None:
+        """Sees to it that a batch ends so, whoever works on it. None: it ends, or has ended, already."""
+        live = {"_id": batch_id, "is_active": True, "ending": {"$exists": False}, "totals": {"$exists": False}}
+        set_ = {"ending": {"state": str(ending.state), "reason": ending.reason}, "updated_at": self._clock()}
+        with translated("ending a batch"):
+            found = await self._batches.find_one_and_update(live, {"$set": set_}, return_document=ReturnDocument.AFTER)
+        return None if found is None else batch_of(found)
+
+    async def turn(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> Batch | None:
+        """From one live state to another. None: it is not in the first, or about to end."""
+        step = Step(after, self._clock(), self._instance, reason)
+        live = {"_id": batch_id, "state": str(before), "ending": {"$exists": False}, "totals": {"$exists": False}}
+        update: Mapping[str, Any] = {
+            "$set": {"state": str(after), "updated_at": step.at},
+            "$push": {"steps": {"$each": [step_document(step)], "$slice": -100}},
+        }
+        with translated("changing a batch"):
+            found = await self._batches.find_one_and_update(live, update, return_document=ReturnDocument.AFTER)
+        return None if found is None else batch_of(found)
+
+    async def inherit(self) -> int:
+        """Frees the duties that earlier processes of this instance's name have left behind. Says how many."""
+        lease = self._ledger.lease()
+        left = {
+            "is_active": True,
+            "free_at": {"$gt": EVER},
+            "lease.owner": lease.owner,
+            "lease.process": {"$ne": lease.process},
+        }
+        with translated("looking for batches of an earlier process"):
+            return (await self._batches.update_many(left, {"$set": {"free_at": self._clock()}})).modified_count
+
+    async def _done(self, batch: Batch, set_: Document) -> bool:
+        update = {"$set": {**set_, "tries": 0, "note": "", "free_at": self._clock()}, "$unset": {"lease": ""}}
+        return await self._fenced(batch, update)
+
+    async def _fenced(self, batch: Batch, update: Document) -> bool:
+        if batch.lease is None:
+            raise FailedPrecondition(f"nobody has the duty of batch {batch.id}")
+        with translated("writing about a batch"):
+            found = await self._batches.update_one({"_id": batch.id, "lease.id": batch.lease.id}, update)
+            return bool(found.matched_count)
+
+
+def _lease(lease: Lease) -> Document:
+    return {"id": lease.id, "owner": lease.owner, "process": lease.process, "expires_at": lease.expires_at}

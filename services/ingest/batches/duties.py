@@ -1,0 +1,254 @@
+"""What is done for a batch as a whole, by one instance at a time: its inputs are listed, its chunks planned, and in the
+end it is said what came of it. Each can be broken off anywhere and done again.
+
+    <output>/_batch.json        whose output it is
+             _inputs.jsonl      the inputs, as they were pinned
+             part-*.parquet     answers
+             _dead/part-*       rows without one
+             _manifest.json     the parts
+             _summary.json      how many rows, how fast, what failed
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mesh.mongo import Document
+from mesh.threads import Threads
+from services.ingest.batches.batch import (
+    DEAD,
+    LISTING,
+    MANIFEST,
+    MARKER,
+    STAGING,
+    SUFFIXES,
+    SUMMARY,
+    Batch,
+    Chunk,
+    Duty,
+    Ending,
+    Format,
+    Totals,
+    ending_of,
+    seconds_of,
+)
+from services.ingest.batches.book import Book
+from services.ingest.batches.inputs.listing import line_of
+from services.ingest.batches.inputs.places import Entry, Places
+from services.ingest.batches.ledger import Ledger
+from services.ingest.batches.outputs.written import part_name
+from services.ingest.batches.plan import plan
+from shoal.errors import AlreadyExists, InvalidArgument
+
+MARKER_BYTES = 64 << 10
+_PLANNED_AT_ONCE = 64
+# Chunks that are made durable in one write; those that are can be run already.
+
+
+class Duties:
+    """Does them."""
+
+    def __init__(self, book: Book, ledger: Ledger, places: Places, threads: Threads, *, folder: Path) -> None:
+        self._book = book
+        self._ledger = ledger
+        self._places = places
+        self._threads = threads
+        self._folder = folder
+
+    async def do(self, batch: Batch, duty: Duty) -> None:
+        """Does one duty of a batch, whose lease the caller holds and renews.
+
+        Raises:
+            InvalidArgument, DataLoss, NotFound: the inputs are at fault. AlreadyExists: the output is another's.
+            Unavailable and others: it cannot be done now.
+        """
+        if duty is Duty.LIST:
+            await self._list(batch)
+        elif duty is Duty.PLAN:
+            await self._plan(batch)
+        else:
+            await self._finish(batch)
+
+    async def _list(self, batch: Batch) -> None:
+        assert batch.lease is not None
+        await self._threads.run(mark, self._places, batch)
+        # Under a name of its own until the book says that it counts: another instance may be at it, too.
+        url = batch.place(STAGING, f"inputs-{batch.lease.id}.jsonl")
+        files = await self._threads.run(self._write_listing, batch, url)
+        entry = await self._threads.run(self._places.stat, url)
+        await self._book.listed(batch, entry, files)
+
+    def _write_listing(self, batch: Batch, url: str) -> int:
+        path = Path(tempfile.mkstemp(dir=self._folder, suffix=".jsonl")[1])
+        try:
+            files = 0
+            with path.open("wb") as file:
+                for entry in entries(self._places, batch.inputs, batch.format):
+                    file.write(line_of(entry))
+                    files += 1
+            self._places.adopt(url, path)
+        finally:
+            path.unlink(missing_ok=True)
+        return files
+
+    async def _plan(self, batch: Batch) -> None:
+        while True:
+            tail = await self._ledger.tail(batch.id)
+            chunks = plan(self._places, batch, tail)
+            if await self._append(chunks):
+                await self._book.planned(batch)
+                return
+
+    async def _append(self, chunks: Iterator[Chunk]) -> bool:
+        """Adds all chunks to the plan. False: somebody else has gone on with it, so that it must be read again."""
+        while some := await self._threads.run(_some, chunks):
+            if not await self._ledger.append(some):
+                return False
+        return True
+
+    async def _finish(self, batch: Batch) -> None:
+        if batch.totals is None:
+            await self._ledger.drop_undone(batch.id)
+            if not await self._book.total(batch, await self._ledger.totals(batch.id)):
+                return
+            batch = await self._book.get(batch.id)
+        ending = ending_of(batch)
+        if batch.listing is not None:
+            await self._write_end(batch, ending)
+        if await self._book.end(batch, ending):
+            await self._ledger.forget(batch.id)
+
+    async def _write_end(self, batch: Batch, ending: Ending) -> None:
+        assert batch.listing is not None
+        await self._threads.run(self._places.publish, batch.listing.url, batch.place(LISTING))
+        manifest = Path(tempfile.mkstemp(dir=self._folder, suffix=".json")[1])
+        try:
+            await write_manifest(manifest, batch, self._ledger.done(batch.id))
+            await self._threads.run(self._places.adopt, batch.place(MANIFEST), manifest)
+        finally:
+            manifest.unlink(missing_ok=True)
+        summary = json.dumps(summary_of(batch, ending), indent=2).encode()
+        await self._threads.run(self._places.put, batch.place(SUMMARY), summary)
+        await self._threads.run(self._places.remove_all, batch.place(STAGING) + "/")
+
+
+def mark(places: Places, batch: Batch) -> None:
+    """Makes the output the batch's own.
+
+    Raises:
+        AlreadyExists: it is another's.
+    """
+    marker = json.dumps({"batch": batch.id, "model": batch.model_name, "inputs": batch.inputs}, indent=2).encode()
+    try:
+        places.put(batch.place(MARKER), marker, only_new=True)
+    except AlreadyExists:
+        if (owner := owner_of(places, batch.output)) != batch.id:
+            raise AlreadyExists(
+                f"output: {batch.output} has the results of batch {owner} already: "
+                "use another folder or prefix, or remove what is there"
+            ) from None
+
+
+def owner_of(places: Places, output: str) -> str:
+    """The batch that an output belongs to.
+
+    Raises:
+        NotFound: it is nobody's. PermissionDenied, Unavailable.
+    """
+    try:
+        return str(json.loads(places.read(f"{output.rstrip('/')}/{MARKER}", MARKER_BYTES))["batch"])
+    except (ValueError, KeyError, TypeError, InvalidArgument):
+        return "unknown"
+
+
+def entries(places: Places, inputs: Sequence[str], kind: Format) -> Iterator[Entry]:
+    """The files or objects that inputs stand for: a prefix (it ends with a slash) for what is below it.
+
+    Of a prefix of files, those with the format's suffix count whose names do not begin with an underscore.
+
+    Raises:
+        InvalidArgument: a prefix has none. NotFound: a file is not there.
+    """
+    for url in inputs:
+        if not url.endswith("/"):
+            yield places.stat(url)
+            continue
+        found = (entry for entry in places.list(url) if kind is Format.OBJECTS or _is_of(entry.url, kind))
+        first = next(found, None)
+        if first is None:
+            what = "an object" if kind is Format.OBJECTS else f"a {kind} file"
+            raise InvalidArgument(f"inputs: {url} has not {what} in it")
+        yield from itertools.chain([first], found)
+
+
+def format_of(url: str) -> Format | None:
+    """The format that a file's name says."""
+    name = url.rpartition("/")[2]
+    return SUFFIXES.get("." + name.rpartition(".")[2].lower()) if "." in name else None
+
+
+def _is_of(url: str, kind: Format) -> bool:
+    return format_of(url) is kind and not url.rpartition("/")[2].startswith("_")
+
+
+async def write_manifest(path: Path, batch: Batch, done: AsyncIterator[Document]) -> None:
+    """Says which parts there are, one line for each, in the order of the rows."""
+    with path.open("w") as file:
+        head = {"batch": batch.id, "inputs": batch.inputs, "model": batch.model_name}
+        file.write(json.dumps(head)[:-1] + ', "parts": [')
+        separator = "\n"
+        async for document in done:
+            file.write(separator + json.dumps(_part_of(document)))
+            separator = ",\n"
+        file.write("\n]}\n")
+
+
+def _part_of(document: Document) -> dict[str, Any]:
+    name, done = part_name(document["number"]), document["done"]
+    return {
+        "first_row": document["first"],
+        "rows": document["span"]["rows"],
+        "part": name if done["ok"] else None,
+        "ok": done["ok"],
+        "dead": f"{DEAD}/{name}" if done["failed"] else None,
+        "failed": done["failed"],
+        "source": document["entry"]["url"],
+        "source_row": document["span"]["row"],
+    }
+
+
+def summary_of(batch: Batch, ending: Ending) -> dict[str, Any]:
+    """What came of a batch, as its summary has it."""
+    totals = batch.totals or Totals()
+    seconds = seconds_of(batch, batch.ended_at or batch.updated_at)
+    return {
+        "batch": batch.id,
+        "state": str(ending.state),
+        "reason": ending.reason,
+        "model": batch.model_name,
+        "model_versions": list(totals.versions),
+        "files": batch.files,
+        "rows": totals.rows,
+        "ok": totals.ok,
+        "failed": totals.failed,
+        "failed_by_code": dict(totals.codes),
+        "parts_bytes": totals.nbytes,
+        "submitted_at": _iso(batch.submitted_at),
+        "ended_at": _iso(batch.ended_at or batch.updated_at),
+        "seconds": round(seconds, 3),
+        "rows_per_second": round((totals.ok + totals.failed) / seconds, 3),
+    }
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _some(chunks: Iterator[Chunk]) -> list[Chunk]:
+    return list(itertools.islice(chunks, _PLANNED_AT_ONCE))

@@ -1,0 +1,40 @@
+"""What a model says about itself, asked through the mesh when a batch is submitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+
+from mesh.interceptors import translate
+from services.ingest.batches.rows.signature import Signature, signature_of
+from shoal.errors import Code, Unavailable
+from shoal.inference.v2 import inference_pb2, inference_pb2_grpc
+
+_TIMEOUT_S = 10.0
+
+
+class Facts:
+    """infer, as it describes its models."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+    async def signature(self, model: str, version: str, outputs: Sequence[str]) -> Signature:
+        """The signature of a model.
+
+        Raises:
+            NotFound: no such model. InvalidArgument, FailedPrecondition: as `signature_of` does.
+            Unavailable: nobody answers.
+        """
+        try:
+            about = inference_pb2.ModelMetadataRequest(name=model, version=version)
+            metadata = await self._stub.ModelMetadata(about, timeout=_TIMEOUT_S)
+            asked = inference_pb2.ModelConfigRequest(name=model, version=version)
+            config = await self._stub.ModelConfig(asked, timeout=_TIMEOUT_S)
+        except grpc.RpcError as err:
+            known = translate(err, f"looking at model {model!r}")
+            if known.code is Code.UNIMPLEMENTED:
+                raise Unavailable(f"the mesh has no way to infer yet ({known.message})") from err
+            raise known from err
+        return signature_of(metadata, config.config, outputs)

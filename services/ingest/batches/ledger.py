@@ -1,0 +1,250 @@
+"""The chunks of batches in MongoDB: who has which, what came of each, and what came of all.
+
+Each write about a chunk that somebody runs names the lease that he holds. A chunk is claimed by one write, whose filter
+holds only while it is free: of two who want it, the database lets one have it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from pymongo import ReturnDocument, UpdateOne
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from services.ingest.batches.batch import Chunk, ChunkState, Totals
+from services.ingest.batches.documents import chunk_document, chunk_of
+from services.ingest.batches.outputs.written import Written
+from services.ingest.clock import Clock
+from services.ingest.documents import EVER
+from services.ingest.job import Lease
+from shoal.errors import AlreadyExists
+
+_FREE = {"$gt": EVER}
+
+
+@dataclass(frozen=True, slots=True)
+class SoFar:
+    """What a chunk that runs has come to."""
+
+    ok: int = 0
+    failed: int = 0
+    note: str = ""
+
+
+class Ledger:
+    """The chunks."""
+
+    def __init__(
+        self,
+        chunks: AsyncCollection[Document],
+        *,
+        clock: Clock,
+        new_id: Callable[[], str],
+        owner: str,
+        process: str,
+        lease_ms: int,
+    ) -> None:
+        self._chunks = chunks
+        self._clock = clock
+        self._new_id = new_id
+        self._owner = owner
+        self._process = process
+        self._lease_for = timedelta(milliseconds=lease_ms)
+
+    def lease(self) -> Lease:
+        """A new lease from now on."""
+        return Lease(self._new_id(), self._owner, self._process, self._clock() + self._lease_for)
+
+    async def append(self, chunks: Sequence[Chunk]) -> bool:
+        """Adds chunks to the plan, in their order. False: somebody else has planned one of these numbers already."""
+        now = self._clock()
+        documents = [chunk_document(chunk) | {"free_at": now} for chunk in chunks]
+        try:
+            with translated("planning chunks"):
+                await self._chunks.insert_many(documents, ordered=True)
+        except AlreadyExists:
+            return False
+        return True
+
+    async def tail(self, batch: str) -> Chunk | None:
+        """The last chunk of a plan."""
+        with translated("reading a plan"):
+            document = await self._chunks.find_one({"batch": batch}, sort=[("number", -1)])
+        return None if document is None else chunk_of(document)
+
+    async def claim(self, batch: str, *, only_staged: bool = False) -> Chunk | None:
+        """Claims the first free chunk of a batch; with `only_staged`, of those whose part is to be published."""
+        lease = self.lease()
+        free: Document = {"batch": batch, "free_at": {"$lte": self._clock(), "$gt": EVER}}
+        if only_staged:
+            free["state"] = str(ChunkState.STAGED)
+        taking = [
+            {
+                "$set": {
+                    "lease": {"$literal": _lease(lease)},
+                    "free_at": lease.expires_at,
+                    "attempts": {"$add": ["$attempts", 1]},
+                    "state": {"$cond": [{"$eq": ["$state", "staged"]}, "staged", str(ChunkState.RUNNING)]},
+                }
+            }
+        ]
+        with translated("claiming a chunk"):
+            found = await self._chunks.find_one_and_update(
+                free, taking, sort=[("number", 1)], hint="undone", return_document=ReturnDocument.AFTER
+            )
+        return None if found is None else chunk_of(found)
+
+    async def renew(self, held: Mapping[str, tuple[Lease, SoFar]]) -> set[str]:
+        """Extends the leases of chunks (by id), says how far each is, and tells which of them were lost."""
+        free_at = self._clock() + self._lease_for
+        writes = [
+            UpdateOne(
+                {"_id": chunk_id, "lease.id": lease.id, "free_at": _FREE},
+                {"$set": {"free_at": free_at, "so_far": {"ok": now.ok, "failed": now.failed, "note": now.note}}},
+            )
+            for chunk_id, (lease, now) in held.items()
+        ]
+        ids = {lease.id for lease, _ in held.values()}
+        with translated("renewing the leases of chunks"):
+            if (await self._chunks.bulk_write(writes, ordered=False)).matched_count == len(held):
+                return set()
+            ours = {"_id": {"$in": list(held)}, "lease.id": {"$in": list(ids)}, "free_at": _FREE}
+            kept = {document["_id"] async for document in self._chunks.find(ours, {"_id": 1})}
+        return held.keys() - kept
+
+    async def stage(self, chunk: Chunk, name: str, written: Written, versions: Sequence[str]) -> bool:
+        """Records what came of a chunk, whose part lies under `name`. False: it is somebody else's by now."""
+        done = {
+            "ok": written.rows,
+            "failed": written.dead,
+            "nbytes": written.nbytes,
+            "codes": [[code, count] for code, count in written.codes.items()],
+            "versions": list(versions),
+        }
+        set_ = {"state": str(ChunkState.STAGED), "staged": name, "done": done}
+        return await self._fenced(chunk, {"$set": set_, "$unset": {"so_far": ""}})
+
+    async def finish(self, chunk: Chunk) -> bool:
+        """The part of a chunk has its place."""
+        unset = {"free_at": "", "lease": "", "so_far": ""}
+        return await self._fenced(chunk, {"$set": {"state": str(ChunkState.DONE)}, "$unset": unset})
+
+    async def let_go(self, chunk: Chunk, *, until: datetime | None = None, is_counted: bool, note: str = "") -> bool:
+        """Gives a chunk back, at once or from `until` on."""
+        update: Document = {
+            "$set": {"free_at": until or self._clock(), "so_far": {"ok": 0, "failed": 0, "note": note}},
+            "$unset": {"lease": ""},
+        }
+        if chunk.state is not ChunkState.STAGED:
+            update["$set"]["state"] = str(ChunkState.WAITING)
+            update["$unset"] |= {"done": "", "staged": ""}
+        if not is_counted:
+            update["$inc"] = {"attempts": -1}
+        return await self._fenced(chunk, update)
+
+    async def is_busy(self, batch: str) -> bool:
+        """Whether somebody runs a chunk of a batch, or a part waits to be published."""
+        running = {"state": str(ChunkState.RUNNING), "free_at": {"$gt": self._clock()}}
+        staged = {"state": str(ChunkState.STAGED), "free_at": _FREE}
+        with translated("looking for running chunks"):
+            return await self._chunks.find_one({"batch": batch, "$or": [running, staged]}, {"_id": 1}) is not None
+
+    async def has_undone(self, batch: str) -> bool:
+        """Whether a batch has chunks that are not done."""
+        with translated("looking for undone chunks"):
+            found = await self._chunks.find_one({"batch": batch, "free_at": _FREE}, {"_id": 1}, hint="undone")
+        return found is not None
+
+    async def drop_undone(self, batch: str) -> None:
+        """Takes what is not done out of reach for good: nobody can stage it any more."""
+        with translated("dropping chunks"):
+            await self._chunks.update_many(
+                {"batch": batch, "free_at": _FREE},
+                {"$set": {"state": str(ChunkState.DROPPED)}, "$unset": {"free_at": "", "lease": "", "so_far": ""}},
+            )
+
+    async def totals(self, batch: str) -> Totals:
+        """What has come of a batch so far, summed over its chunks."""
+        ok, failed = ({"$ifNull": [f"$done.{name}", f"$so_far.{name}"]} for name in ("ok", "failed"))
+        is_done = {"$in": ["$state", [str(ChunkState.STAGED), str(ChunkState.DONE)]]}
+        summing: list[Mapping[str, Any]] = [
+            {"$match": {"batch": batch}},
+            {
+                "$group": {
+                    "_id": {"codes": "$done.codes", "versions": "$done.versions", "note": "$so_far.note"},
+                    "rows": {"$sum": "$span.rows"},
+                    "ok": {"$sum": ok},
+                    "failed": {"$sum": failed},
+                    "nbytes": {"$sum": "$done.nbytes"},
+                    "chunks": {"$sum": 1},
+                    "chunks_done": {"$sum": {"$cond": [is_done, 1, 0]}},
+                }
+            },
+        ]
+        with translated("summing up a batch"):
+            found = await (await self._chunks.aggregate(summing)).to_list()
+        return _added(found)
+
+    async def done(self, batch: str) -> AsyncIterator[Document]:
+        """The chunks of a batch that are done, in their order: their documents."""
+        with translated("reading what is done"):
+            async for document in self._chunks.find({"batch": batch, "state": str(ChunkState.DONE)}).sort("number", 1):
+                yield document
+
+    async def forget(self, batch: str) -> None:
+        """Deletes the chunks of a batch."""
+        with translated("deleting chunks"):
+            await self._chunks.delete_many({"batch": batch})
+
+    async def batches(self) -> set[str]:
+        """The batches that have chunks."""
+        with translated("looking for chunks"):
+            return set(await self._chunks.distinct("batch"))
+
+    async def inherit(self) -> int:
+        """Frees what earlier processes of this instance's name have left behind. Says how many."""
+        left = {
+            "free_at": _FREE,
+            "lease.owner": self._owner,
+            "lease.process": {"$ne": self._process},
+        }
+        with translated("looking for chunks of an earlier process"):
+            freed = await self._chunks.update_many(left, {"$set": {"free_at": self._clock()}})
+            return freed.modified_count
+
+    async def _fenced(self, chunk: Chunk, update: Document) -> bool:
+        assert chunk.lease is not None
+        fence = {"_id": chunk.id, "lease.id": chunk.lease.id, "attempts": chunk.attempts, "free_at": _FREE}
+        with translated("writing about a chunk"):
+            return bool((await self._chunks.update_one(fence, update)).matched_count)
+
+
+def _added(groups: Sequence[Document]) -> Totals:
+    def total(name: str) -> int:
+        return sum(group[name] for group in groups)
+
+    codes: Counter[str] = Counter()
+    for group in groups:
+        # Equal counts are one group: its chunks share them.
+        for code, count in group["_id"].get("codes") or ():
+            codes[code] += count * group["chunks"]
+    return Totals(
+        rows=total("rows"),
+        ok=total("ok"),
+        failed=total("failed"),
+        chunks=total("chunks"),
+        chunks_done=total("chunks_done"),
+        nbytes=total("nbytes"),
+        codes=dict(sorted(codes.items())),
+        versions=tuple(sorted({version for group in groups for version in group["_id"].get("versions") or ()})),
+        note=next((note for group in groups if (note := group["_id"].get("note"))), ""),
+    )
+
+
+def _lease(lease: Lease) -> Document:
+    return {"id": lease.id, "owner": lease.owner, "process": lease.process, "expires_at": lease.expires_at}

@@ -1,0 +1,40 @@
+"""What a part says of its rows: values that need no Arrow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+def part_name(number: int) -> str:
+    """The name of a chunk's part."""
+    return f"part-{number:08d}.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """Why a row was not answered."""
+
+    code: str
+    reason: str
+    attempts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """Which rows they are."""
+
+    rows: Sequence[int]
+    sources: Sequence[str]
+    source_rows: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a part has, once it is whole."""
+
+    rows: int
+    dead: int
+    nbytes: int
+    codes: Mapping[str, int]
+    """Dead rows by status code."""

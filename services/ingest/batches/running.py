@@ -1,0 +1,237 @@
+"""Runs one chunk: its rows are read, asked of the model and written, all three at once, in bounded memory.
+
+    reader ──piece──> cells to tensors ──> stacks ──> calls (several under way) ──in their order──> part
+       ^                                                                                             │
+       └───────────────── not read further while too many stacks wait to be written ────────────────┘
+
+Nothing of it is seen before the ledger says that this attempt is the one that counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mesh.tasks import end
+from mesh.threads import Threads
+from services.ingest.batches.batch import DEAD, STAGING, Batch, Chunk
+from services.ingest.batches.calling import Answered, Blamed, Calling, Lanes, Model
+from services.ingest.batches.inputs.piece import Piece, Rows
+from services.ingest.batches.inputs.places import Places
+from services.ingest.batches.ledger import SoFar
+from services.ingest.batches.mapping import Wanted, kept_arrays, result_columns
+from services.ingest.batches.opening import Readers, named
+from services.ingest.batches.outputs.part import Part
+from services.ingest.batches.outputs.written import About, Dead, Written, part_name
+from services.ingest.batches.rows.fitting import Fitted, fit
+from services.ingest.batches.rows.stacking import Stack, stacks
+from services.ingest.batches.rows.wire import Asked
+from services.ingest.job import Policy
+from shoal.errors import Code
+
+_AHEAD = 2
+# Stacks that are under way or wait to be written, for each call at once: the next is there when a call ends.
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a chunk is, while it runs."""
+
+    now: SoFar = field(default_factory=SoFar)
+
+    def add(self, ok: int, failed: int) -> None:
+        """Some rows are written."""
+        self.now = replace(self.now, ok=self.now.ok + ok, failed=self.now.failed + failed)
+
+    def say(self, note: str) -> None:
+        """What it waits for; empty: for nothing any more."""
+        if note != self.now.note:
+            self.now = replace(self.now, note=note)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A piece, ready to be asked of the model."""
+
+    piece: Piece
+    inputs: Sequence[Fitted]
+    kept: dict[str, Any]
+    errors: dict[int, str]
+    stacks: Sequence[Stack]
+
+
+Outcomes = list[Answered | Blamed]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A stack under way, or (without a task) rows that fit no tensor."""
+
+    prepared: Prepared
+    task: asyncio.Task[Outcomes] | None = None
+
+
+class Running:
+    """Runs chunks."""
+
+    def __init__(
+        self,
+        model: Model,
+        places: Places,
+        readers: Readers,
+        threads: Threads,
+        *,
+        folder: Path,
+        calls: int,
+        timeout_s: float,
+    ) -> None:
+        self._model = model
+        self._places = places
+        self._readers = readers
+        self._threads = threads
+        self._folder = folder
+        self._lanes = Lanes(calls)
+        self._window = _AHEAD * calls
+        self._timeout_s = timeout_s
+
+    async def run(self, batch: Batch, chunk: Chunk, progress: Progress) -> tuple[str, Written, tuple[str, ...]]:
+        """Runs a chunk, and puts its part where parts wait: its name there, what it has, and which versions answered.
+
+        Raises:
+            DataLoss: the input is not what it was. NotFound: it is gone. Unavailable and others of the places.
+        """
+        assert chunk.lease is not None
+        name = f"{chunk.number:08d}-{chunk.lease.id}"
+        versions: set[str] = set()
+        with Part(self._folder, name, result_columns(batch)) as part:
+            await self._fill(batch, chunk, part, progress, versions)
+            written = await self._threads.run(part.finish)
+            if written.rows:
+                await self._adopt(batch, f"{name}.parquet", part.file)
+            if written.dead:
+                await self._adopt(batch, f"{name}.dead.parquet", part.dead_file)
+        return name, written, tuple(sorted(versions))
+
+    async def publish(self, batch: Batch, chunk: Chunk) -> None:
+        """Moves a staged part to its own place. Done again, it does nothing."""
+        name = part_name(chunk.number)
+        moves = [(f"{chunk.staged}.parquet", batch.place(name))] if chunk.ok else []
+        moves += [(f"{chunk.staged}.dead.parquet", batch.place(DEAD, name))] if chunk.failed else []
+        for staged, final in moves:
+            await self._threads.run(self._places.publish, batch.place(STAGING, staged), final)
+
+    async def _adopt(self, batch: Batch, name: str, file: Path) -> None:
+        await self._threads.run(self._places.adopt, batch.place(STAGING, name), file)
+
+    async def _fill(self, batch: Batch, chunk: Chunk, part: Part, progress: Progress, versions: set[str]) -> None:
+        calling = Calling(
+            self._model,
+            Asked(batch.model_name, batch.model_version, batch.signature),
+            self._lanes,
+            policy=Policy(max_attempts=batch.max_attempts),
+            timeout_s=self._timeout_s,
+            on_wait=progress.say,
+        )
+        wanted = Wanted.of(batch)
+        pending: deque[_Pending] = deque()
+        rows = await self._threads.run(self._readers.take, batch, chunk)
+        left = chunk.span.rows
+        try:
+            while left:
+                prepared = await self._threads.run(self._next, rows, left, batch, chunk, wanted)
+                left -= prepared.piece.count
+                if prepared.errors:
+                    pending.append(_Pending(prepared))
+                for stack in prepared.stacks:
+                    task = asyncio.create_task(calling.answer(prepared.inputs, stack))
+                    pending.append(_Pending(prepared, task))
+                    while len(pending) >= self._window:
+                        await self._write(chunk, part, pending, progress, versions)
+            while pending:
+                await self._write(chunk, part, pending, progress, versions)
+        except BaseException:
+            rows.close()
+            raise
+        finally:
+            await end(*(each.task for each in pending if each.task is not None))
+        await self._threads.run(self._readers.keep, batch, chunk, rows)
+
+    def _next(self, rows: Rows, most: int, batch: Batch, chunk: Chunk, wanted: Wanted) -> Prepared:
+        with named(chunk.entry):
+            return prepare(wanted, rows.read(most), batch.signature.max_rows)
+
+    async def _write(
+        self, chunk: Chunk, part: Part, pending: deque[_Pending], progress: Progress, versions: set[str]
+    ) -> None:
+        """Writes what is next, once it is there, and whatever is there already behind it."""
+        ready: list[tuple[Prepared, Outcomes]] = []
+        while pending and (not ready or pending[0].task is None or pending[0].task.done()):
+            head = pending[0]
+            ready.append((head.prepared, unfit(head.prepared) if head.task is None else await head.task))
+            pending.popleft()
+        versions.update(each.version for _, outcomes in ready for each in outcomes if isinstance(each, Answered))
+        ok, failed = await self._threads.run(write, part, chunk, ready)
+        progress.add(ok, failed)
+
+
+def prepare(wanted: Wanted, piece: Piece, max_rows: int) -> Prepared:
+    """A piece as stacks of its good rows, and what is wrong with the others."""
+    inputs = [fit(spec, piece.columns[column]) for spec, column in wanted.inputs]
+    kept, errors = kept_arrays(wanted, piece)
+    for fitted in inputs:
+        errors = {**errors, **fitted.errors}
+    errors.update(piece.errors)  # Why there is no row at all, rather than that it has no values.
+    good = [row for row in range(piece.count) if row not in errors]
+    return Prepared(piece, inputs, kept, errors, list(stacks(inputs, good, max_rows)))
+
+
+def unfit(prepared: Prepared) -> Outcomes:
+    """The rows that no model saw."""
+    return [Blamed(row, Dead(Code.INVALID_ARGUMENT.name, reason)) for row, reason in sorted(prepared.errors.items())]
+
+
+def write(part: Part, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcomes]]) -> tuple[int, int]:
+    """Adds outcomes to a part, and says how many rows were answered and how many were not."""
+    ok = failed = 0
+    for prepared, outcomes in ready:
+        blamed = [each for each in outcomes if isinstance(each, Blamed)]
+        for answered in (each for each in outcomes if isinstance(each, Answered)):
+            refused = _add(part, chunk, prepared, answered)
+            ok += len(answered.rows) - len(refused)
+            blamed += refused
+        if blamed:
+            part.add_dead(about(chunk, prepared.piece, [each.row for each in blamed]), [each.dead for each in blamed])
+            failed += len(blamed)
+    return ok, failed
+
+
+def _add(part: Part, chunk: Chunk, prepared: Prepared, answered: Answered) -> list[Blamed]:
+    """Adds the rows of an answer; gives those that have no place in a part."""
+    rows = list(answered.rows)
+    kept = {name: array.take(pa.array(rows)) for name, array in prepared.kept.items()}
+    try:
+        part.add(about(chunk, prepared.piece, rows), kept, answered.outputs)
+    except ValueError as err:
+        if len(rows) == 1:
+            reason = f"the answer cannot be written: {err}: leave the output out of text_outputs"
+            return [Blamed(rows[0], Dead(Code.INTERNAL.name, reason, 1))]
+        each = (
+            Answered((row,), {name: array[n : n + 1] for name, array in answered.outputs.items()}, answered.version)
+            for n, row in enumerate(rows)
+        )
+        return [refused for one in each for refused in _add(part, chunk, prepared, one)]
+    return []
+
+
+def about(chunk: Chunk, piece: Piece, rows: Sequence[int]) -> About:
+    """Which rows of the batch these rows of a piece are."""
+    first = chunk.first + piece.first - chunk.span.row
+    if piece.sources is None:
+        return About([first + row for row in rows], [chunk.entry.url] * len(rows), [piece.first + row for row in rows])
+    return About([first + row for row in rows], [piece.sources[row] for row in rows], [0] * len(rows))

@@ -1,0 +1,273 @@
+"""What may be submitted as a batch: everything that can be known to be wrong is said before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import pyarrow as pa
+
+from mesh.threads import Threads
+from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, Format, Step
+from services.ingest.batches.book import MOST_ACTIVE, Book
+from services.ingest.batches.duties import entries, format_of, owner_of
+from services.ingest.batches.facts import Facts
+from services.ingest.batches.inputs.places import Places, is_within
+from services.ingest.batches.mapping import (
+    Wanted,
+    available_columns,
+    check_file,
+    kept_schema,
+    map_columns,
+    object_columns,
+    result_columns,
+)
+from services.ingest.batches.opening import named, opened
+from services.ingest.batches.rows.signature import Signature
+from services.ingest.clock import Clock
+from services.ingest.intake.submission import (
+    KEY_CHARS,
+    LABEL_CHARS,
+    LABELS,
+    MODEL_NAME_CHARS,
+    MODEL_VERSION_CHARS,
+    MOST_ATTEMPTS,
+    TENANT_CHARS,
+)
+from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from shoal.ingest.v1 import ingest_pb2 as pb
+
+INPUTS = 1_000
+NAMES = 256
+MOST_CHUNK_ROWS = 1_000_000
+_LOOKED_AT = 1_000
+# Names below a prefix that are looked at to learn the format.
+
+_FORMATS = {
+    pb.BATCH_FORMAT_JSONL: Format.JSONL,
+    pb.BATCH_FORMAT_PARQUET: Format.PARQUET,
+    pb.BATCH_FORMAT_NPZ: Format.NPZ,
+    pb.BATCH_FORMAT_OBJECTS: Format.OBJECTS,
+}
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a look at the inputs has shown."""
+
+    format: Format
+    columns: tuple[tuple[str, str], ...]
+    kept: bytes
+
+
+class Submissions:
+    """Takes batches."""
+
+    def __init__(
+        self,
+        book: Book,
+        facts: Facts,
+        places: Places,
+        threads: Threads,
+        *,
+        clock: Clock,
+        new_id: Callable[[], str],
+        instance: str,
+        on_accepted: Callable[[], None],
+    ) -> None:
+        self._book = book
+        self._facts = facts
+        self._places = places
+        self._threads = threads
+        self._clock = clock
+        self._new_id = new_id
+        self._instance = instance
+        self._on_accepted = on_accepted
+
+    async def submit(self, request: pb.SubmitBatchRequest) -> tuple[Batch, bool]:
+        """The batch, durable, and whether its key was known.
+
+        Raises:
+            InvalidArgument: names the field, what was expected and what came. NotFound: no such file or model.
+            PermissionDenied: a place may not be used. FailedPrecondition: the output has something in it.
+            AlreadyExists: the key was used with another request. ResourceExhausted: too many batches.
+            Unavailable: somebody is away.
+        """
+        check_fields(request)
+        digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        if request.idempotency_key:
+            earlier = await self._book.of_key(request.tenant, request.idempotency_key)
+            if earlier is not None:
+                return same(earlier, digest), True
+        if (active := await self._book.count_active()) >= MOST_ACTIVE:
+            raise ResourceExhausted(f"{active} batches are under way, which is the limit", retry_after_ms=10_000)
+        inputs, output = self._checked_places(request)
+        signature = await self._facts.signature(request.model_name, request.model_version, request.outputs)
+        looked = await self._threads.run(self._look, request, inputs, output, signature)
+        batch = self._batch(request, inputs, output, signature, looked, digest)
+        result_columns(batch).schema()
+        batch, existed = await self._book.add(batch)
+        self._on_accepted()
+        return batch, existed
+
+    def _checked_places(self, request: pb.SubmitBatchRequest) -> tuple[tuple[str, ...], str]:
+        inputs = tuple(self._places.check(f"inputs[{n}]", url) for n, url in enumerate(request.inputs))
+        output = self._places.check("output", request.output).rstrip("/")
+        for url in inputs:
+            if is_within(output, url) and url.endswith("/"):
+                raise InvalidArgument(f"output: {output} lies within the input {url}: its parts would become inputs")
+            if is_within(url, output):
+                raise InvalidArgument(f"output: the input {url} lies within {output}: choose a folder of its own")
+        return inputs, output
+
+    def _look(self, request: pb.SubmitBatchRequest, inputs: Sequence[str], output: str, signature: Signature) -> Looked:
+        """Looks at the first input and at the output. It blocks: for a thread."""
+        self._check_output(output)
+        kind = _FORMATS.get(request.format) or self._guess(inputs[0])
+        first = next(entries(self._places, inputs, kind))
+        given = dict(request.columns)
+        if kind is Format.OBJECTS:
+            mapped = object_columns(request.model_name, signature, given)
+            kept = kept_schema(kind, _nothing(), request.keep_columns)
+            return Looked(kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes())
+        with opened(self._places, first) as file, named(first):
+            mapped = map_columns(request.model_name, signature, given, available_columns(kind, file))
+            kept = kept_schema(kind, file, request.keep_columns)
+            check_file(kind, file, Wanted(mapped, kept))
+        return Looked(kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes())
+
+    def _check_output(self, output: str) -> None:
+        try:
+            owner = owner_of(self._places, output)
+        except NotFound:
+            return
+        raise FailedPrecondition(
+            f"output: {output} has the results of batch {owner} already: "
+            "use another folder or prefix, or remove what is there"
+        )
+
+    def _guess(self, url: str) -> Format:
+        """The format that names say: that of the file, or of those below a prefix, when they agree."""
+        if not url.endswith("/"):
+            if (kind := format_of(url)) is None:
+                raise InvalidArgument(
+                    f"format: {url} does not say by its name what it is: end it with .jsonl, .ndjson, .parquet or "
+                    ".npz, or say the format; a prefix ends with a slash"
+                )
+            return kind
+        names = (entry.url for entry in self._places.list(url) if not entry.url.rpartition("/")[2].startswith("_"))
+        kinds = Counter(format_of(name) or Format.OBJECTS for name in itertools.islice(names, _LOOKED_AT))
+        if not kinds:
+            raise InvalidArgument(f"inputs: nothing is below {url}")
+        if len(kinds) > 1:
+            found = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common())
+            raise InvalidArgument(f"format: below {url} are files of several kinds ({found}): say the format")
+        return next(iter(kinds))
+
+    def _batch(
+        self,
+        request: pb.SubmitBatchRequest,
+        inputs: tuple[str, ...],
+        output: str,
+        signature: Signature,
+        looked: Looked,
+        digest: bytes,
+    ) -> Batch:
+        now: datetime = self._clock()
+        known = {spec.name: spec.datatype for spec in signature.outputs}
+        for name in request.text_outputs:
+            if known.get(name) != "BYTES":
+                raise InvalidArgument(f"text_outputs: {name!r} is not an output of BYTES that is wanted")
+        return Batch(
+            id=self._new_id(),
+            inputs=inputs,
+            output=output,
+            format=looked.format,
+            model_name=request.model_name,
+            model_version=request.model_version,
+            signature=signature,
+            columns=looked.columns,
+            kept=looked.kept,
+            texts=tuple(request.text_outputs),
+            tenant=request.tenant,
+            key=request.idempotency_key,
+            digest=digest if request.idempotency_key else b"",
+            labels=tuple(sorted(request.labels.items())),
+            chunk_rows=request.chunk_rows or CHUNK_ROWS,
+            max_attempts=request.max_attempts or ATTEMPTS,
+            submitted_at=now,
+            updated_at=now,
+            free_at=now,
+            steps=(Step(BatchState.RUNNING, now, self._instance, "submitted"),),
+        )
+
+
+def check_fields(request: pb.SubmitBatchRequest) -> None:
+    """What can be seen without looking anywhere.
+
+    Raises:
+        InvalidArgument: names the field, what was expected and what came.
+    """
+    if not 1 <= len(request.inputs) <= INPUTS:
+        raise InvalidArgument(f"inputs: 1 to {INPUTS} URLs, got {len(request.inputs)}")
+    if not request.output:
+        raise InvalidArgument("output: required, and empty: the URL of a folder or prefix for the results")
+    if not request.model_name:
+        raise InvalidArgument("model_name: required, and empty")
+    _at_most("model_name", request.model_name, MODEL_NAME_CHARS)
+    _at_most("model_version", request.model_version, MODEL_VERSION_CHARS)
+    _at_most("idempotency_key", request.idempotency_key, KEY_CHARS)
+    _at_most("tenant", request.tenant, TENANT_CHARS)
+    _check_labels(request.labels)
+    if request.format not in (pb.BATCH_FORMAT_UNSPECIFIED, *_FORMATS):
+        raise InvalidArgument(f"format: not a batch format: {request.format}")
+    names: dict[str, Any] = {
+        "columns": request.columns,
+        "keep_columns": request.keep_columns,
+        "outputs": request.outputs,
+        "text_outputs": request.text_outputs,
+    }
+    for field, given in names.items():
+        if len(given) > NAMES:
+            raise InvalidArgument(f"{field}: at most {NAMES}, got {len(given)}")
+        if len(set(given)) != len(given):
+            raise InvalidArgument(f"{field}: a name is given twice")
+    for field, value, most in (
+        ("chunk_rows", request.chunk_rows, MOST_CHUNK_ROWS),
+        ("max_attempts", request.max_attempts, MOST_ATTEMPTS),
+    ):
+        if not 0 <= value <= most:
+            raise InvalidArgument(f"{field}: 0 (the default) to {most}, got {value}")
+
+
+def same(earlier: Batch, digest: bytes) -> Batch:
+    """The earlier batch of a key, when it is the same.
+
+    Raises:
+        AlreadyExists: it is another.
+    """
+    if earlier.digest != digest:
+        raise AlreadyExists(f"idempotency_key {earlier.key!r} was used by batch {earlier.id} with another request")
+    return earlier
+
+
+def _check_labels(labels: Mapping[str, str]) -> None:
+    if len(labels) > LABELS:
+        raise InvalidArgument(f"labels: at most {LABELS}, got {len(labels)}")
+    for key, value in labels.items():
+        _at_most(f"labels[{key[:40]!r}], its key", key, LABEL_CHARS)
+        _at_most(f"labels[{key[:40]!r}]", value, LABEL_CHARS)
+
+
+def _at_most(field: str, text: str, chars: int) -> None:
+    if len(text) > chars:
+        raise InvalidArgument(f"{field}: at most {chars} characters, got {len(text)}")
+
+
+def _nothing() -> Any:
+    return pa.BufferReader(b"")

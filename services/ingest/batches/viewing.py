@@ -1,0 +1,170 @@
+"""Batches as clients see and steer them: one by id, pages of them, followed; cancelled, paused, resumed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
+from services.ingest.batches.book import BatchFilter, Book
+from services.ingest.batches.ledger import Ledger
+from services.ingest.intake.submission import REASON_CHARS
+from services.ingest.ulid import is_ulid
+from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
+
+PAGE_DEFAULT = 100
+PAGE_MOST = 1_000
+WATCH_S = 0.5
+"""How often a watcher hears of progress."""
+_FRESH_S = 0.25
+# A sum is as good for so long: many may watch one batch.
+_SUMS_KEPT = 100
+_WAIT_S = 3.0
+# How long the answer to a cancellation waits for the end.
+_PATIENCE_S = 30.0
+# How long a watcher outlives a database that is away.
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A batch, and what has come of it."""
+
+    batch: Batch
+    totals: Totals
+
+
+class Viewing:
+    """Shows and steers batches."""
+
+    def __init__(self, book: Book, ledger: Ledger, *, on_change: Callable[[], None], max_watches: int) -> None:
+        self._book = book
+        self._ledger = ledger
+        self._on_change = on_change
+        self._max_watches = max_watches
+        self._watches = 0
+        self._sums: OrderedDict[tuple[str, bool], tuple[float, Totals]] = OrderedDict()
+
+    async def get(self, batch_id: str) -> View:
+        """One batch.
+
+        Raises:
+            InvalidArgument: no id. NotFound: no such batch. Unavailable: MongoDB is away.
+        """
+        return await self._view(await self._book.get(batch_id))
+
+    async def page(self, wanted: BatchFilter, size: int, token: str) -> tuple[list[View], str]:
+        """The newest batches, and a token for the next page: empty when this is the last.
+
+        Raises:
+            InvalidArgument: a bad size or token. Unavailable: MongoDB is away.
+        """
+        if not 0 <= size <= PAGE_MOST:
+            raise InvalidArgument(f"page_size: 0 (the default, {PAGE_DEFAULT}) to {PAGE_MOST}, got {size}")
+        if token and not is_ulid(token):
+            raise InvalidArgument("page_token: not the next_page_token of a page of batches")
+        size = size or PAGE_DEFAULT
+        found = await self._book.page(wanted, size + 1, token)
+        views = [await self._view(batch) for batch in found[:size]]
+        return views, found[size - 1].id if len(found) > size else ""
+
+    async def follow(self, batch_id: str) -> AsyncIterator[View]:
+        """A batch as it is now, and again when something has changed, until it has ended.
+
+        Raises:
+            NotFound: no such batch. ResourceExhausted: too many watch. Unavailable: MongoDB was away for too long.
+        """
+        if self._watches >= self._max_watches:
+            raise ResourceExhausted(f"{self._watches} watches are open, which is the limit", retry_after_ms=1_000)
+        self._watches += 1
+        try:
+            last = await self.get(batch_id)
+            yield last
+            while not last.batch.is_final:
+                await asyncio.sleep(WATCH_S)
+                view = await self._patiently(batch_id)
+                if view != last:
+                    last = view
+                    yield view
+        finally:
+            self._watches -= 1
+
+    async def cancel(self, batch_id: str, reason: str) -> View:
+        """Sees to it that a batch ends. What is written stays. The answer says how it stands: mostly it has ended.
+
+        Raises:
+            InvalidArgument: no id, or too long a reason. NotFound: no such batch. Unavailable: MongoDB is away.
+        """
+        _check_reason(reason)
+        await self._book.get(batch_id)
+        text = f"cancelled: {reason}" if reason else "cancelled by a client"
+        await self._book.doom(batch_id, Ending(BatchState.CANCELLED, text))
+        self._on_change()
+        view = await self.get(batch_id)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_WAIT_S):
+                while not view.batch.is_final:
+                    await asyncio.sleep(0.05)
+                    view = await self.get(batch_id)
+        return view
+
+    async def pause(self, batch_id: str, reason: str) -> View:
+        """No further chunk is begun, and those that run are let go of. Pausing a paused batch changes nothing.
+
+        Raises:
+            FailedPrecondition: it has ended. InvalidArgument, NotFound, Unavailable: as `cancel`.
+        """
+        return await self._turn(batch_id, BatchState.RUNNING, BatchState.PAUSED, reason or "paused by a client")
+
+    async def resume(self, batch_id: str, reason: str) -> View:
+        """A paused batch goes on. Raises as `pause` does."""
+        return await self._turn(batch_id, BatchState.PAUSED, BatchState.RUNNING, reason or "resumed by a client")
+
+    async def _turn(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> View:
+        _check_reason(reason)
+        turned = await self._book.turn(batch_id, before, after, reason)
+        self._on_change()
+        batch = turned or await self._book.get(batch_id)
+        if batch.state is not after or batch.ending is not None:
+            how = batch.ending.state if batch.ending is not None else batch.state
+            raise FailedPrecondition(f"batch {batch_id} cannot be {_DONE[after]}: it is {how} already")
+        return await self._view(batch)
+
+    async def _view(self, batch: Batch) -> View:
+        if batch.totals is not None:
+            return View(batch, batch.totals)
+        if batch.is_final:
+            return View(batch, Totals())
+        return View(batch, await self._sum(batch))
+
+    async def _sum(self, batch: Batch) -> Totals:
+        now = time.monotonic()
+        key = (batch.id, batch.is_planned)  # A sum of before the plan was whole says too little.
+        if (known := self._sums.get(key)) is not None and now - known[0] < _FRESH_S:
+            return known[1]
+        totals = await self._ledger.totals(batch.id)
+        self._sums[key] = (now, totals)
+        while len(self._sums) > _SUMS_KEPT:
+            self._sums.popitem(last=False)
+        return totals
+
+    async def _patiently(self, batch_id: str) -> View:
+        give_up = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return await self.get(batch_id)
+            except Unavailable:
+                if time.monotonic() > give_up:
+                    raise
+                await asyncio.sleep(WATCH_S)
+
+
+_DONE = {BatchState.PAUSED: "paused", BatchState.RUNNING: "resumed"}
+
+
+def _check_reason(reason: str) -> None:
+    if len(reason) > REASON_CHARS:
+        raise InvalidArgument(f"reason: at most {REASON_CHARS} characters, got {len(reason)}")

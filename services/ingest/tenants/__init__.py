@@ -1,0 +1,1 @@
+"""Who may have how much: the settings of tenants, and what they are counted against."""

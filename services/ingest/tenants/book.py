@@ -1,0 +1,146 @@
+"""The settings of tenants, in MongoDB and at hand: who decides for each submit and claim cannot ask the database.
+
+    SetTenant ──> tenants (one document each) ──every second, what has changed──> Book ──> limits of a tenant, at once
+
+An instance hears of a change within about a second. Settings are never removed: one that is empty says the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+from datetime import datetime, timedelta
+from typing import Any
+
+from pymongo import ASCENDING, IndexModel, ReturnDocument
+from pymongo.asynchronous.database import AsyncDatabase
+
+from mesh.mongo import Document, ensure_collection, translated
+from mesh.tasks import Background
+from services.ingest.documents import EVER
+from services.ingest.tenants.settings import EVERYONE, NAMES, Limits, Settings, Tenant, in_force
+from shoal.errors import FailedPrecondition, ShoalError
+
+log = logging.getLogger(__name__)
+
+TENANTS = "tenants"
+MOST = 10_000
+"""Tenants with settings: all of them are kept in memory."""
+READ_S = 1.0
+_OVERLAP = timedelta(seconds=10)
+# Times are the database's, given when a change begins, and it may show itself to readers this much later.
+
+_VALIDATOR = {
+    "$jsonSchema": {
+        "bsonType": "object",
+        "required": ["_id", "updated_at"],
+        "properties": {"_id": {"bsonType": "string"}, "updated_at": {"bsonType": "date"}},
+    }
+}
+_INDEXES = [IndexModel([("updated_at", ASCENDING)], name="changed")]
+
+
+class Book(Background):
+    """Knows the tenants. Used as `async with`, which reads what changes once `open` was called."""
+
+    def __init__(self, database: AsyncDatabase[Document], *, read_s: float = READ_S) -> None:
+        self._database = database
+        self._tenants = database[TENANTS]
+        self._read_s = read_s
+        self._known: dict[str, Tenant] = {}
+        self._limits: dict[str, Limits] = {}
+        self._others = Limits()
+        self._read_to: datetime = EVER
+        self._is_open = asyncio.Event()
+
+    async def open(self) -> None:
+        """Makes the collection and reads it; from then on it is followed.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        await ensure_collection(self._database, TENANTS, validator=_VALIDATOR, indexes=_INDEXES)
+        await self.read()
+        self._is_open.set()
+
+    def limits(self, tenant: str) -> Limits:
+        """What is in force for `tenant`."""
+        return self._limits.get(tenant, self._others)
+
+    def weight(self, tenant: str) -> float:
+        """Its share."""
+        return self.limits(tenant).weight
+
+    def get(self, name: str) -> Tenant | None:
+        """The settings of a tenant as this instance knows them; None when nobody has set any."""
+        return self._known.get(name)
+
+    def names(self) -> Collection[str]:
+        """The tenants that somebody has set."""
+        return self._known.keys()
+
+    async def change(self, name: str, settings: Settings, inherit: Collection[str]) -> Tenant:
+        """Writes what is given of `settings`, and lets go of those named in `inherit`.
+
+        Raises:
+            FailedPrecondition: there are too many tenants. Unavailable: MongoDB is away.
+        """
+        if name not in self._known and len(self._known) >= MOST:
+            raise FailedPrecondition(f"{MOST} tenants have settings already: let others have what {EVERYONE!r} says")
+        update: dict[str, Any] = {"$currentDate": {"updated_at": True}}
+        if given := settings.given():
+            update["$set"] = given
+        if inherit:
+            update["$unset"] = dict.fromkeys(inherit, "")
+        with translated("changing a tenant's settings"):
+            document = await self._tenants.find_one_and_update(
+                {"_id": name}, update, upsert=True, return_document=ReturnDocument.AFTER
+            )
+        assert document is not None  # It was upserted.
+        tenant = _tenant(document)
+        self._learn([tenant])
+        return tenant
+
+    async def read(self) -> None:
+        """Reads what has changed.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        with translated("reading the tenants"):
+            changed = self._tenants.find({"updated_at": {"$gt": self._read_to}})
+            found = [_tenant(document) async for document in changed]
+        if found:
+            self._read_to = max(self._read_to, max(tenant.updated_at for tenant in found) - _OVERLAP)
+            self._learn(found)
+
+    def _learn(self, tenants: Collection[Tenant]) -> None:
+        changed = [tenant for tenant in tenants if self._is_news(tenant)]
+        if not changed:
+            return
+        self._known.update((tenant.name, tenant) for tenant in changed)
+        everyone = self._known.get(EVERYONE)
+        common = everyone.settings if everyone else None
+        self._others = in_force(None, common)
+        self._limits = {name: in_force(tenant.settings, common) for name, tenant in self._known.items()}
+
+    def _is_news(self, tenant: Tenant) -> bool:
+        known = self._known.get(tenant.name)
+        return known is None or (known != tenant and known.updated_at <= tenant.updated_at)
+
+    async def _run(self) -> None:
+        await self._is_open.wait()
+        while True:
+            await asyncio.sleep(self._read_s)
+            try:
+                await self.read()
+            except ShoalError as err:
+                log.info("cannot read the tenants for now: %s", err)
+            except Exception:
+                log.exception("reading the tenants")  # A fault of ours must not end it.
+
+
+def _tenant(document: Document) -> Tenant:
+    settings = Settings(**{name: document[name] for name in NAMES if name in document})
+    return Tenant(document["_id"], settings, document["updated_at"])

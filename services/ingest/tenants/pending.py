@@ -1,0 +1,85 @@
+"""How many jobs of a tenant wait: counted in the index of the queue, and kept up in between by what is accepted here.
+
+A count is at most `max_pending` steps. It is repeated while the tenant submits, after 0.2 s or 20 times what it took:
+several instances together may overshoot a quota by what the others accepted since.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from services.ingest.documents import WAITING
+from services.ingest.lane import range_of
+from shoal.errors import ResourceExhausted
+
+_SHORTEST_S = 0.2
+_REST = 20
+_KNOWN_TIDY = 1_000
+
+
+@dataclass(slots=True)
+class _Count:
+    jobs: int = 0
+    stale_at: float = float("-inf")
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Pending:
+    """What waits, by tenant. `clock` is monotonic, in seconds."""
+
+    def __init__(self, jobs: AsyncCollection[Document], clock: Callable[[], float]) -> None:
+        self._jobs = jobs
+        self._clock = clock
+        self._counts: dict[str, _Count] = {}
+
+    def has_room_at_hand(self, tenant: str, most: int) -> bool:
+        """Whether a count that is at hand lets a job of `tenant` in; else `admit` has to be asked."""
+        count = self._counts.get(tenant)
+        return count is not None and count.jobs < most and self._clock() < count.stale_at
+
+    def added(self, tenant: str, jobs: int) -> None:
+        """So many more wait, until the next count."""
+        self._count(tenant).jobs += jobs
+
+    async def admit(self, tenant: str, most: int) -> None:
+        """Lets a job of `tenant` in.
+
+        Raises:
+            ResourceExhausted: `most` jobs wait already.
+            Unavailable: MongoDB is away.
+        """
+        count = self._count(tenant)
+        async with count.lock:  # One counts for all that ask.
+            if self._clock() >= count.stale_at:
+                started = self._clock()
+                count.jobs = await self.count(tenant, most)
+                now = self._clock()
+                count.stale_at = now + max(_SHORTEST_S, _REST * (now - started))
+        if count.jobs >= most:
+            raise ResourceExhausted(
+                f"{most} jobs of tenant {tenant!r} are queued, which is its quota: come back when some are done",
+                retry_after_ms=max(1, int((count.stale_at - self._clock()) * 1000)),
+            )
+        count.jobs += 1
+
+    async def count(self, tenant: str, most: int) -> int:
+        """How many wait; `most` when there are more.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        with translated("counting a tenant's jobs"):
+            return await self._jobs.count_documents({**WAITING, "lane": range_of(tenant)}, limit=most, hint="lanes")
+
+    def _count(self, tenant: str) -> _Count:
+        if len(self._counts) >= _KNOWN_TIDY and tenant not in self._counts:
+            now = self._clock()
+            self._counts = {
+                name: count for name, count in self._counts.items() if count.lock.locked() or count.stale_at > now
+            }
+        return self._counts.setdefault(tenant, _Count())

@@ -1,0 +1,101 @@
+"""Tenants as operators see them: what is set, what is in force, what waits."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from services.ingest.documents import WAITING
+from services.ingest.lane import lane_of
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.pending import Pending
+from services.ingest.tenants.settings import Limits, Settings
+from shoal.errors import InvalidArgument
+
+COUNTED_MOST = 10_000
+"""A tenant's jobs are counted so far: about ten milliseconds."""
+PAGE_DEFAULT = 50
+PAGE_MOST = 200
+_LANES_MOST = 100_000
+# Lanes looked through for tenants that nobody has set: as many as fit in half a second.
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a tenant stands."""
+
+    name: str
+    settings: Settings
+    in_force: Limits
+    pending: int
+    pending_is_more: bool
+    updated_at: datetime | None
+
+
+class Standings:
+    """Reads how tenants stand."""
+
+    def __init__(self, jobs: AsyncCollection[Document], book: Book, pending: Pending) -> None:
+        self._jobs = jobs
+        self._book = book
+        self._pending = pending
+
+    async def of(self, name: str) -> Standing:
+        """How one stands, also one that nobody has set.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        counted = await self._pending.count(name, COUNTED_MOST + 1)
+        known = self._book.get(name)
+        return Standing(
+            name,
+            known.settings if known else Settings(),
+            self._book.limits(name),
+            min(counted, COUNTED_MOST),
+            counted > COUNTED_MOST,
+            known.updated_at if known else None,
+        )
+
+    async def page(self, size: int, token: str) -> tuple[list[Standing], str]:
+        """Those that are set, or have jobs that wait, by name; and the token of the next page. `size` 0 means 50.
+
+        Raises:
+            InvalidArgument: a bad size or token. Unavailable: MongoDB is away.
+        """
+        if not 0 <= size <= PAGE_MOST:
+            raise InvalidArgument(f"page_size: 0 (the default, {PAGE_DEFAULT}) to {PAGE_MOST}, got {size}")
+        after = _read_token(token) if token else None
+        names = sorted(name for name in {*self._book.names(), *await self._waiting()} if after is None or name > after)
+        page = names[: size or PAGE_DEFAULT]
+        standings = [await self.of(name) for name in page]
+        return standings, _token(page[-1]) if len(names) > len(page) else ""
+
+    async def _waiting(self) -> Sequence[str]:
+        """The tenants that have jobs that wait: one step a lane."""
+        lanes: list[Document] = [
+            {"$match": WAITING},
+            {"$sort": {"lane": 1, "due_at": 1, "_id": 1}},
+            {"$group": {"_id": "$lane", "due_at": {"$first": "$due_at"}}},
+            {"$limit": _LANES_MOST},
+        ]
+        with translated("looking for tenants that wait"):
+            found = await self._jobs.aggregate(lanes, hint="lanes")
+            return [lane_of(document["_id"]).tenant async for document in found]
+
+
+def _token(after: str) -> str:
+    return base64.urlsafe_b64encode(after.encode()).decode() or "="
+
+
+def _read_token(token: str) -> str:
+    try:
+        return "" if token == "=" else base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
+    except (ValueError, binascii.Error):
+        raise InvalidArgument("page_token: not the next_page_token of a page of tenants") from None

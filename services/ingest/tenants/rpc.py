@@ -1,0 +1,52 @@
+"""The calls about tenants: translates between messages and what this room thinks in."""
+
+from __future__ import annotations
+
+from mesh.interceptors import Context
+from services.ingest.messages import timestamp_of
+from services.ingest.tenants.book import Book
+from services.ingest.tenants.reading import Standing, Standings
+from services.ingest.tenants.settings import NAMES, Limits, Settings, checked, checked_name
+from shoal.ingest.v1 import ingest_pb2 as pb
+
+
+class TenantsRpc:
+    """A part of the servicer."""
+
+    def __init__(self, book: Book, standings: Standings) -> None:
+        self._book = book
+        self._standings = standings
+
+    async def SetTenant(self, request: pb.SetTenantRequest, context: Context) -> pb.SetTenantResponse:
+        name = checked_name(request.name)
+        settings = checked(_settings(request.settings), request.inherit)
+        await self._book.change(name, settings, request.inherit)
+        return pb.SetTenantResponse(tenant=_message(await self._standings.of(name)))
+
+    async def GetTenant(self, request: pb.GetTenantRequest, context: Context) -> pb.GetTenantResponse:
+        return pb.GetTenantResponse(tenant=_message(await self._standings.of(checked_name(request.name))))
+
+    async def ListTenants(self, request: pb.ListTenantsRequest, context: Context) -> pb.ListTenantsResponse:
+        standings, token = await self._standings.page(request.page_size, request.page_token)
+        return pb.ListTenantsResponse(tenants=map(_message, standings), next_page_token=token)
+
+
+def _settings(message: pb.TenantSettings) -> Settings:
+    return Settings(**{name: getattr(message, name) for name in NAMES if message.HasField(name)})
+
+
+def _settings_message(values: Settings | Limits) -> pb.TenantSettings:
+    return pb.TenantSettings(weight=values.weight, max_pending=values.max_pending, rate=values.rate, burst=values.burst)
+
+
+def _message(standing: Standing) -> pb.Tenant:
+    message = pb.Tenant(
+        name=standing.name,
+        settings=_settings_message(standing.settings),
+        in_force=_settings_message(standing.in_force),
+        pending=standing.pending,
+        pending_is_more=standing.pending_is_more,
+    )
+    if standing.updated_at is not None:
+        message.updated_at.CopyFrom(timestamp_of(standing.updated_at))
+    return message

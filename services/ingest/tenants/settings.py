@@ -1,0 +1,110 @@
+"""What a tenant may have: plain values, and what is in force when some are not set.
+
+its own setting ──not set──> the setting of `*` ──not set──> the default
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+
+from services.ingest.intake.submission import TENANT_CHARS
+from shoal.errors import InvalidArgument
+
+EVERYONE = "*"
+"""The tenant whose settings hold for all that do not say otherwise."""
+_HOUR_S = 3_600
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings as they were given; None where there is none."""
+
+    weight: float | None = None
+    max_pending: int | None = None
+    rate: float | None = None
+    burst: float | None = None
+
+    def given(self) -> dict[str, float]:
+        """Those that were given, by name."""
+        return {name: value for name in NAMES if (value := getattr(self, name)) is not None}
+
+
+NAMES = tuple(field.name for field in fields(Settings))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is in force for a tenant. 0 is no limit."""
+
+    weight: float = 1.0
+    max_pending: int = 0
+    rate: float = 0.0
+    """Submits per second."""
+    burst: float = 0.0
+    """Submits at once, at most; at least 1 where there is a rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A tenant that somebody has set."""
+
+    name: str
+    settings: Settings
+    updated_at: datetime
+
+
+def in_force(own: Settings | None, everyone: Settings | None) -> Limits:
+    """What holds for a tenant with settings `own`."""
+    found = {**(everyone.given() if everyone else {}), **(own.given() if own else {})}
+    rate = found.get("rate", 0.0)
+    burst = min(found.get("burst", 0.0) or rate, rate * _HOUR_S)
+    return Limits(
+        weight=found.get("weight", 1.0),
+        max_pending=int(found.get("max_pending", 0)),
+        rate=rate,
+        burst=max(1.0, burst) if rate else 0.0,
+    )
+
+
+def checked_name(name: str) -> str:
+    """The name of a tenant.
+
+    Raises:
+        InvalidArgument: it is too long.
+    """
+    if len(name) > TENANT_CHARS:
+        raise InvalidArgument(f"name: at most {TENANT_CHARS} characters, got {len(name)}")
+    return name
+
+
+_RANGES: Mapping[str, tuple[float, float, bool]] = {
+    "weight": (0.01, 100, False),
+    "max_pending": (1, 1e9, True),
+    "rate": (0.001, 1e6, True),
+    "burst": (1, 1e6, True),
+}
+"""Least, most, and whether 0 is allowed too (no limit)."""
+
+
+def checked(settings: Settings, inherit: Collection[str] = ()) -> Settings:
+    """`settings`, when each is in its range.
+
+    Raises:
+        InvalidArgument: names the field, what was expected and what came.
+    """
+    for name, value in settings.given().items():
+        least, most, has_zero = _RANGES[name]
+        if not math.isfinite(value) or not (least <= value <= most or (has_zero and value == 0)):
+            none = "0 (none), or " if has_zero else ""
+            raise InvalidArgument(f"settings.{name}: {none}{least:g} to {most:g}, got {value:g}")
+    for name in inherit:
+        if name not in NAMES:
+            raise InvalidArgument(f"inherit: {name[:40]!r} is none of {', '.join(NAMES)}")
+        if name in settings.given():
+            raise InvalidArgument(f"inherit: {name} is set in the same request")
+    if not settings.given() and not inherit:
+        raise InvalidArgument(f"settings: set at least one of {', '.join(NAMES)}")
+    return settings

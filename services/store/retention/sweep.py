@@ -1,0 +1,198 @@
+"""Removes what the rules no longer keep: oldest first, in small transactions, each of which passes the fence.
+
+    rules ──plan──> lanes ──batch──> find a few by index ──transaction: fence, remove, bury blobs──> next batch
+                                                                   └─ rules changed: read them, plan again
+
+With one rule for everybody there is one lane, in the order of time. With rules of tenants' own, each tenant is a lane,
+found by hopping from one to the next in the index: what is kept is never looked at, however much that is. Records whose
+answers are gone stay in the index: a mark says how far each tenant's are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from pymongo import ASCENDING
+from pymongo.asynchronous.client_session import AsyncClientSession
+
+from mesh.mongo import Document, translated
+from services.store.artifacts.graves import Graves
+from services.store.documents import EVER, Collections, whole_milliseconds
+from services.store.page_token import Place
+from services.store.results.result_filter import beyond
+from services.store.retention import tombstones
+from services.store.retention.book import Outdated, Reading, RuleBook
+from services.store.retention.rules import Kept, Lane, plan
+from shoal.store.v1.store_pb2 import Result
+
+BATCH = 200
+"""Documents of one transaction: it takes some 10 ms, so that nobody waits long for what it holds."""
+BATCH_BYTES = 16 << 20
+"""Answers of one transaction: MongoDB holds what it has rewritten in its cache until the end."""
+BUDGET_S = 2.0
+"""One call goes on for about so long, then says that there is more: the leader asks again."""
+_SUCCEEDED = int(Result.OUTCOME_SUCCEEDED)
+_ABOUT = {"recorded_at": 1, "blob": 1, "inline_bytes": {"$binarySize": {"$ifNull": ["$response", b""]}}}
+_OLDEST = [("recorded_at", ASCENDING), ("_id", ASCENDING)]
+
+
+@dataclass
+class Swept:
+    """What one call has removed."""
+
+    results: int = 0
+    answers: int = 0
+    tombstones: int = 0
+    more: bool = False
+
+
+class Sweep:
+    """Applies the rules when the leader says so. Safe beside other instances that do the same."""
+
+    def __init__(
+        self,
+        collections: Collections,
+        book: RuleBook,
+        clock: Callable[[], datetime],
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._collections = collections
+        self._book = book
+        self._graves = Graves(collections)
+        self._clock = clock
+        self._monotonic = monotonic
+        self._reached: dict[Kept, str | None] = {}
+        # After which tenant the next call goes on. Another instance begins anew: that costs a look at each.
+
+    async def apply(self, token: int) -> Swept:
+        """Removes for about BUDGET_S, on behalf of the leader with `token`.
+
+        Raises:
+            FailedPrecondition: a later leader has acted.
+            Unavailable: MongoDB is away. What was removed so far is.
+        """
+        swept = Swept()
+        ends = self._monotonic() + BUDGET_S
+        reading = await self._book.read()
+        for kept in Kept:
+            while not swept.more:
+                try:
+                    swept.more = await self._sweep(kept, reading, token, swept, ends)
+                    break
+                except Outdated:
+                    reading = await self._book.read()
+        return swept
+
+    async def _sweep(self, kept: Kept, reading: Reading, token: int, swept: Swept, ends: float) -> bool:
+        """Removes all of one kind that is to go. True: time is up before that."""
+        while (lane := await self._next_lane(kept, reading)) is not None:
+            act = _Act(kept, lane, reading.version, token)
+            while found := await self._look(act):
+                setattr(swept, kept, getattr(swept, kept) + await self._remove(act, found))
+                if self._monotonic() >= ends:
+                    return True
+            if lane.tenant is None:
+                return False
+            self._reached[kept] = lane.tenant
+            if self._monotonic() >= ends:
+                return True
+        self._reached.pop(kept, None)
+        return False
+
+    async def _next_lane(self, kept: Kept, reading: Reading) -> Lane | None:
+        wanted = plan(reading.rules, kept, whole_milliseconds(self._clock()))
+        if wanted.is_empty:
+            return None
+        if kept is not Kept.ANSWERS and wanted.is_one_for_all:
+            return Lane(None, wanted.default) if wanted.default is not None else None
+        after = self._reached.get(kept)
+        while (tenant := await self._tenant_after(after)) is not None:
+            if (until := wanted.until(tenant)) is not None:
+                return Lane(tenant, until)
+            after = tenant
+        return None
+
+    async def _tenant_after(self, after: str | None) -> str | None:
+        """The next tenant that has results, in the order of names: one step in the index."""
+        query = {"tenant": {"$gte": ""} if after is None else {"$gt": after}, "recorded_at": {"$gte": EVER}}
+        with translated("looking for tenants"):
+            doc = await self._collections.results.find_one(
+                query, {"tenant": 1, "_id": 0}, sort=[("tenant", ASCENDING)], hint="by_tenant"
+            )
+        return None if doc is None else str(doc["tenant"])
+
+    async def _look(self, act: _Act) -> list[Document]:
+        """The oldest few of a lane that are to go."""
+        query, sort, hint = act.condition, _OLDEST, "by_time" if act.lane.tenant is None else "by_tenant"
+        if act.kept is Kept.TOMBSTONES:
+            sort, hint = [("removed_at", ASCENDING)], "removed"
+        with translated("looking for what is no longer kept"):
+            if act.kept is Kept.ANSWERS and (mark := await self._collections.fences.find_one({"_id": act.mark_id})):
+                query = {"$and": [query, beyond(Place(mark["recorded_at"], mark["job_id"]), oldest_first=True)]}
+            found = self._collections.results.find(query, _ABOUT).sort(sort).hint(hint).limit(BATCH)
+            return _light(await found.to_list())
+
+    async def _remove(self, act: _Act, found: Sequence[Document]) -> int:
+        now = whole_milliseconds(self._clock())
+        keys = [doc["blob"]["key"] for doc in found if "blob" in doc]
+        same = {"$and": [{"_id": {"$in": [doc["_id"] for doc in found]}}, act.condition]}
+        results = self._collections.results
+
+        async def work(session: AsyncClientSession) -> int:
+            await self._book.pass_fence(act.token, act.version, session)
+            if act.kept is Kept.TOMBSTONES:
+                return (await results.delete_many(same, session=session)).deleted_count
+            if act.kept is Kept.ANSWERS:
+                await self._mark(act, found[-1], session)
+            change = tombstones.burying(now) if act.kept is Kept.RESULTS else tombstones.emptying(now)
+            done = await results.update_many(same, change, session=session)
+            await self._graves.bury(keys, now, session)
+            return done.modified_count
+
+        with translated("removing what is no longer kept"):
+            return await self._book.transaction(work)
+
+    async def _mark(self, act: _Act, last: Document, session: AsyncClientSession) -> None:
+        """Notes how far a tenant's answers are gone, so that none is looked at twice."""
+        place = {"recorded_at": last["recorded_at"], "job_id": last["_id"]}
+        await self._collections.fences.update_one({"_id": act.mark_id}, {"$set": place}, upsert=True, session=session)
+
+
+@dataclass(frozen=True)
+class _Act:
+    """What is to be removed, under which rules, and on whose word."""
+
+    kept: Kept
+    lane: Lane
+    version: int
+    token: int
+
+    @property
+    def mark_id(self) -> str:
+        return f"answers/{self.lane.tenant}"
+
+    @property
+    def condition(self) -> Document:
+        """What a document must be to go."""
+        if self.kept is Kept.TOMBSTONES:
+            return {"removed_at": {"$lt": self.lane.until}}
+        condition: Document = {"recorded_at": {"$gte": EVER, "$lt": self.lane.until}}
+        if self.lane.tenant is not None:
+            condition["tenant"] = self.lane.tenant
+        if self.kept is Kept.ANSWERS:
+            condition["outcome"] = _SUCCEEDED
+        return condition
+
+
+def _light(docs: list[Document]) -> list[Document]:
+    """As many of `docs`, from the first, as one transaction rewrites easily."""
+    held = 0
+    for at, doc in enumerate(docs):
+        held += doc.get("inline_bytes", 0)
+        if at and held > BATCH_BYTES:
+            return docs[:at]
+    return docs
