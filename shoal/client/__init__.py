@@ -16,6 +16,7 @@ from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
 from shoal.client.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
 from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
+from shoal.client.store import Collected, Finding, FindingKind, Verified
 from shoal.client.tenants import Tenant, TenantSettings
 
 __all__ = [
@@ -26,8 +27,11 @@ __all__ = [
     "BatchState",
     "BatchStep",
     "Client",
+    "Collected",
     "EnvoyStatus",
     "Exported",
+    "Finding",
+    "FindingKind",
     "Handled",
     "IndexEntry",
     "InferRequest",
@@ -58,4 +62,5 @@ __all__ = [
     "TenantSettings",
     "TensorMetadata",
     "Transition",
+    "Verified",
 ]

@@ -17,6 +17,7 @@ from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
 from shoal.client.status import Status, look
+from shoal.client.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 from shoal.discovery import find_gateway
 from shoal.errors import ShoalError
@@ -58,6 +59,7 @@ class AsyncClient:
         self.jobs = AsyncJobs(self._caller, tenant)
         self.batches = AsyncBatches(self._caller, tenant)
         self.results = AsyncResults(self._caller, tenant)
+        self.store = AsyncStore(self._caller)
         self.tenants = AsyncTenants(self._caller)
 
     @property

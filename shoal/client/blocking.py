@@ -13,6 +13,7 @@ from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
+from shoal.client.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 
 
@@ -90,6 +91,13 @@ class Tenants(Face[AsyncTenants]):
     set = blocking(AsyncTenants.set)
 
 
+class Store(Face[AsyncStore]):
+    """`client.store`."""
+
+    verify = iterating(AsyncStore.verify)
+    collect = blocking(AsyncStore.collect)
+
+
 class Client(Face[AsyncClient]):
     """Talks to a node at `address`, `host:port`; without one, to $SHOAL_GATEWAY or the node that runs here.
 
@@ -131,6 +139,7 @@ class Client(Face[AsyncClient]):
         self.jobs = Jobs(inner.jobs, loop)
         self.batches = Batches(inner.batches, loop)
         self.results = Results(inner.results, loop)
+        self.store = Store(inner.store, loop)
         self.tenants = Tenants(inner.tenants, loop)
 
     @property
