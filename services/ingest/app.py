@@ -38,6 +38,7 @@ from services.ingest.dispatch.remote import RemoteModel, RemoteResults
 from services.ingest.documents import INDEXES, JOBS, PAYLOAD_VALIDATOR, PAYLOADS, VALIDATOR
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
+from services.ingest.intake.claim_check import ClaimCheck
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
@@ -75,7 +76,8 @@ async def run(config: IngestConfig) -> None:
         client = await stack.enter_async_context(mongo.connect(config.mongo))
         channel = await stack.enter_async_context(connect(config.mesh))
         database = client[config.database]
-        documents, payloads = database[JOBS], Payloads(database)
+        documents = database[JOBS]
+        payloads = Payloads(database, ClaimCheck(channel, config.database, time.monotonic))
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         book = Book(database)

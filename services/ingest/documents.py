@@ -7,8 +7,8 @@ the millions that have ended weigh nothing:
     lease     somebody works on it, until lease.expires_at
     neither   it has ended
 
-Collection `payloads`: requests that are too large to be scanned along, `{_id: <job id>, request: <bytes>}`, written
-before their job.
+Collection `payloads`: where requests are that are too large to be scanned along (`intake/payloads.py`), written before
+their job.
 """
 
 from __future__ import annotations
@@ -113,8 +113,13 @@ VALIDATOR: Mapping[str, Any] = {
 PAYLOAD_VALIDATOR: Mapping[str, Any] = {
     "$jsonSchema": {
         "bsonType": "object",
-        "required": ["_id", "request"],
-        "properties": {"_id": {"bsonType": "string"}, "request": {"bsonType": "binData"}},
+        "required": ["_id"],
+        "oneOf": [{"required": ["request"]}, {"required": ["artifact"]}],
+        "properties": {
+            "_id": {"bsonType": "string"},
+            "request": {"bsonType": "binData"},
+            "artifact": {"bsonType": "string", "pattern": "^[0-9a-f]{64}$"},
+        },
     }
 }
 
