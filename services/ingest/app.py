@@ -23,7 +23,9 @@ from services.ingest.batches.door import batches_of
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import checkpoints, settings
+from services.ingest.connectors import reports as connector_reports
 from services.ingest.connectors.connectors import Connectors, Place
+from services.ingest.connectors.reports import CONNECTORS, Reports
 from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dependencies.cascade import Cascade
@@ -178,6 +180,7 @@ async def run(config: IngestConfig) -> None:
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
         watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
+        reports = Reports(database[CONNECTORS], connectors.own, instance=name, clock=utc_now, ready=ready)
         run_streams = RunStreams(
             intake, endings, most=config.max_streams, items=config.run_items, all_items=config.run_items_together
         )
@@ -193,6 +196,7 @@ async def run(config: IngestConfig) -> None:
             book,
             Standings(documents, book, pending),
             run_streams,
+            reports,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
@@ -207,6 +211,7 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(intake)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)
+        await stack.enter_async_context(reports)
         if batches is not None:
             await stack.enter_async_context(batches)
         server = await stack.enter_async_context(
@@ -244,9 +249,7 @@ async def _prepare(
     while True:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
-            await mongo.ensure_collection(
-                database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
-            )
+            await _prepare_connectors(database)
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
             await book.open()
             await buckets.open()
@@ -260,3 +263,11 @@ async def _prepare(
         except ShoalError as err:
             log.warning("not ready yet: %s", err)
             await asyncio.sleep(_RETRY_S)
+
+
+async def _prepare_connectors(database: AsyncDatabase[Document]) -> None:
+    for name, validator, indexes in (
+        (checkpoints.CHECKPOINTS, checkpoints.VALIDATOR, ()),
+        (CONNECTORS, connector_reports.VALIDATOR, connector_reports.INDEXES),
+    ):
+        await mongo.ensure_collection(database, name, validator=validator, indexes=indexes)

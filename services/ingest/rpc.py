@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mesh.interceptors import Context
 from mesh.server import Rpc
 from services.ingest.batches.rpc import BatchesRpc
+from services.ingest.connectors.reports import Reports
 from services.ingest.connectors.rpc import StreamsRpc
 from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
@@ -47,12 +48,13 @@ class IngestRpc(DeadLettersRpc, TenantsRpc, BatchesRpc, StreamsRpc, ingest_pb2_g
         book: Book,
         standings: Standings,
         run_streams: RunStreams,
+        reports: Reports,
         *,
         stream_items: int,
         stream_bytes: int,
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
-        StreamsRpc.__init__(self, run_streams)
+        StreamsRpc.__init__(self, run_streams, reports)
         BatchesRpc.__init__(self, batches)
         TenantsRpc.__init__(self, book, standings)
         self._intake = intake

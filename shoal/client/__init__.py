@@ -6,6 +6,7 @@ from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
 from shoal.client.batch import Batch, BatchFormat, BatchState, BatchStep
 from shoal.client.blocking import Client
+from shoal.client.connectors import Connector, ConnectorLane, ConnectorPhase
 from shoal.client.dead_letters import Handled
 from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
@@ -28,6 +29,9 @@ __all__ = [
     "BatchStep",
     "Client",
     "Collected",
+    "Connector",
+    "ConnectorLane",
+    "ConnectorPhase",
     "EnvoyStatus",
     "Exported",
     "Finding",

@@ -144,6 +144,11 @@ class IngestServiceStub:
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamResponse.FromString,
                 _registered_method=True)
+        self.ListConnectors = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListConnectors',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsResponse.FromString,
+                _registered_method=True)
 
 
 class IngestServiceServicer:
@@ -339,6 +344,13 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListConnectors(self, request, context):
+        """How the connectors of all ingest instances get on (docs/streams.md), by name and instance.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IngestServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -451,6 +463,11 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.RunStream,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamResponse.SerializeToString,
+            ),
+            'ListConnectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListConnectors,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1047,6 +1064,33 @@ class IngestService:
             '/shoal.ingest.v1.IngestService/RunStream',
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamRequest.SerializeToString,
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListConnectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListConnectors',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.ingest.connectors.brokers import Broker, toml
 from tests.ingest.connectors.direct import Direct
 from tests.ingest.connectors.kafkas import Kafka, Tansu
 from tests.ingest.connectors.kinesises import KEYS, Kinesis, Moto
+from tests.ingest.connectors.pubsubs import PubSub, PubSubServer
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +53,22 @@ MakeBroker = Callable[[str], Awaitable[Broker]]
 
 
 @pytest.fixture
-def make_broker(
-    request: pytest.FixtureRequest, mongo_uri: str, mongo_database: str
-) -> Callable[[str], Awaitable[Broker]]:
+async def make_broker(request: pytest.FixtureRequest, mongo_uri: str, mongo_database: str) -> AsyncIterator[MakeBroker]:
     """Makes one of a kind. Its parts are started only for those who ask for it."""
+    stack = AsyncExitStack()
 
     async def make(kind: str) -> Broker:
+        if kind == "pubsub":
+            return PubSub(await stack.enter_async_context(PubSubServer()))
         if kind == "kinesis":
             return await Kinesis(request.getfixturevalue("moto"), mongo_uri, mongo_database).make()
         return await Kafka(request.getfixturevalue("tansu").address).make()
 
-    return make
+    async with stack:
+        yield make
 
 
-BROKERS = ["kafka", "kinesis"]
+BROKERS = ["kafka", "kinesis", "pubsub"]
 
 
 @pytest.fixture(params=["grpc", *BROKERS])
