@@ -44,12 +44,18 @@ from services.ingest.intake.claim_check import ClaimCheck
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job
+from services.ingest.leading import LEAD_VALIDATOR, LEADS, Lead
 from services.ingest.reading.answers import StoredAnswers
 from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
 from services.ingest.rpc import IngestRpc, rpc
+from services.ingest.schedules.book import Schedules
+from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
+from services.ingest.schedules.documents import SCHEDULES
+from services.ingest.schedules.documents import VALIDATOR as SCHEDULE_VALIDATOR
+from services.ingest.schedules.firing import Firing
 from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.tenants.admission import Admission
 from services.ingest.tenants.book import Book
@@ -142,11 +148,6 @@ async def run(config: IngestConfig) -> None:
             renew_ms=config.renew_ms,
         )
 
-        def accept(accepted: Sequence[Job]) -> None:
-            claims.notice(accepted)
-            dispatcher.accept(accepted)
-            cascade.accepted(accepted)
-
         intake = Intake(
             documents,
             payloads,
@@ -157,7 +158,8 @@ async def run(config: IngestConfig) -> None:
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
-            on_accepted=accept,
+            takers=dispatcher,
+            on_accepted=lambda accepted: cascade.accepted(accepted),
         )
         configured = settings.read(config.connectors) if config.connectors is not None else {}
         connectors = Connectors(configured, intake, endings, Place(name, utc_now, database), ready=ready)
@@ -176,6 +178,23 @@ async def run(config: IngestConfig) -> None:
         )
 
         dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=due_again)
+        lead = Lead(
+            database[LEADS],
+            f"{name} {ulids.new()}",
+            ready=ready,
+            ttl_ms=config.lease_ms,
+            renew_ms=config.renew_ms,
+        )
+        schedules = Schedules(database[SCHEDULES], utc_now)
+        firing = Firing(
+            database[SCHEDULES],
+            lead,
+            submit=intake.submit,
+            read=jobs.get,
+            cancel=cancelling.cancel,
+            clock=utc_now,
+            ready=ready,
+        )
         watching = await stack.enter_async_context(
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
@@ -191,6 +210,7 @@ async def run(config: IngestConfig) -> None:
             watch,
             cancelling,
             dead_letters,
+            schedules,
             watch_many,
             batches,
             book,
@@ -209,6 +229,8 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(cascade)
         await stack.enter_async_context(intake)
+        await stack.enter_async_context(lead)
+        await stack.enter_async_context(firing)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)
         await stack.enter_async_context(reports)
@@ -250,6 +272,8 @@ async def _prepare(
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await _prepare_connectors(database)
+            await mongo.ensure_collection(database, LEADS, validator=LEAD_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(database, SCHEDULES, validator=SCHEDULE_VALIDATOR, indexes=SCHEDULE_INDEXES)
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
             await book.open()
             await buckets.open()

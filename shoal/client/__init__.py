@@ -15,6 +15,7 @@ from shoal.client.job_watch import JobChange, JobFilter
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
 from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
+from shoal.client.schedules import Schedule
 from shoal.client.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
 from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
 from shoal.client.store import Collected, Finding, FindingKind, Verified
@@ -60,6 +61,7 @@ __all__ = [
     "Ran",
     "ResultFilter",
     "RetryPolicy",
+    "Schedule",
     "Status",
     "Submitted",
     "Tenant",

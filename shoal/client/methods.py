@@ -92,6 +92,12 @@ WATCH_BATCH = Method(_INGEST + "WatchBatch", ingest.WatchBatchRequest, ingest.Wa
 CANCEL_BATCH = Method(_INGEST + "CancelBatch", ingest.CancelBatchRequest, ingest.CancelBatchResponse)
 PAUSE_BATCH = Method(_INGEST + "PauseBatch", ingest.PauseBatchRequest, ingest.PauseBatchResponse)
 RESUME_BATCH = Method(_INGEST + "ResumeBatch", ingest.ResumeBatchRequest, ingest.ResumeBatchResponse)
+# A second put without `replace` is ALREADY_EXISTS, a second removal NOT_FOUND: a repeat would call a success a failure.
+PUT_SCHEDULE = Method(_INGEST + "PutSchedule", ingest.PutScheduleRequest, ingest.PutScheduleResponse, False)
+GET_SCHEDULE = Method(_INGEST + "GetSchedule", ingest.GetScheduleRequest, ingest.GetScheduleResponse)
+LIST_SCHEDULES = Method(_INGEST + "ListSchedules", ingest.ListSchedulesRequest, ingest.ListSchedulesResponse)
+PAUSE_SCHEDULE = Method(_INGEST + "PauseSchedule", ingest.PauseScheduleRequest, ingest.PauseScheduleResponse)
+REMOVE_SCHEDULE = Method(_INGEST + "RemoveSchedule", ingest.RemoveScheduleRequest, ingest.RemoveScheduleResponse, False)
 
 _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)
