@@ -40,13 +40,20 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.claim_check import ClaimCheck
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.storage import Storage
 from services.ingest.job import Job
+from services.ingest.leading import LEAD_VALIDATOR, LEADS, Lead
 from services.ingest.reading.answers import StoredAnswers
 from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
 from services.ingest.rpc import IngestRpc, rpc
+from services.ingest.schedules.book import Schedules
+from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
+from services.ingest.schedules.documents import SCHEDULES
+from services.ingest.schedules.documents import VALIDATOR as SCHEDULE_VALIDATOR
+from services.ingest.schedules.firing import Firing
 from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.tenants.admission import Admission
 from services.ingest.tenants.book import Book
@@ -139,22 +146,20 @@ async def run(config: IngestConfig) -> None:
             renew_ms=config.renew_ms,
         )
 
-        def accept(accepted: Sequence[Job]) -> None:
-            claims.notice(accepted)
-            dispatcher.accept(accepted)
-            cascade.accepted(accepted)
-
+        storage = await stack.enter_async_context(Storage(channel))
         intake = Intake(
             documents,
             payloads,
             backlog=backlog,
             admission=Admission(book, pending, buckets, gates=[backlog.admit]),
+            storage=storage,
             budget=Budget(config.pending_bytes, "submitted requests"),
             clock=utc_now,
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
-            on_accepted=accept,
+            takers=dispatcher,
+            on_accepted=lambda accepted: cascade.accepted(accepted),
         )
         configured = settings.read(config.connectors) if config.connectors is not None else {}
         connectors = Connectors(configured, intake, endings, Place(name, utc_now, database), ready=ready)
@@ -173,6 +178,23 @@ async def run(config: IngestConfig) -> None:
         )
 
         dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=due_again)
+        lead = Lead(
+            database[LEADS],
+            f"{name} {ulids.new()}",
+            ready=ready,
+            ttl_ms=config.lease_ms,
+            renew_ms=config.renew_ms,
+        )
+        schedules = Schedules(database[SCHEDULES], utc_now)
+        firing = Firing(
+            database[SCHEDULES],
+            lead,
+            submit=intake.submit,
+            read=jobs.get,
+            cancel=cancelling.cancel,
+            clock=utc_now,
+            ready=ready,
+        )
         watching = await stack.enter_async_context(
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
@@ -184,6 +206,7 @@ async def run(config: IngestConfig) -> None:
             watch,
             cancelling,
             dead_letters,
+            schedules,
             watch_many,
             batches,
             book,
@@ -200,6 +223,8 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(cascade)
         await stack.enter_async_context(intake)
+        await stack.enter_async_context(lead)
+        await stack.enter_async_context(firing)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)
         if batches is not None:
@@ -242,6 +267,8 @@ async def _prepare(
             await mongo.ensure_collection(
                 database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
             )
+            await mongo.ensure_collection(database, LEADS, validator=LEAD_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(database, SCHEDULES, validator=SCHEDULE_VALIDATOR, indexes=SCHEDULE_INDEXES)
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
             await book.open()
             await buckets.open()

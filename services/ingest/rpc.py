@@ -19,6 +19,8 @@ from services.ingest.reading.jobs import Filter, Jobs
 from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.schedules.book import Schedules
+from services.ingest.schedules.rpc import SchedulesRpc
 from services.ingest.tenants.book import Book
 from services.ingest.tenants.reading import Standings
 from services.ingest.tenants.rpc import TenantsRpc
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from services.ingest.batches.room import Batches
 
 
-class IngestRpc(DeadLettersRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
+class IngestRpc(DeadLettersRpc, SchedulesRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -40,6 +42,7 @@ class IngestRpc(DeadLettersRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestSe
         watch: Watch,
         cancelling: Cancelling,
         dead_letters: DeadLetters,
+        schedules: Schedules,
         watch_many: WatchMany,
         batches: Batches | None,
         book: Book,
@@ -49,6 +52,7 @@ class IngestRpc(DeadLettersRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestSe
         stream_bytes: int,
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
+        SchedulesRpc.__init__(self, schedules)
         BatchesRpc.__init__(self, batches)
         TenantsRpc.__init__(self, book, standings)
         self._intake = intake

@@ -11,9 +11,11 @@ from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
 from shoal.client.job_watch import JobChange, JobFilter
+from shoal.client.keeping import Kept, RetentionRule, StoreUsage, TenantUsage
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
 from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
+from shoal.client.schedules import Schedule
 from shoal.client.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
 from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
 from shoal.client.store import Collected, Finding, FindingKind, Verified
@@ -45,6 +47,7 @@ __all__ = [
     "JobResult",
     "JobRetry",
     "JobState",
+    "Kept",
     "Leader",
     "ModelFile",
     "ModelMetadata",
@@ -54,11 +57,15 @@ __all__ = [
     "Progress",
     "Pushed",
     "ResultFilter",
+    "RetentionRule",
     "RetryPolicy",
+    "Schedule",
     "Status",
+    "StoreUsage",
     "Submitted",
     "Tenant",
     "TenantSettings",
+    "TenantUsage",
     "TensorMetadata",
     "Transition",
     "Verified",

@@ -17,6 +17,7 @@ from shoal.client.inference import InferResult, Parameter, of_inputs
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, of_job, to_state, to_submit
 from shoal.client.job_watch import JobChange, JobFilter, to_watch
 from shoal.client.outcome import of_result, without_result
+from shoal.client.schedules import AsyncSchedules
 from shoal.client.submission import WINDOW, Submission
 from shoal.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest
@@ -45,6 +46,7 @@ class AsyncJobs:
         self._caller = caller
         self._tenant = tenant
         self.dead = AsyncDeadLetters(caller, tenant)
+        self.schedules = AsyncSchedules(caller, tenant)
 
     async def submit(
         self,
