@@ -46,6 +46,7 @@ _STORE_IDEMPOTENT = (
     "StreamResults",
     "ExportResults",
     "ListRetention",
+    "ListUsage",
 )
 _OF_BATCHES = ("GetBatch", "ListBatches", "WatchBatch")
 _OF_LIFE = ("ListDeadLetters", "WatchJobs", "GetSchedule", "ListSchedules")

@@ -43,6 +43,7 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.claim_check import ClaimCheck
 from services.ingest.intake.intake import Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.storage import Storage
 from services.ingest.job import Job
 from services.ingest.leading import LEAD_VALIDATOR, LEADS, Lead
 from services.ingest.reading.answers import StoredAnswers
@@ -148,11 +149,13 @@ async def run(config: IngestConfig) -> None:
             renew_ms=config.renew_ms,
         )
 
+        storage = await stack.enter_async_context(Storage(channel))
         intake = Intake(
             documents,
             payloads,
             backlog=backlog,
             admission=Admission(book, pending, buckets, gates=[backlog.admit]),
+            storage=storage,
             budget=Budget(config.pending_bytes, "submitted requests"),
             clock=utc_now,
             ulids=ulids,

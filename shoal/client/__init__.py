@@ -12,6 +12,7 @@ from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, Transition
 from shoal.client.job_watch import JobChange, JobFilter
+from shoal.client.keeping import Kept, RetentionRule, StoreUsage, TenantUsage
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
 from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
@@ -50,6 +51,7 @@ __all__ = [
     "JobResult",
     "JobRetry",
     "JobState",
+    "Kept",
     "Leader",
     "ModelFile",
     "ModelMetadata",
@@ -60,12 +62,15 @@ __all__ = [
     "Pushed",
     "Ran",
     "ResultFilter",
+    "RetentionRule",
     "RetryPolicy",
     "Schedule",
     "Status",
+    "StoreUsage",
     "Submitted",
     "Tenant",
     "TenantSettings",
+    "TenantUsage",
     "TensorMetadata",
     "Transition",
     "Verified",

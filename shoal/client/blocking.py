@@ -107,6 +107,12 @@ class Tenants(Face[AsyncTenants]):
 class Store(Face[AsyncStore]):
     """`client.store`."""
 
+    retention = blocking(AsyncStore.retention)
+    set_retention = blocking(AsyncStore.set_retention)
+    remove_retention = blocking(AsyncStore.remove_retention)
+    usage = blocking(AsyncStore.usage)
+    set_quota = blocking(AsyncStore.set_quota)
+    remove_quota = blocking(AsyncStore.remove_quota)
     verify = iterating(AsyncStore.verify)
     collect = blocking(AsyncStore.collect)
 
