@@ -9,7 +9,7 @@ bytes, uint8 [n, 32]: one copy, one kernel argument.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,11 @@ class Packed:
     def table_bytes(self) -> Array:
         """A host's table as a device takes it, without a copy."""
         return np.asarray(self.table).view(np.uint8).reshape(-1, IMAGE.itemsize)
+
+    def moved(self, move: Callable[[Array], Any]) -> Packed:
+        """A host's batch elsewhere: `move` copies bytes to a device, or to other memory of the host."""
+        table = move(self.table_bytes())
+        return Packed(move(self.pixels), table.view(IMAGE).reshape(-1) if isinstance(table, np.ndarray) else table)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,8 +48,11 @@ class Columns:
 
     def on_device(self) -> Columns:
         """A copy on the current GPU."""
-        asarray = importlib.import_module("cupy").asarray
-        return Columns(**{name: asarray(array) for name, array in vars(self).items()})
+        return self.moved(importlib.import_module("cupy").asarray)
+
+    def moved(self, move: Callable[[Any], Any]) -> Columns:
+        """The same where `move` puts arrays."""
+        return Columns(**{name: move(array) for name, array in vars(self).items()})
 
 
 def columns(

@@ -34,6 +34,7 @@ from services.infer.remembered import Memory, remembered
 from services.infer.rpc import bulk_rpc, inference_rpc, short_methods
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.kernels_runtime import KernelsRuntime
+from services.infer.runtimes.lane import Lanes
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.runtimes.remote_runtime import RemoteRuntime
@@ -140,8 +141,14 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
 
 def _runtimes(config: InferConfig, calls: InnerCalls, owners: Owners) -> Runtimes:
     """Where several infer processes share models, those on a GPU are: each would bring its weights there again."""
+    lanes = Lanes()
     return Runtimes(
-        [OnnxRuntime(), PythonRuntime(call=calls, owners=owners), KernelsRuntime(), RemoteRuntime()],
+        [
+            OnnxRuntime(lanes),
+            PythonRuntime(call=calls, owners=owners),
+            KernelsRuntime(lanes=lanes),
+            RemoteRuntime(),
+        ],
         IsolatedOnnxRuntime(owners=owners),
         IsolatedOnnxRuntime(owners=owners, isolation="shared") if config.shared_dir else None,
     )

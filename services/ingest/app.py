@@ -37,6 +37,7 @@ from services.ingest.dispatch.remote import RemoteModel, RemoteResults
 from services.ingest.documents import INDEXES, JOBS, PAYLOAD_VALIDATOR, PAYLOADS, VALIDATOR
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
+from services.ingest.intake.claim_check import ClaimCheck
 from services.ingest.intake.disk import Disk
 from services.ingest.intake.intake import GROUP_BYTES, GROUP_ITEMS, Intake
 from services.ingest.intake.payloads import Payloads
@@ -76,7 +77,8 @@ async def run(config: IngestConfig) -> None:
         client = await stack.enter_async_context(mongo.connect(config.mongo))
         channel = await stack.enter_async_context(connect(config.mesh))
         database = client[config.database]
-        documents, payloads = database[JOBS], Payloads(database)
+        documents = database[JOBS]
+        payloads = Payloads(database, ClaimCheck(channel, config.database, time.monotonic))
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         book = Book(database)
@@ -146,11 +148,6 @@ async def run(config: IngestConfig) -> None:
             renew_ms=config.renew_ms,
         )
 
-        def accept(accepted: Sequence[Job]) -> None:
-            claims.notice(accepted)
-            dispatcher.accept(accepted)
-            cascade.accepted(accepted)
-
         intake = Intake(
             documents,
             payloads,
@@ -162,7 +159,8 @@ async def run(config: IngestConfig) -> None:
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
-            on_accepted=accept,
+            takers=dispatcher,
+            on_accepted=lambda accepted: cascade.accepted(accepted),
         )
         configured = settings.read(config.connectors) if config.connectors is not None else {}
         connectors = Connectors(configured, intake, endings, Place(name, utc_now, database), ready=ready)

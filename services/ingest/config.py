@@ -35,8 +35,8 @@ class IngestConfig(ServiceConfig):
     """How soon an idle instance notices jobs that others submitted, or left."""
     ageing_ms: Annotated[int, Field(ge=0, le=86_400_000)] = 60_000
     """What one level of priority is worth: a job goes before one that waits so much longer at the next lower level."""
-    inline_bytes: Annotated[int, Field(ge=0, le=12 << 20)] = 1 << 20
-    """Requests above this are kept apart from the job, so that claims and scans stay light."""
+    inline_bytes: Annotated[int, Field(ge=0, le=12 << 20)] = 256 << 10
+    """Requests above this are kept in the store, and the job refers to them: claims and scans stay light."""
     max_backlog: Annotated[int, Field(ge=1)] = 1_000_000
     """Queued jobs, of all instances together, beyond which submits are refused."""
     max_write_wait_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 5_000

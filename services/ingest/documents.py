@@ -7,8 +7,8 @@ the millions that have ended weigh nothing:
     lease     somebody works on it, until lease.expires_at
     neither   it has ended
 
-Collection `payloads`: requests that are too large to be scanned along, `{_id: <job id>, request: <bytes>}`, written
-before their job.
+Collection `payloads`: where requests are that are too large to be scanned along (`intake/payloads.py`), written before
+their job.
 """
 
 from __future__ import annotations
@@ -113,8 +113,13 @@ VALIDATOR: Mapping[str, Any] = {
 PAYLOAD_VALIDATOR: Mapping[str, Any] = {
     "$jsonSchema": {
         "bsonType": "object",
-        "required": ["_id", "request"],
-        "properties": {"_id": {"bsonType": "string"}, "request": {"bsonType": "binData"}},
+        "required": ["_id"],
+        "oneOf": [{"required": ["request"]}, {"required": ["artifact"]}],
+        "properties": {
+            "_id": {"bsonType": "string"},
+            "request": {"bsonType": "binData"},
+            "artifact": {"bsonType": "string", "pattern": "^[0-9a-f]{64}$"},
+        },
     }
 }
 
@@ -146,6 +151,8 @@ def document_of(job: Job) -> Document:
         document |= {"last_code": job.last_code, "last_message": job.last_message}
     if job.due_at is not None:
         document["due_at"] = job.due_at
+    if job.lease is not None:  # Adopted by its instance in the write that makes it durable.
+        document["lease"] = asdict(job.lease)
     if job.depends_on:
         document |= {"depends_on": list(job.depends_on), "waits_for": list(job.waits_for)}
     if job.not_before is not None:

@@ -13,10 +13,15 @@ from mesh.membership import Registration, State
 from mesh.server import Rpc, until_stopped
 from mesh.serving import Server
 from mesh.serving import server as server_of
+from services.store.artifact_rpc import ArtifactParts
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
 from services.store.artifacts.threads import Threads
+from services.store.collecting.collector import Collector
+from services.store.collecting.references import References
+from services.store.collecting.rounds import Rounds
+from services.store.collecting.verification import Verification
 from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.exports.exports import Exports
@@ -53,15 +58,25 @@ async def run(config: StoreConfig) -> None:
         artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=_now)
         registry = Registry(collections, artifacts, _now)
         registry_watch = await stack.enter_async_context(RegistryWatch(collections, registry))
-        results = Results(collections, Responses(blobs, threads), _now)
+        responses = Responses(blobs, threads)
+        results = Results(collections, responses, _now)
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
         etcd = await stack.enter_async_context(Etcd(config.etcd)) if config.etcd else None
         book = RuleBook(collections, _now)
         retention = Retention(book, Sweep(collections, book, _now), Leadership(etcd))
         result_stream = ResultStream(results, result_watch, config.max_streams)
-        rpc = StoreRpc(
+        collector = Collector(collections, blobs, _now)
+        await stack.enter_async_context(Rounds(collector, config.collect_every_ms / 1000))
+        parts = ArtifactParts(
             artifacts,
+            References(collections, artifacts, _now),
+            collector,
+            Verification(collections, blobs, artifacts.reader, responses),
+            upload_idle_s=config.upload_idle_ms / 1000,
+        )
+        rpc = StoreRpc(
+            parts,
             registry,
             registry_watch,
             results,
@@ -75,7 +90,6 @@ async def run(config: StoreConfig) -> None:
                 config.max_exports,
             ),
             retention,
-            upload_idle_s=config.upload_idle_ms / 1000,
         )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
         server = await stack.enter_async_context(

@@ -5,6 +5,7 @@ references {_id: name of who refers, digest, made_at}: others than models
 retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
 fences     {_id: "retention", token, rules, acts?}; how far answers are gone: {_id: answers/tenant, recorded_at, job_id}
 graves     {_id: key of a blob that is to go, buried_at}
+holds      {_id: a backup that is under way, expires_at}: no blob is removed
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
 aliases    {_id: "name/alias", name, alias, version}
 results    {_id: job id, outcome, ..., recorded_at, labels?, response: bytes | blob: {key, size, sha256}}
@@ -64,6 +65,7 @@ ARTIFACTS = _schema(
 )
 REFERENCES = _schema({"_id": _NAME, "digest": _DIGEST, "made_at": _DATE})
 GRAVES = _schema({"_id": _NAME, "buried_at": _DATE})
+HOLDS = _schema({"_id": _NAME, "expires_at": _DATE})
 MODELS = _schema(
     {
         "_id": _NAME,
@@ -147,6 +149,8 @@ RESULT_INDEXES = [
     # labels and batches cost a result that has none.
     _newest("by_failure", "outcome", among={**_STANDING, "outcome": {"$gt": 1}}),
     _newest("by_label", "labels", among={"labels": {"$exists": True}}),
+    # Not for queries: whether a blob still belongs to a result.
+    IndexModel("blob.key", name="by_blob", partialFilterExpression={"blob.key": {"$exists": True}}),
     _newest("by_batch", "batch_id", among={"batch_id": {"$exists": True}}),
     IndexModel("removed_at", name="removed", partialFilterExpression={"removed_at": {"$exists": True}}),
 ]
@@ -183,6 +187,7 @@ class Collections:
             "graves": await ensure_collection(
                 db, "graves", validator=_validator(GRAVES), indexes=[IndexModel("buried_at", name="oldest")]
             ),
+            "holds": await ensure_collection(db, "holds", validator=_validator(HOLDS), indexes=[]),
             "models": await ensure_collection(
                 db,
                 "models",
@@ -226,6 +231,10 @@ class Collections:
     @property
     def graves(self) -> Collection:
         return self._get("graves")
+
+    @property
+    def holds(self) -> Collection:
+        return self._get("holds")
 
     @property
     def models(self) -> Collection:

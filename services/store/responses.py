@@ -10,6 +10,8 @@ from services.store.artifacts.threads import Threads
 from services.store.results.result_documents import BlobRef
 from shoal.errors import DataLoss, NotFound
 
+FOLDER = "responses"
+"""Where their blobs lie."""
 INLINE_BYTES = 1 << 20
 """Up to here a response lies in its document: one read, and a page of a hundred such is still a message."""
 
@@ -26,7 +28,7 @@ class Responses:
         if len(response) <= INLINE_BYTES:
             return response
         name = uuid.uuid4().hex
-        key = f"responses/{name[:2]}/{name}"
+        key = f"{FOLDER}/{name[:2]}/{name}"
         digest = await self._threads.run(lambda: hashlib.sha256(response).hexdigest())
         await self._blobs.put(key, response)
         return BlobRef(key, len(response), digest)

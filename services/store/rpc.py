@@ -9,10 +9,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from services.store.artifacts import digest
-from services.store.artifacts.artifacts import Artifacts
-from services.store.artifacts.stored import Stored
-from services.store.artifacts.uploads import Upload
+from services.store.artifact_rpc import ArtifactParts, ArtifactRpc
 from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
 from services.store.registry.registry import Registry, Version
@@ -24,17 +21,16 @@ from services.store.results.results import Results
 from services.store.retention.messages import message_of, rule_of
 from services.store.retention.retention import Retention
 from shoal.store.v1 import store_pb2 as pb
-from shoal.store.v1 import store_pb2_grpc
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
-class StoreRpc(store_pb2_grpc.StoreServiceServicer):
+class StoreRpc(ArtifactRpc):
     """The servicer. Errors are translated by the server's interceptor."""
 
     def __init__(
         self,
-        artifacts: Artifacts,
+        artifacts: ArtifactParts,
         registry: Registry,
         registry_watch: RegistryWatch,
         results: Results,
@@ -42,10 +38,8 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         result_stream: ResultStream,
         exports: Exports,
         retention: Retention,
-        *,
-        upload_idle_s: float,
     ) -> None:
-        self._artifacts = artifacts
+        super().__init__(artifacts)
         self._registry = registry
         self._registry_watch = registry_watch
         self._results = results
@@ -53,22 +47,6 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
         self._result_stream = result_stream
         self._exports = exports
         self._retention = retention
-        self._upload_idle_s = upload_idle_s
-
-    async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
-        upload = await Upload.opened(requests, self._upload_idle_s)
-        artifact, existed = await self._artifacts.put(upload)
-        return pb.PutArtifactResponse(artifact=_artifact(artifact), existed=existed)
-
-    async def StatArtifact(self, request: pb.StatArtifactRequest, ctx: Context) -> pb.StatArtifactResponse:
-        artifact, received = await self._artifacts.stat(digest.checked(request.sha256, "sha256"))
-        return pb.StatArtifactResponse(artifact=_artifact(artifact) if artifact else None, received_bytes=received)
-
-    async def GetArtifact(self, request: pb.GetArtifactRequest, ctx: Context) -> AsyncIterator[pb.GetArtifactResponse]:
-        artifact, chunks = await self._artifacts.reader.read(digest.checked(request.sha256, "sha256"), request.offset)
-        yield pb.GetArtifactResponse(size_bytes=artifact.size)
-        async for chunk in chunks:
-            yield pb.GetArtifactResponse(chunk=chunk)
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:
         model = request.model
@@ -137,10 +115,6 @@ class StoreRpc(store_pb2_grpc.StoreServiceServicer):
 
     async def ApplyRetention(self, request: pb.ApplyRetentionRequest, ctx: Context) -> pb.ApplyRetentionResponse:
         return pb.ApplyRetentionResponse(**vars(await self._retention.apply(request.token)))
-
-
-def _artifact(artifact: Stored) -> pb.Artifact:
-    return pb.Artifact(sha256=artifact.digest, size_bytes=artifact.size, created_at=timestamp(artifact.created_at))
 
 
 def _version(version: Version) -> pb.ModelVersion:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli import dead_letters
+from shoal.cli import batches, dead_letters
 from shoal.cli.job_table import show_job
 from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json
 from shoal.cli.watching import JobWatch, follow_all, follow_one
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 
 app.add_typer(dead_letters.app, name="dead")
+app.add_typer(batches.app, name="batch")
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as `submit` printed it.")]
 Tenant = Annotated[
@@ -33,10 +34,13 @@ TIMES = ["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M", "%Y-%m-%d
 
 @app.command()
 def submit(
-    model: Annotated[str, typer.Argument(help="The model to ask.")],
+    model: Annotated[str | None, typer.Argument(help="The model to ask.", show_default=False)] = None,
     written: Annotated[
-        str, typer.Argument(metavar="INPUT", help="As `shoal infer` takes it: JSON, a file's name, or -.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="INPUT", help="As `shoal infer` takes it: JSON, a file's name, or -.", show_default=False
+        ),
+    ] = None,
     version: Annotated[str, typer.Option(metavar="V", help="Ask this version.", show_default=False)] = "",
     key: Annotated[
         str,
@@ -88,6 +92,74 @@ def submit(
     keep_request: Annotated[
         bool, typer.Option("--keep-request", help="Keep the inputs when the job is done: for `shoal models quantize`.")
     ] = False,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--batch",
+            metavar="URL",
+            help="A batch instead: all rows of this file (JSONL, Parquet, NPZ) or prefix. May be repeated.",
+            rich_help_panel="Batches",
+        ),
+    ] = None,
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            help="Where its results go, as Parquet: a folder or prefix of their own.",
+            show_default=False,
+            rich_help_panel="Batches",
+        ),
+    ] = "",
+    model_option: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="NAME", help="The model, as MODEL.", show_default=False, rich_help_panel="Batches"
+        ),
+    ] = "",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT=COLUMN",
+            help="The column that feeds an input of the model. Default: the one of its name. May be repeated.",
+            rich_help_panel="Batches",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Carry this column over into the results. May be repeated.",
+            rich_help_panel="Batches",
+        ),
+    ] = None,
+    text_output: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OUTPUT", help="This output of BYTES is text. May be repeated.", rich_help_panel="Batches"
+        ),
+    ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="jsonl, parquet, npz, or objects: each object of a prefix is a row. Default: as the names say.",
+            show_default=False,
+            rich_help_panel="Batches",
+        ),
+    ] = "",
+    chunk_rows: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Rows that are run and written together. 0: the node's choice.",
+            rich_help_panel="Batches",
+        ),
+    ] = 0,
+    wait: Annotated[
+        bool, typer.Option(help="Show a batch's progress until it has ended.", rich_help_panel="Batches")
+    ] = True,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
@@ -99,14 +171,38 @@ def submit(
 
       shoal jobs submit digits rows.npy --key monday-7 --deadline 3600
 
+      shoal jobs submit --batch s3://bucket/in.parquet --out s3://bucket/out/ --model digits
+
       shoal jobs submit digits rows.npy --delay 600 --attempts 10 --retry-on unavailable --retry-on internal
     """
     from shoal.cli import tensors
     from shoal.client import JobRetry
 
+    labels = pairs(label or [], "--label")
+    if batch:
+        batches.checked(batch, out, model_option or model or "", written)
+        order = batches.BatchOrder(
+            inputs=batch,
+            output=out,
+            model=model_option or model or "",
+            version=version,
+            kind=kind,
+            columns=pairs(column or [], "--column"),
+            keep=keep or [],
+            texts=text_output or [],
+            key=key,
+            labels=labels,
+            attempts=attempts,
+            chunk_rows=chunk_rows,
+        )
+        with connect(gateway, tenant=tenant) as client:
+            batches.submit(client, order, wait=wait, as_json=json)
+        return
+    model = model or model_option
+    if not model or written is None:
+        raise InvalidArgument("a job needs MODEL and INPUT; a batch --batch, --out and --model")
     given = tensors.read(written)
     parameters = {**given.parameters, **tensors.of_options(parameter or [], "--parameter")}
-    labels = pairs(label or [], "--label")
     with connect(gateway, tenant=tenant) as client:
         ready = tensors.fit(given, client.models.metadata(model, version))
         job = client.jobs.submit(

@@ -17,7 +17,7 @@ from typer.main import get_command
 from shoal import __version__
 from shoal.errors import InvalidArgument, ShoalError
 
-COMMANDS = ("up", "serve", "models", "infer", "jobs", "tenants", "results", "status")
+COMMANDS = ("up", "serve", "models", "infer", "jobs", "tenants", "results", "store", "status")
 """Each is `app` of the module of that name in shoal.cli; in the order in which a newcomer meets them."""
 
 

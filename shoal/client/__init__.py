@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
+from shoal.client.batch import Batch, BatchFormat, BatchState, BatchStep
 from shoal.client.blocking import Client
 from shoal.client.dead_letters import Handled
 from shoal.client.export import Exported
@@ -15,14 +16,22 @@ from shoal.client.result import JobResult, Outcome, ResultFilter
 from shoal.client.retry import RetryPolicy
 from shoal.client.serving import IndexEntry, ModelMetadata, ModelStatistics, TensorMetadata
 from shoal.client.status import EnvoyStatus, Instance, InstanceState, Leader, Status
+from shoal.client.store import Collected, Finding, FindingKind, Verified
 from shoal.client.tenants import Tenant, TenantSettings
 
 __all__ = [
     "AsyncClient",
     "BFloat16",
+    "Batch",
+    "BatchFormat",
+    "BatchState",
+    "BatchStep",
     "Client",
+    "Collected",
     "EnvoyStatus",
     "Exported",
+    "Finding",
+    "FindingKind",
     "Handled",
     "IndexEntry",
     "InferRequest",
@@ -52,4 +61,5 @@ __all__ = [
     "TenantSettings",
     "TensorMetadata",
     "Transition",
+    "Verified",
 ]

@@ -9,6 +9,7 @@ from types import TracebackType
 from shoal.client import methods
 from shoal.client.arrays import ArrayLike
 from shoal.client.asking import Asker, each
+from shoal.client.batches import AsyncBatches
 from shoal.client.calls import Caller, Headers
 from shoal.client.inference import InferRequest, InferResult, Parameter, of_response
 from shoal.client.jobs import AsyncJobs
@@ -16,6 +17,7 @@ from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
 from shoal.client.status import Status, look
+from shoal.client.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 from shoal.discovery import find_gateway
 from shoal.errors import ShoalError
@@ -55,7 +57,9 @@ class AsyncClient:
         self._caller = Caller(find_gateway(address, os.environ), retry=retry, headers=headers)
         self.models = AsyncModels(self._caller)
         self.jobs = AsyncJobs(self._caller, tenant)
+        self.batches = AsyncBatches(self._caller, tenant)
         self.results = AsyncResults(self._caller, tenant)
+        self.store = AsyncStore(self._caller)
         self.tenants = AsyncTenants(self._caller)
 
     @property

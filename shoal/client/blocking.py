@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from shoal.client.aio import AsyncClient
+from shoal.client.batches import AsyncBatches
 from shoal.client.calls import Headers
 from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.face import Face, LoopThread, blocking, iterating
@@ -12,6 +13,7 @@ from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
+from shoal.client.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 
 
@@ -67,12 +69,32 @@ class Results(Face[AsyncResults]):
     export = iterating(AsyncResults.export)
 
 
+class Batches(Face[AsyncBatches]):
+    """`client.batches`."""
+
+    submit = blocking(AsyncBatches.submit)
+    get = blocking(AsyncBatches.get)
+    list = blocking(AsyncBatches.list)
+    watch = iterating(AsyncBatches.watch)
+    wait = blocking(AsyncBatches.wait)
+    cancel = blocking(AsyncBatches.cancel)
+    pause = blocking(AsyncBatches.pause)
+    resume = blocking(AsyncBatches.resume)
+
+
 class Tenants(Face[AsyncTenants]):
     """`client.tenants`."""
 
     list = blocking(AsyncTenants.list)
     get = blocking(AsyncTenants.get)
     set = blocking(AsyncTenants.set)
+
+
+class Store(Face[AsyncStore]):
+    """`client.store`."""
+
+    verify = iterating(AsyncStore.verify)
+    collect = blocking(AsyncStore.collect)
 
 
 class Client(Face[AsyncClient]):
@@ -114,7 +136,9 @@ class Client(Face[AsyncClient]):
         super().__init__(inner, loop)
         self.models = Models(inner.models, loop)
         self.jobs = Jobs(inner.jobs, loop)
+        self.batches = Batches(inner.batches, loop)
         self.results = Results(inner.results, loop)
+        self.store = Store(inner.store, loop)
         self.tenants = Tenants(inner.tenants, loop)
 
     @property

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.server
-import io
 import json
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +14,13 @@ import grpc
 import numpy as np
 import pytest
 
-from shoal.cli.main import main
 from shoal.client import methods
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.store.v1 import store_pb2 as store
+from tests.cli.conftest import Shoal
 from tests.client.served import Served
-
-Shoal = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def served() -> Iterator[Served]:
-    server = Served().start()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def shoal(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shoal:
-    """Runs `shoal ARGS` against the server, in this process; `stdin=...` is what it reads."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-
-    def run(*args: str, stdin: bytes = b"", **environ: str) -> subprocess.CompletedProcess[str]:
-        out, err = io.StringIO(), io.StringIO()
-        with monkeypatch.context() as patch:
-            for key, value in {"SHOAL_GATEWAY": served.address, **environ}.items():
-                patch.setenv(key, value)
-            patch.setattr(sys, "argv", ["shoal", *args])
-            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
-                main()
-        status = ended.value.code or 0
-        return subprocess.CompletedProcess(args, int(status), out.getvalue(), err.getvalue())
-
-    return run
 
 
 def complaint(done: subprocess.CompletedProcess[str], status: int = 1) -> str:

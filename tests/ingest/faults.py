@@ -18,7 +18,7 @@ from mesh.channel import connect
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, inference_pb2, inference_pb2_grpc
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
-from shoal.store.v1 import store_pb2
+from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 FAILED = store_pb2.Result.OUTCOME_FAILED
 Model = Callable[[inference_pb2.ModelInferRequest, Any], Awaitable[inference_pb2.ModelInferResponse]]
@@ -144,6 +144,50 @@ class FakeStore:
         return store_pb2.QueryResultsResponse(results=found)
 
 
+class ArtifactStore(FakeStore):
+    """The same, with the artifacts of a real store behind it, which a test may take away (`is_away`)."""
+
+    def __init__(self, real: store_pb2_grpc.StoreServiceAsyncStub) -> None:
+        super().__init__()
+        self._real = real
+        self.is_away = False
+        self.uploads = 0
+
+    async def _checked(self, context: Any) -> None:
+        if self.is_away:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the store is away, as the test wants it")
+
+    async def PutArtifact(self, requests: AsyncIterator[store_pb2.PutArtifactRequest], context: Any) -> Any:
+        await self._checked(context)
+        self.uploads += 1
+        return await self._real.PutArtifact(requests)
+
+    async def GetArtifact(self, request: store_pb2.GetArtifactRequest, context: Any) -> AsyncIterator[Any]:
+        await self._checked(context)
+        try:
+            async for part in self._real.GetArtifact(request):
+                yield part
+        except grpc.aio.AioRpcError as err:
+            await context.abort(err.code(), err.details())
+
+    async def ReleaseArtifacts(self, request: store_pb2.ReleaseArtifactsRequest, context: Any) -> Any:
+        await self._checked(context)
+        return await self._real.ReleaseArtifacts(request)
+
+    async def ListReferences(self, request: store_pb2.ListReferencesRequest, context: Any) -> Any:
+        await self._checked(context)
+        return await self._real.ListReferences(request)
+
+    def artifact_handlers(self) -> dict[str, Any]:
+        kinds = {"PutArtifact": "stream_unary", "GetArtifact": "unary_stream"}
+        found = {}
+        for name in ("PutArtifact", "GetArtifact", "ReleaseArtifacts", "ListReferences"):
+            make = getattr(grpc, f"{kinds.get(name, 'unary_unary')}_rpc_method_handler")
+            request, response = getattr(store_pb2, f"{name}Request"), getattr(store_pb2, f"{name}Response")
+            found[name] = make(getattr(self, name), request.FromString, response.SerializeToString)
+        return found
+
+
 class FakeMesh:
     """Both, served at `address`; `down` and `up` make it go and come."""
 
@@ -169,6 +213,8 @@ class FakeMesh:
                 store_pb2.QueryResultsResponse.SerializeToString,
             ),
         }
+        if isinstance(self.store, ArtifactStore):
+            handlers |= self.store.artifact_handlers()
         generic = grpc.method_handlers_generic_handler("shoal.store.v1.StoreService", handlers)
         self._server.add_generic_rpc_handlers([generic])
         self._server.add_insecure_port(self.address)

@@ -1,9 +1,13 @@
-"""Payloads that no job needs are collected, and no others."""
+"""Payloads that no job needs are collected, and no others: here, and what was handed in to the store."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from typing import Any
+
+import pytest
 
 from mesh.mongo import connect
 from services.ingest.clock import milliseconds
@@ -11,6 +15,7 @@ from services.ingest.documents import JOBS, PAYLOADS, document_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Job, State
 from services.ingest.ulid import Ulids
+from shoal.errors import Unavailable
 from tests.ingest.making import START, job
 
 _old = Ulids(lambda: milliseconds(START - timedelta(hours=2)))
@@ -20,10 +25,61 @@ def apart(state: State = State.QUEUED, **fields: Any) -> Job:
     return job(id=_old.new(), is_apart=True, request=b"large", state=state, **fields)
 
 
-async def test_a_sweep(mongo_uri: str, mongo_database: str) -> None:
+class Handed:
+    """A store that takes some requests; others stay in MongoDB."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, bytes] = {}
+        self.is_away = False
+
+    async def hand_in(self, job_id: str, request: bytes) -> str | None:
+        if self.is_away:
+            return None
+        self.requests[job_id] = request
+        return hashlib.sha256(request).hexdigest()
+
+    async def fetch(self, job_id: str, sha256: str) -> bytes:
+        return self.requests[job_id]
+
+    async def release(self, job_ids: Sequence[str]) -> None:
+        if self.is_away:
+            raise Unavailable("the store is away")
+        for job_id in job_ids:
+            self.requests.pop(job_id, None)
+
+    async def handed_in(self, before: str) -> AsyncIterator[list[str]]:
+        for job_id in sorted(job_id for job_id in self.requests if job_id < before):
+            yield [job_id]
+
+
+async def test_what_was_handed_in_and_lost_sight_of(mongo_uri: str, mongo_database: str) -> None:
     async with connect(mongo_uri) as client:
         database = client[mongo_database]
-        payloads = Payloads(database)
+        store = Handed()
+        payloads = Payloads(database, store)
+        needed, ended, young = apart(), apart(State.SUCCEEDED), job(is_apart=True)
+        await database[JOBS].insert_many([document_of(one) | {"state": str(one.state)} for one in (needed, ended)])
+        await payloads.put([needed, ended, young])
+        # A kill between the store and MongoDB, on the way in.
+        await store.hand_in(apart().id, b"lost")
+        # The store was away when the job ended.
+        store.is_away = True
+        await payloads.drop([ended.id])
+        assert len(store.requests) == 4
+        store.is_away = False
+        assert await payloads.sweep(START) == 2
+        assert set(store.requests) == {needed.id, young.id}
+        assert await payloads.get(needed.id) == b"large"
+        assert await payloads.sweep(START) == 0
+
+
+@pytest.mark.parametrize("is_away", [False, True], ids=["store", "no store"])
+async def test_a_sweep(mongo_uri: str, mongo_database: str, is_away: bool) -> None:
+    async with connect(mongo_uri) as client:
+        database = client[mongo_database]
+        store = Handed()
+        store.is_away = is_away
+        payloads = Payloads(database, store)
         needed = [apart(State.QUEUED), apart(State.RUNNING), apart(State.DEAD), apart(State.FAILED)]
         needed.append(apart(State.SUCCEEDED, is_kept=True))
         ended = [apart(State.SUCCEEDED), apart(State.CANCELLED), apart(State.EXPIRED)]
@@ -37,3 +93,4 @@ async def test_a_sweep(mongo_uri: str, mongo_database: str) -> None:
         assert await payloads.get(needed[0].id) == b"large"
         assert await payloads.get(orphans[0].id) is None
         assert await payloads.sweep(START) == 0
+        assert set(store.requests) == (set() if is_away else left)

@@ -9,6 +9,7 @@ from typing import Any, cast
 from services.infer.calls import parameters, tensors
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.ragged import Value
+from services.infer.calls.resident import is_resident
 from services.infer.calls.signature import Signature, TensorSpec, fits
 from services.infer.calls.tensors import Tensor
 from services.infer.wording import listed, quoted, written
@@ -23,6 +24,8 @@ class WantedOutput:
     spec: TensorSpec
     classes: int = 0
     """The k best as text instead of the output itself; 0: the output itself."""
+    stays: bool = False
+    """It may stay on the GPU that it is made on, as a `Resident`: only steps there want it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,10 +77,14 @@ def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signatu
     skip = 1 if signature.max_batch_size else 0
     ragged = signature.ragged
     shapes = tuple(
-        (name, None if name in ragged or isinstance(value, list) else value.shape[skip:])
+        (
+            name,
+            None if name in ragged or isinstance(value, list) else value.shape[skip:],
+            is_resident(value),
+        )
         for name, value in sorted(inputs.items())
     )
-    return shapes, tuple(output.spec.name for output in outputs)
+    return shapes, tuple((output.spec.name, output.stays) for output in outputs)
 
 
 def _spec(tensor: pb.ModelInferRequest.InferInputTensor, signature: Signature, model: str) -> TensorSpec:

@@ -15,6 +15,7 @@ from services.infer.calls import ragged
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call, key_of
+from services.infer.calls.resident import is_resident
 from services.infer.calls.signature import TensorSpec, fits
 from services.infer.calls.tensors import Tensor
 from services.infer.ensembles import values
@@ -89,6 +90,8 @@ def checked(step: PlannedStep, outputs: Sequence[Value]) -> None:
     for wanted, output in zip(step.wanted, outputs, strict=True):
         if reason := _misfit(wanted.spec, output):
             raise Internal(f"output '{wanted.spec.name}' {reason}")
+        if is_resident(output):
+            continue
         for array in ragged.arrays(output):
             array.flags.writeable = False  # Several steps may look at it; none may write.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from services.infer.calls.datatypes import BY_CONFIG
 from services.infer.calls.request import WantedOutput
 from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.ensembles import residence
 from services.infer.ensembles.graph import PLATFORM, Graph, Step
 from services.infer.ensembles.neighbours import StepVersion
 from services.infer.ensembles.plan import Feed, Plan, PlannedStep
@@ -213,6 +214,9 @@ class _Weaver:
         takers = tuple(tuple(s.step.index for s in steps if n in s.waits_for) for n in places.values())
         givers = tuple(self._graph.producers.get(name, ()) for name in places)
         specs = tuple(flow.spec for flow in self._flows.values())
+        outputs = {places[spec.name] for spec in completed.signature.outputs}
+        stay = residence.staying(steps, takers, givers, outputs)
+        steps = tuple(_leaving(step, stay) for step in steps)
         return Plan(self._graph, completed, steps, places, specs, takers, givers)
 
     def _planned_step(self, step: Step, places: Mapping[str, int]) -> PlannedStep:
@@ -236,6 +240,12 @@ class _Weaver:
             tuple(places[step.outputs[spec.name]] for spec in given),
             {name: places[name] for name in step.asked},
         )
+
+
+def _leaving(step: PlannedStep, stay: frozenset[int]) -> PlannedStep:
+    """The step, with its outputs at these places left where they are made."""
+    pairs = zip(step.wanted, step.places, strict=True)
+    return replace(step, wanted=tuple(replace(wanted, stays=place in stay) for wanted, place in pairs))
 
 
 def _keys(step: Step, tensor: str) -> list[str]:

@@ -22,6 +22,7 @@ from services.infer.remote.session import RemoteSession
 from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.execution import Execution, Runs
+from services.infer.scheduling.parts_execution import PartsExecution
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.rows_execution import RowsExecution
 from services.infer.scheduling.runs_calls import RunsCalls
@@ -82,6 +83,8 @@ def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
         made: Execution = ProcessExecution(name, number, session, signature, means.clock)
     elif session.takes_rows:
         made = RowsExecution(name, session, signature, means.clock)
+    elif session.lane is not None:
+        made = PartsExecution(name, session, signature, means.clock)
     else:
         made = Execution(name, session, signature, means.clock)
     return means.around(name, made)

@@ -75,10 +75,10 @@ class Nms:
         put = self._place.put
         with self._place.computing():
             keep = nms(
-                put(np.ascontiguousarray(boxes)),
-                put(np.ascontiguousarray(scores)),
+                put(boxes),
+                put(scores),
                 self._asked.iou_threshold,
-                groups=None if classes is None else put(np.ascontiguousarray(classes)),
+                groups=None if classes is None else put(classes),
                 least_score=self._asked.score_threshold,
             )
             kept = self._place.get(keep)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -13,6 +13,8 @@ from services.infer.calls.ragged import Rows, Value, rows
 from services.infer.calls.tensors import Tensor
 from services.infer.operations.operation import Results, Setting, spec
 from services.infer.operations.parameters import Parameters
+
+V = TypeVar("V")
 
 _OUTPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -58,18 +60,22 @@ class PadTokens:
             if len(kind) != len(ids)
         }
         if not self._apart:
-            return Results(dict(zip(_OUTPUTS, self._batch(given, types), strict=True)), unfit)
-        one_by_one = [self._batch([ids], types[n : n + 1]) for n, ids in enumerate(given)]
+            together = self._batch(given, types, self._place.give)
+            return Results(dict(zip(_OUTPUTS, together, strict=True)), unfit)
+        one_by_one = [self._batch([ids], types[n : n + 1], self._place.get) for n, ids in enumerate(given)]
         return Results({name: [row[n][0] for row in one_by_one] for n, name in enumerate(_OUTPUTS)}, unfit)
 
     def example(self) -> Mapping[str, Value]:
         return {"input_ids": [np.arange(1, 4)], "token_type_ids": [np.zeros(3, np.int64)]}
 
-    def _batch(self, given: Rows, types: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, mask and types of one width; `types` may be none."""
+    def _batch(self, given: Rows, types: Rows, passed_on: Callable[[Any], V]) -> tuple[V | Tensor, ...]:
+        """Ids, mask and types of one width; where there are no `types`, zeros."""
         width = self._width(max(map(len, given), default=0))
         ids, mask = self._padded(given, width, self._asked.pad_id)
-        return ids, mask, self._padded(types, width, 0)[0] if types else np.zeros_like(ids)
+        kinds: V | Tensor = np.zeros(ids.shape, np.int64)
+        if types:
+            kinds = passed_on(self._padded(types, width, 0)[0])
+        return passed_on(ids), passed_on(mask), kinds
 
     def _width(self, longest: int) -> int:
         asked = self._asked
@@ -78,11 +84,11 @@ class PadTokens:
         width = -(-max(longest, 1) // asked.multiple_of) * asked.multiple_of
         return min(width, asked.max_length) if asked.max_length else width
 
-    def _padded(self, given: Rows, width: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    def _padded(self, given: Rows, width: int, pad_id: int) -> tuple[Any, Any]:
         flat = np.concatenate([np.empty(0, np.int64), *given])
         offsets = np.cumsum([0, *map(len, given)], dtype=np.int64)
-        put, get = self._place.put, self._place.get
-        ids, mask = pad_tokens(
-            put(flat), put(offsets), width=width, pad_id=pad_id, side=self._asked.side, truncate=True
+        put, asked = self._place.put, self._asked
+        made: tuple[Any, Any] = pad_tokens(
+            put(flat), put(offsets), width=width, pad_id=pad_id, side=asked.side, truncate=True
         )
-        return get(ids), get(mask)
+        return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -35,13 +35,13 @@ class PoolNormalize:
         self._asked, self._place = parameters, setting.place
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
-        tokens, mask = np.asarray(inputs["token_embeddings"]), np.asarray(inputs["attention_mask"])
+        tokens, mask = cast("Tensor", inputs["token_embeddings"]), cast("Tensor", inputs["attention_mask"])
         if tokens.shape[:2] != mask.shape:
             count = tokens.shape[1]
             return self._unfit(tokens, f"input 'attention_mask' is for {mask.shape[1]} tokens, there are {count}")
         if self._asked.pooling == "cls" and not tokens.shape[1]:
             return self._unfit(tokens, "input 'token_embeddings' has no token, and so no first one")
-        return Results({"embedding": self._place.get(self._pooled(tokens, mask))})
+        return Results({"embedding": self._place.give(self._pooled(tokens, mask))})
 
     def example(self) -> Mapping[str, Value]:
         return {"token_embeddings": np.ones((1, 2, 4), np.float32), "attention_mask": np.ones((1, 2), np.int64)}
@@ -49,10 +49,8 @@ class PoolNormalize:
     def _pooled(self, tokens: Tensor, mask: Tensor) -> Any:
         put, normalize = self._place.put, self._asked.normalize
         if self._asked.pooling == "mean":
-            return pool_normalize(
-                put(np.ascontiguousarray(tokens)), put(np.ascontiguousarray(mask)), normalize=normalize
-            )
-        first = put(tokens[:, 0].copy())
+            return pool_normalize(put(tokens), put(mask), normalize=normalize)
+        first = put(tokens)[:, 0].copy()
         return l2_normalize(first) if normalize else first
 
     def _unfit(self, tokens: Tensor, why: str) -> Results:

@@ -28,9 +28,9 @@ class QuantizeRows:
         self._place = setting.place
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
-        quantized, scales = quantize_rows(self._place.put(np.ascontiguousarray(inputs["values"])))
-        scale = self._place.get(scales).reshape(-1, 1)
-        return Results({"quantized": self._place.get(quantized), "scale": scale})
+        quantized, scales = quantize_rows(self._place.put(inputs["values"]))
+        give = self._place.give
+        return Results({"quantized": give(quantized), "scale": give(scales.reshape(-1, 1))})
 
     def example(self) -> Mapping[str, Value]:
         return {"values": np.ones((1, 4), np.float32)}

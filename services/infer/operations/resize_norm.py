@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from kernels.resize_norm import Packed, pack, resize_norm
+from kernels.resize_norm import pack, resize_norm
 from services.infer.calls.ragged import Rows, Value, is_even, rows
 from services.infer.calls.tensors import Tensor
 from services.infer.operations.image_fit import Fit, FitParameters, Pixels, fit
@@ -101,10 +101,10 @@ class ResizeNorm:
         if not groups:
             return self._none()
         if len(groups) == 1 and all(each.inner == each.outer for each in fits):
-            return self._launched(images, fits)
+            return self._setting.place.give(self._launched(images, fits))
         results: Rows = [_TINY] * len(images)
         for members in groups.values():
-            made = self._launched([images[n] for n in members], [fits[n] for n in members])
+            made = self._setting.place.get(self._launched([images[n] for n in members], [fits[n] for n in members]))
             for n, inner in zip(members, made, strict=True):
                 results[n] = self._padded(inner, fits[n])
         return np.stack(results) if is_even(results) else results
@@ -114,8 +114,8 @@ class ResizeNorm:
             return []
         return np.empty((0, *self._laid_out(self._asked.wanted)), _DTYPES[self._asked.datatype])
 
-    def _launched(self, images: Rows, fits: Sequence[Fit]) -> Tensor:
-        """Images that become one size, in one launch."""
+    def _launched(self, images: Rows, fits: Sequence[Fit]) -> Any:
+        """Images that become one size, in one launch, where the kernel leaves them."""
         asked, setting, size = self._asked, self._setting, fits[0].inner
         boxes = [each.box for each in fits] if fits[0].box is not None else None
         how: dict[str, Any] = {
@@ -128,11 +128,8 @@ class ResizeNorm:
         }
         place = setting.place
         if not place.gpus:
-            on_host: Tensor = resize_norm(images, boxes=boxes, pool=setting.threads.pool, **how)
-            return on_host
-        packed = pack(images, size, boxes)
-        on_gpu = Packed(place.put(packed.pixels), place.put(packed.table_bytes()))
-        return place.get(resize_norm(on_gpu, **how))
+            return resize_norm(images, boxes=boxes, pool=setting.threads.pool, **how)
+        return resize_norm(pack(images, size, boxes).moved(place.put), **how)
 
     def _padded(self, inner: Tensor, where: Fit) -> Tensor:
         if where.inner == where.outer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from pydantic import Field
@@ -11,6 +11,7 @@ from pydantic import Field
 from kernels.softmax_topk import softmax_topk
 from kernels.top_k import top_k
 from services.infer.calls.ragged import Value
+from services.infer.calls.resident import fetched
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from services.infer.operations.operation import Results, Setting, spec
@@ -46,7 +47,7 @@ class SoftmaxTopk:
             self.outputs = (*self.outputs, spec("labels", "BYTES", -1))
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
-        logits = np.asarray(inputs["logits"])
+        logits = cast("Tensor", inputs["logits"])
         count, classes = logits.shape
         unfit: dict[int, str] = {}
         if self._labels is not None and classes != len(self._labels):
@@ -55,19 +56,19 @@ class SoftmaxTopk:
         scores, indices = self._best(logits)
         values: dict[str, Value] = {"scores": scores, "indices": indices}
         if self._labels is not None:
-            nothing = np.full(indices.shape, b"", object)
-            values["labels"] = nothing if unfit else self._labels[indices]
+            [known] = fetched([indices])
+            values["labels"] = np.full(known.shape, b"", object) if unfit else self._labels[known]
         return Results(values, unfit)
 
     def example(self) -> Mapping[str, Value]:
         return {"logits": np.zeros((1, 3 if self._labels is None else len(self._labels)), np.float32)}
 
-    def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _best(self, logits: Tensor) -> tuple[Value, Value]:
         if self._asked.activation == "softmax":
-            put, get = self._place.put, self._place.get
-            scores, indices = softmax_topk(put(np.ascontiguousarray(logits)), self._asked.k)
-            return get(scores), get(indices)
-        scores, indices = top_k(logits, self._asked.k)
+            give = self._place.give
+            scores, indices = softmax_topk(self._place.put(logits), self._asked.k)
+            return give(scores), give(indices)
+        scores, indices = top_k(fetched([logits])[0], self._asked.k)
         if self._asked.activation == "sigmoid":
             with np.errstate(over="ignore"):  # exp of a large number is infinite, and 1 over that is 0.
                 scores = 1 / (1 + np.exp(-scores))

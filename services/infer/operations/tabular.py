@@ -49,10 +49,8 @@ class Tabular:
         self._place = setting.place
         self._columns = _columns(parameters, setting)
         numbers, codes = self._columns.inputs
-        self._is_on_gpu = bool(setting.place.gpus)
-        if self._is_on_gpu:
-            self._columns = self._columns.on_device()
         self._dtype = self._columns.dtype
+        self._columns = self._columns.moved(setting.place.put)
         # A table may have columns of one kind only: then the other input is not there.
         has = {"numbers": numbers, "codes": codes}
         kinds = {"numbers": parameters.numbers, "codes": "INT64"}
@@ -61,10 +59,10 @@ class Tabular:
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
         count = len(next(iter(inputs.values())))
-        numbers = np.ascontiguousarray(inputs.get("numbers", np.empty((count, 0), self._dtype)))
-        codes = np.ascontiguousarray(inputs.get("codes", np.empty((count, 0), np.int64)))
-        put, get = self._place.put, self._place.get
-        return Results({"features": get(tabular(self._columns, put(numbers), put(codes)))})
+        numbers = inputs.get("numbers", np.empty((count, 0), self._dtype))
+        codes = inputs.get("codes", np.empty((count, 0), np.int64))
+        put, give = self._place.put, self._place.give
+        return Results({"features": give(tabular(self._columns, put(numbers), put(codes)))})
 
     def example(self) -> Mapping[str, Value]:
         return {each.name: np.zeros((1, *each.shape[1:]), each.datatype.dtype) for each in self.inputs}

@@ -9,12 +9,12 @@ labels), or nothing. Inputs and outputs are the operation's: a configuration tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from kernels.backend import device_available
 from services.infer.calls import ragged
 from services.infer.calls.ragged import Value
+from services.infer.calls.resident import fetched
 from services.infer.calls.tensors import Tensor
 from services.infer.models.modelconfig import KERNELS
 from services.infer.operations import places
@@ -23,7 +23,7 @@ from services.infer.operations.operation import Operation, Results, Setting
 from services.infer.operations.parameters import OPERATION, read
 from services.infer.operations.table import OPERATIONS, Entry
 from services.infer.operations.threads import RowThreads
-from services.infer.runtimes import gpus
+from services.infer.runtimes.lane import Lanes
 from services.infer.runtimes.parameters import texts
 from services.infer.runtimes.runtime import About, ModelFailed, RowResults, Session, SessionOptions
 from services.infer.wording import listed, quoted, written
@@ -39,9 +39,10 @@ class KernelsRuntime:
     model_file = ""
     can_decouple = False
 
-    def __init__(self, operations: Mapping[str, Entry] = OPERATIONS) -> None:
-        """`operations` are those that there are, by name."""
+    def __init__(self, operations: Mapping[str, Entry] = OPERATIONS, lanes: Lanes | None = None) -> None:
+        """`operations` are those that there are, by name; `lanes` those of the GPUs."""
         self._operations = operations
+        self._lanes = lanes or Lanes()
 
     def load(self, file: Path, options: SessionOptions) -> OperationSession:
         """`file` is the version's folder."""
@@ -53,7 +54,7 @@ class KernelsRuntime:
             said = f"operation {quoted(name)} is unknown" if name else f"parameter '{OPERATION}' is missing"
             raise FailedPrecondition(f"{said}: there are {listed(sorted(self._operations))}")
         parameters = read(entry.parameters, name, given)
-        place = _place(options, name, has_gpu=entry.has_gpu)
+        place = _place(options, name, self._lanes, has_gpu=entry.has_gpu)
         threads = RowThreads(options.intra_op_threads, f"{about.name}-rows")
         try:
             assets = Assets([file, about.folder or file.parent])
@@ -81,7 +82,8 @@ class OperationSession(Session):
         self._name, self._operation, self._threads, self._place = name, operation, threads, place
         self._batch_size = batch_size
         self.inputs, self.outputs = operation.inputs, operation.outputs
-        self.only_computes = operation.only_computes
+        self.only_computes = operation.only_computes and place.lane is None
+        self.lane = place.lane
         self.gpus = place.gpus
         self._inputs = {spec.name: spec for spec in self.inputs}
         self._outputs = {spec.name: spec for spec in self.outputs}
@@ -131,9 +133,15 @@ class OperationSession(Session):
         except InvalidArgument as err:
             raise ModelFailed(err.message) from err
 
-    def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> RowResults:
+    def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str], stay: Collection[str] = ()) -> RowResults:
         results = self._run(inputs)
-        return RowResults([results.values[name] for name in outputs], results.unfit)
+        found = [results.values[name] for name in outputs]
+        if self.lane is not None:
+            read = iter(fetched([value for name, value in zip(outputs, found, strict=True) if name not in stay]))
+            found = [value if name in stay else next(read) for name, value in zip(outputs, found, strict=True)]
+            # What an execution takes is what it took: queues count on it.
+            self.lane.wait()
+        return RowResults(found, results.unfit)
 
     def _run(self, inputs: Mapping[str, Value]) -> Results:
         with self._place.computing():
@@ -151,7 +159,7 @@ def _read_only(inputs: Mapping[str, Value]) -> Mapping[str, Value]:
     return inputs
 
 
-def _place(options: SessionOptions, name: str, *, has_gpu: bool) -> places.Place:
+def _place(options: SessionOptions, name: str, lanes: Lanes, *, has_gpu: bool) -> places.Place:
     """The host, or the one GPU that the configuration asks for."""
     asked = [place for place in options.places if place.kind == "gpu"]
     if not asked:
@@ -159,12 +167,10 @@ def _place(options: SessionOptions, name: str, *, has_gpu: bool) -> places.Place
     if not has_gpu:
         raise FailedPrecondition(f"instance_group: operation {name} has no version for GPUs: use KIND_CPU")
     number = asked[0].gpu or 0
-    there = gpus.count()
-    if number >= there or not device_available():
-        raise FailedPrecondition(
-            f"instance_group: KIND_GPU is not there: this process may use {there} GPUs"
-            + ("" if device_available() else ", and CuPy finds none (extra cuda13 or cuda12)")
-        )
-    if len(options.places) > 1 or (asked[0].gpu is None and there > 1):
+    try:
+        lane = lanes.of(number)
+    except FailedPrecondition as err:
+        raise FailedPrecondition(f"instance_group: KIND_GPU: {err.message}") from err
+    if len(options.places) > 1 or (asked[0].gpu is None and lanes.count() > 1):
         raise FailedPrecondition(f"instance_group: operation {name} runs in one place: name one GPU, gpus: [ 0 ]")
-    return places.Gpu(number)
+    return places.Gpu(lane)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.infer.runtimes.onnx_settings import CUDA
 from services.infer.runtimes.runtime import Place, Provider, SessionOptions
@@ -19,6 +19,13 @@ class Device:
     providers: Sequence[tuple[str, Mapping[str, str]]]
     """As ONNX Runtime takes them: the first is preferred, the CPU is last."""
     gpu: int | None = None
+
+    def with_option(self, provider: str, key: str, value: str) -> Device:
+        """The same with one more option of one provider. Raises FailedPrecondition when that is not the preferred."""
+        (first, options), *others = self.providers
+        if first != provider:
+            raise FailedPrecondition(f"parameter gpu_stream 'shared' is for {provider}, not for {first}: use 'own'")
+        return replace(self, providers=[(first, {**options, key: value}), *others])
 
     @property
     def names(self) -> frozenset[str]:

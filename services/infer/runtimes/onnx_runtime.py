@@ -22,7 +22,9 @@ from services.infer.calls.datatypes import BY_NAME, Datatype
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from services.infer.runtimes import gpus, onnx_devices
+from services.infer.runtimes.lane import Lanes
 from services.infer.runtimes.onnx_devices import Device
+from services.infer.runtimes.onnx_settings import CUDA
 from services.infer.runtimes.runtime import ModelFailed, Session, SessionOptions
 from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
@@ -67,19 +69,35 @@ class OnnxRuntime:
     model_file = "model.onnx"
     can_decouple = False
 
-    def __init__(self) -> None:
+    def __init__(self, lanes: Lanes | None = None) -> None:
+        """`lanes`: of the GPUs, for models that ask for it (parameter `gpu_stream`)."""
+        self._lanes = lanes or Lanes()
         onnxruntime.set_default_logger_severity(_NOTHING)
 
     def load(self, file: Path, options: SessionOptions) -> Session:
         sessions: list[tuple[OnnxSession, int]] = []
         try:
-            for device, count in devices(options):
-                sessions.append((_session(file, options, device), count))
+            for device, count in self.devices(options):
+                sessions.append((self._on(device, file, options, count), count))
         except BaseException:
             for session, _ in sessions:
                 session.close()
             raise
         return sessions[0][0] if len(sessions) == 1 else SpreadSession(sessions)
+
+    def devices(self, options: SessionOptions) -> list[tuple[Device, int]]:
+        """Where it will run, with the executions at a time. Raises FailedPrecondition."""
+        return devices(options)
+
+    def _on(self, device: Device, file: Path, options: SessionOptions, runs: int) -> OnnxSession:
+        if device.gpu is None or not options.shares_stream:
+            return OnnxSession(_session(file, options, device), options.run_entries, device.gpu)
+        from services.infer.runtimes.onnx_lane import LaneSession
+
+        lane = self._lanes.of(device.gpu)
+        if lane.memory.name == "cuda":
+            device = device.with_option(CUDA, "user_compute_stream", str(lane.stream.ptr))
+        return LaneSession(_session(file, options, device), options.run_entries, lane, runs)
 
 
 def devices(options: SessionOptions) -> list[tuple[Device, int]]:
@@ -87,16 +105,16 @@ def devices(options: SessionOptions) -> list[tuple[Device, int]]:
     return onnx_devices.resolved(options, onnxruntime.get_available_providers(), gpus.count)
 
 
-def _session(file: Path, options: SessionOptions, device: Device) -> OnnxSession:
+def _session(file: Path, options: SessionOptions, device: Device) -> Any:
     try:
         session = onnxruntime.InferenceSession(str(file), _settings(options), providers=[*device.providers])
     except Exception as err:  # It raises a class of its own for each code, RuntimeError, and more.
-        raise FailedPrecondition(f"ONNX Runtime cannot load {file.name}: {_plain(err, file)}") from err
+        raise FailedPrecondition(f"ONNX Runtime cannot load {file.name}: {plain(err, file)}") from err
     if missing := device.names - set(session.get_providers()):  # It goes on without, and says so only in its log.
         raise FailedPrecondition(
             f"ONNX Runtime cannot start {', '.join(sorted(missing))}: a library or device is missing"
         )
-    return OnnxSession(session, options.run_entries, device.gpu)
+    return session
 
 
 def _settings(options: SessionOptions) -> onnxruntime.SessionOptions:
@@ -130,11 +148,11 @@ class OnnxSession(Session):
     """One model in ONNX Runtime."""
 
     text = True
-    only_computes = True
 
     def __init__(self, session: Any, run_entries: Mapping[str, str] | None = None, gpu: int | None = None) -> None:
         """Raises FailedPrecondition when an input or output is no tensor of a known datatype."""
         self.gpus = () if gpu is None else (gpu,)
+        self.only_computes = gpu is None  # On a GPU, a thread that runs it waits.
         self._run_options = _run_options(run_entries or {})
         # Initializers that the file lists among its inputs are their own default: a configuration may name them.
         self.optional_inputs = tuple(
@@ -146,9 +164,9 @@ class OnnxSession(Session):
         # Beneath ONNX Runtime's own Python, whose checks of each call cost a quarter of a small model's run: requests
         # are checked already.
         self._run = getattr(session, "_sess", session).run
-        specs = (*self.outputs, *self.inputs, *self.optional_inputs)
-        self._needs_ort_values = any(spec.datatype.name == "BF16" for spec in specs)
-        self._datatypes = {spec.name: spec.datatype for spec in specs}
+        self.specs = (*self.outputs, *self.inputs, *self.optional_inputs)
+        self._needs_ort_values = any(spec.datatype.name == "BF16" for spec in self.specs)
+        self._datatypes = {spec.name: spec.datatype for spec in self.specs}
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         try:
@@ -159,7 +177,7 @@ class OnnxSession(Session):
                 outputs if isinstance(outputs, list) else list(outputs), feed, self._run_options
             )
         except Exception as err:  # As above: no common class.
-            raise ModelFailed(_plain(err)) from err
+            raise ModelFailed(plain(err)) from err
         for n, result in enumerate(results):
             for array in feed.values():
                 # An output that is an input's memory would change when the buffer of a batch is used again.
@@ -206,9 +224,9 @@ _NODE = re.compile(r"^Non-zero status code returned while running (\w+) node\. N
 _SOURCE = re.compile(r"/\S+\.(?:h|cc|cpp|hpp|cu|cuh):\d+ (?:[^()]*\([^()]*\) (?:const )?)?(?:\[[^\]]*\] )?")
 
 
-def _plain(error: Exception, file: Path | None = None) -> str:
+def plain(error: Exception, file: Path | None = None) -> str:
     """ONNX Runtime's message without its codes, source files and our folders."""
-    message = _STATUS.sub("", str(error))
+    message = _STATUS.sub("", str(error)).removeprefix("Error in execution: ")  # The latter: of bound runs.
     if file is not None:
         message = message.replace(str(file), file.name).replace(str(file.parent), ".")
     node = _NODE.match(message)

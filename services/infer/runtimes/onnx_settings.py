@@ -3,6 +3,7 @@
     optimization.graph.level             0 all of it, -1 basic, 1 basic and extended, 2 none
     parameters                           intra_op_thread_count, inter_op_thread_count, execution_mode, enable_mem_arena,
                                          enable_mem_pattern, memory.enable_memory_arena_shrinkage, session.<its own>
+                                         gpu_stream (`lane`): own, or shared with operations and other models
     optimization.execution_accelerators  tensorrt, cuda (on GPUs), openvino (on the CPU), with their parameters
     instance_group                       KIND_CPU; KIND_GPU on its gpus, or on all; KIND_AUTO: on GPUs if there are any
 
@@ -79,10 +80,18 @@ def session_options(config: pb.ModelConfig, threads: int) -> SessionOptions:
         has_pattern=_flag(values, "enable_mem_pattern", True),
         entries={key: value for key, value in values.items() if key.startswith("session.")},
         run_entries={_SHRINKAGE: values[_SHRINKAGE]} if values.get(_SHRINKAGE) else {},
+        shares_stream=_shares_stream(values),
         places=tuple(_places(config.instance_group)),
         gpu_providers=_gpu_providers(config, values),
         cpu_providers=_cpu_providers(config),
     )
+
+
+def _shares_stream(values: Mapping[str, str]) -> bool:
+    said = values.get("gpu_stream", "own").strip()
+    if said not in ("own", "shared"):
+        raise FailedPrecondition(f"parameter gpu_stream {quoted(said)}: expected 'own' or 'shared'")
+    return said == "shared"
 
 
 def _places(groups: Iterable[pb.ModelInstanceGroup]) -> Iterator[Place]:

@@ -5,8 +5,8 @@
 
 ONNX Runtime gets our stream (`user_compute_stream`) and device pointers (IOBinding): its own stream would not wait for
 the kernels before it. It lives here and not in kernels/, which knows arrays and no models. On a machine without a GPU
-the same calls run on the CPU; the CUDA part has never run on a GPU. The server does not use it yet: it runs ONNX models
-with `onnx_runtime`.
+the same calls run on the CPU; the CUDA part has never run on a GPU. It is for programs that know the shapes of their
+outputs, and so have one copy for all of them; the server, which does not, has `onnx_lane`.
 """
 
 from __future__ import annotations

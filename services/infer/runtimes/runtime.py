@@ -8,14 +8,15 @@ is for.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from services.infer.calls.ragged import Value
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
+from services.infer.runtimes.lane import Lane
 from shoal.inference.v2 import model_config_pb2 as pb
 
 
@@ -80,6 +81,8 @@ class SessionOptions:
     """The runtime's own settings, by its own names."""
     run_entries: Mapping[str, str] = field(default_factory=dict)
     """The same, for each run."""
+    shares_stream: bool = False
+    """On a GPU, what all models that say so put their work on, with operations; else the session has its own."""
     places: Sequence[Place] = (Place("cpu"),)
     gpu_providers: Sequence[Provider] = ()
     """Preferred to the plain ones on GPUs, the first most."""
@@ -126,6 +129,8 @@ class Session(ABC):
     """It waits for nobody, and its time is that of its arithmetic: a short run may be made on the event loop."""
     gpus: tuple[int, ...] = ()
     """Those that it runs on; none: on the CPU, or nobody knows."""
+    lane: Lane | None = None
+    """The one GPU that it takes tensors on, and can leave them on; none: tensors are on the host."""
     is_tried: bool = True
     """Made-up inputs may be tried on it."""
     says_batch: bool = False
@@ -139,9 +144,19 @@ class Session(ABC):
             ModelFailed: the model cannot process these inputs.
         """
 
-    def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> RowResults:
-        """As `run`, with `Rows` for each input that is ragged. Only where it `takes_rows`."""
+    def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str], stay: Collection[str] = ()) -> RowResults:
+        """As `run`, with `Rows` for each input that is ragged. Only where it `takes_rows`.
+
+        `stay`: outputs that may come as `Resident`. With a lane, inputs may be such, too.
+        """
         raise NotImplementedError("this session takes no rows")
+
+    def run_parts(
+        self, inputs: Mapping[str, Sequence[Any]], outputs: Sequence[str], stay: Collection[str] = ()
+    ) -> list[Any]:
+        """As `run`, with each input as the tensors of several calls, all on the host or all `Resident`; the outputs are
+        those of all rows. Only where there is a lane, and it does not take rows. `stay` as in `run_rows`."""
+        raise NotImplementedError("this session takes no parts")
 
     def close(self) -> None:
         """Gives its memory back. It is not run after that."""

@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
 from kernels.stack_rows import split_rows, stack_rows
 from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call
+from services.infer.calls.resident import is_resident, joined
 from services.infer.calls.signature import Signature
 from services.infer.calls.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
@@ -204,17 +205,20 @@ class Execution:
         """These inputs of all calls, each in one buffer; of a single call as they are."""
         if len(calls) == 1:
             return {name: calls[0].tensors[name] for name in names}, calls[0].rows
-        inputs = {}
+        inputs: dict[str, Any] = {}
         rows = sum([call.rows for call in calls])
         for name in names:
             parts = [call.tensors[name] for call in calls]
+            if is_resident(parts[0]):  # Then all are, and where they are they are joined.
+                inputs[name] = joined(cast("list[Any]", parts))
+                continue
             inputs[name] = stack_rows(parts, self._buffer(name, parts[0], rows))
         return inputs, rows
 
     def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Any], rows: int, start: int) -> list[Outcome]:
         gathered = perf_counter_ns()
         names = [output.spec.name for output in calls[0].outputs]
-        results = self._session.run(inputs, names)
+        results = self._ran(calls[0], inputs, names)
         computed = perf_counter_ns()
         if self._batched:
             self._check_rows(names, results, rows)
@@ -224,6 +228,10 @@ class Execution:
         parts = zip(*[split_rows(result, counts) for result in results], strict=True) if results else [()] * len(calls)
         times = Times(rows, gathered - start, computed - gathered, perf_counter_ns() - computed)
         return [Answer(outputs, times) for outputs in parts]
+
+    def _ran(self, like: Call, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
+        """The outputs of the model; `like` is any of the calls."""
+        return self._session.run(inputs, names)
 
     def _buffer(self, name: str, like: Tensor, rows: int) -> Tensor:
         shape = (rows, *like.shape[1:])
@@ -247,6 +255,11 @@ class Execution:
                     f"output '{name}' has shape {written(result.shape)} for {rows} rows: its first dimension is no "
                     "batch; set max_batch_size to 0 in the model's configuration"
                 )
+
+
+def staying(call: Call) -> frozenset[str]:
+    """The outputs that may stay on a GPU."""
+    return frozenset([output.spec.name for output in call.outputs if output.stays])
 
 
 def expired() -> DeadlineExceeded:

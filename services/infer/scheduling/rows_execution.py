@@ -15,7 +15,7 @@ from services.infer.calls import ragged
 from services.infer.calls.request import Call
 from services.infer.calls.signature import Signature
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Answer, Execution, Outcome, Times
+from services.infer.scheduling.execution import Answer, Execution, Outcome, Times, staying
 from shoal.errors import InvalidArgument
 
 
@@ -36,7 +36,7 @@ class RowsExecution(Execution):
     def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Any], rows: int, start: int) -> list[Outcome]:
         gathered = perf_counter_ns()
         names = [output.spec.name for output in calls[0].outputs]
-        results = self._rows_session.run_rows(inputs, names)
+        results = self._rows_session.run_rows(inputs, names, staying(calls[0]))
         computed = perf_counter_ns()
         times = Times(rows, gathered - start, computed - gathered, 0)
         if not self._batched:

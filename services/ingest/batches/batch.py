@@ -244,8 +244,13 @@ def duty_of(batch: Batch, *, is_busy: bool, has_undone: bool) -> Duty | None:
 
 
 def ending_of(batch: Batch) -> Ending:
-    """How a batch ends that nobody works on any more."""
-    return batch.ending or Ending(BatchState.SUCCEEDED, "every row was run")
+    """How a batch ends that nobody works on any more, and whose totals are known."""
+    if batch.ending is not None:
+        return batch.ending
+    if batch.totals is not None and batch.totals.failed and not batch.totals.ok:
+        codes = ", ".join(f"{rows} {code}" for code, rows in batch.totals.codes.items())
+        return Ending(BatchState.FAILED, f"no row was answered ({codes}): {DEAD}/ says why, row by row")
+    return Ending(BatchState.SUCCEEDED, "every row was run")
 
 
 @dataclass(frozen=True, slots=True)

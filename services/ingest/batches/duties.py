@@ -113,12 +113,12 @@ class Duties:
         return True
 
     async def _finish(self, batch: Batch) -> None:
-        ending = ending_of(batch)
         if batch.totals is None:
             await self._ledger.drop_undone(batch.id)
             if not await self._book.total(batch, await self._ledger.totals(batch.id)):
                 return
             batch = await self._book.get(batch.id)
+        ending = ending_of(batch)
         if batch.listing is not None:
             await self._write_end(batch, ending)
         if await self._book.end(batch, ending):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -208,18 +209,26 @@ def _check_parquet(schema: Any, wanted: Wanted) -> None:
 
 
 def _check_type(spec: Spec, column: str, kind: Any) -> None:
-    depth, leaf = 0, kind
+    shape, leaf = [], kind
     while pa.types.is_list(leaf) or pa.types.is_large_list(leaf) or pa.types.is_fixed_size_list(leaf):
-        depth, leaf = depth + 1, leaf.value_type
+        shape.append(leaf.list_size if pa.types.is_fixed_size_list(leaf) else -1)
+        leaf = leaf.value_type
     if isinstance(leaf, pa.BaseExtensionType):
         return  # Its storage says more than its type; each row is looked at.
     is_text = pa.types.is_string(leaf) or pa.types.is_binary(leaf) or pa.types.is_large_string(leaf)
     is_text = is_text or pa.types.is_large_binary(leaf) or pa.types.is_fixed_size_binary(leaf)
     is_number = pa.types.is_integer(leaf) or pa.types.is_floating(leaf) or pa.types.is_boolean(leaf)
     fits = is_text if spec.datatype == "BYTES" else is_number
-    may_be_flat = depth <= 1 and -1 not in spec.shape
-    if not fits or not (depth == len(spec.shape) or may_be_flat):
+    if not fits or not _may_fit(shape, spec.shape):
         raise InvalidArgument(f"column {column!r} holds {kind}, and the model takes {spec}")
+
+
+def _may_fit(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether cells of `shape` (-1: any length) may be rows of the shape that is wanted."""
+    if len(shape) == len(wanted) and all(-1 in pair or pair[0] == pair[1] for pair in zip(shape, wanted, strict=True)):
+        return True
+    is_flat = len(shape) <= 1 and -1 not in wanted
+    return is_flat and (-1 in shape or math.prod(shape) == math.prod(wanted))
 
 
 def _check_npz(members: Sequence[npz_rows.Member], wanted: Wanted) -> None:

@@ -46,7 +46,7 @@ class Viewing:
         self._on_change = on_change
         self._max_watches = max_watches
         self._watches = 0
-        self._sums: OrderedDict[str, tuple[float, Totals]] = OrderedDict()
+        self._sums: OrderedDict[tuple[str, bool], tuple[float, Totals]] = OrderedDict()
 
     async def get(self, batch_id: str) -> View:
         """One batch.
@@ -138,14 +138,15 @@ class Viewing:
             return View(batch, batch.totals)
         if batch.is_final:
             return View(batch, Totals())
-        return View(batch, await self._sum(batch.id))
+        return View(batch, await self._sum(batch))
 
-    async def _sum(self, batch_id: str) -> Totals:
+    async def _sum(self, batch: Batch) -> Totals:
         now = time.monotonic()
-        if (known := self._sums.get(batch_id)) is not None and now - known[0] < _FRESH_S:
+        key = (batch.id, batch.is_planned)  # A sum of before the plan was whole says too little.
+        if (known := self._sums.get(key)) is not None and now - known[0] < _FRESH_S:
             return known[1]
-        totals = await self._ledger.totals(batch_id)
-        self._sums[batch_id] = (now, totals)
+        totals = await self._ledger.totals(batch.id)
+        self._sums[key] = (now, totals)
         while len(self._sums) > _SUMS_KEPT:
             self._sums.popitem(last=False)
         return totals

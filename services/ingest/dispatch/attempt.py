@@ -205,7 +205,8 @@ class Attempts:
                 try:
                     request = await self._payloads.get(job.id)
                 except ShoalError as err:
-                    return Failure(int(err.code), err.message, is_reached=False)
+                    # What is damaged stays so: an attempt that is counted.
+                    return Failure(int(err.code), err.message, is_reached=err.code is Code.DATA_LOSS)
             if request is None:
                 return Failure(Code.DATA_LOSS, f"the request of job {job.id} is not in the database any more")
             return await self._model.infer(request + _EXPLAIN, timeout_s)

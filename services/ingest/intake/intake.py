@@ -2,6 +2,8 @@
 
     submit ──check──> memory budget, backlog ──> group ──payloads, then jobs──> acknowledged ──> the dispatcher hears
 
+Where the dispatcher has time for them, jobs are written as claimed already: one write less in the life of each.
+
 A key that was used before is found by its unique index, in the same write: no read comes first, and two that race are
 told apart by the database.
 """
@@ -13,7 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from opentelemetry import propagate
 from pymongo.asynchronous.collection import AsyncCollection
@@ -56,6 +58,25 @@ class Accepted:
     existed: bool
 
 
+class Takers(Protocol):
+    """Who works on jobs, as intake needs them."""
+
+    def adopt(self, jobs: list[Job]) -> list[Job]:
+        """The jobs as they are to be written: claimed at once where somebody here has time for them.
+
+        What was adopted is then accepted, disowned or forgotten.
+        """
+
+    def accept(self, jobs: Sequence[Job]) -> None:
+        """They were written."""
+
+    def disown(self, jobs: Sequence[Job]) -> None:
+        """It is not clear whether they were written."""
+
+    def forget(self, jobs: Sequence[Job]) -> None:
+        """They were not written."""
+
+
 class Intake:
     """Takes jobs. Used as `async with`; leaving finishes the write under way."""
 
@@ -72,6 +93,7 @@ class Intake:
         ulids: Ulids,
         instance: str,
         inline_bytes: int,
+        takers: Takers,
         on_accepted: Callable[[Sequence[Job]], None],
     ) -> None:
         self._jobs = jobs
@@ -84,6 +106,7 @@ class Intake:
         self._ulids = ulids
         self._instance = instance
         self._inline_bytes = inline_bytes
+        self._takers = takers
         self._on_accepted = on_accepted
         self._group: Group[Job, Accepted] = Group(
             "submitted jobs",
@@ -195,17 +218,23 @@ class Intake:
 
     async def _written(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
         errors = await self._without_dependencies(jobs)
-        known = [job for job in jobs if job.id not in errors]
-        await self._payloads.put(known)
-        errors |= await self._insert(known) if known else {}
-        written = [job for job in jobs if job.id not in errors]
+        known = self._takers.adopt([job for job in jobs if job.id not in errors])
+        try:
+            await self._payloads.put(known)
+            errors |= await self._insert(known) if known else {}
+        except BaseException:
+            self._takers.disown(known)  # They may be there or not.
+            raise
+        self._takers.forget([job for job in known if job.id in errors])
+        written = {job.id: job for job in known if job.id not in errors}
         if written:
-            self._backlog.added(len(written))
-            self._on_accepted(written)
+            self._backlog.added(sum(job.due_at is not None for job in written.values()))
+            self._takers.accept([*written.values()])
+            self._on_accepted([*written.values()])
         earlier = await self._earlier([job for job in jobs if isinstance(errors.get(job.id), KeyTaken)])
         earlier |= await self._repeated([job for job in jobs if isinstance(errors.get(job.id), NotFound) and job.key])
         await self._payloads.drop([job.id for job in jobs if job.id in errors and job.is_apart])
-        return [earlier.get(job.id) or errors.get(job.id) or Accepted(job, False) for job in jobs]
+        return [earlier.get(job.id) or errors.get(job.id) or Accepted(written[job.id], False) for job in jobs]
 
     async def _without_dependencies(self, jobs: Sequence[Job]) -> dict[str, ShoalError]:
         """Those of `jobs` that depend on jobs that there are not, neither in the database nor before them in `jobs`.

@@ -28,10 +28,15 @@ from services.store.artifacts.stored import Stored, bytes_fields, key_of, new_ke
 from services.store.artifacts.threads import Threads
 from services.store.artifacts.uploads import TooLong, Upload
 from services.store.documents import Collections, whole_milliseconds
-from shoal.errors import Aborted, DataLoss, InvalidArgument, NotFound, ResourceExhausted, ShoalError
+from services.store.transactions import transaction
+from shoal.errors import Aborted, DataLoss, InvalidArgument, NotFound, ResourceExhausted, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
+KEPT_FOR = timedelta(days=1)
+"""What is uploaded, or asked for, stays so long without a reference: a model of many large files takes a while."""
+_REFERRED_FOR = timedelta(minutes=10)
+# What comes with a reference is referred to in a moment, and goes soon after that reference.
 WITHOUT_BLOCKS = {"blocks": 0}
 _RACES = 5
 
@@ -48,7 +53,7 @@ class Artifacts:
         *,
         max_bytes: int,
         clock: Callable[[], datetime],
-        kept_for: timedelta = timedelta(days=1),
+        kept_for: timedelta = KEPT_FOR,
     ) -> None:
         self._collections = collections
         self._blobs = blobs
@@ -73,7 +78,7 @@ class Artifacts:
         Raises:
             NotFound: nothing of it is here.
         """
-        if (artifact := (await self.find([digest])).get(digest)) and await self._keep(digest):
+        if (artifact := (await self.find([digest])).get(digest)) and await self._keep(digest, self._kept_for):
             return artifact, artifact.size
         if received := await self._threads.run(self._staging.received, digest):
             return None, received
@@ -89,10 +94,11 @@ class Artifacts:
             DataLoss: the bytes do not hash to the digest. All of them are discarded.
             FailedPrecondition: no earlier upload stopped at the offset, or there is no folder or bucket to put it in.
             ResourceExhausted: over the size limit, too many uploads, or the disk is full.
+            Unavailable: MongoDB or the blob store is away, or it took a day to record it: resume it.
         """
         if upload.size > self._max_bytes:
             raise ResourceExhausted(f"header.size_bytes: {upload.size}; this store takes {self._max_bytes} at most")
-        if there := await self._whole(upload.digest):
+        if there := await self._whole(upload):
             if there.size != upload.size:
                 raise InvalidArgument(f"header.size_bytes: artifact {there.digest} has {there.size}, not {upload.size}")
             return there, True
@@ -107,9 +113,9 @@ class Artifacts:
         touched = await self._collections.artifacts.update_many(query, change, session=session)
         return touched.matched_count == len(set(digests))
 
-    async def _keep(self, digest: str) -> bool:
+    async def _keep(self, digest: str, kept_for: timedelta) -> bool:
         """Gives whoever was told that it is there the time to refer to it. False: it has just been collected."""
-        until = self._clock() + self._kept_for
+        until = self._clock() + kept_for
         with translated("keeping an artifact"):
             kept = await self._collections.artifacts.update_one(
                 {"_id": digest, "damaged": {"$ne": True}},
@@ -117,16 +123,19 @@ class Artifacts:
             )
         return kept.matched_count == 1
 
-    async def _whole(self, digest: str) -> Stored | None:
+    def _kept(self, upload: Upload) -> timedelta:
+        return min(_REFERRED_FOR, self._kept_for) if upload.reference else self._kept_for
+
+    async def _whole(self, upload: Upload) -> Stored | None:
         """The artifact, when its document and a blob of its size are there. A blob that is gone is uploaded again."""
-        artifact = (await self.find([digest])).get(digest)
+        artifact = (await self.find([upload.digest])).get(upload.digest)
         if artifact is None:
             return None
         try:
             await self.reader.check_size(artifact)
         except (DataLoss, NotFound, Aborted):
             return None
-        return artifact if await self._keep(digest) else None
+        return artifact if await self._keep(upload.digest, self._kept(upload)) else None
 
     async def _receive(self, upload: Upload) -> Stored:
         """Brings the rest of the upload here, verifies it and makes it an artifact."""
@@ -174,35 +183,42 @@ class Artifacts:
     async def _record(self, upload: Upload, key: str, blocks: Blocks) -> Stored:
         """Writes the document of a blob that is there. Of several uploads at once the first one's blob counts."""
         now = whole_milliseconds(self._clock())
-        fields: Document = {"size": upload.size, "keep_until": now + self._kept_for, **bytes_fields(key, blocks)}
+        fields: Document = {"size": upload.size, "keep_until": now + self._kept(upload), **bytes_fields(key, blocks)}
         with translated("recording an artifact"):
             doc = await self._written(upload.digest, fields, now)
         if key_of(doc) != key:
             with suppress(ShoalError):  # What stays is a stray.
                 await self._blobs.remove(key)
-        elif await self._graves.has(key):
-            # This took so long that the blob was taken for a stray. One of the two always sees the other: the grave is
-            # written before documents are looked at, and this document was before graves were.
-            raise await self.reader.damaged(stored_of(doc), "collected before they were recorded")
         return stored_of(doc)
 
     async def _written(self, digest: str, fields: Document, now: datetime) -> Document:
         artifacts = self._collections.artifacts
-        for _ in range(_RACES):
-            if before := await self._repaired(digest, fields):
-                await self._graves.bury([key_of(before)], now)
+
+        async def all_or_nothing(session: AsyncClientSession) -> Document:
+            # From here to the commit nobody can bury the blob, so that it is there for good when it is there now.
+            await self._graves.exclude(fields["key"], session)
+            if await self._blobs.size(fields["key"]) is None:
+                raise _taken_for_a_stray(digest)
+            change = {"$set": fields, "$unset": {"damaged": "", "condemned_at": ""}}
+            before = await artifacts.find_one_and_update({"_id": digest, "damaged": True}, change, session=session)
+            if before is not None:
+                await self._graves.bury([key_of(before)], now, session)
                 return {**before, **fields}
+            doc = {"_id": digest, "created_at": now, **fields}
+            await artifacts.insert_one(doc, session=session)
+            return doc
+
+        for _ in range(_RACES):
             try:
-                doc = {"_id": digest, "created_at": now, **fields}
-                await artifacts.insert_one(doc)
-                return doc
+                return await transaction(self._collections, all_or_nothing)
             except DuplicateKeyError:
+                if await self._graves.has(fields["key"]):
+                    raise _taken_for_a_stray(digest) from None
                 there = await artifacts.find_one({"_id": digest, "damaged": {"$ne": True}})
             if there is not None:
                 return there
         raise Aborted(f"artifact {digest}: it is being removed and uploaded at once: try again")
 
-    async def _repaired(self, digest: str, fields: Document) -> Document | None:
-        """Gives a damaged artifact its new bytes. The document as it was; None: there is no damaged one."""
-        change = {"$set": fields, "$unset": {"damaged": "", "condemned_at": ""}}
-        return await self._collections.artifacts.find_one_and_update({"_id": digest, "damaged": True}, change)
+
+def _taken_for_a_stray(digest: str) -> Unavailable:
+    return Unavailable(f"artifact {digest}: storing it took so long that its bytes were collected: upload it again")

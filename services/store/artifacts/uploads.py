@@ -21,6 +21,7 @@ class Upload:
         self.digest = checked(header.sha256, "header.sha256")
         self.size = header.size_bytes
         self.offset = header.offset
+        self.reference = header.reference
         if self.size < 0:
             raise InvalidArgument(f"header.size_bytes: expected 0 or more, got {self.size}")
         if not 0 <= self.offset <= self.size:

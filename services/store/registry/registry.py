@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
-import pymongo
 from pymongo import ASCENDING, DESCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
-from mesh.mongo import TIMEOUT_MS, Document, translated
+from mesh.mongo import Document, translated
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.digest import brief
 from services.store.documents import Collections, whole_milliseconds
 from services.store.registry import model_rules as rules
 from services.store.registry.model_rules import File
+from services.store.transactions import transaction
 from shoal.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 T = TypeVar("T")
@@ -162,7 +162,7 @@ class Registry:
             return is_there
 
         try:
-            if not await self._transaction(both):
+            if not await transaction(self._collections, both):
                 raise NotFound("an artifact has just been collected, because nothing referred to it: upload it again")
         except DuplicateKeyError:
             there = await self._collections.models.find_one({"_id": doc["_id"]})
@@ -198,13 +198,7 @@ class Registry:
     async def _together(self, doing: str, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
         """Runs `work` in one transaction: all of it or nothing. It may run more than once."""
         with translated(doing):
-            return await self._transaction(work)
-
-    async def _transaction(self, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
-        # pymongo would retry a transaction for two minutes.
-        with pymongo.timeout(TIMEOUT_MS / 1000):
-            async with self._collections.db.client.start_session() as session:
-                return await session.with_transaction(work)
+            return await transaction(self._collections, work)
 
 
 def _key(name: str, version: int) -> Document:

@@ -15,14 +15,16 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class PutArtifactRequest(_message.Message):
     __slots__ = ("header", "chunk")
     class Header(_message.Message):
-        __slots__ = ("sha256", "size_bytes", "offset")
+        __slots__ = ("sha256", "size_bytes", "offset", "reference")
         SHA256_FIELD_NUMBER: _ClassVar[int]
         SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
         OFFSET_FIELD_NUMBER: _ClassVar[int]
+        REFERENCE_FIELD_NUMBER: _ClassVar[int]
         sha256: str
         size_bytes: int
         offset: int
-        def __init__(self, sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+        reference: str
+        def __init__(self, sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., reference: _Optional[str] = ...) -> None: ...
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     header: PutArtifactRequest.Header
@@ -489,3 +491,99 @@ class ApplyRetentionResponse(_message.Message):
     tombstones: int
     more: bool
     def __init__(self, results: _Optional[int] = ..., answers: _Optional[int] = ..., tombstones: _Optional[int] = ..., more: _Optional[bool] = ...) -> None: ...
+
+class ReleaseArtifactsRequest(_message.Message):
+    __slots__ = ("references",)
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    references: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, references: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ReleaseArtifactsResponse(_message.Message):
+    __slots__ = ("released",)
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    released: int
+    def __init__(self, released: _Optional[int] = ...) -> None: ...
+
+class ListReferencesRequest(_message.Message):
+    __slots__ = ("prefix", "after", "before", "page_size")
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    prefix: str
+    after: str
+    before: str
+    page_size: int
+    def __init__(self, prefix: _Optional[str] = ..., after: _Optional[str] = ..., before: _Optional[str] = ..., page_size: _Optional[int] = ...) -> None: ...
+
+class ListReferencesResponse(_message.Message):
+    __slots__ = ("references",)
+    class Reference(_message.Message):
+        __slots__ = ("name", "sha256")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        SHA256_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        sha256: str
+        def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    references: _containers.RepeatedCompositeFieldContainer[ListReferencesResponse.Reference]
+    def __init__(self, references: _Optional[_Iterable[_Union[ListReferencesResponse.Reference, _Mapping]]] = ...) -> None: ...
+
+class VerifyStoreRequest(_message.Message):
+    __slots__ = ("sizes_only",)
+    SIZES_ONLY_FIELD_NUMBER: _ClassVar[int]
+    sizes_only: bool
+    def __init__(self, sizes_only: _Optional[bool] = ...) -> None: ...
+
+class VerifyStoreResponse(_message.Message):
+    __slots__ = ("blobs", "blobs_in_all", "bytes", "finding")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[VerifyStoreResponse.Kind]
+        KIND_DAMAGED: _ClassVar[VerifyStoreResponse.Kind]
+        KIND_STRAY: _ClassVar[VerifyStoreResponse.Kind]
+        KIND_WHOLE_AGAIN: _ClassVar[VerifyStoreResponse.Kind]
+    KIND_UNSPECIFIED: VerifyStoreResponse.Kind
+    KIND_DAMAGED: VerifyStoreResponse.Kind
+    KIND_STRAY: VerifyStoreResponse.Kind
+    KIND_WHOLE_AGAIN: VerifyStoreResponse.Kind
+    class Finding(_message.Message):
+        __slots__ = ("kind", "key", "message", "sha256", "users")
+        KIND_FIELD_NUMBER: _ClassVar[int]
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        MESSAGE_FIELD_NUMBER: _ClassVar[int]
+        SHA256_FIELD_NUMBER: _ClassVar[int]
+        USERS_FIELD_NUMBER: _ClassVar[int]
+        kind: VerifyStoreResponse.Kind
+        key: str
+        message: str
+        sha256: str
+        users: _containers.RepeatedScalarFieldContainer[str]
+        def __init__(self, kind: _Optional[_Union[VerifyStoreResponse.Kind, str]] = ..., key: _Optional[str] = ..., message: _Optional[str] = ..., sha256: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ...) -> None: ...
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_IN_ALL_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    FINDING_FIELD_NUMBER: _ClassVar[int]
+    blobs: int
+    blobs_in_all: int
+    bytes: int
+    finding: VerifyStoreResponse.Finding
+    def __init__(self, blobs: _Optional[int] = ..., blobs_in_all: _Optional[int] = ..., bytes: _Optional[int] = ..., finding: _Optional[_Union[VerifyStoreResponse.Finding, _Mapping]] = ...) -> None: ...
+
+class CollectArtifactsRequest(_message.Message):
+    __slots__ = ("strays",)
+    STRAYS_FIELD_NUMBER: _ClassVar[int]
+    strays: bool
+    def __init__(self, strays: _Optional[bool] = ...) -> None: ...
+
+class CollectArtifactsResponse(_message.Message):
+    __slots__ = ("condemned", "collected", "removed", "strays")
+    CONDEMNED_FIELD_NUMBER: _ClassVar[int]
+    COLLECTED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    STRAYS_FIELD_NUMBER: _ClassVar[int]
+    condemned: int
+    collected: int
+    removed: int
+    strays: int
+    def __init__(self, condemned: _Optional[int] = ..., collected: _Optional[int] = ..., removed: _Optional[int] = ..., strays: _Optional[int] = ...) -> None: ...

@@ -119,6 +119,26 @@ class StoreServiceStub:
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.SerializeToString,
                 response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.FromString,
                 _registered_method=True)
+        self.ReleaseArtifacts = channel.unary_unary(
+                '/shoal.store.v1.StoreService/ReleaseArtifacts',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ReleaseArtifactsRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ReleaseArtifactsResponse.FromString,
+                _registered_method=True)
+        self.ListReferences = channel.unary_unary(
+                '/shoal.store.v1.StoreService/ListReferences',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ListReferencesRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ListReferencesResponse.FromString,
+                _registered_method=True)
+        self.VerifyStore = channel.unary_stream(
+                '/shoal.store.v1.StoreService/VerifyStore',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.VerifyStoreRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.VerifyStoreResponse.FromString,
+                _registered_method=True)
+        self.CollectArtifacts = channel.unary_unary(
+                '/shoal.store.v1.StoreService/CollectArtifacts',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsResponse.FromString,
+                _registered_method=True)
 
 
 class StoreServiceServicer:
@@ -266,6 +286,38 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseArtifacts(self, request, context):
+        """Artifacts: who needs them, whether they are what they were, and what becomes of the rest.
+
+        Ends references to artifacts. What nobody refers to is collected: half an hour later its bytes are gone. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReferences(self, request, context):
+        """References by name, in order, a page at a time: for whoever made them, to find those that it lost track of.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyStore(self, request, context):
+        """Reads every blob and every document that means one, and streams how far it is and what does not fit. What is found
+        damaged counts as missing from then on, and its next upload repairs it. Takes as much of the store as one download.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectArtifacts(self, request, context):
+        """Does now what the store does every few minutes by itself: collects artifacts that nobody refers to. It follows the
+        same rules and ages, so that something has to be left alone for a while before it is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -353,6 +405,26 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.ApplyRetention,
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.FromString,
                     response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.SerializeToString,
+            ),
+            'ReleaseArtifacts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseArtifacts,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ReleaseArtifactsRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ReleaseArtifactsResponse.SerializeToString,
+            ),
+            'ListReferences': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReferences,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ListReferencesRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ListReferencesResponse.SerializeToString,
+            ),
+            'VerifyStore': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyStore,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.VerifyStoreRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.VerifyStoreResponse.SerializeToString,
+            ),
+            'CollectArtifacts': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectArtifacts,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -814,6 +886,114 @@ class StoreService:
             '/shoal.store.v1.StoreService/ApplyRetention',
             shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.SerializeToString,
             shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseArtifacts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ReleaseArtifacts',
+            shoal_dot_store_dot_v1_dot_store__pb2.ReleaseArtifactsRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ReleaseArtifactsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReferences(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ListReferences',
+            shoal_dot_store_dot_v1_dot_store__pb2.ListReferencesRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ListReferencesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/VerifyStore',
+            shoal_dot_store_dot_v1_dot_store__pb2.VerifyStoreRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.VerifyStoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectArtifacts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/CollectArtifacts',
+            shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,18 +9,24 @@ import numpy as np
 
 from services.infer.calls import ragged
 from services.infer.runtimes.kernels_runtime import KernelsRuntime, OperationSession
+from services.infer.runtimes.lane import Lanes
 from services.infer.runtimes.runtime import About, Place, RowResults, SessionOptions
 from shoal.inference.v2 import model_config_pb2 as pb
 
 
 def session(
-    folder: Path, operation: str, /, places: Sequence[Place] = (Place("cpu"),), **parameters: str
+    folder: Path,
+    operation: str,
+    /,
+    places: Sequence[Place] = (Place("cpu"),),
+    lanes: Lanes | None = None,
+    **parameters: str,
 ) -> OperationSession:
-    """A session of `operation`, whose files lie in `folder`."""
+    """A session of `operation`, whose files lie in `folder`; `lanes` are those of the GPUs."""
     said = {"operation": operation, **parameters}
     config = pb.ModelConfig(parameters={key: {"string_value": value} for key, value in said.items()})
     about = About("m", folder=folder, config=config)
-    return KernelsRuntime().load(folder, SessionOptions(intra_op_threads=2, places=places, about=about))
+    return KernelsRuntime(lanes=lanes).load(folder, SessionOptions(intra_op_threads=2, places=places, about=about))
 
 
 def run(made: OperationSession, **inputs: ragged.Value) -> dict[str, ragged.Value]:

@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from services.infer.calls.resident import Resident, fetched
 from services.infer.operations.table import OPERATIONS
 from services.infer.runtimes.runtime import Place
 from shoal.errors import FailedPrecondition
 from tests.infer.operations import making
 from tests.infer.operations.images import pixels
+from tests.infer.runtimes.simulated_gpu import SimulatedMemory, lanes_of
 
 RNG = np.random.default_rng(0)
 
@@ -57,6 +59,33 @@ def test_a_gpu_gives_what_the_cpu_gives(folder, operation):
             np.testing.assert_allclose(other, row, atol=1e-4)
 
 
+@pytest.mark.parametrize("operation", ON_GPUS)
+def test_tensors_are_taken_and_left_on_a_gpu(folder, operation):
+    """On a simulated one: what is computed is the CPU's; what is copied, and who may read it, is the GPU's."""
+    parameters, inputs = ON_GPUS[operation]
+    memory = SimulatedMemory()
+    session = making.session(folder, operation, places=(Place("gpu", 0),), lanes=lanes_of(memory), **parameters)
+    lane = session.lane
+    assert (session.gpus, session.only_computes) == ((0,), False)
+    there = {
+        spec.name: Resident(lane.uploaded(inputs[spec.name]), lane) if not spec.is_ragged else inputs[spec.name]
+        for spec in session.inputs
+        if spec.name in inputs
+    }
+    dense = [spec.name for spec in session.outputs if not spec.is_ragged]
+    names = [spec.name for spec in session.outputs]
+    memory.forget()
+    results = session.run_rows(there, names, dense)
+    assert not results.unfit
+    if not any(spec.is_ragged for spec in (*session.inputs, *session.outputs)):
+        assert (memory.copies_in, memory.copies_out) == (0, 0)
+        assert all(isinstance(value, Resident) for value in results.values)
+    here = making.run(making.session(folder, operation, **parameters), **inputs)
+    for name, value in zip(names, fetched(results.values), strict=True):
+        for row, other in zip(here[name], value, strict=True):
+            np.testing.assert_array_equal(other, row)
+
+
 @pytest.mark.parametrize("operation", sorted(OPERATIONS.keys() - ON_GPUS))
 def test_without_a_version_for_gpus_one_is_refused(folder, operation):
     with pytest.raises(FailedPrecondition, match=f"operation {operation} has no version for GPUs: use KIND_CPU"):
@@ -66,7 +95,7 @@ def test_without_a_version_for_gpus_one_is_refused(folder, operation):
 @pytest.mark.parametrize("operation", sorted(ON_GPUS))
 def test_a_gpu_that_is_not_there_is_refused(folder, operation):
     with pytest.raises(
-        FailedPrecondition, match=r"instance_group: KIND_GPU is not there: this process may use \d+ GPUs"
+        FailedPrecondition, match=r"instance_group: KIND_GPU: GPU 99 is not there: this process may use \d+ GPUs"
     ):
         making.session(folder, operation, places=(Place("gpu", 99),), **ON_GPUS[operation][0])
 

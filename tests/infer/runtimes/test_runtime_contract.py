@@ -34,6 +34,7 @@ from tests.infer.runtimes.runtime_models import (
     RemoteModels,
     TritonModels,
 )
+from tests.infer.runtimes.simulated_gpu import on_simulated_gpu
 
 ONE_THREAD = SessionOptions(intra_op_threads=1)
 
@@ -56,6 +57,7 @@ RUNTIMES = {
     "onnx": (OnnxRuntime, OnnxModels()),
     "onnx reshaped": (Reshaping, OnnxModels()),
     "onnx on two devices": (Spreading, OnnxModels()),
+    "onnx on a lane": (on_simulated_gpu, OnnxModels()),
     "onnx in a process": (IsolatedOnnxRuntime, OnnxModels()),
     "onnx shared": (partial(IsolatedOnnxRuntime, isolation="shared"), OnnxModels()),
     "python": (PythonRuntime, OwnModels()),
@@ -72,6 +74,7 @@ SAYS = {
     "onnx": {"only_computes", "is_tried"},
     "onnx reshaped": {"only_computes", "is_tried", "reshapes"},
     "onnx on two devices": {"is_tried"},
+    "onnx on a lane": {"is_tried"},
     "onnx in a process": {"is_tried", "reshapes"},
     "onnx shared": {"is_tried", "reshapes"},
     "python": IN_A_PROCESS,
@@ -84,7 +87,7 @@ SAYS = {
     "remote": {"sees_missing"},
 }
 WITH_FILES = [name for name in RUNTIMES if name != "kernels"]
-ONNX = ["onnx", "onnx reshaped", "onnx on two devices", "onnx in a process", "onnx shared"]
+ONNX = ["onnx", "onnx reshaped", "onnx on two devices", "onnx on a lane", "onnx in a process", "onnx shared"]
 
 
 @pytest.fixture(params=RUNTIMES)
@@ -168,7 +171,11 @@ def test_every_kind_of_number_comes_back_as_it_went(load, models, name):
     np.testing.assert_array_equal(got, given)
 
 
-def test_strings(load, models):
+def test_strings(kind, load, models):
+    if kind == "onnx on a lane":
+        with pytest.raises(FailedPrecondition, match="gpu_stream 'shared': tensor 'y' is none of numbers: use 'own'"):
+            load(models.identity("BYTES", ("n",)))
+        return
     session = load(models.identity("BYTES", ("n",)))
     texts = ["é", "", "a\0b"] if session.text else ["é".encode(), b"", b"a\0b\xff"]
     assert session.run({"x": np.array(texts, object)}, ["y"])[0].tolist() == texts
@@ -177,6 +184,8 @@ def test_strings(load, models):
 def test_bit_patterns(kind, load, models):
     if kind.startswith("triton's python"):
         pytest.skip("its interface has no BF16")
+    if kind == "onnx on a lane":
+        pytest.skip("it has none, and says so")
     bits = load(models.identity("BF16", ("n",)))
     given = np.array([0x3FC0, 0xFF80, 0], np.uint16)
     assert bits.run({"x": given}, ["y"])[0].tolist() == given.tolist()
@@ -261,7 +270,8 @@ def test_what_it_can_do_is_said_by_its_members(kind, load, models):
         for name in ("sees_missing", "wants_requests", "takes_rows", "reshapes", "only_computes", "is_tried")
         if getattr(session, name)
     } == SAYS[kind]
-    assert (session.gpus, session.optional_inputs) == ((), ())
+    assert (session.gpus, session.optional_inputs) == ((0,) if kind == "onnx on a lane" else (), ())
+    assert (session.lane is not None) == (kind == "onnx on a lane")
 
 
 def test_its_parts_are_the_whole_on_each_device(kind, load, models):

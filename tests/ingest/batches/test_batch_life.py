@@ -117,6 +117,21 @@ async def test_rows_that_fail_are_kept_apart_with_their_reasons(
     check_papers(out, batch)
 
 
+async def test_a_batch_of_which_no_row_is_answered_has_failed(
+    client: BatchClient, mesh: BatchMesh, tmp_path: Path
+) -> None:
+    async def refuses(rows: list[int], context: Any) -> None:
+        await context.abort(S.INVALID_ARGUMENT, "never")
+
+    mesh.infer.before = refuses
+    url = write_lines(tmp_path / "in.jsonl", [{"x": row.tolist()} for row in rows_of_x(9)])
+    ended = await client.batch_ended((await client.submit_batch(url, f"file://{tmp_path}/out")).id)
+    assert ended.state == pb.BATCH_STATE_FAILED
+    assert "no row was answered (9 INVALID_ARGUMENT)" in ended.message
+    assert [row["row"] for row in dead(tmp_path / "out")] == list(range(9))
+    check_papers(tmp_path / "out", ended)
+
+
 async def test_a_prefix_of_files_counts_rows_through_all_of_them(client: BatchClient, tmp_path: Path) -> None:
     x = rows_of_x(50)
     folder = tmp_path / "in"

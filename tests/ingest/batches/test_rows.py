@@ -259,11 +259,12 @@ def test_columns_feed_inputs_by_name_or_as_told() -> None:
         ({"y": [1]}, "no column 'x'"),
         ({"x": ["a"]}, "holds string, and the model takes x FP32"),
         ({"x": [[[1.0]]]}, "holds list"),
-        ({"x": [1]}, ""),
+        ({"x": [1]}, "holds int64, and the model takes x FP32"),
+        ({"x": pa.array([[1, 2, 3]], pa.list_(pa.int8(), 3))}, "holds fixed_size_list"),
         ({"x": [[1, 2, 3, 4]]}, ""),
         ({"x": pa.array([[1, 2, 3, 4]], pa.list_(pa.int8(), 4))}, ""),
     ],
-    ids=["missing", "text", "deep", "scalar", "list", "fixed"],
+    ids=["missing", "text", "deep", "scalar", "short", "list", "fixed"],
 )
 def test_parquet_is_looked_at_before_anything_runs(table: Any, words: str, tmp_path: Path) -> None:
     wanted = Wanted(((X4, "x"),), pa.schema([]))

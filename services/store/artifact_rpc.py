@@ -1,0 +1,100 @@
+"""The calls of shoal.store.v1.StoreService that are about artifacts and blobs, translated."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+
+from services.store.artifacts import digest
+from services.store.artifacts.artifacts import Artifacts
+from services.store.artifacts.stored import Stored
+from services.store.artifacts.uploads import Upload
+from services.store.collecting.collector import Collector
+from services.store.collecting.references import References, check_name
+from services.store.collecting.verification import Finding, Seen, Verification
+from services.store.results.result_documents import timestamp
+from shoal.store.v1 import store_pb2 as pb
+from shoal.store.v1 import store_pb2_grpc
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+@dataclass(frozen=True)
+class ArtifactParts:
+    """What these calls are answered by."""
+
+    artifacts: Artifacts
+    references: References
+    collector: Collector
+    verification: Verification
+    upload_idle_s: float
+
+
+class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
+    """This part of the servicer."""
+
+    def __init__(self, parts: ArtifactParts) -> None:
+        self._parts = parts
+        self._artifacts = parts.artifacts
+
+    async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
+        upload = await Upload.opened(requests, self._parts.upload_idle_s)
+        if upload.reference:
+            check_name(upload.reference, "header.reference")
+        artifact, existed = await self._artifacts.put(upload)
+        if upload.reference:
+            await self._parts.references.make(upload.reference, upload.digest)
+        return pb.PutArtifactResponse(artifact=_artifact(artifact), existed=existed)
+
+    async def StatArtifact(self, request: pb.StatArtifactRequest, ctx: Context) -> pb.StatArtifactResponse:
+        artifact, received = await self._artifacts.stat(digest.checked(request.sha256, "sha256"))
+        return pb.StatArtifactResponse(artifact=_artifact(artifact) if artifact else None, received_bytes=received)
+
+    async def GetArtifact(self, request: pb.GetArtifactRequest, ctx: Context) -> AsyncIterator[pb.GetArtifactResponse]:
+        artifact, chunks = await self._artifacts.reader.read(digest.checked(request.sha256, "sha256"), request.offset)
+        yield pb.GetArtifactResponse(size_bytes=artifact.size)
+        async for chunk in chunks:
+            yield pb.GetArtifactResponse(chunk=chunk)
+
+    async def ReleaseArtifacts(self, request: pb.ReleaseArtifactsRequest, ctx: Context) -> pb.ReleaseArtifactsResponse:
+        return pb.ReleaseArtifactsResponse(released=await self._parts.references.release(request.references))
+
+    async def ListReferences(self, request: pb.ListReferencesRequest, ctx: Context) -> pb.ListReferencesResponse:
+        page = await self._parts.references.page(request.prefix, request.after, request.before, request.page_size)
+        return pb.ListReferencesResponse(
+            references=[pb.ListReferencesResponse.Reference(name=name, sha256=sha256) for name, sha256 in page]
+        )
+
+    async def VerifyStore(self, request: pb.VerifyStoreRequest, ctx: Context) -> AsyncIterator[pb.VerifyStoreResponse]:
+        async with aclosing(self._parts.verification.run(sizes_only=request.sizes_only)) as steps:
+            async for seen in steps:
+                yield _seen(seen)
+
+    async def CollectArtifacts(self, request: pb.CollectArtifactsRequest, ctx: Context) -> pb.CollectArtifactsResponse:
+        done = await self._parts.collector.collect(strays=request.strays)
+        return pb.CollectArtifactsResponse(
+            condemned=done.condemned, collected=done.artifacts, removed=done.blobs, strays=done.strays
+        )
+
+
+def _artifact(artifact: Stored) -> pb.Artifact:
+    return pb.Artifact(sha256=artifact.digest, size_bytes=artifact.size, created_at=timestamp(artifact.created_at))
+
+
+def _seen(seen: Seen) -> pb.VerifyStoreResponse:
+    finding = _finding(seen.finding) if seen.finding else None
+    return pb.VerifyStoreResponse(blobs=seen.blobs, blobs_in_all=seen.blobs_in_all, bytes=seen.bytes, finding=finding)
+
+
+def _finding(found: Finding) -> pb.VerifyStoreResponse.Finding:
+    return pb.VerifyStoreResponse.Finding(
+        kind=pb.VerifyStoreResponse.Kind.Name(found.kind.value),
+        key=found.key,
+        message=found.message,
+        sha256=found.sha256,
+        users=found.users,
+    )

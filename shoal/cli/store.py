@@ -1,0 +1,108 @@
+"""`shoal store`: is everything there, and is it what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoal.cli.output import AsJson, Gateway, connect, console, show, show_json, show_json_line, size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shoal.client import Finding, Verified
+
+app = typer.Typer(
+    rich_markup_mode="rich", add_completion=False, no_args_is_help=True, help="Verify what the store keeps."
+)
+
+
+@app.command()
+def verify(
+    quick: Annotated[bool, typer.Option("--quick", help="Only whether blobs are there with their sizes.")] = False,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Read every blob and compare it with what was stored. Names what is damaged, and which models and jobs it harms.
+
+    Exits 1 when something is damaged. Push a damaged model again to repair it.
+
+    [bold]Examples[/bold]
+
+      shoal store verify
+
+      shoal store verify --quick --json
+    """
+    findings: list[Finding] = []
+    last: Verified | None = None
+    with connect(gateway) as client:
+        for last in _shown(client.store.verify(sizes_only=quick), json):
+            if last.finding is not None:
+                findings.append(last.finding)
+                if json:
+                    show_json_line(last.finding)
+    blobs, nbytes = (last.blobs, last.bytes) if last else (0, 0)
+    damaged = sum(finding.kind == "damaged" for finding in findings)
+    if json:
+        show_json_line({"blobs": blobs, "bytes": nbytes, "damaged": damaged})
+    else:
+        if findings:
+            rows = [(found.kind, found.key, found.message, "\n".join(found.users)) for found in findings]
+            show(("", "blob", "what", "harms"), rows)
+        looked = "looked at" if quick else "read and compared"
+        typer.echo(f"{blobs} blobs ({size(nbytes)}) {looked}: {damaged or 'none'} damaged")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def collect(
+    strays: Annotated[
+        bool, typer.Option("--strays", help="Also look through all blobs for those of uploads that broke off.")
+    ] = False,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Collect artifacts that nothing refers to, now. The store does this every ten minutes by itself.
+
+    An artifact goes in three steps, ten minutes apart: condemned, collected, its bytes removed.
+
+    [bold]Example[/bold]
+
+      shoal store collect --strays
+    """
+    with connect(gateway) as client:
+        done = client.store.collect(strays=strays)
+    if json:
+        show_json(done)
+        return
+    typer.echo(f"{done.condemned} condemned, {done.collected} collected, {done.removed} blobs removed")
+    if strays:
+        typer.echo(f"{done.strays} strays found")
+
+
+def _shown(steps: Iterable[Verified], json: bool) -> Iterator[Verified]:
+    """The steps, with a progress bar on a terminal."""
+    with _bar(json) as told:
+        for step in steps:
+            told(step)
+            yield step
+
+
+@contextmanager
+def _bar(json: bool) -> Iterator[Any]:
+    out = console(stderr=True)
+    if json or not out.is_terminal:
+        yield lambda step: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[read]}"),
+        TimeRemainingColumn(), console=out, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=None, read="")
+        yield lambda step: bar.update(task, completed=step.blobs, total=step.blobs_in_all, read=size(step.bytes))

@@ -1,0 +1,91 @@
+"""`shoal store`, against a store that finds what a test tells it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from shoal.client import methods
+from shoal.store.v1 import store_pb2 as pb
+from tests.cli.conftest import Shoal
+from tests.client.served import Served
+
+DAMAGED = pb.VerifyStoreResponse.Finding(
+    kind=pb.VerifyStoreResponse.KIND_DAMAGED,
+    key="artifacts/ab/abcd",
+    message="bytes 0 to 9",
+    sha256="ab" * 32,
+    users=["model digits version 1, file model.onnx", "job/1"],
+)
+STRAY = pb.VerifyStoreResponse.Finding(kind=pb.VerifyStoreResponse.KIND_STRAY, key="responses/ab/x", message="7 bytes")
+
+
+def finds(served: Served, *findings: pb.VerifyStoreResponse.Finding) -> list[pb.VerifyStoreRequest]:
+    asked: list[pb.VerifyStoreRequest] = []
+
+    async def verify(request: pb.VerifyStoreRequest, context: Any) -> AsyncIterator[pb.VerifyStoreResponse]:
+        asked.append(request)
+        yield pb.VerifyStoreResponse(blobs=1, blobs_in_all=2, bytes=10)
+        for finding in findings:
+            yield pb.VerifyStoreResponse(blobs=2, blobs_in_all=2, bytes=2048, finding=finding)
+
+    served.on(methods.VERIFY_STORE, verify, "unary_stream")
+    return asked
+
+
+def test_a_store_that_is_right(served: Served, shoal: Shoal) -> None:
+    asked = finds(served)
+    done = shoal("store", "verify")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "1 blobs (10 B) read and compared: none damaged\n"
+    assert not asked[0].sizes_only
+    assert "looked at" in shoal("store", "verify", "--quick").stdout
+    assert asked[1].sizes_only
+
+
+def test_damage_is_shown_with_whom_it_harms(served: Served, shoal: Shoal) -> None:
+    finds(served, DAMAGED, STRAY)
+    done = shoal("store", "verify")
+    assert done.returncode == 1
+    for words in ("damaged", "artifacts/ab/abcd", "model digits version 1, file model.onnx", "job/1", "stray"):
+        assert words in done.stdout
+    assert "2 blobs (2.0 KiB) read and compared: 1 damaged" in done.stdout
+
+
+def test_strays_alone_are_no_failure(served: Served, shoal: Shoal) -> None:
+    finds(served, STRAY)
+    assert shoal("store", "verify").returncode == 0
+
+
+def test_verify_as_json(served: Served, shoal: Shoal) -> None:
+    finds(served, DAMAGED)
+    done = shoal("store", "verify", "--json")
+    assert done.returncode == 1
+    found, last = map(json.loads, done.stdout.splitlines())
+    assert (found["kind"], found["users"][1]) == ("damaged", "job/1")
+    assert last == {"blobs": 2, "bytes": 2048, "damaged": 1}
+
+
+def test_a_store_that_cannot_look(served: Served, shoal: Shoal) -> None:
+    async def verify(request: pb.VerifyStoreRequest, context: Any) -> AsyncIterator[pb.VerifyStoreResponse]:
+        yield pb.VerifyStoreResponse(blobs=1, blobs_in_all=2)
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the folder of blobs is not there: is it mounted?")
+
+    served.on(methods.VERIFY_STORE, verify, "unary_stream")
+    done = shoal("store", "verify")
+    assert done.returncode == 1
+    assert "is it mounted?" in done.stderr
+    assert "compared" not in done.stdout
+
+
+def test_collect(served: Served, shoal: Shoal) -> None:
+    async def collect(request: pb.CollectArtifactsRequest, context: Any) -> pb.CollectArtifactsResponse:
+        return pb.CollectArtifactsResponse(condemned=1, collected=2, removed=3, strays=4 if request.strays else 0)
+
+    served.on(methods.COLLECT_ARTIFACTS, collect)
+    assert shoal("store", "collect").stdout == "1 condemned, 2 collected, 3 blobs removed\n"
+    assert "4 strays found" in shoal("store", "collect", "--strays").stdout
+    assert json.loads(shoal("store", "collect", "--json").stdout)["removed"] == 3

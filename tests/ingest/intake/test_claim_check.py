@@ -1,0 +1,180 @@
+"""Large requests travel by reference: ingest as a process, beside a real store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from pymongo import AsyncMongoClient
+from pymongo.asynchronous.database import AsyncDatabase
+
+from shoal.ingest.v1 import ingest_pb2 as pb
+from shoal.store.v1 import store_pb2
+from tests.breakable import until
+from tests.ingest.conftest import StartIngest
+from tests.ingest.faults import ArtifactStore, Client, FakeMesh, mesh_at
+from tests.store.conftest import Store, running_store, store_config
+
+pytestmark = pytest.mark.mongo
+
+_UNAVAILABLE, _INVALID = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INVALID_ARGUMENT
+LARGE = 600 << 10
+Database = AsyncDatabase[dict[str, Any]]
+
+
+@pytest.fixture
+async def store(mongo_uri: str, mongo_database: str, run_dir: Path, tmp_path: Path) -> AsyncIterator[Store]:
+    config = store_config(mongo_uri, f"{mongo_database}_store", run_dir / "store-0.sock", tmp_path / "blobs")
+    async with running_store(config) as running:
+        yield running
+
+
+@pytest.fixture
+async def mesh(run_dir: Path, store: Store) -> AsyncIterator[FakeMesh]:
+    async with mesh_at(run_dir, ArtifactStore(store.stub)) as mesh:
+        yield mesh
+
+
+@pytest.fixture
+async def database(mongo_uri: str, mongo_database: str) -> AsyncIterator[Database]:
+    async with AsyncMongoClient[dict[str, Any]](mongo_uri) as client:
+        yield client[mongo_database]
+
+
+async def references(store: Store) -> list[str]:
+    page = await store.stub.ListReferences(store_pb2.ListReferencesRequest())
+    return [reference.name for reference in page.references]
+
+
+def blobs(store: Store) -> list[Path]:
+    return [path for path in (store.root / "artifacts").rglob("*") if path.is_file()]
+
+
+async def test_a_large_request_is_an_artifact_until_its_job_has_ended(
+    mesh: FakeMesh, store: Store, start_ingest: StartIngest, database: Database
+) -> None:
+    data, small = os.urandom(LARGE), os.urandom(100 << 10)
+    with start_ingest() as ingest:
+        await ingest.until_ready()
+        client = Client(ingest.address)
+        mesh.infer.model, model = _held, mesh.infer.model
+        first = await client.submit(data=data)
+        await client.submit(data=small)
+        assert await references(store) == [f"job/{database.name}/{first.job.id}"]
+        (blob,) = blobs(store)
+        assert data in blob.read_bytes()
+        (payload,) = [document async for document in database["payloads"].find()]
+        assert payload.keys() == {"_id", "artifact"}
+        kept = await client.stub.GetPayload(pb.GetPayloadRequest(id=first.job.id))
+        assert kept.request.raw_input_contents[0] == data
+
+        mesh.infer.model = model
+        assert (await client.ended(first.job.id)).state == pb.JOB_STATE_SUCCEEDED
+        assert mesh.store.results[first.job.id].response.raw_output_contents[0] == data
+
+        async def is_released() -> bool:
+            return await references(store) == []
+
+        await until(is_released, "the reference is released")
+        await client.channel.close()
+
+
+async def _held(request: Any, context: Any) -> None:
+    await context.abort(_UNAVAILABLE, "not now", (("retry-after-ms", "20"),))
+
+
+async def test_what_failed_is_kept_and_equal_requests_are_one_artifact(
+    mesh: FakeMesh, store: Store, start_ingest: StartIngest
+) -> None:
+    data = os.urandom(LARGE)
+
+    async def refuse(request: Any, context: Any) -> None:
+        await context.abort(_INVALID, "not such a request")
+
+    mesh.infer.model = refuse
+    with start_ingest() as ingest:
+        await ingest.until_ready()
+        client = Client(ingest.address)
+        jobs = [(await client.submit(data=data)).job.id for _ in range(3)]
+        for job in jobs:
+            assert (await client.ended(job)).state == pb.JOB_STATE_FAILED
+            kept = await client.stub.GetPayload(pb.GetPayloadRequest(id=job))
+            assert kept.request.raw_input_contents[0] == data
+        assert len(await references(store)) == 3
+        assert len(blobs(store)) == 1
+        await client.channel.close()
+
+
+async def test_without_a_store_submits_go_on(
+    mesh: FakeMesh, store: Store, start_ingest: StartIngest, database: Database
+) -> None:
+    data = os.urandom(LARGE)
+    assert isinstance(mesh.store, ArtifactStore)
+    with start_ingest() as ingest:
+        await ingest.until_ready()
+        client = Client(ingest.address)
+        mesh.infer.model, model = _held, mesh.infer.model
+        before = await client.submit(data=data)
+        mesh.store.is_away = True
+        away = await client.submit(data=data)
+        payloads = {document["_id"]: document async for document in database["payloads"].find()}
+        assert "artifact" in payloads[before.job.id]
+        assert "request" in payloads[away.job.id]
+        mesh.infer.model = model
+        assert (await client.ended(away.job.id)).state == pb.JOB_STATE_SUCCEEDED
+
+        # The other one waits for the store, however often it is tried: no attempt of it reached a model.
+        async def was_tried() -> bool:
+            job = await client.get(before.job.id)
+            return job.last_code == _UNAVAILABLE.value[0] and "store is away" in job.last_message
+
+        await until(was_tried, "it is tried")
+        mesh.store.is_away = False
+        ended = await client.ended(before.job.id)
+        assert (ended.state, ended.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
+        await client.channel.close()
+
+
+async def test_a_request_that_rotted_ends_its_job_and_says_so(
+    mesh: FakeMesh, store: Store, start_ingest: StartIngest
+) -> None:
+    with start_ingest() as ingest:
+        await ingest.until_ready()
+        client = Client(ingest.address)
+        mesh.infer.model, model = _held, mesh.infer.model
+        retry = pb.RetryPolicy(max_attempts=2)
+        job = (await client.submit(data=os.urandom(LARGE), retry=retry)).job.id
+        (blob,) = blobs(store)
+        blob.write_bytes(bytes(blob.stat().st_size))
+        mesh.infer.model = model
+        ended = await client.ended(job)
+        assert ended.state == pb.JOB_STATE_DEAD
+        assert "not in the store any more" in ended.last_message
+        await client.channel.close()
+
+
+async def test_kills_between_store_and_database_lose_nothing(
+    mesh: FakeMesh, store: Store, start_ingest: StartIngest
+) -> None:
+    data = [os.urandom(LARGE) for _ in range(5)]
+    mesh.infer.model, model = _held, mesh.infer.model
+    jobs = []
+    for number, each in enumerate(data):
+        with start_ingest() as ingest:
+            await ingest.until_ready()
+            client = Client(ingest.address)
+            jobs.append((await client.submit(data=each, idempotency_key=str(number))).job.id)
+            ingest.kill()
+            await client.channel.close()
+    mesh.infer.model = model
+    with start_ingest() as ingest:
+        await ingest.until_ready()
+        client = Client(ingest.address)
+        for job, each in zip(jobs, data, strict=True):
+            assert (await client.ended(job)).state == pb.JOB_STATE_SUCCEEDED
+            assert mesh.store.results[job].response.raw_output_contents[0] == each
+        await client.channel.close()
