@@ -32,6 +32,7 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.pressure import Pressure
+from services.ingest.intake.storage import Storage
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
 from services.ingest.tenants.admission import Admission
@@ -87,6 +88,7 @@ class Intake:
         *,
         backlog: Backlog,
         admission: Admission,
+        storage: Storage,
         budget: Budget,
         pressure: Pressure,
         clock: Clock,
@@ -100,6 +102,7 @@ class Intake:
         self._payloads = payloads
         self._backlog = backlog
         self._admission = admission
+        self._storage = storage
         self._budget = budget
         self._pressure = pressure
         self._clock = clock
@@ -145,7 +148,7 @@ class Intake:
         Raises, or its future does:
             InvalidArgument: names the field.
             AlreadyExists: the key was used with another request.
-            ResourceExhausted: the backlog is full, or too many bytes wait to be written.
+            ResourceExhausted: the backlog is full, too many bytes wait to be written, the tenant's storage is used up.
             Unavailable: MongoDB is away; the job may or may not be there, so repeat it with an idempotency key.
         """
         job = self._checked(submit, traceparent)
@@ -180,6 +183,7 @@ class Intake:
         )
         if not self._is_open:
             raise Unavailable("the job database has not been reached yet: retry in a moment")
+        self._storage.admit(job.tenant)
         return job
 
     async def _begin_later(self, job: Job) -> Accepted:
