@@ -41,8 +41,10 @@ from services.ingest.documents import INDEXES, JOBS, PAYLOAD_VALIDATOR, PAYLOADS
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.claim_check import ClaimCheck
-from services.ingest.intake.intake import Intake
+from services.ingest.intake.disk import Disk
+from services.ingest.intake.intake import GROUP_BYTES, GROUP_ITEMS, Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.pressure import Pressure
 from services.ingest.intake.storage import Storage
 from services.ingest.job import Job
 from services.ingest.leading import LEAD_VALIDATOR, LEADS, Lead
@@ -92,6 +94,13 @@ async def run(config: IngestConfig) -> None:
         book = Book(database)
         pending = Pending(documents, time.monotonic)
         buckets = Buckets(database, time.monotonic)
+        disk = Disk(database, config.min_free_disk_bytes)
+        pressure = Pressure(
+            config.max_write_wait_ms / 1000,
+            group_items=GROUP_ITEMS,
+            group_bytes=GROUP_BYTES,
+            clock=time.monotonic,
+        )
         claims = Claims(
             documents,
             clock=utc_now,
@@ -154,8 +163,9 @@ async def run(config: IngestConfig) -> None:
             documents,
             payloads,
             backlog=backlog,
-            admission=Admission(book, pending, buckets, gates=[backlog.admit]),
             storage=storage,
+            admission=Admission(book, pending, buckets, gates=[disk.admit, pressure.admit, backlog.admit]),
+            pressure=pressure,
             budget=Budget(config.pending_bytes, "submitted requests"),
             clock=utc_now,
             ulids=ulids,
@@ -226,6 +236,7 @@ async def run(config: IngestConfig) -> None:
         # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
         # dispatcher; both outlive the server, whose last calls may need them.
         await stack.enter_async_context(book)
+        await stack.enter_async_context(disk)
         await stack.enter_async_context(recorder)
         await stack.enter_async_context(changes)
         await stack.enter_async_context(keeper)
@@ -252,6 +263,7 @@ async def run(config: IngestConfig) -> None:
 
         async def start() -> None:
             await _prepare(database, claims, batches, book, buckets)
+            disk.open()
             intake.open()
             ready.set()
             await server.serve()

@@ -39,6 +39,10 @@ class IngestConfig(ServiceConfig):
     """Requests above this are kept in the store, and the job refers to them: claims and scans stay light."""
     max_backlog: Annotated[int, Field(ge=1)] = 1_000_000
     """Queued jobs, of all instances together, beyond which submits are refused."""
+    max_write_wait_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 5_000
+    """Submits that would wait longer for MongoDB are refused at once: half of what they may wait in all."""
+    min_free_disk_bytes: Annotated[int, Field(ge=0)] = 512 << 20
+    """While less is free on MongoDB's disk, submits are refused, so that what was accepted can end. 0: never."""
     stream_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000
     """Unacknowledged items of one SubmitStream beyond which it is not read further."""
     stream_bytes: Annotated[int, Field(ge=1)] = 32 << 20
