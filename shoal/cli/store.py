@@ -1,4 +1,4 @@
-"""`shoal store`: is everything there, and is it what it was."""
+"""`shoal store`: is everything there, is it what it was, and is it somewhere else, too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli import backups
 from shoal.cli.output import AsJson, Gateway, connect, console, show, show_json, show_json_line, size
 
 if TYPE_CHECKING:
@@ -16,8 +17,14 @@ if TYPE_CHECKING:
     from shoal.client import Finding, Verified
 
 app = typer.Typer(
-    rich_markup_mode="rich", add_completion=False, no_args_is_help=True, help="Verify what the store keeps."
+    rich_markup_mode="rich",
+    add_completion=False,
+    no_args_is_help=True,
+    help="Verify what the store keeps, back it up, restore it.",
 )
+
+app.command()(backups.backup)
+app.command()(backups.restore)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
+from shoal.client.backups import BackupProgress
 from shoal.client.batch import Batch, BatchFormat, BatchState, BatchStep
 from shoal.client.blocking import Client
 from shoal.client.dead_letters import Handled
@@ -22,6 +23,7 @@ from shoal.client.tenants import Tenant, TenantSettings
 __all__ = [
     "AsyncClient",
     "BFloat16",
+    "BackupProgress",
     "Batch",
     "BatchFormat",
     "BatchState",

@@ -95,6 +95,8 @@ class Store(Face[AsyncStore]):
 
     verify = iterating(AsyncStore.verify)
     collect = blocking(AsyncStore.collect)
+    backup = iterating(AsyncStore.backup)
+    restore = iterating(AsyncStore.restore)
 
 
 class Client(Face[AsyncClient]):

@@ -58,6 +58,9 @@ QUERY_RESULTS = Method(_STORE + "QueryResults", store.QueryResultsRequest, store
 EXPORT_RESULTS = Method(_STORE + "ExportResults", store.ExportResultsRequest, store.ExportResultsResponse)
 VERIFY_STORE = Method(_STORE + "VerifyStore", store.VerifyStoreRequest, store.VerifyStoreResponse)
 COLLECT_ARTIFACTS = Method(_STORE + "CollectArtifacts", store.CollectArtifactsRequest, store.CollectArtifactsResponse)
+# Each backup is another one, and a restore that was repeated behind the caller's back would hide what it is at.
+BACK_UP = Method(_STORE + "BackUp", store.BackUpRequest, store.BackUpResponse, False)
+RESTORE = Method(_STORE + "Restore", store.RestoreRequest, store.RestoreResponse, False)
 STREAM_RESULTS = Method(_STORE + "StreamResults", store.StreamResultsRequest, store.StreamResultsResponse)
 
 _INGEST = "/shoal.ingest.v1.IngestService/"
