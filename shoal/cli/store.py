@@ -1,4 +1,4 @@
-"""`shoal store`: is everything there, is it what it was, and is it somewhere else, too."""
+"""`shoal store`: is everything there, and is it what it was; how long, how much, and where else it is kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli import backups
+from shoal.cli import backups, retention, usage
 from shoal.cli.output import AsJson, Gateway, connect, console, show, show_json, show_json_line, size
 
 if TYPE_CHECKING:
@@ -20,8 +20,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     no_args_is_help=True,
-    help="Verify what the store keeps, back it up, restore it.",
+    help="Verify what the store keeps, say how long, back it up, restore it.",
 )
+app.add_typer(retention.app, name="retention")
+app.command()(usage.usage)
+app.add_typer(usage.quota, name="quota")
 
 app.command()(backups.backup)
 app.command()(backups.restore)

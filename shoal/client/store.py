@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from shoal.client import methods
 from shoal.client.backups import BackupProgress, of_progress
-from shoal.client.calls import Caller
+from shoal.client.keeping import Keeping
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2 as store
 
@@ -78,11 +78,8 @@ class Collected:
     """Blobs without a document that were found; they go 10 minutes later."""
 
 
-class AsyncStore:
+class AsyncStore(Keeping):
     """`client.store`."""
-
-    def __init__(self, caller: Caller) -> None:
-        self._caller = caller
 
     async def verify(self, *, sizes_only: bool = False, timeout: float = VERIFY_S) -> AsyncGenerator[Verified, None]:
         """Has the store read every blob; yields after each. `sizes_only`: only whether they are there, and how large.

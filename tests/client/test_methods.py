@@ -14,6 +14,8 @@ NOT_REPEATED = {
     "PURGE_DEAD_LETTERS",
     "BACK_UP",
     "RESTORE",
+    "PUT_SCHEDULE",
+    "REMOVE_SCHEDULE",
 }
 
 

@@ -37,7 +37,7 @@ class Reading:
 
 
 class Outdated(Exception):
-    """The rules have changed since they were read: read them again."""
+    """The rules, or what was to be removed, are not what was read: read again."""
 
 
 class RuleBook:

@@ -492,6 +492,58 @@ class ApplyRetentionResponse(_message.Message):
     more: bool
     def __init__(self, results: _Optional[int] = ..., answers: _Optional[int] = ..., tombstones: _Optional[int] = ..., more: _Optional[bool] = ...) -> None: ...
 
+class SetQuotaRequest(_message.Message):
+    __slots__ = ("tenant", "bytes", "remove")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    bytes: int
+    remove: bool
+    def __init__(self, tenant: _Optional[str] = ..., bytes: _Optional[int] = ..., remove: _Optional[bool] = ...) -> None: ...
+
+class SetQuotaResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListUsageRequest(_message.Message):
+    __slots__ = ("over_quota", "recount", "page_size", "page_token")
+    OVER_QUOTA_FIELD_NUMBER: _ClassVar[int]
+    RECOUNT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    over_quota: bool
+    recount: bool
+    page_size: int
+    page_token: str
+    def __init__(self, over_quota: _Optional[bool] = ..., recount: _Optional[bool] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class TenantUsage(_message.Message):
+    __slots__ = ("tenant", "results", "bytes", "quota_bytes", "recounted_at")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECOUNTED_AT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    results: int
+    bytes: int
+    quota_bytes: int
+    recounted_at: _timestamp_pb2.Timestamp
+    def __init__(self, tenant: _Optional[str] = ..., results: _Optional[int] = ..., bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., recounted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ListUsageResponse(_message.Message):
+    __slots__ = ("usages", "next_page_token", "artifacts", "artifact_bytes")
+    USAGES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACTS_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    usages: _containers.RepeatedCompositeFieldContainer[TenantUsage]
+    next_page_token: str
+    artifacts: int
+    artifact_bytes: int
+    def __init__(self, usages: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., artifacts: _Optional[int] = ..., artifact_bytes: _Optional[int] = ...) -> None: ...
+
 class ReleaseArtifactsRequest(_message.Message):
     __slots__ = ("references",)
     REFERENCES_FIELD_NUMBER: _ClassVar[int]

@@ -119,6 +119,16 @@ class StoreServiceStub:
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.SerializeToString,
                 response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.FromString,
                 _registered_method=True)
+        self.SetQuota = channel.unary_unary(
+                '/shoal.store.v1.StoreService/SetQuota',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaResponse.FromString,
+                _registered_method=True)
+        self.ListUsage = channel.unary_unary(
+                '/shoal.store.v1.StoreService/ListUsage',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ListUsageRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ListUsageResponse.FromString,
+                _registered_method=True)
         self.ReleaseArtifacts = channel.unary_unary(
                 '/shoal.store.v1.StoreService/ReleaseArtifacts',
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ReleaseArtifactsRequest.SerializeToString,
@@ -296,6 +306,23 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetQuota(self, request, context):
+        """Says how many bytes the results of a tenant may take, or of each that has no quota of its own. Who has used it up
+        cannot submit jobs until there is room again; results of jobs that were accepted are recorded all the same.
+        INVALID_ARGUMENT names what is wrong.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUsage(self, request, context):
+        """How much each tenant has. Counters: off by what a crash forgot (results of its last second), until they are counted
+        anew, once a day or here. INVALID_ARGUMENT: a bad page size or token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReleaseArtifacts(self, request, context):
         """Artifacts: who needs them, whether they are what they were, and what becomes of the rest.
 
@@ -434,6 +461,16 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.ApplyRetention,
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.FromString,
                     response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.SerializeToString,
+            ),
+            'SetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetQuota,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaResponse.SerializeToString,
+            ),
+            'ListUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUsage,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ListUsageRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ListUsageResponse.SerializeToString,
             ),
             'ReleaseArtifacts': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseArtifacts,
@@ -925,6 +962,60 @@ class StoreService:
             '/shoal.store.v1.StoreService/ApplyRetention',
             shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.SerializeToString,
             shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/SetQuota',
+            shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ListUsage',
+            shoal_dot_store_dot_v1_dot_store__pb2.ListUsageRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ListUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,10 @@ Before = Callable[[list[int], Any], Awaitable[None]]
 
 
 class Doubling(FakeInfer):
-    """The model `double`: x FP32 [4] to y = 2x. `before(rows, context)` (by their first value) may wait or abort."""
+    """The model `double`: x FP32 [4] to y = 2x. `before(rows, context)` (by their first value) may wait or abort.
+
+    And the model `length`: data BYTES [] to n INT64 [], its length, and text BYTES [], the data again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +38,12 @@ class Doubling(FakeInfer):
         self.is_there = True
 
     async def ModelMetadata(self, request: oip.ModelMetadataRequest, context: Any) -> oip.ModelMetadataResponse:
+        if request.name == "length":
+            found = oip.ModelMetadataResponse(name=request.name, versions=["1"])
+            found.inputs.add(name="data", datatype="BYTES", shape=[-1])
+            found.outputs.add(name="n", datatype="INT64", shape=[-1])
+            found.outputs.add(name="text", datatype="BYTES", shape=[-1])
+            return found
         if request.name != "double" or not self.is_there:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.name!r}")
         found = oip.ModelMetadataResponse(name=request.name, versions=["1"])
@@ -48,6 +57,8 @@ class Doubling(FakeInfer):
     async def ModelInfer(self, request: oip.ModelInferRequest, context: Any) -> oip.ModelInferResponse:
         if not self.is_there:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.model_name!r}")
+        if request.model_name == "length":
+            return self._length(request)
         x = np.frombuffer(request.raw_input_contents[0], np.float32).reshape(-1, 4)
         rows = x[:, 0].astype(int).tolist()
         if self.before is not None:
@@ -56,6 +67,18 @@ class Doubling(FakeInfer):
         self.sizes.append(len(rows))
         answer = oip.ModelInferResponse(model_name="double", model_version="1", raw_output_contents=[(x * 2).tobytes()])
         answer.outputs.add(name="y", datatype="FP32", shape=x.shape)
+        return answer
+
+    def _length(self, request: oip.ModelInferRequest) -> oip.ModelInferResponse:
+        raw, sizes, at = request.raw_input_contents[0], [], 0
+        while at < len(raw):
+            sizes.append(int.from_bytes(raw[at : at + 4], "little"))
+            at += 4 + sizes[-1]
+        self.sizes.append(len(sizes))
+        answer = oip.ModelInferResponse(model_name="length", model_version="1")
+        answer.outputs.add(name="n", datatype="INT64", shape=[len(sizes)])
+        answer.outputs.add(name="text", datatype="BYTES", shape=[len(sizes)])
+        answer.raw_output_contents.extend([np.array(sizes, np.int64).tobytes(), raw])
         return answer
 
 
@@ -88,8 +111,8 @@ async def mesh(run_dir: Path) -> AsyncIterator[BatchMesh]:  # type: ignore[overr
 class BatchClient(Client):
     """A client that asks for batches of the model `double`."""
 
-    async def submit_batch(self, inputs: str, output: str, **fields: Any) -> pb.Batch:
-        request = pb.SubmitBatchRequest(inputs=[inputs], output=output, model_name="double", **fields)
+    async def submit_batch(self, inputs: str, output: str, *, model: str = "double", **fields: Any) -> pb.Batch:
+        request = pb.SubmitBatchRequest(inputs=[inputs], output=output, model_name=model, **fields)
         answer: pb.SubmitBatchResponse = await self.stub.SubmitBatch(request, timeout=30)
         return answer.batch
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from services.ingest.batches.batch import Batch, Format
+from services.ingest.batches.batch import Batch, BatchState, Format, Step
 from services.ingest.batches.inputs.listing import line_of
 from services.ingest.batches.inputs.places import Places
 from services.ingest.batches.rows.signature import Signature, Spec
@@ -33,6 +33,7 @@ def batch(folder: Path, **fields: Any) -> Batch:
         "columns": (("x", "x"),),
         "submitted_at": START,
         "updated_at": START,
+        "steps": (Step(BatchState.RUNNING, START, "local/ingest-0", "submitted"),),
         **fields,
     }
     return Batch(**made)

@@ -21,6 +21,7 @@ from services.store.retention import sweep as sweeping
 from services.store.retention.book import Reading, RuleBook
 from services.store.retention.rules import Kept, Rule
 from services.store.retention.sweep import Sweep, Swept
+from services.store.usage.counters import Counters
 from shoal.errors import FailedPrecondition, NotFound
 from shoal.store.v1 import store_pb2 as pb
 from tests.store.test_store_queries import bare, stages
@@ -52,11 +53,12 @@ class World:
         self.results = Results(collections, responses, self.clock)
         self.an_hour_ago = Results(collections, responses, lambda: START - HOUR)
         self.book = RuleBook(collections, self.clock)
+        self.counters = Counters(collections, self.clock)
         self.sweep = self.another()
 
     def another(self, **options: Any) -> Sweep:
         """Retention in another instance."""
-        return Sweep(self.collections, self.book, self.clock, **options)
+        return Sweep(self.collections, self.book, self.counters, self.clock, **options)
 
     async def rule(
         self, kept: Kept, keep: timedelta | None, tenant: str | None = None, *, remove: bool = False
@@ -341,7 +343,7 @@ async def test_what_is_kept_is_never_looked_at(world: World, mongo_uri: str, mon
         listened = Collections(client[mongo_database])
         await listened.prepare()
         heard.commands.clear()
-        sweep = Sweep(listened, RuleBook(listened, world.clock), world.clock)
+        sweep = Sweep(listened, RuleBook(listened, world.clock), Counters(listened, world.clock), world.clock)
         plans: list[Document] = []
         explained = 0
         while (await sweep.apply(1)).more:

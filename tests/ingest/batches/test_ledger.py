@@ -1,0 +1,267 @@
+"""The book and the ledger on a real MongoDB: who may write what, what is counted, and that queries have indexes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymongo import AsyncMongoClient
+
+from mesh import mongo
+from services.ingest.batches.batch import Batch, BatchState, Chunk, ChunkState, Ending
+from services.ingest.batches.book import Book
+from services.ingest.batches.documents import (
+    BATCH_INDEXES,
+    BATCH_VALIDATOR,
+    BATCHES,
+    CHUNK_INDEXES,
+    CHUNK_VALIDATOR,
+    CHUNKS,
+)
+from services.ingest.batches.inputs.piece import Span
+from services.ingest.batches.inputs.places import Entry
+from services.ingest.batches.ledger import Ledger, SoFar
+from services.ingest.batches.outputs.written import Written
+from services.ingest.clock import milliseconds
+from services.ingest.ulid import Ulids
+from shoal.errors import AlreadyExists
+from tests.ingest.batches.making import START, batch
+from tests.ingest.making import TestClock
+
+ENTRY = Entry("file:///in.jsonl", 100, "v1")
+DONE = Written(9, 1, 500, {"INTERNAL": 1})
+
+
+@pytest.fixture
+async def database(mongo_uri: str, mongo_database: str) -> AsyncIterator[Any]:
+    async with mongo.connect(mongo_uri) as client:
+        found = client[mongo_database]
+        await mongo.ensure_collection(found, BATCHES, validator=BATCH_VALIDATOR, indexes=BATCH_INDEXES)
+        await mongo.ensure_collection(found, CHUNKS, validator=CHUNK_VALIDATOR, indexes=CHUNK_INDEXES)
+        yield found
+
+
+@pytest.fixture
+def clock() -> TestClock:
+    return TestClock()
+
+
+def ledger_of(database: Any, clock: TestClock, owner: str = "local/ingest-0", process: str = "p") -> Ledger:
+    ulids = Ulids(lambda: milliseconds(clock()))
+    return Ledger(database[CHUNKS], clock=clock, new_id=ulids.new, owner=owner, process=process, lease_ms=1_000)
+
+
+def chunks(one: Batch, count: int, first: int = 0) -> list[Chunk]:
+    return [Chunk(one.id, n, ENTRY, 0, 10, Span(10 * n, 10, n, n + 1), 10 * n) for n in range(first, first + count)]
+
+
+async def claimed(ledger: Ledger, one: Batch) -> Chunk:
+    found = await ledger.claim(one.id)
+    assert found is not None
+    return found
+
+
+async def test_a_plan_is_a_log_that_takes_each_number_once(database: Any, clock: TestClock, tmp_path: Path) -> None:
+    ledger, one = ledger_of(database, clock), batch(tmp_path)
+    assert await ledger.tail(one.id) is None
+    assert await ledger.append(chunks(one, 3))
+    assert not await ledger.append(chunks(one, 3, first=2))
+    tail = await ledger.tail(one.id)
+    assert tail is not None
+    assert (tail.number, tail.span, tail.entry) == (2, Span(20, 10, 2, 3), ENTRY)
+
+
+async def test_of_many_who_want_a_chunk_one_has_it(database: Any, clock: TestClock, tmp_path: Path) -> None:
+    one = batch(tmp_path)
+    ledgers = [ledger_of(database, clock, f"local/ingest-{n}") for n in range(8)]
+    await ledgers[0].append(chunks(one, 5))
+    found = await asyncio.gather(*(ledger.claim(one.id) for ledger in ledgers))
+    assert sorted(chunk.number for chunk in found if chunk is not None) == [0, 1, 2, 3, 4]
+
+
+async def test_who_lost_a_chunk_writes_nothing_about_it(database: Any, clock: TestClock, tmp_path: Path) -> None:
+    one = batch(tmp_path)
+    slow, quick = ledger_of(database, clock, "a"), ledger_of(database, clock, "b")
+    await slow.append(chunks(one, 1))
+    old = await claimed(slow, one)
+    assert await quick.claim(one.id) is None
+    clock.advance(seconds=2)
+    new = await claimed(quick, one)
+    assert (old.number, new.number, new.attempts) == (0, 0, 2)
+    assert old.lease is not None
+    assert await slow.renew({old.id: (old.lease, SoFar())}) == {old.id}
+    assert not await slow.stage(old, "old", DONE, ["1"])
+    assert not await slow.let_go(old, is_counted=True)
+    assert not await slow.finish(old)
+    assert await quick.stage(new, "new", DONE, ["2"])
+    assert not await slow.stage(old, "old", DONE, ["1"])
+    assert await quick.finish(new)
+    totals = await quick.totals(one.id)
+    assert (totals.ok, totals.failed, totals.versions) == (9, 1, ("2",))
+
+
+async def test_a_lease_that_is_renewed_does_not_lapse(database: Any, clock: TestClock, tmp_path: Path) -> None:
+    one = batch(tmp_path)
+    ledger = ledger_of(database, clock)
+    await ledger.append(chunks(one, 1))
+    chunk = await claimed(ledger, one)
+    assert chunk.lease is not None
+    for _ in range(5):
+        clock.advance(milliseconds=800)
+        assert await ledger.renew({chunk.id: (chunk.lease, SoFar(3, 1, "waits"))}) == set()
+        assert await ledger.claim(one.id) is None
+    totals = await ledger.totals(one.id)
+    assert (totals.rows, totals.ok, totals.failed, totals.chunks_done, totals.note) == (10, 3, 1, 0, "waits")
+
+
+async def test_a_staged_chunk_is_only_published(database: Any, clock: TestClock, tmp_path: Path) -> None:
+    """Its holder died between the two steps: whoever claims it sees what is left to do."""
+    one = batch(tmp_path)
+    ledger = ledger_of(database, clock)
+    await ledger.append(chunks(one, 2))
+    chunk = await claimed(ledger, one)
+    assert await ledger.claim(one.id, only_staged=True) is None
+    assert await ledger.stage(chunk, "name", DONE, ["1"])
+    clock.advance(seconds=2)
+    assert await ledger.is_busy(one.id)
+    again = await ledger.claim(one.id, only_staged=True)
+    assert again is not None
+    assert (again.state, again.staged, again.ok, again.failed) == (ChunkState.STAGED, "name", 9, 1)
+    assert await ledger.finish(again)
+    assert not await ledger.is_busy(one.id)
+    assert await ledger.has_undone(one.id)
+    await ledger.drop_undone(one.id)
+    assert not await ledger.has_undone(one.id)
+    assert await ledger.claim(one.id) is None
+
+
+async def test_what_is_given_back_is_not_counted_twice(database: Any, clock: TestClock, tmp_path: Path) -> None:
+    one = batch(tmp_path)
+    ledger = ledger_of(database, clock)
+    await ledger.append(chunks(one, 1))
+    chunk = await claimed(ledger, one)
+    # A cancellation may come between the write and the answer to it: then it is staged, and given back all the same.
+    assert await ledger.stage(chunk, "name", DONE, ["1"])
+    assert await ledger.let_go(chunk, until=clock() + timedelta(seconds=5), is_counted=False)
+    assert (await ledger.totals(one.id)).ok == 0
+    assert await ledger.claim(one.id) is None
+    clock.advance(seconds=6)
+    again = await claimed(ledger, one)
+    assert (again.state, again.attempts) == (ChunkState.RUNNING, 1)
+
+
+async def test_a_restarted_instance_frees_what_it_left(database: Any, clock: TestClock, tmp_path: Path) -> None:
+    one = batch(tmp_path)
+    before, other = ledger_of(database, clock), ledger_of(database, clock, "local/ingest-1")
+    after = ledger_of(database, clock, process="q")
+    await before.append(chunks(one, 3))
+    await claimed(before, one)
+    await claimed(other, one)
+    assert await after.inherit() == 1
+    assert (await claimed(after, one)).number == 0
+
+
+async def test_codes_add_up_over_equal_chunks(database: Any, clock: TestClock, tmp_path: Path) -> None:
+    one = batch(tmp_path)
+    ledger = ledger_of(database, clock)
+    await ledger.append(chunks(one, 3))
+    for codes in ({"A": 1}, {"A": 1}, {"A": 2, "B": 3}):
+        chunk = await claimed(ledger, one)
+        await ledger.stage(chunk, "n", Written(0, sum(codes.values()), 1, codes), ["1"])
+        await ledger.finish(chunk)
+    totals = await ledger.totals(one.id)
+    assert (dict(totals.codes), totals.failed, totals.chunks_done) == ({"A": 4, "B": 3}, 7, 3)
+
+
+async def test_one_duty_at_a_time_and_one_ending(database: Any, clock: TestClock, tmp_path: Path) -> None:
+    books = [
+        Book(database[BATCHES], ledger_of(database, clock, f"i{n}"), clock=clock, instance=f"i{n}") for n in range(2)
+    ]
+    one = batch(tmp_path, key="k", digest=b"d", free_at=START)
+    assert await books[0].add(one) == (one, False)
+    assert await books[1].add(replace(one, id="0" * 26)) == (await books[0].get(one.id), True)
+    with pytest.raises(AlreadyExists, match="was used by batch"):
+        await books[1].add(replace(one, id="0" * 26, digest=b"other"))
+    held = await books[0].take_duty(one.id)
+    assert held is not None
+    assert await books[1].take_duty(one.id) is None
+    clock.advance(seconds=2)
+    taken = await books[1].take_duty(one.id)
+    assert taken is not None
+    assert not await books[0].listed(held, ENTRY, 1)
+    assert await books[1].listed(taken, ENTRY, 1)
+    assert await books[0].doom(one.id, Ending(BatchState.CANCELLED, "first")) is not None
+    assert await books[1].doom(one.id, Ending(BatchState.FAILED, "second")) is None
+    assert await books[0].turn(one.id, BatchState.RUNNING, BatchState.PAUSED, "no") is None
+    assert await books[0].stopped([one.id]) == {one.id}
+    final = await books[0].take_duty(one.id)
+    assert final is not None
+    assert await books[0].end(final, Ending(BatchState.CANCELLED, "first"))
+    ended = await books[0].get(one.id)
+    assert (ended.state, ended.message, ended.is_final) == (BatchState.CANCELLED, "first", True)
+    assert not await books[0].active()
+    assert await books[0].active_among([one.id]) == set()
+
+
+def stages(plan: Any) -> list[str]:
+    """All stages of an explained plan."""
+    if isinstance(plan, dict):
+        own = [plan["stage"]] if "stage" in plan else []
+        return own + [stage for value in plan.values() for stage in stages(value)]
+    return [stage for value in plan for stage in stages(value)] if isinstance(plan, list) else []
+
+
+@pytest.mark.parametrize(
+    ("collection", "query", "sort"),
+    [
+        (BATCHES, {"is_active": True}, [("_id", 1)]),
+        (BATCHES, {"tenant": "t", "key": "k"}, None),
+        (BATCHES, {"state": "running"}, [("_id", -1)]),
+        (BATCHES, {"model_name": "m"}, [("_id", -1)]),
+        (BATCHES, {"tenant": "t"}, [("_id", -1)]),
+        (BATCHES, {"tenant": "t", "state": "running", "model_name": "m", "_id": {"$lt": "x"}}, [("_id", -1)]),
+        (CHUNKS, {"batch": "b"}, [("number", -1)]),
+        (CHUNKS, {"batch": "b", "state": "done"}, [("number", 1)]),
+        (CHUNKS, {"batch": "b", "free_at": {"$gt": START, "$lte": START}}, [("number", 1)]),
+    ],
+    ids=str,
+)
+async def test_every_query_has_an_index(
+    collection: str, query: dict[str, Any], sort: Any, database: Any, tmp_path: Path
+) -> None:
+    cursor = database[collection].find(query)
+    plan = await (cursor.sort(sort) if sort else cursor).explain()
+    found = stages(plan["queryPlanner"]["winningPlan"])
+    assert "COLLSCAN" not in found
+    assert "SORT" not in found
+    assert "IXSCAN" in found
+
+
+async def test_a_claim_in_a_long_plan_looks_at_few_chunks(
+    database: Any, clock: TestClock, tmp_path: Path, mongo_uri: str
+) -> None:
+    """Those that are done lie before those that are free: they are not looked at."""
+    one, ledger = batch(tmp_path), ledger_of(database, clock)
+    await ledger.append(chunks(one, 2_000))
+    await database[CHUNKS].update_many(
+        {"batch": one.id, "number": {"$lt": 1_900}}, {"$set": {"state": "done"}, "$unset": {"free_at": ""}}
+    )
+    async with AsyncMongoClient[dict[str, Any]](mongo_uri) as client:
+        found = await client[database.name].command(
+            "explain",
+            {
+                "findAndModify": CHUNKS,
+                "query": {"batch": one.id, "free_at": {"$lte": clock(), "$gt": START - timedelta(days=9_999)}},
+                "sort": {"number": 1},
+                "hint": "undone",
+                "update": {"$set": {"attempts": 1}},
+            },
+            verbosity="executionStats",
+        )
+    assert found["executionStats"]["totalDocsExamined"] <= 1
+    assert (await claimed(ledger, one)).number == 1_900
