@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from mesh.interceptors import Context
 from mesh.server import Rpc
 from services.ingest.batches.rpc import BatchesRpc
+from services.ingest.connectors.reports import Reports
+from services.ingest.connectors.rpc import StreamsRpc
+from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dead_letters.rpc import DeadLettersRpc
 from services.ingest.dispatch.cancel import Cancelling
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
     from services.ingest.batches.room import Batches
 
 
-class IngestRpc(DeadLettersRpc, SchedulesRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
+class IngestRpc(
+    DeadLettersRpc, SchedulesRpc, TenantsRpc, BatchesRpc, StreamsRpc, ingest_pb2_grpc.IngestServiceServicer
+):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -47,11 +52,14 @@ class IngestRpc(DeadLettersRpc, SchedulesRpc, TenantsRpc, BatchesRpc, ingest_pb2
         batches: Batches | None,
         book: Book,
         standings: Standings,
+        run_streams: RunStreams,
+        reports: Reports,
         *,
         stream_items: int,
         stream_bytes: int,
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
+        StreamsRpc.__init__(self, run_streams, reports)
         SchedulesRpc.__init__(self, schedules)
         BatchesRpc.__init__(self, batches)
         TenantsRpc.__init__(self, book, standings)

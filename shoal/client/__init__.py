@@ -6,10 +6,11 @@ from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
 from shoal.client.batch import Batch, BatchFormat, BatchState, BatchStep
 from shoal.client.blocking import Client
+from shoal.client.connectors import Connector, ConnectorLane, ConnectorPhase
 from shoal.client.dead_letters import Handled
 from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
-from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
+from shoal.client.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, Transition
 from shoal.client.job_watch import JobChange, JobFilter
 from shoal.client.keeping import Kept, RetentionRule, StoreUsage, TenantUsage
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
@@ -30,6 +31,9 @@ __all__ = [
     "BatchStep",
     "Client",
     "Collected",
+    "Connector",
+    "ConnectorLane",
+    "ConnectorPhase",
     "EnvoyStatus",
     "Exported",
     "Finding",
@@ -56,6 +60,7 @@ __all__ = [
     "Outcome",
     "Progress",
     "Pushed",
+    "Ran",
     "ResultFilter",
     "RetentionRule",
     "RetryPolicy",

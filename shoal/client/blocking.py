@@ -63,6 +63,7 @@ class Jobs(Face[AsyncJobs]):
 
     submit = blocking(AsyncJobs.submit)
     submit_many = iterating(AsyncJobs.submit_many)
+    run_many = iterating(AsyncJobs.run_many)
     get = blocking(AsyncJobs.get)
     inputs = blocking(AsyncJobs.inputs)
     list = blocking(AsyncJobs.list)
