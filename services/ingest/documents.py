@@ -151,6 +151,8 @@ def document_of(job: Job) -> Document:
         document |= {"last_code": job.last_code, "last_message": job.last_message}
     if job.due_at is not None:
         document["due_at"] = job.due_at
+    if job.lease is not None:  # Adopted by its instance in the write that makes it durable.
+        document["lease"] = asdict(job.lease)
     if job.depends_on:
         document |= {"depends_on": list(job.depends_on), "waits_for": list(job.waits_for)}
     if job.not_before is not None:

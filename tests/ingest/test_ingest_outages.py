@@ -185,3 +185,33 @@ async def test_a_stream_stops_its_producer_while_the_database_hangs(
     assert all(answer.job_id or answer.code == S.UNAVAILABLE.value[0] for answer in answers)
     assert all(answer.job_id for answer in answers[-300:])
     await client.channel.close()
+
+
+async def test_a_submit_of_which_nothing_was_heard_runs_once_with_all_its_attempts(
+    mongod: MongodProcess, own_mesh: FakeMesh, start_ingest: StartIngest
+) -> None:
+    mongod.start()
+    await mongod.until_ready()
+    ingest = start_ingest(mongo=mongod.uri)
+    await ingest.until_ready()
+    client = Client(ingest.address)
+    once = submit(request_id="once", idempotency_key="k", retry=pb.RetryPolicy(max_attempts=1))
+    mongod.freeze()  # The write that would also claim it hangs: it is done, or not, once mongod goes on.
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await client.stub.Submit(once, timeout=30)
+    assert refused.value.code() is S.UNAVAILABLE
+    mongod.thaw()
+    accepted: list[pb.SubmitResponse] = []
+
+    async def is_accepted() -> bool:
+        try:
+            accepted.append(await client.stub.Submit(once, timeout=20))
+        except grpc.aio.AioRpcError:
+            return False
+        return True
+
+    await until(is_accepted, "the database takes jobs again")
+    job = await client.ended(accepted[0].job.id)
+    assert (job.state, job.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
+    assert own_mesh.infer.calls["once"] == 1
+    await client.channel.close()

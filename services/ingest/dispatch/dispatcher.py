@@ -10,8 +10,9 @@ job's. Jobs of one model stand in one line here, and as many are in calls at onc
 (`bulks.Pace`). A model with a line is claimed no more of, and no claim is of more than half of what may still be held:
 so a slow model, or several, leave room for the others.
 
-While the queue is drained, jobs submitted here go straight from intake to a claim, and nobody reads the queue but for a
-poll now and then. When there is more than it has room for, it forgets the fresh ones and works by the queue's order.
+While the queue is drained, jobs submitted here are adopted: they are claimed in the write that makes them durable. What
+there is no room for just then is fresh, and goes straight from intake to a claim. Nobody reads the queue but for a poll
+now and then. When there is more than it has room for, it forgets the fresh ones and works by the queue's order.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from services.ingest.dispatch.gate import Gate
 from services.ingest.dispatch.recorder import Ending, Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
 from services.ingest.intake.backlog import Backlog
-from services.ingest.job import Again, End, Job, Lease, released
+from services.ingest.job import Again, End, Job, Lease, claim, released
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class Dispatcher:
         self._usual_bytes = 1.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._fresh: deque[Job] = deque()
+        self._adopting = 0
         self._is_drained = True
         self._wake = asyncio.Event()
         self._next_read = 0.0
@@ -158,19 +160,55 @@ class Dispatcher:
             self._stop_at = asyncio.get_running_loop().time() + self._drain_s
             self._wake.set()
 
+    def adopt(self, jobs: list[Job]) -> list[Job]:
+        """The jobs, about to be written: claimed at once where nobody waits before them and there is room for them."""
+        room = self._claim_room() if self._is_drained and not self._fresh and self._stop_at is None else 0
+        if room <= 0:
+            return jobs
+        now = self._clock()
+        lease, closed = self._claims.lease(now), self._closed(now)
+        made: list[Job] = []
+        for job in jobs:
+            if room > 0 and job.due_at is not None and job.due_at <= now and job.model_name not in closed:
+                room -= 1
+                self._adopting += 1
+                job = claim(job, lease, now)
+            made.append(job)
+        return made
+
     def accept(self, jobs: Sequence[Job]) -> None:
         """Hears of jobs that were just made durable here."""
         now = self._clock()
-        for job in jobs:
+        self._claims.notice(jobs)
+        light = [replace(job, request=None) if job.is_apart else job for job in jobs]
+        adopted = [job for job in light if job.lease is not None]
+        self._adopting -= len(adopted)
+        self._take(adopted)
+        waiting = [job for job in light if job.due_at is not None]
+        for job in waiting:
             if job.due_at is not None and job.due_at > now:
                 self._read_at(job.due_at)
         if not self._is_drained or self._stop_at is not None:
             return
-        due = [job for job in jobs if job.due_at is not None and job.due_at <= now]
-        self._fresh.extend(replace(job, request=None) if job.is_apart else job for job in due)
+        self._fresh.extend(job for job in waiting if job.due_at is not None and job.due_at <= now)
         if len(self._fresh) > self._max_calls * _FRESH_PER_CALL:
             self._fall_behind()
-        self._wake.set()
+        if waiting:
+            self._wake.set()
+
+    def disown(self, jobs: Sequence[Job]) -> None:
+        """Hears that jobs may have been made durable, or not. Those it adopted go back to the queue, if they are there.
+
+        A submit that is repeated with its key then finds a job that will run, with all its attempts.
+        """
+        again = Again(self._clock(), False, "it was not sure that it was durable: this attempt was not made")
+        adopted = [job for job in jobs if job.lease is not None]
+        self.forget(adopted)
+        self._settle([(self._hold(replace(job, request=None)), again) for job in adopted])
+
+    def forget(self, jobs: Sequence[Job]) -> None:
+        """Hears that jobs, of which it may have adopted some, were not made durable."""
+        self._adopting -= sum(job.lease is not None for job in jobs)
 
     def wake(self) -> None:
         """Something may be due now: the queue is read at once, not only at the next poll."""
@@ -183,7 +221,7 @@ class Dispatcher:
     @property
     def room(self) -> int:
         """How many more jobs may be held; none while it stops."""
-        return 0 if self._stop_at is not None else max(0, self._max_held - len(self._held))
+        return 0 if self._stop_at is not None else max(0, self._max_held - len(self._held) - self._adopting)
 
     def end(self, job: Job, how: End) -> None:
         """Sees to it that a job that was taken over ends. An attempt of it that runs here is given up."""
@@ -239,7 +277,7 @@ class Dispatcher:
         room = self._claim_room()
         if room <= 0:
             return []
-        closed = [*self._gate.closed(self._clock()), *(model for model, line in self._lines.items() if line.waiting)]
+        closed = self._closed(self._clock())
         now = asyncio.get_running_loop().time()
         if self._is_drained and now < self._next_read:
             fresh = [self._fresh.popleft() for _ in range(min(room, len(self._fresh)))]
@@ -255,6 +293,10 @@ class Dispatcher:
                 self._is_drained = True
         self._backlog.taken(len(jobs))
         return jobs
+
+    def _closed(self, now: datetime) -> list[str]:
+        """Models that are not claimed now: nobody is there to run them, or some of theirs stand in line here."""
+        return [*self._gate.closed(now), *(model for model, line in self._lines.items() if line.waiting)]
 
     def _claim_room(self) -> int:
         """How many jobs the next claim is of; 0 while it is better to wait for more room."""

@@ -2,6 +2,8 @@
 
     submit ──check──> memory budget, backlog ──> group ──payloads, then jobs──> acknowledged ──> the dispatcher hears
 
+Where the dispatcher has time for them, jobs are written as claimed already: one write less in the life of each.
+
 A key that was used before is found by its unique index, in the same write: no read comes first, and two that race are
 told apart by the database.
 """
@@ -13,7 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from opentelemetry import propagate
 from pymongo.asynchronous.collection import AsyncCollection
@@ -29,6 +31,8 @@ from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.pressure import Pressure
+from services.ingest.intake.storage import Storage
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
 from services.ingest.tenants.admission import Admission
@@ -55,6 +59,25 @@ class Accepted:
     existed: bool
 
 
+class Takers(Protocol):
+    """Who works on jobs, as intake needs them."""
+
+    def adopt(self, jobs: list[Job]) -> list[Job]:
+        """The jobs as they are to be written: claimed at once where somebody here has time for them.
+
+        What was adopted is then accepted, disowned or forgotten.
+        """
+
+    def accept(self, jobs: Sequence[Job]) -> None:
+        """They were written."""
+
+    def disown(self, jobs: Sequence[Job]) -> None:
+        """It is not clear whether they were written."""
+
+    def forget(self, jobs: Sequence[Job]) -> None:
+        """They were not written."""
+
+
 class Intake:
     """Takes jobs. Used as `async with`; leaving finishes the write under way."""
 
@@ -65,22 +88,28 @@ class Intake:
         *,
         backlog: Backlog,
         admission: Admission,
+        storage: Storage,
         budget: Budget,
+        pressure: Pressure,
         clock: Clock,
         ulids: Ulids,
         instance: str,
         inline_bytes: int,
+        takers: Takers,
         on_accepted: Callable[[Sequence[Job]], None],
     ) -> None:
         self._jobs = jobs
         self._payloads = payloads
         self._backlog = backlog
         self._admission = admission
+        self._storage = storage
         self._budget = budget
+        self._pressure = pressure
         self._clock = clock
         self._ulids = ulids
         self._instance = instance
         self._inline_bytes = inline_bytes
+        self._takers = takers
         self._on_accepted = on_accepted
         self._group: Group[Job, Accepted] = Group(
             "submitted jobs",
@@ -119,7 +148,7 @@ class Intake:
         Raises, or its future does:
             InvalidArgument: names the field.
             AlreadyExists: the key was used with another request.
-            ResourceExhausted: the backlog is full, or too many bytes wait to be written.
+            ResourceExhausted: the backlog is full, too many bytes wait to be written, the tenant's storage is used up.
             Unavailable: MongoDB is away; the job may or may not be there, so repeat it with an idempotency key.
         """
         job = self._checked(submit, traceparent)
@@ -154,6 +183,7 @@ class Intake:
         )
         if not self._is_open:
             raise Unavailable("the job database has not been reached yet: retry in a moment")
+        self._storage.admit(job.tenant)
         return job
 
     async def _begin_later(self, job: Job) -> Accepted:
@@ -163,13 +193,17 @@ class Intake:
 
     def _handed_on(self, job: Job) -> asyncio.Future[Accepted]:
         try:
-            return self._group.add(job)
+            future = self._group.add(job)
         except ShoalError:
             self._budget.give_back(_size(job))
             raise
+        self._pressure.entered(_size(job))
+        return future
 
     def _left(self, jobs: Sequence[Job]) -> None:
-        self._budget.give_back(sum(map(_size, jobs)))
+        nbytes = sum(map(_size, jobs))
+        self._budget.give_back(nbytes)
+        self._pressure.left(len(jobs), nbytes)
 
     async def by_key(self, tenant: str, key: str) -> Job | None:
         """The job that has this idempotency key, without its request.
@@ -180,18 +214,31 @@ class Intake:
         return (await self._find_by_key({(tenant, key)})).get((tenant, key))
 
     async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
+        self._pressure.began()
+        try:
+            return await self._written(jobs)
+        finally:
+            self._pressure.ended()
+
+    async def _written(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
         errors = await self._without_dependencies(jobs)
-        known = [job for job in jobs if job.id not in errors]
-        await self._payloads.put(known)
-        errors |= await self._insert(known) if known else {}
-        written = [job for job in jobs if job.id not in errors]
+        known = self._takers.adopt([job for job in jobs if job.id not in errors])
+        try:
+            await self._payloads.put(known)
+            errors |= await self._insert(known) if known else {}
+        except BaseException:
+            self._takers.disown(known)  # They may be there or not.
+            raise
+        self._takers.forget([job for job in known if job.id in errors])
+        written = {job.id: job for job in known if job.id not in errors}
         if written:
-            self._backlog.added(len(written))
-            self._on_accepted(written)
+            self._backlog.added(sum(job.due_at is not None for job in written.values()))
+            self._takers.accept([*written.values()])
+            self._on_accepted([*written.values()])
         earlier = await self._earlier([job for job in jobs if isinstance(errors.get(job.id), KeyTaken)])
         earlier |= await self._repeated([job for job in jobs if isinstance(errors.get(job.id), NotFound) and job.key])
         await self._payloads.drop([job.id for job in jobs if job.id in errors and job.is_apart])
-        return [earlier.get(job.id) or errors.get(job.id) or Accepted(job, False) for job in jobs]
+        return [earlier.get(job.id) or errors.get(job.id) or Accepted(written[job.id], False) for job in jobs]
 
     async def _without_dependencies(self, jobs: Sequence[Job]) -> dict[str, ShoalError]:
         """Those of `jobs` that depend on jobs that there are not, neither in the database nor before them in `jobs`.

@@ -152,3 +152,31 @@ async def test_when_an_instance_dies_its_jobs_come_back_alone_and_say_so(
     async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
         counted = await mongo[mongo_database]["jobs"].count_documents({"last_code": int(Code.UNAVAILABLE)})
     assert counted == len(alone)
+
+
+async def test_a_job_is_claimed_in_the_write_that_makes_it_durable_where_there_is_room(
+    start_ingest: StartIngest, own_mesh: FakeMesh
+) -> None:
+    process = start_ingest(max_in_flight=1)  # Four are held, and of those two claimed at a time.
+    await process.until_ready()
+    client, may = Client(process.address), asyncio.Event()
+
+    async def slow(request: inference_pb2.ModelInferRequest, context: Any) -> Any:
+        await may.wait()
+        return await echo(request, context)
+
+    first = await client.submit()
+    assert (first.job.state, first.job.attempts) == (pb.JOB_STATE_RUNNING, 1)
+    assert [step.reason for step in first.job.transitions] == ["submitted", "claimed"]
+    ended = await client.ended(first.job.id)
+    assert [step.state for step in ended.transitions] == [1, 2, 3]
+    own_mesh.infer.model = slow
+    held = await client.submit(request_id="held")
+    await until(lambda: own_mesh.infer.calls["held"] == 1)
+    others = [await client.submit() for _ in range(6)]
+    assert others[-1].job.state == pb.JOB_STATE_QUEUED
+    may.set()
+    for other in (held, *others):
+        job = await client.ended(other.job.id)
+        assert (job.state, job.attempts) == (pb.JOB_STATE_SUCCEEDED, 1)
+    await client.channel.close()
