@@ -48,6 +48,10 @@ from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.retention.book import JOB_RETENTION
+from services.ingest.retention.book import VALIDATOR as RETENTION_VALIDATOR
+from services.ingest.retention.book import Book as RetentionBook
+from services.ingest.retention.sweep import Sweep
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
@@ -195,6 +199,16 @@ async def run(config: IngestConfig) -> None:
             clock=utc_now,
             ready=ready,
         )
+        retention = RetentionBook(database[JOB_RETENTION], config.job_retention)
+        sweep = Sweep(
+            documents,
+            payloads,
+            retention,
+            leads=lambda: lead.token is not None,
+            clock=utc_now,
+            ready=ready,
+            round_s=config.retention_round_ms / 1_000,
+        )
         watching = await stack.enter_async_context(
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
@@ -207,6 +221,7 @@ async def run(config: IngestConfig) -> None:
             cancelling,
             dead_letters,
             schedules,
+            retention,
             watch_many,
             batches,
             book,
@@ -225,6 +240,7 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(intake)
         await stack.enter_async_context(lead)
         await stack.enter_async_context(firing)
+        await stack.enter_async_context(sweep)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)
         if batches is not None:
@@ -267,6 +283,7 @@ async def _prepare(
             await mongo.ensure_collection(
                 database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
             )
+            await mongo.ensure_collection(database, JOB_RETENTION, validator=RETENTION_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, LEADS, validator=LEAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, SCHEDULES, validator=SCHEDULE_VALIDATOR, indexes=SCHEDULE_INDEXES)
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)

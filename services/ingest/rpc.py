@@ -19,6 +19,8 @@ from services.ingest.reading.jobs import Filter, Jobs
 from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.retention.book import Book as RetentionBook
+from services.ingest.retention.rpc import JobRetentionRpc
 from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.rpc import SchedulesRpc
 from services.ingest.tenants.book import Book
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     from services.ingest.batches.room import Batches
 
 
-class IngestRpc(DeadLettersRpc, SchedulesRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
+class IngestRpc(
+    DeadLettersRpc, SchedulesRpc, JobRetentionRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer
+):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -43,6 +47,7 @@ class IngestRpc(DeadLettersRpc, SchedulesRpc, TenantsRpc, BatchesRpc, ingest_pb2
         cancelling: Cancelling,
         dead_letters: DeadLetters,
         schedules: Schedules,
+        retention: RetentionBook,
         watch_many: WatchMany,
         batches: Batches | None,
         book: Book,
@@ -53,6 +58,7 @@ class IngestRpc(DeadLettersRpc, SchedulesRpc, TenantsRpc, BatchesRpc, ingest_pb2
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
         SchedulesRpc.__init__(self, schedules)
+        JobRetentionRpc.__init__(self, retention)
         BatchesRpc.__init__(self, batches)
         TenantsRpc.__init__(self, book, standings)
         self._intake = intake

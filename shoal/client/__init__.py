@@ -10,6 +10,7 @@ from shoal.client.dead_letters import Handled
 from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
+from shoal.client.job_retention import JobRetention
 from shoal.client.job_watch import JobChange, JobFilter
 from shoal.client.keeping import Kept, RetentionRule, StoreUsage, TenantUsage
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
@@ -45,6 +46,7 @@ __all__ = [
     "JobFilter",
     "JobRequest",
     "JobResult",
+    "JobRetention",
     "JobRetry",
     "JobState",
     "Kept",
