@@ -42,6 +42,10 @@ class IngestConfig(ServiceConfig):
     """Requests above this are kept in the store, and the job refers to them: claims and scans stay light."""
     max_backlog: Annotated[int, Field(ge=1)] = 1_000_000
     """Queued jobs, of all instances together, beyond which submits are refused."""
+    max_write_wait_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 5_000
+    """Submits that would wait longer for MongoDB are refused at once: half of what they may wait in all."""
+    min_free_disk_bytes: Annotated[int, Field(ge=0)] = 512 << 20
+    """While less is free on MongoDB's disk, submits are refused, so that what was accepted can end. 0: never."""
     stream_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000
     """Unacknowledged items of one SubmitStream beyond which it is not read further."""
     stream_bytes: Annotated[int, Field(ge=1)] = 32 << 20
@@ -66,6 +70,12 @@ class IngestConfig(ServiceConfig):
     max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100
     """WatchJobs streams at once, each of which holds a change stream of its own: MongoDB reads its log for each."""
 
+    run_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Jobs of one RunStream without a result beyond which it is not read further."""
+    run_items_together: Annotated[int, Field(ge=1)] = 100_000
+    """The same of all such streams together; each may have one beyond it. About 2 KiB of memory each."""
+    max_streams: Annotated[int, Field(ge=1)] = 10_000
+    """RunStreams at once."""
     connectors: Path | None = None
     """A file of connectors (TOML): streams of Kafka and others that this instance takes part in."""
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from mesh.interceptors import Context
 from mesh.server import Rpc
 from services.ingest.batches.rpc import BatchesRpc
+from services.ingest.connectors.reports import Reports
+from services.ingest.connectors.rpc import StreamsRpc
+from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dead_letters.rpc import DeadLettersRpc
 from services.ingest.dispatch.cancel import Cancelling
@@ -35,7 +38,13 @@ if TYPE_CHECKING:
 
 
 class IngestRpc(
-    DeadLettersRpc, SchedulesRpc, JobRetentionRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer
+    DeadLettersRpc,
+    SchedulesRpc,
+    JobRetentionRpc,
+    TenantsRpc,
+    BatchesRpc,
+    StreamsRpc,
+    ingest_pb2_grpc.IngestServiceServicer,
 ):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
@@ -52,11 +61,14 @@ class IngestRpc(
         batches: Batches | None,
         book: Book,
         standings: Standings,
+        run_streams: RunStreams,
+        reports: Reports,
         *,
         stream_items: int,
         stream_bytes: int,
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
+        StreamsRpc.__init__(self, run_streams, reports)
         SchedulesRpc.__init__(self, schedules)
         JobRetentionRpc.__init__(self, retention)
         BatchesRpc.__init__(self, batches)

@@ -73,6 +73,7 @@ class Jobs(Face[AsyncJobs]):
 
     submit = blocking(AsyncJobs.submit)
     submit_many = iterating(AsyncJobs.submit_many)
+    run_many = iterating(AsyncJobs.run_many)
     get = blocking(AsyncJobs.get)
     inputs = blocking(AsyncJobs.inputs)
     list = blocking(AsyncJobs.list)
@@ -124,6 +125,8 @@ class Store(Face[AsyncStore]):
     remove_quota = blocking(AsyncStore.remove_quota)
     verify = iterating(AsyncStore.verify)
     collect = blocking(AsyncStore.collect)
+    backup = iterating(AsyncStore.backup)
+    restore = iterating(AsyncStore.restore)
 
 
 class Client(Face[AsyncClient]):

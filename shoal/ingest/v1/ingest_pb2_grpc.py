@@ -174,6 +174,16 @@ class IngestServiceStub:
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.FromString,
                 _registered_method=True)
+        self.RunStream = channel.stream_stream(
+                '/shoal.ingest.v1.IngestService/RunStream',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamResponse.FromString,
+                _registered_method=True)
+        self.ListConnectors = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListConnectors',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsResponse.FromString,
+                _registered_method=True)
 
 
 class IngestServiceServicer:
@@ -413,6 +423,25 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RunStream(self, request_iterator, context):
+        """Streams.
+
+        Jobs in, results out, on one stream: each job is answered first when it is durable (QUEUED), then with how it ended,
+        in the order in which jobs end. What is refused is answered in-band, and the stream goes on. Reading stops while too
+        many have no result: that is the backpressure. After a stream broke, open another, on any instance, and send what
+        has no result yet: by `job_id` what was durable, as before what was not. RESOURCE_EXHAUSTED: too many streams.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListConnectors(self, request, context):
+        """How the connectors of all ingest instances get on (docs/streams.md), by name and instance.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IngestServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -555,6 +584,16 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.ListTenants,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.SerializeToString,
+            ),
+            'RunStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.RunStream,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamResponse.SerializeToString,
+            ),
+            'ListConnectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListConnectors,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1313,6 +1352,60 @@ class IngestService:
             '/shoal.ingest.v1.IngestService/ListTenants',
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.SerializeToString,
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/shoal.ingest.v1.IngestService/RunStream',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListConnectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListConnectors',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsResponse.FromString,
             options,
             channel_credentials,
             insecure,
