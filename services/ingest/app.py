@@ -23,7 +23,10 @@ from services.ingest.batches.door import batches_of
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import checkpoints, settings
+from services.ingest.connectors import reports as connector_reports
 from services.ingest.connectors.connectors import Connectors, Place
+from services.ingest.connectors.reports import CONNECTORS, Reports
+from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dependencies.cascade import Cascade
 from services.ingest.dispatch.attempt import Attempts
@@ -38,8 +41,10 @@ from services.ingest.documents import INDEXES, JOBS, PAYLOAD_VALIDATOR, PAYLOADS
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.claim_check import ClaimCheck
-from services.ingest.intake.intake import Intake
+from services.ingest.intake.disk import Disk
+from services.ingest.intake.intake import GROUP_BYTES, GROUP_ITEMS, Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.pressure import Pressure
 from services.ingest.intake.storage import Storage
 from services.ingest.job import Job
 from services.ingest.leading import LEAD_VALIDATOR, LEADS, Lead
@@ -48,6 +53,10 @@ from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.retention.book import JOB_RETENTION
+from services.ingest.retention.book import VALIDATOR as RETENTION_VALIDATOR
+from services.ingest.retention.book import Book as RetentionBook
+from services.ingest.retention.sweep import Sweep
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
@@ -89,6 +98,13 @@ async def run(config: IngestConfig) -> None:
         book = Book(database)
         pending = Pending(documents, time.monotonic)
         buckets = Buckets(database, time.monotonic)
+        disk = Disk(database, config.min_free_disk_bytes)
+        pressure = Pressure(
+            config.max_write_wait_ms / 1000,
+            group_items=GROUP_ITEMS,
+            group_bytes=GROUP_BYTES,
+            clock=time.monotonic,
+        )
         claims = Claims(
             documents,
             clock=utc_now,
@@ -151,8 +167,9 @@ async def run(config: IngestConfig) -> None:
             documents,
             payloads,
             backlog=backlog,
-            admission=Admission(book, pending, buckets, gates=[backlog.admit]),
             storage=storage,
+            admission=Admission(book, pending, buckets, gates=[disk.admit, pressure.admit, backlog.admit]),
+            pressure=pressure,
             budget=Budget(config.pending_bytes, "submitted requests"),
             clock=utc_now,
             ulids=ulids,
@@ -195,10 +212,24 @@ async def run(config: IngestConfig) -> None:
             clock=utc_now,
             ready=ready,
         )
+        retention = RetentionBook(database[JOB_RETENTION], config.job_retention)
+        sweep = Sweep(
+            documents,
+            payloads,
+            retention,
+            leads=lambda: lead.token is not None,
+            clock=utc_now,
+            ready=ready,
+            round_s=config.retention_round_ms / 1_000,
+        )
         watching = await stack.enter_async_context(
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
         watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
+        reports = Reports(database[CONNECTORS], connectors.own, instance=name, clock=utc_now, ready=ready)
+        run_streams = RunStreams(
+            intake, endings, most=config.max_streams, items=config.run_items, all_items=config.run_items_together
+        )
         batches = batches_of(config, database, channel, model, clock=utc_now, new_id=ulids.new, ready=ready)
         servicer = IngestRpc(
             intake,
@@ -207,16 +238,20 @@ async def run(config: IngestConfig) -> None:
             cancelling,
             dead_letters,
             schedules,
+            retention,
             watch_many,
             batches,
             book,
             Standings(documents, book, pending),
+            run_streams,
+            reports,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
         # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
         # dispatcher; both outlive the server, whose last calls may need them.
         await stack.enter_async_context(book)
+        await stack.enter_async_context(disk)
         await stack.enter_async_context(recorder)
         await stack.enter_async_context(changes)
         await stack.enter_async_context(keeper)
@@ -225,8 +260,10 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(intake)
         await stack.enter_async_context(lead)
         await stack.enter_async_context(firing)
+        await stack.enter_async_context(sweep)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)
+        await stack.enter_async_context(reports)
         if batches is not None:
             await stack.enter_async_context(batches)
         server = await stack.enter_async_context(
@@ -242,6 +279,7 @@ async def run(config: IngestConfig) -> None:
 
         async def start() -> None:
             await _prepare(database, claims, batches, book, buckets)
+            disk.open()
             intake.open()
             ready.set()
             await server.serve()
@@ -264,9 +302,8 @@ async def _prepare(
     while True:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
-            await mongo.ensure_collection(
-                database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
-            )
+            await _prepare_connectors(database)
+            await mongo.ensure_collection(database, JOB_RETENTION, validator=RETENTION_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, LEADS, validator=LEAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, SCHEDULES, validator=SCHEDULE_VALIDATOR, indexes=SCHEDULE_INDEXES)
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
@@ -282,3 +319,11 @@ async def _prepare(
         except ShoalError as err:
             log.warning("not ready yet: %s", err)
             await asyncio.sleep(_RETRY_S)
+
+
+async def _prepare_connectors(database: AsyncDatabase[Document]) -> None:
+    for name, validator, indexes in (
+        (checkpoints.CHECKPOINTS, checkpoints.VALIDATOR, ()),
+        (CONNECTORS, connector_reports.VALIDATOR, connector_reports.INDEXES),
+    ):
+        await mongo.ensure_collection(database, name, validator=validator, indexes=indexes)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
+from shoal.client.backups import BackupProgress
 from shoal.client.batch import Batch, BatchFormat, BatchState, BatchStep
 from shoal.client.blocking import Client
+from shoal.client.connectors import Connector, ConnectorLane, ConnectorPhase
 from shoal.client.dead_letters import Handled
 from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
-from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, Transition
+from shoal.client.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, Transition
+from shoal.client.job_retention import JobRetention
 from shoal.client.job_watch import JobChange, JobFilter
 from shoal.client.keeping import Kept, RetentionRule, StoreUsage, TenantUsage
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
@@ -24,12 +27,16 @@ from shoal.client.tenants import Tenant, TenantSettings
 __all__ = [
     "AsyncClient",
     "BFloat16",
+    "BackupProgress",
     "Batch",
     "BatchFormat",
     "BatchState",
     "BatchStep",
     "Client",
     "Collected",
+    "Connector",
+    "ConnectorLane",
+    "ConnectorPhase",
     "EnvoyStatus",
     "Exported",
     "Finding",
@@ -45,6 +52,7 @@ __all__ = [
     "JobFilter",
     "JobRequest",
     "JobResult",
+    "JobRetention",
     "JobRetry",
     "JobState",
     "Kept",
@@ -56,6 +64,7 @@ __all__ = [
     "Outcome",
     "Progress",
     "Pushed",
+    "Ran",
     "ResultFilter",
     "RetentionRule",
     "RetryPolicy",

@@ -62,12 +62,17 @@ SET_QUOTA = Method(_STORE + "SetQuota", store.SetQuotaRequest, store.SetQuotaRes
 EXPORT_RESULTS = Method(_STORE + "ExportResults", store.ExportResultsRequest, store.ExportResultsResponse)
 VERIFY_STORE = Method(_STORE + "VerifyStore", store.VerifyStoreRequest, store.VerifyStoreResponse)
 COLLECT_ARTIFACTS = Method(_STORE + "CollectArtifacts", store.CollectArtifactsRequest, store.CollectArtifactsResponse)
+# Each backup is another one, and a restore that was repeated behind the caller's back would hide what it is at.
+BACK_UP = Method(_STORE + "BackUp", store.BackUpRequest, store.BackUpResponse, False)
+RESTORE = Method(_STORE + "Restore", store.RestoreRequest, store.RestoreResponse, False)
 STREAM_RESULTS = Method(_STORE + "StreamResults", store.StreamResultsRequest, store.StreamResultsResponse)
 
 _INGEST = "/shoal.ingest.v1.IngestService/"
-# The client never submits without an idempotency key, and that is what makes these two idempotent.
+# The client never submits without an idempotency key, and that is what makes these three idempotent.
 SUBMIT = Method(_INGEST + "Submit", ingest.SubmitRequest, ingest.SubmitResponse)
 SUBMIT_STREAM = Method(_INGEST + "SubmitStream", ingest.SubmitStreamRequest, ingest.SubmitStreamResponse)
+RUN_STREAM = Method(_INGEST + "RunStream", ingest.RunStreamRequest, ingest.RunStreamResponse)
+LIST_CONNECTORS = Method(_INGEST + "ListConnectors", ingest.ListConnectorsRequest, ingest.ListConnectorsResponse)
 GET_JOB = Method(_INGEST + "GetJob", ingest.GetJobRequest, ingest.GetJobResponse)
 GET_PAYLOAD = Method(_INGEST + "GetPayload", ingest.GetPayloadRequest, ingest.GetPayloadResponse)
 LIST_JOBS = Method(_INGEST + "ListJobs", ingest.ListJobsRequest, ingest.ListJobsResponse)
@@ -81,6 +86,10 @@ REQUEUE_DEAD_LETTERS = Method(
 )
 PURGE_DEAD_LETTERS = Method(
     _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
+)
+SET_JOB_RETENTION = Method(_INGEST + "SetJobRetention", ingest.SetJobRetentionRequest, ingest.SetJobRetentionResponse)
+LIST_JOB_RETENTION = Method(
+    _INGEST + "ListJobRetention", ingest.ListJobRetentionRequest, ingest.ListJobRetentionResponse
 )
 SET_TENANT = Method(_INGEST + "SetTenant", ingest.SetTenantRequest, ingest.SetTenantResponse)
 GET_TENANT = Method(_INGEST + "GetTenant", ingest.GetTenantRequest, ingest.GetTenantResponse)

@@ -31,6 +31,7 @@ from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.pressure import Pressure
 from services.ingest.intake.storage import Storage
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
@@ -89,6 +90,7 @@ class Intake:
         admission: Admission,
         storage: Storage,
         budget: Budget,
+        pressure: Pressure,
         clock: Clock,
         ulids: Ulids,
         instance: str,
@@ -102,6 +104,7 @@ class Intake:
         self._admission = admission
         self._storage = storage
         self._budget = budget
+        self._pressure = pressure
         self._clock = clock
         self._ulids = ulids
         self._instance = instance
@@ -190,13 +193,17 @@ class Intake:
 
     def _handed_on(self, job: Job) -> asyncio.Future[Accepted]:
         try:
-            return self._group.add(job)
+            future = self._group.add(job)
         except ShoalError:
             self._budget.give_back(_size(job))
             raise
+        self._pressure.entered(_size(job))
+        return future
 
     def _left(self, jobs: Sequence[Job]) -> None:
-        self._budget.give_back(sum(map(_size, jobs)))
+        nbytes = sum(map(_size, jobs))
+        self._budget.give_back(nbytes)
+        self._pressure.left(len(jobs), nbytes)
 
     async def by_key(self, tenant: str, key: str) -> Job | None:
         """The job that has this idempotency key, without its request.
@@ -207,6 +214,13 @@ class Intake:
         return (await self._find_by_key({(tenant, key)})).get((tenant, key))
 
     async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
+        self._pressure.began()
+        try:
+            return await self._written(jobs)
+        finally:
+            self._pressure.ended()
+
+    async def _written(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
         errors = await self._without_dependencies(jobs)
         known = self._takers.adopt([job for job in jobs if job.id not in errors])
         try:
