@@ -38,8 +38,6 @@ _EXPLAIN = inference_pb2.ModelInferRequest(
 # parsing the request. https://protobuf.dev/programming-guides/encoding/#last-one-wins
 _NAME_CHARS = 256
 _EXPLANATIONS = ("replica", "batch_size", "queue_us", "compute_us")
-_DOOR_S = 10.0
-# How long bulks go job by job after an infer that knows no bulks was met.
 
 Decision: TypeAlias = store_pb2.Result | Again | End
 """What becomes of a job after an attempt: its answer, another attempt, or its end."""
@@ -100,8 +98,8 @@ class Attempts:
                     async for some in decided:
                         yield some
                 return
-            except BulkDoorClosed:
-                self._door_closed_until = asyncio.get_running_loop().time() + _DOOR_S
+            except BulkDoorClosed as err:
+                self._door_closed_until = asyncio.get_running_loop().time() + err.for_s
         async with aclosing(self._one_by_one(jobs)) as decided:
             async for some in decided:
                 yield some
