@@ -3,7 +3,7 @@
 artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, damaged?, condemned_at?, referred_at?}
 references {_id: name of who refers, digest, made_at}: others than models
 retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
-fences     {_id: "retention", token, rules, acts?}; how far answers are gone: {_id: answers/tenant, recorded_at, job_id}
+fences     {_id: "retention", token, etcd, rules, acts}; where answers end: {_id: answers/tenant, recorded_at, job_id}
 usage      {_id: tenant, results, bytes, recounts, recounted_at}
 quotas     {_id: "*" or =tenant, tenant?, bytes, updated_at}
 graves     {_id: key of a blob that is to go, buried_at}
@@ -136,7 +136,10 @@ USAGE = _schema(
     }
 )
 QUOTAS = _schema({"_id": _NAME, "bytes": _SIZE, "updated_at": _DATE}, {"tenant": _TEXT})
-FENCES = _schema({"_id": _NAME}, {"token": _SIZE, "rules": _SIZE, "acts": _SIZE, "recorded_at": _DATE, "job_id": _NAME})
+FENCES = _schema(
+    {"_id": _NAME},
+    {"token": _SIZE, "etcd": _TEXT, "rules": _SIZE, "acts": _SIZE, "recorded_at": _DATE, "job_id": _NAME},
+)
 
 EVER = datetime(1, 1, 1, tzinfo=UTC)
 """Before everything: `{"$gte": EVER}` asks that a time is set, in a way that an index can answer."""

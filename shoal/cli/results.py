@@ -105,6 +105,7 @@ def show_result(
         ("submitted", result.submitted_at),
         ("recorded", result.recorded_at),
         ("error", result.message),
+        ("answer", "removed by retention" if result.answer_removed_at else ""),
     ]
     show(("", ""), [(name, value) for name, value in about if value not in (None, "", [])])
     if result.answer is not None:

@@ -26,6 +26,7 @@ from services.store.results.result_filter import beyond
 from services.store.results.tenants import tenant_after
 from services.store.retention import tombstones
 from services.store.retention.book import Outdated, Reading, RuleBook
+from services.store.retention.leadership import Mandate
 from services.store.retention.rules import Kept, Lane, plan
 from services.store.usage.counters import Counters
 from services.store.usage.weight import ANSWER_BYTES, INLINE_BYTES, RECORD_BYTES, Weight, by_tenant
@@ -73,8 +74,8 @@ class Sweep:
         self._reached: dict[Kept, str | None] = {}
         # After which tenant the next call goes on. Another instance begins anew: that costs a look at each.
 
-    async def apply(self, token: int) -> Swept:
-        """Removes for about BUDGET_S, on behalf of the leader with `token`.
+    async def apply(self, mandate: Mandate) -> Swept:
+        """Removes for about BUDGET_S, on behalf of the leader with `mandate`.
 
         Raises:
             FailedPrecondition: a later leader has acted.
@@ -86,16 +87,16 @@ class Sweep:
         for kept in Kept:
             while not swept.more:
                 try:
-                    swept.more = await self._sweep(kept, reading, token, swept, ends)
+                    swept.more = await self._sweep(kept, reading, mandate, swept, ends)
                     break
                 except Outdated:
                     reading = await self._book.read()
         return swept
 
-    async def _sweep(self, kept: Kept, reading: Reading, token: int, swept: Swept, ends: float) -> bool:
+    async def _sweep(self, kept: Kept, reading: Reading, mandate: Mandate, swept: Swept, ends: float) -> bool:
         """Removes all of one kind that is to go. True: time is up before that."""
         while (lane := await self._next_lane(kept, reading)) is not None:
-            act = _Act(kept, lane, reading.version, token)
+            act = _Act(kept, lane, reading.version, mandate)
             while found := await self._look(act):
                 setattr(swept, kept, getattr(swept, kept) + await self._remove(act, found))
                 if self._monotonic() >= ends:
@@ -139,7 +140,7 @@ class Sweep:
         results = self._collections.results
 
         async def work(session: AsyncClientSession) -> int:
-            await self._book.pass_fence(act.token, act.version, session)
+            await self._book.pass_fence(act.mandate, act.version, session)
             if act.kept is Kept.TOMBSTONES:
                 return (await results.delete_many(same, session=session)).deleted_count
             if act.kept is Kept.ANSWERS:
@@ -168,7 +169,7 @@ class _Act:
     kept: Kept
     lane: Lane
     version: int
-    token: int
+    mandate: Mandate
 
     @property
     def mark_id(self) -> str:

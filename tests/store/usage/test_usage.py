@@ -13,6 +13,7 @@ from mesh import mongo
 from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.retention.book import RuleBook
+from services.store.retention.leadership import Mandate
 from services.store.retention.rules import Kept, Rule
 from services.store.retention.sweep import Sweep
 from services.store.usage import counters as counting
@@ -89,10 +90,10 @@ async def test_retention_gives_room_back(store: Store, config: StoreConfig, coll
         book = RuleBook(collections, later)
         sweep = Sweep(collections, book, counters, later)
         await book.put(Rule(Kept.ANSWERS, None, timedelta(days=1)), remove=False)
-        assert (await sweep.apply(1)).answers == 5
+        assert (await sweep.apply(Mandate(1, "e"))).answers == 5
         assert await usage(store) == {"t": (4, 4 * RECORD), "u": (2, 2 * RECORD)}
         await book.put(Rule(Kept.RESULTS, "t", timedelta(days=1)), remove=False)
-        assert (await sweep.apply(1)).results == 4
+        assert (await sweep.apply(Mandate(1, "e"))).results == 4
     assert await usage(store) == {"t": (0, 0), "u": (2, 2 * RECORD)}
     assert await usage(store, recount=True) == {"t": (0, 0), "u": (2, 2 * RECORD)}
 
