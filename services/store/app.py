@@ -18,6 +18,9 @@ from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
 from services.store.artifacts.threads import Threads
+from services.store.backups.backup import Backup
+from services.store.backups.places import BackupPlaces
+from services.store.backups.restore import Restore
 from services.store.collecting.collector import Collector
 from services.store.collecting.references import References
 from services.store.collecting.rounds import Rounds
@@ -71,11 +74,14 @@ async def run(config: StoreConfig) -> None:
         result_stream = ResultStream(results, result_watch, config.max_streams)
         collector = Collector(collections, blobs, _now)
         await stack.enter_async_context(Rounds(collector, config.collect_every_ms / 1000))
+        places = BackupPlaces(config.backups, threads, checksums=config.s3_checksums)
         parts = ArtifactParts(
             artifacts,
             References(collections, artifacts, _now),
             collector,
             Verification(collections, blobs, artifacts.reader, responses),
+            Backup(collections, blobs, places, folder, threads, _now, config.backup_databases),
+            Restore(collections, blobs, places, folder, threads, _now),
             upload_idle_s=config.upload_idle_ms / 1000,
         )
         rpc = StoreRpc(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shoal.client.aio import AsyncClient
 from shoal.client.arrays import BFloat16
+from shoal.client.backups import BackupProgress
 from shoal.client.batch import Batch, BatchFormat, BatchState, BatchStep
 from shoal.client.blocking import Client
 from shoal.client.connectors import Connector, ConnectorLane, ConnectorPhase
@@ -11,6 +12,7 @@ from shoal.client.dead_letters import Handled
 from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, Transition
+from shoal.client.job_retention import JobRetention
 from shoal.client.job_watch import JobChange, JobFilter
 from shoal.client.keeping import Kept, RetentionRule, StoreUsage, TenantUsage
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
@@ -25,6 +27,7 @@ from shoal.client.tenants import Tenant, TenantSettings
 __all__ = [
     "AsyncClient",
     "BFloat16",
+    "BackupProgress",
     "Batch",
     "BatchFormat",
     "BatchState",
@@ -49,6 +52,7 @@ __all__ = [
     "JobFilter",
     "JobRequest",
     "JobResult",
+    "JobRetention",
     "JobRetry",
     "JobState",
     "Kept",

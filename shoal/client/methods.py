@@ -62,6 +62,9 @@ SET_QUOTA = Method(_STORE + "SetQuota", store.SetQuotaRequest, store.SetQuotaRes
 EXPORT_RESULTS = Method(_STORE + "ExportResults", store.ExportResultsRequest, store.ExportResultsResponse)
 VERIFY_STORE = Method(_STORE + "VerifyStore", store.VerifyStoreRequest, store.VerifyStoreResponse)
 COLLECT_ARTIFACTS = Method(_STORE + "CollectArtifacts", store.CollectArtifactsRequest, store.CollectArtifactsResponse)
+# Each backup is another one, and a restore that was repeated behind the caller's back would hide what it is at.
+BACK_UP = Method(_STORE + "BackUp", store.BackUpRequest, store.BackUpResponse, False)
+RESTORE = Method(_STORE + "Restore", store.RestoreRequest, store.RestoreResponse, False)
 STREAM_RESULTS = Method(_STORE + "StreamResults", store.StreamResultsRequest, store.StreamResultsResponse)
 
 _INGEST = "/shoal.ingest.v1.IngestService/"
@@ -83,6 +86,10 @@ REQUEUE_DEAD_LETTERS = Method(
 )
 PURGE_DEAD_LETTERS = Method(
     _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
+)
+SET_JOB_RETENTION = Method(_INGEST + "SetJobRetention", ingest.SetJobRetentionRequest, ingest.SetJobRetentionResponse)
+LIST_JOB_RETENTION = Method(
+    _INGEST + "ListJobRetention", ingest.ListJobRetentionRequest, ingest.ListJobRetentionResponse
 )
 SET_TENANT = Method(_INGEST + "SetTenant", ingest.SetTenantRequest, ingest.SetTenantResponse)
 GET_TENANT = Method(_INGEST + "GetTenant", ingest.GetTenantRequest, ingest.GetTenantResponse)

@@ -639,3 +639,51 @@ class CollectArtifactsResponse(_message.Message):
     removed: int
     strays: int
     def __init__(self, condemned: _Optional[int] = ..., collected: _Optional[int] = ..., removed: _Optional[int] = ..., strays: _Optional[int] = ...) -> None: ...
+
+class BackupProgress(_message.Message):
+    __slots__ = ("backup_id", "documents", "blobs", "blobs_in_all", "copied", "copied_bytes", "missing", "cluster_time", "complete")
+    BACKUP_ID_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_IN_ALL_FIELD_NUMBER: _ClassVar[int]
+    COPIED_FIELD_NUMBER: _ClassVar[int]
+    COPIED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_TIME_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    backup_id: str
+    documents: int
+    blobs: int
+    blobs_in_all: int
+    copied: int
+    copied_bytes: int
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    cluster_time: str
+    complete: bool
+    def __init__(self, backup_id: _Optional[str] = ..., documents: _Optional[int] = ..., blobs: _Optional[int] = ..., blobs_in_all: _Optional[int] = ..., copied: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ..., cluster_time: _Optional[str] = ..., complete: _Optional[bool] = ...) -> None: ...
+
+class BackUpRequest(_message.Message):
+    __slots__ = ("to",)
+    TO_FIELD_NUMBER: _ClassVar[int]
+    to: str
+    def __init__(self, to: _Optional[str] = ...) -> None: ...
+
+class BackUpResponse(_message.Message):
+    __slots__ = ("progress",)
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    progress: BackupProgress
+    def __init__(self, progress: _Optional[_Union[BackupProgress, _Mapping]] = ...) -> None: ...
+
+class RestoreRequest(_message.Message):
+    __slots__ = ("source", "backup_id")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    BACKUP_ID_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    backup_id: str
+    def __init__(self, source: _Optional[str] = ..., backup_id: _Optional[str] = ...) -> None: ...
+
+class RestoreResponse(_message.Message):
+    __slots__ = ("progress",)
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    progress: BackupProgress
+    def __init__(self, progress: _Optional[_Union[BackupProgress, _Mapping]] = ...) -> None: ...

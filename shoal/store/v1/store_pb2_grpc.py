@@ -149,6 +149,16 @@ class StoreServiceStub:
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsRequest.SerializeToString,
                 response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsResponse.FromString,
                 _registered_method=True)
+        self.BackUp = channel.unary_stream(
+                '/shoal.store.v1.StoreService/BackUp',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.BackUpRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.BackUpResponse.FromString,
+                _registered_method=True)
+        self.Restore = channel.unary_stream(
+                '/shoal.store.v1.StoreService/Restore',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreResponse.FromString,
+                _registered_method=True)
 
 
 class StoreServiceServicer:
@@ -345,6 +355,25 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BackUp(self, request, context):
+        """Backs up everything that the store and ingest keep, as it is at one moment, to a folder of the store's machine or to a
+        bucket. Streams how far it is. Blobs that an earlier backup of that place has are not copied again. A call that ends
+        early leaves no backup; the next one finds the blobs that were copied. PERMISSION_DENIED: the store may not write
+        there. ABORTED: it stood still for too long.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restore(self, request, context):
+        """Restores a backup into this store, which must be empty. A call that ends early is repeated, and goes on.
+        NOT_FOUND: no (such) complete backup there. FAILED_PRECONDITION: this store is not empty. DATA_LOSS: the backup is
+        damaged. Restart infer and ingest when it is done, or let it be done before they are started.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -462,6 +491,16 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.CollectArtifacts,
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsRequest.FromString,
                     response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsResponse.SerializeToString,
+            ),
+            'BackUp': grpc.unary_stream_rpc_method_handler(
+                    servicer.BackUp,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.BackUpRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.BackUpResponse.SerializeToString,
+            ),
+            'Restore': grpc.unary_stream_rpc_method_handler(
+                    servicer.Restore,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1085,6 +1124,60 @@ class StoreService:
             '/shoal.store.v1.StoreService/CollectArtifacts',
             shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsRequest.SerializeToString,
             shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BackUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/BackUp',
+            shoal_dot_store_dot_v1_dot_store__pb2.BackUpRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.BackUpResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/Restore',
+            shoal_dot_store_dot_v1_dot_store__pb2.RestoreRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.RestoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
