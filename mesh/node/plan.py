@@ -154,6 +154,8 @@ def _own_defaults(service: str, options: Options) -> dict[str, str]:
             "BLOBS": (options.data_dir / "blobs").as_uri(),
             # Buckets are open to whom the user's credentials are; of this machine only the node's own folder.
             "EXPORTS": f"{exports},s3://,gs://,az://",
+            # Whoever reaches the gateway, which listens on this machine only, may use what its user may.
+            "BACKUPS": "file:///,s3://,gs://,az://",
         }
     # Whoever reaches the gateway, which listens on this machine only, may use what its user may.
     places = "file:///,s3://,gs://,az://"

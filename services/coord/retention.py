@@ -42,8 +42,8 @@ class Retention(Background):
                     more = await self._apply(term)
                     was_away = False
                 except ShoalError as err:
-                    # Told once, for a node without a store, or one that is away, goes on for long.
-                    (log.debug if was_away else log.warning)("retention waits: %s", err)
+                    # Told once: a node without a store, or one that is away, goes on for long.
+                    (log.debug if was_away else log.info)("retention waits: %s", err)
                     was_away = True
                 except Exception:  # A fault of ours must not end the duty for ever.
                     log.exception("applying retention")

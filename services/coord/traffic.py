@@ -46,9 +46,11 @@ _STORE_IDEMPOTENT = (
     "StreamResults",
     "ExportResults",
     "ListRetention",
+    "ListUsage",
 )
 _OF_BATCHES = ("GetBatch", "ListBatches", "WatchBatch")
-_INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", "ListDeadLetters", "WatchJobs", *_OF_BATCHES)
+_OF_LIFE = ("ListDeadLetters", "WatchJobs", "GetSchedule", "ListSchedules", "ListJobRetention")
+_INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", *_OF_LIFE, *_OF_BATCHES)
 _COORD_IDEMPOTENT = ("ListInstances", "WatchInstances", "GetLeader", "GetMeshStatus")
 
 _MODEL_FIELDS = {

@@ -23,7 +23,10 @@ from services.ingest.batches.door import batches_of
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import checkpoints, settings
+from services.ingest.connectors import reports as connector_reports
 from services.ingest.connectors.connectors import Connectors, Place
+from services.ingest.connectors.reports import CONNECTORS, Reports
+from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dependencies.cascade import Cascade
 from services.ingest.dispatch.attempt import Attempts
@@ -38,15 +41,28 @@ from services.ingest.documents import INDEXES, JOBS, PAYLOAD_VALIDATOR, PAYLOADS
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.claim_check import ClaimCheck
-from services.ingest.intake.intake import Intake
+from services.ingest.intake.disk import Disk
+from services.ingest.intake.intake import GROUP_BYTES, GROUP_ITEMS, Intake
 from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.pressure import Pressure
+from services.ingest.intake.storage import Storage
 from services.ingest.job import Job
+from services.ingest.leading import LEAD_VALIDATOR, LEADS, Lead
 from services.ingest.reading.answers import StoredAnswers
 from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.retention.book import JOB_RETENTION
+from services.ingest.retention.book import VALIDATOR as RETENTION_VALIDATOR
+from services.ingest.retention.book import Book as RetentionBook
+from services.ingest.retention.sweep import Sweep
 from services.ingest.rpc import IngestRpc, rpc
+from services.ingest.schedules.book import Schedules
+from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
+from services.ingest.schedules.documents import SCHEDULES
+from services.ingest.schedules.documents import VALIDATOR as SCHEDULE_VALIDATOR
+from services.ingest.schedules.firing import Firing
 from services.ingest.short import SUBMIT, ShortSubmit
 from services.ingest.tenants.admission import Admission
 from services.ingest.tenants.book import Book
@@ -82,6 +98,13 @@ async def run(config: IngestConfig) -> None:
         book = Book(database)
         pending = Pending(documents, time.monotonic)
         buckets = Buckets(database, time.monotonic)
+        disk = Disk(database, config.min_free_disk_bytes)
+        pressure = Pressure(
+            config.max_write_wait_ms / 1000,
+            group_items=GROUP_ITEMS,
+            group_bytes=GROUP_BYTES,
+            clock=time.monotonic,
+        )
         claims = Claims(
             documents,
             clock=utc_now,
@@ -138,11 +161,14 @@ async def run(config: IngestConfig) -> None:
             renew_ms=config.renew_ms,
         )
 
+        storage = await stack.enter_async_context(Storage(channel))
         intake = Intake(
             documents,
             payloads,
             backlog=backlog,
-            admission=Admission(book, pending, buckets, gates=[backlog.admit]),
+            storage=storage,
+            admission=Admission(book, pending, buckets, gates=[disk.admit, pressure.admit, backlog.admit]),
+            pressure=pressure,
             budget=Budget(config.pending_bytes, "submitted requests"),
             clock=utc_now,
             ulids=ulids,
@@ -168,10 +194,41 @@ async def run(config: IngestConfig) -> None:
         )
 
         dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=due_again)
+        lead = Lead(
+            database[LEADS],
+            f"{name} {ulids.new()}",
+            ready=ready,
+            ttl_ms=config.lease_ms,
+            renew_ms=config.renew_ms,
+        )
+        schedules = Schedules(database[SCHEDULES], utc_now)
+        firing = Firing(
+            database[SCHEDULES],
+            lead,
+            submit=intake.submit,
+            read=jobs.get,
+            cancel=cancelling.cancel,
+            clock=utc_now,
+            ready=ready,
+        )
+        retention = RetentionBook(database[JOB_RETENTION], config.job_retention)
+        sweep = Sweep(
+            documents,
+            payloads,
+            retention,
+            leads=lambda: lead.token is not None,
+            clock=utc_now,
+            ready=ready,
+            round_s=config.retention_round_ms / 1_000,
+        )
         watching = await stack.enter_async_context(
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
         watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
+        reports = Reports(database[CONNECTORS], connectors.own, instance=name, clock=utc_now, ready=ready)
+        run_streams = RunStreams(
+            intake, endings, most=config.max_streams, items=config.run_items, all_items=config.run_items_together
+        )
         batches = batches_of(config, database, channel, model, clock=utc_now, new_id=ulids.new, ready=ready)
         servicer = IngestRpc(
             intake,
@@ -179,24 +236,33 @@ async def run(config: IngestConfig) -> None:
             watch,
             cancelling,
             dead_letters,
+            schedules,
+            retention,
             watch_many,
             batches,
             book,
             Standings(documents, book, pending),
+            run_streams,
+            reports,
             stream_items=config.stream_items,
             stream_bytes=config.stream_bytes,
         )
         # What starts last stops first. Leases are renewed until the last job is let go, so the keeper outlives the
         # dispatcher; both outlive the server, whose last calls may need them.
         await stack.enter_async_context(book)
+        await stack.enter_async_context(disk)
         await stack.enter_async_context(recorder)
         await stack.enter_async_context(changes)
         await stack.enter_async_context(keeper)
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(cascade)
         await stack.enter_async_context(intake)
+        await stack.enter_async_context(lead)
+        await stack.enter_async_context(firing)
+        await stack.enter_async_context(sweep)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)
+        await stack.enter_async_context(reports)
         if batches is not None:
             await stack.enter_async_context(batches)
         server = await stack.enter_async_context(
@@ -212,6 +278,7 @@ async def run(config: IngestConfig) -> None:
 
         async def start() -> None:
             await _prepare(database, claims, batches, book, buckets)
+            disk.open()
             intake.open()
             ready.set()
             await server.serve()
@@ -234,9 +301,10 @@ async def _prepare(
     while True:
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
-            await mongo.ensure_collection(
-                database, checkpoints.CHECKPOINTS, validator=checkpoints.VALIDATOR, indexes=[]
-            )
+            await _prepare_connectors(database)
+            await mongo.ensure_collection(database, JOB_RETENTION, validator=RETENTION_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(database, LEADS, validator=LEAD_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(database, SCHEDULES, validator=SCHEDULE_VALIDATOR, indexes=SCHEDULE_INDEXES)
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
             await book.open()
             await buckets.open()
@@ -250,3 +318,11 @@ async def _prepare(
         except ShoalError as err:
             log.warning("not ready yet: %s", err)
             await asyncio.sleep(_RETRY_S)
+
+
+async def _prepare_connectors(database: AsyncDatabase[Document]) -> None:
+    for name, validator, indexes in (
+        (checkpoints.CHECKPOINTS, checkpoints.VALIDATOR, ()),
+        (CONNECTORS, connector_reports.VALIDATOR, connector_reports.INDEXES),
+    ):
+        await mongo.ensure_collection(database, name, validator=validator, indexes=indexes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from mesh.config import Address, ServiceConfig
 from mesh.serving import Front
 from services.ingest.connectors import settings
+from services.ingest.job import DEAD_LETTERS, FINAL, State
+from services.ingest.retention.rules import SHORTEST
 
 
 class IngestConfig(ServiceConfig):
@@ -23,7 +26,7 @@ class IngestConfig(ServiceConfig):
     """What its own Envoy reaches it through. auto: what suits `listen` (mesh.serving)."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,38}$")] = "shoal"
     lease_ms: Annotated[int, Field(ge=500, le=300_000)] = 5_000
-    """A claimed job whose instance is not heard of for so long goes to another."""
+    """A claimed job whose instance is not heard of for so long goes to another, and so does the lead."""
     renew_ms: Annotated[int, Field(ge=100, le=100_000)] = 1_500
     """How often leases are renewed: two renewals may be lost before a lease lapses."""
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 256
@@ -39,6 +42,10 @@ class IngestConfig(ServiceConfig):
     """Requests above this are kept in the store, and the job refers to them: claims and scans stay light."""
     max_backlog: Annotated[int, Field(ge=1)] = 1_000_000
     """Queued jobs, of all instances together, beyond which submits are refused."""
+    max_write_wait_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 5_000
+    """Submits that would wait longer for MongoDB are refused at once: half of what they may wait in all."""
+    min_free_disk_bytes: Annotated[int, Field(ge=0)] = 512 << 20
+    """While less is free on MongoDB's disk, submits are refused, so that what was accepted can end. 0: never."""
     stream_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000
     """Unacknowledged items of one SubmitStream beyond which it is not read further."""
     stream_bytes: Annotated[int, Field(ge=1)] = 32 << 20
@@ -63,6 +70,12 @@ class IngestConfig(ServiceConfig):
     max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100
     """WatchJobs streams at once, each of which holds a change stream of its own: MongoDB reads its log for each."""
 
+    run_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    """Jobs of one RunStream without a result beyond which it is not read further."""
+    run_items_together: Annotated[int, Field(ge=1)] = 100_000
+    """The same of all such streams together; each may have one beyond it. About 2 KiB of memory each."""
+    max_streams: Annotated[int, Field(ge=1)] = 10_000
+    """RunStreams at once."""
     connectors: Path | None = None
     """A file of connectors (TOML): streams of Kafka and others that this instance takes part in."""
 
@@ -72,6 +85,27 @@ class IngestConfig(ServiceConfig):
         if path is not None:
             settings.read(path)
         return path
+
+    keep_ended_ms: Annotated[int, Field(ge=0)] = 7 * 86_400_000
+    """Jobs that succeeded, were cancelled or expired stay so long after their end, unless a rule says otherwise
+    (SetJobRetention); their idempotency keys are known for as long. 0: for ever. Else a minute at least."""
+    keep_dead_ms: Annotated[int, Field(ge=0)] = 30 * 86_400_000
+    """The same of dead letters: jobs that are dead or failed."""
+    retention_round_ms: Annotated[int, Field(ge=10, le=86_400_000)] = 30_000
+    """How often the leader looks for jobs that have stayed long enough."""
+
+    @property
+    def job_retention(self) -> dict[State, timedelta | None]:
+        """How long jobs stay when no rule says otherwise."""
+        spans = {state: self.keep_dead_ms if state in DEAD_LETTERS else self.keep_ended_ms for state in FINAL}
+        return {state: timedelta(milliseconds=ms) if ms else None for state, ms in spans.items()}
+
+    @field_validator("keep_ended_ms", "keep_dead_ms")
+    @classmethod
+    def _stays_a_minute(cls, keep_ms: int) -> int:
+        if 0 < keep_ms < SHORTEST // timedelta(milliseconds=1):
+            raise ValueError(f"{keep_ms}: 0 for ever, or at least 60000")
+        return keep_ms
 
     @model_validator(mode="after")
     def _renews_in_time(self) -> IngestConfig:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from mesh.interceptors import Context
 from mesh.server import Rpc
 from services.ingest.batches.rpc import BatchesRpc
+from services.ingest.connectors.reports import Reports
+from services.ingest.connectors.rpc import StreamsRpc
+from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dead_letters.dead_letters import DeadLetters
 from services.ingest.dead_letters.rpc import DeadLettersRpc
 from services.ingest.dispatch.cancel import Cancelling
@@ -19,6 +22,10 @@ from services.ingest.reading.jobs import Filter, Jobs
 from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.retention.book import Book as RetentionBook
+from services.ingest.retention.rpc import JobRetentionRpc
+from services.ingest.schedules.book import Schedules
+from services.ingest.schedules.rpc import SchedulesRpc
 from services.ingest.tenants.book import Book
 from services.ingest.tenants.reading import Standings
 from services.ingest.tenants.rpc import TenantsRpc
@@ -30,7 +37,15 @@ if TYPE_CHECKING:
     from services.ingest.batches.room import Batches
 
 
-class IngestRpc(DeadLettersRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestServiceServicer):
+class IngestRpc(
+    DeadLettersRpc,
+    SchedulesRpc,
+    JobRetentionRpc,
+    TenantsRpc,
+    BatchesRpc,
+    StreamsRpc,
+    ingest_pb2_grpc.IngestServiceServicer,
+):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
     def __init__(
@@ -40,15 +55,22 @@ class IngestRpc(DeadLettersRpc, TenantsRpc, BatchesRpc, ingest_pb2_grpc.IngestSe
         watch: Watch,
         cancelling: Cancelling,
         dead_letters: DeadLetters,
+        schedules: Schedules,
+        retention: RetentionBook,
         watch_many: WatchMany,
         batches: Batches | None,
         book: Book,
         standings: Standings,
+        run_streams: RunStreams,
+        reports: Reports,
         *,
         stream_items: int,
         stream_bytes: int,
     ) -> None:
         DeadLettersRpc.__init__(self, dead_letters)
+        StreamsRpc.__init__(self, run_streams, reports)
+        SchedulesRpc.__init__(self, schedules)
+        JobRetentionRpc.__init__(self, retention)
         BatchesRpc.__init__(self, batches)
         TenantsRpc.__init__(self, book, standings)
         self._intake = intake

@@ -18,6 +18,9 @@ from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
 from services.store.artifacts.threads import Threads
+from services.store.backups.backup import Backup
+from services.store.backups.places import BackupPlaces
+from services.store.backups.restore import Restore
 from services.store.collecting.collector import Collector
 from services.store.collecting.references import References
 from services.store.collecting.rounds import Rounds
@@ -37,6 +40,8 @@ from services.store.retention.leadership import Leadership
 from services.store.retention.retention import Retention
 from services.store.retention.sweep import Sweep
 from services.store.rpc import StoreRpc
+from services.store.usage.counters import Counters
+from services.store.usage.quotas import Quotas
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
@@ -59,20 +64,24 @@ async def run(config: StoreConfig) -> None:
         registry = Registry(collections, artifacts, _now)
         registry_watch = await stack.enter_async_context(RegistryWatch(collections, registry))
         responses = Responses(blobs, threads)
-        results = Results(collections, responses, _now)
+        counters = await stack.enter_async_context(Counters(collections, _now))
+        results = Results(collections, responses, _now, counters.recorded)
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
         etcd = await stack.enter_async_context(Etcd(config.etcd)) if config.etcd else None
         book = RuleBook(collections, _now)
-        retention = Retention(book, Sweep(collections, book, _now), Leadership(etcd))
+        retention = Retention(book, Sweep(collections, book, counters, _now), Leadership(etcd))
         result_stream = ResultStream(results, result_watch, config.max_streams)
         collector = Collector(collections, blobs, _now)
         await stack.enter_async_context(Rounds(collector, config.collect_every_ms / 1000))
+        places = BackupPlaces(config.backups, threads, checksums=config.s3_checksums)
         parts = ArtifactParts(
             artifacts,
             References(collections, artifacts, _now),
             collector,
             Verification(collections, blobs, artifacts.reader, responses),
+            Backup(collections, blobs, places, folder, threads, _now, config.backup_databases),
+            Restore(collections, blobs, places, folder, threads, _now),
             upload_idle_s=config.upload_idle_ms / 1000,
         )
         rpc = StoreRpc(
@@ -90,6 +99,7 @@ async def run(config: StoreConfig) -> None:
                 config.max_exports,
             ),
             retention,
+            Quotas(collections, counters, _now),
         )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
         server = await stack.enter_async_context(

@@ -13,6 +13,9 @@ from services.store.artifacts import digest
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.stored import Stored
 from services.store.artifacts.uploads import Upload
+from services.store.backups.backup import Backup
+from services.store.backups.progress import Progress
+from services.store.backups.restore import Restore
 from services.store.collecting.collector import Collector
 from services.store.collecting.references import References, check_name
 from services.store.collecting.verification import Finding, Seen, Verification
@@ -21,6 +24,8 @@ from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_NAMED = 1_000
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class ArtifactParts:
     references: References
     collector: Collector
     verification: Verification
+    backup: Backup
+    restore: Restore
     upload_idle_s: float
 
 
@@ -80,6 +87,16 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
             condemned=done.condemned, collected=done.artifacts, removed=done.blobs, strays=done.strays
         )
 
+    async def BackUp(self, request: pb.BackUpRequest, ctx: Context) -> AsyncIterator[pb.BackUpResponse]:
+        async with aclosing(self._parts.backup.run(request.to)) as steps:
+            async for progress in steps:
+                yield pb.BackUpResponse(progress=_progress(progress))
+
+    async def Restore(self, request: pb.RestoreRequest, ctx: Context) -> AsyncIterator[pb.RestoreResponse]:
+        async with aclosing(self._parts.restore.run(request.source, request.backup_id)) as steps:
+            async for progress in steps:
+                yield pb.RestoreResponse(progress=_progress(progress))
+
 
 def _artifact(artifact: Stored) -> pb.Artifact:
     return pb.Artifact(sha256=artifact.digest, size_bytes=artifact.size, created_at=timestamp(artifact.created_at))
@@ -97,4 +114,18 @@ def _finding(found: Finding) -> pb.VerifyStoreResponse.Finding:
         message=found.message,
         sha256=found.sha256,
         users=found.users,
+    )
+
+
+def _progress(progress: Progress) -> pb.BackupProgress:
+    return pb.BackupProgress(
+        backup_id=progress.backup_id,
+        documents=progress.documents,
+        blobs=progress.blobs,
+        blobs_in_all=progress.blobs_in_all,
+        copied=progress.copied,
+        copied_bytes=progress.copied_bytes,
+        missing=progress.missing[:_NAMED],
+        cluster_time=progress.cluster_time,
+        complete=progress.is_complete,
     )

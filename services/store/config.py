@@ -51,7 +51,12 @@ class StoreConfig(ServiceConfig):
     max_exports: Annotated[int, Field(ge=1, le=100)] = 2
     """Exports that run at once, each of which holds a part (64 MiB of answers) in memory."""
 
-    @field_validator("exports", mode="before")
+    backups: tuple[Annotated[str, Field(pattern=PLACE)], ...] = ()
+    """Where BackUp may write and Restore may read: URLs with commas between them, each with all that lies under it."""
+    backup_databases: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,63}$")], ...] = ()
+    """Databases of the same MongoDB that belong into a backup, too: that of an ingest which has one of its own."""
+
+    @field_validator("exports", "backups", "backup_databases", mode="before")
     @classmethod
     def _exports_listed(cls, exports: object) -> object:
         return tuple(filter(None, map(str.strip, exports.split(",")))) if isinstance(exports, str) else exports

@@ -3,7 +3,9 @@
 artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, damaged?, condemned_at?, referred_at?}
 references {_id: name of who refers, digest, made_at}: others than models
 retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
-fences     {_id: "retention", token, rules, acts?}; how far answers are gone: {_id: answers/tenant, recorded_at, job_id}
+fences     {_id: "retention", token, etcd, rules, acts}; where answers end: {_id: answers/tenant, recorded_at, job_id}
+usage      {_id: tenant, results, bytes, recounts, recounted_at}
+quotas     {_id: "*" or =tenant, tenant?, bytes, updated_at}
 graves     {_id: key of a blob that is to go, buried_at}
 holds      {_id: a backup that is under way, expires_at}: no blob is removed
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
@@ -124,7 +126,20 @@ RETENTION = _schema(
     {"_id": _NAME, "kept": _NAME, "updated_at": _DATE},
     {"tenant": _TEXT, "keep_ms": {"bsonType": ["int", "long"], "minimum": 1}},
 )
-FENCES = _schema({"_id": _NAME}, {"token": _SIZE, "rules": _SIZE, "acts": _SIZE, "recorded_at": _DATE, "job_id": _NAME})
+USAGE = _schema(
+    {
+        "_id": _TEXT,
+        "results": {"bsonType": ["int", "long"]},
+        "bytes": {"bsonType": ["int", "long"]},
+        "recounts": _SIZE,
+        "recounted_at": _DATE,
+    }
+)
+QUOTAS = _schema({"_id": _NAME, "bytes": _SIZE, "updated_at": _DATE}, {"tenant": _TEXT})
+FENCES = _schema(
+    {"_id": _NAME},
+    {"token": _SIZE, "etcd": _TEXT, "rules": _SIZE, "acts": _SIZE, "recorded_at": _DATE, "job_id": _NAME},
+)
 
 EVER = datetime(1, 1, 1, tzinfo=UTC)
 """Before everything: `{"$gte": EVER}` asks that a time is set, in a way that an index can answer."""
@@ -155,7 +170,9 @@ RESULT_INDEXES = [
     IndexModel("removed_at", name="removed", partialFilterExpression={"removed_at": {"$exists": True}}),
 ]
 _RETIRED_RESULT_INDEXES = ("newest", "model_newest", "tenant_newest", "failed_newest")
+USAGE_INDEXES = [IndexModel("bytes", name="by_bytes"), IndexModel("recounted_at", name="by_recount")]
 ARTIFACT_INDEXES = [
+    IndexModel("size", name="by_size"),
     IndexModel("keep_until", name="by_keeping"),
     IndexModel("condemned_at", name="condemned", partialFilterExpression={"condemned_at": {"$exists": True}}),
 ]
@@ -208,6 +225,8 @@ class Collections:
                 retired=_RETIRED_RESULT_INDEXES,
             ),
             "retention": await ensure_collection(db, "retention", validator=_validator(RETENTION), indexes=[]),
+            "usage": await ensure_collection(db, "usage", validator=_validator(USAGE), indexes=USAGE_INDEXES),
+            "quotas": await ensure_collection(db, "quotas", validator=_validator(QUOTAS), indexes=[]),
             "fences": await ensure_collection(db, "fences", validator=_validator(FENCES), indexes=[]),
         }
         self._made = made
@@ -223,6 +242,14 @@ class Collections:
     @property
     def retention(self) -> Collection:
         return self._get("retention")
+
+    @property
+    def usage(self) -> Collection:
+        return self._get("usage")
+
+    @property
+    def quotas(self) -> Collection:
+        return self._get("quotas")
 
     @property
     def fences(self) -> Collection:

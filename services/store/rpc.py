@@ -20,6 +20,8 @@ from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
 from services.store.retention.messages import message_of, rule_of
 from services.store.retention.retention import Retention
+from services.store.usage.messages import usage_of
+from services.store.usage.quotas import Quotas
 from shoal.store.v1 import store_pb2 as pb
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -38,6 +40,7 @@ class StoreRpc(ArtifactRpc):
         result_stream: ResultStream,
         exports: Exports,
         retention: Retention,
+        quotas: Quotas,
     ) -> None:
         super().__init__(artifacts)
         self._registry = registry
@@ -47,6 +50,7 @@ class StoreRpc(ArtifactRpc):
         self._result_stream = result_stream
         self._exports = exports
         self._retention = retention
+        self._quotas = quotas
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:
         model = request.model
@@ -115,6 +119,14 @@ class StoreRpc(ArtifactRpc):
 
     async def ApplyRetention(self, request: pb.ApplyRetentionRequest, ctx: Context) -> pb.ApplyRetentionResponse:
         return pb.ApplyRetentionResponse(**vars(await self._retention.apply(request.token)))
+
+    async def SetQuota(self, request: pb.SetQuotaRequest, ctx: Context) -> pb.SetQuotaResponse:
+        tenant = request.tenant if request.HasField("tenant") else None
+        await self._quotas.put(tenant, None if request.remove else request.bytes)
+        return pb.SetQuotaResponse()
+
+    async def ListUsage(self, request: pb.ListUsageRequest, ctx: Context) -> pb.ListUsageResponse:
+        return await usage_of(self._quotas, request)
 
 
 def _version(version: Version) -> pb.ModelVersion:

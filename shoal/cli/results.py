@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli import amounts
 from shoal.cli.output import AsJson, Gateway, connect, console, pairs, show, show_json, size
-from shoal.errors import InvalidArgument, ShoalError
+from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
     from shoal.client import Exported, JobResult, ResultFilter
@@ -38,8 +38,6 @@ Since = Annotated[
     typer.Option(metavar="TIME", help="Recorded then or later: 2026-11-24, 2026-11-24T08:00, or 90m, 24h, 7d."),
 ]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Recorded before then.")]
-
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
 @app.command("list")
@@ -107,6 +105,7 @@ def show_result(
         ("submitted", result.submitted_at),
         ("recorded", result.recorded_at),
         ("error", result.message),
+        ("answer", "removed by retention" if result.answer_removed_at else ""),
     ]
     show(("", ""), [(name, value) for name, value in about if value not in (None, "", [])])
     if result.answer is not None:
@@ -195,28 +194,9 @@ def _filter(
         outcome=outcome,
         labels=pairs(label or [], "--label"),
         batch_id=batch,
-        since=_time(since, "--since"),
-        until=_time(until, "--until"),
+        since=amounts.time(since, "--since") if since is not None else None,
+        until=amounts.time(until, "--until") if until is not None else None,
     )
-
-
-def _time(given: str | None, option: str) -> datetime | None:
-    """A time that was given as one, or as an age (`24h`).
-
-    Raises:
-        InvalidArgument: it is neither.
-    """
-    if given is None:
-        return None
-    number, unit = given[:-1], given[-1:]
-    try:
-        if unit in _UNITS and number.isascii() and number.isdigit():
-            return datetime.now(UTC) - timedelta(seconds=int(number) * _UNITS[unit])
-        return datetime.fromisoformat(given)
-    except (ValueError, OverflowError):
-        raise InvalidArgument(
-            f"{option} {given!r}: expected a time (2026-11-24T08:00) or an age (90m, 24h, 7d)"
-        ) from None
 
 
 def _row(result: JobResult) -> tuple[object, ...]:

@@ -9,12 +9,12 @@ import typer
 
 from shoal.cli.endpoints import Endpoint, ask
 from shoal.cli.models import show_models
-from shoal.cli.output import AsJson, Gateway, connect, console, plain, show, show_json
+from shoal.cli.output import AsJson, Gateway, connect, console, plain, show, show_json, text
 from shoal.discovery import admin_of
 from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
-    from shoal.client import Status
+    from shoal.client import Connector, Status
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -32,7 +32,7 @@ def status(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Show services and replicas, who leads, models, and Envoy's view of each endpoint.
+    """Show services and replicas, who leads, models, connectors, and Envoy's view of each endpoint.
 
     What cannot be asked is named under problems; the command fails only when nobody answers.
 
@@ -87,6 +87,8 @@ def _show(seen: Status, endpoints: list[Endpoint], problems: list[str]) -> None:
     ]
     show(("service", "instance", "state", "pid", "since", "models"), instances, title="instances")
     show_models(list(seen.models), title="models")
+    if seen.connectors:
+        show(_CONNECTOR_COLUMNS, [_row(connector) for connector in seen.connectors], title="connectors")
     rows = [(e.cluster, e.address, e.health, e.active_requests, e.total_requests, e.failed_requests) for e in endpoints]
     columns = ("cluster", "endpoint", "health", "active", "requests", "failed")
     show(columns, rows, title="endpoints, as Envoy sees them", empty="unknown")
@@ -95,3 +97,28 @@ def _show(seen: Status, endpoints: list[Endpoint], problems: list[str]) -> None:
         show(("Envoy", "resource", "its words"), refused, title="configuration that an Envoy refused")
     for problem in problems:
         out.print(f"problem: {problem}", style="yellow", markup=False, soft_wrap=True)
+
+
+_CONNECTOR_COLUMNS = ("connector", "at", "phase", "from", "to", "answered", "dead", "in flight", "lag", "last error")
+
+
+def _row(connector: Connector) -> tuple[object, ...]:
+    error = f"{text(connector.last_error_at)} {connector.last_error}" if connector.last_error else ""
+    return (
+        connector.name,
+        connector.instance,
+        "not heard of" if connector.stale else connector.phase,
+        connector.source,
+        connector.sink or "the store",
+        connector.answered,
+        connector.dead,
+        connector.in_flight,
+        _lag(connector),
+        error,
+    )
+
+
+def _lag(connector: Connector) -> str:
+    if connector.lag is not None:
+        return str(connector.lag)
+    return "unknown" if connector.lag_ms is None else f"{connector.lag_ms / 1000:.1f} s"

@@ -1,4 +1,4 @@
-"""`shoal store`: is everything there, and is it what it was."""
+"""`shoal store`: is everything there, and is it what it was; how long, how much, and where else it is kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli import backups, retention, usage
 from shoal.cli.output import AsJson, Gateway, connect, console, show, show_json, show_json_line, size
 
 if TYPE_CHECKING:
@@ -16,8 +17,17 @@ if TYPE_CHECKING:
     from shoal.client import Finding, Verified
 
 app = typer.Typer(
-    rich_markup_mode="rich", add_completion=False, no_args_is_help=True, help="Verify what the store keeps."
+    rich_markup_mode="rich",
+    add_completion=False,
+    no_args_is_help=True,
+    help="Verify what the store keeps, say how long, back it up, restore it.",
 )
+app.add_typer(retention.app, name="retention")
+app.command()(usage.usage)
+app.add_typer(usage.quota, name="quota")
+
+app.command()(backups.backup)
+app.command()(backups.restore)
 
 
 @app.command()

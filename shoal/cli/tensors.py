@@ -69,6 +69,15 @@ def read(written: str) -> Given:
         raise InvalidArgument(f"cannot read {path}: {err.strerror}") from err
 
 
+def of_line(line: str, source: str) -> Given:
+    """What one line of JSON holds, as `read` takes it.
+
+    Raises:
+        InvalidArgument: it is malformed; the message says where.
+    """
+    return _of_json(line, source)
+
+
 def _of_data(data: bytes, source: str) -> Given:
     if data.startswith((b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")):
         return _of_numpy(data, source)

@@ -9,10 +9,12 @@ from shoal.client.batches import AsyncBatches
 from shoal.client.calls import Headers
 from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.face import Face, LoopThread, blocking, iterating
+from shoal.client.job_retention import AsyncJobRetention
 from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
 from shoal.client.retry import RetryPolicy
+from shoal.client.schedules import AsyncSchedules
 from shoal.client.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
 
@@ -41,15 +43,37 @@ class DeadLetters(Face[AsyncDeadLetters]):
     purge = blocking(AsyncDeadLetters.purge)
 
 
+class Schedules(Face[AsyncSchedules]):
+    """`client.jobs.schedules`."""
+
+    put = blocking(AsyncSchedules.put)
+    get = blocking(AsyncSchedules.get)
+    list = blocking(AsyncSchedules.list)
+    pause = blocking(AsyncSchedules.pause)
+    resume = blocking(AsyncSchedules.resume)
+    remove = blocking(AsyncSchedules.remove)
+
+
+class JobRetention(Face[AsyncJobRetention]):
+    """`client.jobs.retention`."""
+
+    list = blocking(AsyncJobRetention.list)
+    set = blocking(AsyncJobRetention.set)
+    inherit = blocking(AsyncJobRetention.inherit)
+
+
 class Jobs(Face[AsyncJobs]):
     """`client.jobs`."""
 
     def __init__(self, inner: AsyncJobs, loop: LoopThread) -> None:
         super().__init__(inner, loop)
         self.dead = DeadLetters(inner.dead, loop)
+        self.schedules = Schedules(inner.schedules, loop)
+        self.retention = JobRetention(inner.retention, loop)
 
     submit = blocking(AsyncJobs.submit)
     submit_many = iterating(AsyncJobs.submit_many)
+    run_many = iterating(AsyncJobs.run_many)
     get = blocking(AsyncJobs.get)
     inputs = blocking(AsyncJobs.inputs)
     list = blocking(AsyncJobs.list)
@@ -93,8 +117,16 @@ class Tenants(Face[AsyncTenants]):
 class Store(Face[AsyncStore]):
     """`client.store`."""
 
+    retention = blocking(AsyncStore.retention)
+    set_retention = blocking(AsyncStore.set_retention)
+    remove_retention = blocking(AsyncStore.remove_retention)
+    usage = blocking(AsyncStore.usage)
+    set_quota = blocking(AsyncStore.set_quota)
+    remove_quota = blocking(AsyncStore.remove_quota)
     verify = iterating(AsyncStore.verify)
     collect = blocking(AsyncStore.collect)
+    backup = iterating(AsyncStore.backup)
+    restore = iterating(AsyncStore.restore)
 
 
 class Client(Face[AsyncClient]):

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from google.protobuf.duration_pb2 import Duration
 
-from shoal.client.inference import InferRequest
+from shoal.client.inference import InferRequest, InferResult
 from shoal.client.registry import of_time
 from shoal.errors import Code, InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as oip
@@ -144,6 +144,19 @@ class Submitted:
     """The node knew its idempotency key: this is the earlier job."""
     error: ShoalError | None = None
     """Why it was refused."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The result of one job of a stream."""
+
+    index: int
+    """Which one: counted from 0 in the order of submission."""
+    job_id: str = ""
+    """Empty when the node refused it."""
+    result: InferResult | None = None
+    error: ShoalError | None = None
+    """Why there is no result: it was refused, failed, was cancelled or expired."""
 
 
 def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tenant: str) -> ingest.SubmitRequest:

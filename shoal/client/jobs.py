@@ -6,6 +6,7 @@ import builtins
 import sys
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from datetime import datetime, timedelta
 
 from shoal.client import methods
@@ -14,9 +15,13 @@ from shoal.client.asking import Asker, each
 from shoal.client.calls import Caller
 from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.inference import InferResult, Parameter, of_inputs
-from shoal.client.job import Job, JobRequest, JobRetry, JobState, Submitted, of_job, to_state, to_submit
+from shoal.client.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, of_job, to_state, to_submit
+from shoal.client.job_retention import AsyncJobRetention
 from shoal.client.job_watch import JobChange, JobFilter, to_watch
 from shoal.client.outcome import of_result, without_result
+from shoal.client.running import WINDOW as RUN_WINDOW
+from shoal.client.running import Running
+from shoal.client.schedules import AsyncSchedules
 from shoal.client.submission import WINDOW, Submission
 from shoal.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest
@@ -45,6 +50,8 @@ class AsyncJobs:
         self._caller = caller
         self._tenant = tenant
         self.dead = AsyncDeadLetters(caller, tenant)
+        self.schedules = AsyncSchedules(caller, tenant)
+        self.retention = AsyncJobRetention(caller)
 
     async def submit(
         self,
@@ -125,6 +132,25 @@ class AsyncJobs:
         submission = Submission(self._caller, self._messages(requests), window=window)
         async for ack in submission.run():
             yield ack
+
+    async def run_many(
+        self, requests: AsyncIterable[JobRequest] | Iterable[JobRequest], *, window: int = RUN_WINDOW
+    ) -> AsyncGenerator[Ran, None]:
+        """Hands in a stream of jobs, and gives the result of each as it ends, on one stream.
+
+        At most `window` have no result: when the node or the reader of the results is slow, `requests` wait. A stream
+        that breaks is taken up again: nothing is lost, and nothing has two results. A job that fails, or is refused,
+        has its error in its `Ran`, and the stream goes on. `requests` may be endless. Jobs go on when one leaves early.
+
+        Raises:
+            Unavailable: the stream could not be kept up.
+        """
+        if window < 1:
+            raise InvalidArgument(f"window {window}: at least one job must be on its way")
+        running = Running(self._caller, self._messages(requests), window=window)
+        async with aclosing(running.run()) as results:
+            async for ran in results:
+                yield ran
 
     async def _messages(
         self, requests: AsyncIterable[JobRequest] | Iterable[JobRequest]

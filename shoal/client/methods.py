@@ -55,15 +55,24 @@ REMOVE_MODEL = Method(_STORE + "RemoveModel", store.RemoveModelRequest, store.Re
 SET_ALIAS = Method(_STORE + "SetAlias", store.SetAliasRequest, store.SetAliasResponse)
 GET_RESULT = Method(_STORE + "GetResult", store.GetResultRequest, store.GetResultResponse)
 QUERY_RESULTS = Method(_STORE + "QueryResults", store.QueryResultsRequest, store.QueryResultsResponse)
+LIST_RETENTION = Method(_STORE + "ListRetention", store.ListRetentionRequest, store.ListRetentionResponse)
+SET_RETENTION = Method(_STORE + "SetRetention", store.SetRetentionRequest, store.SetRetentionResponse)
+LIST_USAGE = Method(_STORE + "ListUsage", store.ListUsageRequest, store.ListUsageResponse)
+SET_QUOTA = Method(_STORE + "SetQuota", store.SetQuotaRequest, store.SetQuotaResponse)
 EXPORT_RESULTS = Method(_STORE + "ExportResults", store.ExportResultsRequest, store.ExportResultsResponse)
 VERIFY_STORE = Method(_STORE + "VerifyStore", store.VerifyStoreRequest, store.VerifyStoreResponse)
 COLLECT_ARTIFACTS = Method(_STORE + "CollectArtifacts", store.CollectArtifactsRequest, store.CollectArtifactsResponse)
+# Each backup is another one, and a restore that was repeated behind the caller's back would hide what it is at.
+BACK_UP = Method(_STORE + "BackUp", store.BackUpRequest, store.BackUpResponse, False)
+RESTORE = Method(_STORE + "Restore", store.RestoreRequest, store.RestoreResponse, False)
 STREAM_RESULTS = Method(_STORE + "StreamResults", store.StreamResultsRequest, store.StreamResultsResponse)
 
 _INGEST = "/shoal.ingest.v1.IngestService/"
-# The client never submits without an idempotency key, and that is what makes these two idempotent.
+# The client never submits without an idempotency key, and that is what makes these three idempotent.
 SUBMIT = Method(_INGEST + "Submit", ingest.SubmitRequest, ingest.SubmitResponse)
 SUBMIT_STREAM = Method(_INGEST + "SubmitStream", ingest.SubmitStreamRequest, ingest.SubmitStreamResponse)
+RUN_STREAM = Method(_INGEST + "RunStream", ingest.RunStreamRequest, ingest.RunStreamResponse)
+LIST_CONNECTORS = Method(_INGEST + "ListConnectors", ingest.ListConnectorsRequest, ingest.ListConnectorsResponse)
 GET_JOB = Method(_INGEST + "GetJob", ingest.GetJobRequest, ingest.GetJobResponse)
 GET_PAYLOAD = Method(_INGEST + "GetPayload", ingest.GetPayloadRequest, ingest.GetPayloadResponse)
 LIST_JOBS = Method(_INGEST + "ListJobs", ingest.ListJobsRequest, ingest.ListJobsResponse)
@@ -78,6 +87,10 @@ REQUEUE_DEAD_LETTERS = Method(
 PURGE_DEAD_LETTERS = Method(
     _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
 )
+SET_JOB_RETENTION = Method(_INGEST + "SetJobRetention", ingest.SetJobRetentionRequest, ingest.SetJobRetentionResponse)
+LIST_JOB_RETENTION = Method(
+    _INGEST + "ListJobRetention", ingest.ListJobRetentionRequest, ingest.ListJobRetentionResponse
+)
 SET_TENANT = Method(_INGEST + "SetTenant", ingest.SetTenantRequest, ingest.SetTenantResponse)
 GET_TENANT = Method(_INGEST + "GetTenant", ingest.GetTenantRequest, ingest.GetTenantResponse)
 LIST_TENANTS = Method(_INGEST + "ListTenants", ingest.ListTenantsRequest, ingest.ListTenantsResponse)
@@ -90,6 +103,12 @@ WATCH_BATCH = Method(_INGEST + "WatchBatch", ingest.WatchBatchRequest, ingest.Wa
 CANCEL_BATCH = Method(_INGEST + "CancelBatch", ingest.CancelBatchRequest, ingest.CancelBatchResponse)
 PAUSE_BATCH = Method(_INGEST + "PauseBatch", ingest.PauseBatchRequest, ingest.PauseBatchResponse)
 RESUME_BATCH = Method(_INGEST + "ResumeBatch", ingest.ResumeBatchRequest, ingest.ResumeBatchResponse)
+# A second put without `replace` is ALREADY_EXISTS, a second removal NOT_FOUND: a repeat would call a success a failure.
+PUT_SCHEDULE = Method(_INGEST + "PutSchedule", ingest.PutScheduleRequest, ingest.PutScheduleResponse, False)
+GET_SCHEDULE = Method(_INGEST + "GetSchedule", ingest.GetScheduleRequest, ingest.GetScheduleResponse)
+LIST_SCHEDULES = Method(_INGEST + "ListSchedules", ingest.ListSchedulesRequest, ingest.ListSchedulesResponse)
+PAUSE_SCHEDULE = Method(_INGEST + "PauseSchedule", ingest.PauseScheduleRequest, ingest.PauseScheduleResponse)
+REMOVE_SCHEDULE = Method(_INGEST + "RemoveSchedule", ingest.RemoveScheduleRequest, ingest.RemoveScheduleResponse, False)
 
 _COORD = "/shoal.coord.v1.CoordService/"
 LIST_INSTANCES = Method(_COORD + "ListInstances", coord.ListInstancesRequest, coord.ListInstancesResponse)

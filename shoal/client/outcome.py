@@ -5,6 +5,7 @@ from __future__ import annotations
 from shoal.client.inference import InferResult, of_response
 from shoal.client.job import Job, JobState
 from shoal.errors import Cancelled, Code, DeadlineExceeded, NotFound, ShoalError, from_status
+from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.store.v1 import store_pb2 as store
 
 
@@ -38,6 +39,17 @@ def without_result(job: Job) -> ShoalError:
     if job.state is JobState.EXPIRED:
         return DeadlineExceeded(_words(job.id, "expired", job.last_message))
     return from_status(job.last_code or Code.UNKNOWN, _words(job.id, f"is {job.state}", job.last_message))
+
+
+def of_ended(answer: ingest.RunStreamResponse) -> ShoalError:
+    """The error of a job of a stream that ended without an answer, or whose answer is not there."""
+    job_id = answer.job_id
+    if answer.state == ingest.JOB_STATE_CANCELLED:
+        return Cancelled(_words(job_id, "was cancelled", answer.message))
+    if answer.state == ingest.JOB_STATE_EXPIRED:
+        return DeadlineExceeded(_words(job_id, "expired: its deadline passed before an answer", answer.message))
+    how = "has no result" if answer.state == ingest.JOB_STATE_UNSPECIFIED else "failed"
+    return from_status(answer.code or Code.UNKNOWN, _words(job_id, how, answer.message))
 
 
 def _words(job_id: str, what: str, why: str) -> str:

@@ -11,9 +11,11 @@ from typing import TypeVar
 
 from shoal.client import methods
 from shoal.client.calls import Caller
+from shoal.client.connectors import Connector, of_connector
 from shoal.client.registry import ModelVersion, of_model, of_time
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.errors import ShoalError
+from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.store.v1 import store_pb2 as store
 
 T = TypeVar("T")
@@ -93,6 +95,7 @@ class Status:
     models: tuple[ModelVersion, ...]
     envoys: tuple[EnvoyStatus, ...]
     problems: tuple[str, ...]
+    connectors: tuple[Connector, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -139,6 +142,12 @@ async def look(caller: Caller, timeout_s: float) -> Status:
     )
     if len(problems) == 4:
         raise problems[0]
+    connectors = ingest.ListConnectorsResponse()
+    if any(instance.service == "ingest" for instance in listed.instances):
+        ask = ingest.ListConnectorsRequest()
+        connectors = await asked(
+            caller.call(methods.LIST_CONNECTORS, ask, timeout_s=timeout_s), connectors, "connectors"
+        )
     return Status(
         gateway=caller.address,
         instances=tuple(of_instance(instance) for instance in listed.instances),
@@ -147,6 +156,7 @@ async def look(caller: Caller, timeout_s: float) -> Status:
         models=tuple(of_model(model) for model in models.models),
         envoys=tuple(_of_envoy(envoy) for envoy in mesh.envoys),
         problems=tuple(problem.message for problem in problems),
+        connectors=tuple(of_connector(connector) for connector in connectors.connectors),
     )
 
 

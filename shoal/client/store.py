@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 from shoal.client import methods
-from shoal.client.calls import Caller
+from shoal.client.backups import BackupProgress, of_progress
+from shoal.client.keeping import Keeping
+from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2 as store
 
 VERIFY_S = 7 * 24 * 3_600.0
 """A store of many terabytes takes days."""
+
+BACKUP_S = 7 * 24 * 3_600.0
+"""The same."""
 
 COLLECT_S = 600.0
 """A listing of all blobs."""
@@ -73,11 +78,8 @@ class Collected:
     """Blobs without a document that were found; they go 10 minutes later."""
 
 
-class AsyncStore:
+class AsyncStore(Keeping):
     """`client.store`."""
-
-    def __init__(self, caller: Caller) -> None:
-        self._caller = caller
 
     async def verify(self, *, sizes_only: bool = False, timeout: float = VERIFY_S) -> AsyncGenerator[Verified, None]:
         """Has the store read every blob; yields after each. `sizes_only`: only whether they are there, and how large.
@@ -99,6 +101,47 @@ class AsyncStore:
         request = store.CollectArtifactsRequest(strays=strays)
         done = await self._caller.call(methods.COLLECT_ARTIFACTS, request, timeout_s=timeout, doing="collect artifacts")
         return Collected(done.condemned, done.collected, done.removed, done.strays)
+
+    async def backup(self, to: str, *, timeout: float = BACKUP_S) -> AsyncGenerator[BackupProgress, None]:
+        """Backs everything up to the URL `to` (`file:///folder`, `s3://bucket/prefix`, ...); yields how far it is.
+
+        The last one is `complete`. A backup that ends before is none; the next one goes on where it was.
+
+        Raises:
+            InvalidArgument, PermissionDenied: a place that the store may not use.
+            Aborted: it stood still for too long: start it again.
+            Unavailable: MongoDB, the blobs or the place are away, or the stream broke: start it again.
+        """
+        request = store.BackUpRequest(to=to)
+        steps = self._caller.stream(methods.BACK_UP, request, timeout_s=timeout, doing="backup")
+        async for progress in _until_complete((of_progress(step.progress) async for step in steps), "backup"):
+            yield progress
+
+    async def restore(
+        self, source: str, *, backup_id: str = "", timeout: float = BACKUP_S
+    ) -> AsyncGenerator[BackupProgress, None]:
+        """Restores a backup (the newest, when none is named) into this store, which must be empty.
+
+        Repeated after an interruption, it goes on.
+
+        Raises:
+            InvalidArgument, PermissionDenied: a place that the store may not use.
+            NotFound: no (such) complete backup there. FailedPrecondition: this store is not empty.
+            DataLoss: the backup is damaged. Unavailable: something is away, or the stream broke: repeat it.
+        """
+        request = store.RestoreRequest(source=source, backup_id=backup_id)
+        steps = self._caller.stream(methods.RESTORE, request, timeout_s=timeout, doing="restore")
+        async for progress in _until_complete((of_progress(step.progress) async for step in steps), "restore"):
+            yield progress
+
+
+async def _until_complete(steps: AsyncIterator[BackupProgress], doing: str) -> AsyncIterator[BackupProgress]:
+    is_complete = False
+    async for progress in steps:
+        is_complete = progress.complete
+        yield progress
+    if not is_complete:
+        raise Unavailable(f"{doing}: the stream ended early: start it again")
 
 
 def _finding(message: store.VerifyStoreResponse.Finding) -> Finding:

@@ -114,14 +114,15 @@ class Submission:
     async def _stream(self) -> None:
         """One stream, until it ends or breaks. What is pending goes first."""
         self._outbox = deque(self._pending)
-        with self._caller.bidi(methods.SUBMIT_STREAM, self._feed(), timeout_s=None) as call:
+        with self._caller.bidi(methods.SUBMIT_STREAM, self._feed(self._outbox), timeout_s=None) as call:
             while (answer := await self._read(call)) is not None:
                 await self._acknowledge(answer)
 
-    async def _feed(self) -> AsyncIterator[ingest.SubmitStreamRequest]:
-        while True:
-            while self._outbox:
-                index = self._outbox.popleft()
+    async def _feed(self, outbox: deque[int]) -> AsyncIterator[ingest.SubmitStreamRequest]:
+        # grpc may ask a stream that has ended for one more: that must not come out of its successor's outbox.
+        while outbox is self._outbox:
+            while outbox:
+                index = outbox.popleft()
                 if (submit := self._pending.get(index)) is not None:
                     yield ingest.SubmitStreamRequest(sequence=index, submit=submit)
             if self._exhausted:

@@ -22,6 +22,9 @@ from shoal.store.v1 import store_pb2 as store
 from tests.cli.conftest import Shoal
 from tests.client.served import Served
 
+GROUPS = (("models",), ("jobs",), ("tenants",), ("results",), ("store",), ("store", "retention"), ("store", "quota"))
+"""Commands that only hold others: these have the examples."""
+
 
 def complaint(done: subprocess.CompletedProcess[str], status: int = 1) -> str:
     """The one line on standard error of a command that failed."""
@@ -174,13 +177,22 @@ def test_what_the_node_says_is_one_clear_line(shoal: Shoal, model: Served) -> No
         ("results", "list"),
         ("results", "show"),
         ("results", "export"),
+        ("store",),
+        ("store", "usage"),
+        ("store", "retention"),
+        ("store", "retention", "list"),
+        ("store", "retention", "set"),
+        ("store", "retention", "remove"),
+        ("store", "quota"),
+        ("store", "quota", "set"),
+        ("store", "quota", "remove"),
         ("status",),
     ],
 )
 def test_every_command_has_help_with_an_example(shoal: Shoal, args: tuple[str, ...]) -> None:
     done = shoal(*args, "--help")
     assert done.returncode == 0, done.stderr
-    if args not in (("models",), ("jobs",), ("tenants",), ("results",)):
+    if args not in GROUPS:
         assert f"shoal {' '.join(args)}".strip() in done.stdout.partition("Example" if args else "First steps")[2]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -89,3 +90,64 @@ def test_collect(served: Served, shoal: Shoal) -> None:
     assert shoal("store", "collect").stdout == "1 condemned, 2 collected, 3 blobs removed\n"
     assert "4 strays found" in shoal("store", "collect", "--strays").stdout
     assert json.loads(shoal("store", "collect", "--json").stdout)["removed"] == 3
+
+
+def progress(**fields: Any) -> pb.BackupProgress:
+    return pb.BackupProgress(backup_id="20261126T163000Z-1a2b3c4d", **fields)
+
+
+def test_backup(served: Served, shoal: Shoal, tmp_path: Path) -> None:
+    asked: list[pb.BackUpRequest] = []
+
+    async def back_up(request: pb.BackUpRequest, context: Any) -> AsyncIterator[pb.BackUpResponse]:
+        asked.append(request)
+        yield pb.BackUpResponse(progress=progress(documents=5))
+        done = progress(documents=7, blobs=3, blobs_in_all=3, copied=1, copied_bytes=2048, complete=True)
+        yield pb.BackUpResponse(progress=done)
+
+    served.on(methods.BACK_UP, back_up, "unary_stream")
+    done = shoal("store", "backup", "there")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("backup 20261126T163000Z-1a2b3c4d: 7 documents, 3 blobs, 1 of them new (2.0 KiB)")
+    assert asked[0].to == (tmp_path / "there").as_uri()
+    assert json.loads(shoal("store", "backup", "s3://bucket/x", "--json").stdout)["documents"] == 7
+    assert asked[1].to == "s3://bucket/x"
+
+
+def test_a_backup_without_what_is_damaged_fails_and_names_it(served: Served, shoal: Shoal) -> None:
+    async def back_up(request: pb.BackUpRequest, context: Any) -> AsyncIterator[pb.BackUpResponse]:
+        yield pb.BackUpResponse(progress=progress(missing=["ab" * 32], complete=True))
+
+    served.on(methods.BACK_UP, back_up, "unary_stream")
+    done = shoal("store", "backup", "/there")
+    assert done.returncode == 1
+    assert "ab" * 32 in done.stderr
+
+
+def test_a_backup_that_broke_off_is_a_failure(served: Served, shoal: Shoal) -> None:
+    async def back_up(request: pb.BackUpRequest, context: Any) -> AsyncIterator[pb.BackUpResponse]:
+        yield pb.BackUpResponse(progress=progress(documents=5))
+
+    served.on(methods.BACK_UP, back_up, "unary_stream")
+    done = shoal("store", "backup", "/there")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "start it again" in done.stderr
+    assert served.count(methods.BACK_UP) == 1
+
+
+def test_restore(served: Served, shoal: Shoal) -> None:
+    asked: list[pb.RestoreRequest] = []
+
+    async def restore(request: pb.RestoreRequest, context: Any) -> AsyncIterator[pb.RestoreResponse]:
+        asked.append(request)
+        if not request.backup_id:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this store is not empty")
+        yield pb.RestoreResponse(progress=progress(documents=7, blobs=3, complete=True))
+
+    served.on(methods.RESTORE, restore, "unary_stream")
+    done = shoal("store", "restore", "/there", "--backup", "20261126T163000Z-1a2b3c4d")
+    assert done.stdout == "restored 20261126T163000Z-1a2b3c4d: 7 documents, 3 blobs\n"
+    assert (asked[0].source, asked[0].backup_id) == ("file:///there", "20261126T163000Z-1a2b3c4d")
+    refused = shoal("store", "restore", "/there")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "not empty" in refused.stderr

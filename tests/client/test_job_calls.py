@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import grpc
@@ -533,3 +533,48 @@ async def test_watching_many_goes_on_after_the_last_token(served: Served) -> Non
 async def aslice(items: AsyncIterator[Any], many: int) -> AsyncIterator[Any]:
     for _ in range(many):
         yield await anext(items)
+
+
+async def test_schedules(served: Served) -> None:
+    kept: dict[str, Any] = {}
+
+    async def put(request: Any, context: Any) -> Any:
+        kept[request.schedule.name] = request.schedule
+        request.schedule.upcoming.add().FromJsonString("2030-01-02T03:00:00Z")
+        return ingest.PutScheduleResponse(schedule=request.schedule)
+
+    async def listed(request: Any, context: Any) -> Any:
+        assert request.tenant == "blue"
+        return ingest.ListSchedulesResponse(schedules=kept.values())
+
+    async def pause(request: Any, context: Any) -> Any:
+        kept[request.name].paused = not request.resume
+        return ingest.PauseScheduleResponse(schedule=kept[request.name])
+
+    async def remove(request: Any, context: Any) -> Any:
+        return ingest.RemoveScheduleResponse(schedule=kept.pop(request.name))
+
+    served.on(methods.PUT_SCHEDULE, put)
+    served.on(methods.LIST_SCHEDULES, listed)
+    served.on(methods.PAUSE_SCHEDULE, pause)
+    served.on(methods.REMOVE_SCHEDULE, remove)
+    async with client_of(served, tenant="blue") as client:
+        schedules = client.jobs.schedules
+        made = await schedules.put(
+            "n", "0 3 * * *", JobRequest("m", X, labels={"a": "b"}), misfire="all", overlap="skip"
+        )
+        assert (made.name, made.tenant, made.model_name, made.misfire, made.overlap) == (
+            "n",
+            "blue",
+            "m",
+            "all",
+            "skip",
+        )
+        assert made.upcoming == (datetime(2030, 1, 2, 3, tzinfo=UTC),)
+        assert not kept["n"].job.idempotency_key
+        assert [one.name for one in await schedules.list()] == ["n"]
+        assert (await schedules.pause("n")).paused
+        assert not (await schedules.resume("n")).paused
+        assert (await schedules.remove("n")).name == "n"
+        with pytest.raises(InvalidArgument, match="overlap 'maybe': use one of allow, skip, cancel"):
+            await schedules.put("n", "* * * * *", JobRequest("m", X), overlap="maybe")  # type: ignore[arg-type]

@@ -7,7 +7,16 @@ from shoal.client import methods
 from shoal.client.methods import Method
 
 TABLE = {name: value for name, value in vars(methods).items() if isinstance(value, Method)}
-NOT_REPEATED = {"MODEL_STREAM_INFER", "REMOVE_MODEL", "REQUEUE_DEAD_LETTERS", "PURGE_DEAD_LETTERS"}
+NOT_REPEATED = {
+    "MODEL_STREAM_INFER",
+    "REMOVE_MODEL",
+    "REQUEUE_DEAD_LETTERS",
+    "PURGE_DEAD_LETTERS",
+    "BACK_UP",
+    "RESTORE",
+    "PUT_SCHEDULE",
+    "REMOVE_SCHEDULE",
+}
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -117,6 +117,9 @@ class FakeStore:
         self.results: dict[str, store_pb2.Result] = {}
         self.puts: defaultdict[str, list[store_pb2.Result]] = defaultdict(list)
         self.sizes: list[int] = []
+        self.over: list[store_pb2.TenantUsage] = []
+        """Tenants that have used up their quotas."""
+        self.looks = 0
         self.before: Callable[[store_pb2.PutResultsRequest, Any], Awaitable[None]] | None = None
 
     async def PutResults(self, request: store_pb2.PutResultsRequest, context: Any) -> store_pb2.PutResultsResponse:
@@ -138,6 +141,13 @@ class FakeStore:
                 store_pb2.PutResultsResponse.Entry(job_id=result.job_id, recorded=recorded, standing=standing)
             )
         return store_pb2.PutResultsResponse(entries=entries)
+
+    async def ListUsage(self, request: store_pb2.ListUsageRequest, context: Any) -> store_pb2.ListUsageResponse:
+        assert request.over_quota
+        self.looks += 1
+        at = int(request.page_token or 0)
+        following = str(at + 1) if at + 1 < len(self.over) else ""
+        return store_pb2.ListUsageResponse(usages=self.over[at : at + 1], next_page_token=following)
 
     async def QueryResults(self, request: store_pb2.QueryResultsRequest, context: Any) -> Any:
         found = [self.results[job_id] for job_id in request.job_ids if job_id in self.results]
@@ -206,6 +216,11 @@ class FakeMesh:
                 self.store.PutResults,
                 store_pb2.PutResultsRequest.FromString,
                 store_pb2.PutResultsResponse.SerializeToString,
+            ),
+            "ListUsage": grpc.unary_unary_rpc_method_handler(
+                self.store.ListUsage,
+                store_pb2.ListUsageRequest.FromString,
+                store_pb2.ListUsageResponse.SerializeToString,
             ),
             "QueryResults": grpc.unary_unary_rpc_method_handler(
                 self.store.QueryResults,

@@ -268,6 +268,9 @@ class RealStore:
     async def QueryResults(self, request: Any, context: Any) -> Any:
         return await self._handed_on(self._stub.QueryResults, request, context)
 
+    async def ListUsage(self, request: Any, context: Any) -> Any:
+        return await self._handed_on(self._stub.ListUsage, request, context)
+
     async def _handed_on(self, call: Any, request: Any, context: Any) -> Any:
         try:
             return await call(request, timeout=10)

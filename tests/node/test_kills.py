@@ -286,11 +286,12 @@ async def test_mongod_dies_and_nothing_acknowledged_is_lost(whole: Any) -> None:
 async def test_envoy_dies_and_a_client_of_ours_does_not_notice(whole: Any) -> None:
     import shoal
 
-    async with shoal.Client(whole.gateway) as client:
+    # More patience than the default: on a busy machine an Envoy may take half a minute to start.
+    async with shoal.Client(whole.gateway, retry=shoal.RetryPolicy(attempts=40)) as client:
         old = whole.pids()["envoy"]
         for number in range(200):
             if number == 50:
                 whole.kill("envoy")
-            answer = await client.infer("double", {"x": np.full((1, 4), number, np.float32)}, timeout=20)
+            answer = await client.infer("double", {"x": np.full((1, 4), number, np.float32)}, timeout=60)
             assert answer.outputs["y"].tolist() == [[2.0 * number] * 4]
         await asyncio.to_thread(whole.wait_until_restarted, "envoy", old)

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from google.protobuf.duration_pb2 import Duration
 from pymongo.asynchronous.database import AsyncDatabase
@@ -19,7 +20,11 @@ from services.ingest.connectors.checkpoints import CHECKPOINTS
 from services.ingest.connectors.connector import Connector, Ends, Parts, Plan, Sink, Source, Submits
 from services.ingest.connectors.formats import Format
 from services.ingest.connectors.progress import Progress
+from services.ingest.connectors.reports import About
 from shoal.ingest.v1 import ingest_pb2 as pb
+
+if TYPE_CHECKING:
+    from services.ingest.connectors import pubsub
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,12 @@ class Connectors:
             name: Connector(plan_of(name, each, place), intake, endings, ready=ready, progress=Progress(place.clock))
             for name, each in configured.items()
         }
+        self._about = {name: _about(name, each) for name, each in configured.items()}
         self._stack = AsyncExitStack()
+
+    def own(self) -> dict[str, tuple[About, Progress]]:
+        """What they are and how they get on, by name."""
+        return {name: (self._about[name], connector.progress) for name, connector in self._connectors.items()}
 
     async def __aenter__(self) -> Connectors:
         for connector in self._connectors.values():
@@ -58,6 +68,18 @@ class Connectors:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         await self._stack.__aexit__(kind, err, tb)
+
+
+def _about(name: str, configured: settings.Settings) -> About:
+    return About(
+        name=name,
+        source=configured.source.words,
+        sink="" if configured.sink is None else configured.sink.words,
+        dead_letters=configured.dead_letters.words,
+        model_name=configured.model,
+        model_version=configured.version,
+        tenant=configured.tenant,
+    )
 
 
 def plan_of(name: str, configured: settings.Settings, place: Place) -> Plan:
@@ -93,6 +115,10 @@ def _source(name: str, given: settings.Source, place: Place) -> Source:
         from services.ingest.connectors import kafka
 
         return kafka.KafkaSource(given.brokers, given.topic, given.group, start=given.start, options=given.options)
+    if isinstance(given, settings.PubSubSource):
+        from services.ingest.connectors import pubsub
+
+        return pubsub.PubSubSource(_google(given), given.subscription, lease_s=given.lease_s)
     from services.ingest.connectors import kinesis
 
     return kinesis.KinesisSource(
@@ -112,9 +138,20 @@ def _sink(given: settings.Sink) -> Sink:
         from services.ingest.connectors import kafka
 
         return kafka.KafkaSink(given.brokers, given.topic, options=given.options)
+    if isinstance(given, settings.PubSubSink):
+        from services.ingest.connectors import pubsub
+
+        return pubsub.PubSubSink(_google(given), given.topic)
     from services.ingest.connectors import kinesis
 
     return kinesis.KinesisSink(kinesis.Access(given.stream, given.region, given.endpoint))
+
+
+def _google(given: settings.PubSubEnd) -> pubsub.Access:
+    from services.ingest.connectors import google_tokens, pubsub
+
+    tokens = None if given.plaintext else google_tokens.tokens()
+    return pubsub.Access(given.project, given.endpoint, tokens, given.plaintext)
 
 
 def _retry(given: settings.Retry) -> pb.RetryPolicy:

@@ -39,6 +39,7 @@ MOST = 100
 Secret: TypeAlias = Annotated[str, AfterValidator(revealed)]
 Brokers: TypeAlias = Annotated[str, Field(pattern=r"^[^\s,/]+:\d{1,5}(,[^\s,/]+:\d{1,5})*$")]
 Topic: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
+_PUBSUB_NAME = r"^[A-Za-z][A-Za-z0-9._~+%-]{2,254}$"
 Options: TypeAlias = Mapping[str, str]
 _KAFKA_OWN = {"bootstrap.servers": "brokers", "group.id": "group", "auto.offset.reset": "start"}
 _KAFKA_FIXED = ("enable.auto.commit", "enable.auto.offset.store", "acks", "request.required.acks", "enable.idempotence")
@@ -48,11 +49,18 @@ def _installed(package: str) -> Callable[[str], str]:
     """Says at start, not at the first message, that the library of a kind is not there."""
 
     def check(kind: str) -> str:
-        if importlib.util.find_spec(package) is None:
+        if not _is_there(package):
             raise ValueError(f"{kind} needs a library that is not installed: pip install 'shoal[{kind}]'")
         return kind
 
     return check
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # The package around it is not there.
+        return False
 
 
 class Part(BaseModel):
@@ -69,6 +77,11 @@ class KafkaSink(Part):
     topic: Topic
     options: Options = {}
     """librdkafka's, such as `security.protocol`; a value may be `env:NAME` or `file:PATH`."""
+
+    @property
+    def words(self) -> str:
+        """What people call it."""
+        return f"{self.kind} {self.topic}"
 
     @field_validator("options", mode="before")
     @classmethod
@@ -93,6 +106,11 @@ class KinesisSink(Part):
     endpoint: Annotated[str, Field(pattern=r"^https?://[^\s]+$")] | None = None
     """Another server than AWS' own."""
 
+    @property
+    def words(self) -> str:
+        """What people call it."""
+        return f"{self.kind} {self.stream}"
+
 
 class KinesisSource(KinesisSink):
     """A stream that is read, its shards shared with other instances."""
@@ -105,8 +123,42 @@ class KinesisSource(KinesisSink):
     """How soon a shard that had nothing is asked again: Kinesis allows five questions a second, of all readers."""
 
 
-Source: TypeAlias = Annotated[KafkaSource | KinesisSource, Field(discriminator="kind")]
-Sink: TypeAlias = Annotated[KafkaSink | KinesisSink, Field(discriminator="kind")]
+class PubSubEnd(Part):
+    """A project of Google Cloud. Credentials are found as Google's own tools find them."""
+
+    kind: Annotated[Literal["pubsub"], AfterValidator(_installed("google.auth"))]
+    project: Annotated[str, Field(pattern=r"^[a-z0-9.:-]{1,100}$")]
+    endpoint: Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")] = "pubsub.googleapis.com:443"
+    plaintext: bool = False
+    """For an emulator: no TLS, no credentials."""
+
+
+class PubSubSink(PubSubEnd):
+    """A topic that is written to."""
+
+    topic: Annotated[str, Field(pattern=_PUBSUB_NAME)]
+
+    @property
+    def words(self) -> str:
+        """What people call it."""
+        return f"{self.kind} {self.topic}"
+
+
+class PubSubSource(PubSubEnd):
+    """A subscription that is pulled."""
+
+    subscription: Annotated[str, Field(pattern=_PUBSUB_NAME)]
+    lease_s: Annotated[int, Field(ge=1, le=600)] = 60
+    """For how long a message is leased, again and again: so long after a kill it is free."""
+
+    @property
+    def words(self) -> str:
+        """What people call it."""
+        return f"{self.kind} {self.subscription}"
+
+
+Source: TypeAlias = Annotated[KafkaSource | KinesisSource | PubSubSource, Field(discriminator="kind")]
+Sink: TypeAlias = Annotated[KafkaSink | KinesisSink | PubSubSink, Field(discriminator="kind")]
 
 
 class Retry(Part):
@@ -238,4 +290,4 @@ def _explained(loc: Iterable[int | str], kind: str, message: str) -> str:
     return f"{path}: should {text}" if message.startswith(("String", "Input")) else f"{path}: {text}"
 
 
-KINDS = ("kafka", "kinesis")
+KINDS = ("kafka", "kinesis", "pubsub")

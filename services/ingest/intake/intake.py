@@ -31,6 +31,8 @@ from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
+from services.ingest.intake.pressure import Pressure
+from services.ingest.intake.storage import Storage
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
 from services.ingest.tenants.admission import Admission
@@ -86,7 +88,9 @@ class Intake:
         *,
         backlog: Backlog,
         admission: Admission,
+        storage: Storage,
         budget: Budget,
+        pressure: Pressure,
         clock: Clock,
         ulids: Ulids,
         instance: str,
@@ -98,7 +102,9 @@ class Intake:
         self._payloads = payloads
         self._backlog = backlog
         self._admission = admission
+        self._storage = storage
         self._budget = budget
+        self._pressure = pressure
         self._clock = clock
         self._ulids = ulids
         self._instance = instance
@@ -142,7 +148,7 @@ class Intake:
         Raises, or its future does:
             InvalidArgument: names the field.
             AlreadyExists: the key was used with another request.
-            ResourceExhausted: the backlog is full, or too many bytes wait to be written.
+            ResourceExhausted: the backlog is full, too many bytes wait to be written, the tenant's storage is used up.
             Unavailable: MongoDB is away; the job may or may not be there, so repeat it with an idempotency key.
         """
         job = self._checked(submit, traceparent)
@@ -177,6 +183,7 @@ class Intake:
         )
         if not self._is_open:
             raise Unavailable("the job database has not been reached yet: retry in a moment")
+        self._storage.admit(job.tenant)
         return job
 
     async def _begin_later(self, job: Job) -> Accepted:
@@ -186,13 +193,17 @@ class Intake:
 
     def _handed_on(self, job: Job) -> asyncio.Future[Accepted]:
         try:
-            return self._group.add(job)
+            future = self._group.add(job)
         except ShoalError:
             self._budget.give_back(_size(job))
             raise
+        self._pressure.entered(_size(job))
+        return future
 
     def _left(self, jobs: Sequence[Job]) -> None:
-        self._budget.give_back(sum(map(_size, jobs)))
+        nbytes = sum(map(_size, jobs))
+        self._budget.give_back(nbytes)
+        self._pressure.left(len(jobs), nbytes)
 
     async def by_key(self, tenant: str, key: str) -> Job | None:
         """The job that has this idempotency key, without its request.
@@ -203,6 +214,13 @@ class Intake:
         return (await self._find_by_key({(tenant, key)})).get((tenant, key))
 
     async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
+        self._pressure.began()
+        try:
+            return await self._written(jobs)
+        finally:
+            self._pressure.ended()
+
+    async def _written(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
         errors = await self._without_dependencies(jobs)
         known = self._takers.adopt([job for job in jobs if job.id not in errors])
         try:

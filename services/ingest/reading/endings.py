@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Protocol
@@ -56,7 +56,7 @@ class Endings:
         self._answers = answers
         self._ready = ready
         # No bound of its own: who waits is bounded by the windows of streams and connectors.
-        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, list[Callable[[], None]]] = {}
         self._hinted: set[str] = set()
         self._poked: OrderedDict[str, None] = OrderedDict()
         self._wake = asyncio.Event()
@@ -86,22 +86,28 @@ class Endings:
         if len(self._poked) > _REMEMBERED:
             self._poked.popitem(last=False)
 
-    async def until_ended(self, job_id: str, *, is_old: bool = False) -> None:
-        """Waits until the job has ended; for ever, as a queue may. `is_old`: it may have ended long ago.
-
-        A job that is there no more has ended.
-        """
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(job_id, set()).add(future)
-        if is_old or self._poked.pop(job_id, future) is None:
+    def watch(self, job_id: str, ended: Callable[[], None], *, is_old: bool = False) -> None:
+        """Calls `ended()` once the job has ended, or is there no more. `is_old`: it may have ended long ago."""
+        self._waiting.setdefault(job_id, []).append(ended)
+        if is_old or job_id in self._poked:
+            self._poked.pop(job_id, None)
             self._hint(job_id)
+
+    def forget(self, job_id: str, ended: Callable[[], None]) -> None:
+        """Nobody is to be called for this any more. One that was called already changes nothing."""
+        if ended in (waiting := self._waiting.get(job_id, [])):
+            waiting.remove(ended)
+            if not waiting:
+                del self._waiting[job_id]
+
+    async def until_ended(self, job_id: str, *, is_old: bool = False) -> None:
+        """Waits until the job has ended, or is there no more; for ever, as a queue may."""
+        ended = asyncio.Event()
+        self.watch(job_id, ended.set, is_old=is_old)
         try:
-            await future
+            await ended.wait()
         finally:
-            futures = self._waiting.get(job_id, set())
-            futures.discard(future)
-            if not futures:
-                self._waiting.pop(job_id, None)
+            self.forget(job_id, ended.set)
 
     async def result(self, job_id: str) -> store_pb2.Result:
         """The result that stands, with its answer, of a job that has ended.
@@ -156,9 +162,8 @@ class Endings:
             return {document["_id"] async for document in self._jobs.find(query, {"_id": 1}).hint("_id_")}
 
     def _let_go(self, job_id: str) -> None:
-        for future in self._waiting.get(job_id, ()):
-            if not future.done():
-                future.set_result(None)
+        for ended in self._waiting.pop(job_id, ()):
+            ended()
 
     async def _read(self, job_ids: list[str]) -> Sequence[store_pb2.Result | ShoalError]:
         try:
@@ -167,14 +172,19 @@ class Endings:
             if len(job_ids) == 1:
                 raise
             return [await self._read_alone(job_id) for job_id in job_ids]  # One damaged answer is only its own job's.
-        return [found.get(job_id) or _missing(job_id) for job_id in job_ids]
+        return [_kept(job_id, found) for job_id in job_ids]
 
     async def _read_alone(self, job_id: str) -> store_pb2.Result | ShoalError:
         try:
-            return (await self._answers.whole([job_id])).get(job_id) or _missing(job_id)
+            return _kept(job_id, await self._answers.whole([job_id]))
         except ShoalError as err:
             return err
 
 
-def _missing(job_id: str) -> NotFound:
-    return NotFound(f"job {job_id} has ended, and the store has no result of it (any more)")
+def _kept(job_id: str, found: Mapping[str, store_pb2.Result]) -> store_pb2.Result | ShoalError:
+    result = found.get(job_id)
+    if result is None:
+        return NotFound(f"job {job_id} has ended, and the store has no result of it (any more)")
+    if result.HasField("answer_removed_at"):
+        return NotFound(f"job {job_id} succeeded; retention has removed its answer since")
+    return result

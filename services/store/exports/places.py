@@ -82,10 +82,10 @@ class Places:
             InvalidArgument: it is no URL of a place.
             PermissionDenied: the operator has not allowed it.
         """
-        scheme, path = _checked(url)
+        scheme, path = checked_url(url)
         if scheme == "file":
             return await self._threads.run(self._folder, path)
-        if not any(_is_within(url, allowed) for allowed in self._allowed):
+        if not any(is_within(url, allowed) for allowed in self._allowed):
             raise self._refused(url)
         try:
             return ObjectBlobs(open_object_store(url, checksums=self._checksums))
@@ -95,7 +95,7 @@ class Places:
     def _folder(self, path: str) -> Place:
         # As the disk has it: `..` and links lead nowhere else.
         folder = Path(path).resolve()
-        roots = [Path(_path_of(allowed)).resolve() for allowed in self._allowed if allowed.startswith("file:")]
+        roots = [Path(path_of(allowed)).resolve() for allowed in self._allowed if allowed.startswith("file:")]
         if not any(folder.is_relative_to(root) for root in roots):
             raise self._refused(f"file://{path}")
         with disk.translated("making the folder of an export"):
@@ -110,7 +110,7 @@ class Places:
         )
 
 
-def _checked(url: str) -> tuple[str, str]:
+def checked_url(url: str) -> tuple[str, str]:
     """The scheme and the path of a URL that may name a place.
 
     Raises:
@@ -124,14 +124,14 @@ def _checked(url: str) -> tuple[str, str]:
     is_whole = len(parts.path) > 1 and not parts.netloc if parts.scheme == "file" else bool(parts.netloc)
     if parts.scheme not in _SCHEMES or not is_plain or not is_whole:
         raise InvalidArgument(f"url: {brief(url)}: expected file:///folder, s3://bucket/prefix, gs://... or az://...")
-    return parts.scheme, _path_of(url)
+    return parts.scheme, path_of(url)
 
 
-def _path_of(url: str) -> str:
+def path_of(url: str) -> str:
     return unquote(urlsplit(url).path)
 
 
-def _is_within(url: str, allowed: str) -> bool:
+def is_within(url: str, allowed: str) -> bool:
     """Whether `url` is `allowed` or lies under it. `s3://` allows every bucket."""
     if allowed.endswith("://"):
         return url.startswith(allowed)

@@ -43,10 +43,17 @@ _DUPLICATE_KEY = 11000
 class Results:
     """Records, finds and lists results. Safe beside other instances on the same MongoDB and blobs."""
 
-    def __init__(self, collections: Collections, responses: Responses, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        collections: Collections,
+        responses: Responses,
+        clock: Callable[[], datetime],
+        on_recorded: Callable[[Sequence[Document]], None] = lambda docs: None,
+    ) -> None:
         self._collections = collections
         self._responses = responses
         self._clock = clock
+        self._on_recorded = on_recorded
 
     async def put(self, results: Sequence[Result]) -> list[tuple[bool, Result]]:
         """Records the results of jobs that have none. For each: whether it was, and the one that stands, less response.
@@ -60,6 +67,7 @@ class Results:
         standing = await self._first_ones(docs)
         lost = {doc["_id"] for doc in docs if doc["_id"] in standing and not is_same(doc, standing[doc["_id"]])}
         await self._drop(doc for doc in docs if doc["_id"] in lost)
+        self._on_recorded([doc for doc in docs if doc["_id"] not in lost])
         outcome = ((doc["_id"] not in lost, standing.get(doc["_id"], doc)) for doc in docs)
         return [(recorded, result_documents.result(_bare(doc))) for recorded, doc in outcome]
 

@@ -1,7 +1,7 @@
 """The rules, as they lie in MongoDB, and the fence that every act under them must pass.
 
     retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
-    fences     {_id: "retention", token, rules}
+    fences     {_id: "retention", token, etcd, rules, acts}
 
 `token` is the greatest fencing token of a leader that has acted; `rules` counts changes of the rules. An act is a
 transaction that demands both as it knew them: a leader that was succeeded removes nothing any more, and once
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-import pymongo
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from mesh.mongo import TIMEOUT_MS, Document, translated
+from mesh.mongo import Document, translated
 from services.store.documents import Collections, whole_milliseconds
+from services.store.retention.leadership import Mandate
 from services.store.retention.rules import Kept, Rule, check_rule
+from services.store.transactions import transaction
 from shoal.errors import FailedPrecondition
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class Reading:
 
 
 class Outdated(Exception):
-    """The rules have changed since they were read: read them again."""
+    """The rules, or what was to be removed, are not what was read: read again."""
 
 
 class RuleBook:
@@ -79,30 +80,31 @@ class RuleBook:
         with translated("changing the rules of retention"):
             await self.transaction(change)
 
-    async def pass_fence(self, token: int, version: int, session: AsyncClientSession) -> None:
-        """Makes the transaction of `session` an act of the leader with `token`, under the rules of `version`.
+    async def pass_fence(self, mandate: Mandate, version: int, session: AsyncClientSession) -> None:
+        """Makes the transaction of `session` an act of the leader with `mandate`, under the rules of `version`.
 
         Raises:
             Outdated: the rules are others.
             FailedPrecondition: a later leader has acted.
         """
         fences = self._collections.fences
-        known = {"_id": _FENCE, "rules": version, "token": {"$lte": token}}
+        known = {
+            "_id": _FENCE,
+            "rules": version,
+            "$or": [{"token": {"$lte": mandate.token}}, {"etcd": {"$ne": mandate.etcd}}],
+        }
         # `acts` makes it a write even when the token stands there already: two acts at once must not both pass.
-        passed = await fences.update_one(known, {"$set": {"token": token}, "$inc": {"acts": 1}}, session=session)
+        passed = await fences.update_one(known, {"$set": vars(mandate), "$inc": {"acts": 1}}, session=session)
         if passed.matched_count:
             return
         fence = await fences.find_one({"_id": _FENCE}, session=session)
-        if fence is not None and fence["token"] > token:
-            raise FailedPrecondition(f"token {token}: a later leader, {fence['token']}, has acted")
+        if fence is not None and fence["rules"] == version:
+            raise FailedPrecondition(f"token {mandate.token}: a later leader, {fence['token']}, has acted")
         raise Outdated
 
     async def transaction(self, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
         """Runs `work` in one transaction: all of it or nothing. It may run more than once."""
-        # pymongo would retry a transaction for two minutes.
-        with pymongo.timeout(TIMEOUT_MS / 1000):
-            async with self._collections.db.client.start_session() as session:
-                return await session.with_transaction(work)
+        return await transaction(self._collections, work)
 
 
 def _document(rule: Rule, now: datetime) -> Document:

@@ -37,5 +37,4 @@ class Retention:
         Raises:
             FailedPrecondition: `token` is not the leader's, or a later leader has acted.
         """
-        await self._leadership.check(token)
-        return await self._sweep.apply(token)
+        return await self._sweep.apply(await self._leadership.mandate(token))

@@ -11,7 +11,7 @@ answers are gone stay in the index: a mark says how far each tenant's are.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -23,9 +23,13 @@ from services.store.artifacts.graves import Graves
 from services.store.documents import EVER, Collections, whole_milliseconds
 from services.store.page_token import Place
 from services.store.results.result_filter import beyond
+from services.store.results.tenants import tenant_after
 from services.store.retention import tombstones
 from services.store.retention.book import Outdated, Reading, RuleBook
+from services.store.retention.leadership import Mandate
 from services.store.retention.rules import Kept, Lane, plan
+from services.store.usage.counters import Counters
+from services.store.usage.weight import ANSWER_BYTES, INLINE_BYTES, RECORD_BYTES, Weight, by_tenant
 from shoal.store.v1.store_pb2 import Result
 
 BATCH = 200
@@ -35,7 +39,7 @@ BATCH_BYTES = 16 << 20
 BUDGET_S = 2.0
 """One call goes on for about so long, then says that there is more: the leader asks again."""
 _SUCCEEDED = int(Result.OUTCOME_SUCCEEDED)
-_ABOUT = {"recorded_at": 1, "blob": 1, "inline_bytes": {"$binarySize": {"$ifNull": ["$response", b""]}}}
+_ABOUT = {"recorded_at": 1, "tenant": 1, "blob": 1, "inline_bytes": INLINE_BYTES, "answer_bytes": ANSWER_BYTES}
 _OLDEST = [("recorded_at", ASCENDING), ("_id", ASCENDING)]
 
 
@@ -56,20 +60,22 @@ class Sweep:
         self,
         collections: Collections,
         book: RuleBook,
+        counters: Counters,
         clock: Callable[[], datetime],
         *,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._collections = collections
         self._book = book
+        self._counters = counters
         self._graves = Graves(collections)
         self._clock = clock
         self._monotonic = monotonic
         self._reached: dict[Kept, str | None] = {}
         # After which tenant the next call goes on. Another instance begins anew: that costs a look at each.
 
-    async def apply(self, token: int) -> Swept:
-        """Removes for about BUDGET_S, on behalf of the leader with `token`.
+    async def apply(self, mandate: Mandate) -> Swept:
+        """Removes for about BUDGET_S, on behalf of the leader with `mandate`.
 
         Raises:
             FailedPrecondition: a later leader has acted.
@@ -81,16 +87,16 @@ class Sweep:
         for kept in Kept:
             while not swept.more:
                 try:
-                    swept.more = await self._sweep(kept, reading, token, swept, ends)
+                    swept.more = await self._sweep(kept, reading, mandate, swept, ends)
                     break
                 except Outdated:
                     reading = await self._book.read()
         return swept
 
-    async def _sweep(self, kept: Kept, reading: Reading, token: int, swept: Swept, ends: float) -> bool:
+    async def _sweep(self, kept: Kept, reading: Reading, mandate: Mandate, swept: Swept, ends: float) -> bool:
         """Removes all of one kind that is to go. True: time is up before that."""
         while (lane := await self._next_lane(kept, reading)) is not None:
-            act = _Act(kept, lane, reading.version, token)
+            act = _Act(kept, lane, reading.version, mandate)
             while found := await self._look(act):
                 setattr(swept, kept, getattr(swept, kept) + await self._remove(act, found))
                 if self._monotonic() >= ends:
@@ -110,20 +116,11 @@ class Sweep:
         if kept is not Kept.ANSWERS and wanted.is_one_for_all:
             return Lane(None, wanted.default) if wanted.default is not None else None
         after = self._reached.get(kept)
-        while (tenant := await self._tenant_after(after)) is not None:
+        while (tenant := await tenant_after(self._collections, after)) is not None:
             if (until := wanted.until(tenant)) is not None:
                 return Lane(tenant, until)
             after = tenant
         return None
-
-    async def _tenant_after(self, after: str | None) -> str | None:
-        """The next tenant that has results, in the order of names: one step in the index."""
-        query = {"tenant": {"$gte": ""} if after is None else {"$gt": after}, "recorded_at": {"$gte": EVER}}
-        with translated("looking for tenants"):
-            doc = await self._collections.results.find_one(
-                query, {"tenant": 1, "_id": 0}, sort=[("tenant", ASCENDING)], hint="by_tenant"
-            )
-        return None if doc is None else str(doc["tenant"])
 
     async def _look(self, act: _Act) -> list[Document]:
         """The oldest few of a lane that are to go."""
@@ -143,15 +140,18 @@ class Sweep:
         results = self._collections.results
 
         async def work(session: AsyncClientSession) -> int:
-            await self._book.pass_fence(act.token, act.version, session)
+            await self._book.pass_fence(act.mandate, act.version, session)
             if act.kept is Kept.TOMBSTONES:
                 return (await results.delete_many(same, session=session)).deleted_count
             if act.kept is Kept.ANSWERS:
                 await self._mark(act, found[-1], session)
             change = tombstones.burying(now) if act.kept is Kept.RESULTS else tombstones.emptying(now)
             done = await results.update_many(same, change, session=session)
+            if done.modified_count != len(found):
+                raise Outdated  # Another was faster, with some of them: look again.
             await self._graves.bury(keys, now, session)
-            return done.modified_count
+            await self._counters.add(_lighter(act.kept, found), session)
+            return len(found)
 
         with translated("removing what is no longer kept"):
             return await self._book.transaction(work)
@@ -169,7 +169,7 @@ class _Act:
     kept: Kept
     lane: Lane
     version: int
-    token: int
+    mandate: Mandate
 
     @property
     def mark_id(self) -> str:
@@ -186,6 +186,12 @@ class _Act:
         if self.kept is Kept.ANSWERS:
             condition["outcome"] = _SUCCEEDED
         return condition
+
+
+def _lighter(kept: Kept, found: Sequence[Document]) -> Mapping[str, Weight]:
+    """What the tenants have less, once these are removed."""
+    one = Weight(-1, -RECORD_BYTES) if kept is Kept.RESULTS else Weight()
+    return by_tenant((doc["tenant"], one - Weight(0, doc["answer_bytes"])) for doc in found)
 
 
 def _light(docs: list[Document]) -> list[Document]:

@@ -45,6 +45,27 @@ class BatchFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BATCH_FORMAT_PARQUET: _ClassVar[BatchFormat]
     BATCH_FORMAT_NPZ: _ClassVar[BatchFormat]
     BATCH_FORMAT_OBJECTS: _ClassVar[BatchFormat]
+
+class MisfirePolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MISFIRE_POLICY_UNSPECIFIED: _ClassVar[MisfirePolicy]
+    MISFIRE_POLICY_SKIP: _ClassVar[MisfirePolicy]
+    MISFIRE_POLICY_LATEST: _ClassVar[MisfirePolicy]
+    MISFIRE_POLICY_ALL: _ClassVar[MisfirePolicy]
+
+class OverlapPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OVERLAP_POLICY_UNSPECIFIED: _ClassVar[OverlapPolicy]
+    OVERLAP_POLICY_ALLOW: _ClassVar[OverlapPolicy]
+    OVERLAP_POLICY_SKIP: _ClassVar[OverlapPolicy]
+    OVERLAP_POLICY_CANCEL: _ClassVar[OverlapPolicy]
+
+class ConnectorPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CONNECTOR_PHASE_UNSPECIFIED: _ClassVar[ConnectorPhase]
+    CONNECTOR_PHASE_STARTING: _ClassVar[ConnectorPhase]
+    CONNECTOR_PHASE_RUNNING: _ClassVar[ConnectorPhase]
+    CONNECTOR_PHASE_WAITING: _ClassVar[ConnectorPhase]
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_QUEUED: JobState
 JOB_STATE_RUNNING: JobState
@@ -67,6 +88,18 @@ BATCH_FORMAT_JSONL: BatchFormat
 BATCH_FORMAT_PARQUET: BatchFormat
 BATCH_FORMAT_NPZ: BatchFormat
 BATCH_FORMAT_OBJECTS: BatchFormat
+MISFIRE_POLICY_UNSPECIFIED: MisfirePolicy
+MISFIRE_POLICY_SKIP: MisfirePolicy
+MISFIRE_POLICY_LATEST: MisfirePolicy
+MISFIRE_POLICY_ALL: MisfirePolicy
+OVERLAP_POLICY_UNSPECIFIED: OverlapPolicy
+OVERLAP_POLICY_ALLOW: OverlapPolicy
+OVERLAP_POLICY_SKIP: OverlapPolicy
+OVERLAP_POLICY_CANCEL: OverlapPolicy
+CONNECTOR_PHASE_UNSPECIFIED: ConnectorPhase
+CONNECTOR_PHASE_STARTING: ConnectorPhase
+CONNECTOR_PHASE_RUNNING: ConnectorPhase
+CONNECTOR_PHASE_WAITING: ConnectorPhase
 
 class RetryPolicy(_message.Message):
     __slots__ = ("max_attempts", "initial_backoff", "max_backoff", "retry_codes")
@@ -722,3 +755,249 @@ class ListTenantsResponse(_message.Message):
     tenants: _containers.RepeatedCompositeFieldContainer[Tenant]
     next_page_token: str
     def __init__(self, tenants: _Optional[_Iterable[_Union[Tenant, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class Schedule(_message.Message):
+    __slots__ = ("name", "tenant", "cron", "time_zone", "job", "misfire", "overlap", "paused", "upcoming", "last_at", "last_job_id", "fired", "skipped", "last_skip", "created_at", "updated_at")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    CRON_FIELD_NUMBER: _ClassVar[int]
+    TIME_ZONE_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    MISFIRE_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    UPCOMING_FIELD_NUMBER: _ClassVar[int]
+    LAST_AT_FIELD_NUMBER: _ClassVar[int]
+    LAST_JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRED_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    LAST_SKIP_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tenant: str
+    cron: str
+    time_zone: str
+    job: SubmitRequest
+    misfire: MisfirePolicy
+    overlap: OverlapPolicy
+    paused: bool
+    upcoming: _containers.RepeatedCompositeFieldContainer[_timestamp_pb2.Timestamp]
+    last_at: _timestamp_pb2.Timestamp
+    last_job_id: str
+    fired: int
+    skipped: int
+    last_skip: str
+    created_at: _timestamp_pb2.Timestamp
+    updated_at: _timestamp_pb2.Timestamp
+    def __init__(self, name: _Optional[str] = ..., tenant: _Optional[str] = ..., cron: _Optional[str] = ..., time_zone: _Optional[str] = ..., job: _Optional[_Union[SubmitRequest, _Mapping]] = ..., misfire: _Optional[_Union[MisfirePolicy, str]] = ..., overlap: _Optional[_Union[OverlapPolicy, str]] = ..., paused: _Optional[bool] = ..., upcoming: _Optional[_Iterable[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]]] = ..., last_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_job_id: _Optional[str] = ..., fired: _Optional[int] = ..., skipped: _Optional[int] = ..., last_skip: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class PutScheduleRequest(_message.Message):
+    __slots__ = ("schedule", "replace")
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    schedule: Schedule
+    replace: bool
+    def __init__(self, schedule: _Optional[_Union[Schedule, _Mapping]] = ..., replace: _Optional[bool] = ...) -> None: ...
+
+class PutScheduleResponse(_message.Message):
+    __slots__ = ("schedule",)
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    schedule: Schedule
+    def __init__(self, schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
+
+class GetScheduleRequest(_message.Message):
+    __slots__ = ("name", "tenant")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tenant: str
+    def __init__(self, name: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+
+class GetScheduleResponse(_message.Message):
+    __slots__ = ("schedule",)
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    schedule: Schedule
+    def __init__(self, schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
+
+class ListSchedulesRequest(_message.Message):
+    __slots__ = ("tenant",)
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    def __init__(self, tenant: _Optional[str] = ...) -> None: ...
+
+class ListSchedulesResponse(_message.Message):
+    __slots__ = ("schedules",)
+    SCHEDULES_FIELD_NUMBER: _ClassVar[int]
+    schedules: _containers.RepeatedCompositeFieldContainer[Schedule]
+    def __init__(self, schedules: _Optional[_Iterable[_Union[Schedule, _Mapping]]] = ...) -> None: ...
+
+class PauseScheduleRequest(_message.Message):
+    __slots__ = ("name", "tenant", "resume")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tenant: str
+    resume: bool
+    def __init__(self, name: _Optional[str] = ..., tenant: _Optional[str] = ..., resume: _Optional[bool] = ...) -> None: ...
+
+class PauseScheduleResponse(_message.Message):
+    __slots__ = ("schedule",)
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    schedule: Schedule
+    def __init__(self, schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
+
+class RemoveScheduleRequest(_message.Message):
+    __slots__ = ("name", "tenant")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tenant: str
+    def __init__(self, name: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+
+class RemoveScheduleResponse(_message.Message):
+    __slots__ = ("schedule",)
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    schedule: Schedule
+    def __init__(self, schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
+
+class JobRetention(_message.Message):
+    __slots__ = ("tenant", "state", "keep", "inherited")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    INHERITED_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    state: JobState
+    keep: _duration_pb2.Duration
+    inherited: bool
+    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., inherited: _Optional[bool] = ...) -> None: ...
+
+class SetJobRetentionRequest(_message.Message):
+    __slots__ = ("tenant", "state", "keep", "for_ever", "inherit")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    FOR_EVER_FIELD_NUMBER: _ClassVar[int]
+    INHERIT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    state: JobState
+    keep: _duration_pb2.Duration
+    for_ever: bool
+    inherit: bool
+    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., for_ever: _Optional[bool] = ..., inherit: _Optional[bool] = ...) -> None: ...
+
+class SetJobRetentionResponse(_message.Message):
+    __slots__ = ("rule",)
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    rule: JobRetention
+    def __init__(self, rule: _Optional[_Union[JobRetention, _Mapping]] = ...) -> None: ...
+
+class ListJobRetentionRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListJobRetentionResponse(_message.Message):
+    __slots__ = ("rules",)
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    rules: _containers.RepeatedCompositeFieldContainer[JobRetention]
+    def __init__(self, rules: _Optional[_Iterable[_Union[JobRetention, _Mapping]]] = ...) -> None: ...
+
+class RunStreamRequest(_message.Message):
+    __slots__ = ("sequence", "submit", "job_id", "stream")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    submit: SubmitRequest
+    job_id: str
+    stream: str
+    def __init__(self, sequence: _Optional[int] = ..., submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., job_id: _Optional[str] = ..., stream: _Optional[str] = ...) -> None: ...
+
+class RunStreamResponse(_message.Message):
+    __slots__ = ("sequence", "job_id", "existed", "state", "response", "code", "message", "retry_after_ms")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    EXISTED_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    job_id: str
+    existed: bool
+    state: JobState
+    response: _inference_pb2.ModelInferResponse
+    code: int
+    message: str
+    retry_after_ms: int
+    def __init__(self, sequence: _Optional[int] = ..., job_id: _Optional[str] = ..., existed: _Optional[bool] = ..., state: _Optional[_Union[JobState, str]] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+
+class ListConnectorsRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class ListConnectorsResponse(_message.Message):
+    __slots__ = ("connectors",)
+    CONNECTORS_FIELD_NUMBER: _ClassVar[int]
+    connectors: _containers.RepeatedCompositeFieldContainer[Connector]
+    def __init__(self, connectors: _Optional[_Iterable[_Union[Connector, _Mapping]]] = ...) -> None: ...
+
+class Connector(_message.Message):
+    __slots__ = ("name", "instance", "phase", "source", "sink", "dead_letters", "model_name", "model_version", "tenant", "messages", "answered", "dead", "in_flight", "lag", "lag_ms", "last_error", "last_error_at", "updated_at", "stale", "lanes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SINK_FIELD_NUMBER: _ClassVar[int]
+    DEAD_LETTERS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    DEAD_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
+    LAG_MS_FIELD_NUMBER: _ClassVar[int]
+    LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
+    LAST_ERROR_AT_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
+    STALE_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    instance: str
+    phase: ConnectorPhase
+    source: str
+    sink: str
+    dead_letters: str
+    model_name: str
+    model_version: str
+    tenant: str
+    messages: int
+    answered: int
+    dead: int
+    in_flight: int
+    lag: int
+    lag_ms: int
+    last_error: str
+    last_error_at: _timestamp_pb2.Timestamp
+    updated_at: _timestamp_pb2.Timestamp
+    stale: bool
+    lanes: _containers.RepeatedCompositeFieldContainer[ConnectorLane]
+    def __init__(self, name: _Optional[str] = ..., instance: _Optional[str] = ..., phase: _Optional[_Union[ConnectorPhase, str]] = ..., source: _Optional[str] = ..., sink: _Optional[str] = ..., dead_letters: _Optional[str] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., messages: _Optional[int] = ..., answered: _Optional[int] = ..., dead: _Optional[int] = ..., in_flight: _Optional[int] = ..., lag: _Optional[int] = ..., lag_ms: _Optional[int] = ..., last_error: _Optional[str] = ..., last_error_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., stale: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[ConnectorLane, _Mapping]]] = ...) -> None: ...
+
+class ConnectorLane(_message.Message):
+    __slots__ = ("lane", "committed", "lag")
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
+    lane: str
+    committed: str
+    lag: int
+    def __init__(self, lane: _Optional[str] = ..., committed: _Optional[str] = ..., lag: _Optional[int] = ...) -> None: ...

@@ -89,6 +89,41 @@ class IngestServiceStub:
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.FromString,
                 _registered_method=True)
+        self.PutSchedule = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/PutSchedule',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PutScheduleRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PutScheduleResponse.FromString,
+                _registered_method=True)
+        self.GetSchedule = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/GetSchedule',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetScheduleRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetScheduleResponse.FromString,
+                _registered_method=True)
+        self.ListSchedules = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListSchedules',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListSchedulesRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListSchedulesResponse.FromString,
+                _registered_method=True)
+        self.PauseSchedule = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/PauseSchedule',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseScheduleRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseScheduleResponse.FromString,
+                _registered_method=True)
+        self.RemoveSchedule = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/RemoveSchedule',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleResponse.FromString,
+                _registered_method=True)
+        self.SetJobRetention = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/SetJobRetention',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionResponse.FromString,
+                _registered_method=True)
+        self.ListJobRetention = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListJobRetention',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionResponse.FromString,
+                _registered_method=True)
         self.SubmitBatch = channel.unary_unary(
                 '/shoal.ingest.v1.IngestService/SubmitBatch',
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SubmitBatchRequest.SerializeToString,
@@ -138,6 +173,16 @@ class IngestServiceStub:
                 '/shoal.ingest.v1.IngestService/ListTenants',
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
+        self.RunStream = channel.stream_stream(
+                '/shoal.ingest.v1.IngestService/RunStream',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamResponse.FromString,
+                _registered_method=True)
+        self.ListConnectors = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListConnectors',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsResponse.FromString,
                 _registered_method=True)
 
 
@@ -242,6 +287,62 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutSchedule(self, request, context):
+        """The life of jobs: schedules.
+
+        Makes a schedule, or replaces the one of that name: jobs that recur. Each of its times becomes exactly one job, with
+        the idempotency key `schedule:<name>:<time>` and the labels `schedule` and `scheduled_for`. ALREADY_EXISTS: there is
+        one, and `replace` is not set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSchedule(self, request, context):
+        """One schedule. NOT_FOUND: there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSchedules(self, request, context):
+        """All schedules by tenant and name, without their jobs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseSchedule(self, request, context):
+        """Pauses a schedule, or has it go on. What falls into a pause is skipped. NOT_FOUND: there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveSchedule(self, request, context):
+        """Removes a schedule. Jobs that it has made stay. NOT_FOUND: there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetJobRetention(self, request, context):
+        """The life of jobs: retention.
+
+        Says how long jobs stay that have ended, by tenant and state. Then they are removed, with their requests, and their
+        idempotency keys are free again; what the store has of them is its own matter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobRetention(self, request, context):
+        """What holds for every tenant (`*`), and for those that have rules of their own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SubmitBatch(self, request, context):
         """Batches: all rows of files go through one model, and their answers into files (docs/batches.md).
 
@@ -322,6 +423,25 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RunStream(self, request_iterator, context):
+        """Streams.
+
+        Jobs in, results out, on one stream: each job is answered first when it is durable (QUEUED), then with how it ended,
+        in the order in which jobs end. What is refused is answered in-band, and the stream goes on. Reading stops while too
+        many have no result: that is the backpressure. After a stream broke, open another, on any instance, and send what
+        has no result yet: by `job_id` what was durable, as before what was not. RESOURCE_EXHAUSTED: too many streams.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListConnectors(self, request, context):
+        """How the connectors of all ingest instances get on (docs/streams.md), by name and instance.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IngestServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -380,6 +500,41 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.WatchJobsResponse.SerializeToString,
             ),
+            'PutSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutSchedule,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PutScheduleRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PutScheduleResponse.SerializeToString,
+            ),
+            'GetSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSchedule,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetScheduleRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetScheduleResponse.SerializeToString,
+            ),
+            'ListSchedules': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSchedules,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListSchedulesRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListSchedulesResponse.SerializeToString,
+            ),
+            'PauseSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseSchedule,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseScheduleRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseScheduleResponse.SerializeToString,
+            ),
+            'RemoveSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveSchedule,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleResponse.SerializeToString,
+            ),
+            'SetJobRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetJobRetention,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionResponse.SerializeToString,
+            ),
+            'ListJobRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobRetention,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionResponse.SerializeToString,
+            ),
             'SubmitBatch': grpc.unary_unary_rpc_method_handler(
                     servicer.SubmitBatch,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SubmitBatchRequest.FromString,
@@ -429,6 +584,16 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.ListTenants,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.SerializeToString,
+            ),
+            'RunStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.RunStream,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamResponse.SerializeToString,
+            ),
+            'ListConnectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListConnectors,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -739,6 +904,195 @@ class IngestService:
             _registered_method=True)
 
     @staticmethod
+    def PutSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/PutSchedule',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.PutScheduleRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.PutScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/GetSchedule',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetScheduleRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.GetScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSchedules(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListSchedules',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListSchedulesRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListSchedulesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/PauseSchedule',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseScheduleRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.PauseScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/RemoveSchedule',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetJobRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/SetJobRetention',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListJobRetention',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def SubmitBatch(request,
             target,
             options=(),
@@ -998,6 +1352,60 @@ class IngestService:
             '/shoal.ingest.v1.IngestService/ListTenants',
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsRequest.SerializeToString,
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/shoal.ingest.v1.IngestService/RunStream',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.RunStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListConnectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListConnectors',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListConnectorsResponse.FromString,
             options,
             channel_credentials,
             insecure,

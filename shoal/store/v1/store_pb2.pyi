@@ -492,6 +492,58 @@ class ApplyRetentionResponse(_message.Message):
     more: bool
     def __init__(self, results: _Optional[int] = ..., answers: _Optional[int] = ..., tombstones: _Optional[int] = ..., more: _Optional[bool] = ...) -> None: ...
 
+class SetQuotaRequest(_message.Message):
+    __slots__ = ("tenant", "bytes", "remove")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    bytes: int
+    remove: bool
+    def __init__(self, tenant: _Optional[str] = ..., bytes: _Optional[int] = ..., remove: _Optional[bool] = ...) -> None: ...
+
+class SetQuotaResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListUsageRequest(_message.Message):
+    __slots__ = ("over_quota", "recount", "page_size", "page_token")
+    OVER_QUOTA_FIELD_NUMBER: _ClassVar[int]
+    RECOUNT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    over_quota: bool
+    recount: bool
+    page_size: int
+    page_token: str
+    def __init__(self, over_quota: _Optional[bool] = ..., recount: _Optional[bool] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class TenantUsage(_message.Message):
+    __slots__ = ("tenant", "results", "bytes", "quota_bytes", "recounted_at")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECOUNTED_AT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    results: int
+    bytes: int
+    quota_bytes: int
+    recounted_at: _timestamp_pb2.Timestamp
+    def __init__(self, tenant: _Optional[str] = ..., results: _Optional[int] = ..., bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., recounted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class ListUsageResponse(_message.Message):
+    __slots__ = ("usages", "next_page_token", "artifacts", "artifact_bytes")
+    USAGES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACTS_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    usages: _containers.RepeatedCompositeFieldContainer[TenantUsage]
+    next_page_token: str
+    artifacts: int
+    artifact_bytes: int
+    def __init__(self, usages: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., artifacts: _Optional[int] = ..., artifact_bytes: _Optional[int] = ...) -> None: ...
+
 class ReleaseArtifactsRequest(_message.Message):
     __slots__ = ("references",)
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
@@ -587,3 +639,51 @@ class CollectArtifactsResponse(_message.Message):
     removed: int
     strays: int
     def __init__(self, condemned: _Optional[int] = ..., collected: _Optional[int] = ..., removed: _Optional[int] = ..., strays: _Optional[int] = ...) -> None: ...
+
+class BackupProgress(_message.Message):
+    __slots__ = ("backup_id", "documents", "blobs", "blobs_in_all", "copied", "copied_bytes", "missing", "cluster_time", "complete")
+    BACKUP_ID_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_IN_ALL_FIELD_NUMBER: _ClassVar[int]
+    COPIED_FIELD_NUMBER: _ClassVar[int]
+    COPIED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_TIME_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    backup_id: str
+    documents: int
+    blobs: int
+    blobs_in_all: int
+    copied: int
+    copied_bytes: int
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    cluster_time: str
+    complete: bool
+    def __init__(self, backup_id: _Optional[str] = ..., documents: _Optional[int] = ..., blobs: _Optional[int] = ..., blobs_in_all: _Optional[int] = ..., copied: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ..., cluster_time: _Optional[str] = ..., complete: _Optional[bool] = ...) -> None: ...
+
+class BackUpRequest(_message.Message):
+    __slots__ = ("to",)
+    TO_FIELD_NUMBER: _ClassVar[int]
+    to: str
+    def __init__(self, to: _Optional[str] = ...) -> None: ...
+
+class BackUpResponse(_message.Message):
+    __slots__ = ("progress",)
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    progress: BackupProgress
+    def __init__(self, progress: _Optional[_Union[BackupProgress, _Mapping]] = ...) -> None: ...
+
+class RestoreRequest(_message.Message):
+    __slots__ = ("source", "backup_id")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    BACKUP_ID_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    backup_id: str
+    def __init__(self, source: _Optional[str] = ..., backup_id: _Optional[str] = ...) -> None: ...
+
+class RestoreResponse(_message.Message):
+    __slots__ = ("progress",)
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    progress: BackupProgress
+    def __init__(self, progress: _Optional[_Union[BackupProgress, _Mapping]] = ...) -> None: ...

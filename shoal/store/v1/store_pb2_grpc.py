@@ -119,6 +119,16 @@ class StoreServiceStub:
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.SerializeToString,
                 response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.FromString,
                 _registered_method=True)
+        self.SetQuota = channel.unary_unary(
+                '/shoal.store.v1.StoreService/SetQuota',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaResponse.FromString,
+                _registered_method=True)
+        self.ListUsage = channel.unary_unary(
+                '/shoal.store.v1.StoreService/ListUsage',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ListUsageRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ListUsageResponse.FromString,
+                _registered_method=True)
         self.ReleaseArtifacts = channel.unary_unary(
                 '/shoal.store.v1.StoreService/ReleaseArtifacts',
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ReleaseArtifactsRequest.SerializeToString,
@@ -138,6 +148,16 @@ class StoreServiceStub:
                 '/shoal.store.v1.StoreService/CollectArtifacts',
                 request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsRequest.SerializeToString,
                 response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsResponse.FromString,
+                _registered_method=True)
+        self.BackUp = channel.unary_stream(
+                '/shoal.store.v1.StoreService/BackUp',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.BackUpRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.BackUpResponse.FromString,
+                _registered_method=True)
+        self.Restore = channel.unary_stream(
+                '/shoal.store.v1.StoreService/Restore',
+                request_serializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreRequest.SerializeToString,
+                response_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreResponse.FromString,
                 _registered_method=True)
 
 
@@ -286,6 +306,23 @@ class StoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetQuota(self, request, context):
+        """Says how many bytes the results of a tenant may take, or of each that has no quota of its own. Who has used it up
+        cannot submit jobs until there is room again; results of jobs that were accepted are recorded all the same.
+        INVALID_ARGUMENT names what is wrong.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUsage(self, request, context):
+        """How much each tenant has. Counters: off by what a crash forgot (results of its last second), until they are counted
+        anew, once a day or here. INVALID_ARGUMENT: a bad page size or token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReleaseArtifacts(self, request, context):
         """Artifacts: who needs them, whether they are what they were, and what becomes of the rest.
 
@@ -313,6 +350,25 @@ class StoreServiceServicer:
     def CollectArtifacts(self, request, context):
         """Does now what the store does every few minutes by itself: collects artifacts that nobody refers to. It follows the
         same rules and ages, so that something has to be left alone for a while before it is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BackUp(self, request, context):
+        """Backs up everything that the store and ingest keep, as it is at one moment, to a folder of the store's machine or to a
+        bucket. Streams how far it is. Blobs that an earlier backup of that place has are not copied again. A call that ends
+        early leaves no backup; the next one finds the blobs that were copied. PERMISSION_DENIED: the store may not write
+        there. ABORTED: it stood still for too long.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restore(self, request, context):
+        """Restores a backup into this store, which must be empty. A call that ends early is repeated, and goes on.
+        NOT_FOUND: no (such) complete backup there. FAILED_PRECONDITION: this store is not empty. DATA_LOSS: the backup is
+        damaged. Restart infer and ingest when it is done, or let it be done before they are started.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -406,6 +462,16 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionRequest.FromString,
                     response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ApplyRetentionResponse.SerializeToString,
             ),
+            'SetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetQuota,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaResponse.SerializeToString,
+            ),
+            'ListUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUsage,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ListUsageRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.ListUsageResponse.SerializeToString,
+            ),
             'ReleaseArtifacts': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseArtifacts,
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.ReleaseArtifactsRequest.FromString,
@@ -425,6 +491,16 @@ def add_StoreServiceServicer_to_server(servicer, server):
                     servicer.CollectArtifacts,
                     request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsRequest.FromString,
                     response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsResponse.SerializeToString,
+            ),
+            'BackUp': grpc.unary_stream_rpc_method_handler(
+                    servicer.BackUp,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.BackUpRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.BackUpResponse.SerializeToString,
+            ),
+            'Restore': grpc.unary_stream_rpc_method_handler(
+                    servicer.Restore,
+                    request_deserializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreRequest.FromString,
+                    response_serializer=shoal_dot_store_dot_v1_dot_store__pb2.RestoreResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -897,6 +973,60 @@ class StoreService:
             _registered_method=True)
 
     @staticmethod
+    def SetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/SetQuota',
+            shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.SetQuotaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/ListUsage',
+            shoal_dot_store_dot_v1_dot_store__pb2.ListUsageRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.ListUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ReleaseArtifacts(request,
             target,
             options=(),
@@ -994,6 +1124,60 @@ class StoreService:
             '/shoal.store.v1.StoreService/CollectArtifacts',
             shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsRequest.SerializeToString,
             shoal_dot_store_dot_v1_dot_store__pb2.CollectArtifactsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BackUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/BackUp',
+            shoal_dot_store_dot_v1_dot_store__pb2.BackUpRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.BackUpResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.store.v1.StoreService/Restore',
+            shoal_dot_store_dot_v1_dot_store__pb2.RestoreRequest.SerializeToString,
+            shoal_dot_store_dot_v1_dot_store__pb2.RestoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,7 +37,7 @@ class Model(Session):
     def __init__(self) -> None:
         self.runs: list[int] = []
 
-    def run_rows(self, inputs, outputs):
+    def run_rows(self, inputs, outputs, stay=()):
         images, factors = inputs["image"], inputs["factor"]
         assert isinstance(images, list)
         self.runs.append(len(images))
@@ -160,6 +160,6 @@ def test_who_is_gone_is_left_out(execution, model):
 
 
 def test_a_missing_row_is_the_models_fault(execution, model):
-    model.run_rows = lambda inputs, outputs: RowResults([[], np.empty((0, 1))], {})
+    model.run_rows = lambda inputs, outputs, stay: RowResults([[], np.empty((0, 1))], {})
     (outcome,) = execution.run([Job(call(images(1, 1, 1)))])
     assert "output 'times' has 0 rows for 1" in str(outcome)

@@ -23,7 +23,9 @@ class Broker(Protocol):
     """A stream in, one out, and one for dead letters: new for each test."""
 
     table: dict[str, dict[str, Any]]
-    """`source`, `sink` and `dead_letters` of a connector of these."""
+    """`source`, `sink` and `dead_letters` of a connector of these. Empty: a client's own stream."""
+    keeps_order: bool
+    """Whether what comes after a message that is under way stays unsettled."""
 
     async def publish(self, values: Sequence[bytes]) -> None:
         """Puts messages into the stream in."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from tests.breakable import PATIENCE_S
 from tests.ingest.conftest import IngestProcess, StartIngest
 from tests.ingest.connectors.brokers import Broker, toml
+from tests.ingest.connectors.direct import Direct
 from tests.ingest.connectors.kafkas import Kafka, Tansu
 from tests.ingest.connectors.kinesises import KEYS, Kinesis, Moto
+from tests.ingest.connectors.pubsubs import PubSub, PubSubServer
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +49,45 @@ def _keys_of_aws(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name.upper().replace("REGION_NAME", "AWS_DEFAULT_REGION"), value)
 
 
-@pytest.fixture(params=["kafka", "kinesis"])
-async def broker(request: pytest.FixtureRequest, mongo_uri: str, mongo_database: str) -> Broker:
-    """Each broker in turn. Its parts are started only for those who ask for it."""
-    if request.param == "kinesis":
-        return await Kinesis(request.getfixturevalue("moto"), mongo_uri, mongo_database).make()
-    if request.param == "kafka":
+MakeBroker = Callable[[str], Awaitable[Broker]]
+
+
+@pytest.fixture
+async def make_broker(request: pytest.FixtureRequest, mongo_uri: str, mongo_database: str) -> AsyncIterator[MakeBroker]:
+    """Makes one of a kind. Its parts are started only for those who ask for it."""
+    stack = AsyncExitStack()
+
+    async def make(kind: str) -> Broker:
+        if kind == "pubsub":
+            return PubSub(await stack.enter_async_context(PubSubServer()))
+        if kind == "kinesis":
+            return await Kinesis(request.getfixturevalue("moto"), mongo_uri, mongo_database).make()
         return await Kafka(request.getfixturevalue("tansu").address).make()
-    raise AssertionError(request.param)
+
+    async with stack:
+        yield make
+
+
+BROKERS = ["kafka", "kinesis", "pubsub"]
+
+
+@pytest.fixture(params=["grpc", *BROKERS])
+async def broker(
+    request: pytest.FixtureRequest, make_broker: Callable[[str], Awaitable[Broker]]
+) -> AsyncIterator[Broker]:
+    """Each broker in turn, and a client's own stream."""
+    if request.param != "grpc":
+        yield await make_broker(request.param)
+        return
+    direct = Direct()
+    yield direct
+    await direct.close()
+
+
+@pytest.fixture(params=BROKERS)
+async def real_broker(request: pytest.FixtureRequest, make_broker: MakeBroker) -> Broker:
+    """Each broker in turn."""
+    return await make_broker(request.param)
 
 
 StartConnector = Callable[..., IngestProcess]
@@ -65,10 +99,13 @@ def start_connector(start_ingest: StartIngest, run_dir: Path) -> Iterator[StartC
     logs: set[Path] = set()
 
     def start(broker: Broker, n: int = 0, *, ingest: dict[str, Any] | None = None, **settings: Any) -> IngestProcess:
-        file = run_dir / "connectors.toml"
-        file.write_text(toml("c", broker.table, **settings))
-        fast = {"lease_ms": 2_000, "renew_ms": 500}
-        process = start_ingest(n, connectors=file, **{**fast, **(ingest or {})})
+        told: dict[str, Any] = {"lease_ms": 2_000, "renew_ms": 500, **(ingest or {})}
+        if not isinstance(broker, Direct):
+            told["connectors"] = run_dir / "connectors.toml"
+            told["connectors"].write_text(toml("c", broker.table, **settings))
+        process = start_ingest(n, **told)
+        if isinstance(broker, Direct):
+            broker.attach(process.address, **settings)
         logs.add(process.log)
         return process
 

@@ -49,6 +49,8 @@ class Tansu(Process):
 class Kafka:
     """Three topics, and a group."""
 
+    keeps_order = True
+
     def __init__(self, address: str, partitions: int = 2) -> None:
         mark = uuid.uuid4().hex[:12]
         self._address = address

@@ -47,6 +47,8 @@ class Moto(Process):
 class Kinesis:
     """Three streams."""
 
+    keeps_order = True
+
     def __init__(self, moto: Moto, mongo_uri: str, database: str, shards: int = 2) -> None:
         mark = uuid.uuid4().hex[:12]
         self._client = moto.client()

@@ -15,6 +15,8 @@ from services.ingest.connectors.settings import of_document, read
 from services.ingest.intake.submission import KEY_CHARS
 
 KAFKA = {"kind": "kafka", "brokers": "localhost:9092", "topic": "t"}
+KINESIS = {"kind": "kinesis", "region": "eu-1"}
+PUBSUB = {"kind": "pubsub", "project": "p"}
 GOOD: dict[str, Any] = {"model": "m", "source": {**KAFKA, "group": "g"}, "sink": KAFKA, "dead_letters": KAFKA}
 
 
@@ -68,9 +70,26 @@ def test_the_least_that_is_needed() -> None:
         ("deadline_s", -1, "connectors.c.deadline_s: should be greater than 0"),
         ("retry", {"attempts": 1_000}, "connectors.c.retry.attempts: should be less than or equal to 100"),
         ("retry", {"max_backoff_ms": 1}, "connectors.c.retry: max_backoff_ms must be at least"),
+        ("sink", KINESIS, "connectors.c.sink.stream is required"),
+        (
+            "sink",
+            {**KINESIS, "stream": "s", "topic": "t"},
+            "connectors.c.sink.topic is not a key",
+        ),
+        ("sink", PUBSUB, "connectors.c.sink.topic is required"),
+        (
+            "source",
+            {**PUBSUB, "subscription": "1"},
+            "connectors.c.source.subscription: should match",
+        ),
+        (
+            "source",
+            {**PUBSUB, "subscription": "sub", "plaintext": "yes"},
+            "connectors.c.source.plaintext",
+        ),
         ("tenant", "t" * 65, "connectors.c.tenant: should have at most 64"),
     ],
-    ids=range(28),
+    ids=range(33),
 )
 def test_what_is_wrong_is_named_by_its_key(path: str, value: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"(?m)^{re.escape(words)}" if words.startswith("connectors") else words):

@@ -287,7 +287,8 @@ async def test_short_calls_keep_no_memory(make: Make, name: str) -> None:
         await some(5_000)
         before = rss_kb(front.pid)
         await some(20_000)
-        assert rss_kb(front.pid) - before < 4_000
+        # Half a kilobyte kept of each call would be 10,000; Envoy alone wanders by 4,000.
+        assert rss_kb(front.pid) - before < 8_000
 
 
 def rss_kb(pid: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -118,6 +119,28 @@ async def test_only_the_leader_has_it_applied(led: Store, config: StoreConfig, e
     await refused(apply(led, token), PRECONDITION, "nobody leads")
     await refused(get(led, "old"), StatusCode.NOT_FOUND, "removed by retention")
     await get(led, "new")
+
+
+async def test_an_etcd_that_lost_its_data_has_leaders_again(
+    led: Store, config: StoreConfig, etcd_process: EtcdProcess, tmp_path: Path
+) -> None:
+    await put_rule(led, rule(RESULTS, 3600))
+    tokens, removed = [], 0
+    for at in ("first", "second"):
+        await put(led, result(at))
+        await aged(config, at)
+        async with Etcd(etcd_process.address) as etcd, Election(etcd, LEADER, "local/coord-0") as election:
+            for n in range(5 if at == "first" else 0):  # The first etcd has seen more: its tokens are greater.
+                await etcd.put(b"/other", str(n).encode())
+            await until(lambda: election.is_leader, "it leads")
+            tokens.append(election.term.token)
+            removed += (await apply(led, tokens[-1])).results
+        if at == "first":
+            etcd_process.kill()
+            shutil.rmtree(next(path for path in (tmp_path / "etcd").rglob("member")).parent)
+            etcd_process.start()
+            await etcd_process.until_ready()
+    assert (removed, len(tokens)) == (2, 2)
 
 
 async def test_etcd_is_away(led: Store, etcd_process: EtcdProcess) -> None:

@@ -19,8 +19,10 @@ from services.store.responses import Responses
 from services.store.results.results import Results
 from services.store.retention import sweep as sweeping
 from services.store.retention.book import Reading, RuleBook
+from services.store.retention.leadership import Mandate
 from services.store.retention.rules import Kept, Rule
 from services.store.retention.sweep import Sweep, Swept
+from services.store.usage.counters import Counters
 from shoal.errors import FailedPrecondition, NotFound
 from shoal.store.v1 import store_pb2 as pb
 from tests.store.test_store_queries import bare, stages
@@ -52,11 +54,12 @@ class World:
         self.results = Results(collections, responses, self.clock)
         self.an_hour_ago = Results(collections, responses, lambda: START - HOUR)
         self.book = RuleBook(collections, self.clock)
+        self.counters = Counters(collections, self.clock)
         self.sweep = self.another()
 
     def another(self, **options: Any) -> Sweep:
         """Retention in another instance."""
-        return Sweep(self.collections, self.book, self.clock, **options)
+        return Sweep(self.collections, self.book, self.counters, self.clock, **options)
 
     async def rule(
         self, kept: Kept, keep: timedelta | None, tenant: str | None = None, *, remove: bool = False
@@ -79,11 +82,11 @@ class World:
     async def jobs(self) -> list[str]:
         return [result.job_id for result in await self.all()]
 
-    async def applied(self, token: int = 1) -> Swept:
+    async def applied(self, token: int = 1, etcd: str = "e") -> Swept:
         """Until there is no more."""
         total = Swept()
         while True:
-            swept = await self.sweep.apply(token)
+            swept = await self.sweep.apply(Mandate(token, etcd))
             for kept in Kept:
                 setattr(total, kept, getattr(total, kept) + getattr(swept, kept))
             if not swept.more:
@@ -241,7 +244,7 @@ async def test_it_goes_on_in_the_next_call(world: World, monkeypatch: pytest.Mon
     calls = 0
     removed = 0
     while True:
-        swept = await world.sweep.apply(1)
+        swept = await world.sweep.apply(Mandate(1, "e"))
         removed += swept.results
         calls += 1
         if not swept.more:
@@ -258,9 +261,24 @@ async def test_a_leader_that_was_succeeded_removes_nothing(world: World) -> None
     await world.applied(token=7)
     await world.put("k", 2 * HOUR)
     with pytest.raises(FailedPrecondition, match="a later leader, 7"):
-        await world.sweep.apply(6)
+        await world.sweep.apply(Mandate(6, "e"))
     assert await world.jobs() == ["k"]
     assert (await world.applied(token=8)).results == 1
+
+
+async def test_another_etcd_begins_anew_with_its_tokens(world: World) -> None:
+    """Its data was lost, or the database restored beside another: its leaders are no earlier ones."""
+    for n in range(4):
+        await world.put(f"j{n}", n * HOUR)
+    await world.rule(RESULTS, HOUR)
+    world.clock.now = START + 2 * HOUR - MINUTE
+    assert (await world.applied(token=700, etcd="old")).results == 1
+    world.clock.now += HOUR
+    assert (await world.applied(token=7, etcd="new")).results == 1
+    world.clock.now += HOUR
+    with pytest.raises(FailedPrecondition, match="a later leader, 7"):
+        await world.sweep.apply(Mandate(6, "new"))
+    assert (await world.applied(token=8, etcd="new")).results == 1
 
 
 async def test_nothing_goes_under_rules_that_were_changed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +311,7 @@ async def test_several_at_once_remove_each_once(world: World, monkeypatch: pytes
     async def apply(sweep: Sweep) -> int:
         removed = 0
         while True:
-            swept = await sweep.apply(5)
+            swept = await sweep.apply(Mandate(5, "e"))
             removed += swept.results
             if not swept.more:
                 return removed
@@ -341,10 +359,10 @@ async def test_what_is_kept_is_never_looked_at(world: World, mongo_uri: str, mon
         listened = Collections(client[mongo_database])
         await listened.prepare()
         heard.commands.clear()
-        sweep = Sweep(listened, RuleBook(listened, world.clock), world.clock)
+        sweep = Sweep(listened, RuleBook(listened, world.clock), Counters(listened, world.clock), world.clock)
         plans: list[Document] = []
         explained = 0
-        while (await sweep.apply(1)).more:
+        while (await sweep.apply(Mandate(1, "e"))).more:
             pass
         for _, command in heard.commands:
             if command.get("find") == "results":

@@ -1,0 +1,241 @@
+"""Google Cloud Pub/Sub: a subscription as a source, a topic as a sink.
+
+    receive ──Pull(room)──> messages, each leased by the server ──settle──> acknowledged, in groups
+                              └── leases are extended as long as their jobs take
+
+A message is asked for only when there is room for it, so nothing lies leased and waits. Order is not kept: Pub/Sub
+acknowledges each message by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from mesh.interceptors import translate
+from mesh.limits import MESSAGE_BYTES
+from mesh.tasks import end
+from services.ingest.connectors.google_tokens import Tokens
+from services.ingest.connectors.message import Lane, Message, Outgoing
+from services.ingest.connectors.progress import LaneStanding, Standing
+from services.ingest.intake.group import Group
+from shoal.errors import Code, Internal, InvalidArgument, NotFound, ShoalError, Unavailable
+from shoal.remote.v1 import pubsub_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+_PULL_S = 60.0
+# The server answers a pull when there is something, or after a while without.
+_CALL_S = 15.0
+_ACK_S = 0.05
+_EXTEND_S = 3.0
+# A message that was just pulled has its subscription's deadline, at least 10 s, until the next round.
+_BACKOFF_S = 1.0
+_IDS_AT_ONCE = 1_000
+_PULLED_AT_ONCE = 1_000
+_PUBLISHED_AT_ONCE = 500
+_PUBLISHED_BYTES = 8 << 20
+_MESSAGE_BYTES = 10_000_000
+_ATTRIBUTES, _NAME_BYTES, _VALUE_BYTES = 100, 256, 1_024
+KEY = "shoal-key"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How Pub/Sub is reached."""
+
+    project: str
+    endpoint: str
+    tokens: Tokens | None = None
+    """None: nobody asks who calls: an emulator."""
+    plaintext: bool = False
+
+
+class Calls:
+    """The methods of google.pubsub.v1 that are called here."""
+
+    def __init__(self, access: Access) -> None:
+        self._tokens = access.tokens
+        options = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.keepalive_time_ms", 60_000)]
+        self._channel = (
+            grpc.aio.insecure_channel(access.endpoint, options)
+            if access.plaintext
+            else grpc.aio.secure_channel(access.endpoint, grpc.ssl_channel_credentials(), options)
+        )
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def call(self, method: str, request: Any, response: type[Any], timeout_s: float, doing: str) -> Any:
+        """One answer. Raises ShoalError."""
+        stub: Any = self._channel.unary_unary(
+            f"/google.pubsub.v1.{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        metadata = () if self._tokens is None else await self._tokens.metadata()
+        try:
+            return await stub(request, timeout=timeout_s, metadata=metadata)
+        except grpc.RpcError as err:
+            known = translate(err, doing)
+            if isinstance(known, NotFound):
+                raise Unavailable(f"{known.message}: create it") from err
+            raise known from err
+
+
+class PubSubSource:
+    """Pulls a subscription; other instances may pull it too."""
+
+    def __init__(self, access: Access, subscription: str, *, lease_s: int) -> None:
+        self._access = access
+        self._name = f"projects/{access.project}/subscriptions/{subscription}"
+        self._subscription = subscription
+        self._lease_s = lease_s
+        self._lane = Lane(subscription)
+        self._leased: dict[str, None] = {}
+        self._settled: list[str] = []
+        self._count = 0
+        self._trouble = ""
+
+    async def __aenter__(self) -> PubSubSource:
+        self._calls = Calls(self._access)
+        self._tasks = [
+            asyncio.create_task(self._extend_leases(), name=f"leases of {self._subscription}"),
+            asyncio.create_task(self._acknowledge(), name=f"acknowledgements of {self._subscription}"),
+        ]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await end(*self._tasks)
+        with contextlib.suppress(ShoalError):  # Whatever is not told in time is delivered again.
+            await self._tell_settled()
+            await self._modify(list(self._leased), 0)
+        self._lane.lose()
+        await self._calls.close()
+
+    async def receive(self, limit: int) -> Sequence[Message]:
+        request = pb.PubSubPullRequest(subscription=self._name, max_messages=min(limit, _PULLED_AT_ONCE))
+        while True:
+            try:
+                answer = await self._calls.call(
+                    "Subscriber/Pull", request, pb.PubSubPullResponse, _PULL_S, f"pulling {self._name}"
+                )
+            except ShoalError as err:
+                if err.code is not Code.DEADLINE_EXCEEDED:
+                    raise
+                continue
+            if answer.received_messages:
+                self._trouble = ""
+                return [self._message(each) for each in answer.received_messages]
+
+    def settle(self, message: Message) -> None:
+        self._settled.append(message.handle)
+
+    def standing(self) -> Standing:
+        return Standing((LaneStanding(self._subscription),), self._trouble)
+
+    def _message(self, received: Any) -> Message:
+        self._count += 1
+        self._leased[received.ack_id] = None
+        message = received.message
+        return Message(
+            lane=self._lane,
+            position=self._count,
+            place=f"{self._subscription}/{message.message_id}",
+            value=message.data,
+            key=message.ordering_key.encode() or None,
+            headers=tuple((name, value.encode()) for name, value in sorted(message.attributes.items())),
+            stamp=message.publish_time.ToMilliseconds(),
+            handle=received.ack_id,
+        )
+
+    async def _extend_leases(self) -> None:
+        while True:
+            await self._guarded(self._modify(list(self._leased), self._lease_s))
+            await asyncio.sleep(min(self._lease_s / 3, _EXTEND_S))
+
+    async def _acknowledge(self) -> None:
+        while True:
+            await asyncio.sleep(_ACK_S)
+            if self._settled and not await self._guarded(self._tell_settled()):
+                await asyncio.sleep(_BACKOFF_S)
+
+    async def _guarded(self, act: Any) -> bool:
+        try:
+            await act
+        except ShoalError as err:
+            self._trouble = err.message
+            return False
+        return True
+
+    async def _tell_settled(self) -> None:
+        while some := self._settled[:_IDS_AT_ONCE]:
+            request = pb.PubSubAcknowledgeRequest(subscription=self._name, ack_ids=some)
+            doing = f"acknowledging to {self._name}"
+            await self._calls.call("Subscriber/Acknowledge", request, pb.PubSubEmpty, _CALL_S, doing)
+            del self._settled[: len(some)]
+            for ack_id in some:
+                self._leased.pop(ack_id, None)
+
+    async def _modify(self, ack_ids: list[str], seconds: int) -> None:
+        for first in range(0, len(ack_ids), _IDS_AT_ONCE):
+            some = ack_ids[first : first + _IDS_AT_ONCE]
+            request = pb.PubSubModifyAckDeadlineRequest(
+                subscription=self._name, ack_deadline_seconds=seconds, ack_ids=some
+            )
+            doing = f"extending leases of {self._name}"
+            await self._calls.call("Subscriber/ModifyAckDeadline", request, pb.PubSubEmpty, _CALL_S, doing)
+
+
+class PubSubSink:
+    """Publishes to a topic. The headers of a message are its attributes."""
+
+    def __init__(self, access: Access, topic: str) -> None:
+        self._access = access
+        self._topic = f"projects/{access.project}/topics/{topic}"
+        self._stack = AsyncExitStack()
+        self._group: Group[pb.PubSubMessage, None] = Group(
+            f"messages for {topic}",
+            self._publish,
+            max_items=_PUBLISHED_AT_ONCE,
+            max_bytes=_PUBLISHED_BYTES,
+            size=lambda message: message.ByteSize(),
+        )
+
+    async def __aenter__(self) -> PubSubSink:
+        self._calls = Calls(self._access)
+        self._stack.push_async_callback(self._calls.close)
+        await self._stack.enter_async_context(self._group)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    async def send(self, message: Outgoing) -> None:
+        made = pb.PubSubMessage(data=message.value, attributes=_attributes(message))
+        if made.ByteSize() > _MESSAGE_BYTES:
+            raise InvalidArgument(f"Pub/Sub takes at most {_MESSAGE_BYTES} bytes, and this is {made.ByteSize()}")
+        await self._group.put(made)
+
+    async def _publish(self, messages: list[pb.PubSubMessage]) -> Sequence[None]:
+        request = pb.PubSubPublishRequest(topic=self._topic, messages=messages)
+        doing = f"publishing to {self._topic}"
+        answer = await self._calls.call("Publisher/Publish", request, pb.PubSubPublishResponse, _CALL_S, doing)
+        if len(answer.message_ids) != len(messages):
+            raise Internal(f"{doing}: {len(messages)} messages were sent, and {len(answer.message_ids)} have an id")
+        return [None] * len(messages)
+
+
+def _attributes(message: Outgoing) -> dict[str, str]:
+    """The headers, within Pub/Sub's limits: what is too long is cut, what is too much left out, ours last of all."""
+    headers = [*message.headers] if message.key is None else [*message.headers, (KEY, message.key)]
+    ours_first = sorted(headers, key=lambda header: not header[0].startswith("shoal-"))
+    cut = [(name, value[:_VALUE_BYTES].decode(errors="ignore")) for name, value in ours_first]
+    return dict([(name, value) for name, value in cut if value and 0 < len(name.encode()) <= _NAME_BYTES][:_ATTRIBUTES])

@@ -1,0 +1,163 @@
+"""What connectors do, for people: each instance writes how its own get on, and any instance tells of all.
+
+Collection `connectors`: a document for each connector of each instance, rewritten every few seconds. One that is no
+longer rewritten is told as stale for a day, so that an instance that is gone is seen to be gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from pymongo import ASCENDING, IndexModel
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from mesh.tasks import Background
+from services.ingest.clock import Clock
+from services.ingest.connectors.progress import LaneStanding, Phase, Progress
+from shoal.errors import ShoalError
+
+log = logging.getLogger(__name__)
+
+CONNECTORS = "connectors"
+_KEPT_S = 86_400
+INDEXES = (IndexModel([("updated_at", ASCENDING)], name="forgotten", expireAfterSeconds=_KEPT_S),)
+VALIDATOR: Mapping[str, Any] = {
+    "$jsonSchema": {
+        "bsonType": "object",
+        "required": ["_id", "name", "instance", "phase", "updated_at"],
+        "properties": {"phase": {"enum": [str(phase) for phase in Phase]}, "updated_at": {"bsonType": "date"}},
+    }
+}
+_EVERY_S = 2.0
+_STALE = timedelta(seconds=10)
+_LANES = 1_000
+# Told of one connector: a document stays far below what MongoDB takes.
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a connector is, whatever it does."""
+
+    name: str
+    source: str
+    sink: str
+    dead_letters: str
+    model_name: str
+    model_version: str
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a connector got on at one instance."""
+
+    about: About
+    instance: str
+    phase: Phase
+    messages: int
+    answered: int
+    dead: int
+    in_flight: int
+    updated_at: datetime
+    is_stale: bool = False
+    """The instance has not been heard of for a while."""
+    lag: int | None = None
+    lag_ms: int | None = None
+    error: str = ""
+    error_at: datetime | None = None
+    lanes: tuple[LaneStanding, ...] = ()
+
+
+class Reports(Background):
+    """Writes the reports of this instance until its block ends; reads those of all."""
+
+    def __init__(
+        self,
+        collection: AsyncCollection[Document],
+        own: Callable[[], Mapping[str, tuple[About, Progress]]],
+        *,
+        instance: str,
+        clock: Clock,
+        ready: asyncio.Event,
+    ) -> None:
+        self._collection = collection
+        self._own = own
+        self._instance = instance
+        self._clock = clock
+        self._ready = ready
+
+    async def all(self, name: str = "") -> list[Report]:
+        """By name and instance; `name` narrows.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        with translated("reading how connectors get on"):
+            found = await self._collection.find({"name": name} if name else {}).to_list()
+        now = self._clock()
+        return sorted((_report(each, now) for each in found), key=lambda each: (each.about.name, each.instance))
+
+    async def _run(self) -> None:
+        await self._ready.wait()
+        while True:
+            try:
+                await self._write()
+            except ShoalError as err:
+                log.warning("cannot tell how connectors get on: %s", err)
+            await asyncio.sleep(_EVERY_S)
+
+    async def _write(self) -> None:
+        documents = [
+            _document(self._instance, about, progress, self._clock()) for about, progress in self._own().values()
+        ]
+        with translated("writing how connectors get on"):
+            ids = [document["_id"] for document in documents]
+            # What an earlier process of this name had, and this one has not.
+            await self._collection.delete_many({"instance": self._instance, "_id": {"$nin": ids}})
+            for document in documents:
+                await self._collection.replace_one({"_id": document["_id"]}, document, upsert=True)
+
+
+def _document(instance: str, about: About, progress: Progress, now: datetime) -> Document:
+    standing = progress.standing()
+    return {
+        "_id": f"{instance}/{about.name}",
+        "instance": instance,
+        "phase": str(progress.phase),
+        "messages": progress.messages,
+        "answered": progress.answered,
+        "dead": progress.dead,
+        "in_flight": progress.in_flight,
+        "updated_at": now,
+        "lag": standing.lag,
+        "lag_ms": standing.lag_ms,
+        "error": standing.trouble or progress.error,
+        "error_at": now if standing.trouble else progress.error_at,
+        "lanes": [asdict(lane) for lane in standing.lanes[:_LANES]],
+        **asdict(about),
+    }
+
+
+def _report(document: Document, now: datetime) -> Report:
+    return Report(
+        about=About(**{name: document[name] for name in About.__slots__}),
+        instance=document["instance"],
+        phase=Phase(document["phase"]),
+        messages=document["messages"],
+        answered=document["answered"],
+        dead=document["dead"],
+        in_flight=document["in_flight"],
+        updated_at=document["updated_at"],
+        is_stale=now - document["updated_at"] > _STALE,
+        lag=document["lag"],
+        lag_ms=document["lag_ms"],
+        error=document["error"],
+        error_at=document["error_at"],
+        lanes=tuple(LaneStanding(**lane) for lane in document["lanes"]),
+    )

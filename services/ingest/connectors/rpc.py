@@ -1,0 +1,58 @@
+"""The calls of IngestService that are about streams."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from mesh.interceptors import Context
+from services.ingest.connectors.reports import Report, Reports
+from services.ingest.connectors.run_stream import RunStreams
+from services.ingest.messages import timestamp_of
+from shoal.ingest.v1 import ingest_pb2 as pb
+
+
+class StreamsRpc:
+    """A part of the servicer."""
+
+    def __init__(self, run_streams: RunStreams, reports: Reports) -> None:
+        self._run_streams = run_streams
+        self._reports = reports
+
+    async def RunStream(
+        self, request_iterator: AsyncIterator[pb.RunStreamRequest], context: Context
+    ) -> AsyncIterator[pb.RunStreamResponse]:
+        async with aclosing(self._run_streams.serve(request_iterator)) as answers:
+            async for response in answers:
+                yield response
+
+    async def ListConnectors(self, request: pb.ListConnectorsRequest, context: Context) -> pb.ListConnectorsResponse:
+        return pb.ListConnectorsResponse(connectors=map(_message, await self._reports.all(request.name)))
+
+
+def _message(report: Report) -> pb.Connector:
+    about = report.about
+    message = pb.Connector(
+        name=about.name,
+        instance=report.instance,
+        phase=f"CONNECTOR_PHASE_{report.phase.name}",
+        source=about.source,
+        sink=about.sink,
+        dead_letters=about.dead_letters,
+        model_name=about.model_name,
+        model_version=about.model_version,
+        tenant=about.tenant,
+        messages=report.messages,
+        answered=report.answered,
+        dead=report.dead,
+        in_flight=report.in_flight,
+        lag=report.lag,
+        lag_ms=report.lag_ms,
+        last_error=report.error,
+        updated_at=timestamp_of(report.updated_at),
+        stale=report.is_stale,
+        lanes=[pb.ConnectorLane(lane=lane.lane, committed=lane.committed, lag=lane.lag) for lane in report.lanes],
+    )
+    if report.error_at is not None:
+        message.last_error_at.CopyFrom(timestamp_of(report.error_at))
+    return message

@@ -1,0 +1,252 @@
+"""RunStream: a client's own stream as source and sink. Thousands may be open at once, so each costs little.
+
+    reader ──(window)──> intake ──durable──> QUEUED ┐
+                            └──> the job ends ──────┴──> outbox ──a few at a time: fetch answers──> client
+
+A job under way is one small object and a callback: no task, and neither its request nor its answer. Answers are fetched
+when their turn to be sent has come, so a client that reads slowly holds a handful of them, and its stream is read no
+further once its window is full. All streams share a bound too (`Room`); a stream with nothing under way passes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from services.ingest.intake.budget import Budget
+from services.ingest.intake.intake import Accepted
+from services.ingest.intake.stream import Window
+from services.ingest.intake.submission import KEY_CHARS
+from services.ingest.job import End, Outcome, State, state_of
+from services.ingest.ulid import is_ulid
+from shoal.errors import Code, Internal, InvalidArgument, ResourceExhausted, ShoalError
+from shoal.ingest.v1 import ingest_pb2 as pb
+from shoal.store.v1 import store_pb2
+
+log = logging.getLogger(__name__)
+
+NAME_CHARS = 64
+_FETCHED_AT_ONCE = 16
+# Answers of one stream in memory: enough for its fetches to overlap.
+_STORE_WAIT_S = 0.5
+_STORE_PATIENCE_S = 30.0
+# How long a stream outlives a store that is away; its client then opens another.
+_TOO_MANY_MS = 1_000
+_OURS = "internal error: the log of the service has the cause"
+
+
+class Submits(Protocol):
+    """The intake, as a stream needs it."""
+
+    async def begin_when_there_is_room(
+        self, submit: pb.SubmitRequest, traceparent: str = ""
+    ) -> asyncio.Future[Accepted]: ...
+
+
+class Ends(Protocol):
+    """How jobs end, as a stream needs it."""
+
+    def watch(self, job_id: str, ended: Callable[[], None], *, is_old: bool = False) -> None: ...
+
+    def forget(self, job_id: str, ended: Callable[[], None]) -> None: ...
+
+    async def result(self, job_id: str) -> store_pb2.Result: ...
+
+
+class RunStreams:
+    """All open streams."""
+
+    def __init__(self, intake: Submits, endings: Ends, *, most: int, items: int, all_items: int) -> None:
+        self._intake = intake
+        self._endings = endings
+        self._most = most
+        self._items = items
+        self._room = Budget(all_items, "jobs of open streams")
+        self._open = 0
+
+    async def serve(self, requests: AsyncIterator[pb.RunStreamRequest]) -> AsyncGenerator[pb.RunStreamResponse, None]:
+        """The answers of one stream.
+
+        Raises:
+            ResourceExhausted: too many are open.
+        """
+        if self._open >= self._most:
+            raise ResourceExhausted(f"{self._open} streams are open, which is the limit", retry_after_ms=_TOO_MANY_MS)
+        self._open += 1
+        stream = RunStream(self._intake, self._endings, items=self._items, room=self._room)
+        try:
+            async for response in stream.answers(requests):
+                yield response
+        finally:
+            stream.close()
+            self._open -= 1
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """A job of a stream, from its request to its last answer."""
+
+    sequence: int
+    has_room: bool
+    job_id: str = ""
+    existed: bool = False
+    beginning: asyncio.Future[Accepted] | None = None
+    ended: Callable[[], None] | None = None
+
+
+class RunStream:
+    """One client's stream."""
+
+    def __init__(self, intake: Submits, endings: Ends, *, items: int, room: Budget) -> None:
+        self._intake = intake
+        self._endings = endings
+        self._room = room
+        self._window = Window(items, 1 << 62)
+        # Bounded by the window, as each item has at most two answers.
+        self._outbox: deque[tuple[Item, pb.RunStreamResponse | None]] = deque()
+        self._under_way: set[Item] = set()
+        self._news = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
+
+    async def answers(self, requests: AsyncIterator[pb.RunStreamRequest]) -> AsyncGenerator[pb.RunStreamResponse, None]:
+        """Answers as they come, until the client has sent all it wants and has all its answers."""
+        self._reader = asyncio.create_task(self._read(requests), name="run stream")
+        self._reader.add_done_callback(lambda _: self._news.set())
+        while True:
+            while self._outbox:
+                some = [self._outbox.popleft() for _ in range(min(len(self._outbox), _FETCHED_AT_ONCE))]
+                for response in await asyncio.gather(*(self._response(*each) for each in some)):
+                    yield response
+            if self._reader.done() and not self._under_way:
+                self._reader.result()  # What ended the stream, if it was not its client.
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    def close(self) -> None:
+        """Nobody reads any more: the jobs go on, and whoever wants their results asks anew."""
+        if self._reader is not None:
+            self._reader.cancel()
+        for item in list(self._under_way):
+            if item.beginning is not None:
+                item.beginning.cancel()
+            self._left(item)
+
+    async def _read(self, requests: AsyncIterator[pb.RunStreamRequest]) -> None:
+        async for request in requests:
+            await self._window.enter(0)
+            has_room = bool(self._under_way)
+            if has_room:
+                await self._room.wait_for(1)
+            item = Item(request.sequence, has_room)
+            self._under_way.add(item)
+            await self._begin(item, request)
+
+    async def _begin(self, item: Item, request: pb.RunStreamRequest) -> None:
+        try:
+            if request.WhichOneof("what") == "job_id":
+                self._resume(item, request.job_id)
+                return
+            future = await self._intake.begin_when_there_is_room(_submit_of(request))
+        except ShoalError as err:
+            self._refuse(item, err)
+        except Exception:
+            log.exception("unexpected error with an item of a stream")
+            self._refuse(item, Internal(_OURS))
+        else:
+            item.beginning = future
+            future.add_done_callback(partial(self._begun, item))
+
+    def _resume(self, item: Item, job_id: str) -> None:
+        if not is_ulid(job_id):
+            raise InvalidArgument(f"job_id: {job_id[:64]!r} is no job id: 26 characters, as the stream answered it")
+        item.job_id, item.existed = job_id, True
+        self._wait(item)
+
+    def _begun(self, item: Item, future: asyncio.Future[Accepted]) -> None:
+        item.beginning = None
+        if future.cancelled() or item not in self._under_way:
+            return
+        if (error := future.exception()) is not None:
+            self._refuse(item, error if isinstance(error, ShoalError) else Internal(_OURS))
+            return
+        accepted = future.result()
+        item.job_id, item.existed = accepted.job.id, accepted.existed
+        self._put(item, _answer(item, state=State.QUEUED))
+        self._wait(item)
+
+    def _wait(self, item: Item) -> None:
+        item.ended = partial(self._put, item, None)
+        self._endings.watch(item.job_id, item.ended, is_old=item.existed)
+
+    def _refuse(self, item: Item, error: ShoalError) -> None:
+        self._put(item, _answer(item, error=error))
+
+    def _put(self, item: Item, response: pb.RunStreamResponse | None) -> None:
+        """An answer for the outbox; None: the job's result, which is fetched when its turn has come."""
+        self._outbox.append((item, response))
+        self._news.set()
+
+    async def _response(self, item: Item, response: pb.RunStreamResponse | None) -> pb.RunStreamResponse:
+        if response is None:
+            item.ended = None
+            response = await self._result(item)
+        if response.state != pb.JOB_STATE_QUEUED:
+            self._left(item)
+        return response
+
+    async def _result(self, item: Item) -> pb.RunStreamResponse:
+        give_up = asyncio.get_running_loop().time() + _STORE_PATIENCE_S
+        while True:
+            try:
+                return _ended(item, await self._endings.result(item.job_id))
+            except ShoalError as err:
+                if err.code in (Code.NOT_FOUND, Code.DATA_LOSS):
+                    return _answer(item, error=err)
+                if asyncio.get_running_loop().time() > give_up:
+                    raise
+            await asyncio.sleep(_STORE_WAIT_S)
+
+    def _left(self, item: Item) -> None:
+        if item not in self._under_way:
+            return
+        self._under_way.discard(item)
+        if item.ended is not None:
+            self._endings.forget(item.job_id, item.ended)
+        if item.has_room:
+            self._room.give_back(1)
+        self._window.leave(0)
+
+
+def _submit_of(request: pb.RunStreamRequest) -> pb.SubmitRequest:
+    if request.WhichOneof("what") is None:
+        raise InvalidArgument("submit or job_id: one is required, and neither is set")
+    if len(request.stream) > NAME_CHARS:
+        raise InvalidArgument(f"stream: at most {NAME_CHARS} characters, got {len(request.stream)}")
+    if request.stream and not request.submit.idempotency_key:
+        key = f"run/{request.stream}/{request.sequence}"
+        assert len(key) <= KEY_CHARS
+        request.submit.idempotency_key = key
+    return request.submit
+
+
+def _answer(item: Item, *, state: State | None = None, error: ShoalError | None = None) -> pb.RunStreamResponse:
+    named = "JOB_STATE_UNSPECIFIED" if state is None else f"JOB_STATE_{state.name}"
+    answer = pb.RunStreamResponse(sequence=item.sequence, job_id=item.job_id, existed=item.existed, state=named)
+    if error is not None:
+        answer.code, answer.message, answer.retry_after_ms = error.code, error.message, error.retry_after_ms or 0
+    return answer
+
+
+def _ended(item: Item, result: store_pb2.Result) -> pb.RunStreamResponse:
+    answer = _answer(item, state=state_of(End(Outcome(result.outcome), result.code, result.message)))
+    if result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
+        answer.response.CopyFrom(result.response)
+    else:
+        answer.code, answer.message = result.code, result.message
+    return answer

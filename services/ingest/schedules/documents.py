@@ -1,0 +1,71 @@
+"""How a schedule lies in MongoDB.
+
+schedules  {_id: '["tenant","name"]', ..., next_at?: while it is not paused, revision, fence}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from bson import Binary
+from pymongo import ASCENDING, IndexModel
+
+from mesh.mongo import Document
+from services.ingest.schedules.schedule import Misfire, Overlap, Schedule
+
+SCHEDULES = "schedules"
+INDEXES = (
+    IndexModel([("next_at", ASCENDING)], name="due", partialFilterExpression={"next_at": {"$exists": True}}),
+    IndexModel([("tenant", ASCENDING), ("_id", ASCENDING)], name="by_tenant"),
+)
+VALIDATOR: Mapping[str, Any] = {
+    "$jsonSchema": {
+        "bsonType": "object",
+        "required": ["_id", "tenant", "name", "cron", "zone", "template", "misfire", "overlap", "revision", "fence"],
+        "properties": {
+            "_id": {"bsonType": "string"},
+            "name": {"bsonType": "string", "minLength": 1},
+            "template": {"bsonType": "binData"},
+            "misfire": {"enum": [str(each) for each in Misfire]},
+            "overlap": {"enum": [str(each) for each in Overlap]},
+            "revision": {"bsonType": ["int", "long"], "minimum": 1},
+            # Of the leader that fired it last: a later one's is greater.
+            "fence": {"bsonType": ["int", "long"], "minimum": 0},
+            "next_at": {"bsonType": "date"},
+        },
+    }
+}
+_PLAIN = ("tenant", "name", "cron", "zone", "created_at", "updated_at", "revision", "fired", "skipped")
+
+
+def id_of(tenant: str, name: str) -> str:
+    """JSON, so that no two pairs pass for one."""
+    return json.dumps([tenant, name], separators=(",", ":"))
+
+
+def document_of(schedule: Schedule) -> Document:
+    """The document of a schedule that nobody has fired yet."""
+    document: Document = {"_id": id_of(schedule.tenant, schedule.name), "fence": 0}
+    document |= {field: getattr(schedule, field) for field in _PLAIN}
+    document |= {"template": Binary(schedule.template), "misfire": str(schedule.misfire)}
+    document |= {"overlap": str(schedule.overlap), "is_paused": schedule.is_paused}
+    if schedule.next_at is not None:
+        document["next_at"] = schedule.next_at
+    return document
+
+
+def schedule_of(document: Mapping[str, Any]) -> Schedule:
+    """Reads a schedule."""
+    return Schedule(
+        **{field: document[field] for field in _PLAIN},
+        template=bytes(document.get("template", b"")),
+        misfire=Misfire(document["misfire"]),
+        overlap=Overlap(document["overlap"]),
+        is_paused=document["is_paused"],
+        next_at=document.get("next_at"),
+        last_at=document.get("last_at"),
+        last_job=document.get("last_job", ""),
+        last_skip=document.get("last_skip", ""),
+    )

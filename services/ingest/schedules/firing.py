@@ -1,0 +1,175 @@
+"""The leader's duty: what is due becomes jobs.
+
+    due ──plan──> for each time: its job, by the time's own key ──> the schedule moves on (fenced)
+
+A time becomes a job under an idempotency key of its own, and only then the schedule moves on. Whoever is killed in
+between is followed by a leader that fires that time again, and finds the job that is there. The move demands the
+schedule as it was planned upon, and a term that is not older than the last that wrote there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from mesh.tasks import Background
+from services.ingest.clock import Clock
+from services.ingest.intake.intake import Accepted
+from services.ingest.job import Job
+from services.ingest.leading import Lead, fenced
+from services.ingest.schedules.documents import id_of, schedule_of
+from services.ingest.schedules.schedule import Overlap, Plan, Schedule, label_of, plan
+from shoal.errors import AlreadyExists, InvalidArgument, NotFound, ShoalError
+from shoal.ingest.v1 import ingest_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+"""How often the leader looks: a time is fired so late at most, when nothing holds it up."""
+_DUE_AT_ONCE = 100
+_AWAY_S = 1.0
+NAME_LABEL = "schedule"
+TIME_LABEL = "scheduled_for"
+
+Submit = Callable[[pb.SubmitRequest], Awaitable[Accepted]]
+Read = Callable[[str], Awaitable[Job]]
+Cancel = Callable[[str, str], Awaitable[Job]]
+
+
+class Firing(Background):
+    """Fires schedules while this instance leads, beside an `async with` block."""
+
+    def __init__(
+        self,
+        schedules: AsyncCollection[Document],
+        lead: Lead,
+        *,
+        submit: Submit,
+        read: Read,
+        cancel: Cancel,
+        clock: Clock,
+        ready: asyncio.Event,
+    ) -> None:
+        self._schedules = schedules
+        self._lead = lead
+        self._submit = submit
+        self._read = read
+        self._cancel = cancel
+        self._clock = clock
+        self._ready = ready
+
+    async def _run(self) -> None:
+        await self._ready.wait()
+        while True:
+            rest_s = TICK_S
+            try:
+                await self.fire_due()
+            except ShoalError as err:
+                log.warning("cannot fire schedules for now: %s", err)
+                rest_s = _AWAY_S
+            except Exception:
+                log.exception("firing schedules")  # A fault of ours must not end the duty.
+                rest_s = _AWAY_S
+            await asyncio.sleep(rest_s)
+
+    async def fire_due(self) -> None:
+        """Fires what is due, when this instance leads.
+
+        Raises:
+            ShoalError: the schedules cannot be read.
+        """
+        if self._lead.token is None:
+            return
+        with translated("looking for schedules that are due"):
+            due = {"next_at": {"$lte": self._clock()}}
+            documents = await self._schedules.find(due).sort("next_at", 1).limit(_DUE_AT_ONCE).to_list()
+        for document in documents:
+            schedule = schedule_of(document)
+            try:
+                await self._fire(schedule)
+            except ShoalError as err:  # One that cannot be fired now must not hold up the others.
+                log.warning("cannot fire schedule %s of tenant %r for now: %s", schedule.name, schedule.tenant, err)
+
+    async def _fire(self, schedule: Schedule) -> None:
+        planned = plan(schedule, self._clock())
+        if planned is None:
+            return
+        for time in planned.fire:
+            if (token := self._lead.token) is None:
+                return  # Whoever leads now goes on.
+            job, skip = await self._job_of(schedule, time)
+            last = time == planned.fire[-1]
+            next_at = planned.next_at if last else schedule.next_after(time)
+            moved = await self._move(schedule, token, time, next_at, job, skip or planned.skip)
+            if moved is None:
+                return  # Changed or removed meanwhile: what is due then is seen with the next look.
+            schedule = moved
+        if not planned.fire:
+            await self._skip(schedule, planned)
+
+    async def _job_of(self, schedule: Schedule, time: datetime) -> tuple[str, str]:
+        """The job of a time, or why there is none."""
+        if schedule.overlap is not Overlap.ALLOW and schedule.last_job and await self._goes_on(schedule.last_job):
+            if schedule.overlap is Overlap.SKIP:
+                return "", f"job {schedule.last_job} had not ended at {label_of(time)}"
+            await self._cancel(schedule.last_job, f"schedule {schedule.name} has its next time")
+        try:
+            return (await self._submit(submit_of(schedule, time))).job.id, ""
+        except AlreadyExists:
+            # Its job is there; a client has changed the schedule since a leader that was killed had made it.
+            return schedule.last_job, ""
+        except InvalidArgument as err:
+            log.error("schedule %s of tenant %r makes no job: %s", schedule.name, schedule.tenant, err)
+            return "", f"no job could be made of it: {err.message}"
+
+    async def _goes_on(self, job_id: str) -> bool:
+        try:
+            return not (await self._read(job_id)).is_final
+        except NotFound:
+            return False
+
+    async def _skip(self, schedule: Schedule, planned: Plan) -> None:
+        if (token := self._lead.token) is not None:
+            await self._move(schedule, token, None, planned.next_at, "", planned.skip)
+
+    async def _move(
+        self, schedule: Schedule, token: int, time: datetime | None, next_at: datetime | None, job: str, skip: str
+    ) -> Schedule | None:
+        """Writes down what was done about a time. None: the schedule is not what it was."""
+        as_planned = {
+            "_id": id_of(schedule.tenant, schedule.name),
+            "revision": schedule.revision,
+            "next_at": schedule.next_at,
+            **fenced(token),
+        }
+        done: Document = {"fence": token}
+        counts = {}
+        if job:
+            done |= {"last_at": time, "last_job": job}
+            counts["fired"] = 1
+        if skip:
+            done["last_skip"] = skip
+            counts["skipped"] = 1
+        update: Document = {"$set": done, "$inc": counts}
+        if next_at is None:
+            update["$unset"] = {"next_at": ""}
+        else:
+            done["next_at"] = next_at
+        with translated("moving a schedule on"):
+            written = await self._schedules.find_one_and_update(as_planned, update, return_document=True)
+        return None if written is None else schedule_of(written)
+
+
+def submit_of(schedule: Schedule, time: datetime) -> pb.SubmitRequest:
+    """The submit of the job of a time: the same bytes whoever makes it."""
+    submit = pb.SubmitRequest.FromString(schedule.template)
+    submit.tenant = schedule.tenant
+    submit.idempotency_key = schedule.key_of(time)
+    submit.labels[NAME_LABEL] = schedule.name
+    submit.labels[TIME_LABEL] = label_of(time)
+    return submit

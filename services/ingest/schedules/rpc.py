@@ -1,0 +1,75 @@
+"""The calls about schedules: translates between messages and what this room thinks in."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from mesh.interceptors import Context
+from services.ingest.messages import timestamp_of
+from services.ingest.schedules import cron
+from services.ingest.schedules.book import Schedules
+from services.ingest.schedules.schedule import Misfire, Overlap, Schedule
+from services.ingest.schedules.wanted import checked_name, schedule_of
+from shoal.ingest.v1 import ingest_pb2 as pb
+
+_UPCOMING = 5
+MISFIRES = {each: f"MISFIRE_POLICY_{each.name}" for each in Misfire}
+OVERLAPS = {each: f"OVERLAP_POLICY_{each.name}" for each in Overlap}
+
+
+class SchedulesRpc:
+    """A part of the servicer."""
+
+    def __init__(self, schedules: Schedules) -> None:
+        self._schedules = schedules
+
+    async def PutSchedule(self, request: pb.PutScheduleRequest, context: Context) -> pb.PutScheduleResponse:
+        wanted = schedule_of(request.schedule, self._schedules.now())
+        schedule = await self._schedules.put(wanted, replaces=request.replace)
+        return pb.PutScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
+
+    async def GetSchedule(self, request: pb.GetScheduleRequest, context: Context) -> pb.GetScheduleResponse:
+        schedule = await self._schedules.get(request.tenant, checked_name(request.name))
+        return pb.GetScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
+
+    async def ListSchedules(self, request: pb.ListSchedulesRequest, context: Context) -> pb.ListSchedulesResponse:
+        schedules = await self._schedules.list(request.tenant if request.HasField("tenant") else None)
+        return pb.ListSchedulesResponse(
+            schedules=[message_of(each, self._schedules.now(), upcoming=1) for each in schedules]
+        )
+
+    async def PauseSchedule(self, request: pb.PauseScheduleRequest, context: Context) -> pb.PauseScheduleResponse:
+        schedule = await self._schedules.pause(request.tenant, checked_name(request.name), not request.resume)
+        return pb.PauseScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
+
+    async def RemoveSchedule(self, request: pb.RemoveScheduleRequest, context: Context) -> pb.RemoveScheduleResponse:
+        schedule = await self._schedules.remove(request.tenant, checked_name(request.name))
+        return pb.RemoveScheduleResponse(schedule=message_of(schedule, self._schedules.now()))
+
+
+def message_of(schedule: Schedule, now: datetime, upcoming: int = _UPCOMING) -> pb.Schedule:
+    """The message of a schedule."""
+    message = pb.Schedule(
+        name=schedule.name,
+        tenant=schedule.tenant,
+        cron=schedule.cron,
+        time_zone=schedule.zone,
+        misfire=MISFIRES[schedule.misfire],
+        overlap=OVERLAPS[schedule.overlap],
+        paused=schedule.is_paused,
+        last_job_id=schedule.last_job,
+        fired=schedule.fired,
+        skipped=schedule.skipped,
+        last_skip=schedule.last_skip,
+        created_at=timestamp_of(schedule.created_at),
+        updated_at=timestamp_of(schedule.updated_at),
+    )
+    if schedule.template:
+        message.job.MergeFromString(schedule.template)
+    if schedule.last_at is not None:
+        message.last_at.CopyFrom(timestamp_of(schedule.last_at))
+    if schedule.next_at is not None:
+        zone = cron.zone_of(schedule.zone)
+        later = cron.upcoming(schedule.cron, zone, max(now, schedule.next_at), upcoming - 1) if upcoming > 1 else []
+        message.upcoming.extend(map(timestamp_of, [schedule.next_at, *later]))
+    return message

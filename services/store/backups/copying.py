@@ -1,0 +1,90 @@
+"""A blob from one place to another, verified on the way: what does not hash to its digest never arrives."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.store.artifacts import disk
+from services.store.artifacts.blobs import BlobStore
+from services.store.artifacts.threads import Threads
+from shoal.errors import DataLoss, NotFound
+
+_IN_MEMORY_BYTES = 4 << 20
+"""Larger ones go through a file: several are copied at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A blob to be copied: where it lies, and what it is."""
+
+    key: str
+    size: int
+    sha256: str
+
+
+async def copied(blob: Named, source: BlobStore, target: BlobStore, key: str, staging: Path, threads: Threads) -> bool:
+    """Copies `blob` to `key` there. False: there is one of that size already.
+
+    Raises:
+        DataLoss: the source's bytes are gone or not what they were: the message names the blob.
+    """
+    if await target.size(key) == blob.size:
+        return False
+    if blob.size <= _IN_MEMORY_BYTES:
+        await target.put(key, await whole(blob, source, threads))
+    else:
+        await _through_a_file(blob, source, target, key, staging, threads)
+    return True
+
+
+async def whole(blob: Named, source: BlobStore, threads: Threads) -> bytes:
+    """The bytes of a blob that fits into memory.
+
+    Raises:
+        DataLoss: they are gone or not what they were.
+    """
+    data = b"".join([chunk async for chunk in _read(blob, source)])
+    if await threads.run(lambda: hashlib.sha256(data).hexdigest()) != blob.sha256:
+        raise _damaged(blob)
+    return data
+
+
+async def _through_a_file(
+    blob: Named, source: BlobStore, target: BlobStore, key: str, staging: Path, threads: Threads
+) -> None:
+    file = staging / f"{uuid.uuid4().hex}.tmp"
+    found, at = hashlib.sha256(), 0
+    with disk.translated(f"copying blob {blob.key}"):
+        fd = await threads.run(os.open, file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        async for chunk in _read(blob, source):
+            await threads.run(found.update, chunk)
+            with disk.translated(f"copying blob {blob.key}"):
+                await threads.run(disk.write_all, fd, chunk, at)
+            at += len(chunk)
+        if found.hexdigest() != blob.sha256:
+            raise _damaged(blob)
+        with disk.translated(f"copying blob {blob.key}"):
+            await threads.run(os.fsync, fd)
+        await target.adopt(key, file)
+    finally:
+        os.close(fd)
+        file.unlink(missing_ok=True)
+
+
+async def _read(blob: Named, source: BlobStore) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in source.read(blob.key, 0, blob.size):
+            yield chunk
+    except NotFound as err:
+        await source.check()
+        raise DataLoss(f"blob {blob.key} is gone") from err
+
+
+def _damaged(blob: Named) -> DataLoss:
+    return DataLoss(f"blob {blob.key} is damaged: it does not hash to {blob.sha256}")

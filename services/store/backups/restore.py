@@ -1,0 +1,202 @@
+"""A backup back into an empty store: blobs first, then documents, jobs last.
+
+    empty? ──> mark "being restored" ──> blobs ──> documents, collection by collection ──> no mark
+
+A document is there only when what it means is there, and a job only when all else is: whoever runs it finds everything.
+Interrupted, it leaves the mark: the same backup restored again goes on, anything else is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from bson.raw_bson import RawBSONDocument
+from pymongo.asynchronous.database import AsyncDatabase
+from pymongo.errors import BulkWriteError
+
+from mesh.mongo import Document, translated
+from services.store.artifacts.blobs import BlobStore
+from services.store.artifacts.digest import brief, checked
+from services.store.artifacts.stored import key_of
+from services.store.artifacts.threads import Threads
+from services.store.backups import dump, manifest
+from services.store.backups.backup import NOT_CARRIED
+from services.store.backups.copying import Named, copied, whole
+from services.store.backups.manifest import Dumped, Manifest, Part
+from services.store.backups.places import BackupPlaces
+from services.store.backups.progress import Progress
+from services.store.documents import Collections
+from shoal.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+
+_AT_ONCE = 8
+_INSERTED_AT_ONCE = 500
+_DUPLICATE_KEY = 11000
+_LAST = "jobs"
+_KEY = re.compile(r"(artifacts|responses)/[0-9a-f]{2}/[0-9a-f]{32,64}(\.[0-9a-f]{16})?")
+_MANIFEST_BYTES = 64 << 20
+# One line for each 16 MiB of documents: enough for terabytes.
+
+
+class Restore:
+    """Restores backups into this store, and its database (with the others that were backed up beside it)."""
+
+    def __init__(
+        self,
+        collections: Collections,
+        blobs: BlobStore,
+        places: BackupPlaces,
+        staging: Path,
+        threads: Threads,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._collections = collections
+        self._blobs = blobs
+        self._places = places
+        self._staging = staging
+        self._threads = threads
+        self._clock = clock
+
+    async def run(self, source_url: str, backup_id: str) -> AsyncGenerator[Progress, None]:
+        """Restores a backup (the newest when `backup_id` is empty); yields how far it is, at the end `is_complete`.
+
+        Raises:
+            InvalidArgument, PermissionDenied: a place that it may not use.
+            NotFound: no (such) complete backup there.
+            FailedPrecondition: this store is not empty.
+            DataLoss: a file of the backup is damaged: it is named, and nothing wrong is restored.
+        """
+        source = await self._places.open(source_url, to_write=False)
+        chosen = await _chosen(source, backup_id)
+        made = await self._manifest(source, chosen)
+        with translated("restoring a backup"):
+            await self._begin(made)
+            progress = Progress(made.id, blobs_in_all=made.blobs, missing=made.missing, cluster_time=made.cluster_time)
+            # Blobs before the documents that mean them; jobs after everything.
+            for dumped in sorted(made.collections, key=lambda each: (each.name == _LAST, each.database, each.name)):
+                for part in dumped.parts:
+                    docs = await self._documents(source, part)
+                    progress = await self._blobs_first(source, dumped, docs, made, progress)
+                    await self._insert(dumped, docs)
+                    progress = replace(progress, documents=progress.documents + len(docs))
+                    yield progress
+            await self._end(made)
+        yield replace(progress, is_complete=True)
+
+    async def _manifest(self, source: BlobStore, backup_id: str) -> Manifest:
+        key = f"{manifest.folder_of(backup_id)}/{manifest.NAME}"
+        size = await source.size(key)
+        if size is None:
+            raise NotFound(f"backup {backup_id} is not there, or was interrupted and is not complete: choose another")
+        if size > _MANIFEST_BYTES:
+            raise DataLoss(f"backup {backup_id}: its manifest is damaged: choose another backup")
+        return manifest.decoded(b"".join([chunk async for chunk in source.read(key, 0, size)]), backup_id)
+
+    async def _begin(self, made: Manifest) -> None:
+        """Marks this store as being restored, if it is empty, or has that mark already."""
+        restores = self._collections.db["restores"]
+        mark = await restores.find_one({})
+        if mark is not None:
+            if mark["_id"] != made.id:
+                raise FailedPrecondition(
+                    f"this store is half restored from backup {mark['_id']}: restore that one again, or start with an "
+                    "empty store"
+                )
+            return
+        for database in self._databases(made):
+            for name in await database.list_collection_names(filter={"type": "collection"}):
+                if name not in NOT_CARRIED and await database[name].find_one({}, {"_id": 1}) is not None:
+                    raise FailedPrecondition(
+                        f"this store is not empty: collection {name} has documents. Restore into a new one"
+                    )
+        await restores.insert_one({"_id": made.id, "began_at": self._clock()})
+
+    async def _end(self, made: Manifest) -> None:
+        if made.missing:
+            query = {"_id": {"$in": list(made.missing)}}
+            await self._collections.artifacts.update_many(query, {"$set": {"damaged": True}})
+        await self._collections.db["restores"].delete_one({"_id": made.id})
+
+    def _databases(self, made: Manifest) -> list[AsyncDatabase[Document]]:
+        return [self._database(name) for name in sorted({dumped.database for dumped in made.collections})]
+
+    def _database(self, name: str) -> AsyncDatabase[Document]:
+        return self._collections.db.client[name] if name else self._collections.db
+
+    async def _documents(self, source: BlobStore, part: Part) -> list[RawBSONDocument]:
+        data = await whole(Named(part.key, part.size, part.sha256), source, self._threads)
+        return await self._threads.run(dump.documents, data, part.key)
+
+    async def _blobs_first(
+        self, source: BlobStore, dumped: Dumped, docs: Sequence[RawBSONDocument], made: Manifest, progress: Progress
+    ) -> Progress:
+        wanted = [] if dumped.database else _wanted(dumped.name, docs, frozenset(made.missing))
+        for first in range(0, len(wanted), _AT_ONCE):
+            some = wanted[first : first + _AT_ONCE]
+            are_new = await asyncio.gather(
+                *(copied(b, source, self._blobs, key, self._staging, self._threads) for b, key in some)
+            )
+            nbytes = sum(blob.size for (blob, _), is_new in zip(some, are_new, strict=True) if is_new)
+            progress = replace(
+                progress,
+                blobs=progress.blobs + len(some),
+                copied=progress.copied + sum(are_new),
+                copied_bytes=progress.copied_bytes + nbytes,
+            )
+        return progress
+
+    async def _insert(self, dumped: Dumped, docs: Sequence[RawBSONDocument]) -> None:
+        raw = self._database(dumped.database).get_collection(dumped.name, codec_options=dump.RAW)
+        for first in range(0, len(docs), _INSERTED_AT_ONCE):
+            try:
+                await raw.insert_many(docs[first : first + _INSERTED_AT_ONCE], ordered=False)
+            except BulkWriteError as err:
+                # Of a restore that was interrupted: they are there.
+                if any(error["code"] != _DUPLICATE_KEY for error in err.details.get("writeErrors", [])):
+                    raise
+
+
+async def complete_backups(source: BlobStore) -> list[str]:
+    """The ids of complete backups of a place, oldest first."""
+    found = []
+    async for blob in source.list(manifest.FOLDER):
+        backup_id, _, rest = blob.key.removeprefix(f"{manifest.FOLDER}/").partition("/")
+        if rest == manifest.NAME and manifest.is_id(backup_id):
+            found.append(backup_id)
+    return sorted(found)
+
+
+async def _chosen(source: BlobStore, backup_id: str) -> str:
+    if backup_id:
+        if not manifest.is_id(backup_id):
+            raise InvalidArgument("backup_id: expected one as it was printed: 20261126T163000Z-1a2b3c4d")
+        return backup_id
+    if there := await complete_backups(source):
+        return there[-1]
+    raise NotFound("there is no complete backup in that place")
+
+
+def _wanted(collection: str, docs: Sequence[RawBSONDocument], missing: frozenset[str]) -> list[tuple[Named, str]]:
+    """The blobs that documents mean: where they lie in the backup, and where they go."""
+    found: list[tuple[str, int, str]] = []
+    if collection == "artifacts":
+        found = [(doc["_id"], doc["size"], key_of(doc)) for doc in docs if not doc.get("damaged")]
+    elif collection == "results":
+        blobs = [doc["blob"] for doc in docs if "blob" in doc]
+        found = [(blob["sha256"], blob["size"], blob["key"]) for blob in blobs]
+    return [
+        (Named(manifest.blob_key(checked(sha256, "sha256")), size, sha256), _own(key))
+        for sha256, size, key in found
+        if sha256 not in missing
+    ]
+
+
+def _own(key: str) -> str:
+    """A key as this store makes them. Somebody may have made up the backup: nothing is written elsewhere."""
+    if not _KEY.fullmatch(key):
+        raise DataLoss(f"the backup has a document of a blob at {brief(key)}: no store made that")
+    return key

@@ -1,0 +1,22 @@
+"""Who has results: found by hopping from tenant to tenant in an index, one step each, however many they have."""
+
+from __future__ import annotations
+
+from pymongo import ASCENDING
+
+from mesh.mongo import Document, translated
+from services.store.documents import EVER, Collections
+
+
+async def tenant_after(collections: Collections, after: str | None) -> str | None:
+    """The next tenant that has results, in the order of names. None: there is none.
+
+    Raises:
+        Unavailable: MongoDB is away.
+    """
+    query: Document = {"tenant": {"$gte": ""} if after is None else {"$gt": after}, "recorded_at": {"$gte": EVER}}
+    with translated("looking for tenants"):
+        doc = await collections.results.find_one(
+            query, {"tenant": 1, "_id": 0}, sort=[("tenant", ASCENDING)], hint="by_tenant"
+        )
+    return None if doc is None else str(doc["tenant"])

@@ -1,0 +1,1 @@
+"""How much each tenant's results take, and how much they may."""

@@ -1,0 +1,157 @@
+"""How much each tenant has: counters in MongoDB, kept up as results come and go, and counted anew now and then.
+
+    results come ──> added up in memory ──each second──> $inc      a crash forgets what came within the second
+    retention    ──> $inc, in the transaction that removes
+    recount      ──> walks a tenant's results by index; $inc by what the counter was off
+
+    usage  {_id: tenant, results, bytes, recounts, recounted_at}
+
+A write for every bulk of results would cost more than the counting is worth. What a crash forgets, the next recount
+finds: each tenant is counted once a day, by whichever instance comes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any
+
+import pymongo
+from pymongo import UpdateOne
+from pymongo.asynchronous.client_session import AsyncClientSession
+
+from mesh.mongo import Document, translated
+from mesh.tasks import Background
+from services.store.documents import EVER, Collections, whole_milliseconds
+from services.store.page_token import START, Place
+from services.store.results.result_filter import beyond
+from services.store.usage.weight import ANSWER_BYTES, RECORD_BYTES, Weight, by_tenant, weight_of
+from shoal.errors import ShoalError
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 1.0
+RECOUNT_EVERY = timedelta(days=1)
+_LOOK_S = 600.0
+_WALK = 2_000
+# Results of one step of a recount: some 10 ms, or as many seconds when each holds a megabyte.
+_WALK_TIMEOUT_S = 60.0
+_UNCOUNTED: Mapping[str, Any] = {"recounts": 0, "recounted_at": EVER}
+
+
+class Counters(Background):
+    """Counts while the `async with` block lasts. Safe beside other instances."""
+
+    def __init__(self, collections: Collections, clock: Callable[[], datetime]) -> None:
+        self._collections = collections
+        self._clock = clock
+        self._waiting: dict[str, Weight] = {}
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await super().__aexit__(kind, err, tb)
+        await self.flush()
+
+    def recorded(self, docs: Iterable[Document]) -> None:
+        """These results came."""
+        for tenant, weight in by_tenant((doc["tenant"], weight_of(doc)) for doc in docs).items():
+            self._waiting[tenant] = self._waiting.get(tenant, Weight()) + weight
+
+    async def flush(self) -> None:
+        """Writes what has come. What cannot be written now is written later."""
+        waiting, self._waiting = self._waiting, {}
+        if not waiting:
+            return
+        try:
+            await self.add(waiting)
+        except ShoalError as err:
+            log.warning("the usage of %d tenants is counted later: %s", len(waiting), err)
+            for tenant, weight in waiting.items():
+                self._waiting[tenant] = self._waiting.get(tenant, Weight()) + weight
+
+    async def add(self, weights: Mapping[str, Weight], session: AsyncClientSession | None = None) -> None:
+        """Changes counters. In a transaction: with what is counted."""
+        changes = [
+            UpdateOne({"_id": tenant}, {"$inc": vars(weight), "$setOnInsert": _UNCOUNTED}, upsert=True)
+            for tenant, weight in weights.items()
+            if weight
+        ]
+        if changes:
+            with translated("counting usage"):
+                await self._collections.usage.bulk_write(changes, ordered=False, session=session)
+
+    async def recount(self, tenant: str) -> None:
+        """Counts a tenant's results anew, while they come and go: off by what comes within about two seconds.
+
+        Of two that do this at once one counts.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        await self.flush()
+        usage = self._collections.usage
+        with translated(f"counting the results of tenant {tenant!r}"):
+            await usage.update_one({"_id": tenant}, {"$setOnInsert": {**vars(Weight()), **_UNCOUNTED}}, upsert=True)
+            before = await usage.find_one({"_id": tenant}) or {}
+            off = await self._walked(tenant) - Weight(before["results"], before["bytes"])
+            counted = {
+                "$inc": {**vars(off), "recounts": 1},
+                "$set": {"recounted_at": whole_milliseconds(self._clock())},
+            }
+            await usage.update_one({"_id": tenant, "recounts": before["recounts"]}, counted)
+        if off:
+            log.info("tenant %r: the usage was off by %d results and %d bytes", tenant, off.results, off.bytes)
+
+    async def _walked(self, tenant: str) -> Weight:
+        """What all results of a tenant count for."""
+        sum_, place = Weight(), START
+        while True:
+            steps = _step(tenant, place)
+            with pymongo.timeout(_WALK_TIMEOUT_S):
+                found: Sequence[Document] = await (
+                    await self._collections.results.aggregate(steps, hint="by_tenant")
+                ).to_list()
+            if not found:
+                return sum_
+            (step,) = found
+            sum_ += Weight(step["results"], step["answers"] + RECORD_BYTES * step["results"])
+            place = Place(step["recorded_at"], step["job_id"])
+
+    async def _run(self) -> None:
+        looked = asyncio.get_running_loop().time()
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            await self.flush()
+            if asyncio.get_running_loop().time() - looked >= _LOOK_S:
+                looked = asyncio.get_running_loop().time()
+                await self._recount_the_oldest()
+
+    async def _recount_the_oldest(self) -> None:
+        try:
+            due = {"recounted_at": {"$lt": self._clock() - RECOUNT_EVERY}}
+            with translated("looking for usage to count"):
+                found = await self._collections.usage.find_one(due, sort=[("recounted_at", 1)], hint="by_recount")
+            if found is not None:
+                await self.recount(found["_id"])
+        except ShoalError as err:
+            log.warning("usage is counted anew later: %s", err)
+        except Exception:  # A fault of ours must not end the counting for ever.
+            log.exception("counting usage")
+
+
+def _step(tenant: str, after: Place) -> list[dict[str, Any]]:
+    """The sum of the next few results of a tenant, and where they end."""
+    query = {"$and": [{"tenant": tenant, "recorded_at": {"$gte": EVER}}, beyond(after, oldest_first=True)]}
+    group = {
+        "_id": None,
+        "results": {"$sum": 1},
+        "answers": {"$sum": ANSWER_BYTES},
+        "recorded_at": {"$last": "$recorded_at"},
+        "job_id": {"$last": "$_id"},
+    }
+    order = {"recorded_at": 1, "_id": 1}
+    return [{"$match": query}, {"$sort": order}, {"$limit": _WALK}, {"$group": group}]

@@ -1,0 +1,113 @@
+"""How much each tenant's results may take, and who takes more.
+
+    quotas  {_id: "*" or =tenant, tenant?, bytes, updated_at}
+
+The result of a job that was accepted is never refused: it has nowhere else to go. A quota is kept at the other end:
+ingest asks here who is over (ListUsage with `over_quota`) and accepts no new jobs of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from mesh.mongo import Document, translated
+from services.store.documents import EVER, Collections, whole_milliseconds
+from services.store.results.tenants import tenant_after
+from services.store.retention.rules import MAX_TENANT_CHARACTERS
+from services.store.usage.counters import Counters
+from shoal.errors import InvalidArgument
+
+MAX_PAGE = 1_000
+_MOST_BYTES = 1 << 60
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one tenant has and may have."""
+
+    tenant: str
+    results: int
+    bytes: int
+    quota_bytes: int | None
+    """None: no quota."""
+    recounted_at: datetime | None
+
+    @property
+    def is_over(self) -> bool:
+        return self.quota_bytes is not None and self.bytes >= self.quota_bytes
+
+
+class Quotas:
+    """Sets quotas, and says how things stand."""
+
+    def __init__(self, collections: Collections, counters: Counters, clock: Callable[[], datetime]) -> None:
+        self._collections = collections
+        self._counters = counters
+        self._clock = clock
+
+    async def put(self, tenant: str | None, most_bytes: int | None) -> None:
+        """Sets the quota of a tenant (None: of all that have none of their own), or removes it (None).
+
+        Raises:
+            InvalidArgument: there may be no such quota.
+        """
+        if tenant is not None and len(tenant) > MAX_TENANT_CHARACTERS:
+            raise InvalidArgument(f"tenant: {MAX_TENANT_CHARACTERS} characters at most, got {len(tenant)}")
+        if most_bytes is not None and not 0 <= most_bytes <= _MOST_BYTES:
+            raise InvalidArgument(f"bytes: expected 0 to {_MOST_BYTES}, got {most_bytes}")
+        key = {"_id": "*" if tenant is None else f"={tenant}"}
+        with translated("setting a quota"):
+            if most_bytes is None:
+                await self._collections.quotas.delete_one(key)
+                return
+            doc: Document = {**key, "bytes": most_bytes, "updated_at": whole_milliseconds(self._clock())}
+            named = doc if tenant is None else {**doc, "tenant": tenant}
+            await self._collections.quotas.replace_one(key, named, upsert=True)
+
+    async def list(self, after: str | None, size: int, *, over: bool = False) -> tuple[Sequence[Usage], str | None]:
+        """Tenants in the order of their names, from `after` on, and after which the next page begins (None: the last).
+
+        `over`: only those that have used up their quotas.
+        """
+        quotas = await self._quotas()
+        query: Document = {"_id": {"$gt": after}} if after is not None else {}
+        if over:
+            if not quotas:
+                return [], None
+            query["bytes"] = {"$gte": min(quotas.values())}
+        with translated("reading usage"):
+            found = self._collections.usage.find(query)
+            # Those who are over are few, whatever the order: they are sorted here.
+            found = found.hint("by_bytes") if over else found.hint("_id_").sort("_id").limit(size + 1)
+            docs = await found.to_list()
+        all_ = sorted((_usage(doc, quotas) for doc in docs), key=lambda usage: usage.tenant)
+        usages = [usage for usage in all_ if usage.is_over] if over else all_
+        return usages[:size], usages[size - 1].tenant if len(usages) > size else None
+
+    async def recount(self) -> None:
+        """Counts everybody's results anew: a minute or so for some million results."""
+        after: str | None = None
+        while (after := await tenant_after(self._collections, after)) is not None:
+            await self._counters.recount(after)
+
+    async def artifacts(self) -> tuple[int, int]:
+        """How many artifacts there are, and their bytes: models and whatever else was stored, of no tenant."""
+        sum_: Document = {"_id": None, "n": {"$sum": 1}, "b": {"$sum": "$size"}}
+        steps: list[Document] = [{"$match": {"size": {"$gte": 0}}}, {"$group": sum_}]
+        with translated("adding up artifacts"):
+            found = await (await self._collections.artifacts.aggregate(steps, hint="by_size")).to_list()
+        return (found[0]["n"], found[0]["b"]) if found else (0, 0)
+
+    async def _quotas(self) -> Mapping[str | None, int]:
+        with translated("reading quotas"):
+            docs = await self._collections.quotas.find({}).hint("_id_").to_list()
+        return {doc.get("tenant"): doc["bytes"] for doc in docs}
+
+
+def _usage(doc: Document, quotas: Mapping[str | None, int]) -> Usage:
+    quota = quotas.get(doc["_id"], quotas.get(None))
+    # A removal may be counted before what it removes: nobody has less than nothing.
+    counted = None if doc["recounted_at"] == EVER else doc["recounted_at"]
+    return Usage(doc["_id"], max(0, doc["results"]), max(0, doc["bytes"]), quota, counted)

@@ -1,0 +1,79 @@
+"""`shoal store usage` and `shoal store quota`: how much room results take, and may take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shoal.cli import amounts
+from shoal.cli.output import AsJson, Gateway, connect, show, show_json, size
+from shoal.cli.retention import Tenant, named, whose
+
+quota = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, help="How much room a tenant's results may take.")
+
+
+def usage(
+    recount: Annotated[
+        bool, typer.Option("--recount", help="Count all results one by one first: about a minute for some million.")
+    ] = False,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
+    """Show what each tenant's results take, and what they may take.
+
+    [bold]Example[/bold]
+
+      shoal store usage
+    """
+    with connect(gateway) as client:
+        found = client.store.usage(recount=recount)
+    if json:
+        show_json(found)
+        return
+    rows = [
+        (
+            named(one.tenant),
+            one.results,
+            size(one.bytes),
+            "none" if one.quota_bytes is None else size(one.quota_bytes),
+            "" if one.quota_bytes is None else f"{one.bytes / max(one.quota_bytes, 1):.0%}",
+            one.recounted_at,
+        )
+        for one in found.tenants
+    ]
+    show(("tenant", "results", "size", "quota", "used", "counted one by one"), rows, empty="no results")
+    typer.echo(f"{found.artifacts} artifacts (models, payloads): {size(found.artifact_bytes)}")
+
+
+@quota.command("set")
+def set_quota(
+    most: Annotated[str, typer.Argument(metavar="BYTES", help="1048576, 500MiB, 20GB.")],
+    tenant: Tenant = None,
+    gateway: Gateway = None,
+) -> None:
+    """Say how much room a tenant's results may take. Who has used it up cannot submit jobs until there is room again.
+
+    [bold]Examples[/bold]
+
+      shoal store quota set 20GiB
+
+      shoal store quota set 500MiB --tenant acme
+    """
+    most_bytes = amounts.size(most, "BYTES")
+    with connect(gateway) as client:
+        client.store.set_quota(most_bytes, tenant=tenant)
+    typer.echo(f"results of {whose(tenant)}: {size(most_bytes)} at most")
+
+
+@quota.command("remove")
+def remove_quota(tenant: Tenant = None, gateway: Gateway = None) -> None:
+    """Remove a quota: the one for all tenants counts again, or none.
+
+    [bold]Example[/bold]
+
+      shoal store quota remove --tenant acme
+    """
+    with connect(gateway) as client:
+        client.store.remove_quota(tenant=tenant)
+    typer.echo(f"results of {whose(tenant)}: no quota")

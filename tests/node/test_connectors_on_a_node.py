@@ -1,0 +1,77 @@
+"""`shoal up --connectors`: from a topic through a real model into another, and what `shoal status` says of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shoal
+from shoal.client import Connector
+from tests.breakable import until
+from tests.ingest.connectors.brokers import Received, toml
+from tests.ingest.connectors.kafkas import Kafka, Tansu
+
+pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
+PATIENT = {"within_s": 90.0, "every_s": 0.2}
+
+
+@pytest.fixture(scope="module")
+def tansu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tansu]:
+    with Tansu(tmp_path_factory.mktemp("tansu")) as broker:
+        broker.wait_until_ready()
+        yield broker
+
+
+def seen(gateway: str) -> Connector:
+    """The one connector, as an operator's program sees it."""
+    with shoal.Client(gateway) as client:
+        (connector,) = client.status().connectors or (None,)
+    assert connector is not None
+    return connector
+
+
+async def test_rows_of_a_topic_are_answered_in_another_and_the_status_says_how_it_goes(
+    node: Callable[..., Any], onnx_models: Path, tansu: Tansu, tmp_path: Path
+) -> None:
+    kafka = await Kafka(tansu.address, partitions=1).make()
+    settings = {"model": "double", "format": "record", "inputs": {"x": "FP32"}, "writes": "json", "tenant": "shop"}
+    file = tmp_path / "streams.toml"
+    file.write_text(toml("doubles", kafka.table, **settings))
+    running = node("--connectors", str(file), "--replicas", "ingest=1")
+    with shoal.Client(running.gateway) as client:
+        [pushed] = client.models.push(onnx_models / "double.onnx")
+        assert pushed.ready
+    for n in range(5):  # One by one: Tansu knows the end of a topic only by its last batch.
+        await kafka.publish([json.dumps({"x": [n, 0, 0, 0]}).encode()])
+    await kafka.publish([b"no JSON"])
+    found: list[Received] = []
+
+    async def answered() -> bool:
+        found[:] = await kafka.answers()
+        return len(found) >= 5
+
+    await until(answered, "answers", **PATIENT)
+    assert sorted(json.loads(each.value)["outputs"][0]["data"][0] for each in found) == [0, 2, 4, 6, 8]
+
+    def is_done(connector: Connector) -> bool:
+        return connector.lag == 0 and [lane.committed for lane in connector.lanes] == ["6"]
+
+    await until(lambda: is_done(seen(running.gateway)), "no lag", **PATIENT)
+    connector = seen(running.gateway)
+    assert (connector.name, connector.instance, connector.phase) == ("doubles", "local/ingest-0", "running")
+    assert (connector.messages, connector.answered, connector.dead, connector.in_flight) == (6, 5, 1, 0)
+    assert connector.tenant == "shop"
+    shown = running.shoal("status").stdout
+    assert "connectors" in shown
+    assert "doubles" in shown
+    document = json.loads(running.shoal("status", "--json").stdout)
+    assert document["connectors"][0]["lag"] == 0
+    with shoal.Client(running.gateway) as client:
+        assert all(job.labels["connector"] == "doubles" for job in client.jobs.list(tenant="shop"))
+
+    tansu.kill()
+    await until(lambda: "Kafka" in seen(running.gateway).last_error, "the error", **PATIENT)

@@ -1,0 +1,438 @@
+"""Backups: made, restored into an empty store, and compared, document by document and byte by byte."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import bson
+import pytest
+from bson import Binary, Int64
+from bson.raw_bson import RawBSONDocument
+from pymongo.asynchronous.database import AsyncDatabase
+
+from mesh import mongo
+from services.store.artifacts.blobs import BlobStore
+from services.store.artifacts.threads import Threads
+from services.store.backups import backup as backup_module
+from services.store.backups import dump, manifest
+from services.store.backups.backup import NOT_CARRIED, Backup
+from services.store.backups.places import BackupPlaces
+from services.store.backups.progress import Progress
+from services.store.backups.restore import Restore, complete_backups
+from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from tests.store.collecting.conftest import Clock, Parts, make_parts
+from tests.store.conftest import sha256
+
+pytestmark = pytest.mark.mongo
+
+MIB = 1 << 20
+
+
+@dataclass
+class Node:
+    """A store with its backups."""
+
+    parts: Parts
+    backup: Backup
+    restore: Restore
+    places: BackupPlaces
+
+    @property
+    def db(self) -> AsyncDatabase[dict[str, Any]]:
+        return self.parts.collections.db
+
+    async def fill(self, *contents: bytes) -> None:
+        """Something of everything."""
+        for content in contents:
+            await self.parts.put(content)
+        await self.parts.register("m", *contents)
+        await self.parts.registry.set_alias("m", "stable", 1)
+        await self.parts.references.make("job/1", sha256(contents[0]))
+        response = os.urandom(2 * MIB)
+        ref = await self.parts.responses.keep(response)
+        result = {
+            "_id": "j1",
+            "outcome": 1,
+            "blob": vars(ref),
+            "recorded_at": datetime(2026, 1, 2, 3, 4, 5, 678_000, UTC),
+            **dict.fromkeys(("model_name", "model_version", "message", "lease_id", "tenant", "instance"), "x"),
+            "code": 0,
+            "attempt": 1,
+        }
+        await self.parts.collections.results.insert_one(result)
+        # Of ingest: whatever it is. Types that a careless copy would change are among it.
+        odd = {"_id": 7, "a": Int64(1), "b": 1, "c": 1.0, "d": Binary(b"x", 5), "e": None, "f": [{"g.h": "$i"}]}
+        await self.db["anything"].insert_one(odd)
+        await self.db["jobs"].insert_many([{"_id": str(n), "request": os.urandom(100)} for n in range(50)])
+
+    async def documents(self) -> dict[str, list[bytes]]:
+        """Every document of every collection that a backup carries, as bytes."""
+        found = {}
+        for name in await self.db.list_collection_names(filter={"type": "collection"}):
+            if name not in NOT_CARRIED and not name.startswith("system."):
+                raw = self.db.get_collection(name, codec_options=dump.RAW)
+                found[name] = sorted([doc.raw async for doc in raw.find()])
+        return {name: docs for name, docs in found.items() if docs}
+
+    async def blobs(self) -> dict[str, bytes]:
+        found = {}
+        for key in await self.parts.keys():
+            found[key] = (self.parts.root / key).read_bytes()
+        return found
+
+
+@asynccontextmanager
+async def node_at(uri: str, database: str, folder: Path, threads: Threads, allowed: list[str]) -> AsyncIterator[Node]:
+    async with mongo.connect(uri) as client:
+        parts = make_parts(client[database], folder, threads, Clock())
+        await parts.collections.prepare()
+        places = BackupPlaces(allowed, threads, checksums=True)
+        given = (parts.collections, parts.blobs, places, folder / "staging", threads, parts.clock)
+        yield Node(parts, Backup(*given), Restore(*given), places)
+
+
+@pytest.fixture
+def threads() -> Iterator[Threads]:
+    with Threads(4) as threads:
+        yield threads
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return (tmp_path / "backups").as_uri()
+
+
+@pytest.fixture
+async def node(mongo_uri: str, mongo_database: str, tmp_path: Path, threads: Threads) -> AsyncIterator[Node]:
+    allowed = [tmp_path.as_uri(), "s3://"]
+    async with node_at(mongo_uri, mongo_database, tmp_path / "blobs", threads, allowed) as node:
+        yield node
+
+
+@pytest.fixture
+async def empty(mongo_uri: str, mongo_database: str, tmp_path: Path, threads: Threads) -> AsyncIterator[Node]:
+    """Another node, with nothing in it."""
+    allowed = [tmp_path.as_uri(), "s3://"]
+    async with node_at(mongo_uri, f"{mongo_database}_2", tmp_path / "other", threads, allowed) as node:
+        yield node
+
+
+async def all_of(steps: AsyncIterator[Progress]) -> Progress:
+    last = [step async for step in steps][-1]
+    assert last.is_complete
+    return last
+
+
+@pytest.mark.parametrize("where", ["folder", pytest.param("s3", marks=pytest.mark.s3)])
+async def test_what_is_restored_is_what_was_there(
+    node: Node, empty: Node, folder: str, where: str, request: pytest.FixtureRequest
+) -> None:
+    to = folder if where == "folder" else request.getfixturevalue("s3_access").prefix()
+    contents = [b"", b"small", os.urandom(3 * MIB + 17), os.urandom(9 * MIB)]
+    await node.fill(*contents)
+    before = await node.documents()
+    made = await all_of(node.backup.run(to))
+    assert (made.blobs, made.copied, made.missing) == (5, 5, ())
+    assert made.documents == sum(map(len, before.values()))
+    assert "Timestamp" in made.cluster_time
+
+    done = await all_of(empty.restore.run(to, ""))
+    assert (done.backup_id, done.documents, done.blobs) == (made.backup_id, made.documents, 5)
+    assert await empty.documents() == before == await node.documents()
+    assert await empty.blobs() == await node.blobs()
+    for content in contents:
+        assert await empty.parts.read(content) == content
+    assert [step.finding async for step in empty.parts.verification.run(sizes_only=False) if step.finding] == []
+    assert await empty.db["restores"].count_documents({}) == 0
+    await empty.parts.put(b"and it goes on")
+
+
+async def test_the_next_backup_copies_only_what_is_new(node: Node, empty: Node, folder: str) -> None:
+    await node.fill(b"one", b"two")
+    first = await all_of(node.backup.run(folder))
+    await node.parts.put(b"three")
+    node.parts.clock.advance(seconds=1)
+    second = await all_of(node.backup.run(folder))
+    assert (second.blobs, second.copied) == (4, 1)
+    assert await complete_backups(await node.places.open(folder, to_write=False)) == [first.backup_id, second.backup_id]
+    await all_of(empty.restore.run(folder, first.backup_id))
+    assert await empty.parts.known() == {sha256(b"one"), sha256(b"two")}
+
+
+async def test_every_document_is_of_one_moment(
+    node: Node, empty: Node, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dump, "PART_BYTES", 1)  # A part for each document: other things happen in between.
+    for name in ("aa", "zz"):
+        await node.db[name].insert_many([{"_id": n} for n in range(5)])
+    await node.parts.put(b"before")
+    before = await node.documents()
+    real = backup_module._Making._written
+
+    async def written(self: Any, part: Any) -> Any:
+        n = await node.db["aa"].count_documents({})
+        await node.db["zz"].insert_one({"_id": n})
+        await node.db["aa"].insert_one({"_id": n})
+        await node.db["zz"].delete_one({"_id": n - 5})
+        await node.parts.put(b"%d" % n)
+        return await real(self, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backup_module._Making, "_written", written)
+        await all_of(node.backup.run(folder))
+    assert await node.documents() != before
+    await all_of(empty.restore.run(folder, ""))
+    assert await empty.documents() == before
+    assert await empty.parts.read(b"before") == b"before"
+
+
+async def test_what_is_collected_meanwhile_is_in_the_backup(node: Node, empty: Node, folder: str) -> None:
+    await node.parts.put(b"abc")
+    steps = node.backup.run(folder)
+    await anext(steps)  # Its documents are being read.
+    for _ in range(3):
+        # Nobody refers to it, and it is old enough by any measure, but for the hold.
+        long_ago = node.parts.clock.now - timedelta(days=9)
+        await node.parts.collections.artifacts.update_many({}, {"$set": {"keep_until": long_ago}})
+        await node.parts.collections.artifacts.update_many(
+            {"condemned_at": {"$exists": True}}, {"$set": {"condemned_at": long_ago}}
+        )
+        await node.parts.collections.graves.update_many({}, {"$set": {"buried_at": long_ago}})
+        await node.parts.collector.collect()
+    assert await node.parts.known() == set()
+    assert len(await node.parts.keys()) == 1
+    await all_of(steps)
+    assert (await node.parts.collector.collect()).blobs == 1
+    await all_of(empty.restore.run(folder, ""))
+    assert await empty.parts.read(b"abc") == b"abc"
+
+
+async def test_a_backup_that_stood_still_for_too_long(node: Node, folder: str) -> None:
+    await node.parts.put(b"abc")
+    steps = node.backup.run(folder)
+    await anext(steps)
+    node.parts.clock.advance(minutes=11)
+    with pytest.raises(Aborted, match="start it again"):
+        [step async for step in steps]
+    assert await complete_backups(await node.places.open(folder, to_write=False)) == []
+    assert await node.parts.collections.holds.count_documents({}) == 0
+
+
+async def test_an_interrupted_backup_is_none_and_the_next_goes_on(node: Node, empty: Node, folder: str) -> None:
+    contents = [os.urandom(1000) for _ in range(20)]
+    await node.fill(*contents)
+    steps = node.backup.run(folder)
+    async for step in steps:
+        if step.blobs >= 8:
+            break
+    await steps.aclose()
+    with pytest.raises(NotFound, match="no complete backup"):
+        await all_of(empty.restore.run(folder, ""))
+    with pytest.raises(NotFound, match="interrupted"):
+        await all_of(empty.restore.run(folder, step.backup_id))
+    assert await empty.documents() == {}
+    made = await all_of(node.backup.run(folder))
+    assert made.copied == made.blobs - step.blobs
+    await all_of(empty.restore.run(folder, ""))
+    assert await empty.documents() == await node.documents()
+    assert await node.parts.collections.holds.count_documents({}) == 0
+
+
+async def test_an_interrupted_restore_goes_on(node: Node, empty: Node, folder: str, mongo_uri: str) -> None:
+    await node.fill(*[os.urandom(1000) for _ in range(20)])
+    first = await all_of(node.backup.run(folder))
+    node.parts.clock.advance(seconds=1)
+    second = await all_of(node.backup.run(folder))
+    steps = empty.restore.run(folder, first.backup_id)
+    await anext(steps)
+    await anext(steps)
+    await steps.aclose()
+    with pytest.raises(FailedPrecondition, match=first.backup_id):
+        await all_of(empty.restore.run(folder, second.backup_id))
+    await all_of(empty.restore.run(folder, first.backup_id))
+    assert await empty.documents() == await node.documents()
+    assert await empty.blobs() == await node.blobs()
+
+
+@pytest.mark.parametrize("collection", ["artifacts", "jobs", "anything"])
+async def test_a_store_that_is_not_empty_is_left_alone(node: Node, empty: Node, folder: str, collection: str) -> None:
+    await node.fill(b"abc")
+    await all_of(node.backup.run(folder))
+    if collection == "artifacts":
+        await empty.parts.put(b"mine")
+    else:
+        await empty.db[collection].insert_one({"_id": "mine"})
+    before = await empty.documents()
+    with pytest.raises(FailedPrecondition, match=f"not empty: collection {collection}"):
+        await all_of(empty.restore.run(folder, ""))
+    assert await empty.documents() == before
+
+
+async def test_what_is_damaged_in_the_store_is_named_and_not_in_the_backup(
+    node: Node, empty: Node, folder: str
+) -> None:
+    await node.fill(b"fine", b"rotten")
+    stored = (await node.parts.artifacts.find([sha256(b"rotten")]))[sha256(b"rotten")]
+    (node.parts.root / stored.key).write_bytes(b"ROTTEN")
+    made = await all_of(node.backup.run(folder))
+    assert made.missing == (sha256(b"rotten"),)
+    await all_of(empty.restore.run(folder, ""))
+    assert await empty.parts.read(b"fine") == b"fine"
+    with pytest.raises(NotFound):
+        await empty.parts.read(b"rotten")
+    await empty.parts.put(b"rotten")  # The next upload repairs it, as in any store.
+    assert await empty.parts.read(b"rotten") == b"rotten"
+
+
+@pytest.mark.parametrize("what", ["manifest", "documents", "blob", "blob gone", "no json", "newer"])
+async def test_a_damaged_backup_is_refused_and_named(
+    node: Node, empty: Node, folder: str, tmp_path: Path, what: str
+) -> None:
+    await node.fill(b"abc")
+    made = await all_of(node.backup.run(folder))
+    home = tmp_path / "backups" / "backups" / made.backup_id
+    blob = tmp_path / "backups" / manifest.blob_key(sha256(b"abc"))
+    file = home / "manifest.json"
+    if what == "manifest":
+        file.write_text(file.read_text().replace('"documents": 1', '"documents": 2', 1))
+    elif what == "no json":
+        file.write_bytes(b"\xff" * 100)
+    elif what == "newer":
+        content = {"format": 2}
+        file.write_text(f'{{"sha256": "{manifest._digest(content)}", "manifest": {{"format": 2}}}}')
+    elif what == "documents":
+        (home / "documents" / "0.bson.gz").write_bytes(b"?")
+    elif what == "blob":
+        blob.write_bytes(b"ABC")
+    else:
+        blob.unlink()
+    with pytest.raises(
+        FailedPrecondition if what == "newer" else DataLoss, match="newer" if what == "newer" else "damaged|gone"
+    ):
+        await all_of(empty.restore.run(folder, ""))
+    assert sha256(b"abc") not in await empty.parts.known()
+
+
+async def put_manifest(place: BlobStore, **changed: Any) -> str:
+    """A manifest that somebody made up, with a digest that is right."""
+    backup_id = "20260101T000000Z-00000000"
+    part = {"key": f"backups/{backup_id}/documents/0.bson.gz", "size": 0, "sha256": "0" * 64, **changed.pop("part", {})}
+    dumped = {"database": "", "name": "artifacts", "documents": 1, "parts": [part], **changed.pop("dumped", {})}
+    content = {"format": 1, "id": backup_id, "cluster_time": "", "finished_at": "", "blobs": 1, "blob_bytes": 1,
+               "missing": [], "collections": [dumped], **changed}  # fmt: skip
+
+    data = json.dumps({"sha256": manifest._digest(content), "manifest": content}).encode()
+    await place.put(f"backups/{backup_id}/manifest.json", data)
+    return backup_id
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"part": {"key": "../../etc/passwd"}},
+        {"part": {"key": "backups/20260101T000000Z-00000001/documents/0.bson.gz"}},
+        {"part": {"sha256": "x"}},
+        {"dumped": {"name": "system.users"}},
+        {"dumped": {"name": "a$b"}},
+        {"dumped": {"parts": 7}},
+        {"missing": ["x"]},
+        {"id": "20260101T000000Z-00000001"},
+        {"collections": None},
+    ],
+)
+async def test_a_manifest_that_somebody_made_up(node: Node, empty: Node, folder: str, changed: dict[str, Any]) -> None:
+    place = await node.places.open(folder, to_write=True)
+    with pytest.raises(DataLoss, match="manifest is damaged"):
+        await all_of(empty.restore.run(folder, await put_manifest(place, **changed)))
+
+
+@pytest.mark.parametrize("key", ["../../../outside", "artifacts/ab/../../../outside", "/etc/passwd", "staging/x", ""])
+async def test_a_document_that_would_write_elsewhere(node: Node, empty: Node, folder: str, key: str) -> None:
+
+    place = await node.places.open(folder, to_write=True)
+    doc = {"_id": sha256(b"abc"), "size": 3, "created_at": datetime.now(UTC), "key": key or "artifacts"}
+    data = dump.compressed([RawBSONDocument(bson.encode(doc))])
+    part = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    backup_id = await put_manifest(place, part=part)
+    await place.put(f"backups/{backup_id}/documents/0.bson.gz", data)
+    await place.put(manifest.blob_key(sha256(b"abc")), b"abc")
+    with pytest.raises(DataLoss, match="no store made that"):
+        await all_of(empty.restore.run(folder, backup_id))
+    assert await empty.parts.keys() == []
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("", InvalidArgument),
+        ("/tmp/x", InvalidArgument),
+        ("file:///", InvalidArgument),
+        ("http://host/x", InvalidArgument),
+        ("file:///etc", PermissionDenied),
+        ("gs://bucket", PermissionDenied),
+    ],
+)
+async def test_places_that_may_not_be_used(node: Node, url: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        await all_of(node.backup.run(url))
+    with pytest.raises(error):
+        await all_of(node.restore.run(url, ""))
+
+
+async def test_no_way_out_of_an_allowed_folder(node: Node, folder: str, tmp_path: Path) -> None:
+    for url in (f"{folder}/../../x", f"{folder}/%2e%2e/%2e%2e/x"):
+        with pytest.raises(PermissionDenied, match="SHOAL_STORE_BACKUPS"):
+            await all_of(node.backup.run(url))
+    with pytest.raises(FailedPrecondition, match="no folder"):
+        await all_of(node.restore.run(f"{folder}/nothing", ""))
+    (tmp_path / "backups").mkdir()
+    with pytest.raises(InvalidArgument, match="backup_id"):
+        await all_of(node.restore.run(folder, "../x"))
+
+
+async def test_a_backup_beside_writers(node: Node, empty: Node, folder: str) -> None:
+    """What is restored fits together: no model without its artifacts, no artifact without its bytes."""
+    await node.fill(b"first")
+    stop = asyncio.Event()
+
+    async def writing(name: str) -> None:
+        n = 0
+        while not stop.is_set():
+            content = f"{name} {n}".encode()
+            await node.parts.put(content)
+            await node.parts.register(name, content)
+            if n > 3:
+                await node.parts.registry.remove(name, n - 3)
+            n += 1
+
+    writers = [asyncio.create_task(writing(name)) for name in ("w1", "w2", "w3")]
+    try:
+        made = await all_of(node.backup.run(folder))
+    finally:
+        stop.set()
+        await asyncio.gather(*writers)
+    assert made.missing == ()
+    await all_of(empty.restore.run(folder, ""))
+    for version in await empty.parts.registry.versions(""):
+        digests = {file.sha256 for file in version.files}
+        assert (await empty.parts.artifacts.find(digests)).keys() == digests
+    assert [step.finding async for step in empty.parts.verification.run(sizes_only=False) if step.finding] == []
+
+
+def test_the_same_documents_are_the_same_bytes() -> None:
+    docs = [RawBSONDocument(bson.encode({"_id": n})) for n in range(10)]
+    assert dump.compressed(docs) == dump.compressed(docs)
+    assert [doc.raw for doc in dump.documents(dump.compressed(docs), "k")] == [doc.raw for doc in docs]
+    with pytest.raises(DataLoss, match="k: "):
+        dump.documents(b"not gzip", "k")
+    with pytest.raises(DataLoss, match="k: "):
+        dump.documents(dump.compressed(docs)[:-9], "k")
