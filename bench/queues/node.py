@@ -155,3 +155,13 @@ async def _result(store: store_pb2_grpc.StoreServiceStub, job_id: str) -> None:
             if err.code() is not grpc.StatusCode.NOT_FOUND:
                 raise
         await asyncio.sleep(0.001)
+
+
+async def numbered(gateway: str, model: str, count: int) -> None:
+    """Submits `count` jobs on one stream, each with its own number."""
+    submits = [ingest_pb2.SubmitRequest(request=question(model, number)) for number in range(count)]
+    requests = [ingest_pb2.SubmitStreamRequest(sequence=n, submit=submit) for n, submit in enumerate(submits)]
+    async with connect(gateway) as channel:
+        stub = ingest_pb2_grpc.IngestServiceStub(channel)
+        answers = [answer.job_id async for answer in stub.SubmitStream(iter(requests))]
+    assert all(answers), "some were refused"
