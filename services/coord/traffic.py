@@ -49,7 +49,7 @@ _STORE_IDEMPOTENT = (
     "ListUsage",
 )
 _OF_BATCHES = ("GetBatch", "ListBatches", "WatchBatch")
-_OF_LIFE = ("ListDeadLetters", "WatchJobs", "GetSchedule", "ListSchedules")
+_OF_LIFE = ("ListDeadLetters", "WatchJobs", "GetSchedule", "ListSchedules", "ListJobRetention")
 _INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", *_OF_LIFE, *_OF_BATCHES)
 _COORD_IDEMPOTENT = ("ListInstances", "WatchInstances", "GetLeader", "GetMeshStatus")
 

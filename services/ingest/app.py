@@ -53,6 +53,10 @@ from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.retention.book import JOB_RETENTION
+from services.ingest.retention.book import VALIDATOR as RETENTION_VALIDATOR
+from services.ingest.retention.book import Book as RetentionBook
+from services.ingest.retention.sweep import Sweep
 from services.ingest.rpc import IngestRpc, rpc
 from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
@@ -133,7 +137,6 @@ async def run(config: IngestConfig) -> None:
             instance=name,
             ready=ready,
             max_in_flight=config.max_in_flight,
-            attempt_timeout_ms=config.attempt_timeout_ms,
             poll_ms=config.poll_ms,
             drain_ms=config.drain_ms,
         )
@@ -208,6 +211,16 @@ async def run(config: IngestConfig) -> None:
             clock=utc_now,
             ready=ready,
         )
+        retention = RetentionBook(database[JOB_RETENTION], config.job_retention)
+        sweep = Sweep(
+            documents,
+            payloads,
+            retention,
+            leads=lambda: lead.token is not None,
+            clock=utc_now,
+            ready=ready,
+            round_s=config.retention_round_ms / 1_000,
+        )
         watching = await stack.enter_async_context(
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
@@ -224,6 +237,7 @@ async def run(config: IngestConfig) -> None:
             cancelling,
             dead_letters,
             schedules,
+            retention,
             watch_many,
             batches,
             book,
@@ -245,6 +259,7 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(intake)
         await stack.enter_async_context(lead)
         await stack.enter_async_context(firing)
+        await stack.enter_async_context(sweep)
         await stack.enter_async_context(endings)
         await stack.enter_async_context(connectors)
         await stack.enter_async_context(reports)
@@ -287,6 +302,7 @@ async def _prepare(
         try:
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await _prepare_connectors(database)
+            await mongo.ensure_collection(database, JOB_RETENTION, validator=RETENTION_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, LEADS, validator=LEAD_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, SCHEDULES, validator=SCHEDULE_VALIDATOR, indexes=SCHEDULE_INDEXES)
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from mesh.config import Address, ServiceConfig
 from mesh.serving import Front
 from services.ingest.connectors import settings
+from services.ingest.job import DEAD_LETTERS, FINAL, State
+from services.ingest.retention.rules import SHORTEST
 
 
 class IngestConfig(ServiceConfig):
@@ -82,6 +85,27 @@ class IngestConfig(ServiceConfig):
         if path is not None:
             settings.read(path)
         return path
+
+    keep_ended_ms: Annotated[int, Field(ge=0)] = 7 * 86_400_000
+    """Jobs that succeeded, were cancelled or expired stay so long after their end, unless a rule says otherwise
+    (SetJobRetention); their idempotency keys are known for as long. 0: for ever. Else a minute at least."""
+    keep_dead_ms: Annotated[int, Field(ge=0)] = 30 * 86_400_000
+    """The same of dead letters: jobs that are dead or failed."""
+    retention_round_ms: Annotated[int, Field(ge=10, le=86_400_000)] = 30_000
+    """How often the leader looks for jobs that have stayed long enough."""
+
+    @property
+    def job_retention(self) -> dict[State, timedelta | None]:
+        """How long jobs stay when no rule says otherwise."""
+        spans = {state: self.keep_dead_ms if state in DEAD_LETTERS else self.keep_ended_ms for state in FINAL}
+        return {state: timedelta(milliseconds=ms) if ms else None for state, ms in spans.items()}
+
+    @field_validator("keep_ended_ms", "keep_dead_ms")
+    @classmethod
+    def _stays_a_minute(cls, keep_ms: int) -> int:
+        if 0 < keep_ms < SHORTEST // timedelta(milliseconds=1):
+            raise ValueError(f"{keep_ms}: 0 for ever, or at least 60000")
+        return keep_ms
 
     @model_validator(mode="after")
     def _renews_in_time(self) -> IngestConfig:

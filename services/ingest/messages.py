@@ -11,15 +11,15 @@ from services.ingest.job import Job, State, generations
 from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 
-_STATES = {state: f"JOB_STATE_{state.name}" for state in State}
-_STATE_OF = {pb.JobState.Value(name): state for state, name in _STATES.items()}
+STATES = {state: f"JOB_STATE_{state.name}" for state in State}
+_STATE_OF = {pb.JobState.Value(name): state for state, name in STATES.items()}
 
 
 def message_of(job: Job) -> pb.Job:
     """The message of a job."""
     message = pb.Job(
         id=job.id,
-        state=_STATES[job.state],
+        state=STATES[job.state],
         model_name=job.model_name,
         model_version=job.model_version,
         tenant=job.tenant,
@@ -37,7 +37,7 @@ def message_of(job: Job) -> pb.Job:
         waits_for=map(references.message_of, job.waits_for),
         transitions=[
             pb.Transition(
-                state=_STATES[step.state],
+                state=STATES[step.state],
                 at=timestamp_of(step.at),
                 attempt=step.attempt,
                 instance=step.instance,

@@ -22,6 +22,8 @@ from services.ingest.reading.jobs import Filter, Jobs
 from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
 from services.ingest.reading.watch_many import WatchMany
+from services.ingest.retention.book import Book as RetentionBook
+from services.ingest.retention.rpc import JobRetentionRpc
 from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.rpc import SchedulesRpc
 from services.ingest.tenants.book import Book
@@ -36,7 +38,13 @@ if TYPE_CHECKING:
 
 
 class IngestRpc(
-    DeadLettersRpc, SchedulesRpc, TenantsRpc, BatchesRpc, StreamsRpc, ingest_pb2_grpc.IngestServiceServicer
+    DeadLettersRpc,
+    SchedulesRpc,
+    JobRetentionRpc,
+    TenantsRpc,
+    BatchesRpc,
+    StreamsRpc,
+    ingest_pb2_grpc.IngestServiceServicer,
 ):
     """The servicer. Rooms with calls of their own bring a part of it."""
 
@@ -48,6 +56,7 @@ class IngestRpc(
         cancelling: Cancelling,
         dead_letters: DeadLetters,
         schedules: Schedules,
+        retention: RetentionBook,
         watch_many: WatchMany,
         batches: Batches | None,
         book: Book,
@@ -61,6 +70,7 @@ class IngestRpc(
         DeadLettersRpc.__init__(self, dead_letters)
         StreamsRpc.__init__(self, run_streams, reports)
         SchedulesRpc.__init__(self, schedules)
+        JobRetentionRpc.__init__(self, retention)
         BatchesRpc.__init__(self, batches)
         TenantsRpc.__init__(self, book, standings)
         self._intake = intake

@@ -12,6 +12,7 @@ from shoal.client.dead_letters import Handled
 from shoal.client.export import Exported
 from shoal.client.inference import InferRequest, InferResult
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, Transition
+from shoal.client.job_retention import JobRetention
 from shoal.client.job_watch import JobChange, JobFilter
 from shoal.client.keeping import Kept, RetentionRule, StoreUsage, TenantUsage
 from shoal.client.registry import ModelFile, ModelVersion, Progress, Pushed
@@ -51,6 +52,7 @@ __all__ = [
     "JobFilter",
     "JobRequest",
     "JobResult",
+    "JobRetention",
     "JobRetry",
     "JobState",
     "Kept",

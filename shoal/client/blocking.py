@@ -9,6 +9,7 @@ from shoal.client.batches import AsyncBatches
 from shoal.client.calls import Headers
 from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.face import Face, LoopThread, blocking, iterating
+from shoal.client.job_retention import AsyncJobRetention
 from shoal.client.jobs import AsyncJobs
 from shoal.client.models import AsyncModels
 from shoal.client.results import AsyncResults
@@ -53,6 +54,14 @@ class Schedules(Face[AsyncSchedules]):
     remove = blocking(AsyncSchedules.remove)
 
 
+class JobRetention(Face[AsyncJobRetention]):
+    """`client.jobs.retention`."""
+
+    list = blocking(AsyncJobRetention.list)
+    set = blocking(AsyncJobRetention.set)
+    inherit = blocking(AsyncJobRetention.inherit)
+
+
 class Jobs(Face[AsyncJobs]):
     """`client.jobs`."""
 
@@ -60,6 +69,7 @@ class Jobs(Face[AsyncJobs]):
         super().__init__(inner, loop)
         self.dead = DeadLetters(inner.dead, loop)
         self.schedules = Schedules(inner.schedules, loop)
+        self.retention = JobRetention(inner.retention, loop)
 
     submit = blocking(AsyncJobs.submit)
     submit_many = iterating(AsyncJobs.submit_many)

@@ -16,6 +16,7 @@ from shoal.client.calls import Caller
 from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.inference import InferResult, Parameter, of_inputs
 from shoal.client.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, of_job, to_state, to_submit
+from shoal.client.job_retention import AsyncJobRetention
 from shoal.client.job_watch import JobChange, JobFilter, to_watch
 from shoal.client.outcome import of_result, without_result
 from shoal.client.running import WINDOW as RUN_WINDOW
@@ -50,6 +51,7 @@ class AsyncJobs:
         self._tenant = tenant
         self.dead = AsyncDeadLetters(caller, tenant)
         self.schedules = AsyncSchedules(caller, tenant)
+        self.retention = AsyncJobRetention(caller)
 
     async def submit(
         self,

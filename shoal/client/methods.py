@@ -87,6 +87,10 @@ REQUEUE_DEAD_LETTERS = Method(
 PURGE_DEAD_LETTERS = Method(
     _INGEST + "PurgeDeadLetters", ingest.PurgeDeadLettersRequest, ingest.PurgeDeadLettersResponse, False
 )
+SET_JOB_RETENTION = Method(_INGEST + "SetJobRetention", ingest.SetJobRetentionRequest, ingest.SetJobRetentionResponse)
+LIST_JOB_RETENTION = Method(
+    _INGEST + "ListJobRetention", ingest.ListJobRetentionRequest, ingest.ListJobRetentionResponse
+)
 SET_TENANT = Method(_INGEST + "SetTenant", ingest.SetTenantRequest, ingest.SetTenantResponse)
 GET_TENANT = Method(_INGEST + "GetTenant", ingest.GetTenantRequest, ingest.GetTenantResponse)
 LIST_TENANTS = Method(_INGEST + "ListTenants", ingest.ListTenantsRequest, ingest.ListTenantsResponse)

@@ -30,6 +30,7 @@ from services.ingest.batches.batch import (
     ending_of,
 )
 from services.ingest.batches.book import Book
+from services.ingest.batches.calling import PATIENCE_S
 from services.ingest.batches.duties import Duties
 from services.ingest.batches.ledger import Ledger, SoFar
 from services.ingest.batches.running import Progress, Running
@@ -46,6 +47,19 @@ _LAST_WRITES_S = 2.0
 # At the end: to give back what is held. What is not given back lapses.
 _PERSIST_S = 60.0
 _SWEEP_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """A batch is let alone until then, and the next time for twice as long."""
+
+    until: float
+    for_s: float
+
+
+_NEVER = _Rest(0.0, 0.5)
+_LONGEST_REST_S = 10.0
+_RESTS_KEPT = 1_000
 
 
 @dataclass(slots=True, eq=False)
@@ -100,6 +114,7 @@ class Batcher:
         self._doing: dict[str, _Doing] = {}
         self._wake = asyncio.Event()
         self._look = asyncio.Event()
+        self._rests: dict[str, _Rest] = {}
         self._turn = 0
         self._is_open = True
         self._tasks: list[asyncio.Task[None]] = []
@@ -174,7 +189,14 @@ class Batcher:
 
     async def _claim(self, active: list[Batch]) -> None:
         """Claims chunks of the batches in turn, so that a large one does not keep a small one waiting."""
-        wanting = [batch for batch in active if batch.listing is not None and batch.state is BatchState.RUNNING]
+        now = asyncio.get_running_loop().time()
+        wanting = [
+            batch
+            for batch in active
+            if batch.listing is not None
+            and batch.state is BatchState.RUNNING
+            and self._rests.get(batch.id, _NEVER).until <= now
+        ]
         while wanting and len(self._held) < self._slots:
             self._turn += 1
             batch = wanting[self._turn % len(wanting)]
@@ -205,7 +227,9 @@ class Batcher:
             if chunk.attempts > MOST_TRIES:
                 times = f"they were begun {chunk.attempts - 1} times, and whoever ran them died each time"
                 raise DataLoss(f"{_rows(chunk)}: {times}")
-            name, written, versions = await self._running.run(batch, chunk, held.progress)
+            # A model that was away a moment ago is only tried.
+            patience_s = 0.0 if batch.id in self._rests else PATIENCE_S
+            name, written, versions = await self._running.run(batch, chunk, held.progress, patience_s)
             if not await self._persist(lambda: self._ledger.stage(chunk, name, written, versions)):
                 return
             chunk = held.chunk = replace(
@@ -214,6 +238,7 @@ class Batcher:
             held.progress.now = SoFar()
         await self._running.publish(batch, chunk)
         await self._persist(lambda: self._ledger.finish(chunk))
+        self._rests.pop(batch.id, None)
 
     async def _persist(self, write: Callable[[], Awaitable[bool]]) -> bool:
         """Writes what is fenced, again while MongoDB is away: work is behind it, and the fence says if it is late."""
@@ -230,10 +255,22 @@ class Batcher:
         chunk = held.chunk
         how = after_break(chunk.attempts, error, self._clock())
         log.warning("chunk %s: %s", chunk.id, how.reason)
+        if how.again_at is not None:
+            self._rest(chunk.batch)
         with suppress(ShoalError):  # Else it lapses.
             if how.again_at is None:
                 await self._book.doom(chunk.batch, Ending(BatchState.FAILED, how.reason))
             await self._ledger.let_go(chunk, until=how.again_at, is_counted=how.is_counted, note=how.reason[:300])
+
+    def _rest(self, batch_id: str) -> None:
+        """Lets a batch alone for a while, so that those that can be run have the room."""
+        now, known = asyncio.get_running_loop().time(), self._rests.get(batch_id, _NEVER)
+        if known.until > now:
+            return  # Several chunks of it broke together.
+        for_s = min(2 * known.for_s, _LONGEST_REST_S)
+        self._rests[batch_id] = _Rest(now + for_s, for_s)
+        while len(self._rests) > _RESTS_KEPT:
+            del self._rests[next(iter(self._rests))]
 
     async def _do(self, doing: _Doing, duty: Duty) -> None:
         batch = doing.batch

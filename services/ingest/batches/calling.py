@@ -1,7 +1,7 @@
 """Stacks of rows go to the model until each row has an answer, or is to blame for having none.
 
     stack ──> answered
-      │  nobody there, shed, model not there yet: again after a wait, for as long as it takes
+      │  nobody there, shed, model not there yet: again after a wait; after PATIENCE_S the chunk is given back
       │  the request is at fault (a code that no retry can mend): its halves; a row by itself is dead
       │  anything else: its halves; a row by itself is tried again, and dead when it is out of attempts
       └─ an instance died under it: the same, but alone: nothing else of ours is under way meanwhile
@@ -23,12 +23,17 @@ from services.ingest.batches.rows.fitting import Fitted
 from services.ingest.batches.rows.stacking import Stack
 from services.ingest.batches.rows.wire import Array, Asked, answer_of, request_of
 from services.ingest.job import PERMANENT, Failure, Policy, backoff_ms, refused_wait_ms
-from shoal.errors import Code, DataLoss
+from shoal.errors import Code, DataLoss, Unavailable
 from shoal.inference.v2 import inference_pb2
 
 _AWAY = frozenset({Code.NOT_FOUND, Code.RESOURCE_EXHAUSTED})
 # The model is not there (yet, or any more), or has no room: no row is to blame, however long it lasts.
 _KILLED = frozenset({Code.UNAVAILABLE, Code.UNKNOWN})
+
+
+PATIENCE_S = 10.0
+"""How long a chunk waits for a model that is not there; then it makes room for chunks of other models. A model that
+restarts is back by then, and no row was run for nothing."""
 
 
 class Model(Protocol):
@@ -118,6 +123,7 @@ class Calling:
         policy: Policy,
         timeout_s: float,
         on_wait: Callable[[str], None],
+        patience_s: float = PATIENCE_S,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._model = model
@@ -126,13 +132,19 @@ class Calling:
         self._policy = policy
         self._timeout_s = timeout_s
         self._on_wait = on_wait
+        self._patience_s = patience_s
         self._draw = draw
 
     async def answer(
         self, inputs: Sequence[Fitted], stack: Stack, *, is_alone: bool = False
     ) -> list[Answered | Blamed]:
-        """What came of the rows of a stack, in their order."""
+        """What came of the rows of a stack, in their order.
+
+        Raises:
+            Unavailable: nobody could be asked for too long.
+        """
         attempts = refusals = 0
+        give_up = None
         while True:
             async with self._lanes.one(alone=is_alone):
                 got = await self._once(inputs, stack)
@@ -154,8 +166,15 @@ class Calling:
             if isinstance(how, Split):
                 return await self._halves(inputs, stack, is_alone=how.is_alone or is_alone)
             refusals += not how.is_counted
-            if not how.is_counted:
-                self._on_wait(f"{_name_of(got.code)}: {got.message}"[:300])
+            if how.is_counted:
+                give_up = None
+            else:
+                why = f"{_name_of(got.code)}: {got.message}"[:300]
+                self._on_wait(why)
+                now = asyncio.get_running_loop().time()
+                give_up = give_up or now + self._patience_s
+                if now > give_up:
+                    raise Unavailable(f"model {self._asked.model_name!r} cannot be asked: {why}")
             await asyncio.sleep(how.ms / 1000)
 
     async def _halves(self, inputs: Sequence[Fitted], stack: Stack, *, is_alone: bool) -> list[Answered | Blamed]:

@@ -38,7 +38,9 @@ from services.ingest.clock import Clock
 from services.ingest.config import IngestConfig
 
 _THREADS = 8
-"""Reading, packing and writing of the chunks that run, a plan, and some who submit."""
+"""Reading, packing and writing of the chunks that run, and a plan."""
+_LOOKING = 4
+"""Those who submit have threads of their own: a store that is away holds each for seconds, and chunks do not wait."""
 
 
 class Batches:
@@ -60,6 +62,7 @@ class Batches:
         self._database = database
         self._stack = AsyncExitStack()
         self._threads = Threads(_THREADS, "batch")
+        self._looking = Threads(_LOOKING, "batch-submit")
         self._readers = Readers(places)
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-batches-", ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
@@ -96,7 +99,7 @@ class Batches:
             self._book,
             Facts(channel),
             places,
-            self._threads,
+            self._looking,
             clock=clock,
             new_id=new_id,
             instance=name,
@@ -107,6 +110,7 @@ class Batches:
     async def __aenter__(self) -> Batches:
         self._stack.enter_context(self._folder)
         self._stack.enter_context(self._threads)
+        self._stack.enter_context(self._looking)
         self._stack.callback(self._readers.close)
         await self._stack.enter_async_context(self._batcher)
         return self

@@ -100,17 +100,23 @@ class Running:
         self._window = _AHEAD * calls
         self._timeout_s = timeout_s
 
-    async def run(self, batch: Batch, chunk: Chunk, progress: Progress) -> tuple[str, Written, tuple[str, ...]]:
+    async def run(
+        self, batch: Batch, chunk: Chunk, progress: Progress, patience_s: float
+    ) -> tuple[str, Written, tuple[str, ...]]:
         """Runs a chunk, and puts its part where parts wait: its name there, what it has, and which versions answered.
 
+        Args:
+            patience_s: how long it waits for a model that is not there.
+
         Raises:
-            DataLoss: the input is not what it was. NotFound: it is gone. Unavailable and others of the places.
+            DataLoss: the input is not what it was. NotFound: it is gone. Unavailable: the model was not there for too
+            long, or a place is away; and others of the places.
         """
         assert chunk.lease is not None
         name = f"{chunk.number:08d}-{chunk.lease.id}"
         versions: set[str] = set()
         with Part(self._folder, name, result_columns(batch)) as part:
-            await self._fill(batch, chunk, part, progress, versions)
+            await self._fill(batch, chunk, part, self._calling(batch, progress, patience_s), progress, versions)
             written = await self._threads.run(part.finish)
             if written.rows:
                 await self._adopt(batch, f"{name}.parquet", part.file)
@@ -129,15 +135,20 @@ class Running:
     async def _adopt(self, batch: Batch, name: str, file: Path) -> None:
         await self._threads.run(self._places.adopt, batch.place(STAGING, name), file)
 
-    async def _fill(self, batch: Batch, chunk: Chunk, part: Part, progress: Progress, versions: set[str]) -> None:
-        calling = Calling(
+    def _calling(self, batch: Batch, progress: Progress, patience_s: float) -> Calling:
+        return Calling(
             self._model,
             Asked(batch.model_name, batch.model_version, batch.signature),
             self._lanes,
             policy=Policy(max_attempts=batch.max_attempts),
             timeout_s=self._timeout_s,
             on_wait=progress.say,
+            patience_s=patience_s,
         )
+
+    async def _fill(
+        self, batch: Batch, chunk: Chunk, part: Part, calling: Calling, progress: Progress, versions: set[str]
+    ) -> None:
         wanted = Wanted.of(batch)
         pending: deque[_Pending] = deque()
         rows = await self._threads.run(self._readers.take, batch, chunk)

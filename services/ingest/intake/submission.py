@@ -108,10 +108,10 @@ def _policy(retry: pb.RetryPolicy) -> Policy:
         raise InvalidArgument(f"retry.max_attempts: 0 (the default) to {MOST_ATTEMPTS}, got {retry.max_attempts}")
     initial_ms, max_ms = default.initial_backoff_ms, default.max_backoff_ms
     if retry.HasField("initial_backoff"):
-        initial_ms = _ms("retry.initial_backoff", retry.initial_backoff, LONGEST_BACKOFF)
+        initial_ms = ms_of("retry.initial_backoff", retry.initial_backoff, LONGEST_BACKOFF)
         max_ms = max(max_ms, initial_ms)
     if retry.HasField("max_backoff"):
-        max_ms = _ms("retry.max_backoff", retry.max_backoff, LONGEST_BACKOFF)
+        max_ms = ms_of("retry.max_backoff", retry.max_backoff, LONGEST_BACKOFF)
         if not retry.HasField("initial_backoff"):
             initial_ms = min(initial_ms, max_ms)
         elif max_ms < initial_ms:
@@ -133,7 +133,7 @@ def _due_at(submit: pb.SubmitRequest, now: datetime) -> datetime:
     if submit.HasField("not_before") and submit.HasField("delay"):
         raise InvalidArgument("delay: not together with not_before, which says the same by the clock")
     if submit.HasField("delay"):
-        return now + timedelta(milliseconds=_ms("delay", submit.delay, LONGEST_DELAY))
+        return now + timedelta(milliseconds=ms_of("delay", submit.delay, LONGEST_DELAY))
     if submit.HasField("not_before"):
         due_at = moment_of("not_before", submit.not_before)
         if due_at > now + LONGEST_DELAY:
@@ -151,7 +151,7 @@ def _priority(priority: int) -> int:
 def _deadline(submit: pb.SubmitRequest) -> timedelta | None:
     if not submit.HasField("deadline"):
         return None
-    ms = _ms("deadline", submit.deadline, LONGEST_DEADLINE)
+    ms = ms_of("deadline", submit.deadline, LONGEST_DEADLINE)
     if ms < 1:
         raise InvalidArgument("deadline: at least 1 ms from acceptance; leave it unset for none")
     return timedelta(milliseconds=ms)
@@ -166,7 +166,8 @@ def _labels(submit: pb.SubmitRequest) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(submit.labels.items()))
 
 
-def _ms(field: str, duration: Duration, longest: timedelta) -> int:
+def ms_of(field: str, duration: Duration, longest: timedelta) -> int:
+    """The whole milliseconds of a duration that is not negative, or InvalidArgument."""
     seconds, nanos = duration.seconds, duration.nanos
     if not -1_000_000_000 < nanos < 1_000_000_000 or (seconds < 0 < nanos) or (nanos < 0 < seconds):
         raise InvalidArgument(f"{field}: not a valid duration ({seconds} s and {nanos} ns)")

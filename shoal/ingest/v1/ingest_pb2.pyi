@@ -862,6 +862,48 @@ class RemoveScheduleResponse(_message.Message):
     schedule: Schedule
     def __init__(self, schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
 
+class JobRetention(_message.Message):
+    __slots__ = ("tenant", "state", "keep", "inherited")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    INHERITED_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    state: JobState
+    keep: _duration_pb2.Duration
+    inherited: bool
+    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., inherited: _Optional[bool] = ...) -> None: ...
+
+class SetJobRetentionRequest(_message.Message):
+    __slots__ = ("tenant", "state", "keep", "for_ever", "inherit")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    FOR_EVER_FIELD_NUMBER: _ClassVar[int]
+    INHERIT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    state: JobState
+    keep: _duration_pb2.Duration
+    for_ever: bool
+    inherit: bool
+    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., for_ever: _Optional[bool] = ..., inherit: _Optional[bool] = ...) -> None: ...
+
+class SetJobRetentionResponse(_message.Message):
+    __slots__ = ("rule",)
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    rule: JobRetention
+    def __init__(self, rule: _Optional[_Union[JobRetention, _Mapping]] = ...) -> None: ...
+
+class ListJobRetentionRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListJobRetentionResponse(_message.Message):
+    __slots__ = ("rules",)
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    rules: _containers.RepeatedCompositeFieldContainer[JobRetention]
+    def __init__(self, rules: _Optional[_Iterable[_Union[JobRetention, _Mapping]]] = ...) -> None: ...
+
 class RunStreamRequest(_message.Message):
     __slots__ = ("sequence", "submit", "job_id", "stream")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]

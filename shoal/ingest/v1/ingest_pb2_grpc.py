@@ -114,6 +114,16 @@ class IngestServiceStub:
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleRequest.SerializeToString,
                 response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleResponse.FromString,
                 _registered_method=True)
+        self.SetJobRetention = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/SetJobRetention',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionResponse.FromString,
+                _registered_method=True)
+        self.ListJobRetention = channel.unary_unary(
+                '/shoal.ingest.v1.IngestService/ListJobRetention',
+                request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionRequest.SerializeToString,
+                response_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionResponse.FromString,
+                _registered_method=True)
         self.SubmitBatch = channel.unary_unary(
                 '/shoal.ingest.v1.IngestService/SubmitBatch',
                 request_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SubmitBatchRequest.SerializeToString,
@@ -316,6 +326,23 @@ class IngestServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetJobRetention(self, request, context):
+        """The life of jobs: retention.
+
+        Says how long jobs stay that have ended, by tenant and state. Then they are removed, with their requests, and their
+        idempotency keys are free again; what the store has of them is its own matter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobRetention(self, request, context):
+        """What holds for every tenant (`*`), and for those that have rules of their own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SubmitBatch(self, request, context):
         """Batches: all rows of files go through one model, and their answers into files (docs/batches.md).
 
@@ -497,6 +524,16 @@ def add_IngestServiceServicer_to_server(servicer, server):
                     servicer.RemoveSchedule,
                     request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleRequest.FromString,
                     response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleResponse.SerializeToString,
+            ),
+            'SetJobRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetJobRetention,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionResponse.SerializeToString,
+            ),
+            'ListJobRetention': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobRetention,
+                    request_deserializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionRequest.FromString,
+                    response_serializer=shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionResponse.SerializeToString,
             ),
             'SubmitBatch': grpc.unary_unary_rpc_method_handler(
                     servicer.SubmitBatch,
@@ -991,6 +1028,60 @@ class IngestService:
             '/shoal.ingest.v1.IngestService/RemoveSchedule',
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleRequest.SerializeToString,
             shoal_dot_ingest_dot_v1_dot_ingest__pb2.RemoveScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetJobRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/SetJobRetention',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.SetJobRetentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobRetention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.ingest.v1.IngestService/ListJobRetention',
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionRequest.SerializeToString,
+            shoal_dot_ingest_dot_v1_dot_ingest__pb2.ListJobRetentionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,10 +55,10 @@ class Doubling(FakeInfer):
         return oip.ModelConfigResponse(config=model_config_pb2.ModelConfig(name=request.name, max_batch_size=8))
 
     async def ModelInfer(self, request: oip.ModelInferRequest, context: Any) -> oip.ModelInferResponse:
-        if not self.is_there:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.model_name!r}")
         if request.model_name == "length":
             return self._length(request)
+        if not self.is_there:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.model_name!r}")
         x = np.frombuffer(request.raw_input_contents[0], np.float32).reshape(-1, 4)
         rows = x[:, 0].astype(int).tolist()
         if self.before is not None:

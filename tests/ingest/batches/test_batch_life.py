@@ -256,6 +256,32 @@ async def test_an_outage_of_the_model_is_waited_for(client: BatchClient, mesh: B
     assert_doubled(results(tmp_path / "out"), x)
 
 
+async def test_a_batch_that_waits_for_its_model_leaves_room_for_others(
+    client: BatchClient, mesh: BatchMesh, tmp_path: Path
+) -> None:
+    x = rows_of_x(64)
+    url = write_lines(tmp_path / "in.jsonl", [{"x": row.tolist(), "data": "a"} for row in x])
+
+    async def goes(rows: list[int], context: Any) -> None:
+        mesh.infer.is_there = False
+
+    mesh.infer.before = goes
+    waiting = [await client.submit_batch(url, f"file://{tmp_path}/out{n}", chunk_rows=4) for n in range(3)]
+
+    async def waits() -> bool:
+        return all(["NOT_FOUND" in (await client.get_batch(one.id)).waits_for for one in waiting[:1]])
+
+    await until(waits, "it waits")
+    other = await client.submit_batch(url, f"file://{tmp_path}/other", model="length", chunk_rows=4)
+    assert (await client.batch_ended(other.id, within_s=90)).rows_ok == 64
+    mesh.infer.before = None
+    mesh.infer.is_there = True
+    for n, one in enumerate(waiting):
+        ended = await client.batch_ended(one.id, within_s=90)
+        assert (ended.state, ended.rows_ok) == (pb.BATCH_STATE_SUCCEEDED, 64)
+        assert_doubled(results(tmp_path / f"out{n}"), x)
+
+
 async def test_an_input_that_changes_meanwhile_fails_the_batch(
     client: BatchClient, mesh: BatchMesh, tmp_path: Path
 ) -> None:

@@ -1,0 +1,1 @@
+"""How long jobs stay that have ended, and their removal."""

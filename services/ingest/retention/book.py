@@ -1,0 +1,78 @@
+"""The rules that clients have set, in MongoDB: one document for each tenant and state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from services.ingest.job import State
+from services.ingest.retention.rules import Keep, Rule, Rules
+from shoal.errors import ResourceExhausted
+
+JOB_RETENTION = "job_retention"
+VALIDATOR: Mapping[str, Any] = {
+    "$jsonSchema": {
+        "bsonType": "object",
+        "required": ["_id", "tenant", "state", "keep_ms"],
+        "properties": {
+            "tenant": {"bsonType": "string"},
+            "state": {"enum": [str(state) for state in State]},
+            # null is for ever.
+            "keep_ms": {"bsonType": ["int", "long", "null"], "minimum": 60_000},
+        },
+    }
+}
+MOST = 10_000
+_MS = timedelta(milliseconds=1)
+
+
+class Book:
+    """Reads and writes rules."""
+
+    def __init__(self, rules: AsyncCollection[Document], defaults: Mapping[State, Keep]) -> None:
+        self._rules = rules
+        self._defaults = defaults
+
+    async def set(self, rule: Rule) -> None:
+        """Sets a rule.
+
+        Raises:
+            ResourceExhausted: there are too many. Unavailable: MongoDB is away.
+        """
+        with translated("setting how long jobs stay"):
+            if await self._rules.estimated_document_count() >= MOST:
+                raise ResourceExhausted(f"there are {MOST} rules, the most there may be: have some tenants inherit")
+            keep_ms = None if rule.keep is None else rule.keep // _MS
+            document = {"tenant": rule.tenant, "state": str(rule.state), "keep_ms": keep_ms}
+            await self._rules.replace_one({"_id": _id(rule.tenant, rule.state)}, document, upsert=True)
+
+    async def inherit(self, tenant: str, state: State) -> None:
+        """Removes a tenant's own rule. No rule is no error.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        with translated("setting how long jobs stay"):
+            await self._rules.delete_one({"_id": _id(tenant, state)})
+
+    async def read(self) -> Rules:
+        """All rules.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        own: dict[tuple[str, State], Keep] = {}
+        with translated("reading how long jobs stay"):
+            async for document in self._rules.find():
+                keep_ms = document["keep_ms"]
+                own[document["tenant"], State(document["state"])] = None if keep_ms is None else keep_ms * _MS
+        return Rules(self._defaults, own)
+
+
+def _id(tenant: str, state: State) -> str:
+    return json.dumps([tenant, str(state)], separators=(",", ":"))

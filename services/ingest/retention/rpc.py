@@ -1,0 +1,56 @@
+"""The calls about how long jobs stay: translates between messages and what this room thinks in."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from google.protobuf.duration_pb2 import Duration
+
+from mesh.interceptors import Context
+from services.ingest.intake.submission import ms_of
+from services.ingest.job import FINAL, State
+from services.ingest.messages import STATES, state_of
+from services.ingest.retention.book import Book
+from services.ingest.retention.rules import EVERYONE, LONGEST, Keep, Rules, checked
+from shoal.errors import InvalidArgument
+from shoal.ingest.v1 import ingest_pb2 as pb
+
+
+class JobRetentionRpc:
+    """A part of the servicer."""
+
+    def __init__(self, retention: Book) -> None:
+        self._retention = retention
+
+    async def SetJobRetention(self, request: pb.SetJobRetentionRequest, context: Context) -> pb.SetJobRetentionResponse:
+        rule = checked(request.tenant, state_of(request.state), _keep(request))
+        if request.inherit:
+            await self._retention.inherit(rule.tenant, rule.state)
+        else:
+            await self._retention.set(rule)
+        return pb.SetJobRetentionResponse(rule=_message(await self._retention.read(), rule.tenant, rule.state))
+
+    async def ListJobRetention(
+        self, request: pb.ListJobRetentionRequest, context: Context
+    ) -> pb.ListJobRetentionResponse:
+        rules = await self._retention.read()
+        whose = {(EVERYONE, state) for state in FINAL} | {*rules.own}
+        return pb.ListJobRetentionResponse(rules=[_message(rules, tenant, state) for tenant, state in sorted(whose)])
+
+
+def _keep(request: pb.SetJobRetentionRequest) -> Keep:
+    how = request.WhichOneof("how")
+    if how is None or (how != "keep" and not getattr(request, how)):
+        raise InvalidArgument("keep, for_ever, inherit: set one of them")
+    if how != "keep":
+        return None
+    return timedelta(milliseconds=ms_of("keep", request.keep, LONGEST))
+
+
+def _message(rules: Rules, tenant: str, state: State) -> pb.JobRetention:
+    message = pb.JobRetention(tenant=tenant, state=STATES[state], inherited=(tenant, state) not in rules.own)
+    if (keep := rules.keep(tenant, state)) is not None:
+        duration = Duration()
+        duration.FromTimedelta(keep)
+        message.keep.CopyFrom(duration)
+    return message

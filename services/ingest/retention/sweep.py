@@ -1,0 +1,124 @@
+"""The leader's duty: jobs that have stayed long enough are removed, with their requests.
+
+    each final state ──by id, a page at a time──> whose time is over? ──> removed, as they were read
+                         └─ from where the round before ended; once a day from the beginning
+
+Ids rise with the time of submission, so what was submitted too late to be over needs no look. A job that was still
+young when its page was read (it took long, or its tenant keeps it longer) is looked at again a day later. Two leaders
+at once would do no harm: a removal demands that the job has ended so, so long ago. A dead letter that was requeued has
+not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import Document, translated
+from mesh.tasks import Background
+from services.ingest.clock import Clock, milliseconds
+from services.ingest.documents import LIGHT, job_of
+from services.ingest.intake.payloads import Payloads
+from services.ingest.job import FINAL, Job, State
+from services.ingest.retention.book import Book
+from services.ingest.retention.rules import Rules
+from services.ingest.ulid import floor
+from shoal.errors import ShoalError
+
+log = logging.getLogger(__name__)
+
+PAGE_JOBS = 500
+"""Read and removed at once: a few dozen milliseconds of MongoDB's time."""
+ROUND_S = 30.0
+_AGAIN = timedelta(days=1)
+_AWAY_S = 5.0
+
+
+class Sweep(Background):
+    """Removes jobs while `leads()`, beside an `async with` block."""
+
+    def __init__(
+        self,
+        jobs: AsyncCollection[Document],
+        payloads: Payloads,
+        book: Book,
+        *,
+        leads: Callable[[], bool],
+        clock: Clock,
+        ready: asyncio.Event,
+        round_s: float = ROUND_S,
+    ) -> None:
+        self._jobs = jobs
+        self._payloads = payloads
+        self._book = book
+        self._leads = leads
+        self._clock = clock
+        self._ready = ready
+        self._round_s = round_s
+        self._come_to: dict[State, str] = {}
+        self._began_at: datetime | None = None
+        self._rules: Rules | None = None
+
+    async def _run(self) -> None:
+        await self._ready.wait()
+        while True:
+            rest_s = self._round_s
+            try:
+                if self._leads():
+                    await self.round()
+            except ShoalError as err:
+                log.warning("cannot remove jobs that have stayed long enough for now: %s", err)
+                rest_s = _AWAY_S
+            except Exception:
+                log.exception("removing jobs")  # A fault of ours must not end the duty.
+                rest_s = _AWAY_S
+            await asyncio.sleep(rest_s)
+
+    async def round(self) -> int:
+        """Removes what is over, for as long as this instance leads. Says how many.
+
+        Raises:
+            ShoalError: MongoDB is away.
+        """
+        now = self._clock()
+        rules = await self._book.read()
+        if self._began_at is None or now - self._began_at >= _AGAIN or rules != self._rules:
+            self._began_at, self._rules = now, rules
+            self._come_to.clear()
+        removed = 0
+        for state in sorted(FINAL):
+            while self._leads():
+                page, many = await self._page(state, rules, now)
+                removed += many
+                if not page:
+                    break
+        if removed:
+            log.info("removed %d jobs that had stayed long enough", removed)
+        return removed
+
+    async def _page(self, state: State, rules: Rules, now: datetime) -> tuple[bool, int]:
+        """Whether there may be more to look at, and how many were removed."""
+        shortest = rules.shortest(state)
+        if shortest is None:
+            return False, 0
+        span = {"$gt": self._come_to.get(state, ""), "$lt": floor(max(0, milliseconds(now - shortest)))}
+        with translated("looking for jobs that have stayed long enough"):
+            cursor = self._jobs.find({"state": str(state), "_id": span}, LIGHT).sort("_id", 1).limit(PAGE_JOBS)
+            jobs = [job_of(document) async for document in cursor]
+        over = [job for job in jobs if rules.is_over(job, now)]
+        if over:
+            await self._remove(over, state, now - shortest)
+        if jobs:
+            self._come_to[state] = jobs[-1].id
+        return len(jobs) == PAGE_JOBS, len(over)
+
+    async def _remove(self, over: Sequence[Job], state: State, before: datetime) -> None:
+        ids = [job.id for job in over]
+        with translated("removing jobs that have stayed long enough"):
+            await self._jobs.delete_many({"_id": {"$in": ids}, "state": str(state), "updated_at": {"$lt": before}})
+            left = {document["_id"] async for document in self._jobs.find({"_id": {"$in": ids}}, {"_id": 1})}
+        await self._payloads.drop([job.id for job in over if job.is_apart and job.id not in left])

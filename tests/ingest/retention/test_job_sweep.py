@@ -1,0 +1,161 @@
+"""Jobs that have stayed long enough are removed, with their requests; others are not, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pymongo.asynchronous.collection import AsyncCollection
+
+from mesh.mongo import connect, ensure_collection
+from services.ingest.clock import milliseconds
+from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
+from services.ingest.job import FINAL, Job, State
+from services.ingest.retention import sweep as sweeping
+from services.ingest.retention.book import JOB_RETENTION, Book
+from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR
+from services.ingest.retention.rules import EVERYONE, Keep, Rule
+from services.ingest.retention.sweep import Sweep
+from services.ingest.ulid import Ulids
+from tests.ingest.making import START, TestClock, job
+
+Collection = AsyncCollection[dict[str, Any]]
+WEEK = timedelta(days=7)
+DEFAULTS: dict[State, Keep] = dict.fromkeys(FINAL, WEEK)
+
+
+class Payloads:
+    """Remembers what was dropped."""
+
+    def __init__(self) -> None:
+        self.dropped: list[str] = []
+
+    async def drop(self, job_ids: Sequence[str]) -> None:
+        self.dropped += job_ids
+
+
+class World:
+    """Jobs, rules and a sweep, on a clock that moves when it is told to."""
+
+    def __init__(self, jobs: Collection, rules: Collection) -> None:
+        self.jobs = jobs
+        self.clock = TestClock()
+        self.book = Book(rules, DEFAULTS)
+        self.payloads = Payloads()
+        self.leads = True
+        self.ulids = Ulids(lambda: milliseconds(self.clock.now))
+        self.sweep = Sweep(
+            jobs,
+            self.payloads,  # type: ignore[arg-type]
+            self.book,
+            leads=lambda: self.leads,
+            clock=self.clock,
+            ready=asyncio.Event(),
+        )
+
+    async def put(self, state: State, age: timedelta = timedelta(0), **fields: Any) -> Job:
+        """A job that was submitted now, and ended so long ago."""
+        ended = None if state not in FINAL else self.clock.now - age
+        made = job(id=self.ulids.new(), state=state, due_at=None, updated_at=ended or self.clock.now, **fields)
+        await self.jobs.insert_one(document_of(made))
+        return made
+
+    async def left(self) -> set[str]:
+        return {document["_id"] async for document in self.jobs.find({}, {"_id": 1})}
+
+
+@pytest.fixture
+async def world(mongo_uri: str, mongo_database: str) -> AsyncIterator[World]:
+    async with connect(mongo_uri) as client:
+        database = client[mongo_database]
+        jobs = await ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
+        rules = await ensure_collection(database, JOB_RETENTION, validator=RULE_VALIDATOR, indexes=[])
+        yield World(jobs, rules)
+
+
+async def test_what_has_ended_goes_after_its_time(world: World) -> None:
+    old = [await world.put(state) for state in sorted(FINAL)]
+    waits = await world.put(State.QUEUED)
+    world.clock.advance(days=6)
+    young = await world.put(State.SUCCEEDED)
+    assert await world.sweep.round() == 0
+    world.clock.advance(days=1, seconds=1)
+    assert await world.sweep.round() == len(old)
+    assert await world.left() == {waits.id, young.id}
+    assert await world.sweep.round() == 0
+
+
+async def test_tenants_have_their_own_word(world: World) -> None:
+    await world.book.set(Rule("short", State.SUCCEEDED, timedelta(hours=1)))
+    await world.book.set(Rule("long", State.SUCCEEDED, None))
+    await world.book.set(Rule(EVERYONE, State.SUCCEEDED, timedelta(days=2)))
+    jobs = {name: await world.put(State.SUCCEEDED, tenant=name) for name in ("short", "long", "other")}
+    world.clock.advance(hours=2)
+    await world.sweep.round()
+    assert await world.left() == {jobs["long"].id, jobs["other"].id}
+    world.clock.advance(days=3)
+    await world.sweep.round()
+    assert await world.left() == {jobs["long"].id}
+    await world.book.inherit("long", State.SUCCEEDED)
+    await world.sweep.round()  # A rule that changed is looked at from the beginning.
+    assert await world.left() == set()
+
+
+async def test_what_took_long_is_found_a_day_later(world: World) -> None:
+    slow = await world.put(State.RUNNING)
+    quick = await world.put(State.SUCCEEDED)
+    world.clock.advance(days=8)
+    await world.jobs.update_one({"_id": slow.id}, {"$set": {"state": "succeeded", "updated_at": world.clock.now}})
+    await world.sweep.round()
+    assert await world.left() == {slow.id}
+    for _ in range(7):
+        assert slow.id in await world.left()
+        world.clock.advance(days=1, seconds=1)
+        await world.sweep.round()
+    assert quick.id not in await world.left()
+    assert await world.left() == set()
+
+
+async def test_many_pages_and_their_requests(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "PAGE_JOBS", 7)
+    apart = [await world.put(State.DEAD, is_apart=True, request=None) for _ in range(10)]
+    for _ in range(25):
+        await world.put(State.DEAD)
+    kept = await world.put(State.DEAD, tenant="kept")
+    await world.book.set(Rule("kept", State.DEAD, None))
+    world.clock.advance(days=8)
+    assert await world.sweep.round() == 35
+    assert await world.left() == {kept.id}
+    assert sorted(world.payloads.dropped) == sorted(one.id for one in apart)
+
+
+async def test_a_dead_letter_that_is_requeued_meanwhile_stays(world: World) -> None:
+    letter = await world.put(State.DEAD, is_apart=True, request=None)
+    world.clock.advance(days=8)
+    again = {"$set": {"state": "queued", "updated_at": world.clock.now, "generation": 2}}
+    await world.jobs.update_one({"_id": letter.id}, again)
+    # As if it had been read before that.
+    await world.sweep._remove([letter], State.DEAD, world.clock.now - WEEK)
+    assert await world.left() == {letter.id}
+    assert world.payloads.dropped == []
+
+
+async def test_who_does_not_lead_removes_nothing(world: World) -> None:
+    one = await world.put(State.SUCCEEDED)
+    world.clock.advance(days=8)
+    world.leads = False
+    assert await world.sweep.round() == 0
+    assert await world.left() == {one.id}
+
+
+async def test_pages_are_read_by_an_index(world: World) -> None:
+    await world.jobs.insert_many(
+        [document_of(job(state=State.SUCCEEDED, due_at=None, submitted_at=START)) for _ in range(300)]
+    )
+    query = {"state": "dead", "_id": {"$gt": "", "$lt": "Z"}}
+    found = await world.jobs.find(query).sort("_id", 1).limit(100).explain()
+    assert found["executionStats"]["totalDocsExamined"] == 0
+    assert "'SORT'" not in str(found["queryPlanner"]["winningPlan"])
