@@ -65,7 +65,8 @@ def _endpoint(cluster: str, host: Mapping[str, Any]) -> Endpoint:
         health=_health(host.get("health_status", {})),
         active_requests=stats.get("rq_active", 0),
         total_requests=stats.get("rq_total", 0),
-        failed_requests=stats.get("rq_error", 0),
+        # Envoy counts a connection that failed among the requests that did, also where it then had no request to send.
+        failed_requests=max(0, stats.get("rq_error", 0) - stats.get("cx_connect_fail", 0)),
     )
 
 

@@ -160,7 +160,9 @@ async def test_jobs_from_submit_to_result(client: AsyncClient) -> None:
     assert (await client.jobs.submit("double", {"x": ROW}, idempotency_key=key, labels={"a": "b"})).id == job.id
     with pytest.raises(AlreadyExists):
         await client.jobs.submit("double", {"x": ROW * 2}, idempotency_key=key)
-    np.testing.assert_array_equal((await client.jobs.result(job.id))["y"], ROW * 2)
+    answer = await client.jobs.result(job.id)
+    np.testing.assert_array_equal(answer["y"], ROW * 2)
+    assert answer.parameters == {}  # Nobody asked to have it explained.
     states = [seen.state async for seen in client.jobs.watch(job.id)]
     assert states[-1] is JobState.SUCCEEDED
     assert (await client.jobs.get(job.id)).labels == {"a": "b"}

@@ -206,10 +206,13 @@ class Connector(Background):
 
         try:
             return await self._patiently(submitted)
-        except AlreadyExists as err:
+        except AlreadyExists:
             # The same message, submitted when the connector was set up otherwise. Its job stands.
             earlier = await self._patiently(lambda: self._intake.by_key(submit.tenant, submit.idempotency_key))
-            return Failed(err.code, err.message) if earlier is None else Accepted(earlier, True)
+            if earlier is not None:
+                return Accepted(earlier, True)
+            await asyncio.sleep(_FIRST_WAIT_S)  # It was purged in between: its key is free again.
+            return await self._accepted(submit)
         except ShoalError as err:
             if err.code not in PERMANENT:
                 raise

@@ -74,6 +74,8 @@ class KafkaSource:
         # Written by the thread, read by anyone: swapped whole.
         self._standing = Standing()
         self._trouble = ""
+        self.is_paused = False
+        """Nobody has asked for messages for a while."""
 
     async def __aenter__(self) -> KafkaSource:
         self._loop = asyncio.get_running_loop()
@@ -124,7 +126,7 @@ class KafkaSource:
                 self._on_loop(lane.lose)
 
     def _poll(self, consumer: Any) -> None:
-        asked_at, is_paused = time.monotonic(), False
+        asked_at = time.monotonic()
         next_commit = next_look = 0.0
         while not self._stop.is_set():
             now = time.monotonic()
@@ -136,16 +138,16 @@ class KafkaSource:
                 next_look = now + _LAG_S
             if (wanted := self._wanted) is not None:
                 asked_at = now
-                if is_paused:
+                if self.is_paused:
                     consumer.resume(consumer.assignment())
-                    is_paused = False
+                    self.is_paused = False
                 self._hand_over(wanted, _consumed(consumer, wanted[0]))
             elif now - asked_at < _PAUSE_AFTER_S:
                 self._wake.wait(_POLL_S)
                 self._wake.clear()
             else:
                 consumer.pause(consumer.assignment())  # Again each time: a rebalance brings new ones, which are not.
-                is_paused = True
+                self.is_paused = True
                 self._hand_back(consumer, consumer.poll(_POLL_S))
 
     def _hand_over(self, wanted: tuple[int, asyncio.Future[list[Message]]], consumed: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Protocol, TypeAlias
@@ -37,9 +38,11 @@ _EXPLAIN = inference_pb2.ModelInferRequest(
 # Serialised messages that are put one after the other are merged by their reader: this asks who answered, without
 # parsing the request. https://protobuf.dev/programming-guides/encoding/#last-one-wins
 _NAME_CHARS = 256
-_EXPLANATIONS = ("replica", "batch_size", "queue_us", "compute_us")
-_DOOR_S = 10.0
-# How long bulks go job by job after an infer that knows no bulks was met.
+_EXPLANATIONS = frozenset(
+    {"replica", "version", "cache", "batch_size", "fired", "queue_us", "gather_us", "compute_us", "scatter_us"}
+)
+_STEP_EXPLANATION = re.compile(r"step_\d+_[a-z_]+")
+# What infer says when it is asked to explain; of an ensemble, also of each step.
 
 Decision: TypeAlias = store_pb2.Result | Again | End
 """What becomes of a job after an attempt: its answer, another attempt, or its end."""
@@ -100,8 +103,8 @@ class Attempts:
                     async for some in decided:
                         yield some
                 return
-            except BulkDoorClosed:
-                self._door_closed_until = asyncio.get_running_loop().time() + _DOOR_S
+            except BulkDoorClosed as err:
+                self._door_closed_until = asyncio.get_running_loop().time() + err.for_s
         async with aclosing(self._one_by_one(jobs)) as decided:
             async for some in decided:
                 yield some
@@ -126,9 +129,8 @@ class Attempts:
         self._gate.passed(job.model_name)
         instance = answer.parameters["replica"].string_param if "replica" in answer.parameters else ""
         if not job.explains:
-            for name in _EXPLANATIONS:
-                if name in answer.parameters:
-                    del answer.parameters[name]
+            for name in [name for name in answer.parameters if _is_explanation(name)]:
+                del answer.parameters[name]
         result = result_of(job, End(Outcome.SUCCEEDED))
         result.response.CopyFrom(answer)
         return _answered(result, instance)
@@ -210,6 +212,10 @@ class Attempts:
             if request is None:
                 return Failure(Code.DATA_LOSS, f"the request of job {job.id} is not in the database any more")
             return await self._model.infer(request + _EXPLAIN, timeout_s)
+
+
+def _is_explanation(name: str) -> bool:
+    return name in _EXPLANATIONS or _STEP_EXPLANATION.fullmatch(name) is not None
 
 
 def _answered(result: store_pb2.Result, instance: str) -> store_pb2.Result:

@@ -32,6 +32,8 @@ CARE_S = 0.5
 """How often lapsed leases and passed deadlines are looked for: one look at an index each."""
 CARE_JOBS = 200
 SWEEP_S = 600.0
+_FIRST_SWEEP_S = 30.0
+"""It asks the store, which a node that starts does not have at once; and nothing hurries."""
 _AWAY_WAIT_S = 1.0
 
 
@@ -63,13 +65,13 @@ class Keeper:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Keeper:
-        for name, duty in (
-            ("renew leases", self._renew),
-            ("care for lapsed jobs", self._care),
-            ("count the backlog", self._recount),
-            ("sweep payloads", self._sweep),
+        for name, duty, first_s in (
+            ("renew leases", self._renew, 0.0),
+            ("care for lapsed jobs", self._care, 0.0),
+            ("count the backlog", self._recount, 0.0),
+            ("sweep payloads", self._sweep, _FIRST_SWEEP_S),
         ):
-            task = asyncio.create_task(self._for_ever(name, duty), name=name)
+            task = asyncio.create_task(self._for_ever(name, duty, first_s), name=name)
             self._stack.push_async_callback(end, task)
         return self
 
@@ -78,9 +80,10 @@ class Keeper:
     ) -> None:
         await self._stack.__aexit__(kind, err, tb)
 
-    async def _for_ever(self, name: str, duty: Callable[[], Awaitable[float]]) -> None:
-        """Does `duty` again and again; it says how many seconds it may rest."""
+    async def _for_ever(self, name: str, duty: Callable[[], Awaitable[float]], first_s: float) -> None:
+        """Does `duty` again and again, from `first_s` on; it says how many seconds it may rest."""
         await self._ready.wait()
+        await asyncio.sleep(first_s)
         while True:
             try:
                 rest_s = await duty()

@@ -228,3 +228,22 @@ async def test_a_message_keeps_its_job_when_the_connector_is_set_up_otherwise(
     await settled(real_broker, 1)
     await one_result_each(own_mesh, jobs, answers, [0])
     assert not await real_broker.dead()
+
+
+async def test_two_instances_share_a_stream_and_one_takes_over_what_the_other_had(
+    real_broker: Broker, start_connector: StartConnector, own_mesh: FakeMesh, jobs: AsyncCollection[Any]
+) -> None:
+    async def slow(request: Any, context: Any) -> Any:
+        await asyncio.sleep(0.05)
+        return await mirror(request, context)
+
+    own_mesh.infer.model = slow
+    one, two = (start_connector(real_broker, n, max_in_flight=4) for n in range(2))
+    await one.until_ready()
+    await two.until_ready()
+    await real_broker.publish([message(n) for n in range(100)])
+    await until(lambda: len(own_mesh.store.results) >= 30, "some", **PATIENT)
+    one.kill()
+    answers = await answered(real_broker, range(100))
+    await settled(real_broker, 100)
+    await one_result_each(own_mesh, jobs, answers, range(100))

@@ -1,0 +1,181 @@
+"""Kafka: members that come and go, topics that are not there, messages that are too large, a broker that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.ingest.connectors.kafka import KafkaSink, KafkaSource
+from services.ingest.connectors.message import Message, Outgoing
+from shoal.errors import InvalidArgument, Unavailable
+from tests.breakable import until
+from tests.ingest.connectors.brokers import message, number
+from tests.ingest.connectors.conftest import StartConnector
+from tests.ingest.connectors.kafkas import FAST, Kafka, Tansu
+from tests.ingest.connectors.test_connector_contract import PATIENT, answered, mirror, settled
+from tests.ingest.faults import FakeMesh
+
+pytestmark = [pytest.mark.timeout(240)]
+
+
+def source_of(kafka: Kafka, **options: str) -> KafkaSource:
+    table = kafka.table["source"]
+    fast = {name: str(value) for name, value in FAST.items()}
+    return KafkaSource(table["brokers"], table["topic"], table["group"], start="earliest", options={**fast, **options})
+
+
+@asynccontextmanager
+async def reading(source: KafkaSource, into: list[Message], *, settles: bool = True) -> AsyncIterator[None]:
+    """Reads beside the block, and settles what it reads."""
+
+    async def read() -> None:
+        while True:
+            for each in await source.receive(100):
+                into.append(each)
+                if settles:
+                    source.settle(each)
+
+    async with source:
+        task = asyncio.create_task(read())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_members_share_the_partitions_and_one_goes_on_where_the_other_stopped(kafka: Kafka) -> None:
+    one: list[Message] = []
+    two: list[Message] = []
+    first, second = source_of(kafka), source_of(kafka)
+    async with reading(first, one):
+        await kafka.publish([b"%d" % n for n in range(10)])
+        await until(lambda: len(one) == 10, "all", **PATIENT)
+        async with reading(second, two):
+            await until(lambda: len(first.standing().lanes) == len(second.standing().lanes) == 1, "a share", **PATIENT)
+            await kafka.publish([b"%d" % n for n in range(10, 20)])
+            await until(lambda: len(one) + len(two) >= 20, "all", **PATIENT)
+        await until(lambda: len(first.standing().lanes) == 2, "both again", **PATIENT)
+        await kafka.publish([b"%d" % n for n in range(20, 30)])
+        await until(lambda: len(one) + len(two) >= 30, "all", **PATIENT)
+    assert sorted(int(each.value) for each in (*one, *two)) == list(range(30)), "each once: all was committed in time"
+
+
+async def test_what_a_member_had_not_settled_is_lost_to_it_and_goes_to_the_next(kafka: Kafka) -> None:
+    one: list[Message] = []
+    await kafka.publish([b"%d" % n for n in range(10)])
+    async with reading(source_of(kafka), one, settles=False):
+        await until(lambda: len(one) == 10, "all", **PATIENT)
+    await until(lambda: all(each.lane.is_lost for each in one), "the loss")
+    assert await kafka.committed() == [0, 0]
+    two: list[Message] = []
+    async with reading(source_of(kafka), two):
+        await until(lambda: len(two) == 10, "all of it again", **PATIENT)
+    assert {each.place for each in one} == {each.place for each in two}
+    assert await kafka.committed() == [5, 5]
+
+
+async def test_what_came_while_nobody_asked_is_there_when_somebody_does(kafka: Kafka) -> None:
+    async with source_of(kafka) as source:
+        await kafka.publish([b"first", b"first"])
+        got = [*await source.receive(1)]
+        source.settle(got[0])
+        await until(lambda: source.is_paused, "the partitions are paused", **PATIENT)
+        await kafka.publish([b"%d" % n for n in range(20)])
+        while len(got) < 22:
+            got += await asyncio.wait_for(source.receive(5), 60)
+        assert not any(each.lane.is_lost for each in got)
+    assert len({each.place for each in got}) == 22
+
+
+async def test_options_that_kafka_does_not_have_are_named(kafka: Kafka) -> None:
+    with pytest.raises(InvalidArgument, match=r"Kafka does not take these options.*no\.such\.option"):
+        async with source_of(kafka, **{"no.such.option": "1"}):
+            pass
+
+
+async def test_a_broker_that_is_not_there_is_said_so() -> None:
+    options = {
+        "socket.connection.setup.timeout.ms": "1000",
+        "message.timeout.ms": "1000",
+        "delivery.timeout.ms": "1000",
+    }
+    async with KafkaSink("127.0.0.1:1", "t", options=options) as sink:
+        with pytest.raises(Unavailable, match="producing to t"):
+            await sink.send(Outgoing(b"x"))
+    source = KafkaSource("127.0.0.1:1", "t", "g", start="earliest", options={})
+    async with source:
+        await until(lambda: "Kafka" in source.standing().trouble, "the trouble", **PATIENT)
+
+
+@pytest.mark.mongo
+@pytest.mark.parametrize("most", [None, 1_000], ids=["dead-letter-whole", "dead-letter-omitted"])
+async def test_an_answer_that_the_sink_will_never_take_is_a_dead_letter(
+    kafka: Kafka, start_connector: StartConnector, own_mesh: FakeMesh, most: int | None
+) -> None:
+    async def grows(request: Any, context: Any) -> Any:
+        response = await mirror(request, context)
+        if request.id == "1":
+            response.outputs[0].name = "y" * 5_000
+        return response
+
+    own_mesh.infer.model = grows
+    kafka.table["sink"]["options"] = {"message.max.bytes": 3_000}
+    if most is not None:
+        kafka.table["dead_letters"]["options"] = {"message.max.bytes": most}
+    values = [message(0), message(1, b"d" * 1_500), message(2)]
+    await kafka.publish(values)
+    start_connector(kafka)
+    await answered(kafka, [0, 2])
+    await settled(kafka, 3)
+    (dead,) = await kafka.dead()
+    assert "the answer cannot be sent on" in dead.headers["shoal-message"]
+    assert own_mesh.store.results[dead.headers["shoal-job-id"]].outcome == 1, "its result stands in the store"
+    if most is None:
+        assert dead.value == values[1]
+    else:
+        assert dead.value == b""
+        assert int(dead.headers["shoal-omitted-bytes"]) >= 1_500
+
+
+@pytest.mark.mongo
+async def test_a_broker_that_hangs_is_waited_for(
+    tmp_path: Path, start_connector: StartConnector, own_mesh: FakeMesh
+) -> None:
+    go = asyncio.Event()
+
+    async def waits(request: Any, context: Any) -> Any:
+        await go.wait()
+        return await mirror(request, context)
+
+    own_mesh.infer.model = waits
+    with Tansu(tmp_path) as broker:
+        broker.wait_until_ready()
+        kafka = await Kafka(broker.address).make()
+        await kafka.publish([message(n) for n in range(10)])
+        start_connector(kafka)
+        await until(lambda: sum(own_mesh.infer.calls.values()) >= 10, "the calls", **PATIENT)
+        broker.freeze()
+        go.set()
+        await until(lambda: len(own_mesh.store.results) == 10, "results", **PATIENT)
+        broker.thaw()
+        found = await answered(kafka, range(10))
+        await settled(kafka, 10)
+    assert {number(each) for each in found} == set(range(10))
+    assert len(own_mesh.store.results) == 10
+
+
+async def test_a_topic_that_is_made_later_is_read_then(tansu: Tansu) -> None:
+    kafka = Kafka(tansu.address)
+    got: list[Message] = []
+    source = source_of(kafka, **{"topic.metadata.refresh.interval.ms": "500"})
+    async with reading(source, got):
+        await until(lambda: "there is no topic" in source.standing().trouble, "the trouble", **PATIENT)
+        await kafka.make()
+        await kafka.publish([b"a", b"b"])
+        await until(lambda: len(got) == 2, "messages", **PATIENT)
