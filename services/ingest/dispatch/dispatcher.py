@@ -228,7 +228,8 @@ class Dispatcher:
     def end_as(self, job: Job, standing: End) -> None:
         """The same for a job whose result stands already."""
         holding = self._hold(job)
-        work = self._recorder.end_as([(job, standing)], self._is_held([holding]), self._let_all_go)
+        is_held = self._is_held([holding])
+        work = self._recorder.end_as([(job, standing)], is_held, self._letting_go(is_held))
         self._spawn(work, "end of a job", [holding])
 
     def put_back(self, job: Job, again: Again) -> None:
@@ -378,7 +379,8 @@ class Dispatcher:
                 Ending(holding.job, result_of(holding.job, how) if isinstance(how, End) else how)
                 for holding, how in ending
             ]
-            work = self._recorder.end(endings, self._is_held(holdings), self._let_all_go)
+            is_held = self._is_held(holdings)
+            work = self._recorder.end(endings, is_held, self._letting_go(is_held))
             self._spawn(work, f"end of {len(endings)} jobs", holdings)
         back = [(holding, again) for holding, again in decided if isinstance(again, Again)]
         if back:
@@ -389,8 +391,10 @@ class Dispatcher:
     async def _put_all_back(self, back: Sequence[tuple[Job, Again]], is_held: Callable[[Job], bool]) -> None:
         due = {job.id: again.due_at for job, again in back}
 
+        let_go = self._letting_go(is_held)
+
         def on_back(jobs: Sequence[Job]) -> None:
-            self._let_all_go(jobs)
+            let_go(jobs)
             self._backlog.added(len(jobs))
             for job in jobs:
                 self._read_at(due[job.id])
@@ -401,6 +405,10 @@ class Dispatcher:
         """Whether a job is still held as it is now: not let go, and not taken up anew by a later event."""
         those = {holding.job.id: holding for holding in holdings}
         return lambda job: self._held.get(job.id) is those[job.id]
+
+    def _letting_go(self, is_held: Callable[[Job], bool]) -> Callable[[Sequence[Job]], None]:
+        """Lets go of jobs whose writes are known to be done, unless they were taken up anew before that was known."""
+        return lambda jobs: self._let_all_go([job for job in jobs if is_held(job)])
 
     def _hold(self, job: Job) -> Holding:
         if (before := self._held.get(job.id)) is not None:
