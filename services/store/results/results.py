@@ -35,7 +35,7 @@ _WRITE_BYTES_PER_S = 8 << 20
 # What a slow disk still journals: 100 MiB of results in one call get so much longer than other operations.
 _BLOBS_AT_ONCE = 8
 _NAMED_AT_ONCE = 32
-# Responses of up to 1 MiB lie in the documents: so many are held beside the page.
+# Responses of up to 256 KiB lie in the documents: so many are held beside the page.
 _STANDING_ATTEMPTS = 5
 _DUPLICATE_KEY = 11000
 
