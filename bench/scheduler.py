@@ -25,6 +25,7 @@ from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.parameters import NONE
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.runtimes.runtime import Session
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.execution import Execution
 from services.infer.scheduling.queue import QueueLimits
@@ -38,7 +39,7 @@ MODEL_NS = 10_000
 X, Y = TensorSpec("x", BY_NAME["FP32"], (-1, 16)), TensorSpec("y", BY_NAME["FP32"], (-1, 16))
 
 
-class Model:
+class Model(Session):
     """y = x + 1, in MODEL_NS of processor time."""
 
     inputs, outputs, text = (X,), (Y,), False

@@ -143,7 +143,9 @@ async def ensure_collection(
                     hint = "drop the old index, then start again"
                     raise FailedPrecondition(f"an index of {db.name}.{name} has changed: {err}: {hint}") from err
                 raise
-        for old in retired:
+        # Dropping wants the collection alone, found or not, and a transaction of a killed process may hold it a while.
+        there = await collection.index_information() if retired else {}
+        for old in set(retired) & set(there):
             await _drop_index(collection, old)
         return collection
 

@@ -118,6 +118,9 @@ def mongod(data: Path, port: int) -> Part:
     argv += ["--replSet", "rs0", "--oplogSize", "256", "--wiredTigerCacheSizeGB", "0.5", "--nounixsocket", "--quiet"]
     # At SIGTERM it would wait up to 15 s for others to take over; there are none.
     argv += ["--setParameter", "shutdownTimeoutMillisForSignaledShutdown=100"]
+    # A process that is killed within a transaction leaves it open, and what it has written locked. Nobody here waits
+    # longer than mesh.mongo.TIMEOUT_MS for one: it need not stay for a minute.
+    argv += ["--setParameter", "transactionLifetimeLimitSeconds=10"]
     host = f"127.0.0.1:{port}"
 
     async def ready() -> bool:

@@ -197,9 +197,10 @@ async def test_indexes_of_an_older_store_go(collections: Collections) -> None:
     results = collections.results
     await results.create_index([("tenant", 1), ("recorded_at", -1), ("_id", -1)], name="tenant_newest")
     await collections.prepare()
-    assert {*await results.index_information()} == {
-        "_id_", "by_time", "by_model", "by_tenant", "by_failure", "by_label", "by_batch", "removed"
-    }  # fmt: skip
+    names = {*await results.index_information()}
+    assert "tenant_newest" not in names
+    assert names >= {"by_time", "by_model", "by_tenant", "by_failure", "by_label", "by_batch", "removed"}
+    await collections.prepare()
 
 
 async def test_every_command_of_every_call(

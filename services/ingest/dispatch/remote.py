@@ -33,6 +33,12 @@ _MODEL_HEADER = "x-shoal-model"
 _BULK_MARGIN_S = 5.0
 # A bulk's entries have their own deadlines; the call's is for an instance that is cut off.
 
+_DOOR_S = 10.0
+# How long an infer that knows no bulks is not asked again.
+_UNSENT = "Internal error from Core"
+# What grpc.aio makes of a call that was ended before its first message had gone: the status that it was ended with is
+# lost. Whoever calls job by job learns it.
+
 _NEVER_REACHED = (
     # What Envoy, and grpc's own channel, say when no instance has seen the request.
     "no healthy upstream",
@@ -68,7 +74,12 @@ class Answer:
 
 
 class BulkDoorClosed(Exception):
-    """What answers at the bulk door does not know it: an infer of an earlier version, or a mesh without its route."""
+    """What answers takes no bulks for `for_s` seconds: an infer of an earlier version, a mesh without its route; or it
+    ended the call before it took this one, and did not say why."""
+
+    def __init__(self, for_s: float) -> None:
+        super().__init__(for_s)
+        self.for_s = for_s
 
 
 class GivenUp:
@@ -137,8 +148,10 @@ class RemoteModel:
             failure = Failure(Code.INTERNAL, "infer ended a bulk without answers to all of its entries")
         except grpc.RpcError as err:
             failure = failure_of(err)
-            if failure.code == Code.UNIMPLEMENTED and len(left) == len(entries):
-                raise BulkDoorClosed from err
+            if len(left) == len(entries) and failure.code == Code.UNIMPLEMENTED:
+                raise BulkDoorClosed(_DOOR_S) from err
+            if len(left) == len(entries) and failure.code == Code.INTERNAL and failure.message == _UNSENT:
+                raise BulkDoorClosed(0.0) from err
         finally:
             call.cancel()
         if left:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-import pymongo
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from mesh.mongo import TIMEOUT_MS, Document, translated
+from mesh.mongo import Document, translated
 from services.store.documents import Collections, whole_milliseconds
 from services.store.retention.leadership import Mandate
 from services.store.retention.rules import Kept, Rule, check_rule
+from services.store.transactions import transaction
 from shoal.errors import FailedPrecondition
 
 T = TypeVar("T")
@@ -104,10 +104,7 @@ class RuleBook:
 
     async def transaction(self, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:
         """Runs `work` in one transaction: all of it or nothing. It may run more than once."""
-        # pymongo would retry a transaction for two minutes.
-        with pymongo.timeout(TIMEOUT_MS / 1000):
-            async with self._collections.db.client.start_session() as session:
-                return await session.with_transaction(work)
+        return await transaction(self._collections, work)
 
 
 def _document(rule: Rule, now: datetime) -> Document:

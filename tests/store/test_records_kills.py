@@ -1,0 +1,174 @@
+"""kill -9 of the store, again and again, under a stream, under exports, while retention removes: a real process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pyarrow.parquet as pq
+import pytest
+
+from mesh import mongo
+from mesh.channel import connect
+from mesh.election import LEADER, Election
+from mesh.etcd import Etcd
+from mesh.node import parts
+from services.store.config import StoreConfig
+from services.store.documents import Collections
+from services.store.results.result_documents import document
+from shoal.client import AsyncClient, RetryPolicy
+from shoal.store.v1 import store_pb2 as pb
+from shoal.store.v1 import store_pb2_grpc
+from tests.breakable import EtcdProcess, Process, until
+from tests.store.conftest import serving
+from tests.store.test_store_process import process
+
+pytestmark = pytest.mark.mongo
+
+COUNT = 3_000
+YEAR_AGO = datetime(2025, 11, 24, tzinfo=UTC)
+NAMED = [f"j{n:05}" for n in range(COUNT)]
+
+
+class Killed:
+    """A store process; `now()` kills it and starts it again."""
+
+    def __init__(self, process: Process, address: str) -> None:
+        self.address = address
+        self.count = 0
+        self._process = process
+
+    def now(self) -> None:
+        self._process.kill()
+        self._process.start()
+        self.count += 1
+
+    async def until_ready(self) -> None:
+        async with connect(self.address) as channel:
+            await until(lambda: serving(channel), "the store serves")
+
+
+@pytest.fixture
+async def collections(mongo_uri: str, mongo_database: str) -> AsyncIterator[Collections]:
+    """The database with COUNT results of a year ago, among three tenants."""
+    async with mongo.connect(mongo_uri) as client:
+        collections = Collections(client[mongo_database])
+        await collections.prepare()
+        docs = []
+        for n, job in enumerate(NAMED):
+            result = pb.Result(job_id=job, outcome=1, model_name="m", tenant=f"t{n % 3}", labels={"n": str(n % 2)})
+            answer = pb.Result(job_id=job).response.SerializeToString()
+            docs.append(document(result, YEAR_AGO + timedelta(milliseconds=n // 7), answer))
+        await collections.results.insert_many(docs)
+        yield collections
+
+
+@pytest.fixture
+async def etcd(tmp_path: Path) -> AsyncIterator[EtcdProcess]:
+    with EtcdProcess(tmp_path) as etcd:
+        await etcd.until_ready()
+        yield etcd
+
+
+@pytest.fixture
+async def store(
+    collections: Collections, config: StoreConfig, etcd: EtcdProcess, python: str, tmp_path: Path
+) -> AsyncIterator[Killed]:
+    address = f"127.0.0.1:{parts.free_port()}"
+    env = {
+        "SHOAL_STORE_LISTEN": address,
+        "SHOAL_STORE_ETCD": etcd.address,
+        "SHOAL_STORE_NOTICE_MS": "0",
+        "SHOAL_STORE_EXPORTS": (tmp_path / "exports").as_uri(),
+    }
+    with process(config, python, tmp_path / "store.log", **env) as running:
+        killed = Killed(running, address)
+        await killed.until_ready()
+        yield killed
+
+
+def client_of(store: Killed) -> AsyncClient:
+    return AsyncClient(store.address, retry=RetryPolicy(attempts=400, stream_attempts=400, longest_wait_s=0.5))
+
+
+async def test_a_stream_has_each_result_once(store: Killed) -> None:
+    seen: list[str] = []
+    async with client_of(store) as client:
+        async for result in client.results.stream():
+            seen.append(result.job_id)
+            if len(seen) in (1, 700, 1_500, 2_900):
+                store.now()
+    assert store.count == 4
+    assert seen == NAMED
+
+
+@pytest.mark.parametrize("by_the_store", [False, True])
+async def test_an_export_has_each_row_once(store: Killed, tmp_path: Path, by_the_store: bool) -> None:
+    folder = tmp_path / "exports" / "here"
+    killed_at: set[int] = set()
+    async with client_of(store) as client:
+        to = folder.as_uri() if by_the_store else folder
+        async for at in client.results.export(to, part_rows=250):
+            if at.parts in (1, 4, 9) and at.parts not in killed_at:
+                killed_at.add(at.parts)
+                store.now()
+    files = sorted(folder.glob("*.parquet"))
+    assert len(files) == 12
+    assert [row for file in files for row in pq.read_table(file).column("job_id").to_pylist()] == NAMED
+    assert (folder / "manifest.json").exists()
+    assert store.count >= 2
+
+
+async def test_retention_removes_whole_batches_or_nothing(
+    store: Killed, collections: Collections, etcd: EtcdProcess
+) -> None:
+    """Killed in the middle of removing, it goes on; at the end exactly the right ones are gone, and counted so."""
+    async with (
+        connect(store.address) as channel,
+        Etcd(etcd.address) as connection,
+        Election(connection, LEADER, "local/coord-0") as election,
+    ):
+        await until(lambda: election.is_leader, "it leads")
+        stub = store_pb2_grpc.StoreServiceStub(channel)
+        await stub.ListUsage(pb.ListUsageRequest(recount=True), timeout=30)
+        rule = pb.RetentionRule(collection=pb.RetentionRule.COLLECTION_RESULTS)
+        rule.keep.FromTimedelta(timedelta(days=30))
+        await stub.SetRetention(pb.SetRetentionRequest(rule=rule), timeout=30)
+        rule.tenant = "t1"
+        rule.ClearField("keep")
+        await stub.SetRetention(pb.SetRetentionRequest(rule=rule), timeout=30)
+        term: Any = election.term
+        for kill in range(4):
+            calling = asyncio.create_task(_applied(stub, term.token))
+            left = await collections.results.count_documents({"recorded_at": {"$exists": True}})
+
+            async def is_under_way(left: int = left, calling: asyncio.Task[bool] = calling) -> bool:
+                now = await collections.results.count_documents({"recorded_at": {"$exists": True}})
+                return now < left or calling.done()
+
+            await until(is_under_way, "it removes")
+            store.now()
+            await calling
+            await store.until_ready()
+            assert store.count == kill + 1
+        while not await _applied(stub, term.token):
+            pass
+        standing = await collections.results.distinct("tenant", {"recorded_at": {"$exists": True}})
+        assert standing == ["t1"]
+        assert await collections.results.count_documents({"removed_at": {"$exists": True}}) == 2 * COUNT // 3
+        assert await collections.results.count_documents({}) == COUNT
+        usage = {one.tenant: one.results for one in (await stub.ListUsage(pb.ListUsageRequest(), timeout=30)).usages}
+        assert usage == {"t0": 0, "t1": COUNT // 3, "t2": 0}
+
+
+async def _applied(stub: Any, token: int) -> bool:
+    """Whether all is removed."""
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        answer = await stub.ApplyRetention(pb.ApplyRetentionRequest(token=token), timeout=30, wait_for_ready=True)
+        return not answer.more
+    return False
