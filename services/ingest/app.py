@@ -137,7 +137,6 @@ async def run(config: IngestConfig) -> None:
             instance=name,
             ready=ready,
             max_in_flight=config.max_in_flight,
-            attempt_timeout_ms=config.attempt_timeout_ms,
             poll_ms=config.poll_ms,
             drain_ms=config.drain_ms,
         )

@@ -63,7 +63,7 @@ async def run(config: StoreConfig) -> None:
         artifacts = Artifacts(collections, blobs, staging, threads, max_bytes=config.max_artifact_bytes, clock=_now)
         registry = Registry(collections, artifacts, _now)
         registry_watch = await stack.enter_async_context(RegistryWatch(collections, registry))
-        responses = Responses(blobs, threads)
+        responses = Responses(blobs, threads, config.inline_bytes)
         counters = await stack.enter_async_context(Counters(collections, _now))
         results = Results(collections, responses, _now, counters.recorded)
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))

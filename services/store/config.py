@@ -30,6 +30,8 @@ class StoreConfig(ServiceConfig):
     """Local folder of unfinished uploads. For file:// it is always `<folder>/staging`; else it must be given."""
     s3_checksums: bool = True
     """Send S3 a SHA-256 with everything that is stored. Only for an S3 that refuses `x-amz-checksum-sha256`: false."""
+    inline_bytes: Annotated[int, Field(ge=0, le=8 << 20)] = 256 << 10
+    """Answers above this are blobs, and the result refers to them: queries stay light."""
     max_artifact_bytes: Annotated[int, Field(ge=1, le=1 << 42)] = 8 << 30
     """Largest artifact that is accepted."""
     max_uploads: Annotated[int, Field(ge=1, le=10_000)] = 64

@@ -12,20 +12,21 @@ from shoal.errors import DataLoss, NotFound
 
 FOLDER = "responses"
 """Where their blobs lie."""
-INLINE_BYTES = 1 << 20
+INLINE_BYTES = 256 << 10
 """Up to here a response lies in its document: one read, and a page of a hundred such is still a message."""
 
 
 class Responses:
     """Keeps large responses. Each has a key of its own, so the one of a result that lost a race can be removed."""
 
-    def __init__(self, blobs: BlobStore, threads: Threads) -> None:
+    def __init__(self, blobs: BlobStore, threads: Threads, inline_bytes: int = INLINE_BYTES) -> None:
+        self._inline_bytes = inline_bytes
         self._blobs = blobs
         self._threads = threads
 
     async def keep(self, response: bytes) -> bytes | BlobRef:
         """The response itself when it is small; else it is stored as a blob, durably."""
-        if len(response) <= INLINE_BYTES:
+        if len(response) <= self._inline_bytes:
             return response
         name = uuid.uuid4().hex
         key = f"{FOLDER}/{name[:2]}/{name}"

@@ -113,10 +113,10 @@ def _show(tenant: Tenant, as_json: bool) -> None:
     rows = [
         ("tenant", _name(tenant), ""),
         ("waiting", _pending(tenant), ""),
-        ("weight", _number(now.weight), _whose(own.weight)),
-        ("may wait", _limit(now.max_pending), _whose(own.max_pending)),
-        ("jobs/s", _limit(now.rate), _whose(own.rate)),
-        ("at once", _limit(now.burst), _whose(own.burst)),
+        ("weight", _number(now.weight), _whose(own.weight, tenant)),
+        ("may wait", _limit(now.max_pending), _whose(own.max_pending, tenant)),
+        ("jobs/s", _limit(now.rate), _whose(own.rate, tenant)),
+        ("at once", _limit(now.burst), _whose(own.burst, tenant)),
         ("changed", tenant.updated_at or "never", ""),
     ]
     show(("", "in force", "set by"), rows)
@@ -138,5 +138,7 @@ def _limit(value: float | None) -> str:
     return _number(value) if value else "any"
 
 
-def _whose(own: float | None) -> str:
-    return "'*', or default" if own is None else "itself"
+def _whose(own: float | None, tenant: Tenant) -> str:
+    if own is not None:
+        return "itself"
+    return "default" if tenant.name == "*" else "'*', or default"

@@ -160,7 +160,7 @@ async def test_the_number_of_results(store: Store) -> None:
 
 
 async def test_a_response_that_does_not_fit_a_document(store: Store) -> None:
-    sizes = [(1 << 20) - 200, (1 << 20) + 1, 20 << 20, 5]
+    sizes = [(256 << 10) - 200, (256 << 10) + 1, 20 << 20, 5]
     sent = [result(f"j{n}", response=answer(size)) for n, size in enumerate(sizes)]
     assert all(entry.recorded for entry in await put(store, *sent))
     for one in sent:

@@ -50,11 +50,12 @@ def spare_of(ahead_s: float, batch_s: float) -> float:
 class Pressure:
     """What is asked of a model while none of its instances is free."""
 
-    __slots__ = ("_arrivals", "_hurry", "_rows", "_until", "is_overloaded")
+    __slots__ = ("_arrivals", "_hurry", "_least_s", "_rows", "_until", "is_overloaded")
 
     def __init__(self) -> None:
         self._arrivals = Arrivals()
         self._hurry = 0.0  # Mean of 1 / budget: calls without a deadline count as in no hurry at all.
+        self._least_s = 0.0  # One row takes so long: who has less cannot be helped, and says nothing of the others.
         self._rows = 0
         self._until = -math.inf
         self.is_overloaded = False
@@ -63,7 +64,8 @@ class Pressure:
     def add(self, rows: int, budget_s: float) -> None:
         """A call that came, whether it was taken or not; `budget_s`: until its deadline."""
         self._arrivals.add(rows)
-        self._hurry += (1 / max(budget_s, 1e-4) - self._hurry) * _NEWEST
+        if budget_s > self._least_s:
+            self._hurry += (1 / max(budget_s, 1e-4) - self._hurry) * _NEWEST
 
     @property
     def budget_s(self) -> float:
@@ -81,6 +83,7 @@ class Pressure:
         rate = self._arrivals.per_second(now) / instances
         self._rows, self.is_overloaded = most, False
         if cost.is_known:
+            self._least_s = cost.expected(1)
             self._rows = best_rows(cost, most, rate, SPARE * self.budget_s)
             self.is_overloaded = rate * cost.expected(self._rows) > self._rows
 

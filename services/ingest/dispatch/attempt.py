@@ -43,8 +43,6 @@ _EXPLANATIONS = frozenset(
 )
 _STEP_EXPLANATION = re.compile(r"step_\d+_[a-z_]+")
 # What infer says when it is asked to explain; of an ensemble, also of each step.
-_DOOR_S = 10.0
-# How long bulks go job by job after an infer that knows no bulks was met.
 
 Decision: TypeAlias = store_pb2.Result | Again | End
 """What becomes of a job after an attempt: its answer, another attempt, or its end."""
@@ -105,8 +103,8 @@ class Attempts:
                     async for some in decided:
                         yield some
                 return
-            except BulkDoorClosed:
-                self._door_closed_until = asyncio.get_running_loop().time() + _DOOR_S
+            except BulkDoorClosed as err:
+                self._door_closed_until = asyncio.get_running_loop().time() + err.for_s
         async with aclosing(self._one_by_one(jobs)) as decided:
             async for some in decided:
                 yield some

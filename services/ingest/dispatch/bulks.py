@@ -20,7 +20,9 @@ LONE_BYTES = 256 << 10
 _STEP = b"\x0a\x0bsequence_id"
 # How the key of a parameter `sequence_id` is written in a ModelInferRequest. Found elsewhere by chance, it only costs a
 # call of its own.
-_FIRST = 32
+FIRST = 32
+"""Of a model that nothing is known of."""
+_TIMES_BEST = 3
 
 
 def is_suspect(job: Job) -> bool:
@@ -49,22 +51,26 @@ def next_bulk(waiting: deque[Job], most: int) -> list[Job]:
 
 
 class Pace:
-    """How many jobs of one model may be in calls at once.
+    """How many jobs of one model may be in calls at once, and are claimed at a time.
 
-    It doubles with each round of answers that come in good time, up to `most`, and halves when they take longer than
-    `slow_s`: what waits in infer's queue for as long as an attempt may take would only time out there.
+    It doubles with each round of answers that come soon, up to `most`, and halves when they take long: what a model has
+    waiting beyond a second's work makes it no faster, and loses an attempt when the instance dies. Soon is `soon_s`, or
+    a few times what it needs at best: a model of five seconds a batch gets its batches.
     """
 
-    def __init__(self, most: int, slow_s: float) -> None:
+    def __init__(self, most: int, soon_s: float) -> None:
         self._most = most
-        self._slow_s = slow_s
+        self._soon_s = soon_s
+        self._best_s = float("inf")
         self._halved_at = float("-inf")
-        self.limit = min(_FIRST, most)
+        self.limit = min(FIRST, most)
 
     def answered(self, jobs: int, took_s: float, now_s: float) -> None:
         """So many jobs of a call have come back after `took_s`."""
-        if took_s < self._slow_s:
+        self._best_s = min(self._best_s, took_s)
+        soon_s = max(self._soon_s, _TIMES_BEST * self._best_s)
+        if took_s < soon_s:
             self.limit = min(self._most, self.limit + jobs)
-        elif now_s - self._halved_at > self._slow_s:  # Once for all that was sent at the old pace.
+        elif now_s - self._halved_at > soon_s:  # Once for all that was sent at the old pace.
             self._halved_at = now_s
             self.limit = max(1, self.limit // 2)

@@ -6,9 +6,9 @@
                                                       <──────────── "held": the lease is renewed ────────────>
 
 All of it goes in bulk: a claim, a call and a record are of many jobs each, and a task is a call's or a record's, not a
-job's. Jobs of one model stand in one line here, and as many are in calls at once as it answers in good time
-(`bulks.Pace`). A model with a line is claimed no more of, and no claim is of more than half of what may still be held:
-so a slow model, or several, leave room for the others.
+job's. Jobs of one model stand in one line here, and as many are in calls at once as it answers soon (`bulks.Pace`). A
+model with a line is claimed no more of, and no claim is of more than half of what may still be held: so a slow model,
+or several, leave room for the others.
 
 While the queue is drained, jobs submitted here are adopted: they are claimed in the write that makes them durable. What
 there is no room for just then is fresh, and goes straight from intake to a claim. Nobody reads the queue but for a poll
@@ -32,7 +32,7 @@ from typing import Any
 from mesh.tasks import end
 from services.ingest.clock import Clock
 from services.ingest.dispatch.attempt import Attempts, Decision
-from services.ingest.dispatch.bulks import Pace, next_bulk
+from services.ingest.dispatch.bulks import FIRST, Pace, next_bulk
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.gate import Gate
 from services.ingest.dispatch.recorder import Ending, Recorder, result_of
@@ -52,8 +52,8 @@ _FRESH_PER_CALL = 1
 _LARGE_BYTES = 16 << 10
 _CLAIM_PART = 8
 # From a queue that is long, an eighth of what may be held is claimed at least: small claims cost as much as large ones.
-_SLOW_PART = 4
-# A model that takes longer to answer than a quarter of what an attempt may take gets less at once.
+_SOON_S = 1.0
+# A model that takes longer to answer, and longer than it needs, gets less at once.
 _LINES = 1_000
 # Models remembered with their pace while they have nothing here.
 _AWAY_WAIT_S = 1.0
@@ -106,7 +106,6 @@ class Dispatcher:
         instance: str,
         ready: asyncio.Event,
         max_in_flight: int,
-        attempt_timeout_ms: int,
         poll_ms: int,
         drain_ms: int,
     ) -> None:
@@ -120,7 +119,6 @@ class Dispatcher:
         self._ready = ready
         self._max_calls = max_in_flight
         self._max_held = max_in_flight * HELD_PER_CALL
-        self._slow_s = attempt_timeout_ms / 1000 / _SLOW_PART
         self._poll_s = poll_ms / 1000
         self._drain_s = drain_ms / 1000
         self._held: dict[str, Holding] = {}
@@ -300,11 +298,12 @@ class Dispatcher:
 
     def _claim_room(self) -> int:
         """How many jobs the next claim is of; 0 while it is better to wait for more room."""
-        room = self.room
-        room = min(self._max_calls, (room + 1) // 2, int((HELD_BYTES - self._bytes) / self._usual_bytes))
+        usual = max((line.pace.limit for line in self._lines.values() if line.calls), default=FIRST)
+        most = min(self._max_calls, usual)
+        room = min(most, (self.room + 1) // 2, int((HELD_BYTES - self._bytes) / self._usual_bytes))
         if room <= 0:
             return 0 if self._held else min(1, self.room)
-        is_worth_it = self._is_drained or not self._held or room >= min(self._max_held // _CLAIM_PART, self._max_calls)
+        is_worth_it = self._is_drained or not self._held or room >= min(self._max_held // _CLAIM_PART, most)
         return room if is_worth_it else 0
 
     def _take(self, claimed: Sequence[Job]) -> None:
@@ -321,7 +320,7 @@ class Dispatcher:
         if line is None:
             if len(self._lines) >= _LINES:
                 self._lines = {name: line for name, line in self._lines.items() if line.calls or line.waiting}
-            line = self._lines[model] = Line(Pace(self._max_calls, self._slow_s))
+            line = self._lines[model] = Line(Pace(self._max_calls, _SOON_S))
         return line
 
     def _call(self, line: Line) -> None:

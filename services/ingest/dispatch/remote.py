@@ -33,6 +33,12 @@ _MODEL_HEADER = "x-shoal-model"
 _BULK_MARGIN_S = 5.0
 # A bulk's entries have their own deadlines; the call's is for an instance that is cut off.
 
+_DOOR_S = 10.0
+# How long an infer that knows no bulks is not asked again.
+_UNSENT = "Internal error from Core"
+# What grpc.aio makes of a call that was ended before its first message had gone: the status that it was ended with is
+# lost. Whoever calls job by job learns it.
+
 _NEVER_REACHED = (
     # What Envoy, and grpc's own channel, say when no instance has seen the request.
     "no healthy upstream",
@@ -68,7 +74,12 @@ class Answer:
 
 
 class BulkDoorClosed(Exception):
-    """What answers at the bulk door does not know it: an infer of an earlier version, or a mesh without its route."""
+    """What answers takes no bulks for `for_s` seconds: an infer of an earlier version, a mesh without its route; or it
+    ended the call before it took this one, and did not say why."""
+
+    def __init__(self, for_s: float) -> None:
+        super().__init__(for_s)
+        self.for_s = for_s
 
 
 class GivenUp:
@@ -77,14 +88,22 @@ class GivenUp:
     def __init__(self) -> None:
         self._job_ids: list[str] = []
         self._came = asyncio.Event()
+        self._is_closed = False
 
     def add(self, job_id: str) -> None:
         self._job_ids.append(job_id)
         self._came.set()
 
-    async def next(self) -> list[str]:
-        """The next ones, once there are some."""
+    def close(self) -> None:
+        """The call has ended: whoever waits for more is let go. grpc.aio would leave it waiting for ever."""
+        self._is_closed = True
+        self._came.set()
+
+    async def next(self) -> list[str] | None:
+        """The next ones, once there are some; None when the call has ended."""
         await self._came.wait()
+        if self._is_closed:
+            return None
         self._came.clear()
         job_ids, self._job_ids = self._job_ids, []
         return job_ids
@@ -137,9 +156,12 @@ class RemoteModel:
             failure = Failure(Code.INTERNAL, "infer ended a bulk without answers to all of its entries")
         except grpc.RpcError as err:
             failure = failure_of(err)
-            if failure.code == Code.UNIMPLEMENTED and len(left) == len(entries):
-                raise BulkDoorClosed from err
+            if len(left) == len(entries) and failure.code == Code.UNIMPLEMENTED:
+                raise BulkDoorClosed(_DOOR_S) from err
+            if len(left) == len(entries) and failure.code == Code.INTERNAL and failure.message == _UNSENT:
+                raise BulkDoorClosed(0.0) from err
         finally:
+            given_up.close()
             call.cancel()
         if left:
             yield [(entries[number].job_id, failure) for number in sorted(left)]
@@ -162,8 +184,8 @@ async def _bulk_requests(
         ]
     )
     numbers = {entry.job_id: number for number, entry in enumerate(entries)}
-    while True:
-        yield bulk_pb2.InferBulkRequest(given_up=[numbers[job_id] for job_id in await given_up.next()])
+    while (job_ids := await given_up.next()) is not None:
+        yield bulk_pb2.InferBulkRequest(given_up=[numbers[job_id] for job_id in job_ids])
 
 
 def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> Answer | Failure:

@@ -41,8 +41,9 @@ from shoal.errors import DataLoss, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
-NOT_CARRIED = frozenset({"holds", "graves", "fences", "restores"})
-"""Collections about this very store, which would mean nothing in another: removals that wait, tokens of its leaders."""
+NOT_CARRIED = frozenset({"holds", "graves", "restores", "fences", "leads", "tenant_rates"})
+"""Collections about this very node, which would mean nothing in another: removals that wait, leaders and their tokens,
+rates of the last seconds. A node has them before it has anything of its users."""
 _AT_ONCE = 8
 _SNAPSHOT_TOO_OLD = 239
 

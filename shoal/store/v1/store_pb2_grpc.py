@@ -368,7 +368,7 @@ class StoreServiceServicer:
     def Restore(self, request, context):
         """Restores a backup into this store, which must be empty. A call that ends early is repeated, and goes on.
         NOT_FOUND: no (such) complete backup there. FAILED_PRECONDITION: this store is not empty. DATA_LOSS: the backup is
-        damaged. Restart infer and ingest when it is done, or let it be done before they are started.
+        damaged. Services that run already take up what is restored; jobs come last, and then run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -131,6 +131,20 @@ def test_a_few_calls_in_a_hurry_do_not_make_small_batches_of_all():
     assert pressure.max_rows(2.0, cost, 64, 1) < 40
 
 
+def test_calls_that_cannot_be_done_at_all_cut_nobody_elses_batches():
+    """A caller whose deadlines are shorter than one row takes is refused, and that is all."""
+    cost, pressure = curve(0.001, 0.0001), Pressure()
+    sizes = []
+    for n in range(4_000):
+        now = n / 20_000
+        pressure.add(1, 0.05)
+        sizes.append(pressure.max_rows(now, cost, 64, 1))
+        if n > 2_000:
+            pressure.add(1, 0.0005)
+    assert pressure.budget_s == pytest.approx(0.05, rel=0.01)
+    assert set(sizes[3_000:]) == set(sizes[1_000:2_000])
+
+
 @given(
     fixed_s=st.floats(1e-5, 0.05),
     row_s=st.floats(1e-6, 0.005),

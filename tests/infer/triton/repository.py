@@ -48,6 +48,7 @@ class TritonPythonModel:
         self.version = int(args["model_version"])
 
     def execute(self, requests):
+        self.requests = requests
         return [self.answer(request) for request in requests]
 
     def answer(self, request):
@@ -84,8 +85,8 @@ id = request.correlation_id()
 sums = self.__dict__.setdefault('sums', {})
 sums[id] = given('x') + (0 if given('START').any() else sums[id])
 told = [given(name).reshape(-1)[0] for name in ('START', 'END', 'READY', 'CORRID')]
-shown = [sums[id].reshape(-1)[0], *told[:3], float(told[3]), float(id), request.flags()]
-return answered(y=np.array(shown, np.float32).reshape(given('x').shape[:-1] + (7,)))
+shown = [sums[id].reshape(-1)[0], *told[:3], float(told[3]), float(id), request.flags(), self.requests.index(request)]
+return answered(y=np.array(shown, np.float32).reshape(given('x').shape[:-1] + (8,)))
 """,
 }
 
@@ -147,7 +148,7 @@ def _stepping(strategy: str, rows: int = 2, id: str = "UINT64", values: str = "f
         {controls}
         control_input [ {{ name: "CORRID" control [ {{ kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_{id} }} ] }} ]
     }}"""
-    return _config([_tensor("x", "FP32", "1")], [_tensor("y", "FP32", "7")], rows, more)
+    return _config([_tensor("x", "FP32", "1")], [_tensor("y", "FP32", "8")], rows, more)
 
 
 _BUSY = "dynamic_batching { default_queue_policy { max_queue_size: 1 } }"

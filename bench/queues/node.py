@@ -1,0 +1,167 @@
+"""Our side: a node, what its processes cost, and jobs submitted as clients submit them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+from pymongo import MongoClient
+
+from mesh.channel import connect
+from shoal.inference.v2 import inference_pb2 as oip
+from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+from shoal.store.v1 import store_pb2, store_pb2_grpc
+
+PARTS = ("mongod", "envoy", "ingest-0", "infer-0", "store-0")
+
+
+def question(model: str, number: float = 1.0) -> oip.ModelInferRequest:
+    request = oip.ModelInferRequest(model_name=model)
+    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+    request.raw_input_contents.append(np.full(4, number, np.float32).tobytes())
+    return request
+
+
+class Node:
+    """A running `shoal up`."""
+
+    def __init__(self, folder: Path, *args: str) -> None:
+        self.folder = folder
+        self.ready = folder / "ready.json"
+        self.ready.unlink(missing_ok=True)
+        self.environ = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
+        command = [sys.executable, "-m", "shoal.cli.main", "up", "--data-dir", str(folder / "data"), "--json"]
+        command += ["--gateway-port", "0", "--admin-port", "0", "--ready-file", str(self.ready), *args]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=self.environ)
+        while not self.ready.exists():
+            if self.process.poll() is not None:
+                sys.exit("the node did not start: run `shoal up` to see why")
+            time.sleep(0.02)
+        self.gateway = str(self.document()["gateway"])
+        argv = Path(f"/proc/{self.pids()['mongod']}/cmdline").read_text().split("\0")
+        self.mongo: MongoClient[dict[str, object]] = MongoClient(
+            f"mongodb://127.0.0.1:{argv[argv.index('--port') + 1]}/?directConnection=true"
+        )
+
+    def document(self) -> dict[str, object]:
+        document: dict[str, object] = json.loads(self.ready.read_text())
+        return document
+
+    def pids(self) -> dict[str, int]:
+        pids = self.document()["pids"]
+        assert isinstance(pids, dict)
+        return pids
+
+    def push(self, path: Path) -> None:
+        push = [sys.executable, "-m", "shoal.cli.main", "models", "push", str(path)]
+        subprocess.run(push, check=True, stdout=subprocess.DEVNULL, env=self.environ)
+
+    def results(self) -> int:
+        """How many results are stored: a counter of the database's, which costs it nothing."""
+        return self.mongo["shoal"]["results"].estimated_document_count()
+
+    def cpu_s(self) -> dict[str, float]:
+        """Processor time of each part so far."""
+        found = {}
+        for name, pid in self.pids().items():
+            if name in PARTS:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                found[name] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return found
+
+    def rss_mb(self, part: str) -> float:
+        pages = int(Path(f"/proc/{self.pids()[part]}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def stop(self) -> None:
+        self.mongo.close()
+        self.process.send_signal(signal.SIGTERM)
+        if self.process.wait(60) != 0:
+            sys.exit(f"the node stopped with {self.process.returncode}")
+
+
+@contextmanager
+def node(folder: Path, *args: str) -> Iterator[Node]:
+    running = Node(folder, *args)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+async def unary(gateway: str, model: str, clients: int, count: int) -> float:
+    """Accepted a second of `clients` that each wait for an answer before they call again, each with its connection."""
+    numbers = iter(range(count))
+
+    async def client() -> None:
+        async with connect(gateway) as channel:
+            stub = ingest_pb2_grpc.IngestServiceStub(channel)
+            for number in numbers:
+                await stub.Submit(ingest_pb2.SubmitRequest(request=question(model, number)))
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return count / (time.perf_counter() - began)
+
+
+async def streamed(gateway: str, model: str, count: int) -> float:
+    """Acknowledged a second, on one stream."""
+    submit = ingest_pb2.SubmitRequest(request=question(model))
+
+    async def requests() -> AsyncIterator[ingest_pb2.SubmitStreamRequest]:
+        for number in range(count):
+            yield ingest_pb2.SubmitStreamRequest(sequence=number, submit=submit)
+
+    async with connect(gateway) as channel:
+        stub = ingest_pb2_grpc.IngestServiceStub(channel)
+        began = time.perf_counter()
+        answers = [answer.job_id async for answer in stub.SubmitStream(requests())]
+        assert all(answers), "some were refused"
+        return count / (time.perf_counter() - began)
+
+
+async def latency(gateway: str, model: str, count: int) -> dict[str, float]:
+    """From submit to a result that was read, one job at a time, at most 20 a second: p50 and p99 in ms."""
+    took = []
+    async with connect(gateway) as channel:
+        ingest, store = ingest_pb2_grpc.IngestServiceStub(channel), store_pb2_grpc.StoreServiceStub(channel)
+        for number in range(count):
+            began = time.perf_counter()
+            answer = await ingest.Submit(ingest_pb2.SubmitRequest(request=question(model, number)))
+            await _result(store, answer.job.id)
+            took.append((time.perf_counter() - began) * 1e3)
+            await asyncio.sleep(0.03)
+    took.sort()
+    return {"p50": statistics.median(took), "p99": took[int(len(took) * 0.99) - 1]}
+
+
+async def _result(store: store_pb2_grpc.StoreServiceStub, job_id: str) -> None:
+    while True:
+        try:
+            await store.GetResult(store_pb2.GetResultRequest(job_id=job_id))
+            return
+        except grpc.aio.AioRpcError as err:
+            if err.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+        await asyncio.sleep(0.001)
+
+
+async def numbered(gateway: str, model: str, count: int) -> None:
+    """Submits `count` jobs on one stream, each with its own number."""
+    submits = [ingest_pb2.SubmitRequest(request=question(model, number)) for number in range(count)]
+    requests = [ingest_pb2.SubmitStreamRequest(sequence=n, submit=submit) for n, submit in enumerate(submits)]
+    async with connect(gateway) as channel:
+        stub = ingest_pb2_grpc.IngestServiceStub(channel)
+        answers = [answer.job_id async for answer in stub.SubmitStream(iter(requests))]
+    assert all(answers), "some were refused"
