@@ -12,7 +12,7 @@ from services.ingest.batches.inputs.json_lines import JsonLines
 from services.ingest.batches.inputs.npz_rows import NpzRows
 from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
-from services.ingest.batches.inputs.piece import ROW_BYTES, Rows
+from services.ingest.batches.inputs.piece import Rows
 from services.ingest.batches.inputs.places import Entry, Places
 from shoal.errors import DataLoss, ShoalError
 
@@ -34,13 +34,28 @@ def opened(places: Places, entry: Entry) -> Iterator[BinaryIO]:
 
 def open_pinned(places: Places, entry: Entry) -> BinaryIO:
     """The same; the caller closes it."""
-    now = places.stat(entry.url)
+    check_pinned(places, entry)
+    return places.open(entry)
+
+
+def check_pinned(places: Places, entry: Entry) -> None:
+    """Whether a file is still what it was when it was pinned. Raises as `opened` does."""
+    _check_same(entry, places.stat(entry.url))
+
+
+def _check_same(entry: Entry, now: Entry) -> None:
     if now != entry:
         raise DataLoss(
             f"{entry.url} has changed since the batch was submitted ({entry.size} bytes then, {now.size} now): "
             "submit it again as it is now"
         )
-    return places.open(entry)
+
+
+def read_pinned(places: Places, entry: Entry) -> bytes:
+    """All of a small file, as it was pinned. Raises as `opened` does."""
+    now, data = places.fetch(entry.url)
+    _check_same(entry, now)
+    return data
 
 
 @contextmanager
@@ -71,6 +86,7 @@ class Readers:
         with named(chunk.entry):
             rows = self._spare(_key(batch, chunk)) or self._open(batch, chunk)
             try:
+                check_pinned(self._places, chunk.entry)  # One that is kept may see what was written since.
                 rows.seek(chunk.span.row, chunk.span.offset)
             except BaseException:
                 rows.close()
@@ -78,7 +94,13 @@ class Readers:
             return rows
 
     def keep(self, batch: Batch, chunk: Chunk, rows: Rows) -> None:
-        """Takes back a reader that did not fail."""
+        """Takes back a reader that did not fail. Raises as `take` does: then what it has read does not count."""
+        with named(chunk.entry):
+            try:
+                check_pinned(self._places, chunk.entry)
+            except BaseException:
+                rows.close()
+                raise
         with self._lock:
             self._kept.append((_key(batch, chunk), rows))
             old = self._kept[:-_KEPT]
@@ -105,7 +127,7 @@ class Readers:
         file = open_pinned(self._places, chunk.entry)
         columns = frozenset(column for _, column in batch.columns) | kept_names(batch.kept)
         if batch.format is Format.OBJECTS:
-            return ObjectRows(file, lambda entry: self._places.read(entry.url, ROW_BYTES))
+            return ObjectRows(file, lambda entry: read_pinned(self._places, entry))
         return rows_of(batch.format, file, columns)
 
 

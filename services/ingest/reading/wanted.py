@@ -56,7 +56,7 @@ class Wanted:
             states = sorted(map(str, self.states))
             # A transition into the state that it was in before changes no field of that name: it is looked at here.
             moved["$or"] = [{f"{updated}.state": {"$in": states}}, {f"{updated}.state": {"$exists": False}}]
-            made["fullDocument.state"] = {"$in": states}
+            made["fullDocument.transitions.state"] = {"$in": states}
         match: Document = {"$or": [moved, made]}
         if self.ids:
             match["documentKey._id"] = {"$in": list(self.ids)}

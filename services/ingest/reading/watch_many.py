@@ -5,7 +5,8 @@
          └────────────────────────── watch again, after the last token <──────────────────────┘
 
 A token is a place in MongoDB's log, which outlives this process: whoever serves the next watch goes on exactly there.
-Each transition is one write, and so one change; the job is looked up soon after, and its history cut to that.
+Each transition is one write, and so one change (only a job that is claimed as it is made begins with two); the job is
+looked up soon after, and its history cut to that.
 With `existing`, the jobs that are there are told first, by id; the token then says how far that has come, too, and the
 place in the log from where changes follow, so that nothing falls between the two.
 
@@ -36,6 +37,8 @@ _AWAIT_MS = 1_000
 _HEARTBEAT_S = 10.0
 # A watcher with nothing to tell says how far it has come: its token must not grow older than MongoDB's log.
 _LISTED_AT_ONCE = 200
+_MOST_AT_ONCE = 10
+# Transitions of a job as it is made: two at most, today.
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Place:
     """The change stream's own token."""
     listed: str | None = None
     """Set while the jobs that were there are being told: the last one."""
+    told: int = 0
+    """Transitions of the next change that were told: a job that is claimed as it is made begins with two."""
 
 
 class WatchMany:
@@ -94,7 +99,7 @@ class WatchMany:
         if place.listed is not None:
             async for told in self._listed(wanted, place):
                 yield told
-        async for told in self._changed(wanted, place.log):
+        async for told in self._changed(wanted, place):
             yield told
 
     async def _listed(self, wanted: Wanted, place: Place) -> AsyncGenerator[Told, None]:
@@ -108,19 +113,20 @@ class WatchMany:
             if len(found) < _LISTED_AT_ONCE:
                 return
 
-    async def _changed(self, wanted: Wanted, after: Document) -> AsyncGenerator[Told, None]:
+    async def _changed(self, wanted: Wanted, place: Place) -> AsyncGenerator[Told, None]:
         loop = asyncio.get_running_loop()
-        told_at, told = loop.time(), after
-        async with await self._stream(wanted, after) as stream:
+        told_at, told, skipped = loop.time(), place.log, place.told
+        async with await self._stream(wanted, told) as stream:
             while stream.alive:
                 change = await _next(stream)
-                job = None if change is None else _job_of(change, wanted)
-                if change is not None and job is not None:
-                    told_at, told = loop.time(), change["_id"]
-                    yield Told(_written(Place(told), wanted), job)
-                elif loop.time() >= told_at + _HEARTBEAT_S and _token_of(stream) != told:
+                if change is not None and (views := _views(change, wanted)):
+                    for number, view in enumerate(views[skipped:], skipped + 1):
+                        here = Place(told, told=number) if number < len(views) else Place(change["_id"])
+                        yield Told(_written(here, wanted), view)
+                    told_at, told, skipped = loop.time(), change["_id"], 0
+                elif change is None and loop.time() >= told_at + _HEARTBEAT_S and _token_of(stream) != told:
                     told_at, told = loop.time(), _token_of(stream)
-                    yield Told(_written(Place(told), wanted))
+                    yield Told(_written(Place(told, told=skipped), wanted))
         raise Unavailable("the watch was ended by MongoDB: watch again")
 
     async def _stream(self, wanted: Wanted, after: Document | None) -> AsyncChangeStream[Document]:
@@ -139,15 +145,18 @@ async def _next(stream: AsyncChangeStream[Document]) -> Document | None:
         raise change_tokens.explained(err) from err
 
 
-def _job_of(change: Document, wanted: Wanted) -> Job | None:
-    """The job as of the transition that `change` is about; None when that is not into a wanted state."""
+def _views(change: Document, wanted: Wanted) -> list[Job]:
+    """The job as of each transition that `change` is about and that is into a wanted state."""
     job = job_of(change["fullDocument"])
-    step = change.get("step", 1)  # An insert is the first.
-    index = len(job.transitions) - 1 - (job.steps - step)
-    if index < 0:
-        index = 0  # So many followed that it is not kept any more: what is left of the history tells.
-    view = job if index == len(job.transitions) - 1 else as_of(job, index)
-    return view if wanted.includes(view) else None
+    last = len(job.transitions) - 1
+    if change["operationType"] == "insert":  # As it was made: all that it has.
+        about = range(last + 1)
+    else:
+        # So many may have followed that this one is not kept any more: what is left of the history tells.
+        at = max(0, last - (job.steps - change["step"]))
+        about = range(at, at + 1)
+    views = [job if index == last else as_of(job, index) for index in about]
+    return [view for view in views if wanted.includes(view)]
 
 
 def _token_of(stream: AsyncChangeStream[Document]) -> Document:
@@ -160,14 +169,17 @@ def _written(place: Place, wanted: Wanted) -> str:
     document: Document = {"log": place.log, "of": wanted.digest}
     if place.listed is not None:
         document["listed"] = place.listed
+    if place.told:
+        document["told"] = place.told
     return change_tokens.written(document)
 
 
 def _place(token: str, wanted: Wanted) -> Place:
     document = change_tokens.read(token)
-    log, listed = change_tokens.checked(document.get("log")), document.get("listed")
-    if not (listed is None or listed == "" or (isinstance(listed, str) and is_ulid(listed))):
+    log, listed, told = change_tokens.checked(document.get("log")), document.get("listed"), document.get("told", 0)
+    is_listed = listed is None or listed == "" or (isinstance(listed, str) and is_ulid(listed))
+    if not is_listed or type(told) is not int or not 0 <= told <= _MOST_AT_ONCE:
         raise InvalidArgument("resume_token: not a token of this service: leave it out to watch from now on")
     if document.get("of") != wanted.digest:
         raise InvalidArgument("resume_token: it belongs to another filter: go on with the filter it came from")
-    return Place(log, listed)
+    return Place(log, listed, told)

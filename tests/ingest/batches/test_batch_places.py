@@ -47,6 +47,7 @@ def test_a_place_keeps_its_promises_wherever_it_is(root: str, tmp_path: Path) ->
         places.put(url, b"other", only_new=True)
     entry = places.stat(url)
     assert entry.size == 256 * 64
+    assert places.fetch(url) == (entry, bytes(range(256)) * 64)
     with places.open(entry) as file:
         assert file.seek(-256, os.SEEK_END) == entry.size - 256
         assert file.read() == bytes(range(256))

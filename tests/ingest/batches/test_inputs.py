@@ -26,7 +26,7 @@ from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
 from services.ingest.batches.inputs.piece import ROW_BYTES, Rows, Span
 from services.ingest.batches.inputs.places import Entry, Places, is_within
-from services.ingest.batches.opening import Readers
+from services.ingest.batches.opening import Readers, read_pinned
 from services.ingest.batches.plan import plan
 from shoal.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, PermissionDenied
 from tests.ingest.batches.making import batch, listing, places, write_lines, write_npz, write_parquet
@@ -236,13 +236,15 @@ def test_objects_are_rows_and_one_that_is_gone_fails_alone(tmp_path: Path) -> No
         urls.append(f"file://{folder}/{n}.bin")
     entry = listing(tmp_path, urls)
     (folder / "2.bin").unlink()
+    (folder / "3.bin").write_bytes(b"another")
     where = places()
-    rows = ObjectRows(where.open(entry), lambda one: where.read(one.url, ROW_BYTES))
+    rows = ObjectRows(where.open(entry), lambda one: read_pinned(where, one))
     rows.seek(0, 0)
     piece = rows.read(10)
-    assert piece.columns["content"] == [b"\0\0\0", b"\1\1\1", None, b"\3\3\3", b"\4\4\4"]
+    assert piece.columns["content"] == [b"\0\0\0", b"\1\1\1", None, None, b"\4\4\4"]
     assert piece.sources == urls
-    assert [*piece.errors] == [2]
+    assert [*piece.errors] == [2, 3]
+    assert "has changed" in piece.errors[3]
     rows.close()
 
 
@@ -286,6 +288,25 @@ def test_a_file_that_changed_since_it_was_pinned_is_found_out(tmp_path: Path) ->
         chunks_of(one, places())
     with pytest.raises(DataLoss, match=r"in\.jsonl has changed"):
         list(rows_read(one, chunks))
+
+
+def test_a_reader_that_is_kept_sees_no_change_without_a_word(tmp_path: Path) -> None:
+    url = files_of_x(tmp_path)["jsonl"]
+    one = batch(tmp_path, listing=listing(tmp_path, [url]), chunk_rows=2)
+    chunks, readers = chunks_of(one, places()), Readers(places())
+    readers.keep(one, chunks[0], readers.take(one, chunks[0]))
+    rows = readers.take(one, chunks[1])
+    write_lines(tmp_path / "in.jsonl", [{"x": [0, 0, 0, 0]}] * 9)
+    with pytest.raises(DataLoss, match="has changed"):
+        readers.keep(one, chunks[1], rows)
+    with pytest.raises(DataLoss, match="has changed"):
+        readers.take(one, chunks[0])
+
+
+def test_a_file_that_is_gone_is_said(tmp_path: Path) -> None:
+    url = files_of_x(tmp_path)["jsonl"]
+    one = batch(tmp_path, listing=listing(tmp_path, [url]), chunk_rows=2)
+    chunks = chunks_of(one, places())
     (tmp_path / "in.jsonl").unlink()
     with pytest.raises(NotFound):
         list(rows_read(one, chunks))

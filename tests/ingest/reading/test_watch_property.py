@@ -14,7 +14,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import connect, ensure_collection
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, claiming, document_of, fenced_update, job_of, requeueing
-from services.ingest.job import DEAD_LETTERS, Again, End, Job, Lease, Outcome, State, end, requeue, try_again
+from services.ingest.job import DEAD_LETTERS, Again, End, Job, Lease, Outcome, State, claim, end, requeue, try_again
 from services.ingest.reading.wanted import Wanted
 from services.ingest.reading.watch_many import Told, WatchMany
 from services.ingest.ulid import Ulids
@@ -28,6 +28,7 @@ ids = Ulids(lambda: 1)
 steps = st.lists(
     st.one_of(
         st.just(("submit",)),
+        st.just(("adopt",)),
         st.tuples(st.just("move"), st.integers(0, 9), st.integers(0, 3)),
         st.tuples(st.just("read"), st.integers(1, 4)),
         st.just(("cut",)),
@@ -96,6 +97,11 @@ async def watched(uri: str, database: str, script: list[tuple[Any, ...]]) -> Non
                 made.append(job(tenant=tenant, submitted_at=START))
                 await jobs.insert_many([document_of(made[-1]), document_of(job(tenant="another"))])
                 written.append((made[-1].id, 1, State.QUEUED))
+            elif what == "adopt":  # Claimed as it is made.
+                one = job(tenant=tenant, submitted_at=START)
+                made.append(claim(one, Lease(ids.new(), "i", "p", START), START))
+                await jobs.insert_one(document_of(made[-1]))
+                written += [(one.id, 1, State.QUEUED), (one.id, 2, State.RUNNING)]
             elif what == "move" and made:
                 at, how = args[0] % len(made), args[1]
                 after = await move(jobs, made[at], how)

@@ -75,6 +75,8 @@ class ObjectRows:
             return self._fetch(entry)
         except NotFound:
             return "the object is gone: it was there when the batch was planned"
+        except DataLoss as err:
+            return err.message
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -121,6 +121,15 @@ class Places:
         with self.open(entry) as file:
             return file.read()
 
+    def fetch(self, url: str) -> tuple[Entry, bytes]:
+        """All of a small one, and what it was at that moment. Raises as `stat` does."""
+        with _translated(f"reading {url}"):
+            if path := _path(url):
+                return _entry_of(path), path.read_bytes()
+            store, key = self._object(url)
+            got = obstore.get(store, key)
+            return _object_entry(url, got.meta), bytes(got.bytes())
+
     def list(self, url: str) -> Iterator[Entry]:
         """Everything below the prefix `url`, which ends with a slash. Files in the order of their paths.
 
