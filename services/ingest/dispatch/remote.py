@@ -88,14 +88,22 @@ class GivenUp:
     def __init__(self) -> None:
         self._job_ids: list[str] = []
         self._came = asyncio.Event()
+        self._is_closed = False
 
     def add(self, job_id: str) -> None:
         self._job_ids.append(job_id)
         self._came.set()
 
-    async def next(self) -> list[str]:
-        """The next ones, once there are some."""
+    def close(self) -> None:
+        """The call has ended: whoever waits for more is let go. grpc.aio would leave it waiting for ever."""
+        self._is_closed = True
+        self._came.set()
+
+    async def next(self) -> list[str] | None:
+        """The next ones, once there are some; None when the call has ended."""
         await self._came.wait()
+        if self._is_closed:
+            return None
         self._came.clear()
         job_ids, self._job_ids = self._job_ids, []
         return job_ids
@@ -153,6 +161,7 @@ class RemoteModel:
             if len(left) == len(entries) and failure.code == Code.INTERNAL and failure.message == _UNSENT:
                 raise BulkDoorClosed(0.0) from err
         finally:
+            given_up.close()
             call.cancel()
         if left:
             yield [(entries[number].job_id, failure) for number in sorted(left)]
@@ -175,8 +184,8 @@ async def _bulk_requests(
         ]
     )
     numbers = {entry.job_id: number for number, entry in enumerate(entries)}
-    while True:
-        yield bulk_pb2.InferBulkRequest(given_up=[numbers[job_id] for job_id in await given_up.next()])
+    while (job_ids := await given_up.next()) is not None:
+        yield bulk_pb2.InferBulkRequest(given_up=[numbers[job_id] for job_id in job_ids])
 
 
 def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> Answer | Failure:
