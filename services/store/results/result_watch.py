@@ -69,6 +69,8 @@ class ResultWatch:
             async with self._db.client.start_session(causal_consistency=True) as session:
                 async with await collection.watch([], session=session) as stream:
                     token = _written(stream.resume_token)
+                if (newest := session.cluster_time) is not None:  # The time that the answer of `watch` came with.
+                    session.advance_operation_time(newest["clusterTime"])
                 await collection.find_one({"_id": ""}, session=session)
         return token
 
