@@ -134,7 +134,9 @@ def main() -> None:
                 marks, took, seen = peer(queue_name, places, folder / queue_name, args.jobs)
             starts, ends = counted(marks, "start"), counted(marks, "end")
             twice = [sum(count > 1 for count in counts.values()) for counts in (ends, starts)]
-            table.add_row(queue_name, *map(str, (seen, args.jobs - len(ends), *twice)), f"{took:.1f}")
+            row = (queue_name, *map(str, (seen, args.jobs - len(ends), *twice)), f"{took:.1f}")
+            print(*row, flush=True)
+            table.add_row(*row)
     Console(width=120).print(table)
 
 

@@ -70,6 +70,11 @@ INDEXES = (
         name="all_dependents",
         partialFilterExpression={"waits_for": {"$exists": True}},
     ),
+    IndexModel(
+        [("lane", ASCENDING)],
+        name="dependents_by_lane",
+        partialFilterExpression={"waits_for": {"$exists": True}},
+    ),
     IndexModel([("state", ASCENDING), ("_id", DESCENDING)], name="by_state"),
     IndexModel([("model_name", ASCENDING), ("_id", DESCENDING)], name="by_model"),
     IndexModel([("tenant", ASCENDING), ("_id", DESCENDING)], name="by_tenant"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from services.ingest.dispatch.remote import RemoteResults, failure_of
+from services.ingest.dispatch.remote import RemoteModel, RemoteResults, failure_of
 from services.ingest.job import End, Outcome
 from shoal.errors import Code, Internal, Unavailable
+from shoal.inference.v2 import inference_pb2
 from shoal.store.v1 import store_pb2
 from tests.ingest.faults import FakeMesh, failing
 
@@ -53,6 +54,15 @@ def test_retry_after_comes_along() -> None:
     failure = failure_of(error(S.RESOURCE_EXHAUSTED, "queue full", retry_after_ms="50"))
     assert (failure.code, failure.retry_after_ms) == (Code.RESOURCE_EXHAUSTED, 50)
     assert failure_of(error(S.RESOURCE_EXHAUSTED, "queue full", retry_after_ms="soon")).is_reached
+
+
+@pytest.mark.parametrize(("tenant", "told"), [("ada", "ada"), ("", None), ("ädä", "?"), ("a\nb", "?")])
+async def test_infer_is_told_whose_call_it_is(mesh: FakeMesh, tenant: str, told: str | None) -> None:
+    request = inference_pb2.ModelInferRequest(model_name="echo", id=f"tenant {tenant!r}")
+    async with grpc.aio.insecure_channel(mesh.address) as channel:
+        answer = await RemoteModel(channel).infer(request.SerializeToString(), 30, tenant)
+    assert isinstance(answer, inference_pb2.ModelInferResponse)
+    assert mesh.infer.metadata[request.id].get("x-shoal-tenant") == told
 
 
 async def test_the_store_says_what_stands(mesh: FakeMesh) -> None:

@@ -39,7 +39,9 @@ restarts is back by then, and no row was run for nothing."""
 class Model(Protocol):
     """infer, as a call needs it."""
 
-    async def infer(self, request: bytes, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
+    async def infer(
+        self, request: bytes, timeout_s: float, tenant: str = ""
+    ) -> inference_pb2.ModelInferResponse | Failure:
         """Runs one serialised ModelInferRequest, once. Never raises for a call that failed."""
 
 
@@ -185,7 +187,7 @@ class Calling:
         ]
 
     async def _once(self, inputs: Sequence[Fitted], stack: Stack) -> Answered | Failure:
-        got = await self._model.infer(request_of(self._asked, inputs, stack), self._timeout_s)
+        got = await self._model.infer(request_of(self._asked, inputs, stack), self._timeout_s, self._asked.tenant)
         if isinstance(got, Failure):
             return got
         try:

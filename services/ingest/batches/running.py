@@ -138,7 +138,7 @@ class Running:
     def _calling(self, batch: Batch, progress: Progress, patience_s: float) -> Calling:
         return Calling(
             self._model,
-            Asked(batch.model_name, batch.model_version, batch.signature),
+            Asked(batch.model_name, batch.model_version, batch.signature, batch.tenant),
             self._lanes,
             policy=Policy(max_attempts=batch.max_attempts),
             timeout_s=self._timeout_s,

@@ -51,7 +51,9 @@ Decision: TypeAlias = store_pb2.Result | Again | End
 class Model(Protocol):
     """infer, as an attempt needs it."""
 
-    async def infer(self, request: bytes, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
+    async def infer(
+        self, request: bytes, timeout_s: float, tenant: str = ""
+    ) -> inference_pb2.ModelInferResponse | Failure:
         """Runs one serialised ModelInferRequest, once. Never raises for a call that failed."""
 
     def infer_bulk(
@@ -211,7 +213,7 @@ class Attempts:
                     return Failure(int(err.code), err.message, is_reached=err.code is Code.DATA_LOSS)
             if request is None:
                 return Failure(Code.DATA_LOSS, f"the request of job {job.id} is not in the database any more")
-            return await self._model.infer(request + _EXPLAIN, timeout_s)
+            return await self._model.infer(request + _EXPLAIN, timeout_s, job.tenant)
 
 
 def _is_explanation(name: str) -> bool:

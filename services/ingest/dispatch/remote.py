@@ -29,6 +29,7 @@ _LINKS = 64
 _NO_RETRIES = (("x-envoy-max-retries", "0"),)
 
 _MODEL_HEADER = "x-shoal-model"
+_TENANT_HEADER = "x-shoal-tenant"
 # What the mesh routes bulks by: only a service's own Envoy takes it from anybody.
 _BULK_MARGIN_S = 5.0
 # A bulk's entries have their own deadlines; the call's is for an instance that is cut off.
@@ -88,14 +89,22 @@ class GivenUp:
     def __init__(self) -> None:
         self._job_ids: list[str] = []
         self._came = asyncio.Event()
+        self._is_closed = False
 
     def add(self, job_id: str) -> None:
         self._job_ids.append(job_id)
         self._came.set()
 
-    async def next(self) -> list[str]:
-        """The next ones, once there are some."""
+    def close(self) -> None:
+        """The call has ended: whoever waits for more is let go. grpc.aio would leave it waiting for ever."""
+        self._is_closed = True
+        self._came.set()
+
+    async def next(self) -> list[str] | None:
+        """The next ones, once there are some; None when the call has ended."""
         await self._came.wait()
+        if self._is_closed:
+            return None
         self._came.clear()
         job_ids, self._job_ids = self._job_ids, []
         return job_ids
@@ -113,11 +122,14 @@ class RemoteModel:
         )
         self._bulk = bulk_pb2_grpc.BulkInferenceStub(channel).InferBulk
 
-    async def infer(self, request: bytes, timeout_s: float) -> inference_pb2.ModelInferResponse | Failure:
-        """Runs one serialised ModelInferRequest, once."""
+    async def infer(
+        self, request: bytes, timeout_s: float, tenant: str = ""
+    ) -> inference_pb2.ModelInferResponse | Failure:
+        """Runs one serialised ModelInferRequest, once; `tenant` gets its share of a busy model."""
+        metadata = (*_NO_RETRIES, (_TENANT_HEADER, _printable(tenant))) if tenant else _NO_RETRIES
         try:
             response: inference_pb2.ModelInferResponse = await self._infer(
-                request, timeout=timeout_s, metadata=_NO_RETRIES
+                request, timeout=timeout_s, metadata=metadata
             )
         except grpc.RpcError as err:
             return failure_of(err)
@@ -153,6 +165,7 @@ class RemoteModel:
             if len(left) == len(entries) and failure.code == Code.INTERNAL and failure.message == _UNSENT:
                 raise BulkDoorClosed(0.0) from err
         finally:
+            given_up.close()
             call.cancel()
         if left:
             yield [(entries[number].job_id, failure) for number in sorted(left)]
@@ -175,8 +188,8 @@ async def _bulk_requests(
         ]
     )
     numbers = {entry.job_id: number for number, entry in enumerate(entries)}
-    while True:
-        yield bulk_pb2.InferBulkRequest(given_up=[numbers[job_id] for job_id in await given_up.next()])
+    while (job_ids := await given_up.next()) is not None:
+        yield bulk_pb2.InferBulkRequest(given_up=[numbers[job_id] for job_id in job_ids])
 
 
 def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> Answer | Failure:
@@ -186,9 +199,10 @@ def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> An
     return Failure(answer.code, answer.message, not is_shed, answer.retry_after_ms)
 
 
-def _printable(model: str) -> str:
-    """The name as a header may carry it: one that cannot be is no cluster's, and any instance may say so."""
-    return model if model.isascii() and model.isprintable() else "?"
+def _printable(name: str) -> str:
+    """The name as a header may carry it. A model that cannot be is no cluster's, and any instance may say so; such
+    tenants share a share."""
+    return name if name.isascii() and name.isprintable() else "?"
 
 
 def failure_of(error: grpc.RpcError) -> Failure:

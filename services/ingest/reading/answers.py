@@ -27,7 +27,7 @@ class StoredAnswers:
             DataLoss: an answer is damaged. ShoalError: they cannot be read just now.
         """
         found: dict[str, store_pb2.Result] = {}
-        request = store_pb2.QueryResultsRequest(job_ids=job_ids, page_size=len(job_ids))
+        request = store_pb2.QueryResultsRequest(job_ids=job_ids, page_size=len(job_ids), include_removed=True)
         while True:
             page = await self._page(request)
             found.update({result.job_id: result for result in page.results})

@@ -68,13 +68,18 @@ class Pending:
         count.jobs += 1
 
     async def count(self, tenant: str, most: int) -> int:
-        """How many wait; `most` when there are more.
+        """How many wait, for their turn or for other jobs; `most` when there are more.
 
         Raises:
             Unavailable: MongoDB is away.
         """
+        waiting = {**WAITING, "lane": range_of(tenant)}
+        dependents = {"lane": range_of(tenant), "waits_for": {"$exists": True}}
         with translated("counting a tenant's jobs"):
-            return await self._jobs.count_documents({**WAITING, "lane": range_of(tenant)}, limit=most, hint="lanes")
+            found = await self._jobs.count_documents(waiting, limit=most, hint="lanes")
+            if found < most:
+                found += await self._jobs.count_documents(dependents, limit=most - found, hint="dependents_by_lane")
+        return found
 
     def _count(self, tenant: str) -> _Count:
         if len(self._counts) >= _KNOWN_TIDY and tenant not in self._counts:

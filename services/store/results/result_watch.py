@@ -56,14 +56,23 @@ class ResultWatch:
             self._open -= 1
 
     async def token(self) -> str:
-        """Where a watch goes on that shows all that is recorded from now on.
+        """Where a watch goes on that shows all that whoever reads results from now on may not see yet.
+
+        A watch begins at the newest write, which no majority may have yet, while reads see what a majority has: between
+        the two a result could be missed by both. So it is waited for here until reads have come as far as the watch.
 
         Raises:
             Unavailable: MongoDB is away.
         """
+        collection = self._db[self._collections.results.name]
         with translated("opening a watch of results"):
-            async with await _opened(self._db[self._collections.results.name], [], None) as stream:
-                return _written(stream.resume_token)
+            async with self._db.client.start_session(causal_consistency=True) as session:
+                async with await collection.watch([], session=session) as stream:
+                    token = _written(stream.resume_token)
+                if (newest := session.cluster_time) is not None:  # The time that the answer of `watch` came with.
+                    session.advance_operation_time(newest["clusterTime"])
+                await collection.find_one({"_id": ""}, session=session)
+        return token
 
     async def _items(
         self, pipeline: list[Document], after: Document | None

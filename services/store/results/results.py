@@ -21,7 +21,7 @@ from mesh.mongo import TIMEOUT_MS, Document, translated
 from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Place
-from services.store.responses import Responses
+from services.store.responses import INLINE_BYTES, Responses
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
@@ -189,13 +189,19 @@ class Results:
         recorded_at = whole_milliseconds(self._clock())
         slots = asyncio.Semaphore(_BLOBS_AT_ONCE)
 
+        def small(result: Result) -> Document:
+            response = result.response.SerializeToString() if result.HasField("response") else None
+            return result_documents.document(result, recorded_at, response)
+
         async def one(result: Result) -> Document:
-            if not result.HasField("response"):
-                return result_documents.document(result, recorded_at, None)
+            if result.response.ByteSize() <= INLINE_BYTES:
+                return small(result)
             async with slots:
                 kept = await self._responses.keep(result.response.SerializeToString())
             return result_documents.document(result, recorded_at, kept)
 
+        if all(result.response.ByteSize() <= INLINE_BYTES for result in results):
+            return list(map(small, results))  # Nearly always: then none has a task.
         made = await asyncio.gather(*map(one, results), return_exceptions=True)
         docs = [doc for doc in made if not isinstance(doc, BaseException)]
         for failure in made:

@@ -10,6 +10,8 @@ import grpc
 import pytest
 from pymongo import AsyncMongoClient
 
+from mesh.channel import connect
+from services.ingest.dispatch.remote import BulkEntry, GivenUp, RemoteModel
 from shoal.errors import Code
 from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -55,6 +57,18 @@ async def test_each_of_a_bulk_has_its_own_end(client: Client, mesh: FakeMesh) ->
             assert not result.response.parameters  # Nobody asked for an explanation.
     assert max(mesh.infer.bulks) > 1
     assert mesh.infer.metadata["b1"]["x-shoal-model"] == "echo"
+
+
+async def test_a_bulk_that_is_over_leaves_nothing_that_waits(mesh: FakeMesh) -> None:
+    async with connect(mesh.address) as channel:
+        model, before = RemoteModel(channel), asyncio.all_tasks()
+        request = inference_pb2.ModelInferRequest(model_name="echo").SerializeToString()
+        for _ in range(5):
+            entries = [BulkEntry(str(n), request, 20.0) for n in range(3)]
+            answers = [one async for some in model.infer_bulk("echo", entries, GivenUp()) for one in some]
+            assert sorted(job_id for job_id, _ in answers) == ["0", "1", "2"]
+        names = [task for task in asyncio.all_tasks() - before if "request_iterator" in repr(task)]
+        await until(lambda: all(task.done() for task in names), "nobody waits for what may be given up")
 
 
 async def test_an_infer_without_a_bulk_door_is_called_job_by_job(client: Client, mesh: FakeMesh) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 BALLAST = "ballast"
 
 
@@ -51,7 +53,8 @@ def small_disk(folder: Path, nbytes: int) -> Iterator[SmallDisk]:
     with subprocess.Popen(["unshare", "-Urm", "sh", "-c", script], stdout=subprocess.PIPE) as holder:
         try:
             assert holder.stdout is not None
-            assert holder.stdout.readline() == b"mounted\n", "neither mount nor a user namespace is allowed here"
+            if holder.stdout.readline() != b"mounted\n":
+                pytest.skip("this machine lets nobody mount a filesystem: no disk to fill")
             yield SmallDisk(Path(f"/proc/{holder.pid}/root{folder}"))
         finally:
             holder.kill()

@@ -82,7 +82,10 @@ async def test_what_is_wrong_is_named(client: Client, request_: pb.SetTenantRequ
 async def test_a_full_quota_refuses_its_tenant_alone(client: Client, tenant: str) -> None:
     await set_tenant(client, tenant, max_pending=3)
     hour = Duration(seconds=3_600)
-    waiting = [await client.submit(tenant=tenant, delay=hour) for _ in range(3)]
+    waiting = [await client.submit(tenant=tenant, delay=hour) for _ in range(2)]
+    waiting.append(
+        await client.submit(tenant=tenant, depends_on=[pb.Dependency(job_id=waiting[1].job.id)])
+    )  # For another job, it waits too.
     message, retry_after_ms = await refusal(client, tenant=tenant)
     assert message.startswith(f"3 jobs of tenant '{tenant}' are queued, which is its quota")
     assert retry_after_ms > 0

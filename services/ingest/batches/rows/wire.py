@@ -41,6 +41,7 @@ class Asked:
     model_name: str
     model_version: str
     signature: Signature
+    tenant: str = ""
 
 
 def request_of(asked: Asked, inputs: Sequence[Fitted], stack: Stack) -> bytes:

@@ -1,0 +1,156 @@
+"""Waiting for jobs to end: whoever ends them, whenever they are waited for, whatever is away meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from pymongo import AsyncMongoClient
+
+from services.ingest.documents import JOBS, document_of
+from services.ingest.job import Job, State
+from services.ingest.reading.endings import Endings
+from shoal.errors import DataLoss, NotFound, ShoalError, Unavailable
+from shoal.store.v1 import store_pb2
+from tests.breakable import until
+from tests.ingest.making import job
+
+pytestmark = pytest.mark.mongo
+
+
+class Answers:
+    """The store, as faulty as a test wants it."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, store_pb2.Result] = {}
+        self.damaged: set[str] = set()
+        self.error: ShoalError | None = None
+        self.sizes: list[int] = []
+
+    async def whole(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
+        self.sizes.append(len(job_ids))
+        if self.error is not None:
+            raise self.error
+        if self.damaged & set(job_ids):
+            raise DataLoss("a digest does not fit")
+        return {name: self.results[name] for name in job_ids if name in self.results}
+
+
+@pytest.fixture
+def answers() -> Answers:
+    return Answers()
+
+
+@pytest.fixture
+async def jobs(mongo_uri: str, mongo_database: str) -> AsyncIterator[Any]:
+    async with AsyncMongoClient[dict[str, Any]](mongo_uri, tz_aware=True) as client:
+        yield client[mongo_database][JOBS]
+
+
+@pytest.fixture
+async def endings(jobs: Any, answers: Answers) -> AsyncIterator[Endings]:
+    ready = asyncio.Event()
+    ready.set()
+    async with Endings(jobs, answers, ready=ready) as made:
+        yield made
+
+
+async def put(jobs: Any, made: Job, state: State = State.QUEUED) -> str:
+    document = document_of(replace(made, state=state))
+    await jobs.replace_one({"_id": made.id}, document, upsert=True)
+    return made.id
+
+
+async def test_a_poke_ends_the_wait_and_only_that_of_a_job_that_has_ended(endings: Endings, jobs: Any) -> None:
+    one, two = job(), job()
+    ids = [await put(jobs, each) for each in (one, two)]
+    waits = [asyncio.create_task(endings.until_ended(name)) for name in ids]
+    await put(jobs, one, State.SUCCEEDED)
+    for name in ids:
+        endings.poke(name)
+    await asyncio.wait_for(waits[0], 30)
+    assert not waits[1].done()
+    await put(jobs, two, State.DEAD)
+    await asyncio.wait_for(waits[1], 30)  # Nobody poked: another instance has ended it.
+
+
+async def test_a_poke_that_came_before_the_wait_counts(endings: Endings, jobs: Any) -> None:
+    name = await put(jobs, job(), State.FAILED)
+    endings.poke(name)
+    await asyncio.wait_for(endings.until_ended(name), 30)
+
+
+async def test_what_has_ended_long_ago_or_is_there_no_more_has_ended(endings: Endings, jobs: Any) -> None:
+    name = await put(jobs, job(), State.EXPIRED)
+    await asyncio.wait_for(endings.until_ended(name, is_old=True), 30)
+    await asyncio.wait_for(endings.until_ended(job().id), 30)
+
+
+async def test_many_wait_for_one_job_and_one_who_leaves_takes_nobody_along(endings: Endings, jobs: Any) -> None:
+    made = job()
+    name = await put(jobs, made)
+    waits = [asyncio.create_task(endings.until_ended(name)) for _ in range(5)]
+    await asyncio.sleep(0)
+    waits[0].cancel()
+    await put(jobs, made, State.CANCELLED)
+    endings.poke(name)
+    await asyncio.wait_for(asyncio.gather(*waits[1:]), 30)
+
+
+async def test_thousands_are_waited_for_in_few_questions(endings: Endings, jobs: Any) -> None:
+    made = [job() for _ in range(3_000)]
+    await jobs.insert_many([document_of(each) for each in made])
+    waits = [asyncio.create_task(endings.until_ended(each.id)) for each in made]
+    await asyncio.sleep(0)
+    await jobs.update_many({}, {"$set": {"state": str(State.SUCCEEDED)}})
+    await asyncio.wait_for(asyncio.gather(*waits), 60)
+
+
+async def test_results_are_read_together_and_a_damaged_one_harms_nobody_else(
+    endings: Endings, answers: Answers
+) -> None:
+    names = [job().id for _ in range(150)]
+    answers.results = {name: store_pb2.Result(job_id=name) for name in names}
+    answers.results[names[3]].answer_removed_at.GetCurrentTime()
+    del answers.results[names[4]]
+    answers.damaged = {names[5]}
+    found = await asyncio.gather(*(endings.result(name) for name in names), return_exceptions=True)
+    assert max(answers.sizes) == 100
+    assert isinstance(found[5], DataLoss)
+    assert isinstance(found[4], NotFound)
+    with pytest.raises(NotFound, match="retention has removed its answer"):
+        raise found[3]  # type: ignore[misc]
+    assert [each.job_id for n, each in enumerate(found) if n not in (3, 4, 5)] == [  # type: ignore[union-attr]
+        name for n, name in enumerate(names) if n not in (3, 4, 5)
+    ]
+
+
+async def test_a_store_that_is_away_is_said_to_be(endings: Endings, answers: Answers) -> None:
+    answers.error = Unavailable("no store")
+    with pytest.raises(Unavailable, match="no store"):
+        await endings.result(job().id)
+
+
+async def test_a_database_that_is_away_is_waited_for(jobs: Any, answers: Answers) -> None:
+    ready = asyncio.Event()
+    broken = AsyncMongoClient[dict[str, Any]]("mongodb://127.0.0.1:1", serverSelectionTimeoutMS=50)
+    asked: list[str] = []
+
+    class Collection:
+        """The real one, and before that one that is away."""
+
+        def find(self, query: Any, *more: Any) -> Any:
+            asked.append("asked")
+            return (broken["d"]["c"] if len(asked) < 3 else jobs).find(query, *more)
+
+    made = job()
+    name = await put(jobs, made, State.SUCCEEDED)
+    async with Endings(Collection(), answers, ready=ready) as endings:  # type: ignore[arg-type]
+        wait = asyncio.create_task(endings.until_ended(name, is_old=True))
+        ready.set()
+        await until(lambda: wait.done(), "the end")
+    assert len(asked) >= 3
+    await broken.close()
