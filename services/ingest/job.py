@@ -337,14 +337,16 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
     """A dead letter back in the queue as its next generation: with all its attempts, and its deadline anew."""
     assert job.state in DEAD_LETTERS
     step = Transition(State.QUEUED, now, 0, instance, f"requeued: {reason}" if reason else "requeued")
+    # What has run has nothing to wait for: they succeeded, for good, though retention may have removed them since.
+    waits_for = () if job.attempts else job.depends_on
     return replace(
         job,
         state=State.QUEUED,
         generation=job.generation + 1,
         attempts=0,
         refusals=0,
-        due_at=None if job.depends_on else now,
-        waits_for=job.depends_on,
+        due_at=None if waits_for else now,
+        waits_for=waits_for,
         not_before=None,
         doom=None,
         deadline=None if job.deadline is None else now + (job.deadline - job.submitted_at),

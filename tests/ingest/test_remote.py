@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import grpc
 import pytest
 
-from services.ingest.dispatch.remote import RemoteModel, RemoteResults, failure_of
+from services.ingest.dispatch.remote import Answer, BulkEntry, GivenUp, RemoteModel, RemoteResults, failure_of
 from services.ingest.job import End, Outcome
 from shoal.errors import Code, Internal, Unavailable
 from shoal.inference.v2 import inference_pb2
 from shoal.store.v1 import store_pb2
-from tests.ingest.faults import FakeMesh, failing
+from tests.ingest.faults import FakeMesh, echo, failing
 
 
 def error(code: grpc.StatusCode, details: str | None, **trailing: str) -> grpc.aio.AioRpcError:
@@ -63,6 +66,27 @@ async def test_infer_is_told_whose_call_it_is(mesh: FakeMesh, tenant: str, told:
         answer = await RemoteModel(channel).infer(request.SerializeToString(), 30, tenant)
     assert isinstance(answer, inference_pb2.ModelInferResponse)
     assert mesh.infer.metadata[request.id].get("x-shoal-tenant") == told
+
+
+async def test_a_job_that_was_given_up_before_its_bulk_began_disturbs_nobody(mesh: FakeMesh) -> None:
+    given_up, is_told = GivenUp(), asyncio.Event()
+    given_up.add("its deadline had passed, so it is not in the call")
+    given_up.add("job 2")
+
+    async def once_it_is_told(request: inference_pb2.ModelInferRequest, context: Any) -> Any:
+        if request.id == "g1":
+            await is_told.wait()
+            return await echo(request, context)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            is_told.set()
+
+    mesh.infer.model = once_it_is_told
+    entries = [BulkEntry(f"job {n}", inference_pb2.ModelInferRequest(id=f"g{n}").SerializeToString(), 30) for n in "12"]
+    async with grpc.aio.insecure_channel(mesh.address) as channel:
+        answers = [one async for some in RemoteModel(channel).infer_bulk("echo", entries, given_up) for one in some]
+    assert isinstance(dict(answers)["job 1"], Answer)
 
 
 async def test_the_store_says_what_stands(mesh: FakeMesh) -> None:

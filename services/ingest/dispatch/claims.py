@@ -169,17 +169,22 @@ class Claims:
             kept = {document["_id"] async for document in cursor if document["lease"]["id"] == held[document["_id"]].id}
         return held.keys() - kept
 
-    async def take_lapsed(self, limit: int) -> list[tuple[Job, Lease]]:
-        """Takes over up to `limit` jobs whose leases have lapsed; each with the lease that was lost."""
+    async def take_lapsed(self, limit: int, held: Collection[str] = ()) -> list[tuple[Job, Lease]]:
+        """Takes over up to `limit` jobs whose leases have lapsed; each with the lease that was lost.
+
+        Not those that are `held` here: nobody died, MongoDB was away, and the lease is renewed, or found to be lost.
+        """
         now = self._clock()
-        lapsed = {"lease.expires_at": {"$lte": now}}
+        lapsed: Document = {"lease.expires_at": {"$lte": now}}
+        if held:
+            lapsed["_id"] = {"$nin": list(held)}
         with translated("taking over jobs whose leases lapsed"):
             cursor = self._jobs.find(lapsed, LIGHT).sort("lease.expires_at", 1).limit(limit)
             before = {document["_id"]: job_of(document) async for document in cursor}
             if not before:
                 return []
             lease = self.lease(now)
-            await self._jobs.update_many({"_id": {"$in": list(before)}, **lapsed}, taking_over(lease))
+            await self._jobs.update_many({**lapsed, "_id": {"$in": list(before)}}, taking_over(lease))
             mine = await self._mine(list(before), lease, LIGHT)
         return [(job, lost) for job in mine if (lost := before[job.id].lease) is not None]
 

@@ -113,7 +113,7 @@ class Keeper:
 
     async def _recover(self) -> None:
         limit = min(CARE_JOBS, self._dispatcher.room)
-        lapsed = await self._claims.take_lapsed(limit) if limit else []
+        lapsed = await self._claims.take_lapsed(limit, self._dispatcher.held().keys()) if limit else []
         if not lapsed:
             return
         log.warning("took over %d jobs whose leases lapsed", len(lapsed))

@@ -189,7 +189,8 @@ async def _bulk_requests(
     )
     numbers = {entry.job_id: number for number, entry in enumerate(entries)}
     while (job_ids := await given_up.next()) is not None:
-        yield bulk_pb2.InferBulkRequest(given_up=[numbers[job_id] for job_id in job_ids])
+        # What was given up before the call began may not be in it.
+        yield bulk_pb2.InferBulkRequest(given_up=[numbers[job_id] for job_id in job_ids if job_id in numbers])
 
 
 def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> Answer | Failure:

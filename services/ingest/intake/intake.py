@@ -222,9 +222,10 @@ class Intake:
 
     async def _written(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
         errors = await self._without_dependencies(jobs)
-        known = self._takers.adopt([job for job in jobs if job.id not in errors])
+        known = [job for job in jobs if job.id not in errors]
+        await self._payloads.put(known)
+        known = self._takers.adopt(known)  # Only now: their leases count from here, and the store may be slow.
         try:
-            await self._payloads.put(known)
             errors |= await self._insert(known) if known else {}
         except BaseException:
             self._takers.disown(known)  # They may be there or not.

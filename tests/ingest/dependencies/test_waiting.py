@@ -9,7 +9,21 @@ import pytest
 
 from services.ingest.dependencies.references import by_key, references_of
 from services.ingest.dependencies.waiting import Standing, after_look
-from services.ingest.job import DEAD_LETTERS, FINAL, Again, End, Job, Outcome, State, end, requeue, state_of, try_again
+from services.ingest.job import (
+    DEAD_LETTERS,
+    FINAL,
+    Again,
+    End,
+    Job,
+    Lease,
+    Outcome,
+    State,
+    claim,
+    end,
+    requeue,
+    state_of,
+    try_again,
+)
 from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.ingest.faults import submit
@@ -90,6 +104,15 @@ def test_a_requeue_waits_for_all_of_them_again() -> None:
     assert ended.state in DEAD_LETTERS
     again = requeue(ended, "", "i", LATER)
     assert (again.due_at, again.waits_for, again.doom) == (None, (A, B), None)
+
+
+def test_a_requeue_of_what_has_run_waits_for_nobody() -> None:
+    released = look(waiting(A, B), **{A: State.SUCCEEDED, B: State.SUCCEEDED})
+    assert isinstance(released, Job)
+    lease = Lease("l", "i", "p", LATER)
+    ended = end(claim(released, lease, LATER), End(Outcome.FAILED, Code.INTERNAL, "broken"), "i", LATER)
+    again = requeue(ended, "", "i", LATER)  # By now retention may have removed both.
+    assert (again.due_at, again.waits_for) == (LATER, ())
 
 
 def test_references_are_checked() -> None:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import connect, ensure_collection
-from services.ingest.clock import utc_now
-from services.ingest.dispatch.attempt import Attempts, Decision
+from services.ingest.clock import Clock, utc_now
+from services.ingest.dispatch.attempt import Decision
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.dispatch.gate import Gate
+from services.ingest.dispatch.keeper import Keeper
 from services.ingest.dispatch.recorder import Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of, job_of
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.payloads import Payloads
-from services.ingest.job import Again, End, Job, Outcome, State
+from services.ingest.job import Again, End, Job, Lease, Outcome, Policy, State, claim
 from services.ingest.ulid import Ulids
 from shoal.store.v1 import store_pb2
 from tests.breakable import until
-from tests.ingest.making import job
+from tests.ingest.making import TestClock, job
 
 Collection = AsyncCollection[dict[str, Any]]
 
@@ -42,16 +44,17 @@ class LateAnswers:
         return done
 
 
-class FailsOnce:
-    """Attempts, as the dispatcher needs them: each job's first fails, its second is answered when it may be."""
+class Fails:
+    """Attempts, as the dispatcher needs them: each job's first `failures` fail, the next is answered when it may be."""
 
-    def __init__(self) -> None:
+    def __init__(self, failures: int = 1) -> None:
+        self._failures = failures
         self.may = asyncio.Event()
         self.began: list[int] = []
 
     async def run(self, jobs: Sequence[Job], given_up: GivenUp) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
         self.began += [one.attempts for one in jobs]
-        if jobs[0].attempts == 1:
+        if jobs[0].attempts <= self._failures:
             yield [(one, Again(utc_now(), True, "failed")) for one in jobs]
             return
         await self.may.wait()
@@ -85,52 +88,112 @@ async def jobs(mongo_uri: str, mongo_database: str) -> AsyncIterator[Collection]
         yield await ensure_collection(client[mongo_database], JOBS, validator=VALIDATOR, indexes=INDEXES)
 
 
+@dataclass
+class Instance:
+    """What of an instance holds jobs, on a real database. `written` is what states are written to."""
+
+    jobs: Collection
+    clock: Clock
+    attempts: Any
+    written: Any = None
+    lease_ms: int = 60_000
+    store: Store = field(default_factory=Store)
+    changed: list[str] = field(default_factory=list)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        payloads, backlog = cast(Payloads, NoPayloads()), Backlog(1_000)
+        name = "local/ingest-0"
+        new_id = Ulids(lambda: 1).new
+        claims = Claims(self.jobs, clock=self.clock, new_id=new_id, owner=name, process="p", lease_ms=self.lease_ms)
+        self.recorder = Recorder(
+            self.written or self.jobs,
+            self.store,
+            payloads,
+            clock=self.clock,
+            instance=name,
+            on_change=self.changed.append,
+        )
+        self.dispatcher = Dispatcher(
+            claims,
+            self.attempts,
+            self.recorder,
+            gate=Gate(),
+            backlog=backlog,
+            clock=self.clock,
+            instance=name,
+            ready=self.ready,
+            max_in_flight=8,
+            poll_ms=10,
+            drain_ms=1_000,
+        )
+        self.keeper = Keeper(
+            self.jobs,
+            claims,
+            self.dispatcher,
+            self.store,
+            payloads,
+            backlog,
+            clock=self.clock,
+            ready=self.ready,
+            renew_ms=1_500,
+        )
+
+    async def has_ended(self, *made: Job) -> None:
+        async def all_have() -> bool:
+            found = await self.jobs.find({"_id": {"$in": [one.id for one in made]}}).to_list()
+            return all(job_of(document).state is State.SUCCEEDED for document in found)
+
+        await until(all_have, "they have succeeded")
+
+
 async def test_a_job_that_is_claimed_again_before_its_return_is_known_to_be_written_stays_held(
     jobs: Collection,
 ) -> None:
-    late, attempts, store, ids, ready = LateAnswers(jobs), FailsOnce(), Store(), Ulids(lambda: 1), asyncio.Event()
-    returned: list[str] = []
-    claims = Claims(jobs, clock=utc_now, new_id=ids.new, owner="local/ingest-0", process="p", lease_ms=60_000)
-    recorder = Recorder(
-        cast(Collection, late),
-        store,
-        cast(Payloads, NoPayloads()),
-        clock=utc_now,
-        instance="local/ingest-0",
-        on_change=returned.append,
-    )
-    dispatcher = Dispatcher(
-        claims,
-        cast(Attempts, attempts),
-        recorder,
-        gate=Gate(),
-        backlog=Backlog(1_000),
-        clock=utc_now,
-        instance="local/ingest-0",
-        ready=ready,
-        max_in_flight=8,
-        poll_ms=10,
-        drain_ms=1_000,
-    )
+    late, attempts = LateAnswers(jobs), Fails()
+    here = Instance(jobs, utc_now, attempts, written=late)
     made = [job() for _ in range(3)]
     await jobs.insert_many([document_of(one) for one in made])
-
-    async def state(one: Job) -> State:
-        return job_of(cast(dict[str, Any], await jobs.find_one({"_id": one.id}))).state
-
-    async with recorder, dispatcher:
-        ready.set()
+    async with here.recorder, here.dispatcher:
+        here.ready.set()
         await until(lambda: attempts.began.count(2) == 3, "claimed anew, while nobody knows that they were put back")
         late.may.set()
-        await until(lambda: len(returned) >= 3, "now it is known")
-        assert dispatcher.held().keys() == {one.id for one in made}
+        await until(lambda: len(here.changed) >= 3, "now it is known")
+        assert here.dispatcher.held().keys() == {one.id for one in made}
         attempts.may.set()
-        for one in made:
+        await here.has_ended(*made)
+        await until(lambda: not here.dispatcher.held(), "all are let go")
+    assert sorted(result.job_id for result in here.store.results) == [one.id for one in made]
+    assert {result.attempt for result in here.store.results} == {2}
 
-            async def has_ended(one: Job = one) -> bool:
-                return await state(one) is State.SUCCEEDED
 
-            await until(has_ended, "it ended")
-        await until(lambda: not dispatcher.held(), "all are let go")
-    assert sorted(result.job_id for result in store.results) == [one.id for one in made]
-    assert {result.attempt for result in store.results} == {2}
+async def test_leases_that_lapsed_while_mongodb_was_away_cost_their_holder_nothing(jobs: Collection) -> None:
+    clock, attempts = TestClock(), Fails(failures=0)
+    here = Instance(jobs, clock, attempts, lease_ms=5_000)
+    made = job(policy=Policy(max_attempts=1))
+    await jobs.insert_one(document_of(made))
+    async with here.recorder, here.dispatcher:
+        here.ready.set()
+        await until(lambda: attempts.began == [1], "it is in a call")
+        clock.advance(seconds=30)  # Nothing could be renewed; and what is lapsed may be looked for first.
+        await here.keeper._care()
+        assert here.dispatcher.held().keys() == {made.id}
+        await here.keeper._renew()
+        attempts.may.set()
+        await here.has_ended(made)
+    assert [result.attempt for result in here.store.results] == [1]
+
+
+async def test_a_lapsed_lease_of_which_its_holder_knows_nothing_is_taken_up_by_itself(jobs: Collection) -> None:
+    clock, attempts = TestClock(), Fails(failures=0)
+    attempts.may.set()
+    here = Instance(jobs, clock, attempts, lease_ms=5_000)
+    made = job()
+    lost = Lease("its claim was made, and its answer was lost", "local/ingest-0", "p", clock.now)
+    await jobs.insert_one(document_of(claim(made, lost, clock.now)))
+    clock.advance(seconds=1)
+    async with here.recorder, here.dispatcher:
+        here.ready.set()
+        await here.keeper._care()
+        await here.has_ended(made)
+    assert [result.attempt for result in here.store.results] == [2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.database import AsyncDatabase
 
+from services.ingest.clock import utc_now
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2
 from tests.breakable import until
@@ -176,4 +178,25 @@ async def test_kills_between_store_and_database_lose_nothing(
         for job, each in zip(jobs, data, strict=True):
             assert (await client.ended(job)).state == pb.JOB_STATE_SUCCEEDED
             assert mesh.store.results[job].response.raw_output_contents[0] == each
+        await client.channel.close()
+
+
+async def test_a_job_is_claimed_only_when_its_request_is_in_the_store(
+    mesh: FakeMesh, start_ingest: StartIngest
+) -> None:
+    """Else the lease of a job whose store is slow would have lapsed before anybody has it."""
+    handed_in: list[datetime] = []
+
+    async def noted(context: Any) -> None:
+        handed_in.append(utc_now())
+
+    mesh.store._checked = noted  # type: ignore[attr-defined]
+    with start_ingest() as ingest:
+        await ingest.until_ready()
+        client = Client(ingest.address)
+        accepted = await client.submit(data=os.urandom(LARGE))
+        assert accepted.job.state == pb.JOB_STATE_RUNNING
+        claimed = accepted.job.transitions[1]
+        assert claimed.reason == "claimed"
+        assert claimed.at.ToDatetime(UTC) > handed_in[0]
         await client.channel.close()
