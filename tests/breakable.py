@@ -72,7 +72,8 @@ class Process:
         return self._popen.wait(within_s)
 
     def __enter__(self) -> Process:
-        self.start()
+        if not self.is_running():  # A fixture may have entered it already: a second process would be left behind.
+            self.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
