@@ -6,7 +6,7 @@
 Ids rise with the time of submission, so what was submitted too late to be over needs no look. A job that was still
 young when its page was read (it took long, or its tenant keeps it longer) is looked at again a day later. Two leaders
 at once would do no harm: a removal demands that the job has ended so, so long ago. A dead letter that was requeued has
-not.
+not. What another job still waits for stays too: that one is to see how it ended, however long nobody was there to look.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from mesh.tasks import Background
 from services.ingest.clock import Clock, milliseconds
+from services.ingest.dependencies.references import by_key
 from services.ingest.documents import LIGHT, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import FINAL, Job, State
@@ -109,12 +110,20 @@ class Sweep(Background):
         with translated("looking for jobs that have stayed long enough"):
             cursor = self._jobs.find({"state": str(state), "_id": span}, LIGHT).sort("_id", 1).limit(PAGE_JOBS)
             jobs = [job_of(document) async for document in cursor]
-        over = [job for job in jobs if rules.is_over(job, now)]
+        over = await self._not_awaited([job for job in jobs if rules.is_over(job, now)])
         if over:
             await self._remove(over, state, now - shortest)
         if jobs:
             self._come_to[state] = jobs[-1].id
         return len(jobs) == PAGE_JOBS, len(over)
+
+    async def _not_awaited(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those that no other job waits for any more."""
+        names = [*(job.id for job in jobs), *(by_key(job.key) for job in jobs if job.key)]
+        with translated("looking for jobs that wait for others"):
+            cursor = self._jobs.find({"waits_for": {"$in": names}}, {"tenant": 1, "waits_for": 1})
+            awaited = {(one["tenant"], reference) async for one in cursor for reference in one["waits_for"]}
+        return [job for job in jobs if not awaited & {(job.tenant, job.id), (job.tenant, by_key(job.key))}]
 
     async def _remove(self, over: Sequence[Job], state: State, before: datetime) -> None:
         ids = [job.id for job in over]

@@ -104,6 +104,20 @@ async def test_tenants_have_their_own_word(world: World) -> None:
     assert await world.left() == set()
 
 
+async def test_what_others_still_wait_for_stays_until_they_know_that_it_succeeded(world: World) -> None:
+    by_id, keyed = await world.put(State.SUCCEEDED), await world.put(State.SUCCEEDED, key="k", digest=b"d")
+    other = await world.put(State.SUCCEEDED, key="k", digest=b"d", tenant="other")
+    waits = await world.put(State.QUEUED, depends_on=(by_id.id, "key:k"), waits_for=(by_id.id, "key:k"))
+    world.clock.advance(days=8)  # The node was off, say.
+    assert await world.sweep.round() == 1
+    assert await world.left() == {by_id.id, keyed.id, waits.id}
+    assert other.id not in await world.left()
+    await world.jobs.update_one({"_id": waits.id}, {"$unset": {"waits_for": ""}})
+    world.clock.advance(days=1, seconds=1)
+    assert await world.sweep.round() == 2
+    assert await world.left() == {waits.id}
+
+
 async def test_what_took_long_is_found_a_day_later(world: World) -> None:
     slow = await world.put(State.RUNNING)
     quick = await world.put(State.SUCCEEDED)
