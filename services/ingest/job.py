@@ -349,12 +349,20 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
         waits_for=waits_for,
         not_before=None,
         doom=None,
-        deadline=None if job.deadline is None else now + (job.deadline - job.submitted_at),
+        deadline=None if job.deadline is None else now + (job.deadline - _began_at(job)),
         cancel_reason=None,
         updated_at=now,
         transitions=_grown(job, step),
         steps=job.steps + 1,
     )
+
+
+def _began_at(job: Job) -> datetime:
+    """When its generation began, and its deadline to count."""
+    for step, before in zip(job.transitions[:0:-1], job.transitions[-2::-1], strict=True):
+        if before.state in FINAL and step.state is State.QUEUED:
+            return step.at
+    return job.submitted_at
 
 
 def generations(job: Job) -> list[int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.errors import AutoReconnect
 
 from mesh.mongo import connect, ensure_collection
 from services.ingest.dispatch.claims import Claims
@@ -36,7 +37,7 @@ from services.ingest.job import (
 from services.ingest.lane import range_of
 from services.ingest.reading.jobs import Filter
 from services.ingest.ulid import Ulids
-from shoal.errors import Code
+from shoal.errors import Code, Unavailable
 from tests.ingest.making import START, TestClock, job
 
 Collection = AsyncCollection[dict[str, Any]]
@@ -165,6 +166,44 @@ async def test_a_renewed_lease_does_not_lapse(jobs: Collection, clock: TestClock
     assert await worker.take_lapsed(10) == []
     clock.advance(seconds=1)
     assert len(await worker.take_lapsed(10)) == 2
+
+
+class Unanswered:
+    """A collection whose next update of many is done, or not, and never answered."""
+
+    def __init__(self, jobs: Collection, *, is_done: bool) -> None:
+        self._jobs = jobs
+        self._is_done = is_done
+        self.is_broken = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jobs, name)
+
+    async def update_many(self, *args: Any) -> Any:
+        if not self.is_broken:
+            return await self._jobs.update_many(*args)
+        self.is_broken = False
+        if self._is_done:
+            await self._jobs.update_many(*args)
+        raise AutoReconnect("the connection broke")
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+@pytest.mark.parametrize("is_fresh", [True, False])
+async def test_a_claim_that_was_not_answered_costs_no_attempt(
+    jobs: Collection, clock: TestClock, is_done: bool, is_fresh: bool
+) -> None:
+    waiting = [job(), job()]
+    await put(jobs, *waiting)
+    worker = claims(cast(Collection, Unanswered(jobs, is_done=is_done)), clock)
+    with pytest.raises(Unavailable):
+        await (worker.claim_fresh(waiting) if is_fresh else worker.claim_due(10, []))
+    clock.advance(seconds=30)
+    assert await worker.take_lapsed(10) == []
+    claimed, _ = await worker.claim_due(10, [])
+    assert {one.id: one.attempts for one in claimed} == {one.id: 1 for one in waiting}
+    assert claimed == [await read(jobs, one.id) for one in claimed]
+    assert len(await worker.take_lapsed(10)) == 2 * is_done, "from now on they are as all others"
 
 
 async def test_claimers_never_share_a_job(jobs: Collection, clock: TestClock) -> None:

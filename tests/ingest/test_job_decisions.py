@@ -26,6 +26,7 @@ from services.ingest.job import (
     end,
     refused_wait_ms,
     released,
+    requeue,
     state_of,
     take_over,
     try_again,
@@ -152,3 +153,13 @@ def test_the_state_follows_from_the_result(standing: End, state: State) -> None:
     assert ended.state in FINAL
     assert (ended.lease, ended.due_at) == (None, None)
     assert ended.transitions[-1].state is state
+
+
+def test_each_requeue_counts_the_same_deadline_anew() -> None:
+    letter, now = job(deadline=START + timedelta(seconds=60)), START
+    for _ in range(3):
+        now += timedelta(hours=1)
+        ended = end(claim(letter, LEASE, now), End(Outcome.FAILED, Code.INTERNAL, "why"), "i", now)
+        now += timedelta(hours=1)
+        letter = requeue(ended, "", "i", now)
+        assert letter.deadline == now + timedelta(seconds=60)

@@ -10,12 +10,14 @@ of two claimers the database lets one have a job; each then reads which ones car
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 
 from pymongo import UpdateOne
 from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.errors import PyMongoError
 
 from mesh.mongo import Document, translated
 from services.ingest.clock import Clock
@@ -35,6 +37,8 @@ _SHORTEST_REST = timedelta(milliseconds=100)
 _LISTED_MOST = 20_000
 # Lanes known at a time, for memory's sake. With more, they take turns.
 _LINED_UP = 1_000
+_UNCLEAR = 100
+# Claims that MongoDB did not answer: one a second while it is away, if as many.
 _LANED = {"tenant": 1, "model_name": 1}
 
 
@@ -68,6 +72,8 @@ class Claims:
         self._listed_at = EVER
         self._list_again = timedelta()
         self._listed_to = ""
+        self._unclear: deque[tuple[Lease, Sequence[str]]] = deque(maxlen=_UNCLEAR)
+        """Claims of which MongoDB did not say whether they were made: no job of theirs has run."""
 
     def lease(self, now: datetime) -> Lease:
         """A new lease from `now` on."""
@@ -86,6 +92,8 @@ class Claims:
         """
         closed = frozenset(closed_models)
         with translated("claiming jobs"):
+            if self._unclear and (mine := await self._cleared_up()):
+                return mine, True
             is_listed = await self._list_now_and_then()
             mine = await self._claim_known(limit, closed)
             if not mine and not is_listed:  # What was known is used up.
@@ -107,9 +115,27 @@ class Claims:
     async def _claim(self, ids: Sequence[str], now: datetime) -> list[Job]:
         lease = self.lease(now)
         due = {"_id": {"$in": ids}, "due_at": {"$lte": now, "$gt": EVER}}
-        won = await self._jobs.update_many(due, claiming(lease, now))
-        self._spread = _CROWDED_SPREAD if won.modified_count * 2 < len(ids) else 1
-        return await self._mine(ids, lease) if won.modified_count else []
+        with self._unclear_when_broken(lease, ids):
+            won = await self._jobs.update_many(due, claiming(lease, now))
+            self._spread = _CROWDED_SPREAD if won.modified_count * 2 < len(ids) else 1
+            return await self._mine(ids, lease) if won.modified_count else []
+
+    @contextmanager
+    def _unclear_when_broken(self, lease: Lease, ids: Sequence[str]) -> Iterator[None]:
+        try:
+            yield
+        except PyMongoError:
+            self._unclear.append((lease, ids))
+            raise
+
+    async def _cleared_up(self) -> list[Job]:
+        """Jobs that an earlier claim has taken after all: to be run, before they lapse and that costs an attempt."""
+        mine: list[Job] = []
+        while self._unclear and not mine:
+            lease, ids = self._unclear[0]
+            mine = await self._mine(ids, lease)
+            self._unclear.popleft()
+        return mine
 
     async def _seen(self, asks: Sequence[Ask], now: datetime, spread: int) -> dict[Lane, list[Waiting]]:
         """The beginning of each lane that is asked for: one round trip, and no document is read."""
@@ -152,10 +178,11 @@ class Claims:
         ids = [job.id for job in jobs]
         with translated("claiming fresh jobs"):
             untouched = {"_id": {"$in": ids}, "due_at": {"$gt": EVER}, "steps": 1}
-            won = await self._jobs.update_many(untouched, claiming(lease, now))
-            if won.modified_count == len(ids):
-                return [claim(job, lease, now) for job in jobs]
-            return await self._mine(ids, lease) if won.modified_count else []
+            with self._unclear_when_broken(lease, ids):
+                won = await self._jobs.update_many(untouched, claiming(lease, now))
+                if won.modified_count == len(ids):
+                    return [claim(job, lease, now) for job in jobs]
+                return await self._mine(ids, lease) if won.modified_count else []
 
     async def renew(self, held: Mapping[str, Lease]) -> set[str]:
         """Extends the leases `held` (by job id) and says which jobs were lost: another lease is on them, or none."""
@@ -173,11 +200,14 @@ class Claims:
         """Takes over up to `limit` jobs whose leases have lapsed; each with the lease that was lost.
 
         Not those that are `held` here: nobody died, MongoDB was away, and the lease is renewed, or found to be lost.
+        Nor those that a claim of here may have taken, which is cleared up.
         """
         now = self._clock()
         lapsed: Document = {"lease.expires_at": {"$lte": now}}
         if held:
             lapsed["_id"] = {"$nin": list(held)}
+        if self._unclear:
+            lapsed["lease.id"] = {"$nin": [lease.id for lease, _ in self._unclear]}
         with translated("taking over jobs whose leases lapsed"):
             cursor = self._jobs.find(lapsed, LIGHT).sort("lease.expires_at", 1).limit(limit)
             before = {document["_id"]: job_of(document) async for document in cursor}
