@@ -202,7 +202,7 @@ class Ledger:
             await self._chunks.delete_many({"batch": batch})
 
     async def batches(self) -> set[str]:
-        """The batches that have chunks. None while a backup is being restored: chunks come before their batches then."""
+        """The batches that have chunks; none while a backup is being restored, for chunks come first then."""
         with translated("looking for chunks"):
             if await self._chunks.database[RESTORES].find_one({}, {"_id": 1}) is not None:
                 return set()
