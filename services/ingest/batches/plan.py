@@ -17,10 +17,13 @@ from services.ingest.batches.inputs.piece import Span, even_spans
 from services.ingest.batches.inputs.places import Entry, Places
 from services.ingest.batches.mapping import Wanted, check_file
 from services.ingest.batches.opening import named, opened
+from shoal.errors import InvalidArgument
 
 CHUNK_BYTES = 32 << 20
 """A chunk ends when its rows are about this large, so that one is done within seconds: what a kill throws away."""
 _OBJECTS = 256
+_MOST_ROWS = 1 << 32
+# Of one file. A few bytes can say that they are rows without end, and would be planned until MongoDB is full.
 
 
 def plan(places: Places, batch: Batch, tail: Chunk | None) -> Iterator[Chunk]:
@@ -63,6 +66,8 @@ def _file_spans(places: Places, batch: Batch, entry: Entry, after: Span) -> Iter
             yield from json_lines.spans(file, batch.chunk_rows, CHUNK_BYTES, row=row, offset=after.end)
             return
         rows, each = _measured(batch, file)
+        if rows > _MOST_ROWS:
+            raise InvalidArgument(f"it says that it has {rows} rows: at most {_MOST_ROWS} are taken of one file")
         yield from even_spans(rows, each, batch.chunk_rows, CHUNK_BYTES, row)
 
 

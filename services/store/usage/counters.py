@@ -93,11 +93,12 @@ class Counters(Background):
             Unavailable: MongoDB is away.
         """
         await self.flush()
-        usage = self._collections.usage
+        # What comes from now on is counted as it comes: the walk must not count it too, however long it takes.
+        until, usage = whole_milliseconds(self._clock()), self._collections.usage
         with translated(f"counting the results of tenant {tenant!r}"):
             await usage.update_one({"_id": tenant}, {"$setOnInsert": {**vars(Weight()), **_UNCOUNTED}}, upsert=True)
             before = await usage.find_one({"_id": tenant}) or {}
-            off = await self._walked(tenant) - Weight(before["results"], before["bytes"])
+            off = await self._walked(tenant, until) - Weight(before["results"], before["bytes"])
             counted = {
                 "$inc": {**vars(off), "recounts": 1},
                 "$set": {"recounted_at": whole_milliseconds(self._clock())},
@@ -106,11 +107,11 @@ class Counters(Background):
         if off:
             log.info("tenant %r: the usage was off by %d results and %d bytes", tenant, off.results, off.bytes)
 
-    async def _walked(self, tenant: str) -> Weight:
-        """What all results of a tenant count for."""
+    async def _walked(self, tenant: str, until: datetime) -> Weight:
+        """What all results of a tenant count for that were recorded `until` then."""
         sum_, place = Weight(), START
         while True:
-            steps = _step(tenant, place)
+            steps = _step(tenant, place, until)
             with pymongo.timeout(_WALK_TIMEOUT_S):
                 found: Sequence[Document] = await (
                     await self._collections.results.aggregate(steps, hint="by_tenant")
@@ -143,9 +144,10 @@ class Counters(Background):
             log.exception("counting usage")
 
 
-def _step(tenant: str, after: Place) -> list[dict[str, Any]]:
+def _step(tenant: str, after: Place, until: datetime) -> list[dict[str, Any]]:
     """The sum of the next few results of a tenant, and where they end."""
-    query = {"$and": [{"tenant": tenant, "recorded_at": {"$gte": EVER}}, beyond(after, oldest_first=True)]}
+    window = {"tenant": tenant, "recorded_at": {"$gte": EVER, "$lte": until}}
+    query = {"$and": [window, beyond(after, oldest_first=True)]}
     group = {
         "_id": None,
         "results": {"$sum": 1},

@@ -28,8 +28,9 @@ from services.ingest.batches.inputs.piece import ROW_BYTES, Rows, Span
 from services.ingest.batches.inputs.places import Entry, Places, is_within
 from services.ingest.batches.opening import Readers, read_pinned
 from services.ingest.batches.plan import plan
+from services.ingest.batches.rows.signature import Signature, Spec
 from shoal.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, PermissionDenied
-from tests.ingest.batches.making import batch, listing, places, write_lines, write_npz, write_parquet
+from tests.ingest.batches.making import DOUBLE, batch, listing, places, write_lines, write_npz, write_parquet
 
 X = np.arange(28, dtype=np.float32).reshape(7, 4)
 
@@ -318,6 +319,15 @@ def test_a_second_file_that_is_unfit_is_named(tmp_path: Path) -> None:
     one = batch(tmp_path, format=Format.PARQUET, listing=listing(tmp_path, [good, bad]))
     with pytest.raises(InvalidArgument, match=r"bad\.parquet: column 'x' holds string, and the model takes x FP32"):
         chunks_of(one, places())
+
+
+def test_a_file_that_says_it_has_rows_without_end_is_refused(tmp_path: Path) -> None:
+    url = write_npz(tmp_path / "endless.npz", x=np.zeros((10**18, 0), np.float32))
+    assert (tmp_path / "endless.npz").stat().st_size < 1_000
+    rows = Signature((Spec("x", "FP32", (-1,)),), DOUBLE.outputs, 8)
+    one = batch(tmp_path, format=Format.NPZ, listing=listing(tmp_path, [url]), signature=rows)
+    with pytest.raises(InvalidArgument, match=r"endless\.npz: it says that it has 10{18} rows"):
+        next(plan(places(), one, None))
 
 
 def test_an_empty_file_has_no_chunks(tmp_path: Path) -> None:

@@ -132,6 +132,26 @@ async def test_counts_while_results_come_are_kept(collections: Collections) -> N
     assert (found.results, found.bytes) == (1, RECORD)
 
 
+async def test_what_comes_while_results_are_walked_is_counted_once(collections: Collections) -> None:
+    moments = iter(datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=n) for n in range(100))
+
+    class Busy(Counters):
+        """One whose results come while it counts."""
+
+        async def _walked(self, *args: Any) -> Weight:
+            doc = {"_id": "late", "tenant": "t", "outcome": 2, "attempt": 0, "recorded_at": next(moments)}
+            texts = ("model_name", "model_version", "message", "lease_id", "instance")
+            await collections.results.insert_one({**doc, "code": 0, **dict.fromkeys(texts, "")})
+            self.recorded([doc])
+            await self.flush()
+            return await super()._walked(*args)
+
+    async with Busy(collections, lambda: next(moments)) as counters:
+        await counters.recount("t")
+        (found,) = (await Quotas(collections, counters, now).list(None, 10))[0]
+    assert (found.results, found.bytes) == (1, RECORD)
+
+
 async def test_quotas_and_who_is_over(store: Store) -> None:
     for tenant, count in [("a", 1), ("b", 5), ("c", 9), ("", 2)]:
         await put(store, *(result(f"{tenant}-{n}", FAILED, tenant=tenant) for n in range(count)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -69,10 +69,10 @@ def none_of(count: int) -> list[Any]:
     return [None] * count
 
 
-def even_spans(total: int, row_bytes: float, chunk_rows: int, chunk_bytes: int, row: int = 0) -> list[Span]:
+def even_spans(total: int, row_bytes: float, chunk_rows: int, chunk_bytes: int, row: int = 0) -> Iterator[Span]:
     """Spans for a file whose rows are about equally large, from `row` on."""
     most = max(1, min(chunk_rows, int(chunk_bytes // max(row_bytes, 1))))
-    return [Span(first, min(most, total - first)) for first in range(row, total, most)]
+    return (Span(first, min(most, total - first)) for first in range(row, total, most))
 
 
 def piece_rows(most: int, row_bytes: float) -> int:
