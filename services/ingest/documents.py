@@ -27,6 +27,8 @@ from services.ingest.job import DEAD_LETTERS, TRANSITIONS_KEPT, End, Job, Lease,
 
 JOBS = "jobs"
 PAYLOADS = "payloads"
+RESTORES = "restores"
+"""The store's: has a document while a backup is being restored into this database, jobs last."""
 
 EVER = datetime(1970, 1, 1, tzinfo=UTC)
 """Before everything: `{"$gt": EVER}` asks that a time is set, in a way that an index can answer."""

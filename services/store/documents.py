@@ -8,6 +8,7 @@ usage      {_id: tenant, results, bytes, recounts, recounted_at}
 quotas     {_id: "*" or =tenant, tenant?, bytes, updated_at}
 graves     {_id: key of a blob that is to go, buried_at}
 holds      {_id: a backup that is under way, expires_at}: no blob is removed
+restores   {_id: a backup that is being restored here, began_at}: nothing is collected
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
 aliases    {_id: "name/alias", name, alias, version}
 results    {_id: job id, outcome, ..., recorded_at, labels?, response: bytes | blob: {key, size, sha256}}
@@ -27,6 +28,9 @@ from mesh.mongo import Document, ensure_collection
 from shoal.errors import Unavailable
 
 Collection: TypeAlias = AsyncCollection[Document]
+
+RESTORES = "restores"
+"""Has a document while a backup is being restored. Ingest looks into it too, under this name."""
 
 _TEXT = {"bsonType": "string"}
 _NAME = {"bsonType": "string", "minLength": 1}

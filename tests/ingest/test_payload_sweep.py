@@ -94,3 +94,18 @@ async def test_a_sweep(mongo_uri: str, mongo_database: str, is_away: bool) -> No
         assert await payloads.get(orphans[0].id) is None
         assert await payloads.sweep(START) == 0
         assert set(store.requests) == (set() if is_away else left)
+
+
+async def test_nothing_is_swept_while_a_backup_is_being_restored(mongo_uri: str, mongo_database: str) -> None:
+    async with connect(mongo_uri) as client:
+        database = client[mongo_database]
+        store = Handed()
+        payloads = Payloads(database, store)
+        one = apart()
+        await database["restores"].insert_one({"_id": "20261126T163000Z-1a2b3c4d"})
+        await payloads.put([one])  # Its job comes last.
+        assert await payloads.sweep(START) == 0
+        await database[JOBS].insert_one(document_of(one) | {"state": str(one.state)})
+        await database["restores"].delete_many({})
+        assert await payloads.sweep(START) == 0
+        assert await payloads.get(one.id) == b"large"

@@ -20,7 +20,7 @@ from services.ingest.batches.batch import Chunk, ChunkState, Totals
 from services.ingest.batches.documents import chunk_document, chunk_of
 from services.ingest.batches.outputs.written import Written
 from services.ingest.clock import Clock
-from services.ingest.documents import EVER
+from services.ingest.documents import EVER, RESTORES
 from services.ingest.job import Lease
 from shoal.errors import AlreadyExists
 
@@ -202,8 +202,10 @@ class Ledger:
             await self._chunks.delete_many({"batch": batch})
 
     async def batches(self) -> set[str]:
-        """The batches that have chunks."""
+        """The batches that have chunks; none while a backup is being restored, for chunks come first then."""
         with translated("looking for chunks"):
+            if await self._chunks.database[RESTORES].find_one({}, {"_id": 1}) is not None:
+                return set()
             return set(await self._chunks.distinct("batch"))
 
     async def inherit(self) -> int:

@@ -68,6 +68,8 @@ class Reading:
     lane: Lane
     start: Checkpoint
     from_beginning: bool
+    began_at: datetime | None = None
+    """When it was first read from its latest record on."""
     ledger: Ledger = field(default_factory=Ledger)
     saved: int | None = None
     is_read_out: bool = False
@@ -264,15 +266,20 @@ class KinesisSource:
         await self._batches.put(messages)
 
     async def _iterator(self, reading: Reading, after: str) -> str | None:
-        about: dict[str, str] = {"StreamName": self._access.stream, "ShardId": reading.shard.id}
+        about: dict[str, Any] = {"StreamName": self._access.stream, "ShardId": reading.shard.id}
+        now = self._clock()
         if after:
             about |= {"ShardIteratorType": "AFTER_SEQUENCE_NUMBER", "StartingSequenceNumber": after}
         elif self._start == "latest" and not reading.from_beginning:
-            about["ShardIteratorType"] = "LATEST"
+            if reading.began_at is None:
+                about["ShardIteratorType"] = "LATEST"
+            else:  # A read has failed: what came meanwhile is not to be passed over.
+                about |= {"ShardIteratorType": "AT_TIMESTAMP", "Timestamp": reading.began_at}
         else:
             about["ShardIteratorType"] = "TRIM_HORIZON"
         with _translated(f"reading shard {reading.shard.id}"):
             found: str | None = (await self._client.get_shard_iterator(**about)).get("ShardIterator")
+        reading.began_at = reading.began_at or now
         return found
 
     def _message(self, reading: Reading, record: dict[str, Any]) -> Message:
@@ -320,7 +327,7 @@ class KinesisSink:
             self._put,
             max_items=_PUT_RECORDS,
             max_bytes=_PUT_BYTES,
-            size=lambda record: len(record["Data"]) + len(record["PartitionKey"]),
+            size=lambda record: len(record["Data"]) + len(record["PartitionKey"].encode()),
         )
 
     async def __aenter__(self) -> KinesisSink:
@@ -332,10 +339,11 @@ class KinesisSink:
         await self._stack.aclose()
 
     async def send(self, message: Outgoing) -> None:
-        data = envelope.packed(message)
-        if len(data) > _RECORD_BYTES:
-            raise InvalidArgument(f"a Kinesis record holds at most {_RECORD_BYTES} bytes, and this takes {len(data)}")
-        await self._group.put({"Data": data, "PartitionKey": _partition_key(message)})
+        data, key = envelope.packed(message), _partition_key(message)
+        # One that Kinesis refuses would have all of its group refused, again and again.
+        if (nbytes := len(data) + len(key.encode())) > _RECORD_BYTES:
+            raise InvalidArgument(f"a Kinesis record holds at most {_RECORD_BYTES} bytes, and this takes {nbytes}")
+        await self._group.put({"Data": data, "PartitionKey": key})
 
     async def _put(self, records: list[dict[str, Any]]) -> Sequence[ShoalError | None]:
         with _translated(f"writing to stream {self._access.stream}"):

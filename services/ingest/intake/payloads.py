@@ -21,7 +21,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, translated
 from services.ingest.clock import milliseconds
-from services.ingest.documents import JOBS, PAYLOADS
+from services.ingest.documents import JOBS, PAYLOADS, RESTORES
 from services.ingest.job import Job, State
 from services.ingest.ulid import floor
 from shoal.errors import ShoalError
@@ -58,6 +58,7 @@ class Payloads:
         self._store = store
         self._jobs = database[JOBS]
         self._payloads = database[PAYLOADS]
+        self._restores = database[RESTORES]
 
     async def put(self, jobs: Sequence[Job]) -> None:
         """Makes the payloads of those among `jobs` durable whose requests are kept apart.
@@ -99,6 +100,9 @@ class Payloads:
 
     async def sweep(self, now: datetime) -> int:
         """Deletes old payloads that no job needs, and says how many: of submits and deletions that broke off."""
+        with translated("looking for a restore"):
+            if await self._restores.find_one({}, {"_id": 1}) is not None:
+                return 0  # Their jobs are yet to come.
         oldest = floor(milliseconds(now - SWEPT_AFTER))
         return await self._sweep_documents(oldest) + await self._sweep_references(oldest)
 

@@ -36,12 +36,12 @@ from services.store.backups.hold import Hold
 from services.store.backups.manifest import Dumped, Manifest, Part
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
-from services.store.documents import Collections
+from services.store.documents import RESTORES, Collections
 from shoal.errors import DataLoss, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
-NOT_CARRIED = frozenset({"holds", "graves", "restores", "fences", "leads", "tenant_rates"})
+NOT_CARRIED = frozenset({"holds", "graves", RESTORES, "fences", "leads", "tenant_rates"})
 """Collections about this very node, which would mean nothing in another: removals that wait, leaders and their tokens,
 rates of the last seconds. A node has them before it has anything of its users."""
 _AT_ONCE = 8

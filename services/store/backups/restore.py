@@ -30,7 +30,7 @@ from services.store.backups.copying import Named, copied, whole
 from services.store.backups.manifest import Dumped, Manifest, Part
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
-from services.store.documents import Collections
+from services.store.documents import RESTORES, Collections
 from shoal.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 
 _AT_ONCE = 8
@@ -98,14 +98,14 @@ class Restore:
 
     async def _begin(self, made: Manifest) -> None:
         """Marks this store as being restored, if it is empty, or has that mark already."""
-        restores = self._collections.db["restores"]
-        mark = await restores.find_one({})
+        mark = await self._collections.db[RESTORES].find_one({})
         if mark is not None:
             if mark["_id"] != made.id:
                 raise FailedPrecondition(
                     f"this store is half restored from backup {mark['_id']}: restore that one again, or start with an "
                     "empty store"
                 )
+            await self._mark(made)
             return
         for database in self._databases(made):
             for name in await database.list_collection_names(filter={"type": "collection"}):
@@ -113,16 +113,24 @@ class Restore:
                     raise FailedPrecondition(
                         f"this store is not empty: collection {name} has documents. Restore into a new one"
                     )
-        await restores.insert_one({"_id": made.id, "began_at": self._clock()})
+        await self._mark(made)
+
+    async def _mark(self, made: Manifest) -> None:
+        """Says in each database that documents are there before others that need them: nothing is to be tidied up."""
+        for database in self._databases(made):
+            mark = {"$setOnInsert": {"began_at": self._clock()}}
+            await database[RESTORES].update_one({"_id": made.id}, mark, upsert=True)
 
     async def _end(self, made: Manifest) -> None:
         if made.missing:
             query = {"_id": {"$in": list(made.missing)}}
             await self._collections.artifacts.update_many(query, {"$set": {"damaged": True}})
-        await self._collections.db["restores"].delete_one({"_id": made.id})
+        for database in reversed(self._databases(made)):
+            await database[RESTORES].delete_one({"_id": made.id})
 
     def _databases(self, made: Manifest) -> list[AsyncDatabase[Document]]:
-        return [self._database(name) for name in sorted({dumped.database for dumped in made.collections})]
+        """All that it restores into, the store's own first."""
+        return [self._database(name) for name in sorted({"", *(dumped.database for dumped in made.collections)})]
 
     def _database(self, name: str) -> AsyncDatabase[Document]:
         return self._collections.db.client[name] if name else self._collections.db

@@ -6,9 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from pymongo import AsyncMongoClient
 
 from services.ingest.clock import utc_now
+from services.ingest.connectors import envelope
 from services.ingest.connectors.checkpoints import CHECKPOINTS, Checkpoints
 from services.ingest.connectors.kinesis import Access, KinesisSink, KinesisSource
 from services.ingest.connectors.message import Message, Outgoing
@@ -137,6 +139,45 @@ async def test_from_latest_only_what_comes_later_is_read(moto: Moto, kinesis: Ki
     assert b"old" not in reader.values
 
 
+class Throttled:
+    """A client whose reads are refused for a while."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.is_on = True
+        self.refused = 0
+
+    async def get_records(self, **about: Any) -> Any:
+        if not self.is_on:
+            return await self._client.get_records(**about)
+        self.refused += 1
+        raise ClientError({"Error": {"Code": "ProvisionedThroughputExceededException"}}, "GetRecords")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+async def test_from_latest_a_read_that_is_refused_passes_nothing_over(
+    moto: Moto, kinesis: Kinesis, collection: Any
+) -> None:
+    reader = Reader(moto, kinesis.stream, collection, "x", start="latest")
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(reader.run())
+        await until(lambda: len(reader.source.standing().lanes) == 2, "both shards")
+        readings = reader.source._readings
+        await until(lambda: all(each.behind_ms is not None for each in readings.values()), "both are read")
+        throttled = reader.source._client = Throttled(reader.source._client)
+        await until(lambda: throttled.refused >= 2, "reads are refused")
+        values = [b"%d" % n for n in range(10)]
+        await kinesis.publish(values)
+        seen = throttled.refused
+        await until(lambda: throttled.refused >= seen + 2, "and again")
+        throttled.is_on = False
+        await until(lambda: set(values) <= set(reader.values), "all of them")
+        task.cancel()
+    assert sorted(reader.values) == values
+
+
 async def test_an_instance_that_was_only_slow_moves_no_checkpoint(collection: Any) -> None:
     slow, other = (Checkpoints(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
     taken = await slow.take("a")
@@ -163,3 +204,8 @@ async def test_a_record_that_is_too_large_is_refused_before_it_is_sent(moto: Mot
     async with KinesisSink(Access(kinesis.stream, REGION, moto.endpoint)) as sink:
         with pytest.raises(InvalidArgument, match="at most 1048576 bytes"):
             await sink.send(Outgoing(b"x" * (1 << 20)))
+        key = b"k" * 100
+        room = (1 << 20) - len(envelope.packed(Outgoing(b"", key)))
+        with pytest.raises(InvalidArgument, match=f"takes {(1 << 20) + 100}"):  # The key counts too.
+            await sink.send(Outgoing(b"x" * room, key))
+        await sink.send(Outgoing(b"x" * (room - 100), key))

@@ -263,6 +263,23 @@ async def test_an_interrupted_restore_goes_on(node: Node, empty: Node, folder: s
     assert await empty.blobs() == await node.blobs()
 
 
+async def test_nothing_is_collected_while_a_restore_is_half_done(node: Node, empty: Node, folder: str) -> None:
+    await node.fill(*[os.urandom(1000) for _ in range(20)])
+    await all_of(node.backup.run(folder))
+    for parts in (node.parts, empty.parts):
+        parts.clock.advance(days=30)  # What was uploaded then is long not kept any more without a reference.
+    steps = empty.restore.run(folder, "")
+    while await empty.parts.collections.artifacts.count_documents({}) < 20:
+        await anext(steps)
+    assert await empty.parts.collections.references.count_documents({}) == 0
+    await empty.parts.collect_all()
+    async for _ in steps:
+        await empty.parts.collect_all()
+    assert await empty.documents() == await node.documents()
+    assert await empty.blobs() == await node.blobs()
+    assert await empty.db["restores"].count_documents({}) == 0
+
+
 @pytest.mark.parametrize("collection", ["artifacts", "jobs", "anything"])
 async def test_a_store_that_is_not_empty_is_left_alone(node: Node, empty: Node, folder: str, collection: str) -> None:
     await node.fill(b"abc")
