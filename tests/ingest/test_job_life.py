@@ -41,7 +41,13 @@ def fails(times: int, code: grpc.StatusCode, message: str = "as wanted", **trail
     return model
 
 
+async def reached(client: Client) -> None:
+    """The mesh of a test comes after the instance, whose channel waits a while before it tries to connect anew."""
+    await client.ended((await client.submit(request_id="reached")).job.id)
+
+
 async def test_a_job_runs_and_its_result_is_recorded(client: Client, mesh: FakeMesh) -> None:
+    await reached(client)
     accepted = await client.submit(data=b"tensor", tenant="t", labels={"a.b": "$c"})
     assert accepted.job.state in (pb.JOB_STATE_QUEUED, pb.JOB_STATE_RUNNING)  # Adopted in the same write.
     assert not accepted.existed
@@ -179,6 +185,7 @@ async def test_a_deadline_ends_a_running_job(client: Client, mesh: FakeMesh) -> 
         finally:
             given_up.set()
 
+    await reached(client)
     mesh.infer.model = hangs
     job = await client.ended((await client.submit(deadline=Duration(nanos=300_000_000))).job.id)
     assert job.state == pb.JOB_STATE_EXPIRED
