@@ -37,7 +37,7 @@ from services.store.backups.manifest import Dumped, Manifest, Part
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.documents import RESTORES, Collections
-from shoal.errors import DataLoss, ShoalError, Unavailable
+from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,10 @@ class Backup:
 
         Raises:
             InvalidArgument, PermissionDenied: a place that it may not use.
+            FailedPrecondition: this store is half restored.
             Aborted: it stood still for too long. ShoalError: MongoDB, the blobs or the place are away.
         """
+        await self._check_whole()
         target = await self._places.open(to, to_write=True)
         backup_id = f"{self._clock():%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
         wanted = self._staging / f"{uuid.uuid4().hex}.tmp"
@@ -90,6 +92,13 @@ class Backup:
             wanted.unlink(missing_ok=True)
             with suppress(ShoalError):  # It ends by itself.
                 await hold.end()
+
+    async def _check_whole(self) -> None:
+        # Half of a backup would be the newest one, which is what a restore takes.
+        with translated("looking for a restore"):
+            half = await self._collections.db[RESTORES].find_one({}, {"_id": 1})
+        if half is not None:
+            raise FailedPrecondition(f"this store is half restored from backup {half['_id']}: restore all of it first")
 
 
 class _Making:
