@@ -177,7 +177,7 @@ class KafkaSource:
             place=f"{self._topic}/{consumed.partition()}/{consumed.offset()}",
             value=consumed.value() or b"",
             key=consumed.key(),
-            headers=tuple((name, value or b"") for name, value in consumed.headers() or ()),
+            headers=_headers(consumed),
             stamp=max(0, stamp),
         )
 
@@ -358,6 +358,15 @@ def _consumed(consumer: Any, limit: int) -> list[Any]:
     """What there is, at most `limit`, once there is something. (`consume` alone waits until it has all of them.)"""
     first = consumer.poll(_POLL_S)
     return [] if first is None else [first, *consumer.consume(limit - 1, 0)] if limit > 1 else [first]
+
+
+def _headers(consumed: Any) -> tuple[tuple[str, bytes], ...]:
+    try:
+        return tuple((name, value or b"") for name, value in consumed.headers() or ())
+    except (SystemError, UnicodeDecodeError) as err:
+        # A name is no UTF-8, and the library gives none then. Without them the message does not hold up its partition.
+        log.warning("the headers of %s/%s cannot be read: %s", consumed.partition(), consumed.offset(), err)
+        return ()
 
 
 def _resolve(future: asyncio.Future[list[Message]], messages: list[Message]) -> None:

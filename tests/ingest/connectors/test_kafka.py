@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import confluent_kafka
 import pytest
 
 from services.ingest.connectors.kafka import KafkaSink, KafkaSource
@@ -179,3 +181,29 @@ async def test_a_topic_that_is_made_later_is_read_then(tansu: Tansu) -> None:
         await kafka.make()
         await kafka.publish([b"a", b"b"])
         await until(lambda: len(got) == 2, "messages", **PATIENT)
+
+
+def publish_raw(brokers: str, topic: str, value: bytes, header: bytes) -> None:
+    """With a header whose name is any bytes. The Python client does not write such a one; other clients do."""
+    found = next((Path(confluent_kafka.__file__).parent.parent / "confluent_kafka.libs").glob("librdkafka*"))
+    lib, text, error = ctypes.CDLL(str(found)), ctypes.c_char_p, ctypes.create_string_buffer(512)
+    lib.rd_kafka_conf_new.restype = lib.rd_kafka_new.restype = ctypes.c_void_p
+    conf = ctypes.c_void_p(lib.rd_kafka_conf_new())
+    assert lib.rd_kafka_conf_set(conf, text(b"bootstrap.servers"), text(brokers.encode()), error, 512) == 0
+    producer = ctypes.c_void_p(lib.rd_kafka_new(0, conf, error, 512))
+    size = ctypes.c_ssize_t
+    of_topic, of_value, copied, of_header = (1, text(topic.encode())), (4, text(value), size(len(value))), (7, 2), 9
+    arguments = (*of_topic, *of_value, *copied, of_header, text(header), text(b"2"), size(1), 0)
+    assert lib.rd_kafka_producev(producer, *arguments) == 0
+    assert lib.rd_kafka_flush(producer, 30_000) == 0
+    lib.rd_kafka_destroy(producer)
+
+
+async def test_headers_that_cannot_be_read_hold_nothing_up(kafka: Kafka) -> None:
+    got: list[Message] = []
+    table = kafka.table["source"]
+    await asyncio.to_thread(publish_raw, table["brokers"], table["topic"], b"odd", b"\xff\xfe")
+    await kafka.publish([b"next", b"next"], headers=[("a", b"1")])
+    async with reading(source_of(kafka), got):
+        await until(lambda: len(got) == 3, "all", **PATIENT)
+    assert sorted((each.value, each.headers) for each in got) == [(b"next", (("a", b"1"),))] * 2 + [(b"odd", ())]
