@@ -95,7 +95,7 @@ def endpoints(name: str, found: tuple[Endpoint, ...]) -> Resource:
 def http2() -> dict[str, Any]:
     """Typed options of a cluster that speaks HTTP/2, and notices an upstream that is frozen."""
     # Not more often than every second: our servers take that for abuse and close the connection.
-    options = {"connection_keepalive": {"interval": "2s", "timeout": "2s"}}
+    options = {"connection_keepalive": {"interval": "2s", "timeout": "5s"}}
     protocol = {"explicit_http_config": {"http2_protocol_options": options}}
     return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": typed(HttpProtocolOptions, protocol)}
 

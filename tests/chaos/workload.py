@@ -25,7 +25,7 @@ GROUP = 20
 PAUSE_S = 1.5
 CALL_S = 10.0
 _IDS_AT_ONCE = 500
-_WAITING = {ingest_pb2.JOB_STATE_QUEUED, ingest_pb2.JOB_STATE_RUNNING}
+_WAITING = (ingest_pb2.JOB_STATE_QUEUED, ingest_pb2.JOB_STATE_RUNNING)
 
 
 def question(number: float, model: str) -> oip.ModelInferRequest:
@@ -113,11 +113,14 @@ def _named(error: grpc.aio.AioRpcError) -> str:
 
 
 async def are_ended(gateway: str) -> bool:
-    """Whether no job waits or runs any more. A call that fails means no."""
+    """Whether no job waits or runs any more. A call that fails means no.
+
+    Asked several times over: a job that goes from one state to the other between two questions is in neither answer.
+    """
     try:
         async with connect(gateway) as channel:
             stub = ingest_pb2_grpc.IngestServiceStub(channel)
-            for state in _WAITING:
+            for state in _WAITING * 4:
                 page = await stub.ListJobs(ingest_pb2.ListJobsRequest(state=state, page_size=1), timeout=CALL_S)
                 if page.jobs:
                     return False

@@ -262,11 +262,15 @@ async def test_a_batch_that_waits_for_its_model_leaves_room_for_others(
     x = rows_of_x(64)
     url = write_lines(tmp_path / "in.jsonl", [{"x": row.tolist(), "data": "a"} for row in x])
 
+    all_are_in = asyncio.Event()
+
     async def goes(rows: list[int], context: Any) -> None:
+        await all_are_in.wait()
         mesh.infer.is_there = False
 
     mesh.infer.before = goes
     waiting = [await client.submit_batch(url, f"file://{tmp_path}/out{n}", chunk_rows=4) for n in range(3)]
+    all_are_in.set()
 
     async def waits() -> bool:
         return all(["NOT_FOUND" in (await client.get_batch(one.id)).waits_for for one in waiting[:1]])
