@@ -7,12 +7,14 @@ acknowledged can be rolled back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import pymongo
+import pymongo.lock
 from bson.errors import BSONError
 from pymongo import AsyncMongoClient, IndexModel
 from pymongo.asynchronous.change_stream import AsyncChangeStream
@@ -40,6 +42,19 @@ from shoal.errors import (
 )
 
 Document: TypeAlias = dict[str, Any]
+T = TypeVar("T")
+
+
+async def _waited_for(awaitable: Awaitable[T], timeout: float | None) -> T:
+    async with asyncio.timeout(timeout):
+        return await awaitable
+
+
+if sys.version_info < (3, 12):
+    # Until 3.12 asyncio.wait_for waits in a task of its own. Cancelled while that task takes the lock of a condition
+    # again, it leaves the task to take it for nobody: pymongo's topology is then locked for ever, and with it every
+    # operation of the client. It happens when calls are cancelled (deadlines, a stop) while MongoDB is away.
+    setattr(pymongo.lock, "wait_for", _waited_for)  # noqa: B010
 
 TIMEOUT_MS = 6_000
 """Longest wait for one operation, retries included. An election in a healthy set is done within 3 s with the timeouts

@@ -131,6 +131,21 @@ async def test_a_database_that_is_killed_under_a_watch_and_a_running_job(
     await client.channel.close()
 
 
+async def test_it_stops_in_order_while_its_database_is_gone(
+    mongod: MongodProcess, own_mesh: FakeMesh, start_ingest: StartIngest
+) -> None:
+    mongod.start()
+    await mongod.until_ready()
+    ingest = start_ingest(mongo=mongod.uri)
+    await ingest.until_ready()
+    client = Client(ingest.address)
+    await client.submit()
+    mongod.kill()
+    await client.channel.close()
+    await asyncio.sleep(1)  # Now everything that it does waits for MongoDB.
+    assert await asyncio.to_thread(ingest.terminate, 60) == 0
+
+
 async def test_a_mesh_that_goes_away_costs_no_attempts(own_mesh: FakeMesh, start_ingest: StartIngest) -> None:
     ingest = start_ingest()
     await ingest.until_ready()

@@ -20,6 +20,7 @@ from pymongo.errors import (
     ServerSelectionTimeoutError,
     WriteConcernError,
 )
+from pymongo.lock import _async_cond_wait, _async_create_condition, _async_create_lock
 
 from mesh import mongo
 from mesh.mongo import Document, connect, ensure_collection, next_change, translate, translated
@@ -205,3 +206,30 @@ async def test_nothing_of_the_topology_is_told(mongo_uri: str) -> None:
             await client.x.c.find_one({})
     assert "TopologyDescription" not in caught.value.message
     assert len(caught.value.message) < 300
+
+
+async def test_who_is_cancelled_while_it_takes_a_lock_again_leaves_it_to_nobody() -> None:
+    lock = _async_create_lock()
+    condition = _async_create_condition(lock)
+
+    async def waits() -> None:
+        async with condition:
+            await _async_cond_wait(condition, 60)
+
+    waiting = asyncio.create_task(waits())
+    await turns()
+    await lock.acquire()
+    for _ in range(2):  # A deadline, and then a stop.
+        waiting.cancel()
+        await turns()
+    assert not waiting.done(), "it took the lock that somebody else has"
+    lock.release()
+    await asyncio.wait([waiting], timeout=30)
+    assert waiting.cancelled()
+    assert not lock.locked()
+
+
+async def turns() -> None:
+    """Lets everybody else go on."""
+    for _ in range(10):
+        await asyncio.sleep(0)
