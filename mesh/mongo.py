@@ -225,7 +225,7 @@ def _raise_if_cancelled(cause: Exception | None) -> None:
 
 def translate(error: PyMongoError, doing: str) -> ShoalError:
     """The ShoalError that says what `error` means for a caller."""
-    if isinstance(error, ConnectionFailure) or error.timeout:
+    if isinstance(error, ConnectionFailure) or error.timeout or _is_starting(error):
         return Unavailable(f"{doing}: MongoDB does not answer ({_brief(error)}): retry in a moment")
     if not isinstance(error, OperationFailure):
         return Internal(f"{doing}: {type(error).__name__}: {_brief(error)}")
@@ -243,6 +243,11 @@ def translate(error: PyMongoError, doing: str) -> ShoalError:
     if _VALIDATION_FAILED in codes:
         return InvalidArgument(f"{doing}: the document breaks the collection's schema: {_brief(error)}")
     return Internal(f"{doing}: MongoDB failed with code {error.code}: {_brief(error)}")
+
+
+def _is_starting(error: PyMongoError) -> bool:
+    """A mongod that has not joined its set yet has no sessions, as pymongo says."""
+    return isinstance(error, ConfigurationError) and "Sessions are not supported" in str(error)
 
 
 def _codes(error: OperationFailure) -> set[int]:

@@ -17,6 +17,8 @@ from shoal.errors import ResourceExhausted, Unavailable
 from shoal.store.v1.store_pb2 import Result, WatchResultsRequest
 
 _AWAIT_MS = 1_000
+_NOTHING: list[Document] = [{"$match": {"operationType": "none of these"}}]
+"""For a watch that is opened only to learn where it begins: pymongo says so only while nothing has come yet."""
 
 
 class ResultWatch:
@@ -67,7 +69,7 @@ class ResultWatch:
         collection = self._db[self._collections.results.name]
         with translated("opening a watch of results"):
             async with self._db.client.start_session(causal_consistency=True) as session:
-                async with await collection.watch([], session=session) as stream:
+                async with await collection.watch(_NOTHING, session=session) as stream:
                     token = _written(stream.resume_token)
                 if (newest := session.cluster_time) is not None:  # The time that the answer of `watch` came with.
                     session.advance_operation_time(newest["clusterTime"])
@@ -78,9 +80,12 @@ class ResultWatch:
         self, pipeline: list[Document], after: Document | None
     ) -> AsyncGenerator[tuple[Result | None, str], None]:
         collection = self._db[self._collections.results.name]
+        if after is None:
+            async with await collection.watch(_NOTHING) as now:
+                after = _token(now.resume_token)
         stream = await _opened(collection, pipeline, after)
         async with stream:
-            yield None, _written(after or stream.resume_token)
+            yield None, _written(after)
             while stream.alive:
                 if (change := await _next(stream)) is not None:
                     yield await self._results.whole(change["fullDocument"]), _written(change["_id"])
@@ -120,5 +125,9 @@ def _pipeline(request: WatchResultsRequest) -> list[Document]:
 
 
 def _written(token: object) -> str:
-    assert isinstance(token, dict)  # Since MongoDB 4.0.7 each batch has one, empty or not.
-    return change_tokens.written(token)
+    return change_tokens.written(_token(token))
+
+
+def _token(token: object) -> Document:
+    assert isinstance(token, dict)  # Since MongoDB 4.0.7 each empty batch has one.
+    return token
