@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import uuid
 
+from mesh.threads import Threads
 from services.store.artifacts.blobs import BlobStore
-from services.store.artifacts.threads import Threads
 from services.store.results.result_documents import BlobRef
 from shoal.errors import DataLoss, NotFound
 

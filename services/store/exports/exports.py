@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.json_format import MessageToDict
 
-from services.store.artifacts.threads import Threads
+from mesh.threads import Threads
 from services.store.exports.places import Place, Places
 from services.store.page_token import Cursor, decode_cursor, encode_cursor, filter_digest
 from services.store.results import result_rules
