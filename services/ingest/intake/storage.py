@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 import grpc
 
-from mesh.interceptors import translate
 from mesh.tasks import Background
+from services.ingest.store_calls import asking_store
 from shoal.errors import ResourceExhausted, ShoalError
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
@@ -64,10 +64,8 @@ class Storage(Background):
         token = ""
         while True:
             request = store_pb2.ListUsageRequest(over_quota=True, page_token=token)
-            try:
+            with asking_store("looking for quotas of storage"):
                 answer = await self._store.ListUsage(request, timeout=_TIMEOUT_S)
-            except grpc.RpcError as err:
-                raise translate(err, "looking for quotas of storage") from err
             found.update({usage.tenant: usage for usage in answer.usages})
             token = answer.next_page_token
             if not token:
