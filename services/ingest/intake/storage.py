@@ -8,15 +8,14 @@ what it has queued, and by what it submits until the next look. While the store 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping
 
 import grpc
 
-from mesh.tasks import Background
+from mesh.tasks import Background, for_ever
 from services.ingest.store_calls import asking_store
-from shoal.errors import ResourceExhausted, ShoalError
+from shoal.errors import ResourceExhausted
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -50,16 +49,9 @@ class Storage(Background):
             )
 
     async def _run(self) -> None:
-        while True:
-            try:
-                self._over = await self._look()
-            except ShoalError as err:
-                log.debug("quotas of storage are as they were: %s", err)
-            except Exception:  # A fault of ours must not end the looking for ever.
-                log.exception("looking for quotas of storage")
-            await asyncio.sleep(self._look_s)
+        await for_ever("look for quotas of storage", self._look, away_s=self._look_s, log=log, level=logging.DEBUG)
 
-    async def _look(self) -> Mapping[str, store_pb2.TenantUsage]:
+    async def _look(self) -> float:
         found: dict[str, store_pb2.TenantUsage] = {}
         token = ""
         while True:
@@ -69,4 +61,5 @@ class Storage(Background):
             found.update({usage.tenant: usage for usage in answer.usages})
             token = answer.next_page_token
             if not token:
-                return found
+                self._over = found
+                return self._look_s
