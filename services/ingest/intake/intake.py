@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from opentelemetry import propagate
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import BulkWriteError
 
@@ -36,6 +35,7 @@ from services.ingest.intake.storage import Storage
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
 from services.ingest.tenants.admission import Admission
+from services.ingest.tracing import traceparent_of
 from services.ingest.ulid import Ulids
 from shoal.errors import AlreadyExists, DataLoss, NotFound, ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -140,7 +140,7 @@ class Intake:
 
     async def submit(self, submit: pb.SubmitRequest) -> Accepted:
         """Makes `submit` a durable job, or finds the one that it made before. Raises what `begin` does, or gives."""
-        return await self.begin(submit, current_trace())
+        return await self.begin(submit, traceparent_of())
 
     def begin(self, submit: pb.SubmitRequest, traceparent: str = "") -> asyncio.Future[Accepted]:
         """Takes `submit` in: the future has its answer once it is durable, or that of the job that it made before.
@@ -305,13 +305,6 @@ class Intake:
         with translated("looking for the earlier jobs of keys"):
             found = [job_of(document) async for document in self._jobs.find({"$or": either}, LIGHT)]
         return {(job.tenant, job.key): job for job in found}
-
-
-def current_trace() -> str:
-    """The trace that the caller is in (W3C's traceparent); empty when it is in none."""
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier)
-    return carrier.get("traceparent", "")
 
 
 class KeyTaken(AlreadyExists):
