@@ -17,8 +17,9 @@ from services.ingest.job import FINAL, Job, State
 from services.ingest.retention import sweep as sweeping
 from services.ingest.retention.book import JOB_RETENTION, Book
 from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR
-from services.ingest.retention.rules import EVERYONE, Keep, Rule
+from services.ingest.retention.rules import Keep, Rule
 from services.ingest.retention.sweep import Sweep
+from services.ingest.tenants.settings import EVERYONE
 from services.ingest.ulid import Ulids
 from tests.ingest.making import START, TestClock, job
 
