@@ -226,15 +226,11 @@ def job_of(document: Mapping[str, Any]) -> Job:
     )
 
 
-def fenced_update(before: Job, after: Job) -> UpdateOne:
-    """The write that turns `before` into `after`, for the holder of `before`'s lease and for nobody else."""
-    assert before.lease is not None
-    fence = {"_id": before.id, "lease.id": before.lease.id, "attempts": before.attempts}
-    return UpdateOne(fence, difference(before, after))
-
-
 def fenced_updates(changes: Sequence[tuple[Job, Job]]) -> list[UpdateOne | UpdateMany]:
-    """The writes of many changes. Jobs of one lease and attempt to which the same happens are one write together."""
+    """The writes that turn each `before` into its `after`, for the holder of `before`'s lease and for nobody else.
+
+    Jobs of one lease and attempt to which the same happens are one write together.
+    """
     alike: dict[tuple[str, int, bytes], tuple[dict[str, Any], list[str]]] = {}
     for before, after in changes:
         assert before.lease is not None
