@@ -36,6 +36,13 @@ EVER = datetime(1970, 1, 1, tzinfo=UTC)
 WAITING: Mapping[str, Any] = {"lane": {"$gt": ""}, "due_at": {"$gt": EVER}}
 """The jobs that wait, as the index `lanes` has them: with both, it answers alone."""
 
+EACH_LANE: Sequence[Document] = (
+    {"$sort": {"lane": 1, "due_at": 1, "_id": 1}},
+    {"$group": {"_id": "$lane", "due_at": {"$first": "$due_at"}}},
+)
+"""After a `$match` of some of these, with the index `lanes` as the hint: each lane (`_id`) with its earliest due time.
+Written so, MongoDB skips from lane to lane, however many jobs wait in each."""
+
 LIGHT: Mapping[str, int] = {"request": 0}
 """Projection for everything but running a job."""
 
