@@ -15,7 +15,7 @@ R = TypeVar("R")
 class Threads:
     """One pool of threads. Use as `with`; leaving waits for what runs."""
 
-    def __init__(self, workers: int, name: str) -> None:
+    def __init__(self, workers: int, name: str = "beside-the-loop") -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
 
     def __enter__(self) -> Threads:

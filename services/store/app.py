@@ -13,11 +13,11 @@ from mesh.membership import Registration, State
 from mesh.server import Rpc, until_stopped
 from mesh.serving import Server
 from mesh.serving import server as server_of
+from mesh.threads import Threads
 from services.store.artifact_rpc import ArtifactParts
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
-from services.store.artifacts.threads import Threads
 from services.store.backups.backup import Backup
 from services.store.backups.places import BackupPlaces
 from services.store.backups.restore import Restore
@@ -50,12 +50,16 @@ log = logging.getLogger(__name__)
 _DESCRIPTOR = store_pb2.DESCRIPTOR.services_by_name["StoreService"]
 _RETRY_S = 0.5
 _SWEEP_S = 600.0
+_THREADS = 8
+# For files and hashing. Of 1 MiB, measured on a virtual machine with two EPYC cores: SHA-256 0.7 ms, a write into the
+# page cache 0.4 to 3 ms, and an fsync of 200 MiB 75 ms (seconds on a spinning disk). On the loop, each would hold up
+# every other call so long.
 
 
 async def run(config: StoreConfig) -> None:
     """Serves until SIGTERM or SIGINT."""
     async with AsyncExitStack() as stack:
-        threads = stack.enter_context(Threads())
+        threads = stack.enter_context(Threads(_THREADS, "store-io"))
         client = await stack.enter_async_context(mongo.connect(config.mongo))
         collections = Collections(client[config.database])
         blobs, folder = open_blobs(config.blobs, config.staging, threads, checksums=config.s3_checksums)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import uuid
 
+from mesh.threads import Threads
 from services.store.artifacts.blobs import BlobStore
-from services.store.artifacts.threads import Threads
 from services.store.results.result_documents import BlobRef
 from shoal.errors import DataLoss, NotFound
 
@@ -20,13 +20,14 @@ class Responses:
     """Keeps large responses. Each has a key of its own, so the one of a result that lost a race can be removed."""
 
     def __init__(self, blobs: BlobStore, threads: Threads, inline_bytes: int = INLINE_BYTES) -> None:
-        self._inline_bytes = inline_bytes
+        self.inline_bytes = inline_bytes
+        """Up to here a response is kept as it is."""
         self._blobs = blobs
         self._threads = threads
 
     async def keep(self, response: bytes) -> bytes | BlobRef:
         """The response itself when it is small; else it is stored as a blob, durably."""
-        if len(response) <= self._inline_bytes:
+        if len(response) <= self.inline_bytes:
             return response
         name = uuid.uuid4().hex
         key = f"{FOLDER}/{name[:2]}/{name}"

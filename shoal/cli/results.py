@@ -135,7 +135,7 @@ def export(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Write results to Parquet files, oldest first: part-00000.parquet and so on, then manifest.json.
+    """Write results to Parquet files, oldest first: part-00000.parquet and so on, then _manifest.json.
 
     Those that are recorded now. Interrupted, it says how to go on.
 

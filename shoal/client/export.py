@@ -11,7 +11,7 @@ from typing import BinaryIO
 from shoal.errors import DataLoss, FailedPrecondition
 from shoal.store.v1 import store_pb2 as store
 
-_NAME = re.compile(r"(part-\d{5}\.parquet|manifest\.json)")
+_NAME = re.compile(r"(part-\d{5}\.parquet|_manifest\.json)")
 
 
 @dataclass(frozen=True)

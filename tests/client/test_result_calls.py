@@ -96,7 +96,7 @@ def test_a_stream_goes_on_where_it_broke(served: Served) -> None:
     assert opened == ["", *(str(n) for n in range(3, 30, 3))]
 
 
-FILES = {"part-00000.parquet": b"a" * 10, "part-00001.parquet": b"b" * 7, "manifest.json": b"{}"}
+FILES = {"part-00000.parquet": b"a" * 10, "part-00001.parquet": b"b" * 7, "_manifest.json": b"{}"}
 
 
 def served_export(served: Served, asked: list[pb.ExportResultsRequest], *, breaks: bool) -> None:

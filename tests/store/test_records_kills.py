@@ -120,7 +120,7 @@ async def test_an_export_has_each_row_once(store: Killed, tmp_path: Path, by_the
     files = sorted(folder.glob("*.parquet"))
     assert len(files) == 12
     assert [row for file in files for row in pq.read_table(file).column("job_id").to_pylist()] == NAMED
-    assert (folder / "manifest.json").exists()
+    assert (folder / "_manifest.json").exists()
     assert store.count >= 2
 
 

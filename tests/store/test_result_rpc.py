@@ -178,6 +178,17 @@ async def test_a_response_that_does_not_fit_a_document(store: Store) -> None:
     assert [path for path in (store.root / "responses").rglob("*") if path.is_file()] == blobs
 
 
+async def test_how_much_lies_in_a_document_is_for_the_operator_to_say(config: StoreConfig) -> None:
+    sent = [result(f"j{size}", response=answer(size)) for size in (100, 2_000, 300_000)]
+    for inline_bytes, blobs in ((1_000, 2), (1 << 20, 0)):
+        changed = {"inline_bytes": inline_bytes, "database": f"{config.database}-{blobs}"}
+        changed["blobs"] = f"{config.blobs}-{blobs}"
+        async with running_store(config.model_copy(update=changed)) as store:
+            await put(store, *sent)
+            assert len([path for path in (store.root / "responses").rglob("*") if path.is_file()]) == blobs
+            assert [(await get(store, one.job_id)).response for one in sent] == [one.response for one in sent]
+
+
 async def test_a_response_near_the_limit_of_a_message(store: Store) -> None:
     huge = result("huge", response=answer((120 << 20) - 100))
     assert (await put(store, huge, result("small")))[0].recorded

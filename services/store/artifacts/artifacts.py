@@ -19,13 +19,13 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
+from mesh.threads import Threads
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
 from services.store.artifacts.blocks import Blocks, block_bytes
 from services.store.artifacts.graves import Graves
 from services.store.artifacts.reading import Reader
 from services.store.artifacts.staging import Partial, Staging
 from services.store.artifacts.stored import Stored, bytes_fields, key_of, new_key, stored_of
-from services.store.artifacts.threads import Threads
 from services.store.artifacts.uploads import TooLong, Upload
 from services.store.documents import Collections, whole_milliseconds
 from services.store.transactions import transaction

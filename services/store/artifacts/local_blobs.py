@@ -13,9 +13,9 @@ from pathlib import Path
 
 from obstore.store import LocalStore
 
+from mesh.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.object_blobs import ObjectBlobs
-from services.store.artifacts.threads import Threads
 from shoal.errors import FailedPrecondition
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from mesh.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.local_blobs import LocalBlobs
 from services.store.artifacts.object_blobs import ObjectBlobs, open_object_store
-from services.store.artifacts.threads import Threads
 
 
 def open_blobs(url: str, staging: Path | None, threads: Threads, *, checksums: bool = True) -> tuple[BlobStore, Path]:

@@ -27,9 +27,9 @@ from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import OperationFailure
 
 from mesh.mongo import Document, translated
+from mesh.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.stored import key_of
-from services.store.artifacts.threads import Threads
 from services.store.backups import dump, manifest
 from services.store.backups.copying import Named, copied
 from services.store.backups.hold import Hold

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mesh.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
-from services.store.artifacts.threads import Threads
 from shoal.errors import DataLoss, NotFound
 
 _IN_MEMORY_BYTES = 4 << 20

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from obstore.exceptions import BaseError
 
+from mesh.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief
 from services.store.artifacts.local_blobs import LocalBlobs
 from services.store.artifacts.object_blobs import ObjectBlobs, open_object_store
-from services.store.artifacts.threads import Threads
 from services.store.exports.places import checked_url, is_within, path_of
 from shoal.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 

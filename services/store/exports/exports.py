@@ -1,6 +1,6 @@
 """ExportResults: results that match a filter as Parquet files, oldest first, in parts.
 
-    stream ──rows──> part (in memory) ──full──> part-00000.parquet, part-00001.parquet, ... ──all──> manifest.json
+    stream ──rows──> part (in memory) ──full──> part-00000.parquet, part-00001.parquet, ... ──all──> _manifest.json
                                           └─ cursor: go on after this part
 
 A part is named by its number and written whole or not at all, and where it ends is told in the cursor after it. So an
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.json_format import MessageToDict
 
-from services.store.artifacts.threads import Threads
+from mesh.threads import Threads
 from services.store.exports.places import Place, Places
 from services.store.page_token import Cursor, decode_cursor, encode_cursor, filter_digest
 from services.store.results import result_rules
@@ -33,7 +33,8 @@ from shoal.store.v1.store_pb2 import ExportResultsRequest
 if TYPE_CHECKING:
     from services.store.exports.part import Part
 
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"
+"""Readers of Parquet folders pass over names that begin so."""
 DEFAULT_PART_ROWS, MAX_PART_ROWS = 100_000, 1_000_000
 _STEP_ROWS = 1_000
 _CHUNK_BYTES = 1 << 20

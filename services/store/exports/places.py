@@ -13,10 +13,10 @@ from urllib.parse import unquote, urlsplit
 
 from obstore.exceptions import BaseError
 
+from mesh.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.digest import brief
 from services.store.artifacts.object_blobs import ObjectBlobs, open_object_store
-from services.store.artifacts.threads import Threads
 from shoal.errors import InvalidArgument, PermissionDenied
 
 PLACE = r"^(file:///.*|(s3|gs|az)://.*)$"

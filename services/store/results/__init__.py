@@ -1,1 +1,1 @@
-"""What became of jobs, kept for ever: the first stands."""
+"""What became of jobs, one result each, and the first stands."""

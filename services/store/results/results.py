@@ -21,7 +21,7 @@ from mesh.mongo import TIMEOUT_MS, Document, translated
 from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Place
-from services.store.responses import INLINE_BYTES, Responses
+from services.store.responses import Responses
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
@@ -35,7 +35,7 @@ _WRITE_BYTES_PER_S = 8 << 20
 # What a slow disk still journals: 100 MiB of results in one call get so much longer than other operations.
 _BLOBS_AT_ONCE = 8
 _NAMED_AT_ONCE = 32
-# Responses of up to 256 KiB lie in the documents: so many are held beside the page.
+# Responses of up to SHOAL_STORE_INLINE_BYTES lie in the documents: so many are held beside the page.
 _STANDING_ATTEMPTS = 5
 _DUPLICATE_KEY = 11000
 
@@ -187,20 +187,20 @@ class Results:
     async def _documents(self, results: Sequence[Result]) -> list[Document]:
         """Their documents, in order; large responses are blobs by then."""
         recorded_at = whole_milliseconds(self._clock())
-        slots = asyncio.Semaphore(_BLOBS_AT_ONCE)
+        slots, inline = asyncio.Semaphore(_BLOBS_AT_ONCE), self._responses.inline_bytes
 
         def small(result: Result) -> Document:
             response = result.response.SerializeToString() if result.HasField("response") else None
             return result_documents.document(result, recorded_at, response)
 
         async def one(result: Result) -> Document:
-            if result.response.ByteSize() <= INLINE_BYTES:
+            if result.response.ByteSize() <= inline:
                 return small(result)
             async with slots:
                 kept = await self._responses.keep(result.response.SerializeToString())
             return result_documents.document(result, recorded_at, kept)
 
-        if all(result.response.ByteSize() <= INLINE_BYTES for result in results):
+        if all(result.response.ByteSize() <= inline for result in results):
             return list(map(small, results))  # Nearly always: then none has a task.
         made = await asyncio.gather(*map(one, results), return_exceptions=True)
         docs = [doc for doc in made if not isinstance(doc, BaseException)]

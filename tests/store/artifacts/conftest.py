@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from mesh import mongo
+from mesh.threads import Threads
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.staging import Staging
-from services.store.artifacts.threads import Threads
 from services.store.artifacts.uploads import Upload
 from services.store.documents import Collections
 from tests.store.conftest import upload

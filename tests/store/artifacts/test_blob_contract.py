@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from mesh.threads import Threads
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
 from services.store.artifacts.local_blobs import LocalBlobs
 from services.store.artifacts.object_blobs import PART_BYTES, ObjectBlobs
 from services.store.artifacts.object_blobs import WINDOW_BYTES as WINDOW
 from services.store.artifacts.opening import open_blobs
-from services.store.artifacts.threads import Threads
 from shoal.errors import FailedPrecondition, Internal, NotFound, ResourceExhausted
 
 KEY = "artifacts/ab/abcd"

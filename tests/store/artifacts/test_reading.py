@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mesh.threads import Threads
 from services.store.artifacts import blocks as blocks_module
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.blocks import BlockHash, Blocks, block_bytes
 from services.store.artifacts.opening import open_blobs
-from services.store.artifacts.threads import Threads
 from services.store.documents import Collections
 from shoal.errors import Aborted, DataLoss, NotFound, Unavailable
 from tests.store.artifacts.conftest import MakeArtifacts, read, uploaded

@@ -20,8 +20,8 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
+from mesh.threads import Threads
 from services.store.artifacts.blobs import BlobStore
-from services.store.artifacts.threads import Threads
 from services.store.backups import backup as backup_module
 from services.store.backups import dump, manifest
 from services.store.backups.backup import NOT_CARRIED, Backup

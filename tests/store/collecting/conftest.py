@@ -13,12 +13,12 @@ from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
 from mesh.mongo import Document
+from mesh.threads import Threads
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.opening import open_blobs
 from services.store.artifacts.staging import Staging
 from services.store.artifacts.stored import Stored
-from services.store.artifacts.threads import Threads
 from services.store.collecting.collector import Collector
 from services.store.collecting.references import References
 from services.store.collecting.verification import Verification

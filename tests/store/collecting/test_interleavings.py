@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mesh import mongo
+from mesh.threads import Threads
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.staging import Staging
-from services.store.artifacts.threads import Threads
 from services.store.collecting.collector import Ages, Collector
 from services.store.collecting.references import References
 from services.store.registry.registry import Registry

@@ -60,8 +60,9 @@ async def recorded(store: Store, count: int) -> list[dict[str, object]]:
 
 def read(folder: Path) -> list[dict[str, object]]:
     files = sorted(folder.glob("part-*.parquet"))
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "_manifest.json").read_text())
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    assert pq.read_table(folder).to_pylist() == rows  # The folder as it is: readers pass over the manifest.
     assert (manifest["parts"], manifest["rows"]) == (len(files), len(rows))
     assert manifest["bytes"] == sum(file.stat().st_size for file in files)
     assert [file.name for file in files] == [f"part-{n:05}.parquet" for n in range(len(files))]
@@ -86,7 +87,7 @@ async def test_to_a_folder(store: Store, allowed: Path) -> None:
     assert [piece.rows for piece in told] == sorted(piece.rows for piece in told)
     assert (told[-1].rows, told[-1].parts) == (250, 3)
     assert {path.name for path in (allowed / "monday").iterdir()} == {
-        "part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "manifest.json"
+        "part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "_manifest.json"
     }  # fmt: skip
 
 
@@ -108,7 +109,7 @@ async def test_to_s3(store: Store, s3_access: WeedProcess, tmp_path: Path) -> No
         for meta in page:
             (folder / meta["path"]).write_bytes(bytes(there.get(meta["path"]).bytes()))
     assert read(folder) == rows
-    await refused(export(store, url), PRECONDITION, "manifest.json")
+    await refused(export(store, url), PRECONDITION, "_manifest.json")
 
 
 async def test_a_filter_and_no_answers(store: Store, allowed: Path) -> None:
@@ -122,7 +123,7 @@ async def test_a_filter_and_no_answers(store: Store, allowed: Path) -> None:
     ]
     assert read(allowed / "some") == expected
     assert len(expected) > 20
-    manifest = json.loads((allowed / "some" / "manifest.json").read_text())
+    manifest = json.loads((allowed / "some" / "_manifest.json").read_text())
     assert (manifest["filter"], manifest["answers"]) == (
         {"labels": {"n": "1"}, "outcome": "OUTCOME_SUCCEEDED"}, False
     )  # fmt: skip
@@ -176,7 +177,7 @@ async def test_an_export_never_mixes_with_another(store: Store, allowed: Path) -
     first = await whole(export(store, url))
     await refused(export(store, url), PRECONDITION, "holds an export already")
     # Its own cursor goes on: here, with nothing left but the manifest.
-    (allowed / "twice" / "manifest.json").unlink()
+    (allowed / "twice" / "_manifest.json").unlink()
     await refused(export(store, url), PRECONDITION, "part-00000.parquet")
     await whole(export(store, url, cursor=first[-1].cursor))
     assert len(read(allowed / "twice")) == 20

@@ -12,8 +12,8 @@ import pytest
 
 from mesh import mongo
 from mesh.mongo import Document
+from mesh.threads import Threads
 from services.store.artifacts.local_blobs import LocalBlobs
-from services.store.artifacts.threads import Threads
 from services.store.documents import Collections
 from services.store.responses import Responses
 from services.store.results.results import Results

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from services.store.artifacts.threads import Threads
+from mesh.threads import Threads
 
 
 async def test_results_and_errors_come_back() -> None:
