@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+
+from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,29 @@ def log_failure(task: asyncio.Task[Any]) -> None:
     """Tells the log when the task has ended with an error: for tasks that nobody awaits."""
     if task.done() and not task.cancelled() and (error := task.exception()) is not None:
         log.error("%s failed", task.get_name(), exc_info=error)
+
+
+async def for_ever(
+    what: str, step: Callable[[], Awaitable[float]], *, away_s: float, log: logging.Logger, level: int = logging.WARNING
+) -> NoReturn:
+    """Takes a step again and again; it says for how many seconds it may rest.
+
+    What it raises goes to the log, and the next step is `away_s` seconds later.
+
+    Args:
+        what: "cannot <what> for now", says the log.
+        level: of what the step knows to raise (ShoalError). Anything else is a fault of ours, and must not end it.
+    """
+    while True:
+        try:
+            rest_s = await step()
+        except ShoalError as err:
+            log.log(level, "cannot %s for now: %s", what, err)
+            rest_s = away_s
+        except Exception:
+            log.exception("cannot %s", what)
+            rest_s = away_s
+        await asyncio.sleep(rest_s)
 
 
 class Background(ABC):

@@ -24,6 +24,8 @@ DRAIN_MS = 20_000
 _MARGIN_S = 5.0
 # On top of the drain: the notice, deregistering, closing what the calls needed.
 _WITH_MONGO = ("store", "ingest")
+_EVERYWHERE = "file:///,s3://,gs://,az://"
+# For backups and batches: whoever reaches the gateway, which listens on this machine only, may use what its user may.
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,9 @@ def _own_defaults(service: str, options: Options) -> dict[str, str]:
             "BLOBS": (options.data_dir / "blobs").as_uri(),
             # Buckets are open to whom the user's credentials are; of this machine only the node's own folder.
             "EXPORTS": f"{exports},s3://,gs://,az://",
-            # Whoever reaches the gateway, which listens on this machine only, may use what its user may.
-            "BACKUPS": "file:///,s3://,gs://,az://",
+            "BACKUPS": _EVERYWHERE,
         }
-    # Whoever reaches the gateway, which listens on this machine only, may use what its user may.
-    places = "file:///,s3://,gs://,az://"
-    return {"DATABASE": "shoal", "BATCH_URLS": places} if service == "ingest" else {}
+    return {"DATABASE": "shoal", "BATCH_URLS": _EVERYWHERE} if service == "ingest" else {}
 
 
 def _grace_s(drain_ms: str) -> float:

@@ -36,6 +36,13 @@ EVER = datetime(1970, 1, 1, tzinfo=UTC)
 WAITING: Mapping[str, Any] = {"lane": {"$gt": ""}, "due_at": {"$gt": EVER}}
 """The jobs that wait, as the index `lanes` has them: with both, it answers alone."""
 
+EACH_LANE: Sequence[Document] = (
+    {"$sort": {"lane": 1, "due_at": 1, "_id": 1}},
+    {"$group": {"_id": "$lane", "due_at": {"$first": "$due_at"}}},
+)
+"""After a `$match` of some of these, with the index `lanes` as the hint: each lane (`_id`) with its earliest due time.
+Written so, MongoDB skips from lane to lane, however many jobs wait in each."""
+
 LIGHT: Mapping[str, int] = {"request": 0}
 """Projection for everything but running a job."""
 
@@ -226,15 +233,11 @@ def job_of(document: Mapping[str, Any]) -> Job:
     )
 
 
-def fenced_update(before: Job, after: Job) -> UpdateOne:
-    """The write that turns `before` into `after`, for the holder of `before`'s lease and for nobody else."""
-    assert before.lease is not None
-    fence = {"_id": before.id, "lease.id": before.lease.id, "attempts": before.attempts}
-    return UpdateOne(fence, difference(before, after))
-
-
 def fenced_updates(changes: Sequence[tuple[Job, Job]]) -> list[UpdateOne | UpdateMany]:
-    """The writes of many changes. Jobs of one lease and attempt to which the same happens are one write together."""
+    """The writes that turn each `before` into its `after`, for the holder of `before`'s lease and for nobody else.
+
+    Jobs of one lease and attempt to which the same happens are one write together.
+    """
     alike: dict[tuple[str, int, bytes], tuple[dict[str, Any], list[str]]] = {}
     for before, after in changes:
         assert before.lease is not None

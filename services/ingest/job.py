@@ -56,6 +56,8 @@ class State(StrEnum):
 DEAD_LETTERS = frozenset({State.FAILED, State.DEAD})
 """What may be requeued: it ended without an answer that anybody waits for, and its request is kept."""
 FINAL = frozenset({State.SUCCEEDED, State.FAILED, State.DEAD, State.CANCELLED, State.EXPIRED})
+DONE_WITH = FINAL - DEAD_LETTERS
+"""Nobody looks into their requests any more, unless a client said so (`Job.is_kept`)."""
 
 
 class Outcome(IntEnum):
@@ -217,7 +219,7 @@ class Job:
     @property
     def keeps_request(self) -> bool:
         """Whether its request is still of use: to run it, to look into why it failed, or because a client said so."""
-        return self.is_kept or self.state not in (State.SUCCEEDED, State.CANCELLED, State.EXPIRED)
+        return self.is_kept or self.state not in DONE_WITH
 
 
 @dataclass(frozen=True, slots=True)

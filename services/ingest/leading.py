@@ -24,7 +24,7 @@ from pymongo import ReturnDocument
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
+from mesh.tasks import Background, for_ever
 from services.ingest.documents import EVER
 from shoal.errors import AlreadyExists, ShoalError
 
@@ -87,14 +87,11 @@ class Lead(Background):
 
     async def _run(self) -> None:
         await self._ready.wait()
-        while True:
-            try:
-                await self.stand()
-            except ShoalError as err:
-                log.info("cannot stand for the lead for now: %s", err)
-            except Exception:
-                log.exception("standing for the lead")  # A fault of ours must not end it.
-            await asyncio.sleep(self._renew_s)
+        await for_ever("stand for the lead", self._turn, away_s=self._renew_s, log=log, level=logging.INFO)
+
+    async def _turn(self) -> float:
+        await self.stand()
+        return self._renew_s
 
     async def stand(self) -> None:
         """Takes the lease, or renews it, unless somebody else has it.

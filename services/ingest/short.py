@@ -16,6 +16,7 @@ from mesh.asgi.framing import PREFIX_BYTES
 from mesh.interceptors import malformed
 from services.ingest.intake.intake import Accepted, Intake
 from services.ingest.messages import message_of
+from services.ingest.tracing import traceparent_of
 from shoal.errors import Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -39,9 +40,7 @@ def _trace(exchange: Exchange) -> str:
     """The caller's trace, if it is in one: the short way makes no span of its own."""
     if (parent := exchange.headers.get(b"traceparent")) is None:
         return ""
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier, propagate.extract({"traceparent": parent.decode("latin-1")}))
-    return carrier.get("traceparent", "")
+    return traceparent_of(propagate.extract({"traceparent": parent.decode("latin-1")}))
 
 
 def _answer(exchange: Exchange, future: asyncio.Future[Accepted]) -> None:

@@ -20,7 +20,7 @@ from services.ingest.documents import (
     LIGHT,
     VALIDATOR,
     document_of,
-    fenced_update,
+    fenced_updates,
     job_of,
 )
 from services.ingest.job import (
@@ -114,7 +114,7 @@ async def test_a_fresh_claim_takes_only_what_is_still_untouched(jobs: Collection
     [taken] = await other.claim_fresh(fresh[:1])
     [tried] = await other.claim_fresh(fresh[1:2])
     again = try_again(tried, Again(clock.now, True, "again"), "local/ingest-1", clock.now)
-    await jobs.bulk_write([fenced_update(tried, again)])
+    await jobs.bulk_write(fenced_updates([(tried, again)]))
     claimed = await claims(jobs, clock).claim_fresh(fresh)
     assert [one.id for one in claimed] == [fresh[2].id]
     assert await read(jobs, taken.id) == taken
@@ -134,7 +134,7 @@ async def test_a_fenced_update_writes_what_the_function_says(jobs: Collection, c
     [[held], _] = await claims(jobs, clock).claim_due(1, [])
     clock.advance(seconds=1)
     wanted = after(held, clock.now)
-    await jobs.bulk_write([fenced_update(held, wanted)])
+    await jobs.bulk_write(fenced_updates([(held, wanted)]))
     assert await read(jobs, held.id) == wanted
 
 
@@ -147,13 +147,13 @@ async def test_a_slow_worker_writes_nothing(jobs: Collection, clock: TestClock) 
     assert lost == held.lease
     assert taken.lease is not None
     assert await read(jobs, held.id) == take_over(held, taken.lease)
-    written = await jobs.bulk_write([fenced_update(held, end(held, End(Outcome.SUCCEEDED), "i", clock.now))])
+    written = await jobs.bulk_write(fenced_updates([(held, end(held, End(Outcome.SUCCEEDED), "i", clock.now))]))
     assert written.matched_count == 0
     assert held.lease is not None
     assert await slow.renew({held.id: held.lease}) == {held.id}
     # And with the same lease, but another attempt: nothing either.
     stale = replace(taken, attempts=taken.attempts + 1)
-    assert (await jobs.bulk_write([fenced_update(stale, claim(stale, taken.lease, clock.now))])).matched_count == 0
+    assert (await jobs.bulk_write(fenced_updates([(stale, claim(stale, taken.lease, clock.now))]))).matched_count == 0
 
 
 async def test_a_renewed_lease_does_not_lapse(jobs: Collection, clock: TestClock) -> None:
@@ -245,7 +245,7 @@ async def test_cancelling_takes_it_from_whoever_has_it(jobs: Collection, clock: 
     assert taken.state is State.RUNNING
     assert held.lease is not None
     assert await worker.renew({held.id: held.lease}) == {held.id}
-    await jobs.bulk_write([fenced_update(taken, end(taken, End(Outcome.CANCELLED, 1, "x"), "i", clock.now))])
+    await jobs.bulk_write(fenced_updates([(taken, end(taken, End(Outcome.CANCELLED, 1, "x"), "i", clock.now))]))
     assert await worker.take_to_cancel(other.id, "") is None
     assert await worker.take_to_cancel("nowhere", "") is None
 

@@ -7,7 +7,8 @@ import logging
 
 import pytest
 
-from mesh.tasks import Background, end
+from mesh.tasks import Background, end, for_ever
+from shoal.errors import Unavailable
 
 
 async def test_one_that_swallows_its_cancellation_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,3 +57,30 @@ async def test_a_background_lives_as_long_as_its_block_and_a_failure_is_told(
             assert not ticking._task.done()
     assert ticking._task.done()
     assert "why" in caplog.text
+
+
+async def test_a_step_is_taken_again_whatever_it_raises_and_the_log_hears(caplog: pytest.LogCaptureFixture) -> None:
+    came: list[str] = []
+    third = asyncio.Event()
+
+    async def step() -> float:
+        came.append("step")
+        if len(came) == 1:
+            raise Unavailable("the tide is out")
+        if len(came) == 2:
+            raise ValueError("a fault of ours")
+        third.set()
+        return 3_600.0
+
+    with caplog.at_level(logging.INFO):
+        log = logging.getLogger("tide")
+        task = asyncio.create_task(for_ever("fish", step, away_s=0.0, log=log, level=logging.INFO))
+        await asyncio.wait_for(third.wait(), 30)
+        await end(task)
+    assert len(came) == 3  # Then it rested for as long as it said.
+    told = [(record.name, record.levelno, record.getMessage()) for record in caplog.records if record.name == "tide"]
+    assert told == [
+        ("tide", logging.INFO, "cannot fish for now: the tide is out"),
+        ("tide", logging.ERROR, "cannot fish"),
+    ]
+    assert "a fault of ours" in caplog.text

@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import TypeAlias
 
 from services.ingest.dependencies.references import words
-from services.ingest.job import End, Job, Outcome, State, ended_from_outside, released_from_waiting
+from services.ingest.job import FINAL, End, Job, Outcome, State, ended_from_outside, released_from_waiting
 from shoal.errors import Code
 
 _REASON_CHARS = 500
@@ -50,7 +50,7 @@ def after_look(job: Job, known: Known, instance: str, now: datetime) -> Job | En
     return replace(job, waits_for=tuple(dict.fromkeys(standing.id for standing in left)))
 
 
-_FAILED = frozenset({State.FAILED, State.DEAD, State.CANCELLED, State.EXPIRED})
+_FAILED = FINAL - {State.SUCCEEDED}
 
 
 def _doom(job: Job, reference: str, standing: Standing | None) -> End:

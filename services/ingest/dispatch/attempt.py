@@ -28,6 +28,7 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.submission import EXPLAIN, REQUEST_BYTES
 from services.ingest.job import Again, End, Failure, Job, Outcome, after_failure, ended_from_outside
+from services.ingest.tracing import traceparent_of
 from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2
 from shoal.store.v1 import store_pb2
@@ -146,7 +147,7 @@ class Attempts:
             BulkEntry(job.id, job.request or b"", self._left_s(job), job.tenant, is_suspect(job)) for job in jobs
         ]
         # The call belongs to the trace of the first job that has one.
-        traceparent = _traceparent(next(iter(spans.values()))) if spans else ""
+        traceparent = traceparent_of(trace.set_span_in_context(next(iter(spans.values())))) if spans else ""
         try:
             answers = self._model.infer_bulk(jobs[0].model_name, entries, given_up, traceparent)
             async with aclosing(answers):
@@ -225,12 +226,6 @@ def _answered(result: store_pb2.Result, instance: str) -> store_pb2.Result:
     result.model_version = result.response.model_version[:_NAME_CHARS]
     result.instance = instance[:_NAME_CHARS]
     return result
-
-
-def _traceparent(span: Span) -> str:
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier, trace.set_span_in_context(span))
-    return carrier.get("traceparent", "")
 
 
 def _mark(span: Span, failure: Failure) -> None:

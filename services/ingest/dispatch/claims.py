@@ -22,7 +22,7 @@ from pymongo.errors import PyMongoError
 from mesh.mongo import Document, translated
 from services.ingest.clock import Clock
 from services.ingest.dispatch.lanes import Ask, Lanes, Waiting
-from services.ingest.documents import EVER, LIGHT, WAITING, claiming, job_of, taking_over
+from services.ingest.documents import EACH_LANE, EVER, LIGHT, WAITING, claiming, job_of, taking_over
 from services.ingest.job import Job, Lease, claim, take_over
 from services.ingest.lane import Lane, lane_of
 
@@ -158,8 +158,7 @@ class Claims:
         lanes: Document = {**WAITING, "lane": {"$gt": self._listed_to}}
         heads: list[Document] = [
             {"$match": lanes},
-            {"$sort": {"lane": 1, "due_at": 1, "_id": 1}},
-            {"$group": {"_id": "$lane", "due_at": {"$first": "$due_at"}}},
+            *EACH_LANE,
             {"$sort": {"_id": 1}},
             {"$limit": _LISTED_MOST},
         ]

@@ -15,7 +15,7 @@ from types import TracebackType
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import end
+from mesh.tasks import end, for_ever
 from services.ingest.clock import Clock
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
@@ -71,7 +71,7 @@ class Keeper:
             ("count the backlog", self._recount, 0.0),
             ("sweep payloads", self._sweep, _FIRST_SWEEP_S),
         ):
-            task = asyncio.create_task(self._for_ever(name, duty, first_s), name=name)
+            task = asyncio.create_task(self._do(name, duty, first_s), name=name)
             self._stack.push_async_callback(end, task)
         return self
 
@@ -80,20 +80,11 @@ class Keeper:
     ) -> None:
         await self._stack.__aexit__(kind, err, tb)
 
-    async def _for_ever(self, name: str, duty: Callable[[], Awaitable[float]], first_s: float) -> None:
-        """Does `duty` again and again, from `first_s` on; it says how many seconds it may rest."""
+    async def _do(self, name: str, duty: Callable[[], Awaitable[float]], first_s: float) -> None:
+        """Does `duty` from `first_s` on."""
         await self._ready.wait()
         await asyncio.sleep(first_s)
-        while True:
-            try:
-                rest_s = await duty()
-            except ShoalError as err:
-                log.warning("cannot %s for now: %s", name, err)
-                rest_s = min(_AWAY_WAIT_S, self._renew_s)
-            except Exception:
-                log.exception("%s", name)  # A fault of ours must not end the duty.
-                rest_s = _AWAY_WAIT_S
-            await asyncio.sleep(rest_s)
+        await for_ever(name, duty, away_s=min(_AWAY_WAIT_S, self._renew_s), log=log)
 
     async def _renew(self) -> float:
         held = self._dispatcher.held()

@@ -13,7 +13,8 @@ from opentelemetry.trace import Link, SpanKind
 
 from mesh.interceptors import translate
 from services.ingest.job import End, Failure, Outcome
-from shoal.errors import Code, Internal, ShoalError, Unavailable
+from services.ingest.store_calls import asking_store
+from shoal.errors import Code, Internal, ShoalError
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, inference_pb2
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
@@ -243,7 +244,7 @@ class RemoteResults:
             ShoalError: none is known to be recorded; to repeat it is safe.
         """
         request = store_pb2.PutResultsRequest(results=results)
-        with self._span(traceparents), _translated("recording results"):
+        with self._span(traceparents), asking_store("recording results"):
             response = await self._stub.PutResults(request, timeout=STORE_TIMEOUT_S)
         if [entry.job_id for entry in response.entries] != [result.job_id for result in results]:
             raise Internal("the store's answer does not fit the results that were sent")
@@ -265,7 +266,7 @@ class RemoteResults:
             request = store_pb2.QueryResultsRequest(
                 job_ids=some, omit_response=True, page_size=len(some), include_removed=True
             )
-            with _translated("looking for results"):
+            with asking_store("looking for results"):
                 response = await self._stub.QueryResults(request, timeout=LOOK_TIMEOUT_S)
             found.update({result.job_id: _end_of(result) for result in response.results})
         return found
@@ -285,14 +286,3 @@ def _end_of(result: store_pb2.Result) -> End:
         return End(Outcome(result.outcome), result.code, result.message, result.generation or 1)
     except ValueError:
         raise Internal(f"the store has a result of job {result.job_id} with the outcome {result.outcome}") from None
-
-
-@contextlib.contextmanager
-def _translated(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as err:
-        known = translate(err, doing)
-        if known.code is Code.UNIMPLEMENTED:
-            raise Unavailable(f"{doing}: the mesh has no way to the store yet ({known.message})") from err
-        raise known from err

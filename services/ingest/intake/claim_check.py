@@ -18,7 +18,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import grpc
 
 from mesh.interceptors import translate
-from shoal.errors import Code, DataLoss, Unavailable
+from services.ingest.store_calls import asking_store
+from shoal.errors import DataLoss, NotFound
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 
@@ -67,15 +68,11 @@ class ClaimCheck:
         """
         found = bytearray()
         try:
-            async for part in self._stub.GetArtifact(pb.GetArtifactRequest(sha256=sha256), timeout=_GET_S):
-                found += part.chunk
-        except grpc.RpcError as err:
-            known = translate(err, f"fetching the request of job {job_id}")
-            if known.code in (Code.NOT_FOUND, Code.DATA_LOSS):
-                raise DataLoss(f"the request of job {job_id} is not in the store any more: {known.message}") from err
-            if known.code is Code.UNIMPLEMENTED:
-                raise Unavailable(f"the mesh has no way to the store yet ({known.message})") from err
-            raise known from err
+            with asking_store(f"fetching the request of job {job_id}"):
+                async for part in self._stub.GetArtifact(pb.GetArtifactRequest(sha256=sha256), timeout=_GET_S):
+                    found += part.chunk
+        except (NotFound, DataLoss) as err:
+            raise DataLoss(f"the request of job {job_id} is not in the store any more: {err.message}") from err
         if await asyncio.to_thread(lambda: hashlib.sha256(found).hexdigest()) != sha256:
             raise DataLoss(f"the request of job {job_id}: what the store sent does not hash to {sha256}")
         return bytes(found)
@@ -88,10 +85,8 @@ class ClaimCheck:
         """
         for first in range(0, len(job_ids), _RELEASED_AT_ONCE):
             names = [self._prefix + job_id for job_id in job_ids[first : first + _RELEASED_AT_ONCE]]
-            try:
+            with asking_store("releasing requests of jobs"):
                 await self._stub.ReleaseArtifacts(pb.ReleaseArtifactsRequest(references=names), timeout=_ASK_S)
-            except grpc.RpcError as err:
-                raise translate(err, "releasing requests of jobs") from err
 
     async def handed_in(self, before: str) -> AsyncIterator[list[str]]:
         """The ids of jobs below `before` whose requests are referred to, some at a time, in order.
@@ -104,10 +99,8 @@ class ClaimCheck:
             page = pb.ListReferencesRequest(
                 prefix=self._prefix, after=after, before=self._prefix + before, page_size=_LISTED_AT_ONCE
             )
-            try:
+            with asking_store("looking for requests of jobs"):
                 answer = await self._stub.ListReferences(page, timeout=_ASK_S)
-            except grpc.RpcError as err:
-                raise translate(err, "looking for requests of jobs") from err
             if not answer.references:
                 return
             after = answer.references[-1].name

@@ -13,8 +13,8 @@ import logging
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
-from shoal.errors import ResourceExhausted, ShoalError
+from mesh.tasks import Background, for_ever
+from shoal.errors import ResourceExhausted
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +64,12 @@ class Disk(Background):
 
     async def _run(self) -> None:
         await self._is_open.wait()
-        while self._reserve:
-            try:
-                await self._look()
-            except ShoalError as err:
-                log.info("cannot look at MongoDB's disk for now: %s", err)
-            except Exception:
-                log.exception("looking at MongoDB's disk")  # A fault of ours must not end it.
-            await asyncio.sleep(self._look_s)
+        if self._reserve:
+            await for_ever("look at MongoDB's disk", self._look, away_s=self._look_s, log=log, level=logging.INFO)
 
-    async def _look(self) -> None:
+    async def _look(self) -> float:
         with translated("looking at MongoDB's disk"):
             stats = await self._database.command("dbStats")
         if stats.get("fsTotalSize"):  # It is 0 for a database that is not there yet.
             self.seen(int(stats["fsTotalSize"] - stats["fsUsedSize"]))
+        return self._look_s

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from opentelemetry import propagate
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import BulkWriteError
 
@@ -36,6 +35,7 @@ from services.ingest.intake.storage import Storage
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
 from services.ingest.tenants.admission import Admission
+from services.ingest.tracing import traceparent_of
 from services.ingest.ulid import Ulids
 from shoal.errors import AlreadyExists, DataLoss, NotFound, ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -140,7 +140,7 @@ class Intake:
 
     async def submit(self, submit: pb.SubmitRequest) -> Accepted:
         """Makes `submit` a durable job, or finds the one that it made before. Raises what `begin` does, or gives."""
-        return await self.begin(submit, current_trace())
+        return await self.begin(submit, traceparent_of())
 
     def begin(self, submit: pb.SubmitRequest, traceparent: str = "") -> asyncio.Future[Accepted]:
         """Takes `submit` in: the future has its answer once it is durable, or that of the job that it made before.
@@ -247,6 +247,8 @@ class Intake:
         A key is as good as its job, before that is written: when the one among `jobs` does not get it, another has it.
         """
         dependents = [job for job in jobs if job.depends_on]
+        if not dependents:
+            return {}
         known: set[tuple[str, str]] = set()
         for tenant in {job.tenant for job in dependents}:
             asked = {reference for job in dependents if job.tenant == tenant for reference in job.depends_on}
@@ -281,13 +283,11 @@ class Intake:
 
     async def _repeated(self, jobs: Sequence[Job]) -> dict[str, Accepted | ShoalError]:
         """For those of `jobs` that were submitted before, when their dependencies were still there: that job."""
-        found: dict[str, Accepted | ShoalError] = {}
-        for job in jobs:
-            with translated("looking for the earlier job of a key"):
-                document = await self._jobs.find_one({"tenant": job.tenant, "key": job.key}, LIGHT)
-            if document is not None:
-                found[job.id] = _same_or_not(job, job_of(document))
-        return found
+        try:
+            found = await self._look_for_keys({(job.tenant, job.key) for job in jobs})
+        except ShoalError as err:
+            return {job.id: err for job in jobs}
+        return {job.id: _same_or_not(job, found[job.tenant, job.key]) for job in jobs if (job.tenant, job.key) in found}
 
     async def _find_by_key(self, keys: set[tuple[str, str]]) -> dict[tuple[str, str], Job]:
         found: dict[tuple[str, str], Job] = {}
@@ -295,19 +295,16 @@ class Intake:
         for wait_s in (0.0, 0.01, 0.1, 0.5):
             if missing := keys - found.keys():
                 await asyncio.sleep(wait_s)
-                either = [{"tenant": tenant, "key": key} for tenant, key in missing]
-                with translated("looking for the earlier jobs of keys"):
-                    async for document in self._jobs.find({"$or": either}, LIGHT):
-                        job = job_of(document)
-                        found[job.tenant, job.key] = job
+                found |= await self._look_for_keys(missing)
         return found
 
-
-def current_trace() -> str:
-    """The trace that the caller is in (W3C's traceparent); empty when it is in none."""
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier)
-    return carrier.get("traceparent", "")
+    async def _look_for_keys(self, keys: set[tuple[str, str]]) -> dict[tuple[str, str], Job]:
+        if not keys:
+            return {}
+        either = [{"tenant": tenant, "key": key} for tenant, key in keys]
+        with translated("looking for the earlier jobs of keys"):
+            found = [job_of(document) async for document in self._jobs.find({"$or": either}, LIGHT)]
+        return {(job.tenant, job.key): job for job in found}
 
 
 class KeyTaken(AlreadyExists):

@@ -22,7 +22,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 from mesh.mongo import Document, translated
 from services.ingest.clock import milliseconds
 from services.ingest.documents import JOBS, PAYLOADS, RESTORES
-from services.ingest.job import Job, State
+from services.ingest.job import DONE_WITH, Job
 from services.ingest.ulid import floor
 from shoal.errors import ShoalError
 
@@ -139,9 +139,8 @@ class Payloads:
             after = ids[-1]
 
     async def _unneeded(self, ids: Sequence[str]) -> list[str]:
-        over = [str(state) for state in (State.SUCCEEDED, State.CANCELLED, State.EXPIRED)]
         with translated("looking for the jobs of payloads"):
-            needed_by = {"$or": [{"state": {"$nin": over}}, {"is_kept": True}]}
+            needed_by = {"$or": [{"state": {"$nin": sorted(map(str, DONE_WITH))}}, {"is_kept": True}]}
             cursor = self._jobs.find({"_id": {"$in": list(ids)}, **needed_by}, {"_id": 1})
             needed = {document["_id"] async for document in cursor}
         return [job_id for job_id in ids if job_id not in needed]

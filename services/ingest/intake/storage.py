@@ -8,15 +8,14 @@ what it has queued, and by what it submits until the next look. While the store 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping
 
 import grpc
 
-from mesh.interceptors import translate
-from mesh.tasks import Background
-from shoal.errors import ResourceExhausted, ShoalError
+from mesh.tasks import Background, for_ever
+from services.ingest.store_calls import asking_store
+from shoal.errors import ResourceExhausted
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -50,25 +49,17 @@ class Storage(Background):
             )
 
     async def _run(self) -> None:
-        while True:
-            try:
-                self._over = await self._look()
-            except ShoalError as err:
-                log.debug("quotas of storage are as they were: %s", err)
-            except Exception:  # A fault of ours must not end the looking for ever.
-                log.exception("looking for quotas of storage")
-            await asyncio.sleep(self._look_s)
+        await for_ever("look for quotas of storage", self._look, away_s=self._look_s, log=log, level=logging.DEBUG)
 
-    async def _look(self) -> Mapping[str, store_pb2.TenantUsage]:
+    async def _look(self) -> float:
         found: dict[str, store_pb2.TenantUsage] = {}
         token = ""
         while True:
             request = store_pb2.ListUsageRequest(over_quota=True, page_token=token)
-            try:
+            with asking_store("looking for quotas of storage"):
                 answer = await self._store.ListUsage(request, timeout=_TIMEOUT_S)
-            except grpc.RpcError as err:
-                raise translate(err, "looking for quotas of storage") from err
             found.update({usage.tenant: usage for usage in answer.usages})
             token = answer.next_page_token
             if not token:
-                return found
+                self._over = found
+                return self._look_s

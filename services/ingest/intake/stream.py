@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from services.ingest.intake.intake import Accepted, Intake, current_trace
+from services.ingest.intake.intake import Accepted, Intake
+from services.ingest.tracing import traceparent_of
 from shoal.errors import Internal, InvalidArgument, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -83,7 +84,7 @@ class Stream:
         return self._under_way[0]
 
     async def _read(self, requests: AsyncIterator[pb.SubmitStreamRequest]) -> None:
-        traceparent = current_trace()
+        traceparent = traceparent_of()
         try:
             async for request in requests:
                 nbytes = request.ByteSize()

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import grpc
 
-from mesh.interceptors import translate
-from shoal.errors import Code, Unavailable
+from services.ingest.store_calls import asking_store
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 _TIMEOUT_S = 20.0
@@ -29,18 +28,9 @@ class StoredAnswers:
         found: dict[str, store_pb2.Result] = {}
         request = store_pb2.QueryResultsRequest(job_ids=job_ids, page_size=len(job_ids), include_removed=True)
         while True:
-            page = await self._page(request)
+            with asking_store("reading results"):
+                page: store_pb2.QueryResultsResponse = await self._stub.QueryResults(request, timeout=_TIMEOUT_S)
             found.update({result.job_id: result for result in page.results})
             if not page.next_page_token:
                 return found
             request.page_token = page.next_page_token
-
-    async def _page(self, request: store_pb2.QueryResultsRequest) -> store_pb2.QueryResultsResponse:
-        try:
-            response: store_pb2.QueryResultsResponse = await self._stub.QueryResults(request, timeout=_TIMEOUT_S)
-        except grpc.RpcError as err:
-            known = translate(err, "reading results")
-            if known.code is Code.UNIMPLEMENTED:
-                raise Unavailable(f"the mesh has no way to the store yet ({known.message})") from err
-            raise known from err
-        return response

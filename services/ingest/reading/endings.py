@@ -17,12 +17,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import end
+from mesh.tasks import Background
 from services.ingest.intake.group import Group
 from services.ingest.job import FINAL
 from shoal.errors import NotFound, ShoalError
@@ -48,7 +48,7 @@ class Answers(Protocol):
         """The results that stand for these jobs, with their answers. Raises ShoalError."""
 
 
-class Endings:
+class Endings(Background):
     """Tells when jobs have ended, and how. Used as `async with`."""
 
     def __init__(self, jobs: AsyncCollection[Document], answers: Answers, *, ready: asyncio.Event) -> None:
@@ -63,18 +63,15 @@ class Endings:
         self._results: Group[str, store_pb2.Result] = Group(
             "results that are read", self._read, max_items=_RESULTS_AT_ONCE, max_bytes=1
         )
-        self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Endings:
+    async def __aenter__(self) -> Self:
         await self._results.__aenter__()
-        self._task = asyncio.create_task(self._run(), name="endings")
-        return self
+        return await super().__aenter__()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
-        assert self._task is not None
-        await end(self._task)
+        await super().__aexit__(kind, err, tb)
         await self._results.__aexit__(kind, err, tb)
 
     def poke(self, job_id: str) -> None:

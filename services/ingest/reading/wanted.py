@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.mongo import Document
+from services.ingest.intake.submission import LABEL_CHARS, LABELS
 from services.ingest.job import Job, State
 from services.ingest.ulid import is_ulid
 from shoal.errors import InvalidArgument
 
 MOST_IDS = 1_000
-LABELS = 64
-TEXT_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def checked(
     texts = {"model_name": model_name, "tenant": tenant}
     texts |= {f"labels[{key[:40]!r}]": key + value for key, value in labels.items()}
     for field, text in texts.items():
-        if len(text) > 2 * TEXT_CHARS:
+        if len(text) > 2 * LABEL_CHARS:
             raise InvalidArgument(f"{field}: too long to be that of any job")
     return Wanted(tuple(dict.fromkeys(ids)), states, model_name, tenant, tuple(sorted(labels.items())))
 

@@ -18,13 +18,12 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from types import TracebackType
 
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import PyMongoError
 
 from mesh.mongo import Document, next_change, translate
-from mesh.tasks import end
+from mesh.tasks import Background, end
 from services.ingest.job import Job, generations
 from services.ingest.reading.jobs import Jobs
 from shoal.errors import ResourceExhausted, Unavailable
@@ -44,7 +43,7 @@ _STEPS_TOLD = 16
 # A watcher that missed more transitions than this is told the newest state only; the job carries the others.
 
 
-class Changes:
+class Changes(Background):
     """Tells who is interested that a job has changed. Used as `async with`."""
 
     def __init__(
@@ -62,17 +61,6 @@ class Changes:
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._count = 0
         self._first_came = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Changes:
-        self._task = asyncio.create_task(self._run(), name="changes")
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        assert self._task is not None
-        await end(self._task)
 
     @contextmanager
     def of(self, job_id: str) -> Iterator[asyncio.Event]:

@@ -39,17 +39,19 @@ class Book:
         self._defaults = defaults
 
     async def set(self, rule: Rule) -> None:
-        """Sets a rule.
+        """Sets a rule, or changes the one that there is.
 
         Raises:
-            ResourceExhausted: there are too many. Unavailable: MongoDB is away.
+            ResourceExhausted: it would be one too many. Unavailable: MongoDB is away.
         """
         with translated("setting how long jobs stay"):
-            if await self._rules.estimated_document_count() >= MOST:
+            rule_id = {"_id": _id(rule.tenant, rule.state)}
+            is_full = await self._rules.estimated_document_count() >= MOST
+            if is_full and await self._rules.find_one(rule_id, {"_id": 1}) is None:
                 raise ResourceExhausted(f"there are {MOST} rules, the most there may be: have some tenants inherit")
             keep_ms = None if rule.keep is None else rule.keep // _MS
             document = {"tenant": rule.tenant, "state": str(rule.state), "keep_ms": keep_ms}
-            await self._rules.replace_one({"_id": _id(rule.tenant, rule.state)}, document, upsert=True)
+            await self._rules.replace_one(rule_id, document, upsert=True)
 
     async def inherit(self, tenant: str, state: State) -> None:
         """Removes a tenant's own rule. No rule is no error.

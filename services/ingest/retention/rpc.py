@@ -11,7 +11,8 @@ from services.ingest.intake.submission import ms_of
 from services.ingest.job import FINAL, State
 from services.ingest.messages import STATES, state_of
 from services.ingest.retention.book import Book
-from services.ingest.retention.rules import EVERYONE, LONGEST, Keep, Rules, checked
+from services.ingest.retention.rules import LONGEST, Keep, Rules, checked
+from services.ingest.tenants.settings import EVERYONE
 from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 

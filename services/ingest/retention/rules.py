@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TypeAlias
 
+from services.ingest.intake.submission import TENANT_CHARS
 from services.ingest.job import FINAL, Job, State
+from services.ingest.tenants.settings import EVERYONE
 from shoal.errors import InvalidArgument
 
-EVERYONE = "*"
 SHORTEST = timedelta(minutes=1)
 """Whoever waits for a job's end sees it by then, and so do the jobs that depend on it."""
 LONGEST = timedelta(days=36_500)
-TENANT_CHARS = 64
 
 Keep: TypeAlias = timedelta | None
 """So long after its end; None is for ever."""

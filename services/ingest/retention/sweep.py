@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
+from mesh.tasks import Background, for_ever
 from services.ingest.clock import Clock, milliseconds
 from services.ingest.dependencies.references import by_key
 from services.ingest.documents import LIGHT, job_of
@@ -28,7 +28,6 @@ from services.ingest.job import FINAL, Job, State
 from services.ingest.retention.book import Book
 from services.ingest.retention.rules import Rules
 from services.ingest.ulid import floor
-from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +65,12 @@ class Sweep(Background):
 
     async def _run(self) -> None:
         await self._ready.wait()
-        while True:
-            rest_s = self._round_s
-            try:
-                if self._leads():
-                    await self.round()
-            except ShoalError as err:
-                log.warning("cannot remove jobs that have stayed long enough for now: %s", err)
-                rest_s = _AWAY_S
-            except Exception:
-                log.exception("removing jobs")  # A fault of ours must not end the duty.
-                rest_s = _AWAY_S
-            await asyncio.sleep(rest_s)
+        await for_ever("remove jobs that have stayed long enough", self._turn, away_s=_AWAY_S, log=log)
+
+    async def _turn(self) -> float:
+        if self._leads():
+            await self.round()
+        return self._round_s
 
     async def round(self) -> int:
         """Removes what is over, for as long as this instance leads. Says how many.

@@ -17,7 +17,7 @@ from datetime import datetime
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
+from mesh.tasks import Background, for_ever
 from services.ingest.clock import Clock
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job
@@ -65,17 +65,11 @@ class Firing(Background):
 
     async def _run(self) -> None:
         await self._ready.wait()
-        while True:
-            rest_s = TICK_S
-            try:
-                await self.fire_due()
-            except ShoalError as err:
-                log.warning("cannot fire schedules for now: %s", err)
-                rest_s = _AWAY_S
-            except Exception:
-                log.exception("firing schedules")  # A fault of ours must not end the duty.
-                rest_s = _AWAY_S
-            await asyncio.sleep(rest_s)
+        await for_ever("fire schedules", self._tick, away_s=_AWAY_S, log=log)
+
+    async def _tick(self) -> float:
+        await self.fire_due()
+        return TICK_S
 
     async def fire_due(self) -> None:
         """Fires what is due, when this instance leads.

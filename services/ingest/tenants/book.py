@@ -17,10 +17,10 @@ from pymongo import ASCENDING, IndexModel, ReturnDocument
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, ensure_collection, translated
-from mesh.tasks import Background
+from mesh.tasks import Background, for_ever
 from services.ingest.documents import EVER
 from services.ingest.tenants.settings import EVERYONE, NAMES, Limits, Settings, Tenant, in_force
-from shoal.errors import FailedPrecondition, ShoalError
+from shoal.errors import FailedPrecondition
 
 log = logging.getLogger(__name__)
 
@@ -131,14 +131,12 @@ class Book(Background):
 
     async def _run(self) -> None:
         await self._is_open.wait()
-        while True:
-            await asyncio.sleep(self._read_s)
-            try:
-                await self.read()
-            except ShoalError as err:
-                log.info("cannot read the tenants for now: %s", err)
-            except Exception:
-                log.exception("reading the tenants")  # A fault of ours must not end it.
+        await asyncio.sleep(self._read_s)
+        await for_ever("read the tenants", self._turn, away_s=self._read_s, log=log, level=logging.INFO)
+
+    async def _turn(self) -> float:
+        await self.read()
+        return self._read_s
 
 
 def _tenant(document: Document) -> Tenant:

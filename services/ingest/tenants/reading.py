@@ -11,7 +11,7 @@ from datetime import datetime
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from services.ingest.documents import WAITING
+from services.ingest.documents import EACH_LANE, WAITING
 from services.ingest.lane import lane_of
 from services.ingest.tenants.book import Book
 from services.ingest.tenants.pending import Pending
@@ -79,12 +79,7 @@ class Standings:
 
     async def _waiting(self) -> Sequence[str]:
         """The tenants that have jobs that wait: one step a lane."""
-        lanes: list[Document] = [
-            {"$match": WAITING},
-            {"$sort": {"lane": 1, "due_at": 1, "_id": 1}},
-            {"$group": {"_id": "$lane", "due_at": {"$first": "$due_at"}}},
-            {"$limit": _LANES_MOST},
-        ]
+        lanes: list[Document] = [{"$match": WAITING}, *EACH_LANE, {"$limit": _LANES_MOST}]
         with translated("looking for tenants that wait"):
             found = await self._jobs.aggregate(lanes, hint="lanes")
             return [lane_of(document["_id"]).tenant async for document in found]

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import connect, ensure_collection
-from services.ingest.documents import INDEXES, JOBS, VALIDATOR, claiming, document_of, fenced_update, job_of, requeueing
+from services.ingest.documents import (
+    INDEXES,
+    JOBS,
+    VALIDATOR,
+    claiming,
+    document_of,
+    fenced_updates,
+    job_of,
+    requeueing,
+)
 from services.ingest.job import DEAD_LETTERS, Again, End, Job, Lease, Outcome, State, claim, end, requeue, try_again
 from services.ingest.reading.wanted import Wanted
 from services.ingest.reading.watch_many import Told, WatchMany
@@ -74,9 +83,9 @@ async def move(jobs: Collection, before: Job, how: int) -> Job:
     if before.state is State.QUEUED:
         await jobs.update_one({"_id": before.id}, claiming(Lease(ids.new(), "i", "p", now), now))
     elif before.state is State.RUNNING and how == 3:
-        await jobs.bulk_write([fenced_update(before, try_again(before, Again(now, False, "released"), "i", now))])
+        await jobs.bulk_write(fenced_updates([(before, try_again(before, Again(now, False, "released"), "i", now))]))
     elif before.state is State.RUNNING:
-        await jobs.bulk_write([fenced_update(before, end(before, ENDS[how], "i", now))])
+        await jobs.bulk_write(fenced_updates([(before, end(before, ENDS[how], "i", now))]))
     elif before.state in DEAD_LETTERS:
         await jobs.bulk_write([requeueing(before, requeue(before, "", "i", now))])
     document = await jobs.find_one({"_id": before.id})

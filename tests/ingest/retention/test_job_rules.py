@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ingest.job import FINAL, State
-from services.ingest.retention.rules import EVERYONE, LONGEST, SHORTEST, Keep, Rules, checked
+from services.ingest.retention.rules import LONGEST, SHORTEST, Keep, Rules, checked
+from services.ingest.tenants.settings import EVERYONE
 from shoal.errors import InvalidArgument
 from tests.ingest.making import START, job
 

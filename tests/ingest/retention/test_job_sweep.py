@@ -17,9 +17,11 @@ from services.ingest.job import FINAL, Job, State
 from services.ingest.retention import sweep as sweeping
 from services.ingest.retention.book import JOB_RETENTION, Book
 from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR
-from services.ingest.retention.rules import EVERYONE, Keep, Rule
+from services.ingest.retention.rules import Keep, Rule
 from services.ingest.retention.sweep import Sweep
+from services.ingest.tenants.settings import EVERYONE
 from services.ingest.ulid import Ulids
+from shoal.errors import ResourceExhausted
 from tests.ingest.making import START, TestClock, job
 
 Collection = AsyncCollection[dict[str, Any]]
@@ -102,6 +104,17 @@ async def test_tenants_have_their_own_word(world: World) -> None:
     await world.book.inherit("long", State.SUCCEEDED)
     await world.sweep.round()  # A rule that changed is looked at from the beginning.
     assert await world.left() == set()
+
+
+async def test_rules_that_there_are_can_be_changed_when_there_may_be_no_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.ingest.retention.book.MOST", 1)
+    await world.book.set(Rule("a", State.DEAD, None))
+    with pytest.raises(ResourceExhausted, match="there are 1 rules, the most there may be: have some tenants inherit"):
+        await world.book.set(Rule("b", State.DEAD, None))
+    await world.book.set(Rule("a", State.DEAD, timedelta(hours=1)))
+    assert (await world.book.read()).own == {("a", State.DEAD): timedelta(hours=1)}
 
 
 async def test_what_others_still_wait_for_stays_until_they_know_that_it_succeeded(world: World) -> None:
