@@ -49,7 +49,7 @@ class JobRetry:
     max_backoff_s: float = 30.0
     codes: Collection[Code | str] = ()
     """Status codes that are worth another attempt, `Code.UNAVAILABLE` or "unavailable"; with any other the job fails at
-    once. None: all but those that say that the request is at fault."""
+    once. Empty: all but those that say that the request is at fault."""
 
 
 @dataclass(frozen=True)

@@ -130,8 +130,9 @@ class AsyncJobs:
         if window < 1:
             raise InvalidArgument(f"window {window}: at least one job must be on its way")
         submission = Submission(self._caller, self._messages(requests), window=window)
-        async for ack in submission.run():
-            yield ack
+        async with aclosing(submission.run()) as acks:
+            async for ack in acks:
+                yield ack
 
     async def run_many(
         self, requests: AsyncIterable[JobRequest] | Iterable[JobRequest], *, window: int = RUN_WINDOW

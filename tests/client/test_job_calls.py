@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import shoal
 from shoal.client import AsyncClient, JobFilter, JobRequest, JobRetry, JobState, methods
 from shoal.client.retry import RetryPolicy
+from shoal.client.running import Running
+from shoal.client.submission import Submission
 from shoal.errors import (
     Cancelled,
     Code,
@@ -214,8 +217,6 @@ async def test_what_the_source_raises_comes_after_the_acknowledgements(served: S
 
 
 async def test_no_acknowledgement_in_time(served: Served) -> None:
-    from shoal.client.submission import Submission
-
     async def silent(requests: Any, context: Any) -> Any:
         async for _ in requests:
             pass
@@ -231,6 +232,55 @@ async def test_no_acknowledgement_in_time(served: Served) -> None:
         with pytest.raises(DeadlineExceeded, match="no acknowledgement within"):
             async for _ in Submission(client._caller, source(), ack_s=0.1).run():
                 pass
+
+
+class Breaking:
+    """A caller whose first stream breaks; `feeds` are what the streams send from."""
+
+    def __init__(self, response: type[Any]) -> None:
+        self.response = response
+        self.feeds: list[AsyncIterator[Any]] = []
+        self.sent: list[int] = []
+        """By the second."""
+
+    @contextmanager
+    def bidi(self, method: Any, requests: AsyncIterator[Any], *, timeout_s: float | None) -> Iterator[Any]:
+        self.feeds.append(requests)
+        yield self
+
+    async def read(self) -> Any:
+        if len(self.feeds) == 1:
+            await anext(self.feeds[0])
+            raise Unavailable("killed")
+        # grpc's writer of the stream that broke asks once more, before that of the new one does.
+        async for _ in self.feeds[0]:
+            pass
+        request = await anext(self.feeds[1], None)
+        if request is None:
+            return grpc.aio.EOF
+        self.sent.append(request.sequence)
+        return self.response(sequence=request.sequence, code=int(Code.INVALID_ARGUMENT), message="no")
+
+    def stream_wait_s(self, error: ShoalError, *, attempt: int, begun: bool) -> float | None:
+        return 0.0 if len(self.feeds) < 2 else None
+
+    async def pause(self, seconds: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("stream", "response"),
+    [(Submission, ingest.SubmitStreamResponse), (Running, ingest.RunStreamResponse)],
+    ids=["submit", "run"],
+)
+async def test_a_stream_that_broke_takes_nothing_from_its_successor(stream: Any, response: type[Any]) -> None:
+    async def source() -> AsyncIterator[ingest.SubmitRequest | ShoalError]:
+        for _ in range(3):
+            yield ingest.SubmitRequest()
+
+    caller = Breaking(response)
+    assert [one.index async for one in stream(caller, source()).run()] == [0, 1, 2]
+    assert (len(caller.feeds), caller.sent) == (2, [0, 1, 2])
 
 
 async def test_submit_many_of_nothing(served: Served, intake: Intake) -> None:

@@ -1,0 +1,162 @@
+"""A stream of jobs that is kept up: a bounded window of those that wait for an answer, sent again when it breaks.
+
+    source ──pump──> pending (at most `window`) ──feed──> the stream ──read──> outcomes ──> the caller
+
+An outcome frees its place in the window when the caller has taken it: a caller that is slow slows the source. Every job
+carries an idempotency key, so sending one again makes no second job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from shoal.client.calls import Caller
+from shoal.client.methods import Method
+from shoal.errors import ShoalError, Unavailable
+from shoal.ingest.v1 import ingest_pb2 as ingest
+
+if TYPE_CHECKING:
+    from shoal.client.calls import Bidi
+
+P = TypeVar("P")
+"""What is kept of a job that waits."""
+Q = TypeVar("Q", ingest.SubmitStreamRequest, ingest.RunStreamRequest)
+R = TypeVar("R", ingest.SubmitStreamResponse, ingest.RunStreamResponse)
+O = TypeVar("O")  # noqa: E741 - an outcome
+"""What the caller gets of each job."""
+
+
+class JobStream(ABC, Generic[P, Q, R, O]):
+    """One stream of `method`. `run()` gives the outcomes as they come."""
+
+    def __init__(
+        self,
+        caller: Caller,
+        source: AsyncIterator[ingest.SubmitRequest | ShoalError],
+        method: Method[Q, R],
+        *,
+        window: int,
+    ) -> None:
+        self._caller = caller
+        self._source = source
+        self._method: Method[Q, R] = method
+        self._places = asyncio.Semaphore(window)
+        self._pending: dict[int, P] = {}
+        self._outbox: deque[int] = deque()
+        self._outcomes: asyncio.Queue[O | None] = asyncio.Queue()  # Bounded by the window.
+        self._changed = asyncio.Event()
+        self._exhausted = False
+        self._answers = 0
+
+    @abstractmethod
+    def _kept(self, submit: ingest.SubmitRequest) -> P:
+        """What is kept of a job of the source."""
+
+    @abstractmethod
+    def _refusal(self, index: int, error: ShoalError) -> O:
+        """The outcome of a job that is not sent, or not taken."""
+
+    @abstractmethod
+    def _request(self, index: int, pending: P) -> Q | None:
+        """What is sent of a job; None: nothing for now."""
+
+    @abstractmethod
+    async def _take(self, answer: R, pending: P) -> None:
+        """Deals with an answer to a job that waits."""
+
+    def _is_all_sent(self) -> bool:
+        return self._exhausted
+
+    async def run(self) -> AsyncGenerator[O, None]:
+        """Raises what the source raised, or why the stream could not be kept up, after the outcomes so far."""
+        pump, delivery = asyncio.create_task(self._pump()), asyncio.create_task(self._deliver())
+        try:
+            while (outcome := await self._outcomes.get()) is not None:
+                yield outcome
+                self._places.release()
+            await delivery
+            await pump
+        finally:
+            pump.cancel()
+            delivery.cancel()
+            await asyncio.gather(pump, delivery, return_exceptions=True)
+
+    async def _pump(self) -> None:
+        index = 0
+        try:
+            async for item in self._source:
+                await self._places.acquire()
+                if isinstance(item, ShoalError):
+                    self._outcomes.put_nowait(self._refusal(index, item))
+                else:
+                    self._pending[index] = self._kept(item)
+                    self._outbox.append(index)
+                index += 1
+                self._changed.set()
+        finally:
+            self._exhausted = True
+            self._changed.set()
+
+    async def _deliver(self) -> None:
+        attempt, begun = 0, False
+        try:
+            while await self._more():
+                before = self._answers
+                try:
+                    await self._stream()
+                    error: ShoalError = Unavailable(f"{self._method.name}: the stream ended early")
+                except ShoalError as err:
+                    error = err
+                if not self._pending:
+                    continue
+                moved = self._answers > before
+                attempt, begun = (1, True) if moved else (attempt + 1, begun)
+                wait = self._caller.stream_wait_s(error, attempt=attempt, begun=begun)
+                if wait is None:
+                    raise error
+                await self._caller.pause(wait)
+        finally:
+            self._outcomes.put_nowait(None)
+
+    async def _more(self) -> bool:
+        """Waits for something to send. False: there is nothing, and nothing more will come."""
+        while not self._pending and not self._exhausted:
+            self._changed.clear()
+            await self._changed.wait()
+        return bool(self._pending)
+
+    async def _stream(self) -> None:
+        """One stream, until it ends or breaks. What waits for an answer goes first."""
+        self._outbox = deque(self._pending)
+        with self._caller.bidi(self._method, self._feed(self._outbox), timeout_s=None) as call:
+            while (answer := await self._read(call)) is not None:
+                pending = self._pending.get(answer.sequence)
+                if pending is not None:
+                    self._answers += 1
+                    await self._take(answer, pending)
+
+    async def _feed(self, outbox: deque[int]) -> AsyncIterator[Q]:
+        # grpc may ask a stream that has ended for one more: that must not come out of its successor's outbox.
+        while outbox is self._outbox:
+            while outbox:
+                index = outbox.popleft()
+                pending = self._pending.get(index)
+                if pending is not None and (request := self._request(index, pending)) is not None:
+                    yield request
+            if self._is_all_sent():
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _read(self, call: Bidi[Q, R]) -> R | None:
+        """The next answer; None at the end of the stream. A queue may be long: there is no deadline of its own."""
+        answer = await call.read()
+        return answer if isinstance(answer, self._method.response) else None  # Else: the end.
+
+    def _done(self, index: int, outcome: O) -> None:
+        del self._pending[index]
+        self._outcomes.put_nowait(outcome)
