@@ -137,7 +137,7 @@ def highest_memory(pid: int) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 200_000), ("width", 4), ("rounds", 3), ("growth", 8), ("jobs", 5_000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()

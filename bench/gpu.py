@@ -192,8 +192,7 @@ def replayed(cupy: Any, clock: Clock) -> Iterator[Row]:
 
 
 def to_device(cupy: Any, images: Sequence[np.ndarray], size: tuple[int, int], boxes: Any = None) -> Packed:
-    packed = pack(images, size, boxes)
-    return Packed(cupy.asarray(packed.pixels), cupy.asarray(packed.table_bytes()))
+    return pack(images, size, boxes).moved(cupy.asarray)
 
 
 def on_device(cupy: Any, clock: Clock) -> Iterator[Row]:

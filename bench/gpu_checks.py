@@ -24,7 +24,7 @@ from row_checks import (
 )
 
 from kernels import backend
-from kernels.resize_norm import Packed, pack, resize_norm
+from kernels.resize_norm import pack, resize_norm
 
 Found = tuple[str, float, float]
 """What was compared, how far it was off, and what is allowed."""
@@ -42,7 +42,7 @@ def resize_norm_checks(rng: np.random.Generator, cupy: Any) -> Iterator[Found]:
                 boxes = [_box(rng, *image.shape[:2]) if rng.random() < 0.5 else None for image in images]
                 size = (int(rng.integers(1, 230)), int(rng.integers(1, 230)))
                 packed = pack(images, size, boxes)
-                on_device = Packed(cupy.asarray(packed.pixels), cupy.asarray(packed.table_bytes()))
+                on_device = packed.moved(cupy.asarray)
                 shape = (12, channels, *size) if layout == "CHW" else (12, *size, channels)
                 out = cupy.full(shape, 77, dtype)
                 resize_norm(on_device, out, layout=layout, antialias=antialias, channels=channels)

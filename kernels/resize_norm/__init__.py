@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kernels import arrays
-from kernels.backend import Operation, choice
+from kernels.backend import Operation
 from kernels.resize_norm.images import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -111,9 +111,7 @@ def resize_norm(
 def warm_up() -> None:
     """Compiles the version that runs here, for every kind of output."""
     for channels in (1, 3):
-        batch = pack([np.zeros((4, 4, channels), np.uint8)], (2, 2))
-        if choice() == "cuda":
-            batch = Packed(arrays.at_choice(batch.pixels), arrays.at_choice(batch.table_bytes()))
+        batch = pack([np.zeros((4, 4, channels), np.uint8)], (2, 2)).moved(arrays.at_choice)
         for dtype in _DTYPES:
             resize_norm(batch, size=(2, 2), dtype=dtype, channels=channels)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from mesh.asgi.framing import PREFIX_BYTES
 from mesh.interceptors import status_of
+from mesh.tasks import end, log_failure
 from services.infer.remembered import ATTEMPT
 from services.infer.short import TENANT, ShortInfer
 from shoal.errors import DeadlineExceeded, InvalidArgument, ShoalError
@@ -26,6 +27,7 @@ MOST_ENTRIES = 4_096
 _MESSAGE_BYTES = 4 << 20
 # Answers of one message; a larger one goes alone. What is ready beyond it goes in the next.
 _RETRY = {ATTEMPT.encode(): b"2"}
+_TENANT = TENANT.encode()
 _NO_PREFIX = bytes(PREFIX_BYTES)
 
 
@@ -63,11 +65,12 @@ class Bulk:
                 yield pb.InferBulkResponse(answers=self._taken(), instance=instance)
                 instance = ""
         finally:
-            reader.cancel()
             if self._timer is not None:
                 self._timer.cancel()
             for entry in list(self._entries.values()):
                 entry.give_up()
+            await end(reader)
+            log_failure(reader)
 
     def _check(self, entries: Sequence[pb.InferBulkRequest.Entry]) -> None:
         if not 1 <= len(entries) <= MOST_ENTRIES:
@@ -143,7 +146,7 @@ class Entry:
         self.deadline = deadline
         self.headers: dict[bytes, bytes] = _RETRY if asked.is_retry else {}
         if asked.tenant:
-            self.headers = {**self.headers, TENANT.encode(): asked.tenant.encode("latin-1", "replace")}
+            self.headers = {**self.headers, _TENANT: asked.tenant.encode("latin-1", "replace")}
         self.on_end: Callable[[], None] | None = None
         self.is_over = False
 
