@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from mesh.config import ServiceConfig
 from mesh.serving import Front
-from services.store.exports.places import PLACE
+from services.store.places import PLACE
 
 _BLOB_URL = r"^(file:///.+|(s3|s3a|gs|az|azure|adl|abfs|abfss)://[^/\s]+.*)$"
 
@@ -60,8 +60,8 @@ class StoreConfig(ServiceConfig):
 
     @field_validator("exports", "backups", "backup_databases", mode="before")
     @classmethod
-    def _exports_listed(cls, exports: object) -> object:
-        return tuple(filter(None, map(str.strip, exports.split(",")))) if isinstance(exports, str) else exports
+    def _listed(cls, given: object) -> object:
+        return tuple(filter(None, map(str.strip, given.split(",")))) if isinstance(given, str) else given
 
     @field_validator("staging")
     @classmethod

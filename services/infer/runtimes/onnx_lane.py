@@ -20,7 +20,7 @@ from kernels.staging import Ring, Slot
 from services.infer.calls.resident import Resident, joined
 from services.infer.calls.tensors import Tensor
 from services.infer.runtimes.lane import Lane
-from services.infer.runtimes.onnx_runtime import OnnxSession, plain
+from services.infer.runtimes.onnx_session import OnnxSession, plain
 from services.infer.runtimes.runtime import ModelFailed
 from shoal.errors import FailedPrecondition
 
@@ -32,8 +32,6 @@ _WITHOUT_WAITING = "disable_synchronize_execution_providers"
 
 class LaneSession(OnnxSession):
     """One model on one GPU."""
-
-    only_computes = False
 
     def __init__(self, session: Any, run_entries: Mapping[str, str], lane: Lane, runs: int) -> None:
         """`runs`: executions at a time. Raises FailedPrecondition when a tensor is none of numbers."""

@@ -21,8 +21,9 @@ from typing import Protocol
 from services.ingest.batches.outputs.written import Dead
 from services.ingest.batches.rows.fitting import Fitted
 from services.ingest.batches.rows.stacking import Stack
-from services.ingest.batches.rows.wire import Array, Asked, answer_of, request_of
+from services.ingest.batches.rows.wire import Asked, answer_of, request_of
 from services.ingest.job import PERMANENT, Failure, Policy, backoff_ms, refused_wait_ms
+from services.ingest.tensors import Array
 from shoal.errors import Code, DataLoss, Unavailable
 from shoal.inference.v2 import inference_pb2
 

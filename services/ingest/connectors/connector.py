@@ -12,16 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Protocol, TypeVar
 
 from mesh.tasks import Background
-from services.ingest.connectors.formats import Format
 from services.ingest.connectors.message import Lane, Message, Outgoing
 from services.ingest.connectors.outcome import Failed, answered, dead_letter, failed_of, submit_of
-from services.ingest.connectors.progress import Progress, Standing
+from services.ingest.connectors.plan import Parts, Plan, Sink
+from services.ingest.connectors.progress import Progress
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window
 from services.ingest.job import PERMANENT, Job
@@ -40,30 +39,6 @@ _PASSING = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_E
 T = TypeVar("T")
 
 
-class Source(AbstractAsyncContextManager[Any], Protocol):
-    """Where messages come from. Open while its block lasts; leaving it commits what is settled."""
-
-    async def receive(self, limit: int) -> Sequence[Message]:
-        """Waits for messages, 1 to `limit`. Not to call it holds the broker back. Raises ShoalError."""
-
-    def settle(self, message: Message) -> None:
-        """The message is done with: the source may forget it, once all before it in its lane are done with too."""
-
-    def standing(self) -> Standing:
-        """How far it is behind, by lane."""
-
-
-class Sink(AbstractAsyncContextManager[Any], Protocol):
-    """Where messages go. Open while its block lasts."""
-
-    async def send(self, message: Outgoing) -> None:
-        """Returns when the message is durable there.
-
-        Raises:
-            InvalidArgument: it will never take this one (too large, ...). ShoalError: not now.
-        """
-
-
 class Submits(Protocol):
     """The intake, as a connector needs it."""
 
@@ -80,31 +55,6 @@ class Ends(Protocol):
     async def until_ended(self, job_id: str, *, is_old: bool = False) -> None: ...
 
     async def result(self, job_id: str) -> store_pb2.Result: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A connector's ends, fresh for each start."""
-
-    source: Source
-    dead_letters: Sink
-    sink: Sink | None = None
-    """None: the results only lie in the store."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a connector does."""
-
-    name: str
-    format: Format
-    open: Callable[[], Parts]
-    tenant: str = ""
-    retry: pb.RetryPolicy = field(default_factory=pb.RetryPolicy)
-    deadline_s: float | None = None
-    labels: tuple[tuple[str, str], ...] = ()
-    max_in_flight: int = 256
-    max_bytes: int = 32 << 20
 
 
 class Connector(Background):

@@ -18,8 +18,9 @@ from typing import Any, Literal, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from services.ingest.connectors.tensors import check_datatype, elements_of, flat, framed, raw_of
-from shoal.errors import DataLoss, InvalidArgument
+from services.ingest.connectors.tensors import check_datatype, elements_of, flat, raw_of
+from services.ingest.tensors import output_of, packed
+from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 
 Input: TypeAlias = Literal["protobuf", "json", "record", "bytes"]
@@ -82,7 +83,7 @@ def _object(value: bytes) -> dict[str, Any]:
 
 
 def _of_bytes(value: bytes, name: str) -> oip.ModelInferRequest:
-    request = oip.ModelInferRequest(raw_input_contents=[framed(value)])
+    request = oip.ModelInferRequest(raw_input_contents=[packed([value])])
     request.inputs.add(name=name, datatype="BYTES", shape=[1])
     return request
 
@@ -163,20 +164,18 @@ def _parameters(what: str, given: Any, into: Any) -> None:
 
 
 def _body_of(response: oip.ModelInferResponse) -> bytes:
-    raw = response.raw_output_contents
-    if len(raw) != len(response.outputs):
-        raise DataLoss(f"{response.model_name!r} answered {len(response.outputs)} outputs with {len(raw)} contents")
     body: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version}
     if response.id:
         body["id"] = response.id
     if response.parameters:
         body["parameters"] = _values(response.parameters)
-    body["outputs"] = [_tensor(output, contents) for output, contents in zip(response.outputs, raw, strict=True)]
+    body["outputs"] = [_tensor(response, index) for index in range(len(response.outputs))]
     return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _tensor(output: oip.ModelInferResponse.InferOutputTensor, contents: bytes) -> dict[str, Any]:
-    elements, is_base64 = elements_of(f"output {output.name!r}", output.datatype, output.shape, contents)
+def _tensor(response: oip.ModelInferResponse, index: int) -> dict[str, Any]:
+    output = response.outputs[index]
+    elements, is_base64 = elements_of(f"output {output.name!r}", output.datatype, output_of(response, index))
     tensor: dict[str, Any] = {
         "name": output.name,
         "datatype": output.datatype,

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 from google.protobuf.duration_pb2 import Duration
 
 from services.ingest.connectors.message import Message, Outgoing, job_key
+from services.ingest.connectors.plan import Plan
 from services.ingest.intake.submission import LABEL_CHARS
 from shoal.errors import Code
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2
-
-if TYPE_CHECKING:
-    from services.ingest.connectors.connector import Plan
 
 PREFIX = "shoal-"
 JOB, SOURCE, CONNECTOR = f"{PREFIX}job-id", f"{PREFIX}source", f"{PREFIX}connector"

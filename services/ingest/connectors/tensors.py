@@ -14,26 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shoal.errors import DataLoss, InvalidArgument
+from services.ingest.tensors import DTYPES, Array, packed
+from shoal.errors import InvalidArgument
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype("?"),
-    "INT8": np.dtype("<i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "UINT8": np.dtype("<u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-}
-DATATYPES = (*DTYPES, "BYTES")
-_LENGTH_BYTES = 4
+DATATYPES = (*(name for name in DTYPES if name != "BF16"), "BYTES")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -55,7 +40,7 @@ def raw_of(what: str, datatype: str, elements: Sequence[Any], *, is_base64: bool
         InvalidArgument: an element does not fit `datatype`; the message says which.
     """
     if datatype == "BYTES":
-        return b"".join(framed(_bytes_of(what, index, element, is_base64)) for index, element in enumerate(elements))
+        return packed(_bytes_of(what, index, element, is_base64) for index, element in enumerate(elements))
     dtype = DTYPES[datatype]
     try:
         return np.array(
@@ -63,11 +48,6 @@ def raw_of(what: str, datatype: str, elements: Sequence[Any], *, is_base64: bool
         ).tobytes()
     except (OverflowError, ValueError, TypeError) as err:
         raise InvalidArgument(f"{what}: an element does not fit {datatype}: {err}") from None
-
-
-def framed(element: bytes) -> bytes:
-    """A BYTES element as raw contents have it: its length, then its bytes."""
-    return len(element).to_bytes(_LENGTH_BYTES, "little") + element
 
 
 def flat(what: str, data: object, depth: int = 0) -> tuple[list[Any], list[int]]:
@@ -91,30 +71,19 @@ def flat(what: str, data: object, depth: int = 0) -> tuple[list[Any], list[int]]
     return elements, [len(data), *(inner or [])]
 
 
-def elements_of(what: str, datatype: str, shape: Sequence[int], raw: bytes) -> tuple[list[Any], bool]:
-    """The elements of a tensor as JSON can say them, and whether they are base64.
+def elements_of(what: str, datatype: str, array: Array) -> tuple[list[Any], bool]:
+    """The elements of a tensor, row-major, as JSON can say them, and whether they are base64.
 
     Raises:
-        DataLoss: the bytes do not fit datatype and shape. InvalidArgument: JSON cannot say the datatype.
+        InvalidArgument: JSON cannot say the datatype.
     """
     check_datatype(what, datatype)
-    count = math.prod(shape)
+    elements = array.reshape(-1).tolist()
     if datatype == "BYTES":
-        found = _unframed(what, raw)
-        _check_count(what, count, len(found))
-        return _texts(found)
-    dtype = DTYPES[datatype]
-    if len(raw) != count * dtype.itemsize:
-        raise DataLoss(f"{what}: {datatype} {list(shape)} takes {count * dtype.itemsize} bytes, got {len(raw)}")
-    array: NDArray[Any] = np.frombuffer(raw, dtype)
+        return _texts(elements)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        return [_said(element) for element in array.tolist()], False
-    return array.tolist(), False
-
-
-def _check_count(what: str, wanted: int, found: int) -> None:
-    if wanted != found:
-        raise DataLoss(f"{what}: its shape takes {wanted} elements, got {found}")
+        return [_said(element) for element in elements], False
+    return elements, False
 
 
 def _number(what: str, index: int, element: Any, dtype: np.dtype[Any]) -> Any:
@@ -146,18 +115,6 @@ def _bytes_of(what: str, index: int, element: Any, is_base64: bool) -> bytes:
         return base64.b64decode(element, validate=True) if is_base64 else element.encode()
     except (binascii.Error, ValueError) as err:
         raise InvalidArgument(f"{what}: element {index} cannot be read: {err}") from None
-
-
-def _unframed(what: str, raw: bytes) -> list[bytes]:
-    elements: list[bytes] = []
-    at = 0
-    while at < len(raw):
-        start = at + _LENGTH_BYTES
-        at = start + int.from_bytes(raw[at:start], "little")
-        if start > len(raw) or at > len(raw):
-            raise DataLoss(f"{what}: BYTES element {len(elements)} ends beyond the tensor's {len(raw)} bytes")
-        elements.append(raw[start:at])
-    return elements
 
 
 def _texts(elements: Sequence[bytes]) -> tuple[list[Any], bool]:

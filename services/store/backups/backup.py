@@ -28,10 +28,10 @@ from pymongo.errors import OperationFailure
 
 from mesh.mongo import Document, translated
 from mesh.threads import Threads
+from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
-from services.store.artifacts.stored import key_of
 from services.store.backups import dump, manifest
-from services.store.backups.copying import Named, copied
+from services.store.backups.copying import Named, blobs_meant, copied
 from services.store.backups.hold import Hold
 from services.store.backups.manifest import Dumped, Manifest, Part
 from services.store.backups.places import BackupPlaces
@@ -116,7 +116,7 @@ class _Making:
     async def run(self) -> AsyncGenerator[Progress, None]:
         collections: list[Dumped] = []
         client = self._of._collections.db.client
-        with translated("making a backup"), self._wanted.open("w") as wanted:
+        with translated("making a backup"), disk.translated("making a backup"), self._wanted.open("w") as wanted:
             async with client.start_session(snapshot=True) as session:
                 async for database, name in self._names():
                     async for dumped in self._dumped(database, name, session, wanted.write):
@@ -152,7 +152,7 @@ class _Making:
                 files.append(await self._written(part))
                 documents += len(part)
                 self._progress = replace(self._progress, documents=self._progress.documents + len(part))
-                for blob in _blobs_of(name, part) if is_own else ():
+                for blob in blobs_meant(name, part) if is_own else ():
                     want(json.dumps([blob.key, blob.size, blob.sha256]) + "\n")
                     in_all = self._progress.blobs_in_all + 1
                     self._progress = replace(self._progress, blobs_in_all=in_all)
@@ -181,7 +181,6 @@ class _Making:
 
     async def _copy(self, blob: Named) -> None:
         of, key = self._of, manifest.blob_key(blob.sha256)
-        before = self._progress
         try:
             is_new = await copied(blob, of._blobs, self._target, key, of._staging, of._threads)
         except DataLoss as err:
@@ -212,13 +211,3 @@ class _Making:
 async def _found(cursor: AsyncIterator[Any]) -> AsyncIterator[RawBSONDocument]:
     async for doc in cursor:
         yield doc
-
-
-def _blobs_of(collection: str, docs: Sequence[RawBSONDocument]) -> list[Named]:
-    """The blobs that documents of a collection of ours mean."""
-    if collection == "artifacts":
-        return [Named(key_of(doc), doc["size"], doc["_id"]) for doc in docs if not doc.get("damaged")]
-    if collection == "results":
-        blobs = [doc["blob"] for doc in docs if "blob" in doc]
-        return [Named(blob["key"], blob["size"], blob["sha256"]) for blob in blobs]
-    return []

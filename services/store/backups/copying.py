@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mesh.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
+from services.store.artifacts.stored import key_of
 from shoal.errors import DataLoss, NotFound
 
 _IN_MEMORY_BYTES = 4 << 20
@@ -25,6 +27,16 @@ class Named:
     key: str
     size: int
     sha256: str
+
+
+def blobs_meant(collection: str, docs: Iterable[Mapping[str, Any]]) -> list[Named]:
+    """The blobs that documents of a collection of the store mean. Of damaged artifacts there is nothing to copy."""
+    if collection == "artifacts":
+        return [Named(key_of(doc), doc["size"], doc["_id"]) for doc in docs if not doc.get("damaged")]
+    if collection == "results":
+        blobs = [doc["blob"] for doc in docs if "blob" in doc]
+        return [Named(blob["key"], blob["size"], blob["sha256"]) for blob in blobs]
+    return []
 
 
 async def copied(blob: Named, source: BlobStore, target: BlobStore, key: str, staging: Path, threads: Threads) -> bool:

@@ -23,10 +23,9 @@ from mesh.mongo import Document, translated
 from mesh.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief, checked
-from services.store.artifacts.stored import key_of
 from services.store.backups import dump, manifest
 from services.store.backups.backup import NOT_CARRIED
-from services.store.backups.copying import Named, copied, whole
+from services.store.backups.copying import Named, blobs_meant, copied, whole
 from services.store.backups.manifest import Dumped, Manifest, Part
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
@@ -190,16 +189,10 @@ async def _chosen(source: BlobStore, backup_id: str) -> str:
 
 def _wanted(collection: str, docs: Sequence[RawBSONDocument], missing: frozenset[str]) -> list[tuple[Named, str]]:
     """The blobs that documents mean: where they lie in the backup, and where they go."""
-    found: list[tuple[str, int, str]] = []
-    if collection == "artifacts":
-        found = [(doc["_id"], doc["size"], key_of(doc)) for doc in docs if not doc.get("damaged")]
-    elif collection == "results":
-        blobs = [doc["blob"] for doc in docs if "blob" in doc]
-        found = [(blob["sha256"], blob["size"], blob["key"]) for blob in blobs]
     return [
-        (Named(manifest.blob_key(checked(sha256, "sha256")), size, sha256), _own(key))
-        for sha256, size, key in found
-        if sha256 not in missing
+        (Named(manifest.blob_key(checked(blob.sha256, "sha256")), blob.size, blob.sha256), _own(blob.key))
+        for blob in blobs_meant(collection, docs)
+        if blob.sha256 not in missing
     ]
 
 

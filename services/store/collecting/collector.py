@@ -97,7 +97,7 @@ class Collector:
         # Not "before now": one that an older version stored has no time to be kept.
         kept_no_longer = {"keep_until": {"$not": {"$gte": now}}, "condemned_at": {"$exists": False}}
         marked = 0
-        async for docs in _batches(self._collections.artifacts.find(kept_no_longer, {"_id": 1})):
+        async for docs in batches(self._collections.artifacts.find(kept_no_longer, {"_id": 1})):
             digests = {doc["_id"] for doc in docs}
             unreferred = digests - await self._uses.referred(digests)
             query = {"_id": {"$in": list(unreferred)}, **kept_no_longer}
@@ -119,7 +119,7 @@ class Collector:
         found = 0
         for folder in (FOLDER, RESPONSES):
             old = (blob.key async for blob in self._blobs.list(folder) if blob.modified_at < before)
-            async for keys in _batches(old):
+            async for keys in batches(old):
                 strays = sorted(set(keys) - await self._uses.meant(keys))
                 await self._graves.bury(strays, self._clock())
                 found += len(strays)
@@ -131,7 +131,7 @@ class Collector:
             return 0
         long_ago = self._clock() - self._ages.buried
         removed = 0
-        async for docs in _batches(self._collections.graves.find({"buried_at": {"$lte": long_ago}}, {"_id": 1})):
+        async for docs in batches(self._collections.graves.find({"buried_at": {"$lte": long_ago}}, {"_id": 1})):
             keys = [doc["_id"] for doc in docs]
             # After all: an upload that took a day was recorded. Its blob stays.
             meant = await self._uses.meant(keys)
@@ -171,7 +171,8 @@ class _Referred(Exception):
     """Ends a transaction: nothing of it is to happen."""
 
 
-async def _batches(items: AsyncIterator[T]) -> AsyncIterator[Sequence[T]]:
+async def batches(items: AsyncIterator[T]) -> AsyncIterator[Sequence[T]]:
+    """The items, AT_ONCE by AT_ONCE."""
     batch: list[T] = []
     async for item in items:
         batch.append(item)

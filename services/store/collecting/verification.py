@@ -15,14 +15,13 @@ from services.store.artifacts.artifacts import WITHOUT_BLOCKS
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.reading import Reader
 from services.store.artifacts.stored import FOLDER, Stored, same_bytes, stored_of
+from services.store.collecting.collector import batches
 from services.store.collecting.uses import Uses
 from services.store.documents import Collections
 from services.store.responses import FOLDER as RESPONSES
 from services.store.responses import Responses
 from services.store.results.result_documents import BlobRef, blob_of
 from shoal.errors import Aborted, DataLoss, NotFound
-
-_LOOKED_UP_AT_ONCE = 500
 
 
 class Kind(Enum):
@@ -117,15 +116,9 @@ class Verification:
 
     async def _strays(self) -> AsyncIterator[Finding]:
         for folder in (FOLDER, RESPONSES):
-            waiting: dict[str, int] = {}
-            async for blob in self._blobs.list(folder):
-                waiting[blob.key] = blob.size
-                if len(waiting) == _LOOKED_UP_AT_ONCE:
-                    for stray in await self._unmeant(waiting):
-                        yield stray
-                    waiting = {}
-            for stray in await self._unmeant(waiting):
-                yield stray
+            async for blobs in batches(self._blobs.list(folder)):
+                for stray in await self._unmeant({blob.key: blob.size for blob in blobs}):
+                    yield stray
 
     async def _unmeant(self, sizes: dict[str, int]) -> list[Finding]:
         graves = self._collections.graves.find({"_id": {"$in": list(sizes)}}, {"_id": 1})

@@ -27,9 +27,10 @@ from services.ingest.batches.outputs.columns import Columns
 from services.ingest.batches.outputs.part import Part
 from services.ingest.batches.outputs.written import About, Dead
 from services.ingest.batches.rows.fitting import fit
-from services.ingest.batches.rows.signature import DTYPES, Signature, Spec, signature_of
+from services.ingest.batches.rows.signature import Signature, Spec, signature_of
 from services.ingest.batches.rows.stacking import STACK_BYTES, Stack, stacks
 from services.ingest.batches.rows.wire import Asked, answer_of, request_of
+from services.ingest.tensors import DTYPES
 from shoal.errors import DataLoss, FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import model_config_pb2
@@ -212,6 +213,11 @@ def test_a_model_without_a_batch_dimension_gets_a_row_as_it_is() -> None:
     tensor = answer.outputs.add(name="y", datatype="FP32", shape=[4])
     tensor.contents.fp32_contents.extend([1, 2, 3, 4])
     assert answer_of(signature, answer, 1)["y"].tolist() == [[1, 2, 3, 4]]
+    text = Signature((Spec("z", "BYTES", ()),), (), 0)
+    request = oip.ModelInferRequest.FromString(
+        request_of(Asked("m", "", text), [fit(text.inputs[0], ["a"])], Stack((0,)))
+    )
+    assert (list(request.inputs[0].shape), request.raw_input_contents[0]) == ([], b"\1\0\0\0a")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from services.ingest.clock import utc_now
-from services.ingest.connectors.connector import Connector, Parts, Plan
+from services.ingest.connectors.connector import Connector
 from services.ingest.connectors.formats import Format
 from services.ingest.connectors.ledger import Ledger
 from services.ingest.connectors.message import Lane, Message, Outgoing
+from services.ingest.connectors.plan import Parts, Plan
 from services.ingest.connectors.progress import Phase, Progress, Standing
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job

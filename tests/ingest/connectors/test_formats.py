@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ingest.connectors.formats import Format
-from services.ingest.connectors.tensors import DTYPES, elements_of, raw_of
+from services.ingest.connectors.tensors import DATATYPES, elements_of, raw_of
+from services.ingest.tensors import DTYPES
 from shoal.errors import DataLoss, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 
@@ -140,6 +141,15 @@ def test_bytes_that_are_no_text_are_base64() -> None:
     assert again.raw_input_contents[0] == b"\x01\x00\x00\x00\xff"
 
 
+def test_an_answer_in_typed_contents_is_read_too() -> None:
+    made = oip.ModelInferResponse(model_name="m")
+    made.outputs.add(name="y", datatype="INT8", shape=[2]).contents.int_contents.extend([1, -2])
+    assert json.loads(JSON.answer(made))["outputs"][0]["data"] == [1, -2]
+    made.outputs[0].contents.int_contents[1] = 300
+    with pytest.raises(DataLoss, match="beyond INT8"):
+        JSON.answer(made)
+
+
 @pytest.mark.parametrize(
     ("datatype", "shape", "raw"),
     [("FP32", [2], b"1234"), ("FP32", [1], b"12345"), ("BYTES", [2], b"\1\0\0\0a"), ("BYTES", [1], b"\7\0\0\0a")],
@@ -150,11 +160,11 @@ def test_an_answer_that_does_not_fit_itself_is_no_answer(datatype: str, shape: l
         JSON.answer(response(datatype, shape, raw))
 
 
-@given(st.sampled_from(sorted(DTYPES)), st.data())
+@given(st.sampled_from(sorted({*DATATYPES} - {"BYTES"})), st.data())
 def test_numbers_survive_json_both_ways(datatype: str, data: st.DataObject) -> None:
     dtype = DTYPES[datatype]
     raw = data.draw(st.binary(min_size=dtype.itemsize * 3, max_size=dtype.itemsize * 3))
     array = np.frombuffer(raw, dtype) if dtype.kind != "b" else np.frombuffer(raw, "u1") % 2 == 1
-    elements, is_base64 = elements_of("y", datatype, [3], array.tobytes())
+    elements, is_base64 = elements_of("y", datatype, array)
     again = raw_of("y", datatype, json.loads(json.dumps(elements, allow_nan=False)), is_base64=is_base64)
     np.testing.assert_array_equal(np.frombuffer(again, dtype), array)  # Any NaN equals any: JSON has one.

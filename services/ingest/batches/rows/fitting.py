@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.ingest.batches.inputs.piece import Cells
-from services.ingest.batches.rows.signature import DTYPES, Spec
+from services.ingest.batches.rows.signature import Spec
+from services.ingest.tensors import DTYPES, Array
 from shoal.errors import InvalidArgument
-
-Array = NDArray[Any]
 
 
 class Unfit(ValueError):

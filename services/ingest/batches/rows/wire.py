@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from services.ingest.batches.rows.fitting import Fitted
-from services.ingest.batches.rows.signature import DTYPES, Signature, Spec
+from services.ingest.batches.rows.signature import Signature, Spec
 from services.ingest.batches.rows.stacking import Stack
+from services.ingest.tensors import Array, output_of, packed
 from shoal.errors import DataLoss
 from shoal.inference.v2 import inference_pb2 as oip
-
-Array = NDArray[Any]
-
-_CONTENTS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +31,10 @@ def request_of(asked: Asked, inputs: Sequence[Fitted], stack: Stack) -> bytes:
     for fitted in inputs:
         array = fitted.stacked(stack.rows)
         if asked.signature.max_rows == 0:
-            array = array[0]
+            array = array.reshape(array.shape[1:])  # Not array[0]: of one element, that is no array any more.
         message.inputs.add(name=fitted.spec.name, datatype=fitted.spec.datatype, shape=array.shape)
-        message.raw_input_contents.append(_pack(array) if fitted.spec.datatype == "BYTES" else array.tobytes())
+        is_bytes = fitted.spec.datatype == "BYTES"
+        message.raw_input_contents.append(packed(array.reshape(-1)) if is_bytes else array.tobytes())
     for output in asked.signature.outputs:
         message.outputs.add(name=output.name)
     return message.SerializeToString()
@@ -64,15 +46,14 @@ def answer_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) -
     Raises:
         DataLoss: the answer is not what the model has promised.
     """
-    raw = answer.raw_output_contents
-    if raw and len(raw) != len(answer.outputs):
-        raise DataLoss(f"the model answered {len(answer.outputs)} outputs with {len(raw)} contents")
-    found = {tensor.name: (tensor, raw[index] if raw else None) for index, tensor in enumerate(answer.outputs)}
+    found = {tensor.name: index for index, tensor in enumerate(answer.outputs)}
     arrays: dict[str, Array] = {}
     for spec in signature.outputs:
-        if spec.name not in found:
+        if (index := found.get(spec.name)) is None:
             raise DataLoss(f"the model answered without its output {spec.name!r}")
-        array = _array(spec, *found[spec.name])
+        if (datatype := answer.outputs[index].datatype) != spec.datatype:
+            raise DataLoss(f"output {spec.name!r}: expected {spec.datatype}, the model answered {datatype}")
+        array = output_of(answer, index)
         arrays[spec.name] = _checked(spec, array if signature.max_rows else array[np.newaxis], rows)
     return arrays
 
@@ -84,53 +65,3 @@ def _checked(spec: Spec, array: Array, rows: int) -> Array:
             f"{list(array.shape)} to {rows} rows"
         )
     return array
-
-
-def _array(spec: Spec, tensor: oip.ModelInferResponse.InferOutputTensor, raw: bytes | None) -> Array:
-    shape = tuple(tensor.shape)
-    if tensor.datatype != spec.datatype or min(shape, default=0) < 0:
-        raise DataLoss(f"output {spec.name!r}: expected {spec.datatype}, the model answered {tensor.datatype} {shape}")
-    if raw is None:
-        return _of_contents(spec, shape, tensor.contents)
-    if spec.datatype == "BYTES":
-        return _objects(spec, _unpack(spec, raw), shape)
-    dtype = DTYPES[spec.datatype]
-    if math.prod(shape) * dtype.itemsize != len(raw):
-        raise DataLoss(f"output {spec.name!r}: {spec.datatype} {list(shape)} in {len(raw)} bytes")
-    return np.frombuffer(raw, dtype).reshape(shape)
-
-
-def _of_contents(spec: Spec, shape: tuple[int, ...], contents: oip.InferTensorContents) -> Array:
-    elements = list(getattr(contents, _CONTENTS.get(spec.datatype, ""), ()))
-    if spec.datatype == "BYTES":
-        return _objects(spec, elements, shape)
-    if len(elements) != math.prod(shape):
-        raise DataLoss(f"output {spec.name!r}: {spec.datatype} {list(shape)} has {len(elements)} elements")
-    return np.array(elements, DTYPES[spec.datatype]).reshape(shape)
-
-
-def _objects(spec: Spec, elements: list[bytes], shape: tuple[int, ...]) -> Array:
-    if len(elements) != math.prod(shape):
-        raise DataLoss(f"output {spec.name!r}: BYTES {list(shape)} has {len(elements)} elements")
-    array = np.empty(len(elements), object)
-    array[:] = elements
-    return array.reshape(shape)
-
-
-def _pack(array: Array) -> bytes:
-    parts: list[bytes] = []
-    for element in array.reshape(-1).tolist():
-        parts += (len(element).to_bytes(4, "little"), element)
-    return b"".join(parts)
-
-
-def _unpack(spec: Spec, raw: bytes) -> list[bytes]:
-    elements: list[bytes] = []
-    at = 0
-    while at < len(raw):
-        start = at + 4
-        at = start + int.from_bytes(raw[at:start], "little")
-        if start > len(raw) or at > len(raw):
-            raise DataLoss(f"output {spec.name!r}: a BYTES element ends beyond the answer")
-        elements.append(raw[start:at])
-    return elements

@@ -1,0 +1,97 @@
+"""Where a store may write and read beside its own folder: exports and backups.
+
+Only where its operator said: a caller names the place, and is not trusted.
+
+SHOAL_STORE_EXPORTS = file:///data/exports,s3://reports/shoal,gs://
+SHOAL_STORE_BACKUPS = file:///mnt/backups,s3://backups/shoal
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from obstore.exceptions import BaseError
+
+from mesh.threads import Threads
+from services.store.artifacts.digest import brief
+from services.store.artifacts.object_blobs import ObjectBlobs, open_object_store
+from shoal.errors import InvalidArgument, PermissionDenied
+
+PLACE = r"^(file:///.*|(s3|gs|az)://.*)$"
+"""What an allowed place looks like: a folder, a bucket or a prefix in it, or (`s3://`) every bucket there."""
+_SCHEMES = ("file", "s3", "gs", "az")
+_MAX_CHARACTERS = 2_048
+
+
+class Allowed:
+    """The places at or under one of `urls`. `advice`: what whoever is refused may do, beside choosing one of those."""
+
+    def __init__(self, urls: Sequence[str], threads: Threads, *, checksums: bool, advice: str) -> None:
+        self._urls = tuple(urls)
+        self._threads = threads
+        self._checksums = checksums
+        self._advice = advice
+
+    async def open(self, url: str) -> Path | ObjectBlobs:
+        """The folder at `url`, which need not be there, or the blobs of a bucket.
+
+        Raises:
+            InvalidArgument: it is no URL of a place.
+            PermissionDenied: the operator has not allowed it.
+        """
+        scheme, path = checked_url(url)
+        if scheme == "file":
+            return await self._threads.run(self._folder, path)
+        if not any(is_within(url, allowed) for allowed in self._urls):
+            raise self._refused(url)
+        try:
+            return ObjectBlobs(open_object_store(url, checksums=self._checksums))
+        except (BaseError, ValueError) as err:
+            raise InvalidArgument(f"url: {brief(url)} cannot be opened: expected like s3://bucket/prefix") from err
+
+    def _folder(self, path: str) -> Path:
+        # As the disk has it: `..` and links lead nowhere else.
+        folder = Path(path).resolve()
+        roots = [Path(path_of(allowed)).resolve() for allowed in self._urls if allowed.startswith("file:")]
+        if not any(folder.is_relative_to(root) for root in roots):
+            raise self._refused(f"file://{path}")
+        return folder
+
+    def _refused(self, url: str) -> PermissionDenied:
+        allowed = ", ".join(self._urls) or "nowhere"
+        return PermissionDenied(
+            f"url: this store may not use {brief(url)} for that; it may use: {allowed}. Choose a place there, "
+            + self._advice
+        )
+
+
+def checked_url(url: str) -> tuple[str, str]:
+    """The scheme and the path of a URL that may name a place.
+
+    Raises:
+        InvalidArgument: it may not.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    is_plain = len(url) <= _MAX_CHARACTERS and url.isprintable() and not parts.query and not parts.fragment
+    is_whole = len(parts.path) > 1 and not parts.netloc if parts.scheme == "file" else bool(parts.netloc)
+    if parts.scheme not in _SCHEMES or not is_plain or not is_whole:
+        raise InvalidArgument(f"url: {brief(url)}: expected file:///folder, s3://bucket/prefix, gs://... or az://...")
+    return parts.scheme, path_of(url)
+
+
+def path_of(url: str) -> str:
+    return unquote(urlsplit(url).path)
+
+
+def is_within(url: str, allowed: str) -> bool:
+    """Whether `url` is `allowed` or lies under it. `s3://` allows every bucket."""
+    if allowed.endswith("://"):
+        return url.startswith(allowed)
+    inside = [step for step in url.split("/") if step]
+    outside = [step for step in allowed.split("/") if step]
+    return inside[: len(outside)] == outside and not {"..", "."} & set(inside)
