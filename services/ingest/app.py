@@ -206,6 +206,7 @@ async def run(config: IngestConfig) -> None:
             database[SCHEDULES],
             lead,
             submit=intake.submit,
+            find=intake.by_key,
             read=jobs.get,
             cancel=cancelling.cancel,
             clock=utc_now,

@@ -61,15 +61,8 @@ class IngestConfig(ServiceConfig):
     """Chunks of batches that this instance runs at once: while one is read and written, the other keeps models busy."""
     batch_calls: Annotated[int, Field(ge=1, le=1_000)] = 16
     """Calls to infer at once for batches, each of as many rows as the model takes."""
-
-    @property
-    def batch_places(self) -> tuple[str, ...]:
-        """`batch_urls`, one by one."""
-        return tuple(url.strip() for url in self.batch_urls.split(",") if url.strip())
-
     max_filter_watches: Annotated[int, Field(ge=1, le=2_000)] = 100
     """WatchJobs streams at once, each of which holds a change stream of its own: MongoDB reads its log for each."""
-
     run_items: Annotated[int, Field(ge=1, le=100_000)] = 1_000
     """Jobs of one RunStream without a result beyond which it is not read further."""
     run_items_together: Annotated[int, Field(ge=1)] = 100_000
@@ -78,14 +71,6 @@ class IngestConfig(ServiceConfig):
     """RunStreams at once."""
     connectors: Path | None = None
     """A file of connectors (TOML): streams of Kafka and others that this instance takes part in."""
-
-    @field_validator("connectors")
-    @classmethod
-    def _usable(cls, path: Path | None) -> Path | None:
-        if path is not None:
-            settings.read(path)
-        return path
-
     keep_ended_ms: Annotated[int, Field(ge=0)] = 7 * 86_400_000
     """Jobs that succeeded, were cancelled or expired stay so long after their end, unless a rule says otherwise
     (SetJobRetention); their idempotency keys are known for as long. 0: for ever. Else a minute at least."""
@@ -95,10 +80,22 @@ class IngestConfig(ServiceConfig):
     """How often the leader looks for jobs that have stayed long enough."""
 
     @property
+    def batch_places(self) -> tuple[str, ...]:
+        """`batch_urls`, one by one."""
+        return tuple(url.strip() for url in self.batch_urls.split(",") if url.strip())
+
+    @property
     def job_retention(self) -> dict[State, timedelta | None]:
         """How long jobs stay when no rule says otherwise."""
         spans = {state: self.keep_dead_ms if state in DEAD_LETTERS else self.keep_ended_ms for state in FINAL}
         return {state: timedelta(milliseconds=ms) if ms else None for state, ms in spans.items()}
+
+    @field_validator("connectors")
+    @classmethod
+    def _usable(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            settings.read(path)
+        return path
 
     @field_validator("keep_ended_ms", "keep_dead_ms")
     @classmethod

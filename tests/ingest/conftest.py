@@ -13,9 +13,13 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pymongo.asynchronous.collection import AsyncCollection
 
+from mesh.mongo import Document, connect, ensure_collection
+from services.ingest.documents import INDEXES, JOBS, VALIDATOR
 from tests.breakable import PATIENCE_S, Process, until
 from tests.ingest.faults import Client, FakeMesh, mesh_at
+from tests.ingest.making import TestClock
 
 
 class IngestProcess(Process):
@@ -76,6 +80,18 @@ class IngestProcess(Process):
 
 
 StartIngest = Callable[..., IngestProcess]
+
+
+@pytest.fixture
+async def jobs(mongo_uri: str, mongo_database: str) -> AsyncIterator[AsyncCollection[Document]]:
+    """ingest's collection of jobs, in a database of the test's own."""
+    async with connect(mongo_uri) as client:
+        yield await ensure_collection(client[mongo_database], JOBS, validator=VALIDATOR, indexes=INDEXES)
+
+
+@pytest.fixture
+def clock() -> TestClock:
+    return TestClock()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,14 +10,10 @@ import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import AutoReconnect
 
-from mesh.mongo import connect, ensure_collection
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import (
     EVER,
-    INDEXES,
-    JOBS,
     LIGHT,
-    VALIDATOR,
     document_of,
     fenced_updates,
     job_of,
@@ -41,17 +36,6 @@ from shoal.errors import Code, Unavailable
 from tests.ingest.making import START, TestClock, job
 
 Collection = AsyncCollection[dict[str, Any]]
-
-
-@pytest.fixture
-async def jobs(mongo_uri: str, mongo_database: str) -> AsyncIterator[Collection]:
-    async with connect(mongo_uri) as client:
-        yield await ensure_collection(client[mongo_database], JOBS, validator=VALIDATOR, indexes=INDEXES)
-
-
-@pytest.fixture
-def clock() -> TestClock:
-    return TestClock()
 
 
 def claims(jobs: Collection, clock: TestClock, owner: str = "local/ingest-0", process: str = "p") -> Claims:

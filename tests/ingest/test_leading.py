@@ -12,19 +12,10 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import connect, ensure_collection
 from services.ingest.documents import EVER
 from services.ingest.leading import LEAD_VALIDATOR, LEADS, Lead, fenced
+from tests.ingest.making import Seconds
 
 Collection = AsyncCollection[dict[str, Any]]
 TTL_MS = 60_000
-
-
-class Seconds:
-    """A clock that stands still."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

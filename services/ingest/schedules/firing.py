@@ -37,6 +37,8 @@ NAME_LABEL = "schedule"
 TIME_LABEL = "scheduled_for"
 
 Submit = Callable[[pb.SubmitRequest], Awaitable[Accepted]]
+Find = Callable[[str, str], Awaitable[Job | None]]
+"""By tenant and idempotency key."""
 Read = Callable[[str], Awaitable[Job]]
 Cancel = Callable[[str, str], Awaitable[Job]]
 
@@ -50,6 +52,7 @@ class Firing(Background):
         lead: Lead,
         *,
         submit: Submit,
+        find: Find,
         read: Read,
         cancel: Cancel,
         clock: Clock,
@@ -58,6 +61,7 @@ class Firing(Background):
         self._schedules = schedules
         self._lead = lead
         self._submit = submit
+        self._find = find
         self._read = read
         self._cancel = cancel
         self._clock = clock
@@ -115,8 +119,9 @@ class Firing(Background):
         try:
             return (await self._submit(submit_of(schedule, time))).job.id, ""
         except AlreadyExists:
-            # Its job is there; a client has changed the schedule since a leader that was killed had made it.
-            return schedule.last_job, ""
+            # Its job is there; a client has changed the schedule since it was made.
+            earlier = await self._find(schedule.tenant, schedule.key_of(time))
+            return "" if earlier is None else earlier.id, ""
         except InvalidArgument as err:
             log.error("schedule %s of tenant %r makes no job: %s", schedule.name, schedule.tenant, err)
             return "", f"no job could be made of it: {err.message}"

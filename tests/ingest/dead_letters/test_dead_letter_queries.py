@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 
-from mesh.mongo import connect, ensure_collection
 from services.ingest.dead_letters.wanted import DeadFilter
-from services.ingest.documents import INDEXES, JOBS, LIGHT, VALIDATOR, document_of, job_of, requeueing
+from services.ingest.documents import LIGHT, document_of, job_of, requeueing
 from services.ingest.job import Job, State, requeue
 from tests.ingest.making import START, job
 
@@ -26,12 +24,6 @@ FILTERS = [
     DeadFilter(State.FAILED, code=3),
     DeadFilter(before=LATER),
 ]
-
-
-@pytest.fixture
-async def jobs(mongo_uri: str, mongo_database: str) -> AsyncIterator[Collection]:
-    async with connect(mongo_uri) as client:
-        yield await ensure_collection(client[mongo_database], JOBS, validator=VALIDATOR, indexes=INDEXES)
 
 
 async def put(jobs: Collection, *made: Job) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
@@ -38,17 +37,6 @@ class Seen(monitoring.CommandListener):
     def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
 
     def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
-
-
-@pytest.fixture
-async def jobs(mongo_uri: str, mongo_database: str) -> AsyncIterator[Collection]:
-    async with connect(mongo_uri) as client:
-        yield await ensure_collection(client[mongo_database], JOBS, validator=VALIDATOR, indexes=INDEXES)
-
-
-@pytest.fixture
-def clock() -> TestClock:
-    return TestClock()
 
 
 def claims(jobs: Collection, clock: TestClock, n: int = 0, **weights: float) -> Claims:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 
-from mesh.mongo import connect, ensure_collection
 from services.ingest.clock import Clock, utc_now
 from services.ingest.dispatch.attempt import Decision
 from services.ingest.dispatch.claims import Claims
@@ -19,7 +17,7 @@ from services.ingest.dispatch.gate import Gate
 from services.ingest.dispatch.keeper import Keeper
 from services.ingest.dispatch.recorder import Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
-from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of, job_of
+from services.ingest.documents import document_of, job_of
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Again, End, Job, Lease, Outcome, Policy, State, claim
@@ -80,12 +78,6 @@ class NoPayloads:
 
     async def drop(self, job_ids: Sequence[str]) -> None:
         assert not job_ids
-
-
-@pytest.fixture
-async def jobs(mongo_uri: str, mongo_database: str) -> AsyncIterator[Collection]:
-    async with connect(mongo_uri) as client:
-        yield await ensure_collection(client[mongo_database], JOBS, validator=VALIDATOR, indexes=INDEXES)
 
 
 @dataclass

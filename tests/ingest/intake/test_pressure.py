@@ -7,16 +7,7 @@ import pytest
 from services.ingest.intake.disk import Disk
 from services.ingest.intake.pressure import Pressure
 from shoal.errors import ResourceExhausted
-
-
-class Seconds:
-    """A monotonic clock that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.ingest.making import Seconds
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from pymongo import AsyncMongoClient
 
 from services.ingest.schedules.documents import SCHEDULES
+from services.ingest.schedules.schedule import label_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.conftest import IngestProcess, StartIngest
@@ -83,6 +84,23 @@ async def test_each_time_becomes_a_job(client: Client, mesh: FakeMesh) -> None:
         assert dict(job.labels) == {"a": "b", "schedule": made.name, "scheduled_for": time}
         assert job.submitted_at.ToDatetime(UTC) >= datetime.fromisoformat(time)
     assert list(mesh.store.results[jobs[0].id].response.raw_output_contents) == [b"again"]
+
+
+async def test_a_time_whose_job_was_made_by_another_version_of_the_schedule_has_that_job(
+    client: Client, mesh: FakeMesh
+) -> None:
+    wanted, now = schedule(tenant=uuid.uuid4().hex), datetime.now(UTC)
+    keys = [f"schedule:{wanted.name}:{label_of(now + timedelta(seconds=ahead))}" for ahead in range(90)]
+    earlier = [submit(data=b"as it was", tenant=wanted.tenant, idempotency_key=key) for key in keys]
+    ids = {answer.job.id for answer in await asyncio.gather(*(client.stub.Submit(one, timeout=20) for one in earlier))}
+    await put(client, wanted)
+
+    async def has_fired() -> bool:
+        return (await get(client, wanted.name, wanted.tenant)).fired > 0
+
+    await until(has_fired, "a time has its job")
+    assert (await get(client, wanted.name, wanted.tenant)).last_job_id in ids
+    await remove(client, wanted.name, wanted.tenant)
 
 
 async def test_history_pause_and_resume(client: Client, mesh: FakeMesh) -> None:

@@ -21,20 +21,10 @@ from services.ingest.tenants.reading import COUNTED_MOST, Standings
 from services.ingest.tenants.settings import Limits, Settings
 from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from tests.breakable import until
-from tests.ingest.making import START, job
+from tests.ingest.making import START, Seconds, job
 
 Database = AsyncDatabase[dict[str, Any]]
 NEVER_AGAIN = Limits(rate=0.001, burst=20)
-
-
-class Seconds:
-    """A monotonic clock that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
