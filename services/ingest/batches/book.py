@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from pymongo import ReturnDocument
@@ -16,26 +16,12 @@ from services.ingest.batches.inputs.places import Entry
 from services.ingest.batches.ledger import Ledger
 from services.ingest.clock import Clock
 from services.ingest.documents import EVER
+from services.ingest.reading.jobs import Filter
 from services.ingest.ulid import is_ulid
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 MOST_ACTIVE = 1_000
 """Batches under way at once, which every instance looks at again and again; more than these are refused."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchFilter:
-    """Which batches; each that is set narrows."""
-
-    state: BatchState | None = None
-    model_name: str = ""
-    tenant: str = ""
-
-    def query(self) -> Document:
-        asked: Document = {"model_name": self.model_name, "tenant": self.tenant}
-        if self.state is not None:
-            asked["state"] = str(self.state)
-        return {name: value for name, value in asked.items() if value}
 
 
 class Book:
@@ -90,7 +76,7 @@ class Book:
             raise NotFound(f"no batch {batch_id!r}")
         return batch_of(document)
 
-    async def page(self, wanted: BatchFilter, size: int, before: str) -> list[Batch]:
+    async def page(self, wanted: Filter, size: int, before: str) -> list[Batch]:
         """The newest batches, of those older than `before` when that is set."""
         query = wanted.query() | ({"_id": {"$lt": before}} if before else {})
         with translated("listing batches"):
