@@ -19,7 +19,7 @@ from mesh.mongo import Document
 from mesh.server import until_stopped
 from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
-from services.ingest.batches.door import batches_of
+from services.ingest.batches.door import batches_class
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import checkpoints, settings
@@ -230,7 +230,9 @@ async def run(config: IngestConfig) -> None:
         run_streams = RunStreams(
             intake, endings, most=config.max_streams, items=config.run_items, all_items=config.run_items_together
         )
-        batches = batches_of(config, database, channel, model, clock=utc_now, new_id=ulids.new, ready=ready)
+        batches = None
+        if (made := batches_class()) is not None:
+            batches = made(config, database, channel, model, clock=utc_now, new_id=ulids.new, ready=ready)
         servicer = IngestRpc(
             intake,
             jobs,

@@ -391,7 +391,7 @@ def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], 
         return ended
     if failure.is_reached and job.policy.is_permanent(failure.code):
         return End(Outcome.FAILED, failure.code, failure.message)
-    name = _name_of(failure.code)
+    name = name_of(failure.code)
     if not failure.is_reached:
         wait_ms = max(refused_wait_ms(job.refusals, draw()), failure.retry_after_ms * (1 + draw() / 4))
         reason = f"{name}, before any model ran it: this attempt is not counted"
@@ -449,7 +449,7 @@ def ended_from_outside(job: Job, now: datetime) -> End | None:
         return None
     message = f"no answer by its deadline, {job.deadline.isoformat(timespec='milliseconds')}"
     if job.last_message:
-        message += f"; last attempt: {_name_of(job.last_code)}: {job.last_message}"
+        message += f"; last attempt: {name_of(job.last_code)}: {job.last_message}"
     return End(Outcome.EXPIRED, Code.DEADLINE_EXCEEDED, message)
 
 
@@ -458,7 +458,8 @@ def _seems_not_ready(job: Job, failure: Failure) -> bool:
     return failure.code == Code.NOT_FOUND or (failure.code == Code.UNAVAILABLE and job.attempts > 1)
 
 
-def _name_of(code: int) -> str:
+def name_of(code: int) -> str:
+    """A status code by its name: what a model's server answers may be none."""
     try:
         return Code(code).name
     except ValueError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -12,6 +14,7 @@ from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 STATES = {state: f"JOB_STATE_{state.name}" for state in State}
+S = TypeVar("S")
 _STATE_OF = {pb.JobState.Value(name): state for state, name in STATES.items()}
 
 
@@ -61,10 +64,19 @@ def state_of(number: int) -> State | None:
     Raises:
         InvalidArgument: the number is not a state.
     """
-    if number == pb.JOB_STATE_UNSPECIFIED:
+    return asked_state("job", number, _STATE_OF)
+
+
+def asked_state(kind: str, number: int, states: Mapping[int, S]) -> S | None:
+    """The one of `states` (of a `kind` of things) that a filter asks for; None for 0, unspecified.
+
+    Raises:
+        InvalidArgument: the number is none of them.
+    """
+    if number == 0:
         return None
-    if (state := _STATE_OF.get(number)) is None:
-        raise InvalidArgument(f"state: not a job state: {number}; expected 0 to {max(_STATE_OF)}")
+    if (state := states.get(number)) is None:
+        raise InvalidArgument(f"state: not a {kind} state: {number}; expected 0 to {max(states)}")
     return state
 
 

@@ -24,7 +24,7 @@ Chunks that are claimed again run from their first row; nothing of the attempt b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 
@@ -170,7 +170,6 @@ class Batch:
     totals: Totals | None = None
     """Set when nothing more can change."""
     ended_at: datetime | None = None
-    paused_ms: int = 0
     message: str = ""
     """Why it failed or was cancelled."""
     note: str = ""
@@ -180,6 +179,11 @@ class Batch:
     @property
     def is_final(self) -> bool:
         return self.state in FINAL
+
+    @property
+    def is_ending(self) -> bool:
+        """No chunk is begun any more."""
+        return self.ending is not None or self.totals is not None
 
     def place(self, *names: str) -> str:
         """A URL below the output."""
@@ -232,7 +236,7 @@ def duty_of(batch: Batch, *, is_busy: bool, has_undone: bool) -> Duty | None:
     """
     if batch.is_final:
         return None
-    if batch.ending is not None or batch.totals is not None:
+    if batch.is_ending:
         return None if is_busy else Duty.FINISH
     if batch.state is BatchState.PAUSED:
         return None
@@ -277,12 +281,6 @@ def after_break(tries: int, error: ShoalError, now: datetime) -> Broke:
         return Broke(None, True, reason)
     wait_ms = min(AGAIN_MS * 2 ** min(tries - 1, 10), AGAIN_MAX_MS)
     return Broke(now + timedelta(milliseconds=wait_ms), error.code not in _PASSING, reason)
-
-
-def stepped(batch: Batch, state: BatchState, now: datetime, instance: str, reason: str) -> Batch:
-    """The batch in another state."""
-    step = Step(state, now, instance, reason)
-    return replace(batch, state=state, updated_at=now, steps=(*batch.steps, step)[-100:])
 
 
 def paused_ms(steps: tuple[Step, ...], now: datetime) -> int:

@@ -176,10 +176,9 @@ class Batcher:
         is_due = batch.free_at is not None and batch.free_at <= self._clock()
         if not is_due or batch.id in self._doing or len(self._doing) >= _DUTIES:
             return
-        is_ending = batch.ending is not None or batch.totals is not None
         duty = duty_of(
             batch,
-            is_busy=is_ending and await self._ledger.is_busy(batch.id),
+            is_busy=batch.is_ending and await self._ledger.is_busy(batch.id),
             has_undone=batch.is_planned and await self._ledger.has_undone(batch.id),
         )
         if duty is None or (taken := await self._book.take_duty(batch.id)) is None:
@@ -200,8 +199,7 @@ class Batcher:
         while wanting and len(self._held) < self._slots:
             self._turn += 1
             batch = wanting[self._turn % len(wanting)]
-            is_ending = batch.ending is not None or batch.totals is not None
-            chunk = await self._ledger.claim(batch.id, only_staged=is_ending)
+            chunk = await self._ledger.claim(batch.id, only_staged=batch.is_ending)
             if chunk is None:
                 wanting.remove(batch)
                 continue

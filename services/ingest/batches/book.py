@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 from pymongo import ReturnDocument
@@ -16,27 +16,12 @@ from services.ingest.batches.inputs.places import Entry
 from services.ingest.batches.ledger import Ledger
 from services.ingest.clock import Clock
 from services.ingest.documents import EVER
-from services.ingest.job import Lease
+from services.ingest.reading.jobs import Filter
 from services.ingest.ulid import is_ulid
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 MOST_ACTIVE = 1_000
 """Batches under way at once, which every instance looks at again and again; more than these are refused."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchFilter:
-    """Which batches; each that is set narrows."""
-
-    state: BatchState | None = None
-    model_name: str = ""
-    tenant: str = ""
-
-    def query(self) -> Document:
-        asked: Document = {"model_name": self.model_name, "tenant": self.tenant}
-        if self.state is not None:
-            asked["state"] = str(self.state)
-        return {name: value for name, value in asked.items() if value}
 
 
 class Book:
@@ -58,14 +43,10 @@ class Book:
             with translated("storing a batch"):
                 await self._batches.insert_one(batch_document(batch))
         except AlreadyExists:
-            earlier = await self._of_key(batch)
+            earlier = await self.of_key(batch.tenant, batch.key) if batch.key else None
             if earlier is None:
                 raise
-            if earlier.digest != batch.digest:
-                raise AlreadyExists(
-                    f"idempotency_key {batch.key!r} was used by batch {earlier.id} with another request"
-                ) from None
-            return earlier, True
+            return same(earlier, batch.digest), True
         return batch, False
 
     async def of_key(self, tenant: str, key: str) -> Batch | None:
@@ -73,9 +54,6 @@ class Book:
         with translated("reading a batch"):
             document = await self._batches.find_one({"tenant": tenant, "key": key})
         return None if document is None else batch_of(document)
-
-    async def _of_key(self, batch: Batch) -> Batch | None:
-        return await self.of_key(batch.tenant, batch.key) if batch.key else None
 
     async def count_active(self) -> int:
         """How many are under way."""
@@ -98,7 +76,7 @@ class Book:
             raise NotFound(f"no batch {batch_id!r}")
         return batch_of(document)
 
-    async def page(self, wanted: BatchFilter, size: int, before: str) -> list[Batch]:
+    async def page(self, wanted: Filter, size: int, before: str) -> list[Batch]:
         """The newest batches, of those older than `before` when that is set."""
         query = wanted.query() | ({"_id": {"$lt": before}} if before else {})
         with translated("listing batches"):
@@ -127,7 +105,7 @@ class Book:
         """Takes up the duty of a batch; None: somebody has it. Counts the try."""
         lease, now = self._ledger.lease(), self._clock()
         free = {"_id": batch_id, "is_active": True, "free_at": {"$lte": now, "$gt": EVER}}
-        update = {"$set": {"lease": _lease(lease), "free_at": lease.expires_at}, "$inc": {"tries": 1}}
+        update = {"$set": {"lease": asdict(lease), "free_at": lease.expires_at}, "$inc": {"tries": 1}}
         with translated("taking up a batch"):
             found = await self._batches.find_one_and_update(free, update, return_document=ReturnDocument.AFTER)
         return None if found is None else batch_of(found)
@@ -138,8 +116,7 @@ class Book:
 
     async def listed(self, batch: Batch, listing: Entry, files: int) -> bool:
         """The inputs are pinned. The duty is done."""
-        entry = {"url": listing.url, "size": listing.size, "version": listing.version}
-        return await self._done(batch, {"listing": entry, "files": files})
+        return await self._done(batch, {"listing": asdict(listing), "files": files})
 
     async def planned(self, batch: Batch) -> bool:
         """All chunks are planned. The duty is done."""
@@ -219,5 +196,12 @@ class Book:
             return bool(found.matched_count)
 
 
-def _lease(lease: Lease) -> Document:
-    return {"id": lease.id, "owner": lease.owner, "process": lease.process, "expires_at": lease.expires_at}
+def same(earlier: Batch, digest: bytes) -> Batch:
+    """The earlier batch of a key, when it is the same.
+
+    Raises:
+        AlreadyExists: it is another.
+    """
+    if earlier.digest != digest:
+        raise AlreadyExists(f"idempotency_key {earlier.key!r} was used by batch {earlier.id} with another request")
+    return earlier

@@ -22,7 +22,7 @@ from services.ingest.batches.outputs.written import Dead
 from services.ingest.batches.rows.fitting import Fitted
 from services.ingest.batches.rows.stacking import Stack
 from services.ingest.batches.rows.wire import Asked, answer_of, request_of
-from services.ingest.job import PERMANENT, Failure, Policy, backoff_ms, refused_wait_ms
+from services.ingest.job import PERMANENT, Failure, Policy, backoff_ms, name_of, refused_wait_ms
 from services.ingest.tensors import Array
 from shoal.errors import Code, DataLoss, Unavailable
 from shoal.inference.v2 import inference_pb2
@@ -87,7 +87,7 @@ def decide(
     if rows > 1:
         return Split(failure.code in _KILLED)
     if failure.code in PERMANENT or attempts >= policy.max_attempts:
-        return Dead(_name_of(failure.code), failure.message, attempts)
+        return Dead(name_of(failure.code), failure.message, attempts)
     return Wait(max(backoff_ms(policy, attempts, drawn), failure.retry_after_ms), True)
 
 
@@ -172,7 +172,7 @@ class Calling:
             if how.is_counted:
                 give_up = None
             else:
-                why = f"{_name_of(got.code)}: {got.message}"[:300]
+                why = f"{name_of(got.code)}: {got.message}"[:300]
                 self._on_wait(why)
                 now = asyncio.get_running_loop().time()
                 give_up = give_up or now + self._patience_s
@@ -197,10 +197,3 @@ class Calling:
             # It promises one thing and answers another: a further attempt would not help.
             return Failure(Code.FAILED_PRECONDITION, err.message)
         return Answered(stack.rows, dict(outputs), got.model_version[:32])
-
-
-def _name_of(code: int) -> str:
-    try:
-        return Code(code).name
-    except ValueError:
-        return f"code {code}"

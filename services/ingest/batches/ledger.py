@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -86,7 +86,7 @@ class Ledger:
         taking = [
             {
                 "$set": {
-                    "lease": {"$literal": _lease(lease)},
+                    "lease": {"$literal": asdict(lease)},
                     "free_at": lease.expires_at,
                     "attempts": {"$add": ["$attempts", 1]},
                     "state": {"$cond": [{"$eq": ["$state", "staged"]}, "staged", str(ChunkState.RUNNING)]},
@@ -246,7 +246,3 @@ def _added(groups: Sequence[Document]) -> Totals:
         versions=tuple(sorted({version for group in groups for version in group["_id"].get("versions") or ()})),
         note=next((note for group in groups if (note := group["_id"].get("note"))), ""),
     )
-
-
-def _lease(lease: Lease) -> Document:
-    return {"id": lease.id, "owner": lease.owner, "process": lease.process, "expires_at": lease.expires_at}

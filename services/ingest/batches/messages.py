@@ -6,8 +6,7 @@ from datetime import datetime
 
 from services.ingest.batches.batch import BatchState, Format, seconds_of
 from services.ingest.batches.viewing import View
-from services.ingest.messages import timestamp_of
-from shoal.errors import InvalidArgument
+from services.ingest.messages import asked_state, timestamp_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 _STATES = {state: f"BATCH_STATE_{state.name}" for state in BatchState}
@@ -66,8 +65,4 @@ def state_of(number: int) -> BatchState | None:
     Raises:
         InvalidArgument: the number is not a state.
     """
-    if number == pb.BATCH_STATE_UNSPECIFIED:
-        return None
-    if (state := _STATE_OF.get(number)) is None:
-        raise InvalidArgument(f"state: not a batch state: {number}; expected 0 to {max(_STATE_OF)}")
-    return state
+    return asked_state("batch", number, _STATE_OF)

@@ -14,6 +14,7 @@ from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
 from services.ingest.batches.inputs.piece import Rows
 from services.ingest.batches.inputs.places import Entry, Places
+from services.ingest.batches.mapping import Wanted
 from shoal.errors import DataLoss, ShoalError
 
 _Key: TypeAlias = tuple[str, str, str]
@@ -21,19 +22,12 @@ _KEPT = 4
 # Readers that are kept open: one for each chunk that runs, and some for batches that take turns.
 
 
-@contextmanager
-def opened(places: Places, entry: Entry) -> Iterator[BinaryIO]:
-    """A file, as it was pinned.
+def opened(places: Places, entry: Entry) -> BinaryIO:
+    """A file, as it was pinned. The caller closes it.
 
     Raises:
         DataLoss: it has changed since. NotFound: it is gone. PermissionDenied, Unavailable.
     """
-    with open_pinned(places, entry) as file:
-        yield file
-
-
-def open_pinned(places: Places, entry: Entry) -> BinaryIO:
-    """The same; the caller closes it."""
     check_pinned(places, entry)
     return places.open(entry)
 
@@ -124,11 +118,10 @@ class Readers:
         return None
 
     def _open(self, batch: Batch, chunk: Chunk) -> Rows:
-        file = open_pinned(self._places, chunk.entry)
-        columns = frozenset(column for _, column in batch.columns) | kept_names(batch.kept)
+        file = opened(self._places, chunk.entry)
         if batch.format is Format.OBJECTS:
             return ObjectRows(file, lambda entry: read_pinned(self._places, entry))
-        return rows_of(batch.format, file, columns)
+        return rows_of(batch.format, file, Wanted.of(batch).columns)
 
 
 def _key(batch: Batch, chunk: Chunk) -> _Key:
@@ -142,10 +135,3 @@ def rows_of(kind: Format, file: BinaryIO, columns: frozenset[str]) -> Rows:
     if kind is Format.NPZ:
         return NpzRows(file, columns)
     return JsonLines(file, columns)
-
-
-def kept_names(kept: bytes) -> frozenset[str]:
-    """The columns that are carried over."""
-    import pyarrow as pa
-
-    return frozenset(pa.ipc.read_schema(pa.BufferReader(kept)).names) if kept else frozenset()

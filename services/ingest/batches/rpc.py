@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from mesh.interceptors import Context
-from services.ingest.batches.book import BatchFilter
 from services.ingest.batches.messages import message_of, state_of
 from services.ingest.clock import utc_now
+from services.ingest.reading.jobs import Filter
 from shoal.errors import Unimplemented
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -41,7 +41,7 @@ class BatchesRpc:
         return pb.GetBatchResponse(batch=message_of(await self._viewing.get(request.id), utc_now()))
 
     async def ListBatches(self, request: pb.ListBatchesRequest, context: Context) -> pb.ListBatchesResponse:
-        wanted = BatchFilter(state_of(request.state), request.model_name, request.tenant)
+        wanted = Filter(state_of(request.state), request.model_name, request.tenant)
         views, token = await self._viewing.page(wanted, request.page_size, request.page_token)
         now = utc_now()
         return pb.ListBatchesResponse(batches=[message_of(view, now) for view in views], next_page_token=token)

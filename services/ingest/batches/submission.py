@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -14,7 +13,7 @@ import pyarrow as pa
 
 from mesh.threads import Threads
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, Format, Step
-from services.ingest.batches.book import MOST_ACTIVE, Book
+from services.ingest.batches.book import MOST_ACTIVE, Book, same
 from services.ingest.batches.duties import entries, format_of, owner_of
 from services.ingest.batches.facts import Facts
 from services.ingest.batches.inputs.places import Places, is_within
@@ -32,14 +31,15 @@ from services.ingest.batches.rows.signature import Signature
 from services.ingest.clock import Clock
 from services.ingest.intake.submission import (
     KEY_CHARS,
-    LABEL_CHARS,
-    LABELS,
     MODEL_NAME_CHARS,
     MODEL_VERSION_CHARS,
     MOST_ATTEMPTS,
     TENANT_CHARS,
+    at_most,
+    digest_of,
+    labels_of,
 )
-from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 INPUTS = 1_000
@@ -99,7 +99,7 @@ class Submissions:
             Unavailable: somebody is away.
         """
         check_fields(request)
-        digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        digest = digest_of(request)
         if request.idempotency_key:
             earlier = await self._book.of_key(request.tenant, request.idempotency_key)
             if earlier is not None:
@@ -197,7 +197,7 @@ class Submissions:
             tenant=request.tenant,
             key=request.idempotency_key,
             digest=digest if request.idempotency_key else b"",
-            labels=tuple(sorted(request.labels.items())),
+            labels=labels_of(request.labels),
             chunk_rows=request.chunk_rows or CHUNK_ROWS,
             max_attempts=request.max_attempts or ATTEMPTS,
             submitted_at=now,
@@ -219,11 +219,11 @@ def check_fields(request: pb.SubmitBatchRequest) -> None:
         raise InvalidArgument("output: required, and empty: the URL of a folder or prefix for the results")
     if not request.model_name:
         raise InvalidArgument("model_name: required, and empty")
-    _at_most("model_name", request.model_name, MODEL_NAME_CHARS)
-    _at_most("model_version", request.model_version, MODEL_VERSION_CHARS)
-    _at_most("idempotency_key", request.idempotency_key, KEY_CHARS)
-    _at_most("tenant", request.tenant, TENANT_CHARS)
-    _check_labels(request.labels)
+    at_most("model_name", request.model_name, MODEL_NAME_CHARS)
+    at_most("model_version", request.model_version, MODEL_VERSION_CHARS)
+    at_most("idempotency_key", request.idempotency_key, KEY_CHARS)
+    at_most("tenant", request.tenant, TENANT_CHARS)
+    labels_of(request.labels)
     if request.format not in (pb.BATCH_FORMAT_UNSPECIFIED, *_FORMATS):
         raise InvalidArgument(f"format: not a batch format: {request.format}")
     names: dict[str, Any] = {
@@ -243,30 +243,6 @@ def check_fields(request: pb.SubmitBatchRequest) -> None:
     ):
         if not 0 <= value <= most:
             raise InvalidArgument(f"{field}: 0 (the default) to {most}, got {value}")
-
-
-def same(earlier: Batch, digest: bytes) -> Batch:
-    """The earlier batch of a key, when it is the same.
-
-    Raises:
-        AlreadyExists: it is another.
-    """
-    if earlier.digest != digest:
-        raise AlreadyExists(f"idempotency_key {earlier.key!r} was used by batch {earlier.id} with another request")
-    return earlier
-
-
-def _check_labels(labels: Mapping[str, str]) -> None:
-    if len(labels) > LABELS:
-        raise InvalidArgument(f"labels: at most {LABELS}, got {len(labels)}")
-    for key, value in labels.items():
-        _at_most(f"labels[{key[:40]!r}], its key", key, LABEL_CHARS)
-        _at_most(f"labels[{key[:40]!r}]", value, LABEL_CHARS)
-
-
-def _at_most(field: str, text: str, chars: int) -> None:
-    if len(text) > chars:
-        raise InvalidArgument(f"{field}: at most {chars} characters, got {len(text)}")
 
 
 def _nothing() -> Any:

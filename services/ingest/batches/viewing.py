@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
-from services.ingest.batches.book import BatchFilter, Book
+from services.ingest.batches.book import Book
 from services.ingest.batches.ledger import Ledger
 from services.ingest.intake.submission import REASON_CHARS
+from services.ingest.reading.jobs import Filter
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 
@@ -56,7 +57,7 @@ class Viewing:
         """
         return await self._view(await self._book.get(batch_id))
 
-    async def page(self, wanted: BatchFilter, size: int, token: str) -> tuple[list[View], str]:
+    async def page(self, wanted: Filter, size: int, token: str) -> tuple[list[View], str]:
         """The newest batches, and a token for the next page: empty when this is the last.
 
         Raises:

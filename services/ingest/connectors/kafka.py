@@ -40,10 +40,6 @@ _SEND_S = 30
 _TOO_MUCH = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_MSG, KafkaError.INVALID_MSG_SIZE})
 _NO_TOPIC = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
 
-SOURCE_OWN = frozenset({"bootstrap.servers", "group.id", "enable.auto.commit", "enable.auto.offset.store"})
-SINK_OWN = frozenset({"bootstrap.servers", "acks", "request.required.acks", "enable.idempotence"})
-"""Settings that are not a user's: what a connector promises rests on them."""
-
 
 class KafkaSource:
     """Consumes a topic as a member of a group. `options` are librdkafka's, over ours."""

@@ -7,6 +7,7 @@ model knows, and a job whose tensors are wrong ends as FAILED with the model's o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
@@ -46,8 +47,8 @@ def job_of(
         InvalidArgument: names the field, what was expected and what came.
     """
     request = _request(submit)
-    _at_most("idempotency_key", submit.idempotency_key, KEY_CHARS)
-    _at_most("tenant", submit.tenant, TENANT_CHARS)
+    at_most("idempotency_key", submit.idempotency_key, KEY_CHARS)
+    at_most("tenant", submit.tenant, TENANT_CHARS)
     deadline = _deadline(submit)
     due_at = _due_at(submit, now)
     if deadline is not None and due_at >= now + deadline:
@@ -65,7 +66,7 @@ def job_of(
         policy=_policy(submit.retry),
         priority=_priority(submit.priority),
         deadline=None if deadline is None else now + deadline,
-        labels=_labels(submit),
+        labels=labels_of(submit.labels),
         explains=submit.request.parameters[EXPLAIN].bool_param if EXPLAIN in submit.request.parameters else False,
         is_apart=len(request) > inline_bytes,
         is_kept=submit.keep_request,
@@ -80,7 +81,7 @@ def job_of(
     )
 
 
-def digest_of(submit: pb.SubmitRequest) -> bytes:
+def digest_of(submit: pb.SubmitRequest | pb.SubmitBatchRequest) -> bytes:
     """Tells whether two submits ask for the same: SHA-256 over all fields, maps in order.
 
     protobuf promises the order of a deterministic serialisation only within one of its versions; a submit that is
@@ -94,8 +95,8 @@ def _request(submit: pb.SubmitRequest) -> bytes:
         raise InvalidArgument("request: required, and not set")
     if not submit.request.model_name:
         raise InvalidArgument("request.model_name: required, and empty")
-    _at_most("request.model_name", submit.request.model_name, MODEL_NAME_CHARS)
-    _at_most("request.model_version", submit.request.model_version, MODEL_VERSION_CHARS)
+    at_most("request.model_name", submit.request.model_name, MODEL_NAME_CHARS)
+    at_most("request.model_version", submit.request.model_version, MODEL_VERSION_CHARS)
     size = submit.request.ByteSize()
     if size > REQUEST_BYTES:
         raise InvalidArgument(f"request: at most {REQUEST_BYTES} bytes serialised, got {size}")
@@ -157,13 +158,14 @@ def _deadline(submit: pb.SubmitRequest) -> timedelta | None:
     return timedelta(milliseconds=ms)
 
 
-def _labels(submit: pb.SubmitRequest) -> tuple[tuple[str, str], ...]:
-    if len(submit.labels) > LABELS:
-        raise InvalidArgument(f"labels: at most {LABELS}, got {len(submit.labels)}")
-    for key, value in submit.labels.items():
-        _at_most(f"labels[{key[:40]!r}], its key", key, LABEL_CHARS)
-        _at_most(f"labels[{key[:40]!r}]", value, LABEL_CHARS)
-    return tuple(sorted(submit.labels.items()))
+def labels_of(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Labels in the order of their keys, or InvalidArgument."""
+    if len(labels) > LABELS:
+        raise InvalidArgument(f"labels: at most {LABELS}, got {len(labels)}")
+    for key, value in labels.items():
+        at_most(f"labels[{key[:40]!r}], its key", key, LABEL_CHARS)
+        at_most(f"labels[{key[:40]!r}]", value, LABEL_CHARS)
+    return tuple(sorted(labels.items()))
 
 
 def ms_of(field: str, duration: Duration, longest: timedelta) -> int:
@@ -178,6 +180,7 @@ def ms_of(field: str, duration: Duration, longest: timedelta) -> int:
     return seconds * 1000 + nanos // 1_000_000
 
 
-def _at_most(field: str, text: str, chars: int) -> None:
+def at_most(field: str, text: str, chars: int) -> None:
+    """Whether a field is not too long: InvalidArgument names it."""
     if len(text) > chars:
         raise InvalidArgument(f"{field}: at most {chars} characters, got {len(text)}")

@@ -7,6 +7,7 @@ import binascii
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 from pymongo.asynchronous.collection import AsyncCollection
@@ -14,7 +15,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from services.ingest.documents import LIGHT, job_of
 from services.ingest.intake.payloads import Payloads
-from services.ingest.job import Job, State
+from services.ingest.job import Job
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
@@ -27,9 +28,9 @@ _TOKEN_CHARS = 500
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which jobs; each that is set narrows."""
+    """Which jobs, or batches; each that is set narrows."""
 
-    state: State | None = None
+    state: StrEnum | None = None
     model_name: str = ""
     tenant: str = ""
 

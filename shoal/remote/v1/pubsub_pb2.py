@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshoal/remote/v1/pubsub.proto\x12\x0fshoal.remote.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf0\x01\n\rPubSubMessage\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x42\n\nattributes\x18\x02 \x03(\x0b\x32..shoal.remote.v1.PubSubMessage.AttributesEntry\x12\x12\n\nmessage_id\x18\x03 \x01(\t\x12\x30\n\x0cpublish_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cordering_key\x18\x05 \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x14PubSubPublishRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x30\n\x08messages\x18\x02 \x03(\x0b\x32\x1e.shoal.remote.v1.PubSubMessage\",\n\x15PubSubPublishResponse\x12\x13\n\x0bmessage_ids\x18\x01 \x03(\t\"?\n\x11PubSubPullRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x14\n\x0cmax_messages\x18\x03 \x01(\x05\"P\n\x12PubSubPullResponse\x12:\n\x11received_messages\x18\x01 \x03(\x0b\x32\x1f.shoal.remote.v1.PubSubReceived\"k\n\x0ePubSubReceived\x12\x0e\n\x06\x61\x63k_id\x18\x01 \x01(\t\x12/\n\x07message\x18\x02 \x01(\x0b\x32\x1e.shoal.remote.v1.PubSubMessage\x12\x18\n\x10\x64\x65livery_attempt\x18\x03 \x01(\x05\"A\n\x18PubSubAcknowledgeRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63k_ids\x18\x02 \x03(\t\"e\n\x1ePubSubModifyAckDeadlineRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x1c\n\x14\x61\x63k_deadline_seconds\x18\x03 \x01(\x05\x12\x0f\n\x07\x61\x63k_ids\x18\x04 \x03(\t\"\r\n\x0bPubSubEmptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshoal/remote/v1/pubsub.proto\x12\x0fshoal.remote.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf0\x01\n\rPubSubMessage\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x42\n\nattributes\x18\x02 \x03(\x0b\x32..shoal.remote.v1.PubSubMessage.AttributesEntry\x12\x12\n\nmessage_id\x18\x03 \x01(\t\x12\x30\n\x0cpublish_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cordering_key\x18\x05 \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"W\n\x14PubSubPublishRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x30\n\x08messages\x18\x02 \x03(\x0b\x32\x1e.shoal.remote.v1.PubSubMessage\",\n\x15PubSubPublishResponse\x12\x13\n\x0bmessage_ids\x18\x01 \x03(\t\"?\n\x11PubSubPullRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x14\n\x0cmax_messages\x18\x03 \x01(\x05\"P\n\x12PubSubPullResponse\x12:\n\x11received_messages\x18\x01 \x03(\x0b\x32\x1f.shoal.remote.v1.PubSubReceived\"Q\n\x0ePubSubReceived\x12\x0e\n\x06\x61\x63k_id\x18\x01 \x01(\t\x12/\n\x07message\x18\x02 \x01(\x0b\x32\x1e.shoal.remote.v1.PubSubMessage\"A\n\x18PubSubAcknowledgeRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63k_ids\x18\x02 \x03(\t\"e\n\x1ePubSubModifyAckDeadlineRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x1c\n\x14\x61\x63k_deadline_seconds\x18\x03 \x01(\x05\x12\x0f\n\x07\x61\x63k_ids\x18\x04 \x03(\t\"\r\n\x0bPubSubEmptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,11 +47,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUBSUBPULLRESPONSE']._serialized_start=525
   _globals['_PUBSUBPULLRESPONSE']._serialized_end=605
   _globals['_PUBSUBRECEIVED']._serialized_start=607
-  _globals['_PUBSUBRECEIVED']._serialized_end=714
-  _globals['_PUBSUBACKNOWLEDGEREQUEST']._serialized_start=716
-  _globals['_PUBSUBACKNOWLEDGEREQUEST']._serialized_end=781
-  _globals['_PUBSUBMODIFYACKDEADLINEREQUEST']._serialized_start=783
-  _globals['_PUBSUBMODIFYACKDEADLINEREQUEST']._serialized_end=884
-  _globals['_PUBSUBEMPTY']._serialized_start=886
-  _globals['_PUBSUBEMPTY']._serialized_end=899
+  _globals['_PUBSUBRECEIVED']._serialized_end=688
+  _globals['_PUBSUBACKNOWLEDGEREQUEST']._serialized_start=690
+  _globals['_PUBSUBACKNOWLEDGEREQUEST']._serialized_end=755
+  _globals['_PUBSUBMODIFYACKDEADLINEREQUEST']._serialized_start=757
+  _globals['_PUBSUBMODIFYACKDEADLINEREQUEST']._serialized_end=858
+  _globals['_PUBSUBEMPTY']._serialized_start=860
+  _globals['_PUBSUBEMPTY']._serialized_end=873
 # @@protoc_insertion_point(module_scope)

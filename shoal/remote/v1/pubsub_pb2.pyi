@@ -59,14 +59,12 @@ class PubSubPullResponse(_message.Message):
     def __init__(self, received_messages: _Optional[_Iterable[_Union[PubSubReceived, _Mapping]]] = ...) -> None: ...
 
 class PubSubReceived(_message.Message):
-    __slots__ = ("ack_id", "message", "delivery_attempt")
+    __slots__ = ("ack_id", "message")
     ACK_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
-    DELIVERY_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ack_id: str
     message: PubSubMessage
-    delivery_attempt: int
-    def __init__(self, ack_id: _Optional[str] = ..., message: _Optional[_Union[PubSubMessage, _Mapping]] = ..., delivery_attempt: _Optional[int] = ...) -> None: ...
+    def __init__(self, ack_id: _Optional[str] = ..., message: _Optional[_Union[PubSubMessage, _Mapping]] = ...) -> None: ...
 
 class PubSubAcknowledgeRequest(_message.Message):
     __slots__ = ("subscription", "ack_ids")

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from services.ingest.batches.rows.signature import Spec
 from shoal.errors import InvalidArgument
 
-ABOUT = ("row", "source", "source_row")
 _NUMBERS: Mapping[str, Any] = {
     "BOOL": pa.bool_(),
     "INT8": pa.int8(),
@@ -34,7 +33,12 @@ _NUMBERS: Mapping[str, Any] = {
     "FP64": pa.float64(),
     "BF16": pa.float32(),
 }
-_SOURCE = pa.dictionary(pa.int32(), pa.string())
+ABOUT = (
+    pa.field("row", pa.int64()),
+    pa.field("source", pa.dictionary(pa.int32(), pa.string())),
+    pa.field("source_row", pa.int64()),
+)
+"""The columns that say which row it is: of the answered rows and of the dead ones."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,14 @@ class Columns:
         Raises:
             InvalidArgument: two columns would have one name.
         """
-        names = [*ABOUT, *self.kept, *(spec.name for spec in self.outputs)]
+        names = [*(field.name for field in ABOUT), *self.kept, *(spec.name for spec in self.outputs)]
         for name in names:
             if names.count(name) > 1:
                 raise InvalidArgument(
                     f"two columns of the results would be named {name!r}: leave one out, or rename it"
                 )
-        about = [pa.field("row", pa.int64()), pa.field("source", _SOURCE), pa.field("source_row", pa.int64())]
         kept = [pa.field(name, kind) for name, kind in self.kept.items()]
-        return pa.schema([*about, *kept, *(pa.field(spec.name, self._type(spec)) for spec in self.outputs)])
+        return pa.schema([*ABOUT, *kept, *(pa.field(spec.name, self._type(spec)) for spec in self.outputs)])
 
     def _type(self, spec: Spec) -> Any:
         kind = _NUMBERS.get(spec.datatype) or (pa.string() if spec.name in self.texts else pa.binary())

@@ -16,19 +16,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from services.ingest.batches.outputs.columns import Columns
+from services.ingest.batches.outputs.columns import ABOUT, Columns
 from services.ingest.batches.outputs.written import About, Dead, Written
 from services.ingest.tensors import Array
 
 GROUP_BYTES = 16 << 20
 """A row group is written when it is this large."""
 REASON_CHARS = 2_000
-_SOURCE = pa.dictionary(pa.int32(), pa.string())
-DEAD = pa.schema(
+_DEAD = pa.schema(
     [
-        pa.field("row", pa.int64()),
-        pa.field("source", _SOURCE),
-        pa.field("source_row", pa.int64()),
+        *ABOUT,
         pa.field("code", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("attempts", pa.int32()),
@@ -65,7 +62,7 @@ class Part:
         Raises:
             ValueError: a value has no place in its column.
         """
-        arrays = [pa.array(about.rows, pa.int64()), _sources(about.sources), pa.array(about.source_rows, pa.int64())]
+        arrays = _about(about)
         arrays += [kept[name] for name in self._columns.kept]
         arrays += [self._columns.array(spec, outputs[spec.name]) for spec in self._columns.outputs]
         table = pa.Table.from_arrays(arrays, schema=self._schema)
@@ -80,16 +77,14 @@ class Part:
         self._codes.update(each.code for each in dead)
         table = pa.Table.from_arrays(
             [
-                pa.array(about.rows, pa.int64()),
-                _sources(about.sources),
-                pa.array(about.source_rows, pa.int64()),
+                *_about(about),
                 pa.array([each.code for each in dead], pa.string()),
                 pa.array([_printable(each.reason) for each in dead], pa.string()),
                 pa.array([each.attempts for each in dead], pa.int32()),
             ],
-            schema=DEAD,
+            schema=_DEAD,
         )
-        self._writer(self.dead_file, DEAD).write_table(table)
+        self._writer(self.dead_file, _DEAD).write_table(table)
 
     def finish(self) -> Written:
         """Makes the files whole. A file without rows is not made."""
@@ -112,8 +107,9 @@ class Part:
         return self._writers[file]
 
 
-def _sources(sources: Sequence[str]) -> Any:
-    return pa.array(sources, pa.string()).dictionary_encode()
+def _about(about: About) -> list[Any]:
+    sources = pa.array(about.sources, pa.string()).dictionary_encode()
+    return [pa.array(about.rows, pa.int64()), sources, pa.array(about.source_rows, pa.int64())]
 
 
 def _printable(reason: str) -> str:
