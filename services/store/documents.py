@@ -105,7 +105,6 @@ RESULTS = _schema(
         # Below the millisecond that a BSON date holds: what was put is what is read.
         "submitted_ns": {"bsonType": ["int", "long"], "minimum": 0, "maximum": 999_999},
         "labels": {"bsonType": "array", "minItems": 1, "items": _RESULT_LABEL},
-        "batch_id": _NAME,
         "response": {"bsonType": "binData"},
         "blob": _BLOB,
         # Of later ones than the first only: `results/generations.py`.
@@ -165,15 +164,14 @@ RESULT_INDEXES = [
     _newest("by_model", "model_name"),
     _newest("by_tenant", "tenant"),
     # Most results succeeded: those are found soon by time. The rest are few, and cost a success nothing here; nor do
-    # labels and batches cost a result that has none.
+    # labels cost a result that has none.
     _newest("by_failure", "outcome", among={**_STANDING, "outcome": {"$gt": 1}}),
     _newest("by_label", "labels", among={"labels": {"$exists": True}}),
     # Not for queries: whether a blob still belongs to a result.
     IndexModel("blob.key", name="by_blob", partialFilterExpression={"blob.key": {"$exists": True}}),
-    _newest("by_batch", "batch_id", among={"batch_id": {"$exists": True}}),
     IndexModel("removed_at", name="removed", partialFilterExpression={"removed_at": {"$exists": True}}),
 ]
-_RETIRED_RESULT_INDEXES = ("newest", "model_newest", "tenant_newest", "failed_newest")
+_RETIRED_RESULT_INDEXES = ("newest", "model_newest", "tenant_newest", "failed_newest", "by_batch")
 USAGE_INDEXES = [IndexModel("bytes", name="by_bytes"), IndexModel("recounted_at", name="by_recount")]
 ARTIFACT_INDEXES = [
     IndexModel("size", name="by_size"),

@@ -32,7 +32,6 @@ Outcome = Annotated[
 Label = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only those whose job has this label. May be repeated.")
 ]
-Batch = Annotated[str, typer.Option(metavar="ID", help="Only those of this batch.", show_default=False)]
 Since = Annotated[
     str | None,
     typer.Option(metavar="TIME", help="Recorded then or later: 2026-11-24, 2026-11-24T08:00, or 90m, 24h, 7d."),
@@ -47,7 +46,6 @@ def list_results(
     tenant: Tenant = "",
     outcome: Outcome = None,
     label: Label = None,
-    batch: Batch = "",
     since: Since = None,
     until: Until = None,
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many at most.")] = 20,
@@ -62,7 +60,7 @@ def list_results(
 
       shoal results list --outcome failed --label team=vision --json
     """
-    wanted = _filter(model, version, tenant, outcome, label, batch, since, until)
+    wanted = _filter(model, version, tenant, outcome, label, since, until)
     with connect(gateway) as client:
         found = client.results.list(wanted, limit=limit)
     if json:
@@ -99,7 +97,6 @@ def show_result(
         ("model", _model(result)),
         ("tenant", result.tenant),
         ("labels", _labels(result)),
-        ("batch", result.batch_id),
         ("attempt", result.attempt or ""),
         ("answered by", result.instance),
         ("submitted", result.submitted_at),
@@ -122,7 +119,6 @@ def export(
     tenant: Tenant = "",
     outcome: Outcome = None,
     label: Label = None,
-    batch: Batch = "",
     since: Since = None,
     until: Until = None,
     answers: Annotated[bool, typer.Option(help="With the models' answers.")] = True,
@@ -145,7 +141,7 @@ def export(
 
       shoal results export s3://reports/monday --label team=vision --no-answers
     """
-    wanted = _filter(model, version, tenant, outcome, label, batch, since, until)
+    wanted = _filter(model, version, tenant, outcome, label, since, until)
     last = None
     try:
         with connect(gateway) as client, _counting() as told:
@@ -181,7 +177,6 @@ def _filter(
     tenant: str,
     outcome: str | None,
     label: list[str] | None,
-    batch: str,
     since: str | None,
     until: str | None,
 ) -> ResultFilter:
@@ -193,7 +188,6 @@ def _filter(
         tenant=tenant,
         outcome=outcome,
         labels=pairs(label or [], "--label"),
-        batch_id=batch,
         since=amounts.time(since, "--since") if since is not None else None,
         until=amounts.time(until, "--until") if until is not None else None,
     )

@@ -35,7 +35,6 @@ class JobResult:
     """The version that answered; empty when none did."""
     tenant: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
-    batch_id: str = ""
     code: int = 0
     """gRPC status code and message of the last attempt, when it failed."""
     message: str = ""
@@ -62,7 +61,6 @@ class ResultFilter:
     outcome: Outcome | str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     """Every one of these, with this value."""
-    batch_id: str = ""
     since: datetime | None = None
     """Recorded then or later. Without a time zone: local time."""
     until: datetime | None = None
@@ -82,7 +80,6 @@ def to_filter(wanted: ResultFilter) -> store.ResultFilter:
         tenant=wanted.tenant,
         outcome=_to_outcome(wanted.outcome),
         labels=dict(wanted.labels),
-        batch_id=wanted.batch_id,
     )
     if wanted.since is not None:
         message.since.FromDatetime(wanted.since.astimezone(UTC))
@@ -137,7 +134,6 @@ def of_stored(message: store.Result) -> JobResult:
         model_version=message.model_version,
         tenant=message.tenant,
         labels=dict(message.labels),
-        batch_id=message.batch_id,
         code=message.code,
         message=message.message,
         attempt=message.attempt,

@@ -37,16 +37,11 @@ def test_results_list(shoal: Shoal, served: Served) -> None:
         return pb.QueryResultsResponse(results=[stored(tenant="acme", labels={"team": "vision"})])
 
     served.on(methods.QUERY_RESULTS, query)
-    options = ["--model", "digits", "--version", "3", "--tenant", "acme", "--label", "team=vision", "--batch", "b1"]
+    options = ["--model", "digits", "--version", "3", "--tenant", "acme", "--label", "team=vision"]
     table = shoal("results", "list", *options, "--outcome", "failed", "--since", "24h", "--limit", "7").stdout
     assert all(word in table for word in ("01J", "succeeded", "digits version 3", "acme", "team=vision"))
     (request,) = asked
-    assert (request.model_name, request.model_version, request.tenant, request.batch_id) == (
-        "digits",
-        "3",
-        "acme",
-        "b1",
-    )
+    assert (request.model_name, request.model_version, request.tenant) == ("digits", "3", "acme")
     assert (dict(request.labels), request.outcome, request.page_size) == ({"team": "vision"}, FAILED, 7)
     age = datetime.now(UTC) - request.since.ToDatetime(UTC)
     assert timedelta(hours=24) <= age < timedelta(hours=25)

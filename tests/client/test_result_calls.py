@@ -35,7 +35,7 @@ def test_a_result_with_its_answer(served: Served) -> None:
     async def get(request: pb.GetResultRequest, context: Any) -> pb.GetResultResponse:
         if request.job_id != "j":
             await context.abort(grpc.StatusCode.NOT_FOUND, "job x: no result (yet)")
-        found = stored("j", labels={"a": "b"}, batch_id="b1", tenant="t", attempt=2)
+        found = stored("j", labels={"a": "b"}, tenant="t", attempt=2)
         found.recorded_at.FromDatetime(datetime(2026, 11, 24, tzinfo=UTC))
         found.response.outputs.add(name="y", datatype="FP32", shape=[2])
         found.response.raw_output_contents.append(np.float32([1, 2]).tobytes())
@@ -46,7 +46,7 @@ def test_a_result_with_its_answer(served: Served) -> None:
         result = client.results.get("j")
         with pytest.raises(NotFound, match="no result"):
             client.results.get("x")
-    assert (result.outcome, result.labels, result.batch_id) == (Outcome.SUCCEEDED, {"a": "b"}, "b1")
+    assert (result.outcome, result.labels) == (Outcome.SUCCEEDED, {"a": "b"})
     assert result.recorded_at == datetime(2026, 11, 24, tzinfo=UTC)
     assert result.answer is not None
     assert result.answer.outputs["y"].tolist() == [1, 2]
@@ -195,7 +195,7 @@ def test_a_filter_is_checked_and_translated() -> None:
         to_filter(ResultFilter(outcome="dead"))
     whole = ResultFilter(
         job_ids=("a", "b"), model="m", version="1", tenant="t", outcome=Outcome.EXPIRED, labels={"k": "v"},
-        batch_id="b", since=datetime(2026, 1, 1, tzinfo=UTC), until=datetime(2026, 1, 2, tzinfo=UTC),
+        since=datetime(2026, 1, 1, tzinfo=UTC), until=datetime(2026, 1, 2, tzinfo=UTC),
     )  # fmt: skip
     message = to_filter(whole)
     assert len(message.ListFields()) == len(pb.ResultFilter.DESCRIPTOR.fields)

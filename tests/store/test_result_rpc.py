@@ -67,7 +67,7 @@ async def test_what_is_put_is_what_is_got(store: Store) -> None:
     full = result(
         "01JD", OK, model_name="m", model_version="3", message="ünïcode\0", attempt=2, lease_id="l-1", tenant="acme",
         submitted_at=Timestamp(seconds=1_700_000_000, nanos=123_456_789), instance="local/infer-0",
-        labels={"b": "1", "a": "ü"}, batch_id="batch-1",
+        labels={"b": "1", "a": "ü"},
     )  # fmt: skip
     failed = result("j2", FAILED, code=13, message="boom", attempt=5)
     entries = await put(store, full, failed)
@@ -142,7 +142,6 @@ async def test_a_thousand_at_once(store: Store) -> None:
         (pb.Result(job_id="j", outcome=OK, message="m" * 65537), ["message"]),
         (pb.Result(job_id="j", outcome=OK, submitted_at=Timestamp(seconds=1 << 60)), ["submitted_at"]),
         (pb.Result(job_id="j", outcome=OK, submitted_at=Timestamp(nanos=-1)), ["submitted_at"]),
-        (pb.Result(job_id="j", outcome=OK, batch_id="b" * 65), ["batch_id"]),
         (pb.Result(job_id="j", outcome=OK, labels={"k" * 257: ""}), ["labels"]),
         (pb.Result(job_id="j", outcome=OK, labels={"k": "v" * 257}), ["labels", "'k'"]),
         (pb.Result(job_id="j", outcome=OK, labels={str(n): "" for n in range(65)}), ["labels", "65"]),
@@ -248,10 +247,10 @@ async def test_filters(store: Store) -> None:
     assert await query(store, tenant="$ne") == ([], "")
 
 
-async def test_filters_by_label_and_batch(store: Store) -> None:
-    await put(store, result("a", labels={"team": "x", "": "empty"}, batch_id="b1"))
+async def test_filters_by_label(store: Store) -> None:
+    await put(store, result("a", labels={"team": "x", "": "empty"}))
     await put(store, result("b", labels={"team": "x", "stage": "2"}))
-    await put(store, result("c", labels={"stage": "2", "$where": "1"}, batch_id="b1", tenant="t"))
+    await put(store, result("c", labels={"stage": "2", "$where": "1"}, tenant="t"))
     await put(store, result("d", labels={"a.b": "\0", "team": "X"}))
     assert await query(store, labels={"team": "x"}) == (["b", "a"], "")
     assert await query(store, labels={"team": "x", "stage": "2"}) == (["b"], "")
@@ -259,10 +258,8 @@ async def test_filters_by_label_and_batch(store: Store) -> None:
     assert await query(store, labels={"a.b": "\0"}) == (["d"], "")
     assert await query(store, labels={"$where": "1"}, tenant="t") == (["c"], "")
     assert await query(store, labels={"team": ""}) == ([], "")
-    assert await query(store, batch_id="b1") == (["c", "a"], "")
-    assert await query(store, batch_id="b1", labels={"stage": "2"}) == (["c"], "")
     got = await get(store, "a")
-    assert (dict(got.labels), got.batch_id) == ({"team": "x", "": "empty"}, "b1")
+    assert dict(got.labels) == {"team": "x", "": "empty"}
 
 
 async def test_the_time_window_is_half_open(store: Store) -> None:
@@ -340,7 +337,6 @@ async def test_bad_filters_are_named(store: Store) -> None:
     await refused(query(store, model_name="x" * 1025), BAD, "model_name")
     await refused(query(store, since=Timestamp(seconds=1 << 62)), BAD, "since")
     await refused(query(store, until=Timestamp(nanos=1_000_000_000)), BAD, "until")
-    await refused(query(store, batch_id="x" * 1025), BAD, "batch_id")
     await refused(query(store, labels={"k": "v" * 257}), BAD, "labels", "'k'")
     await refused(query(store, labels={str(n): "" for n in range(65)}), BAD, "labels", "65")
 

@@ -34,7 +34,6 @@ CHOICES: dict[str, list[Any]] = {
     "since": [None, Timestamp(seconds=1)],
     "until": [None, Timestamp(seconds=253402300799)],
     "labels": [None, {"team": "a"}, {"team": "a", "stage": "1"}],
-    "batch_id": [None, "b3"],
 }
 
 
@@ -100,7 +99,7 @@ async def test_every_combination_of_filters_uses_an_index_and_no_sort(
     collections: Collections, place: Place | None, oldest_first: bool
 ) -> None:
     asked = combinations()
-    assert len(asked) == 576
+    assert len(asked) == 288
     for wanted in asked:
         plan = await find(collections, wanted, place, oldest_first=oldest_first).explain()
         seen = set(stages(plan["queryPlanner"]["winningPlan"]))
@@ -109,7 +108,7 @@ async def test_every_combination_of_filters_uses_an_index_and_no_sort(
 
 
 def recorded(n: int) -> dict[str, Any]:
-    """One of a thousand: 4 models in 2 versions, 5 tenants, a tenth failed, a seventh labelled, a third in batches."""
+    """One of a thousand: 4 models in 2 versions, 5 tenants, a tenth failed, a seventh labelled."""
     of = pb.Result(
         job_id=f"j{n:04}",
         outcome=FAILED if n % 10 == 0 else OK,
@@ -117,7 +116,6 @@ def recorded(n: int) -> dict[str, Any]:
         model_version=str(n % 2 + 1),
         tenant=f"t{n % 5}",
         labels={"team": "ab"[n % 2], "stage": str(n % 3)} if n % 7 == 0 else {},
-        batch_id=f"b{n % 6}" if n % 3 == 0 else "",
     )
     return document(of, NOW + timedelta(milliseconds=n // 10), b"x" * 100)
 
@@ -130,7 +128,7 @@ async def thousand(collections: Collections) -> Collections:
 
 async def test_only_answers_are_read(thousand: Collections) -> None:
     """What does not match is passed over in the index: its document, response and all, is never read."""
-    for wanted in combinations(labels=[None], batch_id=[None]):
+    for wanted in combinations(labels=[None]):
         plan = await find(thousand, wanted).explain()
         assert plan["executionStats"]["totalDocsExamined"] == plan["executionStats"]["nReturned"], wanted
 
@@ -144,8 +142,6 @@ async def test_only_answers_are_read(thousand: Collections) -> None:
         (pb.ResultFilter(outcome=pb.Result.OUTCOME_EXPIRED), "by_failure"),
         (pb.ResultFilter(labels={"team": "nobody"}), "by_label"),
         (pb.ResultFilter(tenant="t1", labels={"team": "nobody"}), "by_label"),
-        (pb.ResultFilter(batch_id="b9"), "by_batch"),
-        (pb.ResultFilter(tenant="t1", model_name="m1", batch_id="b9"), "by_batch"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -168,7 +164,6 @@ def matches(doc: dict[str, Any], wanted: pb.ResultFilter) -> bool:
     labels = {label["key"]: label["value"] for label in doc.get("labels", ())}
     return (
         all(getattr(wanted, f) in (0, "", doc.get(f)) for f in ("model_name", "model_version", "tenant", "outcome"))
-        and wanted.batch_id in ("", doc.get("batch_id"))
         and (not wanted.job_ids or doc["_id"] in wanted.job_ids)
         and all(labels.get(key) == value for key, value in wanted.labels.items())
     )
@@ -199,7 +194,7 @@ async def test_indexes_of_an_older_store_go(collections: Collections) -> None:
     await collections.prepare()
     names = {*await results.index_information()}
     assert "tenant_newest" not in names
-    assert names >= {"by_time", "by_model", "by_tenant", "by_failure", "by_label", "by_batch", "removed"}
+    assert names >= {"by_time", "by_model", "by_tenant", "by_failure", "by_label", "removed"}
     await collections.prepare()
 
 

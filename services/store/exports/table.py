@@ -30,7 +30,6 @@ SCHEMA = pa.schema(
         ("model_version", pa.string()),
         ("tenant", pa.string()),
         ("labels", pa.map_(pa.string(), pa.string())),
-        ("batch_id", pa.string()),
         ("code", pa.int32()),
         ("message", pa.string()),
         ("attempt", pa.int32()),
@@ -41,7 +40,7 @@ SCHEMA = pa.schema(
         ("outputs", pa.list_(_OUTPUT)),
     ]
 )
-_SAME = ("job_id", "model_name", "model_version", "tenant", "batch_id", "code", "message", "attempt", "instance")
+_SAME = ("job_id", "model_name", "model_version", "tenant", "code", "message", "attempt", "instance")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Where a response has its values in the message, and not as raw bytes: the field, and what the wire's bytes would be.
 _CONTENTS = {

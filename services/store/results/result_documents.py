@@ -37,8 +37,6 @@ def document(result: Result, recorded_at: datetime, response: bytes | BlobRef | 
         doc["submitted_at"] = _EPOCH + timedelta(seconds=time.seconds, milliseconds=milliseconds)
     if result.labels:
         doc["labels"] = [{"key": key, "value": value} for key, value in sorted(result.labels.items())]
-    if result.batch_id:
-        doc["batch_id"] = result.batch_id
     if isinstance(response, bytes):
         doc["response"] = response
     elif response is not None:
@@ -59,7 +57,6 @@ def result(doc: Document) -> Result:
         job_id=doc["_id"],
         recorded_at=timestamp(doc["recorded_at"]),
         labels=labels,
-        batch_id=doc.get("batch_id", ""),
     )
     for field in _SAME:
         setattr(found, field, doc[field])

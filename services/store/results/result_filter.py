@@ -19,7 +19,7 @@ from services.store.results import result_rules
 from shoal.store.v1.store_pb2 import QueryResultsRequest, ResultFilter
 
 WITHOUT_RESPONSE = {"response": 0, "blob": 0}
-_EQUAL = ("model_name", "model_version", "tenant", "outcome", "batch_id")
+_EQUAL = ("model_name", "model_version", "tenant", "outcome")
 
 
 def filter_of(query: QueryResultsRequest) -> ResultFilter:

@@ -59,7 +59,6 @@ def _check_result(result: Result, where: str) -> None:
     for field in _TEXTS:
         check_text(getattr(result, field), f"{where}.{field}")
     check_text(result.message, f"{where}.message", MAX_MESSAGE_CHARACTERS)
-    check_text(result.batch_id, f"{where}.batch_id", MAX_JOB_ID_CHARACTERS)
     check_labels(result.labels, f"{where}.labels")
     if not 0 <= result.code <= 16:
         raise InvalidArgument(f"{where}.code: expected a gRPC status code, 0 to 16, got {result.code}")
@@ -122,7 +121,7 @@ def check_filter(wanted: ResultFilter) -> None:
     if len(wanted.job_ids) > MAX_RESULTS:
         raise InvalidArgument(f"job_ids: {len(wanted.job_ids)} are too many: {MAX_RESULTS} at most")
     _check_each(wanted.job_ids)
-    for field in ("model_name", "model_version", "tenant", "batch_id"):
+    for field in ("model_name", "model_version", "tenant"):
         check_text(getattr(wanted, field), field)
     if wanted.outcome not in Result.Outcome.values():
         raise InvalidArgument(f"outcome: there is no outcome {wanted.outcome}")

@@ -183,7 +183,7 @@ class WatchModelsResponse(_message.Message):
     def __init__(self, snapshot: _Optional[_Iterable[_Union[ModelVersion, _Mapping]]] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("job_id", "outcome", "model_name", "model_version", "response", "code", "message", "attempt", "lease_id", "tenant", "submitted_at", "recorded_at", "instance", "labels", "batch_id", "removed_at", "answer_removed_at", "generation")
+    __slots__ = ("job_id", "outcome", "model_name", "model_version", "response", "code", "message", "attempt", "lease_id", "tenant", "submitted_at", "recorded_at", "instance", "labels", "removed_at", "answer_removed_at", "generation")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[Result.Outcome]
@@ -217,7 +217,6 @@ class Result(_message.Message):
     RECORDED_AT_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
-    BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     REMOVED_AT_FIELD_NUMBER: _ClassVar[int]
     ANSWER_REMOVED_AT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -235,11 +234,10 @@ class Result(_message.Message):
     recorded_at: _timestamp_pb2.Timestamp
     instance: str
     labels: _containers.ScalarMap[str, str]
-    batch_id: str
     removed_at: _timestamp_pb2.Timestamp
     answer_removed_at: _timestamp_pb2.Timestamp
     generation: int
-    def __init__(self, job_id: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., lease_id: _Optional[str] = ..., tenant: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., instance: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ..., removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., answer_removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., lease_id: _Optional[str] = ..., tenant: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., instance: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., answer_removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class PutResultsRequest(_message.Message):
     __slots__ = ("results",)
@@ -275,7 +273,7 @@ class GetResultResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
 
 class QueryResultsRequest(_message.Message):
-    __slots__ = ("job_ids", "model_name", "model_version", "tenant", "outcome", "since", "until", "page_size", "page_token", "omit_response", "labels", "batch_id", "include_removed")
+    __slots__ = ("job_ids", "model_name", "model_version", "tenant", "outcome", "since", "until", "page_size", "page_token", "omit_response", "labels", "include_removed")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -294,7 +292,6 @@ class QueryResultsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     OMIT_RESPONSE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
-    BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_REMOVED_FIELD_NUMBER: _ClassVar[int]
     job_ids: _containers.RepeatedScalarFieldContainer[str]
     model_name: str
@@ -307,9 +304,8 @@ class QueryResultsRequest(_message.Message):
     page_token: str
     omit_response: bool
     labels: _containers.ScalarMap[str, str]
-    batch_id: str
     include_removed: bool
-    def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., omit_response: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ..., include_removed: _Optional[bool] = ...) -> None: ...
+    def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., omit_response: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., include_removed: _Optional[bool] = ...) -> None: ...
 
 class QueryResultsResponse(_message.Message):
     __slots__ = ("results", "next_page_token")
@@ -340,7 +336,7 @@ class WatchResultsResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[Result, _Mapping]] = ..., resume_token: _Optional[str] = ...) -> None: ...
 
 class ResultFilter(_message.Message):
-    __slots__ = ("job_ids", "model_name", "model_version", "tenant", "outcome", "since", "until", "labels", "batch_id")
+    __slots__ = ("job_ids", "model_name", "model_version", "tenant", "outcome", "since", "until", "labels")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -356,7 +352,6 @@ class ResultFilter(_message.Message):
     SINCE_FIELD_NUMBER: _ClassVar[int]
     UNTIL_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
-    BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     job_ids: _containers.RepeatedScalarFieldContainer[str]
     model_name: str
     model_version: str
@@ -365,8 +360,7 @@ class ResultFilter(_message.Message):
     since: _timestamp_pb2.Timestamp
     until: _timestamp_pb2.Timestamp
     labels: _containers.ScalarMap[str, str]
-    batch_id: str
-    def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., batch_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., tenant: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class StreamResultsRequest(_message.Message):
     __slots__ = ("filter", "cursor", "omit_response", "want_watch_token")

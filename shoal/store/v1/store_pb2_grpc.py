@@ -247,7 +247,7 @@ class StoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def QueryResults(self, request, context):
-        """Results by job, model, version, tenant, outcome, label, batch and time, newest first, a page at a time.
+        """Results by job, model, version, tenant, outcome, label and time, newest first, a page at a time.
         INVALID_ARGUMENT: a bad page token or filter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -93,7 +93,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 whole = st.builds(
     pb.Result,
     job_id=text, outcome=st.sampled_from([1, 2, 3, 4]), model_name=text, model_version=text, tenant=text, message=text,
-    labels=st.dictionaries(text, text, max_size=4), batch_id=text, code=st.integers(0, 16), instance=text,
+    labels=st.dictionaries(text, text, max_size=4), code=st.integers(0, 16), instance=text,
     attempt=st.integers(0, (1 << 31) - 1),
     submitted_at=st.builds(
         Timestamp, seconds=st.integers(-62135596800, 253402300799), nanos=st.integers(0, 999_999_999)
@@ -107,7 +107,7 @@ def test_any_result_is_its_row(results: list[pb.Result]) -> None:
     table = table_of(results)
     assert table.schema == SCHEMA
     for result, found in zip(results, table.to_pylist(), strict=True):
-        for field in ("job_id", "model_name", "tenant", "message", "batch_id", "code", "attempt", "instance"):
+        for field in ("job_id", "model_name", "tenant", "message", "code", "attempt", "instance"):
             assert found[field] == getattr(result, field)
         assert dict(found["labels"]) == dict(result.labels)
         assert found["recorded_at"] == result.recorded_at.ToDatetime(UTC)
