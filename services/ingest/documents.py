@@ -110,6 +110,7 @@ VALIDATOR: Mapping[str, Any] = {
             "tenant": {"bsonType": "string"},
             "key": {"bsonType": "string", "minLength": 1},
             "attempts": {"bsonType": ["int", "long"], "minimum": 0},
+            "lapses": {"bsonType": ["int", "long"], "minimum": 0},
             "generation": {"bsonType": ["int", "long"], "minimum": 1},
             "steps": {"bsonType": ["int", "long"], "minimum": 1},
             "submitted_at": {"bsonType": "date"},
@@ -213,6 +214,7 @@ def job_of(document: Mapping[str, Any]) -> Job:
         fails_with_them=document.get("fails_with_them", False),
         generation=document.get("generation", 1),
         attempts=document["attempts"],
+        lapses=document.get("lapses", 0),
         refusals=document["refusals"],
         last_code=document.get("last_code", 0),
         last_message=document.get("last_message", ""),
@@ -269,7 +271,7 @@ def difference(before: Job, after: Job) -> dict[str, Any]:
     """The update operators that turn `before` into `after`: changed fields, and the transition that was added."""
     set_: Document = {}
     unset: dict[str, str] = {}
-    for name in ("generation", "attempts", "refusals", "last_code", "last_message", "updated_at", "steps"):
+    for name in ("generation", "attempts", "lapses", "refusals", "last_code", "last_message", "updated_at", "steps"):
         if getattr(before, name) != getattr(after, name):
             set_[name] = getattr(after, name)
     if before.state is not after.state:

@@ -27,7 +27,10 @@ with all its attempts; its result carries the generation, and the store lets it 
 What a holder of the earlier generation still writes, the fence keeps from the job, and the store from the result.
 
 `attempts` counts attempts that may have reached a model. One that certainly did not (nobody there, or shed before it
-ran) is taken back and counted in `refusals` instead: an outage costs no attempts, however long it lasts.
+ran) is taken back and counted in `refusals` instead: an outage costs no attempts, however long it lasts. `lapses`
+counts those whose holder died, which is mostly no fault of the job's: they have a bound of their own, `MAX_LAPSES`.
+What has lapsed more than `SOON_AGAIN` times comes back at a drawn time, away from those that it lapsed with. So
+innocent jobs outlive a holder that dies again and again, and what kills each of its holders ends.
 """
 
 from __future__ import annotations
@@ -90,6 +93,11 @@ attempts then outlast the ten seconds that a restarted instance may take to load
 REFUSED_WAIT_MS = 200
 REFUSED_MAX_WAIT_MS = 5_000
 """Waits of a job that found nobody: doubling between these, so that an outage costs little and its end is seen soon."""
+MAX_LAPSES = 20
+SOON_AGAIN = 2
+LAPSED_WAIT_MS = 500
+LAPSED_MAX_WAIT_MS = 15_000
+"""Longest drawn wait of a job that lapsed more often than `SOON_AGAIN`, doubling between these."""
 TRANSITIONS_KEPT = 400
 """The newest transitions of a job that are kept: more than 100 attempts make. Only long outages reach it."""
 MESSAGE_CHARS = 2_000
@@ -183,6 +191,8 @@ class Job:
     """How many lives it has begun: each requeue of a dead letter begins one."""
     attempts: int = 0
     """Of this generation."""
+    lapses: int = 0
+    """Those of the attempts whose holder died, or was cut off."""
     refusals: int = 0
     """Attempts in a row that never reached a model."""
     last_code: int = 0
@@ -217,6 +227,11 @@ class Job:
         return self.state in FINAL
 
     @property
+    def failures(self) -> int:
+        """Its attempts that failed by themselves, with the one that is under way."""
+        return self.attempts - self.lapses
+
+    @property
     def keeps_request(self) -> bool:
         """Whether its request is still of use: to run it, to look into why it failed, or because a client said so."""
         return self.is_kept or self.state not in DONE_WITH
@@ -242,6 +257,7 @@ class Again:
     reason: str
     code: int = 0
     message: str = ""
+    is_lapse: bool = False
 
 
 def acceptance(
@@ -290,6 +306,7 @@ def try_again(job: Job, again: Again, instance: str, now: datetime) -> Job:
         state=State.QUEUED,
         due_at=None if job.waits_for else again.due_at,
         attempts=job.attempts - is_taken_back,
+        lapses=job.lapses + again.is_lapse,
         refusals=0 if again.is_counted else job.refusals + bool(again.code),
         last_code=again.code or job.last_code,
         last_message=again.message[:MESSAGE_CHARS] if again.code else job.last_message,
@@ -346,6 +363,7 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
         state=State.QUEUED,
         generation=job.generation + 1,
         attempts=0,
+        lapses=0,
         refusals=0,
         due_at=None if waits_for else now,
         waits_for=waits_for,
@@ -396,26 +414,36 @@ def after_failure(job: Job, failure: Failure, now: datetime, draw: Callable[[], 
         wait_ms = max(refused_wait_ms(job.refusals, draw()), failure.retry_after_ms * (1 + draw() / 4))
         reason = f"{name}, before any model ran it: this attempt is not counted"
         return Again(_later(now, wait_ms), False, reason, failure.code, failure.message)
-    if job.attempts >= job.policy.max_attempts:
+    if job.failures >= job.policy.max_attempts:
         return End(Outcome.FAILED, failure.code, failure.message)
-    wait_ms = max(backoff_ms(job.policy, job.attempts, draw()), failure.retry_after_ms)
+    wait_ms = max(backoff_ms(job.policy, job.failures, draw()), failure.retry_after_ms)
     if _seems_not_ready(job, failure):
-        floor_ms = min(NOT_READY_MAX_WAIT_MS, NOT_READY_WAIT_MS * 2.0 ** min(job.attempts - 1, 20))
+        floor_ms = min(NOT_READY_MAX_WAIT_MS, NOT_READY_WAIT_MS * 2.0 ** min(job.failures - 1, 20))
         wait_ms = max(wait_ms, min(floor_ms, job.policy.max_backoff_ms))
-    reason = f"{name}: attempt {job.attempts} of {job.policy.max_attempts} failed"
+    reason = f"{name}: attempt {job.failures} of {job.policy.max_attempts} failed"
     return Again(_later(now, wait_ms), True, reason, failure.code, failure.message)
 
 
-def after_lapse(job: Job, lost: Lease, now: datetime) -> Again | End:
-    """What becomes of a job whose lease `lost` lapsed: its holder died, or was cut off for too long."""
+def after_lapse(job: Job, lost: Lease, now: datetime, draw: Callable[[], float]) -> Again | End:
+    """What becomes of a job whose lease `lost` lapsed: its holder died, or was cut off for too long.
+
+    A job of one attempt ends: it may have run. Any other is tried again, `MAX_LAPSES` times. `draw` gives a number in
+    [0, 1).
+    """
     if (ended := ended_from_outside(job, now)) is not None:
         return ended
     if job.state is State.QUEUED:  # Somebody took it over and died before deciding anything.
         return Again(now, True, f"the lease of {lost.owner} lapsed")
     message = f"the lease of {lost.owner} lapsed during attempt {job.attempts}: it died or was cut off"
-    if job.attempts >= job.policy.max_attempts:
+    if job.policy.max_attempts == 1 or job.lapses >= MAX_LAPSES:
         return End(Outcome.FAILED, Code.ABORTED, message)
-    return Again(now, True, message, Code.ABORTED, message)
+    return Again(_later(now, _lapsed_wait_ms(job.lapses, draw())), True, message, Code.ABORTED, message, is_lapse=True)
+
+
+def _lapsed_wait_ms(lapses: int, drawn: float) -> float:
+    if lapses < SOON_AGAIN:
+        return 0
+    return drawn * min(LAPSED_MAX_WAIT_MS, LAPSED_WAIT_MS * 2.0 ** (lapses - SOON_AGAIN))
 
 
 def released(now: datetime, owner: str) -> Again:
@@ -455,7 +483,7 @@ def ended_from_outside(job: Job, now: datetime) -> End | None:
 
 def _seems_not_ready(job: Job, failure: Failure) -> bool:
     # The first UNAVAILABLE is mostly an instance that died: another one is there at once.
-    return failure.code == Code.NOT_FOUND or (failure.code == Code.UNAVAILABLE and job.attempts > 1)
+    return failure.code == Code.NOT_FOUND or (failure.code == Code.UNAVAILABLE and job.failures > 1)
 
 
 def name_of(code: int) -> str:

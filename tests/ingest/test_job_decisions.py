@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
 from services.ingest.job import (
     FINAL,
+    LAPSED_MAX_WAIT_MS,
+    MAX_LAPSES,
     PERMANENT,
+    SOON_AGAIN,
     TRANSITIONS_KEPT,
     Again,
     End,
@@ -113,22 +116,59 @@ def test_a_deadline_that_passed_ends_it_whatever_the_failure_was() -> None:
     assert how.message == "no answer by its deadline, 2026-01-02T03:04:05.678+00:00; last attempt: INTERNAL: broken"
 
 
-def test_a_lapse_is_an_attempt_and_the_last_one_is_the_end() -> None:
-    again = after_lapse(running(attempts=4), LEASE, START)
-    assert isinstance(again, Again)
-    assert again.is_counted
-    assert again.reason == "the lease of local/ingest-0 lapsed during attempt 4: it died or was cut off"
-    how = after_lapse(running(attempts=5), LEASE, START)
+def lapse(job: Job, now: datetime = START, drawn: float = 0.5) -> Again | End:
+    return after_lapse(job, LEASE, now, lambda: drawn)
+
+
+def test_holders_that_die_do_not_use_up_the_attempts_of_a_job() -> None:
+    there, now = job(), START
+    for time in range(1, MAX_LAPSES + 1):
+        there = claim(there, LEASE, now)
+        again = lapse(there, now)
+        assert isinstance(again, Again)
+        assert again.reason == f"the lease of local/ingest-0 lapsed during attempt {time}: it died or was cut off"
+        there = try_again(there, again, "i", now)
+        assert (there.attempts, there.lapses, there.failures, there.last_code) == (time, time, 0, Code.ABORTED)
+        assert there.due_at is not None
+        assert (there.due_at > now) == (time > SOON_AGAIN), "the first ones come back at once, later ones apart"
+        now = there.due_at
+    for failed in range(1, 5):
+        there = claim(there, LEASE, now)
+        again = after_failure(there, Failure(Code.INTERNAL, "broken"), now, lambda: 0.5)
+        assert isinstance(again, Again)
+        assert again.reason == f"INTERNAL: attempt {failed} of 5 failed"
+        there = try_again(there, again, "i", now)
+        assert there.due_at is not None
+        now = there.due_at
+    how = after_failure(claim(there, LEASE, now), Failure(Code.INTERNAL, "broken"), now, lambda: 0.5)
     assert isinstance(how, End)
     assert state_of(how) is State.DEAD
 
 
+def test_a_job_that_kills_each_of_its_holders_ends() -> None:
+    how = lapse(running(attempts=MAX_LAPSES + 1, lapses=MAX_LAPSES))
+    assert isinstance(how, End)
+    assert state_of(how) is State.DEAD
+
+
+def test_a_job_of_one_attempt_does_not_run_twice() -> None:
+    how = lapse(running(policy=Policy(max_attempts=1)))
+    assert isinstance(how, End)
+    assert (state_of(how), how.code) == (State.DEAD, Code.ABORTED)
+
+
+def test_what_lapsed_together_does_not_come_back_together() -> None:
+    waits = [wait_ms(lapse(running(attempts=4, lapses=3), drawn=drawn)) for drawn in (0.0, 0.25, 0.999)]
+    assert waits == [0, 250, 999]
+    assert wait_ms(lapse(running(attempts=20, lapses=19), drawn=1.0)) == LAPSED_MAX_WAIT_MS
+
+
 def test_a_take_over_that_lapses_goes_on_where_it_was() -> None:
     taken = take_over(job(), LEASE)
-    again = after_lapse(taken, LEASE, START)
+    again = lapse(taken)
     assert isinstance(again, Again)
     assert try_again(taken, again, "i", START).attempts == 0
-    cancelled = after_lapse(take_over(job(), LEASE, "not wanted"), LEASE, START)
+    cancelled = lapse(take_over(job(), LEASE, "not wanted"))
     assert cancelled == End(Outcome.CANCELLED, Code.CANCELLED, "cancelled: not wanted")
 
 

@@ -223,7 +223,7 @@ class World(RuleBasedStateMachine):
                 if standing is not None and standing.generation == job.generation:
                     task.after = end(job, standing, "i", self.now)
                 else:
-                    self.decide(task, after_lapse(job, before.lease, self.now))
+                    self.decide(task, after_lapse(job, before.lease, self.now, lambda: 0.5))
 
     @precondition(lambda self: any(job.due_at and ended_from_outside(job, self.now) for job in self.jobs.values()))
     @rule(n=st.integers(0, WORKERS - 1))

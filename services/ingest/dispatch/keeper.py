@@ -125,7 +125,7 @@ class Keeper:
         if standing is not None and standing.generation == job.generation:
             self._dispatcher.end_as(job, standing)
             return
-        decision = after_lapse(job, lost, self._clock())
+        decision = after_lapse(job, lost, self._clock(), random.random)
         if isinstance(decision, End):
             self._dispatcher.end(job, decision)
         else:

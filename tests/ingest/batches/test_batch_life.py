@@ -149,15 +149,22 @@ async def test_a_prefix_of_files_counts_rows_through_all_of_them(client: BatchCl
 
 
 async def test_watching_shows_progress_to_the_end(client: BatchClient, mesh: BatchMesh, tmp_path: Path) -> None:
-    async def slow(rows: list[int], context: Any) -> None:
-        await asyncio.sleep(0.05)
+    answered, is_seen = 0, asyncio.Event()
 
-    mesh.infer.before = slow
+    async def held_back(rows: list[int], context: Any) -> None:
+        nonlocal answered
+        if answered >= 500:  # No chunk can end before progress was seen.
+            await is_seen.wait()
+        answered += len(rows)
+
+    mesh.infer.before = held_back
     url = write_lines(tmp_path / "in.jsonl", [{"x": row.tolist()} for row in rows_of_x(2_000)])
     batch = await client.submit_batch(url, f"file://{tmp_path}/out", chunk_rows=1_000)
     seen = []
     async for answer in client.stub.WatchBatch(pb.WatchBatchRequest(id=batch.id), timeout=60):
         seen.append(answer.batch)
+        if 0 < answer.batch.rows_ok < 2_000:
+            is_seen.set()
     assert seen[-1].state == pb.BATCH_STATE_SUCCEEDED
     rows = [each.rows_ok for each in seen]
     assert rows == sorted(rows)
