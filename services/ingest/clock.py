@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
 Clock: TypeAlias = Callable[[], datetime]
@@ -15,10 +15,12 @@ most a needless attempt; that a job has one result rests on the fence and on the
 """
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 def utc_now() -> datetime:
     """The wall clock."""
-    now = datetime.fromtimestamp(time.time(), UTC)
-    return now.replace(microsecond=now.microsecond // 1000 * 1000)
+    return _EPOCH + timedelta(milliseconds=time.time_ns() // 1_000_000)
 
 
 def milliseconds(moment: datetime) -> int:

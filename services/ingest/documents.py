@@ -331,9 +331,13 @@ def taking_over(lease: Lease, cancel_reason: str | None = None) -> Document:
 
 
 def _policy(policy: Policy) -> Document:
-    document = asdict(policy)
-    if not policy.codes:
-        del document["codes"]  # Few jobs have their own, and every job pays for its bytes.
+    document: Document = {
+        "max_attempts": policy.max_attempts,
+        "initial_backoff_ms": policy.initial_backoff_ms,
+        "max_backoff_ms": policy.max_backoff_ms,
+    }
+    if policy.codes:  # Few jobs have their own, and every job pays for its bytes.
+        document["codes"] = policy.codes
     return document
 
 

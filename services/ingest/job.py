@@ -36,9 +36,10 @@ innocent jobs outlive a holder that dies again and again, and what kills each of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
+from typing import Any
 
 from services.ingest.lane import Lane
 from shoal.errors import Code
@@ -159,7 +160,7 @@ class End:
     """The job's, that it is the end of."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Job:
     """A job as it is at one moment. Times are UTC, in whole milliseconds."""
 
@@ -216,6 +217,17 @@ class Job:
     """The client asked that its request stay when it is done with."""
     request: bytes | None = None
     """The serialised ModelInferRequest; None where it was not loaded or is kept apart."""
+
+    def but(self, **changes: Any) -> Job:
+        """The job with these fields changed: what `dataclasses.replace` gives, in an eighth of its time.
+
+        A job is changed five times in its life, and has forty fields.
+        """
+        assert changes.keys() <= Job.__dataclass_fields__.keys()
+        changed = object.__new__(Job)
+        changed.__dict__.update(self.__dict__)
+        changed.__dict__.update(changes)
+        return changed
 
     @property
     def lane(self) -> Lane:
@@ -278,8 +290,7 @@ def claim(job: Job, lease: Lease, now: datetime) -> Job:
     """A waiting job, claimed for its next attempt."""
     attempt = job.attempts + 1
     step = Transition(State.RUNNING, now, attempt, lease.owner, "claimed")
-    return replace(
-        job,
+    return job.but(
         state=State.RUNNING,
         due_at=None,
         attempts=attempt,
@@ -292,8 +303,8 @@ def claim(job: Job, lease: Lease, now: datetime) -> Job:
 
 def take_over(job: Job, lease: Lease, cancel_reason: str | None = None) -> Job:
     """The job in the hands of `lease`, whoever had it before. Its state stays until it is known how it goes on."""
-    return replace(
-        job, due_at=None, lease=lease, cancel_reason=job.cancel_reason if cancel_reason is None else cancel_reason
+    return job.but(
+        due_at=None, lease=lease, cancel_reason=job.cancel_reason if cancel_reason is None else cancel_reason
     )
 
 
@@ -301,8 +312,7 @@ def try_again(job: Job, again: Again, instance: str, now: datetime) -> Job:
     """The job back in the queue."""
     step = Transition(State.QUEUED, now, job.attempts, instance, again.reason)
     is_taken_back = not again.is_counted and job.state is State.RUNNING
-    return replace(
-        job,
+    return job.but(
         state=State.QUEUED,
         due_at=None if job.waits_for else again.due_at,
         attempts=job.attempts - is_taken_back,
@@ -321,8 +331,7 @@ def released_from_waiting(job: Job, instance: str, now: datetime) -> Job:
     """A job whose dependencies have succeeded: it is due, or will be at its own time."""
     many = len(job.depends_on)
     reason = f"its {many} dependencies have succeeded" if many > 1 else "its dependency has succeeded"
-    return replace(
-        job,
+    return job.but(
         waits_for=(),
         not_before=None,
         due_at=now if job.not_before is None else max(now, job.not_before),
@@ -337,8 +346,7 @@ def end(job: Job, standing: End, instance: str, now: datetime) -> Job:
     state = state_of(standing, job.policy)
     step = Transition(state, now, job.attempts, instance, standing.message[:MESSAGE_CHARS] or "answered")
     is_answered = standing.outcome is Outcome.SUCCEEDED
-    return replace(
-        job,
+    return job.but(
         state=state,
         due_at=None,
         waits_for=(),
@@ -358,8 +366,7 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
     step = Transition(State.QUEUED, now, 0, instance, f"requeued: {reason}" if reason else "requeued")
     # What has run has nothing to wait for: they succeeded, for good, though retention may have removed them since.
     waits_for = () if job.attempts else job.depends_on
-    return replace(
-        job,
+    return job.but(
         state=State.QUEUED,
         generation=job.generation + 1,
         attempts=0,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import NamedTuple
 
 LEAST_PRIORITY = -9
@@ -27,7 +28,7 @@ class Lane(NamedTuple):
     @property
     def text(self) -> str:
         """As a job carries it. JSON, so that no name can pass for two."""
-        return json.dumps(self, separators=(",", ":"))
+        return _text(self)
 
     def age(self, due_at: datetime, ageing: timedelta) -> datetime:
         """Since when a job of this lane counts as waiting: each level of priority is worth `ageing` of waiting.
@@ -35,6 +36,11 @@ class Lane(NamedTuple):
         So urgent jobs go first, and still no job waits for ever: whatever is `ageing` older goes before the next level.
         """
         return due_at - self.priority * ageing
+
+
+@lru_cache(4_096)
+def _text(lane: Lane) -> str:
+    return json.dumps(lane, separators=(",", ":"))
 
 
 def lane_of(text: str) -> Lane:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 _RANDOM_BITS = 80
+_LOW_BITS = 60
+_LOW = (1 << _LOW_BITS) - 1
 _FORM = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 
 
@@ -29,17 +32,31 @@ class Ulids:
 
     def new(self) -> str:
         """The next id. Within a millisecond the random part counts up; its overflow borrows the next one."""
-        fresh = (self._now_ms() << _RANDOM_BITS) | int.from_bytes(self._random(10), "big")
-        if fresh >> _RANDOM_BITS <= self._last >> _RANDOM_BITS:
-            fresh = self._last + 1
-        self._last = fresh
-        return encode(fresh)
+        now_ms = self._now_ms()
+        if now_ms <= self._last >> _RANDOM_BITS:
+            self._last += 1
+        else:
+            self._last = (now_ms << _RANDOM_BITS) | int.from_bytes(self._random(10), "big")
+        return encode(self._last)
 
 
 def encode(value: int) -> str:
     """The 26 characters of a 128-bit number."""
-    # Two characters at a time: ids are made for every job.
-    return "".join(_PAIRS[(value >> shift) & 1023] for shift in range(120, -1, -10))
+    # Two characters at a time, and ids of one millisecond share the front: ids are made for every job.
+    low = value & _LOW
+    return _front(value >> _LOW_BITS) + (
+        _PAIRS[low >> 50]
+        + _PAIRS[low >> 40 & 1023]
+        + _PAIRS[low >> 30 & 1023]
+        + _PAIRS[low >> 20 & 1023]
+        + _PAIRS[low >> 10 & 1023]
+        + _PAIRS[low & 1023]
+    )
+
+
+@lru_cache(4)
+def _front(high: int) -> str:
+    return "".join(_PAIRS[high >> shift & 1023] for shift in range(60, -1, -10))
 
 
 def floor(time_ms: int) -> str:

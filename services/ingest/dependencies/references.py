@@ -16,6 +16,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 MOST = 100
 """Jobs that one depends on: each is looked up when it is submitted, and again until it has ended."""
 _KEY = "key:"
+_ON_FAILURE = frozenset(pb.OnDependencyFailure.values())
 
 
 def by_key(key: str) -> str:
@@ -42,8 +43,10 @@ def references_of(submit: pb.SubmitRequest, key_chars: int) -> tuple[str, ...]:
     """
     if len(submit.depends_on) > MOST:
         raise InvalidArgument(f"depends_on: at most {MOST}, got {len(submit.depends_on)}")
-    if submit.on_dependency_failure not in pb.OnDependencyFailure.values():
+    if submit.on_dependency_failure not in _ON_FAILURE:
         raise InvalidArgument(f"on_dependency_failure: there is no {submit.on_dependency_failure}")
+    if not submit.depends_on:
+        return ()
     return tuple(dict.fromkeys(_reference(each, at, key_chars) for at, each in enumerate(submit.depends_on)))
 
 

@@ -10,7 +10,7 @@ What it waits for is looked up whole each time, so nothing depends on having see
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeAlias
 
@@ -47,7 +47,7 @@ def after_look(job: Job, known: Known, instance: str, now: datetime) -> Job | En
     if not left:
         return released_from_waiting(job, instance, now)
     # By id from now on: that is what is looked for when one of them ends.
-    return replace(job, waits_for=tuple(dict.fromkeys(standing.id for standing in left)))
+    return job.but(waits_for=tuple(dict.fromkeys(standing.id for standing in left)))
 
 
 _FAILED = FINAL - {State.SUCCEEDED}

@@ -23,7 +23,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from types import TracebackType
@@ -178,7 +178,7 @@ class Dispatcher:
         """Hears of jobs that were just made durable here."""
         now = self._clock()
         self._claims.notice(jobs)
-        light = [replace(job, request=None) if job.is_apart else job for job in jobs]
+        light = [job.but(request=None) if job.is_apart else job for job in jobs]
         adopted = [job for job in light if job.lease is not None]
         self._adopting -= len(adopted)
         self._take(adopted)
@@ -202,7 +202,7 @@ class Dispatcher:
         again = Again(self._clock(), False, "it was not sure that it was durable: this attempt was not made")
         adopted = [job for job in jobs if job.lease is not None]
         self.forget(adopted)
-        self._settle([(self._hold(replace(job, request=None)), again) for job in adopted])
+        self._settle([(self._hold(job.but(request=None)), again) for job in adopted])
 
     def forget(self, jobs: Sequence[Job]) -> None:
         """Hears that jobs, of which it may have adopted some, were not made durable."""
@@ -350,7 +350,7 @@ class Dispatcher:
             holding.call = None
             if job.request is not None and len(job.request) > _LARGE_BYTES:
                 self._bytes -= len(job.request)
-                holding.job = replace(job, request=None)  # Not kept in memory while it is recorded.
+                holding.job = job.but(request=None)  # Not kept in memory while it is recorded.
             known.append((holding, decision))
         now = asyncio.get_running_loop().time()
         call.line.calls -= len(known)

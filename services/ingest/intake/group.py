@@ -1,4 +1,4 @@
-"""Group commit: many callers, one write at a time.
+"""Group commit: many callers, one write.
 
     add ─┐
     add ─┼─> waiting ──(write in flight? then gather; else go at once)──> write(group) ──> each caller its own answer
@@ -6,6 +6,9 @@
 
 A lone caller never waits for company. While a write is under way the next group gathers, so the group grows with the
 load and the cost of a durable write is shared: 100 documents a write are 11 times as fast as one each.
+
+With two writes at a time, a second one begins when as many wait as are in the first: callers that wait for their answer
+before they come again are then in two halves, and while one half is written the other makes its way.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -43,6 +47,8 @@ class Group(Generic[T, R]):
     Args:
         limit_s: who waited so long for an answer gets Unavailable; what is written then may or may not be there.
         on_left: hears of items that are held no more: written, refused, or given up.
+        writes: how many are under way at a time.
+        follows: whether an item is only written when all that came before it was.
     """
 
     def __init__(
@@ -55,6 +61,8 @@ class Group(Generic[T, R]):
         size: Callable[[T], int] = lambda _: 0,
         limit_s: float | None = None,
         on_left: Callable[[Sequence[T]], None] = _nobody,
+        writes: int = 1,
+        follows: Callable[[T], bool] = lambda _: False,
     ) -> None:
         self._name = name
         self._write = write
@@ -63,8 +71,11 @@ class Group(Generic[T, R]):
         self._size = size
         self._limit_s = limit_s
         self._on_left = on_left
+        self._writes = writes
+        self._follows = follows
         self._waiting: deque[tuple[T, asyncio.Future[R], float]] = deque()
-        self._under_way: list[tuple[T, asyncio.Future[R], float]] = []
+        self._followers = 0
+        self._under_way: dict[asyncio.Task[None], list[tuple[T, asyncio.Future[R], float]]] = {}
         self._arrived = asyncio.Event()
         self._closed = False
         self._task: asyncio.Task[None] | None = None
@@ -82,11 +93,12 @@ class Group(Generic[T, R]):
         self._arrived.set()
         assert self._task is not None
         await asyncio.wait([self._task], timeout=_LAST_WRITE_S)
-        await end(self._task)
+        await end(self._task, *self._under_way)
         if self._timer is not None:
             self._timer.cancel()
         left = [*self._waiting]
         self._waiting.clear()
+        self._followers = 0
         _fail(left, Unavailable(f"{self._name}: this instance has stopped"))
         self._on_left([item for item, _, _ in left])
 
@@ -102,6 +114,7 @@ class Group(Generic[T, R]):
         if self._limit_s is not None and self._timer is None:
             self._timer = self._loop.call_later(self._limit_s, self._expire)
         self._waiting.append((item, future, self._loop.time()))
+        self._followers += self._follows(item)
         self._arrived.set()
         return future
 
@@ -135,20 +148,31 @@ class Group(Generic[T, R]):
         self._timer = None
         before = self._loop.time() - self._limit_s
         late = Unavailable(f"{self._name}: nothing was written for {self._limit_s:.0f} s: retry in a moment")
-        for entry in (*self._under_way, *self._waiting):
+        for entry in chain(*self._under_way.values(), self._waiting):
             if entry[2] > before:
                 self._timer = self._loop.call_at(entry[2] + self._limit_s, self._expire)
                 return
             _fail([entry], late)
 
     async def _run(self) -> None:
-        while self._waiting or not self._closed:
-            if not self._waiting:
+        while self._waiting or self._under_way or not self._closed:
+            if not self._may_write():
                 self._arrived.clear()
                 await self._arrived.wait()
-                continue
-            if group := self._gather():
-                await self._commit(group)
+            elif group := self._gather():
+                task = asyncio.create_task(self._commit(group), name=f"write of {self._name}")
+                self._under_way[task] = group
+                task.add_done_callback(self._written)
+
+    def _may_write(self) -> bool:
+        if not self._waiting or len(self._under_way) >= self._writes:
+            return False
+        most = max(map(len, self._under_way.values()), default=0)
+        return not most or (len(self._waiting) >= most and not self._followers)
+
+    def _written(self, task: asyncio.Task[None]) -> None:
+        del self._under_way[task]
+        self._arrived.set()
 
     def _gather(self) -> list[tuple[T, asyncio.Future[R], float]]:
         group: list[tuple[T, asyncio.Future[R], float]] = []
@@ -160,6 +184,7 @@ class Group(Generic[T, R]):
             if group and nbytes > self._max_bytes:
                 break
             self._waiting.popleft()
+            self._followers -= self._follows(entry[0])
             if entry[1].done():  # Its caller has given up: then nobody wants it written.
                 unwanted.append(entry[0])
             else:
@@ -169,7 +194,6 @@ class Group(Generic[T, R]):
         return group
 
     async def _commit(self, group: list[tuple[T, asyncio.Future[R], float]]) -> None:
-        self._under_way = group
         items = [item for item, _, _ in group]
         try:
             answers = await self._write(items)
@@ -188,7 +212,6 @@ class Group(Generic[T, R]):
         finally:
             # Cancelled in the middle: nobody may be left waiting for ever.
             _fail(group, Unavailable(f"{self._name}: interrupted"))
-            self._under_way = []
             self._on_left(items)
 
 

@@ -46,6 +46,7 @@ GROUP_ITEMS = 500
 """100 documents a write are 11 times as fast as one each, 1,000 are 24 times; with more the first wait long."""
 GROUP_BYTES = 16 << 20
 """A third of MongoDB's largest message."""
+_WRITES = 2
 _DUPLICATE_KEY = 11000
 _WAIT_S = 10.0
 # Longest a submit may take with MongoDB away: the write under way gives up after mesh.mongo.TIMEOUT_MS, then the next.
@@ -119,6 +120,9 @@ class Intake:
             size=_size,
             limit_s=_WAIT_S,
             on_left=self._left,
+            writes=_WRITES,
+            # What it depends on may come just before it, and must be found.
+            follows=lambda job: bool(job.depends_on),
         )
         self._asking: set[asyncio.Task[Accepted]] = set()
         # Submits that wait to hear of a limit. Bounded as calls are: each has its caller.
@@ -214,11 +218,11 @@ class Intake:
         return (await self._find_by_key({(tenant, key)})).get((tenant, key))
 
     async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
-        self._pressure.began()
+        began = self._pressure.began()
         try:
             return await self._written(jobs)
         finally:
-            self._pressure.ended()
+            self._pressure.ended(began)
 
     async def _written(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
         errors = await self._without_dependencies(jobs)

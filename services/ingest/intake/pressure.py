@@ -32,7 +32,7 @@ class Pressure:
         self._clock = clock
         self._items = 0
         self._bytes = 0
-        self._began: float | None = None
+        self._began: list[float] = []
         self._usual_s = 0.0
 
     def admit(self) -> None:
@@ -53,7 +53,7 @@ class Pressure:
         """How long one that comes now would wait."""
         if not self._items:
             return 0.0
-        under_way_s = 0.0 if self._began is None else self._clock() - self._began
+        under_way_s = self._clock() - min(self._began) if self._began else 0.0
         writes = 1 + max(self._items // self._group_items, self._bytes // self._group_bytes)
         return max(self._usual_s, under_way_s) * writes
 
@@ -67,13 +67,14 @@ class Pressure:
         self._items -= jobs
         self._bytes -= nbytes
 
-    def began(self) -> None:
-        """A write begins."""
-        self._began = self._clock()
+    def began(self) -> float:
+        """A write begins. Several may be under way."""
+        now = self._clock()
+        self._began.append(now)
+        return now
 
-    def ended(self) -> None:
-        """It has ended, well or not."""
-        assert self._began is not None
-        took_s = self._clock() - self._began
+    def ended(self, began: float) -> None:
+        """The one that began then has ended, well or not."""
+        self._began.remove(began)
+        took_s = self._clock() - began
         self._usual_s = took_s if not self._usual_s else self._usual_s + _NEWEST * (took_s - self._usual_s)
-        self._began = None

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from google.protobuf.duration_pb2 import Duration
 
 from services.ingest.dependencies.references import references_of
-from services.ingest.job import Job, Policy, acceptance
+from services.ingest.job import DEFAULT_POLICY, Job, Policy, acceptance
 from services.ingest.lane import LEAST_PRIORITY, MOST_PRIORITY
 from services.ingest.messages import moment_of
 from shoal.errors import Code, InvalidArgument
@@ -63,7 +63,7 @@ def job_of(
         tenant=submit.tenant,
         key=submit.idempotency_key,
         digest=digest_of(submit) if submit.idempotency_key else b"",
-        policy=_policy(submit.retry),
+        policy=_policy(submit.retry) if submit.HasField("retry") else DEFAULT_POLICY,
         priority=_priority(submit.priority),
         deadline=None if deadline is None else now + deadline,
         labels=labels_of(submit.labels),
@@ -104,7 +104,7 @@ def _request(submit: pb.SubmitRequest) -> bytes:
 
 
 def _policy(retry: pb.RetryPolicy) -> Policy:
-    default = Policy()
+    default = DEFAULT_POLICY
     if not 0 <= retry.max_attempts <= MOST_ATTEMPTS:
         raise InvalidArgument(f"retry.max_attempts: 0 (the default) to {MOST_ATTEMPTS}, got {retry.max_attempts}")
     initial_ms, max_ms = default.initial_backoff_ms, default.max_backoff_ms

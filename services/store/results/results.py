@@ -217,7 +217,8 @@ class Results:
         limit_s = TIMEOUT_MS / 1000 + sum(map(result_documents.inline_bytes, docs)) / _WRITE_BYTES_PER_S
         for _ in range(_STANDING_ATTEMPTS):
             with translated("recording results"), pymongo.timeout(limit_s):
-                taken = await self._insert(waiting)
+                if not (taken := await self._insert(waiting)):
+                    return standing
                 await generations.succeed(self._collections.results, [doc for doc in waiting if doc["_id"] in taken])
                 found = await self._collections.results.find({"_id": {"$in": taken}}, WITHOUT_RESPONSE).to_list()
             standing.update({doc["_id"]: doc for doc in found})

@@ -23,9 +23,9 @@ def pressure(clock: Seconds) -> Pressure:
 def write(pressure: Pressure, clock: Seconds, seconds: float, jobs: int = 1) -> None:
     for _ in range(jobs):
         pressure.entered(10)
-    pressure.began()
+    began = pressure.began()
     clock.now += seconds
-    pressure.ended()
+    pressure.ended(began)
     pressure.left(jobs, 10 * jobs)
 
 
