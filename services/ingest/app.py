@@ -124,8 +124,15 @@ async def run(config: IngestConfig) -> None:
             clock=utc_now,
             timeout_ms=config.attempt_timeout_ms,
         )
+        endings = Endings(documents, StoredAnswers(channel), ready=ready)
         recorder = Recorder(
-            documents, results, payloads, clock=utc_now, instance=name, on_change=lambda job_id: moved(job_id)
+            documents,
+            results,
+            payloads,
+            clock=utc_now,
+            instance=name,
+            on_change=lambda job_id: moved(job_id),
+            on_recorded=endings.recorded,
         )
         dispatcher = Dispatcher(
             claims,
@@ -142,7 +149,6 @@ async def run(config: IngestConfig) -> None:
         )
         changes = Changes(documents, ready=ready, on_taken=dispatcher.taken, max_watches=config.max_watches)
         watch = Watch(jobs, changes)
-        endings = Endings(documents, StoredAnswers(channel), ready=ready)
 
         def moved(job_id: str) -> None:
             changes.poke(job_id)

@@ -70,6 +70,7 @@ async def run(config: StoreConfig) -> None:
         responses = Responses(blobs, threads, config.inline_bytes)
         counters = await stack.enter_async_context(Counters(collections, _now))
         results = Results(collections, responses, _now, counters.recorded)
+        waiting = await stack.enter_async_context(results.waiting)
         watching = await stack.enter_async_context(mongo.connect(config.mongo, max_connections=config.max_watches + 4))
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
         etcd = await stack.enter_async_context(Etcd(config.etcd)) if config.etcd else None
@@ -113,7 +114,10 @@ async def run(config: StoreConfig) -> None:
         async with asyncio.TaskGroup() as tasks:
             opening = tasks.create_task(_open(collections, server, registration))
             sweeping = tasks.create_task(_sweep_for_ever(staging, threads))
-            await until_stopped()
+            try:
+                await until_stopped()
+            finally:
+                waiting.stop()
             opening.cancel()
             sweeping.cancel()
 

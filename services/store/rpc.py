@@ -15,6 +15,7 @@ from services.store.registry.model_rules import File
 from services.store.registry.registry import Registry, Version
 from services.store.registry.registry_watch import RegistryWatch
 from services.store.results.result_documents import timestamp
+from services.store.results.result_rules import check_wait
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
@@ -82,7 +83,8 @@ class StoreRpc(ArtifactRpc):
         return pb.PutResultsResponse(entries=entries)
 
     async def GetResult(self, request: pb.GetResultRequest, ctx: Context) -> pb.GetResultResponse:
-        return pb.GetResultResponse(result=await self._results.get(request.job_id))
+        wait_s = check_wait(request.wait) if request.HasField("wait") else 0.0
+        return pb.GetResultResponse(result=await self._results.get(request.job_id, wait_s))
 
     async def QueryResults(self, request: pb.QueryResultsRequest, ctx: Context) -> pb.QueryResultsResponse:
         results, token = await self._results.query(request)

@@ -42,6 +42,9 @@ WATCH_ALL_S = 30 * 86_400.0
 RESULT_S = 300.0
 """Waiting for a result is waiting for a queue: five minutes, then say how it stands."""
 
+_SOON_S = 2.0
+# How long the store is asked to wait for a result before the job is watched: most have ended by then.
+
 
 class AsyncJobs:
     """`client.jobs`."""
@@ -302,7 +305,7 @@ class AsyncJobs:
             Cancelled: it was cancelled.
             ShoalError: it failed: the class and the words of its last attempt, with the job's id.
         """
-        found = await self._result(job_id)
+        found = await self._result(job_id, min(timeout, _SOON_S) if wait else 0.0)
         if found is not None and not await self._is_requeued(found):
             return of_result(found)
         if not wait:
@@ -325,8 +328,10 @@ class AsyncJobs:
         except ShoalError:
             return False  # The job is gone, or cannot be asked for now: what stands is what is known.
 
-    async def _result(self, job_id: str) -> store.Result | None:
+    async def _result(self, job_id: str, wait_s: float = 0.0) -> store.Result | None:
         request = store.GetResultRequest(job_id=job_id)
+        if wait_s > 0:
+            request.wait.FromNanoseconds(int(wait_s * 1e9))
         try:
             answer = await self._caller.call(
                 methods.GET_RESULT, request, timeout_s=READ_S, doing=f"result of job {job_id}"

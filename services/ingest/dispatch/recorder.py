@@ -48,8 +48,8 @@ _REFUSED = frozenset({Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.OUT_
 class Results(Protocol):
     """The store, as the recorder needs it."""
 
-    async def put(self, results: Sequence[store_pb2.Result], traceparents: Sequence[str]) -> list[End]:
-        """Records results, and says of each what stands. Raises ShoalError."""
+    async def put(self, results: Sequence[store_pb2.Result], traceparents: Sequence[str]) -> list[End | None]:
+        """Records results, and says of each what stands instead of it; None: itself. Raises ShoalError."""
 
     async def standing(self, job_ids: Sequence[str]) -> dict[str, End]:
         """The results that stand for these jobs, without their answers. Raises ShoalError."""
@@ -88,6 +88,7 @@ class Recorder:
         clock: Clock,
         instance: str,
         on_change: Callable[[str], None],
+        on_recorded: Callable[[store_pb2.Result], None],
     ) -> None:
         self._jobs = jobs
         self._payloads = payloads
@@ -95,7 +96,8 @@ class Recorder:
         self._clock = clock
         self._instance = instance
         self._on_change = on_change
-        self._findings: Group[Finding, End] = Group(
+        self._on_recorded = on_recorded
+        self._findings: Group[Finding, End | None] = Group(
             "results", self._put, max_items=RESULT_ITEMS, max_bytes=RESULT_BYTES, size=lambda f: f.result.ByteSize()
         )
         self._states: Group[tuple[Job, Job], None] = Group(
@@ -145,7 +147,10 @@ class Recorder:
         stand: list[tuple[Job, End]] = []
         left: list[Ending] = []
         for ending, answer in zip(endings, answers, strict=True):
-            if not isinstance(answer, ShoalError):
+            if answer is None:
+                self._on_recorded(ending.result)
+                stand.append((ending.job, _end_of(ending.result)))
+            elif not isinstance(answer, ShoalError):
                 stand.append((ending.job, answer))
             elif _is_refused(answer) and ending.result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
                 log.error("the store refuses the answer of job %s: %s", ending.job.id, answer)
@@ -170,7 +175,7 @@ class Recorder:
             if waiting := [c for c, answer in zip(waiting, answers, strict=True) if isinstance(answer, ShoalError)]:
                 wait_s = await _pause(wait_s)
 
-    async def _put(self, findings: list[Finding]) -> Sequence[End | ShoalError]:
+    async def _put(self, findings: list[Finding]) -> Sequence[End | ShoalError | None]:
         try:
             return await self._put_together(findings)
         except ShoalError as err:
@@ -180,13 +185,13 @@ class Recorder:
             log.warning("the store did not take %d results together: trying each alone: %s", len(findings), err)
         return [await self._put_alone(finding) for finding in findings]
 
-    async def _put_alone(self, finding: Finding) -> End | ShoalError:
+    async def _put_alone(self, finding: Finding) -> End | ShoalError | None:
         try:
             return (await self._put_together([finding]))[0]
         except ShoalError as err:
             return err
 
-    async def _put_together(self, findings: Sequence[Finding]) -> list[End]:
+    async def _put_together(self, findings: Sequence[Finding]) -> list[End | None]:
         return await self._results.put([f.result for f in findings], [f.traceparent for f in findings])
 
     async def _write(self, changes: list[tuple[Job, Job]]) -> Sequence[None]:
@@ -224,6 +229,10 @@ def result_of(job: Job, how: End) -> store_pb2.Result:
         submitted_at=timestamp_of(job.submitted_at),
         labels=dict(job.labels),
     )
+
+
+def _end_of(result: store_pb2.Result) -> End:
+    return End(Outcome(result.outcome), result.code, result.message, result.generation)
 
 
 def _is_refused(error: ShoalError) -> bool:

@@ -237,8 +237,9 @@ class RemoteResults:
         self._stub = store_pb2_grpc.StoreServiceStub(channel)
         self._tracer = trace.get_tracer("shoal")
 
-    async def put(self, results: Sequence[store_pb2.Result], traceparents: Sequence[str]) -> list[End]:
-        """Records results and says of each what stands. The call belongs to the trace of the first, linked to the rest.
+    async def put(self, results: Sequence[store_pb2.Result], traceparents: Sequence[str]) -> list[End | None]:
+        """Records results and says of each what stands instead of it, if not itself. The call belongs to the trace of
+        the first, linked to the rest.
 
         Raises:
             ShoalError: none is known to be recorded; to repeat it is safe.
@@ -248,10 +249,7 @@ class RemoteResults:
             response = await self._stub.PutResults(request, timeout=STORE_TIMEOUT_S)
         if [entry.job_id for entry in response.entries] != [result.job_id for result in results]:
             raise Internal("the store's answer does not fit the results that were sent")
-        return [
-            _end_of(result if entry.recorded else entry.standing)
-            for entry, result in zip(response.entries, results, strict=True)
-        ]
+        return [None if entry.recorded else _end_of(entry.standing) for entry in response.entries]
 
     async def standing(self, job_ids: Sequence[str]) -> dict[str, End]:
         """The results that stand for these jobs, without their answers.

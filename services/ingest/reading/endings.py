@@ -6,6 +6,9 @@
                           └──one query for many──> ended? then its waiters go on, and ask `result` for what stands
 
 A poke is only a hint, and may come before its job is waited for: the newest are remembered.
+
+A result that this instance records ends the waiting at once, and is at hand for whoever waited: nothing is asked, and
+nothing read back.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ _REST = 10
 # Looking at all takes at most a tenth of the time: with very many waiting, other instances' ends are seen later.
 _AWAY_S = 0.5
 _RESULTS_AT_ONCE = 100
+_AT_HAND_BYTES = 16 << 20
+# Of results that wait to be fetched by those who waited for them; the rest are read back from the store.
 _FINAL = sorted(FINAL)
 
 
@@ -59,6 +64,8 @@ class Endings(Background):
         self._waiting: dict[str, list[Callable[[], None]]] = {}
         self._hinted: set[str] = set()
         self._poked: OrderedDict[str, None] = OrderedDict()
+        self._at_hand: OrderedDict[str, store_pb2.Result] = OrderedDict()
+        self._at_hand_bytes = 0
         self._wake = asyncio.Event()
         self._results: Group[str, store_pb2.Result] = Group(
             "results that are read", self._read, max_items=_RESULTS_AT_ONCE, max_bytes=1
@@ -82,6 +89,17 @@ class Endings(Background):
         self._poked[job_id] = None
         if len(self._poked) > _REMEMBERED:
             self._poked.popitem(last=False)
+
+    def recorded(self, result: store_pb2.Result) -> None:
+        """This result stands from now on: it was just recorded here."""
+        if result.job_id not in self._waiting:
+            return
+        self._take_at_hand(result.job_id)
+        self._at_hand[result.job_id] = result
+        self._at_hand_bytes += result.ByteSize()
+        while self._at_hand_bytes > _AT_HAND_BYTES:  # Whoever waited for the oldest may have gone.
+            self._take_at_hand(next(iter(self._at_hand)))
+        self._let_go(result.job_id)
 
     def watch(self, job_id: str, ended: Callable[[], None], *, is_old: bool = False) -> None:
         """Calls `ended()` once the job has ended, or is there no more. `is_old`: it may have ended long ago."""
@@ -112,7 +130,14 @@ class Endings(Background):
         Raises:
             NotFound: the store has none (any more). ShoalError: the store is away, or cannot read it.
         """
+        if (result := self._take_at_hand(job_id)) is not None:
+            return result
         return await self._results.put(job_id)
+
+    def _take_at_hand(self, job_id: str) -> store_pb2.Result | None:
+        if (result := self._at_hand.pop(job_id, None)) is not None:
+            self._at_hand_bytes -= result.ByteSize()
+        return result
 
     def _hint(self, job_id: str) -> None:
         self._hinted.add(job_id)

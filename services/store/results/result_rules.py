@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.store.artifacts.digest import brief
 from services.store.results import generations
+from services.store.results.waiting import MOST_WAIT_S
 from shoal.errors import InvalidArgument
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
 
@@ -134,6 +136,14 @@ def check_filter(wanted: ResultFilter) -> None:
 def _check_each(job_ids: Iterable[str]) -> None:
     for at, job_id in enumerate(job_ids):
         check_job_id(job_id, f"job_ids[{at}]")
+
+
+def check_wait(wait: Duration) -> float:
+    """How long to wait, in seconds, or InvalidArgument."""
+    seconds = wait.seconds + wait.nanos / 1e9
+    if not 0 <= seconds <= MOST_WAIT_S or wait.nanos < 0:
+        raise InvalidArgument(f"wait: expected 0 to {MOST_WAIT_S:g} s, got {wait.seconds} s and {wait.nanos} ns")
+    return seconds
 
 
 def milliseconds_up(time: Timestamp) -> datetime:

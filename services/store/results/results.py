@@ -25,6 +25,7 @@ from services.store.responses import Responses
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
+from services.store.results.waiting import Waiting
 from services.store.retention.tombstones import is_tombstone
 from shoal.errors import DataLoss, InvalidArgument, NotFound, ShoalError, Unavailable
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
@@ -53,6 +54,8 @@ class Results:
         self._collections = collections
         self._responses = responses
         self._clock = clock
+        self.waiting = Waiting(collections)
+        """The calls that wait for results. Used as `async with`."""
         self._on_recorded = on_recorded
 
     async def put(self, results: Sequence[Result]) -> list[tuple[bool, Result]]:
@@ -67,25 +70,43 @@ class Results:
         standing = await self._first_ones(docs)
         lost = {doc["_id"] for doc in docs if doc["_id"] in standing and not is_same(doc, standing[doc["_id"]])}
         await self._drop(doc for doc in docs if doc["_id"] in lost)
-        self._on_recorded([doc for doc in docs if doc["_id"] not in lost])
+        recorded = [doc for doc in docs if doc["_id"] not in lost]
+        self.waiting.recorded(recorded)
+        self._on_recorded(recorded)
         outcome = ((doc["_id"] not in lost, standing.get(doc["_id"], doc)) for doc in docs)
         return [(recorded, result_documents.result(_bare(doc))) for recorded, doc in outcome]
 
-    async def get(self, job_id: str) -> Result:
-        """One job's result.
+    async def get(self, job_id: str, wait_s: float = 0.0) -> Result:
+        """One job's result; when it has none yet, waits so long for it.
 
         Raises:
             NotFound: the job has none, or retention has removed it.
             DataLoss: its response is damaged.
+            ResourceExhausted: too many calls wait.
         """
         result_rules.check_job_id(job_id)
-        with translated(f"reading the result of job {job_id}"):
-            doc = await self._collections.results.find_one({"_id": job_id})
+        doc = await self._waited_for(job_id, wait_s) if wait_s else await self._stored(job_id)
         if doc is None:
             raise NotFound(f"job {job_id}: no result (yet)")
         if is_tombstone(doc):
             raise NotFound(f"job {job_id}: {result_documents.result(doc).message}")
         return await self.whole(doc)
+
+    async def _stored(self, job_id: str) -> Document | None:
+        with translated(f"reading the result of job {job_id}"):
+            return await self._collections.results.find_one({"_id": job_id})
+
+    async def _waited_for(self, job_id: str, wait_s: float) -> Document | None:
+        future = self.waiting.begin(job_id)
+        try:
+            if (doc := await self._stored(job_id)) is not None:
+                return doc
+            await asyncio.wait([future], timeout=wait_s)
+            if not future.done():
+                return None
+            return future.result() or await self._stored(job_id)
+        finally:
+            self.waiting.end(job_id, future)
 
     async def query(self, query: QueryResultsRequest) -> tuple[list[Result], str]:
         """One page of results, newest first, and the token of the next page (empty on the last).

@@ -261,10 +261,12 @@ class PutResultsResponse(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[PutResultsResponse.Entry, _Mapping]]] = ...) -> None: ...
 
 class GetResultRequest(_message.Message):
-    __slots__ = ("job_id",)
+    __slots__ = ("job_id", "wait")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
-    def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+    wait: _duration_pb2.Duration
+    def __init__(self, job_id: _Optional[str] = ..., wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class GetResultResponse(_message.Message):
     __slots__ = ("result",)

@@ -240,7 +240,8 @@ class StoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetResult(self, request, context):
-        """One job's result. NOT_FOUND: the job has none (yet).
+        """One job's result, also one that comes within `wait`. NOT_FOUND: the job has none (yet). RESOURCE_EXHAUSTED: too many
+        calls wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

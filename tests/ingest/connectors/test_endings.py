@@ -154,3 +154,42 @@ async def test_a_database_that_is_away_is_waited_for(jobs: Any, answers: Answers
         await until(lambda: wait.done(), "the end")
     assert len(asked) >= 3
     await broken.close()
+
+
+async def test_a_result_that_was_recorded_here_is_at_hand_for_whoever_waited(
+    endings: Endings, jobs: Any, answers: Answers
+) -> None:
+    name, other = [await put(jobs, job(), State.RUNNING) for _ in range(2)]
+    waits = [asyncio.create_task(endings.until_ended(each)) for each in (name, name, other)]
+    await asyncio.sleep(0)
+    recorded = store_pb2.Result(job_id=name, attempt=2)
+    answers.results = {name: store_pb2.Result(job_id=name, attempt=2, instance="read back")}
+    endings.recorded(recorded)
+    await asyncio.wait_for(asyncio.gather(*waits[:2]), 30)
+    assert not waits[2].done()
+    assert await endings.result(name) is recorded
+    assert (await endings.result(name)).instance == "read back", "it is at hand once"
+    endings.recorded(store_pb2.Result(job_id=job().id))  # Nobody waits for it.
+    waits[2].cancel()
+
+
+async def test_results_that_nobody_fetches_do_not_fill_the_memory(
+    endings: Endings, jobs: Any, answers: Answers
+) -> None:
+    names = [await put(jobs, job(), State.RUNNING) for _ in range(3)]
+    ends: list[str] = []
+    for name in names:
+        endings.watch(name, lambda name=name: ends.append(name))  # type: ignore[misc]
+        recorded = store_pb2.Result(job_id=name)
+        recorded.response.raw_output_contents.append(bytes(7 << 20))
+        endings.recorded(recorded)
+    assert ends == names
+    answers.results = {name: store_pb2.Result(job_id=name, instance="read back") for name in names}
+    assert [(await endings.result(name)).instance for name in names] == ["read back", "", ""]
+    large = store_pb2.Result(job_id=await put(jobs, job(), State.RUNNING))
+    large.response.raw_output_contents.append(bytes(17 << 20))
+    endings.watch(large.job_id, lambda: ends.append(large.job_id))
+    endings.recorded(large)
+    assert ends[-1] == large.job_id
+    with pytest.raises(NotFound):
+        await endings.result(large.job_id)  # It is asked for.

@@ -1,0 +1,97 @@
+"""GetResult waits for a result that is not there yet: one that is recorded here, or at another instance."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from grpc import StatusCode
+
+from mesh.channel import connect
+from services.store.config import StoreConfig
+from services.store.results import waiting
+from services.store.results.waiting import Waiting
+from shoal.errors import ResourceExhausted, Unavailable
+from shoal.store.v1 import store_pb2 as pb
+from shoal.store.v1 import store_pb2_grpc
+from tests.store.conftest import Store, refused, running_store, store_config
+from tests.store.test_result_rpc import put, result
+
+
+def waits(store: Store, job_id: str, seconds: float = 5.0) -> Any:
+    wait = Duration()
+    wait.FromNanoseconds(int(seconds * 1e9))
+    return store.stub.GetResult(pb.GetResultRequest(job_id=job_id, wait=wait))
+
+
+@pytest.mark.mongo
+async def test_results_come_to_whoever_waits_for_them(store: Store) -> None:
+    there = result("there")
+    await put(store, there)
+    assert (await waits(store, "there")).result.response == there.response
+    calls = [asyncio.ensure_future(waits(store, job)) for job in ("a", "a", "b", "nobody's")]
+    await refused(waits(store, "c", 0.05), StatusCode.NOT_FOUND, "no result (yet)")  # The others wait by then.
+    a, b = result("a"), result("b", pb.Result.OUTCOME_FAILED, code=13, message="boom")
+    await put(store, a, b)
+    answers = [(await call).result for call in calls[:3]]
+    assert [each.response for each in answers[:2]] == [a.response] * 2
+    assert (answers[2].message, answers[0].recorded_at.seconds > 0) == ("boom", True)
+    assert not calls[3].done()
+    calls[3].cancel()
+
+
+@pytest.mark.mongo
+async def test_what_another_instance_records_is_seen(
+    store: Store, config: StoreConfig, mongo_uri: str, run_dir: Path, tmp_path: Path
+) -> None:
+    beside = store_config(mongo_uri, config.database, run_dir / "store-1.sock", tmp_path / "blobs", instance="store-1")
+    async with running_store(beside) as other:
+        call = asyncio.ensure_future(waits(store, "elsewhere"))
+        await refused(waits(store, "c", 0.05), StatusCode.NOT_FOUND)
+        recorded = result("elsewhere")
+        await put(other, recorded)
+        assert (await call).result.response == recorded.response
+
+
+@pytest.mark.mongo
+@pytest.mark.parametrize(
+    "wait", [Duration(seconds=-1), Duration(seconds=6), Duration(seconds=5, nanos=1), Duration(nanos=-1)], ids=str
+)
+async def test_waits_that_are_none(store: Store, wait: Duration) -> None:
+    call = store.stub.GetResult(pb.GetResultRequest(job_id="j", wait=wait))
+    await refused(call, StatusCode.INVALID_ARGUMENT, "wait", "0 to 5 s")
+
+
+@pytest.mark.mongo
+async def test_a_stop_does_not_wait_for_those_who_wait(config: StoreConfig) -> None:
+    async with connect(config.listen) as channel:
+        async with running_store(config) as store:
+            call = asyncio.ensure_future(
+                waits(Store(config, store_pb2_grpc.StoreServiceStub(channel), channel), "never")
+            )
+            await refused(waits(store, "c", 0.05), StatusCode.NOT_FOUND)
+        await refused(call, StatusCode.UNAVAILABLE, "ask again")
+
+
+async def test_who_waits_is_bounded_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "_MOST", 2)
+    calls = Waiting(cast(Any, None))
+    one, two = calls.begin("a"), calls.begin("a")
+    with pytest.raises(ResourceExhausted, match="2 calls wait"):
+        calls.begin("b")
+    calls.end("a", one)
+    calls.recorded([{"_id": "b"}, {"_id": "a", "state": 1}])
+    assert two.result() == {"_id": "a", "state": 1}
+    calls.end("a", two)
+    calls.recorded([{"_id": "a"}])
+    three = calls.begin("b")
+    calls.stop()
+    with pytest.raises(Unavailable, match="ask again"):
+        three.result()
+    with pytest.raises(Unavailable, match="another one"):
+        calls.begin("b")
+    calls.end("b", three)
+    assert calls._calls == {}
