@@ -129,7 +129,7 @@ class Claims:
             raise
 
     async def _cleared_up(self) -> list[Job]:
-        """Jobs that an earlier claim has taken after all: to be run, before they lapse and that costs an attempt."""
+        """Jobs that an earlier claim has taken after all: to be run, before they lapse."""
         mine: list[Job] = []
         while self._unclear and not mine:
             lease, ids = self._unclear[0]
