@@ -88,7 +88,7 @@ class Recorder:
         clock: Clock,
         instance: str,
         on_change: Callable[[str], None],
-        on_recorded: Callable[[store_pb2.Result], None],
+        on_recorded: Callable[[Job, store_pb2.Result], None],
     ) -> None:
         self._jobs = jobs
         self._payloads = payloads
@@ -148,7 +148,7 @@ class Recorder:
         left: list[Ending] = []
         for ending, answer in zip(endings, answers, strict=True):
             if answer is None:
-                self._on_recorded(ending.result)
+                self._on_recorded(ending.job, ending.result)
                 stand.append((ending.job, _end_of(ending.result)))
             elif not isinstance(answer, ShoalError):
                 stand.append((ending.job, answer))
