@@ -84,8 +84,9 @@ async def test_the_state_of_a_job_that_names_its_own_codes_is_that_of_the_job(cl
         (pb.RunStreamRequest(sequence=7, job_id=""), "is no job id"),
         (one(7, stream="s" * 65), "stream: at most 64 characters, got 65"),
         (one(7, tenant="t" * 65), "tenant: at most 64 characters"),
+        (one(7, idempotency_key="schedule:s"), "idempotency_key: 'schedule:s' is reserved"),
     ],
-    ids=["nothing", "empty", "no-id", "empty-id", "long-name", "long-tenant"],
+    ids=["nothing", "empty", "no-id", "empty-id", "long-name", "long-tenant", "reserved"],
 )
 async def test_what_is_refused_is_answered_and_the_stream_goes_on(
     client: Client, request_: pb.RunStreamRequest, words: str
