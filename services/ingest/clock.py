@@ -10,9 +10,9 @@ from typing import TypeAlias
 Clock: TypeAlias = Callable[[], datetime]
 """Gives the time in UTC, in whole milliseconds: what MongoDB can hold, so that a job read back equals the job written.
 
-Instances on different machines may disagree about it, which moves when a lease lapses or a job is due. One that is ahead
-by more than a lease (5 s) takes jobs from holders that live, and they run twice; that a job has one result rests on the
-fence and on the store, not on clocks.
+Instances on different machines may disagree about it, which moves when a lease lapses or a job is due. One that is
+ahead by more than a lease (5 s) takes jobs from holders that live, and they run twice; that a job has one result rests
+on the fence and on the store, not on clocks.
 """
 
 
