@@ -267,8 +267,8 @@ class StoreServiceServicer:
 
         Streams the results that match a filter, oldest first, then ends: every one that was recorded when the stream was
         first opened (and that retention has not removed since), each once. A stream that broke goes on after the `cursor` of
-        its last message. INVALID_ARGUMENT: a bad filter, or a cursor of another filter.
-        RESOURCE_EXHAUSTED: too many streams are open.
+        its last message. An answer that is damaged is passed over: `answer_lost` says so. INVALID_ARGUMENT: a bad filter, or
+        a cursor of another filter. RESOURCE_EXHAUSTED: too many streams are open. UNAVAILABLE: MongoDB or the blobs are away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
