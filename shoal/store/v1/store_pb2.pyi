@@ -641,7 +641,7 @@ class CollectArtifactsResponse(_message.Message):
     def __init__(self, condemned: _Optional[int] = ..., collected: _Optional[int] = ..., removed: _Optional[int] = ..., strays: _Optional[int] = ...) -> None: ...
 
 class BackupProgress(_message.Message):
-    __slots__ = ("backup_id", "documents", "blobs", "blobs_in_all", "copied", "copied_bytes", "missing", "cluster_time", "complete")
+    __slots__ = ("backup_id", "documents", "blobs", "blobs_in_all", "copied", "copied_bytes", "missing", "cluster_time", "complete", "repaired")
     BACKUP_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     BLOBS_FIELD_NUMBER: _ClassVar[int]
@@ -651,6 +651,7 @@ class BackupProgress(_message.Message):
     MISSING_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_TIME_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    REPAIRED_FIELD_NUMBER: _ClassVar[int]
     backup_id: str
     documents: int
     blobs: int
@@ -660,13 +661,16 @@ class BackupProgress(_message.Message):
     missing: _containers.RepeatedScalarFieldContainer[str]
     cluster_time: str
     complete: bool
-    def __init__(self, backup_id: _Optional[str] = ..., documents: _Optional[int] = ..., blobs: _Optional[int] = ..., blobs_in_all: _Optional[int] = ..., copied: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ..., cluster_time: _Optional[str] = ..., complete: _Optional[bool] = ...) -> None: ...
+    repaired: int
+    def __init__(self, backup_id: _Optional[str] = ..., documents: _Optional[int] = ..., blobs: _Optional[int] = ..., blobs_in_all: _Optional[int] = ..., copied: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ..., cluster_time: _Optional[str] = ..., complete: _Optional[bool] = ..., repaired: _Optional[int] = ...) -> None: ...
 
 class BackUpRequest(_message.Message):
-    __slots__ = ("to",)
+    __slots__ = ("to", "trust_sizes")
     TO_FIELD_NUMBER: _ClassVar[int]
+    TRUST_SIZES_FIELD_NUMBER: _ClassVar[int]
     to: str
-    def __init__(self, to: _Optional[str] = ...) -> None: ...
+    trust_sizes: bool
+    def __init__(self, to: _Optional[str] = ..., trust_sizes: _Optional[bool] = ...) -> None: ...
 
 class BackUpResponse(_message.Message):
     __slots__ = ("progress",)

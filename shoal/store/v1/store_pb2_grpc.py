@@ -358,9 +358,9 @@ class StoreServiceServicer:
 
     def BackUp(self, request, context):
         """Backs up everything that the store and ingest keep, as it is at one moment, to a folder of the store's machine or to a
-        bucket. Streams how far it is. Blobs that an earlier backup of that place has are not copied again. A call that ends
-        early leaves no backup; the next one finds the blobs that were copied. PERMISSION_DENIED: the store may not write
-        there. ABORTED: it stood still for too long.
+        bucket. Streams how far it is. Blobs that an earlier backup of that place has are compared with their digests (see
+        `trust_sizes`), and not copied again. A call that ends early leaves no backup; the next one finds the blobs that were
+        copied. PERMISSION_DENIED: the store may not write there. ABORTED: it stood still for too long.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
