@@ -9,7 +9,6 @@ Interrupted, it leaves files and no manifest: no backup. The next one finds the 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import OperationFailure
 
 from mesh.mongo import Document, translated
+from mesh.tasks import together
 from mesh.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
@@ -184,7 +184,7 @@ class _Making:
         with self._wanted.open() as lines:
             while batch := [line for _, line in zip(range(_AT_ONCE), lines, strict=False)]:
                 self._hold.check()
-                await asyncio.gather(*(self._copy(Named(*json.loads(line))) for line in batch))
+                await together(self._copy(Named(*json.loads(line))) for line in batch)
                 yield self._progress
 
     async def _copy(self, blob: Named) -> None:

@@ -8,7 +8,6 @@ Interrupted, it leaves the mark: the same backup restored again goes on, anythin
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import BulkWriteError
 
 from mesh.mongo import Document, translated
+from mesh.tasks import together
 from mesh.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief, checked
@@ -144,9 +144,7 @@ class Restore:
         wanted = [] if dumped.database else _wanted(dumped.name, docs, frozenset(made.missing))
         for first in range(0, len(wanted), _AT_ONCE):
             some = wanted[first : first + _AT_ONCE]
-            done = await asyncio.gather(
-                *(copied(b, source, self._blobs, key, self._staging, self._threads) for b, key in some)
-            )
+            done = await together(copied(b, source, self._blobs, key, self._staging, self._threads) for b, key in some)
             new = [blob.size for (blob, _), how in zip(some, done, strict=True) if how is not Copied.THERE]
             progress = replace(
                 progress,

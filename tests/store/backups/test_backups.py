@@ -24,11 +24,12 @@ from mesh.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import backup as backup_module
 from services.store.backups import copying, dump, manifest
+from services.store.backups import restore as restore_module
 from services.store.backups.backup import NOT_CARRIED, Backup
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.backups.restore import Restore, complete_backups
-from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from tests.store.collecting.conftest import Clock, Parts, make_parts
 from tests.store.conftest import sha256
 
@@ -221,6 +222,32 @@ async def test_the_same_answer_of_many_results_is_read_once_there(
     assert (made.blobs, made.copied) == (42, 0)
     assert read.count(one["blob"]["sha256"]) <= 8  # Those of one batch do not know of each other.
     assert read.count(sha256(b"abc")) == 1
+
+
+@pytest.mark.parametrize("what", ["backup", "restore"])
+async def test_the_first_error_ends_what_is_copied_beside_it(
+    node: Node, empty: Node, folder: str, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    await node.fill(*(b"%d" % n for n in range(7)))
+    if what == "restore":
+        await all_of(node.backup.run(folder))
+    bad, going_on = sha256(b"3"), 0
+
+    async def copied(blob: copying.Named, *rest: Any, **options: Any) -> copying.Copied:
+        nonlocal going_on
+        if blob.sha256 == bad:
+            raise Unavailable("the place is away")
+        going_on += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            going_on -= 1
+        raise AssertionError("nothing sets it")
+
+    monkeypatch.setattr(backup_module if what == "backup" else restore_module, "copied", copied)
+    with pytest.raises(Unavailable, match="the place is away"):
+        await all_of(node.backup.run(folder) if what == "backup" else empty.restore.run(folder, ""))
+    assert going_on == 0
 
 
 async def test_every_document_is_of_one_moment(
