@@ -211,7 +211,7 @@ async def run(config: IngestConfig) -> None:
         firing = Firing(
             database[SCHEDULES],
             lead,
-            submit=intake.submit,
+            submit=intake.submit_scheduled,
             find=intake.by_key,
             read=jobs.get,
             cancel=cancelling.cancel,

@@ -205,7 +205,7 @@ def job_of(document: Mapping[str, Any]) -> Job:
         key=document.get("key", ""),
         digest=document.get("digest", b""),
         priority=document.get("priority", 0),
-        policy=Policy(**{**document["policy"], "codes": tuple(document["policy"].get("codes", ()))}),
+        policy=policy_of(document["policy"]),
         due_at=document.get("due_at"),
         deadline=document.get("deadline"),
         depends_on=tuple(document.get("depends_on", ())),
@@ -328,6 +328,11 @@ def taking_over(lease: Lease, cancel_reason: str | None = None) -> Document:
     if cancel_reason is not None:
         set_["cancel"] = {"reason": cancel_reason}
     return {"$set": set_, "$unset": {"due_at": ""}}
+
+
+def policy_of(document: Document) -> Policy:
+    """The policy in a job's document."""
+    return Policy(**{**document, "codes": tuple(document.get("codes", ()))})
 
 
 def _policy(policy: Policy) -> Document:

@@ -30,6 +30,11 @@ async def test_both_fronts_submit_refuse_and_stream(ingest: IngestProcess, own_m
     assert dict(first.job.labels) == {"a": "b"}
     for call, code, words in (
         (client.submit(model=""), S.INVALID_ARGUMENT, "request.model_name: required"),
+        (
+            client.submit(idempotency_key="schedule:s:t"),
+            S.INVALID_ARGUMENT,
+            "idempotency_key: 'schedule:s:t' is reserved",
+        ),
         (client.submit(idempotency_key="one", data=b"other"), S.ALREADY_EXISTS, first.job.id),
         (client.channel.unary_unary("/shoal.ingest.v1.IngestService/Submit")(b"\xff"), S.INVALID_ARGUMENT, "1 bytes"),
     ):

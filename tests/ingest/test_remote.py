@@ -95,19 +95,21 @@ async def test_the_store_says_what_stands(mesh: FakeMesh) -> None:
         first = store_pb2.Result(job_id="a", outcome=store_pb2.Result.OUTCOME_SUCCEEDED)
         second = store_pb2.Result(job_id="a", outcome=store_pb2.Result.OUTCOME_CANCELLED, code=1, message="x")
         other = store_pb2.Result(job_id="b", outcome=store_pb2.Result.OUTCOME_FAILED, code=3, message="y")
-        assert await results.put([first], [""]) == [End(Outcome.SUCCEEDED)]
+        assert await results.put([first], [""]) == [None]
         parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
         assert await results.put([second, other], ["", parent]) == [
             End(Outcome.SUCCEEDED),
-            End(Outcome.FAILED, 3, "y"),
+            None,
         ]
         standing = await results.standing([f"no-{n}" for n in range(150)] + ["a"])
         assert standing == {"a": End(Outcome.SUCCEEDED)}
+        assert await results.standing(["b"]) == {"b": End(Outcome.FAILED, 3, "y")}
 
 
 async def test_a_store_that_answers_nonsense_or_has_no_route(mesh: FakeMesh) -> None:
     async with grpc.aio.insecure_channel(mesh.address) as channel:
         results = RemoteResults(channel)
+        assert await results.put([store_pb2.Result(job_id="a")], [""]) == [None]
         with pytest.raises(Internal, match="outcome 0"):
             await results.put([store_pb2.Result(job_id="a")], [""])
 

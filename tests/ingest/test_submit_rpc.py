@@ -88,11 +88,12 @@ async def test_a_stream_goes_on_after_a_refusal(key: str, client: Client) -> Non
         pb.SubmitStreamRequest(sequence=4, submit=submit(idempotency_key=key)),
         pb.SubmitStreamRequest(sequence=5, submit=submit(idempotency_key=key, data=b"other")),
         pb.SubmitStreamRequest(sequence=6, submit=submit()),
+        pb.SubmitStreamRequest(sequence=7, submit=submit(idempotency_key="schedule:nightly:2026-01-02T12:00:00Z")),
     )
-    assert [answer.code for answer in answers] == [3, 3, 0, 0, Code.ALREADY_EXISTS, 0]
+    assert [answer.code for answer in answers] == [3, 3, 0, 0, Code.ALREADY_EXISTS, 0, 3]
     assert answers[0].message == "submit: required, and not set"
     assert answers[2].job_id == answers[3].job_id
-    assert [answer.existed for answer in answers] == [False, False, False, True, False, False]
+    assert [answer.existed for answer in answers] == [False, False, False, True, False, False, False]
     assert answers[5].job_id
 
 

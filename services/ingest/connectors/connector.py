@@ -24,6 +24,7 @@ from services.ingest.connectors.progress import Progress
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window
 from services.ingest.job import PERMANENT, Job
+from services.ingest.reading.endings import Ended
 from shoal.errors import AlreadyExists, Code, InvalidArgument, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2
@@ -54,7 +55,7 @@ class Ends(Protocol):
 
     async def until_ended(self, job_id: str, *, is_old: bool = False) -> None: ...
 
-    async def result(self, job_id: str) -> store_pb2.Result: ...
+    async def result(self, job_id: str) -> Ended: ...
 
 
 class Connector(Background):
@@ -144,7 +145,7 @@ class Connector(Background):
             return accepted
         await self._endings.until_ended(accepted.job.id, is_old=accepted.existed)
         try:
-            return await self._patiently(lambda: self._endings.result(accepted.job.id))
+            return (await self._patiently(lambda: self._endings.result(accepted.job.id))).result
         except ShoalError as err:
             if err.code not in (Code.NOT_FOUND, Code.DATA_LOSS):
                 raise

@@ -22,7 +22,8 @@ from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window
 from services.ingest.intake.submission import KEY_CHARS
-from services.ingest.job import End, Outcome, State, state_of
+from services.ingest.job import State
+from services.ingest.reading.endings import Ended
 from services.ingest.ulid import is_ulid
 from shoal.errors import Code, Internal, InvalidArgument, ResourceExhausted, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -55,7 +56,7 @@ class Ends(Protocol):
 
     def forget(self, job_id: str, ended: Callable[[], None]) -> None: ...
 
-    async def result(self, job_id: str) -> store_pb2.Result: ...
+    async def result(self, job_id: str) -> Ended: ...
 
 
 class RunStreams:
@@ -243,8 +244,8 @@ def _answer(item: Item, *, state: State | None = None, error: ShoalError | None 
     return answer
 
 
-def _ended(item: Item, result: store_pb2.Result) -> pb.RunStreamResponse:
-    answer = _answer(item, state=state_of(End(Outcome(result.outcome), result.code, result.message)))
+def _ended(item: Item, ended: Ended) -> pb.RunStreamResponse:
+    answer, result = _answer(item, state=ended.state), ended.result
     if result.outcome == store_pb2.Result.OUTCOME_SUCCEEDED:
         answer.response.CopyFrom(result.response)
     else:

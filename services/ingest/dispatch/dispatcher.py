@@ -10,10 +10,9 @@ job's. Jobs of one model stand in one line here, and as many are in calls at onc
 model with a line is claimed no more of, and no claim is of more than half of what may still be held: so a slow model,
 or several, leave room for the others.
 
-While the queue is drained, jobs submitted here are adopted: they are claimed in the write that makes them durable, and
-called meanwhile when they are few (`ahead.py`). What there is no room for just then is fresh, and goes straight from
-intake to a claim. Nobody reads the queue but for a poll now and then. When there is more than it has room for, it
-forgets the fresh ones and works by the queue's order.
+While the queue is drained, jobs submitted here are adopted: they are claimed in the write that makes them durable. What
+there is no room for just then is fresh, and goes straight from intake to a claim. Nobody reads the queue but for a poll
+now and then. When there is more than it has room for, it forgets the fresh ones and works by the queue's order.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from typing import Any
 
 from mesh.tasks import end
 from services.ingest.clock import Clock
-from services.ingest.dispatch.ahead import Ahead
 from services.ingest.dispatch.attempt import Attempts, Decision
 from services.ingest.dispatch.bulks import FIRST, Pace, next_bulk
 from services.ingest.dispatch.claims import Claims
@@ -130,7 +128,6 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._fresh: deque[Job] = deque()
         self._adopting = 0
-        self._ahead: Ahead[tuple[Holding, Decision]] = Ahead()
         self._is_drained = True
         self._wake = asyncio.Event()
         self._next_read = 0.0
@@ -169,17 +166,12 @@ class Dispatcher:
         now = self._clock()
         lease, closed = self._claims.lease(now), self._closed(now)
         made: list[Job] = []
-        adopted: list[Job] = []
         for job in jobs:
-            if len(adopted) < room and job.due_at is not None and job.due_at <= now and job.model_name not in closed:
+            if room > 0 and job.due_at is not None and job.due_at <= now and job.model_name not in closed:
+                room -= 1
+                self._adopting += 1
                 job = claim(job, lease, now)
-                adopted.append(job)
             made.append(job)
-        if self._ahead.may_begin(adopted):
-            self._ahead.begin(adopted)
-            self._take(adopted)
-        else:
-            self._adopting += len(adopted)
         return made
 
     def accept(self, jobs: Sequence[Job]) -> None:
@@ -187,11 +179,9 @@ class Dispatcher:
         now = self._clock()
         self._claims.notice(jobs)
         light = [job.but(request=None) if job.is_apart else job for job in jobs]
-        adopted = [job for job in light if job.lease is not None and job.id not in self._ahead]
+        adopted = [job for job in light if job.lease is not None]
         self._adopting -= len(adopted)
         self._take(adopted)
-        decided = [self._ahead.pop(job.id) for job in light if job.id in self._ahead]
-        self._settle([decision for decision in decided if decision is not None])
         waiting = [job for job in light if job.due_at is not None]
         for job in waiting:
             if job.due_at is not None and job.due_at > now:
@@ -216,25 +206,15 @@ class Dispatcher:
 
     def forget(self, jobs: Sequence[Job]) -> None:
         """Hears that jobs, of which it may have adopted some, were not made durable."""
-        for job in jobs:
-            if job.id in self._ahead:
-                self._ahead.pop(job.id)
-                if (holding := self._held.get(job.id)) is not None:
-                    self._let_go(holding)
-            elif job.lease is not None:
-                self._adopting -= 1
+        self._adopting -= sum(job.lease is not None for job in jobs)
 
     def wake(self) -> None:
         """Something may be due now: the queue is read at once, not only at the next poll."""
         self._read_at(self._clock())
 
     def held(self) -> dict[str, Lease]:
-        """The lease of each job that this instance works on, once that is in the database."""
-        return {
-            job_id: holding.job.lease
-            for job_id, holding in self._held.items()
-            if holding.job.lease is not None and job_id not in self._ahead
-        }
+        """The lease of each job that this instance works on."""
+        return {job_id: holding.job.lease for job_id, holding in self._held.items() if holding.job.lease is not None}
 
     @property
     def room(self) -> int:
@@ -391,11 +371,7 @@ class Dispatcher:
         self._wake.set()
 
     def _settle(self, decided: Sequence[tuple[Holding, Decision]]) -> None:
-        """Has decisions recorded, in a task for all of them; of jobs that are not durable yet, once they are."""
-        for holding, how in decided:
-            if holding.job.id in self._ahead:
-                self._ahead.put(holding.job.id, (holding, how))
-        decided = [(holding, how) for holding, how in decided if holding.job.id not in self._ahead]
+        """Has decisions recorded, in a task for all of them."""
         ending = [(holding, how) for holding, how in decided if not isinstance(how, Again)]
         if ending:
             holdings = [holding for holding, _ in ending]

@@ -20,6 +20,7 @@ from typing import Protocol, TypeAlias
 
 from pymongo.asynchronous.collection import AsyncCollection
 
+from mesh.limits import MESSAGE_BYTES
 from mesh.mongo import Document, translated
 from services.ingest.clock import Clock
 from services.ingest.documents import fenced_updates
@@ -27,7 +28,7 @@ from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import MESSAGE_CHARS, Again, End, Job, Outcome, end, try_again
 from services.ingest.messages import timestamp_of
-from shoal.errors import Code, ShoalError
+from shoal.errors import Code, OutOfRange, ShoalError
 from shoal.store.v1 import store_pb2
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 RESULT_ITEMS = 500
 RESULT_BYTES = 16 << 20
 """Results of one PutResults: far below what a message may hold, so that one call stays short."""
+MOST_BYTES = MESSAGE_BYTES - (1 << 20)
+"""Of one result, with room for the message around it: the mesh carries no larger one, however often it is tried."""
 STATE_ITEMS = 1_000
 _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 1.0
@@ -88,7 +91,7 @@ class Recorder:
         clock: Clock,
         instance: str,
         on_change: Callable[[str], None],
-        on_recorded: Callable[[store_pb2.Result], None],
+        on_recorded: Callable[[Job, store_pb2.Result], None],
     ) -> None:
         self._jobs = jobs
         self._payloads = payloads
@@ -148,7 +151,7 @@ class Recorder:
         left: list[Ending] = []
         for ending, answer in zip(endings, answers, strict=True):
             if answer is None:
-                self._on_recorded(ending.result)
+                self._on_recorded(ending.job, ending.result)
                 stand.append((ending.job, _end_of(ending.result)))
             elif not isinstance(answer, ShoalError):
                 stand.append((ending.job, answer))
@@ -176,6 +179,8 @@ class Recorder:
                 wait_s = await _pause(wait_s)
 
     async def _put(self, findings: list[Finding]) -> Sequence[End | ShoalError | None]:
+        if len(findings) == 1 and (too_large := _too_large(findings[0].result)):  # Large ones come alone.
+            return [too_large]
         try:
             return await self._put_together(findings)
         except ShoalError as err:
@@ -233,6 +238,12 @@ def result_of(job: Job, how: End) -> store_pb2.Result:
 
 def _end_of(result: store_pb2.Result) -> End:
     return End(Outcome(result.outcome), result.code, result.message, result.generation)
+
+
+def _too_large(result: store_pb2.Result) -> OutOfRange | None:
+    if (nbytes := result.ByteSize()) <= MOST_BYTES:
+        return None
+    return OutOfRange(f"it has {nbytes} bytes, of which no message holds more than {MOST_BYTES}")
 
 
 def _is_refused(error: ShoalError) -> bool:

@@ -32,6 +32,7 @@ from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.pressure import Pressure
 from services.ingest.intake.storage import Storage
+from services.ingest.intake.submission import check_not_reserved
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
 from services.ingest.tenants.admission import Admission
@@ -146,6 +147,10 @@ class Intake:
         """Makes `submit` a durable job, or finds the one that it made before. Raises what `begin` does, or gives."""
         return await self.begin(submit, traceparent_of())
 
+    async def submit_scheduled(self, submit: pb.SubmitRequest) -> Accepted:
+        """The same for the job of a schedule, whose key nobody else may use."""
+        return await self._begin(submit, traceparent_of())
+
     def begin(self, submit: pb.SubmitRequest, traceparent: str = "") -> asyncio.Future[Accepted]:
         """Takes `submit` in: the future has its answer once it is durable, or that of the job that it made before.
 
@@ -155,6 +160,10 @@ class Intake:
             ResourceExhausted: the backlog is full, too many bytes wait to be written, the tenant's storage is used up.
             Unavailable: MongoDB is away; the job may or may not be there, so repeat it with an idempotency key.
         """
+        check_not_reserved(submit)
+        return self._begin(submit, traceparent)
+
+    def _begin(self, submit: pb.SubmitRequest, traceparent: str) -> asyncio.Future[Accepted]:
         job = self._checked(submit, traceparent)
         if not self._admission.admit_at_hand(job.tenant):
             asking = asyncio.create_task(self._begin_later(job), name="admission")
@@ -171,6 +180,7 @@ class Intake:
 
         For memory as long as it takes; for what `Admission` asks, half a minute.
         """
+        check_not_reserved(submit)
         job = self._checked(submit, traceparent)
         await self._admission.wait(job.tenant)
         await self._budget.wait_for(_size(job))

@@ -32,10 +32,24 @@ LONGEST_BACKOFF = timedelta(days=1)
 LONGEST_DEADLINE = timedelta(days=3_660)
 LONGEST_DELAY = LONGEST_DEADLINE
 
+SCHEDULED = "schedule:"
+"""So begin the keys of schedules' jobs, and no others: who had the key of a time would keep its job from being made."""
+
 EXPLAIN = "explain"
 """The request parameter that asks infer who answered, and how."""
 
 _FAILURES = frozenset(Code) - {Code.OK}
+
+
+def check_not_reserved(submit: pb.SubmitRequest) -> None:
+    """Refuses the keys that only schedules may use.
+
+    Raises:
+        InvalidArgument: it is one of them.
+    """
+    if submit.idempotency_key.startswith(SCHEDULED):
+        key = submit.idempotency_key[:KEY_CHARS]
+        raise InvalidArgument(f"idempotency_key: {key!r} is reserved: {SCHEDULED!r} begins the keys of schedules' jobs")
 
 
 def job_of(

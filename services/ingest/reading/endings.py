@@ -8,7 +8,7 @@
 A poke is only a hint, and may come before its job is waited for: the newest are remembered.
 
 A result that this instance records ends the waiting at once, and is at hand for whoever waited: nothing is asked, and
-nothing read back.
+nothing read back. Which state a failure led to, its job's policy says, which is read with the results that failed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -26,8 +27,9 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from mesh.tasks import Background
+from services.ingest.documents import policy_of
 from services.ingest.intake.group import Group
-from services.ingest.job import FINAL
+from services.ingest.job import DEFAULT_POLICY, FINAL, End, Job, Outcome, Policy, State, state_of
 from shoal.errors import NotFound, ShoalError
 from shoal.store.v1 import store_pb2
 
@@ -53,6 +55,20 @@ class Answers(Protocol):
         """The results that stand for these jobs, with their answers. Raises ShoalError."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a job ended: the result that stands, with its answer."""
+
+    result: store_pb2.Result
+    policy: Policy = DEFAULT_POLICY
+    """The job's; it matters only to one that failed."""
+
+    @property
+    def state(self) -> State:
+        """The job's final state, which may be about to be written."""
+        return state_of(End(Outcome(self.result.outcome), self.result.code), self.policy)
+
+
 class Endings(Background):
     """Tells when jobs have ended, and how. Used as `async with`."""
 
@@ -64,10 +80,10 @@ class Endings(Background):
         self._waiting: dict[str, list[Callable[[], None]]] = {}
         self._hinted: set[str] = set()
         self._poked: OrderedDict[str, None] = OrderedDict()
-        self._at_hand: OrderedDict[str, store_pb2.Result] = OrderedDict()
+        self._at_hand: OrderedDict[str, Ended] = OrderedDict()
         self._at_hand_bytes = 0
         self._wake = asyncio.Event()
-        self._results: Group[str, store_pb2.Result] = Group(
+        self._results: Group[str, Ended] = Group(
             "results that are read", self._read, max_items=_RESULTS_AT_ONCE, max_bytes=1
         )
 
@@ -90,12 +106,12 @@ class Endings(Background):
         if len(self._poked) > _REMEMBERED:
             self._poked.popitem(last=False)
 
-    def recorded(self, result: store_pb2.Result) -> None:
-        """This result stands from now on: it was just recorded here."""
+    def recorded(self, job: Job, result: store_pb2.Result) -> None:
+        """This result of the job stands from now on: it was just recorded here."""
         if result.job_id not in self._waiting:
             return
         self._take_at_hand(result.job_id)
-        self._at_hand[result.job_id] = result
+        self._at_hand[result.job_id] = Ended(result, job.policy)
         self._at_hand_bytes += result.ByteSize()
         while self._at_hand_bytes > _AT_HAND_BYTES:  # Whoever waited for the oldest may have gone.
             self._take_at_hand(next(iter(self._at_hand)))
@@ -124,20 +140,20 @@ class Endings(Background):
         finally:
             self.forget(job_id, ended.set)
 
-    async def result(self, job_id: str) -> store_pb2.Result:
+    async def result(self, job_id: str) -> Ended:
         """The result that stands, with its answer, of a job that has ended.
 
         Raises:
-            NotFound: the store has none (any more). ShoalError: the store is away, or cannot read it.
+            NotFound: the store has none (any more). ShoalError: the store or MongoDB is away, or it cannot be read.
         """
-        if (result := self._take_at_hand(job_id)) is not None:
-            return result
+        if (ended := self._take_at_hand(job_id)) is not None:
+            return ended
         return await self._results.put(job_id)
 
-    def _take_at_hand(self, job_id: str) -> store_pb2.Result | None:
-        if (result := self._at_hand.pop(job_id, None)) is not None:
-            self._at_hand_bytes -= result.ByteSize()
-        return result
+    def _take_at_hand(self, job_id: str) -> Ended | None:
+        if (ended := self._at_hand.pop(job_id, None)) is not None:
+            self._at_hand_bytes -= ended.result.ByteSize()
+        return ended
 
     def _hint(self, job_id: str) -> None:
         self._hinted.add(job_id)
@@ -187,7 +203,24 @@ class Endings(Background):
         for ended in self._waiting.pop(job_id, ()):
             ended()
 
-    async def _read(self, job_ids: list[str]) -> Sequence[store_pb2.Result | ShoalError]:
+    async def _read(self, job_ids: list[str]) -> Sequence[Ended | ShoalError]:
+        read = await self._read_results(job_ids)
+        results = [each for each in read if isinstance(each, store_pb2.Result)]
+        policies = await self._policies([r.job_id for r in results if r.outcome == store_pb2.Result.OUTCOME_FAILED])
+        return [
+            each if isinstance(each, ShoalError) else Ended(each, policies.get(each.job_id, DEFAULT_POLICY))
+            for each in read
+        ]
+
+    async def _policies(self, job_ids: Sequence[str]) -> dict[str, Policy]:
+        """The policies of those of these jobs that retention has not removed."""
+        if not job_ids:
+            return {}
+        with translated("reading how jobs are tried again"):
+            found = self._jobs.find({"_id": {"$in": list(job_ids)}}, {"policy": 1}).hint("_id_")
+            return {document["_id"]: policy_of(document["policy"]) async for document in found}
+
+    async def _read_results(self, job_ids: list[str]) -> Sequence[store_pb2.Result | ShoalError]:
         try:
             found = await self._answers.whole(list(dict.fromkeys(job_ids)))
         except ShoalError:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from services.ingest.intake.submission import SCHEDULED
 from services.ingest.schedules import cron
 
 FIRED_AT_ONCE = 100
@@ -66,7 +67,7 @@ class Schedule:
 
     def key_of(self, time: datetime) -> str:
         """The idempotency key of the job of that time: whoever fires it again finds the job that there is."""
-        return f"schedule:{self.name}:{label_of(time)}"
+        return f"{SCHEDULED}{self.name}:{label_of(time)}"
 
     def next_after(self, time: datetime) -> datetime | None:
         """Its first time after `time`."""

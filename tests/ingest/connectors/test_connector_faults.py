@@ -18,6 +18,7 @@ from services.ingest.connectors.plan import Parts, Plan
 from services.ingest.connectors.progress import Phase, Progress, Standing
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job
+from services.ingest.reading.endings import Ended
 from shoal.errors import AlreadyExists, PermissionDenied, ResourceExhausted, ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2
@@ -121,8 +122,8 @@ class Jobs:
         finally:
             self.waiting -= 1
 
-    async def result(self, job_id: str) -> store_pb2.Result:
-        return store_pb2.Result(job_id=job_id, outcome="OUTCOME_SUCCEEDED")
+    async def result(self, job_id: str) -> Ended:
+        return Ended(store_pb2.Result(job_id=job_id, outcome="OUTCOME_SUCCEEDED"))
 
 
 def times(count: int, error: Exception) -> Callable[[], None]:

@@ -11,9 +11,9 @@ import pytest
 from pymongo import AsyncMongoClient
 
 from services.ingest.documents import JOBS, document_of
-from services.ingest.job import Job, State
+from services.ingest.job import Job, Policy, State
 from services.ingest.reading.endings import Endings
-from shoal.errors import DataLoss, NotFound, ShoalError, Unavailable
+from shoal.errors import Code, DataLoss, NotFound, ShoalError, Unavailable
 from shoal.store.v1 import store_pb2
 from tests.breakable import until
 from tests.ingest.making import job
@@ -123,7 +123,7 @@ async def test_results_are_read_together_and_a_damaged_one_harms_nobody_else(
     assert isinstance(found[4], NotFound)
     with pytest.raises(NotFound, match="retention has removed its answer"):
         raise found[3]  # type: ignore[misc]
-    assert [each.job_id for n, each in enumerate(found) if n not in (3, 4, 5)] == [  # type: ignore[union-attr]
+    assert [each.result.job_id for n, each in enumerate(found) if n not in (3, 4, 5)] == [  # type: ignore[union-attr]
         name for n, name in enumerate(names) if n not in (3, 4, 5)
     ]
 
@@ -164,12 +164,12 @@ async def test_a_result_that_was_recorded_here_is_at_hand_for_whoever_waited(
     await asyncio.sleep(0)
     recorded = store_pb2.Result(job_id=name, attempt=2)
     answers.results = {name: store_pb2.Result(job_id=name, attempt=2, instance="read back")}
-    endings.recorded(recorded)
+    endings.recorded(job(), recorded)
     await asyncio.wait_for(asyncio.gather(*waits[:2]), 30)
     assert not waits[2].done()
-    assert await endings.result(name) is recorded
-    assert (await endings.result(name)).instance == "read back", "it is at hand once"
-    endings.recorded(store_pb2.Result(job_id=job().id))  # Nobody waits for it.
+    assert (await endings.result(name)).result is recorded
+    assert (await endings.result(name)).result.instance == "read back", "it is at hand once"
+    endings.recorded(job(), store_pb2.Result(job_id=job().id))  # Nobody waits for it.
     waits[2].cancel()
 
 
@@ -182,14 +182,47 @@ async def test_results_that_nobody_fetches_do_not_fill_the_memory(
         endings.watch(name, lambda name=name: ends.append(name))  # type: ignore[misc]
         recorded = store_pb2.Result(job_id=name)
         recorded.response.raw_output_contents.append(bytes(7 << 20))
-        endings.recorded(recorded)
+        endings.recorded(job(), recorded)
     assert ends == names
     answers.results = {name: store_pb2.Result(job_id=name, instance="read back") for name in names}
-    assert [(await endings.result(name)).instance for name in names] == ["read back", "", ""]
+    assert [(await endings.result(name)).result.instance for name in names] == ["read back", "", ""]
     large = store_pb2.Result(job_id=await put(jobs, job(), State.RUNNING))
     large.response.raw_output_contents.append(bytes(17 << 20))
     endings.watch(large.job_id, lambda: ends.append(large.job_id))
-    endings.recorded(large)
+    endings.recorded(job(), large)
     assert ends[-1] == large.job_id
     with pytest.raises(NotFound):
         await endings.result(large.job_id)  # It is asked for.
+
+
+async def test_the_state_of_a_failure_is_that_of_the_job_s_own_policy(
+    endings: Endings, jobs: Any, answers: Answers
+) -> None:
+    own = Policy(codes=(Code.INVALID_ARGUMENT,))
+    made, asked = [job(policy=own), job(policy=own), job(), job()], []
+    ids = [await put(jobs, each, State.RUNNING) for each in made]
+    await jobs.delete_one({"_id": ids[3]})
+    codes = [Code.INVALID_ARGUMENT, Code.INTERNAL, Code.INTERNAL, Code.INVALID_ARGUMENT]
+    results = [store_pb2.Result(job_id=name, outcome=2, code=code) for name, code in zip(ids, codes, strict=True)]
+    expected = [State.DEAD, State.FAILED, State.DEAD, State.FAILED]
+    answers.results = {each.job_id: each for each in results}
+    assert [(await endings.result(name)).state for name in ids] == expected, "as they are read back"
+    for each, result in zip(made, results, strict=True):
+        endings.watch(each.id, lambda name=each.id: asked.append(name))  # type: ignore[misc]
+        endings.recorded(each, result)
+    assert asked == ids
+    answers.error = Unavailable("not to be asked")
+    assert [(await endings.result(name)).state for name in ids] == expected, "as they were recorded here"
+
+
+async def test_the_policies_of_jobs_that_did_not_fail_are_not_asked_for(answers: Answers) -> None:
+    class Nothing:
+        """No jobs may be looked for."""
+
+        def find(self, *query: Any) -> Any:
+            raise AssertionError(query)
+
+    name = job().id
+    answers.results = {name: store_pb2.Result(job_id=name, outcome=1)}
+    async with Endings(Nothing(), answers, ready=asyncio.Event()) as endings:  # type: ignore[arg-type]
+        assert (await endings.result(name)).state is State.SUCCEEDED

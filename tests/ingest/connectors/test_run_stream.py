@@ -56,6 +56,25 @@ async def test_a_model_that_refuses_is_told_in_band(client: Client, mesh: FakeMe
     assert {by_sequence[0].state, by_sequence[2].state} == {pb.JOB_STATE_SUCCEEDED}
 
 
+async def test_the_state_of_a_job_that_names_its_own_codes_is_that_of_the_job(client: Client, mesh: FakeMesh) -> None:
+    async def refuses(request: Any, context: Any) -> Any:
+        await failing(context, getattr(grpc.StatusCode, request.raw_input_contents[0].decode()))
+
+    mesh.infer.model = refuses
+    own = pb.RetryPolicy(max_attempts=2, retry_codes=[Code.INVALID_ARGUMENT])
+    codes = ["INVALID_ARGUMENT", "INTERNAL"]
+    requests = [
+        pb.RunStreamRequest(sequence=n, submit=submit(data=code.encode(), retry=own)) for n, code in enumerate(codes)
+    ]
+    answers = await run(client, requests)
+    ended = {each.sequence: each for each in answers if each.state != pb.JOB_STATE_QUEUED}
+    assert [ended[n].state for n in range(2)] == [pb.JOB_STATE_DEAD, pb.JOB_STATE_FAILED]
+    again = await run(client, [pb.RunStreamRequest(sequence=n, job_id=ended[n].job_id) for n in range(2)])
+    assert {each.sequence: each.state for each in again} == {n: ended[n].state for n in range(2)}
+    for each in ended.values():
+        assert (await client.get(each.job_id)).state == each.state
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
@@ -65,8 +84,9 @@ async def test_a_model_that_refuses_is_told_in_band(client: Client, mesh: FakeMe
         (pb.RunStreamRequest(sequence=7, job_id=""), "is no job id"),
         (one(7, stream="s" * 65), "stream: at most 64 characters, got 65"),
         (one(7, tenant="t" * 65), "tenant: at most 64 characters"),
+        (one(7, idempotency_key="schedule:s"), "idempotency_key: 'schedule:s' is reserved"),
     ],
-    ids=["nothing", "empty", "no-id", "empty-id", "long-name", "long-tenant"],
+    ids=["nothing", "empty", "no-id", "empty-id", "long-name", "long-tenant", "reserved"],
 )
 async def test_what_is_refused_is_answered_and_the_stream_goes_on(
     client: Client, request_: pb.RunStreamRequest, words: str

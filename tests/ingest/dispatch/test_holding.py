@@ -105,7 +105,7 @@ class Instance:
             clock=self.clock,
             instance=name,
             on_change=self.changed.append,
-            on_recorded=lambda _: None,
+            on_recorded=lambda job, result: None,
         )
         self.dispatcher = Dispatcher(
             claims,

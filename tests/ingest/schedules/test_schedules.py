@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from pymongo import AsyncMongoClient
+from pymongo import AsyncMongoClient, UpdateOne
 
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.schedule import label_of
@@ -87,12 +87,18 @@ async def test_each_time_becomes_a_job(client: Client, mesh: FakeMesh) -> None:
 
 
 async def test_a_time_whose_job_was_made_by_another_version_of_the_schedule_has_that_job(
-    client: Client, mesh: FakeMesh
+    client: Client, mesh: FakeMesh, mongo_uri: str, shared_database: str
 ) -> None:
     wanted, now = schedule(tenant=uuid.uuid4().hex), datetime.now(UTC)
     keys = [f"schedule:{wanted.name}:{label_of(now + timedelta(seconds=ahead))}" for ahead in range(90)]
-    earlier = [submit(data=b"as it was", tenant=wanted.tenant, idempotency_key=key) for key in keys]
-    ids = {answer.job.id for answer in await asyncio.gather(*(client.stub.Submit(one, timeout=20) for one in earlier))}
+    earlier = [submit(data=b"as it was", tenant=wanted.tenant, idempotency_key=f"{n}") for n in range(len(keys))]
+    made = await asyncio.gather(*(client.stub.Submit(one, timeout=20) for one in earlier))
+    ids = {answer.job.id for answer in made}
+    keyed = [
+        UpdateOne({"_id": answer.job.id}, {"$set": {"key": key}}) for answer, key in zip(made, keys, strict=True)
+    ]  # No client may.
+    async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
+        await mongo[shared_database]["jobs"].bulk_write(keyed)
     await put(client, wanted)
 
     async def has_fired() -> bool:
