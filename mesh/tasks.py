@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _AGAIN_S = 2.0
 # Longer than any good-bye of ours (1 s), which a second cancellation would cut short.
@@ -27,6 +29,21 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
         for task in left:
             task.cancel()
         await asyncio.wait(left, timeout=_AGAIN_S)
+
+
+async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Does all of it at once; gives what each gives, in order.
+
+    The first error ends the others, which are done with when it is raised: as itself, and not in a group.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            begun = [tasks.create_task(work) for work in works]
+    except BaseExceptionGroup as group:
+        first = group.exceptions[0]
+    else:
+        return [task.result() for task in begun]
+    raise first  # Out here, so that the group is not told as its cause.
 
 
 def log_failure(task: asyncio.Task[Any]) -> None:

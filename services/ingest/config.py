@@ -76,6 +76,9 @@ class IngestConfig(ServiceConfig):
     (SetJobRetention); their idempotency keys are known for as long. 0: for ever. Else a minute at least."""
     keep_dead_ms: Annotated[int, Field(ge=0)] = 30 * 86_400_000
     """The same of dead letters: jobs that are dead or failed."""
+    keep_batches_ms: Annotated[int, Field(ge=0, le=36_500 * 86_400_000)] = 30 * 86_400_000
+    """Batches stay so long after their end, and their idempotency keys are known for as long; what they wrote is not
+    touched. 0: for ever. Else a minute at least."""
     retention_round_ms: Annotated[int, Field(ge=10, le=86_400_000)] = 30_000
     """How often the leader looks for jobs that have stayed long enough."""
 
@@ -90,6 +93,11 @@ class IngestConfig(ServiceConfig):
         spans = {state: self.keep_dead_ms if state in DEAD_LETTERS else self.keep_ended_ms for state in FINAL}
         return {state: timedelta(milliseconds=ms) if ms else None for state, ms in spans.items()}
 
+    @property
+    def batch_retention(self) -> timedelta | None:
+        """How long batches stay that have ended; None: for ever."""
+        return timedelta(milliseconds=self.keep_batches_ms) if self.keep_batches_ms else None
+
     @field_validator("connectors")
     @classmethod
     def _usable(cls, path: Path | None) -> Path | None:
@@ -97,7 +105,7 @@ class IngestConfig(ServiceConfig):
             settings.read(path)
         return path
 
-    @field_validator("keep_ended_ms", "keep_dead_ms")
+    @field_validator("keep_ended_ms", "keep_dead_ms", "keep_batches_ms")
     @classmethod
     def _stays_a_minute(cls, keep_ms: int) -> int:
         if 0 < keep_ms < SHORTEST // timedelta(milliseconds=1):

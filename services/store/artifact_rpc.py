@@ -88,7 +88,7 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
         )
 
     async def BackUp(self, request: pb.BackUpRequest, ctx: Context) -> AsyncIterator[pb.BackUpResponse]:
-        async with aclosing(self._parts.backup.run(request.to)) as steps:
+        async with aclosing(self._parts.backup.run(request.to, trust_sizes=request.trust_sizes)) as steps:
             async for progress in steps:
                 yield pb.BackUpResponse(progress=_progress(progress))
 
@@ -126,6 +126,7 @@ def _progress(progress: Progress) -> pb.BackupProgress:
         copied=progress.copied,
         copied_bytes=progress.copied_bytes,
         missing=progress.missing[:_NAMED],
+        repaired=progress.repaired,
         cluster_time=progress.cluster_time,
         complete=progress.is_complete,
     )

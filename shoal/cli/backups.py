@@ -23,11 +23,24 @@ Place = Annotated[
 ]
 
 
-def backup(place: Place, gateway: Gateway = None, json: AsJson = False) -> None:
+def backup(
+    place: Place,
+    trust_sizes: Annotated[
+        bool,
+        typer.Option(
+            "--trust-sizes",
+            help="Do not read what earlier backups left there: its sizes are enough.",
+            show_default=False,
+        ),
+    ] = False,
+    gateway: Gateway = None,
+    json: AsJson = False,
+) -> None:
     """Back up everything that the store and ingest keep, as it is at one moment.
 
     The first backup of a place copies every blob, later ones only what is new. Interrupted, it leaves no backup, and
-    the next one goes on where it was. Exits 1 when something was damaged in the store already.
+    the next one goes on where it was. What is there already is read and compared, and replaced where it is damaged.
+    Exits 1 when something was damaged in the store already.
 
     [bold]Examples[/bold]
 
@@ -36,12 +49,16 @@ def backup(place: Place, gateway: Gateway = None, json: AsJson = False) -> None:
       shoal store backup s3://backups/shoal
     """
     with connect(gateway) as client:
-        done = _shown("backing up", client.store.backup(_url(place)), json)
+        done = _shown("backing up", client.store.backup(_url(place), trust_sizes=trust_sizes), json)
     if json:
         show_json(done)
     else:
         new = f"{done.copied} of them new ({size(done.copied_bytes)})"
         typer.echo(f"backup {done.backup_id}: {done.documents} documents, {done.blobs} blobs, {new}, in {place}")
+        if done.repaired:
+            typer.echo(
+                f"{done.repaired} of the new ones lay there damaged, and are replaced: check that disk", err=True
+            )
         for sha256 in done.missing:
             typer.echo(f"damaged in the store, and not in the backup: {sha256} (see shoal store verify)", err=True)
     if done.missing:

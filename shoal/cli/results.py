@@ -133,7 +133,8 @@ def export(
 ) -> None:
     """Write results to Parquet files, oldest first: part-00000.parquet and so on, then _manifest.json.
 
-    Those that are recorded now. Interrupted, it says how to go on.
+    Those that are recorded now. Interrupted, it says how to go on. Exits 1 when answers were damaged in the store:
+    their results are written without them, and the column answer_lost says why.
 
     [bold]Examples[/bold]
 
@@ -156,6 +157,13 @@ def export(
         show_json(last)
     else:
         typer.echo(f"{last.rows} results in {last.parts} parts, {size(last.bytes)}, in {to}")
+    if last.answers_lost:
+        print(
+            f"{last.answers_lost} of them without their answer, which is damaged in the store: column answer_lost of "
+            "each says why",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
 
 
 @contextmanager

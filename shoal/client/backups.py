@@ -25,6 +25,8 @@ class BackupProgress:
     cluster_time: str
     """MongoDB's time as of which all documents are."""
     complete: bool
+    repaired: int = 0
+    """Of those that were copied: so many lay there damaged, and were replaced."""
 
 
 def of_progress(message: store.BackupProgress) -> BackupProgress:
@@ -39,4 +41,5 @@ def of_progress(message: store.BackupProgress) -> BackupProgress:
         missing=tuple(message.missing),
         cluster_time=message.cluster_time,
         complete=message.complete,
+        repaired=message.repaired,
     )

@@ -26,6 +26,8 @@ class Exported:
     """Another export to the same place goes on after these parts with it."""
     complete: bool = False
     """All is written, the manifest too."""
+    answers_lost: int = 0
+    """How many of the rows are without an answer that is damaged in the store: column `answer_lost` says why."""
 
 
 class ExportFolder:

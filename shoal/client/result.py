@@ -48,6 +48,8 @@ class JobResult:
     """The model's answer, when it succeeded and was asked for."""
     answer_removed_at: datetime | None = None
     """Retention has taken the answer out and left the rest."""
+    answer_lost: str = ""
+    """Why the answer cannot be read: it is damaged in the store. Only in streams, which pass over it."""
 
 
 @dataclass(frozen=True)
@@ -142,4 +144,5 @@ def of_stored(message: store.Result) -> JobResult:
         recorded_at=of_time(message, "recorded_at"),
         answer=of_response(message.response) if message.HasField("response") else None,
         answer_removed_at=of_time(message, "answer_removed_at"),
+        answer_lost=message.answer_lost,
     )

@@ -74,6 +74,8 @@ class AsyncResults:
     ) -> AsyncGenerator[JobResult, None]:
         """Every result that matches and is recorded now, oldest first, each once. Goes on where a stream breaks.
 
+        One whose answer is damaged in the store comes without it: `answer_lost` says why.
+
         Raises:
             InvalidArgument: names what is wrong with the filter.
             Unavailable: nobody answers.
@@ -131,7 +133,7 @@ class AsyncResults:
             async for piece in answered:
                 if folder is None or await asyncio.to_thread(folder.take, piece):
                     cursor = piece.cursor
-                yield Exported(piece.rows, piece.bytes, piece.parts, cursor, piece.complete)
+                yield Exported(piece.rows, piece.bytes, piece.parts, cursor, piece.complete, piece.answers_lost)
         finally:
             await answered.aclose()
             if folder is not None:

@@ -102,17 +102,21 @@ class AsyncStore(Keeping):
         done = await self._caller.call(methods.COLLECT_ARTIFACTS, request, timeout_s=timeout, doing="collect artifacts")
         return Collected(done.condemned, done.collected, done.removed, done.strays)
 
-    async def backup(self, to: str, *, timeout: float = BACKUP_S) -> AsyncGenerator[BackupProgress, None]:
+    async def backup(
+        self, to: str, *, trust_sizes: bool = False, timeout: float = BACKUP_S
+    ) -> AsyncGenerator[BackupProgress, None]:
         """Backs everything up to the URL `to` (`file:///folder`, `s3://bucket/prefix`, ...); yields how far it is.
 
-        The last one is `complete`. A backup that ends before is none; the next one goes on where it was.
+        The last one is `complete`. A backup that ends before is none; the next one goes on where it was. What an
+        earlier backup has left there is read and compared with its digest, and replaced where it is damaged; with
+        `trust_sizes` only its size is looked at.
 
         Raises:
             InvalidArgument, PermissionDenied: a place that the store may not use.
             Aborted: it stood still for too long: start it again.
             Unavailable: MongoDB, the blobs or the place are away, or the stream broke: start it again.
         """
-        request = store.BackUpRequest(to=to)
+        request = store.BackUpRequest(to=to, trust_sizes=trust_sizes)
         steps = self._caller.stream(methods.BACK_UP, request, timeout_s=timeout, doing="backup")
         async for progress in _until_complete((of_progress(step.progress) async for step in steps), "backup"):
             yield progress

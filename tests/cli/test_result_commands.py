@@ -80,12 +80,16 @@ def test_results_export(shoal: Shoal, served: Served, tmp_path: Path) -> None:
             if not request.url
             else pb.ExportResultsResponse(rows=3, cursor="1", parts=1)
         )
-        yield pb.ExportResultsResponse(rows=3, bytes=2048, parts=1, cursor="2", complete=True)
+        lost = 2 * request.url.endswith("rotten")
+        yield pb.ExportResultsResponse(rows=3, bytes=2048, parts=1, cursor="2", complete=True, answers_lost=lost)
 
     served.on(methods.EXPORT_RESULTS, export, "unary_stream")
     assert shoal("results", "export", "out").stdout == "3 results in 1 parts, 2.0 KiB, in out\n"
     assert (tmp_path / "out" / "part-00000.parquet").read_bytes() == b"PAR1"
     assert json.loads(shoal("results", "export", "s3://b/x", "--json").stdout)["complete"] is True
+    rotten = shoal("results", "export", "s3://b/rotten")
+    assert (rotten.returncode, rotten.stdout) == (1, "3 results in 1 parts, 2.0 KiB, in s3://b/rotten\n")
+    assert "2 of them without their answer, which is damaged in the store: column answer_lost" in rotten.stderr
     failed = shoal("results", "export", "s3://no/x")
     assert failed.returncode == 1
     assert "0 parts are written: go on with --cursor the-cursor" in failed.stderr

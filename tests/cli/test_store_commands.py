@@ -112,6 +112,8 @@ def test_backup(served: Served, shoal: Shoal, tmp_path: Path) -> None:
     assert asked[0].to == (tmp_path / "there").as_uri()
     assert json.loads(shoal("store", "backup", "s3://bucket/x", "--json").stdout)["documents"] == 7
     assert asked[1].to == "s3://bucket/x"
+    assert shoal("store", "backup", "there", "--trust-sizes").returncode == 0
+    assert [request.trust_sizes for request in asked] == [False, False, True]
 
 
 def test_a_backup_without_what_is_damaged_fails_and_names_it(served: Served, shoal: Shoal) -> None:
@@ -122,6 +124,18 @@ def test_a_backup_without_what_is_damaged_fails_and_names_it(served: Served, sho
     done = shoal("store", "backup", "/there")
     assert done.returncode == 1
     assert "ab" * 32 in done.stderr
+
+
+def test_a_backup_says_what_it_replaced(served: Served, shoal: Shoal) -> None:
+    async def back_up(request: pb.BackUpRequest, context: Any) -> AsyncIterator[pb.BackUpResponse]:
+        yield pb.BackUpResponse(progress=progress(blobs=9, copied=3, repaired=2, complete=True))
+
+    served.on(methods.BACK_UP, back_up, "unary_stream")
+    done = shoal("store", "backup", "/there")
+    assert (done.returncode, done.stderr) == (
+        0,
+        "2 of the new ones lay there damaged, and are replaced: check that disk\n",
+    )
 
 
 def test_a_backup_that_broke_off_is_a_failure(served: Served, shoal: Shoal) -> None:

@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from mesh.tasks import Background, end, for_ever
-from shoal.errors import Unavailable
+from mesh.tasks import Background, end, for_ever, together
+from shoal.errors import NotFound, Unavailable
 
 
 async def test_one_that_swallows_its_cancellation_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +84,51 @@ async def test_a_step_is_taken_again_whatever_it_raises_and_the_log_hears(caplog
         ("tide", logging.ERROR, "cannot fish"),
     ]
     assert "a fault of ours" in caplog.text
+
+
+async def test_together_gives_what_each_gives_in_order() -> None:
+    async def one(n: int) -> int:
+        for _ in range(9 - n):
+            await asyncio.sleep(0)
+        return n
+
+    assert await together(one(n) for n in range(9)) == list(range(9))
+    assert await together([]) == []
+
+
+async def test_together_ends_the_others_and_raises_the_first_error_itself() -> None:
+    ended: list[int] = []
+
+    async def one(n: int) -> None:
+        try:
+            if n == 3:
+                await asyncio.sleep(0)
+                raise Unavailable("the first") from OSError("its cause")
+            await asyncio.Event().wait()
+        finally:
+            ended.append(n)
+            if n == 5:
+                raise NotFound("a later one")
+
+    with pytest.raises(Unavailable, match="the first") as caught:
+        await together(one(n) for n in range(8))
+    assert isinstance(caught.value.__cause__, OSError)
+    assert sorted(ended) == list(range(8))
+
+
+async def test_together_that_is_cancelled_ends_all() -> None:
+    ended: list[int] = []
+    begun = asyncio.Event()
+
+    async def one(n: int) -> None:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.append(n)
+
+    task = asyncio.create_task(together(one(n) for n in range(4)))
+    await begun.wait()
+    await end(task)
+    assert task.cancelled()
+    assert sorted(ended) == list(range(4))

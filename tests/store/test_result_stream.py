@@ -7,12 +7,16 @@ import base64
 import contextlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from grpc import StatusCode
 
+from services.store.artifacts.object_blobs import ObjectBlobs
 from services.store.config import StoreConfig
+from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
 from tests.store.conftest import Store, refused, running_store
@@ -169,6 +173,77 @@ async def test_large_answers_have_messages_of_their_own(store: Store) -> None:
     found = await pieces(stream(store))
     assert jobs(found) == named
     assert max(len(piece.results) for piece in found) == 1
+
+
+async def large(store: Store, job: str) -> Path:
+    """Records a result whose answer is a blob; gives the blob."""
+    folder = store.root / "responses"
+    before = set(folder.rglob("*"))
+    await put(store, result(job, response=answer(2 << 20)))
+    (blob,) = [path for path in set(folder.rglob("*")) - before if path.is_file()]
+    return blob
+
+
+def rot(blob: Path) -> None:
+    data = bytearray(blob.read_bytes())
+    data[1 << 20] ^= 1
+    blob.write_bytes(data)
+
+
+async def test_a_damaged_answer_ends_no_stream(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    blobs = {job: await large(store, job) for job in "abcd"}
+    rot(blobs["b"])
+    blobs["c"].unlink()
+    found = await pieces(stream(store))
+    assert found[-1].complete
+    by_job = {one.job_id: one for piece in found for one in piece.results}
+    assert list(by_job) == ["a", "b", "c", "d"]
+    assert [one.HasField("response") for one in by_job.values()] == [True, False, False, True]
+    assert (by_job["a"].answer_lost, by_job["d"].answer_lost) == ("", "")
+    for job, how in (("b", "damaged"), ("c", "gone")):
+        assert how in by_job[job].answer_lost
+        assert (by_job[job].outcome, by_job[job].model_name) == (by_job["a"].outcome, by_job["a"].model_name)
+        assert any(f"job {job}:" in line and blobs[job].name in line for line in caplog.messages)
+        await refused(get(store, job), StatusCode.DATA_LOSS, how)
+    assert jobs(await pieces(stream(store, cursor=found[1].cursor))) == ["b", "c", "d"]
+    bare = await pieces(stream(store, bare=True))  # Who wants no answers hears of no damage.
+    assert not any(one.answer_lost for piece in bare for one in piece.results)
+
+
+async def test_a_damaged_answer_ends_no_watch(store: Store) -> None:
+    call = stream(store, watch=True)
+    token = (await call.read()).watch_token
+    rot(await large(store, "a"))
+    await put(store, result("b"))
+    watching = store.stub.WatchResults(pb.WatchResultsRequest(resume_token=token), timeout=60)
+    seen = []
+    async for item in watching:
+        if item.result.job_id:
+            seen.append(item.result)
+        if item.result.job_id == "b":
+            break
+    watching.cancel()
+    assert [(one.job_id, bool(one.answer_lost)) for one in seen] == [("a", True), ("b", False)]
+
+
+async def test_blobs_that_are_away_are_not_passed_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for job in "ab":
+        await large(store, job)
+
+    async def away(self: Any, key: str, start: int, end: int) -> memoryview:
+        raise Unavailable(f"reading blob {key}: the blob store does not do it just now: retry in a moment")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectBlobs, "_window", away)
+        call = stream(store)
+        first = await call.read()
+        await refused(call, StatusCode.UNAVAILABLE, "retry")
+    assert jobs(await pieces(stream(store, cursor=first.cursor))) == ["a", "b"]
+    elsewhere = store.root.rename(store.root.with_name("elsewhere"))  # Its disk is not mounted.
+    await refused(stream(store), StatusCode.FAILED_PRECONDITION, "mounted")
+    elsewhere.rename(store.root)
+    found = await pieces(stream(store))
+    assert [one.HasField("response") for piece in found for one in piece.results] == [True, True]
 
 
 @pytest.mark.parametrize(

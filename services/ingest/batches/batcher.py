@@ -3,6 +3,7 @@
     round: look at the active batches ──> duties that are due ──> a task each
                                      └──> free chunks, of the batches in turn ──> a task each, up to `slots`
     keep:  renew what is held; let go of what was lost, paused, cancelled
+    sweep: remove the batches that ended long ago, and chunks whose batch is not under way
 
 Instances share batches by claiming chunks one at a time; none knows of another.
 """
@@ -14,6 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from types import TracebackType
 
 from mesh.tasks import end
@@ -42,11 +44,12 @@ log = logging.getLogger(__name__)
 
 _DUTIES = 4
 """Duties at once: planning reads whole files, and would keep chunks from running."""
+SWEEP_S = 600.0
+"""Between two sweeps of an instance; several of them do each other no harm."""
 _AWAY_S = 1.0
 _LAST_WRITES_S = 2.0
 # At the end: to give back what is held. What is not given back lapses.
 _PERSIST_S = 60.0
-_SWEEP_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ class Batcher:
         slots: int,
         poll_ms: int,
         renew_ms: int,
+        keep: timedelta | None,
+        sweep_s: float = SWEEP_S,
     ) -> None:
         self._book = book
         self._ledger = ledger
@@ -110,6 +115,8 @@ class Batcher:
         self._slots = slots
         self._poll_s = poll_ms / 1000
         self._renew_s = renew_ms / 1000
+        self._stay = keep
+        self._sweep_s = sweep_s
         self._held: dict[str, _Held] = {}
         self._doing: dict[str, _Doing] = {}
         self._wake = asyncio.Event()
@@ -330,8 +337,10 @@ class Batcher:
             await self._ledger.let_go(chunk, is_counted=False)
 
     async def _sweep(self) -> None:
-        """Deletes the chunks of batches whose end was broken off in between."""
-        await asyncio.sleep(_SWEEP_S)
+        """Removes what ended long ago, and the chunks of batches that are gone, or whose end was broken off."""
+        await asyncio.sleep(self._sweep_s)
+        if self._stay is not None and (removed := await self._book.remove_ended(self._clock() - self._stay)):
+            log.info("removed %d batches that had stayed long enough", removed)
         # In this order: a batch is there before its chunks are.
         with_chunks = await self._ledger.batches()
         for batch_id in with_chunks - await self._book.active_among(with_chunks):

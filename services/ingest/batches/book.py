@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from pymongo import ReturnDocument
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from services.ingest.batches.batch import Batch, BatchState, Ending, Step, Totals
+from services.ingest.batches.batch import FINAL, Batch, BatchState, Ending, Step, Totals
 from services.ingest.batches.documents import batch_document, batch_of, step_document, totals_document
 from services.ingest.batches.inputs.places import Entry
 from services.ingest.batches.ledger import Ledger
-from services.ingest.clock import Clock
+from services.ingest.clock import Clock, milliseconds
 from services.ingest.documents import EVER
 from services.ingest.reading.jobs import Filter
-from services.ingest.ulid import is_ulid
+from services.ingest.ulid import floor, is_ulid
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 MOST_ACTIVE = 1_000
 """Batches under way at once, which every instance looks at again and again; more than these are refused."""
+_REMOVED_AT_ONCE = 200
 
 
 class Book:
@@ -171,6 +173,23 @@ class Book:
         with translated("changing a batch"):
             found = await self._batches.find_one_and_update(live, update, return_document=ReturnDocument.AFTER)
         return None if found is None else batch_of(found)
+
+    async def remove_ended(self, before: datetime) -> int:
+        """Removes the batches that ended before then, some at a time. Says how many."""
+        return sum([await self._remove_ended(state, before) for state in sorted(FINAL)])
+
+    async def _remove_ended(self, state: BatchState, before: datetime) -> int:
+        # Ids rise with the time of submission: what was submitted later has not ended before then.
+        old = {"$lt": floor(max(0, milliseconds(before)))}
+        over: Document = {"state": str(state), "_id": old, "updated_at": {"$lt": before}}
+        removed = 0
+        while True:
+            with translated("removing batches that have stayed long enough"):
+                found = self._batches.find(over, {"_id": 1}, hint="by_state").limit(_REMOVED_AT_ONCE)
+                ids = [document["_id"] async for document in found]
+                if not ids:
+                    return removed
+                removed += (await self._batches.delete_many({"_id": {"$in": ids}, "state": str(state)})).deleted_count
 
     async def inherit(self) -> int:
         """Frees the duties that earlier processes of this instance's name have left behind. Says how many."""

@@ -94,6 +94,7 @@ class Batches:
             slots=config.batch_chunks,
             poll_ms=config.poll_ms,
             renew_ms=config.renew_ms,
+            keep=config.batch_retention,
         )
         self.submissions = Submissions(
             self._book,

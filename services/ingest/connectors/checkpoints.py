@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from pymongo import ReturnDocument
@@ -30,6 +30,7 @@ VALIDATOR: Mapping[str, Any] = {
             "sequence": {"bsonType": "string"},
             "lease": {"bsonType": "string"},
             "expires_at": {"bsonType": "date"},
+            "began_at": {"bsonType": "date"},
         },
     }
 }
@@ -108,6 +109,14 @@ class Checkpoints:
             )
         return written.matched_count == 1
 
+    async def begin(self, shard: str, lease: str, at: datetime) -> bool:
+        """Notes where the reading of a shard begins that has no checkpoint yet. False: the lease was lost."""
+        with translated("noting where a shard is begun"):
+            written = await self._collection.update_one(
+                {"_id": self._id("shard", shard), "lease": lease}, {"$set": {"began_at": at}}
+            )
+        return written.matched_count == 1
+
     async def give_back(self, shard: str, lease: str) -> None:
         """Lets go of a shard: whoever wants it has it at once."""
         with translated("giving a shard back"):
@@ -135,4 +144,5 @@ def _of(document: Document) -> Checkpoint:
         document.get("finished", False),
         document.get("owner", ""),
         document.get("expires_at"),
+        document.get("began_at"),
     )

@@ -15,7 +15,8 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from aiobotocore.config import AioConfig
@@ -69,7 +70,9 @@ class Reading:
     start: Checkpoint
     from_beginning: bool
     began_at: datetime | None = None
-    """When it was first read from its latest record on."""
+    """Where it was begun with its latest record; durable before anything is read."""
+    is_begun: bool = False
+    """An iterator at its latest record was asked for once: another such would pass over what came since."""
     ledger: Ledger = field(default_factory=Ledger)
     saved: int | None = None
     is_read_out: bool = False
@@ -106,6 +109,8 @@ class KinesisSource:
         self._left: list[Message] = []
         self._failed: asyncio.Future[None] | None = None
         self._trouble = ""
+        self._seen_at: datetime | None = None
+        """When Kinesis last listed the shards, by its own clock, to the second."""
 
     async def __aenter__(self) -> KinesisSource:
         self._client = await self._stack.enter_async_context(_client(self._access))
@@ -226,6 +231,7 @@ class KinesisSource:
         while more:
             with _translated(f"listing the shards of {self._access.stream}"):
                 page = await self._client.list_shards(**more)
+            self._seen_at = _date(page) or self._seen_at
             found.update({each["ShardId"]: _shard(each) for each in page["Shards"]})
             more = {"NextToken": page["NextToken"]} if page.get("NextToken") else {}
         return found
@@ -236,6 +242,8 @@ class KinesisSource:
         iterator: str | None = None
         while True:
             try:
+                if not await self._begun(reading):
+                    return  # The lease was lost; whoever renews leases ends this.
                 if iterator is None and (iterator := await self._iterator(reading, after)) is None:
                     return
                 # Kinesis gives no iterator behind the end of a closed shard; some who speak its protocol do. Only what
@@ -265,21 +273,39 @@ class KinesisSource:
             reading.ledger.received(message.position)
         await self._batches.put(messages)
 
+    async def _begun(self, reading: Reading) -> bool:
+        """Sees to it that the place where a shard is begun with its latest record is durable, so that whoever reads it
+        next goes on from there, although nothing was settled. False: the lease was lost.
+
+        Kinesis gives no number to the place behind the latest record. So it is a time, by Kinesis' clock and taken
+        before the iterator: after a kill some records may come that were there already, and none is passed over.
+        """
+        is_latest = self._start == "latest" and not reading.from_beginning and not reading.start.sequence
+        if not is_latest or reading.began_at is not None:
+            return True
+        if (at := reading.start.began_at) is not None:
+            reading.is_begun = True
+        else:
+            at = self._seen_at or self._clock()
+            if not await self._checkpoints.begin(reading.shard.id, reading.lease, at):
+                return False
+        reading.began_at = at
+        return True
+
     async def _iterator(self, reading: Reading, after: str) -> str | None:
         about: dict[str, Any] = {"StreamName": self._access.stream, "ShardId": reading.shard.id}
-        now = self._clock()
         if after:
             about |= {"ShardIteratorType": "AFTER_SEQUENCE_NUMBER", "StartingSequenceNumber": after}
         elif self._start == "latest" and not reading.from_beginning:
-            if reading.began_at is None:
+            if not reading.is_begun:
                 about["ShardIteratorType"] = "LATEST"
-            else:  # A read has failed: what came meanwhile is not to be passed over.
+                reading.is_begun = True
+            else:  # It was read before, or a read has failed: what came meanwhile is not to be passed over.
                 about |= {"ShardIteratorType": "AT_TIMESTAMP", "Timestamp": reading.began_at}
         else:
             about["ShardIteratorType"] = "TRIM_HORIZON"
         with _translated(f"reading shard {reading.shard.id}"):
             found: str | None = (await self._client.get_shard_iterator(**about)).get("ShardIterator")
-        reading.began_at = reading.began_at or now
         return found
 
     def _message(self, reading: Reading, record: dict[str, Any]) -> Message:
@@ -360,6 +386,15 @@ def _partition_key(message: Outgoing) -> str:
     """Whatever spreads records: the message's key as text, or else where it came from."""
     key = (message.key or b"").decode(errors="replace") or dict(message.headers).get("shoal-source", b"-").decode()
     return key[:_KEY_CHARS]
+
+
+def _date(answer: dict[str, Any]) -> datetime | None:
+    """When it was given, by the clock of who gave it; whole seconds, none later than it was."""
+    given = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        return parsedate_to_datetime(given).astimezone(UTC)
+    except ValueError:
+        return None
 
 
 def _shard(listed: dict[str, Any]) -> Shard:

@@ -33,6 +33,8 @@ class Checkpoint:
     """Read to the end of a closed shard."""
     owner: str = ""
     expires_at: datetime | None = None
+    began_at: datetime | None = None
+    """Where it was begun with its latest record: by Kinesis' clock, at or before that record."""
 
     def is_held(self, now: datetime) -> bool:
         return bool(self.owner) and self.expires_at is not None and now < self.expires_at

@@ -2,14 +2,13 @@
 
     hold (no blob is removed) ──> snapshot session ──> each collection, in parts
                                       └─ at one cluster time: MongoDB's own snapshot, across collections
-         ──> blobs by digest, those that are there already are not copied ──> manifest
+         ──> blobs by digest, those that are there already are read and compared, not copied ──> manifest
 
 Interrupted, it leaves files and no manifest: no backup. The next one finds the blobs that were copied.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import logging
@@ -27,11 +26,12 @@ from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import OperationFailure
 
 from mesh.mongo import Document, translated
+from mesh.tasks import together
 from mesh.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import dump, manifest
-from services.store.backups.copying import Named, blobs_meant, copied
+from services.store.backups.copying import Copied, Named, blobs_meant, copied
 from services.store.backups.hold import Hold
 from services.store.backups.manifest import Dumped, Manifest, Part
 from services.store.backups.places import BackupPlaces
@@ -45,6 +45,8 @@ NOT_CARRIED = frozenset({"holds", "graves", RESTORES, "fences", "leads", "tenant
 """Collections about this very node, which would mean nothing in another: removals that wait, leaders and their tokens,
 rates of the last seconds. A node has them before it has anything of its users."""
 _AT_ONCE = 8
+_KNOWN = 100_000
+# Blobs that are remembered as being there, so that answers that are the same in many results are read there once.
 _SNAPSHOT_TOO_OLD = 239
 
 
@@ -69,8 +71,10 @@ class Backup:
         self._clock = clock
         self._others = tuple(others)
 
-    async def run(self, to: str) -> AsyncGenerator[Progress, None]:
+    async def run(self, to: str, *, trust_sizes: bool = False) -> AsyncGenerator[Progress, None]:
         """Makes one at the URL `to`; yields how far it is, at the end with `is_complete`.
+
+        What lies there already is read and compared with its digest; with `trust_sizes` only its size is.
 
         Raises:
             InvalidArgument, PermissionDenied: a place that it may not use.
@@ -85,7 +89,7 @@ class Backup:
         await hold.begin()
         try:
             async with hold:
-                making = _Making(self, target, backup_id, wanted, hold)
+                making = _Making(self, target, backup_id, wanted, hold, trust_sizes=trust_sizes)
                 async for progress in making.run():
                     yield progress
         finally:
@@ -104,11 +108,15 @@ class Backup:
 class _Making:
     """One backup."""
 
-    def __init__(self, of: Backup, target: BlobStore, backup_id: str, wanted: Path, hold: Hold) -> None:
+    def __init__(
+        self, of: Backup, target: BlobStore, backup_id: str, wanted: Path, hold: Hold, *, trust_sizes: bool
+    ) -> None:
         self._of = of
         self._target = target
         self._wanted = wanted
         self._hold = hold
+        self._trust_sizes = trust_sizes
+        self._known: set[str] = set()
         self._progress = Progress(backup_id)
         self._numbers = iter(range(1_000_000_000))
         self._blob_bytes = 0
@@ -176,22 +184,34 @@ class _Making:
         with self._wanted.open() as lines:
             while batch := [line for _, line in zip(range(_AT_ONCE), lines, strict=False)]:
                 self._hold.check()
-                await asyncio.gather(*(self._copy(Named(*json.loads(line))) for line in batch))
+                await together(self._copy(Named(*json.loads(line))) for line in batch)
                 yield self._progress
 
     async def _copy(self, blob: Named) -> None:
         of, key = self._of, manifest.blob_key(blob.sha256)
         try:
-            is_new = await copied(blob, of._blobs, self._target, key, of._staging, of._threads)
+            trust_size = self._trust_sizes or blob.sha256 in self._known
+            done = await copied(blob, of._blobs, self._target, key, of._staging, of._threads, trust_size=trust_size)
         except DataLoss as err:
             log.error("a backup goes on without what is damaged: %s", err)
             self._progress = replace(self._progress, missing=(*self._progress.missing, blob.sha256))
         else:
-            before = self._progress
-            self._blob_bytes += blob.size
-            copies, nbytes = before.copied + is_new, before.copied_bytes + blob.size * is_new
-            self._progress = replace(before, copied=copies, copied_bytes=nbytes)
+            self._count(blob, done)
         self._progress = replace(self._progress, blobs=self._progress.blobs + 1)
+
+    def _count(self, blob: Named, done: Copied) -> None:
+        if done is Copied.REPAIRED:
+            log.warning("blob %s lay damaged in the place of the backup, and was replaced", blob.sha256)
+        if len(self._known) < _KNOWN:
+            self._known.add(blob.sha256)
+        self._blob_bytes += blob.size
+        before, is_new = self._progress, done is not Copied.THERE
+        self._progress = replace(
+            before,
+            copied=before.copied + is_new,
+            copied_bytes=before.copied_bytes + blob.size * is_new,
+            repaired=before.repaired + (done is Copied.REPAIRED),
+        )
 
     async def _finished(self, collections: Sequence[Dumped], cluster_time: str) -> Progress:
         done = self._progress

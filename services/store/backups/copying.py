@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +41,46 @@ def blobs_meant(collection: str, docs: Iterable[Mapping[str, Any]]) -> list[Name
     return []
 
 
-async def copied(blob: Named, source: BlobStore, target: BlobStore, key: str, staging: Path, threads: Threads) -> bool:
-    """Copies `blob` to `key` there. False: there is one of that size already.
+class Copied(enum.Enum):
+    """What became of a blob that was to be copied."""
+
+    THERE = "it lay there already"
+    NEW = "it was copied"
+    REPAIRED = "what lay there was damaged, and was replaced"
+
+
+async def copied(
+    blob: Named,
+    source: BlobStore,
+    target: BlobStore,
+    key: str,
+    staging: Path,
+    threads: Threads,
+    *,
+    trust_size: bool = False,
+) -> Copied:
+    """Copies `blob` to `key` there, unless the same bytes lie there: they are read, or (`trust_size`) only counted.
 
     Raises:
         DataLoss: the source's bytes are gone or not what they were: the message names the blob.
     """
-    if await target.size(key) == blob.size:
-        return False
+    size = await target.size(key)
+    if size == blob.size and (trust_size or await _is_right(replace(blob, key=key), target, threads)):
+        return Copied.THERE
     if blob.size <= _IN_MEMORY_BYTES:
         await target.put(key, await whole(blob, source, threads))
     else:
         await _through_a_file(blob, source, target, key, staging, threads)
-    return True
+    return Copied.NEW if size is None else Copied.REPAIRED
+
+
+async def _is_right(blob: Named, store: BlobStore, threads: Threads) -> bool:
+    """Whether the blob's bytes are what they should be. Reads all of them."""
+    found = hashlib.sha256()
+    with suppress(NotFound):  # Removed since its size was asked for: then they are none.
+        async for chunk in store.read(blob.key, 0, blob.size):
+            await threads.run(found.update, chunk)
+    return found.hexdigest() == blob.sha256
 
 
 async def whole(blob: Named, source: BlobStore, threads: Threads) -> bytes:

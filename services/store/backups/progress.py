@@ -20,5 +20,7 @@ class Progress:
     copied_bytes: int = 0
     missing: tuple[str, ...] = ()
     """Digests of blobs that are damaged where they were to be read."""
+    repaired: int = 0
+    """Of those that were copied: so many lay there damaged, and were replaced."""
     cluster_time: str = ""
     is_complete: bool = False

@@ -8,7 +8,6 @@ Interrupted, it leaves the mark: the same backup restored again goes on, anythin
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
@@ -20,12 +19,13 @@ from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import BulkWriteError
 
 from mesh.mongo import Document, translated
+from mesh.tasks import together
 from mesh.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief, checked
 from services.store.backups import dump, manifest
 from services.store.backups.backup import NOT_CARRIED
-from services.store.backups.copying import Named, blobs_meant, copied, whole
+from services.store.backups.copying import Copied, Named, blobs_meant, copied, whole
 from services.store.backups.manifest import Dumped, Manifest, Part
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
@@ -144,15 +144,14 @@ class Restore:
         wanted = [] if dumped.database else _wanted(dumped.name, docs, frozenset(made.missing))
         for first in range(0, len(wanted), _AT_ONCE):
             some = wanted[first : first + _AT_ONCE]
-            are_new = await asyncio.gather(
-                *(copied(b, source, self._blobs, key, self._staging, self._threads) for b, key in some)
-            )
-            nbytes = sum(blob.size for (blob, _), is_new in zip(some, are_new, strict=True) if is_new)
+            done = await together(copied(b, source, self._blobs, key, self._staging, self._threads) for b, key in some)
+            new = [blob.size for (blob, _), how in zip(some, done, strict=True) if how is not Copied.THERE]
             progress = replace(
                 progress,
                 blobs=progress.blobs + len(some),
-                copied=progress.copied + sum(are_new),
-                copied_bytes=progress.copied_bytes + nbytes,
+                copied=progress.copied + len(new),
+                copied_bytes=progress.copied_bytes + sum(new),
+                repaired=progress.repaired + done.count(Copied.REPAIRED),
             )
         return progress
 

@@ -43,12 +43,15 @@ _MAX_PARTS = 99_999
 
 @dataclass(frozen=True)
 class Standing:
-    """How far an export has come: `parts` are written, with `rows` in them and `size` bytes."""
+    """How far an export has come: `parts` are written, with `rows` in them and `size` bytes. Of so many rows the answer
+    is damaged, and left out.
+    """
 
     cursor: Cursor
     parts: int = 0
     rows: int = 0
     size: int = 0
+    answers_lost: int = 0
 
     @property
     def is_complete(self) -> bool:
@@ -63,6 +66,7 @@ class Progress:
     size: int
     parts: int
     cursor: str
+    answers_lost: int = 0
     file: str = ""
     file_bytes: int = 0
     offset: int = 0
@@ -90,7 +94,6 @@ class Exports:
             FailedPrecondition: an export lies there already; pyarrow is not installed.
             ResourceExhausted: too many exports; the disk is full.
             Unavailable: MongoDB or the object store is away: go on with the last cursor.
-            DataLoss: a response is damaged.
         """
         result_rules.check_filter(request.filter)
         check_part_rows(request.part_rows)
@@ -118,10 +121,12 @@ class Exports:
             cursor = at.cursor
             while cursor.after < cursor.last and not part.is_full:
                 cursor = await self._fill(part, request, cursor)
-                yield replace(_progress(at, digest), rows=at.rows + part.rows)
+                lost = at.answers_lost + part.answers_lost
+                yield replace(_progress(at, digest), rows=at.rows + part.rows, answers_lost=lost)
             data = await self._threads.run(part.finish)
             name = f"part-{at.parts:05}.parquet"
-            at = Standing(cursor, at.parts + 1, at.rows + part.rows, at.size + len(data))
+            lost = at.answers_lost + part.answers_lost
+            at = Standing(cursor, at.parts + 1, at.rows + part.rows, at.size + len(data), lost)
             async for progress in self._delivered(place, name, data, _progress(at, digest)):
                 yield progress
         manifest = json.dumps(_manifest(request, at), indent=2).encode()
@@ -133,7 +138,7 @@ class Exports:
         """Adds the next rows to `part`; the cursor after them."""
         size = min(_STEP_ROWS, part.room)
         docs, cursor = await self._stream.step(request.filter, cursor, size=size, omit_response=request.omit_response)
-        await self._threads.run(part.add, [await self._results.whole(doc) for doc in docs])
+        await self._threads.run(part.add, [await self._results.readable(doc) for doc in docs])
         return cursor
 
     async def _delivered(
@@ -157,7 +162,7 @@ def check_part_rows(rows: int) -> None:
 
 def encode(at: Standing, digest: str) -> str:
     """The cursor of an export that has come so far."""
-    return f"{at.parts}.{at.rows}.{at.size}.{encode_cursor(at.cursor, digest)}"
+    return f"{at.parts}.{at.rows}.{at.size}.{at.answers_lost}.{encode_cursor(at.cursor, digest)}"
 
 
 def decode(cursor: str, digest: str) -> Standing:
@@ -166,13 +171,13 @@ def decode(cursor: str, digest: str) -> Standing:
     Raises:
         InvalidArgument: it is none of ours, or one of another filter or place.
     """
-    *numbers, token = cursor.split(".", 3) if cursor.count(".") == 3 else ["", "", "", cursor]
+    *numbers, token = cursor.split(".", 4) if cursor.count(".") == 4 else ["", cursor]
     if not all(number.isascii() and number.isdigit() and len(number) < 19 for number in numbers):
         raise InvalidArgument("cursor: not one of an export of this service: leave it out for all of them")
-    parts, rows, size = map(int, numbers)
+    parts, rows, size, lost = map(int, numbers)
     if parts > _MAX_PARTS:
         raise InvalidArgument(f"cursor: an export has {_MAX_PARTS} parts at most")
-    return Standing(decode_cursor(token, digest), parts, rows, size)
+    return Standing(decode_cursor(token, digest), parts, rows, size, lost)
 
 
 def _digest(request: ExportResultsRequest) -> str:
@@ -182,7 +187,7 @@ def _digest(request: ExportResultsRequest) -> str:
 
 
 def _progress(at: Standing, digest: str) -> Progress:
-    return Progress(at.rows, at.size, at.parts, encode(at, digest))
+    return Progress(at.rows, at.size, at.parts, encode(at, digest), at.answers_lost)
 
 
 def _manifest(request: ExportResultsRequest, at: Standing) -> dict[str, object]:
@@ -193,6 +198,7 @@ def _manifest(request: ExportResultsRequest, at: Standing) -> dict[str, object]:
         "parts": at.parts,
         "filter": MessageToDict(request.filter, preserving_proto_field_name=True),
         "answers": not request.omit_response,
+        "answers_lost": at.answers_lost,
     }
 
 

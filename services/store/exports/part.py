@@ -29,6 +29,8 @@ class Part:
         self._waiting_rows = 0
         self._bytes = 0
         self.rows = 0
+        self.answers_lost = 0
+        """How many of its rows lack an answer that is damaged."""
 
     @property
     def is_full(self) -> bool:
@@ -47,6 +49,7 @@ class Part:
         self._waiting_rows += len(results)
         self._bytes += table.nbytes
         self.rows += len(results)
+        self.answers_lost += sum(bool(result.answer_lost) for result in results)
         if self._waiting_bytes >= _GROUP_BYTES or self._waiting_rows >= _GROUP_ROWS:
             self._write_group()
 

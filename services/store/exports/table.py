@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         ("recorded_at", _TIME),
         ("parameters", pa.string()),
         ("outputs", pa.list_(_OUTPUT)),
+        ("answer_lost", pa.string()),
     ]
 )
 _SAME = ("job_id", "model_name", "model_version", "tenant", "code", "message", "attempt", "instance")
@@ -69,6 +70,7 @@ def _row(result: Result) -> dict[str, Any]:
     row["labels"] = sorted(result.labels.items())
     for field in ("submitted_at", "recorded_at"):
         row[field] = _time(getattr(result, field)) if result.HasField(field) else None
+    row["answer_lost"] = result.answer_lost or None
     if result.HasField("response"):
         row["parameters"] = _parameters(result.response)
         row["outputs"] = _outputs(result.response)

@@ -54,8 +54,7 @@ class ResultStream:
         Raises:
             InvalidArgument: a bad filter or cursor.
             ResourceExhausted: too many streams.
-            DataLoss: a response is damaged.
-            Unavailable: MongoDB went away: go on with the last cursor.
+            Unavailable: MongoDB or the blobs went away: go on with the last cursor.
         """
         result_rules.check_filter(request.filter)
         if request.cursor and request.want_watch_token:
@@ -76,7 +75,7 @@ class ResultStream:
         yield Piece([], encode_cursor(cursor, digest), token, complete=cursor.after >= cursor.last)
         while cursor.after < cursor.last:
             docs, cursor = await self.step(request.filter, cursor, omit_response=request.omit_response)
-            results = [await self._results.whole(doc) for doc in docs]
+            results = [await self._results.readable(doc) for doc in docs]
             yield Piece(results, encode_cursor(cursor, digest), complete=cursor.after >= cursor.last)
 
     async def whole(self, wanted: ResultFilter) -> Cursor:

@@ -88,7 +88,7 @@ class ResultWatch:
             yield None, _written(after)
             while stream.alive:
                 if (change := await _next(stream)) is not None:
-                    yield await self._results.whole(change["fullDocument"]), _written(change["_id"])
+                    yield await self._results.readable(change["fullDocument"]), _written(change["_id"])
         raise Unavailable("the watch was ended by MongoDB: watch again")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from datetime import datetime
@@ -29,6 +30,8 @@ from services.store.results.waiting import Waiting
 from services.store.retention.tombstones import is_tombstone
 from shoal.errors import DataLoss, InvalidArgument, NotFound, ShoalError, Unavailable
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
+
+log = logging.getLogger(__name__)
 
 PAGE_BYTES = 64 << 20
 """A page ends before its responses exceed this, so that it fits a message. A larger response has a page of its own."""
@@ -143,6 +146,27 @@ class Results:
         except DecodeError as err:
             raise DataLoss(f"job {doc['_id']}: the stored response cannot be read") from err
         return result
+
+    async def readable(self, doc: Document) -> Result:
+        """The result of a document as far as it can be read: a damaged answer is left out, and `answer_lost` says why.
+
+        For those who read many, and would meet the same damage each time they come back.
+
+        Raises:
+            Unavailable, FailedPrecondition: MongoDB or the blobs are away, which says nothing about the answer.
+        """
+        try:
+            return await self.whole(doc)
+        except DataLoss as err:
+            now = await self._stored(doc["_id"])  # Retention may have taken it out since the document was read.
+            is_gone = now is None or is_tombstone(now)
+            if now is not None and not is_gone and result_documents.blob_of(now) != result_documents.blob_of(doc):
+                return await self.whole(now)
+            if not is_gone:
+                log.error("job %s: its answer is passed over: %s", doc["_id"], err.message)
+            found = result_documents.result(_bare(doc))
+            found.answer_lost = "the result was removed while it was read" if is_gone else err.message
+            return found
 
     async def page(
         self,

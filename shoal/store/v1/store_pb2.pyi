@@ -183,7 +183,7 @@ class WatchModelsResponse(_message.Message):
     def __init__(self, snapshot: _Optional[_Iterable[_Union[ModelVersion, _Mapping]]] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("job_id", "outcome", "model_name", "model_version", "response", "code", "message", "attempt", "lease_id", "tenant", "submitted_at", "recorded_at", "instance", "labels", "removed_at", "answer_removed_at", "generation")
+    __slots__ = ("job_id", "outcome", "model_name", "model_version", "response", "code", "message", "attempt", "lease_id", "tenant", "submitted_at", "recorded_at", "instance", "labels", "removed_at", "answer_removed_at", "generation", "answer_lost")
     class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         OUTCOME_UNSPECIFIED: _ClassVar[Result.Outcome]
@@ -220,6 +220,7 @@ class Result(_message.Message):
     REMOVED_AT_FIELD_NUMBER: _ClassVar[int]
     ANSWER_REMOVED_AT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_LOST_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     outcome: Result.Outcome
     model_name: str
@@ -237,7 +238,8 @@ class Result(_message.Message):
     removed_at: _timestamp_pb2.Timestamp
     answer_removed_at: _timestamp_pb2.Timestamp
     generation: int
-    def __init__(self, job_id: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., lease_id: _Optional[str] = ..., tenant: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., instance: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., answer_removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ...) -> None: ...
+    answer_lost: str
+    def __init__(self, job_id: _Optional[str] = ..., outcome: _Optional[_Union[Result.Outcome, str]] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., lease_id: _Optional[str] = ..., tenant: _Optional[str] = ..., submitted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., recorded_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., instance: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., answer_removed_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ..., answer_lost: _Optional[str] = ...) -> None: ...
 
 class PutResultsRequest(_message.Message):
     __slots__ = ("results",)
@@ -403,7 +405,7 @@ class ExportResultsRequest(_message.Message):
     def __init__(self, filter: _Optional[_Union[ResultFilter, _Mapping]] = ..., url: _Optional[str] = ..., cursor: _Optional[str] = ..., omit_response: _Optional[bool] = ..., part_rows: _Optional[int] = ...) -> None: ...
 
 class ExportResultsResponse(_message.Message):
-    __slots__ = ("rows", "bytes", "parts", "cursor", "file", "file_bytes", "offset", "chunk", "complete")
+    __slots__ = ("rows", "bytes", "parts", "cursor", "file", "file_bytes", "offset", "chunk", "complete", "answers_lost")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
@@ -413,6 +415,7 @@ class ExportResultsResponse(_message.Message):
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_LOST_FIELD_NUMBER: _ClassVar[int]
     rows: int
     bytes: int
     parts: int
@@ -422,7 +425,8 @@ class ExportResultsResponse(_message.Message):
     offset: int
     chunk: bytes
     complete: bool
-    def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., parts: _Optional[int] = ..., cursor: _Optional[str] = ..., file: _Optional[str] = ..., file_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., chunk: _Optional[bytes] = ..., complete: _Optional[bool] = ...) -> None: ...
+    answers_lost: int
+    def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., parts: _Optional[int] = ..., cursor: _Optional[str] = ..., file: _Optional[str] = ..., file_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., chunk: _Optional[bytes] = ..., complete: _Optional[bool] = ..., answers_lost: _Optional[int] = ...) -> None: ...
 
 class RetentionRule(_message.Message):
     __slots__ = ("collection", "tenant", "keep", "updated_at")
@@ -637,7 +641,7 @@ class CollectArtifactsResponse(_message.Message):
     def __init__(self, condemned: _Optional[int] = ..., collected: _Optional[int] = ..., removed: _Optional[int] = ..., strays: _Optional[int] = ...) -> None: ...
 
 class BackupProgress(_message.Message):
-    __slots__ = ("backup_id", "documents", "blobs", "blobs_in_all", "copied", "copied_bytes", "missing", "cluster_time", "complete")
+    __slots__ = ("backup_id", "documents", "blobs", "blobs_in_all", "copied", "copied_bytes", "missing", "cluster_time", "complete", "repaired")
     BACKUP_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     BLOBS_FIELD_NUMBER: _ClassVar[int]
@@ -647,6 +651,7 @@ class BackupProgress(_message.Message):
     MISSING_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_TIME_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    REPAIRED_FIELD_NUMBER: _ClassVar[int]
     backup_id: str
     documents: int
     blobs: int
@@ -656,13 +661,16 @@ class BackupProgress(_message.Message):
     missing: _containers.RepeatedScalarFieldContainer[str]
     cluster_time: str
     complete: bool
-    def __init__(self, backup_id: _Optional[str] = ..., documents: _Optional[int] = ..., blobs: _Optional[int] = ..., blobs_in_all: _Optional[int] = ..., copied: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ..., cluster_time: _Optional[str] = ..., complete: _Optional[bool] = ...) -> None: ...
+    repaired: int
+    def __init__(self, backup_id: _Optional[str] = ..., documents: _Optional[int] = ..., blobs: _Optional[int] = ..., blobs_in_all: _Optional[int] = ..., copied: _Optional[int] = ..., copied_bytes: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ..., cluster_time: _Optional[str] = ..., complete: _Optional[bool] = ..., repaired: _Optional[int] = ...) -> None: ...
 
 class BackUpRequest(_message.Message):
-    __slots__ = ("to",)
+    __slots__ = ("to", "trust_sizes")
     TO_FIELD_NUMBER: _ClassVar[int]
+    TRUST_SIZES_FIELD_NUMBER: _ClassVar[int]
     to: str
-    def __init__(self, to: _Optional[str] = ...) -> None: ...
+    trust_sizes: bool
+    def __init__(self, to: _Optional[str] = ..., trust_sizes: _Optional[bool] = ...) -> None: ...
 
 class BackUpResponse(_message.Message):
     __slots__ = ("progress",)

@@ -267,8 +267,8 @@ class StoreServiceServicer:
 
         Streams the results that match a filter, oldest first, then ends: every one that was recorded when the stream was
         first opened (and that retention has not removed since), each once. A stream that broke goes on after the `cursor` of
-        its last message. INVALID_ARGUMENT: a bad filter, or a cursor of another filter.
-        RESOURCE_EXHAUSTED: too many streams are open.
+        its last message. An answer that is damaged is passed over: `answer_lost` says so. INVALID_ARGUMENT: a bad filter, or
+        a cursor of another filter. RESOURCE_EXHAUSTED: too many streams are open. UNAVAILABLE: MongoDB or the blobs are away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -358,9 +358,9 @@ class StoreServiceServicer:
 
     def BackUp(self, request, context):
         """Backs up everything that the store and ingest keep, as it is at one moment, to a folder of the store's machine or to a
-        bucket. Streams how far it is. Blobs that an earlier backup of that place has are not copied again. A call that ends
-        early leaves no backup; the next one finds the blobs that were copied. PERMISSION_DENIED: the store may not write
-        there. ABORTED: it stood still for too long.
+        bucket. Streams how far it is. Blobs that an earlier backup of that place has are compared with their digests (see
+        `trust_sizes`), and not copied again. A call that ends early leaves no backup; the next one finds the blobs that were
+        copied. PERMISSION_DENIED: the store may not write there. ABORTED: it stood still for too long.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

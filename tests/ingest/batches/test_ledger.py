@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pymongo import AsyncMongoClient
 
 from mesh import mongo
 from services.ingest.batches.batch import Batch, BatchState, Chunk, ChunkState, Ending
+from services.ingest.batches.batcher import Batcher
 from services.ingest.batches.book import Book
 from services.ingest.batches.documents import (
     BATCH_INDEXES,
@@ -23,13 +24,16 @@ from services.ingest.batches.documents import (
     CHUNK_VALIDATOR,
     CHUNKS,
 )
+from services.ingest.batches.duties import Duties
 from services.ingest.batches.inputs.piece import Span
 from services.ingest.batches.inputs.places import Entry
 from services.ingest.batches.ledger import Ledger, SoFar
 from services.ingest.batches.outputs.written import Written
+from services.ingest.batches.running import Running
 from services.ingest.clock import milliseconds
 from services.ingest.ulid import Ulids
 from shoal.errors import AlreadyExists
+from tests.breakable import until
 from tests.ingest.batches.making import START, batch
 from tests.ingest.making import TestClock
 
@@ -265,3 +269,66 @@ async def test_a_claim_in_a_long_plan_looks_at_few_chunks(
         )
     assert found["executionStats"]["totalDocsExamined"] <= 1
     assert (await claimed(ledger, one)).number == 1_900
+
+
+async def ended(book: Book, ledger: Ledger, one: Batch, state: BatchState) -> Batch:
+    await book.add(one)
+    await ledger.append(chunks(one, 2))
+    taken = await book.take_duty(one.id)
+    assert taken is not None
+    assert await book.end(taken, Ending(state, "as the test wants it"))
+    return await book.get(one.id)
+
+
+@pytest.mark.parametrize("keep", [timedelta(days=30), None], ids=["30-days", "for-ever"])
+async def test_batches_that_ended_long_ago_go_with_their_chunks_and_no_others(
+    database: Any, clock: TestClock, tmp_path: Path, keep: timedelta | None
+) -> None:
+    ledger = ledger_of(database, clock)
+    book = Book(database[BATCHES], ledger, clock=clock, instance="local/ingest-0")
+    ids = Ulids(lambda: milliseconds(clock()))
+
+    def made(**fields: Any) -> Batch:
+        return batch(tmp_path, id=ids.new(), free_at=clock(), updated_at=clock(), submitted_at=clock(), **fields)
+
+    old = [
+        await ended(book, ledger, made(key=f"{state}", tenant="t"), state)
+        for state in (BatchState.SUCCEEDED, BatchState.FAILED, BatchState.CANCELLED)
+    ]
+    long, paused = made(), made(state=BatchState.PAUSED)
+    for each in (long, paused):  # Submitted long ago, as well: one ends just now, one goes on.
+        await book.add(each)
+        await ledger.append(chunks(each, 2))
+    clock.advance(days=29)
+    taken = await book.take_duty(long.id)
+    assert taken is not None
+    assert await book.end(taken, Ending(BatchState.SUCCEEDED, "it took long"))
+    young = await ended(book, ledger, made(), BatchState.SUCCEEDED)
+    clock.advance(days=1, seconds=1)
+    ready = asyncio.Event()
+    ready.set()
+    batcher = Batcher(
+        book,
+        ledger,
+        cast(Duties, None),
+        cast(Running, None),
+        clock=clock,
+        ready=ready,
+        slots=1,
+        poll_ms=60_000,
+        renew_ms=60_000,
+        keep=keep,
+        sweep_s=0.05,
+    )
+    batcher.stop()  # Nothing is to be run here.
+    stays = {long.id, paused.id, young.id} | (set() if keep else {each.id for each in old})
+    async with batcher:
+
+        async def is_swept() -> bool:
+            left = {document["_id"] async for document in database[BATCHES].find({}, {"_id": 1})}
+            return left == stays and await ledger.batches() == {paused.id}
+
+        await until(is_swept, "what is over is gone")
+    earlier = await book.of_key("t", "succeeded")
+    assert (earlier is None) == (keep is not None), "its key is free with it"
+    assert await book.remove_ended(clock() - timedelta(days=30)) == (0 if keep else 3)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from pymongo import AsyncMongoClient
 
 from services.ingest.clock import utc_now
 from services.ingest.connectors import envelope
+from services.ingest.connectors import kinesis as kinesis_module
 from services.ingest.connectors.checkpoints import CHECKPOINTS, Checkpoints
 from services.ingest.connectors.kinesis import Access, KinesisSink, KinesisSource
 from services.ingest.connectors.message import Message, Outgoing
@@ -142,16 +146,24 @@ async def test_from_latest_only_what_comes_later_is_read(moto: Moto, kinesis: Ki
 class Throttled:
     """A client whose reads are refused for a while."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, *, is_on: bool = True) -> None:
         self._client = client
-        self.is_on = True
+        self.is_on = is_on
         self.refused = 0
+        self.asked: list[str] = []
+        """The shards whose reading was begun, by their first iterators."""
 
     async def get_records(self, **about: Any) -> Any:
         if not self.is_on:
             return await self._client.get_records(**about)
         self.refused += 1
         raise ClientError({"Error": {"Code": "ProvisionedThroughputExceededException"}}, "GetRecords")
+
+    async def get_shard_iterator(self, **about: Any) -> Any:
+        found = await self._client.get_shard_iterator(**about)
+        if about["ShardId"] not in self.asked:
+            self.asked.append(about["ShardId"])
+        return found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -176,6 +188,90 @@ async def test_from_latest_a_read_that_is_refused_passes_nothing_over(
         await until(lambda: set(values) <= set(reader.values), "all of them")
         task.cancel()
     assert sorted(reader.values) == values
+
+
+@pytest.mark.parametrize("is_refused", [False, True], ids=["nothing settled", "nothing read"])
+async def test_from_latest_who_goes_on_before_the_first_checkpoint_passes_nothing_over(
+    moto: Moto, kinesis: Kinesis, collection: Any, monkeypatch: pytest.MonkeyPatch, is_refused: bool
+) -> None:
+    """The first one is gone before it has settled anything, by a kill: it gives nothing back and saves nothing."""
+    clients: list[Throttled] = []
+    real = kinesis_module._client
+
+    @asynccontextmanager
+    async def throttled(access: Access) -> AsyncIterator[Throttled]:
+        async with real(access) as client:
+            clients.append(Throttled(client, is_on=is_refused))
+            yield clients[-1]
+
+    async def nothing(*args: Any, **options: Any) -> None:
+        pass
+
+    values = [b"%d" % n for n in range(10)]
+    one = Reader(moto, kinesis.stream, collection, "x", start="latest")
+    one.settles = False
+    with monkeypatch.context() as patch:
+        patch.setattr(kinesis_module, "_client", throttled)
+        patch.setattr(Checkpoints, "give_back", nothing)
+        patch.setattr(Checkpoints, "leave", nothing)
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(one.run())
+            await until(lambda: bool(clients) and len(clients[0].asked) == 2, "both shards are begun")
+            await kinesis.publish(values)
+            if not is_refused:
+                await until(lambda: len(one.got) == 10, "all")
+            task.cancel()
+    two = Reader(moto, kinesis.stream, collection, "y", start="latest")
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(two.run())
+        await until(lambda: set(values) <= set(two.values), "what was not settled")
+        task.cancel()
+    assert sorted(two.values) == values
+
+
+async def test_where_a_shard_is_begun_is_durable_before_it_is_read(
+    moto: Moto, kinesis: Kinesis, collection: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the place cannot be written nothing is read; then the place is one before what comes next."""
+    is_away, refused = True, 0
+    real = Checkpoints.begin
+
+    async def begin(self: Checkpoints, shard: str, lease: str, at: datetime) -> bool:
+        nonlocal refused
+        if is_away:
+            refused += 1
+            raise Unavailable("MongoDB is away")
+        return await real(self, shard, lease, at)
+
+    monkeypatch.setattr(Checkpoints, "begin", begin)
+    monkeypatch.setattr(kinesis_module, "_BACKOFF_S", 0.05)
+    reader = Reader(moto, kinesis.stream, collection, "x", start="latest")
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(reader.run())
+        await until(lambda: refused >= 6, "it tries")
+        assert [each.is_begun for each in reader.source._readings.values()] == [False, False]
+        assert await collection.count_documents({"began_at": {"$exists": True}}) == 0
+        is_away = False
+        await until(lambda: all(each.is_begun for each in reader.source._readings.values()), "both are begun")
+        assert await collection.count_documents({"kind": "shard", "began_at": {"$type": "date"}}) == 2
+        task.cancel()
+    checkpoints = await reader.source._checkpoints.all()
+    began = [each.began_at for each in checkpoints.values()]
+    assert all(at is not None and at.microsecond == 0 and at <= utc_now() for at in began)
+
+
+async def test_a_lost_lease_begins_no_shard(collection: Any) -> None:
+    slow, other = (Checkpoints(collection, "c/s@1", me=me, clock=utc_now, lease_ms=500) for me in ("x", "y"))
+    first = await slow.take("a")
+    assert first is not None
+    await slow.give_back("a", first[0])
+    second = await other.take("a")
+    assert second is not None
+    assert not await slow.begin("a", first[0], utc_now())
+    assert (await other.all())["a"].began_at is None
+    at = utc_now().replace(microsecond=0)
+    assert await other.begin("a", second[0], at)
+    assert (await slow.all())["a"].began_at == at
 
 
 async def test_an_instance_that_was_only_slow_moves_no_checkpoint(collection: Any) -> None:

@@ -23,12 +23,13 @@ from mesh import mongo
 from mesh.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import backup as backup_module
-from services.store.backups import dump, manifest
+from services.store.backups import copying, dump, manifest
+from services.store.backups import restore as restore_module
 from services.store.backups.backup import NOT_CARRIED, Backup
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.backups.restore import Restore, complete_backups
-from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from tests.store.collecting.conftest import Clock, Parts, make_parts
 from tests.store.conftest import sha256
 
@@ -166,6 +167,87 @@ async def test_the_next_backup_copies_only_what_is_new(node: Node, empty: Node, 
     assert await complete_backups(await node.places.open(folder, to_write=False)) == [first.backup_id, second.backup_id]
     await all_of(empty.restore.run(folder, first.backup_id))
     assert await empty.parts.known() == {sha256(b"one"), sha256(b"two")}
+
+
+async def test_what_rotted_in_the_place_is_replaced(node: Node, empty: Node, folder: str, tmp_path: Path) -> None:
+    contents = [b"small", os.urandom(9 * MIB), b"fine"]
+    await node.fill(*contents)
+    await all_of(node.backup.run(folder))
+    for content in contents[:2]:
+        blob = tmp_path / "backups" / manifest.blob_key(sha256(content))
+        blob.write_bytes(b"?" + content[1:])  # Of the same size.
+    node.parts.clock.advance(seconds=1)
+    trusting = await all_of(node.backup.run(folder, trust_sizes=True))
+    assert (trusting.copied, trusting.repaired) == (0, 0)
+    node.parts.clock.advance(seconds=1)
+    made = await all_of(node.backup.run(folder))
+    assert (made.blobs, made.copied, made.repaired, made.missing) == (4, 2, 2, ())
+    assert made.copied_bytes == len(contents[0]) + len(contents[1])
+    await all_of(empty.restore.run(folder, trusting.backup_id))  # It means the same blobs.
+    for content in contents:
+        assert await empty.parts.read(content) == content
+
+
+async def test_what_rotted_on_both_sides_is_missing(node: Node, folder: str, tmp_path: Path) -> None:
+    await node.fill(b"rotten")
+    await all_of(node.backup.run(folder))
+    stored = (await node.parts.artifacts.find([sha256(b"rotten")]))[sha256(b"rotten")]
+    (node.parts.root / stored.key).write_bytes(b"ROTTEN")
+    node.parts.clock.advance(seconds=1)
+    assert (await all_of(node.backup.run(folder))).missing == ()  # The place has it.
+    (tmp_path / "backups" / manifest.blob_key(sha256(b"rotten"))).write_bytes(b"rotte?")
+    node.parts.clock.advance(seconds=1)
+    made = await all_of(node.backup.run(folder))
+    assert (made.missing, made.repaired) == ((sha256(b"rotten"),), 0)
+
+
+async def test_the_same_answer_of_many_results_is_read_once_there(
+    node: Node, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await node.fill(b"abc")
+    one = await node.parts.collections.results.find_one({})
+    assert one is not None
+    await node.parts.collections.results.insert_many([{**one, "_id": f"same{n}"} for n in range(40)])
+    await all_of(node.backup.run(folder))
+    read: list[str] = []
+    real = copying._is_right
+
+    async def is_right(blob: copying.Named, *rest: Any) -> bool:
+        read.append(blob.sha256)
+        return await real(blob, *rest)
+
+    monkeypatch.setattr(copying, "_is_right", is_right)
+    node.parts.clock.advance(seconds=1)
+    made = await all_of(node.backup.run(folder))
+    assert (made.blobs, made.copied) == (42, 0)
+    assert read.count(one["blob"]["sha256"]) <= 8  # Those of one batch do not know of each other.
+    assert read.count(sha256(b"abc")) == 1
+
+
+@pytest.mark.parametrize("what", ["backup", "restore"])
+async def test_the_first_error_ends_what_is_copied_beside_it(
+    node: Node, empty: Node, folder: str, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    await node.fill(*(b"%d" % n for n in range(7)))
+    if what == "restore":
+        await all_of(node.backup.run(folder))
+    bad, going_on = sha256(b"3"), 0
+
+    async def copied(blob: copying.Named, *rest: Any, **options: Any) -> copying.Copied:
+        nonlocal going_on
+        if blob.sha256 == bad:
+            raise Unavailable("the place is away")
+        going_on += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            going_on -= 1
+        raise AssertionError("nothing sets it")
+
+    monkeypatch.setattr(backup_module if what == "backup" else restore_module, "copied", copied)
+    with pytest.raises(Unavailable, match="the place is away"):
+        await all_of(node.backup.run(folder) if what == "backup" else empty.restore.run(folder, ""))
+    assert going_on == 0
 
 
 async def test_every_document_is_of_one_moment(

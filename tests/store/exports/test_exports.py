@@ -16,6 +16,7 @@ from services.store.exports.table import table_of
 from shoal.store.v1 import store_pb2 as pb
 from tests.store.conftest import Store, refused, running_store
 from tests.store.test_result_rpc import BAD, FAILED, answer, get, put, result
+from tests.store.test_result_stream import large, rot
 from tests.weeds import WeedProcess
 
 pytestmark = pytest.mark.mongo
@@ -209,6 +210,29 @@ async def test_where_it_may_not_write(store: Store, allowed: Path, tmp_path: Pat
         await refused(export(store, url), BAD, "url")
     found = {path.name for path in tmp_path.rglob("*") if path.name.startswith(("part-", "manifest"))}
     assert not found
+
+
+async def test_a_damaged_answer_ends_no_export(store: Store, allowed: Path) -> None:
+    blobs = {job: await large(store, job) for job in "abc"}
+    rot(blobs["a"])
+    rot(blobs["c"])
+    url = (allowed / "x").as_uri()
+    call = export(store, url, part_rows=1)
+    first = next_part = await call.read()
+    while next_part.parts < 1:
+        next_part = await call.read()
+    call.cancel()
+    assert (first.answers_lost, next_part.answers_lost) == (0, 1)
+    for path in (allowed / "x").glob("*1.parquet"):
+        path.unlink()  # As if it had been given up there.
+    last = (await whole(export(store, url, part_rows=1, cursor=next_part.cursor)))[-1]
+    assert (last.rows, last.answers_lost) == (3, 2)
+    rows = read(allowed / "x")
+    assert [(row["job_id"], row["outputs"] is None, bool(row["answer_lost"])) for row in rows] == [
+        ("a", True, True), ("b", False, False), ("c", True, True)
+    ]  # fmt: skip
+    assert blobs["a"].name in str(rows[0]["answer_lost"])
+    assert json.loads((allowed / "x" / "_manifest.json").read_text())["answers_lost"] == 2
 
 
 async def test_by_default_it_writes_nowhere_but_to_the_caller(config: StoreConfig, tmp_path: Path) -> None:
