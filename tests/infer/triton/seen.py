@@ -26,17 +26,20 @@ def see(stub: GRPCInferenceServiceStub, case: Case) -> Seen:
     try:
         if case.method == "ModelStreamInfer":
             answers = list(method(iter(case.asked), timeout=wire.PATIENCE_S))
-            return "OK", [_streamed(answer) for answer in answers], ""
+            return "OK", [_streamed(answer, case.hides) for answer in answers], ""
         return "OK", _plain(case, method(case.asked[0], timeout=wire.PATIENCE_S)), ""
     except grpc.RpcError as err:
         code, message = wire.outcome(err)
         return code, None, message
 
 
-def _streamed(answer: pb.ModelStreamInferResponse) -> dict[str, Any]:
+def _streamed(answer: pb.ModelStreamInferResponse, hides: int) -> dict[str, Any]:
     if answer.error_message:
         return {"error": ANY, "id": answer.infer_response.id}
-    return infer(answer.infer_response)
+    seen = infer(answer.infer_response)
+    if hides:
+        seen["outputs"] = [(*about, raw[:-hides]) for *about, raw in seen["outputs"]]
+    return seen
 
 
 _NO_SEQUENCE = {
