@@ -129,7 +129,13 @@ def main() -> int:
         out.print(Text(str(err), "red"))
     except ShoalError as err:
         out.print(Text(f"the demo failed: {err.message}", "red"))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as err:
+        # What is interrupted within ONNX Runtime comes out of it as its own error.
+        interruption = err.__cause__ if isinstance(err, RuntimeError) else err
+        if isinstance(interruption, SystemExit):
+            raise interruption from None
+        if not isinstance(interruption, KeyboardInterrupt):
+            raise
         out.print("interrupted: everything is stopped")
         return 130
     return 1

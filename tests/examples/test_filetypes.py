@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.filetypes import demo
 from tests.breakable import until
 
 pytestmark = pytest.mark.node
@@ -88,3 +89,30 @@ def test_a_node_that_does_not_start_shows_its_log(repository_root: Path, folder:
     assert "/nothing/here" in output
     assert "Traceback" not in output
     assert left_behind(folder) == []
+
+
+def test_an_interruption_that_comes_out_of_an_extension_as_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    interruption: BaseException = KeyboardInterrupt()
+
+    def interrupted(*_: object) -> int:
+        raise RuntimeError("Could not create tensor from given input list") from interruption
+
+    monkeypatch.setattr(demo, "_in_folder", interrupted)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    assert demo.main() == 130
+    interruption = SystemExit(143)
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == 143
+
+
+def test_an_error_that_is_no_interruption_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(demo, "_in_folder", broken)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    with pytest.raises(RuntimeError, match="broken"):
+        demo.main()
