@@ -2,10 +2,10 @@
 
 shoal.cli -> shoal.client, shoal.convert, shoal.compress, shoal.discovery, mesh.node
 shoal.compress -> shoal.convert -> shoal's errors; only when a model is converted or compressed
-services  -> mesh, kernels, shoal's stubs and errors; never each other
+services  -> mesh, kernels, shoal's stubs, errors and datatypes; never each other
 mesh      -> shoal's stubs and errors; no service
 kernels   -> nothing of ours, no grpc, no asyncio
-shoal.client, shoal.discovery -> shoal's stubs and errors
+shoal.client, shoal.discovery -> shoal's stubs, errors and datatypes
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def within(name: str, *packages: str) -> bool:
 
 def allowed(module: str) -> tuple[str, ...]:
     """What of ours `module` may import."""
-    bottom = (*STUBS, "shoal.errors", "shoal.__version__", "shoal._version")
+    bottom = (*STUBS, "shoal.errors", "shoal.datatypes", "shoal.__version__", "shoal._version")
     if within(module, "kernels"):
         return ("kernels",)
     if within(module, "mesh"):

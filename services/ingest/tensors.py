@@ -7,48 +7,18 @@ Raw contents: elements little-endian and row-major; before each BYTES element it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.datatypes import CONTENTS, DTYPES
 from shoal.errors import DataLoss
 from shoal.inference.v2 import inference_pb2 as oip
 
 Array: TypeAlias = NDArray[Any]
 
-DTYPES: Mapping[str, np.dtype[Any]] = {
-    "BOOL": np.dtype("?"),
-    "INT8": np.dtype("<i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "UINT8": np.dtype("<u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-    "BF16": np.dtype("<u2"),
-}
-"""The NumPy type that carries each datatype of fixed size; BF16 by its bits. BYTES is carried by objects."""
-
-_CONTENTS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
 _LENGTH_BYTES = 4
 
 
@@ -89,7 +59,7 @@ def _of_raw(what: str, datatype: str, raw: bytes) -> Array:
 
 
 def _of_contents(what: str, datatype: str, contents: oip.InferTensorContents) -> Array:
-    if (field := _CONTENTS.get(datatype)) is None:
+    if (field := CONTENTS.get(datatype)) is None:
         raise DataLoss(f"{what}: {datatype[:40]!r} has no typed contents in the protocol")
     elements = list(getattr(contents, field))
     if datatype == "BYTES":

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.datatypes import CONTENTS, DTYPES
 from shoal.errors import DataLoss, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 
@@ -25,40 +26,7 @@ Array: TypeAlias = NDArray[Any]
 ArrayLike: TypeAlias = "Array | Sequence[Any] | BFloat16 | bool | int | float | str | bytes"
 """What an input may be: an array, or (nested) lists and scalars, which take the datatype that the model asks for."""
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype("?"),
-    "INT8": np.dtype("<i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "UINT8": np.dtype("<u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-    # NumPy has no bfloat16: its bits are carried as they are.
-    "BF16": np.dtype("<u2"),
-}
-"""The NumPy type that carries each datatype of fixed size. BYTES is carried by object arrays of `bytes`."""
-
 _DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items() if datatype != "BF16"}
-
-_CONTENTS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +198,7 @@ def from_contents(name: str, datatype: str, shape: Sequence[int], contents: oip.
         DataLoss: the elements do not fit datatype and shape, or lie in a field that is not the datatype's.
     """
     _check_shape(name, shape)
-    field = _CONTENTS.get(datatype)
+    field = CONTENTS.get(datatype)
     if field is None:
         raise DataLoss(f"output {name!r}: {datatype} has no typed contents in the protocol")
     elements: Sequence[Any] = getattr(contents, field)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from shoal.client.arrays import DTYPES, BFloat16, convert, from_contents, from_tensor, to_tensor
+from shoal.client.arrays import BFloat16, convert, from_contents, from_tensor, to_tensor
+from shoal.datatypes import DTYPES
 from shoal.errors import DataLoss, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 

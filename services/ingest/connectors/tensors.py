@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from services.ingest.tensors import DTYPES, Array, packed
+from services.ingest.tensors import Array, packed
+from shoal.datatypes import DTYPES
 from shoal.errors import InvalidArgument
 
 DATATYPES = (*(name for name in DTYPES if name != "BF16"), "BYTES")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from services.ingest.connectors.formats import Format
 from services.ingest.connectors.tensors import DATATYPES, elements_of, raw_of
-from services.ingest.tensors import DTYPES
+from shoal.datatypes import DTYPES
 from shoal.errors import DataLoss, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from services.ingest.batches.inputs.piece import Cells
 from services.ingest.batches.rows.signature import Spec
-from services.ingest.tensors import DTYPES, Array
+from services.ingest.tensors import Array
+from shoal.datatypes import DTYPES
 from shoal.errors import InvalidArgument
 
 
