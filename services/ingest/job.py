@@ -95,10 +95,12 @@ REFUSED_WAIT_MS = 200
 REFUSED_MAX_WAIT_MS = 5_000
 """Waits of a job that found nobody: doubling between these, so that an outage costs little and its end is seen soon."""
 MAX_LAPSES = 20
+"""After so many the next one ends the job: it may be what its holders die of."""
 SOON_AGAIN = 2
+"""So many times a job that lapsed is due at once: mostly its holder was killed, and another is there."""
 LAPSED_WAIT_MS = 500
 LAPSED_MAX_WAIT_MS = 15_000
-"""Longest drawn wait of a job that lapsed more often than `SOON_AGAIN`, doubling between these."""
+"""Longest drawn wait after each further lapse, doubling between these."""
 TRANSITIONS_KEPT = 400
 """The newest transitions of a job that are kept: more than 100 attempts make. Only long outages reach it."""
 MESSAGE_CHARS = 2_000

@@ -54,8 +54,8 @@ class Pace:
     """How many jobs of one model may be in calls at once, and are claimed at a time.
 
     It doubles with each round of answers that come soon, up to `most`, and halves when they take long: what a model has
-    waiting beyond a second's work makes it no faster, and is lost with the instance. Soon is `soon_s`, or
-    a few times what it needs at best: a model of five seconds a batch gets its batches.
+    waiting beyond a second's work makes it no faster, and is run again when the instance dies. Soon is `soon_s`, or a
+    few times what it needs at best: a model of five seconds a batch gets its batches.
     """
 
     def __init__(self, most: int, soon_s: float) -> None:

@@ -48,6 +48,7 @@ GROUP_ITEMS = 500
 GROUP_BYTES = 16 << 20
 """A third of MongoDB's largest message."""
 _WRITES = 2
+# While one half of those who wait for an answer is written, the other makes its way (`group.py`).
 _DUPLICATE_KEY = 11000
 _WAIT_S = 10.0
 # Longest a submit may take with MongoDB away: the write under way gives up after mesh.mongo.TIMEOUT_MS, then the next.
