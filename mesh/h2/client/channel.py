@@ -214,6 +214,8 @@ class Channel(Stubbed):
                 await self._dial(line)
                 self._lines.add(line)
                 await line.ready
+                if line.is_retired:  # All of this may have come in one piece.
+                    raise ConnectionError("it said goodbye at once")
         except (OSError, TimeoutError) as err:
             self._connecting = None
             why = str(err) or f"no connection within {_CONNECT_S:.0f} s"

@@ -66,7 +66,7 @@ class Line(Peer):
         self._calls: dict[int, Call] = {}
         self._next = 1
         self._most = 0
-        self._is_retired = self._is_lost = False
+        self.is_retired = self._is_lost = False
         self.has_answered = False
         self.ready: asyncio.Future[None] = self._loop.create_future()
 
@@ -122,7 +122,7 @@ class Line(Peer):
 
     def takes(self) -> bool:
         """Whether a call can begin now."""
-        return len(self._calls) < self._most and not self._is_retired and not self._transport.is_closing()
+        return len(self._calls) < self._most and not self.is_retired and not self._transport.is_closing()
 
     def begin(self, call: Call, *, has_waited: bool) -> None:
         """Sends a call off. Only where `takes` says so."""
@@ -156,7 +156,7 @@ class Line(Peer):
         self._one_less()
 
     def _one_less(self) -> None:
-        if self._is_retired:
+        if self.is_retired:
             self._close_when_done()
         else:
             self._owner.has_room()
@@ -269,12 +269,12 @@ class Line(Peer):
             self._one_less()
 
     def _retire(self) -> None:
-        if not self._is_retired:
-            self._is_retired = True
+        if not self.is_retired:
+            self.is_retired = True
             self._owner.retire(self)
 
     def _close_when_done(self) -> None:
-        if self._is_retired and not self._calls and not self._transport.is_closing():
+        if self.is_retired and not self._calls and not self._transport.is_closing():
             self._sender.flush()
             self._transport.close()
             self._loop.call_later(_CLOSE_S, self._transport.abort)
