@@ -72,8 +72,8 @@ async def each(items: AsyncIterable[T] | Iterable[T]) -> AsyncGenerator[T, None]
 
 
 async def _asked_in_a_thread(iterator: Iterator[T]) -> AsyncGenerator[T, None]:
-    """Its items, each as soon as it is there. The thread asks on while they are taken: a trip to one for each item costs
-    more than most items do."""
+    """Its items, each as soon as it is there. The thread asks on while they are taken: a trip to one for each of them
+    costs more than most do."""
     loop, ahead, came = asyncio.get_running_loop(), deque[T](), asyncio.Event()
 
     def ask() -> bool:
