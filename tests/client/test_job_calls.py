@@ -19,6 +19,7 @@ from shoal.client.submission import Submission
 from shoal.errors import (
     Cancelled,
     Code,
+    DataLoss,
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
@@ -395,6 +396,14 @@ async def test_a_job_without_an_answer_raises_what_it_failed_with(
     standing(served, outcome, result=result)
     async with client_of(served) as client:
         with pytest.raises(error, match=words):
+            await client.jobs.result("a")
+
+
+async def test_an_answer_that_is_damaged_is_an_error(served: Served) -> None:
+    result = store.Result(job_id="a", outcome=store.Result.OUTCOME_SUCCEEDED, answer_lost="blob x: it is damaged")
+    standing(served, "SUCCEEDED", result=result)
+    async with client_of(served) as client:
+        with pytest.raises(DataLoss, match="job a succeeded, and its answer is damaged in the store: blob x"):
             await client.jobs.result("a")
 
 
