@@ -165,14 +165,34 @@ class SubmitResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., existed: _Optional[bool] = ...) -> None: ...
 
 class SubmitStreamRequest(_message.Message):
-    __slots__ = ("sequence", "submit")
+    __slots__ = ("sequence", "submit", "submits")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    SUBMITS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     submit: SubmitRequest
-    def __init__(self, sequence: _Optional[int] = ..., submit: _Optional[_Union[SubmitRequest, _Mapping]] = ...) -> None: ...
+    submits: _containers.RepeatedCompositeFieldContainer[SubmitRequest]
+    def __init__(self, sequence: _Optional[int] = ..., submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[SubmitRequest, _Mapping]]] = ...) -> None: ...
 
 class SubmitStreamResponse(_message.Message):
+    __slots__ = ("sequence", "job_id", "existed", "code", "message", "acknowledgements", "most_submits")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    EXISTED_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGEMENTS_FIELD_NUMBER: _ClassVar[int]
+    MOST_SUBMITS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    job_id: str
+    existed: bool
+    code: int
+    message: str
+    acknowledgements: _containers.RepeatedCompositeFieldContainer[Acknowledgement]
+    most_submits: int
+    def __init__(self, sequence: _Optional[int] = ..., job_id: _Optional[str] = ..., existed: _Optional[bool] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., acknowledgements: _Optional[_Iterable[_Union[Acknowledgement, _Mapping]]] = ..., most_submits: _Optional[int] = ...) -> None: ...
+
+class Acknowledgement(_message.Message):
     __slots__ = ("sequence", "job_id", "existed", "code", "message")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
