@@ -9,6 +9,7 @@ with w=majority, j=true; Redis with appendfsync always; RabbitMQ with publisher 
 share the machine.
 
     submit x1, x8    one client, or eight at once, that wait for each acknowledgement; no worker runs
+    stream, stream x1  one stream of submits, 100 jobs a message (as the client library sends them), or one
     drain            a queue that is full before its worker starts: jobs/s from the first stored result to the last
     latency          one job at a time, at most 20 a second, from submit to a result that was read
 
@@ -36,7 +37,7 @@ from node import MODEL, save_model
 from queues import node as ours
 from queues.peers import Places, queue
 
-COLUMNS = ("submit x1 /s", "submit x8 /s", "stream /s", "drain /s", "p50 ms", "p99 ms")
+COLUMNS = ("submit x1 /s", "submit x8 /s", "stream /s", "stream x1 /s", "drain /s", "p50 ms", "p99 ms")
 Measured = dict[str, list[float]]
 _STALLED_S = 60.0
 
@@ -68,8 +69,9 @@ def shoal(folder: Path, jobs: int) -> Measured:
         asyncio.run(ours.unary(node.gateway, MODEL, 1, 50))
         found["submit x1 /s"] = [asyncio.run(ours.unary(node.gateway, MODEL, 1, jobs // 4))]
         found["submit x8 /s"] = [asyncio.run(ours.unary(node.gateway, MODEL, 8, jobs))]
+        found["stream x1 /s"] = [asyncio.run(ours.streamed(node.gateway, MODEL, jobs * 2, each=1))]
         found["stream /s"] = [asyncio.run(ours.streamed(node.gateway, MODEL, jobs * 4))]
-        total = 50 + jobs // 4 + jobs + jobs * 4
+        total = 50 + jobs // 4 + jobs + jobs * 2 + jobs * 4
     with ours.node(folder) as node:
         rate = drain(node.results, total, 0.01)
         found["drain /s"] = [rate]

@@ -10,10 +10,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from pymongo import MongoClient
@@ -24,6 +25,9 @@ from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 PARTS = ("mongod", "envoy", "ingest-0", "infer-0", "store-0")
+
+EACH = 100
+"""Jobs a message of a stream, as the client library sends them."""
 
 
 def question(model: str, number: float = 1.0) -> oip.ModelInferRequest:
@@ -115,20 +119,29 @@ async def unary(gateway: str, model: str, clients: int, count: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-async def streamed(gateway: str, model: str, count: int) -> float:
-    """Acknowledged a second, on one stream."""
+async def streamed(gateway: str, model: str, count: int, *, each: int = EACH) -> float:
+    """Acknowledged a second, on one stream, of messages of `each` jobs."""
     submit = ingest_pb2.SubmitRequest(request=question(model))
-
-    async def requests() -> AsyncIterator[ingest_pb2.SubmitStreamRequest]:
-        for number in range(count):
-            yield ingest_pb2.SubmitStreamRequest(sequence=number, submit=submit)
-
     async with connect(gateway) as channel:
-        stub = ingest_pb2_grpc.IngestServiceStub(channel)
         began = time.perf_counter()
-        answers = [answer.job_id async for answer in stub.SubmitStream(requests())]
-        assert all(answers), "some were refused"
+        await acknowledged(channel, messages([submit] * count, each))
         return count / (time.perf_counter() - began)
+
+
+def messages(submits: list[ingest_pb2.SubmitRequest], each: int = EACH) -> Iterator[ingest_pb2.SubmitStreamRequest]:
+    for first in range(0, len(submits), each):
+        if each == 1:
+            yield ingest_pb2.SubmitStreamRequest(sequence=first, submit=submits[first])
+        else:
+            yield ingest_pb2.SubmitStreamRequest(sequence=first, submits=submits[first : first + each])
+
+
+async def acknowledged(channel: grpc.aio.Channel, requests: Iterator[ingest_pb2.SubmitStreamRequest]) -> None:
+    """Sends one stream of jobs, all of which must be accepted."""
+    async for answer in ingest_pb2_grpc.IngestServiceStub(channel).SubmitStream(requests):
+        for ack in answer.acknowledgements or (answer,):
+            if not ack.job_id:
+                sys.exit(f"job {ack.sequence} was refused: {ack.message}")
 
 
 async def latency(gateway: str, model: str, count: int) -> dict[str, float]:
@@ -153,8 +166,5 @@ async def latency(gateway: str, model: str, count: int) -> dict[str, float]:
 async def numbered(gateway: str, model: str, count: int) -> None:
     """Submits `count` jobs on one stream, each with its own number."""
     submits = [ingest_pb2.SubmitRequest(request=question(model, number)) for number in range(count)]
-    requests = [ingest_pb2.SubmitStreamRequest(sequence=n, submit=submit) for n, submit in enumerate(submits)]
     async with connect(gateway) as channel:
-        stub = ingest_pb2_grpc.IngestServiceStub(channel)
-        answers = [answer.job_id async for answer in stub.SubmitStream(iter(requests))]
-    assert all(answers), "some were refused"
+        await acknowledged(channel, messages(submits))

@@ -218,7 +218,7 @@ async def run(config: IngestConfig) -> None:
             clock=utc_now,
             ready=ready,
         )
-        retention = RetentionBook(database[JOB_RETENTION], config.job_retention)
+        retention = RetentionBook(database[JOB_RETENTION], config.retention)
         sweep = Sweep(
             documents,
             payloads,
@@ -238,7 +238,7 @@ async def run(config: IngestConfig) -> None:
         )
         batches = None
         if (made := batches_class()) is not None:
-            batches = made(config, database, channel, model, clock=utc_now, new_id=ulids.new, ready=ready)
+            batches = made(config, database, channel, model, retention, clock=utc_now, new_id=ulids.new, ready=ready)
         servicer = IngestRpc(
             intake,
             jobs,

@@ -77,7 +77,7 @@ def show_result(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Show all that is known of a result, and what the answer holds.
+    """Show all that is known of a result, and what the answer holds. Exits 1 when that is damaged in the store.
 
     [bold]Example[/bold]
 
@@ -90,6 +90,7 @@ def show_result(
     if json:
         answer = tensors.as_document(result.answer) if result.answer is not None else None
         show_json({**vars(result), "answer": answer})
+        _exit_without(result)
         return
     about = [
         ("job", result.job_id),
@@ -102,11 +103,21 @@ def show_result(
         ("submitted", result.submitted_at),
         ("recorded", result.recorded_at),
         ("error", result.message),
-        ("answer", "removed by retention" if result.answer_removed_at else ""),
+        ("answer", _without_answer(result)),
     ]
     show(("", ""), [(name, value) for name, value in about if value not in (None, "", [])])
     if result.answer is not None:
         tensors.show_result(result.answer, as_json=False, output=None)
+    _exit_without(result)
+
+
+def _exit_without(result: JobResult) -> None:
+    """Ends the command when the answer that was asked for is lost: whoever takes it for none is told otherwise."""
+    if result.answer_lost:
+        print(
+            f"shoal: the answer of job {result.job_id} is damaged in the store: {result.answer_lost}", file=sys.stderr
+        )
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -211,6 +222,13 @@ def _row(result: JobResult) -> tuple[object, ...]:
         result.recorded_at,
         result.message,
     )
+
+
+def _without_answer(result: JobResult) -> str:
+    """Why there is none, of a result that has had one."""
+    if result.answer_removed_at:
+        return "removed by retention"
+    return "damaged in the store" if result.answer_lost else ""
 
 
 def _model(result: JobResult) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import TypeVar
 
 from shoal.client import methods
@@ -13,6 +15,9 @@ from shoal.errors import Unimplemented
 from shoal.inference.v2 import inference_pb2 as oip
 
 T = TypeVar("T")
+
+AHEAD = 16
+"""Requests of an iterable that may block: so many are asked for before they are needed, while others are sent."""
 
 ASK_S = 10.0
 """Metadata is answered from memory."""
@@ -61,6 +66,40 @@ async def each(items: AsyncIterable[T] | Iterable[T]) -> AsyncGenerator[T, None]
         for item in items:
             yield item
     else:
-        iterator = iter(items)
-        while (got := await asyncio.to_thread(next, iterator, _END)) is not _END:
-            yield got  # type: ignore[misc]
+        async with aclosing(_asked_in_a_thread(iter(items))) as asked:
+            async for item in asked:
+                yield item
+
+
+async def _asked_in_a_thread(iterator: Iterator[T]) -> AsyncGenerator[T, None]:
+    """Its items, each as soon as it is there. The thread asks on while they are taken: a trip to one for each of them
+    costs more than most do."""
+    loop, ahead, came = asyncio.get_running_loop(), deque[T](), asyncio.Event()
+
+    def ask() -> bool:
+        """Whether there may be more."""
+        while len(ahead) < AHEAD:
+            item = next(iterator, _END)
+            if item is _END:
+                return False
+            ahead.append(item)  # type: ignore[arg-type]
+            if len(ahead) == 1:
+                loop.call_soon_threadsafe(came.set)
+        return True
+
+    def asked(done: asyncio.Task[bool]) -> None:
+        came.set()
+        if not done.cancelled():
+            done.exception()  # Raised below, or of no interest to whoever has left.
+
+    more = True
+    while more:
+        asking = asyncio.create_task(asyncio.to_thread(ask))
+        asking.add_done_callback(asked)
+        while not asking.done() or ahead:
+            came.clear()
+            while ahead:
+                yield ahead.popleft()
+            if not asking.done():
+                await came.wait()
+        more = await asking

@@ -61,12 +61,15 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         """The outcome of a job that is not sent, or not taken."""
 
     @abstractmethod
-    def _request(self, index: int, pending: P) -> Q | None:
-        """What is sent of a job; None: nothing for now."""
+    def _next_request(self, outbox: deque[int]) -> Q | None:
+        """Takes from the left of `outbox`, which is not empty, what the next message carries; None: nothing of it."""
 
     @abstractmethod
-    async def _take(self, answer: R, pending: P) -> None:
-        """Deals with an answer to a job that waits."""
+    async def _take(self, answer: R) -> None:
+        """Deals with an answer, for the jobs in it that still wait (`_pending`)."""
+
+    def _begin(self) -> None:
+        """A new stream begins."""
 
     def _is_all_sent(self) -> bool:
         return self._exhausted
@@ -132,20 +135,16 @@ class JobStream(ABC, Generic[P, Q, R, O]):
     async def _stream(self) -> None:
         """One stream, until it ends or breaks. What waits for an answer goes first."""
         self._outbox = deque(self._pending)
+        self._begin()
         with self._caller.bidi(self._method, self._feed(self._outbox), timeout_s=None) as call:
             while (answer := await self._read(call)) is not None:
-                pending = self._pending.get(answer.sequence)
-                if pending is not None:
-                    self._answers += 1
-                    await self._take(answer, pending)
+                await self._take(answer)
 
     async def _feed(self, outbox: deque[int]) -> AsyncIterator[Q]:
         # grpc may ask a stream that has ended for one more: that must not come out of its successor's outbox.
         while outbox is self._outbox:
             while outbox:
-                index = outbox.popleft()
-                pending = self._pending.get(index)
-                if pending is not None and (request := self._request(index, pending)) is not None:
+                if (request := self._next_request(outbox)) is not None:
                     yield request
             if self._is_all_sent():
                 return
@@ -156,6 +155,13 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         """The next answer; None at the end of the stream. A queue may be long: there is no deadline of its own."""
         answer = await call.read()
         return answer if isinstance(answer, self._method.response) else None  # Else: the end.
+
+    def _answered(self, index: int) -> P | None:
+        """An answer to a job has come: what is kept of it, if it still waits."""
+        pending = self._pending.get(index)
+        if pending is not None:
+            self._answers += 1
+        return pending
 
     def _done(self, index: int, outcome: O) -> None:
         del self._pending[index]

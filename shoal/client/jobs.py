@@ -300,6 +300,7 @@ class AsyncJobs:
 
         Raises:
             NotFound: no such job, or its result is no longer kept.
+            DataLoss: its answer is damaged in the store.
             FailedPrecondition: it has not ended, and `wait` is False.
             DeadlineExceeded: it has not ended in time, or it expired.
             Cancelled: it was cancelled.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shoal.client.inference import InferResult, of_response
 from shoal.client.job import Job, JobState
-from shoal.errors import Cancelled, Code, DeadlineExceeded, NotFound, ShoalError, from_status
+from shoal.errors import Cancelled, Code, DataLoss, DeadlineExceeded, NotFound, ShoalError, from_status
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.store.v1 import store_pb2 as store
 
@@ -16,11 +16,17 @@ def of_result(result: store.Result) -> InferResult:
         Cancelled: the job was cancelled.
         DeadlineExceeded: it expired.
         NotFound: its answer is no longer kept.
+        DataLoss: its answer is damaged in the store.
         ShoalError: it failed: the class and the words of its last attempt.
     """
     if result.outcome == store.Result.OUTCOME_SUCCEEDED:
         if result.HasField("answer_removed_at"):
             raise NotFound(f"job {result.job_id} succeeded; retention has removed its answer since")
+        if result.answer_lost:
+            raise DataLoss(
+                f"job {result.job_id} succeeded, and its answer is damaged in the store: {result.answer_lost}: "
+                "to have it again, submit the job again"
+            )
         return of_response(result.response)
     if result.outcome == store.Result.OUTCOME_CANCELLED:
         raise Cancelled(_words(result.job_id, "was cancelled", result.message))

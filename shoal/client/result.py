@@ -49,7 +49,7 @@ class JobResult:
     answer_removed_at: datetime | None = None
     """Retention has taken the answer out and left the rest."""
     answer_lost: str = ""
-    """Why the answer cannot be read: it is damaged in the store. Only in streams, which pass over it."""
+    """Why the answer cannot be read: it is damaged in the store. All else that is known of the job is here."""
 
 
 @dataclass(frozen=True)

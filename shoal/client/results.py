@@ -30,7 +30,7 @@ class AsyncResults:
         self._tenant = tenant
 
     async def get(self, job_id: str, *, timeout: float = READ_S) -> JobResult:
-        """The result of a job, with its answer.
+        """The result of a job, with its answer; where that is damaged in the store, `answer_lost` says why.
 
         Raises:
             NotFound: it has none (yet, or no more).
@@ -48,6 +48,8 @@ class AsyncResults:
         timeout: float = READ_S,
     ) -> builtins.list[JobResult]:
         """The newest `limit` results that match, with their answers when `answers` is true.
+
+        One whose answer is damaged in the store comes without it: `answer_lost` says why.
 
         Raises:
             InvalidArgument: names what is wrong with the filter.

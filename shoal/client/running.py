@@ -8,6 +8,7 @@ pending ──feed──> RunStream ──read──> results
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -66,8 +67,10 @@ class Running(JobStream[_Pending, ingest.RunStreamRequest, ingest.RunStreamRespo
     def _refusal(self, index: int, error: ShoalError) -> Ran:
         return Ran(index, error=error)
 
-    def _request(self, index: int, pending: _Pending) -> ingest.RunStreamRequest | None:
-        if pending.is_aside:
+    def _next_request(self, outbox: deque[int]) -> ingest.RunStreamRequest | None:
+        index = outbox.popleft()
+        pending = self._pending.get(index)
+        if pending is None or pending.is_aside:
             return None
         if pending.submit is None:
             return ingest.RunStreamRequest(sequence=index, job_id=pending.job_id)
@@ -76,8 +79,9 @@ class Running(JobStream[_Pending, ingest.RunStreamRequest, ingest.RunStreamRespo
     def _is_all_sent(self) -> bool:
         return super()._is_all_sent() and not self._aside
 
-    async def _take(self, answer: ingest.RunStreamResponse, pending: _Pending) -> None:
-        if pending.is_aside:
+    async def _take(self, answer: ingest.RunStreamResponse) -> None:
+        pending = self._answered(answer.sequence)
+        if pending is None or pending.is_aside:
             return
         if answer.state == ingest.JOB_STATE_QUEUED:
             pending.job_id, pending.submit = answer.job_id, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,12 @@ from shoal.ingest.v1 import ingest_pb2 as ingest
 if TYPE_CHECKING:
     from shoal.client.calls import Bidi
 
-WINDOW = 256
-"""Jobs without acknowledgement. The node writes them in groups of about a hundred: two groups keep it busy."""
+WINDOW = 1_000
+"""Jobs without acknowledgement. The node writes them in groups of up to 500: two of them keep it busy."""
+
+MESSAGE_JOBS = 100
+MESSAGE_BYTES = 1 << 20
+"""Of one message, which then costs its jobs next to nothing. A larger job goes by itself."""
 
 ACK_S = 60.0
 """An acknowledgement waits for the database: a minute outlasts an election and a full backlog's retry."""
@@ -47,8 +52,25 @@ class Submission(
     def _refusal(self, index: int, error: ShoalError) -> Submitted:
         return Submitted(index, error=error)
 
-    def _request(self, index: int, pending: ingest.SubmitRequest) -> ingest.SubmitStreamRequest:
-        return ingest.SubmitStreamRequest(sequence=index, submit=pending)
+    def _begin(self) -> None:
+        self._most = 1
+
+    def _next_request(self, outbox: deque[int]) -> ingest.SubmitStreamRequest | None:
+        """A run of jobs that follow each other: as many as there are, up to what the node takes in one message."""
+        first, submits, nbytes = outbox[0], list[ingest.SubmitRequest](), 0
+        while outbox and len(submits) < self._most and outbox[0] == first + len(submits):
+            submit = self._pending.get(outbox[0])
+            nbytes += 0 if submit is None else submit.ByteSize()
+            if submits and (submit is None or nbytes > MESSAGE_BYTES):
+                break
+            outbox.popleft()
+            if submit is None:
+                return None
+            submits.append(submit)
+        if self._most == 1:
+            return ingest.SubmitStreamRequest(sequence=first, submit=submits[0])
+        # Also one by itself: what comes as one of several is acknowledged with others.
+        return ingest.SubmitStreamRequest(sequence=first, submits=submits)
 
     async def _read(
         self, call: Bidi[ingest.SubmitStreamRequest, ingest.SubmitStreamResponse]
@@ -66,12 +88,23 @@ class Submission(
         finally:
             reading.cancel()
 
-    async def _take(self, answer: ingest.SubmitStreamResponse, pending: ingest.SubmitRequest) -> None:
-        ack = Submitted(answer.sequence, answer.job_id, answer.existed)
-        if answer.code:
-            error = of_answer(answer.code, answer.message)
-            ack = await self._again(ack.index, pending) if is_retried(error) else self._refusal(ack.index, error)
-        self._done(answer.sequence, ack)
+    async def _take(self, answer: ingest.SubmitStreamResponse) -> None:
+        if answer.most_submits:
+            self._most = min(answer.most_submits, MESSAGE_JOBS)
+        for one in answer.acknowledgements or (answer,):
+            pending = self._answered(one.sequence)
+            if pending is not None:
+                self._done(one.sequence, await self._outcome(one, pending))
+
+    async def _outcome(
+        self, answer: ingest.SubmitStreamResponse | ingest.Acknowledgement, submit: ingest.SubmitRequest
+    ) -> Submitted:
+        if not answer.code:
+            return Submitted(answer.sequence, answer.job_id, answer.existed)
+        error = of_answer(answer.code, answer.message)
+        if is_retried(error):
+            return await self._again(answer.sequence, submit)
+        return self._refusal(answer.sequence, error)
 
     async def _again(self, index: int, submit: ingest.SubmitRequest) -> Submitted:
         """Submits one that was refused for the moment by itself, at the pace that the node asks for."""

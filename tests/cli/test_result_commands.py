@@ -53,6 +53,8 @@ def test_results_list(shoal: Shoal, served: Served) -> None:
 
 def test_results_show(shoal: Shoal, served: Served) -> None:
     async def get(request: Any, context: Any) -> Any:
+        if request.job_id == "lost":
+            return pb.GetResultResponse(result=stored(job_id="lost", attempt=2, answer_lost="blob x: it is damaged"))
         if request.job_id != "01J":
             await context.abort(grpc.StatusCode.NOT_FOUND, "job x: its result was removed by retention, 2026-11-24")
         result = stored(instance="local/infer-0", attempt=2)
@@ -66,6 +68,11 @@ def test_results_show(shoal: Shoal, served: Served) -> None:
     document = json.loads(shoal("results", "show", "01J", "--json").stdout)
     assert document["answer"]["outputs"][0]["data"] == [0.5, 2]
     assert "removed by retention" in complaint(shoal("results", "show", "x"))
+    for options in ((), ("--json",)):
+        lost = shoal("results", "show", "lost", *options)
+        assert lost.returncode == 1
+        assert "damaged" in lost.stdout
+        assert lost.stderr == "shoal: the answer of job lost is damaged in the store: blob x: it is damaged\n"
 
 
 def test_results_export(shoal: Shoal, served: Served, tmp_path: Path) -> None:

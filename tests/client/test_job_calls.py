@@ -12,12 +12,14 @@ import pytest
 
 import shoal
 from shoal.client import AsyncClient, JobFilter, JobRequest, JobRetry, JobState, methods
+from shoal.client.asking import AHEAD
 from shoal.client.retry import RetryPolicy
 from shoal.client.running import Running
 from shoal.client.submission import Submission
 from shoal.errors import (
     Cancelled,
     Code,
+    DataLoss,
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
@@ -41,9 +43,13 @@ def client_of(served: Served, **options: Any) -> AsyncClient:
 
 
 class Intake:
-    """Jobs by idempotency key. A stream breaks after each number of acknowledgements in `breaks`."""
+    """Jobs by idempotency key. A stream breaks after each number of acknowledgements in `breaks`; a message may carry
+    `most_submits` jobs, 0: of several it knows nothing."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, most_submits: int = 0) -> None:
+        self.most_submits = most_submits
+        self.messages: list[int] = []
+        """How many jobs each message had."""
         self.jobs: dict[str, ingest.SubmitRequest] = {}
         self.breaks: list[int] = []
         self.refused: dict[str, tuple[int, str]] = {}
@@ -65,22 +71,37 @@ class Intake:
     async def stream(self, requests: AsyncIterator[Any], context: Any) -> Any:
         limit = self.breaks.pop(0) if self.breaks else None
         count = 0
+        most_submits = self.most_submits
         async for item in requests:
-            label = item.submit.labels.get("n", "")
-            if label in self.refused:
-                code, message = self.refused[label]
-                yield ingest.SubmitStreamResponse(sequence=item.sequence, code=code, message=message)
-                continue
-            job_id, existed = self.take(item.submit)
-            if limit is not None and count >= limit:  # Written, and never acknowledged.
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
-            count += 1
-            yield ingest.SubmitStreamResponse(sequence=item.sequence, job_id=job_id, existed=existed)
+            several = self.most_submits and len(item.submits)
+            self.messages.append(several or 1)
+            acks = []
+            for at, submit in enumerate(item.submits if several else [item.submit]):
+                acks.append(self.acknowledge(item.sequence + at, submit))
+                if limit is not None and count >= limit:  # Written, and never acknowledged.
+                    if acks[:-1]:
+                        yield ingest.SubmitStreamResponse(acknowledgements=acks[:-1])
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+                count += not acks[-1].code
+            if several:
+                answer = ingest.SubmitStreamResponse(acknowledgements=acks)
+            else:
+                answer = ingest.SubmitStreamResponse.FromString(acks[0].SerializeToString())  # The same fields.
+            answer.most_submits, most_submits = most_submits, 0
+            yield answer
+
+    def acknowledge(self, sequence: int, submit: ingest.SubmitRequest) -> ingest.Acknowledgement:
+        label = submit.labels.get("n", "")
+        if label in self.refused:
+            code, message = self.refused[label]
+            return ingest.Acknowledgement(sequence=sequence, code=code, message=message)
+        job_id, existed = self.take(submit)
+        return ingest.Acknowledgement(sequence=sequence, job_id=job_id, existed=existed)
 
 
-@pytest.fixture
-def intake(served: Served) -> Intake:
-    return Intake(served)
+@pytest.fixture(params=[0, 50], ids=["one a message", "several a message"])
+def intake(request: pytest.FixtureRequest, served: Served) -> Intake:
+    return Intake(served, request.param)
 
 
 async def test_submit_says_all_of_it_and_makes_a_key(served: Served, intake: Intake) -> None:
@@ -145,6 +166,21 @@ async def test_a_stream_of_jobs(served: Served, intake: Intake) -> None:
     assert [ack.index for ack in acks] == list(range(1000))
     assert len({ack.job_id for ack in acks}) == 1000
     assert not any(ack.existed or ack.error for ack in acks)
+    assert sum(intake.messages) == 1000
+    if intake.most_submits:
+        assert max(intake.messages) == intake.most_submits
+        assert len(intake.messages) < 200
+    else:
+        assert max(intake.messages) == 1
+
+
+async def test_large_jobs_share_no_message(served: Served) -> None:
+    intake = Intake(served, 50)
+    async with client_of(served) as client:
+        requests = [JobRequest("m", {"x": np.zeros(size, np.uint8)}) for size in (1, 1, 900_000, 200_000, 2_000_000, 1)]
+        acks = [ack async for ack in client.jobs.submit_many(requests * 20, window=30)]
+    assert [ack.index for ack in acks] == list(range(120))
+    assert max(intake.messages) == 4  # The last of one round, and the first three of the next.
 
 
 async def test_a_stream_that_breaks_again_and_again_loses_and_doubles_nothing(served: Served, intake: Intake) -> None:
@@ -200,7 +236,7 @@ async def test_a_slow_reader_slows_the_source(served: Served, intake: Intake) ->
         acks = client.jobs.submit_many(source(), window=8)
         for read in range(1, 21):
             await anext(acks)
-            assert taken <= read + 8 + 1
+            assert taken <= read + 8 + 1 + AHEAD
         await acks.aclose()
 
 
@@ -360,6 +396,14 @@ async def test_a_job_without_an_answer_raises_what_it_failed_with(
     standing(served, outcome, result=result)
     async with client_of(served) as client:
         with pytest.raises(error, match=words):
+            await client.jobs.result("a")
+
+
+async def test_an_answer_that_is_damaged_is_an_error(served: Served) -> None:
+    result = store.Result(job_id="a", outcome=store.Result.OUTCOME_SUCCEEDED, answer_lost="blob x: it is damaged")
+    standing(served, "SUCCEEDED", result=result)
+    async with client_of(served) as client:
+        with pytest.raises(DataLoss, match="job a succeeded, and its answer is damaged in the store: blob x"):
             await client.jobs.result("a")
 
 

@@ -52,6 +52,23 @@ def test_a_result_with_its_answer(served: Served) -> None:
     assert result.answer.outputs["y"].tolist() == [1, 2]
 
 
+def test_a_damaged_answer_is_said_to_be(served: Served) -> None:
+    lost = stored("j", answer_lost="blob x: it is damaged", attempt=2)
+
+    async def get(request: pb.GetResultRequest, context: Any) -> pb.GetResultResponse:
+        return pb.GetResultResponse(result=lost)
+
+    async def query(request: pb.QueryResultsRequest, context: Any) -> pb.QueryResultsResponse:
+        return pb.QueryResultsResponse(results=[lost])
+
+    served.on(methods.GET_RESULT, get)
+    served.on(methods.QUERY_RESULTS, query)
+    with Client(served.address) as client:
+        found = client.results.get("j")
+        assert [found] == client.results.list(answers=True)
+    assert (found.answer, found.answer_lost, found.attempt) == (None, "blob x: it is damaged", 2)
+
+
 def test_a_list_of_more_than_a_page(served: Served) -> None:
     asked: list[pb.QueryResultsRequest] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
@@ -94,6 +95,30 @@ async def test_a_sweep(mongo_uri: str, mongo_database: str, is_away: bool) -> No
         assert await payloads.get(orphans[0].id) is None
         assert await payloads.sweep(START) == 0
         assert set(store.requests) == (set() if is_away else left)
+
+
+async def test_one_that_fails_ends_the_handing_in_of_the_others(mongo_uri: str, mongo_database: str) -> None:
+    first, second = apart(), apart()
+    begun, under_way = asyncio.Event(), 0
+
+    class Failing(Handed):
+        async def hand_in(self, job_id: str, request: bytes) -> str | None:
+            nonlocal under_way
+            if job_id == first.id:
+                await begun.wait()
+                raise Unavailable("the store is away")
+            under_way += 1
+            begun.set()
+            try:
+                return await asyncio.Future()
+            finally:
+                under_way -= 1
+
+    async with connect(mongo_uri) as client:
+        with pytest.raises(Unavailable, match="the store is away"):
+            await Payloads(client[mongo_database], Failing()).put([first, second])
+    assert begun.is_set()
+    assert under_way == 0
 
 
 async def test_nothing_is_swept_while_a_backup_is_being_restored(mongo_uri: str, mongo_database: str) -> None:

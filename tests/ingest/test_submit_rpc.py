@@ -97,6 +97,65 @@ async def test_a_stream_goes_on_after_a_refusal(key: str, client: Client) -> Non
     assert answers[5].job_id
 
 
+async def test_messages_of_several_jobs_are_acknowledged_in_messages_of_several(
+    key: str, client: Client, mesh: FakeMesh
+) -> None:
+    def several(first: int, count: int) -> pb.SubmitStreamRequest:
+        submits = [submit(request_id=f"{key} {n}") for n in range(first, first + count)]
+        submits[count // 2].request.model_name = ""
+        return pb.SubmitStreamRequest(sequence=first, submits=submits)
+
+    one = pb.SubmitStreamRequest(sequence=200, submit=submit(request_id=f"{key} 200"))
+    answers = await stream(client, several(0, 200), one, several(201, 1_000), several(1_201, 1))
+    acks = [ack for answer in answers for ack in answer.acknowledgements or [answer]]
+    assert [ack.sequence for ack in acks] == list(range(1_202))
+    assert len(answers) < 400
+    assert [answer.most_submits for answer in answers] == [1_000] + [0] * (len(answers) - 1)
+    refused = {ack.sequence: (ack.code, ack.message) for ack in acks if not ack.job_id}
+    assert refused.keys() == {100, 701, 1_201}
+    assert set(refused.values()) == {(Code.INVALID_ARGUMENT, "request.model_name: required, and empty")}
+    ran = [f"{key} {n}" for n in range(1_202) if n not in refused]
+    await until(lambda: all(mesh.infer.calls[name] for name in ran), "all to run")
+    assert {mesh.infer.calls[name] for name in ran} == {1}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (pb.SubmitStreamRequest(submits=[submit()] * 1_001), "submits: at most 1000 in one message, got 1001"),
+        (pb.SubmitStreamRequest(submits=[submit()], submit=submit()), "submits: not together with submit"),
+        (pb.SubmitStreamRequest(sequence=2**63 - 2, submits=[submit()] * 3), "sequence: 9223372036854775806 cannot be"),
+    ],
+    ids=["too many", "both", "beyond 64 bits"],
+)
+async def test_a_message_that_is_none_ends_the_stream_after_its_acknowledgements(
+    client: Client, bad: pb.SubmitStreamRequest, message: str
+) -> None:
+    first = pb.SubmitStreamRequest(sequence=1, submits=[submit()] * 10)
+    call = client.stub.SubmitStream(iter([first, bad, first]), timeout=60)
+    sequences: list[int] = []
+    while len(sequences) < 10:
+        sequences += [ack.sequence for ack in (await call.read()).acknowledgements if ack.job_id]
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call.read()
+    assert refused(raised)[0] is S.INVALID_ARGUMENT
+    assert refused(raised)[1].startswith(message)
+    assert sequences == list(range(1, 11))
+
+
+async def test_a_message_of_more_jobs_than_the_window_has_room_for(
+    own_mesh: FakeMesh, start_ingest: StartIngest
+) -> None:
+    ingest = start_ingest(stream_items=10, stream_bytes=1 << 20)
+    await ingest.until_ready()
+    client = Client(ingest.address)
+    requests = [pb.SubmitStreamRequest(sequence=n, submits=[submit(data=b"x" * 10_000)] * 100) for n in (0, 100, 200)]
+    answers = await stream(client, *requests)
+    assert [ack.sequence for answer in answers for ack in answer.acknowledgements] == list(range(300))
+    assert max(len(answer.acknowledgements) for answer in answers) <= 10
+    await client.channel.close()
+
+
 async def test_a_stream_that_is_not_read_is_not_read_ahead(own_mesh: FakeMesh, start_ingest: StartIngest) -> None:
     ingest = start_ingest(stream_items=10, stream_bytes=3 << 20)
     await ingest.until_ready()

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 
@@ -15,6 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 from pymongo import AsyncMongoClient
 
+from services.store.artifacts.object_blobs import ObjectBlobs
 from services.store.config import StoreConfig
 from services.store.results.result_rules import check_results
 from shoal.errors import InvalidArgument
@@ -213,12 +215,39 @@ async def test_rot_of_a_large_response(store: Store) -> None:
             data = bytearray(path.read_bytes())
             data[1 << 20] ^= 1
             path.write_bytes(data)
-    await refused(get(store, "j"), StatusCode.DATA_LOSS, "damaged")
+    await put(store, result("l", response=answer(2 << 20)))
+    found = await get(store, "j")
+    assert "the response that lies there is damaged" in found.answer_lost
+    assert (found.outcome, found.model_name, found.HasField("response")) == (OK, "", False)
+    page = (await store.stub.QueryResults(pb.QueryResultsRequest())).results
+    assert [(one.job_id, bool(one.answer_lost), one.HasField("response")) for one in page] == [
+        ("l", False, True),
+        ("k", True, False),
+        ("j", True, False),
+    ]
     for path in (store.root / "responses").rglob("*"):
         if path.is_file():
             path.unlink()
-    await refused(get(store, "j"), StatusCode.DATA_LOSS, "gone")
-    assert (await query(store, omit_response=True))[0] == ["k", "j"]
+    assert "gone" in (await get(store, "j")).answer_lost
+    bare = (await store.stub.QueryResults(pb.QueryResultsRequest(omit_response=True))).results
+    assert [(one.job_id, one.answer_lost) for one in bare] == [("l", ""), ("k", ""), ("j", "")]
+
+
+async def test_an_answer_that_is_removed_while_it_is_read_is_not_damaged(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(store, result("j", response=answer(2 << 20)))
+    read = ObjectBlobs.read
+
+    async def late(self: ObjectBlobs, key: str, offset: int, size: int) -> AsyncIterator[bytes]:
+        (store.root / key).unlink()
+        async with AsyncMongoClient(store.config.mongo) as client:
+            await client[store.config.database]["results"].delete_one({"_id": "j"})
+        async for chunk in read(self, key, offset, size):
+            yield chunk
+
+    monkeypatch.setattr(ObjectBlobs, "read", late)
+    await refused(get(store, "j"), StatusCode.NOT_FOUND, "job j: no result (yet)")
 
 
 async def test_a_job_without_a_result(store: Store) -> None:

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mesh.tasks import log_failure
+from mesh.tasks import log_failure, together
 from services.infer.ensembles.neighbours import Neighbours
 from services.infer.models.backoff import Backoff
 from services.infer.models.means import Means
@@ -157,7 +157,7 @@ class Model:
         self.on_change.set()
         try:
             # Newest first: it is the one that calls will want.
-            await asyncio.gather(*(self._load(version) for version in reversed(fresh)))
+            await together(self._load(version) for version in reversed(fresh))
             self._replace(fresh)
         finally:
             self.loading = ()

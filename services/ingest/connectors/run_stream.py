@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from mesh.tasks import end, together
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window
@@ -84,8 +85,8 @@ class RunStreams:
             async for response in stream.answers(requests):
                 yield response
         finally:
-            stream.close()
             self._open -= 1
+            await stream.close()
 
 
 @dataclass(eq=False, slots=True)
@@ -121,7 +122,7 @@ class RunStream:
         while True:
             while self._outbox:
                 some = [self._outbox.popleft() for _ in range(min(len(self._outbox), _FETCHED_AT_ONCE))]
-                for response in await asyncio.gather(*(self._response(*each) for each in some)):
+                for response in await together(self._response(*each) for each in some):
                     yield response
             if self._reader.done() and not self._under_way:
                 self._reader.result()  # What ended the stream, if it was not its client.
@@ -129,14 +130,16 @@ class RunStream:
             self._news.clear()
             await self._news.wait()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Nobody reads any more: the jobs go on, and whoever wants their results asks anew."""
-        if self._reader is not None:
-            self._reader.cancel()
-        for item in list(self._under_way):
-            if item.beginning is not None:
-                item.beginning.cancel()
-            self._left(item)
+        try:
+            if self._reader is not None:
+                await end(self._reader)
+        finally:  # After the reader, which may still have begun one.
+            for item in list(self._under_way):
+                if item.beginning is not None:
+                    item.beginning.cancel()
+                self._left(item)
 
     async def _read(self, requests: AsyncIterator[pb.RunStreamRequest]) -> None:
         async for request in requests:

@@ -20,6 +20,7 @@ from bson import Binary
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, translated
+from mesh.tasks import together
 from services.ingest.clock import milliseconds
 from services.ingest.documents import JOBS, PAYLOADS, RESTORES
 from services.ingest.job import DONE_WITH, Job
@@ -67,7 +68,7 @@ class Payloads:
             ShoalError: some may not be; what is there is collected later.
         """
         slots = asyncio.Semaphore(_HANDED_IN_AT_ONCE)
-        payloads = await asyncio.gather(*(self._payload(job, slots) for job in jobs if job.is_apart))
+        payloads = await together(self._payload(job, slots) for job in jobs if job.is_apart)
         if payloads:
             with translated("storing the payloads of submitted jobs"):
                 await self._payloads.insert_many(payloads, ordered=False)

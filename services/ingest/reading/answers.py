@@ -21,8 +21,10 @@ class StoredAnswers:
     async def whole(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
         """The results that stand for these jobs (at most 1,000), with their answers; jobs that have none are left out.
 
+        Where an answer is damaged, `answer_lost` says so.
+
         Raises:
-            DataLoss: an answer is damaged. ShoalError: they cannot be read just now.
+            ShoalError: they cannot be read just now.
         """
         found: dict[str, store_pb2.Result] = {}
         request = store_pb2.QueryResultsRequest(job_ids=job_ids, page_size=len(job_ids), include_removed=True)

@@ -30,7 +30,7 @@ from mesh.tasks import Background
 from services.ingest.documents import policy_of
 from services.ingest.intake.group import Group
 from services.ingest.job import DEFAULT_POLICY, FINAL, End, Job, Outcome, Policy, State, state_of
-from shoal.errors import NotFound, ShoalError
+from shoal.errors import DataLoss, NotFound, ShoalError
 from shoal.store.v1 import store_pb2
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Answers(Protocol):
     """The store, as it is asked here."""
 
     async def whole(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
-        """The results that stand for these jobs, with their answers. Raises ShoalError."""
+        """The results that stand for these jobs, with their answers, or `answer_lost`. Raises ShoalError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,8 @@ class Endings(Background):
         """The result that stands, with its answer, of a job that has ended.
 
         Raises:
-            NotFound: the store has none (any more). ShoalError: the store or MongoDB is away, or it cannot be read.
+            NotFound: the store has none (any more). DataLoss: its answer is damaged.
+            ShoalError: the store or MongoDB is away, or it cannot be read.
         """
         if (ended := self._take_at_hand(job_id)) is not None:
             return ended
@@ -226,7 +227,9 @@ class Endings(Background):
         except ShoalError:
             if len(job_ids) == 1:
                 raise
-            return [await self._read_alone(job_id) for job_id in job_ids]  # One damaged answer is only its own job's.
+            return [
+                await self._read_alone(job_id) for job_id in job_ids
+            ]  # What is wrong with one is only its own job's.
         return [_kept(job_id, found) for job_id in job_ids]
 
     async def _read_alone(self, job_id: str) -> store_pb2.Result | ShoalError:
@@ -242,4 +245,6 @@ def _kept(job_id: str, found: Mapping[str, store_pb2.Result]) -> store_pb2.Resul
         return NotFound(f"job {job_id} has ended, and the store has no result of it (any more)")
     if result.HasField("answer_removed_at"):
         return NotFound(f"job {job_id} succeeded; retention has removed its answer since")
+    if result.answer_lost:
+        return DataLoss(f"job {job_id} succeeded, and its answer is damaged in the store: {result.answer_lost}")
     return result

@@ -80,20 +80,18 @@ class Results:
         return [(recorded, result_documents.result(_bare(doc))) for recorded, doc in outcome]
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Result:
-        """One job's result; when it has none yet, waits so long for it.
+        """One job's result; when it has none yet, waits so long for it. `answer_lost`: its answer is damaged.
 
         Raises:
             NotFound: the job has none, or retention has removed it.
-            DataLoss: its response is damaged.
             ResourceExhausted: too many calls wait.
         """
         result_rules.check_job_id(job_id)
-        doc = await self._waited_for(job_id, wait_s) if wait_s else await self._stored(job_id)
-        if doc is None:
-            raise NotFound(f"job {job_id}: no result (yet)")
-        if is_tombstone(doc):
-            raise NotFound(f"job {job_id}: {result_documents.result(doc).message}")
-        return await self.whole(doc)
+        doc = _standing(job_id, await self._waited_for(job_id, wait_s) if wait_s else await self._stored(job_id))
+        found = await self.readable(doc)
+        if found.answer_lost:
+            _standing(job_id, await self._stored(job_id))  # It may have been removed while it was read.
+        return found
 
     async def _stored(self, job_id: str) -> Document | None:
         with translated(f"reading the result of job {job_id}"):
@@ -114,9 +112,10 @@ class Results:
     async def query(self, query: QueryResultsRequest) -> tuple[list[Result], str]:
         """One page of results, newest first, and the token of the next page (empty on the last).
 
+        Where an answer is damaged, `answer_lost` says so: it hides none of the other results.
+
         Raises:
             InvalidArgument: a bad filter, page size or token.
-            DataLoss: a response is damaged.
         """
         size = result_rules.check_page_size(query)
         wanted = filter_of(query)
@@ -128,7 +127,7 @@ class Results:
         docs, more = await self.page(
             wanted, after, size, omit_response=query.omit_response, include_removed=query.include_removed
         )
-        found = [await self.whole(doc) for doc in docs]
+        found = [await self.readable(doc) for doc in docs]
         if not more:
             return found, ""
         return found, page_token.encode(place_of(docs[-1]), digest)
@@ -150,7 +149,7 @@ class Results:
     async def readable(self, doc: Document) -> Result:
         """The result of a document as far as it can be read: a damaged answer is left out, and `answer_lost` says why.
 
-        For those who read many, and would meet the same damage each time they come back.
+        So it hides neither what else is known of the job, nor other results from those who read many.
 
         Raises:
             Unavailable, FailedPrecondition: MongoDB or the blobs are away, which says nothing about the answer.
@@ -161,7 +160,7 @@ class Results:
             now = await self._stored(doc["_id"])  # Retention may have taken it out since the document was read.
             is_gone = now is None or is_tombstone(now)
             if now is not None and not is_gone and result_documents.blob_of(now) != result_documents.blob_of(doc):
-                return await self.whole(now)
+                return await self.readable(now)
             if not is_gone:
                 log.error("job %s: its answer is passed over: %s", doc["_id"], err.message)
             found = result_documents.result(_bare(doc))
@@ -291,6 +290,15 @@ class Results:
             if ref := result_documents.blob_of(doc):
                 with contextlib.suppress(ShoalError):
                     await self._responses.drop(ref)
+
+
+def _standing(job_id: str, doc: Document | None) -> Document:
+    """The document of a result that is there. Raises NotFound where there is none (any more)."""
+    if doc is None:
+        raise NotFound(f"job {job_id}: no result (yet)")
+    if is_tombstone(doc):
+        raise NotFound(f"job {job_id}: {result_documents.result(doc).message}")
+    return doc
 
 
 def place_of(doc: Document) -> Place:

@@ -165,14 +165,34 @@ class SubmitResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., existed: _Optional[bool] = ...) -> None: ...
 
 class SubmitStreamRequest(_message.Message):
-    __slots__ = ("sequence", "submit")
+    __slots__ = ("sequence", "submit", "submits")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    SUBMITS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     submit: SubmitRequest
-    def __init__(self, sequence: _Optional[int] = ..., submit: _Optional[_Union[SubmitRequest, _Mapping]] = ...) -> None: ...
+    submits: _containers.RepeatedCompositeFieldContainer[SubmitRequest]
+    def __init__(self, sequence: _Optional[int] = ..., submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[SubmitRequest, _Mapping]]] = ...) -> None: ...
 
 class SubmitStreamResponse(_message.Message):
+    __slots__ = ("sequence", "job_id", "existed", "code", "message", "acknowledgements", "most_submits")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    EXISTED_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGEMENTS_FIELD_NUMBER: _ClassVar[int]
+    MOST_SUBMITS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    job_id: str
+    existed: bool
+    code: int
+    message: str
+    acknowledgements: _containers.RepeatedCompositeFieldContainer[Acknowledgement]
+    most_submits: int
+    def __init__(self, sequence: _Optional[int] = ..., job_id: _Optional[str] = ..., existed: _Optional[bool] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., acknowledgements: _Optional[_Iterable[_Union[Acknowledgement, _Mapping]]] = ..., most_submits: _Optional[int] = ...) -> None: ...
+
+class Acknowledgement(_message.Message):
     __slots__ = ("sequence", "job_id", "existed", "code", "message")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
@@ -863,30 +883,34 @@ class RemoveScheduleResponse(_message.Message):
     def __init__(self, schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
 
 class JobRetention(_message.Message):
-    __slots__ = ("tenant", "state", "keep", "inherited")
+    __slots__ = ("tenant", "state", "keep", "inherited", "batches")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     INHERITED_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     state: JobState
     keep: _duration_pb2.Duration
     inherited: bool
-    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., inherited: _Optional[bool] = ...) -> None: ...
+    batches: bool
+    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., inherited: _Optional[bool] = ..., batches: _Optional[bool] = ...) -> None: ...
 
 class SetJobRetentionRequest(_message.Message):
-    __slots__ = ("tenant", "state", "keep", "for_ever", "inherit")
+    __slots__ = ("tenant", "state", "keep", "for_ever", "inherit", "batches")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     FOR_EVER_FIELD_NUMBER: _ClassVar[int]
     INHERIT_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     state: JobState
     keep: _duration_pb2.Duration
     for_ever: bool
     inherit: bool
-    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., for_ever: _Optional[bool] = ..., inherit: _Optional[bool] = ...) -> None: ...
+    batches: bool
+    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., for_ever: _Optional[bool] = ..., inherit: _Optional[bool] = ..., batches: _Optional[bool] = ...) -> None: ...
 
 class SetJobRetentionResponse(_message.Message):
     __slots__ = ("rule",)

@@ -240,15 +240,16 @@ class StoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetResult(self, request, context):
-        """One job's result, also one that comes within `wait`. NOT_FOUND: the job has none (yet). RESOURCE_EXHAUSTED: too many
-        calls wait.
+        """One job's result, also one that comes within `wait`. Where its answer is damaged, `answer_lost` says so. NOT_FOUND: the
+        job has none (yet). RESOURCE_EXHAUSTED: too many calls wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def QueryResults(self, request, context):
-        """Results by job, model, version, tenant, outcome, label and time, newest first, a page at a time.
+        """Results by job, model, version, tenant, outcome, label and time, newest first, a page at a time. One whose answer is
+        damaged comes without it: `answer_lost` says so.
         INVALID_ARGUMENT: a bad page token or filter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

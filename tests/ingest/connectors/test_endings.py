@@ -13,7 +13,7 @@ from pymongo import AsyncMongoClient
 from services.ingest.documents import JOBS, document_of
 from services.ingest.job import Job, Policy, State
 from services.ingest.reading.endings import Endings
-from shoal.errors import Code, DataLoss, NotFound, ShoalError, Unavailable
+from shoal.errors import Code, DataLoss, NotFound, PermissionDenied, ShoalError, Unavailable
 from shoal.store.v1 import store_pb2
 from tests.breakable import until
 from tests.ingest.making import job
@@ -26,7 +26,7 @@ class Answers:
 
     def __init__(self) -> None:
         self.results: dict[str, store_pb2.Result] = {}
-        self.damaged: set[str] = set()
+        self.refused: set[str] = set()
         self.error: ShoalError | None = None
         self.sizes: list[int] = []
 
@@ -34,8 +34,8 @@ class Answers:
         self.sizes.append(len(job_ids))
         if self.error is not None:
             raise self.error
-        if self.damaged & set(job_ids):
-            raise DataLoss("a digest does not fit")
+        if self.refused & set(job_ids):
+            raise PermissionDenied("a blob may not be read")
         return {name: self.results[name] for name in job_ids if name in self.results}
 
 
@@ -109,22 +109,25 @@ async def test_thousands_are_waited_for_in_few_questions(endings: Endings, jobs:
     await asyncio.wait_for(asyncio.gather(*waits), 60)
 
 
-async def test_results_are_read_together_and_a_damaged_one_harms_nobody_else(
+async def test_results_are_read_together_and_one_that_cannot_be_had_harms_nobody_else(
     endings: Endings, answers: Answers
 ) -> None:
     names = [job().id for _ in range(150)]
     answers.results = {name: store_pb2.Result(job_id=name) for name in names}
     answers.results[names[3]].answer_removed_at.GetCurrentTime()
     del answers.results[names[4]]
-    answers.damaged = {names[5]}
+    answers.refused = {names[5]}
+    answers.results[names[6]].answer_lost = "a digest does not fit"
     found = await asyncio.gather(*(endings.result(name) for name in names), return_exceptions=True)
     assert max(answers.sizes) == 100
-    assert isinstance(found[5], DataLoss)
+    assert isinstance(found[5], PermissionDenied)
+    with pytest.raises(DataLoss, match="its answer is damaged in the store: a digest does not fit"):
+        raise found[6]  # type: ignore[misc]
     assert isinstance(found[4], NotFound)
     with pytest.raises(NotFound, match="retention has removed its answer"):
         raise found[3]  # type: ignore[misc]
-    assert [each.result.job_id for n, each in enumerate(found) if n not in (3, 4, 5)] == [  # type: ignore[union-attr]
-        name for n, name in enumerate(names) if n not in (3, 4, 5)
+    assert [each.result.job_id for n, each in enumerate(found) if n not in (3, 4, 5, 6)] == [  # type: ignore[union-attr]
+        name for n, name in enumerate(names) if n not in (3, 4, 5, 6)
     ]
 
 

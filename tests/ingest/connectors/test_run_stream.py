@@ -117,6 +117,18 @@ async def test_a_job_of_an_earlier_stream_is_taken_up_by_its_id(client: Client) 
     assert ended.response == first[1].response
 
 
+async def test_an_answer_that_is_damaged_is_an_error_in_band(client: Client, mesh: FakeMesh) -> None:
+    first = await run(client, [one(1), one(2)])
+    damaged, whole = ({each.sequence: each.job_id for each in first}[n] for n in (1, 2))
+    mesh.store.results[damaged].ClearField("response")
+    mesh.store.results[damaged].answer_lost = "blob responses/a0/a0c1: the response that lies there is damaged"
+    taken_up = [pb.RunStreamRequest(sequence=n, job_id=job_id) for n, job_id in enumerate((damaged, whole))]
+    answers = {each.sequence: each for each in await run(client, taken_up)}
+    assert (answers[0].code, answers[0].HasField("response")) == (Code.DATA_LOSS, False)
+    assert "damaged in the store: blob responses/a0/a0c1" in answers[0].message
+    assert answers[1].state == pb.JOB_STATE_SUCCEEDED
+
+
 async def test_a_job_that_is_not_there_has_no_result(client: Client) -> None:
     (answer,) = await run(client, [pb.RunStreamRequest(sequence=5, job_id=UNKNOWN)])
     assert (answer.state, answer.code, answer.job_id) == (0, Code.NOT_FOUND, UNKNOWN)

@@ -1,0 +1,52 @@
+"""What `Job.but` takes: the job's own fields, and mypy knows them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import get_type_hints
+
+from services.ingest.job import Changes, Job, State
+from tests.ingest.making import job
+
+CHANGES = """
+from services.ingest.job import Job, State
+
+def changed(job: Job) -> None:
+    job.but(state=State.DEAD, attempts=1, lease=None)
+    job.but(atempts=1)
+    job.but(attempts="1")
+    job.but(state=None)
+"""
+
+
+def test_it_takes_the_fields_of_a_job_and_no_others() -> None:
+    assert get_type_hints(Changes) == {name: get_type_hints(Job)[name] for name in Job.__dataclass_fields__}
+
+
+def test_it_gives_what_replace_gives() -> None:
+    one = job()
+    assert one.but(state=State.DEAD, attempts=3) == replace(one, state=State.DEAD, attempts=3)
+    assert one.state is State.QUEUED
+
+
+def test_mypy_finds_a_change_that_is_wrong(tmp_path: Path, repository_root: Path) -> None:
+    (tmp_path / "changes.py").write_text(CHANGES)
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports", "silent", "--cache-dir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--config-file", "pyproject.toml", str(tmp_path / "changes.py")],
+        cwd=repository_root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seen = done.stdout
+    for words in (
+        'Unexpected keyword argument "atempts" for "but" of "Job"',
+        '"attempts" to "but" of "Job" has incompatible type "str"; expected "int"',
+        '"state" to "but" of "Job" has incompatible type "None"; expected "State"',
+    ):
+        assert words in seen, seen
+    assert seen.count("error:") == 3, seen
