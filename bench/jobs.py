@@ -44,7 +44,7 @@ COLUMNS = ("submit x1 /s", "submit x8 /s", "stream /s", "stream x1 /s", "Kafka /
 Measured = dict[str, list[float]]
 _STALLED_S = 60.0
 _MOST_IN_FLIGHT, _FROM_KAFKA = 10_000, 7_000
-# What a connector may hold without an answer, which here nobody gives. It asks for more while a quarter of that is free.
+# What a connector may hold without an answer, which here nobody gives; it asks for more while a quarter is free.
 
 
 def drain(results: Callable[[], int], wanted: int, every_s: float) -> float:
