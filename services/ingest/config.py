@@ -11,8 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from mesh.config import Address, ServiceConfig
 from mesh.serving import Front
 from services.ingest.connectors import settings
-from services.ingest.job import DEAD_LETTERS, FINAL, State
-from services.ingest.retention.rules import SHORTEST
+from services.ingest.job import DEAD_LETTERS, FINAL
+from services.ingest.retention.rules import BATCHES, SHORTEST, Keep, What
 
 
 class IngestConfig(ServiceConfig):
@@ -88,15 +88,13 @@ class IngestConfig(ServiceConfig):
         return tuple(url.strip() for url in self.batch_urls.split(",") if url.strip())
 
     @property
-    def job_retention(self) -> dict[State, timedelta | None]:
-        """How long jobs stay when no rule says otherwise."""
-        spans = {state: self.keep_dead_ms if state in DEAD_LETTERS else self.keep_ended_ms for state in FINAL}
-        return {state: timedelta(milliseconds=ms) if ms else None for state, ms in spans.items()}
-
-    @property
-    def batch_retention(self) -> timedelta | None:
-        """How long batches stay that have ended; None: for ever."""
-        return timedelta(milliseconds=self.keep_batches_ms) if self.keep_batches_ms else None
+    def retention(self) -> dict[What, Keep]:
+        """How long jobs and batches stay when no rule says otherwise."""
+        spans: dict[What, int] = {
+            state: self.keep_dead_ms if state in DEAD_LETTERS else self.keep_ended_ms for state in FINAL
+        }
+        spans[BATCHES] = self.keep_batches_ms
+        return {what: timedelta(milliseconds=ms) if ms else None for what, ms in spans.items()}
 
     @field_validator("connectors")
     @classmethod

@@ -1,4 +1,4 @@
-"""`shoal jobs retention`: how long jobs stay that have ended."""
+"""`shoal jobs retention`: how long jobs stay that have ended, and batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     no_args_is_help=True,
-    help="How long jobs stay that have ended, by tenant and state. (Of results: `shoal store retention`.)",
+    help="How long jobs stay that have ended, by tenant and state, and batches. (Of results: `shoal store retention`.)",
 )
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
@@ -44,19 +44,21 @@ def list_rules(gateway: Gateway = None, json: AsJson = False) -> None:
 
 @app.command("set")
 def set_rule(
-    state: Annotated[str, typer.Argument(help="succeeded, failed, dead, cancelled or expired.")],
+    state: Annotated[str, typer.Argument(help="succeeded, failed, dead, cancelled or expired; or batches.")],
     keep: Annotated[str, typer.Argument(help="So long after their end: 90m, 12h, 7d; `forever`; or `inherit`.")],
     tenant: Annotated[str, typer.Option(metavar="NAME", help="Of this tenant; *: of all that say nothing else.")] = "*",
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Say how long jobs stay that ended so. Their idempotency keys are known for as long.
+    """Say how long jobs stay that ended so, or batches. Their idempotency keys are known for as long.
 
     [bold]Examples[/bold]
 
       shoal jobs retention set succeeded 2d
 
       shoal jobs retention set dead forever --tenant acme
+
+      shoal jobs retention set batches 90d --tenant acme
     """
     span = None if keep in ("forever", "inherit") else read(keep)
     with connect(gateway) as client:
@@ -68,7 +70,8 @@ def set_rule(
         show_json({**vars(rule), "keep": None if rule.keep is None else rule.keep.total_seconds()})
     else:
         whose = "of every tenant that says nothing else" if rule.tenant == "*" else f"of tenant {rule.tenant!r}"
-        typer.echo(f"{rule.state} jobs {whose} stay for {spelled(rule.keep)}")
+        what = rule.state if rule.state == "batches" else f"{rule.state} jobs"
+        typer.echo(f"{what} {whose} stay for {spelled(rule.keep)}")
 
 
 def read(written: str) -> timedelta:

@@ -1,10 +1,11 @@
-"""`client.jobs.retention`: how long jobs stay that have ended."""
+"""`client.jobs.retention`: how long jobs stay that have ended, and batches."""
 
 from __future__ import annotations
 
 import builtins
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Final, Literal
 
 from shoal.client import methods
 from shoal.client.calls import Caller
@@ -14,15 +15,16 @@ from shoal.ingest.v1 import ingest_pb2 as ingest
 
 TIMEOUT_S = 10.0
 EVERYONE = "*"
+BATCHES: Final = "batches"
 
 
 @dataclass(frozen=True)
 class JobRetention:
-    """Jobs of a tenant that ended so stay for so long."""
+    """Jobs of a tenant that ended so, or its batches, stay for so long."""
 
     tenant: str
     """`*`: of every tenant that has no rule of its own."""
-    state: JobState
+    state: JobState | Literal["batches"]
     keep: timedelta | None
     """After their end; None is for ever."""
     inherited: bool = False
@@ -52,6 +54,8 @@ class AsyncJobRetention:
     ) -> JobRetention:
         """Jobs that ended as `state` stay `keep` seconds after their end, at least 60; None is for ever.
 
+        `state` may be "batches": those stay so long, however they ended; what they have written stays in any case.
+
         Raises:
             InvalidArgument: a state that no job ends in, or too short a time.
         """
@@ -72,13 +76,16 @@ class AsyncJobRetention:
 
 
 def _request(state: JobState | str, tenant: str) -> ingest.SetJobRetentionRequest:
+    if state == BATCHES:
+        return ingest.SetJobRetentionRequest(tenant=tenant, batches=True)
     try:
         return ingest.SetJobRetentionRequest(tenant=tenant, state=to_state(state))
     except ValueError:
         known = ", ".join(one for one in JobState if one.ended)
-        raise InvalidArgument(f"state {state!r}: use one of {known}") from None
+        raise InvalidArgument(f"state {state!r}: use one of {known}, or {BATCHES}") from None
 
 
 def _rule(message: ingest.JobRetention) -> JobRetention:
     keep = message.keep.ToTimedelta() if message.HasField("keep") else None
-    return JobRetention(message.tenant, of_state(message.state), keep, message.inherited)
+    state: JobState | Literal["batches"] = BATCHES if message.batches else of_state(message.state)
+    return JobRetention(message.tenant, state, keep, message.inherited)

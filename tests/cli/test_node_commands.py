@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from shoal.client import methods
 from shoal.coord.v1 import coord_pb2 as coord
@@ -389,3 +390,39 @@ def test_status(shoal: Shoal, served: Served, admin: str) -> None:
     done = shoal("status", "--admin", "127.0.0.1:1")
     assert (done.returncode, "admin listener at 127.0.0.1:1 does not answer" in done.stdout) == (0, True)
     assert "no node answers" in complaint(shoal("status", "--gateway", "127.0.0.1:1"))
+
+
+def test_job_retention(shoal: Shoal, served: Served) -> None:
+    asked: list[ingest.SetJobRetentionRequest] = []
+
+    async def change(request: Any, context: Any) -> Any:
+        asked.append(request)
+        rule = ingest.JobRetention(tenant=request.tenant, state=request.state, batches=request.batches)
+        if request.WhichOneof("how") == "keep":
+            rule.keep.CopyFrom(request.keep)
+        return ingest.SetJobRetentionResponse(rule=rule)
+
+    async def listed(request: Any, context: Any) -> Any:
+        rules = [
+            ingest.JobRetention(tenant="*", batches=True, keep=Duration(seconds=30 * 86_400), inherited=True),
+            ingest.JobRetention(tenant="acme", state=ingest.JOB_STATE_DEAD),
+        ]
+        return ingest.ListJobRetentionResponse(rules=rules)
+
+    served.on(methods.SET_JOB_RETENTION, change)
+    served.on(methods.LIST_JOB_RETENTION, listed)
+    set_rule = ("jobs", "retention", "set")
+    assert shoal(*set_rule, "batches", "90d", "--tenant", "acme").stdout == ("batches of tenant 'acme' stay for 90d\n")
+    assert shoal(*set_rule, "dead", "forever").stdout == (
+        "dead jobs of every tenant that says nothing else stay for ever\n"
+    )
+    assert [(one.batches, one.state, one.tenant) for one in asked] == [
+        (True, 0, "acme"),
+        (False, ingest.JOB_STATE_DEAD, "*"),
+    ]
+    assert "use one of" in (words := complaint(shoal(*set_rule, "odd", "1d"), 2))
+    assert "or batches" in words
+    table = shoal("jobs", "retention", "list").stdout
+    assert all(word in table for word in ("batches", "30d", "the node's setting", "dead", "ever"))
+    first, second = json.loads(shoal("jobs", "retention", "list", "--json").stdout)
+    assert (first["state"], first["keep"], second["state"], second["keep"]) == ("batches", 2_592_000, "dead", None)

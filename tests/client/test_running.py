@@ -19,7 +19,7 @@ PATIENT = RetryPolicy(attempts=20, first_wait_s=0.001, longest_wait_s=0.01)
 
 
 class Runs:
-    """Jobs by key; each ends at once, with its label `n` as the answer. A message may carry `most_requests` requests, 0: of
+    """Jobs by key; each ends at once, with its label `n` as the answer. A message may carry `most_requests`, 0: of
     several it knows nothing. A stream breaks after each number of answers in `breaks`."""
 
     def __init__(self, served: Served, most_requests: int) -> None:

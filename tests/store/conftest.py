@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +115,27 @@ def config(mongo_uri: str, mongo_database: str, run_dir: Path, tmp_path: Path) -
 async def store(config: StoreConfig) -> AsyncIterator[Store]:
     async with running_store(config) as running:
         yield running
+
+
+@contextmanager
+def failing_reads(file: Path, error: int, *, is_whole_disk: bool = False) -> Iterator[None]:
+    """Reading `file` fails with the errno `error` inside the block; with the whole disk, so does syncing any."""
+    pread, fsync = os.pread, os.fsync
+
+    def failing_pread(fd: int, size: int, offset: int) -> bytes:
+        if Path(os.readlink(f"/proc/self/fd/{fd}")) == file:
+            raise OSError(error, os.strerror(error))
+        return pread(fd, size, offset)
+
+    def failing_fsync(fd: int) -> None:
+        if is_whole_disk:
+            raise OSError(error, os.strerror(error))
+        fsync(fd)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pread", failing_pread)
+        patch.setattr(os, "fsync", failing_fsync)
+        yield
 
 
 async def refused(call: object, code: grpc.StatusCode, *words: str) -> str:

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from services.store.artifacts.object_blobs import ObjectBlobs
+from services.store.artifacts.local_blobs import LocalBlobs
 from services.store.config import StoreConfig
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2 as pb
@@ -234,7 +234,7 @@ async def test_blobs_that_are_away_are_not_passed_over(store: Store, monkeypatch
         raise Unavailable(f"reading blob {key}: the blob store does not do it just now: retry in a moment")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ObjectBlobs, "_window", away)
+        patch.setattr(LocalBlobs, "_window", away)
         call = stream(store)
         first = await call.read()
         await refused(call, StatusCode.UNAVAILABLE, "retry")

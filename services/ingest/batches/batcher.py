@@ -3,7 +3,7 @@
     round: look at the active batches ──> duties that are due ──> a task each
                                      └──> free chunks, of the batches in turn ──> a task each, up to `slots`
     keep:  renew what is held; let go of what was lost, paused, cancelled
-    sweep: remove the batches that ended long ago, and chunks whose batch is not under way
+    sweep: remove the batches that have stayed long enough, and chunks whose batch is not under way
 
 Instances share batches by claiming chunks one at a time; none knows of another.
 """
@@ -15,7 +15,6 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from types import TracebackType
 
 from mesh.tasks import end
@@ -38,6 +37,7 @@ from services.ingest.batches.ledger import Ledger, SoFar
 from services.ingest.batches.running import Progress, Running
 from services.ingest.clock import Clock
 from services.ingest.job import Lease
+from services.ingest.retention.book import Book as Retention
 from shoal.errors import DataLoss, Internal, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Batcher:
         slots: int,
         poll_ms: int,
         renew_ms: int,
-        keep: timedelta | None,
+        retention: Retention,
         sweep_s: float = SWEEP_S,
     ) -> None:
         self._book = book
@@ -115,7 +115,7 @@ class Batcher:
         self._slots = slots
         self._poll_s = poll_ms / 1000
         self._renew_s = renew_ms / 1000
-        self._stay = keep
+        self._retention = retention
         self._sweep_s = sweep_s
         self._held: dict[str, _Held] = {}
         self._doing: dict[str, _Doing] = {}
@@ -339,7 +339,7 @@ class Batcher:
     async def _sweep(self) -> None:
         """Removes what ended long ago, and the chunks of batches that are gone, or whose end was broken off."""
         await asyncio.sleep(self._sweep_s)
-        if self._stay is not None and (removed := await self._book.remove_ended(self._clock() - self._stay)):
+        if removed := await self._book.remove_ended(await self._retention.read(), self._clock()):
             log.info("removed %d batches that had stayed long enough", removed)
         # In this order: a batch is there before its chunks are.
         with_chunks = await self._ledger.batches()

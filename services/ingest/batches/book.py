@@ -18,12 +18,14 @@ from services.ingest.batches.ledger import Ledger
 from services.ingest.clock import Clock, milliseconds
 from services.ingest.documents import EVER
 from services.ingest.reading.jobs import Filter
+from services.ingest.retention.rules import BATCHES, Rules
 from services.ingest.ulid import floor, is_ulid
 from shoal.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 MOST_ACTIVE = 1_000
 """Batches under way at once, which every instance looks at again and again; more than these are refused."""
 _REMOVED_AT_ONCE = 200
+# Looked at, and removed when their time is over.
 
 
 class Book:
@@ -174,22 +176,30 @@ class Book:
             found = await self._batches.find_one_and_update(live, update, return_document=ReturnDocument.AFTER)
         return None if found is None else batch_of(found)
 
-    async def remove_ended(self, before: datetime) -> int:
-        """Removes the batches that ended before then, some at a time. Says how many."""
-        return sum([await self._remove_ended(state, before) for state in sorted(FINAL)])
+    async def remove_ended(self, rules: Rules, now: datetime) -> int:
+        """Removes the batches that have stayed as long as the rules say, some at a time. Says how many."""
+        shortest = rules.shortest(BATCHES)
+        if shortest is None:
+            return 0
+        return sum([await self._remove_ended(state, rules, now, now - shortest) for state in sorted(FINAL)])
 
-    async def _remove_ended(self, state: BatchState, before: datetime) -> int:
-        # Ids rise with the time of submission: what was submitted later has not ended before then.
-        old = {"$lt": floor(max(0, milliseconds(before)))}
-        over: Document = {"state": str(state), "_id": old, "updated_at": {"$lt": before}}
-        removed = 0
+    async def _remove_ended(self, state: BatchState, rules: Rules, now: datetime, before: datetime) -> int:
+        """Of those in one state. None is over that ended after `before`."""
+        removed, after = 0, ""
         while True:
+            # Ids rise with the time of submission: what was submitted later has not ended before then.
+            span = {"$gt": after, "$lt": floor(max(0, milliseconds(before)))}
+            old: Document = {"state": str(state), "_id": span, "updated_at": {"$lt": before}}
             with translated("removing batches that have stayed long enough"):
-                found = self._batches.find(over, {"_id": 1}, hint="by_state").limit(_REMOVED_AT_ONCE)
-                ids = [document["_id"] async for document in found]
-                if not ids:
+                found = self._batches.find(old, {"tenant": 1, "updated_at": 1}, hint="by_state").sort("_id", 1)
+                page = await found.limit(_REMOVED_AT_ONCE).to_list()
+                if not page:
                     return removed
-                removed += (await self._batches.delete_many({"_id": {"$in": ids}, "state": str(state)})).deleted_count
+                over = [one["_id"] for one in page if rules.has_stayed(one["tenant"], BATCHES, one["updated_at"], now)]
+                if over:
+                    gone = await self._batches.delete_many({"_id": {"$in": over}, "state": str(state)})
+                    removed += gone.deleted_count
+            after = page[-1]["_id"]
 
     async def inherit(self) -> int:
         """Frees the duties that earlier processes of this instance's name have left behind. Says how many."""

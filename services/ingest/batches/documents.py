@@ -2,7 +2,7 @@
 
 `free_at` is set while something is to be done: then it may be taken up. A lease is a `free_at` that its holder keeps
 pushing ahead. The chunks of a batch that has ended are deleted, and its document says what came of them; it stays for a
-while (`keep_batches_ms`).
+while (`keep_batches_ms`, or the tenant's rule).
 """
 
 from __future__ import annotations

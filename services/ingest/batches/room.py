@@ -9,10 +9,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
 
-import grpc
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
+from mesh.channel import AnyChannel
 from mesh.mongo import Document
 from mesh.threads import Threads
 from services.ingest.batches.batcher import Batcher
@@ -36,6 +36,7 @@ from services.ingest.batches.submission import Submissions
 from services.ingest.batches.viewing import Viewing
 from services.ingest.clock import Clock
 from services.ingest.config import IngestConfig
+from services.ingest.retention.book import Book as Retention
 
 _THREADS = 8
 """Reading, packing and writing of the chunks that run, and a plan."""
@@ -50,8 +51,9 @@ class Batches:
         self,
         config: IngestConfig,
         database: AsyncDatabase[Document],
-        channel: grpc.aio.Channel,
+        channel: AnyChannel,
         model: Model,
+        retention: Retention,
         *,
         clock: Clock,
         new_id: Callable[[], str],
@@ -94,7 +96,7 @@ class Batches:
             slots=config.batch_chunks,
             poll_ms=config.poll_ms,
             renew_ms=config.renew_ms,
-            keep=config.batch_retention,
+            retention=retention,
         )
         self.submissions = Submissions(
             self._book,

@@ -1,4 +1,4 @@
-"""The rules that clients have set, in MongoDB: one document for each tenant and state."""
+"""The rules that clients have set, in MongoDB: one document for each tenant and state, or its batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from services.ingest.job import State
-from services.ingest.retention.rules import Keep, Rule, Rules
+from services.ingest.retention.rules import BATCHES, Keep, Rule, Rules, What, what_of
 from shoal.errors import ResourceExhausted
 
 JOB_RETENTION = "job_retention"
@@ -21,7 +21,7 @@ VALIDATOR: Mapping[str, Any] = {
         "required": ["_id", "tenant", "state", "keep_ms"],
         "properties": {
             "tenant": {"bsonType": "string"},
-            "state": {"enum": [str(state) for state in State]},
+            "state": {"enum": [*map(str, State), BATCHES]},
             # null is for ever.
             "keep_ms": {"bsonType": ["int", "long", "null"], "minimum": 60_000},
         },
@@ -34,7 +34,7 @@ _MS = timedelta(milliseconds=1)
 class Book:
     """Reads and writes rules."""
 
-    def __init__(self, rules: AsyncCollection[Document], defaults: Mapping[State, Keep]) -> None:
+    def __init__(self, rules: AsyncCollection[Document], defaults: Mapping[What, Keep]) -> None:
         self._rules = rules
         self._defaults = defaults
 
@@ -45,22 +45,22 @@ class Book:
             ResourceExhausted: it would be one too many. Unavailable: MongoDB is away.
         """
         with translated("setting how long jobs stay"):
-            rule_id = {"_id": _id(rule.tenant, rule.state)}
+            rule_id = {"_id": _id(rule.tenant, rule.what)}
             is_full = await self._rules.estimated_document_count() >= MOST
             if is_full and await self._rules.find_one(rule_id, {"_id": 1}) is None:
                 raise ResourceExhausted(f"there are {MOST} rules, the most there may be: have some tenants inherit")
             keep_ms = None if rule.keep is None else rule.keep // _MS
-            document = {"tenant": rule.tenant, "state": str(rule.state), "keep_ms": keep_ms}
+            document = {"tenant": rule.tenant, "state": str(rule.what), "keep_ms": keep_ms}
             await self._rules.replace_one(rule_id, document, upsert=True)
 
-    async def inherit(self, tenant: str, state: State) -> None:
+    async def inherit(self, tenant: str, what: What) -> None:
         """Removes a tenant's own rule. No rule is no error.
 
         Raises:
             Unavailable: MongoDB is away.
         """
         with translated("setting how long jobs stay"):
-            await self._rules.delete_one({"_id": _id(tenant, state)})
+            await self._rules.delete_one({"_id": _id(tenant, what)})
 
     async def read(self) -> Rules:
         """All rules.
@@ -68,13 +68,13 @@ class Book:
         Raises:
             Unavailable: MongoDB is away.
         """
-        own: dict[tuple[str, State], Keep] = {}
+        own: dict[tuple[str, What], Keep] = {}
         with translated("reading how long jobs stay"):
             async for document in self._rules.find():
                 keep_ms = document["keep_ms"]
-                own[document["tenant"], State(document["state"])] = None if keep_ms is None else keep_ms * _MS
+                own[document["tenant"], what_of(document["state"])] = None if keep_ms is None else keep_ms * _MS
         return Rules(self._defaults, own)
 
 
-def _id(tenant: str, state: State) -> str:
-    return json.dumps([tenant, str(state)], separators=(",", ":"))
+def _id(tenant: str, what: What) -> str:
+    return json.dumps([tenant, str(what)], separators=(",", ":"))

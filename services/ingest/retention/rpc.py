@@ -8,10 +8,9 @@ from google.protobuf.duration_pb2 import Duration
 
 from mesh.interceptors import Context
 from services.ingest.intake.submission import ms_of
-from services.ingest.job import FINAL, State
 from services.ingest.messages import STATES, state_of
 from services.ingest.retention.book import Book
-from services.ingest.retention.rules import LONGEST, Keep, Rules, checked
+from services.ingest.retention.rules import BATCHES, LONGEST, Keep, Rules, What, checked
 from services.ingest.tenants.settings import EVERYONE
 from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -24,19 +23,28 @@ class JobRetentionRpc:
         self._retention = retention
 
     async def SetJobRetention(self, request: pb.SetJobRetentionRequest, context: Context) -> pb.SetJobRetentionResponse:
-        rule = checked(request.tenant, state_of(request.state), _keep(request))
+        rule = checked(request.tenant, _what(request), _keep(request))
         if request.inherit:
-            await self._retention.inherit(rule.tenant, rule.state)
+            await self._retention.inherit(rule.tenant, rule.what)
         else:
             await self._retention.set(rule)
-        return pb.SetJobRetentionResponse(rule=_message(await self._retention.read(), rule.tenant, rule.state))
+        return pb.SetJobRetentionResponse(rule=_message(await self._retention.read(), rule.tenant, rule.what))
 
     async def ListJobRetention(
         self, request: pb.ListJobRetentionRequest, context: Context
     ) -> pb.ListJobRetentionResponse:
         rules = await self._retention.read()
-        whose = {(EVERYONE, state) for state in FINAL} | {*rules.own}
-        return pb.ListJobRetentionResponse(rules=[_message(rules, tenant, state) for tenant, state in sorted(whose)])
+        whose = {(EVERYONE, what) for what in rules.defaults} | {*rules.own}
+        return pb.ListJobRetentionResponse(rules=[_message(rules, tenant, what) for tenant, what in sorted(whose)])
+
+
+def _what(request: pb.SetJobRetentionRequest) -> What | None:
+    state = state_of(request.state)
+    if not request.batches:
+        return state
+    if state is not None:
+        raise InvalidArgument("batches: not together with state: their rule is for all that have ended")
+    return BATCHES
 
 
 def _keep(request: pb.SetJobRetentionRequest) -> Keep:
@@ -48,9 +56,12 @@ def _keep(request: pb.SetJobRetentionRequest) -> Keep:
     return timedelta(milliseconds=ms_of("keep", request.keep, LONGEST))
 
 
-def _message(rules: Rules, tenant: str, state: State) -> pb.JobRetention:
-    message = pb.JobRetention(tenant=tenant, state=STATES[state], inherited=(tenant, state) not in rules.own)
-    if (keep := rules.keep(tenant, state)) is not None:
+def _message(rules: Rules, tenant: str, what: What) -> pb.JobRetention:
+    state = None if what == BATCHES else STATES[what]
+    message = pb.JobRetention(
+        tenant=tenant, state=state, batches=what == BATCHES, inherited=(tenant, what) not in rules.own
+    )
+    if (keep := rules.keep(tenant, what)) is not None:
         duration = Duration()
         duration.FromTimedelta(keep)
         message.keep.CopyFrom(duration)

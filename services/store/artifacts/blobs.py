@@ -37,7 +37,11 @@ class BlobStore(Protocol):
         """
 
     async def size(self, key: str) -> int | None:
-        """How many bytes it has, or None when there is no such blob (or, see `check`, nothing at all)."""
+        """How many bytes it has, or None when there is no such blob (or, see `check`, nothing at all).
+
+        Raises:
+            DataLoss: the disk has lost it.
+        """
 
     async def adopt(self, key: str, file: Path) -> None:
         """Makes the content of a local file, which is whole and synced, a blob. The file is not to change any more.
@@ -51,7 +55,8 @@ class BlobStore(Protocol):
     def read(self, key: str, offset: int, size: int) -> AsyncIterator[bytes]:
         """Yields the bytes from `offset` to `size`, the size of the whole blob, in pieces of CHUNK_BYTES, but the last.
 
-        Fewer bytes come when the blob is shorter than that. Raises NotFound (while iterating) when it is gone.
+        Fewer bytes come when the blob is shorter than that. Raises (while iterating) NotFound when it is gone, DataLoss
+        when the disk has lost it.
         """
 
     async def remove(self, key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,30 @@ def write_all(fd: int, data: bytes, offset: int) -> None:
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
+
+
+def read_all(fd: int, size: int, offset: int) -> bytes:
+    """The `size` bytes at `offset`, fewer where the file ends: one read may give less (2 GiB at most)."""
+    data = os.pread(fd, size, offset)
+    while data and len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def answers(folder: Path) -> bool:
+    """Whether the disk of `folder` does anything at all: a file is made there, and synced."""
+    file = folder / f"{uuid.uuid4().hex}.tmp"
+    try:
+        fd = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        try:
+            write_all(fd, b"?", 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+            file.unlink()
+    except OSError as err:
+        return err.errno in _FULL or err.errno == errno.EROFS
+    return True
 
 
 def make_folder(folder: Path) -> None:

@@ -1,13 +1,21 @@
 """Blobs in a folder of this machine.
 
-They are read through obstore, but written by ourselves: obstore renames a finished file into place, yet syncs neither
-the file nor its folder, so a power cut could leave a document whose bytes are gone. What is written here is synced,
-then renamed into place, then its folder synced.
+They are listed and removed through obstore, but written by ourselves: obstore renames a finished file into place, yet
+syncs neither the file nor its folder, so a power cut could leave a document whose bytes are gone. What is written here
+is synced, then renamed into place, then its folder synced.
+
+They are read by ourselves, too, because it matters why the disk does not give a blob's bytes:
+
+    it has lost them (EIO ...), and does whatever else is asked of it   DataLoss: others are fine, and waiting is no use
+    it does nothing at all, too many files are open, no memory ...      Unavailable: it may well be there in a moment
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import stat
 import uuid
 from pathlib import Path
 
@@ -16,7 +24,14 @@ from obstore.store import LocalStore
 from mesh.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.object_blobs import ObjectBlobs
-from shoal.errors import FailedPrecondition
+from shoal.errors import DataLoss, FailedPrecondition, NotFound, PermissionDenied, ShoalError, Unavailable
+
+log = logging.getLogger(__name__)
+
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
+_REFUSED = frozenset({errno.EACCES, errno.EPERM})
+_LOST = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
+# A bad sector; and file systems whose own checksums or structures are wrong there (XFS, ext4).
 
 
 class LocalBlobs(ObjectBlobs):
@@ -33,11 +48,48 @@ class LocalBlobs(ObjectBlobs):
         if not await self._threads.run(self._staging.is_dir):
             raise FailedPrecondition("the store's folder of blobs is not there: is its disk mounted?")
 
+    async def size(self, key: str) -> int | None:
+        return await self._threads.run(self._size, key)
+
     async def adopt(self, key: str, file: Path) -> None:
         await self._threads.run(self._link, key, file)
 
     async def put(self, key: str, data: bytes) -> None:
         await self._threads.run(self._write, key, data)
+
+    async def _window(self, key: str, start: int, end: int) -> memoryview:
+        return memoryview(await self._threads.run(self._read, key, start, end))
+
+    def _size(self, key: str) -> int | None:
+        try:
+            found = os.stat(self._root / key)
+        except OSError as err:
+            if err.errno in _GONE:
+                return None
+            raise self._unreadable(key, err) from err
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def _read(self, key: str, start: int, end: int) -> bytes:
+        try:
+            fd = os.open(self._root / key, os.O_RDONLY)
+            try:
+                return disk.read_all(fd, end - start, start)
+            finally:
+                os.close(fd)
+        except OSError as err:
+            raise self._unreadable(key, err) from err
+
+    def _unreadable(self, key: str, err: OSError) -> ShoalError:
+        if err.errno in _GONE:
+            return NotFound(f"reading blob {key}: it is not there")
+        log.warning("reading blob %s: %s", key, err)
+        if err.errno in _REFUSED:
+            return PermissionDenied(
+                f"reading blob {key}: {err.strerror}: the user that the store runs as must own its folder of blobs"
+            )
+        if err.errno in _LOST and disk.answers(self._staging):
+            return DataLoss(f"blob {key}: the disk has lost it: {err.strerror}")
+        return Unavailable(f"reading blob {key}: the disk does not do it just now: {err.strerror}: retry in a moment")
 
     def _link(self, key: str, file: Path) -> None:
         """The same bytes under a second name: who brought them still has them when what comes next fails."""

@@ -66,7 +66,10 @@ class Reader:
         Raises:
             DataLoss: they are not. FailedPrecondition: the folder or bucket is not there.
         """
-        size = await self._blobs.size(stored.key)
+        try:
+            size = await self._blobs.size(stored.key)
+        except DataLoss as err:
+            raise await self.damaged(stored, err.message) from err
         if size is None:
             await self._blobs.check()  # A bucket or disk that is away for an hour has lost nothing.
         if size != stored.size:
@@ -96,32 +99,39 @@ class Reader:
     async def _blocks(self, stored: Stored, blocks: Blocks, offset: int) -> AsyncIterator[bytes]:
         index = offset // blocks.block_bytes
         waiting = bytearray()
-        with suppress(NotFound):  # Gone under our hands: shorter than it should be.
-            async for chunk in self._blobs.read(stored.key, index * blocks.block_bytes, stored.size):
-                waiting += chunk
-                start, end = blocks.span(index, stored.size)
-                if len(waiting) < end - start:
-                    continue
-                block = chunk if len(chunk) == len(waiting) else bytes(waiting)
-                waiting.clear()
-                if not await self._threads.run(blocks.is_right, index, block):
-                    raise await self.damaged(stored, f"of bytes {start} to {end - 1}")
-                for at in range(max(0, offset - start), len(block), CHUNK_BYTES):
-                    yield block[at : at + CHUNK_BYTES]
-                index += 1
+        async for chunk in self._bytes(stored, index * blocks.block_bytes):
+            waiting += chunk
+            start, end = blocks.span(index, stored.size)
+            if len(waiting) < end - start:
+                continue
+            block = chunk if len(chunk) == len(waiting) else bytes(waiting)
+            waiting.clear()
+            if not await self._threads.run(blocks.is_right, index, block):
+                raise await self.damaged(stored, f"of bytes {start} to {end - 1}")
+            for at in range(max(0, offset - start), len(block), CHUNK_BYTES):
+                yield block[at : at + CHUNK_BYTES]
+            index += 1
         if index < len(blocks):
             await self._blobs.check()
             raise await self.damaged(stored, f"they end at {blocks.span(index, stored.size)[0] + len(waiting)}")
+
+    async def _bytes(self, stored: Stored, offset: int) -> AsyncIterator[bytes]:
+        """What lies there from `offset` on. Gone under our hands, it is shorter than it should be."""
+        try:
+            with suppress(NotFound):
+                async for chunk in self._blobs.read(stored.key, offset, stored.size):
+                    yield chunk
+        except DataLoss as err:
+            raise await self.damaged(stored, err.message) from err
 
     async def _blocks_of(self, stored: Stored) -> Blocks:
         """Its blocks' digests; made now, from bytes that hash to its name, when an older version stored it."""
         if stored.blocks is not None:
             return stored.blocks
         whole, parts = hashlib.sha256(), BlockHash(block_bytes(stored.size))
-        with suppress(NotFound):
-            async for chunk in self._blobs.read(stored.key, 0, stored.size):
-                await self._threads.run(whole.update, chunk)
-                await self._threads.run(parts.update, chunk)
+        async for chunk in self._bytes(stored, 0):
+            await self._threads.run(whole.update, chunk)
+            await self._threads.run(parts.update, chunk)
         if whole.hexdigest() != stored.digest:
             await self._blobs.check()
             raise await self.damaged(stored, f"they hash to {whole.hexdigest()}")

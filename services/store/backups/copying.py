@@ -77,7 +77,7 @@ async def copied(
 async def _is_right(blob: Named, store: BlobStore, threads: Threads) -> bool:
     """Whether the blob's bytes are what they should be. Reads all of them."""
     found = hashlib.sha256()
-    with suppress(NotFound):  # Removed since its size was asked for: then they are none.
+    with suppress(NotFound, DataLoss):  # Removed since its size was asked for, or lost: then they are none.
         async for chunk in store.read(blob.key, 0, blob.size):
             await threads.run(found.update, chunk)
     return found.hexdigest() == blob.sha256

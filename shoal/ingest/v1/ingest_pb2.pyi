@@ -883,30 +883,34 @@ class RemoveScheduleResponse(_message.Message):
     def __init__(self, schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
 
 class JobRetention(_message.Message):
-    __slots__ = ("tenant", "state", "keep", "inherited")
+    __slots__ = ("tenant", "state", "keep", "inherited", "batches")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     INHERITED_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     state: JobState
     keep: _duration_pb2.Duration
     inherited: bool
-    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., inherited: _Optional[bool] = ...) -> None: ...
+    batches: bool
+    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., inherited: _Optional[bool] = ..., batches: _Optional[bool] = ...) -> None: ...
 
 class SetJobRetentionRequest(_message.Message):
-    __slots__ = ("tenant", "state", "keep", "for_ever", "inherit")
+    __slots__ = ("tenant", "state", "keep", "for_ever", "inherit", "batches")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     FOR_EVER_FIELD_NUMBER: _ClassVar[int]
     INHERIT_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     state: JobState
     keep: _duration_pb2.Duration
     for_ever: bool
     inherit: bool
-    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., for_ever: _Optional[bool] = ..., inherit: _Optional[bool] = ...) -> None: ...
+    batches: bool
+    def __init__(self, tenant: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., for_ever: _Optional[bool] = ..., inherit: _Optional[bool] = ..., batches: _Optional[bool] = ...) -> None: ...
 
 class SetJobRetentionResponse(_message.Message):
     __slots__ = ("rule",)

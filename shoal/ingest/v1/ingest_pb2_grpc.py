@@ -329,8 +329,9 @@ class IngestServiceServicer:
     def SetJobRetention(self, request, context):
         """The life of jobs: retention.
 
-        Says how long jobs stay that have ended, by tenant and state. Then they are removed, with their requests, and their
-        idempotency keys are free again; what the store has of them is its own matter.
+        Says how long jobs stay that have ended, by tenant and state, or batches, by tenant. Then they are removed, jobs with
+        their requests, and their idempotency keys are free again; what the store has of jobs, and the files that batches have
+        written, are another matter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

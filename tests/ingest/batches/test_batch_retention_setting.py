@@ -27,7 +27,7 @@ REQUIRED = {
     ids=["default", "for-ever", "shortest"],
 )
 def test_how_long_batches_stay(said: dict[str, str], stay: timedelta | None) -> None:
-    assert load(IngestConfig, "ingest", REQUIRED | said).batch_retention == stay
+    assert load(IngestConfig, "ingest", REQUIRED | said).retention["batches"] == stay
 
 
 @pytest.mark.parametrize("said", ["-1", "1", "59999", "9" * 30, "month", ""])

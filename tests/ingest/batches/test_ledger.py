@@ -13,6 +13,7 @@ import pytest
 from pymongo import AsyncMongoClient
 
 from mesh import mongo
+from services.ingest.batches import book as books
 from services.ingest.batches.batch import Batch, BatchState, Chunk, ChunkState, Ending
 from services.ingest.batches.batcher import Batcher
 from services.ingest.batches.book import Book
@@ -31,6 +32,12 @@ from services.ingest.batches.ledger import Ledger, SoFar
 from services.ingest.batches.outputs.written import Written
 from services.ingest.batches.running import Running
 from services.ingest.clock import milliseconds
+from services.ingest.retention.book import JOB_RETENTION
+from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR
+from services.ingest.retention.book import Book as Retention
+from services.ingest.retention.rules import BATCHES as RULED
+from services.ingest.retention.rules import Rule, Rules
+from services.ingest.tenants.settings import EVERYONE
 from services.ingest.ulid import Ulids
 from shoal.errors import AlreadyExists
 from tests.breakable import until
@@ -47,6 +54,7 @@ async def database(mongo_uri: str, mongo_database: str) -> AsyncIterator[Any]:
         found = client[mongo_database]
         await mongo.ensure_collection(found, BATCHES, validator=BATCH_VALIDATOR, indexes=BATCH_INDEXES)
         await mongo.ensure_collection(found, CHUNKS, validator=CHUNK_VALIDATOR, indexes=CHUNK_INDEXES)
+        await mongo.ensure_collection(found, JOB_RETENTION, validator=RULE_VALIDATOR, indexes=[])
         yield found
 
 
@@ -287,6 +295,7 @@ async def test_batches_that_ended_long_ago_go_with_their_chunks_and_no_others(
     ledger = ledger_of(database, clock)
     book = Book(database[BATCHES], ledger, clock=clock, instance="local/ingest-0")
     ids = Ulids(lambda: milliseconds(clock()))
+    retention = Retention(database[JOB_RETENTION], {RULED: keep})
 
     def made(**fields: Any) -> Batch:
         return batch(tmp_path, id=ids.new(), free_at=clock(), updated_at=clock(), submitted_at=clock(), **fields)
@@ -317,7 +326,7 @@ async def test_batches_that_ended_long_ago_go_with_their_chunks_and_no_others(
         slots=1,
         poll_ms=60_000,
         renew_ms=60_000,
-        keep=keep,
+        retention=retention,
         sweep_s=0.05,
     )
     batcher.stop()  # Nothing is to be run here.
@@ -331,4 +340,37 @@ async def test_batches_that_ended_long_ago_go_with_their_chunks_and_no_others(
         await until(is_swept, "what is over is gone")
     earlier = await book.of_key("t", "succeeded")
     assert (earlier is None) == (keep is not None), "its key is free with it"
-    assert await book.remove_ended(clock() - timedelta(days=30)) == (0 if keep else 3)
+    assert await book.remove_ended(Rules({RULED: timedelta(days=30)}), clock()) == (0 if keep else 3)
+
+
+async def test_batches_stay_as_long_as_their_tenants_say(
+    database: Any, clock: TestClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(books, "_REMOVED_AT_ONCE", 2)
+    ledger = ledger_of(database, clock)
+    book = Book(database[BATCHES], ledger, clock=clock, instance="local/ingest-0")
+    ids = Ulids(lambda: milliseconds(clock()))
+    tenants = ["kept", "short", "other", "kept", "kept", "short", "other", "kept"]
+    for tenant in tenants:
+        one = batch(tmp_path, id=ids.new(), free_at=clock(), updated_at=clock(), submitted_at=clock(), tenant=tenant)
+        await ended(book, ledger, one, BatchState.SUCCEEDED)
+    week, month = timedelta(days=7), timedelta(days=30)
+    retention = Retention(database[JOB_RETENTION], {RULED: month})
+    await retention.set(Rule("kept", RULED, None))
+    await retention.set(Rule("short", RULED, week))
+
+    async def removed() -> tuple[int, set[str]]:
+        many = await book.remove_ended(await retention.read(), clock())
+        return many, {document["tenant"] async for document in database[BATCHES].find()}
+
+    clock.advance(days=7)
+    assert await removed() == (0, {"kept", "short", "other"})
+    clock.advance(seconds=1)
+    assert await removed() == (2, {"kept", "other"})
+    clock.advance(days=23)
+    assert await removed() == (2, {"kept"})
+    await retention.set(Rule(EVERYONE, RULED, None))
+    await retention.inherit("kept", RULED)
+    assert await removed() == (0, {"kept"})
+    await retention.set(Rule(EVERYONE, RULED, week))
+    assert await removed() == (4, set())

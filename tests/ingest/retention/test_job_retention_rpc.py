@@ -25,9 +25,11 @@ async def put(client: Client, **fields: Any) -> pb.JobRetention:
     return rule
 
 
-async def rules(client: Client) -> dict[tuple[str, int], tuple[int, bool]]:
+async def rules(client: Client) -> dict[tuple[str, int | str], tuple[int, bool]]:
     answer = await client.stub.ListJobRetention(pb.ListJobRetentionRequest(), timeout=20)
-    return {(one.tenant, one.state): (one.keep.seconds, one.inherited) for one in answer.rules}
+    return {
+        (one.tenant, "batches" if one.batches else one.state): (one.keep.seconds, one.inherited) for one in answer.rules
+    }
 
 
 async def test_rules_are_set_and_inherited(client: Client) -> None:
@@ -43,6 +45,18 @@ async def test_rules_are_set_and_inherited(client: Client) -> None:
     assert (tenant, DEAD) not in await rules(client)
 
 
+async def test_batches_have_a_rule_of_their_own(client: Client) -> None:
+    tenant = uuid.uuid4().hex
+    assert (await rules(client))["*", "batches"] == (30 * 86_400, True)
+    answer = await put(client, tenant=tenant, batches=True, keep=Duration(seconds=90))
+    assert (answer.batches, answer.state, answer.keep.seconds, answer.inherited) == (True, 0, 90, False)
+    assert (await rules(client))[tenant, "batches"] == (90, False)
+    assert not (await put(client, tenant=tenant, batches=True, for_ever=True)).HasField("keep")
+    inherited = await put(client, tenant=tenant, batches=True, inherit=True)
+    assert (inherited.keep.seconds, inherited.inherited, inherited.batches) == (30 * 86_400, True, True)
+    assert (tenant, "batches") not in await rules(client)
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -55,8 +69,11 @@ async def test_rules_are_set_and_inherited(client: Client) -> None:
         ({"state": DEAD, "keep": Duration(seconds=-1)}, "keep: must not be negative"),
         ({"state": DEAD, "keep": Duration(seconds=2**60)}, "keep: at most"),
         ({"state": DEAD, "for_ever": True, "tenant": "t" * 65}, "tenant: at most 64"),
+        ({"state": DEAD, "batches": True, "for_ever": True}, "batches: not together with state"),
+        ({"batches": True}, "keep, for_ever, inherit: set one of them"),
+        ({"batches": True, "keep": Duration(seconds=59)}, "keep: from 0:01:00"),
     ],
-    ids=range(9),
+    ids=range(12),
 )
 async def test_what_makes_no_sense_is_refused(client: Client, fields: dict[str, Any], says: str) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:

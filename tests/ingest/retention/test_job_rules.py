@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ingest.job import FINAL, State
-from services.ingest.retention.rules import LONGEST, SHORTEST, Keep, Rules, checked
+from services.ingest.retention.rules import BATCHES, LONGEST, SHORTEST, Keep, Rules, What, checked
 from services.ingest.tenants.settings import EVERYONE
 from shoal.errors import InvalidArgument
 from tests.ingest.making import START, job
 
 WEEK = timedelta(days=7)
-DEFAULTS: dict[State, Keep] = dict.fromkeys(FINAL, WEEK)
+DEFAULTS: dict[What, Keep] = {**dict.fromkeys(FINAL, WEEK), BATCHES: timedelta(days=30)}
 tenants = st.sampled_from(["", "a", "b"])
 states = st.sampled_from(sorted(FINAL))
 keeps = st.none() | st.timedeltas(SHORTEST, LONGEST)
@@ -37,8 +37,16 @@ def test_what_has_not_ended_stays() -> None:
     assert not rules.is_over(job(state=State.SUCCEEDED), START + WEEK)
 
 
+def test_batches_have_their_own() -> None:
+    rules = Rules(DEFAULTS, {("a", BATCHES): None, ("b", BATCHES): WEEK, ("b", State.DEAD): None})
+    later = START + timedelta(days=8)
+    assert [rules.has_stayed(tenant, BATCHES, START, later) for tenant in ("a", "b", "c")] == [False, True, False]
+    assert rules.has_stayed("c", BATCHES, START, START + timedelta(days=31))
+    assert rules.shortest(BATCHES) == WEEK
+
+
 @given(own, tenants, states)
-def test_nothing_goes_sooner_than_the_shortest(own: dict[tuple[str, State], Keep], tenant: str, state: State) -> None:
+def test_nothing_goes_sooner_than_the_shortest(own: dict[tuple[str, What], Keep], tenant: str, state: State) -> None:
     rules = Rules(DEFAULTS, own)
     keep, shortest = rules.keep(tenant, state), rules.shortest(state)
     if keep is not None:

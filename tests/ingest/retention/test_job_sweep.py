@@ -17,7 +17,7 @@ from services.ingest.job import FINAL, Job, State
 from services.ingest.retention import sweep as sweeping
 from services.ingest.retention.book import JOB_RETENTION, Book
 from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR
-from services.ingest.retention.rules import Keep, Rule
+from services.ingest.retention.rules import Keep, Rule, What
 from services.ingest.retention.sweep import Sweep
 from services.ingest.tenants.settings import EVERYONE
 from services.ingest.ulid import Ulids
@@ -26,7 +26,7 @@ from tests.ingest.making import START, TestClock, job
 
 Collection = AsyncCollection[dict[str, Any]]
 WEEK = timedelta(days=7)
-DEFAULTS: dict[State, Keep] = dict.fromkeys(FINAL, WEEK)
+DEFAULTS: dict[What, Keep] = dict.fromkeys(FINAL, WEEK)
 
 
 class Payloads:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,17 @@ from services.store.artifacts.local_blobs import LocalBlobs
 from services.store.artifacts.object_blobs import PART_BYTES, ObjectBlobs
 from services.store.artifacts.object_blobs import WINDOW_BYTES as WINDOW
 from services.store.artifacts.opening import open_blobs
-from shoal.errors import FailedPrecondition, Internal, NotFound, ResourceExhausted
+from shoal.errors import (
+    DataLoss,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    ShoalError,
+    Unavailable,
+)
+from tests.store.conftest import failing_reads
 
 KEY = "artifacts/ab/abcd"
 
@@ -167,6 +179,86 @@ async def test_a_disk_that_is_full_or_broken(tmp_path: Path, threads: Threads, m
                 await blobs.put(KEY, b"abc")
         assert await blobs.size(KEY) is None
         assert list(staging.iterdir()) == []
+
+
+async def test_a_blob_that_the_disk_has_lost(tmp_path: Path, threads: Threads) -> None:
+    blobs, staging = open_blobs(f"file://{tmp_path}/root", None, threads)
+    await blobs.put(KEY, b"abc")
+    file = tmp_path / "root" / KEY
+    with failing_reads(file, errno.EIO):
+        with pytest.raises(DataLoss, match=f"blob {KEY}: the disk has lost it: Input/output error"):
+            await everything(blobs, KEY, 0, 3)
+    with failing_reads(file, errno.EIO, is_whole_disk=True), pytest.raises(Unavailable, match="retry"):
+        await everything(blobs, KEY, 0, 3)
+    assert list(staging.iterdir()) == []
+    assert await everything(blobs, KEY, 0, 3) == b"abc"
+    # The real thing: nothing lies at address 0 of a process.
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+    with pytest.raises(DataLoss, match=f"blob {KEY}: the disk has lost it: Input/output error"):
+        await everything(blobs, KEY, 0, 3)
+
+
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT, errno.EROFS], ids=["full", "quota", "read-only"])
+async def test_a_disk_that_takes_nothing_more_may_have_lost_a_blob(
+    tmp_path: Path, threads: Threads, monkeypatch: pytest.MonkeyPatch, full: int
+) -> None:
+    blobs, staging = open_blobs(f"file://{tmp_path}/root", None, threads)
+    await blobs.put(KEY, b"abc")
+
+    def refusing(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(full, os.strerror(full))
+
+    with failing_reads(tmp_path / "root" / KEY, errno.EIO):
+        monkeypatch.setattr(os, "pwrite", refusing)
+        with pytest.raises(DataLoss, match=KEY):
+            await everything(blobs, KEY, 0, 3)
+    assert list(staging.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "words"),
+    [
+        (errno.EMFILE, Unavailable, "Too many open files: retry in a moment"),
+        (errno.ENFILE, Unavailable, "retry in a moment"),
+        (errno.ENOMEM, Unavailable, "retry in a moment"),
+        (errno.ESTALE, Unavailable, "retry in a moment"),
+        (errno.EACCES, PermissionDenied, "the user that the store runs as must own its folder of blobs"),
+    ],
+    ids=["process", "system", "memory", "network", "owner"],
+)
+@pytest.mark.parametrize("call", ["open", "stat"])
+async def test_what_else_keeps_a_blob_from_being_read_is_no_damage(
+    tmp_path: Path,
+    threads: Threads,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    error: int,
+    expected: type[ShoalError],
+    words: str,
+) -> None:
+    blobs, _ = open_blobs(f"file://{tmp_path}/root", None, threads)
+    await blobs.put(KEY, b"abc")
+    real = getattr(os, call)
+
+    def failing(path: Path, *args: Any, **options: Any) -> Any:
+        if path == tmp_path / "root" / KEY:
+            raise OSError(error, os.strerror(error))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, call, failing)
+    with pytest.raises(expected, match=words):
+        await (everything(blobs, KEY, 0, 3) if call == "open" else blobs.size(KEY))
+
+
+async def test_a_folder_is_no_blob(tmp_path: Path, threads: Threads) -> None:
+    blobs, _ = open_blobs(f"file://{tmp_path}/root", None, threads)
+    await blobs.put(KEY, b"abc")
+    assert await blobs.size("artifacts/ab") is None
+    assert await blobs.size(f"{KEY}/below") is None
+    for key in ("artifacts/ab", f"{KEY}/below"):
+        with pytest.raises(NotFound):
+            await everything(blobs, key, 0, 3)
 
 
 def test_an_object_store_gets_the_staging_folder_that_is_given(tmp_path: Path, threads: Threads) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pymongo.asynchronous.pool import AsyncConnection
 
-from services.store.artifacts.object_blobs import ObjectBlobs
+from services.store.artifacts.local_blobs import LocalBlobs
 
 _SETTLED_S = 0.01
 # An operation that MongoDB makes wait for another one's transaction does not come back before that goes on.
@@ -74,7 +74,7 @@ def stopped_at(turnstiles: list[Turnstile]) -> Iterator[None]:
         for name in ("command", "send_message"):
             patch.setattr(AsyncConnection, name, _stopping(getattr(AsyncConnection, name), turnstiles))
         for name in ("size", "put", "adopt", "remove"):
-            patch.setattr(ObjectBlobs, name, _stopping(getattr(ObjectBlobs, name), turnstiles))
+            patch.setattr(LocalBlobs, name, _stopping(getattr(LocalBlobs, name), turnstiles))
         yield
 
 

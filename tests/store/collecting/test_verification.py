@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pymongo import AsyncMongoClient
 
 from shoal.inference.v2 import inference_pb2
 from shoal.store.v1 import store_pb2 as pb
-from tests.store.conftest import Store, refused, sha256
+from tests.store.conftest import Store, failing_reads, refused, sha256
 
 pytestmark = pytest.mark.mongo
 
@@ -85,6 +86,44 @@ async def test_what_is_damaged_is_named_with_those_it_harms(store: Store) -> Non
     for data in (rotten, lost):
         assert not (await store.put(data)).existed  # The next upload repairs it.
     assert [finding.key for finding in (await verified(store))[0] if finding.kind != Kind.KIND_STRAY] == [of_result.key]
+
+
+async def test_what_the_disk_has_lost_is_named_and_repaired(store: Store) -> None:
+    lost, fine = os.urandom(3 * MIB), os.urandom(10)
+    for data in (lost, fine):
+        await store.put(data)
+    blob, digest = store.blob(sha256(lost)), sha256(lost)
+    with failing_reads(blob, errno.EIO):
+        found, last = await verified(store)
+        assert [(each.kind, each.sha256) for each in found] == [(Kind.KIND_DAMAGED, digest)]
+        assert all(word in found[0].message for word in (blob.name, "the disk has lost it: Input/output error"))
+        assert last.blobs == 2
+        assert not (await store.put(lost)).existed  # Under another name.
+        assert await store.get(digest) == (3 * MIB, lost)
+
+
+async def test_the_first_reader_of_what_the_disk_has_lost_marks_it(store: Store) -> None:
+    data = os.urandom(3 * MIB)
+    await store.put(data)
+    with failing_reads(store.blob(sha256(data)), errno.EIO):
+        await refused(store.get(sha256(data)), StatusCode.DATA_LOSS, "the disk has lost it", "upload it again")
+        await refused(store.get(sha256(data)), StatusCode.NOT_FOUND)
+
+
+async def test_a_lost_answer_is_named_and_a_disk_that_is_away_is_not(store: Store) -> None:
+    blob = await put_large_result(store, "j7")
+    ask = pb.GetResultRequest(job_id="j7")
+    with failing_reads(blob, errno.EIO):
+        (finding,) = (await verified(store))[0]
+        assert (finding.kind, list(finding.users)) == (Kind.KIND_DAMAGED, ["the result of job j7"])
+        assert "Input/output error" in (await store.stub.GetResult(ask)).result.answer_lost
+    with failing_reads(blob, errno.EIO, is_whole_disk=True):
+        await refused(store.stub.GetResult(ask), StatusCode.UNAVAILABLE, "Input/output error: retry")
+        await refused(store.stub.VerifyStore(pb.VerifyStoreRequest()), StatusCode.UNAVAILABLE, "retry")
+    with failing_reads(blob, errno.EMFILE):
+        await refused(store.stub.GetResult(ask), StatusCode.UNAVAILABLE, "Too many open files")
+    assert (await verified(store))[0] == []
+    assert (await store.stub.GetResult(ask)).result.HasField("response")
 
 
 async def test_sizes_only(store: Store) -> None:
