@@ -242,9 +242,16 @@ async def _refuse(method: str, error: BaseException, ctx: Context, span: Span) -
     await ctx.abort(code, message, trailing)
 
 
-def _with_trace(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
+def trace_metadata() -> dict[str, str]:
+    """The current trace, as metadata lets it travel with a call; nothing where there is none."""
     carrier: dict[str, str] = {}
-    propagate.inject(carrier)
+    if context.get_current():
+        propagate.inject(carrier)
+    return carrier
+
+
+def _with_trace(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
+    carrier = trace_metadata()
     if not carrier:
         return details
     metadata = grpc.aio.Metadata(*(details.metadata or ()))

@@ -65,6 +65,11 @@ class Deframer:
             del self._held[:end]
             yield self._inflated(message) if flags else message
 
+    @property
+    def holds(self) -> int:
+        """Bytes of a message that is not complete."""
+        return len(self._held)
+
     def finish(self) -> None:
         """The body has ended. Raises InvalidArgument when a message is not complete."""
         if self._held:

@@ -10,36 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 from functools import partial
 from typing import TYPE_CHECKING
 
 from mesh.asgi import status
 from mesh.asgi.exchange import Exchange, ShortHandler
 from mesh.h2 import frames
-from mesh.h2.frames import (
-    ACK,
-    CONTINUATION,
-    DATA,
-    DEFAULT_FRAME,
-    END_HEADERS,
-    END_STREAM,
-    GOAWAY,
-    HEADER_BYTES,
-    HEADERS,
-    LARGEST_WINDOW,
-    PING,
-    PREFACE,
-    PRIORITIZED,
-    PRIORITY,
-    PUSH_PROMISE,
-    RST_STREAM,
-    SETTINGS,
-    WINDOW_UPDATE,
-    ConnectionBroken,
-    Reason,
-)
-from mesh.h2.headers import Block, Decoder, encode
+from mesh.h2.frames import END_STREAM, LARGEST_WINDOW, ConnectionBroken, Reason
+from mesh.h2.headers import Block, encode
+from mesh.h2.peer import CREDIT, STREAM_WINDOW, Peer
 from mesh.h2.sending import Sender
 from mesh.h2.stream import Stream
 from shoal.errors import ShoalError
@@ -50,16 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STREAMS = 4096
-_STREAM_WINDOW = 4 << 20
-_CONNECTION_WINDOW = 256 << 20
-# What a trusted peer may send before we took it: many large tensors at the same time.
-
-_CREDIT = 1 << 20
-# Windows are opened again in steps of this size: an update costs as much as a small request.
-
-_BLOCK_BYTES = 128 << 10
-_CONTINUATIONS = 64
-# Frames of one block: 128 KiB in frames of 16 KiB, with room. Else empty ones could come for ever.
 
 _GREETING_S = 10.0
 _CONNECTIONS = 1024
@@ -108,29 +77,21 @@ class H2Exchange(Exchange):
         """The connection says when the caller goes."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(Peer):
     """Serves one peer. `connections` holds it as long as it is open."""
 
     def __init__(self, app: GrpcApp, connections: set[Connection]) -> None:
+        super().__init__(awaits_preface=True)
         self._app = app
         self._connections = connections
-        self._loop = asyncio.get_running_loop()
-        self._decoder = Decoder()
         self._inbound: dict[int, Inbound] = {}
-        self._sender = Sender(self._ended)
-        self._rest = b""
-        self._has_preface = self._has_settings = self._is_closing = False
-        self._block: tuple[int, int, bytearray] | None = None
-        self._newest = 0
-        self._credit = 0
+        self._is_closing = False
         self._resets = 0
-        self._continuations = 0
 
     # -- the transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: asyncio.Transport = transport  # type: ignore[assignment] # uvloop's is of no common class.
-        self._sender.begin(self._transport)
+        self._begin(transport)
         peer = transport.get_extra_info("peername")
         self.peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else ("unix", 0)
         if len(self._connections) >= _CONNECTIONS:
@@ -139,13 +100,7 @@ class Connection(asyncio.Protocol):
             return
         self._connections.add(self)
         self._greeting = self._loop.call_later(_GREETING_S, self._ungreeted)
-        ours = {
-            frames.TABLE_SIZE: 0,
-            frames.MAX_STREAMS: _STREAMS,
-            frames.WINDOW_SIZE: _STREAM_WINDOW,
-            frames.HEADER_LIST_SIZE: 64 << 10,
-        }
-        self._sender.write(frames.settings(ours) + frames.window_update(0, _CONNECTION_WINDOW - frames.DEFAULT_WINDOW))
+        self._greet({frames.MAX_STREAMS: _STREAMS})
 
     def _ungreeted(self) -> None:
         if not self._has_settings:
@@ -161,75 +116,10 @@ class Connection(asyncio.Protocol):
         self._inbound.clear()
         self._sender.lost()
 
-    def pause_writing(self) -> None:
-        self._sender.pause()
-
-    def resume_writing(self) -> None:
-        self._sender.resume()
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            self._take(data)
-        except ConnectionBroken as err:
-            self._break(err)
-        except Exception:
-            log.exception("a fault while reading a connection: it ends")
-            self._break(ConnectionBroken(Reason.INTERNAL_ERROR, "internal error"))
-        self._sender.flush()
-
-    def _break(self, err: ConnectionBroken) -> None:
-        log.warning("a connection is ended with %s: %s", err.reason.name, err)
-        self._sender.write(frames.goaway(self._newest, err.reason, str(err)))
-        self._sender.flush()
-        self._transport.close()
-
     # -- what comes
 
-    def _take(self, data: bytes) -> None:
-        if self._transport.is_closing():
-            return
-        if self._rest:
-            data = self._rest + data
-        at, end = 0, len(data)
-        if not self._has_preface:
-            if not PREFACE.startswith(data[: len(PREFACE)]):
-                raise ConnectionBroken(Reason.PROTOCOL_ERROR, "this is no HTTP/2: the connection preface is missing")
-            if end < len(PREFACE):
-                self._rest = data
-                return
-            at, self._has_preface = len(PREFACE), True
-        unpack = frames.HEADER.unpack_from
-        while end - at >= HEADER_BYTES:
-            high, low, kind, flags, number = unpack(data, at)
-            size = high << 16 | low
-            if size > DEFAULT_FRAME:
-                raise ConnectionBroken(Reason.FRAME_SIZE_ERROR, f"a frame of {size} bytes: at most {DEFAULT_FRAME}")
-            start = at + HEADER_BYTES
-            if start + size > end:
-                break
-            at = start + size
-            if self._block is not None or not self._has_settings:
-                self._check_order(kind)
-            payload = data[start:at]
-            if kind == DATA:
-                self._on_data(number, flags, payload, size)
-            elif kind == HEADERS:
-                self._on_headers(number, flags, payload)
-            else:
-                self._on_other(kind, flags, number & LARGEST_WINDOW, payload)
-        self._rest = data[at:]
-
-    def _check_order(self, kind: int) -> None:
-        if self._block is not None and kind != CONTINUATION:
-            raise ConnectionBroken(Reason.PROTOCOL_ERROR, "a header block is not continued")
-        if not self._has_settings and kind != SETTINGS:
-            raise ConnectionBroken(Reason.PROTOCOL_ERROR, "the first frame is not SETTINGS")
-
     def _on_data(self, number: int, flags: int, payload: bytes, size: int) -> None:
-        self._credit += size
-        if self._credit >= _CREDIT:
-            self._sender.write(frames.window_update(0, self._credit))
-            self._credit = 0
+        self._credited(size)
         inbound = self._inbound.get(number)
         if inbound is None:
             if not 0 < number <= self._newest:
@@ -245,14 +135,14 @@ class Connection(asyncio.Protocol):
             exchange.take(payload, more=False)
             return
         inbound.received += size
-        if inbound.received - inbound.uncredited > _STREAM_WINDOW:
+        if inbound.received - inbound.uncredited > STREAM_WINDOW:
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
         is_end = bool(flags & END_STREAM)
         inbound.is_ended = is_end
         if exchange is None:
             assert inbound.stream is not None
             inbound.stream.feed(payload, size, is_end=is_end)
-        elif exchange.take(payload, more=not is_end) and inbound.received - inbound.uncredited >= _CREDIT:
+        elif exchange.take(payload, more=not is_end) and inbound.received - inbound.uncredited >= CREDIT:
             self._taken(number, inbound.received - inbound.uncredited)
 
     def _taken(self, number: int, size: int) -> None:
@@ -263,33 +153,7 @@ class Connection(asyncio.Protocol):
             if not inbound.is_ended:
                 self._sender.write(frames.window_update(number, size))
 
-    def _on_headers(self, number: int, flags: int, payload: bytes) -> None:
-        if flags & (frames.PADDED | PRIORITIZED):
-            payload = frames.without_padding(payload, flags)
-            if flags & PRIORITIZED:
-                payload = payload[5:]
-        if not flags & END_HEADERS:
-            self._block, self._continuations = (number, flags, bytearray(payload)), 0
-            return
-        self._on_block(number, flags, payload)
-
-    def _on_continuation(self, number: int, flags: int, payload: bytes) -> None:
-        if self._block is None or self._block[0] != number:
-            raise ConnectionBroken(Reason.PROTOCOL_ERROR, "CONTINUATION of nothing")
-        _, first, held = self._block
-        held += payload
-        self._continuations += 1
-        if len(held) > _BLOCK_BYTES or self._continuations > _CONTINUATIONS:
-            raise ConnectionBroken(
-                Reason.ENHANCE_YOUR_CALM,
-                f"a header block of more than {_BLOCK_BYTES} bytes, or {_CONTINUATIONS} frames",
-            )
-        if flags & END_HEADERS:
-            self._block = None
-            self._on_block(number, first, bytes(held))
-
-    def _on_block(self, number: int, flags: int, encoded: bytes) -> None:
-        block = self._decoder.decode(encoded)
+    def _on_block(self, number: int, flags: int, block: Block) -> None:
         if number <= self._newest or not number & 1:
             self._on_trailers(number, flags)
             return
@@ -339,40 +203,15 @@ class Connection(asyncio.Protocol):
         inbound.stream = stream = Stream(self._sender, number, partial(self._taken, number))
         stream.start(self._app, inbound.block, self.peer)
 
-    def _on_other(self, kind: int, flags: int, number: int, payload: bytes) -> None:
-        if kind == WINDOW_UPDATE:
-            self._on_window(number, payload)
-        elif kind == RST_STREAM:
-            self._on_reset(number, payload)
-        elif kind == SETTINGS:
-            self._on_settings(number, flags, payload)
-        elif kind == PING:
-            if len(payload) != 8 or number:
-                raise ConnectionBroken(Reason.FRAME_SIZE_ERROR, "PING of other than 8 bytes, or on a stream")
-            if not flags & ACK:
-                self._sender.acknowledge(frames.frame(PING, ACK, 0, payload))
-        elif kind == CONTINUATION:
-            self._on_continuation(number, flags, payload)
-        elif kind == GOAWAY:
-            self._is_closing = True
-            self._close_when_done()
-        elif kind == PUSH_PROMISE:
-            raise ConnectionBroken(Reason.PROTOCOL_ERROR, "PUSH_PROMISE from a client")
-        elif kind == PRIORITY and len(payload) != 5:
-            raise ConnectionBroken(Reason.FRAME_SIZE_ERROR, "PRIORITY of other than 5 bytes")
+    def _on_goaway(self, payload: bytes) -> None:
+        self._is_closing = True
+        self._close_when_done()
 
     def _on_window(self, number: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise ConnectionBroken(Reason.FRAME_SIZE_ERROR, "WINDOW_UPDATE of other than 4 bytes")
-        size = struct.unpack(">I", payload)[0] & LARGEST_WINDOW
-        if not size:
-            raise ConnectionBroken(Reason.PROTOCOL_ERROR, "WINDOW_UPDATE by nothing")
-        self._sender.widen(number, size)
+        super()._on_window(number, payload)
         self._check_resets()
 
-    def _on_reset(self, number: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise ConnectionBroken(Reason.FRAME_SIZE_ERROR, "RST_STREAM of other than 4 bytes")
+    def _on_reset(self, number: int, reason: int) -> None:
         if not 0 < number <= self._newest:
             raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"RST_STREAM on stream {number}, which is not open")
         inbound = self._inbound.pop(number, None)
@@ -387,16 +226,6 @@ class Connection(asyncio.Protocol):
     def _check_resets(self) -> None:
         if self._resets > _RESETS:
             raise ConnectionBroken(Reason.ENHANCE_YOUR_CALM, f"{_RESETS} streams were cancelled, and none was answered")
-
-    def _on_settings(self, number: int, flags: int, payload: bytes) -> None:
-        if number or len(payload) % 6:
-            raise ConnectionBroken(Reason.FRAME_SIZE_ERROR, "SETTINGS that are none")
-        if flags & ACK:
-            self._decoder.forbid_table()
-            return
-        self._has_settings = True
-        self._sender.settle(dict(struct.iter_unpack(">HI", payload)))
-        self._sender.acknowledge(frames.frame(SETTINGS, ACK, 0))
 
     # -- the end
 

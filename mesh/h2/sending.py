@@ -1,7 +1,7 @@
-"""What goes to one peer: whole answers in one write, and data as far as the peer's windows reach.
+"""What goes to one peer: whole answers and requests in one write, and data as far as the peer's windows reach.
 
-    answer ──fits──> out ──once a turn of the loop──> transport
-       └──does not──> waiting, by stream ──a window opens──> out
+    answer, request ──fits──> out ──once a turn of the loop──> transport
+           └──does not──> waiting, by stream ──a window opens──> out
 
 Every stream has the window that the peer's settings give, and what it was widened or used by since it was opened.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from mesh.asgi import status
 from mesh.h2 import frames
 from mesh.h2.frames import (
+    CONTINUATION,
     DATA,
     DEFAULT_FRAME,
     END_HEADERS,
@@ -69,7 +70,7 @@ class Sender:
         self._transport = transport
 
     def open(self, number: int) -> None:
-        """The peer has opened a stream."""
+        """A stream has been opened."""
         self._widened[number] = 0
 
     def forget(self, number: int) -> None:
@@ -166,10 +167,28 @@ class Sender:
         self.write(head)
         self._send(number, body, tail, None)
 
+    def request(self, number: int, block: bytes, body: bytes) -> None:
+        """A whole request: headers, and a body that ends our side."""
+        size = len(body)
+        self.headers(number, block)
+        if size <= self._frame and size <= self._window and size <= self._room(number):
+            self._window -= size
+            self._out += (frames.opening(DATA, END_STREAM, number, size), body)
+            self._end(number)
+            return
+        self._send(number, body, frames.opening(DATA, END_STREAM, number, 0), None)
+
     def headers(self, number: int, block: bytes) -> None:
-        """The headers of an answer."""
-        if number in self._widened:
+        """The headers of a request or an answer."""
+        if number not in self._widened:
+            return
+        if len(block) <= DEFAULT_FRAME:
             self.write(frames.opening(HEADERS, END_HEADERS, number, len(block)) + block)
+            return
+        pieces = [block[at : at + DEFAULT_FRAME] for at in range(0, len(block), DEFAULT_FRAME)]
+        for at, piece in enumerate(pieces):
+            kind, flags = CONTINUATION if at else HEADERS, END_HEADERS if piece is pieces[-1] else 0
+            self.write(frames.frame(kind, flags, number, piece))
 
     def data(self, number: int, data: bytes, on_sent: Callable[[], None]) -> None:
         """Data of an answer, as windows allow. `on_sent` is called once all of it has gone, or nobody wants it."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
-from mesh.channel import connect
+from mesh.h2.client.channel import Channel
 from mesh.membership import Registration, State
 from mesh.mongo import Document
 from mesh.server import until_stopped
@@ -89,7 +89,7 @@ async def run(config: IngestConfig) -> None:
     backlog = Backlog(config.max_backlog)
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(mongo.connect(config.mongo))
-        channel = await stack.enter_async_context(connect(config.mesh))
+        channel = await stack.enter_async_context(Channel(config.mesh))
         database = client[config.database]
         documents = database[JOBS]
         payloads = Payloads(database, ClaimCheck(channel, config.database, time.monotonic))

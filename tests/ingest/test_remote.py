@@ -8,6 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
+from mesh.h2.client.channel import Channel
+from mesh.h2.client.failures import CallFailed
 from services.ingest.dispatch.remote import Answer, BulkEntry, GivenUp, RemoteModel, RemoteResults, failure_of
 from services.ingest.job import End, Outcome
 from shoal.errors import Code, Internal, Unavailable
@@ -32,7 +34,9 @@ CONNECT = "upstream connect error or disconnect/reset before headers. reset reas
         (error(S.UNAVAILABLE, CONNECT + "remote connection failure, transport failure reason: refused"), False),
         (error(S.UNAVAILABLE, CONNECT + "connection failure"), False),
         (error(S.UNAVAILABLE, CONNECT + "overflow"), False),
-        (error(S.UNAVAILABLE, "failed to connect to all addresses; last error: UNKNOWN: unix:..."), False),
+        (CallFailed(S.UNAVAILABLE, "GOAWAY", is_unprocessed=True), False),
+        (CallFailed(S.UNAVAILABLE, "lost unix:/a: Connection reset by peer"), True),
+        (CallFailed(S.DEADLINE_EXCEEDED, "Deadline Exceeded", is_unprocessed=True), True),  # It has had its time.
         (error(S.UNAVAILABLE, ""), False),  # A route to a cluster that Envoy does not know.
         (error(S.UNIMPLEMENTED, ""), False),  # No route at all: Envoy's 404.
         (error(S.UNIMPLEMENTED, "Received http2 header with status: 404"), False),
@@ -62,7 +66,7 @@ def test_retry_after_comes_along() -> None:
 @pytest.mark.parametrize(("tenant", "told"), [("ada", "ada"), ("", None), ("ädä", "?"), ("a\nb", "?")])
 async def test_infer_is_told_whose_call_it_is(mesh: FakeMesh, tenant: str, told: str | None) -> None:
     request = inference_pb2.ModelInferRequest(model_name="echo", id=f"tenant {tenant!r}")
-    async with grpc.aio.insecure_channel(mesh.address) as channel:
+    async with Channel(mesh.address) as channel:
         answer = await RemoteModel(channel).infer(request.SerializeToString(), 30, tenant)
     assert isinstance(answer, inference_pb2.ModelInferResponse)
     assert mesh.infer.metadata[request.id].get("x-shoal-tenant") == told
@@ -84,13 +88,13 @@ async def test_a_job_that_was_given_up_before_its_bulk_began_disturbs_nobody(mes
 
     mesh.infer.model = once_it_is_told
     entries = [BulkEntry(f"job {n}", inference_pb2.ModelInferRequest(id=f"g{n}").SerializeToString(), 30) for n in "12"]
-    async with grpc.aio.insecure_channel(mesh.address) as channel:
+    async with Channel(mesh.address) as channel:
         answers = [one async for some in RemoteModel(channel).infer_bulk("echo", entries, given_up) for one in some]
     assert isinstance(dict(answers)["job 1"], Answer)
 
 
 async def test_the_store_says_what_stands(mesh: FakeMesh) -> None:
-    async with grpc.aio.insecure_channel(mesh.address) as channel:
+    async with Channel(mesh.address) as channel:
         results = RemoteResults(channel)
         first = store_pb2.Result(job_id="a", outcome=store_pb2.Result.OUTCOME_SUCCEEDED)
         second = store_pb2.Result(job_id="a", outcome=store_pb2.Result.OUTCOME_CANCELLED, code=1, message="x")
@@ -107,7 +111,7 @@ async def test_the_store_says_what_stands(mesh: FakeMesh) -> None:
 
 
 async def test_a_store_that_answers_nonsense_or_has_no_route(mesh: FakeMesh) -> None:
-    async with grpc.aio.insecure_channel(mesh.address) as channel:
+    async with Channel(mesh.address) as channel:
         results = RemoteResults(channel)
         assert await results.put([store_pb2.Result(job_id="a")], [""]) == [None]
         with pytest.raises(Internal, match="outcome 0"):

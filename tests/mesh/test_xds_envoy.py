@@ -14,6 +14,7 @@ import pytest
 from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 
 from mesh.channel import connect
+from mesh.h2.client.channel import Channel
 from mesh.latest import Latest
 from mesh.membership import Instance, ReadyModel, State
 from mesh.node.probes import health
@@ -368,6 +369,41 @@ async def test_garbage_gets_a_clear_status_and_no_hang(mesh: Mesh):
     nobody = mesh.channel.unary_unary("/nobody.v1.Service/Method")(b"", timeout=10)
     assert (await refusal(nobody))[0] is grpc.StatusCode.UNAVAILABLE
     assert told(await mesh.infer("a"), "replica") == "infer-0"
+
+
+async def test_the_lean_client_hears_the_same_from_envoy(mesh: Mesh):
+    await mesh.replica(0)
+    await mesh.replica(1)
+    await mesh.show(mesh.instance(0, "a"), mesh.instance(1, "b"))
+    path = "/inference.GRPCInferenceService/ModelInfer"
+    address = f"unix:{mesh.envoy.outbound}"
+    async with connect(address) as theirs, Channel(address) as lean:
+        for one, message in (
+            (path, b"\xff\xff"),
+            ("/inference.GRPCInferenceService/Nonesuch", b""),
+            ("/no.such.Service/Method", b""),
+            ("/nobody.v1.Service/Method", b""),
+            ("/shoal.inference.v2.BulkInference/InferBulk", b""),
+        ):
+            heard = [await refusal(channel.unary_unary(one)(message, timeout=30)) for channel in (theirs, lean)]
+            assert heard[0] == heard[1]
+        stub = pb_grpc.GRPCInferenceServiceStub(lean)
+        answers = await asyncio.gather(*(stub.ModelInfer(request("ab"[n % 2]), timeout=30) for n in range(1_000)))
+        assert [told(answer, "replica") for answer in answers] == ["infer-0", "infer-1"] * 500
+        large = await stub.ModelInfer(request("a", 16 << 20, echo=1), timeout=60)
+        assert told(large, "replica") == "infer-0"
+        under_way = asyncio.create_task(stub.ModelInfer(request("b", sleep_ms=60_000), timeout=60))
+
+        async def is_there() -> bool:
+            lines = (await mesh.envoy.ask("/clusters")).splitlines()
+            return any("infer-1.sock::rq_active::1" in line for line in lines)
+
+        await until(is_there, "the call is there")
+        mesh.replicas[1].kill()
+        code, text = await refusal(under_way)
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert "reset reason: " in text
+        assert not under_way.exception().is_unprocessed
 
 
 async def test_a_path_that_is_no_text_reaches_nobody(mesh: Mesh):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import grpc
 
+from mesh.channel import AnyChannel
 from mesh.interceptors import translate
 from services.ingest.batches.rows.signature import Signature, signature_of
 from shoal.errors import Code, Unavailable
@@ -17,7 +18,7 @@ _TIMEOUT_S = 10.0
 class Facts:
     """infer, as it describes its models."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: AnyChannel) -> None:
         self._stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
 
     async def signature(self, model: str, version: str, outputs: Sequence[str]) -> Signature:

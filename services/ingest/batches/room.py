@@ -9,10 +9,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
 
-import grpc
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
+from mesh.channel import AnyChannel
 from mesh.mongo import Document
 from mesh.threads import Threads
 from services.ingest.batches.batcher import Batcher
@@ -51,7 +51,7 @@ class Batches:
         self,
         config: IngestConfig,
         database: AsyncDatabase[Document],
-        channel: grpc.aio.Channel,
+        channel: AnyChannel,
         model: Model,
         retention: Retention,
         *,

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
+from google.protobuf.message import DecodeError
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Link, SpanKind
 
+from mesh.channel import AnyChannel
+from mesh.h2.client.channel import Channel
+from mesh.h2.client.failures import CallFailed
+from mesh.h2.client.streams import StreamCall
 from mesh.interceptors import translate
 from services.ingest.job import End, Failure, Outcome
 from services.ingest.store_calls import asking_store
 from shoal.errors import Code, Internal, ShoalError
-from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, inference_pb2
+from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.store.v1 import store_pb2, store_pb2_grpc
+
+_INFER = "/inference.GRPCInferenceService/ModelInfer"
+_INFER_BULK = "/shoal.inference.v2.BulkInference/InferBulk"
 
 STORE_TIMEOUT_S = 10.0
 """Longest a call to the store may take. It is repeated until it succeeds: the limit only frees what hangs."""
@@ -37,15 +45,10 @@ _BULK_MARGIN_S = 5.0
 
 _DOOR_S = 10.0
 # How long an infer that knows no bulks is not asked again.
-_UNSENT = "Internal error from Core"
-# What grpc.aio makes of a call that was ended before its first message had gone: the status that it was ended with is
-# lost. Whoever calls job by job learns it.
 
 _NEVER_REACHED = (
-    # What Envoy, and grpc's own channel, say when no instance has seen the request.
+    # What Envoy says when no instance has seen the request.
     "no healthy upstream",
-    "failed to connect to all addresses",
-    "connections to all backends failing",
     "reset reason: connection failure",
     "reset reason: remote connection failure",
     "reset reason: local connection failure",
@@ -76,8 +79,7 @@ class Answer:
 
 
 class BulkDoorClosed(Exception):
-    """What answers takes no bulks for `for_s` seconds: an infer of an earlier version, a mesh without its route; or it
-    ended the call before it took this one, and did not say why."""
+    """What answers takes no bulks for `for_s` seconds: an infer of an earlier version, a mesh without its route."""
 
     def __init__(self, for_s: float) -> None:
         super().__init__(for_s)
@@ -89,39 +91,33 @@ class GivenUp:
 
     def __init__(self) -> None:
         self._job_ids: list[str] = []
-        self._came = asyncio.Event()
-        self._is_closed = False
+        self._tell: Callable[[Sequence[str]], None] | None = None
 
     def add(self, job_id: str) -> None:
-        self._job_ids.append(job_id)
-        self._came.set()
+        if self._tell is None:
+            self._job_ids.append(job_id)
+        else:
+            self._tell([job_id])
 
-    def close(self) -> None:
-        """The call has ended: whoever waits for more is let go. grpc.aio would leave it waiting for ever."""
-        self._is_closed = True
-        self._came.set()
-
-    async def next(self) -> list[str] | None:
-        """The next ones, once there are some; None when the call has ended."""
-        await self._came.wait()
-        if self._is_closed:
-            return None
-        self._came.clear()
-        job_ids, self._job_ids = self._job_ids, []
-        return job_ids
+    @contextlib.contextmanager
+    def told(self, tell: Callable[[Sequence[str]], None]) -> Iterator[None]:
+        """Has `tell` hear of them while the block lasts; first of those that there are already."""
+        if self._job_ids:
+            tell(self._job_ids)
+        self._tell = tell
+        try:
+            yield
+        finally:
+            self._tell = None
 
 
 class RemoteModel:
     """infer, behind the mesh."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         # Requests are stored serialised and sent as they are.
-        self._infer: grpc.aio.UnaryUnaryMultiCallable[bytes, inference_pb2.ModelInferResponse] = channel.unary_unary(
-            "/inference.GRPCInferenceService/ModelInfer",
-            request_serializer=None,
-            response_deserializer=inference_pb2.ModelInferResponse.FromString,
-        )
-        self._bulk = bulk_pb2_grpc.BulkInferenceStub(channel).InferBulk
+        self._infer = channel.unary_unary(_INFER, None, inference_pb2.ModelInferResponse.FromString)
 
     async def infer(
         self, request: bytes, timeout_s: float, tenant: str = ""
@@ -151,32 +147,30 @@ class RemoteModel:
             metadata.append(("traceparent", traceparent))
         timeout_s = max(entry.timeout_s for entry in entries) + _BULK_MARGIN_S
         left, instance = set(range(len(entries))), ""
-        call = self._bulk(_bulk_requests(entries, given_up), timeout=timeout_s, metadata=metadata)
         try:
-            async for response in call:
-                instance = instance or response.instance
-                fresh = [answer for answer in response.answers if answer.number in left]
-                left.difference_update(answer.number for answer in fresh)
-                yield [(entries[answer.number].job_id, _bulk_answer(answer, instance)) for answer in fresh]
+            async with self._channel.stream(_INFER_BULK, timeout_s=timeout_s, metadata=metadata) as call:
+                call.write(_first_request(entries))
+                with given_up.told(partial(_tell, call, {entry.job_id: n for n, entry in enumerate(entries)})):
+                    async for message in call:
+                        response = bulk_pb2.InferBulkResponse.FromString(message)
+                        instance = instance or response.instance
+                        fresh = [answer for answer in response.answers if answer.number in left]
+                        left.difference_update(answer.number for answer in fresh)
+                        yield [(entries[answer.number].job_id, _bulk_answer(answer, instance)) for answer in fresh]
             failure = Failure(Code.INTERNAL, "infer ended a bulk without answers to all of its entries")
+        except DecodeError as err:
+            failure = Failure(Code.INTERNAL, f"infer's answer to a bulk is no InferBulkResponse: {err}")
         except grpc.RpcError as err:
             failure = failure_of(err)
             if len(left) == len(entries) and failure.code == Code.UNIMPLEMENTED:
                 raise BulkDoorClosed(_DOOR_S) from err
-            if len(left) == len(entries) and failure.code == Code.INTERNAL and failure.message == _UNSENT:
-                raise BulkDoorClosed(0.0) from err
-        finally:
-            given_up.close()
-            call.cancel()
         if left:
             yield [(entries[number].job_id, failure) for number in sorted(left)]
 
 
-async def _bulk_requests(
-    entries: Sequence[BulkEntry], given_up: GivenUp
-) -> AsyncGenerator[bulk_pb2.InferBulkRequest, None]:
+def _first_request(entries: Sequence[BulkEntry]) -> bytes:
     make = bulk_pb2.InferBulkRequest.Entry
-    yield bulk_pb2.InferBulkRequest(
+    return bulk_pb2.InferBulkRequest(
         entries=[
             make(
                 number=number,
@@ -187,11 +181,13 @@ async def _bulk_requests(
             )
             for number, entry in enumerate(entries)
         ]
-    )
-    numbers = {entry.job_id: number for number, entry in enumerate(entries)}
-    while (job_ids := await given_up.next()) is not None:
-        # What was given up before the call began may not be in it.
-        yield bulk_pb2.InferBulkRequest(given_up=[numbers[job_id] for job_id in job_ids if job_id in numbers])
+    ).SerializeToString()
+
+
+def _tell(call: StreamCall, numbers: Mapping[str, int], job_ids: Sequence[str]) -> None:
+    # What was given up before the call began may not be in it.
+    if given_up := [numbers[job_id] for job_id in job_ids if job_id in numbers]:
+        call.write(bulk_pb2.InferBulkRequest(given_up=given_up).SerializeToString())
 
 
 def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> Answer | Failure:
@@ -218,6 +214,8 @@ def _is_unreached(error: grpc.RpcError, known: ShoalError) -> bool:
     if not isinstance(error, grpc.aio.AioRpcError):
         return False
     details = error.details() or ""
+    if known.code is Code.UNAVAILABLE and isinstance(error, CallFailed) and error.is_unprocessed:
+        return True
     if known.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE) and known.retry_after_ms is not None:
         return True  # Shed before it ran: "come back then".
     if known.code is Code.UNIMPLEMENTED:
@@ -233,7 +231,7 @@ def _is_of_the_mesh(details: str) -> bool:
 class RemoteResults:
     """The store's results, behind the mesh."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: AnyChannel) -> None:
         self._stub = store_pb2_grpc.StoreServiceStub(channel)
         self._tracer = trace.get_tracer("shoal")
 

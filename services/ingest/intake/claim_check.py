@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
+from mesh.channel import AnyChannel
 from mesh.interceptors import translate
 from services.ingest.store_calls import asking_store
 from shoal.errors import DataLoss, NotFound
@@ -39,7 +40,7 @@ _LISTED_AT_ONCE = 1_000
 class ClaimCheck:
     """The store, as payloads need it. `database` tells the jobs of several ingests that share a store apart."""
 
-    def __init__(self, channel: grpc.aio.Channel, database: str, monotonic: Callable[[], float]) -> None:
+    def __init__(self, channel: AnyChannel, database: str, monotonic: Callable[[], float]) -> None:
         self._stub = store_pb2_grpc.StoreServiceStub(channel)
         self._prefix = f"job/{database}/"
         self._monotonic = monotonic

@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-import grpc
-
+from mesh.channel import AnyChannel
 from mesh.tasks import Background, for_ever
 from services.ingest.store_calls import asking_store
 from shoal.errors import ResourceExhausted
@@ -28,7 +27,7 @@ _RETRY_AFTER_MS = 5_000
 class Storage(Background):
     """Knows the tenants that have used up their quotas, while the `async with` block lasts."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, look_s: float = LOOK_S) -> None:
+    def __init__(self, channel: AnyChannel, *, look_s: float = LOOK_S) -> None:
         self._store = store_pb2_grpc.StoreServiceStub(channel)
         self._look_s = look_s
         self._over: Mapping[str, store_pb2.TenantUsage] = {}

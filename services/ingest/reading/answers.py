@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import grpc
-
+from mesh.channel import AnyChannel
 from services.ingest.store_calls import asking_store
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
@@ -16,7 +15,7 @@ _TIMEOUT_S = 20.0
 class StoredAnswers:
     """Reads what stands."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: AnyChannel) -> None:
         self._stub = store_pb2_grpc.StoreServiceStub(channel)
 
     async def whole(self, job_ids: Sequence[str]) -> dict[str, store_pb2.Result]:
