@@ -9,7 +9,9 @@ with w=majority, j=true; Redis with appendfsync always; RabbitMQ with publisher 
 share the machine.
 
     submit x1, x8    one client, or eight at once, that wait for each acknowledgement; no worker runs
-    stream, stream x1  one stream of submits, 100 jobs a message (as the client library sends them), or one
+    stream           one stream of submits, 100 jobs a message, as the client library sends them
+    stream x1        the same with one job a message
+    Kafka            jobs accepted from a topic that is full before the node starts (broker: Tansu, in memory)
     drain            a queue that is full before its worker starts: jobs/s from the first stored result to the last
     latency          one job at a time, at most 20 a second, from submit to a result that was read
 
@@ -36,10 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from node import MODEL, save_model
 from queues import node as ours
 from queues.peers import Places, queue
+from streams import FILE, fill, tansu
 
-COLUMNS = ("submit x1 /s", "submit x8 /s", "stream /s", "stream x1 /s", "drain /s", "p50 ms", "p99 ms")
+COLUMNS = ("submit x1 /s", "submit x8 /s", "stream /s", "stream x1 /s", "Kafka /s", "drain /s", "p50 ms", "p99 ms")
 Measured = dict[str, list[float]]
 _STALLED_S = 60.0
+_MOST_IN_FLIGHT, _FROM_KAFKA = 10_000, 7_000
+# What a connector may hold without an answer, which here nobody gives; it asks for more while a quarter is free.
 
 
 def drain(results: Callable[[], int], wanted: int, every_s: float) -> float:
@@ -72,12 +77,24 @@ def shoal(folder: Path, jobs: int) -> Measured:
         found["stream x1 /s"] = [asyncio.run(ours.streamed(node.gateway, MODEL, jobs * 2, each=1))]
         found["stream /s"] = [asyncio.run(ours.streamed(node.gateway, MODEL, jobs * 4))]
         total = 50 + jobs // 4 + jobs + jobs * 2 + jobs * 4
+    found["Kafka /s"] = [from_kafka(folder / "kafka", min(jobs * 2, _FROM_KAFKA))]
     with ours.node(folder) as node:
         rate = drain(node.results, total, 0.01)
         found["drain /s"] = [rate]
         took = asyncio.run(ours.latency(node.gateway, MODEL, 100))
         found["p50 ms"], found["p99 ms"] = [took["p50"]], [took["p99"]]
     return found
+
+
+def from_kafka(folder: Path, count: int) -> float:
+    """Jobs a second that become durable, of a topic of so many messages; nobody runs them meanwhile."""
+    folder.mkdir()
+    connectors = folder / "streams.toml"
+    with tansu(folder) as broker:
+        connectors.write_text(FILE.format(broker=broker, in_flight=_MOST_IN_FLIGHT))
+        fill(broker, count)
+        with ours.node(folder, "--services", "store,ingest", "--connectors", str(connectors)) as node:
+            return drain(node.jobs, count, 0.01)
 
 
 def peer(name: str, places: Places, folder: Path, jobs: int) -> Measured:

@@ -77,6 +77,15 @@ def tansu(folder: Path) -> Iterator[str]:
         broker.wait(10)
 
 
+def fill(broker: str, count: int) -> None:
+    """Puts so many messages into the topic `in`."""
+    producer = Producer({"bootstrap.servers": broker, "acks": "all", "linger.ms": 5, "log_level": 0})
+    for n in range(count):
+        producer.produce("in", json.dumps({"x": [n, 0, 0, 0]}).encode(), partition=n % PARTITIONS)
+        producer.poll(0)
+    producer.flush()
+
+
 class Topics:
     """Both ends of the connector."""
 

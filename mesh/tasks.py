@@ -46,6 +46,13 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     raise first  # Out here, so that the group is not told as its cause.
 
 
+async def whatever_happens(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Does all of it at once, each to its end: for good-byes, of which none may be cut short. Then the first error."""
+    for outcome in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+
 def log_failure(task: asyncio.Task[Any]) -> None:
     """Tells the log when the task has ended with an error: for tasks that nobody awaits."""
     if task.done() and not task.cancelled() and (error := task.exception()) is not None:

@@ -75,6 +75,10 @@ class Node:
         """How many results are stored: a counter of the database's, which costs it nothing."""
         return self.mongo["shoal"]["results"].estimated_document_count()
 
+    def jobs(self) -> int:
+        """How many jobs are stored, likewise."""
+        return self.mongo["shoal"]["jobs"].estimated_document_count()
+
     def cpu_s(self) -> dict[str, float]:
         """Processor time of each part so far."""
         found = {}

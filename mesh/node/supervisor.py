@@ -13,7 +13,7 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from mesh.node.parts import Part
 from mesh.node.process import Process, spawn
 from mesh.node.restarts import Restarts
 from mesh.node.tail import last_lines
-from mesh.tasks import end
+from mesh.tasks import end, whatever_happens
 
 LOG_BYTES = 16 << 20
 """A log is moved to `<name>.log.1` when it is larger; so a process has at most about twice this on disk."""
@@ -227,10 +227,11 @@ class Supervisor:
     async def __aexit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
-        for group in reversed(self._groups):
-            await asyncio.gather(*(keeper.stop() for keeper in group))
-        if self._bounding:
-            await end(self._bounding)
+        async with contextlib.AsyncExitStack() as stack:  # One that cannot be stopped keeps no other running.
+            if self._bounding:
+                stack.push_async_callback(end, self._bounding)
+            for group in self._groups:
+                stack.push_async_callback(_stop, group)
 
     async def _bound_logs(self) -> None:
         while True:
@@ -238,6 +239,10 @@ class Supervisor:
             for keeper in self.keepers:
                 with contextlib.suppress(OSError):  # A full disk: the next turn tries again.
                     bound(keeper.log, LOG_BYTES)
+
+
+async def _stop(group: Sequence[Keeper]) -> None:
+    await whatever_happens(keeper.stop() for keeper in group)
 
 
 def bound(log: Path, size_bytes: int) -> None:

@@ -39,7 +39,7 @@ class Responses:
         """The response.
 
         Raises:
-            DataLoss: it is gone, damaged, or the disk has lost it.
+            DataLoss: it is gone or damaged, or the disk cannot read it.
             FailedPrecondition: the folder or bucket of blobs is not there.
         """
         try:

@@ -22,6 +22,10 @@ from shoal.ingest.v1 import ingest_pb2 as ingest
 if TYPE_CHECKING:
     from shoal.client.calls import Bidi
 
+MESSAGE_JOBS = 100
+MESSAGE_BYTES = 1 << 20
+"""Of one message, which then costs its jobs next to nothing. A larger job goes by itself."""
+
 P = TypeVar("P")
 """What is kept of a job that waits."""
 Q = TypeVar("Q", ingest.SubmitStreamRequest, ingest.RunStreamRequest)
@@ -50,6 +54,8 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         self._outcomes: asyncio.Queue[O | None] = asyncio.Queue()  # Bounded by the window.
         self._changed = asyncio.Event()
         self._exhausted = False
+        # Jobs that the node takes in one message: the first answer of a stream says so.
+        self._most = 1
         self._answers = 0
 
     @abstractmethod
@@ -67,9 +73,6 @@ class JobStream(ABC, Generic[P, Q, R, O]):
     @abstractmethod
     async def _take(self, answer: R) -> None:
         """Deals with an answer, for the jobs in it that still wait (`_pending`)."""
-
-    def _begin(self) -> None:
-        """A new stream begins."""
 
     def _is_all_sent(self) -> bool:
         return self._exhausted
@@ -135,7 +138,7 @@ class JobStream(ABC, Generic[P, Q, R, O]):
     async def _stream(self) -> None:
         """One stream, until it ends or breaks. What waits for an answer goes first."""
         self._outbox = deque(self._pending)
-        self._begin()
+        self._most = 1
         with self._caller.bidi(self._method, self._feed(self._outbox), timeout_s=None) as call:
             while (answer := await self._read(call)) is not None:
                 await self._take(answer)
@@ -155,6 +158,11 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         """The next answer; None at the end of the stream. A queue may be long: there is no deadline of its own."""
         answer = await call.read()
         return answer if isinstance(answer, self._method.response) else None  # Else: the end.
+
+    def _learn(self, most: int) -> None:
+        """So many jobs the node takes in one message; 0: the answer does not say."""
+        if most:
+            self._most = min(most, MESSAGE_JOBS)
 
     def _answered(self, index: int) -> P | None:
         """An answer to a job has come: what is kept of it, if it still waits."""

@@ -11,7 +11,7 @@ from shoal.client import methods
 from shoal.client.calls import Caller
 from shoal.client.failures import of_answer
 from shoal.client.job import Submitted
-from shoal.client.job_stream import JobStream
+from shoal.client.job_stream import MESSAGE_BYTES, JobStream
 from shoal.client.retry import is_retried
 from shoal.errors import DeadlineExceeded, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 WINDOW = 1_000
 """Jobs without acknowledgement. The node writes them in groups of up to 500: two of them keep it busy."""
-
-MESSAGE_JOBS = 100
-MESSAGE_BYTES = 1 << 20
-"""Of one message, which then costs its jobs next to nothing. A larger job goes by itself."""
 
 ACK_S = 60.0
 """An acknowledgement waits for the database: a minute outlasts an election and a full backlog's retry."""
@@ -51,9 +47,6 @@ class Submission(
 
     def _refusal(self, index: int, error: ShoalError) -> Submitted:
         return Submitted(index, error=error)
-
-    def _begin(self) -> None:
-        self._most = 1
 
     def _next_request(self, outbox: deque[int]) -> ingest.SubmitStreamRequest | None:
         """A run of jobs that follow each other: as many as there are, up to what the node takes in one message."""
@@ -89,8 +82,7 @@ class Submission(
             reading.cancel()
 
     async def _take(self, answer: ingest.SubmitStreamResponse) -> None:
-        if answer.most_submits:
-            self._most = min(answer.most_submits, MESSAGE_JOBS)
+        self._learn(answer.most_submits)
         for one in answer.acknowledgements or (answer,):
             pending = self._answered(one.sequence)
             if pending is not None:

@@ -168,8 +168,8 @@ async def test_a_stream_of_jobs(served: Served, intake: Intake) -> None:
     assert not any(ack.existed or ack.error for ack in acks)
     assert sum(intake.messages) == 1000
     if intake.most_submits:
-        assert max(intake.messages) == intake.most_submits
-        assert len(intake.messages) < 200
+        assert 1 < max(intake.messages) <= intake.most_submits
+        assert len(intake.messages) < 500
     else:
         assert max(intake.messages) == 1
 

@@ -82,6 +82,34 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+async def test_one_that_cannot_be_stopped_keeps_no_other_running(
+    tmp_path: Path, supervised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = supervisors.Keeper.stop
+
+    async def failing(self: supervisors.Keeper) -> None:
+        await stop(self)
+        if self.part.name == "b-0":
+            raise OSError("no space left for its flights")
+
+    monkeypatch.setattr(supervisors.Keeper, "stop", failing)
+    order = tmp_path / "order"
+    groups = [[part(name, POLITE, str(order), name) for name in group] for group in (["a-0"], ["b-0", "b-1"], ["c-0"])]
+    pids: dict[str, int] = {}
+
+    async def live() -> None:
+        async with supervised(*groups) as supervisor:
+            pids.update(supervisor.pids())
+            for name in pids:
+                await until(lambda name=name: says_up(tmp_path / f"{name}.log"), name)
+
+    with pytest.raises(OSError, match="no space left"):
+        await live()
+    assert len(pids) == 4
+    assert not any(is_alive(pid) for pid in pids.values())
+    assert set(order.read_text().split()) == {"a-0", "b-0", "b-1", "c-0"}
+
+
 async def test_what_started_last_stops_first(tmp_path: Path, supervised: Any, story: Story) -> None:
     order = tmp_path / "order"
     groups = [[part(name, POLITE, str(order), name) for name in group] for group in (["a-0"], ["b-0", "b-1"], ["c-0"])]

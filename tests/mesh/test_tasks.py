@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from mesh.tasks import Background, end, for_ever, together
+from mesh.tasks import Background, end, for_ever, together, whatever_happens
 from shoal.errors import NotFound, Unavailable
 
 
@@ -132,3 +132,19 @@ async def test_together_that_is_cancelled_ends_all() -> None:
     await end(task)
     assert task.cancelled()
     assert sorted(ended) == list(range(4))
+
+
+async def test_good_byes_are_said_whatever_happens_to_one() -> None:
+    said: list[str] = []
+
+    async def short() -> None:
+        raise Unavailable("nobody is there")
+
+    async def long() -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        said.append("good-bye")
+
+    with pytest.raises(Unavailable, match="nobody is there"):
+        await whatever_happens([long(), short(), long()])
+    assert said == ["good-bye", "good-bye"]

@@ -6,6 +6,8 @@
 A job under way is one small object and a callback: no task, and neither its request nor its answer. Answers are fetched
 when their turn to be sent has come, so a client that reads slowly holds a handful of them, and its stream is read no
 further once its window is full. All streams share a bound too (`Room`); a stream with nothing under way passes it.
+
+A message carries one request, or several, whose answers come in messages of several as well.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -33,8 +35,15 @@ from shoal.store.v1 import store_pb2
 log = logging.getLogger(__name__)
 
 NAME_CHARS = 64
+MOST_REQUESTS = 1_000
+"""Of one message: with 100 already, a message costs each job next to nothing."""
+_TURN = 50
+# So many of one message are begun before others of this process have their turn: about a millisecond.
 _FETCHED_AT_ONCE = 16
 # Answers of one stream in memory: enough for its fetches to overlap.
+_TOLD_AT_ONCE = 200
+_MESSAGE_BYTES = 1 << 20
+# Of a message of several answers; a larger answer goes by itself.
 _STORE_WAIT_S = 0.5
 _STORE_PATIENCE_S = 30.0
 # How long a stream outlives a store that is away; its client then opens another.
@@ -95,6 +104,8 @@ class Item:
 
     sequence: int
     has_room: bool
+    is_of_several: bool
+    """It came in a message of several, and is answered so."""
     job_id: str = ""
     existed: bool = False
     beginning: asyncio.Future[Accepted] | None = None
@@ -119,16 +130,27 @@ class RunStream:
         """Answers as they come, until the client has sent all it wants and has all its answers."""
         self._reader = asyncio.create_task(self._read(requests), name="run stream")
         self._reader.add_done_callback(lambda _: self._news.set())
+        most_requests = MOST_REQUESTS  # Said once.
         while True:
             while self._outbox:
-                some = [self._outbox.popleft() for _ in range(min(len(self._outbox), _FETCHED_AT_ONCE))]
-                for response in await together(self._response(*each) for each in some):
-                    yield response
+                some = self._next_to_tell()
+                responses = await together(self._response(*each) for each in some)
+                for message in _messages([item for item, _ in some], responses):
+                    message.most_requests, most_requests = most_requests, 0
+                    yield message
             if self._reader.done() and not self._under_way:
                 self._reader.result()  # What ended the stream, if it was not its client.
                 return
             self._news.clear()
             await self._news.wait()
+
+    def _next_to_tell(self) -> list[tuple[Item, pb.RunStreamResponse | None]]:
+        some: list[tuple[Item, pb.RunStreamResponse | None]] = []
+        fetched = 0
+        while self._outbox and len(some) < _TOLD_AT_ONCE and fetched < _FETCHED_AT_ONCE:
+            some.append(self._outbox.popleft())
+            fetched += some[-1][1] is None
+        return some
 
     async def close(self) -> None:
         """Nobody reads any more: the jobs go on, and whoever wants their results asks anew."""
@@ -142,14 +164,25 @@ class RunStream:
                 self._left(item)
 
     async def _read(self, requests: AsyncIterator[pb.RunStreamRequest]) -> None:
-        async for request in requests:
-            await self._window.enter(0)
-            has_room = bool(self._under_way)
-            if has_room:
-                await self._room.wait_for(1)
-            item = Item(request.sequence, has_room)
-            self._under_way.add(item)
-            await self._begin(item, request)
+        async for message in requests:
+            if not message.requests:
+                await self._take(message, is_of_several=False)
+                continue
+            if len(message.requests) > MOST_REQUESTS:
+                raise InvalidArgument(f"requests: at most {MOST_REQUESTS} in one message, got {len(message.requests)}")
+            for at, request in enumerate(message.requests, 1):
+                await self._take(request, is_of_several=True)
+                if at % _TURN == 0:
+                    await asyncio.sleep(0)
+
+    async def _take(self, request: pb.RunStreamRequest, *, is_of_several: bool) -> None:
+        await self._window.enter(0)
+        has_room = bool(self._under_way)
+        if has_room:
+            await self._room.wait_for(1)
+        item = Item(request.sequence, has_room, is_of_several)
+        self._under_way.add(item)
+        await self._begin(item, request)
 
     async def _begin(self, item: Item, request: pb.RunStreamRequest) -> None:
         try:
@@ -227,7 +260,26 @@ class RunStream:
         self._window.leave(0)
 
 
+def _messages(items: list[Item], answers: list[pb.RunStreamResponse]) -> Iterator[pb.RunStreamResponse]:
+    """The answers in messages: those to what came in a message of several together, as long as that is small."""
+    bundle, nbytes = list[pb.RunStreamResponse](), 0
+    for item, answer in zip(items, answers, strict=True):
+        size = answer.ByteSize()
+        if bundle and (not item.is_of_several or nbytes + size > _MESSAGE_BYTES):
+            yield pb.RunStreamResponse(answers=bundle)
+            bundle, nbytes = [], 0
+        if item.is_of_several:
+            bundle.append(answer)
+            nbytes += size
+        else:
+            yield answer
+    if bundle:
+        yield pb.RunStreamResponse(answers=bundle)
+
+
 def _submit_of(request: pb.RunStreamRequest) -> pb.SubmitRequest:
+    if request.requests:
+        raise InvalidArgument("requests: not within requests")
     if request.WhichOneof("what") is None:
         raise InvalidArgument("submit or job_id: one is required, and neither is set")
     if len(request.stream) > NAME_CHARS:

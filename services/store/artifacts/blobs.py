@@ -40,7 +40,7 @@ class BlobStore(Protocol):
         """How many bytes it has, or None when there is no such blob (or, see `check`, nothing at all).
 
         Raises:
-            DataLoss: the disk has lost it.
+            DataLoss: the disk cannot read it.
         """
 
     async def adopt(self, key: str, file: Path) -> None:
@@ -56,7 +56,7 @@ class BlobStore(Protocol):
         """Yields the bytes from `offset` to `size`, the size of the whole blob, in pieces of CHUNK_BYTES, but the last.
 
         Fewer bytes come when the blob is shorter than that. Raises (while iterating) NotFound when it is gone, DataLoss
-        when the disk has lost it.
+        when the disk cannot read it.
         """
 
     async def remove(self, key: str) -> None:

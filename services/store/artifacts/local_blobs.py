@@ -88,7 +88,7 @@ class LocalBlobs(ObjectBlobs):
                 f"reading blob {key}: {err.strerror}: the user that the store runs as must own its folder of blobs"
             )
         if err.errno in _LOST and disk.answers(self._staging):
-            return DataLoss(f"blob {key}: the disk has lost it: {err.strerror}")
+            return DataLoss(f"blob {key}: the disk cannot read it: {err.strerror}")
         return Unavailable(f"reading blob {key}: the disk does not do it just now: {err.strerror}: retry in a moment")
 
     def _link(self, key: str, file: Path) -> None:

@@ -929,19 +929,21 @@ class ListJobRetentionResponse(_message.Message):
     def __init__(self, rules: _Optional[_Iterable[_Union[JobRetention, _Mapping]]] = ...) -> None: ...
 
 class RunStreamRequest(_message.Message):
-    __slots__ = ("sequence", "submit", "job_id", "stream")
+    __slots__ = ("sequence", "submit", "job_id", "stream", "requests")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     STREAM_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     submit: SubmitRequest
     job_id: str
     stream: str
-    def __init__(self, sequence: _Optional[int] = ..., submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., job_id: _Optional[str] = ..., stream: _Optional[str] = ...) -> None: ...
+    requests: _containers.RepeatedCompositeFieldContainer[RunStreamRequest]
+    def __init__(self, sequence: _Optional[int] = ..., submit: _Optional[_Union[SubmitRequest, _Mapping]] = ..., job_id: _Optional[str] = ..., stream: _Optional[str] = ..., requests: _Optional[_Iterable[_Union[RunStreamRequest, _Mapping]]] = ...) -> None: ...
 
 class RunStreamResponse(_message.Message):
-    __slots__ = ("sequence", "job_id", "existed", "state", "response", "code", "message", "retry_after_ms")
+    __slots__ = ("sequence", "job_id", "existed", "state", "response", "code", "message", "retry_after_ms", "answers", "most_requests")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     EXISTED_FIELD_NUMBER: _ClassVar[int]
@@ -950,6 +952,8 @@ class RunStreamResponse(_message.Message):
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    MOST_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     job_id: str
     existed: bool
@@ -958,7 +962,9 @@ class RunStreamResponse(_message.Message):
     code: int
     message: str
     retry_after_ms: int
-    def __init__(self, sequence: _Optional[int] = ..., job_id: _Optional[str] = ..., existed: _Optional[bool] = ..., state: _Optional[_Union[JobState, str]] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+    answers: _containers.RepeatedCompositeFieldContainer[RunStreamResponse]
+    most_requests: int
+    def __init__(self, sequence: _Optional[int] = ..., job_id: _Optional[str] = ..., existed: _Optional[bool] = ..., state: _Optional[_Union[JobState, str]] = ..., response: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., answers: _Optional[_Iterable[_Union[RunStreamResponse, _Mapping]]] = ..., most_requests: _Optional[int] = ...) -> None: ...
 
 class ListConnectorsRequest(_message.Message):
     __slots__ = ("name",)

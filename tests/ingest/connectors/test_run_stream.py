@@ -42,6 +42,41 @@ async def test_each_job_is_answered_when_it_is_durable_and_when_it_has_ended(cli
         assert not durable.HasField("response")
 
 
+async def test_messages_of_several_are_answered_in_messages_of_several(client: Client) -> None:
+    several = pb.RunStreamRequest(requests=[one(n) for n in range(300)])
+    several.requests[7].submit.request.model_name = ""
+    messages = await run(client, [several, one(300), pb.RunStreamRequest(requests=[one(301)])])
+    assert [message.most_requests for message in messages] == [1_000] + [0] * (len(messages) - 1)
+    answers = [answer for message in messages for answer in message.answers or [message]]
+    assert len(messages) < len(answers) * 3 / 4  # At worst each job ends by itself.
+    states: dict[int, list[pb.JobState]] = {}
+    for answer in answers:
+        states.setdefault(answer.sequence, []).append(answer.state)
+    assert states.pop(7) == [pb.JOB_STATE_UNSPECIFIED]
+    assert states.keys() == set(range(302)) - {7}
+    assert all(each == [pb.JOB_STATE_QUEUED, pb.JOB_STATE_SUCCEEDED] for each in states.values())
+    assert [message.sequence for message in messages if not message.answers] == [300, 300]
+    outputs = {a.sequence: a.response.raw_output_contents[0] for a in answers if a.HasField("response")}
+    assert all(output == f"{n}".encode() for n, output in outputs.items())
+
+
+async def test_large_answers_share_no_message(client: Client) -> None:
+    def large(n: int) -> pb.RunStreamRequest:
+        return pb.RunStreamRequest(sequence=n, submit=submit(data=bytes(700_000)))
+
+    messages = await run(client, [pb.RunStreamRequest(requests=[large(n), large(n + 1)]) for n in range(0, 10, 2)])
+    ended = [sum(answer.HasField("response") for answer in message.answers) for message in messages]
+    assert (sum(ended), max(ended)) == (10, 1)
+
+
+async def test_a_message_of_too_many_ends_the_stream(client: Client) -> None:
+    call = client.stub.RunStream(iter([pb.RunStreamRequest(requests=[one(1)] * 1_001)]), timeout=60)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call.read()
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert raised.value.details() == "requests: at most 1000 in one message, got 1001"
+
+
 async def test_a_model_that_refuses_is_told_in_band(client: Client, mesh: FakeMesh) -> None:
     async def picky(request: Any, context: Any) -> Any:
         if request.id == "1":
@@ -85,12 +120,19 @@ async def test_the_state_of_a_job_that_names_its_own_codes_is_that_of_the_job(cl
         (one(7, stream="s" * 65), "stream: at most 64 characters, got 65"),
         (one(7, tenant="t" * 65), "tenant: at most 64 characters"),
         (one(7, idempotency_key="schedule:s"), "idempotency_key: 'schedule:s' is reserved"),
+        (pb.RunStreamRequest(sequence=7, requests=[one(1)]), "requests: not within requests"),
     ],
-    ids=["nothing", "empty", "no-id", "empty-id", "long-name", "long-tenant", "reserved"],
+    ids=["nothing", "empty", "no-id", "empty-id", "long-name", "long-tenant", "reserved", "within"],
 )
 async def test_what_is_refused_is_answered_and_the_stream_goes_on(
     client: Client, request_: pb.RunStreamRequest, words: str
 ) -> None:
+    several = await run(client, [pb.RunStreamRequest(requests=[request_, one(8)])])
+    (again,) = [answer for message in several for answer in message.answers if answer.sequence == 7]
+    assert (again.state, again.code, again.job_id) == (0, Code.INVALID_ARGUMENT, "")
+    assert words in again.message
+    if request_.requests:
+        return  # By itself it is a message of several.
     answers = await run(client, [request_, one(8)])
     (refused,) = [answer for answer in answers if answer.sequence == 7]
     assert (refused.state, refused.code, refused.job_id) == (0, Code.INVALID_ARGUMENT, "")

@@ -186,7 +186,7 @@ async def test_a_blob_that_the_disk_has_lost(tmp_path: Path, threads: Threads) -
     await blobs.put(KEY, b"abc")
     file = tmp_path / "root" / KEY
     with failing_reads(file, errno.EIO):
-        with pytest.raises(DataLoss, match=f"blob {KEY}: the disk has lost it: Input/output error"):
+        with pytest.raises(DataLoss, match=f"blob {KEY}: the disk cannot read it: Input/output error"):
             await everything(blobs, KEY, 0, 3)
     with failing_reads(file, errno.EIO, is_whole_disk=True), pytest.raises(Unavailable, match="retry"):
         await everything(blobs, KEY, 0, 3)
@@ -195,7 +195,7 @@ async def test_a_blob_that_the_disk_has_lost(tmp_path: Path, threads: Threads) -
     # The real thing: nothing lies at address 0 of a process.
     file.unlink()
     file.symlink_to("/proc/self/mem")
-    with pytest.raises(DataLoss, match=f"blob {KEY}: the disk has lost it: Input/output error"):
+    with pytest.raises(DataLoss, match=f"blob {KEY}: the disk cannot read it: Input/output error"):
         await everything(blobs, KEY, 0, 3)
 
 

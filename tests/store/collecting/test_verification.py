@@ -96,7 +96,7 @@ async def test_what_the_disk_has_lost_is_named_and_repaired(store: Store) -> Non
     with failing_reads(blob, errno.EIO):
         found, last = await verified(store)
         assert [(each.kind, each.sha256) for each in found] == [(Kind.KIND_DAMAGED, digest)]
-        assert all(word in found[0].message for word in (blob.name, "the disk has lost it: Input/output error"))
+        assert all(word in found[0].message for word in (blob.name, "the disk cannot read it: Input/output error"))
         assert last.blobs == 2
         assert not (await store.put(lost)).existed  # Under another name.
         assert await store.get(digest) == (3 * MIB, lost)
@@ -106,7 +106,7 @@ async def test_the_first_reader_of_what_the_disk_has_lost_marks_it(store: Store)
     data = os.urandom(3 * MIB)
     await store.put(data)
     with failing_reads(store.blob(sha256(data)), errno.EIO):
-        await refused(store.get(sha256(data)), StatusCode.DATA_LOSS, "the disk has lost it", "upload it again")
+        await refused(store.get(sha256(data)), StatusCode.DATA_LOSS, "the disk cannot read it", "upload it again")
         await refused(store.get(sha256(data)), StatusCode.NOT_FOUND)
 
 
