@@ -34,6 +34,9 @@ TICK_S = 5.0
 _ASK_AFTER, _GIVE_UP_AFTER = 2, 4
 # Ticks of silence: asked after 5 to 10 s, given up 10 s later. However long our own loop stands still, it is one tick.
 
+_RESETS, _RESETS_A_S = 900.0, 30.0
+# Envoy ends a connection, and all its calls, when more than 1,000 resets come at once and 33 a second after that.
+
 _CLOSE_S = 1.0
 # Longest for what a connection that ends still has to send.
 
@@ -65,6 +68,7 @@ class Line(Peer):
         self._silent = 0
         self._calls: dict[int, Call] = {}
         self._half_open: list[int] = []
+        self._resets_left, self._reset_at = _RESETS, self._loop.time()
         self._next = 1
         self._most = 0
         self.is_retired = self._is_lost = False
@@ -152,9 +156,24 @@ class Line(Peer):
         if reason is None and not call.is_sent:
             self._half_open.append(call.number)
         if reason is not None:
-            self._sender.forget(call.number)
-            self._sender.write(frames.rst_stream(call.number, reason))
+            self._reset(call.number, reason)
         self._one_less()
+
+    def _reset(self, number: int, reason: Reason) -> None:
+        """Tells the peer that nobody wants a stream's answer, as often as it bears that.
+
+        Long before it does not, new calls go to another connection; what it is not told of ends with this one, soon.
+        """
+        self._sender.forget(number)
+        now = self._loop.time()
+        self._resets_left = min(_RESETS, self._resets_left + (now - self._reset_at) * _RESETS_A_S)
+        self._reset_at = now
+        if self._resets_left >= 1:
+            self._resets_left -= 1
+            self._sender.write(frames.rst_stream(number, reason))
+        if self._resets_left < _RESETS / 2:
+            self.has_answered = True  # It is not to blame.
+            self._retire()
 
     def _take(self, data: bytes) -> None:
         super()._take(data)
@@ -166,8 +185,7 @@ class Line(Peer):
         else our side is ended here. Resets are for what would still be sent: Envoy takes many for an attack."""
         for number in self._half_open:
             if self._sender.waits(number):
-                self._sender.forget(number)
-                self._sender.write(frames.rst_stream(number, Reason.NO_ERROR))
+                self._reset(number, Reason.NO_ERROR)
             else:
                 self._sender.end_data(number)
         self._half_open.clear()

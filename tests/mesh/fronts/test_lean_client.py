@@ -165,6 +165,19 @@ async def test_many_streams_that_are_answered_before_their_end_keep_the_connecti
     assert channel._line is line
 
 
+async def test_crowds_that_give_up_cost_nobody_else_a_call(lean: Client, client: Client) -> None:
+    stays = asyncio.create_task(lean.call("Unary", b"stays", {"do": "sleep", "ms": 2_000}, timeout=60))
+    for number in range(4):
+        order = {"do": "wait", "mark": f"lean-crowd {number}"}
+        crowd = [asyncio.create_task(lean.call("Unary", b"goes", order, timeout=60)) for _ in range(400)]
+        await client.until_seen(f"started lean-crowd {number}")
+        for call in crowd:
+            call.cancel()
+        await asyncio.wait(crowd)
+        assert await answers(lean, "Unary", b"beside", order={"do": "echo"}) == [b"beside"]
+    assert await stays == b"stays"
+
+
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("method", ["Unary", "Short", "Bidi"])
 async def test_16_mib_both_ways(lean: Client, method: str) -> None:

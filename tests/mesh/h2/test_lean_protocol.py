@@ -285,6 +285,30 @@ async def test_a_cancelled_call_is_reset_and_what_still_comes_for_it_is_dropped(
         assert await other == b"other"
 
 
+async def test_callers_who_give_up_in_crowds_cost_the_others_nothing() -> None:
+    async with scripted() as (channel, listener):
+        stays = ask(channel, b"stays")
+        await asyncio.sleep(0)
+        crowd = [ask(channel, b"goes") for _ in range(1_500)]
+        peer = await listener.accept()
+        await peer.request(3_001)
+        for call in crowd:
+            call.cancel()
+        await asyncio.wait(crowd)
+        more = ask(channel, b"more")
+        other = await listener.accept()
+        assert (await other.request(1)).body == framed(b"more")
+        other.send(other.answer(1, b"1"))
+        assert await more == b"1"
+        peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
+        await peer.until(frames.PING)
+        resets = sum(request.reset is not None for request in peer.requests.values())
+        assert 900 <= resets < 1_000, "Envoy bears a thousand"
+        peer.send(peer.answer(1, b"2"))
+        assert await stays == b"2"
+        assert await peer.until_over() is None, "what it was not told of ends with the connection"
+
+
 async def test_an_answer_before_the_end_of_the_request_ends_the_stream() -> None:
     async with scripted() as (channel, listener):
         call = ask(channel, bytes(200_000))
