@@ -8,8 +8,10 @@ connection that breaks it, but has no TLS, no HTTP/1, no priorities and no push.
 
 frames      what goes over the wire, and what a frame may be
 headers     HPACK: decoded once for each distinct field, encoded once for each distinct answer
-connection  frames in, calls out; our windows; limits
-sending     answers out; the windows of the peer
+peer        what a server's connection and a client's have in common: frames in, in order
+connection  a server's: calls out; our windows; limits
+sending     answers and requests out; the windows of the peer
 stream      one call on the long way, as an ASGI app sees it
 server      the twin of mesh.server.GrpcServer: health, reflection, drain
+client      the other way: calls to the Envoy beside it
 """

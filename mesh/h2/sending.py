@@ -80,6 +80,10 @@ class Sender:
         if outgoing is not None and outgoing.on_sent is not None:
             outgoing.on_sent()
 
+    def waits(self, number: int) -> bool:
+        """Whether data of a stream has still to go."""
+        return number in self._waiting
+
     def lost(self) -> None:
         """The peer is gone."""
         for number in list(self._widened):

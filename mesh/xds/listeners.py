@@ -111,7 +111,9 @@ def _connection_manager(name: str, table: Table, tracing: Tracing | None) -> dic
         # Watches may be quiet for days. Who is gone without a word is noticed by pings.
         "stream_idle_timeout": "0s",
         "http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "10s"}},
-        "use_remote_address": name == GATEWAY,
+        "use_remote_address": True,
+        # Who speaks at the outbound socket is a service of this node, which may say that Envoy shall not retry.
+        **({"internal_address_config": {"unix_sockets": True}, "skip_xff_append": True} if name == OUTBOUND else {}),
         # A fresh id in each call's headers is of use to traces only, and makes every call's headers new to read.
         "generate_request_id": tracing is not None,
         # No client says which model a call is for, and of which sequence. Services of the mesh may say the model.

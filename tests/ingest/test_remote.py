@@ -46,6 +46,8 @@ CONNECT = "upstream connect error or disconnect/reset before headers. reset reas
         (error(S.UNAVAILABLE, CONNECT + "connection termination"), True),
         (error(S.UNAVAILABLE, "upstream connect error or disconnect/reset before headers. retried and the latest "
                "reset reason: connection termination"), True),
+        (error(S.UNAVAILABLE, "upstream connect error or disconnect/reset before headers. retried and the latest "
+               "reset reason: remote connection failure"), True),
         (error(S.UNAVAILABLE, "Socket closed"), True),
         (error(S.RESOURCE_EXHAUSTED, "Sent message larger than max"), True),
         (error(S.UNIMPLEMENTED, "this model needs shared memory"), True),

@@ -216,7 +216,9 @@ class Channel(Stubbed):
                 await line.ready
                 if line.is_retired:  # All of this may have come in one piece.
                     raise ConnectionError("it said goodbye at once")
-        except (OSError, TimeoutError) as err:
+        except Exception as err:
+            if not isinstance(err, OSError):  # A fault of ours, or an address that is none: those who wait hear of it.
+                log.exception("cannot connect to %s", self._address)
             self._connecting = None
             why = str(err) or f"no connection within {_CONNECT_S:.0f} s"
             self._pause(why)

@@ -64,6 +64,7 @@ class Line(Peer):
         self._tick_s = tick_s
         self._silent = 0
         self._calls: dict[int, Call] = {}
+        self._half_open: list[int] = []
         self._next = 1
         self._most = 0
         self.is_retired = self._is_lost = False
@@ -149,11 +150,27 @@ class Line(Peer):
         if self._calls.pop(call.number, None) is None:
             return
         if reason is None and not call.is_sent:
-            reason = Reason.NO_ERROR  # The answer came before the end of the request: nobody reads the rest.
+            self._half_open.append(call.number)
         if reason is not None:
             self._sender.forget(call.number)
             self._sender.write(frames.rst_stream(call.number, reason))
         self._one_less()
+
+    def _take(self, data: bytes) -> None:
+        super()._take(data)
+        if self._half_open:
+            self._close_half_open()
+
+    def _close_half_open(self) -> None:
+        """Answers came before the ends of their requests. Peers say so themselves, mostly right behind (RST_STREAM):
+        else our side is ended here. Resets are for what would still be sent: Envoy takes many for an attack."""
+        for number in self._half_open:
+            if self._sender.waits(number):
+                self._sender.forget(number)
+                self._sender.write(frames.rst_stream(number, Reason.NO_ERROR))
+            else:
+                self._sender.end_data(number)
+        self._half_open.clear()
 
     def _one_less(self) -> None:
         if self.is_retired:
@@ -219,10 +236,10 @@ class Line(Peer):
 
     def _on_reset(self, number: int, reason: int) -> None:
         call = self._calls.pop(number, None)
+        self._sender.forget(number)
         if call is None:
             self._check_known(number, "RST_STREAM")
             return
-        self._sender.forget(number)
         failure = failures.of_reset(reason)
         if failure.is_unprocessed:
             self._unprocessed(call, failure)

@@ -55,6 +55,9 @@ _NEVER_REACHED = (
     "reset reason: overflow",
 )
 
+_RETRIED = "retried and the latest"
+# Of an attempt before the one that Envoy tells of, nothing is known.
+
 
 @dataclass(frozen=True, slots=True)
 class BulkEntry:
@@ -220,7 +223,9 @@ def _is_unreached(error: grpc.RpcError, known: ShoalError) -> bool:
         return True  # Shed before it ran: "come back then".
     if known.code is Code.UNIMPLEMENTED:
         return _is_of_the_mesh(details)
-    return known.code is Code.UNAVAILABLE and (not details or any(text in details for text in _NEVER_REACHED))
+    if known.code is not Code.UNAVAILABLE or _RETRIED in details:
+        return False
+    return not details or any(text in details for text in _NEVER_REACHED)
 
 
 def _is_of_the_mesh(details: str) -> bool:

@@ -148,6 +148,23 @@ async def test_questions_and_answers_take_turns_until_it_is_half_closed(channel:
         call.write(b"")
 
 
+async def test_many_streams_that_are_answered_before_their_end_keep_the_connection(channel: Channel) -> None:
+    """Envoy takes a thousand resets for an attack, whatever was answered before."""
+    header = [("x-do", '{"do": "fail", "code": 5, "message": "early"}')]
+
+    async def one() -> None:
+        for _ in range(60):
+            async with channel.stream(path("Bidi"), timeout_s=60, metadata=header) as call:
+                call.write(b"")
+                with pytest.raises(grpc.aio.AioRpcError, match="early"):
+                    await anext(call)
+
+    await one()
+    line = channel._line
+    await asyncio.gather(*(one() for _ in range(20)))
+    assert channel._line is line
+
+
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("method", ["Unary", "Short", "Bidi"])
 async def test_16_mib_both_ways(lean: Client, method: str) -> None:

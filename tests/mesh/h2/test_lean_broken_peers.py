@@ -284,6 +284,13 @@ async def test_nobody_there_fails_at_once_and_a_server_that_comes_is_found(tmp_p
             await there.stop()
 
 
+async def test_an_address_that_is_none_fails_calls_at_once() -> None:
+    async with Channel("127.0.0.1:http") as channel:
+        for _ in range(3):
+            failed = await failure(ask(channel))
+            assert (failed.code(), failed.is_unprocessed) == (S.UNAVAILABLE, True)
+
+
 async def test_a_peer_that_never_greets_is_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "_CONNECT_S", 0.3)
     async with scripted() as (channel, listener):

@@ -297,6 +297,21 @@ async def test_an_answer_before_the_end_of_the_request_ends_the_stream() -> None
         assert peer.requests[1].reset == Reason.NO_ERROR
 
 
+async def test_a_request_that_is_answered_before_its_end_is_ended_without_a_reset() -> None:
+    async with scripted() as (channel, listener):
+        streams = [channel.stream(PATH, timeout_s=60) for _ in range(2)]
+        peer = await listener.accept()
+        while 3 not in peer.requests:
+            await peer.frame()
+        peer.send(peer.answer(1, b"a"), peer.answer(3, b"b") + frames.rst_stream(3, Reason.NO_ERROR))
+        assert [[message async for message in stream] for stream in streams] == [[b"a"], [b"b"]]
+        peer.send(frames.frame(frames.PING, 0, 0, bytes(8)))
+        await peer.until(frames.PING)
+        assert peer.requests[1].is_ended, "it is half-closed"
+        assert not peer.requests[3].is_ended, "the peer has ended it: nothing more is said"
+        assert [request.reset for request in peer.requests.values()] == [None, None]
+
+
 async def test_a_deadline_resets_the_stream() -> None:
     async with scripted() as (channel, listener):
         call = ask(channel, timeout_s=0.3)
