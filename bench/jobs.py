@@ -13,7 +13,8 @@ share the machine.
     stream x1        the same with one job a message
     Kafka            jobs accepted from a topic that is full before the node starts (broker: Tansu, in memory)
     drain            a queue that is full before its worker starts: jobs/s from the first stored result to the last
-    latency          one job at a time, at most 20 a second, from submit to a result that was read
+    p50, p99         one job at a time, at most 20 a second, from submit to a result that was read
+    run p50, p99     the same on a RunStream that is open already
 
 Rounds take turns, so that a machine whose speed drifts treats all alike: trust the ratios.
 """
@@ -40,7 +41,18 @@ from queues import node as ours
 from queues.peers import Places, queue
 from streams import FILE, fill, tansu
 
-COLUMNS = ("submit x1 /s", "submit x8 /s", "stream /s", "stream x1 /s", "Kafka /s", "drain /s", "p50 ms", "p99 ms")
+COLUMNS = (
+    "submit x1 /s",
+    "submit x8 /s",
+    "stream /s",
+    "stream x1 /s",
+    "Kafka /s",
+    "drain /s",
+    "p50 ms",
+    "p99 ms",
+    "run p50 ms",
+    "run p99 ms",
+)
 Measured = dict[str, list[float]]
 _STALLED_S = 60.0
 _MOST_IN_FLIGHT, _FROM_KAFKA = 10_000, 7_000
@@ -83,6 +95,8 @@ def shoal(folder: Path, jobs: int) -> Measured:
         found["drain /s"] = [rate]
         took = asyncio.run(ours.latency(node.gateway, MODEL, 100))
         found["p50 ms"], found["p99 ms"] = [took["p50"]], [took["p99"]]
+        took = asyncio.run(ours.stream_latency(node.gateway, MODEL, 100))
+        found["run p50 ms"], found["run p99 ms"] = [took["p50"]], [took["p99"]]
     return found
 
 
@@ -183,7 +197,7 @@ def main() -> None:
             for row, columns in measured(args, folder).items():
                 cells = [columns.get(column, []) for column in COLUMNS]
                 table.add_row(row, *(f"{statistics.median(cell):,.1f}" if cell else "-" for cell in cells))
-            Console(width=120).print(table)
+            Console(width=140).print(table)
         if queued := [int(count) for count in args.queued.split(",") if count]:
             Console(width=140).print(lengths(folder, queued))
 

@@ -163,6 +163,27 @@ async def latency(gateway: str, model: str, count: int) -> dict[str, float]:
             await store.GetResult(store_pb2.GetResultRequest(job_id=answer.job.id, wait=wait))
             took.append((time.perf_counter() - began) * 1e3)
             await asyncio.sleep(0.03)
+    return _quantiles(took)
+
+
+async def stream_latency(gateway: str, model: str, count: int) -> dict[str, float]:
+    """The same on one RunStream that stays open: its result comes by itself."""
+    took = []
+    async with connect(gateway) as channel:
+        call = ingest_pb2_grpc.IngestServiceStub(channel).RunStream()
+        for number in range(count):
+            submit = ingest_pb2.SubmitRequest(request=question(model, number))
+            began = time.perf_counter()
+            await call.write(ingest_pb2.RunStreamRequest(sequence=number, submit=submit))
+            while not (await call.read()).HasField("response"):
+                pass
+            took.append((time.perf_counter() - began) * 1e3)
+            await asyncio.sleep(0.03)
+        await call.done_writing()
+    return _quantiles(took)
+
+
+def _quantiles(took: list[float]) -> dict[str, float]:
     took.sort()
     return {"p50": statistics.median(took), "p99": took[int(len(took) * 0.99) - 1]}
 
