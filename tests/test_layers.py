@@ -6,6 +6,8 @@ services  -> mesh, kernels, shoal's stubs, errors and datatypes; never each othe
 mesh      -> shoal's stubs and errors; no service
 kernels   -> nothing of ours, no grpc, no asyncio
 shoal.client, shoal.discovery -> shoal's stubs, errors and datatypes
+shoal.client -> mesh.h2.client, and nothing else of the mesh: a gRPC client that knows neither nodes nor services, and that
+                the services call each other with, too
 """
 
 from __future__ import annotations
@@ -69,6 +71,8 @@ def allowed(module: str) -> tuple[str, ...]:
         return ("shoal.convert", "shoal.errors")
     if within(module, "shoal.compress"):
         return ("shoal.compress", "shoal.convert", "shoal.errors")
+    if within(module, "shoal.client"):
+        return ("shoal.client", "shoal.discovery", "mesh.h2.client", *bottom)
     return ("shoal.client", "shoal.discovery", *bottom)
 
 

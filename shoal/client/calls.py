@@ -1,4 +1,4 @@
-"""One channel to a node, and every call on it: with a deadline, retries, a span, and errors that say what to do."""
+"""One transport to a node, and every call on it: with a deadline, retries, a span, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -8,41 +8,25 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
-from shoal.client.address import is_local
 from shoal.client.failures import bounded, explain, too_late
 from shoal.client.methods import Method, Q, R
 from shoal.client.retry import RetryPolicy
-from shoal.errors import Cancelled, FailedPrecondition, InvalidArgument, ShoalError, Unavailable
-
-if TYPE_CHECKING:
-    Bidi: TypeAlias = grpc.aio.StreamStreamCall[Q, R]
+from shoal.client.transport import Bidi, Transport, open_transport
+from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError, Unavailable
 
 Headers: TypeAlias = Mapping[str, str]
 
-MESSAGE_BYTES = 128 << 20
-"""Largest message that is sent or accepted: what the services take, too."""
-
-_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MESSAGE_BYTES),
-    # A node that vanished without a word is noticed within 25 s of a call, not after the kernel's minutes.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    # A node that restarts is back within seconds; grpc's own backoff would wait up to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-)
 _HEADER = re.compile(r"^(?!grpc-)[a-z0-9][a-z0-9_.-]*(?<!-bin)$")
 
 
 class Caller:
-    """Calls methods of the node at `address`. The channel opens with the first call; `close()` ends it.
+    """Calls methods of the node at `address`. The connection opens with the first call; `close()` ends it.
 
     `clock`, `sleep` and `draw` are the world that retries live in; tests bring their own.
     """
@@ -64,11 +48,11 @@ class Caller:
         self._sleep = sleep
         self._draw = draw
         self._tracer = trace.get_tracer("shoal.client")
-        self._open: grpc.aio.Channel | None = None
+        self._open: Transport | None = None
         self._closed = False
 
     async def close(self) -> None:
-        """Ends the channel: calls in flight are cancelled, later ones refused."""
+        """Ends the connection: calls in flight are cancelled, later ones refused."""
         self._closed = True
         if self._open is not None:
             await self._open.close()
@@ -96,7 +80,8 @@ class Caller:
             metadata += _checked(headers or {})
             for attempt in range(1, self._retry.attempts + 1):
                 try:
-                    return await self._once(method, request, deadline - self.clock(), metadata)
+                    left_s = max(deadline - self.clock(), 0)
+                    return await self._transport().unary(method, request, timeout_s=left_s, metadata=metadata)
                 except grpc.aio.AioRpcError as err:
                     error = explain(err, address=self.address, doing=doing, timeout_s=timeout_s)
                     wait = self._wait_s(error, attempt, repeatable, deadline)
@@ -124,19 +109,18 @@ class Caller:
         """Waits."""
         await self._sleep(seconds)
 
-    async def _once(self, method: Method[Q, R], request: Q, left_s: float, metadata: grpc.aio.Metadata) -> R:
-        call = self._channel().unary_unary(method.path, _serialized, method.response.FromString)
-        with self._not_closed_meanwhile():
-            answer: R = await call(request, timeout=max(left_s, 0), metadata=metadata)
-        return answer
-
     async def upload(self, method: Method[Q, R], requests: AsyncIterator[Q], *, timeout_s: float, doing: str = "") -> R:
         """One answer to a stream of requests, tried once: what is to be sent again only the caller knows."""
         timeout_s = bounded(timeout_s)
         with self._span(method) as (_, metadata), self.translated(doing or method.name, timeout_s):
-            call = self._channel().stream_unary(method.path, _serialized, method.response.FromString)
-            answer: R = await call(requests, timeout=timeout_s, metadata=metadata)
-            return answer
+            call = self._transport().stream(method, requests, timeout_s=timeout_s, metadata=metadata)
+            try:
+                answers = [answer async for answer in call]
+            finally:
+                call.cancel()
+        if len(answers) != 1:
+            raise ShoalError(f"{doing or method.name}: {len(answers)} answers came to a call that has one")
+        return answers[0]
 
     async def stream(
         self, method: Method[Q, R], request: Q, *, timeout_s: float, doing: str = ""
@@ -144,8 +128,7 @@ class Caller:
         """The answers to one request, until the service ends the stream; tried once."""
         timeout_s = bounded(timeout_s)
         with self._span(method) as (_, metadata), self.translated(doing or method.name, timeout_s):
-            opened = self._channel().unary_stream(method.path, _serialized, method.response.FromString)
-            call = opened(request, timeout=timeout_s, metadata=metadata)
+            call = self._transport().stream(method, request, timeout_s=timeout_s, metadata=metadata)
             try:
                 async for answer in call:
                     yield answer
@@ -198,12 +181,11 @@ class Caller:
         *,
         timeout_s: float | None,
         headers: Headers | None = None,
-    ) -> Iterator[Bidi[Q, R]]:
+    ) -> Iterator[Bidi[R]]:
         """A stream of requests and a stream of answers. Its end, and every failure, cancels what is left of it."""
         with self._span(method) as (_, metadata):
-            opened = self._channel().stream_stream(method.path, _serialized, method.response.FromString)
             metadata += _checked(headers or {})
-            call = opened(requests, timeout=timeout_s, metadata=metadata)
+            call = self._transport().stream(method, requests, timeout_s=timeout_s, metadata=metadata)
             try:
                 with self.translated(method.name, timeout_s or 0):
                     yield call
@@ -218,49 +200,29 @@ class Caller:
         except grpc.aio.AioRpcError as err:
             raise explain(err, address=self.address, doing=doing, timeout_s=timeout_s) from err
 
-    @contextmanager
-    def _not_closed_meanwhile(self) -> Iterator[None]:
-        """grpc cancels what is in flight when the channel is closed; that must not look like a cancelled task."""
-        try:
-            yield
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._closed and task is not None and not task.cancelling():
-                raise Cancelled("the client was closed while the call was in flight") from None
-            raise
-
-    def _channel(self) -> grpc.aio.Channel:
+    def _transport(self) -> Transport:
         if self._closed:
             raise FailedPrecondition("this client is closed: make a new one")
         if self._open is None:
-            options: list[tuple[str, Any]] = list(_OPTIONS)
-            if is_local(self.address):
-                options.append(("grpc.enable_http_proxy", 0))  # $http_proxy is for the world, not for this machine.
-            self._open = grpc.aio.insecure_channel(self.address, options=options)
+            self._open = open_transport(self.address)
         return self._open
 
     @contextmanager
-    def _span(self, method: Method[Any, Any]) -> Iterator[tuple[Span, grpc.aio.Metadata]]:
+    def _span(self, method: Method[Any, Any]) -> Iterator[tuple[Span, tuple[tuple[str, str], ...]]]:
         """A client span, and the metadata that carries it along. Not made current: a stream outlives a context."""
         service, _, name = method.path.strip("/").partition("/")
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name, "server.address": self.address}
         span = self._tracer.start_span(f"{service}/{name}", kind=SpanKind.CLIENT, attributes=attributes)
         carrier: dict[str, str] = {}
         propagate.inject(carrier, trace.set_span_in_context(span))
-        metadata = grpc.aio.Metadata(*self._headers, *carrier.items())
         try:
-            yield span, metadata
+            yield span, (*self._headers, *carrier.items())
         except ShoalError as err:
             span.set_attribute("rpc.grpc.status_code", int(err.code))
             span.set_status(Status(StatusCode.ERROR, err.message))
             raise
         finally:
             span.end()
-
-
-def _serialized(message: Any) -> bytes:
-    data: bytes = message.SerializeToString()
-    return data
 
 
 def _checked(headers: Headers) -> tuple[tuple[str, str], ...]:

@@ -19,17 +19,23 @@ from shoal.errors import (
     retry_after_of,
 )
 
-# grpc's own words. Nothing but its text tells these apart: all are UNAVAILABLE.
-_NOBODY = re.compile(r"Connection refused|No such file or directory|Connection timed out|No route to host|unreachable")
+# grpc's own words, and asyncio's and the lean client's. Nothing but the text tells these apart: all are UNAVAILABLE.
+_NOBODY = re.compile(
+    r"Connection refused|Connect call failed|No such file or directory|Connection timed out|No route to host|unreachable"
+)
 _NO_NAME = re.compile(r"errors resolving|DNS resolution failed")
-_NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server")
+_NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server|^cannot reach \S+: it broke HTTP/2")
 # All that is left of a stream whose other end died: what Envoy's reset becomes, and what grpc.aio says when it was
 # sending as that happened (the real status is lost then). Neither is a fault of the service, as INTERNAL would say.
 _BROKEN = re.compile(r"RST_STREAM|^Internal error from Core$")
+# What the lean client says of a connection that ended under its calls.
+_LOST = re.compile(r"^lost \S+: ")
 # Envoy's own words: it knows the service, and has no instance of it.
 _NO_INSTANCE = re.compile(r"no healthy upstream")
 # How a server says that it has no such method: grpc's own words are only this, and those of our fronts begin so.
 _NO_METHOD = "Method not found"
+# The lean client's words for an answer of a plain web server.
+_NOT_OF_GRPC = "the answer is not gRPC's"
 
 
 def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: float) -> ShoalError:
@@ -41,7 +47,8 @@ def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: f
         return _unavailable(details, address, doing, retry_after_of(err.trailing_metadata() or ()))
     if code == grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
         return too_late(doing, timeout_s)
-    if code == grpc.StatusCode.UNIMPLEMENTED and "http2 header" in details:
+    is_web = code == grpc.StatusCode.UNKNOWN and details.startswith(_NOT_OF_GRPC)
+    if is_web or (code == grpc.StatusCode.UNIMPLEMENTED and "http2 header" in details):
         return FailedPrecondition(f"what answers at {address} is not a Shoal gateway ({details}): check the address")
     if code == grpc.StatusCode.UNIMPLEMENTED and details.startswith(_NO_METHOD):
         return Unimplemented(
@@ -65,6 +72,8 @@ def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | N
         return FailedPrecondition(f"what answers at {address} does not speak gRPC: is that Envoy's admin port?")
     if _NO_INSTANCE.search(details):
         return Unavailable(f"{doing}: no instance can answer just now: look at `shoal status`")
+    if lost := _LOST.match(details):
+        return Unavailable(f"{doing}: the connection broke: {details[lost.end() :]}")
     return Unavailable(f"{doing}: {details}", retry_after_ms=retry_after_ms)
 
 

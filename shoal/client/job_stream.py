@@ -20,11 +20,14 @@ from shoal.errors import ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as ingest
 
 if TYPE_CHECKING:
-    from shoal.client.calls import Bidi
+    from shoal.client.transport import Bidi
 
 MESSAGE_JOBS = 100
 MESSAGE_BYTES = 1 << 20
 """Of one message, which then costs its jobs next to nothing. A larger job goes by itself."""
+
+LINGER_S = 0.001
+"""Longest that a message waits for more jobs, while others are under way anyhow. One by itself costs a message each way."""
 
 P = TypeVar("P")
 """What is kept of a job that waits."""
@@ -146,18 +149,21 @@ class JobStream(ABC, Generic[P, Q, R, O]):
     async def _feed(self, outbox: deque[int]) -> AsyncIterator[Q]:
         # grpc may ask a stream that has ended for one more: that must not come out of its successor's outbox.
         while outbox is self._outbox:
-            while outbox:
-                if (request := self._next_request(outbox)) is not None:
+            while outbox and outbox is self._outbox:
+                if len(outbox) < min(self._most, len(self._pending)):
+                    await asyncio.sleep(LINGER_S)
+                    if outbox is not self._outbox:
+                        return
+                if outbox and (request := self._next_request(outbox)) is not None:
                     yield request
             if self._is_all_sent():
                 return
             self._changed.clear()
             await self._changed.wait()
 
-    async def _read(self, call: Bidi[Q, R]) -> R | None:
+    async def _read(self, call: Bidi[R]) -> R | None:
         """The next answer; None at the end of the stream. A queue may be long: there is no deadline of its own."""
-        answer = await call.read()
-        return answer if isinstance(answer, self._method.response) else None  # Else: the end.
+        return await call.read()
 
     def _learn(self, most: int) -> None:
         """So many jobs the node takes in one message; 0: the answer does not say."""

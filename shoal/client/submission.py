@@ -17,7 +17,7 @@ from shoal.errors import DeadlineExceeded, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest
 
 if TYPE_CHECKING:
-    from shoal.client.calls import Bidi
+    from shoal.client.transport import Bidi
 
 WINDOW = 1_000
 """Jobs without acknowledgement. The node writes them in groups of up to 500: two of them keep it busy."""
@@ -65,9 +65,7 @@ class Submission(
         # Also one by itself: what comes as one of several is acknowledged with others.
         return ingest.SubmitStreamRequest(sequence=first, submits=submits)
 
-    async def _read(
-        self, call: Bidi[ingest.SubmitStreamRequest, ingest.SubmitStreamResponse]
-    ) -> ingest.SubmitStreamResponse | None:
+    async def _read(self, call: Bidi[ingest.SubmitStreamResponse]) -> ingest.SubmitStreamResponse | None:
         """The next answer; None at the end of the stream. The clock runs only while an answer is due."""
         reading = asyncio.ensure_future(super()._read(call))
         try:

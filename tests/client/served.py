@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 
+from shoal.client.transport import MESSAGE_BYTES
+
 
 class Served:
     """A grpc.aio server in a thread of its own: handlers by method path, and how often each was called."""
@@ -60,7 +62,8 @@ class Served:
                 served.metadata.append(dict(handler_call_details.invocation_metadata))
                 return served.handlers.get(path)
 
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MESSAGE_BYTES)]
+        self._server = grpc.aio.server(options=[*options, ("grpc.max_send_message_length", MESSAGE_BYTES)])
         self._server.add_generic_rpc_handlers((Handlers(),))
         port = self._server.add_insecure_port(address)
         self.address = address if address.startswith("unix:") else f"127.0.0.1:{port}"

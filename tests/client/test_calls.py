@@ -1,15 +1,20 @@
 """Calls on the real wire against servers that fail on purpose: retries, deadlines, and what the errors say."""
 
 import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import grpc
 import pytest
 
+from mesh.h2 import frames
 from mesh.h2.server import H2Server
 from shoal.client import methods
 from shoal.client.calls import Caller
 from shoal.client.retry import RetryPolicy
+from shoal.client.transport import MESSAGE_BYTES
 from shoal.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -24,6 +29,9 @@ from shoal.errors import (
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from shoal.store.v1 import store_pb2 as store
 from tests.client.served import Served
+from tests.mesh.h2.scripted import LAST, Scripted
+
+pytestmark = pytest.mark.usefixtures("transport")
 
 GET = ingest.GetJobRequest(id="a")
 
@@ -174,6 +182,24 @@ async def test_somebody_else_is_there() -> None:
             await Caller(f"127.0.0.1:{port}", retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
 
 
+@pytest.mark.parametrize("status", ["404", "200"])
+async def test_a_web_server_is_there(status: str, transport: str) -> None:
+    """One that speaks HTTP/2, as Envoy's admin port does."""
+    listener = Scripted()
+    await listener.start()
+    call = asyncio.create_task(Caller(listener.address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=20))
+    peer = await listener.accept()
+    number = (await peer.until(frames.HEADERS))[2]
+    peer.send(peer.headers(number, [(":status", status), ("content-type", "text/html")], LAST))
+    if (status, transport) == ("200", "grpc"):  # grpc says only that a status is missing.
+        with pytest.raises(ShoalError):
+            await call
+    else:
+        with pytest.raises(FailedPrecondition, match="is not a Shoal gateway .*: check the address"):
+            await call
+    await listener.stop()
+
+
 async def test_a_server_that_does_not_know_the_call(served: Served) -> None:
     with pytest.raises(Unimplemented, match="does not know this call"):
         await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=5)
@@ -289,3 +315,153 @@ async def test_a_stream_that_never_comes_back_gives_up(served: Served) -> None:
         ):
             pass
     assert served.count(methods.WATCH_JOB) == 8
+
+
+async def test_a_connection_that_is_lost_is_one_that_broke(served: Served) -> None:
+    arrived, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    async def never(request: Any, context: Any) -> Any:
+        loop.call_soon_threadsafe(arrived.set)
+        await asyncio.Event().wait()
+
+    served.on(methods.GET_JOB, never)
+    async with passing(served.address) as (address, cut):
+        call = asyncio.create_task(Caller(address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=20))
+        await arrived.wait()
+        cut()
+        with pytest.raises(Unavailable, match="^GetJob: "):
+            await call
+
+
+async def test_a_connection_that_is_lost_is_made_again(served: Served) -> None:
+    served.on(methods.GET_JOB, failing(0, grpc.StatusCode.OK))
+    async with passing(served.address) as (address, cut):
+        caller = Caller(address)
+        for _ in range(3):
+            assert (await caller.call(methods.GET_JOB, GET, timeout_s=20)).job.id == "a"
+            cut()
+        await caller.close()
+
+
+@asynccontextmanager
+async def passing(address: str) -> AsyncIterator[tuple[str, Callable[[], None]]]:
+    """A way to `address` that can be cut: at once, as when a process dies."""
+    writers: list[asyncio.StreamWriter] = []
+    tasks = asyncio.TaskGroup()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        writer.close()
+
+    async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = address.rpartition(":")
+        up_reader, up_writer = await asyncio.open_connection(host, int(port))
+        writers.extend((writer, up_writer))
+        tasks.create_task(pump(reader, up_writer))
+        tasks.create_task(pump(up_reader, writer))
+
+    def cut() -> None:
+        for writer in writers:
+            writer.transport.abort()
+        writers.clear()
+
+    async with tasks, await asyncio.start_server(accepted, "127.0.0.1", 0) as server:
+        try:
+            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", cut
+        finally:
+            cut()
+
+
+async def test_a_stream_without_a_deadline_goes_both_ways_until_it_is_half_closed(served: Served) -> None:
+    left: list[float | None] = []
+
+    async def echo(requests: Any, context: Any) -> Any:
+        left.append(context.time_remaining())
+        async for request in requests:
+            yield ingest.SubmitStreamResponse(sequence=request.sequence)
+
+    async def asked() -> AsyncIterator[ingest.SubmitStreamRequest]:
+        for number in (1, 2, 3):
+            yield ingest.SubmitStreamRequest(sequence=number)
+
+    served.on(methods.SUBMIT_STREAM, echo, "stream_stream")
+    with Caller(served.address).bidi(methods.SUBMIT_STREAM, asked(), timeout_s=None) as call:
+        answers = [(await call.read()) for _ in range(4)]
+    assert [answer and answer.sequence for answer in answers] == [1, 2, 3, None]
+    assert left == [None]
+
+
+async def test_leaving_a_stream_early_tells_the_service(served: Served) -> None:
+    gone, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    async def endless(request: Any, context: Any) -> Any:
+        try:
+            while True:
+                yield ingest.WatchJobResponse(job=ingest.Job(id="a"))
+                await asyncio.sleep(0.001)
+        finally:
+            loop.call_soon_threadsafe(gone.set)
+
+    served.on(methods.WATCH_JOB, endless, "unary_stream")
+    caller = Caller(served.address)
+    async with aclosing(caller.stream(methods.WATCH_JOB, ingest.WatchJobRequest(), timeout_s=20)) as answers:
+        assert (await anext(answers)).job.id == "a"
+    await gone.wait()
+    await caller.close()
+
+
+async def test_closing_ends_a_stream_that_is_read(served: Served) -> None:
+    async def one(request: Any, context: Any) -> Any:
+        yield ingest.WatchJobResponse(job=ingest.Job(id="a"))
+        await asyncio.Event().wait()
+
+    served.on(methods.WATCH_JOB, one, "unary_stream")
+    caller = Caller(served.address)
+    answers = caller.stream(methods.WATCH_JOB, ingest.WatchJobRequest(), timeout_s=20)
+    await anext(answers)
+    reading = asyncio.create_task(anext(answers))
+    await asyncio.sleep(0)
+    await caller.close()
+    with pytest.raises(Cancelled, match="closed while the call was in flight"):
+        await reading
+
+
+async def test_large_messages_go_both_ways(served: Served) -> None:
+    async def echo(request: Any, context: Any) -> Any:
+        return ingest.GetJobResponse(job=ingest.Job(id=request.id))
+
+    served.on(methods.GET_JOB, echo)
+    caller = Caller(served.address)
+    large = "a" * (100 << 20)
+    answer = await caller.call(methods.GET_JOB, ingest.GetJobRequest(id=large), timeout_s=60)
+    assert answer.job.id == large
+    with pytest.raises(ResourceExhausted, match="larger than max"):
+        await caller.call(methods.GET_JOB, ingest.GetJobRequest(id="a" * (MESSAGE_BYTES + 1)), timeout_s=60)
+    await caller.close()
+
+
+async def test_many_calls_at_once(served: Served) -> None:
+    served.on(methods.GET_JOB, failing(0, grpc.StatusCode.OK))
+    caller = Caller(served.address)
+    asked = (caller.call(methods.GET_JOB, ingest.GetJobRequest(id=f"{n}"), timeout_s=60) for n in range(500))
+    assert [answer.job.id for answer in await asyncio.gather(*asked)] == [f"{n}" for n in range(500)]
+    await caller.close()
+
+
+async def test_a_client_that_nobody_closed_leaves_no_connection() -> None:
+    ended = asyncio.Event()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        ended.set()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        caller = Caller(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", retry=ONCE)
+        with pytest.raises(DeadlineExceeded):
+            await caller.call(methods.GET_JOB, GET, timeout_s=0.1)
+        del caller
+        gc.collect()
+        await asyncio.wait_for(ended.wait(), 30)

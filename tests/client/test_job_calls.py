@@ -293,7 +293,7 @@ class Breaking:
             pass
         request = await anext(self.feeds[1], None)
         if request is None:
-            return grpc.aio.EOF
+            return None
         self.sent.append(request.sequence)
         return self.response(sequence=request.sequence, code=int(Code.INVALID_ARGUMENT), message="no")
 

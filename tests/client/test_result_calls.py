@@ -21,7 +21,7 @@ OK = pb.Result.OUTCOME_SUCCEEDED
 
 
 @pytest.fixture
-def served() -> Iterator[Served]:
+def served(transport: str) -> Iterator[Served]:
     server = Served().start()
     yield server
     server.close()

@@ -6,6 +6,7 @@ Channel ──> [waits for a line] ──> go ──> take, take ... ──> end
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from typing import Protocol
 
@@ -36,7 +37,7 @@ class Call(ABC):
 
     Args:
         fields: its headers but for the timeout, encoded.
-        timeout_s: seconds from now until it fails with DEADLINE_EXCEEDED, wherever it is then.
+        timeout_s: seconds from now until it fails with DEADLINE_EXCEEDED, wherever it is then; None: it has no end.
     """
 
     __slots__ = (
@@ -57,13 +58,13 @@ class Call(ABC):
         "timeout_s",
     )
 
-    def __init__(self, owner: Owner, fields: bytes, timeout_s: float) -> None:
+    def __init__(self, owner: Owner, fields: bytes, timeout_s: float | None) -> None:
         self.owner = owner
         self._fields = fields
         self._loop = asyncio.get_running_loop()
-        self.deadline = self._loop.time() + timeout_s
         self.timeout_s = timeout_s
-        self._timer = self._loop.call_later(timeout_s, self._expire)
+        self.deadline = math.inf if timeout_s is None else self._loop.time() + timeout_s
+        self._timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._expire)
         self._deframer: Deframer | None = None
         self.number = 0
         self.has_headers = self.is_sent = self.is_over = False
@@ -73,6 +74,8 @@ class Call(ABC):
 
     def block(self, *, has_waited: bool) -> bytes:
         """Its headers."""
+        if self.timeout_s is None:
+            return self._fields
         left_s = max(0.0, self.deadline - self._loop.time()) if has_waited else self.timeout_s
         return self._fields + request.timeout(left_s)
 
@@ -102,7 +105,8 @@ class Call(ABC):
         if failure is None and self._deframer is not None and self._deframer.holds:
             failure = CallFailed(S.INTERNAL, "the answer ended inside a message")
         self.is_over = True
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._end(failure)
 
     @abstractmethod
@@ -127,7 +131,7 @@ class UnaryCall(Call):
 
     __slots__ = ("_answer", "_body", "future")
 
-    def __init__(self, owner: Owner, fields: bytes, timeout_s: float, message: bytes) -> None:
+    def __init__(self, owner: Owner, fields: bytes, timeout_s: float | None, message: bytes) -> None:
         super().__init__(owner, fields, timeout_s)
         self._body = framed(message)
         self._answer: bytes | None = None

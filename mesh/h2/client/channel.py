@@ -44,6 +44,7 @@ class Channel(Stubbed):
 
     Args:
         authority: of the calls.
+        sends_trace: the current trace goes along with a call. Else it is the caller's to put into the metadata.
         tick_s: seconds between looks at a peer that says nothing.
         draw: a random number, 0 to 1.
     """
@@ -53,11 +54,13 @@ class Channel(Stubbed):
         address: str,
         *,
         authority: str = "shoal",
+        sends_trace: bool = True,
         tick_s: float = TICK_S,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._address = address
         self._authority = authority
+        self._sends_trace = sends_trace
         self._tick_s = tick_s
         self._draw = draw
         self._line: Line | None = None
@@ -81,20 +84,27 @@ class Channel(Stubbed):
 
     async def close(self) -> None:
         """Ends the calls that are under way or wait, and the connections."""
+        connecting = self._connecting
+        self.abort()
+        if connecting is not None:
+            await end(connecting)
+
+    def abort(self) -> None:
+        """Like `close`, for who cannot wait."""
         self._is_closed = True
         if self._connecting is not None:
-            await end(self._connecting)
+            self._connecting.cancel()
         self._fail_waiting("the channel is closed")
         for line in tuple(self._lines):
             line.abort("the channel is closed")
 
     # -- calls
 
-    async def unary(self, path: str, message: bytes, *, timeout_s: float, metadata: Metadata = ()) -> bytes:
+    async def unary(self, path: str, message: bytes, *, timeout_s: float | None, metadata: Metadata = ()) -> bytes:
         """Calls the method `path` (`/package.Service/Method`) with a serialised message, and gives the answer's.
 
         Args:
-            timeout_s: seconds until DEADLINE_EXCEEDED, the wait for a connection with it.
+            timeout_s: seconds until DEADLINE_EXCEEDED, the wait for a connection with it. None: no deadline.
             metadata: values of names that end with `-bin` are bytes.
 
         Raises:
@@ -113,7 +123,7 @@ class Channel(Stubbed):
                 call.future.exception()  # It had just ended: nobody else hears of it.
             raise
 
-    def stream(self, path: str, *, timeout_s: float, metadata: Metadata = ()) -> StreamCall:
+    def stream(self, path: str, *, timeout_s: float | None, metadata: Metadata = ()) -> StreamCall:
         """Begins a call of messages both ways. Arguments and errors as `unary`, the latter where the call is used."""
         call = StreamCall(self, self._fields(path, metadata), timeout_s)
         self._start(call)
@@ -123,13 +133,13 @@ class Channel(Stubbed):
         fields = request.head(path, self._authority)
         if metadata:
             fields += request.metadata(metadata)
-        if traced := trace_metadata():
+        if self._sends_trace and (traced := trace_metadata()):
             fields += request.metadata(traced.items())
         return fields
 
     def _start(self, call: Call) -> None:
         line = self._line
-        if call.timeout_s <= 0:
+        if call.timeout_s is not None and call.timeout_s <= 0:
             call.end(deadline_exceeded(is_unprocessed=True))
         elif line is not None and not self._waiting and line.takes():
             line.begin(call, has_waited=False)

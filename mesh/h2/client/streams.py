@@ -28,7 +28,7 @@ class StreamCall(Call):
     What it fails with (CallFailed) is raised by the iteration, after the answers that came before, and by `drain`.
     """
 
-    def __init__(self, owner: Owner, fields: bytes, timeout_s: float) -> None:
+    def __init__(self, owner: Owner, fields: bytes, timeout_s: float | None) -> None:
         super().__init__(owner, fields, timeout_s)
         self._sender: Sender | None = None
         self._unsent: list[bytes] = []

@@ -35,11 +35,11 @@ class Stubbed(ABC):
     """A channel, with what stubs need."""
 
     @abstractmethod
-    async def unary(self, path: str, message: bytes, *, timeout_s: float, metadata: Metadata = ()) -> bytes:
+    async def unary(self, path: str, message: bytes, *, timeout_s: float | None, metadata: Metadata = ()) -> bytes:
         """Calls a method."""
 
     @abstractmethod
-    def stream(self, path: str, *, timeout_s: float, metadata: Metadata = ()) -> StreamCall:
+    def stream(self, path: str, *, timeout_s: float | None, metadata: Metadata = ()) -> StreamCall:
         """Begins a call of messages both ways."""
 
     def unary_unary(
@@ -48,7 +48,7 @@ class Stubbed(ABC):
         write, read = request_serializer or _as_it_is, response_deserializer or _as_it_is
 
         async def call(request: Any, *, timeout: float, metadata: Metadata = ()) -> Any:
-            return _read(await self.unary(path, write(request), timeout_s=timeout, metadata=metadata), read)
+            return parsed(await self.unary(path, write(request), timeout_s=timeout, metadata=metadata), read)
 
         return call
 
@@ -62,7 +62,7 @@ class Stubbed(ABC):
                 stream.write(write(request))
                 stream.half_close()
                 async for message in stream:
-                    yield _read(message, read)
+                    yield parsed(message, read)
 
         return call
 
@@ -73,8 +73,8 @@ class Stubbed(ABC):
 
         async def call(requests: AsyncIterator[Any], *, timeout: float, metadata: Metadata = ()) -> Any:
             async with self.stream(path, timeout_s=timeout, metadata=metadata) as stream:
-                await _feed(stream, requests, write)
-                return _read(await stream.only(), read)
+                await feed(stream, requests, write)
+                return parsed(await stream.only(), read)
 
         return call
 
@@ -87,25 +87,26 @@ class Stubbed(ABC):
             requests: AsyncIterator[Any], *, timeout: float, metadata: Metadata = ()
         ) -> AsyncGenerator[Any, None]:
             async with self.stream(path, timeout_s=timeout, metadata=metadata) as stream:
-                feeding = asyncio.create_task(_feed(stream, requests, write), name="requests of a call")
-                feeding.add_done_callback(partial(_fed, stream))
+                feeding = asyncio.create_task(feed(stream, requests, write), name="requests of a call")
+                feeding.add_done_callback(partial(fed, stream))
                 try:
                     async for message in stream:
-                        yield _read(message, read)
+                        yield parsed(message, read)
                 finally:
                     await end(feeding)
 
         return call
 
 
-def _read(message: bytes, read: Callable[[bytes], Any]) -> Any:
+def parsed(message: bytes, read: Callable[[bytes], Any]) -> Any:
+    """The message that `read` makes of an answer. Raises CallFailed where it is none."""
     try:
         return read(message)
     except Exception as err:
         raise CallFailed(grpc.StatusCode.INTERNAL, f"the answer is no message of the expected type: {err}") from err
 
 
-async def _feed(stream: StreamCall, requests: AsyncIterator[Any], write: Callable[[Any], bytes]) -> None:
+async def feed(stream: StreamCall, requests: AsyncIterator[Any], write: Callable[[Any], bytes]) -> None:
     """Sends all requests, as fast as they are taken. Raises what the call fails with, and what `requests` does."""
     async for request in requests:
         stream.write(write(request))
@@ -115,7 +116,7 @@ async def _feed(stream: StreamCall, requests: AsyncIterator[Any], write: Callabl
     stream.half_close()
 
 
-def _fed(stream: StreamCall, feeding: asyncio.Task[None]) -> None:
+def fed(stream: StreamCall, feeding: asyncio.Task[None]) -> None:
     """Requests that cannot be made end the call."""
     if not feeding.cancelled() and feeding.exception() is not None and not isinstance(feeding.exception(), CallFailed):
         log_failure(feeding)

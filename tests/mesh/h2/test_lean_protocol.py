@@ -478,3 +478,18 @@ async def test_closing_the_channel_ends_what_is_under_way_and_what_waits() -> No
         assert [call.exception().is_unprocessed for call in (going, waiting)] == [False, True]
         assert (await failure(ask(channel))).is_unprocessed
         assert await peer.until_over() is None
+
+
+async def test_a_call_without_a_deadline_says_nothing_of_one() -> None:
+    async with scripted() as (channel, listener):
+        unary = asyncio.create_task(channel.unary(PATH, b"q", timeout_s=None))
+        peer = await listener.accept()
+        request = await peer.request(1)
+        async with channel.stream(PATH, timeout_s=None) as stream:
+            stream.write(b"q")
+            stream.half_close()
+            second = await peer.request(3)
+            assert "grpc-timeout" not in request.headers | second.headers
+            peer.send(peer.answer(1, b"a"), peer.answer(3, b"b"))
+            assert await unary == b"a"
+            assert [message async for message in stream] == [b"b"]
