@@ -6,8 +6,8 @@ services  -> mesh, kernels, shoal's stubs, errors and datatypes; never each othe
 mesh      -> shoal's stubs and errors; no service
 kernels   -> nothing of ours, no grpc, no asyncio
 shoal.client, shoal.discovery -> shoal's stubs, errors and datatypes
-shoal.client -> mesh.h2.client, and nothing else of the mesh: a gRPC client that knows neither nodes nor services, and that
-                the services call each other with, too
+shoal.client -> mesh.h2.client, and nothing else of the mesh: a gRPC client that knows neither nodes nor services, with
+                which ingest calls the others, too
 """
 
 from __future__ import annotations

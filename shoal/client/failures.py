@@ -21,7 +21,8 @@ from shoal.errors import (
 
 # grpc's own words, and asyncio's and the lean client's. Nothing but the text tells these apart: all are UNAVAILABLE.
 _NOBODY = re.compile(
-    r"Connection refused|Connect call failed|No such file or directory|Connection timed out|No route to host|unreachable"
+    r"Connection refused|Connect call failed|No such file or directory|Connection timed out|No route to host"
+    r"|unreachable"
 )
 _NO_NAME = re.compile(r"errors resolving|DNS resolution failed")
 _NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server|^cannot reach \S+: it broke HTTP/2")

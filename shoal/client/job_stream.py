@@ -27,7 +27,7 @@ MESSAGE_BYTES = 1 << 20
 """Of one message, which then costs its jobs next to nothing. A larger job goes by itself."""
 
 LINGER_S = 0.001
-"""Longest that a message waits for more jobs, while others are under way anyhow. One by itself costs a message each way."""
+"""That a message waits for more jobs, while others are under way. One by itself costs a message each way."""
 
 P = TypeVar("P")
 """What is kept of a job that waits."""

@@ -23,8 +23,8 @@ logging.getLogger("mesh.h2").addHandler(logging.NullHandler())
 # What it warns of, a caller is told as an error: not on stderr too, where no logging was asked for.
 
 _TICK_S = 10.0
-# A node that hangs is asked after 10 to 20 s of silence, and given up 20 s later. More often is abuse to a server of grpc
-# that is set up as it comes (`too_many_pings`): it would end calls that say nothing for 40 s.
+# A node that hangs is asked after 10 to 20 s of silence, and given up 20 s later. More often is abuse to a server of
+# grpc as it comes (`too_many_pings`): it would end calls that say nothing for 40 s.
 
 
 class Lean:

@@ -195,7 +195,7 @@ async def test_a_web_server_is_there(status: str, transport: str) -> None:
         with pytest.raises(ShoalError):
             await call
     else:
-        with pytest.raises(FailedPrecondition, match="is not a Shoal gateway .*: check the address"):
+        with pytest.raises(FailedPrecondition, match=r"is not a Shoal gateway .*: check the address"):
             await call
     await listener.stop()
 
@@ -329,7 +329,7 @@ async def test_a_connection_that_is_lost_is_one_that_broke(served: Served) -> No
         call = asyncio.create_task(Caller(address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=20))
         await arrived.wait()
         cut()
-        with pytest.raises(Unavailable, match="^GetJob: "):
+        with pytest.raises(Unavailable, match=r"^GetJob: "):
             await call
 
 
