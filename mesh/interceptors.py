@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 # Health checks come twice a second from every Envoy: a span for each would drown the rest.
 _UNTRACED = ("/grpc.health.v1.Health/", "/envoy.service.discovery.v3.", "/grpc.reflection.")
-
+_FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNKNOWN)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -228,18 +228,26 @@ async def _refuse(method: str, error: BaseException, ctx: Context, span: Span) -
     if isinstance(error, grpc.aio.AioRpcError):
         error = translate(error, f"{method} called another service")
     code, message, trailing = status_of(error)
+    log_error(method, error)
     span.set_attribute("rpc.grpc.status_code", code.value[0])
     if not isinstance(error, ShoalError):
-        log.error("unexpected error in %s", method, exc_info=error)
         span.set_status(Status(StatusCode.ERROR, type(error).__name__))
         span.record_exception(error)
-    elif code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNKNOWN):
-        log.error("%s failed: %s", method, message, exc_info=error)
+    elif code in _FAULTS:
         span.set_status(Status(StatusCode.ERROR, message))
+    await ctx.abort(code, message, trailing)
+
+
+def log_error(method: str, error: BaseException) -> None:
+    """Tells the log what a call of `method` is answered with: loudly what is no answer of ours, or a fault."""
+    code, message, _ = status_of(error)
+    if not isinstance(error, ShoalError):
+        log.error("unexpected error in %s", method, exc_info=error)
+    elif code in _FAULTS:
+        log.error("%s failed: %s", method, message, exc_info=error)
     else:
         level = logging.INFO if isinstance(error, ResourceExhausted) else logging.DEBUG
         log.log(level, "%s refused with %s: %s", method, code.name, message)
-    await ctx.abort(code, message, trailing)
 
 
 def trace_metadata() -> dict[str, str]:

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
 from mesh import mongo
+from mesh.asgi.tasked import Tasked
 from mesh.etcd import Etcd
 from mesh.membership import Registration, State
 from mesh.server import Rpc, until_stopped
@@ -107,8 +108,9 @@ async def run(config: StoreConfig) -> None:
             Quotas(collections, counters, _now),
         )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
+        short = rpc.short(await stack.enter_async_context(Tasked()))
         server = await stack.enter_async_context(
-            server_of(config.listen, [add], drain_ms=config.drain_ms, front=config.front, short={})
+            server_of(config.listen, [add], drain_ms=config.drain_ms, front=config.front, short=short)
         )
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))
         async with asyncio.TaskGroup() as tasks:

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from mesh.asgi.exchange import ShortHandler
+from mesh.asgi.tasked import Tasked
 from services.store.artifact_rpc import ArtifactParts, ArtifactRpc
 from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
@@ -25,11 +27,17 @@ from services.store.usage.messages import usage_of
 from services.store.usage.quotas import Quotas
 from shoal.store.v1 import store_pb2 as pb
 
+PUT_RESULTS = "/shoal.store.v1.StoreService/PutResults"
+GET_RESULT = "/shoal.store.v1.StoreService/GetResult"
+
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class StoreRpc(ArtifactRpc):
-    """The servicer. Errors are translated by the server's interceptor."""
+    """The servicer. Errors are translated by the server's interceptor.
+
+    What every job calls has a second door without a context, for the short way (`short`).
+    """
 
     def __init__(
         self,
@@ -52,6 +60,13 @@ class StoreRpc(ArtifactRpc):
         self._exports = exports
         self._retention = retention
         self._quotas = quotas
+
+    def short(self, tasked: Tasked) -> dict[str, ShortHandler]:
+        """The methods that every job calls, for a server's short way."""
+        return {
+            **tasked.method(PUT_RESULTS, pb.PutResultsRequest.FromString, self.put_results),
+            **tasked.method(GET_RESULT, pb.GetResultRequest.FromString, self.get_result),
+        }
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:
         model = request.model
@@ -76,13 +91,19 @@ class StoreRpc(ArtifactRpc):
                 yield pb.WatchModelsResponse(snapshot=map(_version, versions))
 
     async def PutResults(self, request: pb.PutResultsRequest, ctx: Context) -> pb.PutResultsResponse:
+        return await self.put_results(request)
+
+    async def GetResult(self, request: pb.GetResultRequest, ctx: Context) -> pb.GetResultResponse:
+        return await self.get_result(request)
+
+    async def put_results(self, request: pb.PutResultsRequest) -> pb.PutResultsResponse:
         entries = [
             pb.PutResultsResponse.Entry(job_id=standing.job_id, recorded=recorded, standing=standing)
             for recorded, standing in await self._results.put(request.results)
         ]
         return pb.PutResultsResponse(entries=entries)
 
-    async def GetResult(self, request: pb.GetResultRequest, ctx: Context) -> pb.GetResultResponse:
+    async def get_result(self, request: pb.GetResultRequest) -> pb.GetResultResponse:
         wait_s = check_wait(request.wait) if request.HasField("wait") else 0.0
         return pb.GetResultResponse(result=await self._results.get(request.job_id, wait_s))
 

@@ -13,8 +13,7 @@ from tests.mesh.fronts import service
 from tests.mesh.fronts.config import FrontsConfig
 
 
-def _server(name: str, config: FrontsConfig) -> GrpcServer | H2Server:
-    served = service.Service()
+def _server(name: str, config: FrontsConfig, served: service.Service) -> GrpcServer | H2Server:
     rpcs = [service.rpc(served)]
     if name == "h2":
         return H2Server(config.listen, rpcs, drain_ms=config.drain_ms, short=service.short_methods(served))
@@ -22,7 +21,8 @@ def _server(name: str, config: FrontsConfig) -> GrpcServer | H2Server:
 
 
 async def _run(name: str, config: FrontsConfig) -> None:
-    async with _server(name, config) as server:
+    served = service.Service()
+    async with served.tasked, _server(name, config, served) as server:
         await server.serve()
         await until_stopped()
 

@@ -22,7 +22,7 @@ from tests.mesh.fronts.raw import RawConnection
 from tests.mesh.fronts.service import METHODS, path
 
 FRONTS = ("grpc", "envoy", "h2")
-UNARY = ("Unary", "Short")
+UNARY = ("Unary", "Short", "Tasked")
 
 _LARGE = 200 << 20
 _OPTIONS = (

@@ -18,7 +18,7 @@ async def _run(config: FrontsConfig, host: Host) -> None:
         short=service.short_methods(served),
         admin_path=host.admin_path,
     )
-    async with server:
+    async with served.tasked, server:
         await server.serve()
         await host.until_stopped()
 

@@ -9,7 +9,8 @@
     {"do": "metadata"}                      sends back every header that begins with `x-`, leading and trailing
     {"do": "die" | "spin" | "hold" | "stop" | "child"}    what ends a process, or stops its loop; a child's signal mask
 
-Four methods, one of each kind, and `Short`, which is answered on the short way where there is one.
+Four methods, one of each kind, and two that are answered on the short way where there is one: `Short`, and `Tasked`,
+whose answer is awaited.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from mesh.asgi.exchange import Exchange, ShortHandler
+from mesh.asgi.tasked import Tasked
 from mesh.server import Rpc
 from shoal.errors import InvalidArgument, from_status
 
@@ -38,6 +40,7 @@ NAME = "shoal.test.Fronts"
 METHODS = {
     "Unary": (False, False),
     "Short": (False, False),
+    "Tasked": (False, False),
     "ServerStream": (False, True),
     "ClientStream": (True, False),
     "Bidi": (True, True),
@@ -56,12 +59,15 @@ class Service:
     def __init__(self) -> None:
         self.seen: list[str] = []
         """`<event> <mark>` in the order in which it happened."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasked = Tasked()
 
     async def Unary(self, request: BytesValue, context: Any) -> BytesValue:
         return await self._one(_order(context.invocation_metadata()), request, context)
 
     async def Short(self, request: BytesValue, context: Any) -> BytesValue:
+        return await self.Unary(request, context)
+
+    async def Tasked(self, request: BytesValue, context: Any) -> BytesValue:
         return await self.Unary(request, context)
 
     async def ServerStream(self, request: BytesValue, context: Any) -> AsyncIterator[BytesValue]:
@@ -135,6 +141,16 @@ class Service:
         else:
             self._reply(exchange, done(order, value))
 
+    def awaited(self, body: bytes, exchange: Exchange) -> None:
+        """`Tasked` on the short way."""
+        order = _order([(key.decode(), value.decode()) for key, value in exchange.headers.items()])
+
+        async def answer(request: BytesValue) -> BytesValue:
+            return await self._one(order, request, None)
+
+        (handle,) = self.tasked.method(path("Tasked"), BytesValue.FromString, answer).values()
+        handle(body, exchange)
+
     def _reply(self, exchange: Exchange, value: bytes) -> None:
         data = BytesValue(value=value).SerializeToString()
         exchange.reply((data,), len(data))
@@ -193,7 +209,7 @@ def rpc(service: Service) -> Rpc:
 
 
 def short_methods(service: Service) -> dict[str, ShortHandler]:
-    return {path("Short"): service.short}
+    return {path("Short"): service.short, path("Tasked"): service.awaited}
 
 
 def _descriptor() -> Any:

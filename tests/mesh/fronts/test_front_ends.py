@@ -15,7 +15,7 @@ from tests.http2 import framed
 from tests.mesh.fronts.conftest import UNARY, Client, Front
 from tests.mesh.fronts.raw import RawConnection
 
-EACH = ("Unary", "Short", "ServerStream", "ClientStream", "Bidi")
+EACH = ("Unary", "Short", "Tasked", "ServerStream", "ClientStream", "Bidi")
 _numbers = itertools.count()
 
 

@@ -54,7 +54,7 @@ async def test_a_stop_under_load_cuts_no_call(make: Make, name: str, transport: 
             callers = [
                 asyncio.create_task(until_refused(client, method, outcomes))
                 for client in (one, two)
-                for method in ("Unary", "Short", "ServerStream", "Bidi")
+                for method in ("Unary", "Short", "Tasked", "ServerStream", "Bidi")
                 for _ in range(4)
             ]
             await until(lambda so_far=outcomes: len(so_far) > 200, "load")
@@ -96,7 +96,7 @@ async def test_calls_under_way_finish_while_it_stops(make: Make, name: str) -> N
         ]
         await client.until_seen(*(f"started {method}{n}" for method in UNARY for n in range(20)))
         assert await asyncio.to_thread(front.terminate) == 0
-        assert await asyncio.gather(*calls) == [b"x"] * 40
+        assert await asyncio.gather(*calls) == [b"x"] * 20 * len(UNARY)
 
 
 @pytest.mark.parametrize("name", FRONTS)
@@ -104,8 +104,8 @@ async def test_the_drain_has_an_end(make: Make, name: str) -> None:
     front = make(name, shoal_fronts_drain_ms="300")
     await front.until_serving()
     async with front.client() as client:
-        calls = [asyncio.ensure_future(client.fails(m, b"", {"do": "wait", "mark": m})) for m in ("Unary", "Short")]
-        await client.until_seen("started Unary", "started Short")
+        calls = [asyncio.ensure_future(client.fails(m, b"", {"do": "wait", "mark": m})) for m in UNARY]
+        await client.until_seen(*(f"started {method}" for method in UNARY))
         assert await asyncio.to_thread(front.terminate) == 0
         for err in await asyncio.gather(*calls):
             assert err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)

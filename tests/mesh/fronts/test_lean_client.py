@@ -17,7 +17,7 @@ from tests.mesh.fronts.conftest import Client, Front
 from tests.mesh.fronts.service import METHODS, path
 
 S = grpc.StatusCode
-KINDS = ("Unary", "Short", "ServerStream", "ClientStream", "Bidi")
+KINDS = ("Unary", "Short", "Tasked", "ServerStream", "ClientStream", "Bidi")
 
 
 @pytest_asyncio.fixture
