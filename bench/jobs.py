@@ -14,7 +14,8 @@ share the machine.
     Kafka            jobs accepted from a topic that is full before the node starts (broker: Tansu, in memory)
     drain            a queue that is full before its worker starts: jobs/s from the first stored result to the last
     p50, p99         one job at a time, at most 20 a second, from submit to a result that was read
-    run p50, p99     the same on a RunStream that is open already
+    run p50          the same on a RunStream that is open already
+    grpc             the same with generated stubs over grpc.aio in place of Shoal's client library
 
 Rounds take turns, so that a machine whose speed drifts treats all alike: trust the ratios.
 """
@@ -44,14 +45,15 @@ from streams import FILE, fill, tansu
 COLUMNS = (
     "submit x1 /s",
     "submit x8 /s",
+    "grpc x8 /s",
     "stream /s",
     "stream x1 /s",
     "Kafka /s",
     "drain /s",
     "p50 ms",
     "p99 ms",
+    "grpc p50 ms",
     "run p50 ms",
-    "run p99 ms",
 )
 Measured = dict[str, list[float]]
 _STALLED_S = 60.0
@@ -86,17 +88,18 @@ def shoal(folder: Path, jobs: int) -> Measured:
         asyncio.run(ours.unary(node.gateway, MODEL, 1, 50))
         found["submit x1 /s"] = [asyncio.run(ours.unary(node.gateway, MODEL, 1, jobs // 4))]
         found["submit x8 /s"] = [asyncio.run(ours.unary(node.gateway, MODEL, 8, jobs))]
+        found["grpc x8 /s"] = [asyncio.run(ours.unary_grpc(node.gateway, MODEL, 8, jobs))]
         found["stream x1 /s"] = [asyncio.run(ours.streamed(node.gateway, MODEL, jobs * 2, each=1))]
         found["stream /s"] = [asyncio.run(ours.streamed(node.gateway, MODEL, jobs * 4))]
-        total = 50 + jobs // 4 + jobs + jobs * 2 + jobs * 4
+        total = 50 + jobs // 4 + jobs * 2 + jobs * 2 + jobs * 4
     found["Kafka /s"] = [from_kafka(folder / "kafka", min(jobs * 2, _FROM_KAFKA))]
     with ours.node(folder) as node:
         rate = drain(node.results, total, 0.01)
         found["drain /s"] = [rate]
         took = asyncio.run(ours.latency(node.gateway, MODEL, 100))
         found["p50 ms"], found["p99 ms"] = [took["p50"]], [took["p99"]]
-        took = asyncio.run(ours.stream_latency(node.gateway, MODEL, 100))
-        found["run p50 ms"], found["run p99 ms"] = [took["p50"]], [took["p99"]]
+        found["grpc p50 ms"] = [asyncio.run(ours.latency_grpc(node.gateway, MODEL, 100))["p50"]]
+        found["run p50 ms"] = [asyncio.run(ours.stream_latency(node.gateway, MODEL, 100))["p50"]]
     return found
 
 

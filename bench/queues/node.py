@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from pymongo import MongoClient
 
+import shoal
 from mesh.channel import connect
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
@@ -35,6 +37,11 @@ def question(model: str, number: float = 1.0) -> oip.ModelInferRequest:
     request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
     request.raw_input_contents.append(np.full(4, number, np.float32).tobytes())
     return request
+
+
+def row(number: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """The same inputs as the client library takes them."""
+    return {"x": np.full((1, 4), number, np.float32)}
 
 
 class Node:
@@ -113,6 +120,20 @@ async def unary(gateway: str, model: str, clients: int, count: int) -> float:
     numbers = iter(range(count))
 
     async def client() -> None:
+        async with shoal.AsyncClient(gateway) as node:
+            for number in numbers:
+                await node.jobs.submit(model, row(number))
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return count / (time.perf_counter() - began)
+
+
+async def unary_grpc(gateway: str, model: str, clients: int, count: int) -> float:
+    """The same with generated stubs over grpc.aio, and without idempotency keys."""
+    numbers = iter(range(count))
+
+    async def client() -> None:
         async with connect(gateway) as channel:
             stub = ingest_pb2_grpc.IngestServiceStub(channel)
             for number in numbers:
@@ -149,10 +170,20 @@ async def acknowledged(channel: grpc.aio.Channel, requests: Iterator[ingest_pb2.
 
 
 async def latency(gateway: str, model: str, count: int) -> dict[str, float]:
-    """From submit to a result that was read, one job at a time, at most 20 a second: p50 and p99 in ms.
+    """From submit to a result that was read, one job at a time, at most 20 a second: p50 and p99 in ms."""
+    took = []
+    async with shoal.AsyncClient(gateway) as node:
+        for number in range(count):
+            began = time.perf_counter()
+            job = await node.jobs.submit(model, row(number))
+            await node.jobs.result(job.id)
+            took.append((time.perf_counter() - began) * 1e3)
+            await asyncio.sleep(0.03)
+    return _quantiles(took)
 
-    The store is asked to wait for the result, as the client does.
-    """
+
+async def latency_grpc(gateway: str, model: str, count: int) -> dict[str, float]:
+    """The same with generated stubs over grpc.aio. The store is asked to wait for the result, as the client does."""
     took = []
     wait = Duration(seconds=5)
     async with connect(gateway) as channel:
@@ -167,7 +198,7 @@ async def latency(gateway: str, model: str, count: int) -> dict[str, float]:
 
 
 async def stream_latency(gateway: str, model: str, count: int) -> dict[str, float]:
-    """The same on one RunStream that stays open: its result comes by itself."""
+    """The same on one RunStream over grpc.aio that stays open: its result comes by itself."""
     took = []
     async with connect(gateway) as channel:
         call = ingest_pb2_grpc.IngestServiceStub(channel).RunStream()
