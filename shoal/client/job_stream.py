@@ -26,9 +26,6 @@ MESSAGE_JOBS = 100
 MESSAGE_BYTES = 1 << 20
 """Of one message, which then costs its jobs next to nothing. A larger job goes by itself."""
 
-LINGER_S = 0.001
-"""That a message waits for more jobs, while others are under way. One by itself costs a message each way."""
-
 P = TypeVar("P")
 """What is kept of a job that waits."""
 Q = TypeVar("Q", ingest.SubmitStreamRequest, ingest.RunStreamRequest)
@@ -57,8 +54,9 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         self._outcomes: asyncio.Queue[O | None] = asyncio.Queue()  # Bounded by the window.
         self._changed = asyncio.Event()
         self._exhausted = False
-        # Jobs that the node takes in one message: the first answer of a stream says so.
-        self._most = 1
+        # Jobs that the node takes in one message: the first answer of a stream says so, and the others wait for it. Sent
+        # one a message they would be answered so, each would make room for one, and so it would go on.
+        self._most, self._is_known = 1, False
         self._answers = 0
 
     @abstractmethod
@@ -141,25 +139,24 @@ class JobStream(ABC, Generic[P, Q, R, O]):
     async def _stream(self) -> None:
         """One stream, until it ends or breaks. What waits for an answer goes first."""
         self._outbox = deque(self._pending)
-        self._most = 1
+        self._most, self._is_known = 1, False
         with self._caller.bidi(self._method, self._feed(self._outbox), timeout_s=None) as call:
             while (answer := await self._read(call)) is not None:
                 await self._take(answer)
 
     async def _feed(self, outbox: deque[int]) -> AsyncIterator[Q]:
+        has_begun = False
         # grpc may ask a stream that has ended for one more: that must not come out of its successor's outbox.
         while outbox is self._outbox:
-            while outbox and outbox is self._outbox:
-                if len(outbox) < min(self._most, len(self._pending)):
-                    await asyncio.sleep(LINGER_S)
-                    if outbox is not self._outbox:
-                        return
-                if outbox and (request := self._next_request(outbox)) is not None:
+            if outbox and (self._is_known or not has_begun):
+                if (request := self._next_request(outbox)) is not None:
+                    has_begun = True
                     yield request
-            if self._is_all_sent():
+            elif not outbox and self._is_all_sent():
                 return
-            self._changed.clear()
-            await self._changed.wait()
+            else:
+                self._changed.clear()
+                await self._changed.wait()
 
     async def _read(self, call: Bidi[R]) -> R | None:
         """The next answer; None at the end of the stream. A queue may be long: there is no deadline of its own."""
@@ -169,6 +166,9 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         """So many jobs the node takes in one message; 0: the answer does not say."""
         if most:
             self._most = min(most, MESSAGE_JOBS)
+        if not self._is_known:
+            self._is_known = True
+            self._changed.set()
 
     def _answered(self, index: int) -> P | None:
         """An answer to a job has come: what is kept of it, if it still waits."""
