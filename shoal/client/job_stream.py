@@ -54,8 +54,8 @@ class JobStream(ABC, Generic[P, Q, R, O]):
         self._outcomes: asyncio.Queue[O | None] = asyncio.Queue()  # Bounded by the window.
         self._changed = asyncio.Event()
         self._exhausted = False
-        # Jobs that the node takes in one message: the first answer of a stream says so, and the others wait for it. Sent
-        # one a message they would be answered so, each would make room for one, and so it would go on.
+        # Jobs that the node takes in one message: the first answer of a stream says so, and the others wait for it.
+        # Sent one a message they would be answered so, each would make room for one, and so it would go on.
         self._most, self._is_known = 1, False
         self._answers = 0
 
