@@ -288,3 +288,15 @@ async def test_a_message_of_100_mb_is_refused_by_its_size(client: Client) -> Non
         await client.submit(data=bytes(100_000_000))
     assert refused(call)[0] is S.INVALID_ARGUMENT
     assert "at most 12582912 bytes" in refused(call)[1]
+
+
+async def test_of_two_with_one_key_on_a_stream_the_first_has_it(key: str, client: Client) -> None:
+    """Two writes may be under way at a time: the second must not overtake the first."""
+    for n in range(50):
+        one, other = f"{key} {n}", b"other"
+        answers = await stream(
+            client,
+            pb.SubmitStreamRequest(sequence=1, submit=submit(model="nobody", idempotency_key=one)),
+            pb.SubmitStreamRequest(sequence=2, submit=submit(model="nobody", idempotency_key=one, data=other)),
+        )
+        assert [answer.code for answer in answers] == [0, Code.ALREADY_EXISTS]

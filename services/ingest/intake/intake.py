@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -123,9 +124,12 @@ class Intake:
             limit_s=_WAIT_S,
             on_left=self._left,
             writes=_WRITES,
-            # What it depends on may come just before it, and must be found.
-            follows=lambda job: bool(job.depends_on),
+            # What it depends on may come just before it, and must be found; and of two with one key the first has it.
+            follows=lambda job: bool(job.depends_on) or job.id in self._repeats,
         )
+        self._keys: Counter[tuple[str, str]] = Counter()
+        self._repeats: set[str] = set()
+        # The keys of jobs in the group, and those of these jobs whose key another one brought before.
         self._asking: set[asyncio.Task[Accepted]] = set()
         # Submits that wait to hear of a limit. Bounded as calls are: each has its caller.
         self._is_open = False
@@ -207,9 +211,11 @@ class Intake:
         return await self._handed_on(job)
 
     def _handed_on(self, job: Job) -> asyncio.Future[Accepted]:
+        self._note_key(job)
         try:
             future = self._group.add(job)
         except ShoalError:
+            self._forget_key(job)
             self._budget.give_back(_size(job))
             raise
         self._pressure.entered(_size(job))
@@ -219,6 +225,21 @@ class Intake:
         nbytes = sum(map(_size, jobs))
         self._budget.give_back(nbytes)
         self._pressure.left(len(jobs), nbytes)
+        for job in jobs:
+            self._forget_key(job)
+
+    def _note_key(self, job: Job) -> None:
+        if job.key:
+            if self._keys[job.tenant, job.key]:
+                self._repeats.add(job.id)
+            self._keys[job.tenant, job.key] += 1
+
+    def _forget_key(self, job: Job) -> None:
+        if job.key:
+            self._repeats.discard(job.id)
+            self._keys[job.tenant, job.key] -= 1
+            if not self._keys[job.tenant, job.key]:
+                del self._keys[job.tenant, job.key]
 
     async def by_key(self, tenant: str, key: str) -> Job | None:
         """The job that has this idempotency key, without its request.
