@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from node import MODEL, save_model
 from queues import node as ours
 from queues.peers import Places, queue
-from streams import FILE, fill, tansu
+from streams import CONNECTORS, fill, producer_of, tansu
 
 COLUMNS = (
     "submit x1 /s",
@@ -108,8 +108,8 @@ def from_kafka(folder: Path, count: int) -> float:
     folder.mkdir()
     connectors = folder / "streams.toml"
     with tansu(folder) as broker:
-        connectors.write_text(FILE.format(broker=broker, in_flight=_MOST_IN_FLIGHT))
-        fill(broker, count)
+        connectors.write_text(CONNECTORS.format(broker=broker, in_flight=_MOST_IN_FLIGHT))
+        fill(producer_of(broker), count)
         with ours.node(folder, "--services", "store,ingest", "--connectors", str(connectors)) as node:
             return drain(node.jobs, count, 0.01)
 

@@ -36,7 +36,7 @@ from mesh.node.parts import free_port
 from mesh.node.ports import HOST
 
 PARTITIONS = 2
-FILE = """
+CONNECTORS = """
 [connectors.bench]
 model = "double"
 format = "record"
@@ -77,9 +77,12 @@ def tansu(folder: Path) -> Iterator[str]:
         broker.wait(10)
 
 
-def fill(broker: str, count: int) -> None:
+def producer_of(broker: str) -> Producer:
+    return Producer({"bootstrap.servers": broker, "acks": "all", "linger.ms": 5, "log_level": 0})
+
+
+def fill(producer: Producer, count: int) -> None:
     """Puts so many messages into the topic `in`."""
-    producer = Producer({"bootstrap.servers": broker, "acks": "all", "linger.ms": 5, "log_level": 0})
     for n in range(count):
         producer.produce("in", json.dumps({"x": [n, 0, 0, 0]}).encode(), partition=n % PARTITIONS)
         producer.poll(0)
@@ -90,7 +93,7 @@ class Topics:
     """Both ends of the connector."""
 
     def __init__(self, broker: str) -> None:
-        self._producer = Producer({"bootstrap.servers": broker, "acks": "all", "linger.ms": 5, "log_level": 0})
+        self._producer = producer_of(broker)
         quiet = {"bootstrap.servers": broker, "log_level": 0, "enable.auto.commit": False}
         self._out = Consumer({**quiet, "group.id": "reader"})
         self._out.assign([TopicPartition("out", partition, 0) for partition in range(PARTITIONS)])
@@ -100,10 +103,7 @@ class Topics:
     def run(self, count: int) -> float:
         """Sends so many messages; seconds until each has its answer and is committed."""
         began = time.perf_counter()
-        for n in range(count):
-            self._producer.produce("in", json.dumps({"x": [n, 0, 0, 0]}).encode(), partition=n % PARTITIONS)
-            self._producer.poll(0)
-        self._producer.flush()
+        fill(self._producer, count)
         self._sent += count
         self.read(count)
         while self._committed() < self._sent:
@@ -169,7 +169,7 @@ def measure(rounds: int, messages: int, in_flight: int) -> list[tuple[str, list[
         folder = Path(name)
         os.environ["XDG_RUNTIME_DIR"] = str(folder)
         os.environ["SHOAL_INGEST_CONNECTORS"] = str(folder / "streams.toml")
-        (folder / "streams.toml").write_text(FILE.format(broker=broker, in_flight=in_flight))
+        (folder / "streams.toml").write_text(CONNECTORS.format(broker=broker, in_flight=in_flight))
         nodes.save_model(folder / "double.onnx")
         node, document, _ = nodes.start(folder)
         gateway = str(document["gateway"])

@@ -27,7 +27,7 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
 
 
 AnyChannel: TypeAlias = grpc.aio.Channel | Channel
-"""Stubs work on either. `mesh.h2.client` is for who calls often, and gives each call a timeout; it costs a tenth."""
+"""Stubs work on either. `mesh.h2.client` is for who calls often, and gives each call a timeout; it costs a third."""
 
 
 def connect(address: str) -> grpc.aio.Channel:

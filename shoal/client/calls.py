@@ -18,7 +18,7 @@ from shoal.client.failures import bounded, explain, too_late
 from shoal.client.methods import Method, Q, R
 from shoal.client.retry import RetryPolicy
 from shoal.client.transport import Bidi, Transport, open_transport
-from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError, Unavailable
+from shoal.errors import FailedPrecondition, Internal, InvalidArgument, ShoalError, Unavailable
 
 Headers: TypeAlias = Mapping[str, str]
 
@@ -119,7 +119,7 @@ class Caller:
             finally:
                 call.cancel()
         if len(answers) != 1:
-            raise ShoalError(f"{doing or method.name}: {len(answers)} answers came to a call that has one")
+            raise Internal(f"{doing or method.name}: {len(answers)} answers came to a call that has one")
         return answers[0]
 
     async def stream(

@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from google.protobuf.message import Message
 
 from shoal.client.calls import Caller
 from shoal.client.methods import Method
@@ -30,6 +32,7 @@ P = TypeVar("P")
 """What is kept of a job that waits."""
 Q = TypeVar("Q", ingest.SubmitStreamRequest, ingest.RunStreamRequest)
 R = TypeVar("R", ingest.SubmitStreamResponse, ingest.RunStreamResponse)
+M = TypeVar("M", bound=Message)
 O = TypeVar("O")  # noqa: E741 - an outcome
 """What the caller gets of each job."""
 
@@ -161,6 +164,24 @@ class JobStream(ABC, Generic[P, Q, R, O]):
     async def _read(self, call: Bidi[R]) -> R | None:
         """The next answer; None at the end of the stream. A queue may be long: there is no deadline of its own."""
         return await call.read()
+
+    def _filled(self, outbox: deque[int], made: Callable[[int], M | None], *, in_a_row: bool = False) -> list[M]:
+        """Takes from the left of `outbox` what goes into one message: what `made` makes of each, but for None.
+
+        With `in_a_row` only such whose numbers follow each other.
+        """
+        found, nbytes, following = list[M](), 0, outbox[0]
+        while outbox and len(found) < self._most and not (in_a_row and found and outbox[0] != following):
+            one = made(outbox[0])
+            nbytes += 0 if one is None else one.ByteSize()
+            if found and nbytes > MESSAGE_BYTES:
+                break
+            following = outbox.popleft() + 1
+            if one is not None:
+                found.append(one)
+            elif in_a_row:
+                break
+        return found
 
     def _learn(self, most: int) -> None:
         """So many jobs the node takes in one message; 0: the answer does not say."""

@@ -18,7 +18,7 @@ from shoal.client.calls import Caller
 from shoal.client.failures import of_answer
 from shoal.client.inference import of_response
 from shoal.client.job import Ran
-from shoal.client.job_stream import MESSAGE_BYTES, JobStream
+from shoal.client.job_stream import JobStream
 from shoal.client.outcome import of_ended
 from shoal.client.retry import is_retried
 from shoal.errors import ShoalError
@@ -68,15 +68,7 @@ class Running(JobStream[_Pending, ingest.RunStreamRequest, ingest.RunStreamRespo
         return Ran(index, error=error)
 
     def _next_request(self, outbox: deque[int]) -> ingest.RunStreamRequest | None:
-        requests, nbytes = list[ingest.RunStreamRequest](), 0
-        while outbox and len(requests) < self._most:
-            request = self._request(outbox[0])
-            nbytes += 0 if request is None else request.ByteSize()
-            if requests and nbytes > MESSAGE_BYTES:
-                break
-            outbox.popleft()
-            if request is not None:
-                requests.append(request)
+        requests = self._filled(outbox, self._request)
         if self._most == 1 or not requests:
             return requests[0] if requests else None
         # Also one by itself: what comes as one of several is answered with others.

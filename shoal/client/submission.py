@@ -11,7 +11,7 @@ from shoal.client import methods
 from shoal.client.calls import Caller
 from shoal.client.failures import of_answer
 from shoal.client.job import Submitted
-from shoal.client.job_stream import MESSAGE_BYTES, JobStream
+from shoal.client.job_stream import JobStream
 from shoal.client.retry import is_retried
 from shoal.errors import DeadlineExceeded, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest
@@ -50,16 +50,9 @@ class Submission(
 
     def _next_request(self, outbox: deque[int]) -> ingest.SubmitStreamRequest | None:
         """A run of jobs that follow each other: as many as there are, up to what the node takes in one message."""
-        first, submits, nbytes = outbox[0], list[ingest.SubmitRequest](), 0
-        while outbox and len(submits) < self._most and outbox[0] == first + len(submits):
-            submit = self._pending.get(outbox[0])
-            nbytes += 0 if submit is None else submit.ByteSize()
-            if submits and (submit is None or nbytes > MESSAGE_BYTES):
-                break
-            outbox.popleft()
-            if submit is None:
-                return None
-            submits.append(submit)
+        first, submits = outbox[0], self._filled(outbox, self._pending.get, in_a_row=True)
+        if not submits:
+            return None
         if self._most == 1:
             return ingest.SubmitStreamRequest(sequence=first, submit=submits[0])
         # Also one by itself: what comes as one of several is acknowledged with others.

@@ -1,6 +1,6 @@
 """What carries calls to a node: one of two ways, which look alike from here.
 
-    Caller ──> Transport ──> lean      this machine: mesh.h2.client, a tenth of the processor time
+    Caller ──> Transport ──> lean      this machine: mesh.h2.client, less processor time a call
                         └──> grpc_aio  everywhere else: names with several addresses, HTTP proxies, long networks
 
 Either fails with grpc.aio.AioRpcError, which `failures` explains, and with Cancelled when it is closed meanwhile.

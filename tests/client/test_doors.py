@@ -27,6 +27,7 @@ def test_the_client_is_there_when_it_is_named() -> None:
 USER = """
 import shoal
 from shoal.client import Job, ModelVersion
+from tests.typed import mypy_says
 
 with shoal.Client() as client:
     reveal_type(client.infer("m", {"x": [1]}, version=2))
@@ -46,16 +47,7 @@ async def main() -> None:
 
 
 def test_a_type_checker_sees_real_signatures(tmp_path: Path, repository_root: Path) -> None:
-    (tmp_path / "user.py").write_text(USER)
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports", "silent", "--cache-dir", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--config-file", "pyproject.toml", str(tmp_path / "user.py")],
-        cwd=repository_root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    seen = done.stdout
+    seen = mypy_says(USER, tmp_path, repository_root)
     for words in (
         '"shoal.client.inference.InferResult"',
         'list[shoal.client.registry.ModelVersion]"',

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
@@ -13,6 +11,7 @@ from tests.ingest.making import job
 
 CHANGES = """
 from services.ingest.job import Job, State
+from tests.typed import mypy_says
 
 def changed(job: Job) -> None:
     job.but(state=State.DEAD, attempts=1, lease=None)
@@ -33,16 +32,7 @@ def test_it_gives_what_replace_gives() -> None:
 
 
 def test_mypy_finds_a_change_that_is_wrong(tmp_path: Path, repository_root: Path) -> None:
-    (tmp_path / "changes.py").write_text(CHANGES)
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports", "silent", "--cache-dir", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--config-file", "pyproject.toml", str(tmp_path / "changes.py")],
-        cwd=repository_root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    seen = done.stdout
+    seen = mypy_says(CHANGES, tmp_path, repository_root)
     for words in (
         'Unexpected keyword argument "atempts" for "but" of "Job"',
         '"attempts" to "but" of "Job" has incompatible type "str"; expected "int"',

@@ -394,17 +394,22 @@ async def test_the_lean_client_hears_the_same_from_envoy(mesh: Mesh):
         large = await stub.ModelInfer(request("a", 16 << 20, echo=1), timeout=60)
         assert told(large, "replica") == "infer-0"
         under_way = asyncio.create_task(stub.ModelInfer(request("b", sleep_ms=60_000), timeout=60))
-
-        async def is_there() -> bool:
-            lines = (await mesh.envoy.ask("/clusters")).splitlines()
-            return any("infer-1.sock::rq_active::1" in line for line in lines)
-
-        await until(is_there, "the call is there")
+        await until_asked(mesh, "infer-1")
         mesh.replicas[1].kill()
         code, text = await refusal(under_way)
         assert code is grpc.StatusCode.UNAVAILABLE
         assert "reset reason: " in text
         assert not under_way.exception().is_unprocessed
+
+
+async def until_asked(mesh: Mesh, name: str) -> None:
+    """Until a replica has the one call that is under way."""
+
+    async def is_there() -> bool:
+        lines = (await mesh.envoy.ask("/clusters")).splitlines()
+        return any(f"{name}.sock::rq_active::1" in line for line in lines)
+
+    await until(is_there, f"the call is at {name}")
 
 
 @pytest.mark.parametrize("by", ["service", "client"])
@@ -417,12 +422,7 @@ async def test_only_services_may_say_that_their_calls_are_not_retried(mesh: Mesh
         call = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer
         once = [("x-envoy-max-retries", "0")]
         under_way = asyncio.create_task(call(request("b", sleep_ms=60_000), timeout=60, metadata=once))
-
-        async def is_there() -> bool:
-            lines = (await mesh.envoy.ask("/clusters")).splitlines()
-            return any("infer-1.sock::rq_active::1" in line for line in lines)
-
-        await until(is_there, "the call is there")
+        await until_asked(mesh, "infer-1")
         mesh.replicas[1].kill()
         code, text = await refusal(under_way)
     assert code is grpc.StatusCode.UNAVAILABLE

@@ -23,7 +23,7 @@ from typing import Protocol
 from mesh.tasks import end, together
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Accepted
-from services.ingest.intake.stream import Window
+from services.ingest.intake.stream import MOST_A_MESSAGE, Window, in_turns
 from services.ingest.intake.submission import KEY_CHARS
 from services.ingest.job import State
 from services.ingest.reading.endings import Ended
@@ -35,13 +35,10 @@ from shoal.store.v1 import store_pb2
 log = logging.getLogger(__name__)
 
 NAME_CHARS = 64
-MOST_REQUESTS = 1_000
-"""Of one message: with 100 already, a message costs each job next to nothing."""
-_TURN = 50
-# So many of one message are begun before others of this process have their turn: about a millisecond.
 _FETCHED_AT_ONCE = 16
 # Answers of one stream in memory: enough for its fetches to overlap.
 _TOLD_AT_ONCE = 200
+# Answers of both kinds; those that say that a job is durable are small.
 _MESSAGE_BYTES = 1 << 20
 # Of a message of several answers; a larger answer goes by itself.
 _STORE_WAIT_S = 0.5
@@ -130,7 +127,7 @@ class RunStream:
         """Answers as they come, until the client has sent all it wants and has all its answers."""
         self._reader = asyncio.create_task(self._read(requests), name="run stream")
         self._reader.add_done_callback(lambda _: self._news.set())
-        most_requests = MOST_REQUESTS  # Said once.
+        most_requests = MOST_A_MESSAGE  # Said once.
         while True:
             while self._outbox:
                 some = self._next_to_tell()
@@ -168,12 +165,8 @@ class RunStream:
             if not message.requests:
                 await self._take(message, is_of_several=False)
                 continue
-            if len(message.requests) > MOST_REQUESTS:
-                raise InvalidArgument(f"requests: at most {MOST_REQUESTS} in one message, got {len(message.requests)}")
-            for at, request in enumerate(message.requests, 1):
+            async for request in in_turns("requests", message.requests):
                 await self._take(request, is_of_several=True)
-                if at % _TURN == 0:
-                    await asyncio.sleep(0)
 
     async def _take(self, request: pb.RunStreamRequest, *, is_of_several: bool) -> None:
         await self._window.enter(0)

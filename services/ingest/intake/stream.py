@@ -27,11 +27,27 @@ log = logging.getLogger(__name__)
 
 A = TypeVar("A", pb.SubmitStreamResponse, pb.Acknowledgement)
 
-MOST_SUBMITS = 1_000
-"""Of one message: with 100 already, a message costs each job next to nothing."""
+Q = TypeVar("Q")
+
+MOST_A_MESSAGE = 1_000
+"""Jobs of one message of a stream: with 100 already, a message costs each next to nothing."""
 _LAST_SEQUENCE = (1 << 63) - 1
 _TURN = 50
 # So many jobs of one message are taken in before others of this process have their turn: about a millisecond.
+
+
+async def in_turns(field: str, requests: Sequence[Q]) -> AsyncIterator[Q]:
+    """The requests of one message, in turns with what else this process has to do.
+
+    Raises:
+        InvalidArgument: there are too many in `field`.
+    """
+    if len(requests) > MOST_A_MESSAGE:
+        raise InvalidArgument(f"{field}: at most {MOST_A_MESSAGE} in one message, got {len(requests)}")
+    for at, request in enumerate(requests, 1):
+        yield request
+        if at % _TURN == 0:
+            await asyncio.sleep(0)
 
 
 class Window:
@@ -75,10 +91,10 @@ class Stream:
         """An answer for each job, in their order. What is refused is answered in-band, and the stream goes on.
 
         Raises:
-            InvalidArgument: a message has more than MOST_SUBMITS jobs. What came before it is acknowledged.
+            InvalidArgument: a message has more than MOST_A_MESSAGE jobs. What came before it is acknowledged.
         """
         reader = asyncio.create_task(self._read(requests), name="submit stream")
-        most_submits = MOST_SUBMITS  # Said once.
+        most_submits = MOST_A_MESSAGE  # Said once.
         try:
             while (item := await self._next()) is not None:
                 await item.ended()
@@ -106,7 +122,7 @@ class Stream:
         first = self._under_way.popleft()
         assert first is not None
         items = [first]
-        while first.is_of_several and len(items) < MOST_SUBMITS and self._under_way:
+        while first.is_of_several and len(items) < MOST_A_MESSAGE and self._under_way:
             following = self._under_way[0]
             if following is None or not following.is_of_several or not following.has_ended():
                 break
@@ -129,14 +145,12 @@ class Stream:
     async def _take_several(self, request: pb.SubmitStreamRequest, traceparent: str) -> None:
         if request.HasField("submit"):
             raise InvalidArgument("submits: not together with submit")
-        if len(request.submits) > MOST_SUBMITS:
-            raise InvalidArgument(f"submits: at most {MOST_SUBMITS} in one message, got {len(request.submits)}")
         if request.sequence > _LAST_SEQUENCE - len(request.submits):
             raise InvalidArgument(f"sequence: {request.sequence} cannot be counted on from in 64 bits")
-        for at, submit in enumerate(request.submits):
-            await self._take(request.sequence + at, submit, traceparent, is_of_several=True)
-            if at % _TURN == _TURN - 1:
-                await asyncio.sleep(0)
+        sequence = request.sequence
+        async for submit in in_turns("submits", request.submits):
+            await self._take(sequence, submit, traceparent, is_of_several=True)
+            sequence += 1
 
     async def _take(
         self, sequence: int, submit: pb.SubmitRequest | None, traceparent: str, *, is_of_several: bool
