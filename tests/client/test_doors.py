@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import shoal
+from tests.typed import mypy_says
 
 
 def test_importing_shoal_or_its_errors_loads_no_client() -> None:
@@ -27,7 +28,6 @@ def test_the_client_is_there_when_it_is_named() -> None:
 USER = """
 import shoal
 from shoal.client import Job, ModelVersion
-from tests.typed import mypy_says
 
 with shoal.Client() as client:
     reveal_type(client.infer("m", {"x": [1]}, version=2))

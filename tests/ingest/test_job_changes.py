@@ -8,10 +8,10 @@ from typing import get_type_hints
 
 from services.ingest.job import Changes, Job, State
 from tests.ingest.making import job
+from tests.typed import mypy_says
 
 CHANGES = """
 from services.ingest.job import Job, State
-from tests.typed import mypy_says
 
 def changed(job: Job) -> None:
     job.but(state=State.DEAD, attempts=1, lease=None)
