@@ -14,10 +14,12 @@ import grpc
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
+from shoal.client.address import is_local
 from shoal.client.failures import bounded, explain, too_late
+from shoal.client.grpc_aio import GrpcAio
 from shoal.client.methods import Method, Q, R
 from shoal.client.retry import RetryPolicy
-from shoal.client.transport import Bidi, Transport, open_transport
+from shoal.client.transport import Bidi, Transport
 from shoal.errors import FailedPrecondition, Internal, InvalidArgument, ShoalError, Unavailable
 
 Headers: TypeAlias = Mapping[str, str]
@@ -204,7 +206,7 @@ class Caller:
         if self._closed:
             raise FailedPrecondition("this client is closed: make a new one")
         if self._open is None:
-            self._open = open_transport(self.address)
+            self._open = _opened(self.address)
         return self._open
 
     @contextmanager
@@ -223,6 +225,15 @@ class Caller:
             raise
         finally:
             span.end()
+
+
+def _opened(address: str) -> Transport:
+    """What carries calls to `address`. It connects with the first of them, on the event loop that runs now."""
+    if is_local(address):
+        from shoal.client.lean import Lean  # Its import takes 23 ms, which others need not wait for.
+
+        return Lean(address)
+    return GrpcAio(address)
 
 
 def _checked(headers: Headers) -> tuple[tuple[str, str], ...]:

@@ -14,7 +14,6 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
-from shoal.client.address import is_local
 from shoal.client.methods import Method, Q, R
 from shoal.errors import Cancelled
 
@@ -65,18 +64,6 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Ends calls in flight, and the connection."""
-
-
-def open_transport(address: str) -> Transport:
-    """Connects with the first call. The event loop that runs is the one for all calls."""
-    # Imported when they are needed: either costs a client's start some 20 ms.
-    if is_local(address):
-        from shoal.client.lean import Lean
-
-        return Lean(address)
-    from shoal.client.grpc_aio import GrpcAio
-
-    return GrpcAio(address)
 
 
 def closed_meanwhile() -> Cancelled:
