@@ -227,9 +227,8 @@ class Endings(Background):
         except ShoalError:
             if len(job_ids) == 1:
                 raise
-            return [
-                await self._read_alone(job_id) for job_id in job_ids
-            ]  # What is wrong with one is only its own job's.
+            # What is wrong with one is only its own job's.
+            return [await self._read_alone(job_id) for job_id in job_ids]
         return [_kept(job_id, found) for job_id in job_ids]
 
     async def _read_alone(self, job_id: str) -> store_pb2.Result | ShoalError:
