@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli.output import AsJson, Gateway, connect, console, show_json, size
+from shoal.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,6 +96,8 @@ def restore(
 
 def _url(place: str) -> str:
     """What was typed, as a URL: a folder is relative to where the command runs."""
+    if not place.strip():
+        raise InvalidArgument("PLACE: required, and empty: a folder, or s3://bucket/prefix, gs://..., az://...")
     return place if re.match(r"^[a-z0-9]+://", place) else Path(place).expanduser().absolute().as_uri()
 
 

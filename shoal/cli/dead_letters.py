@@ -144,7 +144,10 @@ def purge(
 
 
 def _among(failed: bool, model: str, tenant: str, code: str | None, older_than: float | None) -> dict[str, Any]:
-    before = None if older_than is None else datetime.now().astimezone() - timedelta(hours=older_than)
+    try:
+        before = None if older_than is None else datetime.now().astimezone() - timedelta(hours=older_than)
+    except OverflowError:
+        raise InvalidArgument(f"--older-than {older_than}: that is before the year 1") from None
     return {
         "state": "failed" if failed else "dead",
         "model": model,

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from shoal import __version__
+from shoal.cli.output import printable
 from shoal.errors import InvalidArgument, ShoalError
 
 COMMANDS = ("up", "serve", "models", "infer", "jobs", "tenants", "results", "store", "status")
@@ -73,8 +74,11 @@ def main() -> None:
     try:
         app(prog_name="shoal")
     except ShoalError as err:
-        print(f"shoal: {err.message}", file=sys.stderr)
+        print(f"shoal: {printable(err.message)}", file=sys.stderr)
         sys.exit(2 if isinstance(err, InvalidArgument) else 1)
+    except OSError as err:  # A disk that is full, a file that may not be read or written.
+        print(f"shoal: {err}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 WIDTH = 160
 """Columns where there is no terminal: wide enough that no name is broken in two."""
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# All but tab and newline; with them the marks that turn the direction of text round.
 
 Gateway = Annotated[
     str | None,
@@ -67,7 +71,8 @@ def show(
 
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        # An id is for copying: in a narrow terminal the other columns give way.
+        table.add_column(column, overflow="fold", no_wrap=column in ("job", "batch"))
     for row in rows:
         table.add_row(*(Text(text(cell)) for cell in row))
     out = console(stderr=stderr)
@@ -120,7 +125,15 @@ def text(value: object) -> str:
         return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, tuple | list):
         return ", ".join(text(item) for item in value) or "-"
-    return str(value)
+    return printable(str(value))
+
+
+def printable(words: str) -> str:
+    """Words of others, for a terminal: what would steer it (colours, titles, clearing it) is shown and not done.
+
+    Names, labels, reasons and messages of models are whatever a client or a model put there.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), words)
 
 
 def size(count: int) -> str:

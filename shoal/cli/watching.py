@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from shoal.cli.output import show_json_line, text
+from shoal.cli.output import printable, show_json_line, text
 from shoal.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -66,14 +66,14 @@ def follow_all(client: Client, wanted: JobWatch, *, timeout: float | None, as_js
             if as_json:
                 show_json_line(change.job)
             else:
-                typer.echo(f"{change.job.id}  {change.job.model_name}  {_line(change.job.transitions[-1])}")
+                typer.echo(f"{change.job.id}  {printable(change.job.model_name)}  {_line(change.job.transitions[-1])}")
             if wanted.resume is not None:
                 _write(wanted.resume, change.resume_token)
 
 
 def _line(step: Transition) -> str:
     attempt = f"  attempt {step.attempt}" if step.attempt else ""
-    reason = f"  {step.reason}" if step.reason else ""
+    reason = f"  {printable(step.reason)}" if step.reason else ""
     return f"{text(step.at)}  {step.state:<9}{attempt}{reason}"
 
 

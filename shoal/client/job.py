@@ -173,17 +173,20 @@ def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tena
         message.retry.CopyFrom(
             ingest.RetryPolicy(
                 max_attempts=job.retry.max_attempts,
-                initial_backoff=_duration(job.retry.initial_backoff_s),
-                max_backoff=_duration(job.retry.max_backoff_s),
+                initial_backoff=to_duration("initial_backoff_s", job.retry.initial_backoff_s),
+                max_backoff=to_duration("max_backoff_s", job.retry.max_backoff_s),
                 retry_codes=[to_code(code) for code in job.retry.codes],
             )
         )
     if job.deadline is not None:
-        message.deadline.CopyFrom(_duration(job.deadline))
+        message.deadline.CopyFrom(to_duration("deadline", job.deadline))
     if job.not_before is not None:
-        message.not_before.FromDatetime(job.not_before.astimezone(UTC))
+        try:
+            message.not_before.FromDatetime(job.not_before.astimezone(UTC))
+        except (ValueError, OverflowError) as err:  # The year 1 or 9999, in another zone.
+            raise InvalidArgument(f"not_before: {job.not_before} is no time in UTC: {err}") from err
     if job.delay is not None:
-        message.delay.CopyFrom(_duration(job.delay))
+        message.delay.CopyFrom(to_duration("delay", job.delay))
     message.depends_on.extend(ingest.Dependency(job_id=job_id) for job_id in job.depends_on)
     message.depends_on.extend(ingest.Dependency(idempotency_key=one) for one in job.depends_on_keys)
     if job.fails_with_dependencies:
@@ -204,9 +207,17 @@ def to_code(code: Code | str | int) -> int:
         raise InvalidArgument(f"status code {code!r}: use one of {known}") from None
 
 
-def _duration(value: float | timedelta) -> Duration:
+def to_duration(field: str, value: float | timedelta) -> Duration:
+    """The message of so many seconds.
+
+    Raises:
+        InvalidArgument: they are not finite, or too many for a duration.
+    """
     duration = Duration()
-    duration.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
+    try:
+        duration.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
+    except (ValueError, OverflowError) as err:  # NaN; infinity, and beyond a thousand million days.
+        raise InvalidArgument(f"{field}: expected seconds, got {value}") from err
     return duration
 
 

@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from shoal.client import methods
 from shoal.client.calls import Caller
-from shoal.client.job import JobState, of_state, to_state
+from shoal.client.job import JobState, of_state, to_duration, to_state
 from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as ingest
 
@@ -63,7 +63,7 @@ class AsyncJobRetention:
         if keep is None:
             request.for_ever = True
         else:
-            request.keep.FromTimedelta(keep if isinstance(keep, timedelta) else timedelta(seconds=keep))
+            request.keep.CopyFrom(to_duration("keep", keep))
         return _rule((await self._caller.call(methods.SET_JOB_RETENTION, request, timeout_s=timeout)).rule)
 
     async def inherit(

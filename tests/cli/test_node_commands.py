@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import json
+import os
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -296,6 +298,59 @@ def test_jobs(shoal: Shoal, model: Served) -> None:
     assert done.returncode == 1
     assert [json.loads(line)["state"] for line in done.stdout.splitlines()] == ["queued", "running", "failed"]
     assert shoal("jobs", "cancel", "J1").stdout == "J1 is cancelled\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("submit", "m", '{"x": [[1]]}', "--deadline", "nan"),
+        ("submit", "m", '{"x": [[1]]}', "--delay", "inf"),
+        ("submit", "m", '{"x": [[1]]}', "--not-before", "0001-01-01T00:00:00+0500"),
+        ("dead", "list", "--older-than", "inf"),
+    ],
+)
+def test_times_that_are_none_are_one_clear_line(shoal: Shoal, model: Served, options: tuple[str, ...]) -> None:
+    assert complaint(shoal("jobs", *options), 2).startswith("shoal: ")
+
+
+def test_words_of_others_do_not_steer_the_terminal(shoal: Shoal, served: Served) -> None:
+    async def get(request: Any, context: Any) -> Any:
+        return ingest.GetJobResponse(job=job(4, tenant="\x1b[2Jacme", labels={"a\x9b": "\x1b]0;mine\x07"}))
+
+    async def lost(request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no \x1b[31mjob")
+
+    served.on(methods.GET_JOB, get)
+    shown = shoal("jobs", "get", "a").stdout
+    assert not {"\x1b", "\x07", "\x9b"} & {*shown}
+    assert r"\x1b[2Jacme" in shown
+    served.on(methods.GET_JOB, lost)
+    assert complaint(shoal("jobs", "get", "a")) == r"shoal: no \x1b[31mjob"
+
+
+def test_an_id_is_whole_in_a_narrow_terminal(shoal: Shoal, served: Served) -> None:
+    made = job(4, last_message="one thing and another " * 5)
+    made.id = "01JD8Y3V5M2Q4R6T8W0X2Z4B6D"
+
+    async def jobs(request: Any, context: Any) -> Any:
+        return ingest.ListJobsResponse(jobs=[made])
+
+    served.on(methods.LIST_JOBS, jobs)
+    shown = shoal("jobs", "list", COLUMNS="60", FORCE_COLOR="1", TTY_COMPATIBLE="1").stdout
+    assert made.id in shown
+    assert "one thing and another one thing" not in shown, "it was as wide as it liked"
+
+
+def test_a_full_disk_is_one_clear_line(shoal: Shoal, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def jobs(request: Any, context: Any) -> Any:
+        return ingest.ListJobsResponse()
+
+    served.on(methods.LIST_JOBS, jobs)
+    monkeypatch.setattr("shoal.cli.jobs.show_json", full)
+    assert "No space left on device" in complaint(shoal("jobs", "list", "--json"))
 
 
 def test_job_results(shoal: Shoal, served: Served) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from shoal.client import methods
 from shoal.store.v1 import store_pb2 as pb
@@ -94,6 +95,13 @@ def test_collect(served: Served, shoal: Shoal) -> None:
 
 def progress(**fields: Any) -> pb.BackupProgress:
     return pb.BackupProgress(backup_id="20261126T163000Z-1a2b3c4d", **fields)
+
+
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_an_empty_place_is_no_place(shoal: Shoal, command: str) -> None:
+    done = shoal("store", command, "")
+    assert done.returncode == 2
+    assert done.stderr.startswith("shoal: PLACE: required, and empty")
 
 
 def test_backup(served: Served, shoal: Shoal, tmp_path: Path) -> None:

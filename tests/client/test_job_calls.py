@@ -13,6 +13,7 @@ import pytest
 import shoal
 from shoal.client import AsyncClient, JobFilter, JobRequest, JobRetry, JobState, methods
 from shoal.client.asking import AHEAD
+from shoal.client.job import to_submit
 from shoal.client.retry import RetryPolicy
 from shoal.client.running import Running
 from shoal.client.submission import Submission
@@ -672,3 +673,22 @@ async def test_schedules(served: Served) -> None:
         assert (await schedules.remove("n")).name == "n"
         with pytest.raises(InvalidArgument, match="overlap 'maybe': use one of allow, skip, cancel"):
             await schedules.put("n", "* * * * *", JobRequest("m", X), overlap="maybe")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -float("inf"), 1e18])
+async def test_seconds_that_are_none_are_named_and_not_sent(seconds: float) -> None:
+    fields: list[tuple[str, dict[str, Any]]] = [
+        ("deadline", {"deadline": seconds}),
+        ("delay", {"delay": seconds}),
+        ("initial_backoff_s", {"retry": JobRetry(initial_backoff_s=seconds)}),
+        ("max_backoff_s", {"retry": JobRetry(max_backoff_s=seconds)}),
+    ]
+    for name, given in fields:
+        with pytest.raises(InvalidArgument, match=f"{name}: expected seconds, got"):
+            to_submit(JobRequest("m", X, **given), oip.ModelInferRequest(), key="k", tenant="")
+
+
+async def test_a_time_beyond_the_calendar_is_named() -> None:
+    before = datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=5)))
+    with pytest.raises(InvalidArgument, match="not_before: 0001-01-01"):
+        to_submit(JobRequest("m", X, not_before=before), oip.ModelInferRequest(), key="k", tenant="")

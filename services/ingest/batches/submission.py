@@ -16,7 +16,7 @@ from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchStat
 from services.ingest.batches.book import MOST_ACTIVE, Book, same
 from services.ingest.batches.duties import entries, format_of, owner_of
 from services.ingest.batches.facts import Facts
-from services.ingest.batches.inputs.places import Places, is_within
+from services.ingest.batches.inputs.places import Entry, Places, is_within
 from services.ingest.batches.mapping import (
     Wanted,
     available_columns,
@@ -27,6 +27,7 @@ from services.ingest.batches.mapping import (
     result_columns,
 )
 from services.ingest.batches.opening import named, opened
+from services.ingest.batches.outputs.written import is_result
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.clock import Clock
 from services.ingest.intake.submission import (
@@ -46,7 +47,7 @@ INPUTS = 1_000
 NAMES = 256
 MOST_CHUNK_ROWS = 1_000_000
 _LOOKED_AT = 1_000
-# Names below a prefix that are looked at to learn the format.
+# Names below a prefix that are looked at: to learn the format, for a file with rows, for results of others.
 
 _FORMATS = {
     pb.BATCH_FORMAT_JSONL: Format.JSONL,
@@ -129,7 +130,7 @@ class Submissions:
         """Looks at the first input and at the output. It blocks: for a thread."""
         self._check_output(output)
         kind = _FORMATS.get(request.format) or self._guess(inputs[0])
-        first = next(entries(self._places, inputs, kind))
+        first = self._first(inputs, kind)
         given = dict(request.columns)
         if kind is Format.OBJECTS:
             mapped = object_columns(request.model_name, signature, given)
@@ -141,15 +142,41 @@ class Submissions:
             check_file(kind, file, Wanted(mapped, kept))
         return Looked(kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes())
 
+    def _first(self, inputs: Sequence[str], kind: Format) -> Entry:
+        """The file that says what the columns are: the first; of JSON Lines, the first that has a line."""
+        found = entries(self._places, inputs, kind)
+        if kind is not Format.JSONL:
+            return next(found)
+        some = (entry for entry in itertools.islice(found, _LOOKED_AT) if entry.size)
+        if (first := next(some, None)) is None:
+            raise InvalidArgument(f"inputs: {', '.join(inputs)[:200]}: there is no line in it that would name columns")
+        return first
+
     def _check_output(self, output: str) -> None:
         try:
             owner = owner_of(self._places, output)
         except NotFound:
+            self._check_unused(output)
             return
         raise FailedPrecondition(
             f"output: {output} has the results of batch {owner} already: "
             "use another folder or prefix, or remove what is there"
         )
+
+    def _check_unused(self, output: str) -> None:
+        """Nothing there may be replaced by parts of a batch, or be read beside them."""
+        if self._places.is_file(output):
+            raise InvalidArgument(f"output: {output} is a file: name a folder or prefix for the results")
+        try:
+            found = [entry.url for entry in itertools.islice(self._places.list(output + "/"), _LOOKED_AT)]
+        except NotFound:
+            return
+        for url in found:
+            if is_result(url.removeprefix(output + "/")):
+                raise FailedPrecondition(
+                    f"output: {url} is there already, and of no batch: "
+                    "use another folder or prefix, or remove what is there"
+                )
 
     def _guess(self, url: str) -> Format:
         """The format that names say: that of the file, or of those below a prefix, when they agree."""

@@ -92,8 +92,8 @@ def _times(expression: str, zone: tzinfo, after: datetime) -> Iterator[datetime]
     try:
         times = CronSim(expression, after.astimezone(zone))
     except (CronSimError, ValueError) as err:
-        what = "expected 5 fields, or 6 with seconds first"
-        raise InvalidArgument(f"cron: {expression[:80]!r}: {err}: {what}") from err
+        what = "expected 5 fields (minute, hour, day of month, month, day of week), or 6 with seconds first"
+        raise InvalidArgument(f"cron: {expression[:80]!r}: {_said(err, what)}") from err
     try:
         for time in times:
             instant = time.astimezone(UTC)
@@ -101,3 +101,10 @@ def _times(expression: str, zone: tzinfo, after: datetime) -> Iterator[datetime]
                 yield instant
     except (OverflowError, ValueError):
         return  # Beyond the year 9999.
+
+
+def _said(err: Exception, fields: str) -> str:
+    said = str(err) or type(err).__name__
+    if said.startswith("Wrong number"):
+        return f"{said}: {fields}"
+    return f"{said}: no value of that field, or none that ever comes"

@@ -326,6 +326,44 @@ async def test_a_key_makes_one_batch_and_an_output_has_one_owner(client: BatchCl
         assert refused.value.code() == code
 
 
+@pytest.mark.parametrize("name", ["part-00000000.parquet", "part-7.snappy.parquet", "_manifest.json", "_dead/part-1"])
+async def test_an_output_with_results_of_somebody_else_is_refused_and_left_as_it_is(
+    client: BatchClient, tmp_path: Path, name: str
+) -> None:
+    url = write_lines(tmp_path / "in.jsonl", [{"x": row.tolist()} for row in rows_of_x(8)])
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await client.submit_batch(url, f"file://{tmp_path}/out")
+    assert refused.value.code() == S.FAILED_PRECONDITION
+    assert name in str(refused.value.details())
+    assert theirs.read_bytes() == b"theirs"
+    theirs.rename(tmp_path / "out" / "readme.txt")
+    batch = await client.submit_batch(url, f"file://{tmp_path}/out")
+    assert (await client.batch_ended(batch.id)).rows_ok == 8
+
+
+async def test_a_file_is_no_output(client: BatchClient, tmp_path: Path) -> None:
+    url = write_lines(tmp_path / "in.jsonl", [{"x": row.tolist()} for row in rows_of_x(8)])
+    with pytest.raises(grpc.aio.AioRpcError, match=r"in\.jsonl is a file: name a folder") as refused:
+        await client.submit_batch(write_lines(tmp_path / "more.jsonl", [{"x": [1, 2, 3, 4]}]), url)
+    assert refused.value.code() == S.INVALID_ARGUMENT
+
+
+async def test_empty_files_of_lines_come_first_and_say_nothing_of_columns(client: BatchClient, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    with pytest.raises(grpc.aio.AioRpcError, match="no line in it") as refused:
+        await client.submit_batch(f"file://{tmp_path}/in/", f"file://{tmp_path}/out")
+    assert refused.value.code() == S.INVALID_ARGUMENT
+    write_lines(tmp_path / "in" / "c.jsonl", [{"x": row.tolist(), "id": n} for n, row in enumerate(rows_of_x(8))])
+    batch = await client.submit_batch(f"file://{tmp_path}/in/", f"file://{tmp_path}/out", keep_columns=["id"])
+    ended = await client.batch_ended(batch.id)
+    assert (ended.rows_ok, ended.rows_failed, ended.files) == (8, 0, 3)
+
+
 async def test_two_batches_for_one_output_at_once_have_one_winner(client: BatchClient, tmp_path: Path) -> None:
     url = write_lines(tmp_path / "in.jsonl", [{"x": row.tolist()} for row in rows_of_x(8)])
     tries = await asyncio.gather(

@@ -103,3 +103,12 @@ def test_the_latest_is_the_last_of_them(expression: str, zone: str, last: dateti
 def test_what_is_wrong_is_named(expression: str, zone: str, says: str) -> None:
     with pytest.raises(InvalidArgument, match=says):
         cron.checked(expression, zone)
+
+
+def test_a_bad_value_is_not_called_a_bad_number_of_fields() -> None:
+    for expression in ("61 * * * *", "0 0 31 2 *"):
+        with pytest.raises(InvalidArgument) as refused:
+            cron.checked(expression, "")
+        assert "expected 5 fields" not in str(refused.value)
+    with pytest.raises(InvalidArgument, match="expected 5 fields"):
+        cron.checked("@daily", "")

@@ -96,6 +96,10 @@ class Places:
             store, key = self._object(url)
             return _object_entry(url, obstore.head(store, key))
 
+    def is_file(self, url: str) -> bool:
+        """Whether a file lies where a folder is wanted. (In an object store a name may be both.)"""
+        return (path := _path(url)) is not None and path.is_file()
+
     def open(self, entry: Entry) -> BinaryIO:
         """Its bytes, as a file that can seek. The caller closes it. Raises as `stat` does."""
         with _translated(f"reading {entry.url}"):

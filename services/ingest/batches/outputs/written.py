@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from services.ingest.batches.batch import DEAD, LISTING, MANIFEST, SUMMARY
+
 
 def part_name(number: int) -> str:
     """The name of a chunk's part."""
     return f"part-{number:08d}.parquet"
+
+
+def is_result(name: str) -> bool:
+    """Whether a name below an output is that of something that a batch writes, or of what readers take for a part."""
+    folder, _, file = name.rpartition("/")
+    if folder in ("", DEAD):
+        return file.startswith("part-") or (not folder and file in (LISTING, MANIFEST, SUMMARY))
+    return False
 
 
 @dataclass(frozen=True, slots=True)
