@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -22,6 +23,7 @@ import pytest
 
 from kernels import backend
 from mesh.node import parts
+from tests.lanes import Lanes
 from tests.weeds import WeedProcess
 
 READY_S = 30
@@ -36,6 +38,15 @@ hypothesis.settings.register_profile(
     "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("unhurried")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--patient", action="store_true", help="the last worker runs the files that wait (tests/lanes.py)")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes | None:
+    return Lanes(config, log) if config.getoption("--patient") else None
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +79,7 @@ def running(part: parts.Part, log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def shared_data() -> Iterator[Path]:
-    """A folder for the data of a part that all tests share, and that none of them kills: in memory, where there is room.
+    """A folder for the data of a part that all tests share and none of them kills: in memory, where there is room.
 
     Each test makes its own collections, with their indexes, and mongod syncs a file for each: on a disk that is a third
     of the time of a test, and no part of what it shows.
