@@ -92,7 +92,8 @@ async def run(config: IngestConfig) -> None:
         channel = await stack.enter_async_context(Channel(config.mesh))
         database = client[config.database]
         documents = database[JOBS]
-        payloads = Payloads(database, ClaimCheck(channel, config.database, time.monotonic))
+        storage = await stack.enter_async_context(Storage(channel))
+        payloads = Payloads(database, ClaimCheck(channel, config.database, time.monotonic, storage.heard))
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         book = Book(database)
@@ -167,7 +168,6 @@ async def run(config: IngestConfig) -> None:
             renew_ms=config.renew_ms,
         )
 
-        storage = await stack.enter_async_context(Storage(channel))
         intake = Intake(
             documents,
             payloads,
