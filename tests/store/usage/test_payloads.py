@@ -254,6 +254,23 @@ async def test_mongodb_is_away_for_a_moment(collections: Collections, monkeypatc
     assert await quotas.over("t") == over
 
 
+async def test_counting_that_breaks_off_has_counted_nothing(collections: Collections) -> None:
+    await collections.usage_changes.insert_one({"tenant": "t", "payloads": 1, "payload_bytes": 1_000})
+
+    class Breaking(Counters):
+        """One whose transaction ends after it has changed the counter."""
+
+        async def add(self, *args: Any, **kwargs: Any) -> None:
+            await super().add(*args, **kwargs)
+            raise Unavailable("as the test wants it")
+
+    await Breaking(collections, now).flush()
+    assert await counted(collections) == {}
+    for _ in range(2):
+        await Counters(collections, now).flush()
+        assert await counted(collections) == {"t": Weight(0, 1_000, 1, 1_000)}
+
+
 async def test_many_notes_are_counted_in_steps(collections: Collections, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noting, "AT_ONCE", 7)
     notes = [{"tenant": f"t{n % 3}", "payloads": 1, "payload_bytes": n} for n in range(60)]
