@@ -20,7 +20,7 @@ from mesh.server import until_stopped
 from mesh.serving import server as server_of
 from mesh.tasks import end, log_failure
 from services.ingest.batches.door import batches_class
-from services.ingest.clock import milliseconds, utc_now
+from services.ingest.clock import DatabaseClock, milliseconds
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import checkpoints, settings
 from services.ingest.connectors import reports as connector_reports
@@ -83,7 +83,6 @@ _RETRY_S = 0.5
 async def run(config: IngestConfig) -> None:
     """Serves until it is told to stop. MongoDB, etcd, the mesh and what is behind it may be away, now or later."""
     name = f"{config.node}/{config.instance}"
-    ulids = Ulids(lambda: milliseconds(utc_now()))
     ready = asyncio.Event()
     gate = Gate()
     backlog = Backlog(config.max_backlog)
@@ -91,8 +90,11 @@ async def run(config: IngestConfig) -> None:
         client = await stack.enter_async_context(mongo.connect(config.mongo))
         channel = await stack.enter_async_context(Channel(config.mesh))
         database = client[config.database]
+        clock = await stack.enter_async_context(DatabaseClock(database))
+        ulids = Ulids(lambda: milliseconds(clock()))
         documents = database[JOBS]
-        payloads = Payloads(database, ClaimCheck(channel, config.database, time.monotonic))
+        storage = await stack.enter_async_context(Storage(channel))
+        payloads = Payloads(database, ClaimCheck(channel, config.database, time.monotonic, storage.heard))
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         book = Book(database)
@@ -107,7 +109,7 @@ async def run(config: IngestConfig) -> None:
         )
         claims = Claims(
             documents,
-            clock=utc_now,
+            clock=clock,
             new_id=ulids.new,
             owner=name,
             process=ulids.new(),
@@ -121,7 +123,7 @@ async def run(config: IngestConfig) -> None:
             payloads,
             gate=gate,
             memory=Budget(config.pending_bytes, "requests being run"),
-            clock=utc_now,
+            clock=clock,
             timeout_ms=config.attempt_timeout_ms,
         )
         endings = Endings(documents, StoredAnswers(channel), ready=ready)
@@ -129,7 +131,7 @@ async def run(config: IngestConfig) -> None:
             documents,
             results,
             payloads,
-            clock=utc_now,
+            clock=clock,
             instance=name,
             on_change=lambda job_id: moved(job_id),
             on_recorded=endings.recorded,
@@ -140,7 +142,7 @@ async def run(config: IngestConfig) -> None:
             recorder,
             gate=gate,
             backlog=backlog,
-            clock=utc_now,
+            clock=clock,
             instance=name,
             ready=ready,
             max_in_flight=config.max_in_flight,
@@ -162,12 +164,11 @@ async def run(config: IngestConfig) -> None:
             results,
             payloads,
             backlog,
-            clock=utc_now,
+            clock=clock,
             ready=ready,
             renew_ms=config.renew_ms,
         )
 
-        storage = await stack.enter_async_context(Storage(channel))
         intake = Intake(
             documents,
             payloads,
@@ -176,7 +177,7 @@ async def run(config: IngestConfig) -> None:
             admission=Admission(book, pending, buckets, gates=[disk.admit, pressure.admit, backlog.admit]),
             pressure=pressure,
             budget=Budget(config.pending_bytes, "submitted requests"),
-            clock=utc_now,
+            clock=clock,
             ulids=ulids,
             instance=name,
             inline_bytes=config.inline_bytes,
@@ -184,8 +185,8 @@ async def run(config: IngestConfig) -> None:
             on_accepted=lambda accepted: cascade.accepted(accepted),
         )
         configured = settings.read(config.connectors) if config.connectors is not None else {}
-        connectors = Connectors(configured, intake, endings, Place(name, utc_now, database), ready=ready)
-        cancelling = Cancelling(jobs, claims, dispatcher, watch, utc_now)
+        connectors = Connectors(configured, intake, endings, Place(name, clock, database), ready=ready)
+        cancelling = Cancelling(jobs, claims, dispatcher, watch, clock)
 
         def due_again(again: Sequence[Job]) -> None:
             backlog.added(len(again))
@@ -195,11 +196,9 @@ async def run(config: IngestConfig) -> None:
             dispatcher.wake()
             cascade.accepted(again)
 
-        cascade = Cascade(
-            documents, claims, dispatcher, clock=utc_now, instance=name, ready=ready, on_released=due_again
-        )
+        cascade = Cascade(documents, claims, dispatcher, clock=clock, instance=name, ready=ready, on_released=due_again)
 
-        dead_letters = DeadLetters(documents, jobs, payloads, clock=utc_now, instance=name, on_requeued=due_again)
+        dead_letters = DeadLetters(documents, jobs, payloads, clock=clock, instance=name, on_requeued=due_again)
         lead = Lead(
             database[LEADS],
             f"{name} {ulids.new()}",
@@ -207,7 +206,7 @@ async def run(config: IngestConfig) -> None:
             ttl_ms=config.lease_ms,
             renew_ms=config.renew_ms,
         )
-        schedules = Schedules(database[SCHEDULES], utc_now)
+        schedules = Schedules(database[SCHEDULES], clock)
         firing = Firing(
             database[SCHEDULES],
             lead,
@@ -215,7 +214,7 @@ async def run(config: IngestConfig) -> None:
             find=intake.by_key,
             read=jobs.get,
             cancel=cancelling.cancel,
-            clock=utc_now,
+            clock=clock,
             ready=ready,
         )
         retention = RetentionBook(database[JOB_RETENTION], config.retention)
@@ -224,7 +223,7 @@ async def run(config: IngestConfig) -> None:
             payloads,
             retention,
             leads=lambda: lead.token is not None,
-            clock=utc_now,
+            clock=clock,
             ready=ready,
             round_s=config.retention_round_ms / 1_000,
         )
@@ -232,13 +231,13 @@ async def run(config: IngestConfig) -> None:
             mongo.connect(config.mongo, max_connections=config.max_filter_watches + 4)
         )
         watch_many = WatchMany(watching[config.database][JOBS], config.max_filter_watches)
-        reports = Reports(database[CONNECTORS], connectors.own, instance=name, clock=utc_now, ready=ready)
+        reports = Reports(database[CONNECTORS], connectors.own, instance=name, clock=clock, ready=ready)
         run_streams = RunStreams(
             intake, endings, most=config.max_streams, items=config.run_items, all_items=config.run_items_together
         )
         batches = None
         if (made := batches_class()) is not None:
-            batches = made(config, database, channel, model, retention, clock=utc_now, new_id=ulids.new, ready=ready)
+            batches = made(config, database, channel, model, retention, clock=clock, new_id=ulids.new, ready=ready)
         servicer = IngestRpc(
             intake,
             jobs,
@@ -286,7 +285,7 @@ async def run(config: IngestConfig) -> None:
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))
 
         async def start() -> None:
-            await _prepare(database, claims, batches, book, buckets)
+            await _prepare(database, clock, claims, batches, book, buckets)
             disk.open()
             intake.open()
             ready.set()
@@ -304,11 +303,17 @@ async def run(config: IngestConfig) -> None:
 
 
 async def _prepare(
-    database: AsyncDatabase[Document], claims: Claims, batches: Batches | None, book: Book, buckets: Buckets
+    database: AsyncDatabase[Document],
+    clock: DatabaseClock,
+    claims: Claims,
+    batches: Batches | None,
+    book: Book,
+    buckets: Buckets,
 ) -> None:
     """Makes the collections, and takes up what an earlier process of this name left behind. Tries until it succeeds."""
     while True:
         try:
+            await clock.look()  # Before any lease of others is judged.
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await _prepare_connectors(database)
             await mongo.ensure_collection(database, JOB_RETENTION, validator=RETENTION_VALIDATOR, indexes=[])

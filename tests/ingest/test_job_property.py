@@ -19,6 +19,7 @@ from services.ingest.dependencies.waiting import Standing, after_look
 from services.ingest.job import (
     DEAD_LETTERS,
     FINAL,
+    MAX_LAPSES,
     Again,
     End,
     Failure,
@@ -301,7 +302,8 @@ class World(RuleBasedStateMachine):
     @invariant()
     def attempts_stay_within_the_policy(self) -> None:
         for job in self.jobs.values():
-            assert 0 <= job.attempts <= job.policy.max_attempts
+            assert 0 <= job.failures <= job.policy.max_attempts
+            assert job.lapses <= MAX_LAPSES
 
     @invariant()
     def the_last_transition_is_the_state(self) -> None:

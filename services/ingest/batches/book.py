@@ -15,7 +15,7 @@ from services.ingest.batches.batch import FINAL, Batch, BatchState, Ending, Step
 from services.ingest.batches.documents import batch_document, batch_of, step_document, totals_document
 from services.ingest.batches.inputs.places import Entry
 from services.ingest.batches.ledger import Ledger
-from services.ingest.clock import Clock, milliseconds
+from services.ingest.clock import Clock, earliest, milliseconds
 from services.ingest.documents import EVER
 from services.ingest.reading.jobs import Filter
 from services.ingest.retention.rules import BATCHES, Rules
@@ -107,8 +107,8 @@ class Book:
 
     async def take_duty(self, batch_id: str) -> Batch | None:
         """Takes up the duty of a batch; None: somebody has it. Counts the try."""
-        lease, now = self._ledger.lease(), self._clock()
-        free = {"_id": batch_id, "is_active": True, "free_at": {"$lte": now, "$gt": EVER}}
+        lease = self._ledger.lease()
+        free = {"_id": batch_id, "is_active": True, "free_at": {"$lte": earliest(self._clock), "$gt": EVER}}
         update = {"$set": {"lease": asdict(lease), "free_at": lease.expires_at}, "$inc": {"tries": 1}}
         with translated("taking up a batch"):
             found = await self._batches.find_one_and_update(free, update, return_document=ReturnDocument.AFTER)
@@ -211,7 +211,7 @@ class Book:
             "lease.process": {"$ne": lease.process},
         }
         with translated("looking for batches of an earlier process"):
-            return (await self._batches.update_many(left, {"$set": {"free_at": self._clock()}})).modified_count
+            return (await self._batches.update_many(left, {"$set": {"free_at": earliest(self._clock)}})).modified_count
 
     async def _done(self, batch: Batch, set_: Document) -> bool:
         update = {"$set": {**set_, "tries": 0, "note": "", "free_at": self._clock()}, "$unset": {"lease": ""}}

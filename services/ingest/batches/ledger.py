@@ -19,7 +19,7 @@ from mesh.mongo import Document, translated
 from services.ingest.batches.batch import Chunk, ChunkState, Totals
 from services.ingest.batches.documents import chunk_document, chunk_of
 from services.ingest.batches.outputs.written import Written
-from services.ingest.clock import Clock
+from services.ingest.clock import Clock, earliest, latest
 from services.ingest.documents import EVER, RESTORES
 from services.ingest.job import Lease
 from shoal.errors import AlreadyExists
@@ -58,7 +58,7 @@ class Ledger:
 
     def lease(self) -> Lease:
         """A new lease from now on."""
-        return Lease(self._new_id(), self._owner, self._process, self._clock() + self._lease_for)
+        return Lease(self._new_id(), self._owner, self._process, latest(self._clock) + self._lease_for)
 
     async def append(self, chunks: Sequence[Chunk]) -> bool:
         """Adds chunks to the plan, in their order. False: somebody else has planned one of these numbers already."""
@@ -80,7 +80,7 @@ class Ledger:
     async def claim(self, batch: str, *, only_staged: bool = False) -> Chunk | None:
         """Claims the first free chunk of a batch; with `only_staged`, of those whose part is to be published."""
         lease = self.lease()
-        free: Document = {"batch": batch, "free_at": {"$lte": self._clock(), "$gt": EVER}}
+        free: Document = {"batch": batch, "free_at": {"$lte": earliest(self._clock), "$gt": EVER}}
         if only_staged:
             free["state"] = str(ChunkState.STAGED)
         taking = [
@@ -101,7 +101,7 @@ class Ledger:
 
     async def renew(self, held: Mapping[str, tuple[Lease, SoFar]]) -> set[str]:
         """Extends the leases of chunks (by id), says how far each is, and tells which of them were lost."""
-        free_at = self._clock() + self._lease_for
+        free_at = latest(self._clock) + self._lease_for
         writes = [
             UpdateOne(
                 {"_id": chunk_id, "lease.id": lease.id, "free_at": _FREE},
@@ -149,7 +149,7 @@ class Ledger:
 
     async def is_busy(self, batch: str) -> bool:
         """Whether somebody runs a chunk of a batch, or a part waits to be published."""
-        running = {"state": str(ChunkState.RUNNING), "free_at": {"$gt": self._clock()}}
+        running = {"state": str(ChunkState.RUNNING), "free_at": {"$gt": earliest(self._clock)}}
         staged = {"state": str(ChunkState.STAGED), "free_at": _FREE}
         with translated("looking for running chunks"):
             return await self._chunks.find_one({"batch": batch, "$or": [running, staged]}, {"_id": 1}) is not None
@@ -216,7 +216,7 @@ class Ledger:
             "lease.process": {"$ne": self._process},
         }
         with translated("looking for chunks of an earlier process"):
-            freed = await self._chunks.update_many(left, {"$set": {"free_at": self._clock()}})
+            freed = await self._chunks.update_many(left, {"$set": {"free_at": earliest(self._clock)}})
             return freed.modified_count
 
     async def _fenced(self, chunk: Chunk, update: Document) -> bool:

@@ -60,6 +60,7 @@ class Batches:
         ready: asyncio.Event,
     ) -> None:
         name = f"{config.node}/{config.instance}"
+        self.clock = clock
         places = Places(config.batch_places)
         self._database = database
         self._stack = AsyncExitStack()

@@ -16,7 +16,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
-from services.ingest.clock import Clock
+from services.ingest.clock import Clock, earliest, latest
 from services.ingest.connectors.shards import Checkpoint
 
 CHECKPOINTS = "checkpoints"
@@ -56,19 +56,19 @@ class Checkpoints:
 
     async def others(self) -> set[str]:
         """The other instances that live."""
-        alive = {**self._prefix("instance"), "expires_at": {"$gt": self._clock()}}
+        alive = {**self._prefix("instance"), "expires_at": {"$gt": earliest(self._clock)}}
         with translated("reading who takes part in a stream"):
             found = await self._collection.find(alive, {"owner": 1}).to_list()
         return {document["owner"] for document in found} - {self._me}
 
     async def take(self, shard: str) -> tuple[str, Checkpoint] | None:
         """Takes a shard that is free: the lease's id, and where to go on. None: somebody was faster."""
-        now, lease = self._clock(), uuid.uuid4().hex
+        lease = uuid.uuid4().hex
         free = {
             "_id": self._id("shard", shard),
-            "$or": [{"expires_at": {"$lte": now}}, {"owner": {"$in": ["", self._me]}}],
+            "$or": [{"expires_at": {"$lte": earliest(self._clock)}}, {"owner": {"$in": ["", self._me]}}],
         }
-        taken = {"owner": self._me, "lease": lease, "expires_at": now + self._lease}
+        taken = {"owner": self._me, "lease": lease, "expires_at": latest(self._clock) + self._lease}
         about = {"stream": self._stream, "kind": "shard", "shard": shard}
         with translated("taking a shard"):
             try:
@@ -81,7 +81,7 @@ class Checkpoints:
 
     async def renew(self, leases: Mapping[str, str]) -> set[str]:
         """Prolongs leases, and says that this instance lives. Gives the shards whose lease was lost."""
-        until = self._clock() + self._lease
+        until = latest(self._clock) + self._lease
         with translated("renewing leases of shards"):
             await self._collection.update_one(
                 {"_id": self._id("instance", self._me)},

@@ -169,7 +169,7 @@ class Cascade(Background):
         dooms = dooms[: self._dispatcher.room]  # The others wait for the next sweep.
         if not dooms:
             return
-        lease = self._claims.lease(self._clock())
+        lease = self._claims.lease()
         with translated("ending jobs that waited for others"):
             await self._jobs.bulk_write(
                 [UpdateOne(unleased(job), dooming(lease, how)) for job, how in dooms], ordered=False

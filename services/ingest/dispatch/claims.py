@@ -20,7 +20,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import PyMongoError
 
 from mesh.mongo import Document, translated
-from services.ingest.clock import Clock
+from services.ingest.clock import Clock, earliest, latest
 from services.ingest.dispatch.lanes import Ask, Lanes, Waiting
 from services.ingest.documents import EACH_LANE, EVER, LIGHT, WAITING, claiming, job_of, taking_over
 from services.ingest.job import Job, Lease, claim, take_over
@@ -75,9 +75,9 @@ class Claims:
         self._unclear: deque[tuple[Lease, Sequence[str]]] = deque(maxlen=_UNCLEAR)
         """Claims of which MongoDB did not say whether they were made: no job of theirs has run."""
 
-    def lease(self, now: datetime) -> Lease:
-        """A new lease from `now` on."""
-        return Lease(self._new_id(), self._owner, self._process, now + self._lease_for)
+    def lease(self) -> Lease:
+        """A new lease from now on."""
+        return Lease(self._new_id(), self._owner, self._process, latest(self._clock) + self._lease_for)
 
     def notice(self, jobs: Sequence[Job]) -> None:
         """Hears of jobs that were just put into the queue: their lanes need not be listed to be found."""
@@ -113,7 +113,7 @@ class Claims:
         return mine
 
     async def _claim(self, ids: Sequence[str], now: datetime) -> list[Job]:
-        lease = self.lease(now)
+        lease = self.lease()
         due = {"_id": {"$in": ids}, "due_at": {"$lte": now, "$gt": EVER}}
         with self._unclear_when_broken(lease, ids):
             won = await self._jobs.update_many(due, claiming(lease, now))
@@ -173,7 +173,7 @@ class Claims:
     async def claim_fresh(self, jobs: Sequence[Job]) -> list[Job]:
         """Claims jobs that this instance has just accepted and still has in memory: one write, and mostly no read."""
         now = self._clock()
-        lease = self.lease(now)
+        lease = self.lease()
         ids = [job.id for job in jobs]
         with translated("claiming fresh jobs"):
             untouched = {"_id": {"$in": ids}, "due_at": {"$gt": EVER}, "steps": 1}
@@ -185,7 +185,7 @@ class Claims:
 
     async def renew(self, held: Mapping[str, Lease]) -> set[str]:
         """Extends the leases `held` (by job id) and says which jobs were lost: another lease is on them, or none."""
-        expires_at = self._clock() + self._lease_for
+        expires_at = latest(self._clock) + self._lease_for
         ours = {"_id": {"$in": list(held)}, "lease.id": {"$in": list({lease.id for lease in held.values()})}}
         with translated("renewing leases"):
             renewed = await self._jobs.update_many(ours, {"$set": {"lease.expires_at": expires_at}})
@@ -201,8 +201,7 @@ class Claims:
         Not those that are `held` here: nobody died, MongoDB was away, and the lease is renewed, or found to be lost.
         Nor those that a claim of here may have taken, which is cleared up.
         """
-        now = self._clock()
-        lapsed: Document = {"lease.expires_at": {"$lte": now}}
+        lapsed: Document = {"lease.expires_at": {"$lte": earliest(self._clock)}}
         if held:
             lapsed["_id"] = {"$nin": list(held)}
         if self._unclear:
@@ -212,7 +211,7 @@ class Claims:
             before = {document["_id"]: job_of(document) async for document in cursor}
             if not before:
                 return []
-            lease = self.lease(now)
+            lease = self.lease()
             await self._jobs.update_many({**lapsed, "_id": {"$in": list(before)}}, taking_over(lease))
             mine = await self._mine(list(before), lease, LIGHT)
         return [(job, lost) for job in mine if (lost := before[job.id].lease) is not None]
@@ -225,13 +224,13 @@ class Claims:
             ids = [document["_id"] async for document in self._jobs.find(expired, {"_id": 1}).limit(limit)]
             if not ids:
                 return []
-            lease = self.lease(now)
+            lease = self.lease()
             await self._jobs.update_many({"_id": {"$in": ids}, **expired}, taking_over(lease))
             return await self._mine(ids, lease, LIGHT)
 
     async def take_to_cancel(self, job_id: str, reason: str) -> Job | None:
         """Takes one job over, waiting or running, to end it as cancelled. None: it has ended, or is being cancelled."""
-        lease = self.lease(self._clock())
+        lease = self.lease()
         live = {
             "_id": job_id,
             "cancel": {"$exists": False},
@@ -249,7 +248,7 @@ class Claims:
             "lease.process": {"$ne": self._process},
         }
         with translated("looking for leases of an earlier process"):
-            lapsed = await self._jobs.update_many(left, {"$set": {"lease.expires_at": self._clock()}})
+            lapsed = await self._jobs.update_many(left, {"$set": {"lease.expires_at": earliest(self._clock)}})
             return lapsed.modified_count
 
     async def line_up(self) -> int:

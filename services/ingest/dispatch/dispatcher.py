@@ -164,7 +164,7 @@ class Dispatcher:
         if room <= 0:
             return jobs
         now = self._clock()
-        lease, closed = self._claims.lease(now), self._closed(now)
+        lease, closed = self._claims.lease(), self._closed(now)
         made: list[Job] = []
         for job in jobs:
             if room > 0 and job.due_at is not None and job.due_at <= now and job.model_name not in closed:

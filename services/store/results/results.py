@@ -74,8 +74,9 @@ class Results:
         lost = {doc["_id"] for doc in docs if doc["_id"] in standing and not is_same(doc, standing[doc["_id"]])}
         await self._drop(doc for doc in docs if doc["_id"] in lost)
         recorded = [doc for doc in docs if doc["_id"] not in lost]
-        self.waiting.recorded(recorded)
         self._on_recorded(recorded)
+        if self.waiting.recorded(recorded):
+            await asyncio.sleep(0)  # Who waits for a result hears of it before the one who brought it.
         outcome = ((doc["_id"] not in lost, standing.get(doc["_id"], doc)) for doc in docs)
         return [(recorded, result_documents.result(_bare(doc))) for recorded, doc in outcome]
 
@@ -102,10 +103,11 @@ class Results:
         try:
             if (doc := await self._stored(job_id)) is not None:
                 return doc
-            await asyncio.wait([future], timeout=wait_s)
-            if not future.done():
+            try:
+                doc = await self.waiting.heard(future, wait_s)
+            except TimeoutError:
                 return None
-            return future.result() or await self._stored(job_id)
+            return doc or await self._stored(job_id)
         finally:
             self.waiting.end(job_id, future)
 

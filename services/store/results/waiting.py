@@ -67,11 +67,26 @@ class Waiting(Background):
             if not futures:
                 del self._calls[job_id]
 
-    def recorded(self, docs: Sequence[Document]) -> None:
-        """These were just recorded here."""
-        if self._calls:
-            for doc in docs:
-                self._tell(doc["_id"], doc)
+    async def heard(self, future: asyncio.Future[Document | None], wait_s: float) -> Document | None:
+        """What a future that was begun comes to.
+
+        Raises:
+            TimeoutError: nothing, in that time. Unavailable: this instance stops.
+        """
+        # And not asyncio.wait_for: whoever waits is woken a round of the loop later by it.
+        timer = asyncio.get_running_loop().call_later(wait_s, _late, future)
+        try:
+            return await future
+        finally:
+            timer.cancel()
+
+    def recorded(self, docs: Sequence[Document]) -> bool:
+        """These were just recorded here. Whether anybody waits."""
+        if not self._calls:
+            return False
+        for doc in docs:
+            self._tell(doc["_id"], doc)
+        return True
 
     def stop(self) -> None:
         """Whoever waits asks another instance."""
@@ -107,3 +122,8 @@ class Waiting(Background):
             with translated("looking for results that others recorded"):
                 async for found in self._collections.results.find({"_id": {"$in": some}}, {"_id": 1}):
                     self._tell(found["_id"], None)
+
+
+def _late(future: asyncio.Future[Document | None]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())

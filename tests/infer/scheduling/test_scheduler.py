@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -428,6 +429,33 @@ async def test_calls_that_come_one_by_one_are_run_without_a_round_of_the_loop():
         assert [mate.answer for mate in mates] == [None, None]
         await until(lambda: all(mate.answer is not None for mate in mates))
     assert bench.model.runs[-2:] == [[2], [3, 3]]
+
+
+@pytest.mark.parametrize(("compute_ms", "alone_on_loop"), [(0.05, True), (0.3, True), (5.0, False)])
+async def test_what_takes_longer_is_run_on_the_loop_only_for_a_call_that_comes_alone(compute_ms, alone_on_loop):
+    bench = Bench()
+    bench.model.only_computes = True
+    threads = []
+
+    def answer(x):
+        threads.append(threading.current_thread() is threading.main_thread())
+        end = time.thread_time() + compute_ms / 1e3
+        while time.thread_time() < end:
+            pass
+        return 2 * x
+
+    bench.model.answer = answer
+    async with bench.scheduler:
+        for _ in range(30):
+            bench.clock.now += 1.0
+            await bench.scheduler.submit(call(1))
+        alone = threads[-5:]
+        threads.clear()
+        for _ in range(5):
+            await asyncio.gather(*await bench.queued(call(1), call(2)))
+    assert alone == [alone_on_loop] * 5
+    if compute_ms > 0.1:
+        assert threads == [False] * len(threads)
 
 
 async def test_calls_that_come_in_bursts_are_run_together():

@@ -241,7 +241,7 @@ async def test_a_client_that_sends_more_than_is_read_costs_little(front: Front, 
         for _ in range(50):  # While it could take more.
             await client.call("Unary", b"x" * 1_000, {"do": "sleep", "ms": 10})
         assert not sending.done()
-        assert rss_kb(front.pid) - before < 100 << 10
+        assert rss_kb(front.pid) - before < 250 << 10  # Half of it: grpc's windows grow when a machine is slow.
         sending.cancel()
         await asyncio.wait([sending])
     assert await client.call("Unary", b"next") == b"next"
