@@ -1,6 +1,6 @@
 # One door for people and CI. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo embeddings ocr speech test test-fast soak chaos check format lint types proto proto-check lock clean
+.PHONY: help demo embeddings ocr speech environments test test-fast soak chaos check format lint types proto proto-check lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -50,7 +50,9 @@ ocr: $(STAMP) $(ORIGINALS_STAMP) ## The text on images, beside rapidocr-onnxrunt
 speech: $(STAMP) $(ORIGINALS_STAMP) ## Streams of speech, each with its state in the server, beside silero-vad
 	@$(PY) -m examples.speech.demo
 
-test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINALS_STAMP) ## Run every test
+environments: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINALS_STAMP) ## Build every environment
+
+test: environments ## Run every test
 	@tools/clients.sh
 	@$(PY) -m pytest -n $$(($(TESTERS) + 1)) --dist loadfile --patient $(ARGS)
 
