@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds a virtual environment from a lock file: [UNHASHED=1] tools/venv.sh FOLDER LOCKFILE [EDITABLE_PROJECT]
 # UNHASHED=1: the file has no hashes, and says why.
-# Uses uv where it is at hand (seconds; UV=/path/to/uv: that one), else Python's own venv and pip.
+# Uses uv where it is at hand (seconds; UV=/path/to/uv: that one; UV=none: not at all), else Python's own venv and pip.
 set -eu
 folder=$1 lock=$2 project=${3:-}
 python=${PYTHON:-python3}
@@ -22,7 +22,7 @@ fi
 
 echo "Building $folder from $lock ..."
 uv=${UV:-$(command -v uv || :)}
-if [ -n "$uv" ]; then
+if [ -n "$uv" ] && [ "$uv" != none ]; then
     # Where pip is told to look, uv looks too. (Its own variables stand before.)
     export UV_FIND_LINKS="${UV_FIND_LINKS:-$(echo "${PIP_FIND_LINKS:-}" | tr -s ' ' ,)}"
     export UV_EXTRA_INDEX_URL="${UV_EXTRA_INDEX_URL:-${PIP_EXTRA_INDEX_URL:-}}"
