@@ -1,11 +1,11 @@
 # One door for people and CI. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo embeddings ocr speech test test-fast soak chaos check format lint types proto proto-check lock clean
+.PHONY: help demo embeddings ocr speech environments test test-fast soak chaos check format lint types proto proto-check lock clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# Processes that `make test` runs tests in. Many tests wait for real parts: three keep two cores busy.
-TESTERS ?= 3
+# Processes that `make test` runs tests in, beside the one for tests that only wait (tests/lanes.py).
+TESTERS ?= 2
 # How long `make chaos` kills.
 MINUTES ?= 3
 STAMP := $(VENV)/.installed
@@ -50,9 +50,11 @@ ocr: $(STAMP) $(ORIGINALS_STAMP) ## The text on images, beside rapidocr-onnxrunt
 speech: $(STAMP) $(ORIGINALS_STAMP) ## Streams of speech, each with its state in the server, beside silero-vad
 	@$(PY) -m examples.speech.demo
 
-test: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINALS_STAMP) ## Run every test
+environments: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINALS_STAMP) ## Build every environment
+
+test: environments ## Run every test
 	@tools/clients.sh
-	@$(PY) -m pytest -n $(TESTERS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n $$(($(TESTERS) + 1)) --dist loadfile --patient $(ARGS)
 
 test-fast: $(STAMP) $(CUDA_STAMPS) ## Run the tests that start no whole node
 	@$(PY) -m pytest -m "not node" $(ARGS)
@@ -84,5 +86,5 @@ lock: ## Renew the lock files
 	@tools/lock.sh
 
 clean: ## Remove the environments and caches
-	rm -rf $(VENV) $(CLIENT_VENV) $(TRITON_VENV) $(ORIGINALS_VENV) .venv-cuda12 .venv-cuda13
+	rm -rf $(VENV) $(CLIENT_VENV) $(TRITON_VENV) $(ORIGINALS_VENV) .venv-cuda12 .venv-cuda13 .venv-uv
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,6 +8,7 @@ headers are read by the SDK itself.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
 from shoal import __version__
+
+_LAST_SPANS_S = 2.0
+# How long a stop waits for the collector to take the last spans.
 
 
 def collector(environ: Mapping[str, str]) -> str | None:
@@ -49,9 +53,14 @@ def tracing(service: str, instance: str, environ: Mapping[str, str] = os.environ
         {"service.name": f"shoal-{service}", "service.instance.id": instance, "service.version": __version__}
     )
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(_exporter(environ)))
+    exporter = _exporter(environ)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
     try:
         yield
     finally:
+        # Of its own accord the processor would wait half a minute for a collector that is away, and a stop with it.
+        late = threading.Timer(_LAST_SPANS_S, exporter.shutdown)
+        late.start()
         provider.shutdown()
+        late.cancel()

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -22,9 +23,12 @@ import pytest
 
 from kernels import backend
 from mesh.node import parts
+from tests.lanes import Lanes
 from tests.weeds import WeedProcess
 
 READY_S = 30
+SHARED_DATA_BYTES = 4 << 30
+"""Of memory, before data is kept there. A whole run leaves 300 MB behind for each of its processes."""
 
 # A shell that runs the tests in the background has them ignore SIGINT, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,6 +38,15 @@ hypothesis.settings.register_profile(
     "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("unhurried")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--patient", action="store_true", help="the last worker runs the files that wait (tests/lanes.py)")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes | None:
+    return Lanes(config, log) if config.getoption("--patient") else None
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +77,25 @@ def running(part: parts.Part, log: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
+@contextmanager
+def shared_data() -> Iterator[Path]:
+    """A folder for the data of a part that all tests share and none of them kills: in memory, where there is room.
+
+    Each test makes its own collections, with their indexes, and mongod syncs a file for each: on a disk that is a third
+    of the time of a test, and no part of what it shows.
+    """
+    memory = Path("/dev/shm")
+    has_room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > SHARED_DATA_BYTES
+    with tempfile.TemporaryDirectory(prefix="shoal-", dir=memory if has_room else None) as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
 def mongo_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real mongod, the one member of replica set rs0."""
-    folder = tmp_path_factory.mktemp("mongod")
     port = parts.free_port()
-    with running(parts.mongod(folder, port), folder.parent / "mongod.log"):
+    log = tmp_path_factory.mktemp("mongod") / "mongod.log"
+    with shared_data() as folder, running(parts.mongod(folder, port), log):
         yield f"mongodb://127.0.0.1:{port}/?directConnection=true"
 
 
@@ -82,9 +108,9 @@ def mongo_database() -> str:
 @pytest.fixture(scope="session")
 def etcd_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real etcd of one member, `127.0.0.1:port`."""
-    folder = tmp_path_factory.mktemp("etcd")
     port = parts.free_port()
-    with running(parts.etcd(folder, port, parts.free_port()), folder.parent / "etcd.log"):
+    log = tmp_path_factory.mktemp("etcd") / "etcd.log"
+    with shared_data() as folder, running(parts.etcd(folder, port, parts.free_port()), log):
         yield f"127.0.0.1:{port}"
 
 

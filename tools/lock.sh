@@ -8,5 +8,6 @@ uv pip compile $common locks/tritonclient.in -o locks/tritonclient.txt
 uv pip compile $common locks/triton.in -o locks/triton.txt
 uv pip compile $common locks/cuda12.in -o locks/cuda12.txt
 uv pip compile $common locks/cuda13.in -o locks/cuda13.txt
+uv pip compile $common locks/uv.in -o locks/uv.txt
 # locks/originals.txt has no hashes, and says why: it is what `pip freeze` says, without torch, of an environment that was
 # made by hand with `pip install -r locks/originals.in`.

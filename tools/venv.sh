@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds a virtual environment from a lock file: [UNHASHED=1] tools/venv.sh FOLDER LOCKFILE [EDITABLE_PROJECT]
 # UNHASHED=1: the file has no hashes, and says why.
-# Uses uv where it is at hand (seconds), else Python's own venv and pip.
+# Uses uv where it is at hand (seconds; UV=/path/to/uv: that one; UV=none: not at all), else Python's own venv and pip.
 set -eu
 folder=$1 lock=$2 project=${3:-}
 python=${PYTHON:-python3}
@@ -21,16 +21,21 @@ if [ -e "$folder/.installed" ] && [ "$folder/.installed" -nt "$lock" ] && [ "$fo
 fi
 
 echo "Building $folder from $lock ..."
-if command -v uv >/dev/null 2>&1; then
-    uv venv --quiet --allow-existing --python "$python" "$folder"
+uv=${UV:-$(command -v uv || :)}
+if [ -n "$uv" ] && [ "$uv" != none ]; then
+    # Where pip is told to look, uv looks too. (Its own variables stand before.)
+    export UV_FIND_LINKS="${UV_FIND_LINKS:-$(echo "${PIP_FIND_LINKS:-}" | tr -s ' ' ,)}"
+    export UV_EXTRA_INDEX_URL="${UV_EXTRA_INDEX_URL:-${PIP_EXTRA_INDEX_URL:-}}"
+    [ -z "${PIP_INDEX_URL:-}" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"
+    "$uv" venv --quiet --allow-existing --python "$python" "$folder"
     # pip compiles what it installs, uv only when told. Without it (and where PYTHONDONTWRITEBYTECODE is set, for ever)
     # every process compiles what it imports: a node is ready after 12 s of CPU instead of 6.
     if [ -n "$hashes" ]; then
-        uv pip sync --quiet --compile-bytecode $hashes --python "$folder/bin/python" "$lock"
+        "$uv" pip sync --quiet --compile-bytecode $hashes --python "$folder/bin/python" "$lock"
     else
-        uv pip install --quiet --compile-bytecode --python "$folder/bin/python" -r "$lock"
+        "$uv" pip install --quiet --compile-bytecode --python "$folder/bin/python" -r "$lock"
     fi
-    [ -z "$project" ] || uv pip install --quiet --no-deps --no-build-isolation --python "$folder/bin/python" -e "$project"
+    [ -z "$project" ] || "$uv" pip install --quiet --no-deps --no-build-isolation --python "$folder/bin/python" -e "$project"
 else
     "$python" -m venv "$folder" || {
         echo "$python has no working venv module. On Debian and Ubuntu: apt install python3-venv (or install uv)." >&2

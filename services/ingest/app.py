@@ -93,7 +93,8 @@ async def run(config: IngestConfig) -> None:
         clock = await stack.enter_async_context(DatabaseClock(database))
         ulids = Ulids(lambda: milliseconds(clock()))
         documents = database[JOBS]
-        payloads = Payloads(database, ClaimCheck(channel, config.database, time.monotonic))
+        storage = await stack.enter_async_context(Storage(channel))
+        payloads = Payloads(database, ClaimCheck(channel, config.database, time.monotonic, storage.heard))
         results = RemoteResults(channel)
         jobs = Jobs(documents, payloads)
         book = Book(database)
@@ -168,7 +169,6 @@ async def run(config: IngestConfig) -> None:
             renew_ms=config.renew_ms,
         )
 
-        storage = await stack.enter_async_context(Storage(channel))
         intake = Intake(
             documents,
             payloads,

@@ -81,6 +81,7 @@ async def run(config: StoreConfig) -> None:
         collector = Collector(collections, blobs, _now)
         await stack.enter_async_context(Rounds(collector, config.collect_every_ms / 1000))
         places = BackupPlaces(config.backups, threads, checksums=config.s3_checksums)
+        quotas = Quotas(collections, counters, _now)
         parts = ArtifactParts(
             artifacts,
             References(collections, artifacts, _now),
@@ -88,6 +89,7 @@ async def run(config: StoreConfig) -> None:
             Verification(collections, blobs, artifacts.reader, responses),
             Backup(collections, blobs, places, folder, threads, _now, config.backup_databases),
             Restore(collections, blobs, places, folder, threads, _now),
+            quotas,
             upload_idle_s=config.upload_idle_ms / 1000,
         )
         rpc = StoreRpc(
@@ -105,7 +107,7 @@ async def run(config: StoreConfig) -> None:
                 config.max_exports,
             ),
             retention,
-            Quotas(collections, counters, _now),
+            quotas,
         )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
         short = rpc.short(await stack.enter_async_context(Tasked()))

@@ -17,9 +17,12 @@ from services.store.backups.backup import Backup
 from services.store.backups.progress import Progress
 from services.store.backups.restore import Restore
 from services.store.collecting.collector import Collector
-from services.store.collecting.references import References, check_name
+from services.store.collecting.references import References, check_name, check_tenant
 from services.store.collecting.verification import Finding, Seen, Verification
 from services.store.results.result_documents import timestamp
+from services.store.usage.messages import message_of
+from services.store.usage.quotas import Quotas
+from shoal.errors import InvalidArgument
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 
@@ -38,6 +41,7 @@ class ArtifactParts:
     verification: Verification
     backup: Backup
     restore: Restore
+    quotas: Quotas
     upload_idle_s: float
 
 
@@ -50,12 +54,13 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
 
     async def PutArtifact(self, requests: AsyncIterator[pb.PutArtifactRequest], ctx: Context) -> pb.PutArtifactResponse:
         upload = await Upload.opened(requests, self._parts.upload_idle_s)
-        if upload.reference:
-            check_name(upload.reference, "header.reference")
+        _check_use(upload)
         artifact, existed = await self._artifacts.put(upload)
         if upload.reference:
-            await self._parts.references.make(upload.reference, upload.digest)
-        return pb.PutArtifactResponse(artifact=_artifact(artifact), existed=existed)
+            await self._parts.references.make(upload.reference, artifact, upload.tenant)
+        usage = None if upload.tenant is None else await self._parts.quotas.over(upload.tenant)
+        over = None if usage is None else message_of(usage)
+        return pb.PutArtifactResponse(artifact=_artifact(artifact), existed=existed, over_quota=over)
 
     async def StatArtifact(self, request: pb.StatArtifactRequest, ctx: Context) -> pb.StatArtifactResponse:
         artifact, received = await self._artifacts.stat(digest.checked(request.sha256, "sha256"))
@@ -96,6 +101,15 @@ class ArtifactRpc(store_pb2_grpc.StoreServiceServicer):
         async with aclosing(self._parts.restore.run(request.source, request.backup_id)) as steps:
             async for progress in steps:
                 yield pb.RestoreResponse(progress=_progress(progress))
+
+
+def _check_use(upload: Upload) -> None:
+    """Before a byte is taken: who is to refer to it, and whom that counts for."""
+    if upload.reference:
+        check_name(upload.reference, "header.reference")
+    elif upload.tenant is not None:
+        raise InvalidArgument("header.tenant: a reference counts for a tenant: give header.reference, or leave it out")
+    check_tenant(upload.tenant, "header.tenant")
 
 
 def _artifact(artifact: Stored) -> pb.Artifact:

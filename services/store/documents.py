@@ -1,10 +1,11 @@
 """The store's collections: their schemas, their indexes, and the door to them that opens once both are made.
 
 artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, damaged?, condemned_at?, referred_at?}
-references {_id: name of who refers, digest, made_at}: others than models
+references {_id: name of who refers, digest, made_at, tenant?, size?}: others than models, and whose room it takes
 retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
 fences     {_id: "retention", token, etcd, rules, acts}; where answers end: {_id: answers/tenant, recorded_at, job_id}
-usage      {_id: tenant, results, bytes, recounts, recounted_at}
+usage      {_id: tenant, results, bytes, payloads?, payload_bytes?, recounts, recounted_at}
+usage_changes {_id, tenant, payloads, payload_bytes}: what is not in `usage` yet
 quotas     {_id: "*" or =tenant, tenant?, bytes, updated_at}
 graves     {_id: key of a blob that is to go, buried_at}
 holds      {_id: a backup that is under way, expires_at}: no blob is removed
@@ -69,7 +70,11 @@ ARTIFACTS = _schema(
         "referred_at": _DATE,
     },
 )
-REFERENCES = _schema({"_id": _NAME, "digest": _DIGEST, "made_at": _DATE})
+REFERENCES = _schema(
+    {"_id": _NAME, "digest": _DIGEST, "made_at": _DATE},
+    # Both or neither: whom it counts for, and the artifact's size. Those of an older version count for nobody.
+    {"tenant": _TEXT, "size": _SIZE},
+)
 GRAVES = _schema({"_id": _NAME, "buried_at": _DATE})
 HOLDS = _schema({"_id": _NAME, "expires_at": _DATE})
 MODELS = _schema(
@@ -136,6 +141,16 @@ USAGE = _schema(
         "bytes": {"bsonType": ["int", "long"]},
         "recounts": _SIZE,
         "recounted_at": _DATE,
+    },
+    # An older version has counted results only.
+    {"payloads": {"bsonType": ["int", "long"]}, "payload_bytes": {"bsonType": ["int", "long"]}},
+)
+USAGE_CHANGES = _schema(
+    {
+        "_id": {"bsonType": "objectId"},
+        "tenant": _TEXT,
+        "payloads": {"bsonType": ["int", "long"]},
+        "payload_bytes": {"bsonType": ["int", "long"]},
     }
 )
 QUOTAS = _schema({"_id": _NAME, "bytes": _SIZE, "updated_at": _DATE}, {"tenant": _TEXT})
@@ -172,6 +187,14 @@ RESULT_INDEXES = [
     IndexModel("removed_at", name="removed", partialFilterExpression={"removed_at": {"$exists": True}}),
 ]
 _RETIRED_RESULT_INDEXES = ("newest", "model_newest", "tenant_newest", "failed_newest", "by_batch")
+REFERENCE_INDEXES = [
+    IndexModel("digest", name="by_digest"),
+    IndexModel(
+        [("tenant", ASCENDING), ("size", ASCENDING)],
+        name="by_tenant",
+        partialFilterExpression={"tenant": {"$exists": True}},
+    ),
+]
 USAGE_INDEXES = [IndexModel("bytes", name="by_bytes"), IndexModel("recounted_at", name="by_recount")]
 ARTIFACT_INDEXES = [
     IndexModel("size", name="by_size"),
@@ -201,7 +224,7 @@ class Collections:
                 db, "artifacts", validator=_validator(ARTIFACTS), indexes=ARTIFACT_INDEXES
             ),
             "references": await ensure_collection(
-                db, "references", validator=_validator(REFERENCES), indexes=[IndexModel("digest", name="by_digest")]
+                db, "references", validator=_validator(REFERENCES), indexes=REFERENCE_INDEXES
             ),
             "graves": await ensure_collection(
                 db, "graves", validator=_validator(GRAVES), indexes=[IndexModel("buried_at", name="oldest")]
@@ -228,6 +251,12 @@ class Collections:
             ),
             "retention": await ensure_collection(db, "retention", validator=_validator(RETENTION), indexes=[]),
             "usage": await ensure_collection(db, "usage", validator=_validator(USAGE), indexes=USAGE_INDEXES),
+            "usage_changes": await ensure_collection(
+                db,
+                "usage_changes",
+                validator=_validator(USAGE_CHANGES),
+                indexes=[IndexModel("tenant", name="by_tenant")],
+            ),
             "quotas": await ensure_collection(db, "quotas", validator=_validator(QUOTAS), indexes=[]),
             "fences": await ensure_collection(db, "fences", validator=_validator(FENCES), indexes=[]),
         }
@@ -248,6 +277,10 @@ class Collections:
     @property
     def usage(self) -> Collection:
         return self._get("usage")
+
+    @property
+    def usage_changes(self) -> Collection:
+        return self._get("usage_changes")
 
     @property
     def quotas(self) -> Collection:
@@ -281,6 +314,11 @@ class Collections:
         if name not in self._made:
             raise Unavailable("the store is starting: it has not reached MongoDB yet: retry in a moment")
         return self._made[name]
+
+
+async def is_being_restored(collections: Collections) -> bool:
+    """Whether a restore is under way, or broke off: documents are there before others that belong to them."""
+    return await collections.db[RESTORES].find_one({}, {"_id": 1}) is not None
 
 
 def whole_milliseconds(time: datetime) -> datetime:

@@ -1,4 +1,4 @@
-"""`shoal store usage` and `shoal store quota`: how much room results take, and may take."""
+"""`shoal store usage` and `shoal store quota`: how much room results and payloads take, and may take."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from shoal.cli import amounts
 from shoal.cli.output import AsJson, Gateway, connect, show, show_json, size
 from shoal.cli.retention import Tenant, named, whose
 
-quota = typer.Typer(rich_markup_mode="rich", no_args_is_help=True, help="How much room a tenant's results may take.")
+quota = typer.Typer(
+    rich_markup_mode="rich", no_args_is_help=True, help="How much room a tenant's results and payloads may take."
+)
 
 
 def usage(
     recount: Annotated[
-        bool, typer.Option("--recount", help="Count all results one by one first: about a minute for some million.")
+        bool, typer.Option("--recount", help="Count everything one by one first: about a minute for some million.")
     ] = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Show what each tenant's results take, and what they may take.
+    """Show what each tenant's results, and large requests of its jobs (payloads), take, and what they may take.
 
     [bold]Example[/bold]
 
@@ -35,14 +37,17 @@ def usage(
         (
             named(one.tenant),
             one.results,
+            one.payloads,
             size(one.bytes),
+            size(one.payload_bytes),
             "none" if one.quota_bytes is None else size(one.quota_bytes),
             "" if one.quota_bytes is None else f"{one.bytes / max(one.quota_bytes, 1):.0%}",
             one.recounted_at,
         )
         for one in found.tenants
     ]
-    show(("tenant", "results", "size", "quota", "used", "counted one by one"), rows, empty="no results")
+    columns = ("tenant", "results", "payloads", "size", "of payloads", "quota", "used", "counted one by one")
+    show(columns, rows, empty="no results and no payloads")
     typer.echo(f"{found.artifacts} artifacts (models, payloads): {size(found.artifact_bytes)}")
 
 
@@ -52,7 +57,7 @@ def set_quota(
     tenant: Tenant = None,
     gateway: Gateway = None,
 ) -> None:
-    """Say how much room a tenant's results may take. Who has used it up cannot submit jobs until there is room again.
+    """Say how much room a tenant's results and payloads may take. Who has used it up cannot submit until there is some.
 
     [bold]Examples[/bold]
 
@@ -63,7 +68,7 @@ def set_quota(
     most_bytes = amounts.size(most, "BYTES")
     with connect(gateway) as client:
         client.store.set_quota(most_bytes, tenant=tenant)
-    typer.echo(f"results of {whose(tenant)}: {size(most_bytes)} at most")
+    typer.echo(f"results and payloads of {whose(tenant)}: {size(most_bytes)} at most")
 
 
 @quota.command("remove")
@@ -76,4 +81,4 @@ def remove_quota(tenant: Tenant = None, gateway: Gateway = None) -> None:
     """
     with connect(gateway) as client:
         client.store.remove_quota(tenant=tenant)
-    typer.echo(f"results of {whose(tenant)}: no quota")
+    typer.echo(f"results and payloads of {whose(tenant)}: no quota")

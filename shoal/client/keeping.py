@@ -46,15 +46,19 @@ class RetentionRule:
 
 @dataclass(frozen=True)
 class TenantUsage:
-    """What one tenant's results take."""
+    """What one tenant's results and payloads take."""
 
     tenant: str
     results: int
     bytes: int
-    """Answers, and 512 bytes for each result."""
+    """What a quota is compared with: answers and payloads, and 512 bytes for each result and each payload."""
     quota_bytes: int | None = None
     recounted_at: datetime | None = None
-    """When its results were last counted one by one."""
+    """When its results and payloads were last counted one by one."""
+    payloads: int = 0
+    """Large requests of its jobs that are kept until the jobs have ended; longer when they failed."""
+    payload_bytes: int = 0
+    """What these are of `bytes`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class StoreUsage:
     tenants: tuple[TenantUsage, ...]
     """In the order of their names."""
     artifacts: int
-    """Models, payloads: of no tenant."""
+    """Models and payloads, each once, whoever they count for."""
     artifact_bytes: int
 
 
@@ -100,7 +104,7 @@ class Keeping:
         await self._caller.call(methods.SET_RETENTION, request, timeout_s=timeout, doing="remove retention")
 
     async def usage(self, *, recount: bool = False, timeout: float | None = None) -> StoreUsage:
-        """What each tenant's results take. With `recount` all are counted one by one first."""
+        """What each tenant's results and payloads take. With `recount` all are counted one by one first."""
         tenants: builtins.list[TenantUsage] = []
         token = ""
         while True:
@@ -113,7 +117,7 @@ class Keeping:
                 return StoreUsage(tuple(tenants), answer.artifacts, answer.artifact_bytes)
 
     async def set_quota(self, most_bytes: int, *, tenant: str | None = None, timeout: float = CALL_S) -> None:
-        """Lets a tenant's results, or those of each without an own quota, take so many bytes.
+        """Lets a tenant's results and payloads, or those of each without an own quota, take so many bytes.
 
         Who has used that up cannot submit jobs until there is room again.
 
@@ -145,4 +149,12 @@ def _of_rule(rule: store.RetentionRule) -> RetentionRule:
 
 def _of_usage(usage: store.TenantUsage) -> TenantUsage:
     quota = usage.quota_bytes if usage.HasField("quota_bytes") else None
-    return TenantUsage(usage.tenant, usage.results, usage.bytes, quota, of_time(usage, "recounted_at"))
+    return TenantUsage(
+        usage.tenant,
+        usage.results,
+        usage.bytes,
+        quota,
+        of_time(usage, "recounted_at"),
+        usage.payloads,
+        usage.payload_bytes,
+    )

@@ -149,7 +149,9 @@ def test_store_usage_and_quotas(shoal: Shoal, served: Served) -> None:
         if not request.page_token:
             default = pb.TenantUsage(results=3, bytes=1536)
             return pb.ListUsageResponse(usages=[default], next_page_token="x")
-        acme = pb.TenantUsage(tenant="acme", results=1, bytes=5 << 20, quota_bytes=10 << 20)
+        acme = pb.TenantUsage(
+            tenant="acme", results=1, bytes=5 << 20, quota_bytes=10 << 20, payloads=77, payload_bytes=3 << 20
+        )
         return pb.ListUsageResponse(usages=[acme], artifacts=2, artifact_bytes=2048)
 
     served.on(methods.SET_QUOTA, change)
@@ -157,11 +159,14 @@ def test_store_usage_and_quotas(shoal: Shoal, served: Served) -> None:
     table = shoal("store", "usage").stdout
     for word in ("(default)", "1.5 KiB", "none", "acme", "5.0 MiB", "10.0 MiB", "50%", "2 artifacts", "2.0 KiB"):
         assert word in table
+    (row,) = (line for line in table.splitlines() if "acme" in line)
+    assert row.replace("│", " ").split()[:6] == ["acme", "1", "77", "5.0", "MiB", "3.0"]
     assert not looked[0].recount
     shoal("store", "usage", "--recount")
     assert looked[2].recount
     document = json.loads(shoal("store", "usage", "--json").stdout)
     assert [tenant["quota_bytes"] for tenant in document["tenants"]] == [None, 10 << 20]
+    assert [(one["payloads"], one["payload_bytes"]) for one in document["tenants"]] == [(0, 0), (77, 3 << 20)]
     assert "20.0 GiB at most" in shoal("store", "quota", "set", "20GiB").stdout
     shoal("store", "quota", "set", "1000", "--tenant", "")
     assert "acme: no quota" in shoal("store", "quota", "remove", "--tenant", "acme").stdout

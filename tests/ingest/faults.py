@@ -155,7 +155,7 @@ class FakeStore:
 
 
 class ArtifactStore(FakeStore):
-    """The same, with the artifacts of a real store behind it, which a test may take away (`is_away`)."""
+    """The same, with the artifacts and the usage of a real store behind it, which a test may take away (`is_away`)."""
 
     def __init__(self, real: store_pb2_grpc.StoreServiceAsyncStub) -> None:
         super().__init__()
@@ -166,6 +166,12 @@ class ArtifactStore(FakeStore):
     async def _checked(self, context: Any) -> None:
         if self.is_away:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the store is away, as the test wants it")
+
+    async def ListUsage(self, request: store_pb2.ListUsageRequest, context: Any) -> Any:
+        if self.is_away:
+            await self._checked(context)
+        self.looks += 1
+        return await self._real.ListUsage(request)
 
     async def PutArtifact(self, requests: AsyncIterator[store_pb2.PutArtifactRequest], context: Any) -> Any:
         await self._checked(context)

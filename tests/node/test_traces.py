@@ -72,7 +72,7 @@ def eventually(condition: Callable[[], bool], within_s: float = 30) -> bool:
     return True
 
 
-def test_one_trace_crosses_every_hop(node: Any, collector: tuple[Collector, str], onnx_models: Path) -> None:
+def test_one_trace_crosses_every_hop(collector: tuple[Collector, str], node: Any, onnx_models: Path) -> None:
     received, endpoint = collector
     env = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "200"}
     running = node(env=env)

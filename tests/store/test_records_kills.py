@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import random
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,7 +27,7 @@ from shoal.client import AsyncClient, RetryPolicy
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
 from tests.breakable import EtcdProcess, Process, until
-from tests.store.conftest import serving
+from tests.store.conftest import serving, upload
 from tests.store.test_store_process import process
 
 pytestmark = pytest.mark.mongo
@@ -164,6 +166,48 @@ async def test_retention_removes_whole_batches_or_nothing(
         assert await collections.results.count_documents({}) == COUNT
         usage = {one.tenant: one.results for one in (await stub.ListUsage(pb.ListUsageRequest(), timeout=30)).usages}
         assert usage == {"t0": 0, "t1": COUNT // 3, "t2": 0}
+
+
+async def test_payloads_are_counted_exactly(store: Killed, collections: Collections) -> None:
+    """Killed while payloads come, move and go: at the end what was counted is what is there, without a recount."""
+    dice = random.Random(1)
+    is_over = False
+    made = 0
+
+    async def changing(stub: Any, n: int) -> None:
+        nonlocal made
+        while not is_over:
+            data, name = os.urandom(2_000), f"job/{n}/{dice.randrange(8)}"
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                if dice.random() < 0.4:
+                    await stub.ReleaseArtifacts(pb.ReleaseArtifactsRequest(references=[name]), timeout=5)
+                else:
+                    await stub.PutArtifact(upload(data, reference=name, tenant=f"t{dice.randrange(3)}"), timeout=5)
+                    made += 1
+
+    async with connect(store.address) as channel:
+        stub = store_pb2_grpc.StoreServiceStub(channel)
+        tasks = [asyncio.create_task(changing(stub, n)) for n in range(8)]
+        for kill in range(4):
+            wanted = made + 60
+            await until(lambda wanted=wanted: made >= wanted, "payloads come")  # type: ignore[misc]
+            store.now()
+            await store.until_ready()
+            assert store.count == kill + 1
+        is_over = True
+        await asyncio.gather(*tasks)
+
+        async def is_exact() -> bool:
+            found = (await stub.ListUsage(pb.ListUsageRequest(), timeout=30)).usages
+            counted = {one.tenant: (one.payloads, one.payload_bytes) for one in found if one.payloads}
+            there: dict[str, tuple[int, int]] = {}
+            async for doc in collections.references.find():
+                count, nbytes = there.get(doc["tenant"], (0, 0))
+                there[doc["tenant"]] = (count + 1, nbytes + doc["size"] + 512)
+            return counted == there
+
+        await until(is_exact, "all is counted")
+        assert await collections.usage_changes.count_documents({}) == 0
 
 
 async def _applied(stub: Any, token: int) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,9 +13,11 @@ from google.protobuf.duration_pb2 import Duration
 from grpc import StatusCode
 
 from mesh.channel import connect
+from mesh.mongo import connect as mongo_connect
+from services.ingest.ulid import Ulids
 from services.store.config import StoreConfig
-from services.store.results import waiting
-from services.store.results.waiting import Waiting
+from services.store.results import results, waiting
+from services.store.results.waiting import Waiting, is_young
 from shoal.errors import ResourceExhausted, Unavailable
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc
@@ -54,6 +58,58 @@ async def test_what_another_instance_records_is_seen(
         recorded = result("elsewhere")
         await put(other, recorded)
         assert (await call).result.response == recorded.response
+
+
+def young_id() -> str:
+    """The id of a job that comes just now."""
+    return Ulids(lambda: time.time_ns() // 1_000_000).new()
+
+
+@pytest.mark.mongo
+async def test_for_the_result_of_a_job_that_just_came_nobody_looks_at_first(
+    store: Store, config: StoreConfig, mongo_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "_SOON_S", 2.0)
+    async with mongo_connect(mongo_uri) as client:
+        database = client[config.database]
+        await database.command("profile", 2)
+        job = young_id()
+        call = asyncio.ensure_future(waits(store, job))
+        await refused(waits(store, "old", 0.05), StatusCode.NOT_FOUND)  # The other one waits by then.
+        recorded = result(job)
+        await put(store, recorded)
+        assert (await call).result.response == recorded.response
+        await database.command("profile", 0)
+        looks = [found["command"]["filter"]["_id"] async for found in database["system.profile"].find({"op": "query"})]
+    assert "old" in looks
+    assert job not in looks
+
+
+@pytest.mark.mongo
+async def test_the_result_of_a_job_that_just_came_may_be_there_already(store: Store) -> None:
+    recorded = result(young_id())
+    await put(store, recorded)
+    assert (await waits(store, recorded.job_id)).result.response == recorded.response
+    await refused(waits(store, young_id(), 0.0), StatusCode.NOT_FOUND, "no result (yet)")
+    await refused(waits(store, young_id(), 0.01), StatusCode.NOT_FOUND, "no result (yet)")
+    call = asyncio.ensure_future(waits(store, job := young_id()))
+    await asyncio.sleep(0.2)
+    await put(store, later := result(job))
+    assert (await call).result.response == later.response
+
+
+@pytest.mark.parametrize(
+    ("ahead_ms", "young"), [(0, True), (99, True), (-99, True), (101, False), (-101, False), (3_600_000, False)]
+)
+def test_how_old_a_job_is_its_id_says(ahead_ms: int, young: bool) -> None:
+    now = datetime(2026, 11, 27, 12, 0, 0, 123_000, UTC)
+    made = Ulids(lambda: int(now.timestamp() * 1000) + ahead_ms).new()
+    assert is_young(made, now) is young
+
+
+@pytest.mark.parametrize("job_id", ["j", "x" * 26, "!" * 26, "é" * 26, "01J" + "-" * 23, "IIIIIIIIIIIIIIIIIIIIIIIIII"])
+def test_of_other_ids_it_is_not_known(job_id: str) -> None:
+    assert not is_young(job_id, datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC))
 
 
 @pytest.mark.mongo

@@ -1,8 +1,11 @@
 """Large requests in the store: handed in there, and fetched with the digest that names them.
 
-    submit ──request──> store (PutArtifact, reference job/<database>/<job id>)         then the job is written
+    submit ──request──> store (PutArtifact, reference job/<database>/<job id>, tenant)   then the job is written
     attempt ──digest──> store ──request──> infer
     end ──> ReleaseArtifacts: what nobody refers to any more, the store collects
+
+It counts for the job's tenant. The store refuses no submit that was let in, but says then that the tenant has used up
+its quota: `on_over` has the next ones refused.
 
 Equal requests are one artifact with as many references. While the store does not answer, requests are kept in MongoDB,
 as if there were no store: a submit does not depend on it.
@@ -38,26 +41,42 @@ _LISTED_AT_ONCE = 1_000
 
 
 class ClaimCheck:
-    """The store, as payloads need it. `database` tells the jobs of several ingests that share a store apart."""
+    """The store, as payloads need it.
 
-    def __init__(self, channel: AnyChannel, database: str, monotonic: Callable[[], float]) -> None:
+    Args:
+        database: tells the jobs of several ingests that share a store apart.
+        on_over: hears of a tenant that has used up its quota.
+    """
+
+    def __init__(
+        self,
+        channel: AnyChannel,
+        database: str,
+        monotonic: Callable[[], float],
+        on_over: Callable[[pb.TenantUsage], None],
+    ) -> None:
         self._stub = store_pb2_grpc.StoreServiceStub(channel)
         self._prefix = f"job/{database}/"
         self._monotonic = monotonic
+        self._on_over = on_over
         self._away_until = 0.0
 
-    async def hand_in(self, job_id: str, request: bytes) -> str | None:
+    async def hand_in(self, job_id: str, tenant: str, request: bytes) -> str | None:
         """Stores a job's request, durably, and gives its digest. None: the store does not take it now."""
         if self._monotonic() < self._away_until:
             return None
         sha256 = await asyncio.to_thread(lambda: hashlib.sha256(request).hexdigest())
-        header = pb.PutArtifactRequest.Header(sha256=sha256, size_bytes=len(request), reference=self._prefix + job_id)
+        header = pb.PutArtifactRequest.Header(
+            sha256=sha256, size_bytes=len(request), reference=self._prefix + job_id, tenant=tenant
+        )
         try:
-            await self._stub.PutArtifact(_upload(header, request), timeout=_PUT_S)
+            answer = await self._stub.PutArtifact(_upload(header, request), timeout=_PUT_S)
         except grpc.RpcError as err:
             log.warning("large requests go to MongoDB for now: the store does not take them: %s", translate(err))
             self._away_until = self._monotonic() + _AWAY_S
             return None
+        if answer.HasField("over_quota"):
+            self._on_over(answer.over_quota)
         return sha256
 
     async def fetch(self, job_id: str, sha256: str) -> bytes:

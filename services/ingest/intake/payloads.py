@@ -39,7 +39,7 @@ _HANDED_IN_AT_ONCE = 8
 class Store(Protocol):
     """The store, as payloads need it."""
 
-    async def hand_in(self, job_id: str, request: bytes) -> str | None:
+    async def hand_in(self, job_id: str, tenant: str, request: bytes) -> str | None:
         """Stores a job's request, durably, and gives its digest. None: the store does not take it now."""
 
     async def fetch(self, job_id: str, sha256: str) -> bytes:
@@ -110,7 +110,7 @@ class Payloads:
     async def _payload(self, job: Job, slots: asyncio.Semaphore) -> Document:
         request = job.request or b""
         async with slots:
-            artifact = await self._store.hand_in(job.id, request)
+            artifact = await self._store.hand_in(job.id, job.tenant, request)
         return {"_id": job.id, **({"request": Binary(request)} if artifact is None else {"artifact": artifact})}
 
     async def _sweep_references(self, oldest: str) -> int:

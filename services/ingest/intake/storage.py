@@ -1,9 +1,10 @@
-"""Who has no room left for results: the store says so, and their submits are refused before there is a result.
+"""Who has no room left in the store: it says so, and their submits are refused before there is a payload or a result.
 
-    store ──ListUsage(over_quota)──every few seconds──> here ──> submit: RESOURCE_EXHAUSTED
+    store ──ListUsage(over_quota)──every few seconds──┐
+    store ──PutArtifact(payload): over_quota──at once─┴──> here ──> submit: RESOURCE_EXHAUSTED
 
 A job that was accepted has a right to its result, so the quota is kept at the way in: a tenant may go beyond it by
-what it has queued, and by what it submits until the next look. While the store is away, what it said last stands.
+what it has queued, and by what it submits until the store is heard. While the store is away, what it said last stands.
 """
 
 from __future__ import annotations
@@ -31,21 +32,32 @@ class Storage(Background):
         self._store = store_pb2_grpc.StoreServiceStub(channel)
         self._look_s = look_s
         self._over: Mapping[str, store_pb2.TenantUsage] = {}
+        self._heard: dict[str, store_pb2.TenantUsage] = {}
+        # Since the last look.
 
     def admit(self, tenant: str) -> None:
         """Lets a job of `tenant` in.
 
         Raises:
-            ResourceExhausted: there is no room for its result.
+            ResourceExhausted: there is no room for its payload and its result.
         """
         usage = self._over.get(tenant)
         if usage is not None:
             whose = f"tenant {tenant!r}" if tenant else "the default tenant"
             raise ResourceExhausted(
-                f"the results of {whose} take {usage.bytes} bytes, and {usage.quota_bytes} are allowed: have results "
-                "removed sooner (shoal store retention), or the quota raised (shoal store quota)",
+                f"the results and payloads of {whose} take {usage.bytes} bytes, and {usage.quota_bytes} are allowed: "
+                "have results removed sooner (shoal store retention), or failed jobs with large requests (shoal jobs "
+                "retention), or the quota raised (shoal store quota)",
                 retry_after_ms=_RETRY_AFTER_MS,
             )
+
+    def heard(self, usage: store_pb2.TenantUsage) -> None:
+        """The store has said, with a payload that it took, that this tenant is over.
+
+        That stands for the next look too: the counters that it sees may be a second behind.
+        """
+        self._heard[usage.tenant] = usage
+        self._over = {**self._over, usage.tenant: usage}
 
     async def _run(self) -> None:
         await for_ever("look for quotas of storage", self._look, away_s=self._look_s, log=log, level=logging.DEBUG)
@@ -60,5 +72,5 @@ class Storage(Background):
             found.update({usage.tenant: usage for usage in answer.usages})
             token = answer.next_page_token
             if not token:
-                self._over = found
+                self._over, self._heard = {**self._heard, **found}, {}
                 return self._look_s

@@ -22,6 +22,7 @@ class Upload:
         self.size = header.size_bytes
         self.offset = header.offset
         self.reference = header.reference
+        self.tenant = header.tenant if header.HasField("tenant") else None
         if self.size < 0:
             raise InvalidArgument(f"header.size_bytes: expected 0 or more, got {self.size}")
         if not 0 <= self.offset <= self.size:

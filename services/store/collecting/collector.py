@@ -27,7 +27,7 @@ from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.graves import Graves
 from services.store.artifacts.stored import FOLDER, key_of
 from services.store.collecting.uses import Uses
-from services.store.documents import RESTORES, Collections
+from services.store.documents import Collections, is_being_restored
 from services.store.responses import FOLDER as RESPONSES
 from services.store.transactions import transaction
 
@@ -84,7 +84,7 @@ class Collector:
         """
         with translated("collecting artifacts"):
             if await is_being_restored(self._collections):
-                return Collected()
+                return Collected()  # Artifacts come before what refers to them: none may go.
             condemned = await self.condemn()
             gone = await self.delete()
             found = await self.find_strays() if strays else 0
@@ -160,11 +160,6 @@ class Collector:
         except _Referred:
             await self._collections.artifacts.update_one(still, {"$unset": {"condemned_at": ""}})
             return False
-
-
-async def is_being_restored(collections: Collections) -> bool:
-    """Whether a restore is under way, or broke off: artifacts are there before what refers to them, so none may go."""
-    return await collections.db[RESTORES].find_one({}, {"_id": 1}) is not None
 
 
 class _Referred(Exception):

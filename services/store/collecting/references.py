@@ -2,25 +2,35 @@
 
 A reference and the collection of what it refers to both write to the artifact's document, in a transaction each: of the
 two, one sees the other, and nothing that is referred to is ever collected.
+
+    references  {_id: name, digest, made_at, tenant?, size?}
+
+One that is made for a tenant counts for it as long as it stands: what changes is noted in the transaction that makes,
+moves or ends it (`usage/changes.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 
 from pymongo.asynchronous.client_session import AsyncClientSession
 
-from mesh.mongo import translated
+from mesh.mongo import Document, translated
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.digest import brief
+from services.store.artifacts.stored import Stored
 from services.store.documents import Collections
+from services.store.results.result_rules import check_text
 from services.store.transactions import transaction
+from services.store.usage.changes import Changes
+from services.store.usage.weight import Weight, by_tenant, weight_of_payloads
 from shoal.errors import InvalidArgument, Unavailable
 
 MOST_CHARS = 128
 MOST_AT_ONCE = 1_000
 """Names of one request: half a second of MongoDB's time at most."""
+_COUNTED = {"tenant": 1, "size": 1}
 
 
 class References:
@@ -30,26 +40,36 @@ class References:
         self._collections = collections
         self._artifacts = artifacts
         self._clock = clock
+        self._changes = Changes(collections)
 
-    async def make(self, name: str, digest: str) -> None:
+    async def make(self, name: str, artifact: Stored, tenant: str | None = None) -> None:
         """Has `name` refer to an artifact that is stored. Idempotent; a name that referred to another one moves.
 
+        Args:
+            tenant: whose storage it counts for from now on. None: nobody's.
+
         Raises:
-            InvalidArgument: a bad name.
+            InvalidArgument: a bad name or tenant.
             Unavailable: the artifact has just been collected: upload it again.
         """
         check_name(name, "reference")
-        reference = {"digest": digest, "made_at": self._clock()}
+        check_tenant(tenant, "tenant")
+        reference: Document = {"_id": name, "digest": artifact.digest, "made_at": self._clock()}
+        if tenant is not None:
+            reference |= {"tenant": tenant, "size": artifact.size}
 
-        async def both(session: AsyncClientSession) -> bool:
-            if is_there := await self._artifacts.touch([digest], session):
-                change = {"$set": reference}
-                await self._collections.references.update_one({"_id": name}, change, upsert=True, session=session)
-            return is_there
+        async def all_or_nothing(session: AsyncClientSession) -> bool:
+            if not await self._artifacts.touch([artifact.digest], session):
+                return False
+            before = await self._collections.references.find_one_and_replace(
+                {"_id": name}, reference, upsert=True, session=session
+            )
+            await self._changes.note(_difference([before] if before else [], [reference]), session)
+            return True
 
         with translated("referring to an artifact"):
-            if not await transaction(self._collections, both):
-                raise Unavailable(f"artifact {digest} has just been collected: upload it again")
+            if not await transaction(self._collections, all_or_nothing):
+                raise Unavailable(f"artifact {artifact.digest} has just been collected: upload it again")
 
     async def release(self, names: Sequence[str]) -> int:
         """Ends references; those that there are not are ended already. Says how many there were.
@@ -61,9 +81,17 @@ class References:
             raise InvalidArgument(f"references: at most {MOST_AT_ONCE}, got {len(names)}")
         for at, name in enumerate(names):
             check_name(name, f"references[{at}]")
+        some = {"_id": {"$in": list(names)}}
+
+        async def all_or_nothing(session: AsyncClientSession) -> int:
+            # Both see the same ones: what anybody has changed meanwhile ends this transaction, and it begins anew.
+            ended = await self._collections.references.find(some, _COUNTED, session=session).to_list()
+            await self._collections.references.delete_many(some, session=session)
+            await self._changes.note(_difference(ended, []), session)
+            return len(ended)
+
         with translated("releasing references"):
-            released = await self._collections.references.delete_many({"_id": {"$in": list(names)}})
-        return released.deleted_count
+            return await transaction(self._collections, all_or_nothing)
 
     async def page(self, prefix: str, after: str, before: str, limit: int) -> list[tuple[str, str]]:
         """References whose names begin with `prefix`, above `after`, below `before`, in order: (name, digest).
@@ -81,6 +109,19 @@ class References:
         with translated("listing references"):
             cursor = self._collections.references.find({"$and": query}).sort("_id", 1).limit(limit or MOST_AT_ONCE)
             return [(doc["_id"], doc["digest"]) async for doc in cursor]
+
+
+def _difference(before: Iterable[Document], after: Iterable[Document]) -> Mapping[str, Weight]:
+    """What tenants have more when references come in the place of others. Those of no tenant count for nobody."""
+    more = [(doc["tenant"], weight_of_payloads(1, doc["size"])) for doc in after if "tenant" in doc]
+    less = [(doc["tenant"], Weight() - weight_of_payloads(1, doc["size"])) for doc in before if "tenant" in doc]
+    return by_tenant(more + less)
+
+
+def check_tenant(tenant: str | None, field: str) -> None:
+    """Whom a reference counts for, or InvalidArgument."""
+    if tenant is not None:
+        check_text(tenant, field)
 
 
 def check_name(name: str, field: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,17 +42,37 @@ class FolderPlace:
         # One name for one file: what a kill left behind is written over.
         partial = self._folder / f".{key}.partial"
         with disk.translated(f"writing {key}"):
-            fd = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
+            fd = _locked(partial)
             try:
+                os.ftruncate(fd, 0)
                 disk.write_all(fd, data, 0)
                 os.fsync(fd)
+                os.replace(partial, self._folder / key)
             except OSError:
                 partial.unlink(missing_ok=True)
                 raise
             finally:
                 os.close(fd)
-            os.replace(partial, self._folder / key)
             disk.sync_folder(self._folder)
+
+
+def _locked(file: Path) -> int:
+    """Opens `file` for this writer alone, until it is closed.
+
+    An export that was broken off may be writing its last part still when the call that goes on with it writes the same.
+    """
+    while True:
+        fd = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(fd), file.lstat()):
+                return fd
+        except FileNotFoundError:  # Renamed by who had it, between the two looks.
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
 
 
 class Places:

@@ -26,7 +26,7 @@ from services.store.responses import Responses
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
-from services.store.results.waiting import Waiting
+from services.store.results.waiting import Waiting, is_young
 from services.store.retention.tombstones import is_tombstone
 from shoal.errors import DataLoss, InvalidArgument, NotFound, ShoalError, Unavailable
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
@@ -41,6 +41,8 @@ _BLOBS_AT_ONCE = 8
 _NAMED_AT_ONCE = 32
 # Responses of up to SHOAL_STORE_INLINE_BYTES lie in the documents: so many are held beside the page.
 _STANDING_ATTEMPTS = 5
+_SOON_S = 0.02
+# A lone job of a fast model is done in 8 ms, and a look costs the store as much as recording its result does.
 _DUPLICATE_KEY = 11000
 
 
@@ -99,8 +101,14 @@ class Results:
             return await self._collections.results.find_one({"_id": job_id})
 
     async def _waited_for(self, job_id: str, wait_s: float) -> Document | None:
-        future = self.waiting.begin(job_id)
-        try:
+        if is_young(job_id, self._clock()):
+            # Its result is not there yet, mostly, and may be in a moment: then nobody need look.
+            soon_s = min(_SOON_S, wait_s)
+            wait_s -= soon_s
+            with self.waiting.for_(job_id) as future, contextlib.suppress(TimeoutError):
+                if (doc := await self.waiting.heard(future, soon_s)) is not None:
+                    return doc
+        with self.waiting.for_(job_id) as future:
             if (doc := await self._stored(job_id)) is not None:
                 return doc
             try:
@@ -108,8 +116,6 @@ class Results:
             except TimeoutError:
                 return None
             return doc or await self._stored(job_id)
-        finally:
-            self.waiting.end(job_id, future)
 
     async def query(self, query: QueryResultsRequest) -> tuple[list[Result], str]:
         """One page of results, newest first, and the token of the next page (empty on the last).

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 
 from mesh.mongo import Document, translated
 from mesh.tasks import Background
@@ -28,6 +30,11 @@ _REST = 10
 _AWAY_S = 0.5
 _ASKED_AT_ONCE = 1_000
 _FULL_MS = 1_000
+_ULID_CHARS, _TIME_CHARS = 26, 10
+_DIGITS = str.maketrans(
+    "0123456789ABCDEFGHJKMNPQRSTVWXYZ", "0123456789abcdefghijklmnopqrstuv", "ILOUabcdefghijklmnopqrstuvwxyz"
+)
+_YOUNG_MS = 100
 
 
 class Waiting(Background):
@@ -66,6 +73,15 @@ class Waiting(Background):
             futures.discard(future)
             if not futures:
                 del self._calls[job_id]
+
+    @contextmanager
+    def for_(self, job_id: str) -> Iterator[asyncio.Future[Document | None]]:
+        """Waits while the block lasts. Raises what `begin` does."""
+        future = self.begin(job_id)
+        try:
+            yield future
+        finally:
+            self.end(job_id, future)
 
     async def heard(self, future: asyncio.Future[Document | None], wait_s: float) -> Document | None:
         """What a future that was begun comes to.
@@ -122,6 +138,15 @@ class Waiting(Background):
             with translated("looking for results that others recorded"):
                 async for found in self._collections.results.find({"_id": {"$in": some}}, {"_id": 1}):
                     self._tell(found["_id"], None)
+
+
+def is_young(job_id: str, now: datetime) -> bool:
+    """Whether a job came just now, by its id (a ULID, https://github.com/ulid/spec). Of other ids it is not known."""
+    try:
+        made_ms = int(job_id[:_TIME_CHARS].translate(_DIGITS), 32) if len(job_id) == _ULID_CHARS else 0
+    except ValueError:
+        return False
+    return abs(now.timestamp() * 1000 - made_ms) < _YOUNG_MS  # Ingest's clock may be ahead of this one.
 
 
 def _late(future: asyncio.Future[Document | None]) -> None:

@@ -1,1 +1,1 @@
-"""How much each tenant's results take, and how much they may."""
+"""How much each tenant's results and payloads take, and how much they may."""

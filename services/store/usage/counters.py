@@ -1,13 +1,17 @@
-"""How much each tenant has: counters in MongoDB, kept up as results come and go, and counted anew now and then.
+"""How much each tenant has: counters in MongoDB, kept up as things come and go, and counted anew now and then.
 
     results come ──> added up in memory ──each second──> $inc      a crash forgets what came within the second
     retention    ──> $inc, in the transaction that removes
-    recount      ──> walks a tenant's results by index; $inc by what the counter was off
+    payloads     ──> noted, in the transaction that refers or releases ──each second──> $inc      (changes)
+    recount      ──> walks a tenant's results by index, adds up its payloads; $inc by what the counter was off
 
-    usage  {_id: tenant, results, bytes, recounts, recounted_at}
+    usage  {_id: tenant, results, bytes, payloads?, payload_bytes?, recounts, recounted_at}
 
 A write for every bulk of results would cost more than the counting is worth. What a crash forgets, the next recount
 finds: each tenant is counted once a day, by whichever instance comes first.
+
+Payloads are few beside results, large, and have a transaction of their own already: a note more, and they are counted
+exactly, whoever is killed when.
 """
 
 from __future__ import annotations
@@ -25,10 +29,19 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 
 from mesh.mongo import Document, translated
 from mesh.tasks import Background
-from services.store.documents import EVER, Collections, whole_milliseconds
+from services.store.documents import EVER, Collections, is_being_restored, whole_milliseconds
 from services.store.page_token import START, Place
 from services.store.results.result_filter import beyond
-from services.store.usage.weight import ANSWER_BYTES, RECORD_BYTES, Weight, by_tenant, weight_of
+from services.store.transactions import transaction
+from services.store.usage.changes import Changes
+from services.store.usage.weight import (
+    ANSWER_BYTES,
+    RECORD_BYTES,
+    Weight,
+    by_tenant,
+    weight_of,
+    weight_of_payloads,
+)
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -48,6 +61,7 @@ class Counters(Background):
     def __init__(self, collections: Collections, clock: Callable[[], datetime]) -> None:
         self._collections = collections
         self._clock = clock
+        self._changes = Changes(collections)
         self._waiting: dict[str, Weight] = {}
 
     async def __aexit__(
@@ -62,31 +76,65 @@ class Counters(Background):
             self._waiting[tenant] = self._waiting.get(tenant, Weight()) + weight
 
     async def flush(self) -> None:
-        """Writes what has come. What cannot be written now is written later."""
+        """Counts what has come. What cannot be counted now is counted later."""
+        await self._flush_results()
+        await self._fold_changes()
+
+    async def _flush_results(self) -> None:
         waiting, self._waiting = self._waiting, {}
         if not waiting:
             return
         try:
-            await self.add(waiting)
+            with translated("counting usage"):
+                await self.add(waiting)
         except ShoalError as err:
             log.warning("the usage of %d tenants is counted later: %s", len(waiting), err)
             for tenant, weight in waiting.items():
                 self._waiting[tenant] = self._waiting.get(tenant, Weight()) + weight
 
+    async def _fold_changes(self) -> None:
+        """Adds what was noted of payloads, here or by other instances."""
+
+        async def all_or_nothing(session: AsyncClientSession) -> bool:
+            taken = await self._changes.take(session)
+            await self.add(taken, session)
+            return bool(taken)
+
+        try:
+            with translated("counting payloads"):
+                if not await self._changes.are_there() or await is_being_restored(self._collections):
+                    return  # A restore that is repeated would bring back the notes that were counted.
+                while await transaction(self._collections, all_or_nothing):
+                    pass
+        except ShoalError as err:
+            log.warning("payloads are counted later: %s", err)
+
+    async def pending(self, tenant: str) -> Weight:
+        """What was noted of a tenant, and is not counted yet.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        with translated("looking for what is not counted yet"):
+            return await self._changes.pending(tenant)
+
     async def add(self, weights: Mapping[str, Weight], session: AsyncClientSession | None = None) -> None:
-        """Changes counters. In a transaction: with what is counted."""
+        """Changes counters. In a transaction: with what is counted, and best last, for others wait for it.
+
+        Raises pymongo's errors as they are: those of a conflict have the transaction begin anew.
+        """
         changes = [
             UpdateOne({"_id": tenant}, {"$inc": vars(weight), "$setOnInsert": _UNCOUNTED}, upsert=True)
             for tenant, weight in weights.items()
             if weight
         ]
         if changes:
-            with translated("counting usage"):
-                await self._collections.usage.bulk_write(changes, ordered=False, session=session)
+            await self._collections.usage.bulk_write(changes, ordered=False, session=session)
 
     async def recount(self, tenant: str) -> None:
-        """Counts a tenant's results anew, while they come and go: off by what comes within about two seconds.
+        """Counts a tenant's results and payloads anew, while they come and go.
 
+        Of results it is off by what comes within about two seconds; of payloads by nothing.
         Of two that do this at once one counts.
 
         Raises:
@@ -95,17 +143,24 @@ class Counters(Background):
         await self.flush()
         # What comes from now on is counted as it comes: the walk must not count it too, however long it takes.
         until, usage = whole_milliseconds(self._clock()), self._collections.usage
-        with translated(f"counting the results of tenant {tenant!r}"):
+        with translated(f"counting what tenant {tenant!r} has"):
             await usage.update_one({"_id": tenant}, {"$setOnInsert": {**vars(Weight()), **_UNCOUNTED}}, upsert=True)
             before = await usage.find_one({"_id": tenant}) or {}
-            off = await self._walked(tenant, until) - Weight(before["results"], before["bytes"])
+            off = await self._walked(tenant, until) - Weight.counted(before).of_results
+            off += await self._payloads_off(tenant)
             counted = {
                 "$inc": {**vars(off), "recounts": 1},
                 "$set": {"recounted_at": whole_milliseconds(self._clock())},
             }
             await usage.update_one({"_id": tenant, "recounts": before["recounts"]}, counted)
         if off:
-            log.info("tenant %r: the usage was off by %d results and %d bytes", tenant, off.results, off.bytes)
+            log.info(
+                "tenant %r: the usage was off by %d results, %d payloads and %d bytes",
+                tenant,
+                off.results,
+                off.payloads,
+                off.bytes,
+            )
 
     async def _walked(self, tenant: str, until: datetime) -> Weight:
         """What all results of a tenant count for that were recorded `until` then."""
@@ -121,6 +176,24 @@ class Counters(Background):
             (step,) = found
             sum_ += Weight(step["results"], step["answers"] + RECORD_BYTES * step["results"])
             place = Place(step["recorded_at"], step["job_id"])
+
+    async def _payloads_off(self, tenant: str) -> Weight:
+        """What is missing from the counter of a tenant's payloads.
+
+        Counter, notes and references are read as of one moment. Whatever changes one of them later changes another as
+        much, so that it stays right.
+        """
+        sum_ = {"_id": None, "count": {"$sum": 1}, "size": {"$sum": "$size"}}
+        steps: list[Document] = [{"$match": {"tenant": tenant}}, {"$group": sum_}]
+
+        async def at_once(session: AsyncClientSession) -> Weight:
+            counter = await self._collections.usage.find_one({"_id": tenant}, session=session)
+            cursor = await self._collections.references.aggregate(steps, hint="by_tenant", session=session)
+            there = [weight_of_payloads(found["count"], found["size"]) async for found in cursor]
+            counted = Weight.counted(counter).of_payloads if counter is not None else Weight()
+            return sum(there, Weight()) - counted - await self._changes.pending(tenant, session)
+
+        return await transaction(self._collections, at_once)
 
     async def _run(self) -> None:
         looked = asyncio.get_running_loop().time()

@@ -27,16 +27,19 @@ async def usage_of(quotas: Quotas, request: pb.ListUsageRequest) -> pb.ListUsage
     count, size = (0, 0) if request.over_quota else await quotas.artifacts()
     token = "" if following is None else _TOKEN + following
     return pb.ListUsageResponse(
-        usages=map(_message, usages), next_page_token=token, artifacts=count, artifact_bytes=size
+        usages=map(message_of, usages), next_page_token=token, artifacts=count, artifact_bytes=size
     )
 
 
-def _message(usage: Usage) -> pb.TenantUsage:
+def message_of(usage: Usage) -> pb.TenantUsage:
+    """What is told of a tenant."""
     counted = None if usage.recounted_at is None else timestamp(usage.recounted_at)
     return pb.TenantUsage(
         tenant=usage.tenant,
         results=usage.results,
         bytes=usage.bytes,
+        payloads=usage.payloads,
+        payload_bytes=usage.payload_bytes,
         quota_bytes=usage.quota_bytes,
         recounted_at=counted,
     )

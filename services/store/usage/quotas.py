@@ -1,26 +1,34 @@
-"""How much each tenant's results may take, and who takes more.
+"""How much each tenant's results and payloads may take, and who takes more.
 
     quotas  {_id: "*" or =tenant, tenant?, bytes, updated_at}
 
 The result of a job that was accepted is never refused: it has nowhere else to go. A quota is kept at the other end:
-ingest asks here who is over (ListUsage with `over_quota`) and accepts no new jobs of theirs.
+ingest asks here who is over (ListUsage with `over_quota`) and accepts no new jobs of theirs. Nor is a payload refused,
+whose job has passed that door; the answer to it says when its tenant is over, so that the door is shut at once.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from mesh.mongo import Document, translated
 from services.store.documents import EVER, Collections, whole_milliseconds
-from services.store.results.tenants import tenant_after
 from services.store.retention.rules import MAX_TENANT_CHARACTERS
 from services.store.usage.counters import Counters
-from shoal.errors import InvalidArgument
+from services.store.usage.tenants import tenant_after
+from services.store.usage.weight import Weight
+from shoal.errors import InvalidArgument, ShoalError
+
+log = logging.getLogger(__name__)
 
 MAX_PAGE = 1_000
 _MOST_BYTES = 1 << 60
+_NOTHING: Mapping[str, Any] = {"results": 0, "bytes": 0, "recounted_at": EVER}
+_NO_MORE = Weight()
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,9 @@ class Usage:
     tenant: str
     results: int
     bytes: int
+    """Of results and payloads."""
+    payloads: int
+    payload_bytes: int
     quota_bytes: int | None
     """None: no quota."""
     recounted_at: datetime | None
@@ -57,7 +68,7 @@ class Quotas:
             raise InvalidArgument(f"tenant: {MAX_TENANT_CHARACTERS} characters at most, got {len(tenant)}")
         if most_bytes is not None and not 0 <= most_bytes <= _MOST_BYTES:
             raise InvalidArgument(f"bytes: expected 0 to {_MOST_BYTES}, got {most_bytes}")
-        key = {"_id": "*" if tenant is None else f"={tenant}"}
+        key = {"_id": _key(tenant)}
         with translated("setting a quota"):
             if most_bytes is None:
                 await self._collections.quotas.delete_one(key)
@@ -86,14 +97,29 @@ class Quotas:
         usages = [usage for usage in all_ if usage.is_over] if over else all_
         return usages[:size], usages[size - 1].tenant if len(usages) > size else None
 
+    async def over(self, tenant: str) -> Usage | None:
+        """How things stand with a tenant that has used up its quota. None: it has not, or cannot be looked up now."""
+        keys = {"_id": {"$in": [_key(None), _key(tenant)]}}
+        try:
+            with translated("looking at the quota of a tenant"):
+                found = await self._collections.quotas.find(keys).hint("_id_").to_list()
+                doc = await self._collections.usage.find_one({"_id": tenant}) if found else None
+            # Then, and not before: a note that is counted in between is missed for now, and not counted twice.
+            more = await self._counters.pending(tenant) if found else _NO_MORE
+        except ShoalError as err:
+            log.warning("whether tenant %r is over its quota is looked at later: %s", tenant, err)
+            return None
+        usage = _usage(doc or {"_id": tenant, **_NOTHING}, _by_tenant(found), more)
+        return usage if usage.is_over else None
+
     async def recount(self) -> None:
-        """Counts everybody's results anew: a minute or so for some million results."""
+        """Counts everybody's results and payloads anew: a minute or so for some million."""
         after: str | None = None
         while (after := await tenant_after(self._collections, after)) is not None:
             await self._counters.recount(after)
 
     async def artifacts(self) -> tuple[int, int]:
-        """How many artifacts there are, and their bytes: models and whatever else was stored, of no tenant."""
+        """How many artifacts there are, and their bytes: models, payloads and whatever else was stored."""
         sum_: Document = {"_id": None, "n": {"$sum": 1}, "b": {"$sum": "$size"}}
         steps: list[Document] = [{"$match": {"size": {"$gte": 0}}}, {"$group": sum_}]
         with translated("adding up artifacts"):
@@ -102,12 +128,20 @@ class Quotas:
 
     async def _quotas(self) -> Mapping[str | None, int]:
         with translated("reading quotas"):
-            docs = await self._collections.quotas.find({}).hint("_id_").to_list()
-        return {doc.get("tenant"): doc["bytes"] for doc in docs}
+            return _by_tenant(await self._collections.quotas.find({}).hint("_id_").to_list())
 
 
-def _usage(doc: Document, quotas: Mapping[str | None, int]) -> Usage:
+def _by_tenant(quotas: Sequence[Document]) -> Mapping[str | None, int]:
+    return {doc.get("tenant"): doc["bytes"] for doc in quotas}
+
+
+def _key(tenant: str | None) -> str:
+    return "*" if tenant is None else f"={tenant}"
+
+
+def _usage(doc: Document, quotas: Mapping[str | None, int], more: Weight = _NO_MORE) -> Usage:
     quota = quotas.get(doc["_id"], quotas.get(None))
     # A removal may be counted before what it removes: nobody has less than nothing.
+    has = Weight(*(max(0, number) for number in vars(Weight.counted(doc) + more).values()))
     counted = None if doc["recounted_at"] == EVER else doc["recounted_at"]
-    return Usage(doc["_id"], max(0, doc["results"]), max(0, doc["bytes"]), quota, counted)
+    return Usage(doc["_id"], **vars(has), quota_bytes=quota, recounted_at=counted)

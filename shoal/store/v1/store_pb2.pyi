@@ -15,16 +15,18 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class PutArtifactRequest(_message.Message):
     __slots__ = ("header", "chunk")
     class Header(_message.Message):
-        __slots__ = ("sha256", "size_bytes", "offset", "reference")
+        __slots__ = ("sha256", "size_bytes", "offset", "reference", "tenant")
         SHA256_FIELD_NUMBER: _ClassVar[int]
         SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
         OFFSET_FIELD_NUMBER: _ClassVar[int]
         REFERENCE_FIELD_NUMBER: _ClassVar[int]
+        TENANT_FIELD_NUMBER: _ClassVar[int]
         sha256: str
         size_bytes: int
         offset: int
         reference: str
-        def __init__(self, sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., reference: _Optional[str] = ...) -> None: ...
+        tenant: str
+        def __init__(self, sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., reference: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     header: PutArtifactRequest.Header
@@ -32,12 +34,14 @@ class PutArtifactRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PutArtifactRequest.Header, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class PutArtifactResponse(_message.Message):
-    __slots__ = ("artifact", "existed")
+    __slots__ = ("artifact", "existed", "over_quota")
     ARTIFACT_FIELD_NUMBER: _ClassVar[int]
     EXISTED_FIELD_NUMBER: _ClassVar[int]
+    OVER_QUOTA_FIELD_NUMBER: _ClassVar[int]
     artifact: Artifact
     existed: bool
-    def __init__(self, artifact: _Optional[_Union[Artifact, _Mapping]] = ..., existed: _Optional[bool] = ...) -> None: ...
+    over_quota: TenantUsage
+    def __init__(self, artifact: _Optional[_Union[Artifact, _Mapping]] = ..., existed: _Optional[bool] = ..., over_quota: _Optional[_Union[TenantUsage, _Mapping]] = ...) -> None: ...
 
 class Artifact(_message.Message):
     __slots__ = ("sha256", "size_bytes", "created_at")
@@ -519,18 +523,22 @@ class ListUsageRequest(_message.Message):
     def __init__(self, over_quota: _Optional[bool] = ..., recount: _Optional[bool] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class TenantUsage(_message.Message):
-    __slots__ = ("tenant", "results", "bytes", "quota_bytes", "recounted_at")
+    __slots__ = ("tenant", "results", "bytes", "quota_bytes", "recounted_at", "payloads", "payload_bytes")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
     RECOUNTED_AT_FIELD_NUMBER: _ClassVar[int]
+    PAYLOADS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     results: int
     bytes: int
     quota_bytes: int
     recounted_at: _timestamp_pb2.Timestamp
-    def __init__(self, tenant: _Optional[str] = ..., results: _Optional[int] = ..., bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., recounted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    payloads: int
+    payload_bytes: int
+    def __init__(self, tenant: _Optional[str] = ..., results: _Optional[int] = ..., bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., recounted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., payloads: _Optional[int] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class ListUsageResponse(_message.Message):
     __slots__ = ("usages", "next_page_token", "artifacts", "artifact_bytes")

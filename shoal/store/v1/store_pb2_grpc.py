@@ -309,8 +309,8 @@ class StoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetQuota(self, request, context):
-        """Says how many bytes the results of a tenant may take, or of each that has no quota of its own. Who has used it up
-        cannot submit jobs until there is room again; results of jobs that were accepted are recorded all the same.
+        """Says how many bytes the results and payloads of a tenant may take, or of each that has no quota of its own. Who has
+        used it up cannot submit jobs until there is room again; results of jobs that were accepted are recorded all the same.
         INVALID_ARGUMENT names what is wrong.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -318,8 +318,8 @@ class StoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListUsage(self, request, context):
-        """How much each tenant has. Counters: off by what a crash forgot (results of its last second), until they are counted
-        anew, once a day or here. INVALID_ARGUMENT: a bad page size or token.
+        """How much each tenant has. Counters: off by what a crash forgot (results of its last second; of payloads nothing), until
+        they are counted anew, once a day or here. INVALID_ARGUMENT: a bad page size or token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mesh.channel import connect
 from shoal.ingest.v1 import ingest_pb2 as pb
+from shoal.ingest.v1 import ingest_pb2_grpc
 from tests.breakable import until
 from tests.ingest.batches.conftest import BatchClient, BatchMesh
 from tests.ingest.batches.making import write_lines, write_npz, write_parquet
+from tests.ingest.conftest import IngestProcess
 
 S = grpc.StatusCode
 
@@ -457,8 +460,10 @@ async def test_what_cannot_be_run_is_refused_by_name(client: BatchClient, mesh: 
 @pytest.mark.parametrize(
     ("batch_id", "code"), [("", S.INVALID_ARGUMENT), ("x", S.NOT_FOUND), ("0" * 26, S.NOT_FOUND)], ids=str
 )
-async def test_ids_that_name_no_batch(method: str, batch_id: str, code: Any, client: BatchClient) -> None:
-    call = getattr(client.stub, method)(getattr(pb, f"{method}Request")(id=batch_id), timeout=20)
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await (anext(aiter(call)) if method == "WatchBatch" else call)
+async def test_ids_that_name_no_batch(method: str, batch_id: str, code: Any, shared_ingest: IngestProcess) -> None:
+    async with connect(shared_ingest.address) as channel:
+        stub = ingest_pb2_grpc.IngestServiceStub(channel)
+        call = getattr(stub, method)(getattr(pb, f"{method}Request")(id=batch_id), timeout=20)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await (anext(aiter(call)) if method == "WatchBatch" else call)
     assert refused.value.code() == code

@@ -24,6 +24,7 @@ from tests.store.conftest import Store, running_store, store_config
 pytestmark = pytest.mark.mongo
 
 _UNAVAILABLE, _INVALID = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INVALID_ARGUMENT
+_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 LARGE = 600 << 10
 Database = AsyncDatabase[dict[str, Any]]
 
@@ -108,6 +109,85 @@ async def test_what_failed_is_kept_and_equal_requests_are_one_artifact(
             assert kept.request.raw_input_contents[0] == data
         assert len(await references(store)) == 3
         assert len(blobs(store)) == 1
+        await client.channel.close()
+
+
+async def usage(store: Store) -> dict[str, tuple[int, int]]:
+    """Payloads of each tenant that has some, and their bytes."""
+    found = await store.stub.ListUsage(store_pb2.ListUsageRequest())
+    return {one.tenant: (one.payloads, one.payload_bytes) for one in found.usages if one.payloads}
+
+
+async def test_a_large_request_counts_for_its_tenant_until_its_job_has_ended(
+    mesh: FakeMesh, store: Store, start_ingest: StartIngest
+) -> None:
+    async def is_refused(request: Any, context: Any) -> None:
+        await context.abort(_INVALID, "not such a request")
+
+    mesh.infer.model, model = _held, mesh.infer.model
+    data = os.urandom(LARGE)
+    with start_ingest() as ingest:
+        await ingest.until_ready()
+        client = Client(ingest.address)
+        jobs = [(await client.submit(data=data, tenant=tenant)).job.id for tenant in ("a", "a", "", "b")]
+        await client.submit(data=os.urandom(100 << 10), tenant="small")
+
+        async def counts(expected: dict[str, int]) -> None:
+            async def do_so() -> bool:
+                found = await usage(store)
+                return {tenant: payloads for tenant, (payloads, _) in found.items()} == expected
+
+            await until(do_so, f"payloads count: {expected}")
+
+        await counts({"": 1, "a": 2, "b": 1})
+        sizes = {nbytes // payloads for payloads, nbytes in (await usage(store)).values()}
+        assert all(LARGE + 512 < size < LARGE + 1_024 for size in sizes)
+        mesh.infer.model = model
+        for job in jobs:
+            assert (await client.ended(job)).state == pb.JOB_STATE_SUCCEEDED
+        await counts({})
+
+        mesh.infer.model = is_refused
+        failed = (await client.submit(data=data, tenant="a")).job.id
+        assert (await client.ended(failed)).state == pb.JOB_STATE_FAILED
+        await counts({"a": 1})  # Its request is kept.
+        found = await store.stub.ListUsage(store_pb2.ListUsageRequest(recount=True))
+        assert {one.tenant: one.payloads for one in found.usages if one.payloads} == {"a": 1}
+        await client.channel.close()
+
+
+async def test_payloads_use_a_quota_up(mesh: FakeMesh, store: Store, start_ingest: StartIngest) -> None:
+    """Who is over is refused at the next submit, and not only when the quotas are looked at again."""
+    mesh.infer.model, model = _held, mesh.infer.model
+    await store.stub.SetQuota(store_pb2.SetQuotaRequest(tenant="a", bytes=2 * LARGE))
+    with start_ingest() as ingest:
+        await ingest.until_ready()
+        client = Client(ingest.address)
+        accepted = [(await client.submit(data=os.urandom(LARGE), tenant="a")).job.id for _ in range(2)]
+        with pytest.raises(
+            grpc.aio.AioRpcError, match=f"payloads of tenant 'a' take .*{2 * LARGE} are allowed"
+        ) as told:
+            await client.submit(data=os.urandom(LARGE), tenant="a")
+        assert told.value.code() is _EXHAUSTED
+        assert ("retry-after-ms", "5000") in [*(told.value.trailing_metadata() or ())]
+        # Small ones too, for their results count; others may.
+        with pytest.raises(grpc.aio.AioRpcError, match="are allowed"):
+            await client.submit(data=b"small", tenant="a")
+        await client.submit(data=os.urandom(LARGE), tenant="b")
+        # What was accepted is done, and when its payloads are gone there is room again.
+        mesh.infer.model = model
+        for job in accepted:
+            assert (await client.ended(job)).state == pb.JOB_STATE_SUCCEEDED
+            assert job in mesh.store.results
+
+        async def has_room() -> bool:
+            try:
+                await client.submit(data=os.urandom(LARGE), tenant="a")
+            except grpc.aio.AioRpcError as err:
+                return err.code() is not _EXHAUSTED
+            return True
+
+        await until(has_room, "there is room again")
         await client.channel.close()
 
 

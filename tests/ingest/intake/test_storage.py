@@ -59,6 +59,19 @@ async def test_those_who_are_over_are_refused_until_there_is_room(own_mesh: Fake
     assert [is_refused(storage, tenant) for tenant in ("a", "", "b", "c")] == [False, False, True, False]
 
 
+async def test_what_is_heard_in_between_counts_at_once(own_mesh: FakeMesh) -> None:
+    """And for the next look too: what the store counts may be a second behind what it said."""
+    async with connect(own_mesh.address) as channel:
+        storage = Storage(channel)
+        storage.heard(over("a"))
+        assert is_refused(storage, "a")
+        await storage._look()
+        assert is_refused(storage, "a")
+        own_mesh.store.over = [over("b")]
+        await storage._look()
+        assert [is_refused(storage, tenant) for tenant in ("a", "b")] == [False, True]
+
+
 async def test_while_the_store_is_away_what_it_said_last_stands(own_mesh: FakeMesh, storage: Storage) -> None:
     own_mesh.store.over = [over("a")]
     await looked(own_mesh)

@@ -29,6 +29,8 @@ from services.store.backups.backup import NOT_CARRIED, Backup
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.backups.restore import Restore, complete_backups
+from services.store.usage.counters import Counters
+from services.store.usage.weight import Weight, weight_of_payloads
 from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from tests.store.collecting.conftest import Clock, Parts, make_parts
 from tests.store.conftest import sha256
@@ -57,7 +59,7 @@ class Node:
             await self.parts.put(content)
         await self.parts.register("m", *contents)
         await self.parts.registry.set_alias("m", "stable", 1)
-        await self.parts.references.make("job/1", sha256(contents[0]))
+        await self.parts.refer("job/1", contents[0])
         response = os.urandom(2 * MIB)
         ref = await self.parts.responses.keep(response)
         result = {
@@ -343,6 +345,35 @@ async def test_an_interrupted_restore_goes_on(node: Node, empty: Node, folder: s
     await all_of(empty.restore.run(folder, first.backup_id))
     assert await empty.documents() == await node.documents()
     assert await empty.blobs() == await node.blobs()
+
+
+async def test_usage_is_right_after_a_restore(node: Node, empty: Node, folder: str) -> None:
+    """What was counted, and what was only noted; also when the restore had to go on, beside somebody who counts."""
+    contents = [os.urandom(1000) for _ in range(20)]
+    await node.fill(*contents)
+    counters = Counters(node.parts.collections, node.parts.clock)
+    for n, content in enumerate(contents):
+        await node.parts.refer(f"job/{n}", content, f"t{n % 2}")
+        if n == 12:
+            await counters.flush()
+    await node.parts.references.release(["job/0", "job/13"])
+    assert await node.parts.collections.usage_changes.count_documents({}) > 0
+    await all_of(node.backup.run(folder))
+    counters = Counters(empty.parts.collections, empty.parts.clock)
+    steps = empty.restore.run(folder, "")
+    while await empty.parts.collections.usage_changes.count_documents({}) == 0:
+        await anext(steps)
+        await counters.flush()
+    await steps.aclose()
+    async for _ in empty.restore.run(folder, ""):
+        await counters.flush()
+    await counters.flush()
+    expected = {tenant: weight_of_payloads(9, 9_000) for tenant in ("t0", "t1")}
+    for _ in range(2):
+        docs = [doc async for doc in empty.parts.collections.usage.find()]
+        assert {doc["_id"]: Weight.counted(doc).of_payloads for doc in docs if doc["payloads"]} == expected
+        for tenant in expected:
+            await counters.recount(tenant)
 
 
 async def test_nothing_is_collected_while_a_restore_is_half_done(node: Node, empty: Node, folder: str) -> None:

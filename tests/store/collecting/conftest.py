@@ -62,6 +62,9 @@ class Parts:
     async def put(self, data: bytes, **header: object) -> Stored:
         return (await self.artifacts.put(await uploaded(data, **header)))[0]
 
+    async def refer(self, name: str, data: bytes, tenant: str | None = None) -> None:
+        await self.references.make(name, Stored(sha256(data), len(data), self.clock.now, ""), tenant)
+
     async def read(self, data: bytes) -> bytes:
         _, chunks = await self.artifacts.reader.read(sha256(data), 0)
         return b"".join([chunk async for chunk in chunks])

@@ -44,8 +44,8 @@ async def test_what_is_referred_to_stays(parts: Parts) -> None:
     for data in (b"of a model", b"of a job", b"of both", b"of nobody"):
         await parts.put(data)
     await parts.register("m", b"of a model", b"of both")
-    await parts.references.make("job/1", sha256(b"of a job"))
-    await parts.references.make("job/2", sha256(b"of both"))
+    await parts.refer("job/1", b"of a job")
+    await parts.refer("job/2", b"of both")
     await parts.collect_all()
     assert await parts.known() == {sha256(data) for data in (b"of a model", b"of a job", b"of both")}
 
@@ -61,7 +61,7 @@ async def test_what_is_referred_to_stays(parts: Parts) -> None:
 
 async def test_a_reference_comes_with_an_upload_and_goes_soon(parts: Parts) -> None:
     await parts.put(b"payload", reference="job/1")
-    await parts.references.make("job/1", sha256(b"payload"))
+    await parts.refer("job/1", b"payload")
     await parts.references.release(["job/1"])
     for _ in range(3):
         parts.clock.advance(minutes=11)
@@ -81,7 +81,7 @@ async def test_whoever_asks_for_a_condemned_one_saves_it(parts: Parts, who: str)
     elif who == "register":
         await parts.register("m", b"abc")
     else:
-        await parts.references.make("me", sha256(b"abc"))
+        await parts.refer("me", b"abc")
     parts.clock.advance(minutes=11)
     assert (await parts.collector.collect()).artifacts == 0
     assert await parts.read(b"abc") == b"abc"
@@ -93,7 +93,7 @@ async def test_what_is_gone_cannot_be_referred_to(parts: Parts) -> None:
     with pytest.raises(NotFound, match="upload it first"):
         await parts.register("m", b"abc")
     with pytest.raises(Unavailable, match="upload it again"):
-        await parts.references.make("me", sha256(b"abc"))
+        await parts.refer("me", b"abc")
     assert await parts.collections.references.count_documents({}) == 0
     assert await parts.collections.models.count_documents({}) == 0
 
@@ -194,7 +194,7 @@ async def test_two_rounds_at_once(parts: Parts) -> None:
 async def test_a_hostile_name_of_a_reference(parts: Parts, name: str, words: str) -> None:
     await parts.put(b"abc")
     with pytest.raises(InvalidArgument, match=words):
-        await parts.references.make(name, sha256(b"abc"))
+        await parts.refer(name, b"abc")
     with pytest.raises(InvalidArgument, match=r"references\[1\]"):
         await parts.references.release(["right", name])
 
@@ -203,7 +203,7 @@ async def test_references_in_pages(parts: Parts) -> None:
     await parts.put(b"abc")
     names = [f"job/{n:02}" for n in range(7)] + ["other/1", "job-no"]
     for name in names:
-        await parts.references.make(name, sha256(b"abc"))
+        await parts.refer(name, b"abc")
     seen: list[str] = []
     while page := await parts.references.page("job/", seen[-1] if seen else "", "job/05", 2):
         assert len(page) <= 2

@@ -1,4 +1,7 @@
-"""No order of operations collects what is referred to: with no ages at all, so that safety rests on fences alone."""
+"""No order of operations collects what is referred to: with no ages at all, so that safety rests on fences alone.
+
+Nor does one count it wrongly for its tenant.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ from services.store.artifacts.staging import Staging
 from services.store.collecting.collector import Ages, Collector
 from services.store.collecting.references import References
 from services.store.registry.registry import Registry
+from services.store.usage.counters import Counters
+from services.store.usage.weight import Weight, weight_of_payloads
 from shoal.errors import Aborted, NotFound, Unavailable
 from tests.store.artifacts.conftest import uploaded
 from tests.store.collecting.conftest import Clock, Parts, make_parts
@@ -73,7 +78,7 @@ class Story:
         """As a job with a large payload does it."""
         name = f"job/{next(self.names)}"
         await self._upload(reference=name)
-        await self.parts.references.make(name, self.digest)
+        await self.parts.refer(name, self.data, "t")
         self.referred.add(name)
 
     async def let_go(self) -> None:
@@ -99,6 +104,12 @@ class Story:
     async def condemn(self) -> None:
         await self.parts.collector.condemn()
 
+    async def count(self) -> None:
+        await Counters(self.parts.collections, self.parts.clock).flush()
+
+    async def recount(self) -> None:
+        await Counters(self.parts.collections, self.parts.clock).recount("t")
+
     async def stat(self) -> None:
         await self.parts.artifacts.stat(self.digest)
 
@@ -107,6 +118,11 @@ class Story:
 
     async def check(self) -> None:
         """At the end."""
+        await self.count()
+        claims = sum(name.startswith("job/") for name in self.referred)
+        counter = await self.parts.collections.usage.find_one({"_id": "t"})
+        counted = Weight() if counter is None else Weight.counted(counter)
+        assert counted == weight_of_payloads(claims, claims * len(self.data))
         if self.referred:
             assert await self.parts.read(self.data) == self.data
         for _ in range(4):
@@ -166,7 +182,7 @@ class World:
 
     async def _emptied(self) -> None:
         found = self.parts.collections
-        for collection in (found.artifacts, found.models, found.references, found.graves):
+        for collection in (found.artifacts, found.models, found.references, found.graves, found.usage):
             await collection.delete_many({})
         for key in await self.parts.keys():
             await self.parts.blobs.remove(key)
@@ -201,7 +217,19 @@ def test_every_single_interruption(world: World, first: str, others: tuple[str, 
             steps += 1
 
 
-ACTS = st.sampled_from(["push", "claim", "let_go", "read", "stat", "collect"])
+@pytest.mark.parametrize("other", ["claim+let_go", "count", "recount"])
+@pytest.mark.parametrize("act", ["claim", "let_go", "claim+claim+let_go"])
+def test_every_single_interruption_of_what_is_counted(world: World, act: str, other: str) -> None:
+    """The same for those who change what a tenant has, beside those who add it up."""
+    for interrupted in (0, 1):
+        steps, took = 0, 1
+        while steps < took:
+            order = [(interrupted, steps), (1 - interrupted, _FOR_EVER)] if steps else [(1 - interrupted, _FOR_EVER)]
+            took = world.runner.run(world.example([act, other], ("claim", "count", "claim"), order))
+            steps += 1
+
+
+ACTS = st.sampled_from(["push", "claim", "let_go", "read", "stat", "collect", "count", "recount"])
 TURNS = st.tuples(st.integers(0, 4), st.integers(1, 12))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from grpc import StatusCode
 
+from mesh.threads import Threads
 from services.store.config import StoreConfig
 from services.store.exports import part
+from services.store.exports.places import FolderPlace
 from services.store.exports.table import table_of
 from shoal.store.v1 import store_pb2 as pb
 from tests.store.conftest import Store, refused, running_store
@@ -159,6 +163,17 @@ async def test_it_goes_on_after_every_part(store: Store, allowed: Path, tmp_path
         await put(store, result(f"later{calls}"))
     assert calls >= 7
     assert read(folder) == rows
+
+
+async def test_writers_of_one_part_do_not_meet(tmp_path: Path) -> None:
+    """As when a call goes on with an export whose call before it is still writing."""
+    data = os.urandom(100_000)
+    with Threads(4) as threads:
+        place = FolderPlace(tmp_path, threads)
+        for _ in range(50):
+            await asyncio.gather(*(place.put("part-00000.parquet", data) for _ in range(4)))
+            assert (tmp_path / "part-00000.parquet").read_bytes() == data
+    assert [file.name for file in tmp_path.iterdir()] == ["part-00000.parquet"]
 
 
 async def test_a_part_with_large_answers_is_full_early(

@@ -1,0 +1,82 @@
+"""The worker for files that wait gets those and no others, and nothing is left undone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.lanes import LONG, PATIENT, Lanes
+from tests.test_layers import ROOT
+
+
+class Worker:
+    """What the scheduler sees of a worker."""
+
+    def __init__(self, name: str) -> None:
+        self.gateway = SimpleNamespace(id=name)
+        self.shutting_down = False
+        self.queue: list[int] = []
+
+    def send_runtest_some(self, indices: list[int]) -> None:
+        assert not self.shutting_down
+        self.queue += indices
+
+    def shutdown(self) -> None:
+        self.shutting_down = True
+
+
+def run(files: dict[str, int], workers: int) -> dict[str, list[str]]:
+    """What each worker runs of `files` (tests by name of file), when all tests take the same time."""
+    tests = [f"{file}::test_{n}" for file, count in files.items() for n in range(count)]
+    config: Any = SimpleNamespace(
+        getvalue=lambda name: ["popen"] * workers, option=SimpleNamespace(loadscopereorder=True)
+    )
+    lanes = Lanes(config)
+    nodes: list[Any] = [Worker(f"gw{n}") for n in range(workers)]
+    for node in nodes:
+        lanes.add_node(node)
+    for node in nodes:
+        lanes.add_node_collection(node, tests)
+    lanes.schedule()
+    ran: dict[str, list[str]] = {node.gateway.id: [] for node in nodes}
+    # A worker begins a test only when it has the next one, or is to end.
+    while able := [node for node in nodes if len(node.queue) > 1 or (node.queue and node.shutting_down)]:
+        for node in able:
+            index = node.queue.pop(0)
+            ran[node.gateway.id].append(tests[index])
+            lanes.mark_test_complete(node, index)
+    assert all(node.shutting_down for node in nodes)
+    assert sorted(test for some in ran.values() for test in some) == sorted(tests)
+    return ran
+
+
+def files_of(tests: list[str]) -> list[str]:
+    return list(dict.fromkeys(test.partition("::")[0] for test in tests))
+
+
+def test_the_files_are_there() -> None:
+    assert [file for file in PATIENT + LONG if not (ROOT / file).is_file()] == []
+    assert len({*PATIENT, *LONG}) == len(PATIENT) + len(LONG)
+
+
+def test_who_waits_runs_what_waits_and_the_long_files_come_first() -> None:
+    others = {f"tests/test_{n}.py": n for n in range(1, 40)}
+    ran = run({**others, **dict.fromkeys(PATIENT, 10), **dict.fromkeys(LONG, 10)}, workers=3)
+    assert files_of(ran["gw2"]) == list(PATIENT)
+    for name in ("gw0", "gw1"):
+        is_long = [file in LONG for file in files_of(ran[name])]
+        assert True in is_long
+        assert is_long == sorted(is_long, reverse=True)
+
+
+def test_what_waits_is_run_by_others_too_when_they_have_nothing_else() -> None:
+    ran = run({"tests/test_a.py": 1, **dict.fromkeys(PATIENT, 10)}, workers=3)
+    assert len(files_of(ran["gw0"] + ran["gw1"])) > 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("files", [{"tests/a.py": 1}, {PATIENT[0]: 1}, {f"tests/{n}.py": n for n in range(1, 5)}])
+def test_every_test_is_run_once(files: dict[str, int], workers: int) -> None:
+    run(files, workers)
