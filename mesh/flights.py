@@ -38,6 +38,10 @@ _KEPT_S = 600.0
 
 _NOTE_S = 1.0
 _POLL_S = 0.01
+_EXITING = 0x4
+# PF_EXITING of Linux' sched.h. The kernel closes the files of a process before it makes a zombie of it: whoever had a
+# connection to it may ask while it still counts as running.
+
 _FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 0})
 # Somebody's doing, or the kernel's for want of memory: so only the second time it is taken for the work's.
 
@@ -171,11 +175,13 @@ def read(path: Path) -> tuple[int, list[list[int]]]:
 
 
 def _lives(pid: int) -> bool:
+    """Whether the process is there, and not about to end (proc(5), fields 3 and 9)."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+            fields = file.read().rpartition(")")[2].split()
     except OSError:
         return False
+    return fields[0] not in ("Z", "X") and not int(fields[6]) & _EXITING
 
 
 def _status(path: Path) -> int:

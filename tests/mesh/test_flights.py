@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -26,6 +27,27 @@ with Flights(Path(sys.argv[1])) as mine:
     sys.stdout.flush()
     os._exit(3)
 """
+
+SLOW_TO_END = """
+import os, resource, sys
+from pathlib import Path
+from mesh.flights import Flights
+most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 8_000)
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def open_many():
+    for _ in range(most // 2 - 50):
+        os.open("/dev/null", os.O_RDONLY)
+with Flights(Path(sys.argv[1])) as mine:
+    seat = mine.seat()
+    seat.begin([ord("a")])
+    given = int(sys.argv[2])
+    open_many()
+    connection = os.dup(given)
+    os.close(given)
+    open_many()
+    os._exit(3)
+"""
+# Its end of a pipe is closed among thousands of other files: milliseconds before it has ended, in whatever order.
 
 
 def died(folder: Path, name: str, *seats: str, status: int | None = 3) -> None:
@@ -73,6 +95,20 @@ async def test_files_that_are_none_and_processes_nobody_watches_hold_up_nothing(
     (tmp_path / "infer-9.1.3.crash").write_bytes(b"nonsense" * 99)
     died(tmp_path, "infer-0", "a", status=None)
     assert await Crashes(tmp_path).verdict(A) is Verdict.INNOCENT
+
+
+async def test_one_that_is_still_ending_is_in_question(tmp_path: Path) -> None:
+    path = tmp_path / "infer-0.flights"
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", SLOW_TO_END, str(path), str(writer)]
+    with os.fdopen(reader, "rb") as connection, subprocess.Popen(command, pass_fds=[writer]) as process:
+        os.close(writer)
+        assert connection.read() == b""
+        asked = asyncio.create_task(Crashes(tmp_path).verdict(A))
+        await asyncio.sleep(0)
+        assert process.wait(60) == 3
+        flights.keep(path, process.pid, 3)
+        assert await asked is Verdict.GUILTY
 
 
 async def test_one_that_lives_is_not_in_question(tmp_path: Path) -> None:
