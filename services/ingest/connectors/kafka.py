@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 import confluent_kafka
@@ -56,6 +57,8 @@ class KafkaSource:
         self._config: dict[str, Any] = {
             "session.timeout.ms": 10_000,
             "heartbeat.interval.ms": 2_000,
+            # How soon a topic is found that was just made, or missed that was deleted: five minutes, if nobody says so.
+            "topic.metadata.refresh.interval.ms": 10_000,
             **options,
             "bootstrap.servers": brokers,
             "group.id": group,
@@ -409,9 +412,14 @@ def _consumed(consumer: Any, limit: int) -> list[Any]:
     return [] if first is None else [first, *consumer.consume(limit - 1, 0)] if limit > 1 else [first]
 
 
+_headers_of = methodcaller("headers")
+# Not consumed.headers(): for a name that is no UTF-8 the library returns holes, with an error beside them that CPython
+# does not look for where it has called often. To touch a hole ends the process.
+
+
 def _headers(consumed: Any) -> tuple[tuple[str, bytes], ...]:
     try:
-        return tuple((name, value or b"") for name, value in consumed.headers() or ())
+        return tuple((name, value or b"") for name, value in _headers_of(consumed) or ())
     except (SystemError, UnicodeDecodeError) as err:
         # A name is no UTF-8, and the library gives none then. Without them the message does not hold up its partition.
         log.warning("the headers of %s/%s cannot be read: %s", consumed.partition(), consumed.offset(), err)

@@ -228,12 +228,27 @@ async def test_a_broker_that_hangs_is_waited_for(
 async def test_a_topic_that_is_made_later_is_read_then(tansu: Tansu) -> None:
     kafka = Kafka(tansu.address)
     got: list[Message] = []
-    source = source_of(kafka, **{"topic.metadata.refresh.interval.ms": "500"})
+    source = source_of(kafka)
     async with reading(source, got):
         await until(lambda: "there is no topic" in source.standing().trouble, "the trouble", **PATIENT)
         await kafka.make()
         await kafka.publish([b"a", b"b"])
         await until(lambda: len(got) == 2, "messages", **PATIENT)
+        assert source.standing().trouble == ""
+
+
+async def test_a_topic_that_is_gone_is_said_so(tmp_path: Path) -> None:
+    with Tansu(tmp_path) as broker:
+        broker.wait_until_ready()
+        kafka = await Kafka(broker.address).make()
+        got: list[Message] = []
+        source = source_of(kafka)
+        async with reading(source, got):
+            await kafka.publish([b"a", b"b"])
+            await until(lambda: len(got) == 2, "messages", **PATIENT)
+            broker.kill()  # It keeps nothing.
+            broker.start()
+            await until(lambda: "there is no topic" in source.standing().trouble, "the trouble", **PATIENT)
 
 
 def librdkafka() -> Any:
@@ -291,6 +306,17 @@ async def test_where_the_committed_place_is_gone_all_that_is_there_is_read(start
             await kafka.publish([b"2", b"3"])
             await until(lambda: len(got) == 4, "what came later", **PATIENT)
         assert [int(each.value) for each in got] == [0, 1, 2, 3]
+
+
+async def test_headers_that_cannot_be_read_are_seen_at_once(kafka: Kafka, caplog: pytest.LogCaptureFixture) -> None:
+    """And not when a hole among them has been touched, which ends the process."""
+    got: list[Message] = []
+    table = kafka.table["source"]
+    await kafka.publish([b"%d" % n for n in range(200)])  # CPython looks for fewer errors in what it runs often.
+    await asyncio.to_thread(publish_raw, table["brokers"], table["topic"], b"odd", b"\xff\xfe")
+    async with reading(source_of(kafka), got):
+        await until(lambda: len(got) == 201, "all", **PATIENT)
+    assert "cannot be read: operator.methodcaller('headers') returned a result with an exception set" in caplog.text
 
 
 async def test_headers_that_cannot_be_read_hold_nothing_up(kafka: Kafka) -> None:
