@@ -72,8 +72,10 @@ INDEXES = (
         unique=True,
         partialFilterExpression={"key": {"$exists": True}},
     ),
-    # Whom the end of a job concerns, and all that wait for others: of most jobs neither index knows anything.
+    # Whom the end of a job concerns, or would if it were requeued, and all that wait for others: of most jobs none of
+    # these indexes knows anything.
     IndexModel([("waits_for", ASCENDING)], name="dependents", partialFilterExpression={"waits_for": {"$exists": True}}),
+    IndexModel([("unmet", ASCENDING)], name="failed_dependents", partialFilterExpression={"unmet": {"$exists": True}}),
     IndexModel(
         [("state", ASCENDING), ("_id", ASCENDING)],
         name="all_dependents",
@@ -118,6 +120,7 @@ VALIDATOR: Mapping[str, Any] = {
             "due_at": {"bsonType": "date"},
             "depends_on": {"bsonType": "array", "minItems": 1, "items": {"bsonType": "string"}},
             "waits_for": {"bsonType": "array", "minItems": 1, "items": {"bsonType": "string"}},
+            "unmet": {"bsonType": "array", "minItems": 1, "items": {"bsonType": "string"}},
             "deadline": {"bsonType": "date"},
             "lease": {"bsonType": "object", "required": ["id", "owner", "expires_at"]},
             "transitions": {"bsonType": "array", "minItems": 1},
@@ -210,6 +213,7 @@ def job_of(document: Mapping[str, Any]) -> Job:
         deadline=document.get("deadline"),
         depends_on=tuple(document.get("depends_on", ())),
         waits_for=tuple(document.get("waits_for", ())),
+        unmet=tuple(document.get("unmet", ())),
         not_before=document.get("not_before"),
         fails_with_them=document.get("fails_with_them", False),
         generation=document.get("generation", 1),
@@ -280,6 +284,8 @@ def difference(before: Job, after: Job) -> dict[str, Any]:
         _put(set_, unset, "due_at", after.due_at)
     if before.waits_for != after.waits_for:
         _put(set_, unset, "waits_for", list(after.waits_for) or None)
+    if before.unmet != after.unmet:
+        _put(set_, unset, "unmet", list(after.unmet) or None)
     if before.not_before != after.not_before:
         _put(set_, unset, "not_before", after.not_before)
     if before.cancel_reason is not None and after.cancel_reason is None:
@@ -351,10 +357,16 @@ def unleased(job: Job) -> Document:
     return {"_id": job.id, "steps": job.steps, "lease": {"$exists": False}, "waits_for": {"$exists": True}}
 
 
-def dooming(lease: Lease, how: End) -> Document:
-    """An update that takes a job over, to end it so: whoever finds it after that does the same."""
+def dooming(lease: Lease, how: End, unmet: Sequence[str]) -> Document:
+    """An update that takes a job over, to end it so: whoever finds it after that does the same.
+
+    `unmet` is what of its dependencies has not succeeded by then; without any it stays as it was.
+    """
     doom = {"outcome": int(how.outcome), "code": how.code, "message": how.message}
-    return {"$set": {"lease": asdict(lease), "doom": doom}}
+    set_: Document = {"lease": asdict(lease), "doom": doom}
+    if unmet:
+        set_["waits_for"] = list(unmet)
+    return {"$set": set_}
 
 
 def _step(step: Transition) -> Document:

@@ -182,6 +182,7 @@ class Changes(TypedDict, total=False):
     waits_for: tuple[str, ...]
     not_before: datetime | None
     fails_with_them: bool
+    unmet: tuple[str, ...]
     generation: int
     attempts: int
     lapses: int
@@ -229,6 +230,8 @@ class Job:
     """With dependencies: not due before then, even when they have succeeded earlier."""
     fails_with_them: bool = False
     """It ends as FAILED when one of them does not succeed, and not as CANCELLED."""
+    unmet: tuple[str, ...] = ()
+    """Of a dead letter that has waited in vain: what had not succeeded, for which its requeue waits again."""
     generation: int = 1
     """How many lives it has begun: each requeue of a dead letter begins one."""
     attempts: int = 0
@@ -391,6 +394,7 @@ def end(job: Job, standing: End, instance: str, now: datetime) -> Job:
         state=state,
         due_at=None,
         waits_for=(),
+        unmet=job.waits_for if state in DEAD_LETTERS else (),
         refusals=0,
         last_code=job.last_code if is_answered else standing.code,
         last_message=job.last_message if is_answered else standing.message[:MESSAGE_CHARS],
@@ -405,8 +409,9 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
     """A dead letter back in the queue as its next generation: with all its attempts, and its deadline anew."""
     assert job.state in DEAD_LETTERS
     step = Transition(State.QUEUED, now, 0, instance, f"requeued: {reason}" if reason else "requeued")
-    # What has run has nothing to wait for: they succeeded, for good, though retention may have removed them since.
-    waits_for = () if job.attempts else job.depends_on
+    # What has succeeded has, for good, though retention may have removed it since. Jobs of an earlier version have no
+    # `unmet`.
+    waits_for = () if job.attempts else job.unmet or job.depends_on
     return job.but(
         state=State.QUEUED,
         generation=job.generation + 1,
@@ -415,6 +420,7 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
         refusals=0,
         due_at=None if waits_for else now,
         waits_for=waits_for,
+        unmet=(),
         not_before=None,
         doom=None,
         deadline=None if job.deadline is None else now + (job.deadline - _began_at(job)),

@@ -25,7 +25,7 @@ from mesh.mongo import Document, translated
 from mesh.tasks import Background
 from services.ingest.clock import Clock
 from services.ingest.dependencies.standings import standings
-from services.ingest.dependencies.waiting import Known, after_look
+from services.ingest.dependencies.waiting import Known, after_look, unmet
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.documents import LIGHT, difference, dooming, job_of, unleased
@@ -143,7 +143,9 @@ class Cascade(Background):
             known, now = await self._known(some), self._clock()
             decided = {job.id: after_look(job, known[job.tenant], self._instance, now) for job in some}
             await self._go_on([(job, after) for job in some if isinstance(after := decided[job.id], Job)])
-            await self._end([(job, how) for job in some if isinstance(how := decided[job.id], End)])
+            await self._end(
+                [(job, how, unmet(job, known[job.tenant])) for job in some if isinstance(how := decided[job.id], End)]
+            )
 
     async def _known(self, jobs: Sequence[Job]) -> dict[str, Known]:
         """How all that `jobs` wait for stand, by tenant and reference. Others' jobs are nobody's dependencies."""
@@ -165,16 +167,16 @@ class Cascade(Background):
         if released := [after for _, after in changed if after.due_at is not None]:
             self._on_released(released)
 
-    async def _end(self, dooms: Sequence[tuple[Job, End]]) -> None:
+    async def _end(self, dooms: Sequence[tuple[Job, End, tuple[str, ...]]]) -> None:
         dooms = dooms[: self._dispatcher.room]  # The others wait for the next sweep.
         if not dooms:
             return
         lease = self._claims.lease()
         with translated("ending jobs that waited for others"):
             await self._jobs.bulk_write(
-                [UpdateOne(unleased(job), dooming(lease, how)) for job, how in dooms], ordered=False
+                [UpdateOne(unleased(job), dooming(lease, how, left)) for job, how, left in dooms], ordered=False
             )
-            ours = {"_id": {"$in": [job.id for job, _ in dooms]}, "lease.id": lease.id}
+            ours = {"_id": {"$in": [job.id for job, _, _ in dooms]}, "lease.id": lease.id}
             taken = [job_of(document) async for document in self._jobs.find(ours, LIGHT)]
         for job in taken:
             if job.doom is not None:

@@ -38,4 +38,4 @@ _STANDING = {"state": 1, "key": 1, "last_message": 1}
 def _standing(document: Document) -> Standing:
     state = State(document["state"])
     message: str = document.get("last_message", "") if state is not State.SUCCEEDED else ""
-    return Standing(document["_id"], state, message)
+    return Standing(document["_id"], state, message, document.get("key", ""))

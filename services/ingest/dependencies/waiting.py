@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeAlias
 
-from services.ingest.dependencies.references import words
+from services.ingest.dependencies.references import by_key, words
 from services.ingest.job import FINAL, End, Job, Outcome, State, ended_from_outside, released_from_waiting
 from shoal.errors import Code
 
@@ -29,6 +29,7 @@ class Standing:
     state: State
     message: str = ""
     """Why it ended as it did."""
+    key: str = ""
 
 
 Known: TypeAlias = Mapping[str, Standing]
@@ -48,6 +49,19 @@ def after_look(job: Job, known: Known, instance: str, now: datetime) -> Job | En
         return released_from_waiting(job, instance, now)
     # By id from now on: that is what is looked for when one of them ends.
     return job.but(waits_for=tuple(dict.fromkeys(standing.id for standing in left)))
+
+
+def unmet(job: Job, known: Known) -> tuple[str, ...]:
+    """What it waits for that has not succeeded, as it named it: a key may be another job's when it is requeued."""
+    left: list[str] = []
+    for reference in job.waits_for:
+        standing = known.get(reference)
+        if standing is None:
+            left.append(reference)
+        elif standing.state is not State.SUCCEEDED:
+            named = by_key(standing.key)
+            left.append(named if named in job.depends_on else reference)
+    return tuple(dict.fromkeys(left))
 
 
 _FAILED = FINAL - {State.SUCCEEDED}

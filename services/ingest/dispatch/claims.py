@@ -101,6 +101,10 @@ class Claims:
                 mine = await self._claim_known(limit, closed)
         return mine, self._lanes.has_due(self._clock(), closed)
 
+    def due_models(self) -> set[str]:
+        """The models that a job may be due of, as far as is known here."""
+        return self._lanes.due_models(self._clock())
+
     async def _claim_known(self, limit: int, closed: Collection[str]) -> list[Job]:
         now, spread = self._clock(), self._spread
         asks = self._lanes.asks(limit, now, closed, spread)

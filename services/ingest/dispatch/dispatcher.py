@@ -12,7 +12,9 @@ or several, leave room for the others.
 
 While the queue is drained, jobs submitted here are adopted: they are claimed in the write that makes them durable. What
 there is no room for just then is fresh, and goes straight from intake to a claim. Nobody reads the queue but for a poll
-now and then. When there is more than it has room for, it forgets the fresh ones and works by the queue's order.
+now and then. When there is more than it has room for, it forgets the fresh ones and works by the queue's order. A queue
+counts as drained when what waits there is of models with a line only; as soon as one of these is free, it is read, and
+until then nothing of theirs is adopted: it would pass those that wait.
 """
 
 from __future__ import annotations
@@ -129,6 +131,8 @@ class Dispatcher:
         self._fresh: deque[Job] = deque()
         self._adopting = 0
         self._is_drained = True
+        self._behind: set[str] = set()
+        # While it is drained: models that it could not be drained of, because they were closed.
         self._wake = asyncio.Event()
         self._next_read = 0.0
         self._stop_at: float | None = None
@@ -164,7 +168,7 @@ class Dispatcher:
         if room <= 0:
             return jobs
         now = self._clock()
-        lease, closed = self._claims.lease(), self._closed(now)
+        lease, closed = self._claims.lease(), self._behind.union(self._closed(now))
         made: list[Job] = []
         for job in jobs:
             if room > 0 and job.due_at is not None and job.due_at <= now and job.model_name not in closed:
@@ -273,13 +277,16 @@ class Dispatcher:
                 await self._sleep(self._idle_s())
 
     async def _claim(self) -> list[Job]:
+        closed = self._closed(self._clock())
+        if self._behind.difference(closed):
+            self._fall_behind()
         room = self._claim_room()
         if room <= 0:
             return []
-        closed = self._closed(self._clock())
         now = asyncio.get_running_loop().time()
         if self._is_drained and now < self._next_read:
             fresh = [self._fresh.popleft() for _ in range(min(room, len(self._fresh)))]
+            self._behind.update(job.model_name for job in fresh if job.model_name in closed)
             fresh = [job for job in fresh if job.model_name not in closed]
             jobs = await self._claims.claim_fresh(fresh) if fresh else []
         else:
@@ -289,7 +296,7 @@ class Dispatcher:
             if is_more:
                 self._fall_behind()
             else:
-                self._is_drained = True
+                self._is_drained, self._behind = True, self._claims.due_models()
         self._backlog.taken(len(jobs))
         return jobs
 
@@ -472,6 +479,7 @@ class Dispatcher:
 
     def _fall_behind(self) -> None:
         self._is_drained = False
+        self._behind.clear()
         self._fresh.clear()
 
     def _idle_s(self) -> float:

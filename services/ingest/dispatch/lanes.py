@@ -67,6 +67,10 @@ class Lanes:
         """Whether a job may be due whose model is not among `closed`."""
         return any(True for lanes in self._heads.values() for _ in self._due(lanes, now, closed))
 
+    def due_models(self, now: datetime) -> set[str]:
+        """The models that a job may be due of."""
+        return {lane.model for lanes in self._heads.values() for lane, due_at in lanes.items() if due_at <= now}
+
     def asks(self, room: int, now: datetime, closed: Collection[str], spread: int = 1) -> list[Ask]:
         """What to look for, to claim up to `room` jobs.
 

@@ -7,6 +7,7 @@ Ids rise with the time of submission, so what was submitted too late to be over 
 young when its page was read (it took long, or its tenant keeps it longer) is looked at again a day later. Two leaders
 at once would do no harm: a removal demands that the job has ended so, so long ago. A dead letter that was requeued has
 not. What another job still waits for stays too: that one is to see how it ended, however long nobody was there to look.
+So does what a dead letter has waited for in vain, and would wait for again.
 """
 
 from __future__ import annotations
@@ -111,11 +112,13 @@ class Sweep(Background):
         return len(jobs) == PAGE_JOBS, len(over)
 
     async def _not_awaited(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those that no other job waits for any more."""
+        """Those that no other job waits for any more, or would if it were requeued."""
         names = [*(job.id for job in jobs), *(by_key(job.key) for job in jobs if job.key)]
+        awaited: set[tuple[str, str]] = set()
         with translated("looking for jobs that wait for others"):
-            cursor = self._jobs.find({"waits_for": {"$in": names}}, {"tenant": 1, "waits_for": 1})
-            awaited = {(one["tenant"], reference) async for one in cursor for reference in one["waits_for"]}
+            for field in ("waits_for", "unmet"):
+                cursor = self._jobs.find({field: {"$in": names}}, {"tenant": 1, field: 1})
+                awaited |= {(one["tenant"], reference) async for one in cursor for reference in one[field]}
         return [job for job in jobs if not awaited & {(job.tenant, job.id), (job.tenant, by_key(job.key))}]
 
     async def _remove(self, over: Sequence[Job], state: State, before: datetime) -> None:

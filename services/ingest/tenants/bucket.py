@@ -46,6 +46,8 @@ class _Hand:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     empty_until: float = float("-inf")
     """The bucket has none before then: it need not be asked."""
+    asked_under: Limits | None = None
+    """What held then; under another rate the bucket fills sooner."""
 
 
 class Buckets:
@@ -87,7 +89,7 @@ class Buckets:
         hand.waiting += 1
         try:
             async with hand.lock:  # One asks for all that wait.
-                if not self.has_at_hand(tenant) and self._clock() >= hand.empty_until:
+                if not self.has_at_hand(tenant) and (self._clock() >= hand.empty_until or limits != hand.asked_under):
                     await self._refill(tenant, hand, limits)
                 if not self.has_at_hand(tenant):
                     raise ResourceExhausted(
@@ -106,7 +108,7 @@ class Buckets:
             )
         assert bucket is not None  # It was upserted.
         hand.tokens, hand.taken_at, hand.used = int(bucket["granted"]), self._clock(), 0
-        hand.empty_until = hand.taken_at + max(0.0, 1 - bucket["level"]) / limits.rate
+        hand.empty_until, hand.asked_under = hand.taken_at + max(0.0, 1 - bucket["level"]) / limits.rate, limits
 
     def _hand(self, tenant: str) -> _Hand:
         if len(self._hands) >= _HANDS_TIDY and tenant not in self._hands:

@@ -117,6 +117,29 @@ async def test_a_requeue_of_both_runs_both(client: Client, mesh: FakeMesh) -> No
     assert (ended.state, ended.generation) == (pb.JOB_STATE_SUCCEEDED, 2)
 
 
+@pytest.mark.parametrize("by_key", [False, True])
+async def test_a_requeue_outlives_the_removal_of_what_had_succeeded(
+    client: Client, mesh: FakeMesh, mongo_uri: str, shared_database: str, by_key: bool
+) -> None:
+    key = uuid.uuid4().hex
+    good = (await client.submit(request_id="good", idempotency_key=f"{key} good")).job.id
+    await client.ended(good)
+    mesh.infer.model = hold = Hold()
+    bad = (await client.submit(request_id="bad", idempotency_key=f"{key} bad")).job.id
+    depends_on = after(f"+{key} good", f"+{key} bad") if by_key else after(good, bad)
+    choice = pb.ON_DEPENDENCY_FAILURE_FAIL
+    child = (await client.submit(request_id="x", depends_on=depends_on, on_dependency_failure=choice)).job.id
+    hold.may.set()
+    assert (await client.ended(child)).state == pb.JOB_STATE_FAILED
+    async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:  # Retention keeps dead letters for longer.
+        await mongo[shared_database][JOBS].delete_one({"_id": good})
+    mesh.infer.model = echo
+    for job_id in (bad, child):
+        await client.stub.RequeueDeadLetters(pb.RequeueDeadLettersRequest(ids=[job_id]), timeout=20)
+    ended = await client.ended(child)
+    assert (ended.state, ended.generation) == (pb.JOB_STATE_SUCCEEDED, 2), ended.last_message
+
+
 async def test_one_that_waits_is_cancelled_and_expires_like_any(client: Client, mesh: FakeMesh) -> None:
     mesh.infer.model = hold = Hold()
     first = (await client.submit(request_id="1")).job

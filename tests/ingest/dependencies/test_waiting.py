@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from services.ingest.dependencies.references import by_key, references_of
-from services.ingest.dependencies.waiting import Standing, after_look
+from services.ingest.dependencies.waiting import Standing, after_look, unmet
 from services.ingest.job import (
     DEAD_LETTERS,
     FINAL,
@@ -96,14 +96,23 @@ def test_a_lapse_does_not_make_it_due() -> None:
     assert (after.due_at, after.waits_for) == (None, (A,))
 
 
-def test_a_requeue_waits_for_all_of_them_again() -> None:
-    how = look(waiting(A, B, fails_with_them=True), **{A: State.SUCCEEDED, B: State.DEAD})
+def test_a_requeue_waits_again_for_those_that_have_not_succeeded() -> None:
+    one, standing = waiting(A, B, fails_with_them=True), known(**{A: State.SUCCEEDED, B: State.DEAD})
+    how, left = after_look(one, standing, "i", LATER), unmet(one, standing)
     assert isinstance(how, End)
-    ended = end(replace(waiting(A, B), waits_for=(B,), doom=how), how, "i", LATER)
-    assert (ended.state, ended.waits_for) == (State.FAILED, ())
+    ended = end(replace(one, waits_for=left, doom=how), how, "i", LATER)
+    assert (ended.state, ended.waits_for, ended.unmet) == (State.FAILED, (), (B,))
     assert ended.state in DEAD_LETTERS
     again = requeue(ended, "", "i", LATER)
-    assert (again.due_at, again.waits_for, again.doom) == (None, (A, B), None)
+    assert (again.due_at, again.waits_for, again.unmet, again.doom) == (None, (B,), (), None)
+    before_there_was_such_a_thing = requeue(replace(ended, unmet=()), "", "i", LATER)
+    assert before_there_was_such_a_thing.waits_for == (A, B)
+
+
+def test_what_has_not_succeeded_goes_by_the_name_that_the_job_has_for_it() -> None:
+    one = replace(waiting(by_key("a"), by_key("b"), B), waits_for=(A, by_key("b"), B))
+    standing = {A: Standing(A, State.DEAD, "", "a"), B: Standing(B, State.RUNNING, "", "c")}
+    assert unmet(one, standing) == (by_key("a"), by_key("b"), B)
 
 
 def test_a_requeue_of_what_has_run_waits_for_nobody() -> None:

@@ -89,6 +89,7 @@ class Instance:
     attempts: Any
     written: Any = None
     lease_ms: int = 60_000
+    poll_ms: int = 10
     store: Store = field(default_factory=Store)
     changed: list[str] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -117,7 +118,7 @@ class Instance:
             instance=name,
             ready=self.ready,
             max_in_flight=8,
-            poll_ms=10,
+            poll_ms=self.poll_ms,
             drain_ms=1_000,
         )
         self.keeper = Keeper(

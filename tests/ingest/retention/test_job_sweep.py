@@ -131,6 +131,21 @@ async def test_what_others_still_wait_for_stays_until_they_know_that_it_succeede
     assert await world.left() == {waits.id}
 
 
+async def test_what_a_dead_letter_would_wait_for_again_stays_as_long_as_it_does(world: World) -> None:
+    await world.book.set(Rule(EVERYONE, State.FAILED, timedelta(days=30)))
+    by_id, keyed = await world.put(State.SUCCEEDED), await world.put(State.SUCCEEDED, key="k", digest=b"d")
+    letter = await world.put(State.FAILED, depends_on=(by_id.id, "key:k"), waits_for=(by_id.id, "key:k"))
+    await world.jobs.update_one({"_id": letter.id}, {"$rename": {"waits_for": "unmet"}})
+    world.clock.advance(days=8)
+    assert await world.sweep.round() == 0
+    assert await world.left() == {by_id.id, keyed.id, letter.id}
+    world.clock.advance(days=30)
+    await world.sweep.round()
+    world.clock.advance(days=1, seconds=1)
+    await world.sweep.round()
+    assert await world.left() == set()
+
+
 async def test_what_took_long_is_found_a_day_later(world: World) -> None:
     slow = await world.put(State.RUNNING)
     quick = await world.put(State.SUCCEEDED)

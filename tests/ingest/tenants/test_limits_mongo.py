@@ -85,6 +85,17 @@ async def test_a_refused_tenant_costs_the_database_nothing(database: Database) -
     assert await taken(buckets, NEVER_AGAIN, 1) == 1
 
 
+async def test_a_higher_rate_counts_at_once(database: Database) -> None:
+    buckets = Buckets(database, Seconds())
+    assert await taken(buckets, NEVER_AGAIN, 21) == 20
+    fast = Limits(rate=1_000_000, burst=20)
+
+    async def let_in() -> bool:
+        return await taken(buckets, fast, 1) == 1
+
+    await until(let_in, "the higher rate lets one in", every_s=0.01)  # The database's clock has to go on a little.
+
+
 async def test_what_is_in_hand_is_not_kept_for_long(database: Database) -> None:
     clock = Seconds()
     buckets = Buckets(database, clock)

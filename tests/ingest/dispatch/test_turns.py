@@ -1,0 +1,83 @@
+"""What has waited goes before what comes now, also of a model that was busy when the queue was read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+from pymongo.asynchronous.collection import AsyncCollection
+
+from services.ingest.clock import utc_now
+from services.ingest.dispatch.attempt import Decision
+from services.ingest.dispatch.remote import GivenUp
+from services.ingest.documents import document_of
+from services.ingest.job import End, Job, Outcome
+from tests.breakable import until
+from tests.ingest.dispatch.test_holding import Instance, result_of
+from tests.ingest.making import job
+
+Collection = AsyncCollection[dict[str, Any]]
+A_MINUTE_MS = 60_000
+
+
+class Answers:
+    """Attempts, as the dispatcher needs them: answered when they may be. `between` is called once answers are taken."""
+
+    def __init__(self) -> None:
+        self.may = asyncio.Event()
+        self.began: list[str] = []
+        self.between: Callable[[], None] = lambda: None
+
+    async def run(self, jobs: Sequence[Job], given_up: GivenUp) -> AsyncGenerator[list[tuple[Job, Decision]], None]:
+        self.began += [one.id for one in jobs]
+        await self.may.wait()
+        yield [(one, result_of(one, End(Outcome.SUCCEEDED))) for one in jobs]
+        self.between()
+
+
+def waiting(**fields: Any) -> Job:
+    """A job that has been due for a while."""
+    return job(due_at=utc_now() - timedelta(seconds=5), **fields)
+
+
+async def busy(one: Instance) -> list[Job]:
+    """Many jobs of a model that is busy. Of other models none waits, and what comes is claimed at once."""
+    made = [waiting() for _ in range(100)]
+    await one.jobs.insert_many([document_of(each) for each in made])
+    one.ready.set()
+    await until(lambda: len(one.dispatcher.held()) == 16, "one call is under way, and as many jobs stand in line")
+    await until(lambda: adopts(one, waiting(model_name="other")), "the queue was read, but for the busy model")
+    return made
+
+
+def adopts(one: Instance, new: Job) -> bool:
+    """Whether a job that comes now would be claimed at once."""
+    (made,) = one.dispatcher.adopt([new])
+    one.dispatcher.forget([made])
+    return made.lease is not None
+
+
+async def test_a_backlog_goes_on_as_soon_as_its_model_is_free(jobs: Collection) -> None:
+    answers = Answers()
+    one = Instance(jobs, utc_now, answers, poll_ms=A_MINUTE_MS)
+    async with one.recorder, one.dispatcher:
+        made = await busy(one)
+        answers.may.set()
+        await one.has_ended(*made)  # None of them waits for the next poll.
+
+
+async def test_what_comes_does_not_pass_a_backlog_whose_model_has_just_become_free(jobs: Collection) -> None:
+    answers = Answers()
+    one = Instance(jobs, utc_now, answers)
+    passed: list[bool] = []
+    # An instance that may have eight in calls holds 32: so long it has not claimed the last of them.
+    answers.between = lambda: passed.append(len(answers.began) <= 68 and adopts(one, waiting()))
+    async with one.recorder, one.dispatcher:
+        made = await busy(one)
+        answers.may.set()
+        await one.has_ended(*made)
+        assert passed
+        assert not any(passed)
+        await until(lambda: adopts(one, waiting()), "nothing waits any more")
