@@ -20,8 +20,8 @@ from mesh.xds.resource import CLUSTER, ENDPOINTS, Resource, pack, pack_serialize
 MODEL_PREFIX = "model/"
 STREAM_WINDOW = 1 << 20
 CONNECTION_WINDOW = (1 << 31) - 1
-# All calls to an instance share one connection. What has come for a client that does not read takes up a stream's window
-# of the connection's: by default two such clients take all of it, and no call to that instance is answered any more.
+# All calls to an instance share one connection. What has come for a client that does not read takes up a stream's
+# window of the connection's: by default two such clients take all of it, and no call there is answered any more.
 _CACHED = 8192
 # Resources that are kept packed. Building one costs up to a millisecond of the event loop's time.
 
