@@ -362,6 +362,18 @@ async def test_an_interrupted_backup_is_none_and_the_next_goes_on(node: Node, em
     assert await node.parts.collections.holds.count_documents({}) == 0
 
 
+async def test_what_a_killed_backup_left_in_its_place_goes(node: Node, folder: str, tmp_path: Path) -> None:
+    await node.fill(b"abc")
+    await all_of(node.backup.run(folder))
+    left, young = (tmp_path / "backups" / "staging" / name for name in ("left.tmp", "young.tmp"))
+    for file, age in ((left, timedelta(days=2)), (young, timedelta(hours=2))):  # The young one is of another backup.
+        file.write_bytes(b"half a blob")
+        os.utime(file, times=((node.parts.clock.now - age).timestamp(),) * 2)
+    node.parts.clock.advance(seconds=1)
+    await all_of(node.backup.run(folder))
+    assert (left.exists(), young.exists()) == (False, True)
+
+
 async def test_an_interrupted_restore_goes_on(node: Node, empty: Node, folder: str, mongo_uri: str) -> None:
     await node.fill(*[os.urandom(1000) for _ in range(20)])
     first = await all_of(node.backup.run(folder))
