@@ -30,7 +30,7 @@ from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.backups.restore import Restore, complete_backups
 from services.store.usage.counters import Counters
-from services.store.usage.weight import Weight, weight_of_payloads
+from services.store.usage.weight import Weight, weight_of, weight_of_payloads
 from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from tests.store.collecting.conftest import Clock, Parts, make_parts
 from tests.store.conftest import sha256
@@ -100,7 +100,7 @@ async def node_at(uri: str, database: str, folder: Path, threads: Threads, allow
         await parts.collections.prepare()
         places = BackupPlaces(allowed, threads, checksums=True)
         given = (parts.collections, parts.blobs, places, folder / "staging", threads, parts.clock)
-        yield Node(parts, Backup(*given), Restore(*given), places)
+        yield Node(parts, Backup(*given), Restore(*given, Counters(parts.collections, parts.clock)), places)
 
 
 @pytest.fixture
@@ -424,6 +424,74 @@ async def test_what_is_damaged_in_the_store_is_named_and_not_in_the_backup(
         await empty.parts.read(b"rotten")
     await empty.parts.put(b"rotten")  # The next upload repairs it, as in any store.
     assert await empty.parts.read(b"rotten") == b"rotten"
+
+
+async def test_what_was_found_damaged_before_the_backup_is_named_too(node: Node, folder: str) -> None:
+    """By a reader or by `shoal store verify`: a backup that says nothing of it would pass for one of everything."""
+    await node.fill(b"fine", b"rotten")
+    stored = (await node.parts.artifacts.find([sha256(b"rotten")]))[sha256(b"rotten")]
+    (node.parts.root / stored.key).write_bytes(b"ROTTEN")
+    assert [step.finding async for step in node.parts.verification.run(sizes_only=False) if step.finding]
+    assert (await all_of(node.backup.run(folder))).missing == (sha256(b"rotten"),)
+
+
+async def test_of_two_backups_that_are_restored_at_once_one_is(node: Node, empty: Node, folder: str) -> None:
+    await node.fill(b"first")
+    backups = [await all_of(node.backup.run(folder))]
+    await node.parts.put(b"second")
+    await node.parts.collections.aliases.delete_many({})
+    node.parts.clock.advance(seconds=1)
+    backups.append(await all_of(node.backup.run(folder)))
+    ends = await asyncio.gather(
+        *(all_of(empty.restore.run(folder, made.backup_id)) for made in backups), return_exceptions=True
+    )
+    done = [end for end in ends if isinstance(end, Progress)]
+    assert len(done) <= 1
+    assert all("half restored" in str(end) or "another" in str(end) for end in ends if end not in done), ends
+    if not done:  # Each has seen the other: then neither has begun.
+        assert await empty.documents() == {}
+        await all_of(empty.restore.run(folder, backups[1].backup_id))
+
+
+async def test_the_same_restore_twice_at_once_brings_nothing_back(node: Node, empty: Node, folder: str) -> None:
+    """The first is done, and its node at work, while the second still goes on: what was used up stays used up."""
+    await node.fill(b"abc")
+    await node.parts.refer("job/2", b"abc", "t")
+    await all_of(node.backup.run(folder))
+    slow = empty.restore.run(folder, "")
+    await anext(slow)
+    await all_of(empty.restore.run(folder, ""))
+    counters = Counters(empty.parts.collections, empty.parts.clock)
+    await counters.flush()  # The note of what job/2 takes.
+    await empty.db["anything"].delete_many({})
+    with pytest.raises(Aborted, match="another call"):
+        await all_of(slow)
+    await counters.flush()
+    assert await empty.db["anything"].count_documents({}) == 0
+    doc = await empty.parts.collections.usage.find_one({"_id": "t"})
+    assert doc is not None
+    assert Weight.counted(doc).of_payloads == weight_of_payloads(1, 3)
+
+
+async def test_usage_is_right_when_results_came_during_the_restore(node: Node, empty: Node, folder: str) -> None:
+    await node.fill(b"abc")
+    counters = Counters(node.parts.collections, node.parts.clock)
+    one = await node.parts.collections.results.find_one({})
+    assert one is not None
+    counters.recorded([one])
+    await counters.flush()
+    await all_of(node.backup.run(folder))
+    counters = Counters(empty.parts.collections, empty.parts.clock)
+    steps = empty.restore.run(folder, "")
+    await anext(steps)
+    new = {**{key: one[key] for key in one if key != "blob"}, "_id": "new"}
+    await empty.parts.collections.results.insert_one(new)
+    counters.recorded([new])
+    await counters.flush()
+    await all_of(steps)
+    doc = await empty.parts.collections.usage.find_one({"_id": "x"})
+    assert doc is not None
+    assert Weight.counted(doc) == weight_of(one) + weight_of(new)
 
 
 @pytest.mark.parametrize("what", ["manifest", "documents", "blob", "blob gone", "no json", "newer"])
