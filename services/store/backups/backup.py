@@ -82,7 +82,7 @@ class Backup:
             Aborted: it stood still for too long. ShoalError: MongoDB, the blobs or the place are away.
         """
         await self._check_whole()
-        target = await self._places.open(to, to_write=True)
+        target = await self._places.open(to, to_write=True, now=self._clock())
         backup_id = f"{self._clock():%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
         wanted = self._staging / f"{uuid.uuid4().hex}.tmp"
         hold = Hold(self._collections, backup_id, self._clock)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from mesh.threads import Threads
@@ -14,6 +16,8 @@ from services.store.places import Allowed
 from shoal.errors import FailedPrecondition
 
 _STAGING = "staging"
+_LEFT_FOR = timedelta(days=1)
+# A file that is being written is younger than that.
 
 
 class BackupPlaces:
@@ -24,8 +28,9 @@ class BackupPlaces:
         self._allowed = Allowed(allowed, threads, checksums=checksums, advice=advice)
         self._threads = threads
 
-    async def open(self, url: str, *, to_write: bool) -> BlobStore:
-        """The place at `url`; a folder is made when it is `to_write`.
+    async def open(self, url: str, *, to_write: bool, now: datetime | None = None) -> BlobStore:
+        """The place at `url`; a folder is made when it is `to_write`. With `now`, what backups that were killed left in
+        it long before is removed: nobody else looks after that folder.
 
         Raises:
             InvalidArgument: it is no URL of a place.
@@ -38,6 +43,15 @@ class BackupPlaces:
         if to_write:
             with disk.translated("making the folder of a backup"):
                 await self._threads.run(disk.make_folder, place / _STAGING)
+                if now is not None:
+                    await self._threads.run(_tidy, place / _STAGING, (now - _LEFT_FOR).timestamp())
         elif not await self._threads.run(place.is_dir):
             raise FailedPrecondition(f"url: there is no folder {brief(str(place))} on the store's machine")
         return LocalBlobs(place, place / _STAGING, self._threads)
+
+
+def _tidy(staging: Path, before: float) -> None:
+    for file in staging.glob("*.tmp"):
+        with suppress(FileNotFoundError):  # Another backup has just placed or removed it.
+            if file.stat().st_mtime < before:
+                file.unlink()
