@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import json
 from datetime import UTC, datetime
 from math import inf, nan
 
