@@ -18,6 +18,10 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOpti
 from mesh.xds.resource import CLUSTER, ENDPOINTS, Resource, pack, pack_serialized, typed
 
 MODEL_PREFIX = "model/"
+STREAM_WINDOW = 1 << 20
+CONNECTION_WINDOW = (1 << 31) - 1
+# All calls to an instance share one connection. What has come for a client that does not read takes up a stream's
+# window of the connection's: by default two such clients take all of it, and no call there is answered any more.
 _CACHED = 8192
 # Resources that are kept packed. Building one costs up to a millisecond of the event loop's time.
 
@@ -94,8 +98,12 @@ def endpoints(name: str, found: tuple[Endpoint, ...]) -> Resource:
 
 def http2() -> dict[str, Any]:
     """Typed options of a cluster that speaks HTTP/2, and notices an upstream that is frozen."""
-    # Not more often than every second: our servers take that for abuse and close the connection.
-    options = {"connection_keepalive": {"interval": "2s", "timeout": "5s"}}
+    options = {
+        # Not more often than every second: our servers take that for abuse and close the connection.
+        "connection_keepalive": {"interval": "2s", "timeout": "5s"},
+        "initial_stream_window_size": STREAM_WINDOW,
+        "initial_connection_window_size": CONNECTION_WINDOW,
+    }
     protocol = {"explicit_http_config": {"http2_protocol_options": options}}
     return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": typed(HttpProtocolOptions, protocol)}
 

@@ -88,7 +88,7 @@ async def run(config: StoreConfig) -> None:
             collector,
             Verification(collections, blobs, artifacts.reader, responses),
             Backup(collections, blobs, places, folder, threads, _now, config.backup_databases),
-            Restore(collections, blobs, places, folder, threads, _now),
+            Restore(collections, blobs, places, folder, threads, _now, counters),
             quotas,
             upload_idle_s=config.upload_idle_ms / 1000,
         )

@@ -89,7 +89,8 @@ def _plain(place: Place) -> list[Any]:
 
 
 def _written(parts: list[Any]) -> str:
-    return base64.urlsafe_b64encode(json.dumps(parts, separators=(",", ":")).encode()).decode()
+    # With letters as they are: spelled out, those of two long job ids would be more than a token may have.
+    return base64.urlsafe_b64encode(json.dumps(parts, separators=(",", ":"), ensure_ascii=False).encode()).decode()
 
 
 def _places(token: str, digest: str, number: int, field: str, without: str) -> list[Place]:

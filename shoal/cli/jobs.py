@@ -28,6 +28,9 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as `sub
 Tenant = Annotated[
     str, typer.Option(metavar="NAME", help="Whose jobs. Default: the default tenant.", show_default=False)
 ]
+OnlyTenant = Annotated[
+    str, typer.Option(metavar="NAME", help="Only jobs of this tenant. Default: all.", show_default=False)
+]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to an .npz, .npy or .json.")
 ]
@@ -256,7 +259,7 @@ def list_jobs(
         typer.Option(metavar="STATE", help="queued, running, succeeded, failed, dead, cancelled or expired."),
     ] = None,
     model: Annotated[str, typer.Option(metavar="NAME", help="Only jobs of this model.", show_default=False)] = "",
-    tenant: Tenant = "",
+    tenant: OnlyTenant = "",
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many at most.")] = 20,
     gateway: Gateway = None,
     json: AsJson = False,
@@ -290,7 +293,7 @@ def watch(
         list[str] | None, typer.Option(metavar="STATE", help="Only what becomes so. May be repeated.")
     ] = None,
     model: Annotated[str, typer.Option(metavar="NAME", help="Only jobs of this model.", show_default=False)] = "",
-    tenant: Tenant = "",
+    tenant: OnlyTenant = "",
     label: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only jobs with this label. May be repeated.")
     ] = None,

@@ -199,6 +199,12 @@ def test_every_command_has_help_with_an_example(shoal: Shoal, args: tuple[str, .
         assert f"shoal {' '.join(args)}".strip() in done.stdout.partition("Example" if args else "First steps")[2]
 
 
+@pytest.mark.parametrize("command", ["list", "watch"])
+def test_whose_jobs_are_told_without_a_tenant(shoal: Shoal, command: str) -> None:
+    words = " ".join(shoal("jobs", command, "--help").stdout.replace("\u2502", " ").split())
+    assert "--tenant NAME Only jobs of this tenant. Default: all." in words
+
+
 def test_a_wrong_option_is_a_usage_error(shoal: Shoal) -> None:
     assert shoal("models", "list", "--nonsense").returncode == 2
     assert shoal("jobs", "get").returncode == 2

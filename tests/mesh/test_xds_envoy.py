@@ -308,6 +308,26 @@ async def test_a_step_that_reached_its_replica_is_not_carried_to_another(mesh: M
         assert told(response, "replica") == f"infer-{1 - home}"
 
 
+async def test_clients_that_do_not_read_hold_up_nobody_else(mesh: Mesh):
+    """All calls to an instance share one connection: what waits for some clients leaves it room for all others."""
+    await mesh.replica(0)
+    await mesh.show(mesh.instance(0, "a"))
+    lazy = 4
+
+    async def are_stalled() -> bool:
+        found = await mesh.envoy.ask("/stats?filter=upstream_flow_control_paused_reading_total")
+        return sum(int(line.rpartition(": ")[2]) for line in found.splitlines()) >= lazy
+
+    async with AsyncExitStack() as stack:
+        for _ in range(lazy):
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(mesh.envoy.gateway, options=UNLIMITED))
+            call = pb_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(timeout=120)
+            await call.write(request("a", 60 << 20, echo=1))  # Its answer is never read.
+        await until(are_stalled, "all answers have come as far as Envoy")
+        assert told(await mesh.infer("a", timeout=20), "replica") == "infer-0"
+        assert len((await mesh.infer("a", size=30 << 20, echo=1, timeout=60)).raw_output_contents[0]) == 30 << 20
+
+
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
 async def test_compressed_messages_pass(mesh: Mesh, compression):
     await mesh.replica(0)

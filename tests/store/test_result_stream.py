@@ -83,6 +83,17 @@ async def test_it_goes_on_after_each_message_in_any_call(store: Store) -> None:
     assert jobs(found) == named
 
 
+@pytest.mark.parametrize("letter", ["雲", "\U0001f41f", '"', "\\"])
+async def test_tokens_of_the_longest_job_ids(store: Store, letter: str) -> None:
+    """A service takes back what it gave, whatever a job is called."""
+    named = [f"{n}" + letter * 63 for n in range(3)]
+    await put(store, *map(result, named))
+    assert await pages(store, page_size=1) == [[job] for job in named[::-1]]
+    for piece in await pieces(stream(store)):
+        rest = jobs(await pieces(stream(store, cursor=piece.cursor)))
+        assert rest == ([] if piece.results else named)
+
+
 async def test_its_end_stands_when_it_is_opened(store: Store) -> None:
     named = await many(store, 450)
     call = stream(store)

@@ -165,6 +165,8 @@ class RunStream:
             if not message.requests:
                 await self._take(message, is_of_several=False)
                 continue
+            if message.stream or message.WhichOneof("what") is not None:  # Nobody would answer it, or give it its key.
+                raise InvalidArgument("requests: not together with submit, job_id or stream: each has its own")
             async for request in in_turns("requests", message.requests):
                 await self._take(request, is_of_several=True)
 

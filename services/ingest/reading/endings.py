@@ -241,7 +241,7 @@ class Endings(Background):
 def _kept(job_id: str, found: Mapping[str, store_pb2.Result]) -> store_pb2.Result | ShoalError:
     result = found.get(job_id)
     if result is None:
-        return NotFound(f"job {job_id} has ended, and the store has no result of it (any more)")
+        return NotFound(f"the store has no result (any more) of job {job_id}, which has ended or never was")
     if result.HasField("answer_removed_at"):
         return NotFound(f"job {job_id} succeeded; retention has removed its answer since")
     if result.answer_lost:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import stat
 import uuid
 from pathlib import Path
@@ -96,10 +97,16 @@ class LocalBlobs(ObjectBlobs):
         name = self._staging / f"{uuid.uuid4().hex}.tmp"
         try:
             os.link(file, name)
-        except OSError:  # Not every file system has links.
-            self._place(key, file)
-            return
-        self._place(key, name)
+        except OSError as err:
+            if err.errno != errno.EXDEV:  # Not every file system has links.
+                self._place(key, file)
+                return
+            with disk.translated(f"storing blob {key}"):
+                _copy(file, name)
+        try:
+            self._place(key, name)
+        finally:
+            name.unlink(missing_ok=True)
 
     def _write(self, key: str, data: bytes) -> None:
         file = self._staging / f"{uuid.uuid4().hex}.tmp"
@@ -120,3 +127,19 @@ class LocalBlobs(ObjectBlobs):
             disk.make_folder(target.parent)
             os.replace(file, target)
             disk.sync_folder(target.parent)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A file of another disk, durable when this returns: a store's backups lie elsewhere than the store."""
+    try:
+        with source.open("rb") as read, open(target, "xb", opener=_private) as written:
+            shutil.copyfileobj(read, written, 1 << 20)
+            written.flush()
+            os.fsync(written.fileno())
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

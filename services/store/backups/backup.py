@@ -31,7 +31,7 @@ from mesh.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import dump, manifest
-from services.store.backups.copying import Copied, Named, blobs_meant, copied
+from services.store.backups.copying import Copied, Named, blobs_meant, copied, known_damaged
 from services.store.backups.hold import Hold
 from services.store.backups.manifest import Dumped, Manifest, Part
 from services.store.backups.places import BackupPlaces
@@ -82,7 +82,7 @@ class Backup:
             Aborted: it stood still for too long. ShoalError: MongoDB, the blobs or the place are away.
         """
         await self._check_whole()
-        target = await self._places.open(to, to_write=True)
+        target = await self._places.open(to, to_write=True, now=self._clock())
         backup_id = f"{self._clock():%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
         wanted = self._staging / f"{uuid.uuid4().hex}.tmp"
         hold = Hold(self._collections, backup_id, self._clock)
@@ -160,6 +160,7 @@ class _Making:
                 files.append(await self._written(part))
                 documents += len(part)
                 self._progress = replace(self._progress, documents=self._progress.documents + len(part))
+                self._miss(known_damaged(name, part) if is_own else [])
                 for blob in blobs_meant(name, part) if is_own else ():
                     want(json.dumps([blob.key, blob.size, blob.sha256]) + "\n")
                     in_all = self._progress.blobs_in_all + 1
@@ -172,6 +173,16 @@ class _Making:
                 "minSnapshotHistoryWindowInSeconds, then start again"
             ) from err
         yield Dumped("" if is_own else database.name, name, documents, tuple(files))
+
+    def _miss(self, damaged: Sequence[str]) -> None:
+        """Names what was found damaged before: there is nothing to copy, and the backup is not of everything."""
+        before = self._progress
+        self._progress = replace(
+            before,
+            missing=(*before.missing, *damaged),
+            blobs=before.blobs + len(damaged),
+            blobs_in_all=before.blobs_in_all + len(damaged),
+        )
 
     async def _written(self, part: Sequence[RawBSONDocument]) -> Part:
         data = await self._of._threads.run(dump.compressed, part)

@@ -41,6 +41,11 @@ def blobs_meant(collection: str, docs: Iterable[Mapping[str, Any]]) -> list[Name
     return []
 
 
+def known_damaged(collection: str, docs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The digests of those artifacts of a collection of the store that were found damaged before."""
+    return [doc["_id"] for doc in docs if doc.get("damaged")] if collection == "artifacts" else []
+
+
 class Copied(enum.Enum):
     """What became of a blob that was to be copied."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from mesh.threads import Threads
@@ -10,10 +12,12 @@ from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief
 from services.store.artifacts.local_blobs import LocalBlobs
-from services.store.places import Allowed
+from services.store.places import Allowed, make_folder
 from shoal.errors import FailedPrecondition
 
 _STAGING = "staging"
+_LEFT_FOR = timedelta(days=1)
+# A file that is being written is younger than that.
 
 
 class BackupPlaces:
@@ -24,20 +28,31 @@ class BackupPlaces:
         self._allowed = Allowed(allowed, threads, checksums=checksums, advice=advice)
         self._threads = threads
 
-    async def open(self, url: str, *, to_write: bool) -> BlobStore:
-        """The place at `url`; a folder is made when it is `to_write`.
+    async def open(self, url: str, *, to_write: bool, now: datetime | None = None) -> BlobStore:
+        """The place at `url`; a folder is made when it is `to_write`. With `now`, what backups that were killed left in
+        it long before is removed: nobody else looks after that folder.
 
         Raises:
             InvalidArgument: it is no URL of a place.
-            PermissionDenied: the operator has not allowed it.
-            FailedPrecondition: there is no such folder to read.
+            PermissionDenied: the operator has not allowed it, or the store's user may not make it.
+            FailedPrecondition: there is no such folder to read, or a file is in its place.
         """
         place = await self._allowed.open(url)
         if not isinstance(place, Path):
             return place
         if to_write:
-            with disk.translated("making the folder of a backup"):
-                await self._threads.run(disk.make_folder, place / _STAGING)
+            for folder in (place, place / _STAGING):
+                await self._threads.run(make_folder, folder)
+            if now is not None:
+                with disk.translated("tidying the folder of backups"):
+                    await self._threads.run(_tidy, place / _STAGING, (now - _LEFT_FOR).timestamp())
         elif not await self._threads.run(place.is_dir):
             raise FailedPrecondition(f"url: there is no folder {brief(str(place))} on the store's machine")
         return LocalBlobs(place, place / _STAGING, self._threads)
+
+
+def _tidy(staging: Path, before: float) -> None:
+    for file in staging.glob("*.tmp"):
+        with suppress(FileNotFoundError):  # Another backup has just placed or removed it.
+            if file.stat().st_mtime < before:
+                file.unlink()

@@ -1,18 +1,22 @@
 """A backup back into an empty store: blobs first, then documents, jobs last.
 
-    empty? ──> mark "being restored" ──> blobs ──> documents, collection by collection ──> no mark
+    empty? ──> mark "being restored" ──> blobs ──> documents, collection by collection ──> usage counted ──> no mark
 
 A document is there only when what it means is there, and a job only when all else is: whoever runs it finds everything.
-Interrupted, it leaves the mark: the same backup restored again goes on, anything else is refused.
+Interrupted, it leaves the mark: the same backup restored again goes on, anything else is refused. The mark names the
+call, too: of two the later one goes on, and the earlier one ends. Otherwise it would bring back, after the end of the
+other, what the node has used up since.
 """
 
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from bson.raw_bson import RawBSONDocument
 from pymongo.asynchronous.database import AsyncDatabase
@@ -30,12 +34,13 @@ from services.store.backups.manifest import Dumped, Manifest, Part
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.documents import RESTORES, Collections
-from shoal.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from services.store.usage.counters import Counters
+from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound
 
 _AT_ONCE = 8
 _INSERTED_AT_ONCE = 500
 _DUPLICATE_KEY = 11000
-_LAST = "jobs"
+_LAST, _USAGE = "jobs", "usage"
 _KEY = re.compile(r"(artifacts|responses)/[0-9a-f]{2}/[0-9a-f]{32,64}(\.[0-9a-f]{16})?")
 _MANIFEST_BYTES = 64 << 20
 # One line for each 16 MiB of documents: enough for terabytes.
@@ -52,6 +57,7 @@ class Restore:
         staging: Path,
         threads: Threads,
         clock: Callable[[], datetime],
+        counters: Counters,
     ) -> None:
         self._collections = collections
         self._blobs = blobs
@@ -59,6 +65,7 @@ class Restore:
         self._staging = staging
         self._threads = threads
         self._clock = clock
+        self._counters = counters
 
     async def run(self, source_url: str, backup_id: str) -> AsyncGenerator[Progress, None]:
         """Restores a backup (the newest when `backup_id` is empty); yields how far it is, at the end `is_complete`.
@@ -67,23 +74,32 @@ class Restore:
             InvalidArgument, PermissionDenied: a place that it may not use.
             NotFound: no (such) complete backup there.
             FailedPrecondition: this store is not empty.
+            Aborted: a later call restores the same backup, and goes on.
             DataLoss: a file of the backup is damaged: it is named, and nothing wrong is restored.
         """
         source = await self._places.open(source_url, to_write=False)
         chosen = await _chosen(source, backup_id)
         made = await self._manifest(source, chosen)
         with translated("restoring a backup"):
-            await self._begin(made)
+            call = uuid.uuid4().hex
+            await self._begin(made, call)
             progress = Progress(made.id, blobs_in_all=made.blobs, missing=made.missing, cluster_time=made.cluster_time)
+            uncounted: list[str] = []
             # Blobs before the documents that mean them; jobs after everything.
             for dumped in sorted(made.collections, key=lambda each: (each.name == _LAST, each.database, each.name)):
                 for part in dumped.parts:
                     docs = await self._documents(source, part)
                     progress = await self._blobs_first(source, dumped, docs, made, progress)
-                    await self._insert(dumped, docs)
+                    there = await self._insert(dumped, docs, made, call)
+                    if dumped.name == _USAGE and not dumped.database:
+                        uncounted += there
                     progress = replace(progress, documents=progress.documents + len(docs))
                     yield progress
-            await self._end(made)
+            for tenant in uncounted:
+                # Results that came meanwhile began its counter, which stands in the way of the one of the backup.
+                await self._counters.recount(tenant)
+                yield progress
+            await self._end(made, call)
         yield replace(progress, is_complete=True)
 
     async def _manifest(self, source: BlobStore, backup_id: str) -> Manifest:
@@ -95,7 +111,7 @@ class Restore:
             raise DataLoss(f"backup {backup_id}: its manifest is damaged: choose another backup")
         return manifest.decoded(b"".join([chunk async for chunk in source.read(key, 0, size)]), backup_id)
 
-    async def _begin(self, made: Manifest) -> None:
+    async def _begin(self, made: Manifest, call: str) -> None:
         """Marks this store as being restored, if it is empty, or has that mark already."""
         mark = await self._collections.db[RESTORES].find_one({})
         if mark is not None:
@@ -104,7 +120,7 @@ class Restore:
                     f"this store is half restored from backup {mark['_id']}: restore that one again, or start with an "
                     "empty store"
                 )
-            await self._mark(made)
+            await self._mark(made, call)
             return
         for database in self._databases(made):
             for name in await database.list_collection_names(filter={"type": "collection"}):
@@ -112,20 +128,34 @@ class Restore:
                     raise FailedPrecondition(
                         f"this store is not empty: collection {name} has documents. Restore into a new one"
                     )
-        await self._mark(made)
+        await self._mark(made, call)
+        # Both may have found the store empty.
+        if (other := await self._collections.db[RESTORES].find_one({"_id": {"$ne": made.id}})) is not None:
+            await self._unmark(made, call)
+            raise FailedPrecondition(
+                f"another restore, of backup {other['_id']}, began at the same moment: restore one of the two"
+            )
 
-    async def _mark(self, made: Manifest) -> None:
+    async def _mark(self, made: Manifest, call: str) -> None:
         """Says in each database that documents are there before others that need them: nothing is to be tidied up."""
         for database in self._databases(made):
-            mark = {"$setOnInsert": {"began_at": self._clock()}}
+            mark = {"$setOnInsert": {"began_at": self._clock()}, "$set": {"call": call}}
             await database[RESTORES].update_one({"_id": made.id}, mark, upsert=True)
 
-    async def _end(self, made: Manifest) -> None:
+    async def _check_mark(self, made: Manifest, call: str) -> None:
+        if await self._collections.db[RESTORES].find_one({"_id": made.id, "call": call}, {"_id": 1}) is None:
+            raise Aborted(f"another call restores backup {made.id}, or has restored it: this one has ended")
+
+    async def _end(self, made: Manifest, call: str) -> None:
+        await self._check_mark(made, call)
         if made.missing:
             query = {"_id": {"$in": list(made.missing)}}
             await self._collections.artifacts.update_many(query, {"$set": {"damaged": True}})
+        await self._unmark(made, call)
+
+    async def _unmark(self, made: Manifest, call: str) -> None:
         for database in reversed(self._databases(made)):
-            await database[RESTORES].delete_one({"_id": made.id})
+            await database[RESTORES].delete_one({"_id": made.id, "call": call})
 
     def _databases(self, made: Manifest) -> list[AsyncDatabase[Document]]:
         """All that it restores into, the store's own first."""
@@ -155,15 +185,21 @@ class Restore:
             )
         return progress
 
-    async def _insert(self, dumped: Dumped, docs: Sequence[RawBSONDocument]) -> None:
+    async def _insert(self, dumped: Dumped, docs: Sequence[RawBSONDocument], made: Manifest, call: str) -> list[Any]:
+        """Inserts those that are not there. Gives the ids of the others."""
+        there: list[Any] = []
         raw = self._database(dumped.database).get_collection(dumped.name, codec_options=dump.RAW)
         for first in range(0, len(docs), _INSERTED_AT_ONCE):
+            await self._check_mark(made, call)
             try:
                 await raw.insert_many(docs[first : first + _INSERTED_AT_ONCE], ordered=False)
             except BulkWriteError as err:
                 # Of a restore that was interrupted: they are there.
-                if any(error["code"] != _DUPLICATE_KEY for error in err.details.get("writeErrors", [])):
+                failures = err.details.get("writeErrors", [])
+                if any(failure["code"] != _DUPLICATE_KEY for failure in failures):
                     raise
+                there += [docs[first + failure["index"]]["_id"] for failure in failures]
+        return there
 
 
 async def complete_backups(source: BlobStore) -> list[str]:

@@ -28,14 +28,19 @@ def generation_of(doc: Document) -> int:
     return int(doc.get("generation", FIRST))
 
 
-async def succeed(results: Collection, docs: Sequence[Document]) -> None:
+async def succeed(results: Collection, docs: Sequence[Document]) -> set[str]:
     """Puts those of `docs` that belong to a later generation in the place of earlier failures.
 
-    One that does not find its place changes nothing: what stands is read afterwards.
+    One that does not find its place changes nothing: what stands is read afterwards. Gives the jobs whose results were
+    there just before, and not only what retention leaves of them.
     """
     later = [doc for doc in docs if generation_of(doc) > FIRST]
-    if later:
-        await results.bulk_write([ReplaceOne(_earlier_failure(doc), doc) for doc in later], ordered=False)
+    if not later:
+        return set()
+    some = {"_id": {"$in": [doc["_id"] for doc in later]}, "removed_at": {"$exists": False}}
+    there = {doc["_id"] async for doc in results.find(some, {"_id": 1}).hint("_id_")}
+    await results.bulk_write([ReplaceOne(_earlier_failure(doc), doc) for doc in later], ordered=False)
+    return there
 
 
 def is_same(doc: Document, standing: Document) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing
 from datetime import datetime
 
@@ -54,7 +54,7 @@ class Results:
         collections: Collections,
         responses: Responses,
         clock: Callable[[], datetime],
-        on_recorded: Callable[[Sequence[Document]], None] = lambda docs: None,
+        on_recorded: Callable[[Sequence[Document], Collection[str]], None] = lambda docs, replacing: None,
     ) -> None:
         self._collections = collections
         self._responses = responses
@@ -72,11 +72,11 @@ class Results:
         """
         result_rules.check_results(results)
         docs = await self._documents(results)
-        standing = await self._first_ones(docs)
+        standing, replacing = await self._first_ones(docs)
         lost = {doc["_id"] for doc in docs if doc["_id"] in standing and not is_same(doc, standing[doc["_id"]])}
         await self._drop(doc for doc in docs if doc["_id"] in lost)
         recorded = [doc for doc in docs if doc["_id"] not in lost]
-        self._on_recorded(recorded)
+        self._on_recorded(recorded, replacing)
         if self.waiting.recorded(recorded):
             await asyncio.sleep(0)  # Who waits for a result hears of it before the one who brought it.
         outcome = ((doc["_id"] not in lost, standing.get(doc["_id"], doc)) for doc in docs)
@@ -262,22 +262,26 @@ class Results:
                 raise failure
         return docs
 
-    async def _first_ones(self, docs: Sequence[Document]) -> dict[str, Document]:
-        """Inserts the documents of jobs that have none. Gives the standing ones of those that had one, by job."""
+    async def _first_ones(self, docs: Sequence[Document]) -> tuple[dict[str, Document], set[str]]:
+        """Inserts the documents of jobs that have none. Gives the standing ones of those that had one, by job; and
+        of which jobs a failure was there when a later generation took its place.
+        """
         standing: dict[str, Document] = {}
+        replacing: set[str] = set()
         waiting = list(docs)
         limit_s = TIMEOUT_MS / 1000 + sum(map(result_documents.inline_bytes, docs)) / _WRITE_BYTES_PER_S
         for _ in range(_STANDING_ATTEMPTS):
             with translated("recording results"), pymongo.timeout(limit_s):
                 if not (taken := await self._insert(waiting)):
-                    return standing
-                await generations.succeed(self._collections.results, [doc for doc in waiting if doc["_id"] in taken])
+                    return standing, replacing
+                later = [doc for doc in waiting if doc["_id"] in taken]
+                replacing |= await generations.succeed(self._collections.results, later)
                 found = await self._collections.results.find({"_id": {"$in": taken}}, WITHOUT_RESPONSE).to_list()
             standing.update({doc["_id"]: doc for doc in found})
             # Taken, yet not found: a rival's write that no majority has yet. It may still be undone: try once more.
             waiting = [doc for doc in waiting if doc["_id"] in taken and doc["_id"] not in standing]
             if not waiting:
-                return standing
+                return standing, replacing
             await asyncio.sleep(0.05)
         raise Unavailable("recording results: another writer's results are not durable yet: put them again")
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any
@@ -70,9 +70,10 @@ class Counters(Background):
         await super().__aexit__(kind, err, tb)
         await self.flush()
 
-    def recorded(self, docs: Iterable[Document]) -> None:
-        """These results came."""
-        for tenant, weight in by_tenant((doc["tenant"], weight_of(doc)) for doc in docs).items():
+    def recorded(self, docs: Iterable[Document], replacing: Collection[str] = ()) -> None:
+        """These results came. Those of the jobs `replacing` took the places of failures that are counted."""
+        weights = ((doc["tenant"], weight_of(doc, replaces=doc["_id"] in replacing)) for doc in docs)
+        for tenant, weight in by_tenant(weights).items():
             self._waiting[tenant] = self._waiting.get(tenant, Weight()) + weight
 
     async def flush(self) -> None:
@@ -202,19 +203,23 @@ class Counters(Background):
             await self.flush()
             if asyncio.get_running_loop().time() - looked >= _LOOK_S:
                 looked = asyncio.get_running_loop().time()
-                await self._recount_the_oldest()
+                await self._recount_what_is_due()
 
-    async def _recount_the_oldest(self) -> None:
+    async def _recount_what_is_due(self) -> None:
         try:
-            due = {"recounted_at": {"$lt": self._clock() - RECOUNT_EVERY}}
-            with translated("looking for usage to count"):
-                found = await self._collections.usage.find_one(due, sort=[("recounted_at", 1)], hint="by_recount")
-            if found is not None:
-                await self.recount(found["_id"])
+            while (tenant := await self._longest_uncounted()) is not None:
+                await self.recount(tenant)
         except ShoalError as err:
             log.warning("usage is counted anew later: %s", err)
         except Exception:  # A fault of ours must not end the counting for ever.
             log.exception("counting usage")
+
+    async def _longest_uncounted(self) -> str | None:
+        """Whose count is due first. None: nobody's is."""
+        due = {"recounted_at": {"$lt": self._clock() - RECOUNT_EVERY}}
+        with translated("looking for usage to count"):
+            found = await self._collections.usage.find_one(due, sort=[("recounted_at", 1)], hint="by_recount")
+        return None if found is None else str(found["_id"])
 
 
 def _step(tenant: str, after: Place, until: datetime) -> list[dict[str, Any]]:

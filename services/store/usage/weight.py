@@ -62,12 +62,12 @@ def _numbers(weight: Weight) -> tuple[int, ...]:
     return (weight.results, weight.bytes, weight.payloads, weight.payload_bytes)
 
 
-def weight_of(doc: Document) -> Weight:
+def weight_of(doc: Document, *, replaces: bool = False) -> Weight:
     """What a result that was recorded now adds.
 
-    One of a later generation takes the place of a failure, which had no answer: only its answer is added.
+    One that `replaces` another takes the place of a failure, which had no answer: only its answer is added.
     """
-    if "generation" in doc:
+    if replaces:
         return Weight(0, result_documents.response_bytes(doc))
     return Weight(1, RECORD_BYTES + result_documents.response_bytes(doc))
 

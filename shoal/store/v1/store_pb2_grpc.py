@@ -167,7 +167,7 @@ class StoreServiceServicer:
     def PutArtifact(self, request_iterator, context):
         """Uploads one artifact. The first message is a header, the rest are chunks. Idempotent: bytes that the store already
         holds are not sent twice (see StatArtifact), and a broken upload goes on from `received_bytes`.
-        INVALID_ARGUMENT: no header, a bad digest, a chunk after `finish`. DATA_LOSS: the bytes do not hash to `sha256`.
+        INVALID_ARGUMENT: no header, a bad digest, a second header. DATA_LOSS: the bytes do not hash to `sha256`.
         FAILED_PRECONDITION: `offset` is not where the earlier upload stopped. RESOURCE_EXHAUSTED: over the size limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -370,7 +370,8 @@ class StoreServiceServicer:
     def Restore(self, request, context):
         """Restores a backup into this store, which must be empty. A call that ends early is repeated, and goes on.
         NOT_FOUND: no (such) complete backup there. FAILED_PRECONDITION: this store is not empty. DATA_LOSS: the backup is
-        damaged. Services that run already take up what is restored; jobs come last, and then run.
+        damaged. ABORTED: a later call restores the same backup, and goes on. Services that run already take up what is
+        restored; jobs come last, and then run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -174,6 +174,16 @@ async def test_an_answer_that_is_damaged_is_an_error_in_band(client: Client, mes
 async def test_a_job_that_is_not_there_has_no_result(client: Client) -> None:
     (answer,) = await run(client, [pb.RunStreamRequest(sequence=5, job_id=UNKNOWN)])
     assert (answer.state, answer.code, answer.job_id) == (0, Code.NOT_FOUND, UNKNOWN)
+    assert answer.message == f"the store has no result (any more) of job {UNKNOWN}, which has ended or never was"
+
+
+@pytest.mark.parametrize("beside", [one(1), pb.RunStreamRequest(job_id=UNKNOWN), pb.RunStreamRequest(stream="s")])
+async def test_nothing_stands_beside_several_requests_in_a_message(client: Client, beside: pb.RunStreamRequest) -> None:
+    message = pb.RunStreamRequest(requests=[one(2)])
+    message.MergeFrom(beside)
+    with pytest.raises(grpc.aio.AioRpcError, match="requests: not together with submit, job_id or stream") as refused:
+        await run(client, [message])
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_jobs_go_on_when_the_client_has_gone(client: Client, mesh: FakeMesh) -> None:

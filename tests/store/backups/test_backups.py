@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.backups.restore import Restore, complete_backups
 from services.store.usage.counters import Counters
-from services.store.usage.weight import Weight, weight_of_payloads
+from services.store.usage.weight import Weight, weight_of, weight_of_payloads
 from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from tests.store.collecting.conftest import Clock, Parts, make_parts
 from tests.store.conftest import sha256
@@ -100,7 +102,7 @@ async def node_at(uri: str, database: str, folder: Path, threads: Threads, allow
         await parts.collections.prepare()
         places = BackupPlaces(allowed, threads, checksums=True)
         given = (parts.collections, parts.blobs, places, folder / "staging", threads, parts.clock)
-        yield Node(parts, Backup(*given), Restore(*given), places)
+        yield Node(parts, Backup(*given), Restore(*given, Counters(parts.collections, parts.clock)), places)
 
 
 @pytest.fixture
@@ -157,6 +159,36 @@ async def test_what_is_restored_is_what_was_there(
     assert [step.finding async for step in empty.parts.verification.run(sizes_only=False) if step.finding] == []
     assert await empty.db["restores"].count_documents({}) == 0
     await empty.parts.put(b"and it goes on")
+
+
+@pytest.fixture
+def another_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder of another file system than the store's."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has one file system")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+async def test_a_backup_to_another_disk_and_back(
+    mongo_uri: str, mongo_database: str, node: Node, tmp_path: Path, threads: Threads, another_disk: Path
+) -> None:
+    """Where backups belong. Large blobs go through a file of the store's disk."""
+    contents = [b"small", os.urandom(9 * MIB)]
+    await node.fill(*contents)
+    allowed = [another_disk.as_uri()]
+    there = (node.parts.collections, node.parts.blobs, BackupPlaces(allowed, threads, checksums=True))
+    backup = Backup(*there, tmp_path / "blobs" / "staging", threads, node.parts.clock)
+    made = await all_of(backup.run(another_disk.as_uri()))
+    assert (made.blobs, made.copied) == (3, 3)
+    assert list((another_disk / "staging").iterdir()) == []
+    assert list((tmp_path / "blobs" / "staging").iterdir()) == []
+    async with node_at(mongo_uri, f"{mongo_database}_2", tmp_path / "other", threads, allowed) as empty:
+        await all_of(empty.restore.run(another_disk.as_uri(), ""))
+        assert await empty.documents() == await node.documents()
+        for content in contents:
+            assert await empty.parts.read(content) == content
 
 
 async def test_the_next_backup_copies_only_what_is_new(node: Node, empty: Node, folder: str) -> None:
@@ -331,6 +363,18 @@ async def test_an_interrupted_backup_is_none_and_the_next_goes_on(node: Node, em
     assert await node.parts.collections.holds.count_documents({}) == 0
 
 
+async def test_what_a_killed_backup_left_in_its_place_goes(node: Node, folder: str, tmp_path: Path) -> None:
+    await node.fill(b"abc")
+    await all_of(node.backup.run(folder))
+    left, young = (tmp_path / "backups" / "staging" / name for name in ("left.tmp", "young.tmp"))
+    for file, age in ((left, timedelta(days=2)), (young, timedelta(hours=2))):  # The young one is of another backup.
+        file.write_bytes(b"half a blob")
+        os.utime(file, times=((node.parts.clock.now - age).timestamp(),) * 2)
+    node.parts.clock.advance(seconds=1)
+    await all_of(node.backup.run(folder))
+    assert (left.exists(), young.exists()) == (False, True)
+
+
 async def test_an_interrupted_restore_goes_on(node: Node, empty: Node, folder: str, mongo_uri: str) -> None:
     await node.fill(*[os.urandom(1000) for _ in range(20)])
     first = await all_of(node.backup.run(folder))
@@ -426,6 +470,74 @@ async def test_what_is_damaged_in_the_store_is_named_and_not_in_the_backup(
     assert await empty.parts.read(b"rotten") == b"rotten"
 
 
+async def test_what_was_found_damaged_before_the_backup_is_named_too(node: Node, folder: str) -> None:
+    """By a reader or by `shoal store verify`: a backup that says nothing of it would pass for one of everything."""
+    await node.fill(b"fine", b"rotten")
+    stored = (await node.parts.artifacts.find([sha256(b"rotten")]))[sha256(b"rotten")]
+    (node.parts.root / stored.key).write_bytes(b"ROTTEN")
+    assert [step.finding async for step in node.parts.verification.run(sizes_only=False) if step.finding]
+    assert (await all_of(node.backup.run(folder))).missing == (sha256(b"rotten"),)
+
+
+async def test_of_two_backups_that_are_restored_at_once_one_is(node: Node, empty: Node, folder: str) -> None:
+    await node.fill(b"first")
+    backups = [await all_of(node.backup.run(folder))]
+    await node.parts.put(b"second")
+    await node.parts.collections.aliases.delete_many({})
+    node.parts.clock.advance(seconds=1)
+    backups.append(await all_of(node.backup.run(folder)))
+    ends = await asyncio.gather(
+        *(all_of(empty.restore.run(folder, made.backup_id)) for made in backups), return_exceptions=True
+    )
+    done = [end for end in ends if isinstance(end, Progress)]
+    assert len(done) <= 1
+    assert all(isinstance(end, FailedPrecondition) for end in ends if end not in done), ends
+    if not done:  # Each has seen the other: then neither has begun.
+        assert await empty.documents() == {}
+        await all_of(empty.restore.run(folder, backups[1].backup_id))
+
+
+async def test_the_same_restore_twice_at_once_brings_nothing_back(node: Node, empty: Node, folder: str) -> None:
+    """The first is done, and its node at work, while the second still goes on: what was used up stays used up."""
+    await node.fill(b"abc")
+    await node.parts.refer("job/2", b"abc", "t")
+    await all_of(node.backup.run(folder))
+    slow = empty.restore.run(folder, "")
+    await anext(slow)
+    await all_of(empty.restore.run(folder, ""))
+    counters = Counters(empty.parts.collections, empty.parts.clock)
+    await counters.flush()  # The note of what job/2 takes.
+    await empty.db["anything"].delete_many({})
+    with pytest.raises(Aborted, match="another call"):
+        await all_of(slow)
+    await counters.flush()
+    assert await empty.db["anything"].count_documents({}) == 0
+    doc = await empty.parts.collections.usage.find_one({"_id": "t"})
+    assert doc is not None
+    assert Weight.counted(doc).of_payloads == weight_of_payloads(1, 3)
+
+
+async def test_usage_is_right_when_results_came_during_the_restore(node: Node, empty: Node, folder: str) -> None:
+    await node.fill(b"abc")
+    counters = Counters(node.parts.collections, node.parts.clock)
+    one = await node.parts.collections.results.find_one({})
+    assert one is not None
+    counters.recorded([one])
+    await counters.flush()
+    await all_of(node.backup.run(folder))
+    counters = Counters(empty.parts.collections, empty.parts.clock)
+    steps = empty.restore.run(folder, "")
+    await anext(steps)
+    new = {**{key: one[key] for key in one if key != "blob"}, "_id": "new"}
+    await empty.parts.collections.results.insert_one(new)
+    counters.recorded([new])
+    await counters.flush()
+    await all_of(steps)
+    doc = await empty.parts.collections.usage.find_one({"_id": "x"})
+    assert doc is not None
+    assert Weight.counted(doc) == weight_of(one) + weight_of(new)
+
+
 @pytest.mark.parametrize("what", ["manifest", "documents", "blob", "blob gone", "no json", "newer"])
 async def test_a_damaged_backup_is_refused_and_named(
     node: Node, empty: Node, folder: str, tmp_path: Path, what: str
@@ -519,6 +631,26 @@ async def test_places_that_may_not_be_used(node: Node, url: str, error: type[Exc
         await all_of(node.backup.run(url))
     with pytest.raises(error):
         await all_of(node.restore.run(url, ""))
+
+
+async def test_a_place_that_is_a_file(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    for url in ((tmp_path / "file").as_uri(), (tmp_path / "file" / "below").as_uri()):
+        with pytest.raises(FailedPrecondition, match=r"file.* cannot be made .*: a file is in its place"):
+            await all_of(node.backup.run(url))
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+async def test_a_place_where_the_store_may_not_write(
+    node: Node, folder: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))  # Whoever runs this test may be allowed everything.
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(PermissionDenied, match="let the user that the store runs as write there"):
+        await all_of(node.backup.run(folder))
 
 
 async def test_no_way_out_of_an_allowed_folder(node: Node, folder: str, tmp_path: Path) -> None:

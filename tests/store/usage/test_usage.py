@@ -98,6 +98,26 @@ async def test_retention_gives_room_back(store: Store, config: StoreConfig, coll
     assert await usage(store, recount=True) == {"t": (0, 0), "u": (2, 2 * RECORD)}
 
 
+async def test_what_a_requeued_job_adds(store: Store, config: StoreConfig, collections: Collections) -> None:
+    """Its next result takes the place of a failure that counts; or of one that retention has removed."""
+    await put(store, *(result(f"{where}{n}", FAILED, tenant=where) for where in ("old", "new") for n in range(3)))
+    await until_usage(store, dict.fromkeys(("old", "new"), (3, 3 * RECORD)))
+    later = lambda: now() + timedelta(days=2)  # noqa: E731 - a clock
+    async with Counters(collections, later) as counters:
+        book = RuleBook(collections, later)
+        await book.put(Rule(Kept.RESULTS, "old", timedelta(days=1)), remove=False)
+        assert (await Sweep(collections, book, counters, later).apply(Mandate(1, "e"))).results == 3
+    await collections.results.delete_one({"_id": "old2"})
+    small = answer(100)
+    again = [
+        result(f"{where}{n}", response=small, tenant=where, generation=2) for where in ("old", "new") for n in range(3)
+    ]
+    assert all(entry.recorded for entry in await put(store, *again))
+    expected = {where: (3, 3 * (RECORD + small.ByteSize())) for where in ("old", "new")}
+    await until_usage(store, expected)
+    assert await usage(store, recount=True) == expected
+
+
 async def test_a_recount_finds_what_a_crash_forgot(store: Store, collections: Collections) -> None:
     await put(store, *(result(f"j{n}", FAILED, tenant=f"t{n % 3}") for n in range(30)))
     await until_usage(store, {f"t{n}": (10, 10 * RECORD) for n in range(3)})
@@ -121,12 +141,23 @@ async def test_recounts_in_steps_and_at_once(collections: Collections, monkeypat
     assert (found.results, found.bytes) == (40, 40 * RECORD)
 
 
+async def test_everybody_is_counted_once_a_day_however_many_they_are(collections: Collections) -> None:
+    counters = Counters(collections, now)
+    for n in range(30):
+        counters.recorded([{"_id": "j", "tenant": f"t{n}"}])
+    await counters.flush()
+    await counters._recount_what_is_due()
+    assert await collections.usage.count_documents({"recounts": 1}) == 30
+    await counters._recount_what_is_due()
+    assert await collections.usage.count_documents({"recounts": 1}) == 30
+
+
 async def test_counts_while_results_come_are_kept(collections: Collections) -> None:
     """What comes during a recount is neither forgotten nor counted twice, once all is quiet and counted again."""
     async with Counters(collections, now) as counters:
-        counters.recorded([{"tenant": "t", "response": b"x" * 10}])
+        counters.recorded([{"_id": "j", "tenant": "t", "response": b"x" * 10}])
         await counters.recount("t")  # That result is nowhere: the recount takes it away again.
-        counters.recorded([{"tenant": "t"}])
+        counters.recorded([{"_id": "j", "tenant": "t"}])
         await counters.flush()
         (found,) = (await Quotas(collections, counters, now).list(None, 10))[0]
     assert (found.results, found.bytes) == (1, RECORD)
@@ -227,9 +258,9 @@ async def test_every_question_uses_an_index(collections: Collections, mongo_uri:
         async with Counters(listened, now) as counters:
             quotas = Quotas(listened, counters, now)
             heard.commands.clear()
-            counters.recorded([{"tenant": "t"}])
+            counters.recorded([{"_id": "j", "tenant": "t"}])
             await counters.recount("t")
-            await counters._recount_the_oldest()
+            await counters._recount_what_is_due()
             await quotas.put("t", 5)
             await quotas.put(None, 5)
             await quotas.list("a", 5)
@@ -250,12 +281,12 @@ async def test_mongodb_is_away_for_a_moment(collections: Collections, monkeypatc
     """What could not be written is written later, once."""
     counters = Counters(collections, now)
     async with counters:
-        counters.recorded([{"tenant": "t"}])
+        counters.recorded([{"_id": "j", "tenant": "t"}])
         ready = collections._made
         monkeypatch.setattr(collections, "_made", {})
         await counters.flush()
         monkeypatch.setattr(collections, "_made", ready)
-        counters.recorded([{"tenant": "t"}])
+        counters.recorded([{"_id": "j", "tenant": "t"}])
     (found,) = (await Quotas(collections, counters, now).list(None, 10))[0]
     assert (found.results, found.bytes) == (2, 2 * RECORD)
 
@@ -263,7 +294,7 @@ async def test_mongodb_is_away_for_a_moment(collections: Collections, monkeypatc
 def test_what_a_result_counts_for() -> None:
     assert weight_of({"response": b"x" * 5}) == Weight(1, RECORD + 5)
     assert weight_of({"blob": {"size": 7}}) == Weight(1, RECORD + 7)
-    assert weight_of({"generation": 2, "response": b"x"}) == Weight(0, 1)
+    assert weight_of({"generation": 2, "response": b"x"}, replaces=True) == Weight(0, 1)
     assert by_tenant([("a", Weight(1, 2)), ("b", Weight(1, 1)), ("a", Weight(-1, 3))]) == {
         "a": Weight(0, 5), "b": Weight(1, 1)
     }  # fmt: skip
