@@ -234,7 +234,7 @@ async def test_a_topic_that_is_made_later_is_read_then(tansu: Tansu) -> None:
         await kafka.make()
         await kafka.publish([b"a", b"b"])
         await until(lambda: len(got) == 2, "messages", **PATIENT)
-        assert source.standing().trouble == ""
+        await until(lambda: source.standing().trouble == "", "all is well", **PATIENT)
 
 
 async def test_a_topic_that_is_gone_is_said_so(tmp_path: Path) -> None:
