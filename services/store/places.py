@@ -8,6 +8,7 @@ SHOAL_STORE_BACKUPS = file:///mnt/backups,s3://backups/shoal
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -15,14 +16,16 @@ from urllib.parse import unquote, urlsplit
 from obstore.exceptions import BaseError
 
 from mesh.threads import Threads
+from services.store.artifacts import disk
 from services.store.artifacts.digest import brief
 from services.store.artifacts.object_blobs import ObjectBlobs, open_object_store
-from shoal.errors import InvalidArgument, PermissionDenied
+from shoal.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 
 PLACE = r"^(file:///.*|(s3|gs|az)://.*)$"
 """What an allowed place looks like: a folder, a bucket or a prefix in it, or (`s3://`) every bucket there."""
 _SCHEMES = ("file", "s3", "gs", "az")
 _MAX_CHARACTERS = 2_048
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class Allowed:
@@ -65,6 +68,26 @@ class Allowed:
             f"url: this store may not use {brief(url)} for that; it may use: {allowed}. Choose a place there, "
             + self._advice
         )
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder that a caller has named.
+
+    Raises:
+        FailedPrecondition: a file is in its place. PermissionDenied: the store's user may not make it.
+    """
+    where = f"url: the folder {brief(str(folder))} cannot be made on the store's machine"
+    try:
+        disk.make_folder(folder)
+    except (FileExistsError, NotADirectoryError) as err:
+        raise FailedPrecondition(f"{where}: a file is in its place: choose another") from err
+    except OSError as err:
+        if err.errno in _REFUSED:
+            raise PermissionDenied(
+                f"{where}: {err.strerror}: let the user that the store runs as write there, or choose another"
+            ) from err
+        with disk.translated("making the folder that was named"):
+            raise
 
 
 def checked_url(url: str) -> tuple[str, str]:

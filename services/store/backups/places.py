@@ -12,7 +12,7 @@ from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief
 from services.store.artifacts.local_blobs import LocalBlobs
-from services.store.places import Allowed
+from services.store.places import Allowed, make_folder
 from shoal.errors import FailedPrecondition
 
 _STAGING = "staging"
@@ -34,16 +34,17 @@ class BackupPlaces:
 
         Raises:
             InvalidArgument: it is no URL of a place.
-            PermissionDenied: the operator has not allowed it.
-            FailedPrecondition: there is no such folder to read.
+            PermissionDenied: the operator has not allowed it, or the store's user may not make it.
+            FailedPrecondition: there is no such folder to read, or a file is in its place.
         """
         place = await self._allowed.open(url)
         if not isinstance(place, Path):
             return place
         if to_write:
-            with disk.translated("making the folder of a backup"):
-                await self._threads.run(disk.make_folder, place / _STAGING)
-                if now is not None:
+            for folder in (place, place / _STAGING):
+                await self._threads.run(make_folder, folder)
+            if now is not None:
+                with disk.translated("tidying the folder of backups"):
                     await self._threads.run(_tidy, place / _STAGING, (now - _LEFT_FOR).timestamp())
         elif not await self._threads.run(place.is_dir):
             raise FailedPrecondition(f"url: there is no folder {brief(str(place))} on the store's machine")

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from mesh.threads import Threads
 from services.store.artifacts import disk
-from services.store.places import Allowed
+from services.store.places import Allowed, make_folder
 
 
 class Place(Protocol):
@@ -88,11 +88,11 @@ class Places:
 
         Raises:
             InvalidArgument: it is no URL of a place.
-            PermissionDenied: the operator has not allowed it.
+            PermissionDenied: the operator has not allowed it, or the store's user may not make it.
+            FailedPrecondition: a file is in its place.
         """
         place = await self._allowed.open(url)
         if not isinstance(place, Path):
             return place
-        with disk.translated("making the folder of an export"):
-            await self._threads.run(disk.make_folder, place)
+        await self._threads.run(make_folder, place)
         return FolderPlace(place, self._threads)

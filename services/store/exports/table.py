@@ -7,6 +7,7 @@ bytes before each element): a reader gets an array back with `numpy.frombuffer(d
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -87,7 +88,11 @@ def _parameters(response: ModelInferResponse) -> str:
 
 def _value(parameter: InferParameter) -> Any:
     which = parameter.WhichOneof("parameter_choice")
-    return getattr(parameter, which) if which else None
+    value = getattr(parameter, which) if which else None
+    if isinstance(value, float) and not math.isfinite(value):
+        # As protobuf's JSON has it: JSON has no number for these, and readers refuse the row.
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def _outputs(response: ModelInferResponse) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -630,6 +631,26 @@ async def test_places_that_may_not_be_used(node: Node, url: str, error: type[Exc
         await all_of(node.backup.run(url))
     with pytest.raises(error):
         await all_of(node.restore.run(url, ""))
+
+
+async def test_a_place_that_is_a_file(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    for url in ((tmp_path / "file").as_uri(), (tmp_path / "file" / "below").as_uri()):
+        with pytest.raises(FailedPrecondition, match=r"file.* cannot be made .*: a file is in its place"):
+            await all_of(node.backup.run(url))
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+async def test_a_place_where_the_store_may_not_write(
+    node: Node, folder: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))  # Whoever runs this test may be allowed everything.
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(PermissionDenied, match="let the user that the store runs as write there"):
+        await all_of(node.backup.run(folder))
 
 
 async def test_no_way_out_of_an_allowed_folder(node: Node, folder: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from math import inf, nan
 
 import numpy as np
 import pytest
@@ -81,6 +82,17 @@ def test_parameters_of_every_kind() -> None:
     assert json.loads(str(row(result)["parameters"])) == {
         "b": True, "i": -(1 << 63), "s": 'q"ü', "d": 0.5, "none": None
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "told"), [(nan, "NaN"), (inf, "Infinity"), (-inf, "-Infinity")])
+def test_parameters_that_json_has_no_number_for(number: float, told: str) -> None:
+    result = pb.Result(job_id="j", outcome=1)
+    result.response.parameters["d"].double_param = number
+
+    def refused(word: str) -> float:
+        raise AssertionError(f"{word} is no JSON, whatever Python says")
+
+    assert json.loads(str(row(result)["parameters"]), parse_constant=refused) == {"d": told}
 
 
 def test_a_failure_has_no_answer() -> None:

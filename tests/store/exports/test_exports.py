@@ -227,6 +227,15 @@ async def test_where_it_may_not_write(store: Store, allowed: Path, tmp_path: Pat
     assert not found
 
 
+async def test_a_place_that_is_a_file(store: Store, allowed: Path) -> None:
+    allowed.mkdir(parents=True, exist_ok=True)
+    (allowed / "file").write_bytes(b"mine")
+    for name in ("file", "file/below"):
+        said = await refused(whole(export(store, f"{allowed.as_uri()}/{name}")), PRECONDITION)
+        assert "a file is in its place" in said
+    assert (allowed / "file").read_bytes() == b"mine"
+
+
 async def test_a_damaged_answer_ends_no_export(store: Store, allowed: Path) -> None:
     blobs = {job: await large(store, job) for job in "abc"}
     rot(blobs["a"])
