@@ -114,6 +114,7 @@ VALIDATOR: Mapping[str, Any] = {
             "attempts": {"bsonType": ["int", "long"], "minimum": 0},
             "lapses": {"bsonType": ["int", "long"], "minimum": 0},
             "generation": {"bsonType": ["int", "long"], "minimum": 1},
+            "began_at": {"bsonType": "date"},
             "steps": {"bsonType": ["int", "long"], "minimum": 1},
             "submitted_at": {"bsonType": "date"},
             "lane": {"bsonType": "string"},
@@ -217,6 +218,7 @@ def job_of(document: Mapping[str, Any]) -> Job:
         not_before=document.get("not_before"),
         fails_with_them=document.get("fails_with_them", False),
         generation=document.get("generation", 1),
+        began_at=document.get("began_at"),
         attempts=document["attempts"],
         lapses=document.get("lapses", 0),
         refusals=document["refusals"],
@@ -278,6 +280,8 @@ def difference(before: Job, after: Job) -> dict[str, Any]:
     for name in ("generation", "attempts", "lapses", "refusals", "last_code", "last_message", "updated_at", "steps"):
         if getattr(before, name) != getattr(after, name):
             set_[name] = getattr(after, name)
+    if before.began_at != after.began_at:
+        set_["began_at"] = after.began_at
     if before.state is not after.state:
         set_["state"] = str(after.state)
     if before.due_at != after.due_at:

@@ -184,6 +184,7 @@ class Changes(TypedDict, total=False):
     fails_with_them: bool
     unmet: tuple[str, ...]
     generation: int
+    began_at: datetime | None
     attempts: int
     lapses: int
     refusals: int
@@ -234,6 +235,8 @@ class Job:
     """Of a dead letter that has waited in vain: what had not succeeded, for which its requeue waits again."""
     generation: int = 1
     """How many lives it has begun: each requeue of a dead letter begins one."""
+    began_at: datetime | None = None
+    """When this one began, if it is not the first: its deadline counts from then."""
     attempts: int = 0
     """Of this generation."""
     lapses: int = 0
@@ -415,6 +418,7 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
     return job.but(
         state=State.QUEUED,
         generation=job.generation + 1,
+        began_at=now,
         attempts=0,
         lapses=0,
         refusals=0,
@@ -423,20 +427,12 @@ def requeue(job: Job, reason: str, instance: str, now: datetime) -> Job:
         unmet=(),
         not_before=None,
         doom=None,
-        deadline=None if job.deadline is None else now + (job.deadline - _began_at(job)),
+        deadline=None if job.deadline is None else now + (job.deadline - (job.began_at or job.submitted_at)),
         cancel_reason=None,
         updated_at=now,
         transitions=_grown(job, step),
         steps=job.steps + 1,
     )
-
-
-def _began_at(job: Job) -> datetime:
-    """When its generation began, and its deadline to count."""
-    for step, before in zip(job.transitions[:0:-1], job.transitions[-2::-1], strict=True):
-        if before.state in FINAL and step.state is State.QUEUED:
-            return step.at
-    return job.submitted_at
 
 
 def generations(job: Job) -> list[int]:

@@ -203,3 +203,13 @@ def test_each_requeue_counts_the_same_deadline_anew() -> None:
         now += timedelta(hours=1)
         letter = requeue(ended, "", "i", now)
         assert letter.deadline == now + timedelta(seconds=60)
+
+
+def test_a_deadline_is_counted_anew_also_when_the_beginning_of_its_time_is_in_no_transition_any_more() -> None:
+    later, why = START + timedelta(hours=1), End(Outcome.FAILED, Code.INTERNAL, "why")
+    ended = end(claim(job(deadline=START + timedelta(seconds=60)), LEASE, START), why, "i", START)
+    again = requeue(ended, "", "i", later)
+    for _ in range(TRANSITIONS_KEPT):  # An outage: nobody was there to run it.
+        again = try_again(claim(again, LEASE, later), Again(later, False, "nobody there", 14, "m"), "i", later)
+    ended = end(claim(again, LEASE, later), why, "i", later)
+    assert requeue(ended, "", "i", later).deadline == later + timedelta(seconds=60)
