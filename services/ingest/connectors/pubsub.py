@@ -102,7 +102,8 @@ class PubSubSource:
         self._leased: dict[str, None] = {}
         self._settled: list[str] = []
         self._count = 0
-        self._trouble = ""
+        self._troubles: dict[str, str] = {}
+        """What each of its tasks cannot do, until it can."""
 
     async def __aenter__(self) -> PubSubSource:
         self._calls = Calls(self._access)
@@ -132,14 +133,13 @@ class PubSubSource:
                     raise
                 continue
             if answer.received_messages:
-                self._trouble = ""
                 return [self._message(each) for each in answer.received_messages]
 
     def settle(self, message: Message) -> None:
         self._settled.append(message.handle)
 
     def standing(self) -> Standing:
-        return Standing((LaneStanding(self._subscription),), self._trouble)
+        return Standing((LaneStanding(self._subscription),), next(iter(self._troubles.values()), ""))
 
     def _message(self, received: Any) -> Message:
         self._count += 1
@@ -158,21 +158,22 @@ class PubSubSource:
 
     async def _extend_leases(self) -> None:
         while True:
-            await self._guarded(self._modify(list(self._leased), self._lease_s))
+            await self._guarded("extend", self._modify(list(self._leased), self._lease_s))
             await asyncio.sleep(min(self._lease_s / 3, _EXTEND_S))
 
     async def _acknowledge(self) -> None:
         while True:
             await asyncio.sleep(_ACK_S)
-            if self._settled and not await self._guarded(self._tell_settled()):
+            if self._settled and not await self._guarded("acknowledge", self._tell_settled()):
                 await asyncio.sleep(_BACKOFF_S)
 
-    async def _guarded(self, act: Any) -> bool:
+    async def _guarded(self, what: str, act: Any) -> bool:
         try:
             await act
         except ShoalError as err:
-            self._trouble = err.message
+            self._troubles[what] = err.message
             return False
+        self._troubles.pop(what, None)
         return True
 
     async def _tell_settled(self) -> None:

@@ -83,6 +83,7 @@ async def test_an_acknowledgement_that_failed_is_sent_again(server: PubSubServer
         await until(lambda: "as the test wants it" in source.standing().trouble, "the refusal")
         server.refuse = None
         await until(lambda: not pubsub.kept.kept, "the acknowledgement")
+        await until(lambda: source.standing().trouble == "", "all is well")
 
 
 async def test_a_subscription_that_is_not_there_is_named(server: PubSubServer) -> None:
