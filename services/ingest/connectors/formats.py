@@ -27,6 +27,8 @@ Input: TypeAlias = Literal["protobuf", "json", "record", "bytes"]
 Output: TypeAlias = Literal["protobuf", "json"]
 
 _BASE64 = "content_type"
+_SIZES = 64
+# Of a shape: as many as arrays have.
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,10 @@ class Format:
         if self.reads == "bytes":
             return _of_bytes(value, next(iter(self.inputs)))
         document = _object(value)
-        return _of_body(document) if self.reads == "json" else _of_record(document, self.inputs)
+        try:
+            return _of_body(document) if self.reads == "json" else _of_record(document, self.inputs)
+        except UnicodeEncodeError as err:  # JSON can say half a character ("\\ud800"), which no text of a request is.
+            raise InvalidArgument(f"a text in the message is no UTF-8: {err}") from None
 
     def answer(self, response: oip.ModelInferResponse) -> bytes:
         """The message of an answer.
@@ -128,6 +133,8 @@ def _add_input(request: oip.ModelInferRequest, what: str, tensor: Any) -> None:
 def _shape(what: str, shape: Any, count: int) -> list[int]:
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
         raise InvalidArgument(f"{what}: its shape is {str(shape)[:80]}: expected a list of whole numbers")
+    if len(shape) > _SIZES:
+        raise InvalidArgument(f"{what}: its shape has {len(shape)} sizes: at most {_SIZES}")
     if math.prod(shape) != count:
         raise InvalidArgument(f"{what}: its shape {shape} takes {math.prod(shape)} elements, its data has {count}")
     return shape

@@ -7,6 +7,9 @@ hands messages to the event loop, and commits what is settled, after the fact.
 
 Nobody asks for messages while the connector's window is full: then partitions are paused, and polled on. A partition
 that is revoked is committed as far as it is settled, and lost: its messages go to whoever has it next.
+
+Where a partition is begun with its latest message is committed before anything of it is read: an instance that is
+killed before anything was settled passes nothing over.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 import confluent_kafka
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, TopicPartition
 
 from services.ingest.connectors.ledger import Ledger
 from services.ingest.connectors.message import Lane, Message, Outgoing
@@ -34,6 +38,9 @@ _COMMIT_S = 0.1
 _PAUSE_AFTER_S = 1.0
 # Nobody wanted messages for so long: what librdkafka holds is dropped, and fetched again later.
 _LAG_S = 1.0
+_PLACE_S = 5.0
+_ASK_S = 1.0
+# Nothing is consumed while the broker is asked where partitions go on, or whether it is well.
 _LEAVE_S = 8.0
 # Leaving the group takes an answer of the broker.
 _SEND_S = 30
@@ -46,13 +53,17 @@ class KafkaSource:
 
     def __init__(self, brokers: str, topic: str, group: str, *, start: str, options: Mapping[str, str]) -> None:
         self._topic = topic
+        self._start = start
         self._config: dict[str, Any] = {
             "session.timeout.ms": 10_000,
             "heartbeat.interval.ms": 2_000,
-            "auto.offset.reset": start,
+            # How soon a topic is found that was just made, or missed that was deleted: five minutes, if nobody says so.
+            "topic.metadata.refresh.interval.ms": 10_000,
             **options,
             "bootstrap.servers": brokers,
             "group.id": group,
+            # Also where what was committed is gone from the topic: whatever is still there is read.
+            "auto.offset.reset": "earliest",
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "error_cb": self._on_error,
@@ -67,9 +78,12 @@ class KafkaSource:
         # The thread's own:
         self._lanes: dict[int, tuple[Lane, Ledger]] = {}
         self._committed: dict[int, int] = {}
+        self._begins: dict[int, int] = {}
+        """Where partitions begin of which nothing is committed."""
+        self._no_topic = self._not_committed = self._trouble = ""
+        """What is wrong, each until it is seen to be well again."""
         # Written by the thread, read by anyone: swapped whole.
         self._standing = Standing()
-        self._trouble = ""
         self.is_paused = False
         """Nobody has asked for messages for a while."""
 
@@ -165,7 +179,7 @@ class KafkaSource:
             return None  # Of a partition that was just revoked.
         lane, ledger = held
         ledger.received(consumed.offset())
-        self._trouble = ""
+        self._no_topic = self._trouble = ""
         _, stamp = consumed.timestamp()
         return Message(
             lane=lane,
@@ -181,7 +195,7 @@ class KafkaSource:
         if error.code() == KafkaError._PARTITION_EOF:
             return
         if error.code() in _NO_TOPIC:
-            self._trouble = f"there is no topic {self._topic}: create it"
+            self._no_topic = f"there is no topic {self._topic}: create it"
         elif error.fatal():
             raise KafkaException(error)
         else:
@@ -203,25 +217,48 @@ class KafkaSource:
             and ledger.settled_to is not None
             and self._committed.get(partition) != ledger.settled_to + 1
         }
+        self._not_committed = ""
         if not due:
             return
-        offsets = [TopicPartition(self._topic, partition, offset) for partition, offset in due.items()]
+        offsets = [self._of(partition, offset) for partition, offset in due.items()]
         try:
             answers = consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as err:
             # A rebalance is under way, or the broker is: tried again, or delivered again to whoever has it next.
-            self._trouble = f"cannot commit: {err.args[0].str()}"
+            self._not_committed = f"cannot commit: {err.args[0].str()}"
             return
         for answer in answers or ():
             if answer.error is None:
                 self._committed[answer.partition] = answer.offset
             else:
-                self._trouble = f"cannot commit partition {answer.partition}: {answer.error.str()}"
+                self._not_committed = f"cannot commit partition {answer.partition}: {answer.error.str()}"
 
     def _on_assign(self, consumer: Any, partitions: Sequence[Any]) -> None:
         for each in partitions:
             self._lanes[each.partition] = (Lane(str(each.partition)), Ledger())
             self._committed.pop(each.partition, None)
+            self._begins.pop(each.partition, None)
+        if partitions:
+            self._no_topic = self._trouble = ""
+            self._find_places(consumer, partitions)
+
+    def _find_places(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        """Learns where partitions go on, before anything of them is fetched. What fails here starts the source anew."""
+        found = _answered(consumer.committed([self._of(each.partition) for each in partitions], timeout=_PLACE_S))
+        self._committed |= {each.partition: each.offset for each in found if each.offset >= 0}
+        new = [each.partition for each in found if each.offset < 0]
+        if not new:
+            return
+        edge = OFFSET_END if self._start == "latest" else OFFSET_BEGINNING
+        places = _answered(consumer.offsets_for_times([self._of(each, edge) for each in new], timeout=_PLACE_S))
+        if self._start == "latest":
+            places = _answered(consumer.commit(offsets=places, asynchronous=False))
+            self._committed |= {each.partition: each.offset for each in places}
+        else:
+            self._begins |= {each.partition: each.offset for each in places}
+
+    def _of(self, partition: int, *offset: int) -> TopicPartition:
+        return TopicPartition(self._topic, partition, *offset)
 
     def _on_revoke(self, consumer: Any, partitions: Sequence[Any]) -> None:
         self._commit(consumer)
@@ -234,23 +271,34 @@ class KafkaSource:
 
     def _look(self, consumer: Any) -> None:
         """What people see of it."""
+        if self._trouble and self._is_well(consumer):
+            self._trouble = ""
         lanes = [self._lane_standing(consumer, partition) for partition in sorted(self._lanes)]
-        self._standing = Standing(tuple(lanes), self._trouble)
+        self._standing = Standing(tuple(lanes), self._trouble or self._no_topic or self._not_committed)
+
+    def _is_well(self, consumer: Any) -> bool:
+        """Asks, because the library tells that a broker went away, and not that it is back."""
+        try:
+            if self._lanes:
+                ends = [self._of(partition, OFFSET_END) for partition in self._lanes]
+                _answered(consumer.offsets_for_times(ends, timeout=_ASK_S))
+            else:
+                _answered(consumer.committed([self._of(0)], timeout=_ASK_S))
+        except KafkaException:
+            return False
+        return True
 
     def _lane_standing(self, consumer: Any, partition: int) -> LaneStanding:
-        at = self._committed.get(partition)
+        committed = self._committed.get(partition)
+        goes_on = self._begins.get(partition) if committed is None else committed
         try:
-            where = TopicPartition(self._topic, partition)
-            low, high = consumer.get_watermark_offsets(where, cached=True)
-            if at is None and (read := consumer.position([where])[0].offset) >= 0:
-                under_way = self._lanes[partition][1].under_way
-                return LaneStanding(str(partition), "", max(0, high - read + under_way) if high >= 0 else None)
+            _, high = consumer.get_watermark_offsets(self._of(partition), cached=True)
         except KafkaException:
-            low = high = -1
+            high = -1
         return LaneStanding(
             str(partition),
-            "" if at is None else str(at),
-            max(0, high - (low if at is None else at)) if high >= 0 else None,
+            "" if committed is None else str(committed),
+            None if goes_on is None or high < 0 else max(0, high - goes_on),
         )
 
     def _on_error(self, error: Any) -> None:
@@ -350,15 +398,28 @@ class KafkaSink:
             pass
 
 
+def _answered(partitions: Sequence[Any]) -> Sequence[Any]:
+    """`partitions`, when the broker has answered for each of them."""
+    for each in partitions:
+        if each.error is not None:
+            raise KafkaException(each.error)
+    return partitions
+
+
 def _consumed(consumer: Any, limit: int) -> list[Any]:
     """What there is, at most `limit`, once there is something. (`consume` alone waits until it has all of them.)"""
     first = consumer.poll(_POLL_S)
     return [] if first is None else [first, *consumer.consume(limit - 1, 0)] if limit > 1 else [first]
 
 
+_headers_of = methodcaller("headers")
+# Not consumed.headers(): for a name that is no UTF-8 the library returns holes, with an error beside them that CPython
+# does not look for where it has called often. To touch a hole ends the process.
+
+
 def _headers(consumed: Any) -> tuple[tuple[str, bytes], ...]:
     try:
-        return tuple((name, value or b"") for name, value in consumed.headers() or ())
+        return tuple((name, value or b"") for name, value in _headers_of(consumed) or ())
     except (SystemError, UnicodeDecodeError) as err:
         # A name is no UTF-8, and the library gives none then. Without them the message does not hold up its partition.
         log.warning("the headers of %s/%s cannot be read: %s", consumed.partition(), consumed.offset(), err)

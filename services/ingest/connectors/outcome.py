@@ -83,12 +83,17 @@ def dead_letter(plan: Plan, message: Message, failed: Failed, *, is_whole: bool 
     if is_whole:
         return Outgoing(message.value, message.key, _headers(message, about))
     about[OMITTED] = str(message.nbytes)
-    return Outgoing(b"", None, tuple((name, value.encode()) for name, value in about.items()))
+    return Outgoing(b"", None, _encoded(about))
 
 
 def _headers(message: Message, about: dict[str, str]) -> tuple[tuple[str, bytes], ...]:
     kept = tuple((name, value) for name, value in message.headers if not name.startswith(PREFIX))
-    return kept + tuple((name, value.encode()) for name, value in about.items() if value)
+    return kept + _encoded(about)
+
+
+def _encoded(about: dict[str, str]) -> tuple[tuple[str, bytes], ...]:
+    """As headers. A reason may quote half a character, which is written as `\\ud800`."""
+    return tuple((name, value.encode(errors="backslashreplace")) for name, value in about.items() if value)
 
 
 def _name_of(code: int) -> str:

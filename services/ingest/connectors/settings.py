@@ -41,7 +41,12 @@ Brokers: TypeAlias = Annotated[str, Field(pattern=r"^[^\s,/]+:\d{1,5}(,[^\s,/]+:
 Topic: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
 _PUBSUB_NAME = r"^[A-Za-z][A-Za-z0-9._~+%-]{2,254}$"
 Options: TypeAlias = Mapping[str, str]
-_KAFKA_OWN = {"bootstrap.servers": "brokers", "group.id": "group", "auto.offset.reset": "start"}
+_KAFKA_OWN = {
+    "bootstrap.servers": "brokers",
+    "metadata.broker.list": "brokers",
+    "group.id": "group",
+    "auto.offset.reset": "start",
+}
 _KAFKA_FIXED = ("enable.auto.commit", "enable.auto.offset.store", "acks", "request.required.acks", "enable.idempotence")
 
 
@@ -88,6 +93,12 @@ class KafkaSink(Part):
     def _known(cls, given: Any) -> Any:
         return {key: _option(key, value) for key, value in given.items()} if isinstance(given, dict) else given
 
+    @field_validator("options")
+    @classmethod
+    def _taken(cls, given: Options) -> Options:
+        _try(given, "Producer")
+        return given
+
 
 class KafkaSource(KafkaSink):
     """A topic that is read, as a member of a group."""
@@ -95,6 +106,12 @@ class KafkaSource(KafkaSink):
     group: Annotated[str, Field(min_length=1, max_length=255)]
     start: Literal["earliest", "latest"] = "earliest"
     """Where a group begins that has committed nothing yet."""
+
+    @field_validator("options")
+    @classmethod
+    def _taken(cls, given: Options) -> Options:
+        _try({**given, "group.id": "none"}, "Consumer")
+        return given
 
 
 class KinesisSink(Part):
@@ -274,6 +291,17 @@ def _option(key: str, value: Any) -> str:
     return revealed(value)
 
 
+def _try(options: Options, client: str) -> None:
+    """Has the library look at options: made with no broker, a client asks nobody."""
+    import confluent_kafka
+
+    try:
+        getattr(confluent_kafka, client)({**options, "log_level": "0"})
+    except (confluent_kafka.KafkaException, TypeError, ValueError) as err:
+        said = err.args[0]
+        raise ValueError(said.str() if isinstance(said, confluent_kafka.KafkaError) else str(said)) from None
+
+
 def _explained(loc: Iterable[int | str], kind: str, message: str) -> str:
     steps = [str(step) for step in loc]
     # A union of tables names the kind as a step of its own, and a key that is wrong is marked.
@@ -282,8 +310,10 @@ def _explained(loc: Iterable[int | str], kind: str, message: str) -> str:
         for before, step in zip(["", *steps], steps, strict=False)
         if step != "[key]" and not (before in ("source", "sink", "dead_letters") and step in KINDS)
     )
-    if kind == "missing":
-        return f"{path} is required"
+    if kind in ("missing", "union_tag_not_found"):
+        return f"{path}{'.kind' * (kind != 'missing')} is required"
+    if kind == "union_tag_invalid":
+        return f"{path}.kind: should be {', '.join(KINDS[:-1])} or {KINDS[-1]}"
     if kind == "extra_forbidden":
         return f"{path} is not a key of this table"
     text = re.sub(r"^(Value error, |String should |Input should )", "", message)

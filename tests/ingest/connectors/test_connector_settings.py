@@ -50,7 +50,12 @@ def test_the_least_that_is_needed() -> None:
         ("source", None, "connectors.c.source is required"),
         ("source.topic", None, "connectors.c.source.topic is required"),
         ("source.group", None, "connectors.c.source.group is required"),
-        ("source.kind", "kafak", "connectors.c.source"),
+        ("source.kind", "kafak", "connectors.c.source.kind: should be kafka, kinesis or pubsub"),
+        ("source.kind", None, "connectors.c.source.kind is required"),
+        ("source.options", {"no.such": "1"}, "connectors.c.source.options: No such configuration property"),
+        ("source.options", {"fetch.min.bytes": "x"}, "connectors.c.source.options: Invalid value"),
+        ("source.options", {"metadata.broker.list": "x:1"}, "it is the key brokers"),
+        ("dead_letters.options", {"linger.ms": "x"}, "connectors.c.dead_letters.options: Invalid value"),
         ("source.brokers", "localhost", "connectors.c.source.brokers: should match"),
         ("source.start", "middle", "connectors.c.source.start: should be 'earliest' or 'latest'"),
         ("sink.topic", "no spaces", "connectors.c.sink.topic: should match"),
@@ -89,7 +94,7 @@ def test_the_least_that_is_needed() -> None:
         ),
         ("tenant", "t" * 65, "connectors.c.tenant: should have at most 64"),
     ],
-    ids=range(33),
+    ids=range(38),
 )
 def test_what_is_wrong_is_named_by_its_key(path: str, value: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"(?m)^{re.escape(words)}" if words.startswith("connectors") else words):

@@ -12,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ingest.connectors.formats import Format
+from services.ingest.connectors.message import Lane, Message
+from services.ingest.connectors.outcome import Failed, dead_letter
+from services.ingest.connectors.plan import Plan
 from services.ingest.connectors.tensors import DATATYPES, elements_of, raw_of
 from shoal.datatypes import DTYPES
 from shoal.errors import DataLoss, InvalidArgument
@@ -79,6 +82,8 @@ def test_bytes_are_one_element() -> None:
         (body(shape=[-1, -2]), "a list of whole numbers"),
         (body(shape="2"), "a list of whole numbers"),
         (body(shape=[1 << 70]), "a list of whole numbers"),
+        (body(shape=[1 << 62] * 300), "300 sizes"),
+        (body(shape=[1 << 62] * 64), "its data has 2"),
         (body(data=[[1], [2, 3]]), "rows have the shapes"),
         (body(data=[[1, "2"]]), "element 1 is '2'"),
         (body(data=[[1, None]]), "element 1 is 'None'"),
@@ -92,8 +97,11 @@ def test_bytes_are_one_element() -> None:
         (json.dumps({"inputs": [], "id": 3}).encode(), "id"),
         (b'{"inputs": [{"name": "x", "datatype": "BOOL", "data": [true]}], "outputs": [3]}', "outputs"),
         (b'{"inputs": [{"name": "x", "datatype": "BOOL", "data": [true]}], "parameters": {"a": []}}', "'a' is"),
+        (body(name="\ud800"), "no UTF-8"),
+        (body(parameters={"\ud800": 1}), "no UTF-8"),
+        (body(parameters={"a": "\ud800"}), "no UTF-8"),
     ],
-    ids=range(28),
+    ids=range(33),
 )  # fmt: skip
 def test_what_is_wrong_is_named(value: bytes, words: str) -> None:
     with pytest.raises(InvalidArgument, match=words):
@@ -117,6 +125,32 @@ def test_any_bytes_are_a_request_or_invalid(value: bytes) -> None:
             assert form.request(value).model_name == "m"
         except InvalidArgument:
             pass
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["name", "data", "\ud800"]), inner),
+    max_leaves=5,
+)
+TENSOR = {
+    "name": st.just("x"),
+    "datatype": st.sampled_from(DATATYPES),
+    "shape": st.just([1]) | st.lists(st.integers(0, 1 << 63), max_size=100),
+    "data": st.just([1]),
+}
+
+
+@given(st.data())
+def test_any_document_is_a_request_or_a_dead_letter_that_says_why(data: st.DataObject) -> None:
+    tensor = data.draw(st.fixed_dictionaries({key: each | ODD for key, each in TENSOR.items()}))
+    fields = {"inputs": st.just([tensor]) | ODD, "id": ODD, "outputs": ODD, "parameters": ODD}
+    document = data.draw(st.fixed_dictionaries({}, optional=fields))
+    made = Message(Lane("0"), 0, "t/0/0", json.dumps(document).encode())
+    plan = Plan("c", JSON, lambda: pytest.fail("nothing is opened"))
+    try:
+        JSON.request(made.value)
+    except InvalidArgument as err:
+        dead_letter(plan, made, Failed(err.code, err.message))
 
 
 def response(datatype: str, shape: list[int], raw: bytes) -> oip.ModelInferResponse:

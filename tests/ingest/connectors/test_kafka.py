@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,15 @@ from tests.ingest.faults import FakeMesh
 pytestmark = [pytest.mark.timeout(240)]
 
 
-def source_of(kafka: Kafka, **options: str) -> KafkaSource:
+def source_of(kafka: Kafka, start: str = "earliest", **options: str) -> KafkaSource:
     table = kafka.table["source"]
     fast = {name: str(value) for name, value in FAST.items()}
-    return KafkaSource(table["brokers"], table["topic"], table["group"], start="earliest", options={**fast, **options})
+    return KafkaSource(table["brokers"], table["topic"], table["group"], start=start, options={**fast, **options})
+
+
+def lanes(source: KafkaSource) -> list[tuple[str, int | None]]:
+    """Where each lane is, and how far behind."""
+    return [(lane.committed, lane.lag) for lane in source.standing().lanes]
 
 
 @asynccontextmanager
@@ -80,6 +85,54 @@ async def test_what_a_member_had_not_settled_is_lost_to_it_and_goes_to_the_next(
         await until(lambda: len(two) == 10, "all of it again", **PATIENT)
     assert {each.place for each in one} == {each.place for each in two}
     assert await kafka.committed() == [5, 5]
+
+
+async def test_who_goes_on_where_all_is_answered_is_not_behind(kafka: Kafka) -> None:
+    for n in range(3):  # One by one: Tansu knows the end of a topic only by its last batch.
+        await kafka.publish([b"%d" % n, b"%d" % n])
+    for _ in range(2):
+        source = source_of(kafka)
+        async with reading(source, []):
+            await until(lambda at=source: lanes(at) == [("3", 0)] * 2, "no lag", **PATIENT)
+
+
+async def test_what_waits_is_counted_before_anything_is_answered(kafka: Kafka) -> None:
+    for n in range(3):
+        await kafka.publish([b"%d" % n, b"%d" % n])
+    source = source_of(kafka)
+    async with reading(source, [], settles=False):
+        await until(lambda: lanes(source) == [("", 3)] * 2, "the lag", **PATIENT)
+
+
+async def test_from_latest_who_goes_on_before_anything_was_settled_passes_nothing_over(kafka: Kafka) -> None:
+    await kafka.publish([b"old", b"old"])
+    one: list[Message] = []
+    first = source_of(kafka, "latest")
+    async with reading(first, one, settles=False):
+        await until(lambda: lanes(first) == [("1", 0)] * 2, "its place", **PATIENT)
+        await kafka.publish([b"taken"])  # Of the first partition only.
+        await until(lambda: bool(one), "the message", **PATIENT)
+    await kafka.publish([b"meanwhile", b"meanwhile"])
+    two: list[Message] = []
+    async with reading(source_of(kafka, "latest"), two):
+        await until(lambda: len(two) >= 3, "what was not answered", **PATIENT)
+    assert sorted(each.value for each in two) == [b"meanwhile", b"meanwhile", b"taken"]
+
+
+async def test_a_broker_that_is_back_is_not_said_to_be_away(tmp_path: Path) -> None:
+    with Tansu(tmp_path) as broker:
+        broker.wait_until_ready()
+        kafka = await Kafka(broker.address).make()
+        await kafka.publish([b"0", b"1"])
+        # It stays a member, and no message comes any more: nothing else shows that the broker is back.
+        source = source_of(kafka, **{"socket.timeout.ms": "1000", "session.timeout.ms": "60000"})
+        async with reading(source, []):
+            await until(lambda: lanes(source) == [("1", 0)] * 2, "its place", **PATIENT)
+            broker.freeze()
+            await until(lambda: "Kafka" in source.standing().trouble, "the trouble", **PATIENT)
+            broker.thaw()
+            await until(lambda: source.standing().trouble == "", "all is well", **PATIENT)
+            await until(lambda: lanes(source) == [("1", 0)] * 2, "its place", **PATIENT)
 
 
 async def test_what_came_while_nobody_asked_is_there_when_somebody_does(kafka: Kafka) -> None:
@@ -175,28 +228,95 @@ async def test_a_broker_that_hangs_is_waited_for(
 async def test_a_topic_that_is_made_later_is_read_then(tansu: Tansu) -> None:
     kafka = Kafka(tansu.address)
     got: list[Message] = []
-    source = source_of(kafka, **{"topic.metadata.refresh.interval.ms": "500"})
+    source = source_of(kafka)
     async with reading(source, got):
         await until(lambda: "there is no topic" in source.standing().trouble, "the trouble", **PATIENT)
         await kafka.make()
         await kafka.publish([b"a", b"b"])
         await until(lambda: len(got) == 2, "messages", **PATIENT)
+        await until(lambda: source.standing().trouble == "", "all is well", **PATIENT)
+
+
+async def test_a_topic_that_is_gone_is_said_so(tmp_path: Path) -> None:
+    with Tansu(tmp_path) as broker:
+        broker.wait_until_ready()
+        kafka = await Kafka(broker.address).make()
+        got: list[Message] = []
+        source = source_of(kafka)
+        async with reading(source, got):
+            await kafka.publish([b"a", b"b"])
+            await until(lambda: len(got) == 2, "messages", **PATIENT)
+            broker.kill()  # It keeps nothing.
+            broker.start()
+            await until(lambda: "there is no topic" in source.standing().trouble, "the trouble", **PATIENT)
+
+
+def librdkafka() -> Any:
+    """The library itself: what the Python client does not do, other clients and brokers do."""
+    found = next((Path(confluent_kafka.__file__).parent.parent / "confluent_kafka.libs").glob("librdkafka*"))
+    lib = ctypes.CDLL(str(found))
+    for returns_a_pointer in (lib.rd_kafka_conf_new, lib.rd_kafka_new, lib.rd_kafka_mock_cluster_new):
+        returns_a_pointer.restype = ctypes.c_void_p
+    lib.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
+    return lib
+
+
+def producer_of(lib: Any, brokers: str) -> ctypes.c_void_p:
+    text, error = ctypes.c_char_p, ctypes.create_string_buffer(512)
+    conf = ctypes.c_void_p(lib.rd_kafka_conf_new())
+    assert lib.rd_kafka_conf_set(conf, text(b"bootstrap.servers"), text(brokers.encode()), error, 512) == 0
+    return ctypes.c_void_p(lib.rd_kafka_new(0, conf, error, 512))
 
 
 def publish_raw(brokers: str, topic: str, value: bytes, header: bytes) -> None:
-    """With a header whose name is any bytes. The Python client does not write such a one; other clients do."""
-    found = next((Path(confluent_kafka.__file__).parent.parent / "confluent_kafka.libs").glob("librdkafka*"))
-    lib, text, error = ctypes.CDLL(str(found)), ctypes.c_char_p, ctypes.create_string_buffer(512)
-    lib.rd_kafka_conf_new.restype = lib.rd_kafka_new.restype = ctypes.c_void_p
-    conf = ctypes.c_void_p(lib.rd_kafka_conf_new())
-    assert lib.rd_kafka_conf_set(conf, text(b"bootstrap.servers"), text(brokers.encode()), error, 512) == 0
-    producer = ctypes.c_void_p(lib.rd_kafka_new(0, conf, error, 512))
-    size = ctypes.c_ssize_t
+    """With a header whose name is any bytes."""
+    lib, text, size = librdkafka(), ctypes.c_char_p, ctypes.c_ssize_t
+    producer = producer_of(lib, brokers)
     of_topic, of_value, copied, of_header = (1, text(topic.encode())), (4, text(value), size(len(value))), (7, 2), 9
     arguments = (*of_topic, *of_value, *copied, of_header, text(header), text(b"2"), size(1), 0)
     assert lib.rd_kafka_producev(producer, *arguments) == 0
     assert lib.rd_kafka_flush(producer, 30_000) == 0
     lib.rd_kafka_destroy(producer)
+
+
+@contextmanager
+def mock_cluster() -> Iterator[str]:
+    """The address of librdkafka's own broker for tests, which knows offsets that are out of range. (Tansu does not.)"""
+    lib = librdkafka()
+    owner = producer_of(lib, "127.0.0.1:1")
+    cluster = ctypes.c_void_p(lib.rd_kafka_mock_cluster_new(owner, 1))
+    yield lib.rd_kafka_mock_cluster_bootstraps(cluster).decode()
+    lib.rd_kafka_mock_cluster_destroy(cluster)
+    lib.rd_kafka_destroy(owner)
+
+
+@pytest.mark.parametrize("start", ["earliest", "latest"])
+async def test_where_the_committed_place_is_gone_all_that_is_there_is_read(start: str) -> None:
+    with mock_cluster() as address:
+        kafka = Kafka(address, partitions=1)
+        await kafka.publish([b"0", b"1"])
+        table = kafka.table["source"]
+        member = confluent_kafka.Consumer({"bootstrap.servers": address, "group.id": table["group"]})
+        places = [confluent_kafka.TopicPartition(table["topic"], 0, 1_000)]
+        await asyncio.to_thread(lambda: member.commit(offsets=places, asynchronous=False))
+        member.close()
+        got: list[Message] = []
+        async with reading(source_of(kafka, start), got):
+            await until(lambda: len(got) == 2, "what is there", **PATIENT)
+            await kafka.publish([b"2", b"3"])
+            await until(lambda: len(got) == 4, "what came later", **PATIENT)
+        assert [int(each.value) for each in got] == [0, 1, 2, 3]
+
+
+async def test_headers_that_cannot_be_read_are_seen_at_once(kafka: Kafka, caplog: pytest.LogCaptureFixture) -> None:
+    """And not when a hole among them has been touched, which ends the process."""
+    got: list[Message] = []
+    table = kafka.table["source"]
+    await kafka.publish([b"%d" % n for n in range(200)])  # CPython looks for fewer errors in what it runs often.
+    await asyncio.to_thread(publish_raw, table["brokers"], table["topic"], b"odd", b"\xff\xfe")
+    async with reading(source_of(kafka), got):
+        await until(lambda: len(got) == 201, "all", **PATIENT)
+    assert "cannot be read: operator.methodcaller('headers') returned a result with an exception set" in caplog.text
 
 
 async def test_headers_that_cannot_be_read_hold_nothing_up(kafka: Kafka) -> None:
