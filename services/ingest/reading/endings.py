@@ -125,7 +125,11 @@ class Endings(Background):
             self._hint(job_id)
 
     def forget(self, job_id: str, ended: Callable[[], None]) -> None:
-        """Nobody is to be called for this any more. One that was called already changes nothing."""
+        """Nobody is to be called for this any more, nor fetches the result; whether it was called already or not."""
+        self._unwatch(job_id, ended)
+        self._take_at_hand(job_id)  # By the time that somebody asks, a requeue may have ended otherwise.
+
+    def _unwatch(self, job_id: str, ended: Callable[[], None]) -> None:
         if ended in (waiting := self._waiting.get(job_id, [])):
             waiting.remove(ended)
             if not waiting:
@@ -138,7 +142,7 @@ class Endings(Background):
         try:
             await ended.wait()
         finally:
-            self.forget(job_id, ended.set)
+            self._unwatch(job_id, ended.set)
 
     async def result(self, job_id: str) -> Ended:
         """The result that stands, with its answer, of a job that has ended.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -196,6 +197,21 @@ async def test_results_that_nobody_fetches_do_not_fill_the_memory(
     assert ends[-1] == large.job_id
     with pytest.raises(NotFound):
         await endings.result(large.job_id)  # It is asked for.
+
+
+async def test_a_failure_that_nobody_fetched_does_not_hide_the_answer_of_a_requeue(
+    endings: Endings, jobs: Any, answers: Answers
+) -> None:
+    made = job()
+    name = await put(jobs, made, State.RUNNING)
+    ended: list[str] = []
+    client = partial(ended.append, name)
+    endings.watch(name, client)
+    endings.recorded(made, store_pb2.Result(job_id=name, outcome=2, code=Code.INTERNAL, generation=1))
+    assert ended == [name]
+    endings.forget(name, client)  # It is gone before it is told how.
+    answers.results = {name: store_pb2.Result(job_id=name, outcome=1, generation=2)}  # Recorded somewhere else.
+    assert (await endings.result(name)).state is State.SUCCEEDED
 
 
 async def test_the_state_of_a_failure_is_that_of_the_job_s_own_policy(
