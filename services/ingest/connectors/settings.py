@@ -12,6 +12,7 @@ dead_letters = { kind = "kafka", brokers = "localhost:9092", topic = "reviews-de
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -37,8 +38,25 @@ MOST = 100
 """Connectors in one file: each has threads and connections."""
 
 Secret: TypeAlias = Annotated[str, AfterValidator(revealed)]
-Brokers: TypeAlias = Annotated[str, Field(pattern=r"^[^\s,/]+:\d{1,5}(,[^\s,/]+:\d{1,5})*$")]
-Topic: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
+
+
+def _with_ports(brokers: str) -> str:
+    for broker in brokers.split(","):
+        if not 0 < int(broker.rpartition(":")[2]) < 1 << 16:
+            raise ValueError(f"{broker}: a port is a number from 1 to 65535")
+    return brokers
+
+
+def _named(topic: str) -> str:
+    if topic in (".", ".."):
+        raise ValueError(f"Kafka has no topic of the name {topic!r}")
+    return topic
+
+
+Brokers: TypeAlias = Annotated[
+    str, Field(pattern=r"^[^\s,/]+:\d{1,5}(,[^\s,/]+:\d{1,5})*$"), AfterValidator(_with_ports)
+]
+Topic: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$"), AfterValidator(_named)]
 _PUBSUB_NAME = r"^[A-Za-z][A-Za-z0-9._~+%-]{2,254}$"
 Options: TypeAlias = Mapping[str, str]
 _KAFKA_OWN = {
@@ -113,6 +131,14 @@ class KafkaSource(KafkaSink):
         _try({**given, "group.id": "none"}, "Consumer")
         return given
 
+    def reads(self, end: Part) -> bool:
+        """Whether what is written to `end` comes back here."""
+        return isinstance(end, KafkaSink) and end.topic == self.topic and _share_a_broker(self, end)
+
+    def shares_with(self, other: Part) -> bool:
+        """Whether each message comes to one of the two only."""
+        return isinstance(other, KafkaSource) and other.group == self.group and self.reads(other)
+
 
 class KinesisSink(Part):
     """A stream that is written to. Keys are found as AWS' own tools find them."""
@@ -138,6 +164,18 @@ class KinesisSource(KinesisSink):
     """Shards of an instance that is not heard of for so long go to others."""
     poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     """How soon a shard that had nothing is asked again: Kinesis allows five questions a second, of all readers."""
+
+    def reads(self, end: Part) -> bool:
+        """Whether what is written to `end` comes back here."""
+        return isinstance(end, KinesisSink) and (end.stream, end.region, end.endpoint) == (
+            self.stream,
+            self.region,
+            self.endpoint,
+        )
+
+    def shares_with(self, other: Part) -> bool:
+        """Whether each record comes to one of the two only: no, each connector has checkpoints of its own."""
+        return False
 
 
 class PubSubEnd(Part):
@@ -167,6 +205,18 @@ class PubSubSource(PubSubEnd):
     subscription: Annotated[str, Field(pattern=_PUBSUB_NAME)]
     lease_s: Annotated[int, Field(ge=1, le=600)] = 60
     """For how long a message is leased, again and again: so long after a kill it is free."""
+
+    def reads(self, end: Part) -> bool:
+        """Whether what is written to `end` comes back here: a subscription does not say of which topic it is."""
+        return False
+
+    def shares_with(self, other: Part) -> bool:
+        """Whether each message comes to one of the two only."""
+        return isinstance(other, PubSubSource) and (other.project, other.subscription, other.endpoint) == (
+            self.project,
+            self.subscription,
+            self.endpoint,
+        )
 
     @property
     def words(self) -> str:
@@ -235,6 +285,11 @@ class Settings(Part):
         for name, datatype in self.inputs.items():
             if datatype not in tensors.DATATYPES:
                 raise ValueError(f"inputs.{name}: {datatype!r} is none of {', '.join(tensors.DATATYPES)}")
+        for name, end in (("sink", self.sink), ("dead_letters", self.dead_letters)):
+            if end is not None and self.source.reads(end):
+                raise ValueError(
+                    f"{name}: {end.words} is the source: what is written there would be read again, for ever"
+                )
         if taken := {"connector", "source"} & self.labels.keys():
             raise ValueError(f"labels: {', '.join(sorted(taken))} is set by the connector itself")
         if len(self.labels) > LABELS - _OWN_LABELS:
@@ -246,6 +301,17 @@ class File(Part):
     """The whole file."""
 
     connectors: Annotated[dict[Annotated[str, Field(pattern=NAME)], Settings], Field(min_length=1, max_length=MOST)]
+
+    @field_validator("connectors")
+    @classmethod
+    def _each_reads_all(cls, given: dict[str, Settings]) -> dict[str, Settings]:
+        for (name, one), (other, another) in itertools.combinations(given.items(), 2):
+            if one.source.shares_with(another.source):
+                raise ValueError(
+                    f"{name} and {other} read {one.source.words} as one, so each message would reach only one of them: "
+                    "give each a group, or subscription, of its own"
+                )
+        return given
 
 
 def read(path: Path) -> dict[str, Settings]:
@@ -275,6 +341,10 @@ def of_document(document: Mapping[str, Any]) -> dict[str, Settings]:
         raise ValueError(
             "\n".join(_explained(each["loc"], each["type"], each["msg"]) for each in err.errors())
         ) from None
+
+
+def _share_a_broker(one: KafkaSink, other: KafkaSink) -> bool:
+    return not {*one.brokers.split(",")}.isdisjoint(other.brokers.split(","))
 
 
 def _option(key: str, value: Any) -> str:

@@ -17,7 +17,13 @@ from services.ingest.intake.submission import KEY_CHARS
 KAFKA = {"kind": "kafka", "brokers": "localhost:9092", "topic": "t"}
 KINESIS = {"kind": "kinesis", "region": "eu-1"}
 PUBSUB = {"kind": "pubsub", "project": "p"}
-GOOD: dict[str, Any] = {"model": "m", "source": {**KAFKA, "group": "g"}, "sink": KAFKA, "dead_letters": KAFKA}
+GOOD: dict[str, Any] = {
+    "model": "m",
+    "source": {**KAFKA, "group": "g"},
+    "sink": {**KAFKA, "topic": "out"},
+    "dead_letters": {**KAFKA, "topic": "dead"},
+}
+READ = {**KINESIS, "stream": "s"}
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
@@ -58,6 +64,14 @@ def test_the_least_that_is_needed() -> None:
         ("dead_letters.options", {"linger.ms": "x"}, "connectors.c.dead_letters.options: Invalid value"),
         ("source.brokers", "localhost", "connectors.c.source.brokers: should match"),
         ("source.start", "middle", "connectors.c.source.start: should be 'earliest' or 'latest'"),
+        ("source.brokers", "a:1,b:65536", "connectors.c.source.brokers: b:65536: a port is a number from 1 to 65535"),
+        ("sink.topic", "..", "connectors.c.sink.topic: Kafka has no topic of the name"),
+        ("sink.topic", "t", "connectors.c: sink: kafka t is the source: what is written there would be read again"),
+        (
+            "dead_letters",
+            {**KAFKA, "brokers": "b:1,localhost:9092"},
+            "connectors.c: dead_letters: kafka t is the source",
+        ),
         ("sink.topic", "no spaces", "connectors.c.sink.topic: should match"),
         ("sink.group", "g", "connectors.c.sink.group is not a key of this table"),
         ("source.options", {"group.id": "x"}, "connectors.c.source.options: group.id is not given here"),
@@ -94,7 +108,7 @@ def test_the_least_that_is_needed() -> None:
         ),
         ("tenant", "t" * 65, "connectors.c.tenant: should have at most 64"),
     ],
-    ids=range(38),
+    ids=range(42),
 )
 def test_what_is_wrong_is_named_by_its_key(path: str, value: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"(?m)^{re.escape(words)}" if words.startswith("connectors") else words):
@@ -123,6 +137,34 @@ def test_a_file_that_is_none_of_connectors(tmp_path: Path, text: str, words: str
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read(tmp_path / "none.toml")
+
+
+def test_a_stream_of_kinesis_is_not_written_back_to_where_it_is_read() -> None:
+    one = {**GOOD, "source": READ, "sink": {**READ, "region": "eu-2"}}
+    assert of_document({"connectors": {"c": one}})["c"].sink is not None
+    with pytest.raises(ValueError, match="dead_letters: kinesis s is the source"):
+        of_document({"connectors": {"c": {**one, "dead_letters": READ}}})
+
+
+@pytest.mark.parametrize(
+    ("source", "other"),
+    [
+        (GOOD["source"], {**GOOD["source"], "group": "h"}),
+        ({**PUBSUB, "subscription": "sub"}, {**PUBSUB, "subscription": "sub2"}),
+    ],
+)
+def test_two_connectors_do_not_share_out_the_messages(source: dict[str, Any], other: dict[str, Any]) -> None:
+    def both(second: dict[str, Any]) -> dict[str, Any]:
+        return {"connectors": {"a": {**GOOD, "source": source}, "b": {**GOOD, "source": second}}}
+
+    assert len(of_document(both(other))) == 2
+    with pytest.raises(ValueError, match=r"connectors: a and b read (kafka t|pubsub sub) as one, so each message"):
+        of_document(both(source))
+
+
+def test_two_connectors_may_read_one_stream_of_kinesis() -> None:
+    one = {**GOOD, "source": READ}
+    assert len(of_document({"connectors": {"a": one, "b": one}})) == 2
 
 
 def test_every_mistake_is_told_at_once() -> None:
