@@ -88,7 +88,7 @@ async def run(config: StoreConfig) -> None:
             collector,
             Verification(collections, blobs, artifacts.reader, responses),
             Backup(collections, blobs, places, folder, threads, _now, config.backup_databases),
-            Restore(collections, blobs, places, folder, threads, _now, counters),
+            Restore(collections, blobs, places, folder, threads, _now, counters, config.backup_databases),
             quotas,
             upload_idle_s=config.upload_idle_ms / 1000,
         )

@@ -47,7 +47,7 @@ _MANIFEST_BYTES = 64 << 20
 
 
 class Restore:
-    """Restores backups into this store, and its database (with the others that were backed up beside it)."""
+    """Restores backups into this store: its database, and `others` on the same MongoDB."""
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class Restore:
         threads: Threads,
         clock: Callable[[], datetime],
         counters: Counters,
+        others: Sequence[str] = (),
     ) -> None:
         self._collections = collections
         self._blobs = blobs
@@ -66,6 +67,7 @@ class Restore:
         self._threads = threads
         self._clock = clock
         self._counters = counters
+        self._others = frozenset(others)
 
     async def run(self, source_url: str, backup_id: str) -> AsyncGenerator[Progress, None]:
         """Restores a backup (the newest when `backup_id` is empty); yields how far it is, at the end `is_complete`.
@@ -73,13 +75,14 @@ class Restore:
         Raises:
             InvalidArgument, PermissionDenied: a place that it may not use.
             NotFound: no (such) complete backup there.
-            FailedPrecondition: this store is not empty.
+            FailedPrecondition: this store is not empty, or the backup has a database that is none of `others`.
             Aborted: a later call restores the same backup, and goes on.
             DataLoss: a file of the backup is damaged: it is named, and nothing wrong is restored.
         """
         source = await self._places.open(source_url, to_write=False)
         chosen = await _chosen(source, backup_id)
         made = await self._manifest(source, chosen)
+        self._check_databases(made)
         with translated("restoring a backup"):
             call = uuid.uuid4().hex
             await self._begin(made, call)
@@ -110,6 +113,15 @@ class Restore:
         if size > _MANIFEST_BYTES:
             raise DataLoss(f"backup {backup_id}: its manifest is damaged: choose another backup")
         return manifest.decoded(b"".join([chunk async for chunk in source.read(key, 0, size)]), backup_id)
+
+    def _check_databases(self, made: Manifest) -> None:
+        """Whoever can write to the place could name any database of this MongoDB."""
+        for dumped in made.collections:
+            if dumped.database and dumped.database not in self._others:
+                raise FailedPrecondition(
+                    f"backup {made.id} has database {dumped.database!r}, which is not known to belong to this store: "
+                    "if it does, set SHOAL_STORE_BACKUP_DATABASES"
+                )
 
     async def _begin(self, made: Manifest, call: str) -> None:
         """Marks this store as being restored, if it is empty, or has that mark already."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -96,13 +96,16 @@ class Node:
 
 
 @asynccontextmanager
-async def node_at(uri: str, database: str, folder: Path, threads: Threads, allowed: list[str]) -> AsyncIterator[Node]:
+async def node_at(
+    uri: str, database: str, folder: Path, threads: Threads, allowed: list[str], others: Sequence[str] = ()
+) -> AsyncIterator[Node]:
     async with mongo.connect(uri) as client:
         parts = make_parts(client[database], folder, threads, Clock())
         await parts.collections.prepare()
         places = BackupPlaces(allowed, threads, checksums=True)
         given = (parts.collections, parts.blobs, places, folder / "staging", threads, parts.clock)
-        yield Node(parts, Backup(*given), Restore(*given, Counters(parts.collections, parts.clock)), places)
+        counters = Counters(parts.collections, parts.clock)
+        yield Node(parts, Backup(*given, others), Restore(*given, counters, others), places)
 
 
 @pytest.fixture
@@ -598,6 +601,26 @@ async def test_a_manifest_that_somebody_made_up(node: Node, empty: Node, folder:
     place = await node.places.open(folder, to_write=True)
     with pytest.raises(DataLoss, match="manifest is damaged"):
         await all_of(empty.restore.run(folder, await put_manifest(place, **changed)))
+
+
+async def test_a_database_beside_the_store_is_restored_where_it_belongs(
+    mongo_uri: str, mongo_database: str, tmp_path: Path, threads: Threads, empty: Node, folder: str
+) -> None:
+    beside = f"{mongo_database}_3"
+    places = (threads, [tmp_path.as_uri()])
+    async with node_at(mongo_uri, mongo_database, tmp_path / "blobs", *places, [beside]) as node:
+        theirs = node.db.client[beside]["jobs"]
+        await theirs.insert_one({"_id": 1})
+        await all_of(node.backup.run(folder))
+        await theirs.drop()
+        with pytest.raises(FailedPrecondition, match=f"has database '{beside}', which is not known to belong"):
+            await all_of(empty.restore.run(folder, ""))
+        assert await empty.documents() == {}
+        assert await theirs.find_one({}) is None
+        async with node_at(mongo_uri, f"{mongo_database}_2", tmp_path / "other", *places, [beside]) as known:
+            await all_of(known.restore.run(folder, ""))
+        assert await theirs.find().to_list() == [{"_id": 1}]
+        await node.db.client.drop_database(beside)
 
 
 @pytest.mark.parametrize("key", ["../../../outside", "artifacts/ab/../../../outside", "/etc/passwd", "staging/x", ""])
