@@ -363,6 +363,8 @@ def _option(key: str, value: Any) -> str:
 
 def _try(options: Options, client: str) -> None:
     """Has the library look at options: made with no broker, a client asks nobody."""
+    if not _is_there("confluent_kafka"):
+        return  # Which is said of the kind.
     import confluent_kafka
 
     try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from services.ingest.connectors import settings
 from services.ingest.connectors.message import Lane, Message, job_key
 from services.ingest.connectors.secrets import revealed
 from services.ingest.connectors.settings import of_document, read
@@ -165,6 +167,15 @@ def test_two_connectors_do_not_share_out_the_messages(source: dict[str, Any], ot
 def test_two_connectors_may_read_one_stream_of_kinesis() -> None:
     one = {**GOOD, "source": READ}
     assert len(of_document({"connectors": {"a": one, "b": one}})) == 2
+
+
+def test_a_library_that_is_not_installed_is_named_and_its_options_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(settings, "_is_there", lambda package: False)
+    monkeypatch.setitem(sys.modules, "confluent_kafka", None)
+    with pytest.raises(ValueError, match=r"pip install 'shoal\[kafka\]'"):
+        of_document(changed("source.options", {"fetch.min.bytes": "1"}))
 
 
 def test_every_mistake_is_told_at_once() -> None:
