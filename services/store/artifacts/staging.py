@@ -159,9 +159,7 @@ class Staging:
         Raises:
             ResourceExhausted: more than `keep` files belong to uploads that are under way.
         """
-        for path in self.folder.glob(f"*{_TEMPORARY}"):
-            if _touched(path) < now - self.max_age_s:
-                path.unlink(missing_ok=True)
+        discard_temporary(self.folder, now - self.max_age_s)
         files = sorted(self._files("*"), key=_touched)
         excess = 0 if keep is None else len(files) - keep
         for path in files:
@@ -231,6 +229,13 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def discard_temporary(folder: Path, before: float) -> None:
+    """Removes what writes that were never ended left in a folder, untouched since `before` (Unix time)."""
+    for path in folder.glob(f"*{_TEMPORARY}"):
+        if _touched(path) < before:
+            path.unlink(missing_ok=True)
 
 
 def _touched(path: Path) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief
 from services.store.artifacts.local_blobs import LocalBlobs
+from services.store.artifacts.staging import discard_temporary
 from services.store.places import Allowed, make_folder
 from shoal.errors import FailedPrecondition
 
@@ -45,14 +45,7 @@ class BackupPlaces:
                 await self._threads.run(make_folder, folder)
             if now is not None:
                 with disk.translated("tidying the folder of backups"):
-                    await self._threads.run(_tidy, place / _STAGING, (now - _LEFT_FOR).timestamp())
+                    await self._threads.run(discard_temporary, place / _STAGING, (now - _LEFT_FOR).timestamp())
         elif not await self._threads.run(place.is_dir):
             raise FailedPrecondition(f"url: there is no folder {brief(str(place))} on the store's machine")
         return LocalBlobs(place, place / _STAGING, self._threads)
-
-
-def _tidy(staging: Path, before: float) -> None:
-    for file in staging.glob("*.tmp"):
-        with suppress(FileNotFoundError):  # Another backup has just placed or removed it.
-            if file.stat().st_mtime < before:
-                file.unlink()
