@@ -38,6 +38,12 @@ _RESETS = 20_000
 # Streams that the peer opened, and cancelled or had us cancel, on one connection, without one answer in between: no
 # client does that.
 
+_LINGER_S = 1.0
+# Longest for a peer to close a connection that has served its last call.
+
+_GOODBYE = b"goodbye."
+# What is asked with the first goodbye, and comes back once the peer has read it.
+
 _STATUS_200 = (b":status", b"200")
 
 
@@ -86,6 +92,8 @@ class Connection(Peer):
         self._connections = connections
         self._inbound: dict[int, Inbound] = {}
         self._is_closing = False
+        self._heard: asyncio.Future[None] = self._loop.create_future()
+        self._lingering: asyncio.TimerHandle | None = None
         self._resets = 0
 
     # -- the transport's side
@@ -106,10 +114,17 @@ class Connection(Peer):
         if not self._has_settings:
             self._break(ConnectionBroken(Reason.SETTINGS_TIMEOUT, f"no SETTINGS came within {_GREETING_S:.0f} s"))
 
+    def data_received(self, data: bytes) -> None:
+        if self._lingering is None:
+            super().data_received(data)
+
     def connection_lost(self, exc: Exception | None) -> None:
         if self in self._connections:
             self._connections.remove(self)
             self._greeting.cancel()
+        if self._lingering is not None:
+            self._lingering.cancel()
+        self._was_heard()
         self._is_closing = True
         for inbound in list(self._inbound.values()):
             _gone(inbound)
@@ -240,23 +255,52 @@ class Connection(Peer):
         if self._is_closing:
             self._close_when_done()
 
-    def goodbye(self) -> None:
-        """Tells the peer to open no more streams; the open ones finish, then the connection is closed."""
-        self._sender.write(frames.goaway(LARGEST_WINDOW, Reason.NO_ERROR))
+    def goodbye(self) -> asyncio.Future[None]:
+        """Tells the peer to open no more streams. What is returned is done once it has read so, or is gone.
+
+        The open streams finish, and those that it opens before it reads this; then the connection is closed.
+        """
+        if self._has_settings and self._lingering is None and not self._transport.is_closing():
+            ping = frames.frame(frames.PING, 0, 0, _GOODBYE)
+            self._sender.write(frames.goaway(LARGEST_WINDOW, Reason.NO_ERROR) + ping)
+        else:
+            self._was_heard()
+        return self._heard
+
+    def _acknowledged(self, what: bytes) -> None:
+        if what == _GOODBYE:
+            self._was_heard()
+
+    def _was_heard(self) -> None:
+        if not self._heard.done():
+            self._heard.set_result(None)
 
     def last_goodbye(self) -> None:
         """Says which stream was the last to be answered."""
-        self._is_closing = True
-        self._sender.write(frames.goaway(self._newest, Reason.NO_ERROR))
-        self._close_when_done()
+        if self._lingering is None:
+            self._is_closing = True
+            self._sender.write(frames.goaway(self._newest, Reason.NO_ERROR))
+            self._close_when_done()
 
     def abort(self) -> None:
         self._transport.abort()
 
     def _close_when_done(self) -> None:
-        if self._is_closing and not self._inbound:
-            self._sender.flush()
-            self._transport.close()
+        if not self._is_closing or self._inbound or self._lingering is not None:
+            return
+        self._sender.flush()
+        if self._transport.is_closing():
+            return
+        # What the peer still sends must find somebody: if a write of its own fails, it may throw away what it has not
+        # read, the last answers among it. It closes when it has read to our end.
+        self._lingering = self._loop.call_later(_LINGER_S, self._end_lingering)
+        self._transport.write_eof()
+
+    def _end_lingering(self) -> None:
+        if self._transport.get_write_buffer_size():  # It is still reading the last answers.
+            self._lingering = self._loop.call_later(_LINGER_S, self._end_lingering)
+        else:
+            self._transport.abort()
 
 
 def _gone(inbound: Inbound) -> None:

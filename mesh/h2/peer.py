@@ -185,7 +185,9 @@ class Peer(asyncio.Protocol, ABC):
         elif kind == PING:
             if len(payload) != 8 or number:
                 raise ConnectionBroken(Reason.FRAME_SIZE_ERROR, "PING of other than 8 bytes, or on a stream")
-            if not flags & ACK:
+            if flags & ACK:
+                self._acknowledged(payload)
+            else:
                 self._sender.acknowledge(frames.frame(PING, ACK, 0, payload))
         elif kind == CONTINUATION:
             self._on_continuation(number, flags, payload)
@@ -247,3 +249,6 @@ class Peer(asyncio.Protocol, ABC):
 
     def _settled(self, settings: Mapping[int, int]) -> None:
         """The other end's settings have come, and are in use."""
+
+    def _acknowledged(self, what: bytes) -> None:
+        """The other end has answered the PING `what`: it has read all that was sent before."""

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
 _TURN_S = 0.02
-_NOTICE_S = 0.1
-# Between the two goodbyes: what the peer sent before it read the first still comes in.
+_NOTICE_S = 2.0
+# Longest between the two goodbyes: what a peer sends before it has read the first is served.
 
 
 class H2Server:
@@ -90,13 +90,12 @@ class H2Server:
     ) -> None:
         self._served.say(is_serving=False)
         self._server.close()
-        for connection in tuple(self._connections):
-            connection.goodbye()
-        await asyncio.sleep(_NOTICE_S)
-        for connection in tuple(self._connections):
-            connection.last_goodbye()
         loop = asyncio.get_running_loop()
         until = loop.time() + self._drain_s
+        if heard := [connection.goodbye() for connection in tuple(self._connections)]:
+            await asyncio.wait(heard, timeout=min(_NOTICE_S, self._drain_s))
+        for connection in tuple(self._connections):
+            connection.last_goodbye()
         while self._connections and loop.time() < until:
             await asyncio.sleep(_TURN_S)
             self._served.end_idle_streams()

@@ -18,6 +18,7 @@ from mesh.asgi.framing import framed
 from mesh.h2 import frames
 from mesh.h2.frames import Reason
 from mesh.h2.server import H2Server
+from tests.mesh.h2.scripted import Peer
 
 ECHO = "/test.Test/Echo"
 LATER = "/test.Test/Later"
@@ -239,22 +240,92 @@ async def test_a_connection_that_is_lost_abandons_its_calls():
             await asyncio.sleep(0.01)
 
 
+@asynccontextmanager
+async def stoppable(**short):
+    """A client by frames, and what stops its server."""
+    server = H2Server("127.0.0.1:0", [], drain_ms=30_000, short={ECHO: echo, **short})
+    await server.__aenter__()
+    host, _, port = server.address.rpartition(":")
+    peer = Peer(*await asyncio.open_connection(host, int(port)))
+    peer.send(PRE)
+    await peer.until(frames.SETTINGS)
+
+    def stop():
+        return asyncio.create_task(server.__aexit__(None, None, None))
+
+    yield peer, stop
+    peer.writer.close()
+
+
+def call(peer, number, path, body=b"x"):
+    fields = peer.headers(number, [(":path", path), *CALL])
+    peer.send(fields, frames.frame(frames.DATA, frames.END_STREAM, number, framed(body)))
+
+
+async def answered(peer, number):
+    """The body of an answer, once all of it is there."""
+    while not any(
+        kind == frames.HEADERS and flags & frames.END_STREAM and of == number for kind, flags, of, _ in peer.seen
+    ):
+        assert await peer.frame() is not None, "the connection ended before the answer"
+    return b"".join(payload for kind, _, of, payload in peer.seen if kind == frames.DATA and of == number)
+
+
+async def heard(peer):
+    """Reads the first goodbye, and answers the question that comes with it."""
+    _, _, _, goodbye = await peer.until(frames.GOAWAY)
+    assert struct.unpack(">II", goodbye) == (frames.LARGEST_WINDOW, Reason.NO_ERROR)
+    _, _, _, question = await peer.until(frames.PING)
+    peer.send(frames.frame(frames.PING, frames.ACK, 0, question))
+
+
 async def test_a_stop_says_goodbye_and_lets_the_call_in_flight_finish():
     later = Later()
-    server = H2Server("127.0.0.1:0", [], drain_ms=5_000, short={LATER: later})
-    await server.__aenter__()
-    async with wire(server) as w:
-        begin(w.client, 1, LATER)
-        w.client.send_data(1, framed(b"x"), end_stream=True)
-        await w.send()
+    async with stoppable(**{LATER: later}) as (peer, stop):
+        call(peer, 1, LATER)
         await later.came.wait()
-        stopping = asyncio.create_task(server.__aexit__(None, None, None))
-        goodbye = await w.until(h2.events.ConnectionTerminated)
-        assert goodbye.error_code == Reason.NO_ERROR
+        stopping = stop()
+        await heard(peer)
+        _, _, _, last = await peer.until(frames.GOAWAY)
+        assert struct.unpack(">II", last) == (1, Reason.NO_ERROR)
         assert not stopping.done()
         later.calls[0][1].reply((b"z",), 1)
-        assert b"z" in await w.reader.read(1000)
-        await asyncio.wait_for(stopping, 5)
+        assert await answered(peer, 1) == framed(b"z")
+        assert await peer.frame() is None
+        # A peer that has not read so far yet may still write, again and again.
+        for _ in range(3):
+            peer.send(frames.window_update(0, 99))
+            await peer.writer.drain()
+            await asyncio.sleep(0.05)
+        assert not stopping.done()
+        peer.writer.close()
+        await asyncio.wait_for(stopping, 20)
+
+
+async def test_what_a_peer_opens_before_it_has_read_the_goodbye_is_served():
+    async with stoppable() as (peer, stop):
+        stopping = stop()
+        await asyncio.sleep(0.5)
+        call(peer, 1, ECHO, b"late")
+        await heard(peer)
+        assert await answered(peer, 1) == framed(b"late")
+        await peer.until_over()
+        goodbyes = [payload for kind, _, _, payload in peer.seen if kind == frames.GOAWAY]
+        assert struct.unpack(">II", goodbyes[-1]) == (1, Reason.NO_ERROR)
+        peer.writer.close()
+        await asyncio.wait_for(stopping, 20)
+
+
+@pytest.mark.parametrize("speaks", [True, False], ids=["says nothing of the goodbye", "never spoke"])
+async def test_a_peer_that_is_mute_delays_no_stop_for_long(speaks):
+    server = H2Server("127.0.0.1:0", [], drain_ms=60_000, short={})
+    await server.__aenter__()
+    host, _, port = server.address.rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(PRE if speaks else b"")
+    await asyncio.sleep(0.1)
+    await asyncio.wait_for(server.__aexit__(None, None, None), 30)
+    writer.close()
 
 
 PRE = frames.PREFACE + frames.settings({})
