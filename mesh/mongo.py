@@ -29,6 +29,12 @@ from pymongo.errors import (
     PyMongoError,
     WriteConcernError,
 )
+from pymongo.monitoring import (
+    ServerClosedEvent,
+    ServerDescriptionChangedEvent,
+    ServerListener,
+    ServerOpeningEvent,
+)
 
 from shoal.errors import (
     AlreadyExists,
@@ -106,6 +112,35 @@ class Client(AsyncMongoClient[Document]):
     aclose = close
 
 
+class _Promotion(ServerListener):
+    """Renews the connections of a client when the server that it is tied to becomes primary.
+
+    A URI with directConnection=true sends operations to a member in any state, and pymongo keeps what it learnt when a
+    connection was made: one from before the election would refuse transactions for as long as it lives.
+    """
+
+    def __init__(self) -> None:
+        self.client: AsyncMongoClient[Document] | None = None
+        self._renewals: set[asyncio.Task[None]] = set()
+
+    def description_changed(self, event: ServerDescriptionChangedEvent) -> None:
+        if event.new_description.is_writable and not event.previous_description.is_writable:
+            self._renewals.add(renewal := asyncio.create_task(self._renew()))
+            renewal.add_done_callback(self._renewals.discard)
+
+    async def _renew(self) -> None:
+        assert self.client is not None
+        # pymongo has no public way. Connections in use finish what they do.
+        for server in self.client._topology._servers.values():
+            await server.pool.reset_without_pause()
+
+    def opened(self, event: ServerOpeningEvent) -> None:
+        """Nothing is connected yet."""
+
+    def closed(self, event: ServerClosedEvent) -> None:
+        """Its connections are closed with it."""
+
+
 def connect(uri: str, *, max_connections: int | None = None) -> AsyncMongoClient[Document]:
     """A client for `uri`; connects lazily, so MongoDB may be away now. The caller closes it, best with `async with`.
 
@@ -115,14 +150,18 @@ def connect(uri: str, *, max_connections: int | None = None) -> AsyncMongoClient
     Raises:
         InvalidArgument: `uri` is not a MongoDB URI.
     """
-    given = {key.lower() for key, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}
+    given = {key.lower(): value for key, value in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}
     options = {key: value for key, value in _DEFAULTS.items() if key.lower() not in given}
     if max_connections is not None:
         options["maxPoolSize"] = max_connections
+    promotion = _Promotion()
+    if given.get("directconnection") == "true":
+        options["event_listeners"] = [promotion]
     try:
-        return Client(uri, **options, **_DURABLE)
+        promotion.client = client = Client(uri, **options, **_DURABLE)
     except (ConfigurationError, ValueError) as err:
         raise InvalidArgument(f"not a usable MongoDB URI: {err}; expected mongodb://host[:port][,host...]") from err
+    return client
 
 
 async def ensure_collection(

@@ -13,31 +13,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mesh.node import parts
 from shoal.ingest.v1 import ingest_pb2 as pb
-from tests.breakable import Process, until
+from tests.breakable import until
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, submit
+from tests.store.mongods import MongoProcess
 
 S = grpc.StatusCode
 
 
-class MongodProcess(Process):
-    """A mongod of the test's own."""
-
-    def __init__(self, folder: Path) -> None:
-        port = parts.free_port()
-        self._part = parts.mongod(folder, port)
-        super().__init__(self._part.argv, folder.parent / "mongod.log", self._part.env)
-        self.uri = f"mongodb://127.0.0.1:{port}/?directConnection=true"
-
-    async def until_ready(self) -> None:
-        await until(self._part.ready, "mongod ready")
-
-
 @pytest.fixture
-async def mongod(tmp_path: Path) -> AsyncIterator[MongodProcess]:
-    folder = tmp_path / "mongod"
-    folder.mkdir()
-    process = MongodProcess(folder)
+async def mongod(tmp_path: Path) -> AsyncIterator[MongoProcess]:
+    process = MongoProcess(tmp_path)
     yield process
     process.__exit__()
 
@@ -64,7 +50,7 @@ async def answers(client: Client) -> bool:
     return True
 
 
-async def test_everything_away_at_the_start(mongod: MongodProcess, start_ingest: StartIngest, run_dir: Path) -> None:
+async def test_everything_away_at_the_start(mongod: MongoProcess, start_ingest: StartIngest, run_dir: Path) -> None:
     ingest = start_ingest(mongo=mongod.uri, etcd=f"127.0.0.1:{parts.free_port()}")
     client = Client(ingest.address)
     await asyncio.wait_for(client.channel.channel_ready(), 30)
@@ -83,7 +69,7 @@ async def test_everything_away_at_the_start(mongod: MongodProcess, start_ingest:
 
 
 async def test_a_database_that_hangs_and_comes_back(
-    mongod: MongodProcess, own_mesh: FakeMesh, start_ingest: StartIngest
+    mongod: MongoProcess, own_mesh: FakeMesh, start_ingest: StartIngest
 ) -> None:
     mongod.start()
     await mongod.until_ready()
@@ -102,7 +88,7 @@ async def test_a_database_that_hangs_and_comes_back(
 
 
 async def test_a_database_that_is_killed_under_a_watch_and_a_running_job(
-    mongod: MongodProcess, own_mesh: FakeMesh, start_ingest: StartIngest
+    mongod: MongoProcess, own_mesh: FakeMesh, start_ingest: StartIngest
 ) -> None:
     runs, may_answer = asyncio.Event(), asyncio.Event()
 
@@ -132,7 +118,7 @@ async def test_a_database_that_is_killed_under_a_watch_and_a_running_job(
 
 
 async def test_it_stops_in_order_while_its_database_is_gone(
-    mongod: MongodProcess, own_mesh: FakeMesh, start_ingest: StartIngest
+    mongod: MongoProcess, own_mesh: FakeMesh, start_ingest: StartIngest
 ) -> None:
     mongod.start()
     await mongod.until_ready()
@@ -172,7 +158,7 @@ def test_a_wrong_setting_is_named(start_ingest: StartIngest) -> None:
 
 
 async def test_a_stream_stops_its_producer_while_the_database_hangs(
-    mongod: MongodProcess, own_mesh: FakeMesh, start_ingest: StartIngest
+    mongod: MongoProcess, own_mesh: FakeMesh, start_ingest: StartIngest
 ) -> None:
     mongod.start()
     await mongod.until_ready()
@@ -203,7 +189,7 @@ async def test_a_stream_stops_its_producer_while_the_database_hangs(
 
 
 async def test_a_submit_of_which_nothing_was_heard_runs_once_with_all_its_attempts(
-    mongod: MongodProcess, own_mesh: FakeMesh, start_ingest: StartIngest
+    mongod: MongoProcess, own_mesh: FakeMesh, start_ingest: StartIngest
 ) -> None:
     mongod.start()
     await mongod.until_ready()

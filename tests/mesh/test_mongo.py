@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from bson.errors import InvalidDocument
@@ -15,6 +16,7 @@ from pymongo.errors import (
     BulkWriteError,
     InvalidName,
     NetworkTimeout,
+    NotPrimaryError,
     OperationFailure,
     PyMongoError,
     ServerSelectionTimeoutError,
@@ -35,6 +37,8 @@ from shoal.errors import (
     ShoalError,
     Unavailable,
 )
+from tests.breakable import until
+from tests.store.mongods import MongoProcess
 
 VALIDATOR = {"$jsonSchema": {"bsonType": "object", "required": ["n"], "properties": {"n": {"bsonType": "int"}}}}
 INDEX = IndexModel([("n", ASCENDING)], name="by_n", unique=True)
@@ -116,6 +120,31 @@ async def test_a_mongodb_that_is_away() -> None:
     async with connect(uri) as client:
         with pytest.raises(Unavailable, match=r"preparing collection x\.c: MongoDB does not answer"):
             await ensure_collection(client["x"], "c", validator=VALIDATOR, indexes=[])
+
+
+async def test_a_direct_connection_from_before_the_election_does_not_stay(tmp_path: Path) -> None:
+    with MongoProcess(tmp_path) as mongod:
+        async with connect(f"mongodb://{mongod.address}/?directConnection=true") as client:
+
+            async def is_refused() -> bool:
+                with pytest.raises(AutoReconnect) as refusal:
+                    await client.x.c.insert_one({"n": 1})
+                return isinstance(refusal.value, NotPrimaryError)
+
+            async def is_transacted() -> bool:
+                async with client.start_session() as session:
+                    try:
+                        with translated("inserting"):
+                            await session.with_transaction(
+                                lambda session: client.x.c.insert_one({"n": 1}, session=session)
+                            )
+                    except Unavailable:
+                        return False
+                return True
+
+            await until(is_refused, "a mongod that is in no set yet refuses")
+            await mongod.until_ready()
+            await until(is_transacted, "transactions work")
 
 
 async def test_what_no_document_can_hold(db: AsyncDatabase[Document]) -> None:

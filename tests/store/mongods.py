@@ -19,7 +19,8 @@ class MongoProcess(Process):
         argv = list(self._part.argv)
         argv[argv.index("--oplogSize") + 1] = str(oplog_mib)
         super().__init__([*argv, *arguments], folder / "mongod.log", self._part.env)
-        self.uri = f"mongodb://127.0.0.1:{port}/?directConnection=true"
+        self.address = f"127.0.0.1:{port}"
+        self.uri = f"mongodb://{self.address}/?replicaSet=rs0"
 
     async def until_ready(self) -> None:
         await until(self._part.ready, "mongod is primary")
