@@ -103,12 +103,13 @@ def outcome(target: Target, **sent: object) -> str:
         return "silent"
     except OSError:
         return "cut"
-    return of(answer)
+    return of(answer, target)
 
 
-def of(answer: Answer) -> str:
+def of(answer: Answer, target: Target) -> str:
     if answer.status is not None:
-        assert answer.status == 0 or answer.message, answer
+        # grpc's core now and then gives a status alone, such as for too many headers.
+        assert answer.status == 0 or answer.message or target.front == "grpc", answer
         return Code(answer.status).name
     if answer.http_status is not None and answer.http_status != 200:
         return f"HTTP {answer.http_status}"
@@ -183,7 +184,7 @@ GOOD_FORMS = {
 def test_what_is_odd_and_right(target: Target, case: str) -> None:
     with Connection(target.address) as connection:
         answer = connection.call(**GOOD_FORMS[case])
-    assert of(answer) == "OK", answer
+    assert of(answer, target) == "OK", answer
     for message in answer.messages:
         np.testing.assert_array_equal(output(pb.ModelInferResponse.FromString(message), "y"), 2 * X)
 
@@ -240,7 +241,7 @@ def test_a_path_that_is_no_text(target: Target) -> None:
     """It ends grpc.aio's server, which is started again; Envoy's module says nothing, but to others it does."""
     for path in (f"{INFER[:-1]}\xe9", "/\xff"):
         with contextlib.suppress(Silence, OSError), Connection(target.address, SHORT_S) as connection:
-            assert of(connection.call(framed(GOOD), path)) in {UNKNOWN_METHOD, *BROKEN} | LENIENT - {"OK"} | {
+            assert of(connection.call(framed(GOOD), path), target) in {UNKNOWN_METHOD, *BROKEN} | LENIENT - {"OK"} | {
                 "CANCELLED"
             }
 
@@ -335,7 +336,7 @@ def test_spoiled_messages(target: Target, seed: int) -> None:
         for _ in range(250):
             data = rng.choice(CORPUS) if rng.random() < 0.2 else mutated(rng, CORPUS)
             answer = connection.call(framed(data))
-            assert of(answer) in OF_BAD_INPUT, answer
+            assert of(answer, target) in OF_BAD_INPUT, answer
             if answer.status == 0:
                 check_values(data, answer.messages[0])
 
@@ -361,7 +362,7 @@ def test_spoiled_messages_of_other_methods(target: Target, method: str) -> None:
     with Connection(target.address) as connection:
         for _ in range(40):
             answer = connection.call(framed(mutated(rng, asked)), path=f"{SERVICE}/{method}")
-            assert of(answer) in OF_BAD_INPUT, answer
+            assert of(answer, target) in OF_BAD_INPUT, answer
 
 
 def test_a_stream_survives_what_is_wrong_with_its_requests(target: Target) -> None:
@@ -376,7 +377,7 @@ def test_a_stream_survives_what_is_wrong_with_its_requests(target: Target) -> No
         sent.append(data)
     with Connection(target.address) as connection:
         answer = connection.call(b"".join(framed(data) for data in [*sent, GOOD]), path=STREAM)
-    assert of(answer) == "OK", answer
+    assert of(answer, target) == "OK", answer
     answers = [pb.ModelStreamInferResponse.FromString(message) for message in answer.messages]
     assert len(answers) == len(sent) + 1
     np.testing.assert_array_equal(output(answers[-1].infer_response, "y"), 2 * X)
