@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document
 from mesh.tasks import end
 from services.ingest.clock import Clock, milliseconds
-from services.ingest.connectors import envelope
+from services.ingest.connectors import aggregated, envelope
 from services.ingest.connectors.checkpoints import Checkpoints
 from services.ingest.connectors.ledger import Ledger
 from services.ingest.connectors.message import Lane, Message, Outgoing
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 
 _READ_AT_ONCE = 500
 _BATCHES = 2
-# Batches that are read ahead, each of at most 10 MB; beyond them a shard's reader waits.
+_READERS = 4
+# Pages of at most 10 MB that are read ahead: those of so many readers, however many shards there are. The others wait.
 _CHECKPOINT_S = 0.25
 _BACKOFF_S = 1.0
 _PUT_RECORDS = 500
@@ -74,10 +76,27 @@ class Reading:
     is_begun: bool = False
     """An iterator at its latest record was asked for once: another such would pass over what came since."""
     ledger: Ledger = field(default_factory=Ledger)
+    unsettled: dict[int, int] = field(default_factory=dict)
+    """How many messages of a record are not settled, by its number: a record may hold many."""
     saved: int | None = None
     is_read_out: bool = False
     behind_ms: int | None = None
     task: asyncio.Task[None] | None = None
+
+    def received(self, number: int, messages: int) -> None:
+        """A record has come, with so many messages in it."""
+        self.ledger.received(number)
+        self.unsettled[number] = messages
+        if not messages:
+            self.settle(number)
+
+    def settle(self, number: int) -> None:
+        """A message of a record is done with: the last of them settles the record."""
+        left = self.unsettled.pop(number, 0) - 1
+        if left > 0:
+            self.unsettled[number] = left
+        else:
+            self.ledger.settled(number)
 
 
 class KinesisSource:
@@ -105,8 +124,9 @@ class KinesisSource:
         self._poll_s = poll_ms / 1_000
         self._stack = AsyncExitStack()
         self._readings: dict[str, Reading] = {}
-        self._batches: asyncio.Queue[list[Message]] = asyncio.Queue(_BATCHES)
-        self._left: list[Message] = []
+        self._batches: asyncio.Queue[Sequence[Message]] = asyncio.Queue(_BATCHES)
+        self._readers = asyncio.Semaphore(_READERS)
+        self._left: Sequence[Message] = ()
         self._failed: asyncio.Future[None] | None = None
         self._trouble = ""
         self._seen_at: datetime | None = None
@@ -147,7 +167,7 @@ class KinesisSource:
     def settle(self, message: Message) -> None:
         reading = self._readings.get(message.lane.name)
         if reading is not None and reading.lane is message.lane:
-            reading.ledger.settled(message.position)
+            reading.settle(message.position)
 
     def standing(self) -> Standing:
         lanes = [
@@ -156,7 +176,7 @@ class KinesisSource:
         behind = [each.behind_ms for each in self._readings.values() if each.behind_ms is not None]
         return Standing(tuple(lanes), self._trouble, max(behind) if behind else None)
 
-    async def _next(self) -> list[Message]:
+    async def _next(self) -> Sequence[Message]:
         assert self._failed is not None
         getting = asyncio.create_task(self._batches.get())
         try:
@@ -249,29 +269,30 @@ class KinesisSource:
                 # Kinesis gives no iterator behind the end of a closed shard; some who speak its protocol do. Only what
                 # is read after it was known to be closed shows that nothing more comes.
                 was_closed = reading.shard.is_closed
-                with _translated(f"reading shard {reading.shard.id}"):
-                    page = await self._client.get_records(ShardIterator=iterator, Limit=_READ_AT_ONCE)
+                async with self._readers:
+                    with _translated(f"reading shard {reading.shard.id}"):
+                        page = await self._client.get_records(ShardIterator=iterator, Limit=_READ_AT_ONCE)
+                    iterator = page.get("NextShardIterator")
+                    reading.behind_ms = page.get("MillisBehindLatest")
+                    if records := page["Records"]:
+                        after = records[-1]["SequenceNumber"]
+                        await self._hand_over(reading, records)
             except ShoalError as err:
                 self._trouble = err.message
                 iterator = None  # It may have expired; a new one goes on at the same place.
                 await asyncio.sleep(_BACKOFF_S)
                 continue
-            iterator = page.get("NextShardIterator")
-            reading.behind_ms = page.get("MillisBehindLatest")
-            if records := page["Records"]:
-                after = records[-1]["SequenceNumber"]
-                await self._hand_over(reading, records)
-            elif iterator is None or (was_closed and not reading.behind_ms):
+            if records:
+                continue
+            if iterator is None or (was_closed and not reading.behind_ms):
                 reading.is_read_out = True
                 return
-            else:
-                await asyncio.sleep(self._poll_s)
+            await asyncio.sleep(self._poll_s)
 
     async def _hand_over(self, reading: Reading, records: Sequence[dict[str, Any]]) -> None:
-        messages = [self._message(reading, record) for record in records]
-        for message in messages:
-            reading.ledger.received(message.position)
-        await self._batches.put(messages)
+        messages = (message for record in records for message in self._messages(reading, record))
+        while batch := tuple(itertools.islice(messages, _READ_AT_ONCE)):
+            await self._batches.put(batch)
 
     async def _begun(self, reading: Reading) -> bool:
         """Sees to it that the place where a shard is begun with its latest record is durable, so that whoever reads it
@@ -308,17 +329,23 @@ class KinesisSource:
             found: str | None = (await self._client.get_shard_iterator(**about)).get("ShardIterator")
         return found
 
-    def _message(self, reading: Reading, record: dict[str, Any]) -> Message:
-        number = record["SequenceNumber"]
+    def _messages(self, reading: Reading, record: dict[str, Any]) -> Iterator[Message]:
+        """What a record holds: itself, or what the Kinesis Producer Library has packed into it."""
+        number, data = record["SequenceNumber"], record["Data"]
         arrived: datetime | None = record.get("ApproximateArrivalTimestamp")
-        return Message(
-            lane=reading.lane,
-            position=int(number),
-            place=f"{self._access.stream}/{reading.shard.id}/{number}",
-            value=record["Data"],
-            key=record["PartitionKey"].encode(),
-            stamp=0 if arrived is None else milliseconds(arrived),
-        )
+        place = f"{self._access.stream}/{reading.shard.id}/{number}"
+
+        def message(place: str, key: bytes, value: bytes) -> Message:
+            stamp = 0 if arrived is None else milliseconds(arrived)
+            return Message(reading.lane, int(number), place, value, key, stamp=stamp)
+
+        packed = aggregated.opened(data)
+        reading.received(int(number), 1 if packed is None else len(packed))
+        if packed is None:
+            yield message(place, record["PartitionKey"].encode(), data)
+        else:
+            for at, (key, value) in enumerate(packed):
+                yield message(f"{place}/{at}", key, value)
 
     async def _save_now_and_then(self) -> None:
         while True:

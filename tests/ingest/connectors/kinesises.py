@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import sys
 import urllib.request
@@ -22,6 +23,23 @@ from tests.ingest.connectors.brokers import Received
 
 REGION = "us-east-1"
 KEYS = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": REGION}
+
+
+def aggregate(messages: Sequence[tuple[str, bytes]]) -> bytes:
+    """A record of the Kinesis Producer Library: (partition key, value) of each message, byte by byte."""
+
+    def field(number: int, data: bytes) -> bytes:
+        return bytes([number << 3 | 2]) + _varint(len(data)) + data
+
+    body = b"".join(field(1, key.encode()) for key, _ in messages)
+    for at, (_, value) in enumerate(messages):
+        body += field(3, b"\x08" + _varint(at) + field(3, value))
+    return b"\xf3\x89\x9a\xc2" + body + hashlib.md5(body, usedforsecurity=False).digest()
+
+
+def _varint(number: int) -> bytes:
+    more, last = divmod(number, 128)
+    return bytes([last]) if not more else bytes([last | 128]) + _varint(more)
 
 
 class Moto(Process):
@@ -86,6 +104,13 @@ class Kinesis:
                 StreamName=self.stream, Data=value, PartitionKey=f"k{n}", ExplicitHashKey=half
             )
             self.published.append((done["ShardId"], int(done["SequenceNumber"])))
+
+    def publish_to_each(self, value: bytes, count: int) -> None:
+        """So many messages to each shard."""
+        for shard in self._client.list_shards(StreamName=self.stream)["Shards"]:
+            start = shard["HashKeyRange"]["StartingHashKey"]
+            records = [{"Data": value, "PartitionKey": "k", "ExplicitHashKey": start}] * count
+            self._client.put_records(StreamName=self.stream, Records=records)
 
     async def answers(self) -> list[Received]:
         return await asyncio.to_thread(self._all_of, self._out)

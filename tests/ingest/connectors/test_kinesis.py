@@ -20,7 +20,7 @@ from services.ingest.connectors.kinesis import Access, KinesisSink, KinesisSourc
 from services.ingest.connectors.message import Message, Outgoing
 from shoal.errors import InvalidArgument, Unavailable
 from tests.breakable import until
-from tests.ingest.connectors.kinesises import REGION, Kinesis, Moto
+from tests.ingest.connectors.kinesises import REGION, Kinesis, Moto, aggregate
 
 pytestmark = [pytest.mark.mongo]
 LEASE_MS = 1_000
@@ -125,6 +125,75 @@ async def test_who_goes_on_begins_after_the_last_that_was_settled(
         await until(lambda: len(two.got) == 7, "what was not settled")
         task.cancel()
     assert {int(value) for value in two.values} == {3, 4, 5, 6, 7, 8, 9}
+
+
+async def test_a_record_that_holds_many_is_settled_with_the_last_of_them(
+    moto: Moto, mongo_uri: str, mongo_database: str, collection: Any
+) -> None:
+    kinesis = await Kinesis(moto, mongo_uri, mongo_database, shards=1).make()
+    packed = aggregate([(f"key-{n}", b"packed %d" % n) for n in range(1_200)])
+    await kinesis.publish([b"before", packed, aggregate([]), b"after"])
+    one = Reader(moto, kinesis.stream, collection, "x")
+    one.settles = False
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(one.run())
+        await until(lambda: len(one.got) == 1_202, "all")
+        assert one.values == [b"before", *(b"packed %d" % n for n in range(1_200)), b"after"]
+        assert [message.key for message in one.got[1:-1]] == [b"key-%d" % n for n in range(1_200)]
+        assert len({message.place for message in one.got}) == len(one.got)
+        for message in one.got:
+            if message.value != b"packed 700":
+                one.source.settle(message)
+        await until(kinesis.settled, "the first is settled")
+        task.cancel()
+    assert await kinesis.settled() == 1
+
+    two = Reader(moto, kinesis.stream, collection, "y")
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(two.run())
+        await until(lambda: len(two.got) == 1_201, "the record of many again, and what follows")
+
+        async def is_settled() -> bool:
+            return await kinesis.settled() == 4
+
+        await until(is_settled, "all of them")
+        task.cancel()
+    # At each delivery the same place, which is in the keys of the jobs.
+    assert [message.place for message in two.got] == [message.place for message in one.got[1:]]
+
+
+async def test_of_many_shards_only_a_few_are_read_ahead(
+    moto: Moto, mongo_uri: str, mongo_database: str, collection: Any
+) -> None:
+    kinesis = await Kinesis(moto, mongo_uri, mongo_database, shards=16).make()
+    await asyncio.to_thread(kinesis.publish_to_each, b"x", 20)
+    source = Reader(moto, kinesis.stream, collection, "x").source
+    async with source:
+        counted = source._client = Counted(source._client)
+        await until(lambda: len(source._readings) == 16, "all shards are held")
+        await until(lambda: counted.pages >= 6, "as many as there is room for")
+        await asyncio.sleep(1)
+        assert counted.pages == 6
+        got: list[Message] = []
+        while len(got) < 16 * 20:
+            got += await asyncio.wait_for(source.receive(100), 30)
+        assert len({message.place for message in got}) == 16 * 20
+
+
+class Counted:
+    """Counts the pages that hold something."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.pages = 0
+
+    async def get_records(self, **about: Any) -> Any:
+        page = await self._client.get_records(**about)
+        self.pages += bool(page["Records"])
+        return page
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
 
 
 async def test_from_latest_only_what_comes_later_is_read(moto: Moto, kinesis: Kinesis, collection: Any) -> None:
