@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
@@ -29,12 +29,7 @@ from pymongo.errors import (
     PyMongoError,
     WriteConcernError,
 )
-from pymongo.monitoring import (
-    ServerClosedEvent,
-    ServerDescriptionChangedEvent,
-    ServerListener,
-    ServerOpeningEvent,
-)
+from pymongo.monitoring import ConnectionClosedReason
 
 from shoal.errors import (
     AlreadyExists,
@@ -102,43 +97,39 @@ _AWAY = frozenset({6, 7, 50, 64, 89, 91, 112, 134, 189, 202, 225, 226, 237, 251,
 """HostUnreachable, timeouts, shutdown, no primary, write conflicts: the same operation may succeed a moment later."""
 
 
+class _Checkout:
+    """A connection in use, which is not kept when it was made before its server could do transactions.
+
+    A URI with directConnection=true reaches a member in any state, and pymongo goes by what the member said when the
+    connection was made: one from before an election would refuse transactions for as long as it lives.
+    """
+
+    __slots__ = ("_checkout", "_connection")
+
+    def __init__(self, checkout: AbstractAsyncContextManager[Any, None]) -> None:
+        self._checkout = checkout
+
+    async def __aenter__(self) -> Any:
+        self._connection = await self._checkout.__aenter__()
+        return self._connection
+
+    async def __aexit__(self, *exc: Any) -> None:
+        if not self._connection.supports_sessions:
+            await self._connection.close_conn(ConnectionClosedReason.STALE)
+        await self._checkout.__aexit__(*exc)
+
+
 class Client(AsyncMongoClient[Document]):
     """pymongo's client, but its end is bounded too: a good-bye to a MongoDB that is away would take 30 s."""
+
+    def _checkout(self, server: Any, session: Any) -> Any:
+        return _Checkout(super()._checkout(server, session))  # pymongo has no public way.
 
     async def close(self) -> None:
         with pymongo.timeout(_FAREWELL_S):
             await super().close()
 
     aclose = close
-
-
-class _Promotion(ServerListener):
-    """Renews the connections of a client when the server that it is tied to becomes primary.
-
-    A URI with directConnection=true sends operations to a member in any state, and pymongo keeps what it learnt when a
-    connection was made: one from before the election would refuse transactions for as long as it lives.
-    """
-
-    def __init__(self) -> None:
-        self.client: AsyncMongoClient[Document] | None = None
-        self._renewals: set[asyncio.Task[None]] = set()
-
-    def description_changed(self, event: ServerDescriptionChangedEvent) -> None:
-        if event.new_description.is_writable and not event.previous_description.is_writable:
-            self._renewals.add(renewal := asyncio.create_task(self._renew()))
-            renewal.add_done_callback(self._renewals.discard)
-
-    async def _renew(self) -> None:
-        assert self.client is not None
-        # pymongo has no public way. Connections in use finish what they do.
-        for server in self.client._topology._servers.values():
-            await server.pool.reset_without_pause()
-
-    def opened(self, event: ServerOpeningEvent) -> None:
-        """Nothing is connected yet."""
-
-    def closed(self, event: ServerClosedEvent) -> None:
-        """Its connections are closed with it."""
 
 
 def connect(uri: str, *, max_connections: int | None = None) -> AsyncMongoClient[Document]:
@@ -150,18 +141,14 @@ def connect(uri: str, *, max_connections: int | None = None) -> AsyncMongoClient
     Raises:
         InvalidArgument: `uri` is not a MongoDB URI.
     """
-    given = {key.lower(): value for key, value in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}
+    given = {key.lower() for key, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}
     options = {key: value for key, value in _DEFAULTS.items() if key.lower() not in given}
     if max_connections is not None:
         options["maxPoolSize"] = max_connections
-    promotion = _Promotion()
-    if given.get("directconnection") == "true":
-        options["event_listeners"] = [promotion]
     try:
-        promotion.client = client = Client(uri, **options, **_DURABLE)
+        return Client(uri, **options, **_DURABLE)
     except (ConfigurationError, ValueError) as err:
         raise InvalidArgument(f"not a usable MongoDB URI: {err}; expected mongodb://host[:port][,host...]") from err
-    return client
 
 
 async def ensure_collection(
