@@ -100,6 +100,7 @@ async def run(config: StoreConfig) -> None:
             result_watch,
             result_stream,
             Exports(
+                collections,
                 results,
                 result_stream,
                 Places(config.exports, threads, checksums=config.s3_checksums),

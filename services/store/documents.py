@@ -9,6 +9,7 @@ usage_changes {_id, tenant, payloads, payload_bytes}: what is not in `usage` yet
 quotas     {_id: "*" or =tenant, tenant?, bytes, updated_at}
 graves     {_id: key of a blob that is to go, buried_at}
 holds      {_id: a backup that is under way, expires_at}: no blob is removed
+exports    {_id: a place, export, call, expires_at}: who writes there
 restores   {_id: a backup that is being restored here, began_at}: nothing is collected
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
 aliases    {_id: "name/alias", name, alias, version}
@@ -77,6 +78,7 @@ REFERENCES = _schema(
 )
 GRAVES = _schema({"_id": _NAME, "buried_at": _DATE})
 HOLDS = _schema({"_id": _NAME, "expires_at": _DATE})
+EXPORTS = _schema({"_id": _NAME, "export": _NAME, "call": _NAME, "expires_at": _DATE})
 MODELS = _schema(
     {
         "_id": _NAME,
@@ -230,6 +232,7 @@ class Collections:
                 db, "graves", validator=_validator(GRAVES), indexes=[IndexModel("buried_at", name="oldest")]
             ),
             "holds": await ensure_collection(db, "holds", validator=_validator(HOLDS), indexes=[]),
+            "exports": await ensure_collection(db, "exports", validator=_validator(EXPORTS), indexes=[]),
             "models": await ensure_collection(
                 db,
                 "models",
@@ -297,6 +300,10 @@ class Collections:
     @property
     def holds(self) -> Collection:
         return self._get("holds")
+
+    @property
+    def exports(self) -> Collection:
+        return self._get("exports")
 
     @property
     def models(self) -> Collection:

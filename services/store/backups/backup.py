@@ -41,7 +41,7 @@ from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
 
-NOT_CARRIED = frozenset({"holds", "graves", RESTORES, "fences", "leads", "tenant_rates"})
+NOT_CARRIED = frozenset({"holds", "graves", "exports", RESTORES, "fences", "leads", "tenant_rates"})
 """Collections about this very node, which would mean nothing in another: removals that wait, leaders and their tokens,
 rates of the last seconds. A node has them before it has anything of its users."""
 _AT_ONCE = 8

@@ -5,7 +5,7 @@
 
 A part is named by its number and written whole or not at all, and where it ends is told in the cursor after it. So an
 export that breaks off goes on after its last part, and what it writes again lies under the same name. The manifest
-comes last: with it, the export is complete.
+comes last: with it, the export is complete. While it is written, its place is taken (claim.py).
 
 What is written goes to a place that the operator allows (places.py), or to the caller, who asked with no URL.
 """
@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from google.protobuf.json_format import MessageToDict
 
 from mesh.threads import Threads
-from services.store.exports.places import Place, Places
+from services.store.documents import Collections
+from services.store.exports.claim import Claim
+from services.store.exports.places import Place, Places, name_of
 from services.store.page_token import Cursor, decode_cursor, encode_cursor, filter_digest
 from services.store.results import result_rules
 from services.store.results.result_stream import ResultStream
@@ -39,6 +43,7 @@ DEFAULT_PART_ROWS, MAX_PART_ROWS = 100_000, 1_000_000
 _STEP_ROWS = 1_000
 _CHUNK_BYTES = 1 << 20
 _MAX_PARTS = 99_999
+_CURSOR = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})\.([0-9]{1,18})\.([0-9]{1,18})\.([0-9a-f]{32}|)\.([^.]*)")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Standing:
     """
 
     cursor: Cursor
+    export: str
+    """Its id; empty when the caller is the place."""
     parts: int = 0
     rows: int = 0
     size: int = 0
@@ -74,10 +81,32 @@ class Progress:
     complete: bool = False
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A place that is ours."""
+
+    _place: Place
+    _claim: Claim
+
+    async def put(self, name: str, data: bytes) -> None:
+        """Writes a file, whole or not at all. Raises Aborted when the place may be another's by now."""
+        self._claim.check()
+        await self._place.put(name, data)
+
+
 class Exports:
     """Runs exports, a bounded number at a time: each holds a part."""
 
-    def __init__(self, results: Results, stream: ResultStream, places: Places, threads: Threads, most: int) -> None:
+    def __init__(
+        self,
+        collections: Collections,
+        results: Results,
+        stream: ResultStream,
+        places: Places,
+        threads: Threads,
+        most: int,
+    ) -> None:
+        self._collections = collections
         self._results = results
         self._stream = stream
         self._places = places
@@ -91,7 +120,8 @@ class Exports:
         Raises:
             InvalidArgument: a bad filter, URL, cursor or number of rows.
             PermissionDenied: the operator has not allowed the place, or the object store refuses.
-            FailedPrecondition: an export lies there already; pyarrow is not installed.
+            FailedPrecondition: an export lies there already, or is being written; pyarrow is not installed.
+            Aborted: it stood still for so long that another may be written there now.
             ResourceExhausted: too many exports; the disk is full.
             Unavailable: MongoDB or the object store is away: go on with the last cursor.
         """
@@ -109,12 +139,27 @@ class Exports:
 
     async def _run(self, request: ExportResultsRequest) -> AsyncGenerator[Progress, None]:
         digest = _digest(request)
-        place = await self._places.open(request.url) if request.url else None
-        if request.cursor:
-            at = decode(request.cursor, digest)
-        else:
-            await _check_empty(place, request.url)
-            at = Standing(await self._stream.whole(request.filter))
+        at = decode(request.cursor, digest) if request.cursor else None
+        if at is not None and bool(at.export) != bool(request.url):
+            raise _not_ours()
+        place = None
+        async with AsyncExitStack() as stack:
+            if request.url:
+                opened = await self._places.open(request.url)
+                export = at.export if at is not None else uuid.uuid4().hex
+                claim = Claim(self._collections, name_of(request.url, opened), export)
+                place = Taken(opened, await stack.enter_async_context(claim))
+                if at is None:
+                    await _check_empty(opened, request.url)
+            if at is None:
+                at = Standing(await self._stream.whole(request.filter), export if place is not None else "")
+            async with aclosing(self._written(request, digest, at, place)) as written:
+                async for progress in written:
+                    yield progress
+
+    async def _written(
+        self, request: ExportResultsRequest, digest: str, at: Standing, place: Taken | None
+    ) -> AsyncGenerator[Progress, None]:
         yield _progress(at, digest)
         while not at.is_complete:
             part = _new_part(request.part_rows or DEFAULT_PART_ROWS)
@@ -125,8 +170,14 @@ class Exports:
                 yield replace(_progress(at, digest), rows=at.rows + part.rows, answers_lost=lost)
             data = await self._threads.run(part.finish)
             name = f"part-{at.parts:05}.parquet"
-            lost = at.answers_lost + part.answers_lost
-            at = Standing(cursor, at.parts + 1, at.rows + part.rows, at.size + len(data), lost)
+            at = replace(
+                at,
+                cursor=cursor,
+                parts=at.parts + 1,
+                rows=at.rows + part.rows,
+                size=at.size + len(data),
+                answers_lost=at.answers_lost + part.answers_lost,
+            )
             async for progress in self._delivered(place, name, data, _progress(at, digest)):
                 yield progress
         manifest = json.dumps(_manifest(request, at), indent=2).encode()
@@ -142,7 +193,7 @@ class Exports:
         return cursor
 
     async def _delivered(
-        self, place: Place | None, name: str, data: bytes, told: Progress
+        self, place: Taken | None, name: str, data: bytes, told: Progress
     ) -> AsyncGenerator[Progress, None]:
         """Writes a file, and says so. The caller, if it is the place, gets it in pieces."""
         if place is not None:
@@ -162,7 +213,7 @@ def check_part_rows(rows: int) -> None:
 
 def encode(at: Standing, digest: str) -> str:
     """The cursor of an export that has come so far."""
-    return f"{at.parts}.{at.rows}.{at.size}.{at.answers_lost}.{encode_cursor(at.cursor, digest)}"
+    return f"{at.parts}.{at.rows}.{at.size}.{at.answers_lost}.{at.export}.{encode_cursor(at.cursor, digest)}"
 
 
 def decode(cursor: str, digest: str) -> Standing:
@@ -171,13 +222,18 @@ def decode(cursor: str, digest: str) -> Standing:
     Raises:
         InvalidArgument: it is none of ours, or one of another filter or place.
     """
-    *numbers, token = cursor.split(".", 4) if cursor.count(".") == 4 else ["", cursor]
-    if not all(number.isascii() and number.isdigit() and len(number) < 19 for number in numbers):
-        raise InvalidArgument("cursor: not one of an export of this service: leave it out for all of them")
+    match = _CURSOR.fullmatch(cursor)
+    if match is None:
+        raise _not_ours()
+    *numbers, export, token = match.groups()
     parts, rows, size, lost = map(int, numbers)
     if parts > _MAX_PARTS:
         raise InvalidArgument(f"cursor: an export has {_MAX_PARTS} parts at most")
-    return Standing(decode_cursor(token, digest), parts, rows, size, lost)
+    return Standing(decode_cursor(token, digest), export, parts, rows, size, lost)
+
+
+def _not_ours() -> InvalidArgument:
+    return InvalidArgument("cursor: not one of an export of this service: leave it out for all of them")
 
 
 def _digest(request: ExportResultsRequest) -> str:
@@ -210,10 +266,8 @@ def _new_part(rows: int) -> Part:
     return Part(rows)
 
 
-async def _check_empty(place: Place | None, url: str) -> None:
+async def _check_empty(place: Place, url: str) -> None:
     """That no part of an export lies there: two in one place would be taken for one."""
-    if place is None:
-        return
     for name in (MANIFEST, "part-00000.parquet"):
         if await place.size(name) is not None:
             raise FailedPrecondition(

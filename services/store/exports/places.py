@@ -30,6 +30,11 @@ class FolderPlace:
         self._folder = folder
         self._threads = threads
 
+    @property
+    def folder(self) -> Path:
+        """Without `..` and links."""
+        return self._folder
+
     async def size(self, key: str) -> int | None:
         file = self._folder / key
         with disk.translated("looking for an export"):
@@ -96,3 +101,11 @@ class Places:
             return place
         await self._threads.run(make_folder, place)
         return FolderPlace(place, self._threads)
+
+
+def name_of(url: str, place: Place) -> str:
+    """The name of the place at `url`: one for all the URLs that lead there."""
+    if isinstance(place, FolderPlace):
+        return place.folder.as_uri()
+    scheme, _, path = url.partition("://")
+    return f"{scheme}://" + "/".join(step for step in path.split("/") if step)

@@ -6,18 +6,24 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from grpc import StatusCode
+from pymongo import AsyncMongoClient
 
 from mesh.threads import Threads
 from services.store.config import StoreConfig
+from services.store.documents import Collections
 from services.store.exports import part
-from services.store.exports.places import FolderPlace
+from services.store.exports.claim import Claim
+from services.store.exports.places import FolderPlace, name_of
 from services.store.exports.table import table_of
+from shoal.errors import Aborted
 from shoal.store.v1 import store_pb2 as pb
+from tests.breakable import until
 from tests.store.conftest import Store, refused, running_store
 from tests.store.test_result_rpc import BAD, FAILED, answer, get, put, result
 from tests.store.test_result_stream import large, rot
@@ -201,8 +207,97 @@ async def test_an_export_never_mixes_with_another(store: Store, allowed: Path) -
     await refused(export(store, url, cursor=first[-1].cursor, omit_response=True), BAD, "cursor")
 
 
+async def test_of_two_that_begin_at_the_same_moment_one_is_refused(store: Store, allowed: Path) -> None:
+    await recorded(store, 20)
+    url = f"{allowed.as_uri()}/race"
+    for n in range(10):
+        both = await asyncio.gather(
+            whole(export(store, url + str(n))), whole(export(store, url + str(n))), return_exceptions=True
+        )
+        (failed,) = (each for each in both if isinstance(each, BaseException))
+        assert failed.code() is PRECONDITION
+        assert len(read(allowed / f"race{n}")) == 20
+
+
+async def test_a_place_is_taken_as_long_as_an_export_is_written_there(
+    store: Store, allowed: Path, mongo_uri: str, mongo_database: str
+) -> None:
+    for n in range(12):  # More than gRPC takes in ahead of its reader, so that the export waits.
+        await put(store, result(f"j{n}", response=answer(2 << 20)))
+    url = f"{allowed.as_uri()}/taken"
+    first = export(store, url, part_rows=1)
+    cursor = (await first.read()).cursor
+    for same in (url, f"{url}/", f"{allowed.as_uri()}/other/../taken"):
+        await refused(export(store, same), PRECONDITION, "is under way")
+    await whole(export(store, f"{url}-not"))
+    # Who goes on with it takes over, though nobody has noticed that its first caller is gone.
+    second = export(store, url, part_rows=1, cursor=cursor)
+    told = [piece async for piece in second]
+    assert told[-1].complete
+    first.cancel()
+    assert len(read(allowed / "taken")) == 12
+    async with AsyncMongoClient(mongo_uri) as client:
+        claims = client[mongo_database]["exports"]
+        await until(lambda: _is_empty(claims), "the place is free")
+
+
+async def _is_empty(collection: object) -> bool:
+    return await collection.find_one({}) is None
+
+
+async def test_what_a_killed_store_has_taken_is_free_a_minute_later(
+    store: Store, allowed: Path, mongo_uri: str, mongo_database: str
+) -> None:
+    await recorded(store, 20)
+    url = f"{allowed.as_uri()}/left"
+    async with AsyncMongoClient(mongo_uri) as client:
+        claims = client[mongo_database]["exports"]
+        left = {
+            "_id": url,
+            "export": "e" * 32,
+            "call": "c" * 32,
+            "expires_at": datetime.now(UTC) + timedelta(seconds=50),
+        }
+        await claims.insert_one(left)
+        await refused(export(store, url), PRECONDITION, "if its store was killed, 60 s")
+        await claims.update_one({}, {"$set": {"expires_at": datetime.now(UTC) - timedelta(seconds=1)}})
+        await whole(export(store, url))
+    assert len(read(allowed / "left")) == 20
+
+
+async def test_who_stood_still_writes_no_more(mongo_uri: str, mongo_database: str) -> None:
+    now = 100.0
+    async with AsyncMongoClient(mongo_uri) as client:
+        collections = Collections(client[mongo_database])
+        await collections.prepare()
+        async with Claim(collections, "file:///x", "e", clock=lambda: now) as claim:
+            claim.check()
+            now += 59
+            claim.check()
+            now += 1
+            with pytest.raises(Aborted, match="stood still"):
+                claim.check()
+
+
+def test_one_name_for_all_urls_of_a_place() -> None:
+    urls = ("s3://bucket/a/b", "s3://bucket//a/b/", "s3://bucket/a/b//")
+    assert {name_of(url, object()) for url in urls} == {"s3://bucket/a/b"}  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    "cursor", ["x", "1.2.3.x", "1.2.3", "....", "-1.0.0.x", "9" * 30 + ".0.0.x", "\0", "99999999.0.0.x"]
+    "cursor",
+    [
+        "x",
+        "1.2.3.x",
+        "1.2.3",
+        "....",
+        "-1.0.0.x",
+        "9" * 30 + ".0.0.x",
+        "\0",
+        "99999999.0.0.x",
+        "1.2.3.4..x",
+        "1.2.3.4.zz.x",
+    ],
 )
 async def test_a_bad_cursor_is_named(store: Store, cursor: str) -> None:
     await refused(export(store, cursor=cursor), BAD, "cursor")
