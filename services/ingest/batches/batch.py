@@ -49,6 +49,8 @@ ATTEMPTS = 5
 MOST_TRIES = 8
 """Times that a chunk, or a duty, may break for a reason of its own before its batch fails: so one that kills its
 instance each time does not do so for ever."""
+ALONE_AFTER = 4
+"""Times that a chunk may break before it is run by itself: what runs beside one that kills is not to be blamed."""
 AGAIN_MS = 1_000
 AGAIN_MAX_MS = 30_000
 

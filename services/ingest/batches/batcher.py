@@ -19,6 +19,7 @@ from types import TracebackType
 
 from mesh.tasks import end
 from services.ingest.batches.batch import (
+    ALONE_AFTER,
     MOST_TRIES,
     Batch,
     BatchState,
@@ -65,6 +66,11 @@ _LONGEST_REST_S = 10.0
 _RESTS_KEPT = 1_000
 
 
+def _is_suspect(chunk: Chunk) -> bool:
+    """Whether it may be what kills those who run it: nothing else is run beside it, to be blamed or spared with it."""
+    return chunk.attempts > ALONE_AFTER
+
+
 @dataclass(slots=True, eq=False)
 class _Held:
     """A chunk that this instance runs."""
@@ -73,6 +79,10 @@ class _Held:
     chunk: Chunk
     progress: Progress = field(default_factory=Progress)
     task: asyncio.Task[None] | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        return _is_suspect(self.chunk)
 
     @property
     def lease(self) -> tuple[Lease, SoFar]:
@@ -123,6 +133,8 @@ class Batcher:
         self._look = asyncio.Event()
         self._rests: dict[str, _Rest] = {}
         self._turn = 0
+        self._next_alone: str | None = None
+        """The batch whose next chunk waits until nothing else is run here."""
         self._is_open = True
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -195,6 +207,8 @@ class Batcher:
 
     async def _claim(self, active: list[Batch]) -> None:
         """Claims chunks of the batches in turn, so that a large one does not keep a small one waiting."""
+        if self._held and (self._next_alone is not None or any(held.is_suspect for held in self._held.values())):
+            return
         now = asyncio.get_running_loop().time()
         wanting = [
             batch
@@ -203,15 +217,23 @@ class Batcher:
             and batch.state is BatchState.RUNNING
             and self._rests.get(batch.id, _NEVER).until <= now
         ]
+        first, self._next_alone = self._next_alone, None
         while wanting and len(self._held) < self._slots:
             self._turn += 1
-            batch = wanting[self._turn % len(wanting)]
+            batch = next((one for one in wanting if one.id == first), wanting[self._turn % len(wanting)])
+            first = None
             chunk = await self._ledger.claim(batch.id, only_staged=batch.is_ending)
             if chunk is None:
                 wanting.remove(batch)
                 continue
+            if _is_suspect(chunk) and self._held:
+                self._next_alone = batch.id
+                await self._ledger.let_go(chunk, is_counted=False)
+                return
             held = self._held[chunk.id] = _Held(batch, chunk)
             held.task = asyncio.create_task(self._run(held), name=f"chunk {chunk.id}")
+            if held.is_suspect:
+                return
 
     async def _run(self, held: _Held) -> None:
         try:

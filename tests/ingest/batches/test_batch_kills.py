@@ -142,11 +142,23 @@ async def test_a_chunk_that_kills_whoever_runs_it_ends_its_batch(
 ) -> None:
     ingest = start_ingest(0, **LEASE)
     await ingest.until_ready()
+    under_way = 0
+    beside: list[int] = []
 
     async def kills(rows: list[int], context: Any) -> None:
-        if 3 in rows:
-            ingest.kill()
-            ingest.start()
+        nonlocal under_way
+        if min(rows) >= 10:  # Another chunk's.
+            under_way += 1
+            try:
+                await asyncio.sleep(1)
+            finally:
+                under_way -= 1
+        if 3 not in rows:
+            return
+        await asyncio.sleep(0.5)
+        beside.append(under_way)
+        ingest.kill()
+        ingest.start()
 
     mesh.infer.before = kills
     x = np.repeat(np.arange(40, dtype=np.float32), 4).reshape(40, 4)
@@ -155,4 +167,8 @@ async def test_a_chunk_that_kills_whoever_runs_it_ends_its_batch(
     ended = await client.batch_ended(batch.id, within_s=150)
     assert ended.state == pb.BATCH_STATE_FAILED
     assert "rows 0 to 9: they were begun 8 times" in ended.message
+    # Others died with it, until it was run by itself.
+    assert len(beside) == 8
+    assert any(beside[:4])
+    assert not any(beside[4:])
     await client.channel.close()
