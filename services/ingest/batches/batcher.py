@@ -47,6 +47,7 @@ _DUTIES = 4
 """Duties at once: planning reads whole files, and would keep chunks from running."""
 SWEEP_S = 600.0
 """Between two sweeps of an instance; several of them do each other no harm."""
+_FIRST_SWEEP_S = 10.0
 _AWAY_S = 1.0
 _LAST_WRITES_S = 2.0
 # At the end: to give back what is held. What is not given back lapses.
@@ -127,6 +128,7 @@ class Batcher:
         self._renew_s = renew_ms / 1000
         self._retention = retention
         self._sweep_s = sweep_s
+        self._next_sweep_s = min(_FIRST_SWEEP_S, sweep_s)
         self._held: dict[str, _Held] = {}
         self._doing: dict[str, _Doing] = {}
         self._wake = asyncio.Event()
@@ -359,8 +361,12 @@ class Batcher:
             await self._ledger.let_go(chunk, is_counted=False)
 
     async def _sweep(self) -> None:
-        """Removes what ended long ago, and the chunks of batches that are gone, or whose end was broken off."""
-        await asyncio.sleep(self._sweep_s)
+        """Removes what ended long ago, and the chunks of batches that are gone, or whose end was broken off.
+
+        Soon after the start too: it may be that this very process was killed at the end of a batch.
+        """
+        await asyncio.sleep(self._next_sweep_s)
+        self._next_sweep_s = self._sweep_s
         if removed := await self._book.remove_ended(await self._retention.read(), self._clock()):
             log.info("removed %d batches that had stayed long enough", removed)
         # In this order: a batch is there before its chunks are.

@@ -14,6 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from pymongo import AsyncMongoClient
 
+from services.ingest.batches.batch import Chunk
+from services.ingest.batches.documents import chunk_document
+from services.ingest.batches.inputs.piece import Span
+from services.ingest.batches.inputs.places import Entry
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.batches.conftest import LEASE, BatchClient, BatchMesh
@@ -93,6 +97,17 @@ async def chunks_are_gone(mongo_uri: str, database: str) -> None:
             return not await mongo[database]["batch_chunks"].count_documents({})
 
         await until(none, "no chunk is left")
+
+
+async def test_what_a_kill_at_the_end_has_left_goes_soon_after_the_start(
+    start_ingest: StartIngest, mongo_uri: str, mongo_database: str
+) -> None:
+    ingest = start_ingest(0, **LEASE)
+    await ingest.until_ready()
+    async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
+        left = Chunk("ended", 0, Entry("file:///in.jsonl", 100, "v1"), 0, 10, Span(0, 10, 0, 1), 0)
+        await mongo[mongo_database]["batch_chunks"].insert_one(chunk_document(left))
+    await chunks_are_gone(mongo_uri, mongo_database)
 
 
 async def test_one_that_was_frozen_writes_nothing_when_it_is_back(
