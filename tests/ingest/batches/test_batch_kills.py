@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ async def test_what_a_kill_at_the_end_has_left_goes_soon_after_the_start(
     await ingest.until_ready()
     async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
         left = Chunk("ended", 0, Entry("file:///in.jsonl", 100, "v1"), 0, 10, Span(0, 10, 0, 1), 0)
-        await mongo[mongo_database]["batch_chunks"].insert_one(chunk_document(left))
+        await mongo[mongo_database]["batch_chunks"].insert_one(chunk_document(left) | {"free_at": datetime.now(UTC)})
     await chunks_are_gone(mongo_uri, mongo_database)
 
 
