@@ -87,7 +87,9 @@ class Jobs:
             Unavailable: MongoDB is away.
         """
         job = await self.get(job_id)
-        if job.is_apart:
+        if not job.keeps_request:
+            request = None  # One that is kept apart may go a moment later than its job ends.
+        elif job.is_apart:
             request = await self._payloads.get(job_id)
         else:
             with translated("reading the request of a job"):
