@@ -16,7 +16,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, submit
-from tests.store.mongods import MongoProcess
+from tests.mongods import MongoProcess
 
 S = grpc.StatusCode
 

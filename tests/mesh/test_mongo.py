@@ -38,7 +38,7 @@ from shoal.errors import (
     Unavailable,
 )
 from tests.breakable import until
-from tests.store.mongods import MongoProcess
+from tests.mongods import MongoProcess
 
 VALIDATOR = {"$jsonSchema": {"bsonType": "object", "required": ["n"], "properties": {"n": {"bsonType": "int"}}}}
 INDEX = IndexModel([("n", ASCENDING)], name="by_n", unique=True)

@@ -16,8 +16,8 @@ from pymongo.errors import OperationFailure
 from services.store.config import StoreConfig
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
+from tests.mongods import MongoProcess
 from tests.store.conftest import Store, refused, running_store, serving, sha256, store_config
-from tests.store.mongods import MongoProcess
 
 pytestmark = pytest.mark.mongo
 

@@ -103,11 +103,10 @@ async def chunks_are_gone(mongo_uri: str, database: str) -> None:
 async def test_what_a_kill_at_the_end_has_left_goes_soon_after_the_start(
     start_ingest: StartIngest, mongo_uri: str, mongo_database: str
 ) -> None:
-    ingest = start_ingest(0, **LEASE)
-    await ingest.until_ready()
     async with AsyncMongoClient[dict[str, Any]](mongo_uri) as mongo:
         left = Chunk("ended", 0, Entry("file:///in.jsonl", 100, "v1"), 0, 10, Span(0, 10, 0, 1), 0)
         await mongo[mongo_database]["batch_chunks"].insert_one(chunk_document(left) | {"free_at": datetime.now(UTC)})
+    start_ingest(0, **LEASE)
     await chunks_are_gone(mongo_uri, mongo_database)
 
 

@@ -34,6 +34,11 @@ def aggregate(messages: Sequence[tuple[str, bytes]]) -> bytes:
     body = b"".join(field(1, key.encode()) for key, _ in messages)
     for at, (_, value) in enumerate(messages):
         body += field(3, b"\x08" + _varint(at) + field(3, value))
+    return sealed(body)
+
+
+def sealed(body: bytes) -> bytes:
+    """`body` as such a record has its protobuf message."""
     return b"\xf3\x89\x9a\xc2" + body + hashlib.md5(body, usedforsecurity=False).digest()
 
 

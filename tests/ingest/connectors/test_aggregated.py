@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ingest.connectors import aggregated
-from tests.ingest.connectors.kinesises import aggregate
+from tests.ingest.connectors.kinesises import aggregate, sealed
 
 # The documentation of ex_kpl (Elixir): one message "data" with the partition key "partition_key".
 EXAMPLE = bytes(
     [243, 137, 154, 194, 10, 13, 112, 97, 114, 116, 105, 116, 105, 111, 110, 95, 107, 101, 121, 26, 8, 8, 0, 26, 4, 100,
      97, 116, 97, 208, 54, 153, 218, 90, 34, 47, 163, 33, 8, 173, 27, 217, 85, 161, 78]
 )  # fmt: skip
-
-
-def sealed(body: bytes) -> bytes:
-    return b"\xf3\x89\x9a\xc2" + body + hashlib.md5(body, usedforsecurity=False).digest()
 
 
 def test_what_another_implementation_has_packed() -> None:

@@ -14,7 +14,7 @@ from tests.breakable import until
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, submit
 from tests.ingest.intake.disks import SmallDisk, small_disk
-from tests.store.mongods import MongoProcess
+from tests.mongods import MongoProcess
 
 S = grpc.StatusCode
 MIB = 1 << 20
