@@ -115,7 +115,9 @@ class AsyncResults:
         Raises:
             InvalidArgument: names what is wrong.
             PermissionDenied: the store may not write there.
-            FailedPrecondition: an export lies there already, or the folder cannot be written.
+            FailedPrecondition: an export lies there already, another is being written there, or the folder cannot be
+                written.
+            Aborted: the store stood still for a minute, and another export may be written there by now.
         """
         url = str(to) if "://" in str(to) else ""
         folder = None if url else ExportFolder(Path(to))

@@ -82,10 +82,6 @@ class _Held:
     task: asyncio.Task[None] | None = None
 
     @property
-    def is_suspect(self) -> bool:
-        return _is_suspect(self.chunk)
-
-    @property
     def lease(self) -> tuple[Lease, SoFar]:
         assert self.chunk.lease is not None
         return self.chunk.lease, self.progress.now
@@ -209,7 +205,8 @@ class Batcher:
 
     async def _claim(self, active: list[Batch]) -> None:
         """Claims chunks of the batches in turn, so that a large one does not keep a small one waiting."""
-        if self._held and (self._next_alone is not None or any(held.is_suspect for held in self._held.values())):
+        runs_alone = any(_is_suspect(held.chunk) for held in self._held.values())
+        if runs_alone or (self._held and self._next_alone is not None):
             return
         now = asyncio.get_running_loop().time()
         wanting = [
@@ -234,7 +231,7 @@ class Batcher:
                 return
             held = self._held[chunk.id] = _Held(batch, chunk)
             held.task = asyncio.create_task(self._run(held), name=f"chunk {chunk.id}")
-            if held.is_suspect:
+            if _is_suspect(chunk):
                 return
 
     async def _run(self, held: _Held) -> None:

@@ -30,7 +30,7 @@ from shoal.errors import Aborted, FailedPrecondition, ShoalError
 
 log = logging.getLogger(__name__)
 
-KEPT_S = 60.0
+_KEPT_S = 60.0
 # So long a place stays taken when the store that writes there is killed.
 _RENEWED_EVERY_S = 15.0
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
@@ -60,7 +60,7 @@ class Claim(Background):
         self._lapses_at = clock()
 
     async def __aenter__(self) -> Self:
-        lapses_at = self._clock() + KEPT_S
+        lapses_at = self._clock() + _KEPT_S
         with translated("claiming the place of an export"):
             try:
                 held = await self._take()
@@ -69,7 +69,7 @@ class Claim(Background):
         if held["call"] != self._call:
             raise FailedPrecondition(
                 f"url: another export to {brief(self._where)} is under way: choose another place, or wait for its end "
-                f"(if its store was killed, {KEPT_S:.0f} s)"
+                f"(if its store was killed, {_KEPT_S:.0f} s)"
             )
         self._lapses_at = lapses_at
         return await super().__aenter__()
@@ -86,7 +86,7 @@ class Claim(Background):
         """Raises Aborted when the place may be another's: this process, or MongoDB, stood still for too long."""
         if self._clock() >= self._lapses_at:
             raise Aborted(
-                f"the export stood still for {KEPT_S:.0f} s, and may have lost its place: go on with its cursor"
+                f"the export stood still for {_KEPT_S:.0f} s, and may have lost its place: go on with its cursor"
             )
 
     async def _take(self) -> Document:
@@ -112,7 +112,7 @@ class Claim(Background):
         mine = {"_id": self._where, "export": self._export}
         while True:
             await asyncio.sleep(_RENEWED_EVERY_S)
-            lapses_at = self._clock() + KEPT_S
+            lapses_at = self._clock() + _KEPT_S
             try:
                 with translated("keeping the place of an export"):
                     renewed = await self._collections.exports.update_one(mine, [{"$set": {"expires_at": _until()}}])
@@ -124,4 +124,4 @@ class Claim(Background):
 
 
 def _until() -> Document:
-    return {"$add": ["$$NOW", round(KEPT_S * 1_000)]}
+    return {"$add": ["$$NOW", round(_KEPT_S * 1_000)]}

@@ -142,17 +142,17 @@ class Exports:
         at = decode(request.cursor, digest) if request.cursor else None
         if at is not None and bool(at.export) != bool(request.url):
             raise _not_ours()
+        export = at.export if at is not None else uuid.uuid4().hex if request.url else ""
         place = None
         async with AsyncExitStack() as stack:
             if request.url:
                 opened = await self._places.open(request.url)
-                export = at.export if at is not None else uuid.uuid4().hex
                 claim = Claim(self._collections, name_of(request.url, opened), export)
                 place = Taken(opened, await stack.enter_async_context(claim))
                 if at is None:
                     await _check_empty(opened, request.url)
             if at is None:
-                at = Standing(await self._stream.whole(request.filter), export if place is not None else "")
+                at = Standing(await self._stream.whole(request.filter), export)
             async with aclosing(self._written(request, digest, at, place)) as written:
                 async for progress in written:
                     yield progress

@@ -279,7 +279,8 @@ class StoreServiceServicer:
         """Writes the results that match a filter as Parquet files, oldest first, to a URL or, without one, to the caller: those
         that StreamResults would give. Says how far it is; a call that ends early ends the export after its last part, and
         another with its `cursor` goes on there. INVALID_ARGUMENT: a bad filter, URL or cursor. PERMISSION_DENIED: the store
-        may not write there. FAILED_PRECONDITION: an export lies there already. RESOURCE_EXHAUSTED: too many exports run.
+        may not write there. FAILED_PRECONDITION: an export lies there already, or another is being written there.
+        RESOURCE_EXHAUSTED: too many exports run. ABORTED: it stood still for a minute, and another may write there by now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
