@@ -1,12 +1,12 @@
-"""Who leads: candidates queue up in etcd, the one who came first leads for as long as its lease lasts.
+"""Leader election in etcd: candidates queue, and the first in the queue leads while its lease is held.
 
     CAMPAIGNING ──(no candidate with a lower create revision)──> LEADING ──(resign, lease lost or run out)──┐
         ^                                                                                                   │
         └───────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-A candidate is a key under the election's prefix, attached to its lease. It watches the one before it, so a leader's end
-wakes its successor and nobody else. The create revision of the leader's key is its fencing token: greater with every
-term, and a transaction that demands it (`Term.fence`) fails once the term is over, whatever the old leader believes.
+A candidate is a key under the election's prefix, attached to the candidate's lease. Each candidate watches only its
+predecessor, so the end of a term wakes one successor. The create revision of the leader's key is its fencing token.
+The token grows with every term, and a transaction conditioned on it (`Term.fence`) fails once the term is over.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from shoal.errors import ShoalError
 log = logging.getLogger(__name__)
 
 LEADER = b"/shoal/election/coord/"
-"""The election that makes one coord replica the leader of the cluster: whoever acts for it asks here who that is."""
+"""Prefix of the election among coord's replicas, whose winner leads the cluster."""
 TTL_S = 3
-"""A killed leader is succeeded after about so long."""
+"""Time to live of a candidate's lease: a killed leader is replaced after about this long."""
 REFRESH_S = 1.0
 _RETRY_S = 0.3
-_FAREWELL_S = 1.0
+_RESIGN_S = 1.0
 
 
 @dataclass(frozen=True)
 class Leader:
-    """Who leads, as everyone sees it."""
+    """The leader, as every reader of etcd sees it."""
 
     name: str
     token: int
-    """Fencing token: the create revision of its candidacy."""
+    """Fencing token: the create revision of the leader's candidate key."""
     since: float
-    """Unix seconds: when it began to lead, or to campaign while it has not yet said so."""
+    """Unix seconds when the term began; before the leader has recorded that, when its candidacy began."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One's own time as the leader. Ask `is_current` at every act."""
+    """A term of this candidate as the leader. Check `is_current` before every action."""
 
     key: bytes
     token: int
@@ -58,29 +58,29 @@ class Term:
     _lease: Lease
 
     def is_current(self) -> bool:
-        """Whether it surely goes on, by the own monotonic clock: no call to etcd, no chance to overstay."""
+        """Return True while the term certainly lasts, by the own monotonic clock and without a call to etcd."""
         return self._lease.is_held()
 
     @property
     def fence(self) -> Created:
-        """The condition of every transaction that only the leader may do."""
+        """Condition for every transaction that only the leader may make."""
         return Created(self.key, self.token)
 
 
 def candidate_key(prefix: bytes, lease: int) -> bytes:
-    """A candidate's key: unique, for so is its lease."""
+    """Return the key of the candidate with this lease."""
     return prefix + f"{lease:016x}".encode()
 
 
 def predecessor(entries: tuple[Entry, ...], key: bytes) -> Entry | None:
-    """The candidate just before `key`: the one to wait for. None: `key` is the first.
+    """Return the candidate directly before `key` in the queue; None when `key` is the first.
 
     Raises:
-        LeaseLost: `key` is no candidate (any more).
+        LeaseLost: `key` is not a candidate (any more).
     """
     own = next((entry for entry in entries if entry.key == key), None)
     if own is None:
-        raise LeaseLost("the candidacy is gone")
+        raise LeaseLost("the candidate's key was deleted")
     before = [entry for entry in entries if entry.create_revision < own.create_revision]
     return max(before, key=lambda entry: entry.create_revision, default=None)
 
@@ -90,7 +90,7 @@ def _is_created(entry: Entry | None, revision: int) -> bool:
 
 
 def leader_of(copy: Copy) -> Leader | None:
-    """The leader in a copy of the election's keys. None: nobody campaigns."""
+    """Return the leader in a copy of the election's keys; None without candidates."""
     for entry in sorted(copy.entries.values(), key=lambda entry: entry.create_revision):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             raw = json.loads(entry.value)
@@ -99,9 +99,9 @@ def leader_of(copy: Copy) -> Leader | None:
 
 
 class Election(Background):
-    """A standing candidacy: campaigns, leads, and campaigns again, for as long as the `async with` block lasts.
+    """Candidate that campaigns, leads, and campaigns again while the `async with` block runs.
 
-    Leaving resigns: the successor leads at once. Neither entering nor leaving waits long for an etcd that is away.
+    Leaving resigns, and the successor leads at once. Entering and leaving wait at most a second for etcd.
     """
 
     def __init__(
@@ -122,38 +122,38 @@ class Election(Background):
 
     @property
     def term(self) -> Term | None:
-        """The own term, if this candidate leads now."""
+        """Current term of this candidate; None while it does not lead."""
         term = self._term.value
         return term if term is not None and term.is_current() else None
 
     @property
     def is_leader(self) -> bool:
-        """Whether this candidate surely leads at this very moment."""
+        """True while this candidate certainly leads."""
         return self.term is not None
 
     async def terms(self) -> AsyncIterator[Term]:
-        """Yields each of one's own terms as it begins. Never ends."""
+        """Yield each term of this candidate as it begins, for ever."""
         async for term in self._term.follow():
             if term is not None and term.is_current():
                 yield term
 
     async def _run(self) -> None:
-        away = False
+        is_failing = False
         while True:
             try:
                 lease = await self._etcd.grant(TTL_S, self._clock)
-                away = False
-                await self._stand(lease)
+                is_failing = False
+                await self._campaign_and_lead(lease)
             except Exception as err:
-                if not isinstance(err, ShoalError):  # A fault of ours must not end the candidacy for ever.
+                if not isinstance(err, ShoalError):  # A bug must not end the candidacy for ever.
                     log.exception("election")
-                elif not away:
-                    log.warning("cannot stand for election for now: %s", err)
-                away = True
+                elif not is_failing:
+                    log.warning("cannot take part in the election for now: %s", err)
+                is_failing = True
                 await asyncio.sleep(_RETRY_S)
 
-    async def _stand(self, lease: Lease) -> None:
-        """One candidacy: campaigns and leads under `lease`, until that is lost or etcd fails for too long."""
+    async def _campaign_and_lead(self, lease: Lease) -> None:
+        """Campaign and lead under `lease`, until the lease is lost or etcd fails for too long."""
         keeping = asyncio.create_task(self._keep(lease), name="election lease")
         campaign = asyncio.create_task(self._campaign(lease), name="campaign")
         try:
@@ -165,34 +165,34 @@ class Election(Background):
                     raise error
         finally:
             if self._term.value is not None:
-                log.warning("%s leads no more (term %d)", self._name, self._term.value.token)
+                log.warning("%s no longer leads (term %d)", self._name, self._term.value.token)
             self._term.set(None)
             for task in (keeping, campaign):
                 task.cancel()
             await asyncio.gather(keeping, campaign, return_exceptions=True)
             with contextlib.suppress(ShoalError, TimeoutError):
-                async with asyncio.timeout(_FAREWELL_S):
+                async with asyncio.timeout(_RESIGN_S):
                     await lease.revoke()
 
     async def _keep(self, lease: Lease) -> None:
-        """Refreshes the lease until it is lost, or has run out by the own clock."""
+        """Refresh the lease until it is lost or has expired by the own clock."""
         while lease.is_held():
             await asyncio.sleep(REFRESH_S)
             try:
-                # A term that once was over stays over: whoever asked it then has stopped acting.
+                # A term that was over once stays over: callers that saw its end have stopped acting.
                 await lease.refresh(revive=False)
                 term = self._term.value
-                # Somebody may have deleted the key by hand: the successor leads then, lease or not.
+                # If somebody deleted the key by hand, the successor leads already, although the lease is held.
                 if term is not None and not _is_created(await self._etcd.get(term.key), term.token):
-                    raise LeaseLost("the leader's key is gone")
+                    raise LeaseLost("the leader's key was deleted")
             except LeaseLost:
                 raise
             except ShoalError as err:
                 log.info("the lease of the election was not refreshed: %s", err)
-        raise LeaseLost("the lease of the election ran out: etcd could not be reached for too long")
+        raise LeaseLost("the lease of the election expired: etcd was unreachable for too long")
 
     async def _campaign(self, lease: Lease) -> None:
-        """Enters the queue, waits for its turn, and begins the term."""
+        """Join the queue, wait to be the first, and begin the term."""
         key = candidate_key(self._prefix, lease.id)
         token = await self._etcd.put(key, self._record(self._now()), lease.id)
         while True:
@@ -201,11 +201,11 @@ class Election(Background):
             if before is None:
                 break
             await self._until_gone(before.key, queue.revision + 1)
-        # The key says since when it leads; rewriting it leaves its create revision as it is.
+        # The value records when the term began. Rewriting it does not change the create revision.
         since = self._now()
         begun = await self._etcd.transact([Created(key, token)], [Put(key, self._record(since), lease.id)])
         if not begun.succeeded:
-            raise LeaseLost("the candidacy is gone")
+            raise LeaseLost("the candidate's key was deleted")
         log.warning("%s leads (term %d)", self._name, token)
         self._term.set(Term(key, token, since, lease))
 

@@ -1,14 +1,14 @@
-"""etcd, its sharp edges covered: a deadline on every call, watches that notice when they died, leases with a clock.
+"""etcd client: a deadline on every call, watches that detect a dead server, leases with their own clock.
 
-    Etcd ── get, list, put, delete, transact     each with a deadline; errors are ours
+    Etcd ── get, list, put, delete, transact     each with a deadline; errors are ShoalErrors
       ├──── watch(prefix, revision)              one stream each; ends with an error, never in silence
       └──── grant(ttl) ── Lease                  refresh, revoke; `is_held` by the holder's own clock
 
-The wire comes from `aetcd`: its generated stubs. Its client is not used, for what was found in it: its shared watch
-stream leaves later watches hanging when the server ends it without an error, ignores cancelled watches, takes one
-address only, and has no deadline by default. One stream a watch needs none of that machinery.
+Only the generated stubs of `aetcd` are used. Its client has four defects: its shared watch stream leaves later watches
+hanging when the server ends it without an error; it ignores cancelled watches; it takes one address only; it has no
+deadline by default. One stream per watch needs none of that.
 
-etcd is spoken to in plaintext, without a password: keep it on loopback or a private network.
+The connection is plaintext and has no password: keep etcd on loopback or a private network.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from shoal.errors import Internal, InvalidArgument, NotFound, OutOfRange, ShoalE
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 2.0
-"""For one call. etcd answers in milliseconds; a leader election of its own takes about a second."""
+"""Timeout of one call. etcd answers in milliseconds; a leader election of its own takes about a second."""
 IDLE_S = 2.0
-"""A watch that heard nothing for so long asks whether its member is still there."""
+"""A watch that received nothing for this long probes its member."""
 
 # Without `hasleader` a member that lost its quorum keeps watches open and silent.
 _METADATA = (("hasleader", "true"),)
@@ -44,30 +44,30 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
-    # Also the deadline of one attempt to connect: 20 s by default, which a frozen server would use up.
+    # Also the deadline of one connection attempt. A frozen server would use up the default of 20 s.
     ("grpc.min_reconnect_backoff_ms", 1_000),
-    # Else channels to one address share the connection and its backoff, also across clients.
+    # Otherwise all channels to one address share a connection and its backoff, even across clients.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.enable_http_proxy", 0),
 )
-_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+_UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 _ADDRESS = re.compile(r"^([^/:\s\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}$")
 
 T = TypeVar("T")
 
 
 class Compacted(OutOfRange):
-    """The revisions that a watch asked for are gone: list again."""
+    """The revisions that a watch asked for are compacted: list again."""
 
 
 class LeaseLost(NotFound):
-    """The lease has expired or was revoked; what was attached to it is gone."""
+    """The lease has expired or was revoked; etcd has deleted the keys attached to it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A key as etcd holds it."""
+    """A key, its value, its revisions and its lease, as etcd stores them."""
 
     key: bytes
     value: bytes
@@ -86,7 +86,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Event:
-    """A key was put (`entry` is what it is now) or deleted (`entry` is None)."""
+    """A change of one key: a put (`entry` is the new entry) or a deletion (`entry` is None)."""
 
     key: bytes
     entry: Entry | None
@@ -94,7 +94,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Events:
-    """What changed, `revision` being that of the last change. Empty: nothing did, and the store is at `revision`."""
+    """Changes up to `revision`, that of the last change. Without events, `revision` is the store's current one."""
 
     events: tuple[Event, ...]
     revision: int
@@ -102,7 +102,7 @@ class Events:
 
 @dataclass(frozen=True)
 class Put:
-    """Sets a key in a transaction."""
+    """Transaction operation that sets a key."""
 
     key: bytes
     value: bytes
@@ -111,14 +111,14 @@ class Put:
 
 @dataclass(frozen=True)
 class Delete:
-    """Deletes a key in a transaction; no error when there is none."""
+    """Transaction operation that deletes a key; a missing key is no error."""
 
     key: bytes
 
 
 @dataclass(frozen=True)
 class Created:
-    """Holds while the key is the one that was created at `revision`; 0: while there is no such key."""
+    """Transaction condition: the key was created at `revision`. Revision 0: the key does not exist."""
 
     key: bytes
     revision: int
@@ -126,7 +126,7 @@ class Created:
 
 @dataclass(frozen=True)
 class Modified:
-    """Holds while the key is as it was written at `revision`."""
+    """Transaction condition: the key was last written at `revision`."""
 
     key: bytes
     revision: int
@@ -134,17 +134,17 @@ class Modified:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether the conditions held, and the revision after the transaction."""
+    """Result of a transaction: `succeeded` when all conditions held, and the revision after it."""
 
     succeeded: bool
     revision: int
 
 
 def addresses_of(text: str) -> tuple[str, ...]:
-    """Splits `host:port[,host:port...]`.
+    """Split `host:port[,host:port...]`.
 
     Raises:
-        InvalidArgument: an address is not `host:port`, or there is none.
+        InvalidArgument: an address is not `host:port`, or the text contains none.
     """
     found = tuple(part.strip().removeprefix("http://") for part in text.split(",") if part.strip())
     wrong = [part for part in found if not _ADDRESS.match(part)]
@@ -154,7 +154,7 @@ def addresses_of(text: str) -> tuple[str, ...]:
 
 
 class _Member:
-    """One address, its channel, and the stubs on it."""
+    """One address of the cluster, with its channel and stubs."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -165,10 +165,10 @@ class _Member:
 
 
 class Etcd:
-    """A session with an etcd cluster: one address at a time, the next one when that fails.
+    """Session with an etcd cluster; uses one address at a time and fails over to the next.
 
-    Use as `async with`. Entering does not wait for etcd. Every method raises Unavailable when etcd cannot be reached or
-    does not answer in time (whether a write happened is then unknown), Internal when it answers with something else.
+    Use as `async with`. Entering does not wait for etcd. Every method raises Unavailable when etcd is unreachable or
+    does not answer in time; a write may then have happened or not. Other errors of etcd raise Internal.
     """
 
     def __init__(self, addresses: str, *, timeout_s: float = TIMEOUT_S, idle_s: float = IDLE_S) -> None:
@@ -188,21 +188,21 @@ class Etcd:
             await member.channel.close()
 
     async def get(self, key: bytes) -> Entry | None:
-        """The key as a majority has it, or None."""
+        """Return the key's entry from a linearizable read, or None."""
         response = await self._unary(lambda m: m.kv.Range, rpc.RangeRequest(key=key), f"get {_shown(key)}")
         return _entry(response.kvs[0]) if response.kvs else None
 
     async def list(self, prefix: bytes) -> Listing:
-        """All keys that begin with `prefix`."""
+        """Return all keys that begin with `prefix`."""
         request = rpc.RangeRequest(key=prefix, range_end=range_end(prefix))
         response = await self._unary(lambda m: m.kv.Range, request, f"list {_shown(prefix)}")
         return Listing(tuple(_entry(kv) for kv in response.kvs), response.header.revision)
 
     async def put(self, key: bytes, value: bytes, lease: int = 0) -> int:
-        """Sets the key. Returns the revision of the write.
+        """Set the key and return the revision of the write.
 
         Raises:
-            LeaseLost: there is no such lease any more.
+            LeaseLost: the lease no longer exists.
         """
         request = rpc.PutRequest(key=key, value=value, lease=lease)
         response = await self._unary(lambda m: m.kv.Put, request, f"put {_shown(key)}")
@@ -210,34 +210,34 @@ class Etcd:
         return revision
 
     async def delete(self, key: bytes) -> bool:
-        """Deletes the key; says whether there was one."""
+        """Delete the key. Return True when the key existed."""
         response = await self._unary(
             lambda m: m.kv.DeleteRange, rpc.DeleteRangeRequest(key=key), f"delete {_shown(key)}"
         )
         return bool(response.deleted)
 
     async def transact(self, when: Sequence[Created | Modified], then: Sequence[Put | Delete]) -> Outcome:
-        """Does all of `then` if all of `when` holds, else nothing; in one step.
+        """Apply all of `then` atomically if every condition in `when` holds, else nothing.
 
         Raises:
-            LeaseLost: a Put names a lease that is gone.
+            LeaseLost: a Put names a lease that no longer exists.
         """
         request = rpc.TxnRequest(compare=[_compare(c) for c in when], success=[_operation(op) for op in then])
         response = await self._unary(lambda m: m.kv.Txn, request, "transaction")
         return Outcome(response.succeeded, response.header.revision)
 
     async def compact(self, revision: int) -> None:
-        """Forgets history before `revision`."""
+        """Discard the history before `revision`."""
         await self._unary(lambda m: m.kv.Compact, rpc.CompactionRequest(revision=revision), "compact")
 
     async def grant(self, ttl_s: int, clock: Callable[[], float] = time.monotonic) -> Lease:
-        """A new lease. etcd may give it a longer life than `ttl_s` (2 s is its minimum)."""
+        """Return a new lease. etcd may grant a longer time to live than `ttl_s` (its minimum is 2 s)."""
         asked = clock()
         response = await self._unary(lambda m: m.lease.LeaseGrant, rpc.LeaseGrantRequest(TTL=ttl_s), "grant a lease")
         return Lease(self, response.ID, response.TTL, asked + response.TTL, clock)
 
     async def refresh(self, lease: int) -> int:
-        """Keeps a lease alive once. Returns its time to live in seconds; 0: it is gone."""
+        """Refresh a lease once. Return its time to live in seconds; 0 when the lease no longer exists."""
         doing = f"refresh lease {lease:x}"
         member = self._members[self._current]
         async with self._guarded(member, doing):
@@ -253,18 +253,18 @@ class Etcd:
         raise Unavailable(f"etcd {member.address}: {doing}: the stream ended without an answer")
 
     async def revoke(self, lease: int) -> None:
-        """Ends a lease and deletes what is attached to it; no error when it is gone already."""
+        """End a lease and delete the keys attached to it; a lease that no longer exists is no error."""
         with contextlib.suppress(LeaseLost):
             await self._unary(lambda m: m.lease.LeaseRevoke, rpc.LeaseRevokeRequest(ID=lease), f"revoke {lease:x}")
 
     async def watch(self, prefix: bytes, revision: int) -> AsyncGenerator[Events, None]:
-        """Yields every change of keys under `prefix` from `revision` on, in order, until something fails.
+        """Yield every change of keys under `prefix` from `revision` on, in order, until an error.
 
-        The first item comes as soon as the watch stands; items without events come while all is quiet, and say that
-        etcd still answers. Never ends without an error. Close it (`aclosing`) when you leave early.
+        The first item arrives when etcd has accepted the watch. While nothing changes, items without events confirm
+        that etcd still answers. The iterator never ends without an error. Close it (`aclosing`) to leave early.
 
         Raises:
-            Compacted: `revision` is gone.
+            Compacted: `revision` is compacted.
             Unavailable: the stream broke, or its member stopped answering. Watch again from the last revision + 1.
         """
         doing = f"watch {_shown(prefix)}"
@@ -292,10 +292,10 @@ class Etcd:
                 call.cancel()
 
     async def _until_read(self, read: asyncio.Future[Any], member: _Member) -> AsyncIterator[Events]:
-        """Waits for `read`; while it takes long, asks the member for its revision."""
+        """Wait for `read`; while it is pending, probe the member and yield its revision."""
         try:
             while not (await asyncio.wait([read], timeout=self._idle_s))[0]:
-                # Same connection, and a linearizable read: it fails when the member is frozen or has no quorum.
+                # A linearizable read on the same connection fails when the member is frozen or has no quorum.
                 request = rpc.RangeRequest(key=b"\0", count_only=True)
                 response = await member.kv.Range(request, timeout=self._timeout_s, metadata=_METADATA)
                 if not read.done():
@@ -317,33 +317,33 @@ class Etcd:
 
     @contextlib.asynccontextmanager
     async def _guarded(self, member: _Member, doing: str) -> AsyncIterator[None]:
-        """Makes errors ours, and the next address current when this one is away."""
+        """Translate errors of the block into ShoalErrors, and fail over when `member` is unreachable."""
         try:
             yield
         except grpc.aio.AioRpcError as err:
-            if err.code() in _AWAY:
-                self._avoid(member)
+            if err.code() in _UNREACHABLE:
+                self._fail_over(member)
             raise _translated(err, f"etcd {member.address}: {doing}") from err
         except Unavailable:
-            self._avoid(member)
+            self._fail_over(member)
             raise
         except asyncio.CancelledError as err:
-            # grpc.aio raises this also when a call was cancelled by the closing of its channel.
+            # grpc.aio also raises CancelledError when its channel was closed during the call.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             raise Unavailable(f"etcd {member.address}: {doing}: the connection was closed") from err
 
-    def _avoid(self, member: _Member) -> None:
+    def _fail_over(self, member: _Member) -> None:
         if self._members[self._current] is member:
             self._current = (self._current + 1) % len(self._members)
 
 
 class Lease:
-    """A lease, and the holder's own view of how long it surely lasts.
+    """Lease of etcd, with the holder's own, pessimistic view of its deadline.
 
-    etcd counts from when it answers, the holder from before it asked: when `is_held` says no, etcd may still say yes
-    for a moment, never the other way round (as long as the two clocks run at one speed).
+    etcd counts from its answer, the holder from before its request. So etcd may keep the lease for a moment after
+    `is_held` turns False, but never drops it before (as long as both clocks run at one speed).
     """
 
     def __init__(self, etcd: Etcd, id: int, ttl_s: int, deadline: float, clock: Callable[[], float]) -> None:
@@ -354,16 +354,18 @@ class Lease:
         self.ttl_s = ttl_s
 
     def is_held(self) -> bool:
-        """Whether it surely still stands. Ask at each use: a frozen process wakes up with a lease long gone."""
+        """Return True while the lease is certainly valid. Check before each use: a process may have been frozen."""
         return self._clock() < self._deadline
 
     async def refresh(self, *, revive: bool = True) -> None:
-        """Starts its life anew. `revive`: also when it had run out by the own clock and etcd still has it, as after a
-        short outage. Whoever acted on `is_held` saying no wants no such revival.
+        """Restart the lease's time to live.
+
+        With `revive`, also when the lease had expired by the holder's clock and etcd still has it, as after a short
+        outage. A holder that acted on `is_held` being False must pass False.
 
         Raises:
-            LeaseLost: it is gone.
-            Unavailable: etcd was not reached; the lease runs on.
+            LeaseLost: the lease no longer exists.
+            Unavailable: etcd was not reached; the lease keeps its deadline.
         """
         asked = self._clock()
         ttl = await self._etcd.refresh(self.id)
@@ -375,13 +377,13 @@ class Lease:
         self._deadline = asked + ttl
 
     async def revoke(self) -> None:
-        """Ends it at once, and deletes what is attached to it."""
+        """End the lease at once, and delete the keys attached to it."""
         self._deadline = self._clock()
         await self._etcd.revoke(self.id)
 
 
 def range_end(prefix: bytes) -> bytes:
-    """The first key after all that begin with `prefix`."""
+    """Return the first key after all keys that begin with `prefix` (etcd's convention for prefix ranges)."""
     trimmed = prefix.rstrip(b"\xff")
     return trimmed[:-1] + bytes([trimmed[-1] + 1]) if trimmed else b"\0"
 
@@ -400,7 +402,7 @@ def _translated(err: grpc.aio.AioRpcError, doing: str) -> ShoalError:
         return LeaseLost(text)
     if err.code() is grpc.StatusCode.OUT_OF_RANGE and "compacted" in (err.details() or ""):
         return Compacted(text)
-    return Unavailable(text) if err.code() in _AWAY else Internal(text)
+    return Unavailable(text) if err.code() in _UNREACHABLE else Internal(text)
 
 
 def _entry(kv: Any) -> Entry:
@@ -412,7 +414,7 @@ def _event(event: Any) -> Event:
 
 
 def _events(response: Any) -> Events:
-    # The header of a watch that catches up is ahead of the events that came so far: resume from the events' revision.
+    # While a watch catches up, its header is ahead of the events delivered so far: resume from the events' revision.
     revision = response.events[-1].kv.mod_revision if response.events else response.header.revision
     return Events(tuple(_event(event) for event in response.events), revision)
 

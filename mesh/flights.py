@@ -1,11 +1,11 @@
-"""What a process is working on, in a file that outlives it: so that what it died of is not carried on to the next.
+"""Crash journal: a memory-mapped file of the work in progress, which survives the process and names poison requests.
 
-    begin(marks) ──work──> end          a few bytes of shared memory each: no system call
+    begin(fingerprints) ──work──> end          a few bytes of shared memory each, no system call
     the process dies ──its supervisor──> INSTANCE.PID.STATUS.crash
-    the work comes to another process, as a retry ──> Crashes.verdict: it was executed when a process died
+    another process gets the work as a retry ──> Crashes.verdict: was it in progress when a process died?
 
-A mark is a digest of a piece of work, a number of 8 bytes. The file: a header (magic, process id), then seats; each has
-the number of its marks, and the marks.
+A fingerprint is a digest of one piece of work, an 8-byte number. File format: a header (magic, process id), then slots
+of fixed size; each slot holds the number of its fingerprints, then the fingerprints.
 """
 
 from __future__ import annotations
@@ -28,34 +28,32 @@ _HEADER = struct.Struct("<8sQ")
 _COUNT = struct.Struct("<Q")
 _NOTHING = bytes(8)
 _MAGIC = b"flights1"
-_SEATS = 128
-_MARKS = 256
-# Batches are smaller; of a larger one the first are remembered.
-_SEAT_BYTES = 8 + 8 * _MARKS
+_SLOTS = 128
+# Batches are smaller. Of a larger one, the first fingerprints are recorded.
+_FINGERPRINTS = 256
+_SLOT_BYTES = 8 + 8 * _FINGERPRINTS
 _KEPT = 32
+# A retry arrives within a second. The rest of the time is for people who investigate.
 _KEPT_S = 600.0
-# A retry comes within a second. Longer is for people who look.
-
 _NOTE_S = 1.0
 _POLL_S = 0.01
+# PF_EXITING of Linux' sched.h. The kernel closes a process's files before the process becomes a zombie, so a peer may
+# ask while the process still counts as running.
 _EXITING = 0x4
-# PF_EXITING of Linux' sched.h. The kernel closes the files of a process before it makes a zombie of it: whoever had a
-# connection to it may ask while it still counts as running.
-
+# Signals that a person or the kernel (out of memory) sends. Only the second such death is blamed on the work.
 _FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 0})
-# Somebody's doing, or the kernel's for want of memory: so only the second time it is taken for the work's.
 
 
-class Flights:
-    """The work of this process. Use as a context manager: leaving in order removes the file."""
+class CrashJournal:
+    """Work in progress of this process. Use as a context manager; an orderly exit removes the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._free = list(range(_SEATS))
+        self._free = list(range(_SLOTS))
 
-    def __enter__(self) -> Flights:
-        size = _HEADER.size + _SEATS * _SEAT_BYTES
+    def __enter__(self) -> CrashJournal:
+        size = _HEADER.size + _SLOTS * _SLOT_BYTES
         fresh = self._path.with_suffix(".new")
         with fresh.open("wb+") as file:
             file.truncate(size)
@@ -67,78 +65,78 @@ class Flights:
     def __exit__(self, *raised: object) -> None:
         self._path.unlink(missing_ok=True)
 
-    def seat(self) -> Seat | None:
-        """A place for one piece of work at a time; None when all are taken: such work is not remembered."""
+    def slot(self) -> Slot | None:
+        """Return a free slot for one piece of work at a time; None when all are taken (that work is not recorded)."""
         with self._lock:
-            return Seat(self, self._memory, self._free.pop()) if self._free else None
+            return Slot(self, self._memory, self._free.pop()) if self._free else None
 
-    def give_back(self, number: int) -> None:
+    def release(self, number: int) -> None:
         with self._lock:
             self._free.append(number)
 
 
-class Seat:
-    """Where one worker says what it works on. Free again with its worker."""
+class Slot:
+    """Slot of one worker: the fingerprints of the work that the worker executes. Released with its worker."""
 
-    def __init__(self, flights: Flights, memory: mmap.mmap, number: int) -> None:
-        self._flights = flights
+    def __init__(self, journal: CrashJournal, memory: mmap.mmap, number: int) -> None:
+        self._journal = journal
         self._memory = memory
         self._number = number
-        self._at = _HEADER.size + number * _SEAT_BYTES
+        self._at = _HEADER.size + number * _SLOT_BYTES
 
-    def begin(self, marks: Sequence[int]) -> None:
-        count = min(len(marks), _MARKS)
-        packed = struct.pack(f"<{count + 1}Q", count, *marks[:_MARKS])
+    def begin(self, fingerprints: Sequence[int]) -> None:
+        count = min(len(fingerprints), _FINGERPRINTS)
+        packed = struct.pack(f"<{count + 1}Q", count, *fingerprints[:_FINGERPRINTS])
         self._memory[self._at : self._at + len(packed)] = packed
 
     def end(self) -> None:
         self._memory[self._at : self._at + 8] = _NOTHING
 
     def __del__(self) -> None:
-        self._flights.give_back(self._number)
+        self._journal.release(self._number)
 
 
 class Verdict(Enum):
-    """What is known of a piece of work that comes again."""
+    """Evidence against a piece of work that is retried."""
 
-    INNOCENT = "no process died of it"
-    SUSPECT = "it was one of several that a process died of, or somebody may have killed that one"
-    GUILTY = "a process died of it"
+    NOT_SEEN = "no process died while it executed this work"
+    AMBIGUOUS = "a process died while it executed this work and others, or somebody may have killed that process"
+    CONFIRMED = "a process died of this work"
 
 
 class Crashes:
-    """What other processes, whose files are in `folder`, died of."""
+    """Reads the crash journals in `folder` that other processes left."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
-        """`clock` is the one that files are dated by."""
+        """Store `folder` and `clock`, the clock of the files' modification times."""
         self._folder = folder
         self._clock = clock
 
-    async def verdict(self, mark: int) -> Verdict:
-        """Of work that is tried again. Waits a moment where a process has just died, until it is known how."""
+    async def verdict(self, fingerprint: int) -> Verdict:
+        """Return the evidence against retried work. Waits up to a second for the exit status of a dying process."""
         until = time.monotonic() + _NOTE_S
-        while self._is_in_question(mark) and time.monotonic() < until:  # noqa: ASYNC110 - another process says so.
+        while self._is_undecided(fingerprint) and time.monotonic() < until:  # noqa: ASYNC110 - another process decides.
             await asyncio.sleep(_POLL_S)
-        return self._verdict(mark)
+        return self._verdict(fingerprint)
 
-    def _is_in_question(self, mark: int) -> bool:
-        """Whether a process that lives no more was at it, and its supervisor has not said how it ended."""
+    def _is_undecided(self, fingerprint: int) -> bool:
+        """Return True when a dead process was executing the work and its supervisor has not recorded the exit yet."""
         for path in self._folder.glob(f"*{SUFFIX}"):
-            pid, seats = read(path)
-            if pid and any(mark in marks for marks in seats) and not _lives(pid):
+            pid, slots = read(path)
+            if pid and any(fingerprint in fingerprints for fingerprints in slots) and not _lives(pid):
                 return True
         return False
 
-    def _verdict(self, mark: int) -> Verdict:
-        suspicions = 0
+    def _verdict(self, fingerprint: int) -> Verdict:
+        ambiguous = 0
         for path in self._folder.glob(f"*{_CRASH}"):
-            found = [marks for marks in read(path)[1] if mark in marks]
+            found = [fingerprints for fingerprints in read(path)[1] if fingerprint in fingerprints]
             if not found or not self._is_recent(path):
                 continue
-            if _status(path) not in _FROM_OUTSIDE and all(len(marks) == 1 for marks in found):
-                return Verdict.GUILTY
-            suspicions += 1
-        return (Verdict.INNOCENT, Verdict.SUSPECT)[suspicions] if suspicions < 2 else Verdict.GUILTY
+            if _status(path) not in _FROM_OUTSIDE and all(len(fingerprints) == 1 for fingerprints in found):
+                return Verdict.CONFIRMED
+            ambiguous += 1
+        return (Verdict.NOT_SEEN, Verdict.AMBIGUOUS)[ambiguous] if ambiguous < 2 else Verdict.CONFIRMED
 
     def _is_recent(self, path: Path) -> bool:
         with contextlib.suppress(OSError):
@@ -147,7 +145,7 @@ class Crashes:
 
 
 def keep(path: Path, pid: int, status: int) -> None:
-    """For the supervisor of a process that ended with `status` (minus the signal): keeps its file, if it left one."""
+    """Keep the journal of a dead process as a crash file. For supervisors; `status` is negative for a signal."""
     if read(path)[0] != pid:
         return
     with contextlib.suppress(OSError):
@@ -158,7 +156,7 @@ def keep(path: Path, pid: int, status: int) -> None:
 
 
 def read(path: Path) -> tuple[int, list[list[int]]]:
-    """The process id in a file, and the marks of each seat that is taken; (0, []) when it is none of ours."""
+    """Return the process id and each used slot's fingerprints; (0, []) when the file is not a crash journal."""
     try:
         data = path.read_bytes()
         magic, pid = _HEADER.unpack_from(data)
@@ -166,16 +164,16 @@ def read(path: Path) -> tuple[int, list[list[int]]]:
         return 0, []
     if magic != _MAGIC:
         return 0, []
-    seats = []
-    for at in range(_HEADER.size, len(data) - _SEAT_BYTES + 1, _SEAT_BYTES):
-        count = min(_COUNT.unpack_from(data, at)[0], _MARKS)
+    slots = []
+    for at in range(_HEADER.size, len(data) - _SLOT_BYTES + 1, _SLOT_BYTES):
+        count = min(_COUNT.unpack_from(data, at)[0], _FINGERPRINTS)
         if count:
-            seats.append(list(struct.unpack_from(f"<{count}Q", data, at + 8)))
-    return int(pid), seats
+            slots.append(list(struct.unpack_from(f"<{count}Q", data, at + 8)))
+    return int(pid), slots
 
 
 def _lives(pid: int) -> bool:
-    """Whether the process is there, and not about to end (proc(5), fields 3 and 9)."""
+    """Return True when the process runs and is not exiting (proc(5), fields 3 and 9)."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""A value that changes, and those who follow it: each sees the newest, none makes another wait."""
+"""Watch channel: one changing value; every follower sees the newest value, and no follower delays another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Latest(Generic[T]):
-    """Holds one immutable value. Slow followers skip what was replaced meanwhile: there is no queue to fill."""
+    """Holds one immutable value. Slow followers skip values that were replaced, so there is no queue to bound."""
 
     def __init__(self, value: T) -> None:
         self._value = value
@@ -21,7 +21,7 @@ class Latest(Generic[T]):
         return self._value
 
     def set(self, value: T) -> None:
-        """Replaces the value and wakes the followers; the same value again wakes nobody."""
+        """Replace the value and wake the followers. An equal value wakes nobody."""
         if value == self._value:
             return
         self._value = value
@@ -29,7 +29,7 @@ class Latest(Generic[T]):
         self._changed = asyncio.Event()
 
     async def after(self, seen: T, timeout_s: float | None = None) -> T:
-        """The value as soon as it is another than `seen`, or as it is after `timeout_s`."""
+        """Wait until the value is not `seen`, at most `timeout_s`; return the newest value."""
         deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         while self._value is seen:
             try:
@@ -40,7 +40,7 @@ class Latest(Generic[T]):
         return self._value
 
     async def follow(self) -> AsyncIterator[T]:
-        """Yields the value as it is now, and then as it is after each change. Never ends."""
+        """Yield the value now and after each change, for ever."""
         while True:
             changed, value = self._changed, self._value
             yield value

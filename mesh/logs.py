@@ -17,7 +17,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one line of JSON. Fields of `extra=` become keys of their own."""
+    """Formats a record as one line of JSON. Each field of `extra=` becomes a key."""
 
     def __init__(self, instance: str) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(instance: str, level: str) -> None:
-    """Sends every log of this process to standard error as JSON. Called once, by `__main__`."""
+    """Write every log record of this process to standard error as JSON. Called once, by `__main__`."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(instance))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    # Chatty at INFO about things that their own errors say.
+    # These libraries log at INFO what their errors say anyway.
     for name in ("pymongo", "aetcd", "opentelemetry"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))

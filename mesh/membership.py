@@ -1,10 +1,10 @@
-"""Who is here: each instance holds a key in etcd under a lease; whoever wants to know keeps a live copy of the keys.
+"""Cluster membership: each instance keeps a key in etcd under a lease, and readers keep a live copy of the keys.
 
-    Registration   one instance's own key: STARTING ──> READY <──> READY with other models ──> DRAINING ──> gone
-    Directory      everyone's keys, as a view that is replaced after each change
+    Registration   one instance's own key: STARTING ──> READY <──> READY with other models ──> DRAINING ──> deleted
+    Directory      the keys of all instances, as a view that is replaced after each change
 
-A process that dies stops refreshing its lease, and its key goes within TTL_S. An etcd that was away for longer comes
-back without the keys: each instance notices at its next refresh and writes its key again.
+A process that dies stops refreshing its lease, and etcd deletes its key within TTL_S. After a longer outage of etcd the
+keys are gone: each instance notices at its next refresh and writes its key again.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ log = logging.getLogger(__name__)
 
 PREFIX = b"/shoal/instances/"
 TTL_S = 3
-"""A killed process is forgotten after so long. Envoy's health checks notice long before."""
+"""Time to live of a registration: a killed process is removed after this long. Envoy's health checks are faster."""
 REFRESH_S = 1.0
 """Two refreshes may be lost before the lease is."""
 _RETRY_S = 0.3
-_FAREWELL_S = 1.0
-# How long leaving waits for etcd. Envoy's health checks cover an etcd that is away.
+# Longest wait for etcd while leaving. Envoy's health checks cover an unreachable etcd.
+_LEAVE_S = 1.0
 
 
 class State(StrEnum):
-    """What an instance says of itself."""
+    """State that an instance publishes."""
 
     STARTING = "starting"
     READY = "ready"
@@ -50,12 +50,12 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class ReadyModel:
-    """A model that is loaded and warm, with the versions that are, ascending."""
+    """A model that is loaded and warm, with its ready versions in ascending order."""
 
     name: str
     versions: tuple[int, ...]
     has_sequences: bool = False
-    """Its requests are steps of sequences: those of one must come to one instance."""
+    """True when requests are steps of sequences: all steps of one sequence must reach the same instance."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,16 @@ class Instance:
 
     @property
     def key(self) -> bytes:
-        """Its key in etcd."""
+        """Key of the instance in etcd."""
         return PREFIX + f"{self.service}/{self.node}/{self.instance}".encode()
 
     def is_same_process(self, other: Instance) -> bool:
-        """Whether both are one process, and not one that replaced the other under its name."""
+        """Return True when both describe the same process, not a successor under the same name."""
         return (self.name, self.pid, self.started_at) == (other.name, other.pid, other.started_at)
 
 
 def encode(instance: Instance) -> bytes:
-    """The value of an instance's key: JSON with the fields of Instance."""
+    """Return the value of an instance's key: JSON with the fields of Instance."""
     models = [_written(model) for model in instance.models]
     return json.dumps({**vars(instance), "models": models}, separators=(",", ":")).encode()
 
@@ -101,10 +101,10 @@ def _written(model: ReadyModel) -> dict[str, Any]:
 
 
 def decode(key: bytes, value: bytes) -> Instance:
-    """Reads what `encode` wrote. Fields that it does not know (a newer Shoal's) are left out.
+    """Parse the value of an instance's key. Unknown fields, as a newer Shoal may write, are ignored.
 
     Raises:
-        ValueError: not JSON, a field is missing or of another type, or the key names another instance.
+        ValueError: not JSON; a field is missing or has another type; or the key names another instance.
     """
     raw = json.loads(value)
     if not isinstance(raw, dict):
@@ -141,7 +141,7 @@ def _number(raw: Mapping[str, Any], field: str) -> int:
 
 def _seconds(raw: Mapping[str, Any], field: str) -> float:
     value = raw.get(field)
-    # Up to the year 9999, the last that a protobuf Timestamp can hold.
+    # The bound is the end of the year 9999, the last that a protobuf Timestamp can hold.
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 253402300800:
         raise ValueError(f"{field}: expected unix seconds, got {value!r}")
     return float(value)
@@ -166,25 +166,25 @@ def _model(raw: Any) -> ReadyModel:
 
 
 class Registration:
-    """One instance's own entry in the membership, for as long as the `async with` block lasts.
+    """Membership entry of this instance, kept while the `async with` block runs.
 
-    Entering does not wait for etcd: a background task writes the key when it can, keeps its lease, and writes it again
-    when the lease was lost. Leaving says DRAINING, goes on for `notice_ms` so that every Envoy hears, then takes the
-    key away. Without etcd (`of` a config that names none) nothing of this happens.
+    Entering does not wait for etcd: a background task writes the key when it can, refreshes its lease, and writes the
+    key again after a lost lease. Leaving publishes DRAINING, waits `notice_ms` so that every Envoy receives it, and
+    deletes the key. Without an etcd address the registration does nothing.
     """
 
     def __init__(self, etcd: str | None, instance: Instance, *, notice_ms: int) -> None:
         self._etcd = etcd
         self._instance = instance
         self._notice_s = notice_ms / 1000
-        self._wish = asyncio.Event()
+        self._has_changed = asyncio.Event()
         self._written: Instance | None = None
-        self._kept = asyncio.Event()
+        self._was_written = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
     def of(cls, config: ServiceConfig, service: str, address: str) -> Registration:
-        """The registration of this process, which serves `service` at `address`."""
+        """Return the registration of this process, which serves `service` at `address`."""
         instance = Instance(
             service, config.node, config.instance, address, os.getpid(), State.STARTING, time.time(), (), __version__
         )
@@ -192,11 +192,11 @@ class Registration:
 
     @property
     def instance(self) -> Instance:
-        """What it says of itself, or will as soon as it reaches etcd."""
+        """Desired entry: etcd has it, or gets it as soon as etcd is reachable."""
         return self._instance
 
     async def update(self, *, state: State | None = None, models: Sequence[ReadyModel] | None = None) -> None:
-        """Changes what the entry says. Never raises and never waits: the background task makes it so."""
+        """Change the entry. Never raises and never waits: the background task writes the change."""
         after = self._instance
         if state is not None:
             after = replace(after, state=state)
@@ -204,7 +204,7 @@ class Registration:
             after = replace(after, models=tuple(sorted(models, key=lambda model: model.name)))
         if after != self._instance:
             self._instance = after
-            self._wish.set()
+            self._has_changed.set()
 
     async def __aenter__(self) -> Registration:
         if self._etcd is not None:
@@ -216,62 +216,62 @@ class Registration:
     ) -> None:
         if self._task is None:
             return
-        self._kept.clear()
+        self._was_written.clear()
         await self.update(state=State.DRAINING)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FAREWELL_S):
+            async with asyncio.timeout(_LEAVE_S):
                 while self._written != self._instance:
-                    self._kept.clear()
-                    await self._kept.wait()
+                    self._was_written.clear()
+                    await self._was_written.wait()
         await asyncio.sleep(self._notice_s)
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
     async def _run(self, addresses: str) -> None:
-        """Keeps the key, lease after lease, until cancelled."""
+        """Keep the key registered, lease after lease, until cancelled."""
         async with Etcd(addresses) as etcd:
-            away = False
+            is_failing = False
             while True:
                 try:
                     lease = await etcd.grant(TTL_S)
-                    if away:
-                        log.info("etcd is back: registering again")
-                    away = False
+                    if is_failing:
+                        log.info("etcd is reachable again: registering")
+                    is_failing = False
                     await self._keep(etcd, lease)
                 except LeaseLost as err:
                     log.warning("lost the registration: %s", err)
                 except Exception as err:
-                    if not isinstance(err, ShoalError):  # A fault of ours must not end the registration for ever.
+                    if not isinstance(err, ShoalError):  # A bug must not end the registration for ever.
                         log.exception("registration")
-                    elif not away:
+                    elif not is_failing:
                         log.warning("cannot register for now: %s", err)
-                    away = True
+                    is_failing = True
                     await asyncio.sleep(_RETRY_S)
 
     async def _keep(self, etcd: Etcd, lease: Lease) -> None:
-        """Writes the key under `lease` and keeps both until the lease is lost, or surely will be."""
+        """Write the key under `lease`, and keep key and lease until the lease is lost or an error occurs."""
         try:
             self._written = None
             while True:
-                self._wish.clear()
-                wanted = self._instance
-                await _claim(etcd, wanted, lease)
-                await lease.refresh()  # Every time: changes that follow each other closely must not starve it.
-                self._written = wanted
-                self._kept.set()
+                self._has_changed.clear()
+                desired = self._instance
+                await _write_key(etcd, desired, lease)
+                await lease.refresh()  # In every round: frequent changes must not starve the lease.
+                self._written = desired
+                self._was_written.set()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wish.wait(), REFRESH_S)
+                    await asyncio.wait_for(self._has_changed.wait(), REFRESH_S)
         except asyncio.CancelledError:
             with contextlib.suppress(ShoalError, TimeoutError):
-                async with asyncio.timeout(_FAREWELL_S):
-                    # Takes the key along, unless a process that replaced this one has written it since.
+                async with asyncio.timeout(_LEAVE_S):
+                    # Also deletes the key, unless a process that replaced this one has rewritten it since.
                     await lease.revoke()
             raise
 
 
-async def _claim(etcd: Etcd, instance: Instance, lease: Lease) -> None:
-    """Sees to it that the key says `instance` and hangs on `lease`, unless a later process has taken over the name."""
+async def _write_key(etcd: Etcd, instance: Instance, lease: Lease) -> None:
+    """Write `instance` to its key under `lease`, unless a later process has taken over the name."""
     value = encode(instance)
     while True:
         entry = await etcd.get(instance.key)
@@ -281,7 +281,7 @@ async def _claim(etcd: Etcd, instance: Instance, lease: Lease) -> None:
             holder = _readable(entry.key, entry.value)
             if holder is not None and holder.started_at > instance.started_at:
                 return
-        # Somebody may write it, or delete it by hand, between the look and the leap.
+        # Another process may write the key, or a person delete it, between the read and the write.
         as_seen = Modified(instance.key, entry.mod_revision if entry is not None else 0)
         if (await etcd.transact([as_seen], [Put(instance.key, value, lease.id)])).succeeded:
             return
@@ -289,17 +289,17 @@ async def _claim(etcd: Etcd, instance: Instance, lease: Lease) -> None:
 
 @dataclass(frozen=True)
 class View:
-    """Every instance at one etcd revision, sorted by service and name."""
+    """All instances at one revision of etcd, sorted by service and name."""
 
     instances: tuple[Instance, ...] = ()
     revision: int = 0
     stale: bool = True
-    """True while etcd cannot be reached: this is the last that was known."""
+    """True while etcd is unreachable: the view is the last known one."""
 
 
 @lru_cache(maxsize=4096)
 def _readable(key: bytes, value: bytes) -> Instance | None:
-    """Cached, so that an unreadable key is logged once and not at each change of another."""
+    """Decode a key's value; None when invalid. Cached, so that an invalid key is logged once."""
     try:
         return decode(key, value)
     except (ValueError, RecursionError) as err:
@@ -308,14 +308,14 @@ def _readable(key: bytes, value: bytes) -> Instance | None:
 
 
 def view_of(copy: Copy) -> View:
-    """The instances in a copy of the keys (which may have others too). What cannot be read is logged and left out."""
+    """Return the instances in a copy of etcd's keys. Other keys are ignored; invalid values are logged and ignored."""
     found = (_readable(key, entry.value) for key, entry in copy.entries.items() if key.startswith(PREFIX))
     instances = sorted((i for i in found if i is not None), key=lambda i: (i.service, i.name))
     return View(tuple(instances), copy.revision, copy.stale)
 
 
 class Directory:
-    """A live view of all instances, for as long as the `async with` block lasts. Entering does not wait for etcd."""
+    """Live view of all instances while the `async with` block runs. Entering does not wait for etcd."""
 
     def __init__(self, etcd: Etcd) -> None:
         self._mirror = Mirror(etcd, PREFIX)
@@ -331,11 +331,11 @@ class Directory:
 
     @property
     def view(self) -> View:
-        """The newest view."""
+        """Newest view."""
         return view_of(self._mirror.copy)
 
     async def follow(self) -> AsyncIterator[View]:
-        """The view as it is now, and again after each change. Never ends; the slow miss what was replaced meanwhile."""
+        """Yield the view now and after each change, for ever. A slow reader skips views that were replaced."""
         async for copy in self._mirror.follow():
             yield view_of(copy)
 

@@ -1,10 +1,10 @@
-"""A live copy of all keys under a prefix of etcd: list once, then watch for ever.
+"""Live copy of all keys under a prefix of etcd: list once, then watch.
 
     list ──> watch from revision + 1 ──(failure: stale, backoff)──> watch from the last revision + 1
       ^                 └──(compacted, or another etcd under the same address)──────┐
       └─────────────────────────────────────────────────────────────────────────────┘
 
-While etcd is away the last copy stands, marked stale.
+While etcd is unreachable, readers keep the last copy, marked stale.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
 
+# The last delay repeats: a few clients that retry twice a second do not load etcd, and they recover quickly.
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.4)
-# Then 0.4 s for ever: a handful of clients that ask twice a second harm no etcd, and all is well soon after its return.
 
 
 @dataclass(frozen=True)
 class Copy:
-    """The keys at `revision` (0: never seen any). `stale`: etcd cannot be reached, this is the last that was known."""
+    """The keys at `revision` (0 before the first listing). `stale`: etcd is unreachable and this is the last copy."""
 
     entries: Mapping[bytes, Entry] = field(default_factory=lambda: MappingProxyType({}))
     revision: int = 0
@@ -37,7 +37,7 @@ class Copy:
 
 
 def applied(entries: Mapping[bytes, Entry], events: tuple[Event, ...]) -> Mapping[bytes, Entry]:
-    """The entries after the events; the given ones stay as they are."""
+    """Return a new mapping: `entries` with `events` applied."""
     after = dict(entries)
     for event in events:
         if event.entry is None:
@@ -48,7 +48,7 @@ def applied(entries: Mapping[bytes, Entry], events: tuple[Event, ...]) -> Mappin
 
 
 class Mirror(Background):
-    """Follows `prefix` for as long as the `async with` block lasts. Entering does not wait for etcd."""
+    """Follows `prefix` while the `async with` block runs. Entering does not wait for etcd."""
 
     def __init__(self, etcd: Etcd, prefix: bytes) -> None:
         self._etcd = etcd
@@ -57,15 +57,15 @@ class Mirror(Background):
 
     @property
     def copy(self) -> Copy:
-        """The newest copy."""
+        """Newest copy."""
         return self._copy.value
 
     async def after(self, seen: Copy, timeout_s: float | None = None) -> Copy:
-        """The copy as soon as it is another than `seen`, or as it is after `timeout_s`."""
+        """Wait until the copy differs from `seen`, at most `timeout_s`; return the newest copy."""
         return await self._copy.after(seen, timeout_s)
 
     def follow(self) -> AsyncIterator[Copy]:
-        """The copy as it is now, and again after each change. Never ends; the slow miss what was replaced meanwhile."""
+        """Yield the copy now and after each change, for ever. A slow reader skips copies that were replaced."""
         return self._copy.follow()
 
     async def _run(self) -> None:
@@ -84,26 +84,26 @@ class Mirror(Background):
                 log.info("%s: listing again", err)
                 listed = False
             except Exception as err:
-                if not isinstance(err, ShoalError):  # A fault of ours must not end the copy for ever.
+                if not isinstance(err, ShoalError):  # A bug must not stop the mirror for ever.
                     log.exception("mirror of %s", self._prefix.decode())
                     listed = False
                 if not self.copy.stale:
-                    log.warning("lost sight of etcd: %s", err)
+                    log.warning("etcd is unreachable: %s", err)
                 self._copy.set(replace(self.copy, stale=True))
                 await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
                 failures += 1
 
     async def _watch(self) -> bool:
-        """Applies changes until the watch fails. Returns False when this etcd has less history than the copy."""
+        """Apply changes until the watch fails. Return False when this etcd has less history than the copy."""
         async with aclosing(self._etcd.watch(self._prefix, self.copy.revision + 1)) as changes:
             async for change in changes:
                 if change.revision < self.copy.revision:
                     log.warning("etcd's revision went back from %d to %d", self.copy.revision, change.revision)
                     return False
                 entries = applied(self.copy.entries, change.events) if change.events else self.copy.entries
-                # Quiet items do not move the revision: an event up to theirs may still be on its way.
+                # Items without events do not advance the revision: events before theirs may still arrive.
                 revision = change.revision if change.events else self.copy.revision
                 if self.copy.stale:
-                    log.info("etcd is back in sight at revision %d", change.revision)
+                    log.info("etcd is reachable again, at revision %d", change.revision)
                 self._copy.set(Copy(entries, revision, stale=False))
         return True

@@ -1,4 +1,4 @@
-"""Tasks that somebody owns: how they begin, and how they surely end."""
+"""Owned tasks: start them, run them together, end them reliably."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Longer than any clean-up in this project (1 s), which a second cancellation would cut short.
 _AGAIN_S = 2.0
-# Longer than any good-bye of ours (1 s), which a second cancellation would cut short.
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancels the tasks and waits until they are done. Raises nothing of theirs.
+    """Cancel the tasks and wait until they are done. Their exceptions are not raised.
 
-    The cancellation is repeated, because a library may swallow it: pymongo takes one for a broken connection, and
-    mends that.
+    The cancellation is repeated, because a library may swallow it: pymongo treats one as a broken connection and
+    reconnects.
     """
     while left := [task for task in tasks if not task.done()]:
         for task in left:
@@ -32,9 +32,9 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
 
 
 async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Does all of it at once; gives what each gives, in order.
+    """Run all coroutines concurrently and return their results in order.
 
-    The first error ends the others, which are done with when it is raised: as itself, and not in a group.
+    The first error cancels the others. It is raised after they have ended, as itself and not in a group.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -43,18 +43,18 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         first = group.exceptions[0]
     else:
         return [task.result() for task in begun]
-    raise first  # Out here, so that the group is not told as its cause.
+    raise first  # Outside of the except block, so that the group does not become its context.
 
 
-async def whatever_happens(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Does all of it at once, each to its end: for good-byes, of which none may be cut short. Then the first error."""
+async def all_to_the_end(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all coroutines concurrently, each to its end, then raise the first error. For clean-up steps."""
     for outcome in await asyncio.gather(*works, return_exceptions=True):
         if isinstance(outcome, BaseException):
             raise outcome
 
 
 def log_failure(task: asyncio.Task[Any]) -> None:
-    """Tells the log when the task has ended with an error: for tasks that nobody awaits."""
+    """Log the error of a task that has failed. For tasks that nobody awaits."""
     if task.done() and not task.cancelled() and (error := task.exception()) is not None:
         log.error("%s failed", task.get_name(), exc_info=error)
 
@@ -62,13 +62,13 @@ def log_failure(task: asyncio.Task[Any]) -> None:
 async def for_ever(
     what: str, step: Callable[[], Awaitable[float]], *, away_s: float, log: logging.Logger, level: int = logging.WARNING
 ) -> NoReturn:
-    """Takes a step again and again; it says for how many seconds it may rest.
+    """Call `step` again and again; its result is the pause in seconds before the next call.
 
-    What it raises goes to the log, and the next step is `away_s` seconds later.
+    An error of `step` is logged, and the next call follows `away_s` seconds later.
 
     Args:
-        what: "cannot <what> for now", says the log.
-        level: of what the step knows to raise (ShoalError). Anything else is a fault of ours, and must not end it.
+        what: completes the log message "cannot <what> for now".
+        level: log level for a ShoalError. Any other exception is a bug; it is logged as an error and retried too.
     """
     while True:
         try:
@@ -83,7 +83,7 @@ async def for_ever(
 
 
 class Background(ABC):
-    """Runs `_run` beside an `async with` block, and no longer than that."""
+    """Base class: runs `_run` in a task while the `async with` block runs."""
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name=type(self).__name__)
@@ -97,4 +97,4 @@ class Background(ABC):
 
     @abstractmethod
     async def _run(self) -> None:
-        """Goes on until it is cancelled."""
+        """Run until cancelled."""

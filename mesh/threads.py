@@ -1,4 +1,4 @@
-"""Blocking work beside the event loop."""
+"""Thread pool for blocking work beside the event loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 class Threads:
-    """One pool of threads. Use as `with`; leaving waits for what runs."""
+    """Thread pool. Use as `with`; leaving waits for the running work."""
 
     def __init__(self, workers: int, name: str = "beside-the-loop") -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
@@ -25,7 +25,7 @@ class Threads:
         self._pool.shutdown()
 
     async def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs `work` in a thread. A cancelled caller still waits for it: no thread works on behind its back."""
+        """Run `work` in a thread. A cancelled caller waits for the thread, so that no work outlives its caller."""
         future = asyncio.get_running_loop().run_in_executor(self._pool, lambda: work(*args, **kwargs))
         try:
             return await asyncio.shield(future)
@@ -34,5 +34,5 @@ class Threads:
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([future])
             if not future.cancelled():
-                future.exception()  # Looked at, or asyncio complains that nobody did.
+                future.exception()  # Retrieved, so that asyncio does not log it as unhandled.
             raise

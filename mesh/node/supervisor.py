@@ -24,7 +24,7 @@ from mesh.node.parts import Part
 from mesh.node.process import Process, spawn
 from mesh.node.restarts import Restarts
 from mesh.node.tail import last_lines
-from mesh.tasks import end, whatever_happens
+from mesh.tasks import all_to_the_end, end
 
 LOG_BYTES = 16 << 20
 """A log is moved to `<name>.log.1` when it is larger; so a process has at most about twice this on disk."""
@@ -242,7 +242,7 @@ class Supervisor:
 
 
 async def _stop(group: Sequence[Keeper]) -> None:
-    await whatever_happens(keeper.stop() for keeper in group)
+    await all_to_the_end(keeper.stop() for keeper in group)
 
 
 def bound(log: Path, size_bytes: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from mesh import telemetry
 from mesh.asgi.exchange import ShortHandler
 from mesh.channel import connect
-from mesh.flights import Flights
+from mesh.flights import CrashJournal
 from mesh.h2.server import H2Server
 from mesh.membership import ReadyModel, Registration, State
 from mesh.server import GrpcServer, Rpc, until_stopped
@@ -30,7 +30,7 @@ from services.infer.isolation.inner_calls import InnerCalls
 from services.infer.models.control import Control
 from services.infer.models.means import Means, as_it_is
 from services.infer.models.models import Models
-from services.infer.remembered import Memory, remembered
+from services.infer.remembered import CrashGuard, journaled
 from services.infer.rpc import bulk_rpc, inference_rpc, short_methods
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.kernels_runtime import KernelsRuntime
@@ -101,21 +101,21 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
     async with AsyncExitStack() as stack:
         stopped = await stack.enter_async_context(_running(front.until_stopped()))
         calls = InnerCalls()
-        flights = stack.enter_context(Flights(config.flights)) if config.flights else None
+        journal = stack.enter_context(CrashJournal(config.flights)) if config.flights else None
         owners = stack.enter_context(Owners(config.shared_dir))
         means = Means.of(
             _runtimes(config, calls, owners),
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
-            around=partial(remembered, flights) if flights else as_it_is,
+            around=partial(journaled, journal) if journal else as_it_is,
         )
         models = await stack.enter_async_context(Models(means))
         control = await stack.enter_async_context(_control(config, models))
-        memory = Memory(config.flights.parent) if config.flights else None
+        guard = CrashGuard(config.flights.parent) if config.flights else None
         # A load or unload reaches one of the processes that share a port, and would split them.
         on_request = None if config.share_port else control
-        core = InferenceServer(models, f"{config.node}/{config.instance}", control=on_request, memory=memory)
+        core = InferenceServer(models, f"{config.node}/{config.instance}", control=on_request, crash_guard=guard)
         calls.bind(core)
         server = front.server(config, core)
         if not config.share_port:

@@ -20,7 +20,7 @@ from services.infer.calls.request import Call
 from services.infer.models.control import Control
 from services.infer.models.models import Models, version_number
 from services.infer.models.version import State, Version
-from services.infer.remembered import Memory
+from services.infer.remembered import CrashGuard
 from services.infer.responses.cache import CacheState
 from services.infer.scheduling.scheduler import Answer
 from services.infer.scheduling.submitted import Waiter
@@ -52,16 +52,16 @@ class InferenceServer:
         replica: str,
         clock: Callable[[], float] = time.monotonic,
         control: Control | None = None,
-        memory: Memory | None = None,
+        crash_guard: CrashGuard | None = None,
     ) -> None:
         """`clock` is the one that deadlines are on. Without `control`, models are not loaded or unloaded on request.
 
-        With `memory`, retries of what another instance died of are refused.
+        With `crash_guard`, retries of a poison request are rejected.
         """
         self.models = models
         """For fronts that take a shorter way than `infer`."""
         self._control = control
-        self._memory = memory
+        self._crash_guard = crash_guard
         self._replica = replica
         self._clock = clock
 
@@ -195,8 +195,8 @@ class InferenceServer:
     async def _read(self, asked: pb.ModelInferRequest, version: Version, is_retry: bool) -> Call:
         signature = version.loaded.model.signature
         call = await aside(lambda: request.read(asked, signature), _is_long_read(asked))
-        if is_retry and self._memory is not None:
-            call = replace(await self._memory.checked(version.name, call), check=self._memory.checked)
+        if is_retry and self._crash_guard is not None:
+            call = replace(await self._crash_guard.checked(version.name, call), check=self._crash_guard.checked)
         return call
 
     async def _step(

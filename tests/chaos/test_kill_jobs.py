@@ -108,4 +108,4 @@ async def test_a_job_that_kills_whoever_runs_it_ends_alone(node: Any, tmp_path: 
     results = await results_of(one.gateway, ids)
     failed = [n for n, job_id in enumerate(ids) if results[job_id].outcome != store_pb2.Result.OUTCOME_SUCCEEDED]
     assert failed == [17], {n: results[ids[n]].message for n in failed}
-    assert "the instance that ran this request ended" in results[ids[17]].message
+    assert "the instance that ran this request died" in results[ids[17]].message

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from mesh import flights
-from mesh.flights import Crashes, Flights, Verdict
+from mesh.flights import Crashes, CrashJournal, Verdict
 
 A, B, C = map(ord, "abc")
 CHILD = """
 import os, sys
 from pathlib import Path
-from mesh.flights import Flights
-with Flights(Path(sys.argv[1])) as mine:
-    seats = [mine.seat() for _ in sys.argv[2:]]
-    for seat, marks in zip(seats, sys.argv[2:]):
-        seat.begin([*map(ord, marks)])
-    spare = mine.seat()
+from mesh.flights import CrashJournal
+with CrashJournal(Path(sys.argv[1])) as mine:
+    slots = [mine.slot() for _ in sys.argv[2:]]
+    for slot, fingerprints in zip(slots, sys.argv[2:]):
+        slot.begin([*map(ord, fingerprints)])
+    spare = mine.slot()
     spare.begin([ord("z")]); spare.end()
     sys.stdout.flush()
     os._exit(3)
@@ -31,15 +31,15 @@ with Flights(Path(sys.argv[1])) as mine:
 SLOW_TO_END = """
 import os, resource, sys
 from pathlib import Path
-from mesh.flights import Flights
+from mesh.flights import CrashJournal
 most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 8_000)
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 def open_many():
     for _ in range(most // 2 - 50):
         os.open("/dev/null", os.O_RDONLY)
-with Flights(Path(sys.argv[1])) as mine:
-    seat = mine.seat()
-    seat.begin([ord("a")])
+with CrashJournal(Path(sys.argv[1])) as mine:
+    slot = mine.slot()
+    slot.begin([ord("a")])
     given = int(sys.argv[2])
     open_many()
     connection = os.dup(given)
@@ -50,10 +50,10 @@ with Flights(Path(sys.argv[1])) as mine:
 # Its end of a pipe is closed among thousands of other files: milliseconds before it has ended, in whatever order.
 
 
-def died(folder: Path, name: str, *seats: str, status: int | None = 3) -> None:
-    """A process that died while each of its seats had these marks, and what its supervisor made of it."""
+def died(folder: Path, name: str, *slots: str, status: int | None = 3) -> None:
+    """A process that died while each of its slots had these fingerprints, and what its supervisor made of it."""
     path = folder / f"{name}.flights"
-    process = subprocess.Popen([sys.executable, "-c", CHILD, str(path), *seats])
+    process = subprocess.Popen([sys.executable, "-c", CHILD, str(path), *slots])
     assert process.wait(60) == 3
     if status is not None:
         flights.keep(path, process.pid, status)
@@ -62,31 +62,35 @@ def died(folder: Path, name: str, *seats: str, status: int | None = 3) -> None:
 async def test_what_was_done_alone_is_guilty_and_the_rest_is_not(tmp_path: Path) -> None:
     died(tmp_path, "infer-0", "a", "bc")
     crashes = Crashes(tmp_path)
-    assert await crashes.verdict(A) is Verdict.GUILTY
-    assert await crashes.verdict(B) is Verdict.SUSPECT
-    assert await crashes.verdict(ord("z")) is Verdict.INNOCENT
+    assert await crashes.verdict(A) is Verdict.CONFIRMED
+    assert await crashes.verdict(B) is Verdict.AMBIGUOUS
+    assert await crashes.verdict(ord("z")) is Verdict.NOT_SEEN
 
 
 async def test_one_of_several_is_guilty_the_second_time(tmp_path: Path) -> None:
     died(tmp_path, "infer-0", "ab")
     died(tmp_path, "infer-1", "bc")
     crashes = Crashes(tmp_path)
-    assert [await crashes.verdict(mark) for mark in (A, B, C)] == [Verdict.SUSPECT, Verdict.GUILTY, Verdict.SUSPECT]
+    assert [await crashes.verdict(fingerprint) for fingerprint in (A, B, C)] == [
+        Verdict.AMBIGUOUS,
+        Verdict.CONFIRMED,
+        Verdict.AMBIGUOUS,
+    ]
 
 
 @pytest.mark.parametrize("status", [-9, -15])
 async def test_a_kill_from_outside_is_nobodys_fault_the_first_time(tmp_path: Path, status: int) -> None:
     died(tmp_path, "infer-0", "a", status=status)
-    assert await Crashes(tmp_path).verdict(A) is Verdict.SUSPECT
+    assert await Crashes(tmp_path).verdict(A) is Verdict.AMBIGUOUS
     died(tmp_path, "infer-0", "a", status=status)
-    assert await Crashes(tmp_path).verdict(A) is Verdict.GUILTY
+    assert await Crashes(tmp_path).verdict(A) is Verdict.CONFIRMED
 
 
 async def test_it_is_forgotten_in_the_end(tmp_path: Path) -> None:
     died(tmp_path, "infer-0", "a")
     (kept,) = tmp_path.glob("*.crash")
-    assert await Crashes(tmp_path, lambda: kept.stat().st_mtime + 599).verdict(A) is Verdict.GUILTY
-    assert await Crashes(tmp_path, lambda: kept.stat().st_mtime + 601).verdict(A) is Verdict.INNOCENT
+    assert await Crashes(tmp_path, lambda: kept.stat().st_mtime + 599).verdict(A) is Verdict.CONFIRMED
+    assert await Crashes(tmp_path, lambda: kept.stat().st_mtime + 601).verdict(A) is Verdict.NOT_SEEN
 
 
 async def test_files_that_are_none_and_processes_nobody_watches_hold_up_nothing(tmp_path: Path) -> None:
@@ -94,7 +98,7 @@ async def test_files_that_are_none_and_processes_nobody_watches_hold_up_nothing(
     (tmp_path / "y.flights").touch()
     (tmp_path / "infer-9.1.3.crash").write_bytes(b"nonsense" * 99)
     died(tmp_path, "infer-0", "a", status=None)
-    assert await Crashes(tmp_path).verdict(A) is Verdict.INNOCENT
+    assert await Crashes(tmp_path).verdict(A) is Verdict.NOT_SEEN
 
 
 async def test_one_that_is_still_ending_is_in_question(tmp_path: Path) -> None:
@@ -108,25 +112,25 @@ async def test_one_that_is_still_ending_is_in_question(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         assert process.wait(60) == 3
         flights.keep(path, process.pid, 3)
-        assert await asked is Verdict.GUILTY
+        assert await asked is Verdict.CONFIRMED
 
 
 async def test_one_that_lives_is_not_in_question(tmp_path: Path) -> None:
-    with Flights(tmp_path / "me.flights") as mine:
-        seat = mine.seat()
-        assert seat is not None
-        seat.begin([A])
+    with CrashJournal(tmp_path / "me.flights") as mine:
+        slot = mine.slot()
+        assert slot is not None
+        slot.begin([A])
         assert flights.read(tmp_path / "me.flights") == (os.getpid(), [[A]])
-        assert await Crashes(tmp_path).verdict(A) is Verdict.INNOCENT
+        assert await Crashes(tmp_path).verdict(A) is Verdict.NOT_SEEN
     assert list(tmp_path.iterdir()) == []
 
 
 def test_seats_are_taken_and_given_back(tmp_path: Path) -> None:
-    with Flights(tmp_path / "me.flights") as mine:
-        seats = [mine.seat() for _ in range(128)]
-        assert mine.seat() is None
-        seats.pop()
-        again = mine.seat()
+    with CrashJournal(tmp_path / "me.flights") as mine:
+        slots = [mine.slot() for _ in range(128)]
+        assert mine.slot() is None
+        slots.pop()
+        again = mine.slot()
         assert again is not None
         again.begin([A] * 1_000)
         again.end()
@@ -134,7 +138,7 @@ def test_seats_are_taken_and_given_back(tmp_path: Path) -> None:
 
 
 def test_few_crashes_are_kept(tmp_path: Path) -> None:
-    with Flights(tmp_path / "me.flights"):
+    with CrashJournal(tmp_path / "me.flights"):
         data = (tmp_path / "me.flights").read_bytes()
     for number in range(40):
         (tmp_path / "me.flights").write_bytes(data)

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from mesh.tasks import Background, end, for_ever, together, whatever_happens
+from mesh.tasks import Background, all_to_the_end, end, for_ever, together
 from shoal.errors import NotFound, Unavailable
 
 
@@ -146,5 +146,5 @@ async def test_good_byes_are_said_whatever_happens_to_one() -> None:
         said.append("good-bye")
 
     with pytest.raises(Unavailable, match="nobody is there"):
-        await whatever_happens([long(), short(), long()])
+        await all_to_the_end([long(), short(), long()])
     assert said == ["good-bye", "good-bye"]

@@ -74,7 +74,7 @@ async def test_it_kills_one_instance_and_no_second(running: Any, value: float) -
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.ModelInfer(request(value), timeout=60)
         assert caught.value.code() is grpc.StatusCode.INTERNAL
-        assert "the instance that ran this request ended" in (caught.value.details() or "")
+        assert "the instance that ran this request died" in (caught.value.details() or "")
         for number in range(50):  # The others never stopped.
             answer = await stub.ModelInfer(request(number), timeout=30)
             assert np.frombuffer(answer.raw_output_contents[0], np.float32).tolist() == [2 * number] * 4

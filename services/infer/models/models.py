@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import TracebackType
 
 from mesh.latest import Latest
-from mesh.tasks import end, whatever_happens
+from mesh.tasks import all_to_the_end, end
 from services.infer.models.means import Means
 from services.infer.models.model import IndexRow, Model
 from services.infer.models.version import Version
@@ -66,7 +66,7 @@ class Models:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         await end(*self._tasks.values(), self._publisher)
-        await whatever_happens(model.close() for model in self._models.values())
+        await all_to_the_end(model.close() for model in self._models.values())
 
     def want(self, wanted: Sequence[WantedModel]) -> None:
         """These models should be served, and no others. Returns at once; `settled` waits for what comes of it."""

@@ -377,7 +377,7 @@ async def test_a_full_queue_of_a_step_is_told_with_the_time_to_come_back(serve, 
 
 
 class Suspicious:
-    """A memory of crashes: another instance died while it ran `guilty`."""
+    """Crash guard that knows that another instance died while it ran `guilty`."""
 
     def __init__(self, guilty: str) -> None:
         self.guilty, self.asked = guilty, []
@@ -385,7 +385,7 @@ class Suspicious:
     async def checked(self, model, call):
         self.asked.append(model)
         if model == self.guilty:
-            raise Internal(f"model '{model}': the instance that ran this request ended")
+            raise Internal(f"model '{model}': the instance that ran this request died")
         return call
 
 
@@ -393,11 +393,11 @@ async def test_a_retry_of_what_another_instance_died_of_is_refused_at_the_step_t
     models_folder.ensemble("e", *CHAIN)
     models_folder.ensemble("outer", step("e", {"x": "x"}, {"y": "y"}), step("double", {"x": "y"}, {"y": "z"}))
     served = await serve(models_folder.root)
-    memory = Suspicious("triple")
-    core = InferenceServer(served.models, "test/infer-0", memory=memory)
+    guard = Suspicious("triple")
+    core = InferenceServer(served.models, "test/infer-0", crash_guard=guard)
     with pytest.raises(Internal, match=r"in ensemble 'outer', step 0, model 'e': in ensemble 'e', step 1, .*ended"):
         await core.infer(request("outer", x=X), is_retry=True)
-    assert memory.asked == ["outer", "e", "double", "triple"]
-    memory.guilty = ""
+    assert guard.asked == ["outer", "e", "double", "triple"]
+    guard.guilty = ""
     assert np.array_equal(output(await core.infer(request("outer", x=X), is_retry=True), "z"), 12 * X)
     assert np.array_equal(output(await core.infer(request("outer", x=X)), "z"), 12 * X)
