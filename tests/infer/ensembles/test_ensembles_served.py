@@ -395,7 +395,7 @@ async def test_a_retry_of_what_another_instance_died_of_is_refused_at_the_step_t
     served = await serve(models_folder.root)
     guard = Suspicious("triple")
     core = InferenceServer(served.models, "test/infer-0", crash_guard=guard)
-    with pytest.raises(Internal, match=r"in ensemble 'outer', step 0, model 'e': in ensemble 'e', step 1, .*ended"):
+    with pytest.raises(Internal, match=r"in ensemble 'outer', step 0, model 'e': in ensemble 'e', step 1, .*died"):
         await core.infer(request("outer", x=X), is_retry=True)
     assert guard.asked == ["outer", "e", "double", "triple"]
     guard.guilty = ""
