@@ -2,8 +2,8 @@
 
     python tools/config_table.py [--check]
 
-A table stands between `<!-- config NAME -->` and `<!-- end NAME -->`. With --check the script writes nothing, and exits with
-1 when a table is stale.
+A table stands between `<!-- config NAME -->` and `<!-- end NAME -->`. With --check the script writes nothing, and
+exits with 1 when a table is stale.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import sys
 import textwrap
 import typing
+from itertools import pairwise
 from pathlib import Path
 
 from pydantic.fields import FieldInfo
@@ -91,7 +92,7 @@ def _docstrings(cls: type) -> dict[str, str]:
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     return {
         field.target.id: " ".join(str(text.value.value).split())
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
         and isinstance(text, ast.Expr)
