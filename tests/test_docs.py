@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from shoal.cli import up
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("bench", "docs", "examples", "kernels", "locks", "mesh", "proto", "services", "shoal", "tests", "tools")
@@ -59,6 +62,12 @@ def test_the_tables_of_configuration_variables_are_fresh() -> None:
         [sys.executable, "tools/config_table.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_option_of_shoal_up_is_described() -> None:
+    table = (ROOT / "docs/running.md").read_text().partition("### Options of shoal up")[2].partition("\n#")[0]
+    described = set(re.findall(r"^\| `(--[\w-]+)", table, re.MULTILINE))
+    assert described == {option for parameter in get_command(up.app).params for option in parameter.opts}
 
 
 @cache
