@@ -41,6 +41,7 @@ class ServiceConfig(BaseModel):
     notice_ms: Annotated[int, Field(ge=0, le=60_000)] = 300
     """How long it goes on serving after it has said that it is leaving, so that every Envoy has heard."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least level of what is logged."""
 
 
 C = TypeVar("C", bound=ServiceConfig)

@@ -25,6 +25,7 @@ class IngestConfig(ServiceConfig):
     front: Front = "auto"
     """What its own Envoy reaches it through. auto: what suits `listen` (mesh.serving)."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,38}$")] = "shoal"
+    """The database there."""
     lease_ms: Annotated[int, Field(ge=500, le=300_000)] = 5_000
     """A claimed job whose instance is not heard of for so long goes to another, and so does the lead."""
     renew_ms: Annotated[int, Field(ge=100, le=100_000)] = 1_500
