@@ -17,8 +17,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
+from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -48,6 +50,7 @@ def dynamic(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT, **_CENTRED},
         )
     _check_gain(source, target, "it has no MatMul, Gemm, Gather, LSTM, GRU or Attention with fixed weights: try static")
+    _make_lstm_weights_unsigned(target)
     return _portability(target)
 
 
@@ -109,6 +112,29 @@ def _check_gain(source: Path, target: Path, otherwise: str) -> None:
     kinds = {node.op_type for node in onnx.load(target, load_external_data=False).graph.node}
     if not any("Linear" in kind or kind.endswith("Integer") or kind.startswith("DynamicQuantize") for kind in kinds):
         raise FailedPrecondition(f"nothing of {source.name} was quantized: {otherwise}")
+
+
+_LSTM_WEIGHTS, _LSTM_ZERO_POINTS = (1, 2), (9, 11)
+"""Inputs of DynamicQuantizeLSTM (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md)."""
+
+
+def _make_lstm_weights_unsigned(target: Path) -> None:
+    """Add 128 to the weights and zero points of each DynamicQuantizeLSTM: the tool makes them signed in any case."""
+    model = onnx.load(target)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    names = {
+        node.input[place]
+        for node in model.graph.node
+        if node.op_type == "DynamicQuantizeLSTM"
+        for place in (*_LSTM_WEIGHTS, *_LSTM_ZERO_POINTS)
+    }
+    if not names:
+        return
+    for name in names:
+        signed = numpy_helper.to_array(initializers[name])
+        unsigned = (signed.astype(np.int16) + 128).astype(np.uint8)
+        initializers[name].CopyFrom(numpy_helper.from_array(unsigned, name))
+    onnx.save_model(model, target)
 
 
 def _portability(target: Path) -> list[str]:
