@@ -2,7 +2,7 @@
 
 shoal.cli -> shoal.client, shoal.convert, shoal.compress, shoal.discovery, mesh.node
 shoal.compress -> shoal.convert -> shoal's errors; only when a model is converted or compressed
-services  -> mesh, kernels, shoal's stubs, errors and datatypes; never each other
+services  -> mesh, kernels, shoal's stubs, errors, datatypes and own_packages; never each other
 mesh      -> shoal's stubs and errors; no service
 kernels   -> nothing of ours, no grpc, no asyncio
 shoal.client, shoal.discovery -> shoal's stubs, errors and datatypes
@@ -64,7 +64,7 @@ def allowed(module: str) -> tuple[str, ...]:
         return ("mesh", *bottom)
     if within(module, "services"):
         own = ".".join(module.split(".")[:2])
-        return (own, "mesh", "kernels", *bottom)
+        return (own, "mesh", "kernels", "shoal.own_packages", *bottom)
     if within(module, "shoal.cli"):
         return ("shoal", "mesh")
     if within(module, "shoal.convert"):

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from shoal import __version__
+from shoal import __version__, own_packages
 from shoal.cli.output import printable
 from shoal.errors import InvalidArgument, ShoalError
 
@@ -71,6 +71,7 @@ def root(
 
 def main() -> None:
     """Runs the command line. Exits 0 when all went well, 2 when the command was wrong, 1 when it failed."""
+    own_packages.exit_when_foreign()
     try:
         app(prog_name="shoal")
     except ShoalError as err:
