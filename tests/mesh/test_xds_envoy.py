@@ -100,7 +100,7 @@ class Mesh:
             clusters = await self.envoy.ask("/clusters")
             there = {name for name in wanted if f"{name}::" in clusters}
             known = {line.split("::")[1] for line in clusters.splitlines() if line.startswith("infer::/")}
-            idle = all(not s.sent for stream in self.ads._streams for s in stream.session._types.values())
+            idle = all(not s.in_flight for stream in self.ads._streams for s in stream.session._types.values())
             return there == wanted and known == endpoints and idle and await self._routes_ready(apart, wanted - apart)
 
         await until(has_all, "Envoy has the snapshot")
