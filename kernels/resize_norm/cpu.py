@@ -1,7 +1,7 @@
 """resize_norm on the CPU: a vertical filter along source rows, then a horizontal filter with a constant tap count.
 
 The vertical pass reads four source rows at a time in order, so the line of sums is loaded and stored a quarter as
-often, and LLVM vectorises the loop. The horizontal pass has the same number of taps for every pixel, padded with zero
+often. LLVM vectorises its loop. The horizontal pass has the same number of taps for every pixel, padded with zero
 weights, and sums the three channels in one vector.
 
 A call is one thread that does not hold the GIL. With a pool, each image, or each band of rows when there are few

@@ -195,8 +195,8 @@ def _step_paths(models: ModelRoutes) -> tuple[str, ...]:
 def _step(path: str, model: str) -> bytes:
     """Return the serialized route of steps of `model`, which hashes their sequence.
 
-    When the endpoint of a sequence is unavailable, Envoy may retry a step at another endpoint, but only if the step
-    certainly did not reach the first. The other endpoint rejects the step unless the step starts the sequence.
+    When the endpoint of a sequence is unavailable, Envoy may retry a step at another endpoint, if the step certainly
+    did not reach the first. The other endpoint rejects the step unless the step starts the sequence.
     """
     match = {"path": path, "headers": [{"name": MODEL_HEADER, "string_match": {"exact": model}}]}
     route = _route(match, model_cluster(model), _ALWAYS)

@@ -26,7 +26,7 @@ _POLL_S = 1.0
 
 
 class Duties(Background):
-    """The leader's duties, run whenever `election` makes this replica the leader, during the `async with` block."""
+    """Background task of the leader. Runs while `election` makes this replica the leader, in the `async with` block."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ _CATCH_UP_S = 2.0
 
 
 class Instances:
-    """The operators' operations. Reads use the live copy; writes go to etcd."""
+    """Reads and drains of instances for operators. Reads use the live copy; writes go to etcd."""
 
     def __init__(self, etcd: Etcd, mirror: Mirror) -> None:
         self._etcd = etcd

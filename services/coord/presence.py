@@ -1,8 +1,8 @@
 """Instances that Envoy's configuration contains: the membership, except after an outage of etcd. Pure.
 
 During an outage, leases cannot be refreshed. After an outage longer than a lease, etcd deletes all keys at the same
-time, although every process is alive and writes its key again within about a second. These deletions must not reach
-Envoy. Therefore, for `settle_s` after an outage, instances that disappear are kept. Envoy's own health checks find dead
+time. The processes are alive, and write their keys again within about a second, so the deletions must not reach Envoy.
+Therefore, for `settle_s` after an outage, instances that disappear are kept. Envoy's own health checks find dead
 instances in that time.
 """
 
