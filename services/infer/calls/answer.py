@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-from services.infer.calls import ragged, tensors
+from services.infer.calls import ragged
 from services.infer.calls.classification import classify
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.scheduling.execution import Answer, StepTimes
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.datatypes import BY_NAME
+from shoal.oip.tensors import to_raw
 
 
 def write(answer: Answer, call: Call, *, model: str, version: int, id: str, batched: bool) -> pb.ModelInferResponse:
@@ -31,7 +32,7 @@ def _add(response: pb.ModelInferResponse, wanted: WantedOutput, value: Value, *,
     if wanted.classes:
         output, datatype = classify(output, wanted.spec, wanted.classes, batched=batched), BY_NAME["BYTES"]
     response.outputs.add(name=wanted.spec.name, datatype=datatype.name, shape=output.shape)
-    response.raw_output_contents.append(tensors.to_raw(output, datatype))
+    response.raw_output_contents.append(to_raw(output, datatype))
 
 
 def explain(response: pb.ModelInferResponse, answer: Answer, replica: str, cache: str) -> None:

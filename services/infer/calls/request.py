@@ -15,6 +15,7 @@ from services.infer.calls.tensors import Tensor
 from services.infer.wording import listed, quoted, written
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.tensors import count_elements
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _data(request: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool
 
 def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: TensorSpec, model: str, text: bool) -> Tensor:
     what = _input(spec.name, model)
-    if not tensor.contents.ListFields() and tensors.count(tensor.shape, what):
+    if not tensor.contents.ListFields() and count_elements(tensor.shape, what, InvalidArgument):
         raise InvalidArgument(f"{what} has no data: expected contents, or an entry of raw_input_contents")
     return tensors.from_contents(tensor.contents, spec.datatype, tensor.shape, what, text=text)
 
