@@ -158,7 +158,7 @@ def test_any_data_is_a_tensor_or_an_error_that_names_it(raw, shape) -> None:
         ("FP32", [2, 3], bytes(20), "byte size mismatch: shape [2,3] of FP32 is 24 bytes, got 20"),
         ("FP32", [-1, -1], bytes(4), "shape [-1,-1] has a negative dimension"),
         ("INT8", [0, 2**32], b"", "more than 2147483648 elements"),
-        ("INT8", [1] * 65, b"\0", "(65 dimensions) has more than 64 dimensions"),
+        ("INT8", [1] * 65, b"\0", "(65 dimensions)] has more than 64 dimensions"),
         ("BYTES", [1], b"\2\0\0\0a", "element 0 says it has 2 bytes, but 1 are left"),
         ("BYTES", [1], b"\1\0\0\0ab", "1 bytes are left after 1 BYTES elements"),
         ("BYTES", [2], b"\4\0\0\0abcd", "element 1 of 2 has no length"),

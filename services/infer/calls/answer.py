@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
+from services.infer.aside import aside
 from services.infer.calls import ragged
 from services.infer.calls.classification import classify
 from services.infer.calls.ragged import Value
@@ -12,6 +13,11 @@ from services.infer.scheduling.execution import Answer, StepTimes
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME
 from shoal.oip.tensors import to_raw
+
+# Beyond these, writing a response takes about a millisecond, and is offloaded to a thread.
+_LARGE_BYTES = 4 << 20
+# BYTES and classes: Python objects, one by one.
+_FEW_ELEMENTS = 1 << 13
 
 
 def write(answer: Answer, call: Call, *, model: str, version: int, id: str, batched: bool) -> pb.ModelInferResponse:
@@ -24,6 +30,23 @@ def write(answer: Answer, call: Call, *, model: str, version: int, id: str, batc
     for wanted, output in zip(call.outputs, answer.outputs, strict=True):
         _add(response, wanted, output, batched=batched)
     return response
+
+
+async def write_async(
+    answer: Answer, call: Call, *, model: str, version: int, id: str, batched: bool
+) -> pb.ModelInferResponse:
+    """Write a response as `write` does, on a thread when writing would block the event loop."""
+    return await aside(
+        lambda: write(answer, call, model=model, version=version, id=id, batched=batched),
+        _is_long_write(answer, call),
+    )
+
+
+def _is_long_write(answer: Answer, call: Call) -> bool:
+    arrays = [array for output in answer.outputs for array in ragged.arrays(output)]
+    by_element = sum(array.size for array in arrays if array.dtype == object) > _FEW_ELEMENTS
+    classes = sum(wanted.classes for wanted in call.outputs) * call.rows
+    return by_element or classes > _FEW_ELEMENTS or sum(array.nbytes for array in arrays) > _LARGE_BYTES
 
 
 def _add(response: pb.ModelInferResponse, wanted: WantedOutput, value: Value, *, batched: bool) -> None:

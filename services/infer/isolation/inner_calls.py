@@ -33,7 +33,7 @@ _FIELDS = {bool: "bool_param", int: "int64_param", float: "double_param", str: "
 class Core(Protocol):
     """What answers: the InferenceServer."""
 
-    async def infer(self, asked: pb.ModelInferRequest, deadline: float = ...) -> pb.ModelInferResponse: ...
+    async def infer(self, request: pb.ModelInferRequest, deadline: float = ...) -> pb.ModelInferResponse: ...
 
 
 class InnerCalls:
