@@ -128,6 +128,19 @@ def test_typed_contents_mean_the_same_as_raw(data, datatype, shape) -> None:
     np.testing.assert_array_equal(got.reshape(-1), expected.reshape(-1))
 
 
+@pytest.mark.parametrize("count", [63, 64, 1000])
+@pytest.mark.parametrize("datatype", [each for each in TYPED if not each.is_bytes], ids=lambda each: each.name)
+def test_few_and_many_typed_values_are_read_alike(datatype, count) -> None:
+    limit = 2 if datatype.name == "BOOL" else 100
+    values = (np.arange(count) % limit).astype(datatype.dtype)
+    if datatype.dtype.kind in "iu":
+        values[-2:] = np.iinfo(datatype.dtype.name).min, np.iinfo(datatype.dtype.name).max
+    contents = pb.InferTensorContents(**{datatype.contents: values.tolist()})
+    got = tensors.from_contents(contents, datatype, [count], "x", InvalidArgument)
+    assert got.dtype == datatype.dtype
+    np.testing.assert_array_equal(got, values)
+
+
 @pytest.mark.parametrize("name", ["FP16", "BF16"])
 def test_an_empty_tensor_needs_no_typed_contents(name) -> None:
     got = tensors.from_contents(pb.InferTensorContents(), BY_NAME[name], [2, 0], "x", InvalidArgument)
