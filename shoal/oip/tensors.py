@@ -179,7 +179,8 @@ def pack_bytes(elements: Iterable[Any]) -> bytes:
             data = element.encode()
         else:
             data = _as_bytes(element, len(parts) // 2)
-        parts += (pack(len(data)), data)
+        parts.append(pack(len(data)))
+        parts.append(data)
     return b"".join(parts)
 
 
