@@ -5,13 +5,14 @@ A status message travels in a header, and a header that is too long breaks the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 
 from google.protobuf.descriptor import EnumDescriptor
 
+from shoal.oip.tensors import shape_text
+
 _NAME_LENGTH = 128
-_DIMS = 16
 _NAMES = 32
 
 
@@ -26,10 +27,7 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(shown[:_NAMES] + ["..."] * (len(shown) > _NAMES))
 
 
-def written(shape: Sequence[int]) -> str:
-    """A shape: `[-1,4]`; its first 16 dimensions."""
-    more = f",... ({len(shape)} dimensions)" if len(shape) > _DIMS else ""
-    return "[" + ",".join(str(dim) for dim in shape[:_DIMS]) + more + "]"
+written = shape_text
 
 
 def enumerated(kind: EnumDescriptor, value: int) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.ragged import Value
 from services.infer.calls.signature import TensorSpec
 from services.infer.operations.operation import Results
@@ -23,6 +22,7 @@ from services.infer.runtimes.runtime import About
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2
 from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
+from shoal.oip.datatypes import BY_NAME
 from tests.infer import onnx_files
 from tests.infer.conformance.instance import Instance
 

@@ -14,7 +14,6 @@ import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 
-from services.infer.calls.dtypes import NUMBERS
 from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
@@ -24,6 +23,7 @@ from services.infer.runtimes.runtime import About, ModelFailed, Runtime, Session
 from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import DTYPES
 from tests.infer import onnx_files
 from tests.infer.models.test_canary import with_default
 from tests.infer.runtimes.runtime_models import (
@@ -161,7 +161,7 @@ def test_read_only_inputs_and_outputs_of_their_own(load, models):
     assert not np.shares_memory(given, got)
 
 
-@pytest.mark.parametrize("name", [name for name in NUMBERS if name != "BF16"])
+@pytest.mark.parametrize("name", [name for name in DTYPES if name != "BF16"])
 def test_every_kind_of_number_comes_back_as_it_went(load, models, name):
     session = load(models.identity(name, ("n", 3)))
     dtype = session.inputs[0].datatype.dtype
