@@ -27,7 +27,7 @@ async def channel(front: Front) -> AsyncIterator[Channel]:
         yield channel
         line = channel._line
         assert not channel._waiting
-        assert line is None or (not line._calls and not line._sender._widened and not line._sender._waiting)
+        assert line is None or (not line._calls and not line._sender._window_changes and not line._sender._waiting)
 
 
 @pytest_asyncio.fixture
