@@ -695,10 +695,9 @@ async def test_spans_of_a_call_reach_the_collector(run_dir: Path):
         export, otlp.ExportTraceServiceRequest.FromString, otlp.ExportTraceServiceResponse.SerializeToString
     )
     name = "opentelemetry.proto.collector.trace.v1.TraceService"
-    generic = grpc.method_handlers_generic_handler(name, {"Export": handler})
     place = f"unix:{run_dir}/collector.sock"
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(Server(place, [], drain_ms=0, generic=[generic]))
+        await stack.enter_async_context(Server(place, [], drain_ms=0, methods={f"/{name}/Export": handler}))
         mesh = Mesh(run_dir, stack, Tracing(place))
         await mesh.start()
         await mesh.replica(0)
