@@ -13,11 +13,13 @@ import h2.events
 import pytest
 import pytest_asyncio
 
+from mesh.h2 import frames
 from mesh.h2.frames import Reason
 from mesh.h2.headers import response_head
 from mesh.h2.listener import Listener
 from mesh.h2.peer import CREDIT, STREAM_WINDOW
 from mesh.h2.stream import RequestHandler, ServerStream
+from tests.mesh.h2.scripted import LAST, Peer
 
 JSON = [(b"content-type", b"application/json")]
 TEXT = [(b"content-type", b"text/plain")]
@@ -274,17 +276,20 @@ async def test_a_handler_is_told_once_that_its_client_has_gone(client: Client, a
 
 async def test_a_drain_lets_an_open_stream_end(app: App) -> None:
     listener = Listener("127.0.0.1:0", app)
-    async with connected(await listener.start()) as client:
-        number = await client.request("GET", "/events")
-        while not client.of(number, h2.events.ResponseReceived):
-            await client.read()
-        draining = asyncio.create_task(listener.drain(30.0))
-        while not any(isinstance(event, h2.events.ConnectionTerminated) for event in client.events):
-            await client.read()
-        assert not draining.done()
-        while app.sent_events < 40:
-            client.h2.increment_flow_control_window(1 << 20)
-            client.h2.increment_flow_control_window(1 << 20, number)
-            await client.flush()
-            await client.read()
+    host, _, port = (await listener.start()).rpartition(":")
+    peer = Peer(*await asyncio.open_connection(host, int(port)))
+    head = [(":method", "GET"), (":scheme", "http"), (":authority", "x"), (":path", "/events")]
+    peer.send(frames.PREFACE, frames.settings({}), peer.headers(1, head, LAST))
+    await peer.until(frames.DATA, 1)
+    draining = asyncio.create_task(listener.drain(30.0))
+    await peer.until(frames.GOAWAY)
+    peer.send(frames.frame(frames.PING, frames.ACK, 0, (await peer.until(frames.PING))[3]))
+    await peer.until(frames.GOAWAY)
+    assert not draining.done()
+    peer.send(frames.window_update(0, 1 << 20), frames.window_update(1, 1 << 20))
+    assert await peer.until_over() == Reason.NO_ERROR
+    data = [(flags, payload) for kind, flags, _, payload in peer.seen if kind == frames.DATA]
+    assert b"".join(payload for _, payload in data).count(b"data: ") == 40
+    assert data[-1][0] & frames.END_STREAM
+    peer.writer.close()
     await asyncio.wait_for(draining, 20)
