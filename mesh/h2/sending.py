@@ -9,6 +9,7 @@ The room of a stream is the initial window of the peer's settings plus the strea
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -25,6 +26,8 @@ from mesh.h2.frames import (
     Reason,
 )
 
+log = logging.getLogger(__name__)
+
 # Acknowledgements of PING and SETTINGS that a peer may leave unread: each of them costs memory.
 _MAX_UNREAD = 1000
 
@@ -40,6 +43,15 @@ class Outgoing:
         self.chunks: deque[memoryview] = deque()
         self.after = b""
         self.on_sent: Callable[[], None] | None = None
+
+    def report_sent(self) -> None:
+        """Call `on_sent`. An exception in it must not harm other streams."""
+        if self.on_sent is None:
+            return
+        try:
+            self.on_sent()
+        except Exception:
+            log.exception("a callback of a stream's sender failed")
 
 
 class Sender:
@@ -77,8 +89,8 @@ class Sender:
         """Drop a stream and its unsent data."""
         self._window_changes.pop(number, None)
         outgoing = self._waiting.pop(number, None)
-        if outgoing is not None and outgoing.on_sent is not None:
-            outgoing.on_sent()
+        if outgoing is not None:
+            outgoing.report_sent()
 
     def has_unsent(self, number: int) -> bool:
         """Return whether data of a stream waits for a window."""
@@ -265,8 +277,7 @@ class Sender:
                 if outgoing.after:
                     self.write(outgoing.after)
                     self._end(number)
-                if outgoing.on_sent is not None:
-                    outgoing.on_sent()
+                outgoing.report_sent()
 
 
 def _header_frames(number: int, block: bytes, *, is_last: bool = False) -> bytes:
