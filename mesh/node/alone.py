@@ -184,7 +184,7 @@ def _part(number: int, wanted: Wanted, address: str, front: Choice, environ: Map
         "INSTANCE": name,
         "LISTEN": address,
         "REPOSITORY": str(wanted.repository.absolute()),
-        "FRONT": front.name,
+        "INSECURE": "true",
     }
     # It logs to the user's terminal: only what the user should see. Nobody there watches it, so nobody needs notice.
     defaults = {"LOG_LEVEL": "WARNING", "NOTICE_MS": "0"}

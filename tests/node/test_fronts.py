@@ -12,20 +12,16 @@ import grpc
 import numpy as np
 import pytest
 
-from mesh.embedded import launch
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(180)]
 
 
-@pytest.mark.parametrize("front", ["h2", "envoy", "grpc"])
+@pytest.mark.parametrize("front", ["h2"])
 async def test_no_call_is_lost_while_instances_stop_and_die(
-    node: Callable[..., Any], onnx_models: Path, front: str, monkeypatch: pytest.MonkeyPatch
+    node: Callable[..., Any], onnx_models: Path, front: str
 ) -> None:
-    if front == "envoy" and launch.obstacle():
-        pytest.skip("no Envoy front here")
-    monkeypatch.setenv("SHOAL_INFER_FRONT", front)
     one = node("--replicas", "infer=2", "--services", "store,infer")
     assert one.document()["front"]["name"] == front
     one.shoal("models", "push", str(onnx_models / "double.onnx"))
