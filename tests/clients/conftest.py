@@ -39,9 +39,9 @@ def write(root: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="session", params=os.environ.get("SHOAL_INFER_FRONT", "h2").split(","))
+@pytest.fixture(scope="session", params=os.environ.get("SHOAL_TEST_FRONTS", "h2").split(","))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A running instance; SHOAL_INFER_FRONT picks its front."""
+    """A running instance; SHOAL_TEST_FRONTS picks its front."""
     folder = tmp_path_factory.mktemp("clients")
     control = {"SHOAL_INFER_MODEL_CONTROL": "explicit", "SHOAL_INFER_LOAD_MODELS": "*"}
     with Instance.serving(write(folder / "models"), request.param, folder / "serve.log", control) as running:

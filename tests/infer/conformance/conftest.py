@@ -1,6 +1,6 @@
 """A served instance, started as a user starts it: `shoal serve`, a process of its own, at a port of its own.
 
-SHOAL_INFER_FRONT=grpc,envoy picks fronts, all of them where it is not set; the suite is the same for each.
+SHOAL_TEST_FRONTS=h2 picks fronts, all of them where it is not set; the suite is the same for each.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tests.infer.conformance.instance import FRONTS, Instance
 Refused = Callable[..., str]
 
 
-@pytest.fixture(scope="session", params=os.environ.get("SHOAL_INFER_FRONT", "grpc,h2,envoy").split(","))
+@pytest.fixture(scope="session", params=os.environ.get("SHOAL_TEST_FRONTS", ",".join(FRONTS)).split(","))
 def front(request: pytest.FixtureRequest) -> str:
     """The front under test."""
     name: str = request.param
     if name not in FRONTS:
-        pytest.fail(f"SHOAL_INFER_FRONT={name!r}: expected one or more of {','.join(FRONTS)}")
+        pytest.fail(f"SHOAL_TEST_FRONTS={name!r}: expected one or more of {','.join(FRONTS)}")
     return name
 
 

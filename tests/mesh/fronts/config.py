@@ -9,4 +9,4 @@ from mesh.limits import MESSAGE_BYTES
 class FrontsConfig(ServiceConfig):
     instance: str = "fronts-0"
     message_bytes: int = MESSAGE_BYTES
-    """Of grpc.aio; inside Envoy the limit is mesh.limits'."""
+    """Of grpc.aio."""

@@ -181,10 +181,8 @@ def done(order: Mapping[str, Any], value: bytes) -> bytes:
 
 
 _CHILD = """
-import os, signal
-from mesh.children import hear_signals
-hear_signals()
-print(os.environ.get("LD_PRELOAD"), os.environ.get("PYTHONPATH"), signal.pthread_sigmask(signal.SIG_BLOCK, []))
+import signal
+print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 """
 
 
