@@ -34,6 +34,8 @@ from oip_load import Requests
 from rich.console import Console
 from rich.table import Table
 
+from mesh.node.parts import free_port
+
 LOADS = tuple((model, in_flight) for model in ("tiny", "mlp", "cnn") for in_flight in (1, 8, 64))
 SERVER_IP, CLIENT_IP = "10.77.31.1", "10.77.31.2"
 _CLONE_NEWNET = 0x4000_0000
@@ -145,8 +147,9 @@ def _pss_mb(pid: int) -> float:
     return 0.0
 
 
-def shoal(name: str, folder: Path, models: Path, place: Place, port: int) -> Contender:
+def shoal(name: str, folder: Path, models: Path, place: Place) -> Contender:
     """`shoal serve` of the checkout `folder`."""
+    port = free_port()
     python = str(folder / ".venv/bin/python")
     command = [python, "-m", "shoal.cli.main", "serve", str(models), "--host", place.host, "--port", str(port)]
     # Also where the environment was built for another checkout, its own modules come first.
@@ -154,7 +157,8 @@ def shoal(name: str, folder: Path, models: Path, place: Place, port: int) -> Con
     return Contender(name, place, port, command, environ, folder)
 
 
-def triton(command: str, models: Path, place: Place, port: int) -> Contender:
+def triton(command: str, models: Path, place: Place) -> Contender:
+    port = free_port()
     environ = {"HOST": place.host, "PORT": str(port), "MODELS": str(models)}
     return Contender("Triton", place, port, ["sh", "-c", f"exec {command}"], environ, models)
 
@@ -223,7 +227,6 @@ def main() -> None:
     parser.add_argument("--triton", metavar="COMMAND", help="starts a Triton at $HOST:$PORT with the models of $MODELS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--port", type=int, default=18_300, help="the first of five")
     args = parser.parse_args()
     console = Console(width=140)
     if len(os.sched_getaffinity(0)) > 1:
@@ -233,13 +236,13 @@ def main() -> None:
         samples = save(models)
         here = Place("127.0.0.1")
         groups: dict[str, list[Contender]] = {}
-        for n, (title, place) in enumerate((("straight on loopback", here), ("from another namespace", elsewhere))):
+        for title, place in (("straight on loopback", here), ("from another namespace", elsewhere)):
             groups[title] = [
-                shoal("before", args.before.resolve(), models, place, args.port + 2 * n),
-                shoal("after", args.after.resolve(), models, place, args.port + 2 * n + 1),
+                shoal("before", args.before.resolve(), models, place),
+                shoal("after", args.after.resolve(), models, place),
             ]
         if args.triton:
-            groups["from another namespace"].append(triton(args.triton, models, elsewhere, args.port + 4))
+            groups["from another namespace"].append(triton(args.triton, models, elsewhere))
         contenders = [contender for group in groups.values() for contender in group]
         for _ in range(args.rounds):
             for contender in contenders:

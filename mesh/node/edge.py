@@ -111,6 +111,8 @@ def _connection_manager(is_sticky: bool) -> dict[str, Any]:
                     "name": "all",
                     "domains": ["*"],
                     "request_body_buffer_limit": _RETRY_BYTES,
+                    # Envoy adds them itself; workers get the headers of the caller alone.
+                    "request_headers_to_remove": ["x-forwarded-proto", "x-envoy-external-address"],
                     "routes": [{"match": {"prefix": "/"}, "route": _route(is_sticky)}],
                 }
             ]
