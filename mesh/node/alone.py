@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mesh.exits import WRONG_SETTINGS
-from mesh.front import is_local
 from mesh.node import folder, probes
 from mesh.node.edge import Edge
 from mesh.node.front import Choice, choose
@@ -26,6 +25,7 @@ from mesh.node.parts import SERVICE_DEATH, Part, service_command
 from mesh.node.ports import PortInUse, Ports, listeners
 from mesh.node.process import raise_file_limit
 from mesh.node.workers import Workers
+from mesh.sockets import is_local
 from mesh.tasks import end
 from shoal.errors import FailedPrecondition, InvalidArgument
 
@@ -230,6 +230,7 @@ async def _announce_behind(
     await _until(edge.is_ready)
     for part in parts:
         await _until(part.ready)
+    await _until(edge.sees_all)
     await _until(lambda: probes.health(address))
     await _ready(address, front, edge.pid, workers, screen)
 
@@ -269,7 +270,6 @@ def _part(number: int, listen: str, wanted: Wanted, environ: Mapping[str, str], 
         **wanted.settings,
         "INSTANCE": name,
         "LISTEN": listen,
-        "FRONT": "h2",
         **({} if is_local(listen) else {"INSECURE": "true"}),
         "REPOSITORY": str(wanted.repository.absolute()),
     }

@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ _NOTICE_S = 0.3
 _FLUSH_S = 5.0
 _TURN_S = 0.02
 _TIMEOUT_S = 2.0
-_GAUGES = (
+_UNSENT = (
     f"http.{_STAT_PREFIX}.downstream_rq_active",
     f"http.{_STAT_PREFIX}.downstream_cx_tx_bytes_buffered",
     "http2.streams_active",
@@ -147,7 +149,8 @@ def _route(is_sticky: bool) -> dict[str, Any]:
                     },
                 }
             ],
-            "host_selection_retry_max_attempts": 5,
+            # The hash of a connection gives hosts in the same order at each retry: enough of them to find another.
+            "host_selection_retry_max_attempts": 20,
         },
         **sticky,
     }
@@ -192,7 +195,11 @@ def _cluster(workers: Sequence[str]) -> dict[str, Any]:
         },
         "circuit_breakers": {"thresholds": [_limits()]},
         # While no worker is healthy, calls go to any: one that loads its models says so itself.
-        "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
+        "common_lb_config": {
+            "healthy_panic_threshold": {"value": 1},
+            # The default has a worker that comes back wait for a second.
+            "update_merge_window": "0s",
+        },
         "health_checks": [
             {
                 "timeout": "2s",
@@ -250,6 +257,7 @@ class Edge:
         self._admin = str(folder / "admin.sock")
         config = folder / "envoy.json"
         config.write_text(json.dumps(bootstrap(host=host, port=port, workers=workers, admin=self._admin)))
+        self._count = len(workers)
         self._was_ready = False
         part = parts.envoy(config, f"unix:{self._admin}", threads, log_level="error")
         # One that never listened would only fail again: its configuration or its binary is wrong.
@@ -269,6 +277,10 @@ class Edge:
         self._was_ready = self._was_ready or await probes.http_ok(f"unix:{self._admin}", "/ready")
         return self._was_ready
 
+    async def sees_all(self) -> bool:
+        """Return whether Envoy has found each worker healthy."""
+        return self._count in (await self._gauges(f"cluster.{_CLUSTER}.membership_healthy")).values()
+
     async def drain(self) -> None:
         """Accept no more connections, and send GOAWAY on each with its next answer. Return when most have got it."""
         await self._ask("POST", "/drain_listeners?graceful&skip_exit")
@@ -279,15 +291,19 @@ class Edge:
         """Return when every answer has been sent, or after some seconds."""
         until = time.monotonic() + _FLUSH_S
         while time.monotonic() < until and self.pid is not None:
-            text = await self._ask("GET", "/stats?filter=active$|_buffered$|pending_send_bytes$")
-            values = dict(line.split(": ") for line in text.splitlines() if ": " in line)
-            if not any(int(values.get(name, 0)) for name in _GAUGES):
+            if not any((await self._gauges(*_UNSENT)).values()):
                 return
             await asyncio.sleep(_TURN_S)
 
     def stop(self) -> None:
         """Ask Envoy to end now."""
         self._processes.stop()
+
+    async def _gauges(self, *names: str) -> dict[str, int]:
+        """Return the values of the gauges that Envoy has."""
+        pattern = "|".join(f"^{re.escape(name)}$" for name in names)
+        text = await self._ask("GET", f"/stats?filter={urllib.parse.quote(pattern)}")
+        return {name: int(value) for name, _, value in (line.partition(": ") for line in text.splitlines()) if value}
 
     async def _ask(self, method: str, target: str) -> str:
         """Return the body of the admin endpoint's answer; "" where there is none."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mesh.front import is_local
 from mesh.node.parts import find_binary
+from mesh.sockets import is_local
 from shoal.errors import FailedPrecondition, InvalidArgument
 
 

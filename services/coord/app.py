@@ -14,7 +14,8 @@ from mesh.election import LEADER, Election
 from mesh.etcd import Etcd
 from mesh.membership import Registration, State
 from mesh.mirror import Mirror
-from mesh.server import GrpcServer, Rpc, until_stopped
+from mesh.rpc.server import Rpc, Server
+from mesh.signals import until_stopped
 from mesh.xds.ads import AdsServer
 from mesh.xds.tracing import tracing_of
 from services.coord.cluster import PREFIX
@@ -48,7 +49,7 @@ async def run(config: CoordConfig) -> None:
         health = MeshHealth(mirror, PUBLIC)
         rpcs = _rpcs(CoordRpc(name, Instances(etcd, mirror), ads), health)
         server = await stack.enter_async_context(
-            GrpcServer(config.listen, rpcs, drain_ms=config.drain_ms, generic=[ads.handler()], with_health=False)
+            Server(config.listen, rpcs, drain_ms=config.drain_ms, methods=ads.methods(), serves_health=False)
         )
         stack.callback(health.leave)
         registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))

@@ -1,10 +1,8 @@
-"""`python -m services.infer`: serves models until SIGTERM."""
-
-from functools import partial
+"""`python -m services.infer`: serves models until SIGTERM, configured by SHOAL_INFER_* variables."""
 
 from mesh.main import main
-from services.infer.app import H2, run
+from services.infer.app import run
 from services.infer.config import InferConfig
 
 if __name__ == "__main__":
-    main("infer", InferConfig, partial(run, front=H2))
+    main("infer", InferConfig, run)

@@ -15,8 +15,8 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
-from mesh.asgi.framing import PREFIX_BYTES
 from mesh.interceptors import status_of
+from mesh.rpc.framing import PREFIX_BYTES
 from mesh.tasks import end, log_failure
 from services.infer.remembered import ATTEMPT
 from services.infer.short import TENANT, ShortInfer

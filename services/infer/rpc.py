@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over grpc.aio: each method only translates."""
+"""The Open Inference Protocol over gRPC: each method only translates."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import NoReturn
 
 import grpc
 
-from mesh.asgi.exchange import ShortHandler
 from mesh.interceptors import Context
-from mesh.server import Rpc
+from mesh.rpc.fast_call import FastHandler
+from mesh.rpc.server import Rpc
 from services.infer import stream
 from services.infer.bulk import Bulk
 from services.infer.core import InferenceServer
@@ -171,6 +171,6 @@ def _no_shared_memory(method: str) -> NoReturn:
     _not_done(method, "send tensors in the request")
 
 
-def short_methods(server: InferenceServer) -> dict[str, ShortHandler]:
-    """What the faster fronts answer without a task for each call."""
+def fast_methods(server: InferenceServer) -> dict[str, FastHandler]:
+    """Return the handlers of the methods that a server calls on its fast path."""
     return {"/inference.GRPCInferenceService/ModelInfer": ShortInfer(server, server.models)}

@@ -13,8 +13,8 @@ from typing import Any, Protocol, cast
 
 from google.protobuf.message import DecodeError
 
-from mesh.asgi.framing import PREFIX_BYTES
 from mesh.interceptors import malformed
+from mesh.rpc.framing import PREFIX_BYTES
 from services.infer import template
 from services.infer.calls import request
 from services.infer.calls.tensors import Tensor
@@ -59,7 +59,7 @@ class Caller(Protocol):
 
 
 class ShortInfer:
-    """A mesh.asgi.exchange.ShortHandler for ModelInfer; also what a bulk does with each of its entries."""
+    """A mesh.rpc.fast_call.FastHandler for ModelInfer; also what a bulk does with each of its entries."""
 
     def __init__(self, server: InferenceServer, models: Models) -> None:
         self._server = server

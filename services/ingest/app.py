@@ -16,8 +16,8 @@ from mesh import mongo
 from mesh.h2.client.channel import Channel
 from mesh.membership import Registration, State
 from mesh.mongo import Document
-from mesh.server import until_stopped
-from mesh.serving import server as server_of
+from mesh.rpc.server import Server
+from mesh.signals import until_stopped
 from mesh.tasks import end, log_failure
 from services.ingest.batches.door import batches_class
 from services.ingest.clock import DatabaseClock, milliseconds
@@ -63,7 +63,7 @@ from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.documents import VALIDATOR as SCHEDULE_VALIDATOR
 from services.ingest.schedules.firing import Firing
-from services.ingest.short import SUBMIT, ShortSubmit
+from services.ingest.short import SUBMIT, FastSubmit
 from services.ingest.tenants.admission import Admission
 from services.ingest.tenants.book import Book
 from services.ingest.tenants.bucket import Buckets
@@ -274,12 +274,11 @@ async def run(config: IngestConfig) -> None:
         if batches is not None:
             await stack.enter_async_context(batches)
         server = await stack.enter_async_context(
-            server_of(
+            Server(
                 config.listen,
                 [rpc(servicer)],
                 drain_ms=config.drain_ms,
-                front=config.front,
-                short={SUBMIT: ShortSubmit(intake)},
+                fast_methods={SUBMIT: FastSubmit(intake)},
             )
         )
         registration = await stack.enter_async_context(Registration.of(config, "ingest", server.address))

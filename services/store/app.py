@@ -8,12 +8,11 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
 from mesh import mongo
-from mesh.asgi.tasked import Tasked
 from mesh.etcd import Etcd
 from mesh.membership import Registration, State
-from mesh.server import Rpc, until_stopped
-from mesh.serving import Server
-from mesh.serving import server as server_of
+from mesh.rpc.server import Rpc, Server
+from mesh.rpc.task_methods import TaskMethods
+from mesh.signals import until_stopped
 from mesh.threads import Threads
 from services.store.artifact_rpc import ArtifactParts
 from services.store.artifacts.artifacts import Artifacts
@@ -111,9 +110,9 @@ async def run(config: StoreConfig) -> None:
             quotas,
         )
         add = Rpc(_DESCRIPTOR, lambda server: store_pb2_grpc.add_StoreServiceServicer_to_server(rpc, server))
-        short = rpc.short(await stack.enter_async_context(Tasked()))
+        fast_methods = rpc.fast_methods(await stack.enter_async_context(TaskMethods()))
         server = await stack.enter_async_context(
-            server_of(config.listen, [add], drain_ms=config.drain_ms, front=config.front, short=short)
+            Server(config.listen, [add], drain_ms=config.drain_ms, fast_methods=fast_methods)
         )
         registration = await stack.enter_async_context(Registration.of(config, "store", server.address))
         async with asyncio.TaskGroup() as tasks:

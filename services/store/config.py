@@ -8,7 +8,6 @@ from typing import Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from mesh.config import ServiceConfig
-from mesh.serving import Front
 from services.store.places import PLACE
 
 _BLOB_URL = r"^(file:///.+|(s3|s3a|gs|az|azure|adl|abfs|abfss)://[^/\s]+.*)$"
@@ -19,8 +18,6 @@ class StoreConfig(ServiceConfig):
 
     mongo: Annotated[str, Field(pattern=r"^mongodb(\+srv)?://.+")]
     """MongoDB, a replica set (change streams and transactions need one)."""
-    front: Front = "auto"
-    """What its own Envoy reaches it through. auto: what suits `listen` (mesh.serving)."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,63}$")] = "shoal"
     """The database there."""
     blobs: Annotated[str, Field(pattern=_BLOB_URL)]

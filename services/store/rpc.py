@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from mesh.asgi.exchange import ShortHandler
-from mesh.asgi.tasked import Tasked
+from mesh.rpc.fast_call import FastHandler
+from mesh.rpc.task_methods import TaskMethods
 from services.store.artifact_rpc import ArtifactParts, ArtifactRpc
 from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
@@ -36,7 +36,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class StoreRpc(ArtifactRpc):
     """The servicer. Errors are translated by the server's interceptor.
 
-    What every job calls has a second door without a context, for the short way (`short`).
+    The methods that every job calls have a second form without a context, for the fast path (`fast_methods`).
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class StoreRpc(ArtifactRpc):
         self._retention = retention
         self._quotas = quotas
 
-    def short(self, tasked: Tasked) -> dict[str, ShortHandler]:
-        """The methods that every job calls, for a server's short way."""
+    def fast_methods(self, tasks: TaskMethods) -> dict[str, FastHandler]:
+        """Return the handlers of the methods that every job calls, for a server's fast path."""
         return {
-            **tasked.method(PUT_RESULTS, pb.PutResultsRequest.FromString, self.put_results),
-            **tasked.method(GET_RESULT, pb.GetResultRequest.FromString, self.get_result),
+            **tasks.method(PUT_RESULTS, pb.PutResultsRequest.FromString, self.put_results),
+            **tasks.method(GET_RESULT, pb.GetResultRequest.FromString, self.get_result),
         }
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:

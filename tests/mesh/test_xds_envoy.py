@@ -18,7 +18,7 @@ from mesh.h2.client.channel import Channel
 from mesh.latest import Latest
 from mesh.membership import Instance, ReadyModel, State
 from mesh.node.probes import health
-from mesh.server import GrpcServer
+from mesh.rpc.server import Server
 from mesh.xds.ads import AdsServer
 from mesh.xds.resource import CLUSTER, pack
 from mesh.xds.routes import ServiceRoutes
@@ -65,7 +65,7 @@ class Mesh:
 
     async def start(self) -> None:
         self.coord = self.folder / "coord-0.sock"
-        server = GrpcServer(f"unix:{self.coord}", [], drain_ms=0, generic=[self.ads.handler()])
+        server = Server(f"unix:{self.coord}", [], drain_ms=0, methods=self.ads.methods())
         await (await self.stack.enter_async_context(server)).serve()
         self.envoy = self.stack.enter_context(EnvoyProcess(self.folder, [self.coord]))
         self.channel = await self.stack.enter_async_context(connect(self.envoy.gateway))
@@ -656,7 +656,7 @@ async def test_envoy_keeps_what_it_has_while_coord_is_gone_and_catches_up(mesh: 
         envoy = stack.enter_context(EnvoyProcess(folder, [run_dir / "other.sock"]))
         channel = await stack.enter_async_context(connect(envoy.gateway))
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
-        async with GrpcServer(socket, [], drain_ms=0, generic=[first.handler()]):
+        async with Server(socket, [], drain_ms=0, methods=first.methods()):
             source.instances.set((mesh.instance(0, "a"),))
             await envoy.until_ready()
             await until(lambda: len(first.status()) == 1 and len(first.status()[0].types) == 4)
@@ -664,7 +664,7 @@ async def test_envoy_keeps_what_it_has_while_coord_is_gone_and_catches_up(mesh: 
         await until(lambda: not first.status())
         assert told(await stub.ModelInfer(request("a"), timeout=30), "replica") == "infer-0"
         source.instances.set((mesh.instance(1, "a"),))
-        async with GrpcServer(socket, [], drain_ms=0, generic=[second.handler()]):
+        async with Server(socket, [], drain_ms=0, methods=second.methods()):
 
             async def moved() -> bool:
                 try:
@@ -695,10 +695,9 @@ async def test_spans_of_a_call_reach_the_collector(run_dir: Path):
         export, otlp.ExportTraceServiceRequest.FromString, otlp.ExportTraceServiceResponse.SerializeToString
     )
     name = "opentelemetry.proto.collector.trace.v1.TraceService"
-    generic = grpc.method_handlers_generic_handler(name, {"Export": handler})
     place = f"unix:{run_dir}/collector.sock"
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(GrpcServer(place, [], drain_ms=0, generic=[generic]))
+        await stack.enter_async_context(Server(place, [], drain_ms=0, methods={f"/{name}/Export": handler}))
         mesh = Mesh(run_dir, stack, Tracing(place))
         await mesh.start()
         await mesh.replica(0)

@@ -22,6 +22,7 @@ from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from tests.breakable import until
 from tests.http2 import framed
+from tests.infer import onnx_files
 from tests.mesh.fronts.raw import RawConnection
 from tests.node.conftest import SERVE as COMMAND
 from tests.node.conftest import Start
@@ -360,7 +361,7 @@ def test_no_file_is_left_after_a_stop_and_leftovers_of_a_kill_go_at_the_next_sta
     for one in (living, third):
         one.send_signal(signal.SIGTERM)
         assert one.wait(30) == 0
-    assert list(run_dir.iterdir()) == []
+    assert list(run_dir.glob("*shoal*")) == []
 
 
 def listen_of(launcher: int) -> str:
@@ -390,11 +391,18 @@ def channel_to(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=options)
 
 
-def asking(model: str, rows: int = 1) -> pb.ModelInferRequest:
+def asking(model: str, columns: int = 4) -> pb.ModelInferRequest:
     request = pb.ModelInferRequest(model_name=model)
-    request.inputs.add(name="x", datatype="FP32", shape=[rows, 4])
-    request.raw_input_contents.append(np.ones((rows, 4), np.float32).tobytes())
+    request.inputs.add(name="x", datatype="FP32", shape=[1, columns])
+    request.raw_input_contents.append(np.ones(columns, np.float32).tobytes())
     return request
+
+
+@pytest.fixture
+def wide_model(tmp_path: Path) -> Path:
+    """A folder with the model `any`: rows of any width, which come back as they are."""
+    (tmp_path / "any.onnx").write_bytes(onnx_files.identity(dims=("n", "k")).SerializeToString())
+    return tmp_path
 
 
 async def until_refused(stub: Any, outcomes: list[str]) -> None:
@@ -410,9 +418,9 @@ async def until_refused(stub: Any, outcomes: list[str]) -> None:
         outcomes.append("OK")
 
 
-async def test_a_stop_waits_for_a_client_that_reads_its_answer_late(start: Start, onnx_models: Path) -> None:
-    process, said = start(str(onnx_models), "--front", "envoy")
-    body = asking("double", rows=1 << 16).SerializeToString()
+async def test_a_stop_waits_for_a_client_that_reads_its_answer_late(start: Start, wide_model: Path) -> None:
+    process, said = start(str(wide_model), "--front", "envoy")
+    body = asking("any", 1 << 18).SerializeToString()
     async with RawConnection(said["address"], reads=False) as connection:
         number = await connection.open("", **{":path": "/inference.GRPCInferenceService/ModelInfer"})
         await connection.send(number, framed(body), end=True)
@@ -445,14 +453,14 @@ async def test_a_second_signal_behind_envoy_ends_all_at_once(
         await asyncio.to_thread(wait_until_gone, pid)
 
 
-async def test_large_tensors_and_the_index_pass_through_envoy(start: Start, onnx_models: Path) -> None:
-    _, said = start(str(onnx_models), "--front", "envoy", "--workers", "2")
+async def test_large_tensors_pass_through_envoy_and_no_worker_unloads_alone(start: Start, wide_model: Path) -> None:
+    _, said = start(str(wide_model), "--front", "envoy", "--workers", "2")
     async with channel_to(said["address"]) as channel:
         stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
-        answer = await stub.ModelInfer(asking("double", rows=4 << 20), timeout=60)
+        answer = await stub.ModelInfer(asking("any", 16 << 20), timeout=60)
         assert len(answer.raw_output_contents[0]) == 64 << 20
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="double"))
+            await stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="any"))
         # One worker would do it, and the others not.
         assert caught.value.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.FAILED_PRECONDITION)
 

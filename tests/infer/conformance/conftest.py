@@ -33,7 +33,7 @@ def front(request: pytest.FixtureRequest) -> str:
 def instance(front: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """One for the whole suite: no test changes what it serves."""
     folder = tmp_path_factory.mktemp("conformance")
-    with Instance.serving(served_models.write(folder / "models"), front, folder / "serve.log") as running:
+    with Instance.serving(served_models.write(folder / "models"), folder / "serve.log", front=front) as running:
         yield running
 
 

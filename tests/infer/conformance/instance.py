@@ -1,4 +1,4 @@
-"""A process that serves a folder of models, behind one of the fronts."""
+"""A process that serves a folder of models."""
 
 from __future__ import annotations
 
@@ -30,20 +30,10 @@ class Instance:
     log: Path
 
     @staticmethod
-    def started(root: Path, front: str, log: Path, environment: Mapping[str, str] | None = None) -> Instance:
+    def started(root: Path, log: Path, environment: Mapping[str, str] | None = None, front: str = "auto") -> Instance:
         """Starts one and waits until every model has had its first attempt."""
-        command = [
-            sys.executable,
-            "-m",
-            "shoal.cli.main",
-            "serve",
-            str(root),
-            "--port",
-            "0",
-            "--json",
-            "--front",
-            front,
-        ]
+        command = [sys.executable, "-m", "shoal.cli.main", "serve", str(root), "--port", "0", "--json"]
+        command += ["--front", front]
         env = {**os.environ, **(environment or {})}
         with log.open("w") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
@@ -58,9 +48,11 @@ class Instance:
 
     @staticmethod
     @contextmanager
-    def serving(root: Path, front: str, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Instance]:
+    def serving(
+        root: Path, log: Path, environment: Mapping[str, str] | None = None, front: str = "auto"
+    ) -> Iterator[Instance]:
         """Runs one until the block ends."""
-        running = Instance.started(root, front, log, environment)
+        running = Instance.started(root, log, environment, front)
         try:
             yield running
         finally:

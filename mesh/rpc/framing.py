@@ -1,4 +1,4 @@
-"""Messages in and out of HTTP/2 bodies: a byte of flags, four of length (big-endian), and the message.
+"""gRPC messages in HTTP/2 bodies: one byte of flags, four bytes of length (big-endian), and the message.
 
 Format: the gRPC protocol, PROTOCOL-HTTP2.md, "Length-Prefixed-Message".
 """
@@ -13,10 +13,10 @@ from shoal.errors import InvalidArgument, ResourceExhausted, Unimplemented
 
 PREFIX = struct.Struct(">BI")
 PREFIX_BYTES = PREFIX.size
-"""Before each message."""
+"""Size of the prefix of each message."""
 
 ACCEPTED = b"identity,deflate,gzip"
-"""What messages may be compressed with, as the header `grpc-accept-encoding` says it."""
+"""Supported compressions, in the form of the header `grpc-accept-encoding`."""
 
 _PIECE_BYTES = 1 << 20
 
@@ -24,16 +24,16 @@ _WBITS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 
 
 def framed(message: bytes) -> bytes:
-    """One message as it goes into a body."""
+    """Return one message with its prefix, uncompressed."""
     return PREFIX.pack(0, len(message)) + message
 
 
 class Deframer:
-    """Takes the pieces of a body, gives whole messages.
+    """Cuts the pieces of a body into whole messages.
 
     Args:
         encoding: the call's `grpc-encoding`, or None.
-        limit: bytes at most in a message, compressed or not.
+        limit: maximal bytes of a message, compressed or not.
     """
 
     def __init__(self, encoding: bytes | None, limit: int) -> None:
@@ -42,12 +42,12 @@ class Deframer:
         self._held = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The messages that are complete with `data`.
+        """Yield the messages that are complete with `data`.
 
         Raises:
-            InvalidArgument: flags or compressed data that are none.
-            ResourceExhausted: a message is larger than the limit: seen from its prefix, before it is here.
-            Unimplemented: it is compressed with something that we do not know.
+            InvalidArgument: the flags or the compressed data are invalid.
+            ResourceExhausted: a message is larger than the limit. Its prefix says so, before the message has arrived.
+            Unimplemented: the compression is not supported.
         """
         self._held += data
         while len(self._held) >= PREFIX_BYTES:
@@ -67,11 +67,11 @@ class Deframer:
 
     @property
     def holds(self) -> int:
-        """Bytes of a message that is not complete."""
+        """Bytes of a message that is not complete yet."""
         return len(self._held)
 
     def finish(self) -> None:
-        """The body has ended. Raises InvalidArgument when a message is not complete."""
+        """End the body. Raises InvalidArgument when a message is not complete."""
         if self._held:
             raise InvalidArgument(f"the request ends inside a message: {len(self._held)} bytes are left over")
 
@@ -82,11 +82,11 @@ class Deframer:
 
 
 def inflated(message: bytes, encoding: bytes, limit: int) -> bytes:
-    """Raises Unimplemented, InvalidArgument or ResourceExhausted, as `Deframer.feed` does."""
+    """Decompress a message. Raises Unimplemented, InvalidArgument or ResourceExhausted, as `Deframer.feed` does."""
     check_encoding(encoding)
     stream, plain, left = zlib.decompressobj(_WBITS[encoding]), bytearray(), message
     try:
-        # Piece by piece: what turns out to be too large is given back at once, and not when its error is forgotten.
+        # Decompressed piece by piece: the memory of an oversized message is freed at once, not with its exception.
         while not stream.eof:
             piece = stream.decompress(left, _PIECE_BYTES)
             left = stream.unconsumed_tail
@@ -107,7 +107,7 @@ def inflated(message: bytes, encoding: bytes, limit: int) -> bytes:
 
 
 def check_encoding(encoding: bytes | None) -> None:
-    """Raises Unimplemented when we cannot undo this `grpc-encoding`."""
+    """Raise Unimplemented for a `grpc-encoding` that is not supported."""
     if encoding not in (None, b"identity", *_WBITS):
         raise Unimplemented(
             f"grpc-encoding {(encoding or b'?')[:40]!r} is not supported: use one of {ACCEPTED.decode()}"
@@ -115,4 +115,5 @@ def check_encoding(encoding: bytes | None) -> None:
 
 
 def too_large(size: int, limit: int) -> ResourceExhausted:
+    """Return the error of a message of `size` bytes that is larger than the limit."""
     return ResourceExhausted(f"Received message larger than max ({size} vs. {limit} bytes)")

@@ -1,4 +1,4 @@
-"""Statuses and timeouts as HTTP/2 carries them (the gRPC protocol, PROTOCOL-HTTP2.md)."""
+"""gRPC statuses, timeouts and metadata as HTTP/2 headers (the gRPC protocol, PROTOCOL-HTTP2.md)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from shoal.errors import Code, InvalidArgument
 Headers = list[tuple[bytes, bytes]]
 
 CONTENT_TYPE = (b"content-type", b"application/grpc")
-HEADERS: Headers = [CONTENT_TYPE]
-"""Of every answer."""
 OK: Headers = [(b"grpc-status", b"0")]
 
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
+# Printable ASCII except the percent sign. All other bytes of UTF-8 are percent-encoded.
 _SAFE = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
-# Printable ASCII but for the percent sign: the rest of UTF-8 is percent-encoded.
 
+# Clients name the same few timeouts; the limit bounds what a hostile one can add.
 _KNOWN_TIMEOUTS: dict[bytes, float] = {}
-_KNOWN_MOST = 4096
+_MAX_KNOWN = 4096
 
 
 def timeout_s(header: bytes) -> float:
-    """Seconds in a `grpc-timeout` header. Raises InvalidArgument when it is none."""
+    """Return the seconds of a `grpc-timeout` header. Raises InvalidArgument for an invalid one."""
     known = _KNOWN_TIMEOUTS.get(header)
     if known is not None:
         return known
@@ -36,19 +35,19 @@ def timeout_s(header: bytes) -> float:
     if match is None:
         raise InvalidArgument(f"grpc-timeout {header[:40]!r}: expected up to 8 digits and one of H, M, S, m, u, n")
     seconds = int(match[1]) * _UNITS[match[2]]
-    if len(_KNOWN_TIMEOUTS) < _KNOWN_MOST:  # Clients name the same few times; a hostile one fills no memory.
+    if len(_KNOWN_TIMEOUTS) < _MAX_KNOWN:
         _KNOWN_TIMEOUTS[header] = seconds
     return seconds
 
 
 def deadline(headers: dict[bytes, bytes], now: float) -> float:
-    """When the caller stops waiting, on the clock of `now`; infinite when it does not say. Raises InvalidArgument."""
+    """Return the deadline of a call, on the clock of `now`; infinite without `grpc-timeout`. Raises InvalidArgument."""
     given = headers.get(b"grpc-timeout")
     return math.inf if given is None else now + timeout_s(given)
 
 
 def trailers(code: Code | int, message: str, metadata: Iterable[tuple[str, str | bytes]] = ()) -> Headers:
-    """The trailers that end a call."""
+    """Return the trailers that end a call."""
     found: Headers = [(b"grpc-status", b"%d" % int(code))]
     if message:
         found.append((b"grpc-message", quote(message, safe=_SAFE, errors="replace").encode()))
@@ -57,7 +56,7 @@ def trailers(code: Code | int, message: str, metadata: Iterable[tuple[str, str |
 
 
 def encoded(metadata: Iterable[tuple[str, str | bytes]]) -> Headers:
-    """Metadata as headers: `-bin` values in base64."""
+    """Encode metadata as headers: `-bin` values in base64."""
     return [(key.lower().encode(), _value(key, value)) for key, value in metadata]
 
 
@@ -67,7 +66,7 @@ def _value(key: str, value: str | bytes) -> bytes:
 
 
 def metadata(headers: Iterable[tuple[bytes, bytes]]) -> Sequence[tuple[str, str | bytes]]:
-    """The caller's metadata, as gRPC shows it to a handler: without the protocol's own headers."""
+    """Return the caller's metadata as gRPC shows it to a handler: without the protocol's own headers."""
     found: list[tuple[str, str | bytes]] = []
     for key, value in headers:
         if key.startswith((b"grpc-", b":")) or key in _PROTOCOL:

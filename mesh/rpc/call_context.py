@@ -1,4 +1,4 @@
-"""One call as a handler sees it: what our handlers use of grpc.aio.ServicerContext."""
+"""Context of a call for its handler: the part of grpc.aio.ServicerContext that our handlers use."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 import grpc
 
-from mesh.asgi.status import metadata
+from mesh.rpc.status import metadata
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
 class CallContext:
-    """`headers` are the request's; `deadline` is on `clock`, infinite when the caller set none."""
+    """Context of one call. `headers` are the request's; `deadline` is on `clock`, infinite without a timeout."""
 
     def __init__(
         self, headers: Sequence[tuple[bytes, bytes]], peer: str, deadline: float, clock: Callable[[], float]
@@ -54,4 +54,4 @@ class CallContext:
         raise grpc.aio.AbortError("the handler ended its call")
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"handlers do not use {name} of a gRPC context: mesh.asgi.context lacks it")
+        raise AttributeError(f"handlers do not use {name} of a gRPC context: mesh.rpc.call_context lacks it")
