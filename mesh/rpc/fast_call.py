@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _HEAD = response_head(200, [status.CONTENT_TYPE])
 _OK = encode(status.OK)
+_NEVER = math.inf
 
 # Time between two looks at the deadlines. A timer for each call would cost more than the call.
 _DEADLINE_TURN_S = 0.02
@@ -72,12 +73,13 @@ class FastCall:
         self._parts: list[bytes] | None = None
         self.headers = headers = stream.head.by_name
         self.arrived = now = app.clock()
-        self.deadline = status.deadline(headers, now)
+        timeout = headers.get(b"grpc-timeout")
+        self.deadline = _NEVER if timeout is None else now + status.timeout_s(timeout)
         """On the app's clock; infinite without a timeout."""
         self.on_end: Callable[[], None] | None = None
         """Called when the answer is not wanted any more: deadline, or disconnected. Set by the handler."""
         self.is_over = False
-        if self.deadline != math.inf:
+        if timeout is not None:
             app.deadlines.add(self)
 
     def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
@@ -182,7 +184,7 @@ class FastCall:
 
     def _finish(self) -> None:
         self.is_over = True
-        if self.deadline != math.inf:
+        if self.deadline != _NEVER:
             self._app.deadlines.discard(self)
 
 

@@ -456,7 +456,7 @@ async def test_only_services_may_say_that_their_calls_are_not_retried(mesh: Mesh
 
 
 async def test_a_path_that_is_no_text_reaches_nobody(mesh: Mesh):
-    """grpc.aio's server ends at a path that is not UTF-8, whatever service that is."""
+    """No path may end a server."""
     replica = await mesh.replica(0)
     await mesh.show(mesh.instance(0, "a"))
     await mesh.infer("a")
