@@ -283,6 +283,9 @@ class Edge:
 
     async def drain(self) -> None:
         """Accept no more connections, and send GOAWAY on each with its next answer. Return when most have got it."""
+        # Before it listens there is nothing to drain.
+        if not self._was_ready:
+            return
         await self._ask("POST", "/drain_listeners?graceful&skip_exit")
         await self._ask("POST", "/drain_listeners")
         await asyncio.sleep(_NOTICE_S)
@@ -290,7 +293,7 @@ class Edge:
     async def flush(self) -> None:
         """Return when every answer has been sent, or after some seconds."""
         until = time.monotonic() + _FLUSH_S
-        while time.monotonic() < until and self.pid is not None:
+        while self._was_ready and self.pid is not None and time.monotonic() < until:
             if not any((await self._gauges(*_UNSENT)).values()):
                 return
             await asyncio.sleep(_TURN_S)
