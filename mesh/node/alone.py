@@ -161,7 +161,6 @@ class _Serving:
         self._edge = edge
         self._screen = screen
         self._leaving: asyncio.Task[None] | None = None
-        self._is_urgent = False
 
     async def run(self, announce: Callable[[Workers, Screen], Awaitable[None]]) -> int:
         """Return the exit status once all have ended. `announce` runs beside them."""
@@ -181,16 +180,16 @@ class _Serving:
         fronting, serving = asyncio.ensure_future(edge.run()), asyncio.ensure_future(self._workers.run())
         try:
             await asyncio.wait([fronting, serving], return_when=asyncio.FIRST_COMPLETED)
-            if fronting.done() and not serving.done():
+            if fronting.done() and self._leaving is None:
                 # Envoy cannot start, and has said why.
                 self._workers.stop()
                 await serving
                 return fronting.result() or 1
-            if not self._is_urgent:
-                await edge.flush()
+            status = await serving
+            await edge.flush()
             edge.stop()
             await fronting
-            return serving.result()
+            return status
         finally:
             await end(fronting, serving)
 
@@ -199,12 +198,13 @@ class _Serving:
             self._screen.stopping()
             self._leaving = asyncio.ensure_future(self._leave())
             return
-        self._is_urgent = True
         # Workers that were asked to stop end at the second signal; the others have to be killed.
         if self._leaving.done():
             self._workers.stop()
         else:
             self._workers.kill()
+        if self._edge is not None:
+            self._edge.stop()
 
     async def _leave(self) -> None:
         if self._edge is not None:
