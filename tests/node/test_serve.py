@@ -292,10 +292,15 @@ def workers_of(launcher: int) -> list[int]:
     return [pid for pid in children(launcher) if "SHOAL_INFER_LISTEN" in environ_of(pid)]
 
 
-def sockets_of(launcher: int) -> list[Path]:
-    """The sockets at which workers behind an Envoy listen."""
-    listens = {environ_of(pid).get("SHOAL_INFER_LISTEN", "") for pid in workers_of(launcher)}
-    return [path for listen in listens if (path := Path(listen.removeprefix("unix:"))).is_socket()]
+def sockets_of(launcher: int) -> list[str]:
+    """The sockets at which workers behind an Envoy listen: one that was killed leaves its file."""
+    paths = {environ_of(pid).get("SHOAL_INFER_LISTEN", "").removeprefix("unix:") for pid in workers_of(launcher)}
+    return [path for path in paths if is_open(path)]
+
+
+def is_open(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(path) == 0
 
 
 def test_a_worker_behind_envoy_is_restarted_even_alone(start: Start, onnx_models: Path) -> None:
