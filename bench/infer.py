@@ -47,10 +47,10 @@ class Server:
 
     def cpu_s(self) -> float:
         """Processor time so far, of the process and what it started."""
-        return sum(_cpu_s(pid) for pid in _tree(self.pid)) if self.pid else float("nan")
+        return sum(_cpu_s(pid) for pid in process_tree(self.pid)) if self.pid else float("nan")
 
     def memory_mb(self) -> float:
-        return sum(_rss_mb(pid) for pid in _tree(self.pid)) if self.pid else float("nan")
+        return sum(_rss_mb(pid) for pid in process_tree(self.pid)) if self.pid else float("nan")
 
 
 @dataclass
@@ -73,7 +73,8 @@ class Measured:
         self.refused += sum(count.by_status.values())
 
 
-def _tree(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
+    """Return `pid` and what it started."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():

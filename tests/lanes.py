@@ -41,6 +41,7 @@ LONG = (
     "tests/store/backups/test_backups.py",
     "tests/chaos/test_kill_jobs.py",
     "tests/node/test_kills.py",
+    "tests/node/test_serve.py",
     "tests/infer/test_soak.py",
 )
 """Files of 40 s and more: begun last, one of them would be all that is left to do, for one worker."""

@@ -12,8 +12,9 @@ SECONDS = 30
 
 
 @pytest.mark.timeout(240)
-def test_load_of_all_kinds_holds(python: str, repository_root: Path) -> None:
-    command = [python, "bench/soak.py", "--seconds", str(SECONDS)]
+@pytest.mark.parametrize("front", os.environ.get("SHOAL_TEST_FRONTS", "auto").split(","))
+def test_load_of_all_kinds_holds(front: str, python: str, repository_root: Path) -> None:
+    command = [python, "bench/soak.py", "--seconds", str(SECONDS), "--front", front]
     done = subprocess.run(
         command,
         cwd=repository_root,

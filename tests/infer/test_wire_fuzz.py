@@ -1,4 +1,7 @@
-"""Requests that no client sends, on the wire, to a process as it is served: it refuses them by name and lives on."""
+"""Requests that no client sends, on the wire, to a process as it is served: it refuses them by name and lives on.
+
+SHOAL_TEST_FRONTS=h2,envoy picks the fronts.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.http2 import INFER, STREAM, Answer, Connection, framed, raw
 from tests.infer import onnx_files
+from tests.infer.conformance.instance import FRONTS, Instance
 from tests.infer.conftest import Repository, floats, output, request
 from tests.infer.mutation import mutated
-from tests.infer.test_infer_process import Infer
 
 X = floats([1, 2, 3, 4])
 GOOD = request("double", x=X).SerializeToString()
@@ -34,39 +37,38 @@ ROOM_BYTES = 96 << 20
 
 
 class Target:
-    """A served process."""
+    """A served process, and the Envoy in front of it."""
 
-    def __init__(self, infer: Infer) -> None:
-        self.infer = infer
-        self.address = infer.address
+    def __init__(self, instance: Instance) -> None:
+        self.address = instance.address
+        self.pids = [instance.pid, *([instance.envoy] if instance.envoy else [])]
 
     def check(self) -> None:
         """It lives, and a good request gets its right answer."""
-        assert self.infer.is_running()
+        assert all(Path(f"/proc/{pid}").exists() for pid in self.pids)
         with Connection(self.address) as connection:
             answer = connection.call(framed(GOOD))
         assert answer.status == 0, answer
         np.testing.assert_array_equal(output(pb.ModelInferResponse.FromString(answer.messages[0]), "y"), 2 * X)
 
     def rss(self) -> int:
-        return int(Path(f"/proc/{self.infer.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids)
+        return pages * os.sysconf("SC_PAGESIZE")
 
     def descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self.infer.pid}/fd").iterdir()))
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self.pids)
 
 
-@pytest.fixture(scope="module")
-def target(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+@pytest.fixture(scope="module", params=os.environ.get("SHOAL_TEST_FRONTS", ",".join(FRONTS)).split(","))
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     folder = tmp_path_factory.mktemp("wire")
     models = Repository(folder / "models")
     models.bare("double", onnx_files.scale())
     models.bare("any", onnx_files.identity(dims=("n", "k")))
-    with Infer(python, folder / "infer.log", repository=str(models.root)) as infer:
-        asyncio.run(infer.until_serving())
-        yield Target(infer)
-        assert infer.terminate() == 0
-    log = (folder / "infer.log").read_text()
-    faults = [line for line in log.splitlines() if "Traceback" in line]
+    with Instance.serving(models.root, folder / "infer.log", front=request.param) as instance:
+        yield Target(instance)
+    assert instance.process.returncode == 0
+    faults = [line for line in (folder / "infer.log").read_text().splitlines() if "Traceback" in line]
     assert not faults, faults[:3]
 
 

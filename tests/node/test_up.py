@@ -75,9 +75,8 @@ def running(node: Any) -> Any:
 
 def test_the_ready_file_says_where_everything_is(running: Any) -> None:
     document = running.document()
-    assert set(document) == {"gateway", "admin", "data_dir", "pids", "front"}
+    assert set(document) == {"gateway", "admin", "data_dir", "pids"}
     assert set(document["pids"]) == ALL | {"infer-1", "coord-1"}
-    assert document["front"]["name"] == "h2"
     assert Path(document["data_dir"]) == running.data_dir
     assert all(re.fullmatch(r"127\.0\.0\.1:\d+", document[key]) for key in ("gateway", "admin"))
     assert json.loads((running.data_dir / "node.json").read_text()) == document

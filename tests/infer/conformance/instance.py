@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+FRONTS = ("h2", "envoy")
+"""The server itself, and an Envoy in front of it."""
+
 STOP_S = 30
 
 
@@ -22,12 +25,15 @@ class Instance:
     address: str
     pid: int
     """Of the server itself; `process` is its launcher."""
+    envoy: int | None
+    """The pid of the Envoy in front."""
     log: Path
 
     @staticmethod
-    def started(root: Path, log: Path, environment: Mapping[str, str] | None = None) -> Instance:
+    def started(root: Path, log: Path, environment: Mapping[str, str] | None = None, front: str = "auto") -> Instance:
         """Starts one and waits until every model has had its first attempt."""
         command = [sys.executable, "-m", "shoal.cli.main", "serve", str(root), "--port", "0", "--json"]
+        command += ["--front", front]
         env = {**os.environ, **(environment or {})}
         with log.open("w") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
@@ -38,13 +44,15 @@ class Instance:
             assert line, f"it ended with {process.wait()}: {log.read_text()[-2000:]}"
             text += line
         said = json.loads(text)
-        return Instance(process, said["address"], said["pid"], log)
+        return Instance(process, said["address"], said["pid"], said["envoy"], log)
 
     @staticmethod
     @contextmanager
-    def serving(root: Path, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Instance]:
+    def serving(
+        root: Path, log: Path, environment: Mapping[str, str] | None = None, front: str = "auto"
+    ) -> Iterator[Instance]:
         """Runs one until the block ends."""
-        running = Instance.started(root, log, environment)
+        running = Instance.started(root, log, environment, front)
         try:
             yield running
         finally:

@@ -34,13 +34,18 @@ _numbers = itertools.count()
 
 
 class Front(Process):
-    """A process that serves the test service at `address`."""
+    """A process that serves the test service at `address`.
 
-    def __init__(self, python: str, folder: Path, address: str, env: Mapping[str, str] | None = None) -> None:
-        self.address = address
+    `transport` is unix, tcp, or envoy: TCP with an Envoy in front, as `shoal serve` starts it.
+    """
+
+    def __init__(
+        self, python: str, folder: Path, transport: str, at: str, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.address = address = at or address_for(transport, folder)
         settings = {"SHOAL_FRONTS_LISTEN": address, **(env or {})}
         log = folder / f"front-{next(_numbers)}.log"
-        super().__init__([python, "-m", "tests.mesh.fronts"], log, settings)
+        super().__init__([python, "-m", "tests.mesh.fronts", transport], log, settings)
 
     async def until_serving(self) -> None:
         await until(lambda: serves(self.address) if self.is_running() else _dead(self), "serving")
@@ -111,11 +116,11 @@ def address_for(transport: str, folder: Path) -> str:
     return f"unix:{folder}/f.sock" if transport == "unix" else f"127.0.0.1:{parts.free_port()}"
 
 
-@pytest.fixture(scope="session", params=["unix", "tcp"])
+@pytest.fixture(scope="session", params=["unix", "tcp", "envoy"])
 def started(request: pytest.FixtureRequest, python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """One process for all tests that do it no harm."""
     folder = tmp_path_factory.mktemp("f")
-    with Front(python, folder, address_for(request.param, folder)) as front:
+    with Front(python, folder, request.param, "") as front:
         yield front
         if not front.is_running():
             _dead(front)

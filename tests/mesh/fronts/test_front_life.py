@@ -16,7 +16,7 @@ import pytest
 
 from mesh.node import parts
 from tests.breakable import until
-from tests.mesh.fronts.conftest import UNARY, Client, Front, address_for, serves
+from tests.mesh.fronts.conftest import UNARY, Client, Front, serves
 
 Make = Callable[..., Front]
 
@@ -27,8 +27,7 @@ def make(python: str, run_dir: Path) -> Iterator[Make]:
     fronts: list[Front] = []
 
     def start(transport: str = "unix", at: str = "", **env: str) -> Front:
-        address = at or address_for(transport, run_dir)
-        front = Front(python, run_dir, address, {key.upper(): value for key, value in env.items()})
+        front = Front(python, run_dir, transport, at, {key.upper(): value for key, value in env.items()})
         front.start()
         fronts.append(front)
         return front
@@ -38,7 +37,7 @@ def make(python: str, run_dir: Path) -> Iterator[Make]:
         front.__exit__()
 
 
-@pytest.mark.parametrize("transport", ["unix", "tcp"])
+@pytest.mark.parametrize("transport", ["unix", "tcp", "envoy"])
 async def test_a_stop_under_load_cuts_no_call(make: Make, transport: str) -> None:
     for _ in range(3):
         front = make(transport)
@@ -78,8 +77,9 @@ def is_unstarted(err: grpc.aio.AioRpcError) -> bool:
     return err.code() is grpc.StatusCode.UNAVAILABLE and ("connect" in said or "refused" in said or "stopping" in said)
 
 
-async def test_calls_under_way_finish_while_it_stops(make: Make) -> None:
-    front = make()
+@pytest.mark.parametrize("transport", ["unix", "envoy"])
+async def test_calls_under_way_finish_while_it_stops(make: Make, transport: str) -> None:
+    front = make(transport)
     await front.until_serving()
     async with front.client() as client:
         calls = [
@@ -92,8 +92,9 @@ async def test_calls_under_way_finish_while_it_stops(make: Make) -> None:
         assert await asyncio.gather(*calls) == [b"x"] * 20 * len(UNARY)
 
 
-async def test_the_drain_has_an_end(make: Make) -> None:
-    front = make(shoal_fronts_drain_ms="300")
+@pytest.mark.parametrize("transport", ["unix", "envoy"])
+async def test_the_drain_has_an_end(make: Make, transport: str) -> None:
+    front = make(transport, shoal_fronts_drain_ms="300")
     await front.until_serving()
     async with front.client() as client:
         calls = [asyncio.ensure_future(client.fails(m, b"", {"do": "wait", "mark": m})) for m in UNARY]
@@ -103,8 +104,9 @@ async def test_the_drain_has_an_end(make: Make) -> None:
             assert err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
-async def test_an_idle_instance_with_open_watches_stops_at_once(make: Make) -> None:
-    front = make(shoal_fronts_drain_ms="60000")
+@pytest.mark.parametrize("transport", ["unix", "envoy"])
+async def test_an_idle_instance_with_open_watches_stops_at_once(make: Make, transport: str) -> None:
+    front = make(transport, shoal_fronts_drain_ms="60000")
     await front.until_serving()
     async with front.client() as client:
         bidi = client.call("Bidi", None)
