@@ -1,6 +1,6 @@
 """Load on a served process until it is known to hold: every answer checked, memory flat, nothing lost or left over.
 
-    python bench/soak.py [--seconds 600] [--front auto|h2|envoy|grpc] [--in-flight 32] [--seed 1]
+    python bench/soak.py [--seconds 600] [--in-flight 32] [--seed 1]
 
 Nine models (ONNX batched, unbatched, of text, cached, slow, raising, reloaded under load; Python; decoupled), callers
 that cancel, hurry, blunder, stream, compress and leave. Ends with 1, and says why, when an answer was wrong, a call was
@@ -49,14 +49,13 @@ QUIET_S = 20.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--front", choices=("auto", "h2", "envoy", "grpc"), default="auto")
     parser.add_argument("--in-flight", type=int, default=32, help="callers; each has one thing under way")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shoal-soak-") as folder:
         root = Path(folder)
         soak_models.write(root / "models")
-        server, pid, address = start(root, args.front)
+        server, pid, address = start(root)
         try:
             problems = asyncio.run(soak(address, pid, args.seconds, args.in_flight, args.seed))
             problems += stop(server, root / "serve.log")
@@ -75,12 +74,11 @@ def main() -> None:
             sys.exit(1)
 
 
-def start(root: Path, front: str) -> tuple[subprocess.Popen[str], int, str]:
+def start(root: Path) -> tuple[subprocess.Popen[str], int, str]:
     """`shoal serve`, ready; the pid of its server, and where it is."""
     command = [sys.executable, "-m", "shoal.cli.main", "serve", str(root / "models"), "--port", "0", "--json"]
     environ = {
         **os.environ,
-        "SHOAL_INFER_FRONT": front,
         "SHOAL_INFER_RESPONSE_CACHE_BYTES": str(MIB),
         "SHOAL_INFER_THREADS": "1",
     }

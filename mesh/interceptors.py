@@ -88,13 +88,10 @@ def translated(doing: str = "") -> Iterator[None]:
         raise translate(err, doing) from err
 
 
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+class ServerInterceptor:
+    """Wraps all methods of a server on the slow path: spans, and errors as statuses.
 
-
-class ServerInterceptor(grpc.aio.ServerInterceptor):
-    """One interceptor for all methods of a service, so that none can be forgotten.
-
-    It also knows the open streams, so that a stop need not wait for a watcher: `end_idle_streams`.
+    It also knows the open streams, so that a stop need not wait for idle ones: `end_idle_streams`.
     """
 
     def __init__(self) -> None:
@@ -110,10 +107,6 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         for task in idle:
             task.cancel()
         return len(idle)
-
-    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        handler: Any = await continuation(handler_call_details)
-        return handler if handler is None else self.wrap(handler_call_details.method, handler)
 
     def wrap(self, method: str, handler: Any) -> Any:
         """The handler of `method` (`/package.Service/Method`) as it is served, of the same kind as the given."""
@@ -142,7 +135,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
     def _stream(self, method: str, behaviour: Callable[..., Any], checked: Callable[[Any], Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> AsyncIterator[Any]:
             task = asyncio.current_task()
-            assert task is not None  # grpc.aio runs every handler in a task.
+            # Every call on the slow path has a task.
+            assert task is not None
             clock = asyncio.get_running_loop().time
             self._streams[task] = clock()
             with self._span(method, ctx) as span:

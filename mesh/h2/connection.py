@@ -84,7 +84,7 @@ class Connection(Peer):
         self._sender.close()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.disconnect()
+            _disconnect(stream)
 
     # -- requests
 
@@ -96,11 +96,15 @@ class Connection(Peer):
         if len(self._streams) >= _MAX_STREAMS or self._is_closing:
             self._sender.write(frames.rst_stream(number, Reason.REFUSED_STREAM))
             return
-        is_ended = bool(flags & END_STREAM)
-        stream = ServerStream(self._sender, number, block, self.peer, is_request_ended=is_ended)
-        self._streams[number] = stream
+        is_ended = flags & END_STREAM != 0
+        self._streams[number] = stream = ServerStream(self._sender, number, block, self.peer, is_ended)
         self._sender.open(number)
-        stream.begin(self._app)
+        try:
+            stream.handler = self._app.request(stream)
+            if is_ended:
+                stream.handler.data(b"", 0, is_end=True)
+        except Exception:
+            _reset(stream)
 
     def _on_data(self, number: int, flags: int, payload: bytes, size: int) -> None:
         self._credited(size)
@@ -117,8 +121,11 @@ class Connection(Peer):
         stream.received += size
         if stream.received > STREAM_WINDOW:
             raise ConnectionBroken(Reason.FLOW_CONTROL_ERROR, f"more on stream {number} than its window")
-        stream.is_request_ended = is_end = bool(flags & END_STREAM)
-        stream.feed(payload, size, is_end=is_end)
+        stream.is_request_ended = is_end = flags & END_STREAM != 0
+        try:
+            stream.handler.data(payload, size, is_end=is_end)
+        except Exception:
+            _reset(stream)
 
     def _on_trailers(self, number: int, flags: int) -> None:
         stream = self._streams.get(number)
@@ -129,7 +136,10 @@ class Connection(Peer):
         if not flags & END_STREAM or stream.is_request_ended:
             raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"HEADERS inside stream {number}")
         stream.is_request_ended = True
-        stream.feed(b"", 0, is_end=True)
+        try:
+            stream.handler.data(b"", 0, is_end=True)
+        except Exception:
+            _reset(stream)
 
     def _on_goaway(self, payload: bytes) -> None:
         self._is_closing = True
@@ -148,7 +158,7 @@ class Connection(Peer):
         self._resets += 1
         self._check_resets()
         self._sender.forget(number)
-        stream.disconnect()
+        _disconnect(stream)
         self._close_when_done()
 
     def _check_resets(self) -> None:
@@ -164,7 +174,7 @@ class Connection(Peer):
         stream = self._streams.pop(number)
         self._resets = 0 if reason is None else self._resets + 1
         if reason is not None:
-            stream.disconnect()
+            _disconnect(stream)
         elif not stream.is_request_ended:
             # The response ended before the request: the rest of the request is not read.
             self._sender.write(frames.rst_stream(number, Reason.NO_ERROR))
@@ -219,3 +229,17 @@ class Connection(Peer):
             self._lingering = self._loop.call_later(_LINGER_S, self._end_lingering)
         else:
             self._transport.abort()
+
+
+def _reset(stream: ServerStream) -> None:
+    """Reset the stream of a request whose handler has raised an exception."""
+    log.exception("the handler of %s failed: its stream is reset", stream.head.path)
+    stream.reset(Reason.INTERNAL_ERROR)
+
+
+def _disconnect(stream: ServerStream) -> None:
+    """Tell the handler that the client has gone."""
+    try:
+        stream.handler.disconnected()
+    except Exception:
+        log.exception("the handler of %s failed when its client disconnected", stream.head.path)

@@ -162,24 +162,26 @@ class Sender:
         """Send a whole response: its head, its body if any, its trailers if any."""
         if number not in self._window_changes:
             return
-        size = len(body)
+        size, opening = len(body), frames.opening
+        fits = size <= self._frame and size <= self._window and size <= self._room(number)
+        if trailers and fits and len(head) + len(trailers) <= DEFAULT_FRAME:
+            # The common case: no function calls but these.
+            self._window -= size
+            self.write(opening(HEADERS, END_HEADERS, number, len(head)) + head + opening(DATA, 0, number, size))
+            self._out += (body, opening(HEADERS, _LAST, number, len(trailers)) + trailers)
+            self._end(number)
+            return
         if not size and not trailers:
             self.write(_header_frames(number, head, is_last=True))
             self._end(number)
             return
+        self.write(_header_frames(number, head))
+        if size:
+            self._send(number, body, b"", None)
         if trailers:
-            data_flags, tail = 0, _header_frames(number, trailers, is_last=True)
+            self.end(number, trailers)
         else:
-            data_flags, tail = END_STREAM, b""
-        opened = _header_frames(number, head)
-        if size <= self._frame and size <= self._window and size <= self._room(number):
-            self._window -= size
-            self.write(opened + frames.opening(DATA, data_flags, number, size))
-            self._out += (body, tail)
-            self._end(number)
-            return
-        self.write(opened)
-        self._send(number, body, tail or frames.opening(DATA, END_STREAM, number, 0), None)
+            self.end_data(number)
 
     def request(self, number: int, block: bytes, body: bytes) -> None:
         """Send a whole request: its head, and a body that ends our side."""

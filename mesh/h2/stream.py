@@ -9,7 +9,6 @@ All of it is callbacks, so a request costs no task and no coroutine.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -18,8 +17,6 @@ from mesh.h2.frames import Reason
 from mesh.h2.headers import Block
 from mesh.h2.peer import CREDIT
 from mesh.h2.sending import Sender
-
-log = logging.getLogger(__name__)
 
 
 class RequestHandler(Protocol):
@@ -42,6 +39,20 @@ class Application(Protocol):
         """Begin a request whose head has arrived. It may respond at once. An exception in it resets the stream."""
 
 
+class _NoHandler:
+    """Ignores the body of a request."""
+
+    def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
+        pass
+
+    def disconnected(self) -> None:
+        pass
+
+
+NO_HANDLER: RequestHandler = _NoHandler()
+"""For a request whose body is not wanted."""
+
+
 class ServerStream:
     """One request and its response.
 
@@ -51,9 +62,9 @@ class ServerStream:
 
     __slots__ = ("_sender", "_unreturned", "handler", "head", "is_request_ended", "number", "peer", "received")
 
-    def __init__(
-        self, sender: Sender, number: int, head: Block, peer: tuple[str, int], *, is_request_ended: bool
-    ) -> None:
+    handler: RequestHandler
+
+    def __init__(self, sender: Sender, number: int, head: Block, peer: tuple[str, int], is_request_ended: bool) -> None:
         self._sender = sender
         self._unreturned = 0
         self.number = number
@@ -62,45 +73,10 @@ class ServerStream:
         self.peer = peer
         """Address of the client; ("unix", 0) for a unix socket."""
         self.is_request_ended = is_request_ended
-        """The whole body has arrived."""
+        """True when the whole body has arrived."""
         self.received = 0
         """Bytes of the body, in flow-control size, whose credit has not been given back to the client."""
-        self.handler: RequestHandler | None = None
-
-    # -- for the connection
-
-    def begin(self, app: Application) -> None:
-        """Hand the request to the application."""
-        try:
-            self.handler = app.request(self)
-        except Exception:
-            self._fail()
-            return
-        if self.is_request_ended:
-            self.feed(b"", 0, is_end=True)
-
-    def feed(self, piece: bytes, size: int, *, is_end: bool) -> None:
-        """Hand a piece of the body to the handler."""
-        assert self.handler is not None
-        try:
-            self.handler.data(piece, size, is_end=is_end)
-        except Exception:
-            self._fail()
-
-    def disconnect(self) -> None:
-        """Tell the handler that the client has gone."""
-        if self.handler is None:
-            return
-        try:
-            self.handler.disconnected()
-        except Exception:
-            log.exception("the handler of %s failed when its client disconnected", self.head.path)
-
-    def _fail(self) -> None:
-        log.exception("the handler of %s failed: its stream is reset", self.head.path)
-        self.reset(Reason.INTERNAL_ERROR)
-
-    # -- for the application
+        self.handler = NO_HANDLER
 
     def consumed(self, size: int) -> None:
         """Give back flow-control credit of a piece that needs no more memory. The client may send as much again.

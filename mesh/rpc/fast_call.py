@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _HEAD = response_head(200, [status.CONTENT_TYPE])
 _OK = encode(status.OK)
+_NEVER = math.inf
 
 # Time between two looks at the deadlines. A timer for each call would cost more than the call.
 _DEADLINE_TURN_S = 0.02
@@ -78,12 +79,13 @@ class FastCall:
         self.span = None if app.tracer is None else app.tracer.begin(headers)
         """None: the call is not sampled."""
         self.arrived = now = app.clock()
-        self.deadline = status.deadline(headers, now)
+        timeout = headers.get(b"grpc-timeout")
+        self.deadline = _NEVER if timeout is None else now + status.timeout_s(timeout)
         """On the app's clock; infinite without a timeout."""
         self.on_end: Callable[[], None] | None = None
         """Called when the answer is not wanted any more: deadline, or disconnected. Set by the handler."""
         self.is_over = False
-        if self.deadline != math.inf:
+        if timeout is not None:
             app.deadlines.add(self)
 
     def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
@@ -196,7 +198,7 @@ class FastCall:
         if self.span is not None:
             assert self._app.tracer is not None
             self._app.tracer.end(self.span, self._stream.head.path, code, message)
-        if self.deadline != math.inf:
+        if self.deadline != _NEVER:
             self._app.deadlines.discard(self)
 
 

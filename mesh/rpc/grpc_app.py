@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mesh.h2.headers import Block, response_head
-from mesh.h2.stream import RequestHandler, ServerStream
+from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
 from mesh.limits import MESSAGE_BYTES
 from mesh.rpc.fast_call import Deadlines, FastCall, FastHandler
 from mesh.rpc.fast_spans import FastTracer
@@ -49,15 +49,17 @@ class GrpcApp:
         """Begin a call."""
         head = stream.head
         fast = self._fast_methods.get(head.path)
-        if fast is not None and not stream.is_request_ended and _is_usual(head):
-            try:
-                return FastCall(self, fast, stream)
-            # An invalid header: the slow path answers with the error.
-            except ShoalError:
-                pass
+        if fast is not None and not stream.is_request_ended:
+            headers = head.by_name
+            if headers.get(b"content-type") == b"application/grpc" and headers.get(b":method") == b"POST":
+                try:
+                    return FastCall(self, fast, stream)
+                # An invalid header: the slow path answers with the error.
+                except ShoalError:
+                    pass
         if not _is_grpc(head):
             stream.respond(_UNSUPPORTED, _UNSUPPORTED_TEXT)
-            return _DISCARD
+            return NO_HANDLER
         return SlowCall(self, stream)
 
 
@@ -80,24 +82,6 @@ class MethodTable:
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """Called by generated code, with the same handlers in another form: not used."""
-
-
-class _Discard:
-    """Receives the rest of a request that has its response."""
-
-    def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
-        pass
-
-    def disconnected(self) -> None:
-        pass
-
-
-_DISCARD = _Discard()
-
-
-def _is_usual(head: Block) -> bool:
-    headers = head.by_name
-    return headers.get(b"content-type") == b"application/grpc" and headers.get(b":method") == b"POST"
 
 
 def _is_grpc(head: Block) -> bool:

@@ -17,7 +17,7 @@ from services.infer import stream
 from services.infer.bulk import Bulk
 from services.infer.core import InferenceServer
 from services.infer.remembered import ATTEMPT
-from services.infer.short import TENANT, ShortInfer
+from services.infer.short import TENANT, FastInfer
 from shoal.errors import Unimplemented
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
@@ -122,11 +122,11 @@ def inference_rpc(server: InferenceServer) -> Rpc:
 
 
 class BulkServicer(bulk_pb2_grpc.BulkInferenceServicer):
-    """Serves bulks by the short way of an InferenceServer."""
+    """Serves bulks by the fast path of an InferenceServer."""
 
     def __init__(self, server: InferenceServer) -> None:
         self._replica = server.replica
-        self._infer = ShortInfer(server, server.models)
+        self._infer = FastInfer(server, server.models)
 
     async def InferBulk(
         self, request_iterator: AsyncIterator[bulk_pb2.InferBulkRequest], context: Context
@@ -173,4 +173,4 @@ def _no_shared_memory(method: str) -> NoReturn:
 
 def fast_methods(server: InferenceServer) -> dict[str, FastHandler]:
     """Return the handlers of the methods that a server calls on its fast path."""
-    return {"/inference.GRPCInferenceService/ModelInfer": ShortInfer(server, server.models)}
+    return {"/inference.GRPCInferenceService/ModelInfer": FastInfer(server, server.models)}

@@ -1,4 +1,4 @@
-"""ModelInfer on the short way: from the bytes of a request to the bytes of its answer, with no task and little else.
+"""ModelInfer on the fast path: from the bytes of a request to the bytes of its answer, with no task and little else.
 
 body ──template?──> call ──scheduler──> outputs ──> answer
        └── none yet, or not so simple: parsed, answered by the core, and learnt from
@@ -58,7 +58,7 @@ class Caller(Protocol):
         """How long ago it came."""
 
 
-class ShortInfer:
+class FastInfer:
     """A mesh.rpc.fast_call.FastHandler for ModelInfer; also what a bulk does with each of its entries."""
 
     def __init__(self, server: InferenceServer, models: Models) -> None:

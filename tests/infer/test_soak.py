@@ -12,9 +12,8 @@ SECONDS = 30
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("front", os.environ.get("SHOAL_INFER_FRONT", "auto").split(","))
-def test_load_of_all_kinds_holds(front: str, python: str, repository_root: Path) -> None:
-    command = [python, "bench/soak.py", "--seconds", str(SECONDS), "--front", front]
+def test_load_of_all_kinds_holds(python: str, repository_root: Path) -> None:
+    command = [python, "bench/soak.py", "--seconds", str(SECONDS)]
     done = subprocess.run(
         command,
         cwd=repository_root,

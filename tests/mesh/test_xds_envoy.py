@@ -456,7 +456,7 @@ async def test_only_services_may_say_that_their_calls_are_not_retried(mesh: Mesh
 
 
 async def test_a_path_that_is_no_text_reaches_nobody(mesh: Mesh):
-    """grpc.aio's server ends at a path that is not UTF-8, whatever service that is."""
+    """No path may end a server."""
     replica = await mesh.replica(0)
     await mesh.show(mesh.instance(0, "a"))
     await mesh.infer("a")
@@ -695,10 +695,9 @@ async def test_spans_of_a_call_reach_the_collector(run_dir: Path):
         export, otlp.ExportTraceServiceRequest.FromString, otlp.ExportTraceServiceResponse.SerializeToString
     )
     name = "opentelemetry.proto.collector.trace.v1.TraceService"
-    generic = grpc.method_handlers_generic_handler(name, {"Export": handler})
     place = f"unix:{run_dir}/collector.sock"
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(Server(place, [], drain_ms=0, generic=[generic]))
+        await stack.enter_async_context(Server(place, [], drain_ms=0, methods={f"/{name}/Export": handler}))
         mesh = Mesh(run_dir, stack, Tracing(place))
         await mesh.start()
         await mesh.replica(0)

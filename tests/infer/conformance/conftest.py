@@ -1,11 +1,7 @@
-"""A served instance, started as a user starts it: `shoal serve`, a process of its own, at a port of its own.
-
-SHOAL_INFER_FRONT=grpc,envoy picks fronts, all of them where it is not set; the suite is the same for each.
-"""
+"""A served instance, started as a user starts it: `shoal serve`, a process of its own, at a port of its own."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,25 +11,16 @@ import pytest
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.infer.conformance import served_models, wire
-from tests.infer.conformance.instance import FRONTS, Instance
+from tests.infer.conformance.instance import Instance
 
 Refused = Callable[..., str]
 
 
-@pytest.fixture(scope="session", params=os.environ.get("SHOAL_INFER_FRONT", "grpc,h2,envoy").split(","))
-def front(request: pytest.FixtureRequest) -> str:
-    """The front under test."""
-    name: str = request.param
-    if name not in FRONTS:
-        pytest.fail(f"SHOAL_INFER_FRONT={name!r}: expected one or more of {','.join(FRONTS)}")
-    return name
-
-
 @pytest.fixture(scope="session")
-def instance(front: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """One for the whole suite: no test changes what it serves."""
     folder = tmp_path_factory.mktemp("conformance")
-    with Instance.serving(served_models.write(folder / "models"), front, folder / "serve.log") as running:
+    with Instance.serving(served_models.write(folder / "models"), folder / "serve.log") as running:
         yield running
 
 
@@ -74,12 +61,12 @@ def refused(stub: GRPCInferenceServiceStub) -> Refused:
 
 
 @pytest.fixture
-def another(front: str, tmp_path: Path) -> Iterator[Callable[..., Instance]]:
+def another(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
     """`another(root, **environment)`: an instance of the test's own, on a repository that it may change."""
     started: list[Instance] = []
 
     def start(root: Path, **environment: str) -> Instance:
-        running = Instance.started(root, front, tmp_path / f"serve-{len(started)}.log", environment)
+        running = Instance.started(root, tmp_path / f"serve-{len(started)}.log", environment)
         started.append(running)
         return running
 

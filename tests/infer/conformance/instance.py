@@ -1,4 +1,4 @@
-"""A process that serves a folder of models, behind one of the fronts."""
+"""A process that serves a folder of models."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-FRONTS = ("grpc", "h2", "envoy")
-"""grpc.aio, the lean HTTP/2, and the one inside Envoy."""
 
 STOP_S = 30
 
@@ -28,10 +25,10 @@ class Instance:
     log: Path
 
     @staticmethod
-    def started(root: Path, front: str, log: Path, environment: Mapping[str, str] | None = None) -> Instance:
+    def started(root: Path, log: Path, environment: Mapping[str, str] | None = None) -> Instance:
         """Starts one and waits until every model has had its first attempt."""
         command = [sys.executable, "-m", "shoal.cli.main", "serve", str(root), "--port", "0", "--json"]
-        env = {**os.environ, **(environment or {}), "SHOAL_INFER_FRONT": front}
+        env = {**os.environ, **(environment or {})}
         with log.open("w") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
         assert process.stdout
@@ -45,9 +42,9 @@ class Instance:
 
     @staticmethod
     @contextmanager
-    def serving(root: Path, front: str, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Instance]:
+    def serving(root: Path, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Instance]:
         """Runs one until the block ends."""
-        running = Instance.started(root, front, log, environment)
+        running = Instance.started(root, log, environment)
         try:
             yield running
         finally:

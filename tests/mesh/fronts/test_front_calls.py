@@ -1,4 +1,4 @@
-"""What every front does alike: kinds of calls, errors, metadata, compression, large messages, the standard services."""
+"""The contract of the server: kinds of calls, errors, metadata, compression, large messages, the standard services."""
 
 from __future__ import annotations
 

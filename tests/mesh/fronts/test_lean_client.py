@@ -1,4 +1,4 @@
-"""The lean client against every front: what grpc.aio's client gets from the same calls, it gets."""
+"""The lean client against the server: what grpc.aio's client gets from the same calls, it gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever front ingest is served on, calls mean the same."""
+"""Submits of gRPC clients to a served instance: unary, refused, streamed, given up."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.ingest.faults import Client, FakeMesh, submit
 S = grpc.StatusCode
 
 
-@pytest.fixture(params=["h2", "grpc"])
-async def ingest(request: pytest.FixtureRequest, own_mesh: FakeMesh, start_ingest: StartIngest) -> IngestProcess:
-    process = start_ingest(front=request.param)
+@pytest.fixture
+async def ingest(own_mesh: FakeMesh, start_ingest: StartIngest) -> IngestProcess:
+    process = start_ingest()
     await process.until_ready()
     return process
 
 
-async def test_both_fronts_submit_refuse_and_stream(ingest: IngestProcess, own_mesh: FakeMesh) -> None:
+async def test_submits_are_accepted_refused_and_streamed(ingest: IngestProcess, own_mesh: FakeMesh) -> None:
     client = Client(ingest.address)
     first = await client.submit(idempotency_key="one", labels={"a": "b"})
     again = await client.submit(idempotency_key="one", labels={"a": "b"})
@@ -60,6 +60,5 @@ async def test_a_submit_that_nobody_waits_for_harms_nobody(ingest: IngestProcess
         calls = [asyncio.ensure_future(client.stub.Submit(submit(), timeout=timeout)) for _ in range(20)]
         await asyncio.gather(*calls, return_exceptions=True)
     assert (await client.ended((await client.submit()).job.id)).state == pb.JOB_STATE_SUCCEEDED
-    # grpc.aio itself logs calls that end before they begin.
     assert "services/ingest" not in ingest.log.read_text()
     await client.channel.close()

@@ -1,8 +1,6 @@
-"""Model processes of servers of every kind: also of one that is a Python inside Envoy."""
+"""Model processes of a served instance."""
 
 from __future__ import annotations
-
-import pytest
 
 from mesh.channel import connect
 from shoal.inference.v2 import inference_pb2_grpc
@@ -14,11 +12,10 @@ from tests.infer.test_infer_process import Infer
 SMALL = PID.replace("200 << 20", "1")
 
 
-@pytest.mark.parametrize("front", ["grpc", "h2", pytest.param("envoy", marks=pytest.mark.envoy)])
-async def test_it_is_served_and_ends_with_the_server(repo, python, tmp_path, front):
+async def test_it_is_served_and_ends_with_the_server(repo, python, tmp_path):
     repo.python("m", SMALL)
     repo.python("stream", SMALL.replace("return {", "yield {"))
-    with Infer(python, tmp_path / "log", repository=str(repo.root), front=front) as infer:
+    with Infer(python, tmp_path / "log", repository=str(repo.root)) as infer:
         await infer.until_serving()
         async with connect(infer.address) as channel:
             stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
