@@ -37,6 +37,10 @@ _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 _UNTRACED = ("/grpc.health.v1.Health/", "/envoy.service.discovery.v3.", "/grpc.reflection.")
 _FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNKNOWN)
 
+PATH = "shoal.path"
+"""Attribute of server spans: `fast` or `slow`, the path that the call took."""
+_ABOUT = {"rpc.system": "grpc", PATH: "slow"}
+
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -162,7 +166,7 @@ class ServerInterceptor:
             return
         carrier = {key: value for key, value in ctx.invocation_metadata() or () if isinstance(value, str)}
         parent = propagate.extract(carrier)
-        span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, {"rpc.system": "grpc"})
+        span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, _ABOUT)
         token: Token[context.Context] | None = context.attach(trace.set_span_in_context(span, parent))
         try:
             yield span

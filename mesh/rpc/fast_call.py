@@ -17,8 +17,9 @@ from mesh.h2.headers import encode, response_head
 from mesh.h2.stream import ServerStream
 from mesh.interceptors import status_of
 from mesh.rpc import status
+from mesh.rpc.fast_spans import FastTracer, parent_of
 from mesh.rpc.framing import PREFIX, PREFIX_BYTES, check_encoding, inflated, too_large
-from shoal.errors import DeadlineExceeded, InvalidArgument, ShoalError
+from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class CallLimits(Protocol):
     """Maximal size of a message, in both directions."""
     clock: Callable[[], float]
     deadlines: Deadlines
+    tracer: FastTracer | None
+    """None: no spans are exported."""
 
 
 class FastHandler(Protocol):
@@ -63,6 +66,7 @@ class FastCall:
         "headers",
         "is_over",
         "on_end",
+        "span",
     )
 
     def __init__(self, app: CallLimits, handler: FastHandler, stream: ServerStream) -> None:
@@ -72,6 +76,8 @@ class FastCall:
         self._stream = stream
         self._parts: list[bytes] | None = None
         self.headers = headers = stream.head.by_name
+        self.span = None if app.tracer is None else app.tracer.begin(headers)
+        """None: the call is not sampled."""
         self.arrived = now = app.clock()
         timeout = headers.get(b"grpc-timeout")
         self.deadline = _NEVER if timeout is None else now + status.timeout_s(timeout)
@@ -104,7 +110,7 @@ class FastCall:
         """End the call without an answer: the client has gone."""
         if self.is_over:
             return
-        self._finish()
+        self._finish(Code.CANCELLED)
         if self.on_end is not None:
             self.on_end()
 
@@ -163,10 +169,10 @@ class FastCall:
         """End the call with an error. Does nothing when it is over."""
         if self.is_over:
             return
-        self._finish()
+        code, message, trailing = status_of(error)
+        self._finish(code.value[0], message if isinstance(error, ShoalError) else type(error).__name__)
         if not isinstance(error, ShoalError):
             log.error("unexpected error in a call", exc_info=error)
-        code, message, trailing = status_of(error)
         trailers = status.trailers(code.value[0], message, trailing)
         self._stream.respond(response_head(200, [status.CONTENT_TYPE, *trailers]))
 
@@ -178,12 +184,20 @@ class FastCall:
         if self.on_end is not None:
             self.on_end()
 
+    @property
+    def traceparent(self) -> str:
+        """Trace context for work that this call leaves behind: its span's, else its caller's; empty without a trace."""
+        return parent_of(self.headers) if self.span is None else self.span.traceparent
+
     def age_ns(self) -> int:
         """Return the nanoseconds since the call began."""
         return int((self._app.clock() - self.arrived) * 1e9)
 
-    def _finish(self) -> None:
+    def _finish(self, code: int = 0, message: str = "") -> None:
         self.is_over = True
+        if self.span is not None:
+            assert self._app.tracer is not None
+            self._app.tracer.end(self.span, self._stream.head.path, code, message)
         if self.deadline != _NEVER:
             self._app.deadlines.discard(self)
 

@@ -14,6 +14,7 @@ from mesh.h2.headers import Block, response_head
 from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
 from mesh.limits import MESSAGE_BYTES
 from mesh.rpc.fast_call import Deadlines, FastCall, FastHandler
+from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.slow_call import SlowCall
 from shoal.errors import ShoalError
 
@@ -33,12 +34,14 @@ class GrpcApp:
         fast_methods: Mapping[str, FastHandler],
         message_bytes: int = MESSAGE_BYTES,
         clock: Callable[[], float] = time.monotonic,
+        tracer: FastTracer | None = None,
     ) -> None:
         self.methods = methods
         self._fast_methods = fast_methods
         self.message_bytes = message_bytes
         self.clock = clock
         self.deadlines = Deadlines(clock)
+        self.tracer = tracer
         self.tasks: set[asyncio.Task[None]] = set()
         """Tasks of the slow calls that have not ended."""
 

@@ -6,7 +6,9 @@ body ──parsed──> task ──> response        client disconnected, or de
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +19,9 @@ from mesh.rpc.fast_call import FastCall, FastHandler
 from mesh.rpc.framing import PREFIX_BYTES
 from mesh.tasks import end
 from shoal.errors import ShoalError, Unavailable
+
+# Without a sampled span, a task keeps the context of its call: none.
+_NO_SPAN: AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 class Message(Protocol):
@@ -52,7 +57,8 @@ class TaskMethods:
                 request = parse(body[PREFIX_BYTES:])
             except DecodeError as err:
                 raise malformed(len(body) - PREFIX_BYTES, err) from err
-            task = asyncio.create_task(_answer(path, respond, request, call), name=path)
+            with call.span.current() if call.span is not None else _NO_SPAN:
+                task = asyncio.create_task(_answer(path, respond, request, call), name=path)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             # The boolean that `cancel` returns is not used.

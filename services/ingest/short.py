@@ -9,14 +9,12 @@ import asyncio
 from functools import partial
 
 from google.protobuf.message import DecodeError
-from opentelemetry import propagate
 
 from mesh.interceptors import malformed
 from mesh.rpc.fast_call import FastCall
 from mesh.rpc.framing import PREFIX_BYTES
 from services.ingest.intake.intake import Accepted, Intake
 from services.ingest.messages import message_of
-from services.ingest.tracing import traceparent_of
 from shoal.errors import Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -30,18 +28,11 @@ class FastSubmit:
         self._intake = intake
 
     def __call__(self, body: bytes, call: FastCall) -> None:
-        future = self._intake.begin(_parsed(body), _trace(call))
+        future = self._intake.begin(_parsed(body), call.traceparent)
         # A caller that has gone does not want its job written, if that has not begun. The boolean that `cancel`
         # returns is not used.
         call.on_end = future.cancel  # type: ignore[assignment]
         future.add_done_callback(partial(_answer, call))
-
-
-def _trace(call: FastCall) -> str:
-    """Return the caller's trace, if there is one: the fast path makes no span of its own."""
-    if (parent := call.headers.get(b"traceparent")) is None:
-        return ""
-    return traceparent_of(propagate.extract({"traceparent": parent.decode("latin-1")}))
 
 
 def _answer(call: FastCall, future: asyncio.Future[Accepted]) -> None:
