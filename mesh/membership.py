@@ -84,10 +84,6 @@ class Instance:
         """Its key in etcd."""
         return PREFIX + f"{self.service}/{self.node}/{self.instance}".encode()
 
-    def is_same_process(self, other: Instance) -> bool:
-        """Whether both are one process, and not one that replaced the other under its name."""
-        return (self.name, self.pid, self.started_at) == (other.name, other.pid, other.started_at)
-
 
 def encode(instance: Instance) -> bytes:
     """The value of an instance's key: JSON with the fields of Instance."""
