@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from services.infer.calls.datatypes import Datatype
 from services.infer.wording import written
 from shoal.errors import InvalidArgument
-from shoal.inference.v2.inference_pb2 import InferTensorContents
+
+# Model processes import this module and no protobuf.
+if TYPE_CHECKING:
+    from shoal.inference.v2.inference_pb2 import InferTensorContents
 
 Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -25,8 +28,6 @@ Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 _MAX_ELEMENTS = 1 << 31
 
 _LENGTH = struct.Struct("<I")
-
-_CONTENTS = tuple(field.name for field in InferTensorContents.DESCRIPTOR.fields)
 
 
 def count(shape: Sequence[int], what: str) -> int:
@@ -97,7 +98,7 @@ def from_contents(
         InvalidArgument: another field than the datatype's is filled, or the values are not exactly the tensor.
     """
     elements = count(shape, what)
-    filled = [name for name in _CONTENTS if len(getattr(contents, name))]
+    filled = [field.name for field, _ in contents.ListFields()]
     if not datatype.contents and (filled or elements):
         raise InvalidArgument(f"{what}: {datatype.name} has no typed contents: send raw_input_contents")
     if wrong := [name for name in filled if name != datatype.contents]:
