@@ -31,6 +31,11 @@ class Datatype:
     def is_bytes(self) -> bool:
         return self.name == "BYTES"
 
+    @property
+    def config_name(self) -> str:
+        """In a model's configuration: `TYPE_FP32`."""
+        return "TYPE_STRING" if self.is_bytes else f"TYPE_{self.name}"
+
 
 _TABLE = (
     Datatype("BOOL", 1, NUMBERS["BOOL"], "bool_contents"),

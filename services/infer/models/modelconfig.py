@@ -348,7 +348,7 @@ def _as_input(spec: TensorSpec, batched: int) -> pb.ModelInput:
     dims = spec.shape[1 if batched else 0 :]
     return pb.ModelInput(
         name=spec.name,
-        data_type=spec.datatype.config,
+        data_type=spec.datatype.config_name,
         dims=dims,
         optional=spec.is_optional,
         allow_ragged_batch=spec.is_ragged,
@@ -356,7 +356,7 @@ def _as_input(spec: TensorSpec, batched: int) -> pb.ModelInput:
 
 
 def _as_output(spec: TensorSpec, batched: int) -> pb.ModelOutput:
-    return pb.ModelOutput(name=spec.name, data_type=spec.datatype.config, dims=spec.shape[1 if batched else 0 :])
+    return pb.ModelOutput(name=spec.name, data_type=spec.datatype.config_name, dims=spec.shape[1 if batched else 0 :])
 
 
 def instances(config: pb.ModelConfig) -> int:
