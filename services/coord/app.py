@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from mesh.channel import connect
 from mesh.election import LEADER, Election
 from mesh.etcd import Etcd
 from mesh.membership import Registration, State
@@ -24,7 +23,6 @@ from services.coord.configurations import Configurations
 from services.coord.duties import Duties
 from services.coord.health import MeshHealth
 from services.coord.instances import Instances
-from services.coord.retention import Retention
 from services.coord.rpc import CoordRpc
 from services.coord.traffic import COORD, HEALTH, INFER, INGEST, PUBLIC, STORE, table
 from shoal.coord.v1 import coord_pb2_grpc
@@ -55,9 +53,6 @@ async def run(config: CoordConfig) -> None:
         registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))
         election = await stack.enter_async_context(Election(etcd, LEADER, name))
         await stack.enter_async_context(Duties(etcd, mirror, election))
-        if config.mesh is not None:
-            channel = await stack.enter_async_context(connect(config.mesh))
-            await stack.enter_async_context(Retention(election, channel, config.retention_ms / 1000))
         health.serve()
         await registration.update(state=State.READY)
         log.info("serving at %s", server.address)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from google.protobuf.descriptor import EnumDescriptor
+# Model processes import this module and no protobuf.
+if TYPE_CHECKING:
+    from google.protobuf.descriptor import EnumDescriptor
 
 from shoal.oip.tensors import shape_text
 

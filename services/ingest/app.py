@@ -16,6 +16,7 @@ from mesh import mongo
 from mesh.h2.client.channel import Channel
 from mesh.membership import Registration, State
 from mesh.mongo import Document
+from mesh.mongo_lease import LEASE_VALIDATOR, LEASES, LeaderLease
 from mesh.rpc.server import Server
 from mesh.signals import until_stopped
 from mesh.tasks import end, log_failure
@@ -47,7 +48,6 @@ from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.pressure import Pressure
 from services.ingest.intake.storage import Storage
 from services.ingest.job import Job
-from services.ingest.leading import LEAD_VALIDATOR, LEADS, Lead
 from services.ingest.reading.answers import StoredAnswers
 from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
@@ -199,8 +199,9 @@ async def run(config: IngestConfig) -> None:
         cascade = Cascade(documents, claims, dispatcher, clock=clock, instance=name, ready=ready, on_released=due_again)
 
         dead_letters = DeadLetters(documents, jobs, payloads, clock=clock, instance=name, on_requeued=due_again)
-        lead = Lead(
-            database[LEADS],
+        lease = LeaderLease(
+            database[LEASES],
+            "ingest",
             f"{name} {ulids.new()}",
             ready=ready,
             ttl_ms=config.lease_ms,
@@ -209,7 +210,7 @@ async def run(config: IngestConfig) -> None:
         schedules = Schedules(database[SCHEDULES], clock)
         firing = Firing(
             database[SCHEDULES],
-            lead,
+            lease,
             submit=intake.submit_scheduled,
             find=intake.by_key,
             read=jobs.get,
@@ -222,7 +223,7 @@ async def run(config: IngestConfig) -> None:
             documents,
             payloads,
             retention,
-            leads=lambda: lead.token is not None,
+            leads=lambda: lease.is_held,
             clock=clock,
             ready=ready,
             round_s=config.retention_round_ms / 1_000,
@@ -265,7 +266,7 @@ async def run(config: IngestConfig) -> None:
         await stack.enter_async_context(dispatcher)
         await stack.enter_async_context(cascade)
         await stack.enter_async_context(intake)
-        await stack.enter_async_context(lead)
+        await stack.enter_async_context(lease)
         await stack.enter_async_context(firing)
         await stack.enter_async_context(sweep)
         await stack.enter_async_context(endings)
@@ -316,7 +317,7 @@ async def _prepare(
             await mongo.ensure_collection(database, PAYLOADS, validator=PAYLOAD_VALIDATOR, indexes=[])
             await _prepare_connectors(database)
             await mongo.ensure_collection(database, JOB_RETENTION, validator=RETENTION_VALIDATOR, indexes=[])
-            await mongo.ensure_collection(database, LEADS, validator=LEAD_VALIDATOR, indexes=[])
+            await mongo.ensure_collection(database, LEASES, validator=LEASE_VALIDATOR, indexes=[])
             await mongo.ensure_collection(database, SCHEDULES, validator=SCHEDULE_VALIDATOR, indexes=SCHEDULE_INDEXES)
             await mongo.ensure_collection(database, JOBS, validator=VALIDATOR, indexes=INDEXES)
             await book.open()

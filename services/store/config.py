@@ -39,6 +39,8 @@ class StoreConfig(ServiceConfig):
     """An upload that sends nothing for so long is ended; what has arrived is kept."""
     collect_every_ms: Annotated[int, Field(ge=1_000)] = 600_000
     """How often artifacts that nobody refers to are looked for."""
+    retention_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 60_000
+    """How often what retention no longer keeps is removed."""
     max_watches: Annotated[int, Field(ge=1, le=2_000)] = 200
     """Open WatchResults streams, each of which holds a change stream of its own."""
     max_streams: Annotated[int, Field(ge=1, le=2_000)] = 64

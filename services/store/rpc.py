@@ -21,10 +21,11 @@ from services.store.results.result_rules import check_wait
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
+from services.store.retention.book import RuleBook
 from services.store.retention.messages import message_of, rule_of
-from services.store.retention.retention import Retention
 from services.store.usage.messages import usage_of
 from services.store.usage.quotas import Quotas
+from shoal.errors import Unimplemented
 from shoal.store.v1 import store_pb2 as pb
 
 PUT_RESULTS = "/shoal.store.v1.StoreService/PutResults"
@@ -48,7 +49,7 @@ class StoreRpc(ArtifactRpc):
         result_watch: ResultWatch,
         result_stream: ResultStream,
         exports: Exports,
-        retention: Retention,
+        retention: RuleBook,
         quotas: Quotas,
     ) -> None:
         super().__init__(artifacts)
@@ -134,14 +135,14 @@ class StoreRpc(ArtifactRpc):
                 yield pb.ExportResultsResponse(bytes=told.pop("size"), **told)
 
     async def SetRetention(self, request: pb.SetRetentionRequest, ctx: Context) -> pb.SetRetentionResponse:
-        rules = await self._retention.set(rule_of(request.rule), remove=request.remove)
-        return pb.SetRetentionResponse(rules=map(message_of, rules))
+        await self._retention.put(rule_of(request.rule), remove=request.remove)
+        return pb.SetRetentionResponse(rules=map(message_of, (await self._retention.read()).rules))
 
     async def ListRetention(self, request: pb.ListRetentionRequest, ctx: Context) -> pb.ListRetentionResponse:
-        return pb.ListRetentionResponse(rules=map(message_of, await self._retention.list()))
+        return pb.ListRetentionResponse(rules=map(message_of, (await self._retention.read()).rules))
 
     async def ApplyRetention(self, request: pb.ApplyRetentionRequest, ctx: Context) -> pb.ApplyRetentionResponse:
-        return pb.ApplyRetentionResponse(**vars(await self._retention.apply(request.token)))
+        raise Unimplemented("ApplyRetention: the store applies retention by itself, see SHOAL_STORE_RETENTION_MS")
 
     async def SetQuota(self, request: pb.SetQuotaRequest, ctx: Context) -> pb.SetQuotaResponse:
         tenant = request.tenant if request.HasField("tenant") else None

@@ -37,7 +37,6 @@ class NodeScreen:
         self._options = options
         self._as_json = as_json
         self._said_starting = False
-        self._was_ready = False
         self._out, self._err = _Console(), _Console(stderr=True)
         for console in (self._out, self._err):
             if not console.is_terminal:
@@ -76,7 +75,6 @@ class NodeScreen:
         self._say(text, "yellow")
 
     def ready(self, ready: Ready, took_s: float) -> None:
-        self._was_ready = True
         self._stop_status()
         with contextlib.suppress(OSError):
             if self._as_json:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from shoal.errors import InvalidArgument
-from shoal.inference.v2.inference_pb2 import InferTensorContents
 from shoal.oip import tensors as codec
 from shoal.oip.datatypes import Datatype
+
+# Model processes import this module, and no protobuf.
+if TYPE_CHECKING:
+    from shoal.inference.v2.inference_pb2 import InferTensorContents
 
 Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 

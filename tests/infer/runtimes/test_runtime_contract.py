@@ -18,7 +18,7 @@ from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.runtimes.remote_runtime import RemoteRuntime
-from services.infer.runtimes.reshape import ReshapedSession
+from services.infer.runtimes.reshape import ReshapedSession, Reshapes
 from services.infer.runtimes.runtime import About, ModelFailed, Runtime, Session, SessionOptions
 from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
@@ -43,7 +43,7 @@ class Reshaping(OnnxRuntime):
     """What stands around a session promises what the session does: as a model with a `reshape` somewhere has it."""
 
     def load(self, file: Path, options: SessionOptions) -> Session:
-        return ReshapedSession(super().load(file, options), pb.ModelConfig())
+        return ReshapedSession(super().load(file, options), Reshapes({}, {}))
 
 
 class Spreading(OnnxRuntime):
