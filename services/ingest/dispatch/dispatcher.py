@@ -11,10 +11,10 @@ model with a line is claimed no more of, and no claim is of more than half of wh
 or several, leave room for the others.
 
 While the queue is drained, jobs submitted here are claimed in the write that makes them durable. What there is no room
-for just then is fresh, and goes straight from intake to a claim. Nobody reads the queue but for a poll
-now and then. When there is more than it has room for, it forgets the fresh ones and works by the queue's order. A queue
-counts as drained when what waits there is of models with a line only; as soon as one of these is free, it is read, and
-until then nothing of theirs is claimed in its write: it would pass those that wait.
+for just then is fresh, and goes straight from intake to a claim. Nobody reads the queue but for a poll now and then.
+When there is more than it has room for, it forgets the fresh ones and works by the queue's order. A queue counts as
+drained when what waits there is of models with a line only; as soon as one of these is free, it is read, and until then
+nothing of theirs is claimed in its write: it would pass those that wait.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class Dispatcher:
         self._usual_bytes = 1.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._fresh: deque[Job] = deque()
+        # Jobs that are being inserted as claimed.
         self._in_writes = 0
-        """Jobs that are being inserted as claimed."""
         self._is_drained = True
         self._behind: set[str] = set()
         # While it is drained: models that it could not be drained of, because they were closed.

@@ -4,7 +4,7 @@
       ^ listed now and then, noticed on submit                                                    │
       └──────────────────────── heads move on, clocks advance <───────────────────────────────────┘
 
-Plain decisions; `claims.py` reads and writes. What is known of the heads may be old: a claim that finds less than it
+Plain decisions; `claims.py` asks and claims. What is known of the heads may be old: a claim that finds less than it
 expected forgets the lane until it is listed again, and jobs that turned up meanwhile are seen with the next listing.
 """
 
