@@ -2,6 +2,10 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo embeddings ocr speech environments test test-fast soak chaos check format lint types proto proto-check lock clean
 
+# Without compiled modules a node needs 12 s of processor time to be ready instead of 6, and each worker of the tests
+# rewrites the assertions of every file.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 PY := $(VENV)/bin/python
 # Processes that `make test` runs tests in, beside the one for tests that only wait (tests/lanes.py).

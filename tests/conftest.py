@@ -26,6 +26,8 @@ from mesh.node import parts
 from tests.lanes import Lanes
 from tests.weeds import WeedProcess
 
+pytest_plugins = ["tests.costs"]
+
 READY_S = 30
 SHARED_DATA_BYTES = 4 << 30
 """Of memory, before data is kept there. A whole run leaves 300 MB behind for each of its processes."""
