@@ -20,7 +20,9 @@ PROC = Path("/proc")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--costs", type=int, default=0, metavar="ROWS", help="report the slowest tests and costliest files")
+    parser.addoption(
+        "--costs", type=int, default=0, metavar="ROWS", help="report the slowest tests and costliest files"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
