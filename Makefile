@@ -58,10 +58,10 @@ environments: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINAL
 
 test: environments ## Run every test
 	@tools/clients.sh
-	@$(PY) -m pytest -n $$(($(TESTERS) + 1)) --dist loadfile --patient $(ARGS)
+	@$(PY) -m pytest -n $$(($(TESTERS) + 1)) --dist loadfile --patient --costs 20 $(ARGS)
 
-test-fast: $(STAMP) $(CUDA_STAMPS) ## Run the tests that start no whole node
-	@$(PY) -m pytest -m "not node" $(ARGS)
+test-fast: $(STAMP) ## Run what a change of one file needs: no process but the tests' own, under 3 minutes
+	@$(PY) -m pytest -n 2 --dist loadfile --fast --costs 5 $(ARGS)
 
 soak: $(STAMP) ## Load the inference server for ten minutes: no wrong answer, flat memory
 	@$(PY) bench/soak.py --seconds 600 $(ARGS)

@@ -70,13 +70,13 @@ async def test_for_the_result_of_a_job_that_just_came_nobody_looks_at_first(
     store: Store, config: StoreConfig, mongo_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A busy machine takes longer than the tenth of a second in which a job is young.
-    monkeypatch.setattr(results, "_SOON_S", 30.0)
+    monkeypatch.setattr(results, "_SOON_S", 5.0)
     monkeypatch.setattr(waiting, "_YOUNG_MS", 30_000)
     async with mongo_connect(mongo_uri) as client:
         database = client[config.database]
         await database.command("profile", 2)
         job = young_id()
-        call = asyncio.ensure_future(waits(store, job, 30.0))
+        call = asyncio.ensure_future(waits(store, job))
         await refused(waits(store, "old", 0.05), StatusCode.NOT_FOUND)  # The other one waits by then.
         recorded = result(job)
         await put(store, recorded)
