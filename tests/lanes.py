@@ -6,7 +6,8 @@
 Files that wait for a clock or for a broker hold a worker for minutes and a core for seconds: beside two workers on two
 cores, a third that has these alone fills what those leave idle, and takes next to nothing from them.
 
-`make test` asks for it (`pytest -n 3 --dist loadfile --patient`).
+`make test` asks for it (`pytest -n 3 --dist loadfile --patient`). `make test-fast` (`--fast`) runs neither the files
+that wait nor those that are slow.
 """
 
 from __future__ import annotations
@@ -46,6 +47,35 @@ LONG = (
 """Files of 40 s and more: begun last, one of them would be all that is left to do, for one worker."""
 
 
+SLOW_MARKS = {"node", "envoy", "etcd", "s3"}
+SLOW = (
+    "tests/chaos",
+    "tests/clients",
+    "tests/compress",
+    "tests/convert/test_originals.py",
+    "tests/examples",
+    "tests/infer/conformance",
+    "tests/infer/ensembles/test_on_one_gpu.py",
+    "tests/infer/isolation",
+    "tests/infer/python_model",
+    "tests/infer/remote",
+    "tests/infer/runtimes/test_runtime_contract.py",
+    "tests/infer/scheduling/test_overload.py",
+    "tests/infer/triton",
+    "tests/ingest/batches/test_batch_kills.py",
+    "tests/ingest/connectors",
+    "tests/ingest/test_ingest_kills.py",
+    "tests/kernels/test_backend.py",
+    "tests/kernels/test_compile_only.py",
+    "tests/kernels/test_simulator.py",
+    "tests/mesh/fronts",
+    "tests/node",
+    "tests/store/test_records_kills.py",
+)
+"""Files and folders that `make test-fast` leaves out, beside PATIENT and LONG and the marks above: they start processes
+for each test. A change is sent in after `make test`, which runs all of them."""
+
+
 class Lanes(LoadFileScheduling):
     """The schedule of xdist, with a lane for those who wait."""
 
@@ -60,6 +90,11 @@ class Lanes(LoadFileScheduling):
 
     def _is_patient(self, node: Any) -> bool:
         return len(self.nodes) > 1 and node.gateway.id == f"gw{self.numnodes - 1}"
+
+
+def is_slow(file: str) -> bool:
+    """Return whether `make test-fast` leaves out this file or folder, a path from the root of the checkout."""
+    return file in PATIENT or file in LONG or any(file == each or file.startswith(f"{each}/") for each in SLOW)
 
 
 def _rank(scope: str) -> int:
