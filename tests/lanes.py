@@ -22,7 +22,9 @@ PATIENT = (
     "tests/ingest/connectors/test_kafka.py",
     "tests/ingest/batches/test_batch_life.py",
     "tests/ingest/test_ingest_outages.py",
+    "tests/coord/test_coord_mesh.py",
     "tests/ingest/intake/test_disk_full.py",
+    "tests/mesh/test_xds_envoy.py",
     "tests/store/test_store_outages.py",
     "tests/store/artifacts/test_object_store.py",
     "tests/mesh/test_election.py",
@@ -31,21 +33,23 @@ PATIENT = (
 """Files that use less than a third of a core, the longest first."""
 
 LONG = (
-    "tests/chaos/test_chaos.py",
-    "tests/mesh/test_xds_envoy.py",
     "tests/node/test_up.py",
-    "tests/mesh/fronts/test_front_life.py",
+    "tests/chaos/test_chaos.py",
     "tests/store/collecting/test_interleavings.py",
-    "tests/coord/test_coord_mesh.py",
+    "tests/mesh/fronts/test_front_life.py",
+    "tests/node/test_serve.py",
     "tests/convert/test_originals.py",
-    "tests/node/test_fronts.py",
-    "tests/store/backups/test_backups.py",
-    "tests/chaos/test_kill_jobs.py",
     "tests/node/test_kills.py",
+    "tests/store/backups/test_backups.py",
+    "tests/node/test_fronts.py",
+    "tests/kernels/test_compile_only.py",
+    "tests/node/test_batches.py",
+    "tests/chaos/test_kill_jobs.py",
+    "tests/infer/runtimes/test_runtime_contract.py",
+    "tests/node/test_shared_models.py",
     "tests/infer/test_soak.py",
 )
-"""Files of 40 s and more: begun last, one of them would be all that is left to do, for one worker."""
-
+"""Files of 30 s and more: begun last, one of them would be all that is left to do, for one worker."""
 
 SLOW_MARKS = {"node", "envoy", "etcd", "s3"}
 SLOW = (
@@ -59,14 +63,12 @@ SLOW = (
     "tests/infer/isolation",
     "tests/infer/python_model",
     "tests/infer/remote",
-    "tests/infer/runtimes/test_runtime_contract.py",
     "tests/infer/scheduling/test_overload.py",
     "tests/infer/triton",
     "tests/ingest/batches/test_batch_kills.py",
     "tests/ingest/connectors",
     "tests/ingest/test_ingest_kills.py",
     "tests/kernels/test_backend.py",
-    "tests/kernels/test_compile_only.py",
     "tests/kernels/test_simulator.py",
     "tests/mesh/fronts",
     "tests/node",
