@@ -27,8 +27,9 @@ help: ## List the targets
 
 $(STAMP): locks/shoal.txt pyproject.toml tools/venv.sh
 	@tools/venv.sh $(VENV) locks/shoal.txt .
-	@# Compiled once, here, and not by every process of the first node at the same time.
-	@$(PY) -c 'import services.coord.app, services.infer.app, services.ingest.app, services.store.app, shoal.cli.main'
+	@# Compiled once, here, and not by every process of the first node at the same time; nor by every process for ever,
+	@# where PYTHONDONTWRITEBYTECODE is set.
+	@$(PY) -c 'import numba, services.coord.app, services.infer.app, services.ingest.app, services.store.app, shoal.cli.main'
 
 $(CLIENT_STAMP): locks/tritonclient.txt tools/venv.sh
 	@tools/venv.sh $(CLIENT_VENV) locks/tritonclient.txt
