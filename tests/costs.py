@@ -36,14 +36,12 @@ class Costs:
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._before = processor_s()
-        self._collection: Counter[str] = Counter()
         self._wall: Counter[str] = Counter()
         self._files_wall: Counter[str] = Counter()
         self._files_processor: Counter[str] = Counter()
 
     def pytest_collection_finish(self) -> None:
-        self._before, before = processor_s(), self._before
-        self._collection["this process"] = self._before - before
+        self._before = processor_s()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Iterator[None]:
@@ -57,7 +55,8 @@ class Costs:
         file = report.nodeid.split("::")[0]
         self._wall[report.nodeid] += report.duration
         self._files_wall[file] += report.duration
-        self._files_processor[file] += report.processor_s
+        # The report of a worker that died has none.
+        self._files_processor[file] += getattr(report, "processor_s", 0.0)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section(f"slowest {self._rows} tests")
