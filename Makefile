@@ -61,7 +61,7 @@ test: environments ## Run every test
 	@tools/clients.sh
 	@$(PY) -m pytest -n $$(($(TESTERS) + 1)) --dist loadfile --patient --costs 20 $(ARGS)
 
-test-fast: $(STAMP) ## Run what a change of one file needs: no process but the tests' own, under 3 minutes
+test-fast: $(STAMP) ## Run what a change of one file needs: no node, and nothing that waits
 	@$(PY) -m pytest -n 2 --dist loadfile --fast --costs 5 $(ARGS)
 
 soak: $(STAMP) ## Load the inference server for ten minutes: no wrong answer, flat memory
