@@ -105,7 +105,8 @@ def _connection_manager(is_sticky: bool) -> dict[str, Any]:
         "server_header_transformation": "PASS_THROUGH",
         # No caller is internal: Envoy removes the x-envoy headers that would change retries and timeouts.
         "use_remote_address": True,
-        "internal_address_config": {},
+        # Without a range, Envoy takes private addresses for internal. Nobody calls from this one.
+        "internal_address_config": {"cidr_ranges": [{"address_prefix": "0.0.0.0", "prefix_len": 32}]},
         "skip_xff_append": True,
         "route_config": {
             "virtual_hosts": [
