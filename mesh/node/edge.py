@@ -289,7 +289,7 @@ class Edge:
     async def drain(self) -> None:
         """Accept no more connections, and send GOAWAY on each with its next answer. Return when most have got it."""
         # Before it listens there is nothing to drain.
-        if not self._was_ready:
+        if not await self.is_ready():
             return
         await self._ask("POST", "/drain_listeners?graceful&skip_exit")
         await self._ask("POST", "/drain_listeners")
@@ -302,7 +302,7 @@ class Edge:
         """
         until = time.monotonic() + _FLUSH_S
         quiet_since, calls = time.monotonic(), -1
-        while self._was_ready and self.pid is not None and time.monotonic() < until:
+        while self.pid is not None and time.monotonic() < until and await self.is_ready():
             values = await self._stats(*_UNSENT, _CONNECTIONS, _CALLS)
             if not values.get(_CONNECTIONS):
                 return
