@@ -253,7 +253,7 @@ class RemoteModels:
     @cached_property
     def _address(self) -> str:
         (self._root / "models").mkdir()
-        return self._stack.enter_context(Instance.serving(self._root / "models", "h2", self._root / "far.log")).address
+        return self._stack.enter_context(Instance.serving(self._root / "models", self._root / "far.log")).address
 
     @cached_property
     def _stub(self) -> GRPCInferenceServiceStub:
