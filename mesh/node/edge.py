@@ -44,8 +44,12 @@ _RETRY_BYTES = 1 << 20
 
 _NOTICE_S = 0.3
 _FLUSH_S = 5.0
+# Longer than Envoy's drain_timeout: by then each connection that was used has got its last GOAWAY.
+_QUIET_S = 0.6
 _TURN_S = 0.02
 _TIMEOUT_S = 2.0
+_CONNECTIONS = f"http.{_STAT_PREFIX}.downstream_cx_active"
+_CALLS = f"http.{_STAT_PREFIX}.downstream_rq_total"
 _UNSENT = (
     f"http.{_STAT_PREFIX}.downstream_rq_active",
     f"http.{_STAT_PREFIX}.downstream_cx_tx_bytes_buffered",
@@ -105,7 +109,8 @@ def _connection_manager(is_sticky: bool) -> dict[str, Any]:
         "server_header_transformation": "PASS_THROUGH",
         # No caller is internal: Envoy removes the x-envoy headers that would change retries and timeouts.
         "use_remote_address": True,
-        "internal_address_config": {},
+        # Without a range, Envoy takes private addresses for internal. Nobody calls from this one.
+        "internal_address_config": {"cidr_ranges": [{"address_prefix": "0.0.0.0", "prefix_len": 32}]},
         "skip_xff_append": True,
         "route_config": {
             "virtual_hosts": [
@@ -279,22 +284,31 @@ class Edge:
 
     async def sees_all(self) -> bool:
         """Return whether Envoy has found each worker healthy."""
-        return self._count in (await self._gauges(f"cluster.{_CLUSTER}.membership_healthy")).values()
+        return self._count in (await self._stats(f"cluster.{_CLUSTER}.membership_healthy")).values()
 
     async def drain(self) -> None:
         """Accept no more connections, and send GOAWAY on each with its next answer. Return when most have got it."""
         # Before it listens there is nothing to drain.
-        if not self._was_ready:
+        if not await self.is_ready():
             return
         await self._ask("POST", "/drain_listeners?graceful&skip_exit")
         await self._ask("POST", "/drain_listeners")
         await asyncio.sleep(_NOTICE_S)
 
     async def flush(self) -> None:
-        """Return when every answer has been sent, or after some seconds."""
+        """Return when every answer is sent and no client calls any more, or after some seconds.
+
+        A client that has not read its GOAWAY yet may still send a call: it gets UNAVAILABLE, and is not cut.
+        """
         until = time.monotonic() + _FLUSH_S
-        while self._was_ready and self.pid is not None and time.monotonic() < until:
-            if not any((await self._gauges(*_UNSENT)).values()):
+        quiet_since, calls = time.monotonic(), -1
+        while self.pid is not None and time.monotonic() < until and await self.is_ready():
+            values = await self._stats(*_UNSENT, _CONNECTIONS, _CALLS)
+            if not values.get(_CONNECTIONS):
+                return
+            if any(values.get(name) for name in _UNSENT) or values.get(_CALLS) != calls:
+                quiet_since, calls = time.monotonic(), values.get(_CALLS, 0)
+            elif time.monotonic() - quiet_since >= _QUIET_S:
                 return
             await asyncio.sleep(_TURN_S)
 
@@ -302,8 +316,8 @@ class Edge:
         """Ask Envoy to end now."""
         self._processes.stop()
 
-    async def _gauges(self, *names: str) -> dict[str, int]:
-        """Return the values of the gauges that Envoy has."""
+    async def _stats(self, *names: str) -> dict[str, int]:
+        """Return the values of the counters and gauges that Envoy has."""
         pattern = "|".join(f"^{re.escape(name)}$" for name in names)
         text = await self._ask("GET", f"/stats?filter={urllib.parse.quote(pattern)}")
         return {name: int(value) for name, _, value in (line.partition(": ") for line in text.splitlines()) if value}

@@ -79,7 +79,7 @@ def another(front: str, tmp_path: Path) -> Iterator[Callable[..., Instance]]:
     started: list[Instance] = []
 
     def start(root: Path, **environment: str) -> Instance:
-        running = Instance.started(root, front, tmp_path / f"serve-{len(started)}.log", environment)
+        running = Instance.started(root, tmp_path / f"serve-{len(started)}.log", environment, front)
         started.append(running)
         return running
 

@@ -42,6 +42,7 @@ class Front(Process):
     def __init__(
         self, python: str, folder: Path, transport: str, at: str, env: Mapping[str, str] | None = None
     ) -> None:
+        self.transport = transport
         self.address = address = at or address_for(transport, folder)
         settings = {"SHOAL_FRONTS_LISTEN": address, **(env or {})}
         log = folder / f"front-{next(_numbers)}.log"
