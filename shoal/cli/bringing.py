@@ -110,7 +110,7 @@ def convert(path: Path, into: Path, name: str | None, wanted: Wanted, *, as_json
         AlreadyExists: there is such a folder.
         FailedPrecondition: it drifts too far; the report is printed then too, with JSON to standard error.
     """
-    from shoal.client import bundle
+    from shoal.client.models import bundle
 
     name = bundle.checked(name or path.stem)
     original = formats.open_original(path, trusts=wanted.trusts, float64=wanted.float64)

@@ -54,7 +54,7 @@ def follow_one(client: Client, job_id: str, *, timeout: float, as_json: bool) ->
 def follow_all(client: Client, wanted: JobWatch, *, timeout: float | None, as_json: bool) -> None:
     """Prints each step of each job that matches. Goes on where the file `wanted.resume` says, and keeps it up."""
     from shoal.client import JobFilter
-    from shoal.client.jobs import WATCH_ALL_S
+    from shoal.client.jobs.jobs import WATCH_ALL_S
 
     token = _read(wanted.resume)
     among = JobFilter(states=wanted.states, model=wanted.model, tenant=wanted.tenant, labels=wanted.labels)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol, cast
 
-from services.infer.calls.request import Call
+from services.infer.requests.request import Call
 from services.infer.scheduling import batcher, slo
 from services.infer.scheduling.batcher import NOTHING, BatchPolicy, Decision, Run, Wait
 from services.infer.scheduling.cost import CostCurve

@@ -10,7 +10,7 @@ import math
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
-from services.infer.calls.request import Call
+from services.infer.requests.request import Call
 from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.queue import Receiver
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 
-from services.infer.calls.request import Call
+from services.infer.requests.request import Call
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import Backlog, CostCurve
 from services.infer.scheduling.execution import Answer, Outcome, Runs, Times

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
-from services.infer.calls.request import Call
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.request import Call
+from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.execution import Outcome
 from services.infer.scheduling.queue import Receiver
 from services.infer.sequences.rows import SequenceId

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, Format, Step
 from services.ingest.batches.book import MOST_ACTIVE, Book, same
 from services.ingest.batches.duties import entries, format_of, owner_of

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from mesh.tasks import end, together
+from mesh.process.tasks import end, together
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import MOST_A_MESSAGE, Window, in_turns

@@ -21,7 +21,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from services.ingest.clock import Clock
 from services.ingest.dispatch.bulks import is_suspect
-from services.ingest.dispatch.gate import Gate
+from services.ingest.dispatch.model_gate import Gate
 from services.ingest.dispatch.recorder import result_of
 from services.ingest.dispatch.remote import Answer, BulkDoorClosed, BulkEntry, GivenUp
 from services.ingest.intake.budget import Budget

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from services.ingest.intake.submission import ms_of
 from services.ingest.messages import STATES, state_of
 from services.ingest.retention.book import Book
