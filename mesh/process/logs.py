@@ -1,6 +1,6 @@
 """Structured logs: one JSON object a line on standard error, with the trace it belongs to.
 
-{"time": "2026-11-24T16:00:00.123Z", "level": "INFO", "logger": "services.store", "message": "...",
+{"time": "2026-11-24T16:00:00.123Z", "level": "INFO", "logger": "mesh.mongo", "message": "...",
  "instance": "store-0", "trace_id": "...", "span_id": "...", <fields given with extra={...}>}
 """
 

@@ -7,9 +7,9 @@ from contextlib import aclosing
 
 from services.infer.models.version import Version
 from services.infer.requests import answer
+from services.infer.requests.outcome import Answer, Times
 from services.infer.requests.request import Call
 from services.infer.scheduling.decoupled import Response
-from services.infer.scheduling.execution import Answer, Times
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 

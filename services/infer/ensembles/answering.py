@@ -10,11 +10,11 @@ from services.infer.ensembles.plan import Plan
 from services.infer.ensembles.values import Skipped
 from services.infer.error_text import written
 from services.infer.requests import ragged
+from services.infer.requests.outcome import Answer, StepTimes, Times
 from services.infer.requests.ragged import Value
 from services.infer.requests.request import Call, WantedOutput
 from services.infer.requests.signature import fits
 from services.infer.requests.tensors import Tensor
-from services.infer.scheduling.execution import Answer, StepTimes, Times
 from shoal.errors import InvalidArgument
 
 FIRED = "steps"

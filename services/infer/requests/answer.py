@@ -7,9 +7,9 @@ from collections.abc import MutableMapping
 from services.infer.offload import aside
 from services.infer.requests import ragged
 from services.infer.requests.classification import classify
+from services.infer.requests.outcome import Answer, StepTimes
 from services.infer.requests.ragged import Value
 from services.infer.requests.request import Call, WantedOutput
-from services.infer.scheduling.execution import Answer, StepTimes
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME
 from shoal.oip.tensors import to_raw

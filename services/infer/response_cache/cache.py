@@ -27,11 +27,11 @@ from weakref import WeakSet
 from mesh.process.tasks import end
 from services.infer.offload import aside
 from services.infer.requests import ragged
+from services.infer.requests.outcome import Times
 from services.infer.requests.ragged import Value
 from services.infer.requests.request import Call
 from services.infer.response_cache.key import ResponseKeys
 from services.infer.response_cache.store import ResponseStore, frozen
-from services.infer.scheduling.execution import Times
 from services.infer.scheduling.scheduler import Answer
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, ShoalError

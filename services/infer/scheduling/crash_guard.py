@@ -1,7 +1,7 @@
 """Crash guard: rejects a poison request, one of which another process died, instead of executing it again.
 
-Executions record the fingerprints of their calls in the crash journal (mesh.process.crash_journal), 8 bytes a call. When
-an instance dies, Envoy retries its calls elsewhere and counts the attempts in a header. Only retries are looked up.
+Executions record the fingerprints of their calls in the crash journal (mesh.process.crash_journal), 8 bytes a call.
+When an instance dies, Envoy retries its calls elsewhere and counts the attempts in a header. Only retries are checked.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 
 from mesh.process.crash_journal import Crashes, CrashJournal, Slot, Verdict
 from services.infer.requests import ragged
+from services.infer.requests.outcome import Outcome
 from services.infer.requests.request import Call
-from services.infer.scheduling.execution import Execution, Job, Outcome, Runs
+from services.infer.scheduling.execution import Execution, Job, Runs
 from shoal.errors import Internal
 
 log = logging.getLogger(__name__)

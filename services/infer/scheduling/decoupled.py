@@ -23,10 +23,10 @@ from services.infer.model_process.channel import Message
 from services.infer.model_process.checks import check_outputs
 from services.infer.model_process.decoupled_link import Link
 from services.infer.model_process.session import ProcessSession, error_of
+from services.infer.requests.outcome import Times
 from services.infer.requests.request import Call
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.scheduling.execution import Times
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, ShoalError, Unavailable

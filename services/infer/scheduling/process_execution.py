@@ -14,11 +14,12 @@ from kernels.stack_rows import split_rows
 from services.infer.model_process import request_info
 from services.infer.model_process.checks import check_outputs
 from services.infer.model_process.session import ModelDied, ProcessSession
+from services.infer.requests.outcome import Answer, Outcome, Times
 from services.infer.requests.request import Call
 from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.scheduling.execution import Answer, Execution, Job, Outcome, Times
+from services.infer.scheduling.execution import Execution, Job
 from shoal.errors import DeadlineExceeded, ShoalError
 
 log = logging.getLogger(__name__)

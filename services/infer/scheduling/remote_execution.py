@@ -11,11 +11,12 @@ from kernels.stack_rows import split_rows
 from services.infer.model_process.checks import check_outputs
 from services.infer.remote.errors import NotToBlame
 from services.infer.remote.session import Asked, RemoteSession
+from services.infer.requests.outcome import Answer, Outcome, Times
 from services.infer.requests.request import Call
 from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.bisection import Bisection
-from services.infer.scheduling.execution import Answer, Execution, Job, Outcome, Times, expired
+from services.infer.scheduling.execution import Execution, Job, expired
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,11 @@ from time import perf_counter_ns
 from typing import Any
 
 from services.infer.requests import ragged
+from services.infer.requests.outcome import Answer, Outcome, Times
 from services.infer.requests.request import Call
 from services.infer.requests.signature import Signature
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Answer, Execution, Outcome, Times, staying
+from services.infer.scheduling.execution import Execution, staying
 from shoal.errors import InvalidArgument
 
 

@@ -15,10 +15,11 @@ from services.infer.model_process import request_info
 from services.infer.model_process.checks import check_outputs
 from services.infer.model_process.instance import Instance, Running
 from services.infer.model_process.session import ModelDied, ProcessSession
+from services.infer.requests.outcome import Answer, Outcome, Times
 from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Answer, Execution, Job, Outcome, Times, expired
+from services.infer.scheduling.execution import Execution, Job, expired
 from services.infer.sequences import steps, wording
 from services.infer.sequences.rows import Row
 from services.infer.sequences.settings import Settings

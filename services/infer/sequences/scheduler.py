@@ -16,9 +16,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
+from services.infer.requests.outcome import Answer, Outcome, Times
 from services.infer.requests.request import Call
 from services.infer.scheduling.batcher import Wait
-from services.infer.scheduling.execution import Answer, Outcome, Runs, Times
+from services.infer.scheduling.execution import Runs
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submitted import submitted

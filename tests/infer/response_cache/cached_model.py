@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.infer.requests import request as requests
+from services.infer.requests.outcome import Times
 from services.infer.requests.request import Call
 from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.response_cache.cache import ResponseCache
 from services.infer.response_cache.key import ResponseKeys
 from services.infer.response_cache.store import ResponseStore
-from services.infer.scheduling.execution import Times
 from services.infer.scheduling.scheduler import Answer
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded
