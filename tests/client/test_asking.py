@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
-from shoal.client.asking import AHEAD, each
+from shoal.client.asking import AHEAD, as_async
 
 
 async def test_every_kind_in_its_order() -> None:
@@ -17,8 +17,8 @@ async def test_every_kind_in_its_order() -> None:
             yield n
 
     for items in (list(range(100)), (n for n in range(100)), iter(range(100)), slowly()):
-        assert [item async for item in each(items)] == list(range(100))
-    assert [item async for item in each(iter([]))] == []
+        assert [item async for item in as_async(items)] == list(range(100))
+    assert [item async for item in as_async(iter([]))] == []
 
 
 async def test_an_item_is_given_while_the_next_one_is_waited_for() -> None:
@@ -30,7 +30,7 @@ async def test_an_item_is_given_while_the_next_one_is_waited_for() -> None:
         assert go.wait(30)
         yield 3
 
-    async with aclosing(each(source())) as items:
+    async with aclosing(as_async(source())) as items:
         assert [await anext(items), await anext(items)] == [1, 2]
         following = asyncio.ensure_future(anext(items))
         await asyncio.sleep(0)
@@ -49,7 +49,7 @@ async def test_few_are_asked_for_ahead() -> None:
             asked += 1
             yield asked
 
-    async with aclosing(each(source())) as items:
+    async with aclosing(as_async(source())) as items:
         for n in range(1, 200):
             assert await anext(items) == n
             assert asked <= n + AHEAD
@@ -60,7 +60,7 @@ async def test_what_it_raises_comes_after_its_items() -> None:
         yield from range(3)
         raise RuntimeError("out of files")
 
-    async with aclosing(each(source())) as items:
+    async with aclosing(as_async(source())) as items:
         assert [await anext(items) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(RuntimeError, match="out of files"):
             await anext(items)
@@ -76,7 +76,7 @@ async def test_who_leaves_early_leaves_no_error_behind() -> None:
         assert left.wait(30)
         raise RuntimeError("nobody is there")
 
-    async with aclosing(each(source())) as items:
+    async with aclosing(as_async(source())) as items:
         assert await anext(items) == 1
     left.set()
     await asyncio.get_running_loop().shutdown_default_executor()

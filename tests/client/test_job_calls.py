@@ -15,8 +15,8 @@ from shoal.client import AsyncClient, JobFilter, JobRequest, JobRetry, JobState,
 from shoal.client.asking import AHEAD
 from shoal.client.job import to_submit
 from shoal.client.retry import RetryPolicy
-from shoal.client.running import Running
-from shoal.client.submission import Submission
+from shoal.client.running import RunStream
+from shoal.client.submission import SubmitStream
 from shoal.errors import (
     Cancelled,
     Code,
@@ -267,7 +267,7 @@ async def test_no_acknowledgement_in_time(served: Served) -> None:
 
     async with client_of(served) as client:
         with pytest.raises(DeadlineExceeded, match="no acknowledgement within"):
-            async for _ in Submission(client._caller, source(), ack_s=0.1).run():
+            async for _ in SubmitStream(client._caller, source(), ack_s=0.1).run():
                 pass
 
 
@@ -307,7 +307,7 @@ class Breaking:
 
 @pytest.mark.parametrize(
     ("stream", "response"),
-    [(Submission, ingest.SubmitStreamResponse), (Running, ingest.RunStreamResponse)],
+    [(SubmitStream, ingest.SubmitStreamResponse), (RunStream, ingest.RunStreamResponse)],
     ids=["submit", "run"],
 )
 async def test_a_stream_that_broke_takes_nothing_from_its_successor(stream: Any, response: type[Any]) -> None:

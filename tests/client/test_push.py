@@ -10,7 +10,7 @@ import pytest
 
 import shoal
 from shoal.client import AsyncClient, Progress, methods
-from shoal.client.readiness import Seen, Standing, Verdict
+from shoal.client.readiness import Poll, ReadinessWait, VersionReadiness
 from shoal.client.retry import RetryPolicy
 from shoal.client.upload import CHUNK_BYTES
 from shoal.coord.v1 import coord_pb2 as coord
@@ -313,36 +313,36 @@ async def test_a_server_that_stands_alone_is_asked_itself(served: Served) -> Non
     assert answers == []
 
 
-HERE = Standing(("local/infer-0",), ())
-NOWHERE = Standing((), ("local/infer-0",))
+HERE = VersionReadiness(("local/infer-0",), ())
+NOWHERE = VersionReadiness((), ("local/infer-0",))
 
 
-def look(at: Standing, *entries: Entry, others: bool = False) -> Seen:
-    return Seen({1: at}, others, {int(entry.version): entry for entry in entries})
+def look(at: VersionReadiness, *entries: Entry, others: bool = False) -> Poll:
+    return Poll({1: at}, others, {int(entry.version): entry for entry in entries})
 
 
 def test_a_version_that_the_policy_leaves_out_is_known_after_a_while() -> None:
-    verdict = Verdict("m", {1})
-    verdict.add(look(NOWHERE, Entry(version="2", state="READY")), 0.0)  # The other version is not everywhere yet.
-    verdict.add(look(NOWHERE, Entry(version="2", state="READY"), others=True), 10.0)
-    verdict.add(look(NOWHERE, Entry(version="1", state="LOADING"), others=True), 11.5)  # It was only late.
-    verdict.add(look(NOWHERE, others=True), 12.5)
-    verdict.add(look(NOWHERE, others=True), 14.4)
-    assert verdict.waiting == {1}
-    verdict.add(look(NOWHERE, others=True), 14.5)
-    assert (verdict.waiting, verdict.left_out) == (set(), {1})
+    wait = ReadinessWait("m", {1})
+    wait.add(look(NOWHERE, Entry(version="2", state="READY")), 0.0)  # The other version is not everywhere yet.
+    wait.add(look(NOWHERE, Entry(version="2", state="READY"), others=True), 10.0)
+    wait.add(look(NOWHERE, Entry(version="1", state="LOADING"), others=True), 11.5)  # It was only late.
+    wait.add(look(NOWHERE, others=True), 12.5)
+    wait.add(look(NOWHERE, others=True), 14.4)
+    assert wait.waiting == {1}
+    wait.add(look(NOWHERE, others=True), 14.5)
+    assert (wait.waiting, wait.not_served) == (set(), {1})
 
 
 def test_a_version_that_is_unavailable_for_a_moment_is_waited_for() -> None:
     refused = Entry(name="m", version="1", state="UNAVAILABLE", reason="no luck")
-    verdict = Verdict("m", {1})
+    wait = ReadinessWait("m", {1})
     for now, entry in ((0.0, refused), (1.9, Entry(version="1", state="LOADING")), (2.5, refused), (4.4, refused)):
-        verdict.add(look(NOWHERE, entry), now)
-    verdict.add(look(NOWHERE, Entry(version="1", state="READY")), 4.45)  # Another instance, which has it.
+        wait.add(look(NOWHERE, entry), now)
+    wait.add(look(NOWHERE, Entry(version="1", state="READY")), 4.45)  # Another instance, which has it.
     with pytest.raises(FailedPrecondition, match="m version 1 cannot be loaded: no luck"):
-        verdict.add(look(NOWHERE, refused), 4.5)
-    verdict.add(look(HERE, refused), 5.0)
-    assert not verdict.waiting
+        wait.add(look(NOWHERE, refused), 4.5)
+    wait.add(look(HERE, refused), 5.0)
+    assert not wait.waiting
 
 
 async def test_pushing_only_what_is_not_served_says_so_unless_an_alias_mends_it(
