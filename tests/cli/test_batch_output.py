@@ -47,7 +47,7 @@ def test_a_line_for_each_tenth_and_for_what_is_waited_for(capsys: pytest.Capture
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "batch b"
     assert len(lines) == 1 + 11 + 1
-    assert "waits: UNAVAILABLE: model away" in lines[-1]
+    assert "waits for: UNAVAILABLE: model away" in lines[-1]
 
 
 def test_before_the_plan_is_whole_the_rows_are_at_least(capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,7 +240,7 @@ def test_models_list_remove_and_alias(shoal: Shoal, served: Served) -> None:
     assert shoal("models", "remove", "m").stdout == "removed m version 1\n"
     assert "no model 'x'" in complaint(shoal("models", "remove", "x"))
     assert shoal("models", "alias", "m", "stable", "1").stdout == "m: stable is version 1\n"
-    assert shoal("models", "alias", "m", "stable", "--remove").stdout == "m: stable is gone\n"
+    assert shoal("models", "alias", "m", "stable", "--remove").stdout == "m: stable is removed\n"
 
 
 def test_push_of_what_is_no_model(shoal: Shoal, tmp_path: Path) -> None:
@@ -440,7 +440,7 @@ def test_status(shoal: Shoal, served: Served, admin: str) -> None:
     served.on(methods.LIST_MODELS, models)
     done = shoal("status", "--admin", admin)
     assert done.returncode == 0, done.stderr
-    for words in ("local/infer-0", "ready", "m 1/2", "nobody at present", "no such filter", "an election is under way"):
+    for words in ("local/infer-0", "ready", "m 1/2", "none at present", "no such filter", "an election is under way"):
         assert words in done.stdout
     assert "unix:/run/infer-0.sock" in done.stdout
     assert "draining, failed active health check" in done.stdout
@@ -473,9 +473,11 @@ def test_job_retention(shoal: Shoal, served: Served) -> None:
     served.on(methods.SET_JOB_RETENTION, change)
     served.on(methods.LIST_JOB_RETENTION, listed)
     set_rule = ("jobs", "retention", "set")
-    assert shoal(*set_rule, "batches", "90d", "--tenant", "acme").stdout == ("batches of tenant 'acme' stay for 90d\n")
+    assert shoal(*set_rule, "batches", "90d", "--tenant", "acme").stdout == (
+        "batches of tenant 'acme' are kept for 90d\n"
+    )
     assert shoal(*set_rule, "dead", "forever").stdout == (
-        "dead jobs of every tenant that says nothing else stay for ever\n"
+        "dead jobs of all tenants without their own rule are kept for ever\n"
     )
     assert [(one.batches, one.state, one.tenant) for one in asked] == [
         (True, 0, "acme"),

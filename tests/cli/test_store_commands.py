@@ -44,7 +44,7 @@ def test_a_store_that_is_right(served: Served, shoal: Shoal) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "1 blobs (10 B) read and compared: none damaged\n"
     assert not asked[0].sizes_only
-    assert "looked at" in shoal("store", "verify", "--quick").stdout
+    assert "checked" in shoal("store", "verify", "--quick").stdout
     assert asked[1].sizes_only
 
 
@@ -88,8 +88,8 @@ def test_collect(served: Served, shoal: Shoal) -> None:
         return pb.CollectArtifactsResponse(condemned=1, collected=2, removed=3, strays=4 if request.strays else 0)
 
     served.on(methods.COLLECT_ARTIFACTS, collect)
-    assert shoal("store", "collect").stdout == "1 condemned, 2 collected, 3 blobs removed\n"
-    assert "4 strays found" in shoal("store", "collect", "--strays").stdout
+    assert shoal("store", "collect").stdout == "1 marked, 2 collected, 3 blobs removed\n"
+    assert "4 stray blobs found" in shoal("store", "collect", "--strays").stdout
     assert json.loads(shoal("store", "collect", "--json").stdout)["removed"] == 3
 
 
@@ -101,7 +101,7 @@ def progress(**fields: Any) -> pb.BackupProgress:
 def test_an_empty_place_is_no_place(shoal: Shoal, command: str) -> None:
     done = shoal("store", command, "")
     assert done.returncode == 2
-    assert done.stderr.startswith("shoal: PLACE: required, and empty")
+    assert done.stderr.startswith("shoal: PLACE is empty")
 
 
 def test_backup(served: Served, shoal: Shoal, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_backup_says_what_it_replaced(served: Served, shoal: Shoal) -> None:
     done = shoal("store", "backup", "/there")
     assert (done.returncode, done.stderr) == (
         0,
-        "2 of the new ones lay there damaged, and are replaced: check that disk\n",
+        "2 of the new ones replaced damaged copies in the backup: check that disk\n",
     )
 
 

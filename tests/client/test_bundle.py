@@ -88,11 +88,11 @@ def test_a_linked_file_is_a_file_and_a_link_that_leads_nowhere_is_named(tmp_path
     [
         (["r/a/1/model.onnx", "r/b/config.pbtxt"], "r", r"is a repository of models \(a, b\): push one of them"),
         (["d/model.onnx"], "d", r"has no version folder: push the file itself: .*model\.onnx --name d"),
-        (["d/x.txt"], "d", "is no model: expected <version>/model.onnx"),
+        (["d/x.txt"], "d", "is not a model: expected <version>/model.onnx"),
         (
             ["d/config.pbtxt"],
             "d",
-            r"has no version: put the model into a folder named 1 \(an empty one for an ensemble",
+            r"has no version: put the model into a folder named 1 \(an empty folder for an ensemble",
         ),
         (["d/0/model.onnx", "d/01/model.onnx"], "d", "is no model"),
         (["x.pt"], "x.pt", r"expected a \.onnx file, or a model folder"),
@@ -107,7 +107,7 @@ def test_what_is_no_model_is_told_what_it_looks_like(tmp_path: Path, files: list
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such file or folder"):
         read(tmp_path / "nothing.onnx")
-    with pytest.raises(NotFound, match="no version 3 in it: there are 1, 2"):
+    with pytest.raises(NotFound, match="no version 3; versions: 1, 2"):
         read(touch(tmp_path / "m", "1/model.onnx", "2/model.onnx"), version=3)
     with pytest.raises(InvalidArgument, match="count from 1"):
         read(tmp_path / "m", version=0)

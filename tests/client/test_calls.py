@@ -216,7 +216,7 @@ async def test_envoy_without_an_instance(served: Served) -> None:
         await context.abort(grpc.StatusCode.UNAVAILABLE, "no healthy upstream")
 
     served.on(methods.GET_JOB, none)
-    with pytest.raises(Unavailable, match="GetJob: no instance can answer just now: look at `shoal status`"):
+    with pytest.raises(Unavailable, match="GetJob: no instance is available at present: see `shoal status`"):
         await Caller(served.address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
 
 

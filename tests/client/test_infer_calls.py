@@ -67,7 +67,7 @@ def test_arrays_in_and_arrays_out(client: shoal.Client, served: Served) -> None:
     assert result.parameters == {"explain": True, "n": -5, "big": 2**63, "f": 0.5, "s": "text", "asked": "x,t"}
     result["x"][0] = 9  # The caller's own.
     assert served.count(methods.MODEL_METADATA) == 0
-    with pytest.raises(KeyError, match="no output 'y': the model answered x, t"):
+    with pytest.raises(KeyError, match="no output 'y': the outputs are x, t"):
         result["y"]
 
 

@@ -404,7 +404,7 @@ async def test_an_answer_that_is_damaged_is_an_error(served: Served) -> None:
     result = store.Result(job_id="a", outcome=store.Result.OUTCOME_SUCCEEDED, answer_lost="blob x: it is damaged")
     standing(served, "SUCCEEDED", result=result)
     async with client_of(served) as client:
-        with pytest.raises(DataLoss, match="job a succeeded, and its answer is damaged in the store: blob x"):
+        with pytest.raises(DataLoss, match="job a succeeded, but its answer is damaged in the store: blob x"):
             await client.jobs.result("a")
 
 
@@ -420,7 +420,7 @@ async def test_a_job_that_has_not_ended(served: Served) -> None:
 
     served.on(methods.WATCH_JOB, hang, "unary_stream")
     async with client_of(served) as client:
-        with pytest.raises(DeadlineExceeded, match=r"job a is still running after 0\.3 s: ask again later"):
+        with pytest.raises(DeadlineExceeded, match=r"job a is still running after 0\.3 s: try again later"):
             await client.jobs.result("a", timeout=0.3)
 
 

@@ -48,7 +48,7 @@ def test_a_model_is_written_as_a_folder_with_its_class_names(saved: dict[str, Pa
     assert (answer["label"] == made.NAMED).mean() > 0.95
     again = shoal(path, "-o", tmp_path / "models", "--trust-pickle", "--name", "iris")
     assert again.returncode == 1
-    assert "is there already" in again.stderr
+    assert "exists: remove it" in again.stderr
     assert sorted(child.name for child in (tmp_path / "models").iterdir()) == ["iris"]
 
 
