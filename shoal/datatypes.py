@@ -1,4 +1,4 @@
-"""The datatypes of the inference protocol: how NumPy carries each, and where a message has its elements.
+"""Datatypes of the inference protocol: the NumPy type of each, and the field of a message with its elements.
 
 Source: https://github.com/kserve/open-inference-protocol, "Tensor Data Types" and InferTensorContents.
 """
@@ -22,10 +22,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "FP16": np.dtype("<f2"),
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
-    # NumPy has no bfloat16: its bits are carried as they are.
+    # NumPy has no bfloat16: the bits are kept as uint16.
     "BF16": np.dtype("<u2"),
 }
-"""The NumPy type that carries each datatype of fixed size. BYTES is carried by object arrays of `bytes`."""
+"""NumPy type of each datatype of fixed size. BYTES uses object arrays of `bytes`."""
 
 CONTENTS = {
     "BOOL": "bool_contents",
@@ -41,4 +41,4 @@ CONTENTS = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
-"""The field of InferTensorContents with the elements of each datatype. FP16 and BF16 have none."""
+"""Field of InferTensorContents for the elements of each datatype. FP16 and BF16 have none."""

@@ -124,7 +124,7 @@ def convert(path: Path, into: Path, name: str | None, options: ConversionOptions
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into, prefix=".converting-") as folder:
         conversion = converting.convert(original, path, name, Path(folder), rows, bounds)
-        refused = conversion.stands.refused
+        refused = conversion.chosen.refused
         if not as_json or refused:
             show_conversion(conversion, stderr=as_json)
         if refused:
@@ -139,9 +139,8 @@ def show_conversion(conversion: Conversion, *, stderr: bool = False) -> None:
 
     out = console(stderr=stderr)
     packages = ", ".join(f"{package} {version}" for package, version in conversion.packages.items())
-    out.print(
-        f"[bold]{conversion.source.name}[/bold] ({conversion.framework}) -> {conversion.name}, {size(conversion.size_bytes)}; {packages}"
-    )
+    source = f"[bold]{conversion.source.name}[/bold] ({conversion.framework})"
+    out.print(f"{source} -> {conversion.name}, {size(conversion.size_bytes)}; {packages}")
     for role, ports in (("inputs ", conversion.inputs), ("outputs", conversion.outputs)):
         out.print(f"  {role} " + "; ".join(f"{port.name} {written(port)}" for port in ports), markup=False)
     calls = ", ".join(map(str, conversion.batches[:6])) + (", ..." if len(conversion.batches) > 6 else "")

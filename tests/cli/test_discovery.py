@@ -63,7 +63,7 @@ def test_without_a_node_the_error_says_what_to_do(environ: dict[str, str]) -> No
 def test_two_nodes_are_not_guessed_between(environ: dict[str, str]) -> None:
     announce(environ, "127.0.0.1:1")
     announce(environ, "127.0.0.1:2", pid=os.getppid())
-    with pytest.raises(FailedPrecondition, match=r"2 nodes are running here.*--gateway"):
+    with pytest.raises(FailedPrecondition, match=r"2 nodes are running on this machine.*--gateway"):
         find_node(environ)
     assert admin_of("127.0.0.1:2", environ) == "127.0.0.1:9901"
     assert admin_of("127.0.0.1:9", environ) is None

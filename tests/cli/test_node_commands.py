@@ -151,7 +151,8 @@ def test_what_the_node_says_is_one_clear_line(shoal: Shoal, model: Served) -> No
     assert "no node answers at 127.0.0.1:1: start one with `shoal up`" in complaint(
         shoal("models", "list", "--gateway", "127.0.0.1:1")
     )
-    assert "no node is running here" in complaint(shoal("models", "list", SHOAL_GATEWAY="", TMPDIR="/nowhere"))
+    nowhere = shoal("models", "list", SHOAL_GATEWAY="", TMPDIR="/nowhere")
+    assert "no node is running on this machine" in complaint(nowhere)
     assert "--gateway='nowhere'" in complaint(shoal("models", "list", "--gateway", "nowhere"), 2)
 
 

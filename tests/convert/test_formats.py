@@ -54,7 +54,7 @@ def test_what_may_run_code_is_not_opened_without_consent(tmp_path: Path, suffix:
         ("a.keras", "tf2onnx"),
         ("a.model", "save_model"),
         ("a.zip", "expected one of .pt2"),
-        ("a.onnx", "it is ONNX already: `shoal models push` takes it"),
+        ("a.onnx", "the file is ONNX already: push it with `shoal models push`"),
     ],
 )
 def test_other_formats_are_told_what_to_do(tmp_path: Path, name: str, says: str) -> None:

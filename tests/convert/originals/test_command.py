@@ -32,8 +32,8 @@ def test_a_model_is_written_as_a_folder_with_its_class_names(saved: dict[str, Pa
     assert done.returncode == 0, done.stderr
     for said in (
         "logistic.joblib (scikit-learn) -> iris",
-        "takes x float32 [any, 4]",
-        "answers label text [any]; probabilities float32 [any, 3]",
+        "inputs  x float32 [any, 4]",
+        "outputs label text [any]; probabilities float32 [any, 3]",
         "checked on 150 rows (rows.csv), in calls of 1, 2, 7, 140",
         "0 of 150",
         "float32 arithmetic: accepted",
