@@ -128,13 +128,13 @@ def text(value: object) -> str:
     return printable(str(value))
 
 
-def printable(words: str) -> str:
+def printable(value: str) -> str:
     """Return text of other origin with its control characters escaped.
 
     Clients and models choose names, labels, reasons and messages, which could otherwise change colours or titles of the
     terminal, or clear it.
     """
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), words)
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
 
 
 def size(count: int) -> str:

@@ -136,8 +136,9 @@ class AsyncBatches:
 
     async def wait(self, batch_id: str, *, timeout: float = WATCH_S) -> Batch:
         """Wait until the batch has ended and return it. Raises as `watch` does."""
-        seen = [batch async for batch in self.watch(batch_id, timeout=timeout) if batch.ended]
-        return seen[-1]  # A watch ends with an ended batch or raises.
+        # A watch ends with an ended batch or raises.
+        ended = [batch async for batch in self.watch(batch_id, timeout=timeout) if batch.ended]
+        return ended[-1]
 
     async def cancel(self, batch_id: str, reason: str = "", *, timeout: float = READ_S) -> Batch:
         """Request the end of a batch and return it; its written results stay. Usually the batch has ended on return.

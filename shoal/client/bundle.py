@@ -44,7 +44,7 @@ def read(path: Path, *, name: str | None = None, version: int | None = None) -> 
 
     Raises:
         NotFound: `path` or the version does not exist.
-        InvalidArgument: `path` is not a model; the message says what it looks like.
+        InvalidArgument: `path` is not a model; the message says what `path` looks like.
     """
     if version is not None and version < 1:
         raise InvalidArgument(f"version {version}: versions count from 1")
@@ -138,7 +138,7 @@ def _missing_hint(folder: Path) -> str:
         return f"{folder} has no version folder: push the file itself: {bare[0]} --name {folder.resolve().name}"
     if (folder / "config.pbtxt").is_file():
         return (
-            f"{folder} has no version: put the model into a folder named 1 (an empty folder for an "
+            f"{folder} is not a model, it has no version: put the model into a folder named 1 (an empty folder for an "
             "ensemble or a preprocessing operator; git keeps it when it holds a .gitkeep)"
         )
     return f"{folder} is not a model: expected <version>/model.onnx, such as {folder / '1' / 'model.onnx'}"

@@ -204,12 +204,12 @@ class AsyncModels:
             DataLoss: the received bytes have another digest than the registered ones.
         """
         versions = {model.version: model for model in await self.list(name)}
-        wanted = max(versions, default=0) if version is None else version
-        if wanted not in versions:
+        number = max(versions, default=0) if version is None else version
+        if number not in versions:
             known = f": versions: {', '.join(map(str, versions))}" if versions else ""
             what = f"version {version} of model" if version is not None else "model"
             raise NotFound(f"no {what} {name!r}{known}")
-        return await download.pull(self._caller, versions[wanted], Path(into), progress)
+        return await download.pull(self._caller, versions[number], Path(into), progress)
 
     async def ready(self, name: str, version: int | str = "", *, timeout: float = READ_S) -> bool:
         """Return True when the answering instance has the version (empty: any) of the model ready."""

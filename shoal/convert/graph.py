@@ -105,6 +105,6 @@ def with_inferred_types(model: onnx.ModelProto) -> onnx.ModelProto:
     for value in bare.graph.output:
         value.type.tensor_type.elem_type = TensorProto.UNDEFINED
     inferred = onnx.shape_inference.infer_shapes(bare)
-    for value, seen, original in zip(model.graph.output, inferred.graph.output, declared, strict=True):
-        value.type.tensor_type.elem_type = seen.type.tensor_type.elem_type or original
+    for value, inferred_value, declared_type in zip(model.graph.output, inferred.graph.output, declared, strict=True):
+        value.type.tensor_type.elem_type = inferred_value.type.tensor_type.elem_type or declared_type
     return model

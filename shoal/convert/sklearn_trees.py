@@ -2,11 +2,11 @@
 
 missing values   skl2onnx always sends NaN to the right; the tree has learned the side (`missing_go_to_left`).
 thresholds       skl2onnx rounds those of HistGradientBoosting to the nearest float32. One that is rounded up sends a
-                 float32 value to the left that belongs to the right. They are rounded down before the export.
-float64          skl2onnx computes thresholds in float64, but writes float32. They are written as float64.
+                 float32 value to the left that belongs to the right. Thresholds are rounded down before the export.
+float64          skl2onnx computes thresholds in float64, but writes float32. Thresholds are written as float64.
 infinity         A threshold that only separates missing values is infinite, and skl2onnx's search for the float64
-                 next to it never ends. It is left as it is.
-onnx 1.23        onnx rejects booleans among integers. They are converted to integers.
+                 next to it never ends. An infinite threshold is not changed.
+onnx 1.23        onnx rejects booleans among integers. Booleans are converted to integers.
 
 Trees of XGBoost and LightGBM in a pipeline are corrected too: those of LightGBM are rounded down likewise, and a
 float64 graph rounds the inputs of XGBoost to float32, as XGBoost does.

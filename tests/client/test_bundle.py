@@ -61,10 +61,10 @@ def test_a_model_of_another_server_is_its_configuration(tmp_path: Path) -> None:
     assert shape(folder) == [("far", 0, ["../ca.pem", "../config.pbtxt"])]
     assert shape(folder, version=3) == [("far", 3, ["../ca.pem", "../config.pbtxt"])]
     (folder / "config.pbtxt").write_text('backend: "python"')
-    with pytest.raises(InvalidArgument, match="is no model"):
+    with pytest.raises(InvalidArgument, match="is not a model"):
         read(folder)
     (folder / "config.pbtxt").write_text("no configuration")
-    with pytest.raises(InvalidArgument, match="is no model"):
+    with pytest.raises(InvalidArgument, match="is not a model"):
         read(folder)
 
 
@@ -94,7 +94,7 @@ def test_a_linked_file_is_a_file_and_a_link_that_leads_nowhere_is_named(tmp_path
             "d",
             r"has no version: put the model into a folder named 1 \(an empty folder for an ensemble",
         ),
-        (["d/0/model.onnx", "d/01/model.onnx"], "d", "is no model"),
+        (["d/0/model.onnx", "d/01/model.onnx"], "d", "is not a model"),
         (["x.pt"], "x.pt", r"expected a \.onnx file, or a model folder"),
         (["a b.onnx"], "a b.onnx", "model name 'a b'"),
     ],

@@ -229,7 +229,7 @@ async def test_pull_brings_back_the_folder_that_was_pushed(served: Served, kept:
         got = {str(p.relative_to(home)): p.read_bytes() for p in home.rglob("*") if p.is_file()}
         assert got == {"config.pbtxt": b"c" * 5000, "2/model.onnx": b"one" * 3000, "2/empty": b""}
         kept.corrupt = True
-        with pytest.raises(DataLoss, match="hash to"):
+        with pytest.raises(DataLoss, match="received 5000 bytes with SHA-256"):
             await client.models.pull("m", 2, into=tmp_path / "bad")
         assert not [p for p in (tmp_path / "bad").rglob("*") if p.is_file()]
         with pytest.raises(NotFound, match="no model 'm' version 7: there are 2"):
@@ -354,7 +354,7 @@ async def test_pushing_only_what_is_not_served_says_so_unless_an_alias_mends_it(
     listing(served, [instance("local/infer-0", digits=[2])])
     index(served, Entry(name="digits", version="2", state="READY"))
     async with client_of(served) as client:
-        with pytest.raises(FailedPrecondition, match="digits version 1 is registered and not served"):
+        with pytest.raises(FailedPrecondition, match="digits version 1 is registered but not served"):
             await client.models.push(onnx, version=1)
 
         async def alias(request: Any, context: Any) -> Any:

@@ -146,7 +146,7 @@ def test_an_export_to_a_folder_here(served: Served, tmp_path: Path, breaks: bool
         assert (last.complete, last.parts) == (True, 2)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
         assert [request.cursor for request in asked] == (["", "1"] if breaks else [""])
-        with pytest.raises(FailedPrecondition, match="holds an export already"):
+        with pytest.raises(FailedPrecondition, match="holds an export or a part of one"):
             next(client.results.export(folder))
         # With a cursor it goes on there.
         (folder / "part-00001.parquet").unlink()
