@@ -186,17 +186,17 @@ def test_sizes(given: str, bytes_: int) -> None:
 
 
 @pytest.mark.parametrize("given", ["", "x", "-1", "1PB", "1e9", "1,5GB", "GB", "1.2.3", "१", "9" * 30])
-def test_no_sizes(given: str) -> None:
+def test_invalid_sizes_are_rejected(given: str) -> None:
     with pytest.raises(InvalidArgument, match="BYTES"):
         amounts.size(given, "BYTES")
 
 
 @pytest.mark.parametrize("given", ["90m", "36h", "30d", "8w", "1s", "90s"])
-def test_ages_and_back(given: str) -> None:
+def test_ages_are_parsed_and_formatted(given: str) -> None:
     assert amounts.span(amounts.age(given, "AGE")) == given
 
 
 @pytest.mark.parametrize("given", ["", "d", "1", "-1d", "1.5d", "1y", "१d", "9999999999d"])
-def test_no_ages(given: str) -> None:
+def test_invalid_ages_are_rejected(given: str) -> None:
     with pytest.raises(InvalidArgument, match="AGE"):
         amounts.age(given, "AGE")

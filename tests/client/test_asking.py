@@ -10,7 +10,7 @@ import pytest
 from shoal.client.asking import AHEAD, as_async
 
 
-async def test_every_kind_in_its_order() -> None:
+async def test_every_kind_of_iterable_keeps_its_order() -> None:
     async def slowly() -> AsyncIterator[int]:
         for n in range(100):
             await asyncio.sleep(0)
@@ -21,7 +21,7 @@ async def test_every_kind_in_its_order() -> None:
     assert [item async for item in as_async(iter([]))] == []
 
 
-async def test_an_item_is_given_while_the_next_one_is_waited_for() -> None:
+async def test_an_item_is_yielded_while_the_next_one_is_read() -> None:
     go = threading.Event()
 
     def source() -> Iterator[int]:
@@ -40,7 +40,7 @@ async def test_an_item_is_given_while_the_next_one_is_waited_for() -> None:
         assert [item async for item in items] == []
 
 
-async def test_few_are_asked_for_ahead() -> None:
+async def test_read_ahead_is_bounded() -> None:
     asked = 0
 
     def source() -> Iterator[int]:
@@ -55,7 +55,7 @@ async def test_few_are_asked_for_ahead() -> None:
             assert asked <= n + AHEAD
 
 
-async def test_what_it_raises_comes_after_its_items() -> None:
+async def test_an_error_of_the_iterable_is_raised_after_its_items() -> None:
     def source() -> Iterator[int]:
         yield from range(3)
         raise RuntimeError("out of files")
@@ -66,7 +66,7 @@ async def test_what_it_raises_comes_after_its_items() -> None:
             await anext(items)
 
 
-async def test_who_leaves_early_leaves_no_error_behind() -> None:
+async def test_stopping_early_reports_no_unretrieved_error() -> None:
     reported: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
     left = threading.Event()

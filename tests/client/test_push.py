@@ -130,7 +130,7 @@ async def test_a_bare_file_is_uploaded_registered_and_not_sent_twice(served: Ser
         assert served.count(methods.PUT_ARTIFACT) == 1
 
 
-async def test_a_broken_upload_goes_on_where_it_was(served: Served, kept: Store, onnx: Path) -> None:
+async def test_a_broken_upload_is_resumed(served: Served, kept: Store, onnx: Path) -> None:
     kept.break_after = [CHUNK_BYTES, 2 * CHUNK_BYTES]
     async with client_of(served) as client:
         await client.models.push(onnx, wait=False)
@@ -138,7 +138,7 @@ async def test_a_broken_upload_goes_on_where_it_was(served: Served, kept: Store,
     assert next(iter(kept.whole.values())) == onnx.read_bytes()
 
 
-async def test_an_upload_that_makes_no_progress_is_given_up(served: Served, kept: Store, onnx: Path) -> None:
+async def test_an_upload_without_progress_is_an_error(served: Served, kept: Store, onnx: Path) -> None:
     kept.break_after = [0] * 99
     kept.partial[hashlib.sha256(onnx.read_bytes()).hexdigest()] = onnx.read_bytes()[: 3 * CHUNK_BYTES]
     async with client_of(served) as client:
@@ -146,7 +146,7 @@ async def test_an_upload_that_makes_no_progress_is_given_up(served: Served, kept
             await client.models.push(onnx, wait=False)
 
 
-async def test_a_bad_beginning_is_sent_again_from_the_start(served: Served, kept: Store, onnx: Path) -> None:
+async def test_a_damaged_partial_upload_is_restarted(served: Served, kept: Store, onnx: Path) -> None:
     kept.partial[hashlib.sha256(onnx.read_bytes()).hexdigest()] = b"not what it begins with"
     async with client_of(served) as client:
         await client.models.push(onnx, wait=False)
@@ -166,7 +166,7 @@ async def test_a_file_that_changes_meanwhile_is_data_loss(served: Served, kept: 
             await client.models.push(onnx, wait=False)
 
 
-async def test_what_cannot_be_read_and_what_the_callback_raises(served: Served, kept: Store, onnx: Path) -> None:
+async def test_unreadable_files_and_errors_of_the_callback(served: Served, kept: Store, onnx: Path) -> None:
     def tired(progress: Progress) -> None:
         raise RuntimeError("enough")
 
@@ -177,7 +177,7 @@ async def test_what_cannot_be_read_and_what_the_callback_raises(served: Served, 
             await client.models.push(onnx.with_name("x.onnx"))
 
 
-async def test_a_folder_goes_with_all_versions_and_equal_files_once(
+async def test_a_folder_is_pushed_with_all_versions_and_equal_files_once(
     served: Served, kept: Store, tmp_path: Path
 ) -> None:
     folder = tmp_path / "m"
@@ -197,7 +197,7 @@ async def test_a_folder_goes_with_all_versions_and_equal_files_once(
             await client.models.push(folder, wait=False)
 
 
-async def test_a_folder_of_models_goes_model_by_model_and_an_ensemble_last(
+async def test_a_repository_is_pushed_model_by_model_and_ensembles_last(
     served: Served, kept: Store, tmp_path: Path
 ) -> None:
     steps = 'platform: "ensemble" ensemble_scheduling { step { model_name: "b" } }'
@@ -217,7 +217,7 @@ async def test_a_folder_of_models_goes_model_by_model_and_an_ensemble_last(
                 await client.models.push(tmp_path, **options, wait=False)
 
 
-async def test_pull_brings_back_the_folder_that_was_pushed(served: Served, kept: Store, tmp_path: Path) -> None:
+async def test_pull_restores_the_pushed_folder(served: Served, kept: Store, tmp_path: Path) -> None:
     folder = tmp_path / "m"
     for name, content in {"config.pbtxt": b"c" * 5000, "2/model.onnx": b"one" * 3000, "2/empty": b""}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +280,7 @@ async def test_ready_means_ready_on_every_instance_that_takes_traffic(served: Se
     assert served.count(methods.LIST_INSTANCES) == 4
 
 
-async def test_a_model_that_cannot_be_loaded_says_why(served: Served) -> None:
+async def test_the_error_of_a_failed_load_has_the_reason(served: Served) -> None:
     listing(served, [instance("local/infer-0", m=[1])])
     index(served, Entry(name="m", version="2", state="UNAVAILABLE", reason="model.onnx: not an ONNX file"))
     async with client_of(served) as client:
@@ -289,7 +289,7 @@ async def test_a_model_that_cannot_be_loaded_says_why(served: Served) -> None:
         await client.models.wait_ready("m", 1, timeout=20)
 
 
-async def test_not_ready_in_time_says_where_not(served: Served) -> None:
+async def test_a_timeout_names_the_instances_that_are_not_ready(served: Served) -> None:
     index(served)
     async with client_of(served) as client:
         listing(served, [instance("local/infer-0", m=[2]), instance("local/infer-1")])
@@ -302,7 +302,7 @@ async def test_not_ready_in_time_says_where_not(served: Served) -> None:
             await client.models.wait_ready("m", timeout=0.3)
 
 
-async def test_a_server_that_stands_alone_is_asked_itself(served: Served) -> None:
+async def test_a_standalone_server_is_polled_itself(served: Served) -> None:
     answers = [False, False, True]
 
     async def ready(request: Any, context: Any) -> Any:
@@ -323,7 +323,7 @@ def look(at: VersionReadiness, *entries: Entry, others: bool = False) -> Poll:
     return Poll({1: at}, others, {int(entry.version): entry for entry in entries})
 
 
-def test_a_version_that_the_policy_leaves_out_is_known_after_a_while() -> None:
+def test_a_version_excluded_by_the_policy_is_recognized_once_settled() -> None:
     wait = ReadinessWait("m", {1})
     wait.add(look(NOWHERE, Entry(version="2", state="READY")), 0.0)  # The other version is not everywhere yet.
     wait.add(look(NOWHERE, Entry(version="2", state="READY"), others=True), 10.0)
@@ -335,7 +335,7 @@ def test_a_version_that_the_policy_leaves_out_is_known_after_a_while() -> None:
     assert (wait.waiting, wait.not_served) == (set(), {1})
 
 
-def test_a_version_that_is_unavailable_for_a_moment_is_waited_for() -> None:
+def test_the_wait_outlasts_a_transient_unavailability() -> None:
     refused = Entry(name="m", version="1", state="UNAVAILABLE", reason="no luck")
     wait = ReadinessWait("m", {1})
     for now, entry in ((0.0, refused), (1.9, Entry(version="1", state="LOADING")), (2.5, refused), (4.4, refused)):
@@ -347,7 +347,7 @@ def test_a_version_that_is_unavailable_for_a_moment_is_waited_for() -> None:
     assert not wait.waiting
 
 
-async def test_pushing_only_what_is_not_served_says_so_unless_an_alias_mends_it(
+async def test_a_push_of_excluded_versions_fails_unless_an_alias_includes_one(
     served: Served, kept: Store, onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.client.readiness.SETTLED_S", 0.2)
@@ -367,7 +367,7 @@ async def test_pushing_only_what_is_not_served_says_so_unless_an_alias_mends_it(
         assert pushed.model.aliases == ("stable",)
 
 
-def test_the_blocking_face(served: Served, kept: Store, onnx: Path) -> None:
+def test_the_blocking_client(served: Served, kept: Store, onnx: Path) -> None:
     with shoal.Client(served.address) as client:
         client.models.push(onnx, wait=False)
         assert [model.name for model in client.models.list()] == ["digits"]

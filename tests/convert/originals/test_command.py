@@ -71,7 +71,7 @@ def test_too_much_drift_is_refused_and_leaves_nothing(saved: dict[str, Path], tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_says_all_of_it(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_json_has_the_whole_report(saved: dict[str, Path], tmp_path: Path) -> None:
     done = shoal(saved["torch_convolutions.pt2"], "-o", tmp_path, "--trust-pickle", "--json", "--seed", 3)
     said = json.loads(done.stdout)
     assert said["inputs"] == [{"name": "image", "dtype": "float32", "shape": [None, 1, 8, 8]}]

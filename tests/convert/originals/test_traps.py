@@ -74,7 +74,7 @@ def test_float64_inputs(saved: dict[str, Path], tmp_path: Path, name: str) -> No
     assert made_of.chosen.refused == ""
 
 
-def test_large_whole_numbers_need_float64_and_the_report_says_so(tmp_path: Path) -> None:
+def test_large_integers_need_float64_and_the_report_says_so(tmp_path: Path) -> None:
     """An account number that float32 cannot tell from the next."""
     numbers = 2**24 + np.arange(400.0)[:, None]
     labels = (np.arange(400) % 2).astype(int)
@@ -91,7 +91,7 @@ def test_large_whole_numbers_need_float64_and_the_report_says_so(tmp_path: Path)
     assert converted(tmp_path / "accounts.joblib", tmp_path / "wide", rows, float64=True).chosen.refused == ""
 
 
-def test_ties_are_told_and_not_held_against_it(tmp_path: Path) -> None:
+def test_ties_are_reported_and_do_not_count(tmp_path: Path) -> None:
     forest = ensemble.RandomForestClassifier(30, random_state=0).fit(made.DIGITS.data, made.DIGITS.target)
     joblib.dump(forest, tmp_path / "votes.joblib")
     drift = converted(tmp_path / "votes.joblib", tmp_path / "made").chosen.drift
@@ -99,7 +99,7 @@ def test_ties_are_told_and_not_held_against_it(tmp_path: Path) -> None:
     assert (drift.flips, drift.ties > 0) == (0, True)
 
 
-def test_what_an_exporter_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_an_estimator_without_exporter_is_rejected(tmp_path: Path) -> None:
     cancer = made.CANCER
     zeros = lightgbm.train(
         {"verbose": -1, "zero_as_missing": True}, lightgbm.Dataset(made.DIGITS.data, made.DIGITS.target), 5
@@ -125,7 +125,7 @@ def test_what_an_exporter_does_not_know_is_refused(tmp_path: Path) -> None:
         ("a.pt2", b"not a zip", "not a program of torch.export.save"),
     ],
 )
-def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_a_file_with_other_content_than_its_name_says(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidArgument, match=says):
         formats.open_original(tmp_path / name, trusts=True)
@@ -145,7 +145,7 @@ def test_pickles_of_other_things_are_named(saved: dict[str, Path], tmp_path: Pat
     assert formats.open_original(tmp_path / "d.pkl", trusts=True).framework == "XGBoost"
 
 
-def test_skops_needs_consent_only_for_what_it_does_not_know(tmp_path: Path) -> None:
+def test_skops_needs_consent_only_for_unknown_types(tmp_path: Path) -> None:
     from skops import io
 
     io.dump(made.linear_model.Ridge().fit(made.DIABETES.data, made.DIABETES.target), tmp_path / "ridge.skops")
