@@ -51,8 +51,8 @@ class AsyncBatches:
     ) -> Batch:
         """Submit a batch: run all rows of `inputs` through `model` and write the answers to `output`.
 
-        `inputs` are URLs (or paths that the node can read) of JSONL, Parquet or NPZ files, or prefixes that end with a
-        slash: all files of the format below a prefix, or with `format="objects"` each object as one row. A column feeds
+        `inputs` are URLs of JSONL, Parquet or NPZ files, or paths that the node can read. A URL that ends with a slash
+        is a prefix: all files of the format below it, or with `format="objects"` each object as one row. A column feeds
         the input of its name; `columns={"x": "features"}` maps others. `keep` lists columns to copy into the results.
         `text_outputs` lists BYTES outputs that are UTF-8. The batch is durable when this returns, and survives crashes.
 

@@ -206,7 +206,7 @@ class AsyncModels:
         versions = {model.version: model for model in await self.list(name)}
         number = max(versions, default=0) if version is None else version
         if number not in versions:
-            known = f": versions: {', '.join(map(str, versions))}" if versions else ""
+            known = f"; versions: {', '.join(map(str, versions))}" if versions else ""
             what = f"version {version} of model" if version is not None else "model"
             raise NotFound(f"no {what} {name!r}{known}")
         return await download.pull(self._caller, versions[number], Path(into), progress)

@@ -8,8 +8,8 @@ infinity         A threshold that only separates missing values is infinite, and
                  next to it never ends. An infinite threshold is not changed.
 onnx 1.23        onnx rejects booleans among integers. Booleans are converted to integers.
 
-Trees of XGBoost and LightGBM in a pipeline are corrected too: those of LightGBM are rounded down likewise, and a
-float64 graph rounds the inputs of XGBoost to float32, as XGBoost does.
+Trees of XGBoost and LightGBM in a pipeline are corrected too. Thresholds of LightGBM are rounded down likewise. A
+float64 graph rounds the inputs of XGBoost's trees to float32, as XGBoost does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PyTorch models: a program saved by `torch.export.save` (.pt2), exported by torch.onnx.export.
 
-The export of the program fixed its variable sizes (`dynamic_shapes`): a program without a variable batch serves that
-one batch size, and the report says so.
+The export of the program fixed its variable sizes (`dynamic_shapes`). A program without a variable batch serves one
+batch size only, and the report says so.
 """
 
 from __future__ import annotations

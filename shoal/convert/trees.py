@@ -1,8 +1,8 @@
 """Random rows for tree models, mostly at the thresholds, where errors of a conversion show.
 
-The known error: a framework compares float64 values with float64 thresholds, the converted model float32 with float32,
-and a threshold that was rounded up sends one more float32 value to the left. So most values are thresholds, rounded to
-the served type, and their two neighbours.
+The known error: a framework compares float64 values with float64 thresholds, the converted model float32 with float32.
+A threshold that was rounded up sends one more float32 value to the left. So most values are thresholds, rounded to the
+served type, and their two neighbours.
 """
 
 from __future__ import annotations

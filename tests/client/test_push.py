@@ -232,7 +232,7 @@ async def test_pull_restores_the_pushed_folder(served: Served, kept: Store, tmp_
         with pytest.raises(DataLoss, match="received 5000 bytes with SHA-256"):
             await client.models.pull("m", 2, into=tmp_path / "bad")
         assert not [p for p in (tmp_path / "bad").rglob("*") if p.is_file()]
-        with pytest.raises(NotFound, match="no model 'm' version 7: there are 2"):
+        with pytest.raises(NotFound, match="no version 7 of model 'm'; versions: 2"):
             await client.models.pull("m", 7)
         kept.models[0].files[0].path = "../../../evil"
         with pytest.raises(FailedPrecondition, match="leads out of"):
