@@ -131,7 +131,6 @@ def correctness(seed: int, sanitizer: bool) -> Iterator[tuple[Row, bool]]:
         "-m",
         "gpu",
         "tests/kernels",
-        "tests/infer/runtimes/test_onnx_stream.py",
         "tests/infer/runtimes/test_lane.py",
         "tests/infer/operations/test_places.py",
         "tests/infer/ensembles/test_on_one_gpu.py",

@@ -21,7 +21,6 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.parameters import NONE
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.calls.signature import Signature, TensorSpec
@@ -32,6 +31,7 @@ from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.scheduler import Answer, Scheduler
 from services.infer.scheduling.statistics import Statistics
+from shoal.oip.datatypes import BY_NAME
 
 IN_FLIGHT = (1, 8, 64, 256)
 MODEL_NS = 10_000

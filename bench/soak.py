@@ -1,6 +1,6 @@
 """Load on a served process until it is known to hold: every answer checked, memory flat, nothing lost or left over.
 
-    python bench/soak.py [--seconds 600] [--front auto|h2|envoy|grpc] [--in-flight 32] [--seed 1]
+    python bench/soak.py [--seconds 600] [--front auto|h2|envoy] [--in-flight 32] [--seed 1]
 
 Nine models (ONNX batched, unbatched, of text, cached, slow, raising, reloaded under load; Python; decoupled), callers
 that cancel, hurry, blunder, stream, compress and leave. Ends with 1, and says why, when an answer was wrong, a call was
@@ -49,7 +49,7 @@ QUIET_S = 20.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--front", choices=("auto", "h2", "envoy", "grpc"), default="auto")
+    parser.add_argument("--front", choices=("auto", "h2", "envoy"), default="auto")
     parser.add_argument("--in-flight", type=int, default=32, help="callers; each has one thing under way")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -77,10 +77,20 @@ def main() -> None:
 
 def start(root: Path, front: str) -> tuple[subprocess.Popen[str], int, str]:
     """`shoal serve`, ready; the pid of its server, and where it is."""
-    command = [sys.executable, "-m", "shoal.cli.main", "serve", str(root / "models"), "--port", "0", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "shoal.cli.main",
+        "serve",
+        str(root / "models"),
+        "--port",
+        "0",
+        "--json",
+        "--front",
+        front,
+    ]
     environ = {
         **os.environ,
-        "SHOAL_INFER_FRONT": front,
         "SHOAL_INFER_RESPONSE_CACHE_BYTES": str(MIB),
         "SHOAL_INFER_THREADS": "1",
     }

@@ -27,9 +27,6 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Waits until the stream has come to the mark; returns at once when nothing was recorded."""
 
-    @property
-    def done(self) -> bool: ...
-
 
 class Memory(Protocol):
     """One place where kernels run."""
@@ -125,8 +122,6 @@ class _Held:
 
 
 class _Past:
-    done = True
-
     def record(self, stream: Any) -> None: ...
 
     def synchronize(self) -> None: ...

@@ -12,6 +12,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mesh.sockets import is_local
+
 
 class ConfigError(Exception):
     """A variable of the environment is wrong. The message names each one, what is allowed and what came."""
@@ -32,6 +34,9 @@ class ServiceConfig(BaseModel):
     """The node it runs on."""
     listen: Address
     """Where it serves: a unix socket beside its Envoy; TCP where it stands alone (port 0 is any free one)."""
+    insecure: bool = False
+    """Allow `listen` to be an address that other machines can reach. Requests are served without TLS and without the
+    checks of an Envoy."""
     mesh: Address | None = None
     """Its Envoy's outbound listener, through which it calls other services."""
     etcd: str | None = None
@@ -51,12 +56,13 @@ def load(cls: type[C], service: str, environ: Mapping[str, str]) -> C:
     """Reads `SHOAL_<SERVICE>_<FIELD>` variables into a `cls`.
 
     Raises:
-        ConfigError: a variable is missing, wrong or unknown; every such variable is named.
+        ConfigError: a variable is missing, wrong or unknown; every such variable is named. Or other machines can reach
+            `listen`, and `insecure` is not set.
     """
     prefix = f"SHOAL_{service.upper()}_"
     given = {key[len(prefix) :].lower(): value for key, value in environ.items() if key.startswith(prefix)}
     try:
-        return cls.model_validate(given)
+        config = cls.model_validate(given)
     except ValidationError as err:
         lines = [
             _explain(prefix, str(e["loc"][0]) if e["loc"] else "", e["type"], e["msg"], e["input"])
@@ -64,6 +70,13 @@ def load(cls: type[C], service: str, environ: Mapping[str, str]) -> C:
         ]
         known = ", ".join(prefix + name.upper() for name in cls.model_fields)
         raise ConfigError("\n".join([*lines, f"known variables: {known}"])) from err
+    if not config.insecure and not is_local(config.listen):
+        raise ConfigError(
+            f"{prefix}LISTEN={config.listen!r}: other machines can reach this address, and the service has no TLS: "
+            "listen on a unix socket or on loopback behind an Envoy (`shoal serve` and `shoal up` start one), "
+            f"or set {prefix}INSECURE=true"
+        )
+    return config
 
 
 def _explain(prefix: str, field: str, kind: str, message: str, value: object) -> str:

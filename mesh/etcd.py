@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
@@ -27,8 +26,6 @@ import grpc
 from aetcd import rpc
 
 from shoal.errors import Internal, InvalidArgument, NotFound, OutOfRange, ShoalError, Unavailable
-
-log = logging.getLogger(__name__)
 
 TIMEOUT_S = 2.0
 """Timeout of one call. etcd answers in milliseconds; a leader election of its own takes about a second."""

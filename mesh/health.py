@@ -1,4 +1,4 @@
-"""grpc.health.v1 for every front: what is asked for is checked once, or watched.
+"""grpc.health.v1 of a server: statuses of services are checked once, or watched.
 
 Protocol: grpc's health/v1/health.proto. A watch is an ordinary stream here, so a stop ends it as it ends the others.
 """

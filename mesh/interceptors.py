@@ -37,6 +37,10 @@ _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 _UNTRACED = ("/grpc.health.v1.Health/", "/envoy.service.discovery.v3.", "/grpc.reflection.")
 _FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNKNOWN)
 
+PATH = "shoal.path"
+"""Attribute of server spans: `fast` or `slow`, the path that the call took."""
+_ABOUT = {"rpc.system": "grpc", PATH: "slow"}
+
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -84,13 +88,10 @@ def translated(doing: str = "") -> Iterator[None]:
         raise translate(err, doing) from err
 
 
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+class ServerInterceptor:
+    """Wraps all methods of a server on the slow path: spans, and errors as statuses.
 
-
-class ServerInterceptor(grpc.aio.ServerInterceptor):
-    """One interceptor for all methods of a service, so that none can be forgotten.
-
-    It also knows the open streams, so that a stop need not wait for a watcher: `end_idle_streams`.
+    It also knows the open streams, so that a stop need not wait for idle ones: `end_idle_streams`.
     """
 
     def __init__(self) -> None:
@@ -106,10 +107,6 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         for task in idle:
             task.cancel()
         return len(idle)
-
-    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        handler: Any = await continuation(handler_call_details)
-        return handler if handler is None else self.wrap(handler_call_details.method, handler)
 
     def wrap(self, method: str, handler: Any) -> Any:
         """The handler of `method` (`/package.Service/Method`) as it is served, of the same kind as the given."""
@@ -138,7 +135,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
     def _stream(self, method: str, behaviour: Callable[..., Any], checked: Callable[[Any], Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> AsyncIterator[Any]:
             task = asyncio.current_task()
-            assert task is not None  # grpc.aio runs every handler in a task.
+            # Every call on the slow path has a task.
+            assert task is not None
             clock = asyncio.get_running_loop().time
             self._streams[task] = clock()
             with self._span(method, ctx) as span:
@@ -168,7 +166,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             return
         carrier = {key: value for key, value in ctx.invocation_metadata() or () if isinstance(value, str)}
         parent = propagate.extract(carrier)
-        span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, {"rpc.system": "grpc"})
+        span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, _ABOUT)
         token: Token[context.Context] | None = context.attach(trace.set_span_in_context(span, parent))
         try:
             yield span

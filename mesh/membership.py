@@ -84,10 +84,6 @@ class Instance:
         """Key of the instance in etcd."""
         return PREFIX + f"{self.service}/{self.node}/{self.instance}".encode()
 
-    def is_same_process(self, other: Instance) -> bool:
-        """Return True when both describe the same process, not a successor under the same name."""
-        return (self.name, self.pid, self.started_at) == (other.name, other.pid, other.started_at)
-
 
 def encode(instance: Instance) -> bytes:
     """Return the value of an instance's key: JSON with the fields of Instance."""

@@ -1,7 +1,8 @@
-"""Unix sockets as addresses: `unix:/path`, beside TCP's `host:port`."""
+"""Addresses that a server listens at: `unix:/path` and TCP's `host:port`."""
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 
 
@@ -24,3 +25,14 @@ def remove(listen: str) -> None:
     """Removes the file of a unix socket that nobody listens at any more. Nothing for a TCP address."""
     if (path := path_of(listen)) is not None:
         path.unlink(missing_ok=True)
+
+
+def is_local(listen: str) -> bool:
+    """Return whether only this machine can reach the address."""
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

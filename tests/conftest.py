@@ -23,8 +23,10 @@ import pytest
 
 from kernels import backend
 from mesh.node import parts
-from tests.lanes import Lanes
+from tests.lanes import SLOW_MARKS, Lanes, is_slow
 from tests.weeds import WeedProcess
+
+pytest_plugins = ["tests.costs"]
 
 READY_S = 30
 SHARED_DATA_BYTES = 4 << 30
@@ -42,6 +44,20 @@ hypothesis.settings.load_profile("unhurried")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--patient", action="store_true", help="the last worker runs the files that wait (tests/lanes.py)")
+    parser.addoption("--fast", action="store_true", help="leave out what waits and what is slow (tests/lanes.py)")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    is_left_out = config.getoption("--fast") and is_slow(collection_path.relative_to(config.rootpath).as_posix())
+    return True if is_left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        slow = [item for item in items if not SLOW_MARKS.isdisjoint(mark.name for mark in item.iter_markers())]
+        config.hook.pytest_deselected(items=slow)
+        left_out = set(slow)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,10 +2,10 @@
 
 shoal.cli -> shoal.client, shoal.convert, shoal.compress, shoal.discovery, mesh.node
 shoal.compress -> shoal.convert -> shoal's errors; only when a model is converted or compressed
-services  -> mesh, kernels, shoal's stubs, errors and datatypes; never each other
+services  -> mesh, kernels, shoal's stubs, errors, tensor codec and own_packages; never each other
 mesh      -> shoal's stubs and errors; no service
 kernels   -> nothing of ours, no grpc, no asyncio
-shoal.client, shoal.discovery -> shoal's stubs, errors and datatypes
+shoal.client, shoal.discovery -> shoal's stubs, errors and tensor codec
 shoal.client -> mesh.h2.client, and nothing else of the mesh: a gRPC client that knows neither nodes nor services, with
                 which ingest calls the others, too
 """
@@ -57,14 +57,14 @@ def within(name: str, *packages: str) -> bool:
 
 def allowed(module: str) -> tuple[str, ...]:
     """What of ours `module` may import."""
-    bottom = (*STUBS, "shoal.errors", "shoal.datatypes", "shoal.__version__", "shoal._version")
+    bottom = (*STUBS, "shoal.errors", "shoal.oip", "shoal.__version__", "shoal._version")
     if within(module, "kernels"):
         return ("kernels",)
     if within(module, "mesh"):
         return ("mesh", *bottom)
     if within(module, "services"):
         own = ".".join(module.split(".")[:2])
-        return (own, "mesh", "kernels", *bottom)
+        return (own, "mesh", "kernels", "shoal.own_packages", *bottom)
     if within(module, "shoal.cli"):
         return ("shoal", "mesh")
     if within(module, "shoal.convert"):

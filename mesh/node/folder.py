@@ -24,8 +24,9 @@ from shoal.errors import FailedPrecondition, InvalidArgument
 
 _SUBFOLDERS = ("logs", "etcd", "mongo", "blobs", "cache/models")
 _RUN_PREFIX = "shoal-"
+_PRIVATE_PREFIX = "shoal-serve-"
+# What is left of 107 after `/shoal-serve-XXXXXXXX/` and the longest name of a socket.
 _BASE_BYTES = 70
-# What is left of 107 after `/shoal-XXXXXXXX/` and the longest name of a socket.
 
 
 @contextlib.contextmanager
@@ -70,6 +71,49 @@ def run_dir(data_dir: Path, environ: Mapping[str, str]) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def private(environ: Mapping[str, str]) -> Iterator[Path]:
+    """Make a fresh private folder with a short path, and remove it when the block ends.
+
+    This process holds a lock on it. A folder without a holder is of a process that was killed: it is removed here.
+    """
+    base = Path(_base(environ))
+    for left in base.glob(f"{_PRIVATE_PREFIX}*"):
+        _remove_abandoned(left)
+    path, lock = _locked(base)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(base: Path) -> tuple[Path, int]:
+    """Return a fresh folder in `base`, and the descriptor that holds its lock."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_PRIVATE_PREFIX, dir=base))
+        # Another process that starts now may take the folder for an abandoned one, until it is locked.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return path, lock
+            os.close(lock)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove a private folder that no process holds."""
+    with contextlib.suppress(OSError):
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(lock)
+            if status.st_uid == os.getuid() and stat.S_IMODE(status.st_mode) == 0o700:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def remembered_ports(data_dir: Path) -> dict[str, int]:

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from mesh.front import Choice
 from mesh.node import folder, gateway, plan, probes
 from mesh.node.namesake import refuse_namesake
 from mesh.node.options import Options
@@ -97,7 +96,6 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
         held.enter_context(folder.held(options.data_dir))
         files = ReadyFiles([options.data_dir / "node.json", *ready_files])
         files.check()
-        front = plan.front(options, environ)
         layout = _reserve(options, held.enter_context(Ports()))
         layout = replace(layout, run_dir=held.enter_context(folder.run_dir(options.data_dir, environ)))
         signals.at_second.append(lambda: shutil.rmtree(layout.run_dir, ignore_errors=True))
@@ -108,7 +106,7 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
             await refuse_namesake(options.etcd, options.name)
         raise_file_limit()
         if not signals.stop.is_set():
-            await _run(_Running(options, layout, files, screen, front), groups, signals)
+            await _run(_Running(options, layout, files, screen), groups, signals)
 
 
 async def _run(running: _Running, groups: Sequence[Sequence[Part]], signals: Signals) -> None:
@@ -132,10 +130,7 @@ class _Running:
 
     supervisor: Supervisor
 
-    def __init__(
-        self, options: Options, layout: Layout, files: ReadyFiles, screen: Screen, front: Choice | None
-    ) -> None:
-        self.front = front
+    def __init__(self, options: Options, layout: Layout, files: ReadyFiles, screen: Screen) -> None:
         self.options = options
         self.layout = layout
         self.files = files
@@ -144,7 +139,7 @@ class _Running:
 
     def word(self) -> Ready:
         layout = self.layout
-        return Ready(layout.gateway, layout.admin, self.options.data_dir, self.supervisor.pids(), self.front)
+        return Ready(layout.gateway, layout.admin, self.options.data_dir, self.supervisor.pids())
 
     def announce(self) -> None:
         """Writes the ready files, now and at every new pid from here on."""

@@ -162,11 +162,17 @@ async def _join_set(client: AsyncMongoClient[dict[str, Any]], host: str) -> None
         await client.admin.command("replSetReconfig", config, force=True)
 
 
-def envoy(bootstrap: Path, admin: str, concurrency: int) -> Part:
-    """An Envoy that starts from the file `bootstrap`, with `concurrency` workers. Ready means: it has its listeners."""
+def envoy(bootstrap: Path, admin: str, concurrency: int, *, log_level: str = "warning") -> Part:
+    """An Envoy that starts from the file `bootstrap`, with `concurrency` workers. Ready means: it has its listeners.
+
+    `admin` is the address of its admin endpoint: `unix:/path` or `host:port`.
+
+    Raises:
+        FailedPrecondition: there is no Envoy binary.
+    """
     argv = [str(find_binary("envoy")), "--config-path", str(bootstrap), "--concurrency", str(concurrency)]
     # Hot restart shares memory between Envoys by number: two nodes on one machine would meet in it.
-    argv += ["--disable-hot-restart", "--log-level", "warning", "--drain-time-s", "5", "--drain-strategy", "immediate"]
+    argv += ["--disable-hot-restart", "--log-level", log_level, "--drain-time-s", "5", "--drain-strategy", "immediate"]
     return Part("envoy", tuple(argv), lambda: probes.http_ok(admin, "/ready"), grace_s=5)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from mesh import flights
 from mesh.bootstrap import bootstrap
-from mesh.front import CHOICES, Choice, choose
 from mesh.node import parts
 from mesh.node.options import Options
 from mesh.node.ports import HOST
@@ -90,16 +89,6 @@ def groups(options: Options, layout: Layout, environ: Mapping[str, str], launche
         instances = [f"{service}-{number}" for number in range(count)]
         found.append([_service(service, name, options, layout, environ, launcher) for name in instances])
     return found
-
-
-def front(options: Options, environ: Mapping[str, str]) -> Choice | None:
-    """What stands before infer; None without infer, and for a value that is none: infer explains that itself.
-
-    Raises:
-        FailedPrecondition: the one that is asked for cannot run here.
-    """
-    asked = environ.get("SHOAL_INFER_FRONT", "auto")
-    return choose(asked, "unix:") if "infer" in options.replicas and asked in CHOICES else None
 
 
 def envoy_bootstrap(options: Options, layout: Layout) -> str:

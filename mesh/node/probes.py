@@ -10,17 +10,23 @@ PROBE_S = 1.0
 
 
 async def http_ok(address: str, path: str) -> bool:
-    """Whether a GET of `path` at `address` (`host:port`) is answered with 200."""
-    host, _, port = address.rpartition(":")
+    """Return whether a GET of `path` at `address` (`unix:/path` or `host:port`) is answered with 200."""
     with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
         async with asyncio.timeout(PROBE_S):
-            reader, writer = await asyncio.open_connection(host, int(port))
+            reader, writer = await _connection(address)
             try:
-                writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n".encode())
                 return b" 200 " in await reader.readline()
             finally:
                 writer.close()
     return False
+
+
+async def _connection(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if address.startswith("unix:"):
+        return await asyncio.open_unix_connection(address.removeprefix("unix:"))
+    host, _, port = address.rpartition(":")
+    return await asyncio.open_connection(host, int(port))
 
 
 async def is_open(address: str) -> bool:

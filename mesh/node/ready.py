@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from mesh.front import Choice
 from mesh.node.folder import write_whole
 from shoal.errors import InvalidArgument
 
@@ -24,8 +23,6 @@ class Ready:
     data_dir: Path
     pids: Mapping[str, int]
     """By name: `infer-0`, `envoy`, `etcd` ... A part that was given by URL is not among them."""
-    front: Choice | None = None
-    """What stands before infer; None when this node has no infer."""
 
     def as_json(self) -> str:
         document: dict[str, object] = {
@@ -34,8 +31,6 @@ class Ready:
             "data_dir": str(self.data_dir),
             "pids": dict(self.pids),
         }
-        if self.front is not None:
-            document["front"] = asdict(self.front)
         return json.dumps(document, indent=2)
 
 

@@ -1,4 +1,4 @@
-"""The processes that serve one address together. One alone may end; of several, each is kept running."""
+"""Processes that serve one address together; one that ends is started again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import signal
 from collections.abc import Callable, Sequence
 
-from mesh.exits import WRONG_SETTINGS
 from mesh.node.parts import Part
 from mesh.node.process import Process, spawn
 from mesh.node.restarts import Restarts
@@ -15,27 +14,41 @@ from mesh.tasks import end
 
 
 class Workers:
-    """Runs `parts` until `stop`, or until they cannot run. `tell(name, status, again_in_s)` hears of restarts."""
+    """Runs `parts` until `stop`, or until one ends for good.
 
-    def __init__(self, parts: Sequence[Part], tell: Callable[[str, int, float], None]) -> None:
+    Args:
+        tell: is called with the name, the status and the pause before each restart.
+        is_final: returns whether a process that ended with this status is not started again.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], tell: Callable[[str, int, float], None], *, is_final: Callable[[int], bool]
+    ) -> None:
         self._parts = tuple(parts)
         self._tell = tell
+        self._is_final = is_final
         self._running: dict[str, Process] = {}
         self._stopping = asyncio.Event()
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that run now."""
+        """The pids of the processes that run now."""
         return [process.pid for process in self._running.values()]
 
     def stop(self) -> None:
-        """Asks every process to stop; once more, to stop at once."""
+        """Ask every process to stop; once more, to stop at once."""
         self._stopping.set()
         for process in self._running.values():
             process.signal(signal.SIGTERM)
 
+    def kill(self) -> None:
+        """Kill every process now, for good."""
+        self._stopping.set()
+        for process in self._running.values():
+            process.kill()
+
     async def run(self) -> int:
-        """Returns once all have ended: the exit status of the first that failed, 128 + N for signal N, else 0.
+        """Return once all have ended: the exit status of the first that failed, 128 + N for signal N, else 0.
 
         Raises:
             OSError: no process can be made.
@@ -43,9 +56,10 @@ class Workers:
         keeping = [asyncio.create_task(self._keep(part), name=f"keep {part.name}") for part in self._parts]
         try:
             first, _ = await asyncio.wait(keeping, return_when=asyncio.FIRST_COMPLETED)
-            if not self._stopping.is_set():  # One that cannot run: the others are told the same.
+            # One has ended for good: the others would end for the same reason.
+            if not self._stopping.is_set():
                 self.stop()
-            # What the others end with only follows from the first.
+            # The first status is the cause of the others.
             statuses = [*(task.result() for task in first), *await asyncio.gather(*keeping)]
         finally:
             await end(*keeping)
@@ -56,11 +70,12 @@ class Workers:
         restarts = Restarts()
         while True:
             self._running[part.name] = process = await spawn(part, None)
-            if self._stopping.is_set():  # The stop came while the process was made, and missed it.
+            # A stop that came while the process was made has missed it.
+            if self._stopping.is_set():
                 process.signal(signal.SIGTERM)
             status = await process.wait()
             del self._running[part.name]
-            if self._stopping.is_set() or len(self._parts) == 1 or status == WRONG_SETTINGS:
+            if self._stopping.is_set() or self._is_final(status):
                 return status
             restarts = restarts.after(process.lived_s)
             self._tell(part.name, status, restarts.delay_s)

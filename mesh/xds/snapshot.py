@@ -62,9 +62,6 @@ class Snapshot:
         return self.resources.get(type_url, {})
 
 
-EMPTY = Snapshot({})
-
-
 def clusters_of(
     instances: Iterable[Instance], drained: frozenset[str], node: str, table: Table
 ) -> dict[str, set[Endpoint]]:

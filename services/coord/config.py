@@ -27,5 +27,3 @@ class CoordConfig(ServiceConfig):
     settle_ms: Annotated[int, Field(ge=0, le=60_000)] = 5_000
     """After an outage of etcd longer than their leases, instances have so long to register again before Envoy loses
     them."""
-    retention_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 60_000
-    """The leader has the store remove what is no longer kept so often."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -14,8 +13,6 @@ from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
 from mesh.xds.tracing import Tracing
 from services.coord.cluster import cluster_of
 from services.coord.presence import Presence, observe
-
-log = logging.getLogger(__name__)
 
 
 class Configurations(Background):

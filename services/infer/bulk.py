@@ -1,6 +1,6 @@
 """Many requests in one call: each goes its ordinary way, and its answer leaves with those that are done just then.
 
-    entries ──> short way, one by one ──scheduler──> answers gather ──once a turn of the loop──> one message
+    entries ──> fast path, one by one ──scheduler──> answers gather ──once a turn of the loop──> one message
 
 A bulk is no batch: its entries stand in the queue beside everybody's. They arrive together, so what they are stacked
 with is mostly each other.
@@ -15,11 +15,11 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
-from mesh.asgi.framing import PREFIX_BYTES
 from mesh.interceptors import status_of
+from mesh.rpc.framing import PREFIX_BYTES
 from mesh.tasks import end, log_failure
 from services.infer.remembered import ATTEMPT
-from services.infer.short import TENANT, ShortInfer
+from services.infer.short import TENANT, FastInfer
 from shoal.errors import DeadlineExceeded, InvalidArgument, ShoalError
 from shoal.inference.v2 import bulk_pb2 as pb
 
@@ -34,7 +34,7 @@ _NO_PREFIX = bytes(PREFIX_BYTES)
 class Bulk:
     """One call."""
 
-    def __init__(self, infer: ShortInfer, instance: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, infer: FastInfer, instance: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._infer = infer
         self._instance = instance
         self._clock = clock

@@ -1,4 +1,4 @@
-"""ModelInfer on the short way: from the bytes of a request to the bytes of its answer, with no task and little else.
+"""ModelInfer on the fast path: from the bytes of a request to the bytes of its answer, with no task and little else.
 
 body ──template?──> call ──scheduler──> outputs ──> answer
        └── none yet, or not so simple: parsed, answered by the core, and learnt from
@@ -13,8 +13,8 @@ from typing import Any, Protocol, cast
 
 from google.protobuf.message import DecodeError
 
-from mesh.asgi.framing import PREFIX_BYTES
 from mesh.interceptors import malformed
+from mesh.rpc.framing import PREFIX_BYTES
 from services.infer import template
 from services.infer.calls import request
 from services.infer.calls.tensors import Tensor
@@ -58,8 +58,8 @@ class Caller(Protocol):
         """How long ago it came."""
 
 
-class ShortInfer:
-    """A mesh.asgi.exchange.ShortHandler for ModelInfer; also what a bulk does with each of its entries."""
+class FastInfer:
+    """A mesh.rpc.fast_call.FastHandler for ModelInfer; also what a bulk does with each of its entries."""
 
     def __init__(self, server: InferenceServer, models: Models) -> None:
         self._server = server

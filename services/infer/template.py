@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mesh.asgi.framing import PREFIX_BYTES
+from mesh.rpc.framing import PREFIX_BYTES
 from services.infer.calls import parameters, request
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.calls.signature import Signature

@@ -5,13 +5,17 @@ A status message travels in a header, and a header that is too long breaks the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from google.protobuf.descriptor import EnumDescriptor
+# Model processes import this module and no protobuf.
+if TYPE_CHECKING:
+    from google.protobuf.descriptor import EnumDescriptor
+
+from shoal.oip.tensors import shape_text
 
 _NAME_LENGTH = 128
-_DIMS = 16
 _NAMES = 32
 
 
@@ -26,10 +30,7 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(shown[:_NAMES] + ["..."] * (len(shown) > _NAMES))
 
 
-def written(shape: Sequence[int]) -> str:
-    """A shape: `[-1,4]`; its first 16 dimensions."""
-    more = f",... ({len(shape)} dimensions)" if len(shape) > _DIMS else ""
-    return "[" + ",".join(str(dim) for dim in shape[:_DIMS]) + more + "]"
+written = shape_text
 
 
 def enumerated(kind: EnumDescriptor, value: int) -> str:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from mesh.interceptors import Context
-from mesh.server import Rpc
+from mesh.rpc.server import Rpc
 from services.ingest.batches.rpc import BatchesRpc
 from services.ingest.connectors.reports import Reports
 from services.ingest.connectors.rpc import StreamsRpc

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from shoal import __version__
+from shoal import __version__, own_packages
 from shoal.cli.output import printable
 from shoal.errors import InvalidArgument, ShoalError
 
@@ -71,6 +71,7 @@ def root(
 
 def main() -> None:
     """Run the command line. Exits 0 on success, 2 for a wrong command line, 1 for other errors."""
+    own_packages.exit_when_foreign()
     try:
         app(prog_name="shoal")
     except ShoalError as err:

@@ -293,6 +293,7 @@ def _labels(made: Compression) -> dict[str, str]:
         "compression": str(made.method),
         "compressed_with": ", ".join(f"{package} {version}" for package, version in made.packages.items()),
         "checked_on": made.rows[:256],
+        "measured_on": str(made.processor)[:256],
         "original_bytes": str(made.original_bytes),
         **provenance.of_drift(made.drift),
     }
@@ -306,6 +307,7 @@ def show_compression(made: Compression, *, stderr: bool = False) -> None:
     packages = ", ".join(f"{package} {version}" for package, version in made.packages.items())
     out.print(f"[bold]{made.source}[/bold], {made.method.value} ({packages})")
     out.print(f"  size: {size(made.original_bytes)} -> {size(made.compressed_bytes)} ({gain})")
+    out.print(f"  measured on: {made.processor}", markup=False, highlight=False)
     times = [
         (each.rows, f"{each.original_ms:.3g} ms", f"{each.compressed_ms:.3g} ms", f"{each.speedup:.2f}", each.rounds)
         for each in made.latencies

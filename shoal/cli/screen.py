@@ -38,7 +38,6 @@ class NodeScreen:
         self._options = options
         self._as_json = as_json
         self._said_starting = False
-        self._was_ready = False
         self._out, self._err = _Console(), _Console(stderr=True)
         for console in (self._out, self._err):
             if not console.is_terminal:
@@ -77,7 +76,6 @@ class NodeScreen:
         self._say(text, "yellow")
 
     def ready(self, ready: Ready, took_s: float) -> None:
-        self._was_ready = True
         self._stop_status()
         with contextlib.suppress(OSError):
             if self._as_json:
@@ -85,8 +83,6 @@ class NodeScreen:
                 self._out.file.flush()
             else:
                 self._out.print(self._table(ready))
-        if ready.front is not None:
-            self._say(f"infer's front is {ready.front.name}: {ready.front.why}")
         self._say(f"ready after {took_s:.1f} s; Ctrl-C stops the node", "green")
 
     def stopping(self, number: int) -> None:
@@ -114,8 +110,7 @@ class NodeScreen:
         table.add_row("data", str(ready.data_dir))
         table.add_row("logs", self._logs, end_section=True)
         for name, pid in ready.pids.items():
-            is_infer = ready.front is not None and name.startswith("infer-")
-            table.add_row(name, f"pid {pid}" + (f"   front {ready.front.name}" if is_infer and ready.front else ""))
+            table.add_row(name, f"pid {pid}")
         external = (
             ("etcd", self._options.etcd),
             ("mongod", self._options.mongo and self._options.mongo.rpartition("@")[2]),

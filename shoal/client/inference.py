@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from shoal.client.arrays import Array, ArrayLike, from_contents, from_tensor, is_exact, to_tensor
+from shoal.client.arrays import ArrayLike, is_exact, to_tensor
 from shoal.errors import DataLoss, InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as oip
+from shoal.oip.tensors import Array, read_tensor
 
 Parameter: TypeAlias = bool | int | float | str
 """Type of the values in the protocol's `parameters`."""
 
-_Tensor: TypeAlias = oip.ModelInferRequest.InferInputTensor | oip.ModelInferResponse.InferOutputTensor
+_Tensors: TypeAlias = (
+    Sequence[oip.ModelInferRequest.InferInputTensor] | Sequence[oip.ModelInferResponse.InferOutputTensor]
+)
 _INT64 = 1 << 63
 _UINT64 = 1 << 64
 
@@ -111,13 +114,10 @@ def of_response(response: oip.ModelInferResponse) -> InferResult:
     Raises:
         DataLoss: the tensors' contents do not fit their shape or datatype.
     """
-    raw = response.raw_output_contents
-    if raw and len(raw) != len(response.outputs):
-        raise DataLoss(f"{response.model_name!r} returned {len(response.outputs)} outputs with {len(raw)} contents")
     return InferResult(
         model_name=response.model_name,
         model_version=response.model_version,
-        outputs=_arrays(response.outputs, raw),
+        outputs=_arrays(response.outputs, response.raw_output_contents, "output"),
         parameters=of_parameters(response.parameters),
         id=response.id,
         datatypes={output.name: output.datatype for output in response.outputs},
@@ -130,19 +130,16 @@ def of_inputs(request: oip.ModelInferRequest) -> dict[str, Array]:
     Raises:
         DataLoss: the tensors' contents do not fit their shape or datatype.
     """
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
-        raise DataLoss(f"a request to {request.model_name!r} has {len(request.inputs)} inputs with {len(raw)} contents")
-    return _arrays(request.inputs, raw)
+    return _arrays(request.inputs, request.raw_input_contents, "input")
 
 
-def _arrays(tensors: Sequence[_Tensor], raw: Sequence[bytes]) -> dict[str, Array]:
-    return {
-        tensor.name: from_tensor(tensor.name, tensor.datatype, tensor.shape, raw[index])
-        if raw
-        else from_contents(tensor.name, tensor.datatype, tensor.shape, tensor.contents)
-        for index, tensor in enumerate(tensors)
-    }
+def _arrays(tensors: _Tensors, raw: Sequence[bytes], role: str) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    for index in range(len(tensors)):
+        name, array = read_tensor(tensors, raw, index, role, DataLoss)
+        # A view of the message is read-only, and keeps the whole message in memory.
+        arrays[name] = array if array.flags.writeable else array.copy()
+    return arrays
 
 
 def of_parameters(parameters: Mapping[str, oip.InferParameter]) -> dict[str, Parameter]:

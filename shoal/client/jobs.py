@@ -10,7 +10,7 @@ from contextlib import aclosing
 from datetime import datetime, timedelta
 
 from shoal.client import methods
-from shoal.client.arrays import Array, ArrayLike
+from shoal.client.arrays import ArrayLike
 from shoal.client.asking import RequestEncoder, as_async
 from shoal.client.calls import Caller
 from shoal.client.dead_letters import AsyncDeadLetters
@@ -25,6 +25,7 @@ from shoal.client.schedules import AsyncSchedules
 from shoal.client.submission import WINDOW, SubmitStream
 from shoal.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest
+from shoal.oip.tensors import Array
 from shoal.store.v1 import store_pb2 as store
 
 SUBMIT_S = 30.0

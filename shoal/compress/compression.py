@@ -11,6 +11,7 @@ import numpy as np
 from shoal.compress.latency import Latency, compare
 from shoal.compress.method import Method
 from shoal.compress.methods import compress
+from shoal.compress.processor import Processor, this_processor
 from shoal.convert.drift import Answers, Drift, Mismatch, measure
 from shoal.convert.extras import versions
 from shoal.convert.onnx_model import OnnxModel
@@ -49,6 +50,8 @@ class Compression:
     is_real: bool
     calibrated_on: int
     """Rows that static int8 took its ranges from; 0 for the other methods."""
+    processor: Processor
+    """The processor that drift and latencies were measured on."""
     drift: Drift
     latencies: Sequence[Latency]
     threads: int
@@ -96,6 +99,7 @@ def run(
         rows=rows.source,
         is_real=rows.is_real,
         calibrated_on=sum(row_count(call) for call in calibration),
+        processor=this_processor(),
         drift=drift,
         latencies=_latencies(original, compressed, checked),
         threads=threads,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def test_a_file_becomes_a_smaller_file(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "m.onnx, static" in done.stdout
     assert "times smaller" in done.stdout
+    assert re.search(r"measured on: \S.*", done.stdout)
     assert "drift from the original on 29 rows (rows.npz, ranges from 31 others)" in done.stdout
     assert "accepted: allowed are any relative drift and 20% of the labels changed" in done.stdout
     assert (folder / "m.static.onnx").stat().st_size < (folder / "m.onnx").stat().st_size
@@ -57,6 +59,8 @@ def test_lines_of_requests_and_json(folder: Path) -> None:
     done = quantize(folder, "m.onnx", "--data", "rows.jsonl", "--json", "-o", "out.onnx")
     said = json.loads(done.stdout)
     assert (said["method"], said["rows"], said["drift"]["rows"]) == ("dynamic", "rows.jsonl", 20)
+    assert said["processor"]["name"]
+    assert isinstance(said["processor"]["instruction_sets"], list)
     assert (said["target"], said["pushed"]) == ("out.onnx", [])
     (folder / "rows.jsonl").write_text('{"x": [[1, 2]]}\n')
     done = quantize(folder, "m.onnx", "--data", "rows.jsonl", "-o", "other.onnx")

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from mesh.h2 import frames
-from mesh.h2.server import H2Server
+from mesh.rpc.server import Server
 from shoal.client import methods
 from shoal.client.calls import Caller
 from shoal.client.retry import RetryPolicy
@@ -206,7 +206,7 @@ async def test_a_server_that_does_not_know_the_call(served: Served) -> None:
 
 
 async def test_shoals_own_servers_report_an_unknown_method() -> None:
-    async with H2Server("127.0.0.1:0", [], drain_ms=100, short={}) as server:
+    async with Server("127.0.0.1:0", [], drain_ms=100) as server:
         with pytest.raises(Unimplemented, match=r"does not know this call.*`shoal serve`.*`shoal up`"):
             await Caller(server.address).call(methods.GET_JOB, GET, timeout_s=5)
 

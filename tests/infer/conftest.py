@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from mesh.channel import connect
-from mesh.server import GrpcServer
+from mesh.rpc.server import Server
 from services.infer.core import InferenceServer
 from services.infer.models.control import Control
 from services.infer.models.means import Means
@@ -84,7 +84,7 @@ async def serving(
     means = Means.of(runtime or Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
     async with Models(means) as models, Control(models, partial(look, root)) as control:
         core = InferenceServer(models, "test/infer-0", control=control)
-        async with GrpcServer(f"unix:{socket}", [inference_rpc(core), bulk_rpc(core)], drain_ms=2000):
+        async with Server(f"unix:{socket}", [inference_rpc(core), bulk_rpc(core)], drain_ms=2000):
             control.offer(scan(root))
             await models.settled()
             async with connect(f"unix:{socket}") as channel:

@@ -1,4 +1,4 @@
-"""The short way answers as the long way does: whatever comes, before and after it has learnt."""
+"""The fast path answers as the slow path does: whatever comes, before and after it has learnt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from services.infer.models.means import Means
 from services.infer.models.models import Models
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
-from services.infer.short import ShortInfer
+from services.infer.short import FastInfer
 from services.infer.sources.repository import scan
 from shoal.errors import InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -60,7 +60,7 @@ class Server:
     def __init__(self, models: Models) -> None:
         self.models = models
         self.core = InferenceServer(models, "test/infer-0")
-        self.short = ShortInfer(self.core, models)
+        self.short = FastInfer(self.core, models)
 
     async def short_end(self, data: bytes):
         asked = Asked()

@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.ingest.dependencies.waiting import Standing, after_look
+from services.ingest.dependencies.waiting import after_look
 from services.ingest.job import (
     DEAD_LETTERS,
     FINAL,
@@ -41,6 +41,7 @@ from services.ingest.job import (
     take_over,
     try_again,
 )
+from services.ingest.job_store import Standing
 from shoal.errors import Code
 
 LEASE = timedelta(seconds=5)

@@ -79,9 +79,3 @@ def test_the_view_is_sorted_by_service_and_name():
     others = [replace(INFER, service=s, instance=i) for s, i in [("store", "store-0"), ("coord", "coord-1")]]
     copy = Copy({i.key: entry(i.key, encode(i)) for i in [*others, INFER]}, 7, stale=False)
     assert [i.instance for i in view_of(copy).instances] == ["coord-1", "infer-0", "store-0"]
-
-
-def test_a_process_that_takes_over_a_name_is_another():
-    assert INFER.is_same_process(replace(INFER, state=State.DRAINING))
-    assert not INFER.is_same_process(replace(INFER, pid=43))
-    assert not INFER.is_same_process(replace(INFER, started_at=INFER.started_at + 1))

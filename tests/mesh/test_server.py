@@ -17,7 +17,7 @@ from mesh.channel import connect
 from mesh.config import ConfigError, ServiceConfig, load
 from mesh.interceptors import translated
 from mesh.logs import JsonFormatter
-from mesh.server import GrpcServer, Rpc
+from mesh.rpc.server import Rpc, Server
 from shoal import errors
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc as rpc
@@ -46,9 +46,9 @@ class Answers(rpc.CoordServiceServicer):
         await asyncio.Event().wait()
 
 
-def server(servicer: Answers, run_dir: Path) -> GrpcServer:
+def server(servicer: Answers, run_dir: Path) -> Server:
     add = lambda target: rpc.add_CoordServiceServicer_to_server(servicer, target)  # noqa: E731
-    return GrpcServer(f"unix:{run_dir}/x.sock", [Rpc(SERVICE, add)], drain_ms=5_000)
+    return Server(f"unix:{run_dir}/x.sock", [Rpc(SERVICE, add)], drain_ms=5_000)
 
 
 async def test_an_error_arrives_as_the_class_that_was_raised(run_dir: Path) -> None:
@@ -131,9 +131,9 @@ async def test_health_says_serving_only_when_told(run_dir: Path) -> None:
 
 
 async def test_a_taken_port_is_named() -> None:
-    async with GrpcServer("127.0.0.1:0", [], drain_ms=0) as first:
-        with pytest.raises(OSError, match="is it in use"):
-            async with GrpcServer(first.address, [], drain_ms=0):
+    async with Server("127.0.0.1:0", [], drain_ms=0) as first:
+        with pytest.raises(OSError, match="in use"):
+            async with Server(first.address, [], drain_ms=0):
                 pass
 
 
@@ -173,7 +173,6 @@ def test_a_log_line_is_json_with_its_fields() -> None:
 
 @pytest.mark.parametrize("listen", ["unix:{}/x.sock", "127.0.0.1:0"])
 async def test_a_path_that_is_no_text_ends_no_server(run_dir: Path, listen: str) -> None:
-    """grpc.aio's own takes no more calls after one: another takes its place, and what is in flight is answered."""
     servicer, go = Answers(), asyncio.Event()
 
     async def lead() -> pb.GetLeaderResponse:
@@ -182,7 +181,7 @@ async def test_a_path_that_is_no_text_ends_no_server(run_dir: Path, listen: str)
 
     servicer.leader = lead
     add = lambda target: rpc.add_CoordServiceServicer_to_server(servicer, target)  # noqa: E731
-    made = GrpcServer(listen.format(run_dir), [Rpc(SERVICE, add)], drain_ms=20_000)
+    made = Server(listen.format(run_dir), [Rpc(SERVICE, add)], drain_ms=20_000)
     async with made as running, connect(running.address) as channel:
         await running.serve()
         before = asyncio.ensure_future(rpc.CoordServiceStub(channel).GetLeader(pb.GetLeaderRequest()))

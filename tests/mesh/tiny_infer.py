@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from mesh.interceptors import Context
-from mesh.server import GrpcServer, Rpc, until_stopped
+from mesh.rpc.server import Rpc, Server
+from mesh.signals import until_stopped
 from shoal.errors import Code, from_status
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
@@ -85,7 +86,7 @@ async def main(socket: str, name: str) -> None:
         bulk_pb2.DESCRIPTOR.services_by_name["BulkInference"],
         lambda server: bulk_pb2_grpc.add_BulkInferenceServicer_to_server(TinyBulk(name), server),
     )
-    async with GrpcServer(f"unix:{socket}", [rpc, bulk], drain_ms=2_000) as server:
+    async with Server(f"unix:{socket}", [rpc, bulk], drain_ms=2_000) as server:
         await server.serve()
         await until_stopped()
 

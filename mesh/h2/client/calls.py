@@ -12,11 +12,11 @@ from typing import Protocol
 
 import grpc
 
-from mesh.asgi.framing import PREFIX, PREFIX_BYTES, Deframer, framed
 from mesh.h2.client import request
 from mesh.h2.client.failures import CallFailed
 from mesh.h2.sending import Sender
 from mesh.limits import MESSAGE_BYTES
+from mesh.rpc.framing import PREFIX, PREFIX_BYTES, Deframer, framed
 from shoal.errors import InvalidArgument
 
 S = grpc.StatusCode

@@ -11,9 +11,9 @@ from urllib.parse import unquote_to_bytes
 
 import grpc
 
-from mesh.asgi import status
 from mesh.h2.frames import Reason
 from mesh.h2.headers import Block
+from mesh.rpc import status
 from shoal.errors import InvalidArgument
 
 S = grpc.StatusCode

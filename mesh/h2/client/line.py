@@ -80,7 +80,7 @@ class Line(Peer):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._begin(transport)
         self._sender.write(PREFACE)
-        self._greet({frames.ENABLE_PUSH: 0})
+        self._send_settings({frames.ENABLE_PUSH: 0})
         self._timer = self._loop.call_later(self._tick_s, self._tick)
 
     def data_received(self, data: bytes) -> None:
@@ -107,7 +107,7 @@ class Line(Peer):
         self._timer.cancel()
         self._owner.lost(self)
         self._retire()
-        self._sender.lost()
+        self._sender.close()
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.end(CallFailed(S.UNAVAILABLE, f"lost {self._address}: {why}"))
@@ -184,7 +184,7 @@ class Line(Peer):
         """Answers came before the ends of their requests. Peers say so themselves, mostly right behind (RST_STREAM):
         else our side is ended here. Resets are for what would still be sent: Envoy takes many for an attack."""
         for number in self._half_open:
-            if self._sender.waits(number):
+            if self._sender.has_unsent(number):
                 self._reset(number, Reason.NO_ERROR)
             else:
                 self._sender.end_data(number)

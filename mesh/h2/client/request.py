@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from mesh.asgi import status
 from mesh.h2.headers import encode
+from mesh.rpc import status
 
 Metadata = Iterable[tuple[str, str | bytes]]
 

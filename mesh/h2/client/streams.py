@@ -13,11 +13,11 @@ from types import TracebackType
 
 import grpc
 
-from mesh.asgi.framing import PREFIX_BYTES, framed
 from mesh.h2.client.calls import Call, Owner, too_large
 from mesh.h2.client.failures import CallFailed
 from mesh.h2.sending import Sender
 from mesh.limits import MESSAGE_BYTES
+from mesh.rpc.framing import PREFIX_BYTES, framed
 
 S = grpc.StatusCode
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-from services.infer.calls import ragged, tensors
+from services.infer.aside import aside
+from services.infer.calls import ragged
 from services.infer.calls.classification import classify
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.scheduling.execution import Answer, StepTimes
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.datatypes import BY_NAME
+from shoal.oip.tensors import to_raw
+
+# Beyond these, writing a response takes about a millisecond, and is offloaded to a thread.
+_LARGE_BYTES = 4 << 20
+# BYTES and classes: Python objects, one by one.
+_FEW_ELEMENTS = 1 << 13
 
 
 def write(answer: Answer, call: Call, *, model: str, version: int, id: str, batched: bool) -> pb.ModelInferResponse:
@@ -25,13 +32,30 @@ def write(answer: Answer, call: Call, *, model: str, version: int, id: str, batc
     return response
 
 
+async def write_async(
+    answer: Answer, call: Call, *, model: str, version: int, id: str, batched: bool
+) -> pb.ModelInferResponse:
+    """Write a response as `write` does, on a thread when writing would block the event loop."""
+    return await aside(
+        lambda: write(answer, call, model=model, version=version, id=id, batched=batched),
+        _is_long_write(answer, call),
+    )
+
+
+def _is_long_write(answer: Answer, call: Call) -> bool:
+    arrays = [array for output in answer.outputs for array in ragged.arrays(output)]
+    by_element = sum(array.size for array in arrays if array.dtype == object) > _FEW_ELEMENTS
+    classes = sum(wanted.classes for wanted in call.outputs) * call.rows
+    return by_element or classes > _FEW_ELEMENTS or sum(array.nbytes for array in arrays) > _LARGE_BYTES
+
+
 def _add(response: pb.ModelInferResponse, wanted: WantedOutput, value: Value, *, batched: bool) -> None:
     datatype = wanted.spec.datatype
     output = ragged.dense(value, wanted.spec, "inference output")
     if wanted.classes:
         output, datatype = classify(output, wanted.spec, wanted.classes, batched=batched), BY_NAME["BYTES"]
     response.outputs.add(name=wanted.spec.name, datatype=datatype.name, shape=output.shape)
-    response.raw_output_contents.append(tensors.to_raw(output, datatype))
+    response.raw_output_contents.append(to_raw(output, datatype))
 
 
 def explain(response: pb.ModelInferResponse, answer: Answer, replica: str, cache: str) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from kernels.top_k import top_k
-from services.infer.calls import tensors
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
+from shoal.oip import bfloat16
 
 
 def classify(output: Tensor, spec: TensorSpec, classes: int, *, batched: bool) -> Tensor:
@@ -25,7 +25,7 @@ def classify(output: Tensor, spec: TensorSpec, classes: int, *, batched: bool) -
     Returns:
         `str` objects, [rows, k] when `batched`, else [k].
     """
-    numbers = tensors.widened(output) if spec.datatype.name == "BF16" else output
+    numbers = bfloat16.to_float32(output) if spec.datatype.name == "BF16" else output
     rows = output.shape[0] if batched else 1
     flat = numbers.reshape(rows, int(np.prod(output.shape[1:])) if batched else output.size)
     values, indices = top_k(flat, classes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from services.infer.aside import aside
 from services.infer.calls import parameters, tensors
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.ragged import Value
@@ -15,6 +17,15 @@ from services.infer.calls.tensors import Tensor
 from services.infer.wording import listed, quoted, written
 from shoal.errors import InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.tensors import count_elements
+
+# Beyond these, reading a request takes about a millisecond, and is offloaded to a thread.
+# Raw numbers: one copy of memory.
+_MANY_ELEMENTS = 1 << 20
+# Typed contents and BYTES: Python objects, one by one.
+_FEW_ELEMENTS = 1 << 13
+_MANY_INPUTS = 256
+_MOST_DIMS = 32
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,24 @@ def read(request: pb.ModelInferRequest, signature: Signature) -> Call:
     size = sum(tensors.size_bytes(t) for t in inputs.values())
     key = key_of(inputs, outputs, signature)
     return Call(inputs, outputs, rows, size, key, given, request)
+
+
+async def read_async(request: pb.ModelInferRequest, signature: Signature) -> Call:
+    """Read a request as `read` does, on a thread when reading would block the event loop."""
+    return await aside(lambda: read(request, signature), is_long_read(request))
+
+
+def is_long_read(request: pb.ModelInferRequest) -> bool:
+    """True when reading a request would block the event loop: decided from its shapes, which are cheap to read."""
+    if len(request.inputs) > _MANY_INPUTS:
+        return True
+    by_element = not request.raw_input_contents
+    for tensor in request.inputs:
+        limit = _FEW_ELEMENTS if by_element or tensor.datatype == "BYTES" else _MANY_ELEMENTS
+        # No tensor has so many dimensions, and their product would be a number of any length.
+        if len(tensor.shape) <= _MOST_DIMS and math.prod(tensor.shape) > limit:
+            return True
+    return False
 
 
 def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signature: Signature) -> Hashable:
@@ -158,7 +187,7 @@ def _data(request: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool
 
 def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: TensorSpec, model: str, text: bool) -> Tensor:
     what = _input(spec.name, model)
-    if not tensor.contents.ListFields() and tensors.count(tensor.shape, what):
+    if not tensor.contents.ListFields() and count_elements(tensor.shape, what, InvalidArgument):
         raise InvalidArgument(f"{what} has no data: expected contents, or an entry of raw_input_contents")
     return tensors.from_contents(tensor.contents, spec.datatype, tensor.shape, what, text=text)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from services.infer.calls.datatypes import Datatype
+from shoal.oip.datatypes import Datatype
 
 
 @dataclass(frozen=True)

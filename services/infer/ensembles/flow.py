@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from services.infer.calls.datatypes import BY_CONFIG
 from services.infer.calls.request import WantedOutput
 from services.infer.calls.signature import Signature, TensorSpec
 from services.infer.ensembles import residence
@@ -20,6 +19,7 @@ from services.infer.models.modelconfig import Completed
 from services.infer.wording import listed, quoted, written
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NUMBER
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Weaver:
         for given in self._graph.config.input:
             if given.name == name:
                 shape = ((-1,) if rows else ()) + tuple(given.dims)
-                spec = TensorSpec(name, BY_CONFIG[given.data_type], shape, is_optional=given.optional)
+                spec = TensorSpec(name, BY_NUMBER[given.data_type], shape, is_optional=given.optional)
                 return Flow(spec, f"the ensemble's input '{name}'", text=False)
         expected = [(step, self._expected(step, key)) for step in self._graph.steps for key in _keys(step, name)]
         step, first = expected[0]
@@ -167,15 +167,15 @@ class _Weaver:
         if not config.input:
             for name in inputs:
                 spec = self._flows[name].spec
-                config.input.add(name=name, data_type=spec.datatype.config, dims=spec.shape[1 if rows else 0 :])
+                config.input.add(name=name, data_type=spec.datatype.config_name, dims=spec.shape[1 if rows else 0 :])
         for given in config.output:
             shape = ((-1,) if rows else ()) + tuple(given.dims)
-            spec = TensorSpec(given.name, BY_CONFIG[given.data_type], shape)
+            spec = TensorSpec(given.name, BY_NUMBER[given.data_type], shape)
             self._wrong += _misfits(f"the ensemble's output '{given.name}'", spec, self._flows[given.name])
         if not config.output:
             for name in outputs:
                 spec = self._flows[name].spec
-                config.output.add(name=name, data_type=spec.datatype.config, dims=spec.shape[1 if rows else 0 :])
+                config.output.add(name=name, data_type=spec.datatype.config_name, dims=spec.shape[1 if rows else 0 :])
         signature = Signature(
             tuple(self._flows[name].spec for name in inputs),
             tuple(self._promised(given, rows, labels) for given in config.output),

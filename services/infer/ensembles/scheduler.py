@@ -7,7 +7,6 @@ start ──> are the steps' versions still the ones that calls mean? ──> ro
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -21,8 +20,6 @@ from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submitted import submitted
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-
-log = logging.getLogger(__name__)
 
 _RETRY_MIN_MS, _RETRY_MAX_MS = 5, 5_000
 _WEIGHT = 0.1

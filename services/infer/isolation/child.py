@@ -17,7 +17,6 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from mesh.children import hear_signals
 from services.infer.isolation.channel import Channel, ChannelClosed, Message
 from services.infer.isolation.engine import serve
 from services.infer.isolation.hosted import Call, Hosted, Load, LoadFailed
@@ -33,7 +32,6 @@ def main(fd: int, server: int) -> NoReturn:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != server:
         os._exit(1)  # It died before the leash was on.
-    hear_signals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it lets calls under way finish.
     channel = Channel(socket.socket(fileno=fd))
     try:

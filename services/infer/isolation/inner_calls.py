@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from services.infer.calls import tensors
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.isolation.channel import Message
 from services.infer.isolation.details import SEQUENCE_END, SEQUENCE_START
 from services.infer.isolation.payload import Part, Tensor
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.datatypes import BY_NAME
+from shoal.oip.tensors import to_raw
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _FIELDS = {bool: "bool_param", int: "int64_param", float: "double_param", str: "
 class Core(Protocol):
     """What answers: the InferenceServer."""
 
-    async def infer(self, asked: pb.ModelInferRequest, deadline: float = ...) -> pb.ModelInferResponse: ...
+    async def infer(self, request: pb.ModelInferRequest, deadline: float = ...) -> pb.ModelInferResponse: ...
 
 
 class InnerCalls:
@@ -91,7 +91,7 @@ def _request(message: Message) -> pb.ModelInferRequest:
         _put_sequence(asked, said["sequence_id"], int(said["flags"]))
     for name, datatype, array in message.tensors:
         asked.inputs.add(name=name, datatype=datatype, shape=array.shape)
-        asked.raw_input_contents.append(tensors.to_raw(array, BY_NAME[datatype]))
+        asked.raw_input_contents.append(to_raw(array, BY_NAME[datatype]))
     for name in said["outputs"]:
         asked.outputs.add(name=name)
     return asked

@@ -1,4 +1,4 @@
-"""An ONNX model inside a model process."""
+"""An ONNX model inside a model process. Nothing here may import protobuf or gRPC."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from services.infer.calls.signature import TensorSpec
 from services.infer.isolation import payload
 from services.infer.isolation.hosted import Batch, Facts, Given, Load, LoadFailed, RunFailed, Sender
 from services.infer.isolation.payload import Tensor
-from services.infer.models.config_json import from_json
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.reshape import ReshapedSession, is_reshaped
+from services.infer.runtimes.reshape import ReshapedSession, reshapes_of
 from services.infer.runtimes.runtime import ModelFailed, Place, Provider, Session, SessionOptions
 from shoal.errors import FailedPrecondition
 
@@ -25,9 +24,8 @@ class OnnxModel:
         """Raises LoadFailed."""
         try:
             self._session: Session = OnnxRuntime().load(load.file, _options(load.options))
-            config = from_json(load.config)
-            if is_reshaped(config):
-                self._session = ReshapedSession(self._session, config)
+            if reshapes := reshapes_of(load.config):
+                self._session = ReshapedSession(self._session, reshapes)
         except FailedPrecondition as err:
             raise LoadFailed(err.message) from err
         self._datatypes = {spec.name: spec.datatype.name for spec in self._session.outputs}

@@ -8,22 +8,20 @@ on the wire; they arrive as `bytes`. BF16 is carried as 16-bit patterns.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from services.infer.calls.dtypes import NUMBERS
+from shoal.oip.datatypes import BY_NAME, DTYPES
+from shoal.oip.tensors import object_array, pack_bytes, split_bytes
 
 Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 ALIGNMENT = 64
 """A cache line: no kernel of NumPy wants more."""
 
-_NAMES = {dtype: name for name, dtype in NUMBERS.items() if name != "BF16"}
-_LENGTH = struct.Struct("<I")
 _MAX_DIMS = 64
 
 
@@ -43,15 +41,6 @@ class Part:
         return [self.name, self.datatype, self.shape, self.size_bytes]
 
 
-def datatype_of(array: Tensor) -> str | None:
-    """The protocol's name of an array's elements; None for those that the protocol has not."""
-    if array.dtype.kind in "OSU":
-        return "BYTES"
-    if array.dtype.name == "bfloat16":
-        return "BF16"
-    return _NAMES.get(array.dtype.newbyteorder("<")) if array.dtype.byteorder == ">" else _NAMES.get(array.dtype)
-
-
 def part(name: str, datatype: str, arrays: Sequence[Tensor]) -> Part:
     """The tensor made of `arrays`, one behind the other.
 
@@ -61,9 +50,9 @@ def part(name: str, datatype: str, arrays: Sequence[Tensor]) -> Part:
     first = arrays[0]
     shape = first.shape if len(arrays) == 1 else (sum(len(array) for array in arrays), *first.shape[1:])
     if datatype == "BYTES":
-        data = b"".join(_packed(array) for array in arrays)
+        data = b"".join(pack_bytes(array.reshape(-1).tolist()) for array in arrays)
         return Part(name, datatype, shape, (data,), len(data))
-    plain = [_plain(array, NUMBERS[datatype]) for array in arrays]
+    plain = [_plain(array, DTYPES[datatype]) for array in arrays]
     return Part(name, datatype, shape, plain, sum(array.nbytes for array in plain))
 
 
@@ -72,20 +61,6 @@ def _plain(array: Tensor, dtype: np.dtype[Any]) -> Tensor:
         array = array.view(np.uint16)
     # A view as bytes: a buffer of any other format is refused by some calls, and one without dimensions by others.
     return np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)
-
-
-def _packed(array: Tensor) -> bytes:
-    pieces: list[bytes] = []
-    for element in array.reshape(-1).tolist():
-        if isinstance(element, str):
-            element = element.encode()
-        elif not isinstance(element, bytes):
-            if not isinstance(element, bytearray | memoryview | np.bytes_):
-                raise TypeError(f"an element of a BYTES tensor is a {type(element).__name__}: expected bytes or str")
-            element = bytes(element)
-        pieces.append(_LENGTH.pack(len(element)))
-        pieces.append(element)
-    return b"".join(pieces)
 
 
 def laid_out(sizes: Iterable[int]) -> tuple[list[int], int]:
@@ -112,7 +87,7 @@ def read(entries: Any, memory: memoryview) -> list[tuple[str, str, Tensor]]:
     if end != len(memory):
         raise ValueError(f"{len(memory)} bytes hold tensors of {end} bytes")
     return [
-        (name, datatype, _array(memory[start : start + size], datatype, shape))
+        (name, datatype, _array(name, memory[start : start + size], datatype, shape))
         for (name, datatype, shape, size), start in zip(entries, starts, strict=True)
     ]
 
@@ -121,31 +96,17 @@ def _check(entry: Any) -> None:
     if not (isinstance(entry, list) and len(entry) == 4):
         raise ValueError("a tensor is described by a name, a datatype, a shape and a size")
     name, datatype, shape, size = entry
-    if not isinstance(name, str) or not (isinstance(datatype, str) and (datatype == "BYTES" or datatype in NUMBERS)):
+    if not isinstance(name, str) or not (isinstance(datatype, str) and datatype in BY_NAME):
         raise ValueError(f"a tensor of datatype {datatype!r}")
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(type(dim) is int and dim >= 0 for dim in shape):
         raise ValueError(f"tensor '{name}' has no shape")
     if type(size) is not int or size < 0:
         raise ValueError(f"tensor '{name}' has no size")
-    if datatype != "BYTES" and math.prod(shape) * NUMBERS[datatype].itemsize != size:
-        raise ValueError(f"tensor '{name}' of shape {shape} has {size} bytes")
-    if datatype == "BYTES" and math.prod(shape) * _LENGTH.size > size:
+    if datatype != "BYTES" and math.prod(shape) * DTYPES[datatype].itemsize != size:
         raise ValueError(f"tensor '{name}' of shape {shape} has {size} bytes")
 
 
-def _array(memory: memoryview, datatype: str, shape: Sequence[int]) -> Tensor:
+def _array(name: str, memory: memoryview, datatype: str, shape: Sequence[int]) -> Tensor:
     if datatype != "BYTES":
-        return np.frombuffer(memory, NUMBERS[datatype]).reshape(shape)
-    elements: list[bytes] = []
-    at, end = 0, len(memory)
-    for _ in range(math.prod(shape)):
-        start = at + _LENGTH.size
-        at = start + (_LENGTH.unpack_from(memory, at)[0] if start <= end else end)
-        if at > end:
-            raise ValueError("a BYTES tensor is cut short")
-        elements.append(bytes(memory[start:at]))
-    if at != end:
-        raise ValueError("a BYTES tensor is followed by something")
-    array: Tensor = np.empty(len(elements), object)
-    array[:] = elements
-    return array.reshape(shape)
+        return np.frombuffer(memory, DTYPES[datatype]).reshape(shape)
+    return object_array(split_bytes(memory, math.prod(shape), f"tensor '{name}'", ValueError), shape)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.infer.calls.request import Call
-from services.infer.calls.tensors import Tensor, to_raw
+from services.infer.calls.tensors import Tensor
+from shoal.oip.tensors import pack_bytes
 
 FIRST_S, LONGEST_S = 60.0, 3600.0
 SUSPICIONS = 3
@@ -82,8 +83,4 @@ def fingerprint(call: Call) -> bytes:
 
 
 def _content(array: Tensor) -> bytes:
-    if array.dtype != object:
-        return array.tobytes()
-    from services.infer.calls.datatypes import BY_NAME
-
-    return to_raw(array, BY_NAME["BYTES"])
+    return pack_bytes(array.reshape(-1).tolist()) if array.dtype == object else array.tobytes()

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from services.infer.isolation import payload
@@ -32,6 +31,7 @@ from services.infer.models.config_json import from_json
 from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import BY_CODE, Code, FailedPrecondition, Internal, ShoalError
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NAME
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from services.infer.calls.signature import TensorSpec
 from services.infer.models import modelconfig, warmup
+from services.infer.models.config_json import as_json
 from services.infer.models.modelconfig import Completed
 from services.infer.models.wanted import ModelFiles, read_text
 from services.infer.runtimes import onnx_settings
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.reshape import ReshapedSession, is_reshaped
+from services.infer.runtimes.reshape import ReshapedSession, reshapes_of
 from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
 from services.infer.scheduling import rules
 from services.infer.scheduling.batcher import BatchPolicy
@@ -89,8 +90,8 @@ def load(
         config = session.completed(config, says_batch=says_batch)
         says_batch = says_batch or session.says_batch
         modelconfig.check(config, runtime)
-        if is_reshaped(config) and not session.reshapes:
-            session = ReshapedSession(session, config)
+        if (reshapes := reshapes_of(as_json(config))) and not session.reshapes:
+            session = ReshapedSession(session, reshapes)
         hidden = _hidden(config)
         model = modelconfig.complete(
             config,

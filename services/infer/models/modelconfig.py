@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 from google.protobuf import text_format
 
-from services.infer.calls.datatypes import BY_CONFIG
 from services.infer.calls.signature import Signature, TensorSpec, fits
 from services.infer.runtimes import reshape
 from services.infer.runtimes.runtime import Runtime
@@ -26,6 +25,7 @@ from services.infer.sequences.settings import DEFAULT_IDLE_US
 from services.infer.wording import enumerated, listed, written
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NUMBER
 
 GUESSED_BATCH_SIZE = 64
 """Rows at most for a model that says nothing: most of what batching gives is had by then, and memory stays modest."""
@@ -202,7 +202,7 @@ def _out_of_range(config: pb.ModelConfig) -> Iterator[str]:
     for tensor in tensors:
         if any(dim < -1 or dim == 0 for dim in tensor.dims):
             yield f"'{tensor.name}': dims {written(tensor.dims)}: expected 1 or more, or -1 for any"
-        if tensor.data_type not in BY_CONFIG:
+        if tensor.data_type not in BY_NUMBER:
             yield f"'{tensor.name}': data_type is missing"
         yield from reshape.wrong("input" if isinstance(tensor, pb.ModelInput) else "output", tensor)
     for given in config.input:
@@ -301,7 +301,7 @@ def _agreed(given: pb.ModelInput | pb.ModelOutput, specs: Sequence[TensorSpec], 
     if spec is None:
         known = listed(spec.name for spec in specs)
         raise FailedPrecondition(f"the configuration has {role} '{given.name}', the model has {known}")
-    datatype = BY_CONFIG[given.data_type]
+    datatype = BY_NUMBER[given.data_type]
     if datatype != spec.datatype:
         raise FailedPrecondition(
             f"{role} '{given.name}': the configuration says {datatype.name}, the model {spec.datatype.name}"
@@ -348,7 +348,7 @@ def _as_input(spec: TensorSpec, batched: int) -> pb.ModelInput:
     dims = spec.shape[1 if batched else 0 :]
     return pb.ModelInput(
         name=spec.name,
-        data_type=spec.datatype.config,
+        data_type=spec.datatype.config_name,
         dims=dims,
         optional=spec.is_optional,
         allow_ragged_batch=spec.is_ragged,
@@ -356,7 +356,7 @@ def _as_input(spec: TensorSpec, batched: int) -> pb.ModelInput:
 
 
 def _as_output(spec: TensorSpec, batched: int) -> pb.ModelOutput:
-    return pb.ModelOutput(name=spec.name, data_type=spec.datatype.config, dims=spec.shape[1 if batched else 0 :])
+    return pb.ModelOutput(name=spec.name, data_type=spec.datatype.config_name, dims=spec.shape[1 if batched else 0 :])
 
 
 def instances(config: pb.ModelConfig) -> int:

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from services.infer.calls import tensors
-from services.infer.calls.datatypes import BY_CONFIG, Datatype
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from services.infer.models import canary
@@ -32,6 +31,9 @@ from services.infer.scheduling.cost import CostCurve
 from services.infer.wording import written
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip import bfloat16
+from shoal.oip.datatypes import BY_NUMBER, Datatype
+from shoal.oip.tensors import count_elements
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +157,7 @@ def _mixed_rows(model: Completed, session: Session, size: int) -> str:
 
 def _alike(one: Tensor, other: Tensor, datatype: Datatype) -> bool:
     if datatype.name == "BF16":
-        one, other = tensors.widened(one), tensors.widened(other)
+        one, other = bfloat16.to_float32(one), bfloat16.to_float32(other)
     if one.dtype.kind != "f":
         return bool(np.array_equal(one, other))
     scale = max(float(np.max(np.abs(other), initial=0.0, where=np.isfinite(other))), 1e-6)
@@ -270,13 +272,13 @@ def sample_inputs(sample: pb.ModelWarmup, model: Completed, folder: Path | None)
 def _sample_input(
     name: str, given: pb.ModelWarmup.Input, spec: TensorSpec, rows: int, folder: Path | None, text: bool
 ) -> Tensor:
-    datatype = BY_CONFIG.get(given.data_type)
+    datatype = BY_NUMBER.get(given.data_type)
     if datatype != spec.datatype:
         raise InvalidArgument(
             f"input '{name}' is {datatype.name if datatype else 'of no type'}, the model's {spec.datatype.name}"
         )
     shape = tuple(given.dims)
-    elements = tensors.count(shape, f"input '{name}'")
+    elements = count_elements(shape, f"input '{name}'", InvalidArgument)
     if elements * rows * datatype.dtype.itemsize > _MAX_CALL_BYTES:
         raise InvalidArgument(f"input '{name}' has {elements} elements in {rows} rows: more than a call can carry")
     match given.WhichOneof("input_data_type"):

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.ragged import Value
 from services.infer.calls.signature import TensorSpec
 from services.infer.operations.assets import Assets
 from services.infer.operations.places import Place
 from services.infer.operations.threads import RowThreads
+from shoal.oip.datatypes import BY_NAME
 
 R = TypeVar("R")
 S = TypeVar("S")

@@ -58,11 +58,11 @@ def read(form: type[P], operation: str, given: Mapping[str, str]) -> P:
     try:
         return form.model_validate(values)
     except ValidationError as err:
-        wrong = "; ".join(dict.fromkeys(_wrong(dict(each), form, operation, values) for each in err.errors()))
+        wrong = "; ".join(dict.fromkeys(_wrong(dict(each), form, values) for each in err.errors()))
         raise FailedPrecondition(f"operation {operation}: {wrong}") from err
 
 
-def _wrong(error: Mapping[str, Any], form: type[Parameters], operation: str, values: Mapping[str, str]) -> str:
+def _wrong(error: Mapping[str, Any], form: type[Parameters], values: Mapping[str, str]) -> str:
     key = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
         known = f"it has {listed(form.model_fields)}" if form.model_fields else "it has none"

@@ -22,14 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.calls.dtypes import NUMBERS
 from services.infer.isolation import payload
 from services.infer.isolation.hosted import Batch, Facts, Given, Load, LoadFailed, RunFailed, Sender
 from services.infer.isolation.payload import Part
 from services.infer.python_model.config_form import specs
 from services.infer.python_model.source import told
-
-_DATATYPES = (*NUMBERS, "BYTES")
+from shoal.oip.datatypes import BY_NAME, of_array
 
 Spec = tuple[str, str, Sequence[int]]
 
@@ -103,7 +101,8 @@ class OwnModel:
             array = np.asarray(result[name])
         except Exception as err:
             raise RunFailed(f"output '{name}' is no array: {err}") from err
-        datatype, wanted = payload.datatype_of(array), self._datatypes.get(name)
+        found, wanted = of_array(array), self._datatypes.get(name)
+        datatype = found.name if found is not None else None
         if array.dtype == object and wanted == "BYTES":
             datatype = wanted
         if wanted == "BF16" and datatype == "UINT16":
@@ -160,8 +159,8 @@ def _spec(where: str, name: Any, value: Any) -> Spec:
         raise LoadFailed(f'{where}[{name!r}] is {value!r}: expected ("FP32", [-1, 4])') from None
     if not isinstance(name, str) or not name:
         raise LoadFailed(f"{where}: {name!r} is no name")
-    if datatype not in _DATATYPES:
-        raise LoadFailed(f"{where}[{name!r}]: unknown datatype {datatype!r}: expected one of {', '.join(_DATATYPES)}")
+    if datatype not in BY_NAME:
+        raise LoadFailed(f"{where}[{name!r}]: unknown datatype {datatype!r}: expected one of {', '.join(BY_NAME)}")
     if any(dim < -1 or dim == 0 for dim in dims):
         raise LoadFailed(f"{where}[{name!r}]: shape {dims}: expected dimensions of 1 or more, or -1 for any")
     return name, datatype, dims

@@ -32,7 +32,7 @@ class TritonModel:
         self._loop: asyncio.AbstractEventLoop | None = None
         _check_execute(kind, load)
         config = _completed(kind, load)
-        self.facts = _facts(config, load)
+        self.facts = _facts(config)
         try:
             self._model = kind()
             if hasattr(self._model, "initialize"):
@@ -201,7 +201,7 @@ def _completed(kind: type[Any], load: Load) -> dict[str, Any]:
     return result.as_dict()
 
 
-def _facts(config: dict[str, Any], load: Load) -> Facts:
+def _facts(config: dict[str, Any]) -> Facts:
     try:
         inputs, outputs = specs(config, "input"), specs(config, "output")
     except (KeyError, TypeError, ValueError, AttributeError) as err:

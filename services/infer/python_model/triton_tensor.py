@@ -8,7 +8,8 @@ import numpy as np
 
 from services.infer.isolation import payload
 from services.infer.isolation.payload import Part, Tensor
-from services.infer.python_model.triton_types import NUMBER_BY_NAME, TritonModelException
+from services.infer.python_model.triton_types import TritonModelException
+from shoal.oip.datatypes import BY_NAME, of_array
 
 
 class TritonTensor:
@@ -19,9 +20,10 @@ class TritonTensor:
         if not isinstance(array, np.ndarray | np.generic):
             raise TritonModelException(f"tensor '{name}' is a {type(array).__name__}: expected a NumPy array")
         self._name, self._array = str(name), np.asarray(array)
-        self._datatype = datatype or payload.datatype_of(self._array)
-        if self._datatype is None:
+        found = BY_NAME.get(datatype) or of_array(self._array)
+        if found is None:
             raise TritonModelException(f"tensor '{name}' is {self._array.dtype}, which is no datatype of the protocol")
+        self._datatype = found
 
     def name(self) -> str:
         return self._name
@@ -30,7 +32,7 @@ class TritonTensor:
         return self._array
 
     def triton_dtype(self) -> int:
-        return NUMBER_BY_NAME[str(self._datatype)]
+        return self._datatype.number
 
     def shape(self) -> list[int]:
         return list(self._array.shape)
@@ -60,7 +62,7 @@ class TritonTensor:
 
     def part(self) -> Part:
         """As it goes to the server. Raises TypeError when an element of BYTES is neither bytes nor text."""
-        return payload.part(self._name, str(self._datatype), [self._array])
+        return payload.part(self._name, self._datatype.name, [self._array])
 
 
 class _Capsule:

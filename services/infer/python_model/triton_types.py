@@ -7,58 +7,18 @@ from typing import Any
 
 import numpy as np
 
-TRITON_TO_NUMPY_TYPE: dict[int, Any] = {
-    1: np.bool_,
-    2: np.uint8,
-    3: np.uint16,
-    4: np.uint32,
-    5: np.uint64,
-    6: np.int8,
-    7: np.int16,
-    8: np.int32,
-    9: np.int64,
-    10: np.float16,
-    11: np.float32,
-    12: np.float64,
-    13: np.object_,
-}
+from shoal.oip.datatypes import TABLE
+from shoal.oip.tensors import object_array, pack_bytes
+
+# NumPy has no bfloat16, and Triton's own tables leave it out.
+_WITH_DTYPE = [datatype for datatype in TABLE if datatype.name != "BF16"]
+
+TRITON_TO_NUMPY_TYPE: dict[int, Any] = {datatype.number: datatype.dtype.type for datatype in _WITH_DTYPE}
 
 NUMPY_TO_TRITON_TYPE: dict[Any, int] = {kind: number for number, kind in TRITON_TO_NUMPY_TYPE.items()}
 NUMPY_TO_TRITON_TYPE[np.bytes_] = 13
 
-TRITON_STRING_TO_NUMPY: dict[str, Any] = {
-    "TYPE_BOOL": np.bool_,
-    "TYPE_UINT8": np.uint8,
-    "TYPE_UINT16": np.uint16,
-    "TYPE_UINT32": np.uint32,
-    "TYPE_UINT64": np.uint64,
-    "TYPE_INT8": np.int8,
-    "TYPE_INT16": np.int16,
-    "TYPE_INT32": np.int32,
-    "TYPE_INT64": np.int64,
-    "TYPE_FP16": np.float16,
-    "TYPE_FP32": np.float32,
-    "TYPE_FP64": np.float64,
-    "TYPE_STRING": np.object_,
-}
-
-NUMBER_BY_NAME = {
-    "BOOL": 1,
-    "UINT8": 2,
-    "UINT16": 3,
-    "UINT32": 4,
-    "UINT64": 5,
-    "INT8": 6,
-    "INT16": 7,
-    "INT32": 8,
-    "INT64": 9,
-    "FP16": 10,
-    "FP32": 11,
-    "FP64": 12,
-    "BYTES": 13,
-    "BF16": 14,
-}
-"""By the protocol's names."""
+TRITON_STRING_TO_NUMPY: dict[str, Any] = {datatype.config_name: datatype.dtype.type for datatype in _WITH_DTYPE}
 
 
 def triton_to_numpy_type(data_type: int) -> Any:
@@ -80,11 +40,7 @@ def serialize_byte_tensor(input_tensor: Any) -> Any:
         return ()
     if array.dtype.kind not in "OSU":
         raise TritonModelException(f"cannot serialize {array.dtype}: expected an array of bytes or str")
-    pieces = []
-    for element in array.reshape(-1).tolist():
-        data = element if isinstance(element, bytes) else str(element).encode()
-        pieces.append(struct.pack("<I", len(data)) + data)
-    return b"".join(pieces)
+    return pack_bytes(e if isinstance(e, bytes) else str(e) for e in array.reshape(-1).tolist())
 
 
 def deserialize_bytes_tensor(encoded_tensor: Any) -> Any:
@@ -94,9 +50,7 @@ def deserialize_bytes_tensor(encoded_tensor: Any) -> Any:
         (length,) = struct.unpack_from("<I", data, at)
         elements.append(data[at + 4 : at + 4 + length])
         at += 4 + length
-    array = np.empty(len(elements), object)
-    array[:] = elements
-    return array
+    return object_array(elements, (len(elements),))
 
 
 class TritonModelException(Exception):

@@ -10,7 +10,6 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 from services.infer.calls import tensors
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from services.infer.remote.connection import parsed
@@ -23,6 +22,7 @@ from services.infer.wording import quoted
 from shoal.errors import InvalidArgument, Unavailable, Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2
+from shoal.oip.datatypes import BY_NAME
 
 _SERVICE = "/inference.GRPCInferenceService/"
 _RAW_INPUTS = pb.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"].number

@@ -129,7 +129,7 @@ class RemoteSession(Session):
         if any(spec.is_optional for spec in self.inputs) and not config.input:
             skip = 1 if done.max_batch_size else 0
             for spec in self.inputs:
-                given = done.input.add(name=spec.name, data_type=spec.datatype.config, dims=spec.shape[skip:])
+                given = done.input.add(name=spec.name, data_type=spec.datatype.config_name, dims=spec.shape[skip:])
                 given.optional = spec.is_optional
         if not done.instance_group:
             done.instance_group.add(count=IN_FLIGHT)

@@ -14,15 +14,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from services.infer.calls import ragged, tensors
-from services.infer.calls.datatypes import BY_NAME
+from services.infer.calls import ragged
 from services.infer.calls.ragged import Value
 from services.infer.calls.request import Call
 from services.infer.calls.signature import Signature
 from shoal.inference.v2.inference_pb2 import InferParameter
 from shoal.inference.v2.model_config_pb2 import ModelConfig
-
-_BYTES = BY_NAME["BYTES"]
+from shoal.oip.tensors import pack_bytes
 
 _OF_SERVING = ("timeout", "priority", "explain")
 _OF_SERVING_PREFIXES = ("triton_", "binary_data")
@@ -53,7 +51,8 @@ class ResponseKeys:
         digest.update(header)
         for tensor in (tensor for _, value in inputs for tensor in ragged.arrays(value)):
             if tensor.dtype == object:
-                digest.update(tensors.to_raw(tensor, _BYTES))  # Every element with its length.
+                # Every element with its length.
+                digest.update(pack_bytes(tensor.reshape(-1).tolist()))
             else:
                 digest.update(np.ascontiguousarray(tensor).data)
         return digest.digest()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from services.infer.runtimes.onnx_settings import CUDA
 from services.infer.runtimes.runtime import Place, Provider, SessionOptions
 from shoal.errors import FailedPrecondition
 
+CUDA, TENSORRT, OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 _CPU = "CPUExecutionProvider"
 
 

@@ -10,10 +10,9 @@ import onnxruntime
 
 from services.infer.runtimes import gpus, onnx_devices
 from services.infer.runtimes.lane import Lanes
-from services.infer.runtimes.onnx_devices import Device
+from services.infer.runtimes.onnx_devices import CUDA, Device
 from services.infer.runtimes.onnx_lane import LaneSession
 from services.infer.runtimes.onnx_session import OnnxSession, plain
-from services.infer.runtimes.onnx_settings import CUDA
 from services.infer.runtimes.runtime import Session, SessionOptions
 from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from services.infer.calls.datatypes import BY_CONFIG, BY_NAME
 from services.infer.calls.signature import TensorSpec
 from services.infer.remote import settings
 from services.infer.remote.connection import Connection
@@ -20,6 +19,7 @@ from services.infer.remote.torchserve import TorchServe
 from services.infer.runtimes.runtime import About, SessionOptions
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NAME, BY_NUMBER
 
 _DIALECTS: Mapping[str, Callable[[Settings], Dialect]] = {
     OIP: Oip,
@@ -57,8 +57,8 @@ class RemoteRuntime:
 def _declared(config: pb.ModelConfig, said: Settings) -> Facts:
     """The inputs and outputs that are written down, for a server that says nothing of them."""
     batch = (-1,) if config.max_batch_size else ()
-    inputs = tuple(TensorSpec(t.name, BY_CONFIG[t.data_type], (*batch, *t.dims)) for t in config.input)
-    outputs = tuple(TensorSpec(t.name, BY_CONFIG[t.data_type], (*batch, *t.dims)) for t in config.output)
+    inputs = tuple(TensorSpec(t.name, BY_NUMBER[t.data_type], (*batch, *t.dims)) for t in config.input)
+    outputs = tuple(TensorSpec(t.name, BY_NUMBER[t.data_type], (*batch, *t.dims)) for t in config.output)
     if said.protocol != TORCHSERVE:
         return Facts(inputs, outputs)
     inputs, outputs = inputs or _one("data"), outputs or _one("prediction")

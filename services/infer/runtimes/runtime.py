@@ -11,13 +11,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from services.infer.calls.ragged import Value
 from services.infer.calls.signature import TensorSpec
 from services.infer.calls.tensors import Tensor
 from services.infer.runtimes.lane import Lane
-from shoal.inference.v2 import model_config_pb2 as pb
+
+# Model processes import this module and no protobuf.
+if TYPE_CHECKING:
+    from shoal.inference.v2 import model_config_pb2 as pb
+
+
+def _empty_config() -> pb.ModelConfig:
+    from shoal.inference.v2 import model_config_pb2
+
+    return model_config_pb2.ModelConfig()
 
 
 class ModelFailed(Exception):
@@ -32,7 +41,7 @@ class About:
     version: int = 1
     folder: Path | None = None
     """The model's folder; None for a bare file."""
-    config: pb.ModelConfig = field(default_factory=pb.ModelConfig)
+    config: pb.ModelConfig = field(default_factory=_empty_config)
     """As it was written: not completed yet."""
     instances: int = 1
     """How many executions may run at the same time."""

@@ -10,7 +10,6 @@ caller that goes away cancels its request inside the model; its place is free wh
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections import deque
@@ -31,8 +30,6 @@ from services.infer.scheduling.execution import Times
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, ShoalError, Unavailable
-
-log = logging.getLogger(__name__)
 
 CREDIT = 16
 """Responses of one request that may be on their way: enough to hide the hops, few enough to hold little memory."""

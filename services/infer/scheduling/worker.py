@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,8 +12,6 @@ from time import perf_counter_ns, thread_time_ns
 from typing import Protocol, TypeAlias
 
 from services.infer.scheduling.execution import Job, Outcome, Runs
-
-log = logging.getLogger(__name__)
 
 Done: TypeAlias = Callable[[Sequence[Outcome], float], None]
 """Called on the loop with one outcome for each job, and the seconds of processor that the run took."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from services.infer.calls.datatypes import Datatype
 from services.infer.calls.request import Call
 from services.infer.sequences import wording
 from services.infer.wording import quoted
 from shoal.errors import InvalidArgument
+from shoal.oip.datatypes import Datatype
 
 _MAX_ID_BYTES = 128
 # Of an id that is a text, as in Triton.

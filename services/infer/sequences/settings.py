@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.infer.calls.datatypes import BY_CONFIG, BY_NAME, Datatype
 from services.infer.calls.signature import TensorSpec
 from services.infer.runtimes.runtime import Session
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.wording import written
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NAME, BY_NUMBER, Datatype
 
 _Batching = pb.ModelSequenceBatching
 START, END, READY, CORRID = (
@@ -110,7 +110,7 @@ def of(config: pb.ModelConfig) -> Settings:
 
 def _control(name: str, given: pb.ModelSequenceBatching.Control) -> Control:
     if given.kind == CORRID:
-        return Control(name, given.kind, BY_CONFIG[given.data_type])
+        return Control(name, given.kind, BY_NUMBER[given.data_type])
     field = next(field for field in FALSE_TRUE if getattr(given, field))
     no, yes = getattr(given, field)
     return Control(name, given.kind, BY_NAME[FALSE_TRUE[field]], no, yes)
@@ -122,7 +122,7 @@ def _state(given: pb.ModelSequenceBatching.State) -> State:
     return State(
         given.input_name,
         given.output_name,
-        BY_CONFIG[given.data_type],
+        BY_NUMBER[given.data_type],
         tuple(given.dims),
         tuple(1 if dim == -1 else dim for dim in dims),  # As Triton has it, where nobody says.
         first.data_file if first is not None else "",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -33,17 +33,6 @@ class Stepped:
 
 Results: TypeAlias = "list[Stepped | Exception]"
 """One for each row that is somebody's, in order."""
-
-
-class Steps(Protocol):
-    """Runs rows in one session."""
-
-    def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
-        """Runs rows that can be stacked, at least one of them somebody's.
-
-        Raises:
-            ModelFailed: the model cannot process them.
-        """
 
 
 class _Form:
@@ -99,6 +88,11 @@ class SessionSteps:
         self._form = _Form(settings, batched=batched, text=session.text)
 
     def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
+        """Run rows that can be stacked, at least one of which belongs to a sequence.
+
+        Raises:
+            ModelFailed: the model cannot process them.
+        """
         columns = self._form.columns(rows)
         inputs = {name: np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for name, arrays in columns.items()}
         names = self._form.names(outputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import struct
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,6 @@ from typing import Any
 from services.infer.isolation.channel import Channel, ChannelClosed
 from services.infer.isolation.payload import Part
 from services.infer.sharing.mark import Mark
-
-log = logging.getLogger(__name__)
 
 _SEND_S = 10
 # What does not read for so long has stopped: an answer that it does not take must not hold up others.

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mesh.children import hear_signals
 from services.infer.isolation.channel import ChannelClosed, Message
 from services.infer.isolation.child import TEXT, exit_now, hosted_of
 from services.infer.isolation.engine import serve
@@ -176,7 +175,6 @@ class Owner:
 
 def main(listening: int, folder: str, key: str) -> NoReturn:
     """Owns one model, then exits."""
-    hear_signals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's: it lets calls under way finish.
     _or_exit(lambda: _end_with_all(Path(folder) / ALIVE))
     _or_exit(Owner(socket.socket(fileno=listening), Path(folder), key).run)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from mesh.interceptors import Context
 from services.ingest.dead_letters.dead_letters import DeadLetters, Done
-from services.ingest.dead_letters.wanted import DeadFilter, Wanted, checked_filter, wanted
+from services.ingest.dead_letters.wanted import Wanted, checked_filter, wanted
+from services.ingest.job_store import DeadFilter
 from services.ingest.messages import message_of, moment_of, state_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 

@@ -6,31 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from mesh.mongo import Document
 from services.ingest.job import DEAD_LETTERS, State
+from services.ingest.job_store import DeadFilter
 from services.ingest.ulid import is_ulid
 from shoal.errors import Code, InvalidArgument
 
 MOST = 1_000
 """Dead letters of one call: each is a document read and one written, so a call takes a second at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeadFilter:
-    """Which dead letters; each that is set narrows."""
-
-    state: State = State.DEAD
-    model_name: str = ""
-    tenant: str = ""
-    code: int = 0
-    before: datetime | None = None
-
-    def query(self) -> Document:
-        asked: Document = {"model_name": self.model_name, "tenant": self.tenant, "last_code": self.code}
-        query = {"state": str(self.state), **{name: value for name, value in asked.items() if value}}
-        if self.before is not None:
-            query["updated_at"] = {"$lt": self.before}
-        return query
 
 
 @dataclass(frozen=True, slots=True)

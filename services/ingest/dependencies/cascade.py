@@ -18,18 +18,15 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 
-from pymongo import UpdateOne
-from pymongo.asynchronous.collection import AsyncCollection
-
-from mesh.mongo import Document, translated
 from mesh.tasks import Background
-from services.ingest.clock import Clock
 from services.ingest.dependencies.standings import standings
 from services.ingest.dependencies.waiting import Known, after_look, unmet
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.documents import LIGHT, difference, dooming, job_of, unleased
-from services.ingest.job import End, Job, State
+from services.ingest.instance import Instance
+from services.ingest.job import End, Job
+from services.ingest.job_events import JobEvents
+from services.ingest.job_store import Change, JobStore
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -43,30 +40,21 @@ _HEARD_MOST = 10_000
 # Ends that were heard of and not looked at yet. More are left to the sweep.
 _HEARD_AT_ONCE = 1_000
 _AWAY_S = 1.0
-_WAITS: Document = {"waits_for": {"$exists": True}, "lease": {"$exists": False}}
 
 
 class Cascade(Background):
     """Runs beside an `async with` block, once `ready` is set."""
 
     def __init__(
-        self,
-        jobs: AsyncCollection[Document],
-        claims: Claims,
-        dispatcher: Dispatcher,
-        *,
-        clock: Clock,
-        instance: str,
-        ready: asyncio.Event,
-        on_released: Callable[[Sequence[Job]], None],
+        self, store: JobStore, claims: Claims, dispatcher: Dispatcher, events: JobEvents, instance: Instance
     ) -> None:
-        self._jobs = jobs
+        self._store = store
         self._claims = claims
         self._dispatcher = dispatcher
-        self._clock = clock
-        self._instance = instance
-        self._ready = ready
-        self._on_released = on_released
+        self._events = events
+        self._clock = instance.clock
+        self._instance = instance.name
+        self._ready = instance.ready
         self._heard: deque[str] = deque(maxlen=_HEARD_MOST)
         self._accepted: deque[str] = deque(maxlen=_HEARD_MOST)
         self._wake = asyncio.Event()
@@ -114,8 +102,7 @@ class Cascade(Background):
             await asyncio.sleep(_AWAY_S)
 
     async def _sweep(self) -> None:
-        query = {**_WAITS, "state": str(State.QUEUED), "_id": {"$gt": self._swept_to}}
-        page = await self._read(query, SWEEP_JOBS)
+        page = await self._store.dependents_page(self._swept_to, SWEEP_JOBS)
         if not page and not self._swept_to:
             self._is_any = False
             return
@@ -126,16 +113,9 @@ class Cascade(Background):
     async def _look_at_news(self) -> None:
         while self._heard or self._accepted:
             if ended := _taken(self._heard):
-                await self._look(await self._read({**_WAITS, "waits_for": {"$in": ended}}))
+                await self._look(await self._store.dependents(ended))
             if accepted := _taken(self._accepted):
-                await self._look(await self._read({**_WAITS, "_id": {"$in": accepted}}))
-
-    async def _read(self, query: Document, limit: int = 0) -> list[Job]:
-        with translated("looking for jobs that wait for others"):
-            cursor = self._jobs.find(query, LIGHT)
-            if limit:
-                cursor = cursor.sort("_id", 1).limit(limit).hint("all_dependents")
-            return [job_of(document) async for document in cursor]
+                await self._look(await self._store.dependents_among(accepted))
 
     async def _look(self, jobs: Sequence[Job]) -> None:
         for first in range(0, len(jobs), _LOOK_JOBS):
@@ -154,31 +134,22 @@ class Cascade(Background):
             wanted.setdefault(job.tenant, set()).update(job.waits_for)
         known: dict[str, Known] = {}
         for tenant, references in wanted.items():
-            known[tenant] = await standings(self._jobs, tenant, references)
+            known[tenant] = await standings(self._store, tenant, references)
         return known
 
-    async def _go_on(self, changes: Sequence[tuple[Job, Job]]) -> None:
+    async def _go_on(self, changes: Sequence[Change]) -> None:
         changed = [(before, after) for before, after in changes if before != after]
         if not changed:
             return
-        with translated("letting jobs go on that waited for others"):
-            writes = [UpdateOne(unleased(before), difference(before, after)) for before, after in changed]
-            await self._jobs.bulk_write(writes, ordered=False)
+        await self._store.release_dependents(changed)
         if released := [after for _, after in changed if after.due_at is not None]:
-            self._on_released(released)
+            self._events.due_again(released)
 
     async def _end(self, dooms: Sequence[tuple[Job, End, tuple[str, ...]]]) -> None:
         dooms = dooms[: self._dispatcher.room]  # The others wait for the next sweep.
         if not dooms:
             return
-        lease = self._claims.lease()
-        with translated("ending jobs that waited for others"):
-            await self._jobs.bulk_write(
-                [UpdateOne(unleased(job), dooming(lease, how, left)) for job, how, left in dooms], ordered=False
-            )
-            ours = {"_id": {"$in": [job.id for job, _, _ in dooms]}, "lease.id": lease.id}
-            taken = [job_of(document) async for document in self._jobs.find(ours, LIGHT)]
-        for job in taken:
+        for job in await self._store.doom(dooms, self._claims.lease()):
             if job.doom is not None:
                 self._dispatcher.end(job, job.doom)
 

@@ -10,26 +10,15 @@ What it waits for is looked up whole each time, so nothing depends on having see
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeAlias
 
 from services.ingest.dependencies.references import by_key, words
 from services.ingest.job import FINAL, End, Job, Outcome, State, ended_from_outside, released_from_waiting
+from services.ingest.job_store import Standing
 from shoal.errors import Code
 
 _REASON_CHARS = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How a job stands that others wait for."""
-
-    id: str
-    state: State
-    message: str = ""
-    """Why it ended as it did."""
-    key: str = ""
 
 
 Known: TypeAlias = Mapping[str, Standing]

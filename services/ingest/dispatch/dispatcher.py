@@ -10,11 +10,11 @@ job's. Jobs of one model stand in one line here, and as many are in calls at onc
 model with a line is claimed no more of, and no claim is of more than half of what may still be held: so a slow model,
 or several, leave room for the others.
 
-While the queue is drained, jobs submitted here are adopted: they are claimed in the write that makes them durable. What
-there is no room for just then is fresh, and goes straight from intake to a claim. Nobody reads the queue but for a poll
-now and then. When there is more than it has room for, it forgets the fresh ones and works by the queue's order. A queue
-counts as drained when what waits there is of models with a line only; as soon as one of these is free, it is read, and
-until then nothing of theirs is adopted: it would pass those that wait.
+While the queue is drained, jobs submitted here are claimed in the write that makes them durable. What there is no room
+for just then is fresh, and goes straight from intake to a claim. Nobody reads the queue but for a poll now and then.
+When there is more than it has room for, it forgets the fresh ones and works by the queue's order. A queue counts as
+drained when what waits there is of models with a line only; as soon as one of these is free, it is read, and until then
+nothing of theirs is claimed in its write: it would pass those that wait.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from types import TracebackType
 from typing import Any
 
 from mesh.tasks import end
-from services.ingest.clock import Clock
 from services.ingest.dispatch.attempt import Attempts, Decision
 from services.ingest.dispatch.bulks import FIRST, Pace, next_bulk
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.gate import Gate
 from services.ingest.dispatch.recorder import Ending, Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
+from services.ingest.instance import Instance
 from services.ingest.intake.backlog import Backlog
 from services.ingest.job import Again, End, Job, Lease, claim, released
+from services.ingest.job_store import Inserted, Unknown
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -102,11 +103,9 @@ class Dispatcher:
         attempts: Attempts,
         recorder: Recorder,
         *,
+        instance: Instance,
         gate: Gate,
         backlog: Backlog,
-        clock: Clock,
-        instance: str,
-        ready: asyncio.Event,
         max_in_flight: int,
         poll_ms: int,
         drain_ms: int,
@@ -116,9 +115,9 @@ class Dispatcher:
         self._recorder = recorder
         self._gate = gate
         self._backlog = backlog
-        self._clock = clock
-        self._instance = instance
-        self._ready = ready
+        self._clock = instance.clock
+        self._instance = instance.name
+        self._ready = instance.ready
         self._max_calls = max_in_flight
         self._max_held = max_in_flight * HELD_PER_CALL
         self._poll_s = poll_ms / 1000
@@ -129,7 +128,8 @@ class Dispatcher:
         self._usual_bytes = 1.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._fresh: deque[Job] = deque()
-        self._adopting = 0
+        # Jobs that are being inserted as claimed.
+        self._in_writes = 0
         self._is_drained = True
         self._behind: set[str] = set()
         # While it is drained: models that it could not be drained of, because they were closed.
@@ -162,30 +162,45 @@ class Dispatcher:
             self._stop_at = asyncio.get_running_loop().time() + self._drain_s
             self._wake.set()
 
-    def adopt(self, jobs: list[Job]) -> list[Job]:
-        """The jobs, about to be written: claimed at once where nobody waits before them and there is room for them."""
+    def claim_in_write(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return jobs that are about to be inserted: claimed where nobody waits before them and there is room.
+
+        The outcome of the insert goes to `settle_write`.
+        """
         room = self._claim_room() if self._is_drained and not self._fresh and self._stop_at is None else 0
         if room <= 0:
-            return jobs
+            return [*jobs]
         now = self._clock()
         lease, closed = self._claims.lease(), self._behind.union(self._closed(now))
         made: list[Job] = []
         for job in jobs:
             if room > 0 and job.due_at is not None and job.due_at <= now and job.model_name not in closed:
                 room -= 1
-                self._adopting += 1
+                self._in_writes += 1
                 job = claim(job, lease, now)
             made.append(job)
         return made
 
-    def accept(self, jobs: Sequence[Job]) -> None:
-        """Hears of jobs that were just made durable here."""
+    def settle_write(self, jobs: Sequence[Job], outcome: Inserted | Unknown) -> None:
+        """Take up the inserted ones of `jobs`, which are as `claim_in_write` returned them."""
+        claimed = [job for job in jobs if job.lease is not None]
+        self._in_writes -= len(claimed)
+        if isinstance(outcome, Inserted):
+            self._accept(outcome.written)
+            return
+        # Those that are there go back to the queue. A submit that is repeated with its key then finds a job that will
+        # run, with all its attempts.
+        again = Again(self._clock(), False, "it was not sure that it was durable: this attempt was not made")
+        self._settle([(self._hold(job.but(request=None)), again) for job in claimed])
+
+    def _accept(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
         now = self._clock()
+        self._backlog.added(sum(job.due_at is not None for job in jobs))
         self._claims.notice(jobs)
         light = [job.but(request=None) if job.is_apart else job for job in jobs]
-        adopted = [job for job in light if job.lease is not None]
-        self._adopting -= len(adopted)
-        self._take(adopted)
+        self._take([job for job in light if job.lease is not None])
         waiting = [job for job in light if job.due_at is not None]
         for job in waiting:
             if job.due_at is not None and job.due_at > now:
@@ -198,19 +213,11 @@ class Dispatcher:
         if waiting:
             self._wake.set()
 
-    def disown(self, jobs: Sequence[Job]) -> None:
-        """Hears that jobs may have been made durable, or not. Those it adopted go back to the queue, if they are there.
-
-        A submit that is repeated with its key then finds a job that will run, with all its attempts.
-        """
-        again = Again(self._clock(), False, "it was not sure that it was durable: this attempt was not made")
-        adopted = [job for job in jobs if job.lease is not None]
-        self.forget(adopted)
-        self._settle([(self._hold(job.but(request=None)), again) for job in adopted])
-
-    def forget(self, jobs: Sequence[Job]) -> None:
-        """Hears that jobs, of which it may have adopted some, were not made durable."""
-        self._adopting -= sum(job.lease is not None for job in jobs)
+    def due_again(self, jobs: Sequence[Job]) -> None:
+        """Note jobs that are in the queue again, and read the queue at once."""
+        self._backlog.added(len(jobs))
+        self._claims.notice(jobs)
+        self.wake()
 
     def wake(self) -> None:
         """Something may be due now: the queue is read at once, not only at the next poll."""
@@ -223,7 +230,7 @@ class Dispatcher:
     @property
     def room(self) -> int:
         """How many more jobs may be held; none while it stops."""
-        return 0 if self._stop_at is not None else max(0, self._max_held - len(self._held) - self._adopting)
+        return 0 if self._stop_at is not None else max(0, self._max_held - len(self._held) - self._in_writes)
 
     def end(self, job: Job, how: End) -> None:
         """Sees to it that a job that was taken over ends. An attempt of it that runs here is given up."""

@@ -12,18 +12,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 
-from pymongo.asynchronous.collection import AsyncCollection
-
-from mesh.mongo import Document, translated
 from mesh.tasks import end, for_ever
-from services.ingest.clock import Clock
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
 from services.ingest.dispatch.recorder import Results
-from services.ingest.documents import WAITING
+from services.ingest.instance import Instance
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import End, Job, Lease, after_lapse, ended_from_outside
+from services.ingest.job_store import JobStore
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -42,25 +39,24 @@ class Keeper:
 
     def __init__(
         self,
-        jobs: AsyncCollection[Document],
+        store: JobStore,
         claims: Claims,
         dispatcher: Dispatcher,
         results: Results,
         payloads: Payloads,
         backlog: Backlog,
+        instance: Instance,
         *,
-        clock: Clock,
-        ready: asyncio.Event,
         renew_ms: int,
     ) -> None:
-        self._jobs = jobs
+        self._store = store
         self._payloads = payloads
         self._claims = claims
         self._dispatcher = dispatcher
         self._results = results
         self._backlog = backlog
-        self._clock = clock
-        self._ready = ready
+        self._clock = instance.clock
+        self._ready = instance.ready
         self._renew_s = renew_ms / 1000
         self._stack = AsyncExitStack()
 
@@ -132,11 +128,7 @@ class Keeper:
             self._dispatcher.put_back(job, decision)
 
     async def _recount(self) -> float:
-        return await self._backlog.recount(self._count)
-
-    async def _count(self, limit: int) -> int:
-        with translated("counting queued jobs"):
-            return await self._jobs.count_documents(WAITING, limit=limit, hint="lanes")
+        return await self._backlog.recount(self._store.count_waiting)
 
     async def _sweep(self) -> float:
         if swept := await self._payloads.sweep(self._clock()):

@@ -4,7 +4,7 @@
       ^ listed now and then, noticed on submit                                                    │
       └──────────────────────── heads move on, clocks advance <───────────────────────────────────┘
 
-Plain decisions; `claims.py` reads and writes. What is known of the heads may be old: a claim that finds less than it
+Plain decisions; `claims.py` asks and claims. What is known of the heads may be old: a claim that finds less than it
 expected forgets the lane until it is listed again, and jobs that turned up meanwhile are seen with the next listing.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from services.ingest.dispatch.fairness import Clocks
+from services.ingest.job_store import Waiting
 from services.ingest.lane import Lane
 
 LANES_PER_CLAIM = 64
@@ -23,9 +24,6 @@ LANES_PER_CLAIM = 64
 are furthest behind, with more jobs each."""
 _LANES_PER_TENANT = 8
 # Of one tenant's lanes the longest waiting; more models and priorities take turns as these advance.
-
-Waiting = tuple[datetime, str]
-"""When a job is due, and its id."""
 
 
 @dataclass(frozen=True, slots=True)

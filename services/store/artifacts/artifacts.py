@@ -10,7 +10,6 @@ collected when it is old (services/store/collecting).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -30,8 +29,6 @@ from services.store.artifacts.uploads import TooLong, Upload
 from services.store.documents import Collections, whole_milliseconds
 from services.store.transactions import transaction
 from shoal.errors import Aborted, DataLoss, InvalidArgument, NotFound, ResourceExhausted, ShoalError, Unavailable
-
-log = logging.getLogger(__name__)
 
 KEPT_FOR = timedelta(days=1)
 """What is uploaded, or asked for, stays so long without a reference: a model of many large files takes a while."""

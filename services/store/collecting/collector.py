@@ -13,7 +13,6 @@ written in a transaction that excludes a grave, and a blob is removed after a lo
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -31,7 +30,6 @@ from services.store.documents import Collections, is_being_restored
 from services.store.responses import FOLDER as RESPONSES
 from services.store.transactions import transaction
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 AT_ONCE = 500

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from services.store.limits import MAX_TENANT_CHARACTERS
 from shoal.errors import InvalidArgument
 
 
@@ -34,7 +35,6 @@ SHORTEST: Mapping[Kept, timedelta] = {
     Kept.TOMBSTONES: timedelta(days=1),
 }
 LONGEST = timedelta(days=36_500)
-MAX_TENANT_CHARACTERS = 1_024
 
 
 @dataclass(frozen=True)

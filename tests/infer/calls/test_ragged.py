@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from services.infer.calls import ragged
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import TensorSpec
 from shoal.errors import InvalidArgument
+from shoal.oip.datatypes import BY_NAME
 
 SPEC = TensorSpec("image", BY_NAME["UINT8"], (-1, -1, -1, 3), is_ragged=True)
 

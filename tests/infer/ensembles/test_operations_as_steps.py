@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mesh.channel import connect
-from mesh.server import GrpcServer
+from mesh.rpc.server import Server
 from services.infer.core import InferenceServer
 from services.infer.models.means import Means
 from services.infer.models.models import Models
@@ -100,7 +100,7 @@ async def served(models_folder, run_dir) -> AsyncIterator[Serving]:
         runtimes = Runtimes([OnnxRuntime(), KernelsRuntime()])
         models = await stack.enter_async_context(Models(Means.of(runtimes, QueueLimits())))
         core = InferenceServer(models, "test/infer-0")
-        server = GrpcServer(f"unix:{run_dir}/s", [inference_rpc(core)], drain_ms=2000)
+        server = Server(f"unix:{run_dir}/s", [inference_rpc(core)], drain_ms=2000)
         await stack.enter_async_context(server)
         models.want(scan(models_folder.root))
         await models.settled()

@@ -13,9 +13,9 @@ import threading
 import numpy as np
 import pytest
 
-from services.infer.calls.dtypes import NUMBERS
 from services.infer.isolation.channel import Channel, ChannelClosed
 from services.infer.isolation.payload import part
+from shoal.oip.datatypes import DTYPES
 
 
 @pytest.fixture
@@ -44,14 +44,14 @@ def crossed(ends, *parts):
     return message
 
 
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 3), (3, 50_001)])
 def test_numbers_of_every_kind_and_size(ends, name, shape):
-    given = np.random.default_rng(0).integers(0, 2, shape).astype(NUMBERS[name])
+    given = np.random.default_rng(0).integers(0, 2, shape).astype(DTYPES[name])
     message = crossed(ends, part("x", name, [given]), part("again", name, [given]))
     assert (message.op, message.header["n"]) == ("x", 1)
     for _, datatype, got in message.tensors:
-        assert (datatype, got.dtype, got.shape) == (name, NUMBERS[name], shape)
+        assert (datatype, got.dtype, got.shape) == (name, DTYPES[name], shape)
         np.testing.assert_array_equal(got, given)
         assert got.flags.writeable
         assert got.flags.aligned

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import Signature, TensorSpec
 from services.infer.models import warmup
 from services.infer.models.modelconfig import Completed
@@ -14,6 +13,7 @@ from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2
+from shoal.oip.datatypes import BY_NAME
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
 

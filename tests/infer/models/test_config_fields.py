@@ -10,7 +10,6 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import TensorSpec
 from services.infer.ensembles.graph import graph_of
 from services.infer.models import modelconfig
@@ -22,6 +21,7 @@ from services.infer.scheduling import rules
 from services.infer.sequences import settings as sequences
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NAME
 from tests.infer import onnx_files
 
 RUNTIME = OnnxRuntime()

@@ -15,7 +15,6 @@ from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import TensorSpec
 from services.infer.models import modelconfig, override
 from services.infer.runtimes import onnx_settings
@@ -26,6 +25,7 @@ from services.infer.sources.repository import look, scan
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2
+from shoal.oip.datatypes import BY_NAME
 from tests.breakable import until
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request

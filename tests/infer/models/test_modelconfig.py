@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import TensorSpec
 from services.infer.models import modelconfig
 from services.infer.runtimes import onnx_settings
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from shoal.errors import FailedPrecondition
+from shoal.oip.datatypes import BY_NAME
 
 RUNTIME = OnnxRuntime()
 X = TensorSpec("x", BY_NAME["FP32"], (-1, 4))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mesh.channel import connect
-from mesh.server import GrpcServer
+from mesh.rpc.server import Server
 from services.infer.core import InferenceServer
 from services.infer.isolation.inner_calls import InnerCalls
 from services.infer.models.means import Means
@@ -69,7 +69,7 @@ async def serving(root: Path, socket: Path, limits: QueueLimits, isolation: str 
     async with Models(Means.of(runtimes, limits)) as models:
         core = InferenceServer(models, "test/infer-0")
         calls.bind(core)
-        async with GrpcServer(f"unix:{socket}", [inference_rpc(core)], drain_ms=2000):
+        async with Server(f"unix:{socket}", [inference_rpc(core)], drain_ms=2000):
             models.want(repository.scan(root))
             await models.settled()
             async with connect(f"unix:{socket}") as channel:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from services.infer.models import modelconfig
-from services.infer.runtimes.onnx_devices import resolved
-from services.infer.runtimes.onnx_settings import CUDA, OPENVINO, TENSORRT, session_options
+from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, resolved
+from services.infer.runtimes.onnx_settings import session_options
 from services.infer.runtimes.python_runtime import each_alone
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer.conftest import floats, output, request

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.signature import TensorSpec
 from services.infer.remote.address import Address
 from services.infer.remote.credentials import Headers
@@ -20,6 +19,7 @@ from services.infer.remote.tensorflow_serving import TensorFlowServing
 from services.infer.remote.torchserve import TorchServe
 from services.infer.runtimes.runtime import ModelFailed
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.datatypes import BY_NAME
 from shoal.remote.v1 import tensorflow_serving_pb2 as tf
 
 RECORDED = Path(__file__).resolve().parent / "recorded"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.infer.calls import request as requests
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.request import Call
 from services.infer.calls.signature import Signature, TensorSpec
 from services.infer.responses.cache import ResponseCache
@@ -21,6 +20,7 @@ from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2
+from shoal.oip.datatypes import BY_NAME
 from tests.infer.conftest import request
 
 ANY = tuple(

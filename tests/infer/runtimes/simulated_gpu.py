@@ -72,10 +72,6 @@ class _Mark:
     def synchronize(self) -> None:
         self._memory.finish(self._recorded)
 
-    @property
-    def done(self) -> bool:
-        return not self._memory.under_way.keys() & set(self._recorded)
-
 
 def lanes_of(memory: SimulatedMemory) -> Lanes:
     return Lanes(lambda: 1, lambda gpu: memory, lambda: True)

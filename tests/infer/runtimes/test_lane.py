@@ -11,10 +11,10 @@ import pytest
 from services.infer.calls.resident import Resident, fetched, joined
 from services.infer.runtimes import onnx_lane
 from services.infer.runtimes.lane import Lanes
-from services.infer.runtimes.onnx_devices import Device
+from services.infer.runtimes.onnx_devices import CUDA, TENSORRT, Device
 from services.infer.runtimes.onnx_lane import LaneSession
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.onnx_settings import CUDA, TENSORRT, session_options
+from services.infer.runtimes.onnx_settings import session_options
 from services.infer.runtimes.runtime import ModelFailed, Place, SessionOptions
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb

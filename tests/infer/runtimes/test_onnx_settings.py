@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from services.infer.models import modelconfig
-from services.infer.runtimes.onnx_devices import Device, resolved
-from services.infer.runtimes.onnx_settings import CUDA, OPENVINO, TENSORRT, session_options
+from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, Device, resolved
+from services.infer.runtimes.onnx_settings import session_options
 from services.infer.runtimes.runtime import Place, Provider, Session, SessionOptions
 from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition

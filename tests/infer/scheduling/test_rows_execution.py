@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.infer.calls import ragged
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.parameters import NONE
 from services.infer.calls.request import Call, WantedOutput, key_of
 from services.infer.calls.signature import Signature, TensorSpec
@@ -19,6 +18,7 @@ from services.infer.runtimes.runtime import ModelFailed, RowResults, Session
 from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.rows_execution import RowsExecution
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument
+from shoal.oip.datatypes import BY_NAME
 
 FP64 = BY_NAME["FP64"]
 IMAGE = TensorSpec("image", FP64, (-1, -1, -1), is_ragged=True)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.calls.signature import Signature, TensorSpec
@@ -23,6 +22,7 @@ from services.infer.scheduling.rules import Level, Rules
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from shoal.oip.datatypes import BY_NAME
 from tests.breakable import until
 
 X, Y = TensorSpec("x", BY_NAME["FP32"], (-1, 1)), TensorSpec("y", BY_NAME["FP32"], (-1, 1))

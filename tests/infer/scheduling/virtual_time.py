@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.calls.signature import Signature, TensorSpec
@@ -20,6 +19,7 @@ from services.infer.scheduling.execution import Execution, Job
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.worker import Done
+from shoal.oip.datatypes import BY_NAME
 
 X, Y = TensorSpec("x", BY_NAME["FP64"], (-1, 1)), TensorSpec("y", BY_NAME["FP64"], (-1, 1))
 SIGNATURE = Signature((X,), (Y,), 64)

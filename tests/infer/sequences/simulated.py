@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.calls.parameters import Parameters
 from services.infer.calls.request import Call, WantedOutput
 from services.infer.calls.signature import Signature, TensorSpec
@@ -20,6 +19,7 @@ from services.infer.scheduling.statistics import Statistics
 from services.infer.sequences.execution import SequenceExecution
 from services.infer.sequences.scheduler import SequenceScheduler
 from services.infer.sequences.settings import CORRID, END, READY, START, Control, Settings, State
+from shoal.oip.datatypes import BY_NAME
 from tests.infer.scheduling.virtual_time import SimulatedWorker
 
 FP64, INT64, BOOL = BY_NAME["FP64"], BY_NAME["INT64"], BY_NAME["BOOL"]

@@ -30,10 +30,10 @@ from services.ingest.batches.rows.fitting import fit
 from services.ingest.batches.rows.signature import Signature, Spec, signature_of
 from services.ingest.batches.rows.stacking import STACK_BYTES, Stack, stacks
 from services.ingest.batches.rows.wire import Asked, answer_of, request_of
-from shoal.datatypes import DTYPES
 from shoal.errors import DataLoss, FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import model_config_pb2
+from shoal.oip.datatypes import DTYPES
 from tests.ingest.batches.making import places, write_lines, write_npz, write_parquet
 
 X4 = Spec("x", "FP32", (4,))

@@ -16,9 +16,9 @@ from services.ingest.connectors.message import Lane, Message
 from services.ingest.connectors.outcome import Failed, dead_letter
 from services.ingest.connectors.plan import Plan
 from services.ingest.connectors.tensors import DATATYPES, elements_of, raw_of
-from shoal.datatypes import DTYPES
 from shoal.errors import DataLoss, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
+from shoal.oip.datatypes import DTYPES
 
 JSON = Format("json", "json", "m", "3")
 
@@ -180,7 +180,7 @@ def test_an_answer_in_typed_contents_is_read_too() -> None:
     made.outputs.add(name="y", datatype="INT8", shape=[2]).contents.int_contents.extend([1, -2])
     assert json.loads(JSON.answer(made))["outputs"][0]["data"] == [1, -2]
     made.outputs[0].contents.int_contents[1] = 300
-    with pytest.raises(DataLoss, match="beyond INT8"):
+    with pytest.raises(DataLoss, match="300 is not a INT8"):
         JSON.answer(made)
 
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from services.ingest.dependencies.references import by_key, references_of
-from services.ingest.dependencies.waiting import Standing, after_look, unmet
+from services.ingest.dependencies.waiting import after_look, unmet
 from services.ingest.job import (
     DEAD_LETTERS,
     FINAL,
@@ -24,6 +24,7 @@ from services.ingest.job import (
     state_of,
     try_again,
 )
+from services.ingest.job_store import Standing
 from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.ingest.faults import submit

@@ -18,8 +18,8 @@ from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import Job
 from services.ingest.lane import Lane, lane_of, range_of
-from services.ingest.ulid import Ulids
-from tests.ingest.making import START, TestClock, job
+from services.ingest.mongo_jobs import MongoJobs
+from tests.ingest.making import START, TestClock, instance, job
 
 Collection = AsyncCollection[dict[str, Any]]
 
@@ -40,13 +40,9 @@ class Seen(monitoring.CommandListener):
 
 
 def claims(jobs: Collection, clock: TestClock, n: int = 0, **weights: float) -> Claims:
-    ids = Ulids(lambda: 1)
     return Claims(
-        jobs,
-        clock=clock,
-        new_id=lambda: f"{n} {ids.new()}",
-        owner=f"local/ingest-{n}",
-        process="p",
+        MongoJobs(jobs),
+        instance(clock, f"local/ingest-{n}"),
         lease_ms=5_000,
         weight_of=lambda tenant: weights.get(tenant, 1.0),
     )

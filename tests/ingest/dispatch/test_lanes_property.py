@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.dispatch.lanes import LANES_PER_CLAIM, Lanes, Waiting
+from services.ingest.dispatch.lanes import LANES_PER_CLAIM, Lanes
+from services.ingest.job_store import Waiting
 from services.ingest.lane import Lane
 from tests.ingest.making import START, TestClock
 

@@ -1,38 +1,48 @@
-"""`python -m tests.mesh.fronts FRONT`: the test service behind one front, until SIGTERM."""
+"""`python -m tests.mesh.fronts [envoy]`: the test service, with an Envoy in front or without one, until SIGTERM."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
-from functools import partial
 
-from mesh.h2.server import H2Server
 from mesh.main import main
-from mesh.server import GrpcServer, until_stopped
+from mesh.node import folder
+from mesh.node.edge import Edge
+from mesh.rpc.server import Server
+from mesh.signals import until_stopped
 from tests.mesh.fronts import service
 from tests.mesh.fronts.config import FrontsConfig
 
 
-def _server(name: str, config: FrontsConfig, served: service.Service) -> GrpcServer | H2Server:
-    rpcs = [service.rpc(served)]
-    if name == "h2":
-        return H2Server(config.listen, rpcs, drain_ms=config.drain_ms, short=service.short_methods(served))
-    return GrpcServer(config.listen, rpcs, drain_ms=config.drain_ms)
+def _server(config: FrontsConfig, served: service.Service, listen: str) -> Server:
+    fast = service.fast_methods(served)
+    return Server(listen, [service.rpc(served)], drain_ms=config.drain_ms, fast_methods=fast)
 
 
-async def _run(name: str, config: FrontsConfig) -> None:
+async def _run(config: FrontsConfig) -> None:
     served = service.Service()
-    async with served.tasked, _server(name, config, served) as server:
+    async with served.tasks, _server(config, served, config.listen) as server:
         await server.serve()
         await until_stopped()
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "envoy":
-        from mesh.embedded import launch
+async def _run_behind_envoy(config: FrontsConfig) -> None:
+    """Serve on a unix socket, behind an Envoy as `shoal serve` starts it."""
+    served = service.Service()
+    host, _, port = config.listen.rpartition(":")
+    with folder.private(os.environ) as place:
+        path = f"{place}/fronts-0.sock"
+        edge = Edge(host=host, port=int(port), workers=[path], folder=place, threads=1, tell=print)
+        fronting = asyncio.create_task(edge.run())
+        async with served.tasks, _server(config, served, f"unix:{path}") as server:
+            await server.serve()
+            await until_stopped()
+            await edge.drain()
+        await edge.flush()
+        edge.stop()
+        await fronting
 
-        try:
-            launch.become_envoy("tests.mesh.fronts.inside:app", os.environ["SHOAL_FRONTS_LISTEN"])
-        except OSError as err:
-            sys.exit(f"shoal fronts cannot start:\n{err}")
-    main("fronts", FrontsConfig, partial(_run, sys.argv[1]))
+
+if __name__ == "__main__":
+    main("fronts", FrontsConfig, _run_behind_envoy if "envoy" in sys.argv else _run)

@@ -1,4 +1,4 @@
-"""The test service behind each front, in a real process on real sockets. A new front is one more line in FRONTS."""
+"""The test service in a real process on real sockets."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ import pytest_asyncio
 from google.protobuf.wrappers_pb2 import BytesValue
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mesh.embedded import launch
 from mesh.node import parts
 from tests.breakable import Process, until
 from tests.mesh.fronts.raw import RawConnection
 from tests.mesh.fronts.service import METHODS, path
 
-FRONTS = ("grpc", "envoy", "h2")
 UNARY = ("Unary", "Short", "Tasked")
 
 _LARGE = 200 << 20
@@ -36,19 +34,22 @@ _numbers = itertools.count()
 
 
 class Front(Process):
-    """A process that serves the test service at `address`."""
+    """A process that serves the test service at `address`.
+
+    `transport` is unix, tcp, or envoy: TCP with an Envoy in front, as `shoal serve` starts it.
+    """
 
     def __init__(
-        self, name: str, python: str, folder: Path, address: str, env: Mapping[str, str] | None = None
+        self, python: str, folder: Path, transport: str, at: str, env: Mapping[str, str] | None = None
     ) -> None:
-        self.name = name
-        self.address = address
+        self.transport = transport
+        self.address = address = at or address_for(transport, folder)
         settings = {"SHOAL_FRONTS_LISTEN": address, **(env or {})}
         log = folder / f"front-{next(_numbers)}.log"
-        super().__init__([python, "-m", "tests.mesh.fronts", name], log, settings)
+        super().__init__([python, "-m", "tests.mesh.fronts", transport], log, settings)
 
     async def until_serving(self) -> None:
-        await until(lambda: serves(self.address) if self.is_running() else _dead(self), f"{self.name} serving")
+        await until(lambda: serves(self.address) if self.is_running() else _dead(self), "serving")
 
     @contextlib.asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
@@ -60,7 +61,7 @@ class Front(Process):
 
 
 def _dead(front: Front) -> bool:
-    raise AssertionError(f"{front.name} ended:\n{front.log.read_text()[-3000:]}")
+    raise AssertionError(f"the server ended:\n{front.log.read_text()[-3000:]}")
 
 
 async def serves(address: str) -> bool:
@@ -112,25 +113,15 @@ class Client:
         await until(is_so, f"{events}")
 
 
-def needs(name: str) -> None:
-    """Skips the test where this front cannot run."""
-    if name == "envoy" and (reason := launch.obstacle()):
-        pytest.skip(f"no Envoy front here: {reason}")
-
-
 def address_for(transport: str, folder: Path) -> str:
     return f"unix:{folder}/f.sock" if transport == "unix" else f"127.0.0.1:{parts.free_port()}"
 
 
-@pytest.fixture(
-    scope="session", params=[(name, transport) for name in FRONTS for transport in ("unix", "tcp")][1:], ids="-".join
-)
+@pytest.fixture(scope="session", params=["unix", "tcp", "envoy"])
 def started(request: pytest.FixtureRequest, python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    """One process for all tests that do it no harm. The transport of grpc.aio is its own: one is enough."""
-    front_name, transport = request.param
-    needs(front_name)
+    """One process for all tests that do it no harm."""
     folder = tmp_path_factory.mktemp("f")
-    with Front(front_name, python, folder, address_for(transport, folder)) as front:
+    with Front(python, folder, request.param, "") as front:
         yield front
         if not front.is_running():
             _dead(front)
@@ -144,8 +135,8 @@ async def front(started: Front) -> Front:
 
 @pytest.fixture
 def large(front: Front) -> None:
-    """For tests with large messages, which take their time: on one transport of each front."""
-    if front.name != "grpc" and front.address.startswith("unix:"):
+    """For tests with large messages, which take their time: on one transport."""
+    if front.address.startswith("unix:"):
         pytest.skip("large messages go over TCP")
 
 

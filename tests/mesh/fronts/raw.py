@@ -69,6 +69,13 @@ class RawConnection:
         self._writer.write(self._h2.data_to_send())
         await self._writer.drain()
 
+    async def read_on(self) -> None:
+        """Open the windows for what has come, and for all that comes."""
+        self._reads = True
+        for number, exchange in self.streams.items():
+            self._h2.acknowledge_received_data(len(exchange.data), number)
+        await self.flush()
+
     async def open(
         self, method: str, order: Any = None, *, without: str = "", end: bool = False, verb: str = "POST", **extra: str
     ) -> int:

@@ -1,4 +1,4 @@
-"""A service made for the contract of the fronts: each call says in its header `x-do` (JSON) what shall be done with it.
+"""A service made for the contract of the server: each call says in its header `x-do` (JSON) what shall be done with it.
 
     {"do": "echo"}                          answers with what came
     {"do": "fail", "code": 5, "message": "..", "after": 250}      raises that ShoalError
@@ -7,22 +7,20 @@
     {"do": "sleep", "ms": 50}               answers after so long
     {"do": "size", "bytes": 100}            answers with so many bytes; streams: `count` times
     {"do": "metadata"}                      sends back every header that begins with `x-`, leading and trailing
-    {"do": "die" | "spin" | "hold" | "stop" | "child"}    what ends a process, or stops its loop; a child's signal mask
+    {"do": "die" | "child"}    ends the process; a child's signal mask
 
-Four methods, one of each kind, and two that are answered on the short way where there is one: `Short`, and `Tasked`,
-whose answer is awaited.
+Four methods, one of each kind, and two that are answered on the fast path: `Short`, and `Tasked`, whose answer is
+awaited.
 """
 
 from __future__ import annotations
 
 import asyncio
 import builtins
-import ctypes
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
@@ -31,9 +29,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.message import DecodeError
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from mesh.asgi.exchange import Exchange, ShortHandler
-from mesh.asgi.tasked import Tasked
-from mesh.server import Rpc
+from mesh.rpc.fast_call import FastCall, FastHandler
+from mesh.rpc.server import Rpc
+from mesh.rpc.task_methods import TaskMethods
 from shoal.errors import InvalidArgument, from_status
 
 NAME = "shoal.test.Fronts"
@@ -59,7 +57,7 @@ class Service:
     def __init__(self) -> None:
         self.seen: list[str] = []
         """`<event> <mark>` in the order in which it happened."""
-        self.tasked = Tasked()
+        self.tasks = TaskMethods()
 
     async def Unary(self, request: BytesValue, context: Any) -> BytesValue:
         return await self._one(_order(context.invocation_metadata()), request, context)
@@ -124,36 +122,36 @@ class Service:
         if mark := order.get("mark"):
             self.seen.append(f"{event} {mark}" + ("" if number is None else f" {number}"))
 
-    def short(self, body: bytes, exchange: Exchange) -> None:
-        """`Short` on the short way."""
-        order = _order([(key.decode(), value.decode()) for key, value in exchange.headers.items()])
+    def short(self, body: bytes, call: FastCall) -> None:
+        """`Short` on the fast path."""
+        order = _order([(key.decode(), value.decode()) for key, value in call.headers.items()])
         try:
             value = BytesValue.FromString(body[5:]).value
         except DecodeError as err:
             raise InvalidArgument(str(err)) from err
         if order["do"] == "wait":
             self._note("started", order)
-            exchange.on_end = lambda: self._note("cancelled", order)
+            call.on_end = lambda: self._note("cancelled", order)
         elif order["do"] == "sleep":
             self._note("started", order)
-            timer = asyncio.get_running_loop().call_later(order["ms"] / 1000, self._reply, exchange, value)
-            exchange.on_end = timer.cancel
+            timer = asyncio.get_running_loop().call_later(order["ms"] / 1000, self._reply, call, value)
+            call.on_end = timer.cancel
         else:
-            self._reply(exchange, done(order, value))
+            self._reply(call, done(order, value))
 
-    def awaited(self, body: bytes, exchange: Exchange) -> None:
-        """`Tasked` on the short way."""
-        order = _order([(key.decode(), value.decode()) for key, value in exchange.headers.items()])
+    def awaited(self, body: bytes, call: FastCall) -> None:
+        """`Tasked` on the fast path."""
+        order = _order([(key.decode(), value.decode()) for key, value in call.headers.items()])
 
         async def answer(request: BytesValue) -> BytesValue:
             return await self._one(order, request, None)
 
-        (handle,) = self.tasked.method(path("Tasked"), BytesValue.FromString, answer).values()
-        handle(body, exchange)
+        (handle,) = self.tasks.method(path("Tasked"), BytesValue.FromString, answer).values()
+        handle(body, call)
 
-    def _reply(self, exchange: Exchange, value: bytes) -> None:
+    def _reply(self, call: FastCall, value: bytes) -> None:
         data = BytesValue(value=value).SerializeToString()
-        exchange.reply((data,), len(data))
+        call.reply((data,), len(data))
 
 
 def done(order: Mapping[str, Any], value: bytes) -> bytes:
@@ -168,13 +166,6 @@ def done(order: Mapping[str, Any], value: bytes) -> bytes:
             return bytes(order["bytes"])
         case "die":
             os._exit(3)
-        case "spin":
-            while True:  # It lets other threads run, but not the loop.
-                time.sleep(0.01)
-        case "hold":  # Native code that keeps the interpreter.
-            ctypes.PyDLL(None).pause()
-        case "stop":
-            asyncio.get_running_loop().stop()
         case "child":
             return subprocess.run([sys.executable, "-c", _CHILD], capture_output=True, check=True).stdout
     return value
@@ -182,8 +173,6 @@ def done(order: Mapping[str, Any], value: bytes) -> bytes:
 
 _CHILD = """
 import os, signal
-from mesh.children import hear_signals
-hear_signals()
 print(os.environ.get("LD_PRELOAD"), os.environ.get("PYTHONPATH"), signal.pthread_sigmask(signal.SIG_BLOCK, []))
 """
 
@@ -208,7 +197,7 @@ def rpc(service: Service) -> Rpc:
     return Rpc(_descriptor(), add)
 
 
-def short_methods(service: Service) -> dict[str, ShortHandler]:
+def fast_methods(service: Service) -> dict[str, FastHandler]:
     return {path("Short"): service.short, path("Tasked"): service.awaited}
 
 

@@ -1,4 +1,4 @@
-"""What every front does alike: kinds of calls, errors, metadata, compression, large messages, the standard services."""
+"""The contract of the server: kinds of calls, errors, metadata, compression, large messages, the standard services."""
 
 from __future__ import annotations
 
@@ -95,6 +95,15 @@ async def test_metadata_there_and_back(client: Client) -> None:
     await call
     for back in (await call.initial_metadata(), await call.trailing_metadata()):
         assert [pair for pair in back if pair[0].startswith("x-")] == [*given]
+
+
+async def test_no_caller_tells_the_envoy_in_front_what_to_do(front: Front, client: Client) -> None:
+    if front.transport != "envoy":
+        pytest.skip("no Envoy in front")
+    given = (("x-envoy-internal", "true"), ("x-envoy-retry-on", "5xx"), ("x-envoy-upstream-rq-timeout-ms", "1"))
+    call = client.call("Unary", order={"do": "metadata"}, metadata=given)
+    await call
+    assert [key for key, _ in await call.trailing_metadata() if key.startswith("x-")] == []
 
 
 @pytest.mark.parametrize("method", UNARY)

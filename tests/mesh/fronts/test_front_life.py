@@ -1,39 +1,33 @@
-"""How an instance comes and goes behind each front: stops that cut nothing, ends that are ends, nothing left over."""
+"""How an instance comes and goes: stops that cut nothing, ends that are ends, nothing left over."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
-from mesh.embedded.launch import ADMIN_FOLDER
 from mesh.node import parts
 from tests.breakable import until
-from tests.mesh.fronts.conftest import FRONTS, UNARY, Client, Front, address_for, needs
+from tests.mesh.fronts.conftest import UNARY, Client, Front, serves
 
 Make = Callable[..., Front]
-OURS = ("envoy", "h2")
 
 
 @pytest.fixture
 def make(python: str, run_dir: Path) -> Iterator[Make]:
-    """Starts fronts of the test's own; the same address again with `at`."""
+    """Starts servers of the test's own; the same address again with `at`."""
     fronts: list[Front] = []
 
-    def start(name: str, transport: str = "unix", at: str = "", **env: str) -> Front:
-        needs(name)
-        address = at or address_for(transport, run_dir)
-        front = Front(name, python, run_dir, address, {key.upper(): value for key, value in env.items()})
+    def start(transport: str = "unix", at: str = "", **env: str) -> Front:
+        front = Front(python, run_dir, transport, at, {key.upper(): value for key, value in env.items()})
         front.start()
         fronts.append(front)
         return front
@@ -43,11 +37,10 @@ def make(python: str, run_dir: Path) -> Iterator[Make]:
         front.__exit__()
 
 
-@pytest.mark.parametrize("transport", ["unix", "tcp"])
-@pytest.mark.parametrize("name", OURS)
-async def test_a_stop_under_load_cuts_no_call(make: Make, name: str, transport: str) -> None:
+@pytest.mark.parametrize("transport", ["unix", "tcp", "envoy"])
+async def test_a_stop_under_load_cuts_no_call(make: Make, transport: str) -> None:
     for _ in range(3):
-        front = make(name, transport)
+        front = make(transport)
         await front.until_serving()
         outcomes: list[str] = []
         async with front.client() as one, front.client() as two:
@@ -84,9 +77,9 @@ def is_unstarted(err: grpc.aio.AioRpcError) -> bool:
     return err.code() is grpc.StatusCode.UNAVAILABLE and ("connect" in said or "refused" in said or "stopping" in said)
 
 
-@pytest.mark.parametrize("name", FRONTS)
-async def test_calls_under_way_finish_while_it_stops(make: Make, name: str) -> None:
-    front = make(name)
+@pytest.mark.parametrize("transport", ["unix", "envoy"])
+async def test_calls_under_way_finish_while_it_stops(make: Make, transport: str) -> None:
+    front = make(transport)
     await front.until_serving()
     async with front.client() as client:
         calls = [
@@ -99,9 +92,9 @@ async def test_calls_under_way_finish_while_it_stops(make: Make, name: str) -> N
         assert await asyncio.gather(*calls) == [b"x"] * 20 * len(UNARY)
 
 
-@pytest.mark.parametrize("name", FRONTS)
-async def test_the_drain_has_an_end(make: Make, name: str) -> None:
-    front = make(name, shoal_fronts_drain_ms="300")
+@pytest.mark.parametrize("transport", ["unix", "envoy"])
+async def test_the_drain_has_an_end(make: Make, transport: str) -> None:
+    front = make(transport, shoal_fronts_drain_ms="300")
     await front.until_serving()
     async with front.client() as client:
         calls = [asyncio.ensure_future(client.fails(m, b"", {"do": "wait", "mark": m})) for m in UNARY]
@@ -111,9 +104,9 @@ async def test_the_drain_has_an_end(make: Make, name: str) -> None:
             assert err.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
-@pytest.mark.parametrize("name", FRONTS)
-async def test_an_idle_instance_with_open_watches_stops_at_once(make: Make, name: str) -> None:
-    front = make(name, shoal_fronts_drain_ms="60000")
+@pytest.mark.parametrize("transport", ["unix", "envoy"])
+async def test_an_idle_instance_with_open_watches_stops_at_once(make: Make, transport: str) -> None:
+    front = make(transport, shoal_fronts_drain_ms="60000")
     await front.until_serving()
     async with front.client() as client:
         bidi = client.call("Bidi", None)
@@ -125,10 +118,9 @@ async def test_an_idle_instance_with_open_watches_stops_at_once(make: Make, name
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-@pytest.mark.parametrize("name", FRONTS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_second_signal_ends_it_at_once(make: Make, name: str, number: int) -> None:
-    front = make(name, shoal_fronts_drain_ms="60000")
+async def test_a_second_signal_ends_it_at_once(make: Make, number: int) -> None:
+    front = make(shoal_fronts_drain_ms="60000")
     await front.until_serving()
     async with front.client() as client:
         waiting = asyncio.ensure_future(client.fails("Unary", b"", {"do": "wait", "mark": "a"}))
@@ -143,16 +135,15 @@ async def test_a_second_signal_ends_it_at_once(make: Make, name: str, number: in
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 async def test_a_stop_at_any_moment_of_the_start_is_a_stop(make: Make, transport: str, run_dir: Path) -> None:
     for moment in range(12):
-        front = make("envoy", transport, tmpdir=str(run_dir))
+        front = make(transport, tmpdir=str(run_dir))
         await asyncio.sleep(moment * 0.08)  # Not to wait for anything: to be somewhere in the start.
-        # Until the process blocks the signal it ends by it.
+        # Until the process handles the signal it ends by it.
         assert await asyncio.to_thread(front.terminate) in (0, -signal.SIGTERM)
         assert front.log.read_text().count("Traceback") == 0
 
 
-@pytest.mark.parametrize("name", FRONTS)
-async def test_kill_9_leaves_nobody_and_the_socket_is_replaced(make: Make, name: str) -> None:
-    front = make(name)
+async def test_kill_9_leaves_nobody_and_the_socket_is_replaced(make: Make) -> None:
+    front = make()
     for _ in range(3):
         await front.until_serving()
         children = descendants(front.pid)
@@ -169,22 +160,20 @@ def descendants(pid: int) -> list[int]:
     return [int(line) for line in listed.stdout.split()]
 
 
-@pytest.mark.parametrize("name", FRONTS)
-async def test_it_ends_with_its_launcher(make: Make, name: str) -> None:
+async def test_it_ends_with_its_launcher(make: Make) -> None:
     launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     launcher.kill()
     launcher.wait()
-    front = make(name, shoal_parent_pid=str(launcher.pid))
+    front = make(shoal_parent_pid=str(launcher.pid))
     await until(lambda: not front.is_running(), "the end")
     assert "the launcher" in front.log.read_text()
 
 
-@pytest.mark.parametrize("name", FRONTS)
-async def test_a_port_in_use_is_one_clear_line(make: Make, name: str) -> None:
+async def test_a_port_in_use_is_one_clear_line(make: Make) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        front = make(name, at=f"127.0.0.1:{other.getsockname()[1]}")
+        front = make(at=f"127.0.0.1:{other.getsockname()[1]}")
         await until(lambda: not front.is_running(), "the end")
     said = front.log.read_text()
     assert f"cannot listen on {front.address}" in said
@@ -193,68 +182,53 @@ async def test_a_port_in_use_is_one_clear_line(make: Make, name: str) -> None:
     assert front._popen.returncode == 1
 
 
-@pytest.mark.parametrize("name", OURS)
-async def test_a_port_is_not_shared_unasked(make: Make, name: str) -> None:
-    front = make(name, "tcp")
+async def test_a_port_is_not_shared_unasked(make: Make) -> None:
+    front = make("tcp")
     await front.until_serving()
-    second = make(name, at=front.address)
+    second = make(at=front.address)
     await until(lambda: not second.is_running(), "the end")
     assert "in use" in second.log.read_text()
     async with front.client() as client:
         assert await client.call("Unary", b"x") == b"x"
 
 
-async def test_wrong_settings_are_said_alike_by_all(make: Make) -> None:
-    said = []
-    for name in FRONTS:
-        front = make(name, "tcp", shoal_fronts_nonsense="1", shoal_fronts_drain_ms="many")
-        await until(lambda it=front: not it.is_running(), "the end")
-        assert front._popen.returncode == 2
-        said.append(front.log.read_text())
-    assert "SHOAL_FRONTS_DRAIN_MS='many'" in said[0]
-    assert len(set(said)) == 1
+async def test_wrong_settings_are_named(make: Make) -> None:
+    front = make("tcp", shoal_fronts_nonsense="1", shoal_fronts_drain_ms="many")
+    await until(lambda: not front.is_running(), "the end")
+    assert front._popen.returncode == 2
+    said = front.log.read_text()
+    assert "SHOAL_FRONTS_DRAIN_MS='many'" in said
+    assert "SHOAL_FRONTS_NONSENSE is not a setting" in said
+
+
+async def test_an_address_that_others_can_reach_is_refused_unless_it_is_allowed(make: Make) -> None:
+    address = f"0.0.0.0:{parts.free_port()}"
+    front = make(at=address)
+    await until(lambda: not front.is_running(), "the end")
+    assert front._popen.returncode == 2
+    said = front.log.read_text()
+    assert f"SHOAL_FRONTS_LISTEN={address!r}: other machines can reach this address" in said
+    assert "or set SHOAL_FRONTS_INSECURE=true" in said
+    assert "Traceback" not in said
+    front = make(at=address, shoal_fronts_insecure="true")
+    await until(lambda: serves(address.replace("0.0.0.0", "127.0.0.1")), "serving")
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
-@pytest.mark.parametrize("name", FRONTS)
 async def test_nothing_is_left_after_a_stop(
-    make: Make, name: str, transport: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, transport: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scratch = run_dir / "t"
     scratch.mkdir()
-    front = make(name, transport, tmpdir=str(scratch))
+    front = make(transport, tmpdir=str(scratch))
     await front.until_serving()
     assert await asyncio.to_thread(front.terminate) == 0
     assert list(scratch.rglob("*")) == []
     assert [path.name for path in run_dir.iterdir() if path.is_socket()] == []
 
 
-async def test_leftovers_of_a_kill_go_at_the_next_start(make: Make) -> None:
-    front = make("envoy", "tcp")
-    await front.until_serving()
-    pid = front.pid
-    front.kill()
-    front.start()
-    await front.until_serving()
-    assert not [*Path(tempfile.gettempdir()).glob(f"{ADMIN_FOLDER}{pid}-*")]
-
-
-@pytest.mark.parametrize("method", UNARY)
-@pytest.mark.parametrize("what", ["spin", "hold", "stop"])
-async def test_a_dead_loop_ends_the_process(make: Make, what: str, method: str) -> None:
-    front = make("envoy", shoal_embedded_stall_s="1")
-    await front.until_serving()
-    async with front.client() as client:
-        with contextlib.suppress(grpc.aio.AioRpcError):  # It may still be answered before the loop stands.
-            await client.call(method, order={"do": what}, timeout=60)
-    await until(lambda: not front.is_running(), "the end")
-    assert front._popen.returncode == 1
-    assert "Timeout" in front.log.read_text()  # With the stacks of all threads.
-
-
-@pytest.mark.parametrize("name", FRONTS)
-async def test_a_process_that_dies_in_a_call_says_unavailable(make: Make, name: str) -> None:
-    front = make(name)
+async def test_a_process_that_dies_in_a_call_says_unavailable(make: Make) -> None:
+    front = make()
     await front.until_serving()
     async with front.client() as client:
         err = await client.fails("Unary", order={"do": "die"})
@@ -263,20 +237,16 @@ async def test_a_process_that_dies_in_a_call_says_unavailable(make: Make, name: 
     assert front._popen.returncode == 3
 
 
-@pytest.mark.parametrize("name", FRONTS)
-async def test_children_hear_signals_and_are_not_preloaded(
-    make: Make, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_children_hear_signals_and_are_not_preloaded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    front = make(name)
+    front = make()
     await front.until_serving()
     async with front.client() as client:
         assert (await client.call("Unary", order={"do": "child"})).split() == [b"None", b"None", b"set()"]
 
 
-@pytest.mark.parametrize("name", OURS)
-async def test_short_calls_keep_no_memory(make: Make, name: str) -> None:
-    front = make(name)
+async def test_short_calls_keep_no_memory(make: Make) -> None:
+    front = make()
     await front.until_serving()
 
     async def some(count: int) -> None:
@@ -287,7 +257,7 @@ async def test_short_calls_keep_no_memory(make: Make, name: str) -> None:
         await some(5_000)
         before = rss_kb(front.pid)
         await some(20_000)
-        # Half a kilobyte kept of each call would be 10,000; Envoy alone wanders by 4,000.
+        # Half a kilobyte kept of each call would be 10,000.
         assert rss_kb(front.pid) - before < 8_000
 
 
@@ -304,17 +274,13 @@ async def test_files_in_the_users_folder_do_no_harm(python: str, run_dir: Path, 
         (run_dir / name / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
     (run_dir / "m").mkdir()
     address = f"127.0.0.1:{parts.free_port()}"
-    for name in FRONTS:
-        needs(name)
-        env = {"SHOAL_INFER_LISTEN": address, "SHOAL_INFER_REPOSITORY": str(run_dir / "m"), "SHOAL_INFER_FRONT": name}
-        process = subprocess.Popen(
-            parts.service_command("infer"), cwd=run_dir, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True
-        )
-        try:
-            from tests.mesh.fronts.conftest import serves
-
-            await until(lambda: serves(address), f"infer behind {name}")
-        finally:
-            process.terminate()
-            _, said = process.communicate()
-        assert (process.returncode, "wrong one" in said) == (0, False)
+    env = {"SHOAL_INFER_LISTEN": address, "SHOAL_INFER_REPOSITORY": str(run_dir / "m")}
+    process = subprocess.Popen(
+        parts.service_command("infer"), cwd=run_dir, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        await until(lambda: serves(address), "infer")
+    finally:
+        process.terminate()
+        _, said = process.communicate()
+    assert (process.returncode, "wrong one" in said) == (0, False)

@@ -1,11 +1,13 @@
-"""Requests as no library would send them: each front ends them with a status, and lives on."""
+"""Requests as no library would send them: the server ends them with a status, and lives on."""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
 import json
+import re
 import zlib
+from pathlib import Path
 
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
@@ -16,16 +18,6 @@ from tests.breakable import until
 from tests.http2 import framed
 from tests.mesh.fronts.conftest import UNARY, Client, Front
 from tests.mesh.fronts.raw import RawConnection
-
-
-@pytest.fixture
-def ours(front: Front) -> Front:
-    """A front whose reading of messages is ours. grpc.aio leaves broken ones without an answer, as long as the
-    connection lasts, and takes any flags."""
-    if front.name == "grpc":
-        pytest.skip("grpc.aio's own")
-    return front
-
 
 X = b"\x0a\x01x"
 """BytesValue(value=b"x")."""
@@ -44,7 +36,7 @@ async def test_a_whole_message_by_single_bytes(raw: RawConnection, method: str) 
 @pytest.mark.parametrize("method", UNARY)
 async def test_a_body_may_come_much_later_than_its_headers(raw: RawConnection, client: Client, method: str) -> None:
     number = await raw.open(method)
-    await client.call("Unary", order={"do": "sleep", "ms": 300})  # Longer than any poll of the front.
+    await client.call("Unary", order={"do": "sleep", "ms": 300})  # Longer than any timer of the server.
     await raw.send(number, framed(X)[:3])
     await client.call("Unary", order={"do": "sleep", "ms": 150})
     await raw.send(number, framed(X)[3:], end=True)
@@ -79,7 +71,7 @@ async def test_empty_frames_are_nothing(raw: RawConnection, method: str) -> None
     ids=["nothing", "a byte", "cut", "two", "rest", "flags", "not compressed", "no message", "4 GB"],
 )
 async def test_bodies_that_are_not_one_message(
-    ours: Front, raw: RawConnection, client: Client, method: str, body: bytes, codes: set[Code]
+    raw: RawConnection, client: Client, method: str, body: bytes, codes: set[Code]
 ) -> None:
     answer = await raw.call(method, body)
     assert answer.status in codes or (answer.status is None and answer.reset is not None)
@@ -87,7 +79,7 @@ async def test_bodies_that_are_not_one_message(
 
 
 @pytest.mark.parametrize("method", UNARY)
-async def test_headers_alone(ours: Front, raw: RawConnection, method: str) -> None:
+async def test_headers_alone(raw: RawConnection, method: str) -> None:
     number = await raw.open(method, end=True)
     answer = await raw.ended(number)
     assert answer.status not in (None, 0) or answer.reset is not None
@@ -115,7 +107,7 @@ async def test_compression_as_the_header_says(
 
 @pytest.mark.parametrize("method", UNARY)
 @pytest.mark.parametrize("kind", ["text/plain", "application/json", "application/grpc-web", "application/grpcx"])
-async def test_another_content_type_is_refused_by_http(ours: Front, raw: RawConnection, method: str, kind: str) -> None:
+async def test_another_content_type_is_refused_by_http(raw: RawConnection, method: str, kind: str) -> None:
     answer = await raw.call(method, framed(X), content_type=kind)
     assert (answer.headers.get(":status") == "415" and not answer.status) or answer.status not in (0, None)
 
@@ -167,7 +159,7 @@ async def test_binary_metadata_with_and_without_padding(raw: RawConnection) -> N
         )
 
 
-async def test_a_stream_that_ends_inside_a_message_is_an_error(ours: Front, raw: RawConnection) -> None:
+async def test_a_stream_that_ends_inside_a_message_is_an_error(raw: RawConnection) -> None:
     for method in ("ClientStream", "Bidi"):
         answer = await raw.call(method, framed(X) + framed(X)[:-1])
         assert answer.status not in (0, None) or answer.reset is not None
@@ -194,7 +186,6 @@ async def test_random_bytes_end_nothing(front: Front, client: Client, method: st
             else:
                 await asyncio.wait_for(connection.closed.wait(), 30)
 
-    # Side by side: Envoy closes a second after it has said why.
     await asyncio.gather(*(send(at) for at in range(0, 4_000, 97)))
     assert await client.call(method, b"next") == b"next"
 
@@ -254,5 +245,6 @@ async def send_much(raw: RawConnection, number: int) -> None:
 
 
 def rss_kb(pid: int) -> int:
-    with open(f"/proc/{pid}/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+    """Return the resident memory of a process and its children: behind Envoy, that of both."""
+    pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    return sum(int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{one}/status").read_text())[0]) for one in pids)

@@ -1,4 +1,4 @@
-"""The lean client against every front: what grpc.aio's client gets from the same calls, it gets."""
+"""The lean client against the server: what grpc.aio's client gets from the same calls, it gets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def channel(front: Front) -> AsyncIterator[Channel]:
         yield channel
         line = channel._line
         assert not channel._waiting
-        assert line is None or (not line._calls and not line._sender._widened and not line._sender._waiting)
+        assert line is None or (not line._calls and not line._sender._window_changes and not line._sender._waiting)
 
 
 @pytest_asyncio.fixture

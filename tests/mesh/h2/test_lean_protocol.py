@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from opentelemetry import context, trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
-from mesh.asgi.framing import framed
 from mesh.h2 import frames
 from mesh.h2.client import request
 from mesh.h2.client.channel import Channel
 from mesh.h2.frames import Reason
+from mesh.rpc.framing import framed
 from tests.breakable import until
 from tests.mesh.h2.scripted import HEAD, LAST, OK, scripted
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,8 +27,8 @@ class Turnstile:
         self._waiting: dict[asyncio.Task[Any], asyncio.Event] = {}
         self._tasks: list[asyncio.Task[Any]] = []
         self._moved = asyncio.Event()
-        self.passed = 0
-        """Operations so far."""
+        self.passed: Counter[int] = Counter()
+        """Operations so far, by the number of the task."""
 
     async def pass_through(self) -> None:
         """Called before each operation, by whichever task."""
@@ -48,7 +49,7 @@ class Turnstile:
             if self._waiting:
                 chosen = self._chosen(next(self._order))
                 self._waiting.pop(chosen).set()
-                self.passed += 1
+                self.passed[self._tasks.index(chosen)] += 1
         await asyncio.gather(*self._tasks)
 
     def _chosen(self, number: int) -> asyncio.Task[Any]:

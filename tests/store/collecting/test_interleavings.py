@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +50,9 @@ class Ticking(Clock):
     def __call__(self):
         self.advance(milliseconds=1)
         return self.now
+
+
+_FOR_EVER = 10_000
 
 
 class Story:
@@ -125,14 +129,16 @@ class Story:
         assert counted == weight_of_payloads(claims, claims * len(self.data))
         if self.referred:
             assert await self.parts.read(self.data) == self.data
-        for _ in range(4):
+        # What is condemned in one round goes in the next; what a broken upload left may take two more.
+        for rounds in itertools.count(1):
             await self.parts.collector.collect(strays=True)
+            keys, known = await self.parts.keys(), await self.parts.known()
+            is_clean = len(keys) == 1 if self.referred else not keys and not known
+            if rounds == 4 or (rounds >= 2 and is_clean):
+                break
+        assert is_clean, (keys, known)
         if self.referred:
             assert await self.parts.read(self.data) == self.data
-            assert len(await self.parts.keys()) == 1
-        else:
-            assert await self.parts.keys() == []
-            assert await self.parts.known() == set()
 
 
 class World:
@@ -163,8 +169,10 @@ class World:
         await self._client.close()
         self._threads.__exit__()
 
-    async def example(self, acts: Sequence[str], first: Sequence[str], order: Sequence[tuple[int, int]]) -> int:
-        """Does `first`, one after the other, then `acts` side by side, in `order`. Says how many operations it took."""
+    async def example(
+        self, acts: Sequence[str], first: Sequence[str], order: Sequence[tuple[int, int]]
+    ) -> Counter[int]:
+        """Do `first`, one after the other, then `acts` side by side, in `order`; return the operations of each act."""
         story = Story(self.parts, uuid.uuid4().bytes)
         for name in first:
             await story.do(name)
@@ -179,6 +187,16 @@ class World:
         finally:
             await self._emptied()
         return turnstile.passed
+
+    def interrupt_everywhere(self, acts: tuple[str, str], first: Sequence[str]) -> None:
+        """Interrupt either act before each of its operations, once, by all of the other act."""
+        for interrupted in (0, 1):
+            steps, took = 0, 0
+            while steps <= took:
+                order = [(interrupted, steps), (1 - interrupted, _FOR_EVER)]
+                # Its own operations only: after the last of them there is nothing left to interrupt.
+                took = self.runner.run(self.example(acts, first, order))[interrupted]
+                steps += 1
 
     async def _emptied(self) -> None:
         found = self.parts.collections
@@ -202,31 +220,19 @@ FIRST = {
     "not needed": ("push", "let_go"),
     "condemned": ("claim", "let_go", "condemn"),
 }
-_FOR_EVER = 10_000
 
 
 @pytest.mark.parametrize("first", ["in use", "condemned"])
 @pytest.mark.parametrize("others", [("push",), ("claim",), ("let_go", "push")], ids=" then ".join)
 def test_every_single_interruption(world: World, first: str, others: tuple[str, ...]) -> None:
-    """Either is interrupted before each of its operations, once, by all of the other."""
-    for interrupted in (0, 1):
-        steps, took = 0, 1
-        while steps < took:
-            order = [(interrupted, steps), (1 - interrupted, _FOR_EVER)] if steps else [(1 - interrupted, _FOR_EVER)]
-            took = world.runner.run(world.example(["collect_twice", "+".join(others)], FIRST[first], order))
-            steps += 1
+    world.interrupt_everywhere(("collect_twice", "+".join(others)), FIRST[first])
 
 
 @pytest.mark.parametrize("other", ["claim+let_go", "count", "recount"])
 @pytest.mark.parametrize("act", ["claim", "let_go", "claim+claim+let_go"])
 def test_every_single_interruption_of_what_is_counted(world: World, act: str, other: str) -> None:
     """The same for those who change what a tenant has, beside those who add it up."""
-    for interrupted in (0, 1):
-        steps, took = 0, 1
-        while steps < took:
-            order = [(interrupted, steps), (1 - interrupted, _FOR_EVER)] if steps else [(1 - interrupted, _FOR_EVER)]
-            took = world.runner.run(world.example([act, other], ("claim", "count", "claim"), order))
-            steps += 1
+    world.interrupt_everywhere((act, other), ("claim", "count", "claim"))
 
 
 ACTS = st.sampled_from(["push", "claim", "let_go", "read", "stat", "collect", "count", "recount"])

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from services.ingest.batches.outputs.columns import ABOUT, Columns
 from services.ingest.batches.outputs.written import About, Dead, Written
-from services.ingest.tensors import Array
+from shoal.oip.tensors import Array
 
 GROUP_BYTES = 16 << 20
 """A row group is written when it is this large."""

@@ -1,0 +1,43 @@
+"""The processor that a report was measured on: times, and the last bits of float answers, depend on it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+_INSTRUCTION_SETS = {
+    "avx2": "AVX2",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+    "amx_int8": "AMX",
+}
+"""Flags of /proc/cpuinfo by which ONNX Runtime chooses its kernels, and the makers' names of them."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A processor by its model name, with those of its instruction sets that 8-bit and float products use."""
+
+    name: str
+    instruction_sets: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ", ".join([self.name, *self.instruction_sets])
+
+
+def this_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
+    """Return the processor of this machine; only its architecture where the system does not say more."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    fields: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        # The first core's; the others repeat it.
+        fields.setdefault(key.strip(), value.strip())
+    flags = set(fields.get("flags", "").split())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return Processor(name, tuple(text for flag, text in _INSTRUCTION_SETS.items() if flag in flags))
