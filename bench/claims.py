@@ -31,7 +31,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mesh.mongo import connect, ensure_collection
-from mesh.node import parts
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, WAITING, document_of
@@ -39,6 +38,7 @@ from services.ingest.instance import Instance
 from services.ingest.job import Job, acceptance
 from services.ingest.mongo_jobs import MongoJobs
 from services.ingest.ulid import Ulids
+from shoal.node import processes
 
 Collection = AsyncCollection[dict[str, Any]]
 REQUEST = bytes(300)
@@ -211,8 +211,8 @@ async def run(uri: str, args: argparse.Namespace) -> None:
 def mongod() -> Iterator[str]:
     """A mongod; gives its address."""
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
-        port = parts.free_port()
-        part = parts.mongod(Path(folder), port)
+        port = processes.free_port()
+        part = processes.mongod(Path(folder), port)
         process = Popen(part.argv, stdout=DEVNULL, stderr=DEVNULL)
         try:
             while not asyncio.run(part.ready()):

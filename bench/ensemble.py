@@ -28,13 +28,13 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
-from services.infer.calls import ragged
-from services.infer.calls.parameters import NONE
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call, WantedOutput, key_of
-from services.infer.models.means import Means
+from services.infer.models.load_context import Means
 from services.infer.models.models import Models
 from services.infer.models.version import Version
+from services.infer.requests import ragged
+from services.infer.requests.parameters import NONE
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import Call, WantedOutput, key_of
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.scheduler import Answer

@@ -34,7 +34,7 @@ from oip_load import Requests
 from rich.console import Console
 from rich.table import Table
 
-from mesh.node.parts import free_port
+from shoal.node.processes import free_port
 
 LOADS = tuple((model, in_flight) for model in ("tiny", "mlp", "cnn") for in_flight in (1, 8, 64))
 SERVER_IP, CLIENT_IP = "10.77.31.1", "10.77.31.2"

@@ -21,9 +21,9 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from services.infer.calls.parameters import NONE
-from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.requests.parameters import NONE
+from services.infer.requests.request import Call, WantedOutput
+from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.runtimes.runtime import Session
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.execution import Execution

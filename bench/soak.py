@@ -33,7 +33,7 @@ from rich.table import Table
 from soak_callers import Caller, Tally
 from soak_watch import Held, Memory, held
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 

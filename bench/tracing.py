@@ -31,7 +31,7 @@ from onnx import parser as onnx_parser
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as otlp_grpc
 
-from mesh.h2.client.channel import Channel
+from mesh.rpc.client.channel import Channel
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 

@@ -25,7 +25,7 @@ from pymongo import ReturnDocument
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever
 from shoal.errors import AlreadyExists, ShoalError
 
 log = logging.getLogger(__name__)

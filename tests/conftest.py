@@ -22,7 +22,7 @@ import onnx
 import pytest
 
 from kernels import backend
-from mesh.node import parts
+from shoal.node import processes
 from tests.lanes import SLOW_MARKS, Lanes, is_slow
 from tests.weeds import WeedProcess
 
@@ -72,7 +72,7 @@ def _needs_a_device(request: pytest.FixtureRequest) -> None:
 
 
 @contextmanager
-def running(part: parts.Part, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(part: processes.Part, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `part` until the block ends. It is there, and ready, when the block begins."""
     with log.open("wb") as out:
         process = subprocess.Popen(part.argv, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **part.env})
@@ -109,9 +109,9 @@ def shared_data() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def mongo_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real mongod, the one member of replica set rs0."""
-    port = parts.free_port()
+    port = processes.free_port()
     log = tmp_path_factory.mktemp("mongod") / "mongod.log"
-    with shared_data() as folder, running(parts.mongod(folder, port), log):
+    with shared_data() as folder, running(processes.mongod(folder, port), log):
         yield f"mongodb://127.0.0.1:{port}/?directConnection=true"
 
 
@@ -124,9 +124,9 @@ def mongo_database() -> str:
 @pytest.fixture(scope="session")
 def etcd_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real etcd of one member, `127.0.0.1:port`."""
-    port = parts.free_port()
+    port = processes.free_port()
     log = tmp_path_factory.mktemp("etcd") / "etcd.log"
-    with shared_data() as folder, running(parts.etcd(folder, port, parts.free_port()), log):
+    with shared_data() as folder, running(processes.etcd(folder, port, processes.free_port()), log):
         yield f"127.0.0.1:{port}"
 
 

@@ -23,21 +23,21 @@ PATIENT = (
     "tests/ingest/batches/test_batch_life.py",
     "tests/ingest/test_ingest_outages.py",
     "tests/ingest/intake/test_disk_full.py",
-    "tests/mesh/test_xds_envoy.py",
+    "tests/mesh/xds/test_xds_envoy.py",
     "tests/store/test_store_outages.py",
     "tests/store/artifacts/test_object_store.py",
-    "tests/mesh/test_election.py",
-    "tests/mesh/test_membership_etcd.py",
+    "tests/mesh/cluster/test_election.py",
+    "tests/mesh/cluster/test_membership_etcd.py",
 )
 """Files that use less than a third of a core, the longest first."""
 
 LONG = (
     "tests/node/test_up.py",
     "tests/chaos/test_chaos.py",
-    "tests/store/collecting/test_interleavings.py",
+    "tests/store/garbage/test_interleavings.py",
     "tests/node/test_fronts.py",
     "tests/packaging/test_wheel.py",
-    "tests/mesh/fronts/test_front_life.py",
+    "tests/mesh/rpc/fronts/test_front_life.py",
     "tests/node/test_serve.py",
     "tests/coord/test_coord_mesh.py",
     "tests/convert/test_originals.py",

@@ -1,12 +1,12 @@
 """Imports point down only, and modules are named by what they are about.
 
-shoal.cli -> shoal.client, shoal.convert, shoal.compress, shoal.discovery, mesh.node
+shoal.cli -> shoal.client, shoal.convert, shoal.compress, shoal.discovery, shoal.node
 shoal.compress -> shoal.convert -> shoal's errors; only when a model is converted or compressed
 services  -> mesh, kernels, shoal's stubs, errors, tensor codec and own_packages; never each other
 mesh      -> shoal's stubs and errors; no service
 kernels   -> nothing of ours, no grpc, no asyncio
 shoal.client, shoal.discovery -> shoal's stubs, errors and tensor codec
-shoal.client -> mesh.h2.client, and nothing else of the mesh: a gRPC client that knows neither nodes nor services, with
+shoal.client -> mesh.rpc.client, and nothing else of the mesh: a gRPC client that knows neither nodes nor services, with
                 which ingest calls the others, too
 """
 
@@ -72,7 +72,7 @@ def allowed(module: str) -> tuple[str, ...]:
     if within(module, "shoal.compress"):
         return ("shoal.compress", "shoal.convert", "shoal.errors")
     if within(module, "shoal.client"):
-        return ("shoal.client", "shoal.discovery", "mesh.h2.client", *bottom)
+        return ("shoal.client", "shoal.discovery", "mesh.rpc.client", *bottom)
     return ("shoal.client", "shoal.discovery", *bottom)
 
 

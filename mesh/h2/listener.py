@@ -9,9 +9,9 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-from mesh import sockets
-from mesh.h2.connection import Connection
+from mesh.h2.server_connection import Connection
 from mesh.h2.stream import Application
+from mesh.process import sockets
 
 _BACKLOG = 1024
 

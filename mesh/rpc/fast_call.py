@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from mesh.h2.headers import encode, response_head
 from mesh.h2.stream import ServerStream
-from mesh.interceptors import status_of
 from mesh.rpc import status
 from mesh.rpc.fast_spans import FastTracer, parent_of
 from mesh.rpc.framing import PREFIX, PREFIX_BYTES, check_encoding, inflated, too_large
+from mesh.rpc.interceptors import status_of
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError
 
 log = logging.getLogger(__name__)

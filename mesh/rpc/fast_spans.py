@@ -4,7 +4,7 @@
                                                 yes ──> FastSpan ──FastCall ends──> FastTracer.end ──> exporter's queue
 
 Starting a span through the SDK costs 30 us, more than the whole call. Here an unsampled call pays for one look-up of a
-header and one random number. The spans, their names and attributes are those of the slow path (mesh.interceptors).
+header and one random number. The spans, their names and attributes are those of the slow path (mesh.rpc.interceptors).
 
 Format of the header: https://www.w3.org/TR/trace-context/#traceparent-header
 """
@@ -23,8 +23,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
-from mesh.interceptors import PATH
-from mesh.telemetry import Exporting, Sampling, exporting
+from mesh.process.telemetry import Exporting, Sampling, exporting
+from mesh.rpc.interceptors import PATH
 from shoal.errors import Code
 
 _TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")

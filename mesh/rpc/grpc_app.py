@@ -12,9 +12,9 @@ from typing import Any
 
 from mesh.h2.headers import Block, response_head
 from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
-from mesh.limits import MESSAGE_BYTES
 from mesh.rpc.fast_call import Deadlines, FastCall, FastHandler
 from mesh.rpc.fast_spans import FastTracer
+from mesh.rpc.limits import MESSAGE_BYTES
 from mesh.rpc.slow_call import SlowCall
 from shoal.errors import ShoalError
 

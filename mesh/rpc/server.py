@@ -19,11 +19,11 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from mesh.h2.listener import Listener
-from mesh.health import Health
-from mesh.interceptors import ServerInterceptor
 from mesh.rpc.fast_call import FastHandler
 from mesh.rpc.fast_spans import FastTracer
 from mesh.rpc.grpc_app import GrpcApp, MethodTable
+from mesh.rpc.health import Health
+from mesh.rpc.interceptors import ServerInterceptor
 
 # A stream that has sent nothing for so long has nothing in flight: a drain ends it.
 _IDLE_STREAM_S = 0.25

@@ -17,10 +17,10 @@ import grpc
 
 from mesh.h2.headers import encode, response_head
 from mesh.h2.stream import ServerStream
-from mesh.interceptors import status_of
 from mesh.rpc import status
 from mesh.rpc.call_context import CallContext
 from mesh.rpc.framing import ACCEPTED, Deframer, check_encoding, framed, too_large
+from mesh.rpc.interceptors import status_of
 from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)

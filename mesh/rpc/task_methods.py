@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from mesh.interceptors import log_error, malformed
+from mesh.process.tasks import end
 from mesh.rpc.fast_call import FastCall, FastHandler
 from mesh.rpc.framing import PREFIX_BYTES
-from mesh.tasks import end
+from mesh.rpc.interceptors import log_error, malformed
 from shoal.errors import ShoalError, Unavailable
 
 # Without a sampled span, a task keeps the context of its call: none.

@@ -21,7 +21,7 @@ from envoy_data_plane.envoy.service.discovery.v3 import (
 )
 from envoy_data_plane.envoy.service.discovery.v3 import Resource as Sent
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from mesh.xds.delta import Request, Response, Session, TypeStatus
 from mesh.xds.resource import short_type
 from mesh.xds.snapshot import EnvoyNode, Snapshot, envoy_node

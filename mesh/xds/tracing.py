@@ -12,7 +12,7 @@ from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import UpstreamTlsContext
 
-from mesh.telemetry import collector, sampling_of
+from mesh.process.telemetry import collector, sampling_of
 from mesh.xds.clusters import address, http2
 from mesh.xds.resource import CLUSTER, Resource, pack, typed
 

@@ -1,6 +1,6 @@
 """`python -m services.coord`: runs the coord service until SIGTERM."""
 
-from mesh.main import main
+from mesh.process.main import main
 from services.coord.app import run
 from services.coord.config import CoordConfig
 

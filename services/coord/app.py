@@ -9,12 +9,12 @@ from contextlib import AsyncExitStack
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from mesh.election import LEADER, Election
-from mesh.etcd import Etcd
-from mesh.membership import Registration, State
-from mesh.mirror import Mirror
+from mesh.cluster.election import LEADER, Election
+from mesh.cluster.etcd import Etcd
+from mesh.cluster.membership import Registration, State
+from mesh.cluster.mirror import Mirror
+from mesh.process.signals import until_stopped
 from mesh.rpc.server import Rpc, Server
-from mesh.signals import until_stopped
 from mesh.xds.ads import AdsServer
 from mesh.xds.tracing import tracing_of
 from services.coord.cluster import PREFIX

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from mesh.config import ServiceConfig
-from mesh.etcd import addresses_of
+from mesh.cluster.etcd import addresses_of
+from mesh.process.config import ServiceConfig
 from shoal.errors import InvalidArgument
 
 

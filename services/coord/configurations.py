@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 
-from mesh.latest import Latest
-from mesh.mirror import Mirror
-from mesh.tasks import Background
+from mesh.cluster.mirror import Mirror
+from mesh.process.tasks import Background
+from mesh.process.watched import Latest
 from mesh.xds.routes import Table
 from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
 from mesh.xds.tracing import Tracing

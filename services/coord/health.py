@@ -11,9 +11,9 @@ from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mesh.interceptors import Context
-from mesh.latest import Latest
-from mesh.mirror import Mirror
+from mesh.cluster.mirror import Mirror
+from mesh.process.watched import Latest
+from mesh.rpc.interceptors import Context
 from services.coord.cluster import Cluster, cluster_of
 from shoal.errors import NotFound
 

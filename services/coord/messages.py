@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from mesh.election import Leader
-from mesh.membership import Instance, State
+from mesh.cluster.election import Leader
+from mesh.cluster.membership import Instance, State
 from mesh.xds.ads import EnvoyStatus
 from mesh.xds.delta import TypeStatus
 from mesh.xds.resource import short_type

@@ -1,6 +1,6 @@
 """`python -m services.infer`: serves models until SIGTERM, configured by SHOAL_INFER_* variables."""
 
-from mesh.main import main
+from mesh.process.main import main
 from services.infer.app import run
 from services.infer.config import InferConfig
 

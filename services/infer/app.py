@@ -13,27 +13,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesh.channel import connect
-from mesh.flights import CrashJournal
-from mesh.membership import ReadyModel, Registration, State
+from mesh.cluster.membership import ReadyModel, Registration, State
+from mesh.process.crash_journal import CrashJournal
+from mesh.process.signals import until_stopped
+from mesh.process.tasks import end
+from mesh.rpc.channel import connect
 from mesh.rpc.server import Rpc, Server
-from mesh.signals import until_stopped
-from mesh.tasks import end
 from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
-from services.infer.isolation.inner_calls import InnerCalls
+from services.infer.model_process.inner_calls import InnerCalls
+from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.model_process.shared.owners import Owners
 from services.infer.models.control import Control
-from services.infer.models.means import Means, as_it_is
+from services.infer.models.load_context import Means, as_it_is
 from services.infer.models.models import Models
-from services.infer.remembered import CrashGuard, journaled
+from services.infer.operators.kernels_runtime import KernelsRuntime
+from services.infer.remote.remote_runtime import RemoteRuntime
 from services.infer.rpc import bulk_rpc, fast_methods, inference_rpc
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.kernels_runtime import KernelsRuntime
-from services.infer.runtimes.lane import Lanes
+from services.infer.runtimes.gpu_stream import Lanes
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
-from services.infer.runtimes.remote_runtime import RemoteRuntime
-from services.infer.sharing.owners import Owners
+from services.infer.scheduling.crash_guard import CrashGuard, journaled
 from services.infer.sources import repository
 from services.infer.sources.cache import Cache
 from services.infer.sources.poll import Poll

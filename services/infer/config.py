@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mesh.config import ServiceConfig
-from services.infer.responses.store import DEFAULT_BYTES
+from mesh.process.config import ServiceConfig
+from services.infer.response_cache.store import DEFAULT_BYTES
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources import repository
 from shoal.errors import FailedPrecondition

@@ -13,18 +13,18 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from services.infer import streaming
-from services.infer.calls import answer, parameters
-from services.infer.calls.request import Call, is_long_read, read, read_async
+from services.infer import decoupled_responses
+from services.infer.error_text import quoted
 from services.infer.models.control import Control
 from services.infer.models.models import Models, version_number
 from services.infer.models.version import State, Version
-from services.infer.remembered import CrashGuard
-from services.infer.responses.cache import CacheState
+from services.infer.requests import answer, parameters
+from services.infer.requests.request import Call, is_long_read, read, read_async
+from services.infer.response_cache.cache import CacheState
+from services.infer.scheduling.crash_guard import CrashGuard
 from services.infer.scheduling.scheduler import Answer
 from services.infer.scheduling.submitted import Waiter
-from services.infer.sequences.line import Line
-from services.infer.wording import quoted
+from services.infer.sequences.arrival_order import Line
 from shoal import __version__
 from shoal.errors import InvalidArgument, ShoalError, Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
@@ -227,7 +227,9 @@ class InferenceServer:
             start = self._clock()
             try:
                 call = await read_async(request, version.loaded.model.signature)
-                async with aclosing(streaming.responses(version, call, request, deadline, tenant)) as responses:
+                async with aclosing(
+                    decoupled_responses.responses(version, call, request, deadline, tenant)
+                ) as responses:
                     async for response in responses:
                         yield response
             except (Exception, asyncio.CancelledError, GeneratorExit):

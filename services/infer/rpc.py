@@ -10,14 +10,14 @@ from typing import NoReturn
 
 import grpc
 
-from mesh.interceptors import Context
 from mesh.rpc.fast_call import FastHandler
+from mesh.rpc.interceptors import Context
 from mesh.rpc.server import Rpc
-from services.infer import stream
-from services.infer.bulk import Bulk
+from services.infer import model_stream_infer
 from services.infer.core import InferenceServer
-from services.infer.remembered import ATTEMPT
-from services.infer.short import TENANT, FastInfer
+from services.infer.fast_path.bulk import Bulk
+from services.infer.fast_path.infer_fast import TENANT, FastInfer
+from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.errors import Unimplemented
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
@@ -62,7 +62,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         server, deadline, tenant = self._server, _deadline(context), _tenant(context)
         is_retry = _is_retry(context)
-        answers = stream.answers(
+        answers = model_stream_infer.answers(
             request_iterator,
             lambda request: server.infer(request, deadline, tenant, is_retry=is_retry),
             lambda request: server.responses(request, deadline, tenant) if server.is_decoupled(request) else None,

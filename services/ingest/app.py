@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
-from mesh.membership import Registration, State
+from mesh.cluster.membership import Registration, State
 from mesh.mongo import Document
 from mesh.mongo_lease import LEASE_VALIDATOR, LEASES
+from mesh.process.signals import until_stopped
+from mesh.process.tasks import end, log_failure
 from mesh.rpc.server import Server
-from mesh.signals import until_stopped
-from mesh.tasks import end, log_failure
 from services.ingest import areas
 from services.ingest.areas import (
     Ground,
@@ -45,7 +45,7 @@ from services.ingest.tenants.reading import Standings
 from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
-    from services.ingest.batches.room import Batches
+    from services.ingest.batches.app import Batches
 
 log = logging.getLogger(__name__)
 

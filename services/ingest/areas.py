@@ -19,22 +19,22 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
-from mesh.h2.client.channel import Channel
 from mesh.mongo import Document
 from mesh.mongo_lease import LEASES, LeaderLease
+from mesh.rpc.client.channel import Channel
 from services.ingest.clock import DatabaseClock, milliseconds
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import settings
 from services.ingest.connectors.connectors import Connectors, Place
 from services.ingest.connectors.reports import CONNECTORS, Reports
 from services.ingest.connectors.run_stream import RunStreams
-from services.ingest.dependencies.cascade import Cascade
 from services.ingest.dispatch.attempt import Attempts
 from services.ingest.dispatch.cancel import Cancelling
+from services.ingest.dispatch.cascade import Cascade
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.dispatch.gate import Gate
-from services.ingest.dispatch.keeper import Keeper
+from services.ingest.dispatch.lease_keeper import Keeper
+from services.ingest.dispatch.model_gate import Gate
 from services.ingest.dispatch.recorder import Recorder
 from services.ingest.dispatch.remote import RemoteModel, RemoteResults
 from services.ingest.documents import JOBS
@@ -68,7 +68,7 @@ from services.ingest.tenants.pending import Pending
 from services.ingest.ulid import Ulids
 
 if TYPE_CHECKING:
-    from services.ingest.batches.room import Batches
+    from services.ingest.batches.app import Batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +334,7 @@ def build_batches(
     """Return the batches; None where Arrow, which they need, is not installed."""
     if find_spec("pyarrow") is None:
         return None
-    from services.ingest.batches.room import Batches
+    from services.ingest.batches.app import Batches
 
     instance = ground.instance
     return Batches(

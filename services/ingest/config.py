@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from mesh.config import Address, ServiceConfig
+from mesh.process.config import Address, ServiceConfig
 from services.ingest.connectors import settings
 from services.ingest.job import DEAD_LETTERS, FINAL
 from services.ingest.retention.rules import BATCHES, SHORTEST, Keep, What

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from mesh.rpc.server import Rpc
 from services.ingest.batches.rpc import BatchesRpc
 from services.ingest.connectors.reports import Reports
@@ -34,7 +34,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 
 if TYPE_CHECKING:
-    from services.ingest.batches.room import Batches
+    from services.ingest.batches.app import Batches
 
 
 class IngestRpc(

@@ -10,9 +10,9 @@ from functools import partial
 
 from google.protobuf.message import DecodeError
 
-from mesh.interceptors import malformed
 from mesh.rpc.fast_call import FastCall
 from mesh.rpc.framing import PREFIX_BYTES
+from mesh.rpc.interceptors import malformed
 from services.ingest.intake.intake import Accepted, Intake
 from services.ingest.messages import message_of
 from shoal.errors import Unavailable

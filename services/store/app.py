@@ -9,12 +9,12 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
 from mesh import mongo
-from mesh.membership import Registration, State
+from mesh.cluster.membership import Registration, State
 from mesh.mongo_lease import LEASES, LeaderLease
+from mesh.process.signals import until_stopped
+from mesh.process.threads import Threads
 from mesh.rpc.server import Rpc, Server
 from mesh.rpc.task_methods import TaskMethods
-from mesh.signals import until_stopped
-from mesh.threads import Threads
 from services.store.artifact_rpc import ArtifactParts
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.opening import open_blobs
@@ -23,17 +23,17 @@ from services.store.artifacts.staging_sweep import StagingSweep
 from services.store.backups.backup import Backup
 from services.store.backups.places import BackupPlaces
 from services.store.backups.restore import Restore
-from services.store.collecting.collector import Collector
-from services.store.collecting.references import References
-from services.store.collecting.rounds import Rounds
-from services.store.collecting.verification import Verification
 from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.exports.exports import Exports
 from services.store.exports.places import Places
+from services.store.garbage.collector import Collector
+from services.store.garbage.references import References
+from services.store.garbage.rounds import Rounds
+from services.store.garbage.verification import Verification
 from services.store.registry.registry import Registry
 from services.store.registry.registry_watch import RegistryWatch
-from services.store.responses import Responses
+from services.store.results.large_responses import Responses
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results

@@ -110,7 +110,7 @@ def convert(path: Path, into: Path, name: str | None, options: ConversionOptions
         AlreadyExists: the folder exists.
         FailedPrecondition: the drift is too large; the report is printed also with `as_json`, to standard error.
     """
-    from shoal.client import bundle
+    from shoal.client.models import bundle
 
     name = bundle.checked(name or path.stem)
     original = formats.open_original(path, trusts=options.trusts, float64=options.float64)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from itertools import count, takewhile
 
-from shoal.client.inference import Parameter
+from shoal.client.inference.inference import Parameter
 
 _FIRED = {
     "idle": "no other batch was running",

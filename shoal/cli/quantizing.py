@@ -97,7 +97,7 @@ def command(
     from shoal.convert.extras import COMPRESS, needed
 
     needed("onnx", COMPRESS, "making a model smaller")
-    from shoal.client import bundle
+    from shoal.client.models import bundle
     from shoal.compress import compression
     from shoal.convert.onnx_model import OnnxModel
 
@@ -156,7 +156,7 @@ class _Source:
             self._of_node(given, version, folder)
 
     def _of_folder(self, path: Path, version: int | None) -> None:
-        from shoal.client import bundle
+        from shoal.client.models import bundle
 
         newest = bundle.read(path, version=version)[-1]
         self._take(path, newest.name, newest.version)

@@ -11,10 +11,10 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from mesh.node.options import Options
-from mesh.node.process import ending
-from mesh.node.ready import Ready
-from mesh.node.supervisor import CrashLoop, Ended, Event, Killed, Recovered, Started
+from shoal.node.options import Options
+from shoal.node.process import ending
+from shoal.node.ready import Ready
+from shoal.node.supervisor import CrashLoop, Ended, Event, Killed, Recovered, Started
 
 # Columns without a terminal: wide enough that no path is split.
 _WIDTH = 160
@@ -28,7 +28,7 @@ class _Console(Console):
 
 
 class NodeScreen:
-    """Implementation of mesh.node.node.Screen.
+    """Implementation of shoal.node.node.Screen.
 
     The ready table or document goes to standard output, all else to standard error. A closed pipe or terminal does not
     end the node.

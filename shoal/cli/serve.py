@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mesh.node.alone import Served
+    from shoal.node.standalone import Served
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -110,7 +110,7 @@ def serve(
     import asyncio
     import os
 
-    from mesh.node import alone
+    from shoal.node import standalone
 
     _check_kind(repository)
     screen = _Screen(as_json=json)
@@ -124,8 +124,8 @@ def serve(
         "POLL_MS": "" if poll_ms is None else str(poll_ms),
     }
     settings = {name: value for name, value in given.items() if value}
-    wanted = alone.Wanted(repository.expanduser(), host, port, front.value, insecure, workers, settings)
-    raise typer.Exit(asyncio.run(alone.serve(wanted, os.environ, screen)))
+    wanted = standalone.Wanted(repository.expanduser(), host, port, front.value, insecure, workers, settings)
+    raise typer.Exit(asyncio.run(standalone.serve(wanted, os.environ, screen)))
 
 
 def _check_kind(file: Path) -> None:
@@ -140,7 +140,7 @@ def _check_kind(file: Path) -> None:
 
 
 class _Screen:
-    """A mesh.node.alone.Screen: what is asked for goes to standard output, the rest to standard error."""
+    """A shoal.node.standalone.Screen: what is asked for goes to standard output, the rest to standard error."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -165,7 +165,7 @@ class _Screen:
             typer.echo(f"  {model.name}{version}: {state}" + (f": {model.reason}" if model.reason else ""))
 
     def ended(self, name: str, status: int, again_in_s: float) -> None:
-        from mesh.node.process import ending
+        from shoal.node.process import ending
 
         typer.echo(f"{name} {ending(status)}: again in {again_in_s:.1f} s", err=True)
 

@@ -81,10 +81,10 @@ def up(
     import asyncio
     import os
 
-    from mesh.node import node as launcher
-    from mesh.node.connectors import check as check_connectors
-    from mesh.node.options import checked
     from shoal.cli.screen import NodeScreen
+    from shoal.node import node as launcher
+    from shoal.node.connectors import check as check_connectors
+    from shoal.node.options import checked
 
     options = checked(
         connectors=connectors,

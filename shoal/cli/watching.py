@@ -54,7 +54,7 @@ def follow_one(client: Client, job_id: str, *, timeout: float, as_json: bool) ->
 def follow_all(client: Client, options: WatchOptions, *, timeout: float | None, as_json: bool) -> None:
     """Print each transition of each job that matches. Resume at the position in `options.resume`, and update it."""
     from shoal.client import JobFilter
-    from shoal.client.jobs import WATCH_ALL_S
+    from shoal.client.jobs.jobs import WATCH_ALL_S
 
     token = _read(options.resume)
     matching = JobFilter(states=options.states, model=options.model, tenant=options.tenant, labels=options.labels)

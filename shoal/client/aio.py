@@ -6,19 +6,19 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 
-from shoal.client import methods
-from shoal.client.arrays import ArrayLike
-from shoal.client.asking import RequestEncoder, as_async
-from shoal.client.batches import AsyncBatches
-from shoal.client.calls import Caller, Headers
-from shoal.client.inference import InferRequest, InferResult, Parameter, of_response
-from shoal.client.jobs import AsyncJobs
-from shoal.client.models import AsyncModels
-from shoal.client.results import AsyncResults
-from shoal.client.retry import RetryPolicy
+from shoal.client.inference.arrays import ArrayLike
+from shoal.client.inference.inference import InferRequest, InferResult, Parameter, of_response
+from shoal.client.inference.requests import RequestEncoder, as_async
+from shoal.client.jobs.batches import AsyncBatches
+from shoal.client.jobs.jobs import AsyncJobs
+from shoal.client.models.models import AsyncModels
 from shoal.client.status import Status, fetch_status
-from shoal.client.store import AsyncStore
+from shoal.client.store.results import AsyncResults
+from shoal.client.store.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
+from shoal.client.transport import methods
+from shoal.client.transport.calls import Caller, Headers
+from shoal.client.transport.retry import RetryPolicy
 from shoal.discovery import find_gateway
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as oip

@@ -5,18 +5,18 @@ from __future__ import annotations
 from types import TracebackType
 
 from shoal.client.aio import AsyncClient
-from shoal.client.batches import AsyncBatches
-from shoal.client.calls import Headers
-from shoal.client.dead_letters import AsyncDeadLetters
 from shoal.client.face import LoopThread, SyncFacade, blocking, iterating
-from shoal.client.job_retention import AsyncJobRetention
-from shoal.client.jobs import AsyncJobs
-from shoal.client.models import AsyncModels
-from shoal.client.results import AsyncResults
-from shoal.client.retry import RetryPolicy
-from shoal.client.schedules import AsyncSchedules
-from shoal.client.store import AsyncStore
+from shoal.client.jobs.batches import AsyncBatches
+from shoal.client.jobs.dead_letters import AsyncDeadLetters
+from shoal.client.jobs.job_retention import AsyncJobRetention
+from shoal.client.jobs.jobs import AsyncJobs
+from shoal.client.jobs.schedules import AsyncSchedules
+from shoal.client.models.models import AsyncModels
+from shoal.client.store.results import AsyncResults
+from shoal.client.store.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
+from shoal.client.transport.calls import Headers
+from shoal.client.transport.retry import RetryPolicy
 
 
 class Models(SyncFacade[AsyncModels]):

@@ -9,10 +9,10 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TypeVar
 
-from shoal.client import methods
-from shoal.client.calls import Caller
-from shoal.client.connectors import Connector, of_connector
-from shoal.client.registry import ModelVersion, of_model, of_time
+from shoal.client.jobs.connectors import Connector, of_connector
+from shoal.client.models.registry import ModelVersion, of_model, of_time
+from shoal.client.transport import methods
+from shoal.client.transport.calls import Caller
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.errors import ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-from shoal.client import methods
-from shoal.client.calls import Caller
-from shoal.client.registry import of_time
+from shoal.client.models.registry import of_time
+from shoal.client.transport import methods
+from shoal.client.transport.calls import Caller
 from shoal.ingest.v1 import ingest_pb2 as ingest
 
 TIMEOUT_S = 30.0

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mesh.tasks import end
+from mesh.process.tasks import end
 from tests.breakable import until
 from tests.chaos.storm import Storm
 from tests.chaos.workload import Workload, are_ended, compared

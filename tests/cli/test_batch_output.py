@@ -14,7 +14,7 @@ import typer
 
 from shoal.cli import batches
 from shoal.client import Batch, BatchState
-from shoal.client.methods import GET_BATCH, WATCH_BATCH
+from shoal.client.transport.methods import GET_BATCH, WATCH_BATCH
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from tests.client.served import Served
 

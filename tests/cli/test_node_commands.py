@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from shoal.client import methods
+from shoal.client.transport import methods
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.ingest.v1 import ingest_pb2 as ingest

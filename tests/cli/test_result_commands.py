@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from shoal.cli import amounts
-from shoal.client import methods
+from shoal.client.transport import methods
 from shoal.errors import InvalidArgument
 from shoal.store.v1 import store_pb2 as pb
 from tests.cli.conftest import Shoal

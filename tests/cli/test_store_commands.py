@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from shoal.client import methods
+from shoal.client.transport import methods
 from shoal.store.v1 import store_pb2 as pb
 from tests.cli.conftest import Shoal
 from tests.client.served import Served

@@ -14,14 +14,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mesh.channel import connect
-from mesh.config import ServiceConfig
-from mesh.membership import ReadyModel, Registration, State
-from mesh.node.probes import health
+from mesh.cluster.membership import ReadyModel, Registration, State
+from mesh.process.config import ServiceConfig
+from mesh.rpc.channel import connect
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import inference_pb2_grpc as oip_grpc
+from shoal.node.probes import health
 from tests.breakable import EnvoyProcess, EtcdProcess, Process, until
 
 pytestmark = [pytest.mark.etcd, pytest.mark.envoy]

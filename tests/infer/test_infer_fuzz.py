@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from services.infer.calls.request import Call
 from services.infer.core import InferenceServer
-from services.infer.models.means import Means
+from services.infer.models.load_context import Means
 from services.infer.models.models import Models
+from services.infer.requests.request import Call
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources import repository

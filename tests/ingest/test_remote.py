@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
-from mesh.h2.client.channel import Channel
-from mesh.h2.client.failures import CallFailed
+from mesh.rpc.client.channel import Channel
+from mesh.rpc.client.failures import CallFailed
 from services.ingest.dispatch.remote import Answer, BulkEntry, GivenUp, RemoteModel, RemoteResults, failure_of
 from services.ingest.job import End, Outcome
 from shoal.errors import Code, Internal, Unavailable

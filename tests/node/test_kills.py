@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 import pytest
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.coord.v1 import coord_pb2, coord_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import inference_pb2_grpc as oip_grpc

@@ -17,13 +17,13 @@ import grpc
 import numpy as np
 import pytest
 
-from mesh.node.ports import listeners
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
+from shoal.node.ports import listeners
 from tests.breakable import until
 from tests.http2 import framed
 from tests.infer import onnx_files
-from tests.mesh.fronts.raw import RawConnection
+from tests.mesh.rpc.fronts.raw import RawConnection
 from tests.node.conftest import SERVE as COMMAND
 from tests.node.conftest import Start
 

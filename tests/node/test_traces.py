@@ -21,7 +21,7 @@ pytestmark = pytest.mark.node
 
 CLIENT = """
 import numpy as np, os, sys
-from mesh.telemetry import tracing
+from mesh.process.telemetry import tracing
 from opentelemetry import trace
 import shoal
 with tracing("client", "test"):

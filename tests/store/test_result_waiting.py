@@ -12,8 +12,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from grpc import StatusCode
 
-from mesh.channel import connect
 from mesh.mongo import connect as mongo_connect
+from mesh.rpc.channel import connect
 from services.ingest.ulid import Ulids
 from services.store.config import StoreConfig
 from services.store.results import results, waiting

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from services.infer.calls import ragged
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.signature import fits
-from services.infer.calls.tensors import Tensor
 from services.infer.ensembles import values
 from services.infer.ensembles.fan_out import Seen
 from services.infer.ensembles.plan import Plan
 from services.infer.ensembles.values import Skipped
-from services.infer.scheduling.execution import Answer, StepTimes, Times
-from services.infer.wording import written
+from services.infer.error_text import written
+from services.infer.requests import ragged
+from services.infer.requests.outcome import Answer, StepTimes, Times
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import Call, WantedOutput
+from services.infer.requests.signature import fits
+from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
 
 FIRED = "steps"

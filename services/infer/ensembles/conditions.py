@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.calls.ragged import Value
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.ragged import Value
+from services.infer.requests.tensors import Tensor
 from shoal.oip import bfloat16
 from shoal.oip.datatypes import Datatype
 

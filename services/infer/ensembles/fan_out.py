@@ -9,15 +9,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from services.infer.calls.parameters import Parameters
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call
-from services.infer.calls.tensors import Tensor
 from services.infer.ensembles import feeding
 from services.infer.ensembles.feeding import Given
 from services.infer.ensembles.plan import PlannedStep
 from services.infer.ensembles.step_call import StepCall, named
-from services.infer.scheduling.execution import Answer, Times
+from services.infer.requests.outcome import Answer, Times
+from services.infer.requests.parameters import Parameters
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import Call
+from services.infer.requests.tensors import Tensor
 from shoal.inference.v2 import inference_pb2 as pb
 
 _LEAST_IN_FLIGHT = 64

@@ -11,16 +11,16 @@ from typing import cast
 
 import numpy as np
 
-from services.infer.calls import ragged
-from services.infer.calls.parameters import Parameters
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call, key_of
-from services.infer.calls.resident import is_resident
-from services.infer.calls.signature import TensorSpec, fits
-from services.infer.calls.tensors import Tensor
 from services.infer.ensembles import values
 from services.infer.ensembles.plan import Feed, PlannedStep
-from services.infer.wording import written
+from services.infer.error_text import written
+from services.infer.requests import ragged
+from services.infer.requests.parameters import Parameters
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import Call, key_of
+from services.infer.requests.resident import is_resident
+from services.infer.requests.signature import TensorSpec, fits
+from services.infer.requests.tensors import Tensor
 from shoal.errors import Internal, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from services.infer.calls.request import WantedOutput
-from services.infer.calls.signature import Signature, TensorSpec
 from services.infer.ensembles import residence
 from services.infer.ensembles.graph import PLATFORM, Graph, Step
-from services.infer.ensembles.neighbours import StepVersion
+from services.infer.ensembles.other_models import StepVersion
 from services.infer.ensembles.plan import Feed, Plan, PlannedStep
-from services.infer.models.modelconfig import Completed
-from services.infer.wording import listed, quoted, written
+from services.infer.error_text import listed, quoted, written
+from services.infer.loading.model_config import Completed
+from services.infer.requests.request import WantedOutput
+from services.infer.requests.signature import Signature, TensorSpec
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip.datatypes import BY_NUMBER

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from services.infer.ensembles.conditions import Condition
-from services.infer.ensembles.own import EACH, WHEN, Own
-from services.infer.models import modelconfig
-from services.infer.models.wanted import ModelFiles
-from services.infer.wording import listed, quoted
+from services.infer.ensembles.parameters import EACH, WHEN, Own
+from services.infer.error_text import listed, quoted
+from services.infer.loading import model_config
+from services.infer.model_files.wanted_models import ModelFiles
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -101,12 +101,12 @@ def read(name: str, files: ModelFiles) -> Graph | None:
         FailedPrecondition: names everything that is wrong with the ensemble as such.
     """
     text = files.config_text()
-    config = modelconfig.parse(text)
+    config = model_config.parse(text)
     if not is_ensemble(config):
         return None
     config.name = name
-    modelconfig.check_ensemble(config)
-    return graph_of(config, says_batch=modelconfig.says_max_batch_size(text))
+    model_config.check_ensemble(config)
+    return graph_of(config, says_batch=model_config.says_max_batch_size(text))
 
 
 def graph_of(config: pb.ModelConfig, *, says_batch: bool = True) -> Graph:

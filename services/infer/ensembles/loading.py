@@ -8,10 +8,10 @@ from functools import partial
 
 from services.infer.ensembles import flow
 from services.infer.ensembles.graph import Graph, Step
-from services.infer.ensembles.neighbours import Neighbours, StepVersion
+from services.infer.ensembles.other_models import Neighbours, StepVersion
 from services.infer.ensembles.plan import Plan
-from services.infer.models.loading import Loaded
-from services.infer.wording import quoted
+from services.infer.error_text import quoted
+from services.infer.loading.loading import Loaded
 from shoal.errors import FailedPrecondition, ShoalError, Unavailable
 
 Labels = Mapping[str, tuple[str, ...]]

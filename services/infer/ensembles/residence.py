@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from services.infer.ensembles.neighbours import StepVersion
+from services.infer.ensembles.other_models import StepVersion
 from services.infer.ensembles.plan import PlannedStep
-from services.infer.runtimes.lane import Lane
+from services.infer.runtimes.gpu_stream import Lane
 
 
 def staying(

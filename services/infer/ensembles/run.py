@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from services.infer.calls.parameters import NONE
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call
 from services.infer.ensembles import answering, feeding
 from services.infer.ensembles.conditions import Undecided
 from services.infer.ensembles.fan_out import Asked, FanOut, Seen
 from services.infer.ensembles.plan import Feed, Plan, PlannedStep
 from services.infer.ensembles.step_call import StepCall, named
 from services.infer.ensembles.values import SKIPPED, Skipped
-from services.infer.scheduling.execution import Answer
+from services.infer.requests.outcome import Answer
+from services.infer.requests.parameters import NONE
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import Call
 from services.infer.scheduling.queue import Receiver
 from shoal.errors import InvalidArgument
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from services.infer.calls.request import Call
 from services.infer.ensembles.plan import Plan
 from services.infer.ensembles.run import Run
-from services.infer.scheduling.execution import Answer
+from services.infer.requests.outcome import Answer
+from services.infer.requests.request import Call
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submitted import submitted

@@ -8,9 +8,9 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import Any, Protocol, TypeAlias
 
-from services.infer.calls.request import Call
-from services.infer.ensembles.neighbours import StepVersion
-from services.infer.scheduling.execution import Answer
+from services.infer.ensembles.other_models import StepVersion
+from services.infer.requests.outcome import Answer
+from services.infer.requests.request import Call
 from services.infer.scheduling.runs_calls import Ticket
 from shoal.errors import ShoalError
 

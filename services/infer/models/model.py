@@ -15,12 +15,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mesh.tasks import log_failure, together
-from services.infer.ensembles.neighbours import Neighbours
-from services.infer.models.backoff import Backoff
-from services.infer.models.means import Means
+from mesh.process.backoff import Backoff
+from mesh.process.tasks import log_failure, together
+from services.infer.ensembles.other_models import Neighbours
+from services.infer.model_files.wanted_models import WantedModel, WantedVersion
+from services.infer.models.load_context import Means
 from services.infer.models.version import State, Version
-from services.infer.models.wanted import WantedModel, WantedVersion
 
 log = logging.getLogger(__name__)
 

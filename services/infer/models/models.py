@@ -13,13 +13,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 
-from mesh.latest import Latest
-from mesh.tasks import all_to_the_end, end
-from services.infer.models.means import Means
+from mesh.process.tasks import all_to_the_end, end
+from mesh.process.watched import Latest
+from services.infer.error_text import quoted
+from services.infer.model_files.wanted_models import WantedModel
+from services.infer.models.load_context import Means
 from services.infer.models.model import IndexRow, Model
 from services.infer.models.version import Version
-from services.infer.models.wanted import WantedModel
-from services.infer.wording import quoted
 from shoal.errors import InvalidArgument, NotFound, Unavailable
 
 _NUMBER = re.compile(r"[0-9]{1,19}")

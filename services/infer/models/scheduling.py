@@ -12,18 +12,18 @@ import asyncio
 
 from services.infer.ensembles.loading import Composed
 from services.infer.ensembles.scheduler import EnsembleScheduler
-from services.infer.isolation.execution import ProcessExecution
-from services.infer.isolation.session import ProcessSession
-from services.infer.models import modelconfig
-from services.infer.models.loading import Loaded
-from services.infer.models.means import Means
-from services.infer.remote.execution import RemoteExecution
+from services.infer.loading import model_config
+from services.infer.loading.loading import Loaded
+from services.infer.model_process.session import ProcessSession
+from services.infer.models.load_context import Means
 from services.infer.remote.session import RemoteSession
 from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.execution import Execution, Runs
 from services.infer.scheduling.parts_execution import PartsExecution
+from services.infer.scheduling.process_execution import ProcessExecution
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.scheduling.remote_execution import RemoteExecution
 from services.infer.scheduling.rows_execution import RowsExecution
 from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.scheduler import Scheduler
@@ -60,7 +60,7 @@ def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: 
         loaded.batch_policy(),
         means.limits,
         rules.of(config),
-        instances=modelconfig.instances(config),
+        instances=model_config.instances(config),
         statistics=statistics,
         cost=loaded.cost,
         clock=means.clock,
@@ -111,7 +111,7 @@ def _sequencing(
         execution,
         settings,
         means.limits,
-        instances=modelconfig.instances(config),
+        instances=model_config.instances(config),
         weights=rules.of(config).weights,
         first_shapes=tuple(array.shape for array in first.values()),
         statistics=statistics,

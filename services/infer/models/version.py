@@ -14,23 +14,23 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import TracebackType
 
-from services.infer.ensembles import graph, trial
+from services.infer.ensembles import graph, warmup
 from services.infer.ensembles import loading as composing
 from services.infer.ensembles.graph import Graph
 from services.infer.ensembles.loading import Composed, Seen
-from services.infer.ensembles.neighbours import Neighbours
+from services.infer.ensembles.other_models import Neighbours
 from services.infer.ensembles.scheduler import EnsembleScheduler
-from services.infer.models import loading
-from services.infer.models.loading import Loaded
-from services.infer.models.means import Means
+from services.infer.loading import loading
+from services.infer.loading.loading import Loaded
+from services.infer.model_files.wanted_models import ModelFiles, WantedVersion
+from services.infer.models.load_context import Means
 from services.infer.models.scheduling import scheduler_of
-from services.infer.models.wanted import ModelFiles, WantedVersion
-from services.infer.responses.cache import ResponseCache, ttl_s
-from services.infer.responses.key import ResponseKeys
+from services.infer.response_cache.cache import ResponseCache, ttl_s
+from services.infer.response_cache.key import ResponseKeys
 from services.infer.scheduling.decoupled import DecoupledScheduler
 from services.infer.scheduling.runs_calls import RunsCalls
 from services.infer.scheduling.statistics import Statistics
-from services.infer.sequences.line import Line
+from services.infer.sequences.arrival_order import Line
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class Version:
         loaded = loaded or await self._composed(files, means)
         await self._schedule(loaded, means)
         if self.graph is not None:
-            model = await trial.run(self.name, loaded.model, files.folder, self.scheduler)
+            model = await warmup.run(self.name, loaded.model, files.folder, self.scheduler)
             loaded = replace(loaded, model=model)
         self._loaded = loaded
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from google.protobuf.message import Message
 
-from services.infer.calls.signature import TensorSpec, fits
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import listed, quoted, written
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces
+from services.infer.requests.signature import TensorSpec, fits
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.wording import listed, quoted, written
 from shoal.errors import InvalidArgument
 
 

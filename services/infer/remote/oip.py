@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
-from services.infer.calls import tensors
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import quoted
 from services.infer.remote.connection import parsed
 from services.infer.remote.dialect import Asking, Facts, Question, check_shape, missing, shape_of
 from services.infer.remote.errors import NotServable, NotToBlame
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces, raw
+from services.infer.requests import tensors
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.wording import quoted
 from shoal.errors import InvalidArgument, Unavailable, Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2

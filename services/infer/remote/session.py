@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.message import Message
 
-from services.infer import steps
-from services.infer.calls.tensors import Tensor
+from services.infer import sans_io
 from services.infer.remote.connection import Connection, parsed
 from services.infer.remote.dialect import Dialect, Facts, Question, changes
 from services.infer.remote.errors import RETRY_AFTER_MS, NotAccepted, NotServable, NotToBlame
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError, Unavailable
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -92,7 +92,7 @@ class RemoteSession(Session):
 
     def _first_facts(self, is_given_up: Callable[[], bool]) -> Facts:
         try:
-            return steps.done(self._dialect.facts(), lambda question: self._asked(question, is_given_up))
+            return sans_io.done(self._dialect.facts(), lambda question: self._asked(question, is_given_up))
         except NotServable:
             raise
         except (NotToBlame, ModelFailed, ShoalError) as err:
@@ -237,7 +237,7 @@ class RemoteSession(Session):
 
     async def _look(self) -> None:
         try:
-            change = changes(self._facts, await steps.awaited(self._dialect.facts(), self._awaited))
+            change = changes(self._facts, await sans_io.awaited(self._dialect.facts(), self._awaited))
         except NotServable as err:
             change = err.message
         except (NotToBlame, ModelFailed, ShoalError) as err:

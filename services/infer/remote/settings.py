@@ -23,13 +23,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mesh.limits import MESSAGE_BYTES
+from mesh.rpc.limits import MESSAGE_BYTES
+from services.infer.error_text import listed, quoted
 from services.infer.remote import address, credentials
 from services.infer.remote.address import Address
 from services.infer.remote.credentials import Headers, Tls
 from services.infer.runtimes.parameters import number, texts
 from services.infer.runtimes.runtime import About
-from services.infer.wording import listed, quoted
 from shoal.errors import FailedPrecondition
 
 OIP, TENSORFLOW_SERVING, TORCHSERVE = PROTOCOLS = ("oip", "tensorflow-serving", "torchserve")

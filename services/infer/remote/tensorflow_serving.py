@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 
 from google.protobuf import wrappers_pb2
 
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import listed, quoted
 from services.infer.remote import tensorflow_tensors
 from services.infer.remote.connection import parsed
 from services.infer.remote.dialect import Asking, Facts, Question, missing
 from services.infer.remote.errors import NotServable
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.wording import listed, quoted
 from shoal.errors import InvalidArgument
 from shoal.remote.v1 import tensorflow_serving_pb2 as pb
 

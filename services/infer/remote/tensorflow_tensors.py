@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.infer.calls import tensors
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import enumerated, written
 from services.infer.remote.dialect import check_shape, shape_of
 from services.infer.remote.wire import Pieces, raw
-from services.infer.wording import enumerated, written
+from services.infer.requests import tensors
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
 from shoal.oip.datatypes import BY_NAME, Datatype
 from shoal.oip.tensors import count_elements

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from google.protobuf.empty_pb2 import Empty
 
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
 from services.infer.remote.connection import parsed
 from services.infer.remote.dialect import Asking, Facts, Question
 from services.infer.remote.settings import Settings
 from services.infer.remote.wire import Pieces
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
 from shoal.remote.v1 import torchserve_pb2 as pb
 
 _SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.tensors import Tensor
 from shoal.oip.datatypes import Datatype
 from shoal.oip.tensors import to_raw
 

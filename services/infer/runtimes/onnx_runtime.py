@@ -9,9 +9,9 @@ from typing import Any
 import onnxruntime
 
 from services.infer.runtimes import gpus, onnx_devices
-from services.infer.runtimes.lane import Lanes
+from services.infer.runtimes.gpu_stream import Lanes
 from services.infer.runtimes.onnx_devices import CUDA, Device
-from services.infer.runtimes.onnx_lane import LaneSession
+from services.infer.runtimes.onnx_gpu_session import LaneSession
 from services.infer.runtimes.onnx_session import OnnxSession, plain
 from services.infer.runtimes.runtime import Session, SessionOptions
 from services.infer.runtimes.spread import SpreadSession

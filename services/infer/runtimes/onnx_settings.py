@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from services.infer.error_text import enumerated, quoted
 from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT
 from services.infer.runtimes.parameters import number, texts
 from services.infer.runtimes.runtime import Place, Provider, SessionOptions
-from services.infer.wording import enumerated, quoted
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from services.infer.calls.signature import TensorSpec, fits
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import written
+from services.infer.requests.signature import TensorSpec, fits
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.wording import written
 from shoal.errors import FailedPrecondition
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from services.infer.calls.ragged import Value
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
-from services.infer.runtimes.lane import Lane
+from services.infer.requests.ragged import Value
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
+from services.infer.runtimes.gpu_stream import Lane
 
 # Model processes import this module and no protobuf.
 if TYPE_CHECKING:

@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from services.infer.calls.request import Call
-from services.infer.calls.tensors import Tensor
-from services.infer.isolation import details, payload
-from services.infer.isolation.channel import Message
-from services.infer.isolation.checks import check_outputs
-from services.infer.isolation.link import Link
-from services.infer.isolation.session import ProcessSession, error_of
+from services.infer.model_process import payload, request_info
+from services.infer.model_process.channel import Message
+from services.infer.model_process.checks import check_outputs
+from services.infer.model_process.decoupled_link import Link
+from services.infer.model_process.session import ProcessSession, error_of
+from services.infer.requests.outcome import Times
+from services.infer.requests.request import Call
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.scheduling.execution import Times
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, ShoalError, Unavailable
@@ -237,7 +237,7 @@ class DecoupledScheduler:
         header: dict[str, Any] = {"outputs": [wanted.spec.name for wanted in call.outputs], "rows": []}
         header["credit"] = CREDIT
         if session.wants_requests:
-            header["details"] = [details.of(call, self._name, self._version)]
+            header["details"] = [request_info.of(call, self._name, self._version)]
         place.number = place.link.start(header, parts, lambda message: self._from_thread(self._arrived, place, message))
         if deadline != math.inf:
             late = DeadlineExceeded("Deadline Exceeded: the responses did not end in time")

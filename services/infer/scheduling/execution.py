@@ -18,14 +18,14 @@ from typing import Any, Protocol, TypeAlias, cast
 import numpy as np
 
 from kernels.stack_rows import split_rows, stack_rows
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call
-from services.infer.calls.resident import is_resident, joined
-from services.infer.calls.signature import Signature
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import written
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import Call
+from services.infer.requests.resident import is_resident, joined
+from services.infer.requests.signature import Signature
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.bisection import Bisection
-from services.infer.wording import written
 from shoal.errors import DeadlineExceeded, Internal
 
 log = logging.getLogger(__name__)

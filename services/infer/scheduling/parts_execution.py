@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.infer.calls.request import Call
+from services.infer.requests.request import Call
 from services.infer.scheduling.execution import Execution, staying
 
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol, cast
 
-from services.infer.calls.request import Call
+from services.infer.requests.outcome import Answer, Outcome
+from services.infer.requests.request import Call
 from services.infer.scheduling import batcher, slo
 from services.infer.scheduling.batcher import NOTHING, BatchPolicy, Decision, Run, Wait
 from services.infer.scheduling.cost import CostCurve
-from services.infer.scheduling.execution import Answer, Outcome
 from services.infer.scheduling.expiry import Expiry
 from services.infer.scheduling.fairness import Share, Shares
 from services.infer.scheduling.lane import Lane, Member, behind

@@ -11,11 +11,12 @@ from itertools import accumulate
 from time import perf_counter_ns
 from typing import Any
 
-from services.infer.calls import ragged
-from services.infer.calls.request import Call
-from services.infer.calls.signature import Signature
+from services.infer.requests import ragged
+from services.infer.requests.outcome import Answer, Outcome, Times
+from services.infer.requests.request import Call
+from services.infer.requests.signature import Signature
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Answer, Execution, Outcome, Times, staying
+from services.infer.scheduling.execution import Execution, staying
 from shoal.errors import InvalidArgument
 
 

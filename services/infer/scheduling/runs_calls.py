@@ -10,8 +10,8 @@ import math
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
-from services.infer.calls.request import Call
-from services.infer.scheduling.execution import Answer
+from services.infer.requests.outcome import Answer
+from services.infer.requests.request import Call
 from services.infer.scheduling.queue import Receiver
 
 Ticket: TypeAlias = Any

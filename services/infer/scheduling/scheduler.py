@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 
-from services.infer.calls.request import Call
+from services.infer.requests.outcome import Answer, Outcome, Times
+from services.infer.requests.request import Call
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import Backlog, CostCurve
-from services.infer.scheduling.execution import Answer, Outcome, Runs, Times
+from services.infer.scheduling.execution import Runs
 from services.infer.scheduling.overload import SPARE, Pressure, spare_of
 from services.infer.scheduling.queue import Batch, Pending, Queue, QueueLimits, Receiver
 from services.infer.scheduling.rules import Rules

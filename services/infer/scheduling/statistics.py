@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from services.infer.scheduling.execution import Tally, Times
+from services.infer.requests.outcome import Times
+from services.infer.scheduling.execution import Tally
 from shoal.inference.v2 import inference_pb2 as pb
 
 

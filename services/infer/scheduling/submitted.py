@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from services.infer.calls.request import Call
-from services.infer.scheduling.execution import Answer
+from services.infer.requests.outcome import Answer
+from services.infer.requests.request import Call
 from services.infer.scheduling.runs_calls import RunsCalls
 
 

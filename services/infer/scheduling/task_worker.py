@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, cast
 
-from services.infer.scheduling.execution import Job, Outcome, Runs
+from services.infer.requests.outcome import Outcome
+from services.infer.scheduling.execution import Job, Runs
 from services.infer.scheduling.worker import Done
 from shoal.errors import Unavailable
 

@@ -11,7 +11,8 @@ from queue import Empty, SimpleQueue
 from time import perf_counter_ns, thread_time_ns
 from typing import Protocol, TypeAlias
 
-from services.infer.scheduling.execution import Job, Outcome, Runs
+from services.infer.requests.outcome import Outcome
+from services.infer.scheduling.execution import Job, Runs
 
 Done: TypeAlias = Callable[[Sequence[Outcome], float], None]
 """Called on the loop with one outcome for each job, and the seconds of processor that the run took."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from services.infer.calls.request import Call
+from services.infer.error_text import quoted
+from services.infer.requests.request import Call
 from services.infer.sequences import wording
-from services.infer.wording import quoted
 from shoal.errors import InvalidArgument
 from shoal.oip.datatypes import Datatype
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from services.infer.calls.signature import fits
+from services.infer.error_text import enumerated, listed, written
+from services.infer.requests.signature import fits
 from services.infer.scheduling import rules
 from services.infer.sequences.settings import CORRID, FALSE_TRUE
-from services.infer.wording import enumerated, listed, written
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip.datatypes import BY_NUMBER
 

@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
 from typing import cast
 
-from services.infer.calls.signature import Signature
-from services.infer.calls.tensors import Tensor
-from services.infer.isolation import details
-from services.infer.isolation.checks import check_outputs
-from services.infer.isolation.instance import Instance, Running
-from services.infer.isolation.session import ModelDied, ProcessSession
+from services.infer.model_process import request_info
+from services.infer.model_process.checks import check_outputs
+from services.infer.model_process.instance import Instance, Running
+from services.infer.model_process.session import ModelDied, ProcessSession
+from services.infer.requests.outcome import Answer, Outcome, Times
+from services.infer.requests.signature import Signature
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Answer, Execution, Job, Outcome, Times, expired
+from services.infer.scheduling.execution import Execution, Job, expired
 from services.infer.sequences import steps, wording
 from services.infer.sequences.rows import Row
 from services.infer.sequences.settings import Settings
@@ -187,5 +188,5 @@ class ProcessSequenceExecution(SequenceExecution):
     def _row(self, step: Step) -> Row:
         row = super()._row(step)
         if self._processes.wants_requests:
-            row.said = details.of(step.call, self._name, self._version)
+            row.said = request_info.of(step.call, self._name, self._version)
         return row

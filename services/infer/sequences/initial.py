@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from services.infer.calls import tensors
-from services.infer.calls.tensors import Tensor
-from services.infer.models.wanted import read_bytes
+from services.infer.model_files.wanted_models import read_bytes
+from services.infer.requests import tensors
+from services.infer.requests.tensors import Tensor
 from services.infer.sequences.settings import Settings, State
 from shoal.errors import FailedPrecondition, InvalidArgument
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.tensors import Tensor
 from services.infer.sequences.settings import CORRID, END, READY, START, Control, Settings
 
 SequenceId: TypeAlias = int | str

@@ -16,16 +16,17 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
-from services.infer.calls.request import Call
+from services.infer.requests.outcome import Answer, Outcome, Times
+from services.infer.requests.request import Call
 from services.infer.scheduling.batcher import Wait
-from services.infer.scheduling.execution import Answer, Outcome, Runs, Times
+from services.infer.scheduling.execution import Runs
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submitted import submitted
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from services.infer.sequences import admission, direct, oldest, wording
-from services.infer.sequences.book import Book, Unknown
 from services.infer.sequences.oldest import Chosen
+from services.infer.sequences.sequence_table import Book, Unknown
 from services.infer.sequences.settings import CORRID, Settings
 from services.infer.sequences.step import Step
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import Session
 from services.infer.sequences import initial, settings
 from services.infer.sequences.settings import Settings

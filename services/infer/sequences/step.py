@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
-from services.infer.calls.request import Call
-from services.infer.calls.tensors import Tensor
-from services.infer.scheduling.execution import Outcome
+from services.infer.requests.outcome import Outcome
+from services.infer.requests.request import Call
+from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.queue import Receiver
 from services.infer.sequences.rows import SequenceId
 

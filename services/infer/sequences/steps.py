@@ -11,14 +11,14 @@ from typing import TypeAlias
 
 import numpy as np
 
-from services.infer.calls.signature import fits
-from services.infer.calls.tensors import Tensor
-from services.infer.isolation.instance import Running
-from services.infer.isolation.session import ProcessSession
+from services.infer.error_text import written
+from services.infer.model_process.instance import Running
+from services.infer.model_process.session import ProcessSession
+from services.infer.requests.signature import fits
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.sequences.rows import Row, columns
 from services.infer.sequences.settings import Settings
-from services.infer.wording import written
 
 
 @dataclass(frozen=True)

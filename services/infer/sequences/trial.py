@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.sequences import steps
 from services.infer.sequences.rows import Row
@@ -18,7 +18,7 @@ from shoal.errors import ShoalError
 
 
 class TrialSession(Session):
-    """Runs single steps, for a `services.infer.models.warmup`. Closing it is the session's owner's."""
+    """Runs single steps, for a `services.infer.loading.warmup`. Closing it is the session's owner's."""
 
     def __init__(self, session: Session, settings: Settings, first: Mapping[str, Tensor], *, batched: bool) -> None:
         """`first`: the states that a sequence begins with."""

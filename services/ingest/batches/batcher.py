@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
-from mesh.tasks import end
+from mesh.process.tasks import end
 from services.ingest.batches.batch import (
     ALONE_AFTER,
     MOST_TRIES,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.mongo import Document
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.ingest.batches.batch import (
     DEAD,
     LISTING,

@@ -18,8 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mesh.tasks import end
-from mesh.threads import Threads
+from mesh.process.tasks import end
+from mesh.process.threads import Threads
 from services.ingest.batches.batch import DEAD, STAGING, Batch, Chunk
 from services.ingest.batches.calling import Answered, Blamed, Calling, Lanes, Model
 from services.ingest.batches.inputs.piece import Piece, Rows

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, Format, Step
 from services.ingest.batches.book import MOST_ACTIVE, Book, same
 from services.ingest.batches.duties import entries, format_of, owner_of
@@ -30,16 +30,8 @@ from services.ingest.batches.opening import named, opened
 from services.ingest.batches.outputs.written import is_result
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.clock import Clock
-from services.ingest.intake.submission import (
-    KEY_CHARS,
-    MODEL_NAME_CHARS,
-    MODEL_VERSION_CHARS,
-    MOST_ATTEMPTS,
-    TENANT_CHARS,
-    at_most,
-    digest_of,
-    labels_of,
-)
+from services.ingest.intake.submission import at_most, digest_of, labels_of
+from services.ingest.limits import KEY_CHARS, MODEL_NAME_CHARS, MODEL_VERSION_CHARS, MOST_ATTEMPTS, TENANT_CHARS
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from shoal.ingest.v1 import ingest_pb2 as pb
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
 from services.ingest.batches.book import Book
 from services.ingest.batches.ledger import Ledger
-from services.ingest.intake.submission import REASON_CHARS
+from services.ingest.limits import REASON_CHARS
 from services.ingest.reading.jobs import Filter
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Protocol, TypeVar
 
-from mesh.tasks import Background
+from mesh.process.tasks import Background
 from services.ingest.connectors.message import Lane, Message, Outgoing
 from services.ingest.connectors.outcome import Failed, answered, dead_letter, failed_of, submit_of
 from services.ingest.connectors.plan import Parts, Plan, Sink

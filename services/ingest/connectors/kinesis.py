@@ -26,7 +26,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document
-from mesh.tasks import end
+from mesh.process.tasks import end
 from services.ingest.clock import Clock, milliseconds
 from services.ingest.connectors import aggregated, envelope
 from services.ingest.connectors.checkpoints import Checkpoints
@@ -34,7 +34,7 @@ from services.ingest.connectors.ledger import Ledger
 from services.ingest.connectors.message import Lane, Message, Outgoing
 from services.ingest.connectors.progress import LaneStanding, Standing
 from services.ingest.connectors.shards import Checkpoint, Shard, moves, starts_at_the_beginning
-from services.ingest.intake.group import Group
+from services.ingest.group_commit import Group
 from shoal.errors import InvalidArgument, PermissionDenied, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from services.ingest.intake.submission import KEY_CHARS
+from services.ingest.limits import KEY_CHARS
 
 _DIGEST_CHARS = 16
 

@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from services.ingest.connectors.message import Message, Outgoing, job_key
 from services.ingest.connectors.plan import Plan
-from services.ingest.intake.submission import LABEL_CHARS
+from services.ingest.limits import LABEL_CHARS
 from shoal.errors import Code
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2

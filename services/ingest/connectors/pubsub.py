@@ -19,13 +19,13 @@ from typing import Any
 
 import grpc
 
-from mesh.interceptors import translate
-from mesh.limits import MESSAGE_BYTES
-from mesh.tasks import end
+from mesh.process.tasks import end
+from mesh.rpc.interceptors import translate
+from mesh.rpc.limits import MESSAGE_BYTES
 from services.ingest.connectors.google_tokens import Tokens
 from services.ingest.connectors.message import Lane, Message, Outgoing
 from services.ingest.connectors.progress import LaneStanding, Standing
-from services.ingest.intake.group import Group
+from services.ingest.group_commit import Group
 from shoal.errors import Code, Internal, InvalidArgument, NotFound, ShoalError, Unavailable
 from shoal.remote.v1 import pubsub_pb2 as pb
 

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from services.ingest.connectors import tensors
 from services.ingest.connectors.secrets import revealed
-from services.ingest.intake.submission import (
+from services.ingest.limits import (
     LABEL_CHARS,
     LABELS,
     MODEL_NAME_CHARS,

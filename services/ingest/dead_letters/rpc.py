@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from services.ingest.dead_letters.dead_letters import DeadLetters, Done
 from services.ingest.dead_letters.wanted import Wanted, checked_filter, wanted
 from services.ingest.job_store import DeadFilter

@@ -21,13 +21,13 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from services.ingest.clock import Clock
 from services.ingest.dispatch.bulks import is_suspect
-from services.ingest.dispatch.gate import Gate
+from services.ingest.dispatch.model_gate import Gate
 from services.ingest.dispatch.recorder import result_of
 from services.ingest.dispatch.remote import Answer, BulkDoorClosed, BulkEntry, GivenUp
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.payloads import Payloads
-from services.ingest.intake.submission import EXPLAIN, REQUEST_BYTES
 from services.ingest.job import Again, End, Failure, Job, Outcome, after_failure, ended_from_outside
+from services.ingest.limits import EXPLAIN, REQUEST_BYTES
 from services.ingest.tracing import traceparent_of
 from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2

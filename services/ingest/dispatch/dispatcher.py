@@ -31,11 +31,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from mesh.tasks import end
+from mesh.process.tasks import end
 from services.ingest.dispatch.attempt import Attempts, Decision
 from services.ingest.dispatch.bulks import FIRST, Pace, next_bulk
 from services.ingest.dispatch.claims import Claims
-from services.ingest.dispatch.gate import Gate
+from services.ingest.dispatch.model_gate import Gate
 from services.ingest.dispatch.recorder import Ending, Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
 from services.ingest.instance import Instance

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
-from mesh.limits import MESSAGE_BYTES
+from mesh.rpc.limits import MESSAGE_BYTES
+from services.ingest.group_commit import Group
 from services.ingest.instance import Instance
-from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import MESSAGE_CHARS, Again, End, Job, Outcome, end, try_again
 from services.ingest.job_events import JobEvents

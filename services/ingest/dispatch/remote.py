@@ -12,11 +12,11 @@ from google.protobuf.message import DecodeError
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Link, SpanKind
 
-from mesh.channel import AnyChannel
-from mesh.h2.client.channel import Channel
-from mesh.h2.client.failures import CallFailed
-from mesh.h2.client.streams import StreamCall
-from mesh.interceptors import translate
+from mesh.rpc.channel import AnyChannel
+from mesh.rpc.client.channel import Channel
+from mesh.rpc.client.failures import CallFailed
+from mesh.rpc.client.streams import StreamCall
+from mesh.rpc.interceptors import translate
 from services.ingest.job import End, Failure, Outcome
 from services.ingest.store_calls import asking_store
 from shoal.errors import Code, Internal, ShoalError

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from mesh.tasks import end
+from mesh.process.tasks import end
 from services.ingest.dependencies.references import by_key, words
 from services.ingest.dependencies.standings import standings
+from services.ingest.group_commit import Group
 from services.ingest.instance import Instance
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.durable_insert import DurableInsert
-from services.ingest.intake.group import Group
 from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.pressure import Pressure
 from services.ingest.intake.storage import Storage

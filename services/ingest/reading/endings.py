@@ -26,8 +26,8 @@ from typing import Protocol, Self
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
-from services.ingest.intake.group import Group
+from mesh.process.tasks import Background
+from services.ingest.group_commit import Group
 from services.ingest.job import DEFAULT_POLICY, FINAL, End, Job, Outcome, Policy, State, state_of
 from services.ingest.job_fields import decode_policy
 from shoal.errors import DataLoss, NotFound, ShoalError

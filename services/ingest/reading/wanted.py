@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.mongo import Document
-from services.ingest.intake.submission import LABEL_CHARS, LABELS
 from services.ingest.job import Job, State
+from services.ingest.limits import LABEL_CHARS, LABELS
 from services.ingest.ulid import is_ulid
 from shoal.errors import InvalidArgument
 

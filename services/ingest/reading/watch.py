@@ -23,7 +23,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import PyMongoError
 
 from mesh.mongo import Document, next_change, translate
-from mesh.tasks import Background, end
+from mesh.process.tasks import Background, end
 from services.ingest.job import Job, generations
 from services.ingest.reading.jobs import Jobs
 from shoal.errors import ResourceExhausted, Unavailable

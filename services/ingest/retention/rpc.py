@@ -6,8 +6,8 @@ from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
 
-from mesh.interceptors import Context
-from services.ingest.intake.submission import ms_of
+from mesh.rpc.interceptors import Context
+from services.ingest.limits import ms_of
 from services.ingest.messages import STATES, state_of
 from services.ingest.retention.book import Book
 from services.ingest.retention.rules import BATCHES, LONGEST, Keep, Rules, What, checked

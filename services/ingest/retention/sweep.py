@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever
 from services.ingest.clock import Clock, milliseconds
 from services.ingest.dependencies.references import by_key
 from services.ingest.documents import LIGHT, job_of

@@ -18,7 +18,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
 from mesh.mongo_lease import LeaderLease, fenced
-from mesh.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever
 from services.ingest.clock import Clock
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from services.ingest.intake.submission import SCHEDULED
+from services.ingest.limits import SCHEDULED
 from services.ingest.schedules import cron
 
 FIRED_AT_ONCE = 100

@@ -17,7 +17,7 @@ from pymongo import ASCENDING, IndexModel, ReturnDocument
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, ensure_collection, translated
-from mesh.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever
 from services.ingest.documents import EVER
 from services.ingest.tenants.settings import EVERYONE, NAMES, Limits, Settings, Tenant, in_force
 from shoal.errors import FailedPrecondition

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from services.ingest.messages import timestamp_of
 from services.ingest.tenants.book import Book
 from services.ingest.tenants.reading import Standing, Standings

@@ -18,7 +18,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
 from services.store.artifacts.blocks import Blocks, block_bytes
 from services.store.artifacts.graves import Graves

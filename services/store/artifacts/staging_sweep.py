@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from datetime import datetime
 
-from mesh.tasks import Background, for_ever
-from mesh.threads import Threads
+from mesh.process.tasks import Background, for_ever
+from mesh.process.threads import Threads
 from services.store.artifacts.staging import Staging
 
 log = logging.getLogger(__name__)

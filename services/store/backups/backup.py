@@ -26,8 +26,8 @@ from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import OperationFailure
 
 from mesh.mongo import Document, translated
-from mesh.tasks import together
-from mesh.threads import Threads
+from mesh.process.tasks import together
+from mesh.process.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import dump, manifest

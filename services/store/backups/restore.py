@@ -23,8 +23,8 @@ from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import BulkWriteError
 
 from mesh.mongo import Document, translated
-from mesh.tasks import together
-from mesh.threads import Threads
+from mesh.process.tasks import together
+from mesh.process.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief, checked
 from services.store.backups import dump, manifest

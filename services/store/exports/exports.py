@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.json_format import MessageToDict
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.documents import Collections
 from services.store.exports.claim import Claim
 from services.store.exports.places import Place, Places, name_of

@@ -14,9 +14,9 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from types import TracebackType
 
-from mesh.latest import Latest
 from mesh.mongo import Document, next_change, translated
-from mesh.tasks import end
+from mesh.process.tasks import end
+from mesh.process.watched import Latest
 from services.store.documents import Collections
 from services.store.registry.model_rules import check_name
 from services.store.registry.registry import Registry, Version

@@ -22,12 +22,12 @@ from mesh.mongo import TIMEOUT_MS, Document, translated
 from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
 from services.store.page_token import Place
-from services.store.responses import Responses
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
+from services.store.results.large_responses import Responses
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
+from services.store.results.tombstones import is_tombstone
 from services.store.results.waiting import Waiting, is_young
-from services.store.retention.tombstones import is_tombstone
 from shoal.errors import DataLoss, InvalidArgument, NotFound, ShoalError, Unavailable
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from mesh.mongo_lease import LeaderLease
-from mesh.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever
 from services.store.retention.sweep import Sweep, Swept
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from mesh.mongo import Document, translated
 from services.store.artifacts.graves import Graves
 from services.store.documents import EVER, Collections, whole_milliseconds
 from services.store.page_token import Place
+from services.store.results import tombstones
 from services.store.results.result_filter import beyond
 from services.store.results.tenants import tenant_after
-from services.store.retention import tombstones
 from services.store.retention.book import Outdated, Reading, RuleBook
 from services.store.retention.rules import Kept, Lane, plan
 from services.store.usage.counters import Counters

@@ -28,7 +28,7 @@ from pymongo import UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
+from mesh.process.tasks import Background
 from services.store.documents import EVER, Collections, is_being_restored, whole_milliseconds
 from services.store.page_token import START, Place
 from services.store.results.result_filter import beyond

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from services.infer.core import InferenceServer
 from services.infer.models.control import Control
-from services.infer.models.means import Means
+from services.infer.models.load_context import Means
 from services.infer.models.models import Models
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits

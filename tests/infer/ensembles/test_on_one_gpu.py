@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.kernels_runtime import KernelsRuntime
-from services.infer.runtimes.lane import Lanes
+from services.infer.runtimes.gpu_stream import Lanes
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from tests.infer import onnx_files

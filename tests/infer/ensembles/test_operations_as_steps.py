@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from services.infer.core import InferenceServer
-from services.infer.models.means import Means
+from services.infer.models.load_context import Means
 from services.infer.models.models import Models
+from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.rpc import inference_rpc
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources.repository import scan

@@ -12,10 +12,10 @@ import onnx
 import pytest
 
 from services.infer.core import InferenceServer
-from services.infer.models.means import Means
+from services.infer.model_files.wanted_models import ModelFiles, WantedModel, WantedVersion
+from services.infer.models.load_context import Means
 from services.infer.models.models import Models
 from services.infer.models.version import State
-from services.infer.models.wanted import ModelFiles, WantedModel, WantedVersion
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from shoal.errors import NotFound, Unavailable

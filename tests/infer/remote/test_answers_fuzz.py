@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.calls.signature import TensorSpec
 from services.infer.remote.address import Address
 from services.infer.remote.credentials import Headers
 from services.infer.remote.dialect import Dialect
@@ -17,6 +16,7 @@ from services.infer.remote.oip import Oip
 from services.infer.remote.settings import Settings
 from services.infer.remote.tensorflow_serving import TensorFlowServing
 from services.infer.remote.torchserve import TorchServe
+from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes.runtime import ModelFailed
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.infer.calls.signature import TensorSpec
 from services.infer.models.version import State
 from services.infer.remote import tensorflow_tensors
 from services.infer.remote.connection import parsed
-from services.infer.runtimes.remote_runtime import RemoteRuntime
+from services.infer.remote.remote_runtime import RemoteRuntime
+from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes.runtime import ModelFailed, SessionOptions
 from shoal.errors import FailedPrecondition, Internal, InvalidArgument, ResourceExhausted
 from shoal.inference.v2 import inference_pb2 as pb

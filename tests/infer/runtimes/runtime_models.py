@@ -13,11 +13,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from services.infer.calls.ragged import Value
-from services.infer.calls.signature import TensorSpec
-from services.infer.operations.operation import Results
-from services.infer.operations.parameters import Names, Parameters
-from services.infer.operations.table import Entry
+from services.infer.operators.operation import Results
+from services.infer.operators.parameters import Names, Parameters
+from services.infer.operators.table import Entry
+from services.infer.requests.ragged import Value
+from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes.runtime import About
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kernels.memory import Event, HostMemory
-from services.infer.runtimes.lane import Lanes
+from services.infer.runtimes.gpu_stream import Lanes
 from services.infer.runtimes.onnx_devices import Device
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.runtime import Place, Session, SessionOptions

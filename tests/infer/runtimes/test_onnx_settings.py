@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from services.infer.models import modelconfig
+from services.infer.loading import model_config
 from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, Device, resolved
 from services.infer.runtimes.onnx_settings import session_options
 from services.infer.runtimes.runtime import Place, Provider, Session, SessionOptions
@@ -23,7 +23,7 @@ ALL = (TENSORRT, CUDA, OPENVINO, CPU)
 
 
 def options(text: str, threads: int = 2) -> SessionOptions:
-    return session_options(modelconfig.parse(text), threads)
+    return session_options(model_config.parse(text), threads)
 
 
 def parameter(key: str, value: str) -> str:

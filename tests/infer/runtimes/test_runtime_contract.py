@@ -14,10 +14,10 @@ import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 
-from services.infer.runtimes.kernels_runtime import KernelsRuntime
+from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.operators.kernels_runtime import KernelsRuntime
+from services.infer.remote.remote_runtime import RemoteRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
-from services.infer.runtimes.remote_runtime import RemoteRuntime
 from services.infer.runtimes.reshape import ReshapedSession, Reshapes
 from services.infer.runtimes.runtime import About, ModelFailed, Runtime, Session, SessionOptions
 from services.infer.runtimes.spread import SpreadSession
@@ -25,7 +25,7 @@ from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip.datatypes import BY_NAME, DTYPES
 from tests.infer import onnx_files
-from tests.infer.models.test_canary import with_default
+from tests.infer.loading.test_canary import with_default
 from tests.infer.runtimes.runtime_models import (
     OPERATIONS,
     OnnxModels,

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.infer.requests.outcome import Answer
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.cost import CostCurve
-from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.overload import Pressure, best_rows
 from services.infer.scheduling.queue import QueueLimits
 from shoal.errors import DeadlineExceeded, ResourceExhausted

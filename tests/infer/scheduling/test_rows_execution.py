@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.calls import ragged
-from services.infer.calls.parameters import NONE
-from services.infer.calls.request import Call, WantedOutput, key_of
-from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.requests import ragged
+from services.infer.requests.outcome import Answer
+from services.infer.requests.parameters import NONE
+from services.infer.requests.request import Call, WantedOutput, key_of
+from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.runtimes.runtime import ModelFailed, RowResults, Session
-from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.rows_execution import RowsExecution
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument
 from shoal.oip.datatypes import BY_NAME

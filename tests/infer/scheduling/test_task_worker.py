@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.infer.scheduling.execution import Answer, Tally, Times
+from services.infer.requests.outcome import Answer, Times
+from services.infer.scheduling.execution import Tally
 from services.infer.scheduling.task_worker import TaskWorker
 from shoal.errors import Unavailable
 

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from services.infer.calls.parameters import Parameters
-from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.requests.parameters import Parameters
+from services.infer.requests.request import Call, WantedOutput
+from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.execution import Execution, Job
 from services.infer.scheduling.scheduler import Scheduler

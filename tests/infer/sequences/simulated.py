@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.calls.parameters import Parameters
-from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.requests.parameters import Parameters
+from services.infer.requests.request import Call, WantedOutput
+from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.queue import QueueLimits

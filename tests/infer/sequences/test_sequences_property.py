@@ -13,7 +13,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.sequences.book import Book
+from services.infer.sequences.sequence_table import Book
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument
 from tests.infer.scheduling.virtual_time import run
 from tests.infer.sequences import simulated

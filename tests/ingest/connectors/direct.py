@@ -8,10 +8,10 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from shoal.client.calls import Caller
-from shoal.client.job import Ran
-from shoal.client.retry import RetryPolicy
-from shoal.client.running import RunStream
+from shoal.client.jobs.job import Ran
+from shoal.client.jobs.run_stream import RunStream
+from shoal.client.transport.calls import Caller
+from shoal.client.transport.retry import RetryPolicy
 from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb

@@ -14,7 +14,7 @@ from services.ingest.connectors import settings
 from services.ingest.connectors.message import Lane, Message, job_key
 from services.ingest.connectors.secrets import revealed
 from services.ingest.connectors.settings import of_document, read
-from services.ingest.intake.submission import KEY_CHARS
+from services.ingest.limits import KEY_CHARS
 
 KAFKA = {"kind": "kafka", "brokers": "localhost:9092", "topic": "t"}
 KINESIS = {"kind": "kinesis", "region": "eu-1"}

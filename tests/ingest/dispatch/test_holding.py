@@ -13,8 +13,8 @@ from services.ingest.clock import Clock, utc_now
 from services.ingest.dispatch.attempt import Decision
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.dispatch.gate import Gate
-from services.ingest.dispatch.keeper import Keeper
+from services.ingest.dispatch.lease_keeper import Keeper
+from services.ingest.dispatch.model_gate import Gate
 from services.ingest.dispatch.recorder import Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
 from services.ingest.documents import document_of, job_of

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import hpack
 
 from mesh.h2 import frames
-from mesh.h2.client.channel import Channel
+from mesh.rpc.client.channel import Channel
 from mesh.rpc.framing import framed
 
 PATIENCE_S = 30.0

@@ -11,8 +11,8 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider, sampling
 from opentelemetry.trace import SpanKind, StatusCode
 
+from mesh.process.telemetry import Sampling, sampling_of
 from mesh.rpc.fast_spans import FastTracer, parent_of
-from mesh.telemetry import Sampling, sampling_of
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PATH = "/inference.GRPCInferenceService/ModelInfer"

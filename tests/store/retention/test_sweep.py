@@ -13,10 +13,10 @@ import pytest
 
 from mesh import mongo
 from mesh.mongo import Document
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts.local_blobs import LocalBlobs
 from services.store.documents import Collections
-from services.store.responses import Responses
+from services.store.results.large_responses import Responses
 from services.store.results.results import Results
 from services.store.retention import sweep as sweeping
 from services.store.retention.book import Reading, RuleBook
