@@ -1,4 +1,4 @@
-"""What `shoal up` shows: progress while it starts, a table when all is ready, and a line for whatever happens after."""
+"""Output of `shoal up`: progress during the start, a table when the node is ready, then a line for each event."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from shoal.node.process import ending
 from shoal.node.ready import Ready
 from shoal.node.supervisor import CrashLoop, Ended, Event, Killed, Recovered, Started
 
+# Columns without a terminal: wide enough that no path is split.
 _WIDTH = 160
-# Where there is no terminal: wide enough that no path is broken in two.
 
 
 class _Console(Console):
-    """Rich ends the program when its output is a pipe that was closed. A node goes on, and is silent."""
+    """Console that goes silent when its output is a closed pipe; Rich would end the program."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 class NodeScreen:
-    """A shoal.node.node.Screen. The ready table or document goes to standard output, all else to standard error.
+    """Implementation of shoal.node.node.Screen.
 
-    A screen that went away (a closed pipe or terminal) does not end the node.
+    The ready table or document goes to standard output, all else to standard error. A closed pipe or terminal does not
+    end the node.
     """
 
     def __init__(self, options: Options, *, as_json: bool) -> None:
@@ -46,28 +47,28 @@ class NodeScreen:
     def waiting(self, names: Sequence[str]) -> None:
         if self._status:
             with contextlib.suppress(OSError):
-                self._status.update(f"starting: waiting for {', '.join(names)}" if names else "almost there")
+                self._status.update(f"starting: waiting for {', '.join(names)}" if names else "starting: last checks")
                 self._status.start()
         elif not self._said_starting:
             self._say(f"starting {', '.join(names)}")
         self._said_starting = True
 
     def still_waiting(self, names: Sequence[str], waited_s: float) -> None:
-        self._say(f"after {waited_s:.0f} s still waiting for {', '.join(names)}; logs: {self._logs}", "yellow")
+        self._say(f"still waiting for {', '.join(names)} after {waited_s:.0f} s; logs: {self._logs}", "yellow")
 
     def event(self, event: Event) -> None:
         match event:
             case Started(name, pid, again=True, in_loop=False):
-                self._say(f"{name} runs again (pid {pid})")
+                self._say(f"{name} restarted (pid {pid})")
             case Ended(name, status, lived_s, again_in_s):
-                self._say(f"{name} {ending(status)} after {lived_s:.1f} s: again in {again_in_s:.1f} s", "yellow")
+                self._say(f"{name} {ending(status)} after {lived_s:.1f} s; restart in {again_in_s:.1f} s", "yellow")
             case CrashLoop(name, status, deaths, log, lines):
-                self._say(f"{name} keeps ending: {deaths} times so far, now it {ending(status)}", "bold red")
-                self._say(f"  it will be tried again and again; the rest of the node goes on. The end of {log}:", "red")
+                self._say(f"{name} keeps ending: {deaths} times so far; the last time it {ending(status)}", "bold red")
+                self._say(f"  it is restarted again and again; the rest of the node runs. The end of {log}:", "red")
                 for line in lines or ("(the log is empty)",):
                     self._say(f"  | {line}")
             case Recovered(name):
-                self._say(f"{name} holds again", "green")
+                self._say(f"{name} is stable again", "green")
             case Killed(name, grace_s):
                 self._say(f"{name} did not stop within {grace_s:.0f} s and was killed", "yellow")
 
@@ -86,7 +87,7 @@ class NodeScreen:
 
     def stopping(self, number: int) -> None:
         self._stop_status()
-        self._say("stopping: what is under way is finished first; once more to stop at once")
+        self._say("stopping: calls in flight are finished first; press Ctrl-C again to stop immediately")
 
     def __enter__(self) -> NodeScreen:
         return self
@@ -110,11 +111,11 @@ class NodeScreen:
         table.add_row("logs", self._logs, end_section=True)
         for name, pid in ready.pids.items():
             table.add_row(name, f"pid {pid}")
-        given = (
+        external = (
             ("etcd", self._options.etcd),
             ("mongod", self._options.mongo and self._options.mongo.rpartition("@")[2]),
         )
-        for name, url in given:
+        for name, url in external:
             if url:
                 table.add_row(name, f"{url}   not started here")
         return table

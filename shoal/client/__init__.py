@@ -1,4 +1,4 @@
-"""The Python client of Shoal. `shoal.Client` and `shoal.AsyncClient` are the doors."""
+"""Python client of Shoal; `shoal.Client` and `shoal.AsyncClient` are its entry points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of a model, and what it answers: values, and their translation to and from the inference protocol."""
+"""Requests and results of inference, and their conversion to and from the inference protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shoal.inference.v2 import inference_pb2 as oip
 from shoal.oip.tensors import Array, read_tensor
 
 Parameter: TypeAlias = bool | int | float | str
-"""A value of the protocol's `parameters`."""
+"""Type of the values in the protocol's `parameters`."""
 
 _Tensors: TypeAlias = (
     Sequence[oip.ModelInferRequest.InferInputTensor] | Sequence[oip.ModelInferResponse.InferOutputTensor]
@@ -23,23 +23,23 @@ _UINT64 = 1 << 64
 
 @dataclass(frozen=True)
 class InferRequest:
-    """One request to a model. Arrays have a datatype of their own; lists and scalars take what the model asks for."""
+    """One request to a model. Arrays keep their datatype; lists and scalars take the one of the model's metadata."""
 
     model: str
     inputs: Mapping[str, ArrayLike]
     outputs: Sequence[str] | None = None
-    """The outputs wanted; None for all."""
+    """Outputs to return; None returns all."""
     version: int | str = ""
-    """Empty for whichever the server chooses: the alias `stable`, else the newest."""
+    """Empty: the server's choice, which is the alias `stable`, else the newest version."""
     parameters: Mapping[str, Parameter] | None = None
     request_id: str = ""
-    """Comes back with the answer."""
+    """Returned with the answer."""
     datatypes: Mapping[str, str] = field(default_factory=dict)
-    """Datatypes to send inputs as, by input name: `{"x": "BF16"}`."""
+    """Datatypes to send, by input name: `{"x": "BF16"}`."""
 
     @property
     def inexact(self) -> list[str]:
-        """Inputs of which only the model knows the datatype."""
+        """Names of the inputs whose datatype only the model's metadata has."""
         return [name for name, value in self.inputs.items() if name not in self.datatypes and not is_exact(value)]
 
 
@@ -51,15 +51,15 @@ class InferResult:
     model_version: str
     """The version that answered."""
     outputs: dict[str, Array] = field(default_factory=dict)
-    """Arrays by output name, yours to change. BYTES: object arrays of `bytes`. BF16: uint16 bits (see BFloat16)."""
+    """Writable arrays by output name. BYTES: object arrays of `bytes`. BF16: the bits as uint16 (see BFloat16)."""
     parameters: dict[str, Parameter] = field(default_factory=dict)
-    """With the parameter `explain` in the request: `replica`, `batch_size`, `queue_us`, `compute_us` and more
+    """With the parameter `explain` in the request: `replica`, `batch_size`, `queue_us`, `compute_us` and others
     (docs/requests.md)."""
     id: str = ""
     datatypes: dict[str, str] = field(default_factory=dict)
-    """The protocol's datatype of each output."""
+    """Protocol datatype of each output."""
     error: ShoalError | None = None
-    """Only on a stream: why this request of it failed. There are no outputs then."""
+    """Set on streams only: the error of this request, which then has no outputs."""
 
     def __getitem__(self, name: str) -> Array:
         if self.error is not None:
@@ -67,20 +67,20 @@ class InferResult:
         try:
             return self.outputs[name]
         except KeyError:
-            raise KeyError(f"no output {name!r}: the model answered {', '.join(self.outputs) or 'none'}") from None
+            raise KeyError(f"no output {name!r}: the outputs are {', '.join(self.outputs) or 'none'}") from None
 
 
-def to_request(request: InferRequest, asked: Mapping[str, str] | None = None) -> oip.ModelInferRequest:
-    """The message of `request`; `asked` are the datatypes that the model asks for, by input name.
+def to_request(request: InferRequest, metadata: Mapping[str, str] | None = None) -> oip.ModelInferRequest:
+    """Return the message of `request`; `metadata` has the model's datatypes by input name.
 
     Raises:
-        InvalidArgument: names the input or parameter that cannot be sent.
+        InvalidArgument: the message names the input or parameter that cannot be sent.
     """
     if not request.model:
-        raise InvalidArgument("no model: name the model that should answer")
+        raise InvalidArgument("no model: set the name of a model")
     message = oip.ModelInferRequest(model_name=request.model, model_version=str(request.version), id=request.request_id)
     for name, value in request.inputs.items():
-        datatype = request.datatypes.get(name) or (None if is_exact(value) else (asked or {}).get(name))
+        datatype = request.datatypes.get(name) or (None if is_exact(value) else (metadata or {}).get(name))
         tensor = to_tensor(name, value, datatype)
         message.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape)
         message.raw_input_contents.append(tensor.raw)
@@ -92,7 +92,7 @@ def to_request(request: InferRequest, asked: Mapping[str, str] | None = None) ->
 
 
 def to_parameter(key: str, value: Parameter) -> oip.InferParameter:
-    """Raises InvalidArgument when the protocol has no place for `value`."""
+    """Return the message of a parameter. Raises InvalidArgument when the protocol has no type for `value`."""
     if isinstance(value, bool):
         return oip.InferParameter(bool_param=value)
     if isinstance(value, int):
@@ -109,10 +109,10 @@ def to_parameter(key: str, value: Parameter) -> oip.InferParameter:
 
 
 def of_response(response: oip.ModelInferResponse) -> InferResult:
-    """The answer in `response`.
+    """Return the result in `response`.
 
     Raises:
-        DataLoss: the tensors of the answer do not fit what it says of them.
+        DataLoss: the tensors' contents do not fit their shape or datatype.
     """
     return InferResult(
         model_name=response.model_name,
@@ -125,10 +125,10 @@ def of_response(response: oip.ModelInferResponse) -> InferResult:
 
 
 def of_inputs(request: oip.ModelInferRequest) -> dict[str, Array]:
-    """The inputs of `request` by name.
+    """Return the inputs of `request` by name.
 
     Raises:
-        DataLoss: its tensors do not fit what it says of them.
+        DataLoss: the tensors' contents do not fit their shape or datatype.
     """
     return _arrays(request.inputs, request.raw_input_contents, "input")
 
@@ -143,7 +143,7 @@ def _arrays(tensors: _Tensors, raw: Sequence[bytes], role: str) -> dict[str, Arr
 
 
 def of_parameters(parameters: Mapping[str, oip.InferParameter]) -> dict[str, Parameter]:
-    """The values of a message's parameters; in the order of their names; those without a value are left out."""
+    """Return the values of a message's parameters, ordered by name; parameters without a value are left out."""
     values: dict[str, Parameter] = {}
     for key, parameter in sorted(parameters.items()):
         which = parameter.WhichOneof("parameter_choice")

@@ -1,4 +1,4 @@
-"""Requests on their way out: what only the model knows of them is asked for, what comes as an iterable is iterated."""
+"""Encoding of inference requests, with datatypes from the model's metadata; iteration over blocking iterables."""
 
 from __future__ import annotations
 
@@ -17,48 +17,49 @@ from shoal.inference.v2 import inference_pb2 as oip
 T = TypeVar("T")
 
 AHEAD = 16
-"""Requests of an iterable that may block: so many are asked for before they are needed, while others are sent."""
+"""Items read ahead from an iterable that may block, while earlier ones are sent."""
 
-ASK_S = 10.0
-"""Metadata is answered from memory."""
+METADATA_S = 10.0
+"""Timeout of a metadata call, which a server answers from memory."""
 
 _END = object()
 
 
-class Asker:
-    """Makes messages of requests. Asks the node for a model's datatypes where a request leaves them open: once a model.
+class RequestEncoder:
+    """Encoder of requests. It fetches the datatypes of a model once, when a request leaves them open.
 
-    Short-lived, one for a call or a stream: what a model asks for may change with its versions.
+    Use one encoder for one call or stream: the datatypes may change with the model's versions.
     """
 
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
-        self._known: dict[tuple[str, str], Mapping[str, str]] = {}
+        self._datatypes: dict[tuple[str, str], Mapping[str, str]] = {}
 
-    async def message(self, request: InferRequest) -> oip.ModelInferRequest:
-        """The message of `request`.
+    async def encode(self, request: InferRequest) -> oip.ModelInferRequest:
+        """Return the message of `request`.
 
         Raises:
-            InvalidArgument: names the input that cannot be sent.
-            NotFound: a list was given, and the model that knows its datatype is not there.
+            InvalidArgument: the message names the input that cannot be sent.
+            NotFound: an input is a list, and the model whose metadata has its datatype does not exist.
         """
-        return to_request(request, await self._asked(request) if request.inexact else {})
+        return to_request(request, await self._datatypes_of(request) if request.inexact else {})
 
-    async def _asked(self, request: InferRequest) -> Mapping[str, str]:
+    async def _datatypes_of(self, request: InferRequest) -> Mapping[str, str]:
         key = (request.model, str(request.version))
-        if key not in self._known:
-            ask = oip.ModelMetadataRequest(name=key[0], version=key[1])
-            doing = f"ask {request.model} for its inputs"
+        if key not in self._datatypes:
+            query = oip.ModelMetadataRequest(name=key[0], version=key[1])
+            doing = f"read the inputs of {request.model}"
             try:
-                answer = await self._caller.call(methods.MODEL_METADATA, ask, timeout_s=ASK_S, doing=doing)
-                self._known[key] = {tensor.name: tensor.datatype for tensor in answer.inputs}
-            except Unimplemented:  # A server that cannot say: NumPy's own choice has to do.
-                self._known[key] = {}
-        return self._known[key]
+                answer = await self._caller.call(methods.MODEL_METADATA, query, timeout_s=METADATA_S, doing=doing)
+                self._datatypes[key] = {tensor.name: tensor.datatype for tensor in answer.inputs}
+            except Unimplemented:
+                # A server without metadata: NumPy's choice of datatype is sent.
+                self._datatypes[key] = {}
+        return self._datatypes[key]
 
 
-async def each(items: AsyncIterable[T] | Iterable[T]) -> AsyncGenerator[T, None]:
-    """The items of either kind of iterable. One that may block is asked in a thread, so that the loop goes on."""
+async def as_async(items: AsyncIterable[T] | Iterable[T]) -> AsyncGenerator[T, None]:
+    """Yield the items of an iterable of either kind. One that may block is read in a thread, to keep the loop free."""
     if isinstance(items, AsyncIterable):
         async for item in items:
             yield item
@@ -66,40 +67,43 @@ async def each(items: AsyncIterable[T] | Iterable[T]) -> AsyncGenerator[T, None]
         for item in items:
             yield item
     else:
-        async with aclosing(_asked_in_a_thread(iter(items))) as asked:
-            async for item in asked:
+        async with aclosing(_read_in_thread(iter(items))) as read_items:
+            async for item in read_items:
                 yield item
 
 
-async def _asked_in_a_thread(iterator: Iterator[T]) -> AsyncGenerator[T, None]:
-    """Its items, each as soon as it is there. The thread asks on while they are taken: a trip to one for each of them
-    costs more than most do."""
-    loop, ahead, came = asyncio.get_running_loop(), deque[T](), asyncio.Event()
+async def _read_in_thread(iterator: Iterator[T]) -> AsyncGenerator[T, None]:
+    """Yield the items of `iterator` as soon as the thread has read them.
 
-    def ask() -> bool:
-        """Whether there may be more."""
+    The thread reads ahead meanwhile: a switch to a thread for each item would cost more than reading most items.
+    """
+    loop, ahead, changed = asyncio.get_running_loop(), deque[T](), asyncio.Event()
+
+    def read() -> bool:
+        """Fill `ahead`. Return False when the iterator has ended."""
         while len(ahead) < AHEAD:
             item = next(iterator, _END)
             if item is _END:
                 return False
             ahead.append(item)  # type: ignore[arg-type]
             if len(ahead) == 1:
-                loop.call_soon_threadsafe(came.set)
+                loop.call_soon_threadsafe(changed.set)
         return True
 
-    def asked(done: asyncio.Task[bool]) -> None:
-        came.set()
+    def read_ended(done: asyncio.Task[bool]) -> None:
+        changed.set()
         if not done.cancelled():
-            done.exception()  # Raised below, or of no interest to whoever has left.
+            # Mark the error as retrieved: it is raised below, unless the caller has stopped iterating.
+            done.exception()
 
     more = True
     while more:
-        asking = asyncio.create_task(asyncio.to_thread(ask))
-        asking.add_done_callback(asked)
-        while not asking.done() or ahead:
-            came.clear()
+        reading = asyncio.create_task(asyncio.to_thread(read))
+        reading.add_done_callback(read_ended)
+        while not reading.done() or ahead:
+            changed.clear()
             while ahead:
                 yield ahead.popleft()
-            if not asking.done():
-                await came.wait()
-        more = await asking
+            if not reading.done():
+                await changed.wait()
+        more = await reading

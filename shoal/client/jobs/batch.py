@@ -1,4 +1,4 @@
-"""A batch: files of rows that go through one model, and how it stands."""
+"""Batch: files of rows that go through one model, and their state."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ _KNOWN_FORMATS = {number: name for name, number in ingest.BatchFormat.items()}
 
 
 class BatchState(StrEnum):
-    """RUNNING and PAUSED go on; the rest are ends."""
+    """State of a batch; RUNNING and PAUSED are the states of a batch that has not ended."""
 
     RUNNING = "running"
     PAUSED = "paused"
     SUCCEEDED = "succeeded"
-    """Every row was run; some of them may have failed, but not all."""
+    """Every row was run; some rows may have failed, but not all."""
     FAILED = "failed"
-    """An input or the output is at fault, or no row was answered: see `message`."""
+    """An input or the output is at fault, or every row failed: see `message`."""
     CANCELLED = "cancelled"
     UNKNOWN = "unknown"
-    """A state that this client is too old to know."""
+    """A state that this version of the client does not know."""
 
     @property
     def ended(self) -> bool:
-        """It stays as it is."""
+        """True for final states."""
         return self not in (BatchState.RUNNING, BatchState.PAUSED, BatchState.UNKNOWN)
 
 
 class BatchFormat(StrEnum):
-    """What the inputs of a batch are."""
+    """Format of a batch's inputs."""
 
     JSONL = "jsonl"
     PARQUET = "parquet"
     NPZ = "npz"
     OBJECTS = "objects"
-    """A prefix, each object below which is a row, with the columns `content` (its bytes) and `url`."""
+    """A prefix: each object below it is a row with the columns `content` (the object's bytes) and `url`."""
 
 
 @dataclass(frozen=True)
 class BatchStep:
-    """One step of a batch."""
+    """One transition of a batch."""
 
     state: BatchState
     at: datetime | None
     instance: str
-    """The ingest instance that made it."""
+    """The ingest instance that made the transition."""
     reason: str
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch as it stood when the node was asked."""
+    """Snapshot of a batch at the time of the call."""
 
     id: str
     state: BatchState
@@ -69,13 +69,13 @@ class Batch:
     model_name: str
     model_version: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """The column that feeds each input of the model."""
+    """Column for each input of the model."""
     tenant: str = ""
     idempotency_key: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     files: int = 0
     rows: int = 0
-    """Planned so far: all of them when `is_planned`."""
+    """Rows planned so far; the final number once `is_planned`."""
     is_planned: bool = False
     rows_ok: int = 0
     rows_failed: int = 0
@@ -85,35 +85,35 @@ class Batch:
     failures: Mapping[str, int] = field(default_factory=dict)
     """Rows that failed, by status code."""
     model_versions: tuple[str, ...] = ()
-    """That have answered."""
+    """Versions that have answered rows."""
     submitted_at: datetime | None = None
     updated_at: datetime | None = None
     ended_at: datetime | None = None
     seconds: float = 0.0
-    """Since the submit, up to its end, without the time that it was paused."""
+    """Time from submit to end, or to now; pauses excluded."""
     rows_per_second: float = 0.0
     message: str = ""
-    """Why it failed or was cancelled."""
+    """Reason of a failure or cancellation."""
     waits_for: str = ""
-    """What it waits for, when something is away."""
+    """Unavailable dependency that the batch is waiting for; empty when there is none."""
     transitions: tuple[BatchStep, ...] = ()
-    """All so far, oldest first."""
+    """All transitions so far, oldest first."""
     ending: BatchState | None = None
-    """Set while it is about to end so."""
+    """Final state that the batch is about to take; None when it is not ending."""
 
     @property
     def ended(self) -> bool:
-        """It stays as it is."""
+        """True in a final state."""
         return self.state.ended
 
     @property
     def rows_done(self) -> int:
-        """Answered or failed."""
+        """Rows that were answered or failed."""
         return self.rows_ok + self.rows_failed
 
 
 def to_url(place: str | Path) -> str:
-    """The URL of a place: a URL as it is; a path of this machine as `file:///...`, a folder with a slash at its end."""
+    """Return `place` as a URL: URLs unchanged, local paths as `file:///...`; folders get a trailing slash."""
     text = str(place)
     if _URL.match(text):
         return text
@@ -123,7 +123,7 @@ def to_url(place: str | Path) -> str:
 
 
 def of_batch(message: ingest.Batch) -> Batch:
-    """The value of a batch."""
+    """Return the Batch of a message."""
     return Batch(
         id=message.id,
         state=_state(message.state),

@@ -1,4 +1,4 @@
-"""The batches of a node: files of rows through one model, their answers as Parquet."""
+"""Client of a node's batches: files of rows through one model, with answers as Parquet."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as ingest
 
 SUBMIT_S = 60.0
-"""The node looks at the files before it takes a batch: an object store may take its time."""
+"""Timeout of a submit: the node checks the files first, and an object store may be slow."""
 
 READ_S = 10.0
-"""A sum over the chunks of a batch."""
+"""Timeout of a read, which sums over the chunks of a batch."""
 
 WATCH_S = 7 * 86_400.0
-"""Batches may run for days; a week ends a watch that was forgotten."""
+"""Timeout of a watch: batches may run for days; a week ends a forgotten watch."""
 
 
 class AsyncBatches:
-    """`client.batches`."""
+    """`client.batches`: submit, read, watch, pause and cancel batches."""
 
     def __init__(self, caller: Caller, tenant: str = "") -> None:
         self._caller = caller
@@ -49,18 +49,17 @@ class AsyncBatches:
         max_attempts: int = 0,
         timeout: float = SUBMIT_S,
     ) -> Batch:
-        """Hands in a batch: all rows of `inputs` go through `model`, and their answers into `output`.
+        """Submit a batch: run all rows of `inputs` through `model` and write the answers to `output`.
 
-        `inputs` are URLs (or paths, which the node must see too) of JSONL, Parquet or NPZ files, or of prefixes (they
-        end with a slash): all files of the format below them, or with `format="objects"` each object as a row. Columns
-        feed the model's inputs of their names; `columns={"x": "features"}` says otherwise. `keep` are columns that are
-        carried over into the results. `text_outputs` are outputs of BYTES that are UTF-8. When this returns the batch
-        is durable: it runs, whatever is killed when.
+        `inputs` are URLs of JSONL, Parquet or NPZ files, or paths that the node can read. A URL that ends with a slash
+        is a prefix: all files of the format below it, or with `format="objects"` each object as one row. A column feeds
+        the input of its name; `columns={"x": "features"}` maps others. `keep` lists columns to copy into the results.
+        `text_outputs` lists BYTES outputs that are UTF-8. The batch is durable when this returns, and survives crashes.
 
         Raises:
-            InvalidArgument: names what is wrong: a field, a column and what the model takes.
-            NotFound: no such file or model. PermissionDenied: a place that the node does not use.
-            FailedPrecondition: the output has the results of another batch.
+            InvalidArgument: the message names the field, or the column and the model's input.
+            NotFound: no such file or model. PermissionDenied: the node may not use that location.
+            FailedPrecondition: the output holds the results of another batch.
         """
         request = ingest.SubmitBatchRequest(
             inputs=[to_url(place) for place in ([inputs] if isinstance(inputs, str | Path) else inputs)],
@@ -83,7 +82,7 @@ class AsyncBatches:
         return of_batch(answer.batch)
 
     async def get(self, batch_id: str, *, timeout: float = READ_S) -> Batch:
-        """How a batch stands.
+        """Return a batch.
 
         Raises:
             NotFound: no such batch.
@@ -100,7 +99,7 @@ class AsyncBatches:
         limit: int = 100,
         timeout: float = READ_S,
     ) -> builtins.list[Batch]:
-        """The newest `limit` batches, of those in `state`, of `model` and of `tenant` when these are given."""
+        """Return the newest `limit` batches; `state`, `model` and `tenant` are filters."""
         found: builtins.list[Batch] = []
         token = ""
         while len(found) < limit:
@@ -119,11 +118,11 @@ class AsyncBatches:
         return found[:limit]
 
     async def watch(self, batch_id: str, *, timeout: float = WATCH_S) -> AsyncGenerator[Batch, None]:
-        """A batch as it stands, and again when it has come on, until it has ended. Goes on where a stream breaks.
+        """Yield the batch now and after each change, until it has ended. A broken stream is reopened.
 
         Raises:
             NotFound: no such batch.
-            DeadlineExceeded: it has not ended in time.
+            DeadlineExceeded: the batch has not ended in time.
         """
         answers = self._caller.follow(
             methods.WATCH_BATCH,
@@ -136,12 +135,13 @@ class AsyncBatches:
             yield of_batch(answer.batch)
 
     async def wait(self, batch_id: str, *, timeout: float = WATCH_S) -> Batch:
-        """The batch, once it has ended: its state says how. Raises as `watch` does."""
-        seen = [batch async for batch in self.watch(batch_id, timeout=timeout) if batch.ended]
-        return seen[-1]  # A watch ends with an ended batch or raises.
+        """Wait until the batch has ended and return it. Raises as `watch` does."""
+        # A watch ends with an ended batch or raises.
+        ended = [batch async for batch in self.watch(batch_id, timeout=timeout) if batch.ended]
+        return ended[-1]
 
     async def cancel(self, batch_id: str, reason: str = "", *, timeout: float = READ_S) -> Batch:
-        """Asks that a batch end. What it has written stays. Returns how it stands: mostly it has ended.
+        """Request the end of a batch and return it; its written results stay. Usually the batch has ended on return.
 
         Raises:
             NotFound: no such batch.
@@ -150,16 +150,16 @@ class AsyncBatches:
         return of_batch((await self._caller.call(methods.CANCEL_BATCH, request, timeout_s=timeout)).batch)
 
     async def pause(self, batch_id: str, reason: str = "", *, timeout: float = READ_S) -> Batch:
-        """Lets a batch stand still until `resume`.
+        """Pause a batch until `resume`.
 
         Raises:
-            NotFound: no such batch. FailedPrecondition: it has ended.
+            NotFound: no such batch. FailedPrecondition: the batch has ended.
         """
         request = ingest.PauseBatchRequest(id=batch_id, reason=reason)
         return of_batch((await self._caller.call(methods.PAUSE_BATCH, request, timeout_s=timeout)).batch)
 
     async def resume(self, batch_id: str, reason: str = "", *, timeout: float = READ_S) -> Batch:
-        """A paused batch goes on. Raises as `pause` does."""
+        """Resume a paused batch. Raises as `pause` does."""
         request = ingest.ResumeBatchRequest(id=batch_id, reason=reason)
         return of_batch((await self._caller.call(methods.RESUME_BATCH, request, timeout_s=timeout)).batch)
 

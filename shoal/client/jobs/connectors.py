@@ -1,4 +1,4 @@
-"""Connectors, as an operator sees them."""
+"""Status of the connectors of a node."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from shoal.ingest.v1 import ingest_pb2 as ingest
 
 
 class ConnectorPhase(StrEnum):
-    """What a connector does."""
+    """Activity of a connector."""
 
     STARTING = "starting"
     RUNNING = "running"
     WAITING = "waiting"
-    """Something is away, or failed: it tries again."""
+    """The connector retries: a dependency is unavailable, or a step failed."""
     UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class ConnectorLane:
-    """A partition, a shard, a subscription."""
+    """Status of one partition, shard or subscription of a source."""
 
     lane: str
     committed: str
-    """Where it would go on after a restart."""
+    """Position from which a restarted connector continues."""
     lag: int | None
-    """Messages between there and its end; None: the source does not know."""
+    """Messages between that position and the end; None: the source does not report it."""
 
 
 @dataclass(frozen=True)
 class Connector:
-    """A connector at one ingest instance. Counts are since that instance started."""
+    """Status of a connector at one ingest instance. Counters start with that instance."""
 
     name: str
     instance: str
@@ -54,12 +54,12 @@ class Connector:
     last_error_at: datetime | None
     updated_at: datetime | None
     stale: bool
-    """The instance has not been heard of for 10 s."""
+    """True when the instance has not reported for 10 s."""
     lanes: tuple[ConnectorLane, ...]
 
 
 def of_connector(message: ingest.Connector) -> Connector:
-    """The value of the message."""
+    """Return the Connector of a message."""
     phases = {ingest.ConnectorPhase.Value(f"CONNECTOR_PHASE_{phase.name}"): phase for phase in list(ConnectorPhase)[:3]}
     return Connector(
         name=message.name,

@@ -1,4 +1,4 @@
-"""`client.jobs.dead`: jobs that ended without an answer."""
+"""`client.jobs.dead`: dead letters, that is jobs that ended without an answer."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from shoal.errors import Code, InvalidArgument, ShoalError, from_status
 from shoal.ingest.v1 import ingest_pb2 as ingest
 
 TIMEOUT_S = 30.0
-"""A thousand jobs are read and written in one call."""
-_AT_ONCE = 1_000
+"""Timeout of one page: a thousand jobs are read and written in one call."""
+_PAGE = 1_000
 
 
 @dataclass(frozen=True)
 class Handled:
-    """What became of dead letters."""
+    """Outcome of a requeue or purge of dead letters."""
 
     ids: tuple[str, ...] = ()
-    """Those that were requeued, or removed."""
+    """Jobs that were requeued or removed."""
     refused: dict[str, ShoalError] = field(default_factory=dict)
-    """Those of the ids asked for that were not, and why."""
+    """Error of each requested job that was not."""
 
 
 class AsyncDeadLetters:
-    """Jobs that are dead (out of attempts) or failed (the request is at fault); the node keeps their inputs."""
+    """Dead letters: jobs that are dead (out of attempts) or failed (the request is at fault). Their inputs are kept."""
 
     def __init__(self, caller: Caller, tenant: str) -> None:
         self._caller = caller
@@ -46,18 +46,19 @@ class AsyncDeadLetters:
         limit: int = 100,
         timeout: float = TIMEOUT_S,
     ) -> builtins.list[Job]:
-        """The newest `limit` dead letters. Each argument narrows: of `model`, of `tenant`, whose last attempt ended
-        with `code`, that ended `before` a time.
+        """Return the newest `limit` dead letters.
+
+        The arguments are filters: `model`, `tenant`, status `code` of the last attempt, end `before` a time.
 
         Raises:
-            InvalidArgument: a state other than dead and failed, or no such code.
+            InvalidArgument: a state other than dead and failed, or an unknown code.
         """
-        among = self._filter(state, model, tenant, code, before)
+        criteria = self._filter(state, model, tenant, code, before)
         found: builtins.list[Job] = []
         token = ""
         while len(found) < limit:
             request = ingest.ListDeadLettersRequest(
-                filter=among, page_size=min(limit - len(found), _AT_ONCE), page_token=token
+                filter=criteria, page_size=min(limit - len(found), _PAGE), page_token=token
             )
             answer = await self._caller.call(methods.LIST_DEAD_LETTERS, request, timeout_s=timeout)
             found += [of_job(job) for job in answer.jobs]
@@ -79,21 +80,21 @@ class AsyncDeadLetters:
         reason: str = "",
         timeout: float = TIMEOUT_S,
     ) -> Handled:
-        """Puts dead letters back into the queue: `ids`, or with `all` those that the other arguments describe.
+        """Requeue dead letters: the jobs of `ids`, or with `all` every one that matches the filters.
 
-        Each runs again with all its attempts and its deadline anew, and its result takes the place of the failure.
-        `timeout` is for each thousand.
+        A requeued job gets all its attempts and its whole deadline again; its result replaces the failure.
+        `timeout` applies to each thousand jobs.
 
         Raises:
-            InvalidArgument: neither ids nor `all`, or both.
+            InvalidArgument: neither `ids` nor `all` is set, or both are.
         """
         handled = Handled()
-        for part, among in self._parts(ids, all, self._filter(state, model, tenant, code, before)):
+        for chunk_ids, criteria in self._chunks(ids, all, self._filter(state, model, tenant, code, before)):
             more = True
             while more:
-                request = ingest.RequeueDeadLettersRequest(ids=part, filter=among, reason=reason)
+                request = ingest.RequeueDeadLettersRequest(ids=chunk_ids, filter=criteria, reason=reason)
                 answer = await self._caller.call(methods.REQUEUE_DEAD_LETTERS, request, timeout_s=timeout)
-                # One that came back dead meanwhile is not requeued a second time.
+                # A job that died again meanwhile would match again: stop rather than requeue it twice.
                 more = answer.more and not {*answer.ids} & {*handled.ids}
                 handled = _joined(handled, answer)
         return handled
@@ -110,30 +111,31 @@ class AsyncDeadLetters:
         before: datetime | None = None,
         timeout: float = TIMEOUT_S,
     ) -> Handled:
-        """Removes dead letters and their inputs for good: `ids`, or with `all` those that the other arguments say.
-        What the store says of them stays. `timeout` is for each thousand.
+        """Remove dead letters and their inputs: the jobs of `ids`, or with `all` every one that matches the filters.
+
+        Their results in the store stay. `timeout` applies to each thousand jobs.
 
         Raises:
-            InvalidArgument: neither ids nor `all`, or both.
+            InvalidArgument: neither `ids` nor `all` is set, or both are.
         """
         handled = Handled()
-        for part, among in self._parts(ids, all, self._filter(state, model, tenant, code, before)):
+        for chunk_ids, criteria in self._chunks(ids, all, self._filter(state, model, tenant, code, before)):
             more = True
             while more:
-                request = ingest.PurgeDeadLettersRequest(ids=part, filter=among)
+                request = ingest.PurgeDeadLettersRequest(ids=chunk_ids, filter=criteria)
                 answer = await self._caller.call(methods.PURGE_DEAD_LETTERS, request, timeout_s=timeout)
                 handled, more = _joined(handled, answer), answer.more
         return handled
 
-    def _parts(
-        self, ids: str | Iterable[str], all: bool, among: ingest.DeadLetterFilter
+    def _chunks(
+        self, ids: str | Iterable[str], all: bool, criteria: ingest.DeadLetterFilter
     ) -> Iterable[tuple[builtins.list[str], ingest.DeadLetterFilter | None]]:
         named = [ids] if isinstance(ids, str) else [*ids]
         if bool(named) == all:
-            raise InvalidArgument("name the jobs, or say all: one of the two")
+            raise InvalidArgument("set either the ids of the jobs or all, not both")
         if all:
-            return [([], among)]
-        return [(named[first : first + _AT_ONCE], None) for first in range(0, len(named), _AT_ONCE)]
+            return [([], criteria)]
+        return [(named[first : first + _PAGE], None) for first in range(0, len(named), _PAGE)]
 
     def _filter(
         self, state: JobState | str, model: str, tenant: str, code: Code | str | None, before: datetime | None

@@ -1,4 +1,4 @@
-"""A job: what is submitted, and how it stands."""
+"""Job: request, state and history."""
 
 from __future__ import annotations
 
@@ -17,86 +17,86 @@ from shoal.ingest.v1 import ingest_pb2 as ingest
 
 
 class JobState(StrEnum):
-    """QUEUED and RUNNING go on; the rest are ends."""
+    """State of a job; QUEUED and RUNNING are the states of a job that has not ended."""
 
     QUEUED = "queued"
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    """The request is at fault: no retry can mend it."""
+    """The request is at fault: a retry cannot help."""
     DEAD = "dead"
     """Out of attempts."""
     CANCELLED = "cancelled"
     EXPIRED = "expired"
-    """Its deadline passed."""
+    """The deadline passed."""
     UNKNOWN = "unknown"
-    """A state that this client is too old to know."""
+    """A state that this version of the client does not know."""
 
     @property
     def ended(self) -> bool:
-        """It stays as it is."""
+        """True for final states."""
         return self not in (JobState.QUEUED, JobState.RUNNING, JobState.UNKNOWN)
 
 
 @dataclass(frozen=True)
 class JobRetry:
-    """How often and how soon a job is tried again by the node."""
+    """Retry policy of a job, applied by the node."""
 
     max_attempts: int = 5
-    """In all, 1 to 100."""
+    """Total number of attempts, 1 to 100."""
     initial_backoff_s: float = 0.2
-    """Wait before the second attempt; doubled for each further one, with full jitter."""
+    """Wait before the second attempt; it doubles for each further attempt, with full jitter."""
     max_backoff_s: float = 30.0
     codes: Collection[Code | str] = ()
-    """Status codes that are worth another attempt, `Code.UNAVAILABLE` or "unavailable"; with any other the job fails at
-    once. Empty: all but those that say that the request is at fault."""
+    """Status codes to retry, `Code.UNAVAILABLE` or "unavailable"; any other code fails the job immediately.
+    Empty: retry every code except those that put the request at fault."""
 
 
 @dataclass(frozen=True)
 class JobRequest(InferRequest):
-    """A request to a model that should not be lost."""
+    """Request to a model, run as a durable job."""
 
     idempotency_key: str = ""
-    """A second job with the same key is answered with the first. Empty: a key of its own, so that retries are safe."""
+    """A second job with the same key returns the first job. Empty: the client makes a key, so that retries are safe."""
     tenant: str = ""
     deadline: float | timedelta | None = None
-    """The job expires when it has no answer so many seconds after it was accepted."""
+    """Seconds after acceptance at which an unanswered job expires."""
     retry: JobRetry | None = None
-    """None: the node's default."""
+    """None: the node's default policy."""
     labels: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
-    """-9 to 9: which of the tenant's own jobs go first. A level is worth a minute of waiting."""
+    """-9 to 9: order among the tenant's own jobs. One level is worth a minute of waiting."""
     keep_request: bool = False
-    """The node keeps the inputs when the job is done: for `shoal models quantize`, or for asking another version."""
+    """True: the node keeps the inputs after the end, for `shoal models quantize` or a run on another version."""
     not_before: datetime | None = None
-    """Not run before then. A time without a zone is local time."""
+    """Earliest time of the first attempt. A time without a zone is local time."""
     delay: float | timedelta | None = None
-    """Not run before so many seconds have passed since it was accepted. Not together with `not_before`."""
+    """Seconds between acceptance and the earliest first attempt. Excludes `not_before`."""
     depends_on: Sequence[str] = ()
     """Ids of jobs that must succeed first."""
     depends_on_keys: Sequence[str] = ()
-    """The same by idempotency key: jobs of the same tenant, which exist or come earlier in the same stream."""
+    """Idempotency keys of jobs that must succeed first: jobs of the same tenant, accepted or earlier in the stream."""
     fails_with_dependencies: bool = False
-    """It fails when one of them does not succeed, and so can be requeued. Else it is cancelled."""
+    """True: the job fails (and can be requeued) when a dependency does not succeed. False: it is cancelled."""
 
 
 @dataclass(frozen=True)
 class Transition:
-    """One step of a job."""
+    """One transition of a job."""
 
     state: JobState
     at: datetime | None
     attempt: int
-    """From 1; 0 before the first."""
+    """Number of the attempt, from 1; 0 before the first."""
     instance: str
-    """The ingest instance that made it."""
+    """The ingest instance that made the transition."""
     reason: str
     generation: int = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it stood when the node was asked."""
+    """Snapshot of a job at the time of the call."""
 
     id: str
     state: JobState
@@ -105,62 +105,62 @@ class Job:
     tenant: str = ""
     idempotency_key: str = ""
     attempts: int = 0
-    """Started so far."""
+    """Attempts started so far."""
     last_code: int = 0
-    """gRPC status code and message of the last attempt that failed."""
+    """gRPC status code of the last failed attempt; `last_message` is its message."""
     last_message: str = ""
     submitted_at: datetime | None = None
     updated_at: datetime | None = None
     not_before: datetime | None = None
-    """Not run before then: it was asked for, or backoff."""
+    """Earliest time of the next attempt, from the request or from backoff."""
     deadline: datetime | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     transitions: tuple[Transition, ...] = ()
-    """All so far, oldest first."""
+    """All transitions so far, oldest first."""
     keeps_request: bool = False
-    """Its inputs stay when it is done."""
+    """True when the inputs are kept after the end."""
     priority: int = 0
-    """As submitted."""
+    """Priority at the submit."""
     generation: int = 1
-    """How often it was begun: each requeue of a dead letter begins it again, with all its attempts."""
+    """Number of lives of the job: 1, plus one for each requeue as a dead letter."""
     waits_for: tuple[str, ...] = ()
-    """The jobs that must succeed before it runs, and have not yet: ids, or `key:` and an idempotency key."""
+    """Dependencies that have not succeeded yet: ids, or `key:` and an idempotency key."""
 
     @property
     def ended(self) -> bool:
-        """It stays as it is."""
+        """True in a final state."""
         return self.state.ended
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """The acknowledgement of one job of a stream."""
+    """Acknowledgement of one job of a stream."""
 
     index: int
-    """Which one: counted from 0 in the order of submission."""
+    """Position of the job in the order of submission, from 0."""
     job_id: str = ""
     """Set when the job is durable."""
     existed: bool = False
-    """The node knew its idempotency key: this is the earlier job."""
+    """True when the idempotency key belongs to an earlier job, which `job_id` names."""
     error: ShoalError | None = None
-    """Why it was refused."""
+    """Reason of a rejection."""
 
 
 @dataclass(frozen=True)
 class Ran:
-    """The result of one job of a stream."""
+    """Result of one job of a stream."""
 
     index: int
-    """Which one: counted from 0 in the order of submission."""
+    """Position of the job in the order of submission, from 0."""
     job_id: str = ""
-    """Empty when the node refused it."""
+    """Empty when the node rejected the job."""
     result: InferResult | None = None
     error: ShoalError | None = None
-    """Why there is no result: it was refused, failed, was cancelled or expired."""
+    """Reason of a missing result: the job was rejected, failed, was cancelled or expired."""
 
 
 def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tenant: str) -> ingest.SubmitRequest:
-    """The message of `job`, whose inference request is `request`."""
+    """Return the message of `job`, whose inference request is `request`."""
     message = ingest.SubmitRequest(
         request=request,
         idempotency_key=key,
@@ -183,8 +183,9 @@ def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tena
     if job.not_before is not None:
         try:
             message.not_before.FromDatetime(job.not_before.astimezone(UTC))
-        except (ValueError, OverflowError) as err:  # The year 1 or 9999, in another zone.
-            raise InvalidArgument(f"not_before: {job.not_before} is no time in UTC: {err}") from err
+        except (ValueError, OverflowError) as err:
+            # The year 1 or 9999, in another time zone.
+            raise InvalidArgument(f"not_before: {job.not_before} cannot be converted to UTC: {err}") from err
     if job.delay is not None:
         message.delay.CopyFrom(to_duration("delay", job.delay))
     message.depends_on.extend(ingest.Dependency(job_id=job_id) for job_id in job.depends_on)
@@ -195,10 +196,10 @@ def to_submit(job: JobRequest, request: oip.ModelInferRequest, *, key: str, tena
 
 
 def to_code(code: Code | str | int) -> int:
-    """A status code by its number or its name.
+    """Return the number of a status code, from its number or name.
 
     Raises:
-        InvalidArgument: there is no such code.
+        InvalidArgument: no such code.
     """
     try:
         return int(Code[code.upper()] if isinstance(code, str) else Code(code))
@@ -208,31 +209,32 @@ def to_code(code: Code | str | int) -> int:
 
 
 def to_duration(field: str, value: float | timedelta) -> Duration:
-    """The message of so many seconds.
+    """Return the message of a duration in seconds.
 
     Raises:
-        InvalidArgument: they are not finite, or too many for a duration.
+        InvalidArgument: the value is not finite, or exceeds the range of a duration.
     """
     duration = Duration()
     try:
         duration.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
-    except (ValueError, OverflowError) as err:  # NaN; infinity, and beyond a thousand million days.
+    except (ValueError, OverflowError) as err:
+        # NaN; infinity, and more than a thousand million days.
         raise InvalidArgument(f"{field}: expected seconds, got {value}") from err
     return duration
 
 
 def to_state(state: JobState | str | None) -> str:
-    """The wire's name of a state; of None, the one that means any. Raises ValueError when it is none."""
+    """Return the wire name of a state; None gives the name for "any". Raises ValueError for other values."""
     if state is None:
         return "JOB_STATE_UNSPECIFIED"
     known = JobState(state)
     if known is JobState.UNKNOWN:
-        raise ValueError("unknown is no state to ask for")
+        raise ValueError("unknown cannot be requested")
     return f"JOB_STATE_{known.name}"
 
 
 def of_state(number: int) -> JobState:
-    """The state of the wire's number."""
+    """Return the state with a wire number."""
     try:
         return JobState[ingest.JobState.Name(number).removeprefix("JOB_STATE_")]
     except (ValueError, KeyError):
@@ -240,7 +242,7 @@ def of_state(number: int) -> JobState:
 
 
 def of_job(message: ingest.Job) -> Job:
-    """The value of the message."""
+    """Return the Job of a message."""
     return Job(
         id=message.id,
         state=of_state(message.state),

@@ -1,4 +1,4 @@
-"""`client.jobs.retention`: how long jobs stay that have ended, and batches."""
+"""`client.jobs.retention`: retention of ended jobs and batches."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ BATCHES: Final = "batches"
 
 @dataclass(frozen=True)
 class JobRetention:
-    """Jobs of a tenant that ended so, or its batches, stay for so long."""
+    """Retention rule for a tenant's jobs that ended in one state, or for its batches."""
 
     tenant: str
-    """`*`: of every tenant that has no rule of its own."""
+    """`*`: every tenant without a rule of its own."""
     state: JobState | Literal["batches"]
     keep: timedelta | None
-    """After their end; None is for ever."""
+    """Time from the end to the removal; None keeps for ever."""
     inherited: bool = False
-    """No rule of its own: it is that of `*`, or the node's setting."""
+    """True when the tenant has no rule of its own: the value comes from `*` or from the node's setting."""
 
 
 class AsyncJobRetention:
-    """Reads and sets the rules."""
+    """Client of the retention rules."""
 
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
 
     async def list(self, *, timeout: float = TIMEOUT_S) -> builtins.list[JobRetention]:
-        """What holds for every tenant, and for those that have rules of their own."""
+        """Return the rules of every tenant (`*`), and of tenants with their own."""
         answer = await self._caller.call(
             methods.LIST_JOB_RETENTION, ingest.ListJobRetentionRequest(), timeout_s=timeout
         )
@@ -52,12 +52,12 @@ class AsyncJobRetention:
         tenant: str = EVERYONE,
         timeout: float = TIMEOUT_S,
     ) -> JobRetention:
-        """Jobs that ended as `state` stay `keep` seconds after their end, at least 60; None is for ever.
+        """Set a rule: jobs that ended in `state` are kept for `keep` seconds, at least 60; None keeps for ever.
 
-        `state` may be "batches": those stay so long, however they ended; what they have written stays in any case.
+        `state` may be "batches": the rule then covers batches, whatever their end. Their output is never removed.
 
         Raises:
-            InvalidArgument: a state that no job ends in, or too short a time.
+            InvalidArgument: `state` is not a final state, or `keep` is too short.
         """
         request = _request(state, tenant)
         if keep is None:
@@ -69,7 +69,7 @@ class AsyncJobRetention:
     async def inherit(
         self, state: JobState | str, *, tenant: str = EVERYONE, timeout: float = TIMEOUT_S
     ) -> JobRetention:
-        """Removes a rule: what holds for `*`, or the node's setting, holds again."""
+        """Remove a rule; the rule of `*`, or the node's setting, applies again."""
         request = _request(state, tenant)
         request.inherit = True
         return _rule((await self._caller.call(methods.SET_JOB_RETENTION, request, timeout_s=timeout)).rule)

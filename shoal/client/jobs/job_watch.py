@@ -1,4 +1,4 @@
-"""Watching many jobs: what is told, and how to go on."""
+"""Changes, filters and the request of a watch of many jobs."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from shoal.ingest.v1 import ingest_pb2 as ingest
 
 @dataclass(frozen=True)
 class JobChange:
-    """A transition of one of the jobs that are watched."""
+    """A transition of one watched job."""
 
     job: Job
-    """As it was after the transition, which is the last of its `transitions`."""
+    """The job after the transition, which is the last of its `transitions`."""
     resume_token: str
-    """Keep it, and give it to the next watch with the same filter: that one goes on after this."""
+    """Token for another watch with the same filter, which then continues after this change."""
     existing: bool = False
-    """No transition: the job was there when the watch began, and is told as it stood."""
+    """True when there was no transition: the job existed when the watch began."""
 
 
 @dataclass(frozen=True)
 class JobFilter:
-    """Which jobs; each that is set narrows."""
+    """Filter of a watch; each field that is set narrows the selection."""
 
     ids: Sequence[str] = ()
     states: Sequence[JobState | str] = ()
-    """Only transitions into these."""
+    """Only transitions into these states."""
     model: str = ""
     tenant: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-def to_watch(wanted: JobFilter, *, tenant: str, include_existing: bool, resume_token: str) -> ingest.WatchJobsRequest:
-    """The message. Raises InvalidArgument for a state that there is not."""
+def to_watch(filter: JobFilter, *, tenant: str, include_existing: bool, resume_token: str) -> ingest.WatchJobsRequest:
+    """Return the message of a watch. Raises InvalidArgument for an unknown state."""
     try:
-        states = [to_state(state) for state in wanted.states]
+        states = [to_state(state) for state in filter.states]
     except ValueError as err:
         known = ", ".join(each for each in JobState if each is not JobState.UNKNOWN)
         raise InvalidArgument(f"states: {err}: use some of {known}") from None
     return ingest.WatchJobsRequest(
-        ids=wanted.ids,
+        ids=filter.ids,
         states=states,
-        model_name=wanted.model,
-        tenant=wanted.tenant or tenant,
-        labels=dict(wanted.labels),
+        model_name=filter.model,
+        tenant=filter.tenant or tenant,
+        labels=dict(filter.labels),
         include_existing=include_existing,
         resume_token=resume_token,
     )

@@ -1,4 +1,4 @@
-"""The jobs of a node: submitted once, run at least once, with one result."""
+"""Client of a node's jobs: each is submitted once, runs at least once, and has one result."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from datetime import datetime, timedelta
 
 from shoal.client.inference.arrays import ArrayLike
 from shoal.client.inference.inference import InferResult, Parameter, of_inputs
-from shoal.client.inference.requests import Asker, each
+from shoal.client.inference.requests import RequestEncoder, as_async
 from shoal.client.jobs.dead_letters import AsyncDeadLetters
 from shoal.client.jobs.job import Job, JobRequest, JobRetry, JobState, Ran, Submitted, of_job, to_state, to_submit
 from shoal.client.jobs.job_retention import AsyncJobRetention
 from shoal.client.jobs.job_watch import JobChange, JobFilter, to_watch
-from shoal.client.jobs.outcome import of_result, without_result
+from shoal.client.jobs.outcome import missing_result, of_result
 from shoal.client.jobs.run_stream import WINDOW as RUN_WINDOW
-from shoal.client.jobs.run_stream import Running
+from shoal.client.jobs.run_stream import RunStream
 from shoal.client.jobs.schedules import AsyncSchedules
-from shoal.client.jobs.submit_stream import WINDOW, Submission
+from shoal.client.jobs.submit_stream import WINDOW, SubmitStream
 from shoal.client.transport import methods
 from shoal.client.transport.calls import Caller
 from shoal.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, ShoalError
@@ -29,26 +29,26 @@ from shoal.oip.tensors import Array
 from shoal.store.v1 import store_pb2 as store
 
 SUBMIT_S = 30.0
-"""A majority, journaled write: it outlasts an election of the database, and a backlog's retry-after."""
+"""Timeout of a submit, a majority write with journal: longer than an election of the database and a retry-after."""
 
 READ_S = 10.0
-"""One indexed query."""
+"""Timeout of a read, one indexed query."""
 
 WATCH_S = 3_600.0
-"""Jobs may wait long for their turn; an hour ends a watch that was forgotten."""
+"""Timeout of a watch of one job, which may be queued for long; an hour ends a forgotten watch."""
 
 WATCH_ALL_S = 30 * 86_400.0
-"""A watch of many is a service of somebody's own: a month, then it wants to be seen again."""
+"""Timeout of a watch of many jobs, which may belong to a long-running service; a month ends a forgotten watch."""
 
 RESULT_S = 300.0
-"""Waiting for a result is waiting for a queue: five minutes, then say how it stands."""
+"""Timeout of a wait for a result, most of which is time in the queue."""
 
+# Time for which the store waits for a result before the client watches the job: most jobs have ended by then.
 _SOON_S = 2.0
-# How long the store is asked to wait for a result before the job is watched: most have ended by then.
 
 
 class AsyncJobs:
-    """`client.jobs`."""
+    """`client.jobs`: submit, run, read, watch and cancel jobs."""
 
     def __init__(self, caller: Caller, tenant: str = "") -> None:
         self._caller = caller
@@ -80,19 +80,19 @@ class AsyncJobs:
         fails_with_dependencies: bool = False,
         timeout: float = SUBMIT_S,
     ) -> Job:
-        """Hands in one job. When this returns it is durable: it will run, whatever is killed when.
+        """Submit one job and return it. The job is durable when this returns, and runs even after crashes.
 
-        With an `idempotency_key` a second submit returns the first job; without, the client makes one, so that its own
-        retries make no second job. The job expires after `deadline` seconds without an answer. `priority` (-9 to 9)
-        orders the tenant's own jobs. With `keep_request` its inputs stay in the node when it is done. It is not run
-        before `not_before`, nor before `delay` seconds have passed, nor before the jobs that it depends on (by id or
-        key) have succeeded; when one of these does not, it is cancelled, or fails.
+        A second submit with the same `idempotency_key` returns the first job; without a key the client makes one, so
+        that its own retries create no second job. An unanswered job expires after `deadline` seconds. `priority` (-9 to
+        9) orders the tenant's own jobs. With `keep_request` the node keeps the inputs after the end. The job runs not
+        before `not_before`, `delay` seconds, and the success of the jobs that it depends on (by id or key). When a
+        dependency does not succeed, the job is cancelled, or with `fails_with_dependencies` fails.
 
         Raises:
-            InvalidArgument: names what is wrong.
-            AlreadyExists: the key was used with another request.
-            NotFound: it depends on a job that there is not.
-            ResourceExhausted: the backlog is full, or the tenant's quota is; `retry_after_ms` says when to come back.
+            InvalidArgument: the message names the field.
+            AlreadyExists: the key belongs to a job with another request.
+            NotFound: a dependency does not exist.
+            ResourceExhausted: the backlog or the tenant's quota is full; `retry_after_ms` is the time to wait.
         """
         request = JobRequest(
             model,
@@ -114,26 +114,26 @@ class AsyncJobs:
             depends_on_keys=depends_on_keys,
             fails_with_dependencies=fails_with_dependencies,
         )
-        message = await self._message(Asker(self._caller), request)
+        message = await self._message(RequestEncoder(self._caller), request)
         answer = await self._caller.call(methods.SUBMIT, message, timeout_s=timeout, doing=f"submit to {model}")
         return of_job(answer.job)
 
     async def submit_many(
         self, requests: AsyncIterable[JobRequest] | Iterable[JobRequest], *, window: int = WINDOW
     ) -> AsyncGenerator[Submitted, None]:
-        """Hands in a stream of jobs, the fast way; gives an acknowledgement for each once it is durable.
+        """Submit a stream of jobs and yield an acknowledgement for each durable job; the fastest way to submit.
 
-        At most `window` are on their way: when the node or the reader of the acknowledgements is slow, `requests` wait.
-        A stream that breaks is opened again. A job that is refused has its error in its acknowledgement, and the stream
-        goes on. `requests` may be endless.
+        At most `window` jobs are unacknowledged: when the node or the caller is slow, `requests` is read slowly. A
+        broken stream is reopened. A rejected job has the error in its acknowledgement, and the stream continues.
+        `requests` may be endless.
 
         Raises:
-            Unavailable: the stream could not be kept up.
-            DeadlineExceeded: no acknowledgement came for a minute.
+            Unavailable: the stream could not be reopened.
+            DeadlineExceeded: no acknowledgement arrived for a minute.
         """
         if window < 1:
-            raise InvalidArgument(f"window {window}: at least one job must be on its way")
-        submission = Submission(self._caller, self._messages(requests), window=window)
+            raise InvalidArgument(f"window {window}: expected 1 or more")
+        submission = SubmitStream(self._caller, self._messages(requests), window=window)
         async with aclosing(submission.run()) as acks:
             async for ack in acks:
                 yield ack
@@ -141,18 +141,18 @@ class AsyncJobs:
     async def run_many(
         self, requests: AsyncIterable[JobRequest] | Iterable[JobRequest], *, window: int = RUN_WINDOW
     ) -> AsyncGenerator[Ran, None]:
-        """Hands in a stream of jobs, and gives the result of each as it ends, on one stream.
+        """Submit a stream of jobs and yield the result of each as it ends, on one stream.
 
-        At most `window` have no result: when the node or the reader of the results is slow, `requests` wait. A stream
-        that breaks is taken up again: nothing is lost, and nothing has two results. A job that fails, or is refused,
-        has its error in its `Ran`, and the stream goes on. `requests` may be endless. Jobs go on when one leaves early.
+        At most `window` jobs are without result: when the node or the caller is slow, `requests` is read slowly. A
+        broken stream is resumed without lost or doubled results. A failed or rejected job has the error in its `Ran`,
+        and the stream continues. `requests` may be endless. Jobs continue when the caller stops iterating.
 
         Raises:
-            Unavailable: the stream could not be kept up.
+            Unavailable: the stream could not be reopened.
         """
         if window < 1:
-            raise InvalidArgument(f"window {window}: at least one job must be on its way")
-        running = Running(self._caller, self._messages(requests), window=window)
+            raise InvalidArgument(f"window {window}: expected 1 or more")
+        running = RunStream(self._caller, self._messages(requests), window=window)
         async with aclosing(running.run()) as results:
             async for ran in results:
                 yield ran
@@ -160,19 +160,19 @@ class AsyncJobs:
     async def _messages(
         self, requests: AsyncIterable[JobRequest] | Iterable[JobRequest]
     ) -> AsyncGenerator[ingest.SubmitRequest | ShoalError, None]:
-        asker = Asker(self._caller)
-        async for request in each(requests):
+        encoder = RequestEncoder(self._caller)
+        async for request in as_async(requests):
             try:
-                yield await self._message(asker, request)
+                yield await self._message(encoder, request)
             except ShoalError as err:
                 yield err
 
-    async def _message(self, asker: Asker, request: JobRequest) -> ingest.SubmitRequest:
+    async def _message(self, encoder: RequestEncoder, request: JobRequest) -> ingest.SubmitRequest:
         key = request.idempotency_key or uuid.uuid4().hex
-        return to_submit(request, await asker.message(request), key=key, tenant=self._tenant)
+        return to_submit(request, await encoder.encode(request), key=key, tenant=self._tenant)
 
     async def get(self, job_id: str, *, timeout: float = READ_S) -> Job:
-        """How a job stands.
+        """Return a job.
 
         Raises:
             NotFound: no such job.
@@ -181,12 +181,13 @@ class AsyncJobs:
         return of_job((await self._caller.call(methods.GET_JOB, request, timeout_s=timeout)).job)
 
     async def inputs(self, job_id: str, *, timeout: float = READ_S) -> dict[str, Array]:
-        """The inputs of a job by name, while the node keeps them: while it is under way, when it failed, and for ever
-        when it was submitted with `keep_request`.
+        """Return the inputs of a job by name.
+
+        The node keeps them until the job has succeeded, expired or been cancelled; for good with `keep_request`.
 
         Raises:
             NotFound: no such job.
-            FailedPrecondition: they are not kept.
+            FailedPrecondition: the inputs are not kept.
         """
         request = ingest.GetPayloadRequest(id=job_id)
         answer = await self._caller.call(methods.GET_PAYLOAD, request, timeout_s=timeout, doing=f"inputs of {job_id}")
@@ -201,7 +202,7 @@ class AsyncJobs:
         limit: int = 100,
         timeout: float = READ_S,
     ) -> builtins.list[Job]:
-        """The newest `limit` jobs, of those in `state`, of `model` and of `tenant` when these are given."""
+        """Return the newest `limit` jobs; `state`, `model` and `tenant` are filters."""
         jobs = self.each(state=state, model=model, tenant=tenant, most=limit, timeout=timeout)
         return [job async for job in jobs]
 
@@ -214,9 +215,9 @@ class AsyncJobs:
         most: int | None = None,
         timeout: float = READ_S,
     ) -> AsyncGenerator[Job, None]:
-        """As `list`, one job after the other, however many there are: the next page is asked for when it is needed.
+        """Yield jobs, newest first, at most `most`; a page is read when its first job is needed. Filters as in `list`.
 
-        `timeout` is each page's.
+        `timeout` applies to each page.
         """
         left, token = most if most is not None else sys.maxsize, ""
         while left > 0:
@@ -235,11 +236,11 @@ class AsyncJobs:
                 return
 
     async def watch(self, job_id: str, *, timeout: float = WATCH_S) -> AsyncGenerator[Job, None]:
-        """A job as it stands, and again after each transition, until it has ended. Goes on where a stream breaks.
+        """Yield the job now and after each transition, until it has ended. A broken stream is reopened.
 
         Raises:
             NotFound: no such job.
-            DeadlineExceeded: it has not ended in time.
+            DeadlineExceeded: the job has not ended in time.
         """
         last: Job | None = None
         answers = self._caller.follow(
@@ -251,7 +252,8 @@ class AsyncJobs:
         )
         async for answer in answers:
             job = of_job(answer.job)
-            if job != last:  # A stream that was opened again begins with what is known.
+            # A reopened stream begins with the present state, which may be known.
+            if job != last:
                 last = job
                 yield job
 
@@ -263,14 +265,14 @@ class AsyncJobs:
         resume_token: str = "",
         timeout: float = WATCH_ALL_S,
     ) -> AsyncGenerator[JobChange, None]:
-        """Every transition of every job that matches, once, from now on, for `timeout` seconds at most.
+        """Yield every later transition of every job that matches, each once, for `timeout` seconds at most.
 
-        Goes on where a stream breaks. With `include_existing` the jobs that are there are told first. To go on after
-        the watcher itself was stopped, keep the `resume_token` of what was dealt with last.
+        A broken stream is reopened. With `include_existing` the existing jobs come first. To resume after a restart of
+        the watching process, keep the `resume_token` of the last processed change.
 
         Raises:
-            InvalidArgument: a filter that makes no sense, or a token of another one.
-            OutOfRange: the token is older than the database's log: list the jobs, and watch anew.
+            InvalidArgument: an invalid filter, or a token of a watch with another filter.
+            OutOfRange: the token is older than the database's log: list the jobs, then start a new watch.
             DeadlineExceeded: `timeout` has passed.
         """
         wanted = wanted or JobFilter()
@@ -288,7 +290,7 @@ class AsyncJobs:
             last = answer.resume_token
 
     async def cancel(self, job_id: str, reason: str = "", *, timeout: float = READ_S) -> Job:
-        """Asks that a job not run, or that its answer not be recorded. Returns how it stands: it may have ended before.
+        """Cancel a job: prevent its run, or the recording of its answer. Return the job, which may have ended before.
 
         Raises:
             NotFound: no such job.
@@ -297,15 +299,15 @@ class AsyncJobs:
         return of_job((await self._caller.call(methods.CANCEL_JOB, request, timeout_s=timeout)).job)
 
     async def result(self, job_id: str, *, wait: bool = True, timeout: float = RESULT_S) -> InferResult:
-        """The answer to a job, from the store; waits until the job has ended, at most `timeout` seconds.
+        """Return the answer of a job from the store; wait for the job's end at most `timeout` seconds.
 
         Raises:
             NotFound: no such job, or its result is no longer kept.
-            DataLoss: its answer is damaged in the store.
-            FailedPrecondition: it has not ended, and `wait` is False.
-            DeadlineExceeded: it has not ended in time, or it expired.
-            Cancelled: it was cancelled.
-            ShoalError: it failed: the class and the words of its last attempt, with the job's id.
+            DataLoss: the answer is damaged in the store.
+            FailedPrecondition: the job has not ended, and `wait` is False.
+            DeadlineExceeded: the job has not ended in time, or it expired.
+            Cancelled: the job was cancelled.
+            ShoalError: the job failed; class and message are those of its last attempt, with the job's id.
         """
         found = await self._result(job_id, min(timeout, _SOON_S) if wait else 0.0)
         if found is not None and not await self._is_requeued(found):
@@ -318,17 +320,18 @@ class AsyncJobs:
             job = await self._until_ended(job_id, timeout)
         found = await self._result(job_id)
         if found is None:
-            raise without_result(job)
+            raise missing_result(job)
         return of_result(found)
 
     async def _is_requeued(self, found: store.Result) -> bool:
-        """Whether a failure that stands is of an earlier generation of the job than the one that it lives now."""
+        """Return True when a recorded failure belongs to a generation of the job before the present one."""
         if found.outcome != store.Result.OUTCOME_FAILED:
             return False
         try:
             return (await self.get(found.job_id)).generation > max(1, found.generation)
         except ShoalError:
-            return False  # The job is gone, or cannot be asked for now: what stands is what is known.
+            # The job is deleted, or ingest is unavailable: the recorded failure is the best answer.
+            return False
 
     async def _result(self, job_id: str, wait_s: float = 0.0) -> store.Result | None:
         request = store.GetResultRequest(job_id=job_id)
@@ -348,9 +351,10 @@ class AsyncJobs:
             async for job in self.watch(job_id, timeout=timeout):
                 last = job
         except DeadlineExceeded as err:
-            state = f"is still {last.state}" if last is not None else "did not say how it stands"
-            raise DeadlineExceeded(f"job {job_id} {state} after {timeout:g} s: ask again later") from err
-        assert last is not None  # A watch ends with an ended job or raises.
+            state = f"is still {last.state}" if last is not None else "is in an unknown state"
+            raise DeadlineExceeded(f"job {job_id} {state} after {timeout:g} s: try again later") from err
+        # A watch ends with an ended job or raises.
+        assert last is not None
         return last
 
 

@@ -1,4 +1,4 @@
-"""How a job ended: an answer, or the error that says why there is none."""
+"""Answer of an ended job, or the error in its place."""
 
 from __future__ import annotations
 
@@ -10,53 +10,53 @@ from shoal.store.v1 import store_pb2 as store
 
 
 def of_result(result: store.Result) -> InferResult:
-    """The answer.
+    """Return the answer in a result.
 
     Raises:
         Cancelled: the job was cancelled.
-        DeadlineExceeded: it expired.
-        NotFound: its answer is no longer kept.
-        DataLoss: its answer is damaged in the store.
-        ShoalError: it failed: the class and the words of its last attempt.
+        DeadlineExceeded: the job expired.
+        NotFound: the answer is no longer kept.
+        DataLoss: the answer is damaged in the store.
+        ShoalError: the job failed; class and message are those of its last attempt.
     """
     if result.outcome == store.Result.OUTCOME_SUCCEEDED:
         if result.HasField("answer_removed_at"):
             raise NotFound(f"job {result.job_id} succeeded; retention has removed its answer since")
         if result.answer_lost:
             raise DataLoss(
-                f"job {result.job_id} succeeded, and its answer is damaged in the store: {result.answer_lost}: "
-                "to have it again, submit the job again"
+                f"job {result.job_id} succeeded, but its answer is damaged in the store: {result.answer_lost}: "
+                "submit the job again to get a new answer"
             )
         return of_response(result.response)
     if result.outcome == store.Result.OUTCOME_CANCELLED:
-        raise Cancelled(_words(result.job_id, "was cancelled", result.message))
+        raise Cancelled(_message(result.job_id, "was cancelled", result.message))
     if result.outcome == store.Result.OUTCOME_EXPIRED:
-        raise DeadlineExceeded(_words(result.job_id, "expired: its deadline passed before an answer", result.message))
+        raise DeadlineExceeded(_message(result.job_id, "expired: its deadline passed before an answer", result.message))
     after = f"failed in attempt {result.attempt}" if result.attempt else "failed"
-    raise from_status(result.code or Code.UNKNOWN, _words(result.job_id, after, result.message))
+    raise from_status(result.code or Code.UNKNOWN, _message(result.job_id, after, result.message))
 
 
-def without_result(job: Job) -> ShoalError:
-    """The error of a job that has ended, and of which the store has nothing (any more)."""
+def missing_result(job: Job) -> ShoalError:
+    """Return the error of an ended job that has no result in the store."""
     if job.state is JobState.SUCCEEDED:
         return NotFound(f"job {job.id} succeeded; its result is no longer in the store: retention has removed it")
     if job.state is JobState.CANCELLED:
-        return Cancelled(_words(job.id, "was cancelled", job.last_message))
+        return Cancelled(_message(job.id, "was cancelled", job.last_message))
     if job.state is JobState.EXPIRED:
-        return DeadlineExceeded(_words(job.id, "expired", job.last_message))
-    return from_status(job.last_code or Code.UNKNOWN, _words(job.id, f"is {job.state}", job.last_message))
+        return DeadlineExceeded(_message(job.id, "expired", job.last_message))
+    return from_status(job.last_code or Code.UNKNOWN, _message(job.id, f"is {job.state}", job.last_message))
 
 
 def of_ended(answer: ingest.RunStreamResponse) -> ShoalError:
-    """The error of a job of a stream that ended without an answer, or whose answer is not there."""
+    """Return the error of a job of a stream that ended without an answer, or whose answer is missing."""
     job_id = answer.job_id
     if answer.state == ingest.JOB_STATE_CANCELLED:
-        return Cancelled(_words(job_id, "was cancelled", answer.message))
+        return Cancelled(_message(job_id, "was cancelled", answer.message))
     if answer.state == ingest.JOB_STATE_EXPIRED:
-        return DeadlineExceeded(_words(job_id, "expired: its deadline passed before an answer", answer.message))
+        return DeadlineExceeded(_message(job_id, "expired: its deadline passed before an answer", answer.message))
     how = "has no result" if answer.state == ingest.JOB_STATE_UNSPECIFIED else "failed"
-    return from_status(answer.code or Code.UNKNOWN, _words(job_id, how, answer.message))
+    return from_status(answer.code or Code.UNKNOWN, _message(job_id, how, answer.message))
 
 
-def _words(job_id: str, what: str, why: str) -> str:
+def _message(job_id: str, what: str, why: str) -> str:
     return f"job {job_id} {what}: {why}" if why else f"job {job_id} {what}"

@@ -1,4 +1,4 @@
-"""`client.jobs.schedules`: jobs that recur."""
+"""`client.jobs.schedules`: schedules of recurring jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from shoal.client.inference.requests import Asker
+from shoal.client.inference.requests import RequestEncoder
 from shoal.client.jobs.job import JobRequest, to_submit
 from shoal.client.models.registry import of_time
 from shoal.client.transport import methods
@@ -27,7 +27,7 @@ OVERLAPS = ("allow", "skip", "cancel")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Jobs that recur, as it stood when the node was asked."""
+    """Snapshot of a schedule at the time of the call."""
 
     name: str
     cron: str
@@ -39,22 +39,22 @@ class Schedule:
     overlap: str = "allow"
     paused: bool = False
     upcoming: tuple[datetime, ...] = ()
-    """The next times, soonest first; none while it is paused."""
+    """The next times, soonest first; empty while the schedule is paused."""
     last_at: datetime | None = None
-    """The last time that became a job."""
+    """The last time for which a job was created."""
     last_job_id: str = ""
     fired: int = 0
-    """Times that became jobs."""
+    """Number of times for which a job was created."""
     skipped: int = 0
-    """How often times were skipped."""
+    """Number of skipped times."""
     last_skip: str = ""
-    """Why the last time."""
+    """Reason of the last skip."""
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
 
 class AsyncSchedules:
-    """Makes, reads, pauses and removes schedules."""
+    """Client of the schedules: create, read, pause and remove."""
 
     def __init__(self, caller: Caller, tenant: str) -> None:
         self._caller = caller
@@ -73,17 +73,19 @@ class AsyncSchedules:
         replace: bool = False,
         timeout: float = TIMEOUT_S,
     ) -> Schedule:
-        """Makes a schedule: at each time of `cron` in `time_zone`, `job` is submitted once.
+        """Create a schedule: at each time of `cron` in `time_zone`, `job` is submitted once.
 
-        `misfire` says what is done about times at which the node was away (`skip` them, one job for the `latest`, or
-        for `all`), `overlap` what when the job before has not ended (`allow`, `skip` this time, or `cancel` that job).
-        With `replace` a schedule of that name is changed.
+        `misfire` covers times at which the node was down: `skip` them, one job for the `latest`, or one for `all`.
+        `overlap` covers a previous job that has not ended: `allow` both, `skip` this time, or `cancel` that job.
+        With `replace`, an existing schedule of that name is changed.
 
         Raises:
-            InvalidArgument: names what is wrong.
-            AlreadyExists: there is one of that name.
+            InvalidArgument: the message names the field.
+            AlreadyExists: a schedule of that name exists, and `replace` is False.
         """
-        submit = to_submit(job, await Asker(self._caller).message(job), key=job.idempotency_key, tenant=self._tenant)
+        submit = to_submit(
+            job, await RequestEncoder(self._caller).encode(job), key=job.idempotency_key, tenant=self._tenant
+        )
         message = ingest.Schedule(
             name=name,
             tenant=submit.tenant,
@@ -98,41 +100,41 @@ class AsyncSchedules:
         return _schedule((await self._caller.call(methods.PUT_SCHEDULE, request, timeout_s=timeout)).schedule)
 
     async def get(self, name: str, *, tenant: str = "", timeout: float = TIMEOUT_S) -> Schedule:
-        """One schedule.
+        """Return one schedule.
 
         Raises:
-            NotFound: there is none.
+            NotFound: no such schedule.
         """
         request = ingest.GetScheduleRequest(name=name, tenant=tenant or self._tenant)
         return _schedule((await self._caller.call(methods.GET_SCHEDULE, request, timeout_s=timeout)).schedule)
 
     async def list(self, *, tenant: str | None = None, timeout: float = TIMEOUT_S) -> builtins.list[Schedule]:
-        """All schedules, by tenant and name; those of one tenant, when it is given or the client has one."""
+        """Return all schedules, ordered by tenant and name; only one tenant's when it is set here or in the client."""
         request = ingest.ListSchedulesRequest(tenant=tenant if tenant is not None else self._tenant or None)
         answer = await self._caller.call(methods.LIST_SCHEDULES, request, timeout_s=timeout)
         return [_schedule(one) for one in answer.schedules]
 
     async def pause(self, name: str, *, tenant: str = "", timeout: float = TIMEOUT_S) -> Schedule:
-        """Pauses a schedule. What falls into the pause is skipped.
+        """Pause a schedule. Times within the pause are skipped.
 
         Raises:
-            NotFound: there is none.
+            NotFound: no such schedule.
         """
         return await self._pause(name, tenant, False, timeout)
 
     async def resume(self, name: str, *, tenant: str = "", timeout: float = TIMEOUT_S) -> Schedule:
-        """Has a schedule go on, from now.
+        """Resume a paused schedule, from now on.
 
         Raises:
-            NotFound: there is none.
+            NotFound: no such schedule.
         """
         return await self._pause(name, tenant, True, timeout)
 
     async def remove(self, name: str, *, tenant: str = "", timeout: float = TIMEOUT_S) -> Schedule:
-        """Removes a schedule. Jobs that it has made stay.
+        """Remove a schedule. Its jobs stay.
 
         Raises:
-            NotFound: there is none.
+            NotFound: no such schedule.
         """
         request = ingest.RemoveScheduleRequest(name=name, tenant=tenant or self._tenant)
         return _schedule((await self._caller.call(methods.REMOVE_SCHEDULE, request, timeout_s=timeout)).schedule)

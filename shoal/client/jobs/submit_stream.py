@@ -1,4 +1,4 @@
-"""A stream of jobs on its way in: each is acknowledged once it is durable (see `job_stream`)."""
+"""Stream of job submits: each job is acknowledged once it is durable (see `job_stream`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoal.client.jobs.job import Submitted
 from shoal.client.jobs.job_stream import JobStream
 from shoal.client.transport import methods
 from shoal.client.transport.calls import Caller
-from shoal.client.transport.failures import of_answer
+from shoal.client.transport.failures import of_rejection
 from shoal.client.transport.retry import is_retried
 from shoal.errors import DeadlineExceeded, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from shoal.client.transport.transport import Bidi
 
 WINDOW = 1_000
-"""Jobs without acknowledgement. The node writes them in groups of up to 500: two of them keep it busy."""
+"""Jobs without acknowledgement. The node writes them in groups of up to 500: two groups keep it busy."""
 
 ACK_S = 60.0
-"""An acknowledgement waits for the database: a minute outlasts an election and a full backlog's retry."""
+"""Timeout of an acknowledgement: longer than an election of the database and the retries of a full backlog."""
 
 
-class Submission(
+class SubmitStream(
     JobStream[ingest.SubmitRequest, ingest.SubmitStreamRequest, ingest.SubmitStreamResponse, Submitted],
 ):
-    """One stream of jobs. `run()` gives the acknowledgements, in the order of the stream but for those tried again."""
+    """One stream of submits. `run()` yields the acknowledgements, in stream order except for retried jobs."""
 
     def __init__(
         self,
@@ -42,24 +42,24 @@ class Submission(
         super().__init__(caller, source, methods.SUBMIT_STREAM, window=window)
         self._ack_s = ack_s
 
-    def _kept(self, submit: ingest.SubmitRequest) -> ingest.SubmitRequest:
+    def _pending_state(self, submit: ingest.SubmitRequest) -> ingest.SubmitRequest:
         return submit
 
-    def _refusal(self, index: int, error: ShoalError) -> Submitted:
+    def _rejection(self, index: int, error: ShoalError) -> Submitted:
         return Submitted(index, error=error)
 
     def _next_request(self, outbox: deque[int]) -> ingest.SubmitStreamRequest | None:
-        """A run of jobs that follow each other: as many as there are, up to what the node takes in one message."""
-        first, submits = outbox[0], self._filled(outbox, self._pending.get, in_a_row=True)
+        """Return a run of consecutive jobs: as many as there are, up to the node's limit for one message."""
+        first, submits = outbox[0], self._pop_message(outbox, self._pending.get, in_a_row=True)
         if not submits:
             return None
-        if self._most == 1:
+        if self._message_jobs == 1:
             return ingest.SubmitStreamRequest(sequence=first, submit=submits[0])
-        # Also one by itself: what comes as one of several is acknowledged with others.
+        # A list even for one job: the node acknowledges jobs of a list in batches.
         return ingest.SubmitStreamRequest(sequence=first, submits=submits)
 
     async def _read(self, call: Bidi[ingest.SubmitStreamResponse]) -> ingest.SubmitStreamResponse | None:
-        """The next answer; None at the end of the stream. The clock runs only while an answer is due."""
+        """Return the next answer; None at the end of the stream. The timeout applies only while answers are due."""
         reading = asyncio.ensure_future(super()._read(call))
         try:
             while True:
@@ -72,27 +72,27 @@ class Submission(
         finally:
             reading.cancel()
 
-    async def _take(self, answer: ingest.SubmitStreamResponse) -> None:
-        self._learn(answer.most_submits)
+    async def _process(self, answer: ingest.SubmitStreamResponse) -> None:
+        self._set_message_jobs(answer.most_submits)
         for one in answer.acknowledgements or (answer,):
-            pending = self._answered(one.sequence)
+            pending = self._record_answer(one.sequence)
             if pending is not None:
-                self._done(one.sequence, await self._outcome(one, pending))
+                self._finish(one.sequence, await self._outcome(one, pending))
 
     async def _outcome(
         self, answer: ingest.SubmitStreamResponse | ingest.Acknowledgement, submit: ingest.SubmitRequest
     ) -> Submitted:
         if not answer.code:
             return Submitted(answer.sequence, answer.job_id, answer.existed)
-        error = of_answer(answer.code, answer.message)
+        error = of_rejection(answer.code, answer.message)
         if is_retried(error):
-            return await self._again(answer.sequence, submit)
-        return self._refusal(answer.sequence, error)
+            return await self._submit_unary(answer.sequence, submit)
+        return self._rejection(answer.sequence, error)
 
-    async def _again(self, index: int, submit: ingest.SubmitRequest) -> Submitted:
-        """Submits one that was refused for the moment by itself, at the pace that the node asks for."""
+    async def _submit_unary(self, index: int, submit: ingest.SubmitRequest) -> Submitted:
+        """Retry a job that was rejected for now with a unary call, which waits as the node asks."""
         try:
             answer = await self._caller.call(methods.SUBMIT, submit, timeout_s=self._ack_s)
         except ShoalError as err:
-            return self._refusal(index, err)
+            return self._rejection(index, err)
         return Submitted(index, answer.job.id, answer.existed)

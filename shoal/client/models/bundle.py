@@ -1,13 +1,13 @@
-"""What a model on disk consists of: one bare `.onnx` file, or a folder in Triton's layout.
+"""Files of a model on disk: one bare `.onnx` file, or a folder in Triton's layout.
 
 mymodel/                     name: mymodel
-    config.pbtxt             ../config.pbtxt   of every version
+    config.pbtxt             ../config.pbtxt   belongs to every version
     labels.txt               ../labels.txt
     1/model.onnx             version 1: model.onnx
     2/model.onnx             version 2: model.onnx
     2/tokens/vocab.txt                  tokens/vocab.txt
 
-A model of another server (backend "remote") is its config.pbtxt alone: it needs no folder of a version.
+A remote model (backend "remote") consists of its config.pbtxt alone; it needs no version folder.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from shoal.errors import InvalidArgument, NotFound
 from shoal.inference.v2.model_config_pb2 import ModelConfig
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
-# Left by editors, file browsers, version control and Python: never part of a model.
+# Files of editors, file browsers, version control and Python: never part of a model.
 _IGNORED = re.compile(r"^(\..*|__pycache__|.*~|Thumbs\.db)$")
-# Where exporters put weights that do not fit the .onnx file (protobuf ends at 2 GiB).
+# Files for weights that exceed the .onnx file (protobuf's limit is 2 GiB).
 _EXTERNAL_DATA = (".data", "_data", ".weights")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """The files of one version: path in the registry, and where it lies here, sorted by path."""
+    """Files of one model version, sorted: pairs of the path in the registry and the local path."""
 
     name: str
     version: int
-    """0: the next free number."""
+    """0: assign the next free number."""
     files: tuple[tuple[str, Path], ...]
 
 
 def read(path: Path, *, name: str | None = None, version: int | None = None) -> list[Bundle]:
-    """The versions that `path` holds, ascending; only `version`, when it is given.
+    """Return the versions in `path`, ascending; with `version` only that one.
 
     Raises:
-        NotFound: nothing is there, or not that version.
-        InvalidArgument: it is no model; the message says what it looks like.
+        NotFound: `path` or the version does not exist.
+        InvalidArgument: `path` is not a model; the message says what `path` looks like.
     """
     if version is not None and version < 1:
         raise InvalidArgument(f"version {version}: versions count from 1")
@@ -55,15 +55,15 @@ def read(path: Path, *, name: str | None = None, version: int | None = None) -> 
         raise NotFound(f"{path}: no such file or folder")
     if path.suffix != ".onnx":
         raise InvalidArgument(f"{path}: expected a .onnx file, or a model folder with <version>/model.onnx in it")
-    files = [("model.onnx", path), *((side.name, side) for side in _external_data(path))]
+    files = [("model.onnx", path), *((data_file.name, data_file) for data_file in _external_data(path))]
     return [Bundle(checked(name or path.stem), version or 0, tuple(sorted(files)))]
 
 
 def renumbered(bundles: Sequence[Bundle], version: int | None) -> Bundle:
-    """The one of `bundles`, as `version`; as the next free one when that is None.
+    """Return the only element of `bundles` as `version`; None means the next free number.
 
     Raises:
-        InvalidArgument: there are several, or `version` is none.
+        InvalidArgument: there are several bundles, or `version` is below 1.
     """
     if len(bundles) != 1:
         raise InvalidArgument(f"{bundles[0].name} has {len(bundles)} versions: only one can get another number")
@@ -73,39 +73,38 @@ def renumbered(bundles: Sequence[Bundle], version: int | None) -> Bundle:
 
 
 def checked(name: str) -> str:
-    """`name`. Raises InvalidArgument when no model may be called that."""
+    """Return `name`. Raises InvalidArgument when `name` is not a valid model name."""
     if not _NAME.match(name):
         allowed = "letters, digits, `.`, `_`, `-`, starting with a letter or digit"
-        raise InvalidArgument(f"model name {name!r}: use {allowed} (1 to 128 characters): give one with --name")
+        raise InvalidArgument(f"model name {name!r}: use {allowed} (1 to 128 characters): set one with --name")
     return name
 
 
 def _external_data(path: Path) -> Iterator[Path]:
     for ending in _EXTERNAL_DATA:
-        side = path.with_name(path.name + ending)
-        if side.is_file():
-            yield side
+        data_file = path.with_name(path.name + ending)
+        if data_file.is_file():
+            yield data_file
 
 
 def _read_folder(folder: Path, name: str, version: int | None) -> list[Bundle]:
     versions = sorted(int(child.name) for child in folder.iterdir() if _is_version(child))
     if not versions and configuration(folder).backend == "remote":
-        beside = [(f"../{inside}", file) for inside, file in _files(folder)]
-        return [Bundle(name, version or 0, tuple(sorted(beside)))]
+        common = [(f"../{relative_path}", file) for relative_path, file in _files(folder)]
+        return [Bundle(name, version or 0, tuple(sorted(common)))]
     if not versions:
-        raise InvalidArgument(_what_is_missing(folder))
+        raise InvalidArgument(_missing_hint(folder))
     if version is not None and version not in versions:
-        raise NotFound(f"{folder}: no version {version} in it: there are {', '.join(map(str, versions))}")
-    beside = [(f"../{inside}", file) for inside, file in _files(folder, skip=_is_version)]
+        raise NotFound(f"{folder}: no version {version}; versions: {', '.join(map(str, versions))}")
+    common = [(f"../{relative_path}", file) for relative_path, file in _files(folder, skip=_is_version)]
     return [
-        Bundle(name, number, tuple(sorted([*_files(folder / str(number)), *beside])))
+        Bundle(name, number, tuple(sorted([*_files(folder / str(number)), *common])))
         for number in (versions if version is None else [version])
     ]
 
 
 def configuration(folder: Path) -> ModelConfig:
-    """What the folder's config.pbtxt says; an empty one where there is none, or none that can be read: the server says
-    why."""
+    """Return the folder's parsed config.pbtxt; empty when missing, or invalid, which the server reports at load."""
     try:
         return text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
     except (OSError, UnicodeError, text_format.ParseError):
@@ -113,7 +112,7 @@ def configuration(folder: Path) -> ModelConfig:
 
 
 def _is_version(child: Path) -> bool:
-    # `01` is no version: `1` would be the same one.
+    # `01` is not a version: it would be the same number as `1`.
     return child.is_dir() and child.name.isascii() and child.name.isdecimal() and child.name[0] != "0"
 
 
@@ -123,13 +122,14 @@ def _files(folder: Path, skip: Callable[[Path], bool] = lambda child: False) -> 
             continue
         if child.is_file():
             yield child.name, child
-        elif child.is_symlink():  # To a folder it may lead in circles, to nothing it is a file that will be missed.
-            raise InvalidArgument(f"{child} is a link to {child.readlink()}: link files only, to files that exist")
+        elif child.is_symlink():
+            # A link to a folder may form a cycle; a link to nothing would be a missing file later.
+            raise InvalidArgument(f"{child} is a link to {child.readlink()}: link only to existing files")
         elif child.is_dir():
-            yield from ((f"{child.name}/{inside}", file) for inside, file in _files(child))
+            yield from ((f"{child.name}/{relative_path}", file) for relative_path, file in _files(child))
 
 
-def _what_is_missing(folder: Path) -> str:
+def _missing_hint(folder: Path) -> str:
     models = sorted(child.name for child in folder.iterdir() if looks_like_model(child))
     if models:
         return f"{folder} is a repository of models ({', '.join(models[:5])}): push one of them: {folder / models[0]}"
@@ -138,12 +138,12 @@ def _what_is_missing(folder: Path) -> str:
         return f"{folder} has no version folder: push the file itself: {bare[0]} --name {folder.resolve().name}"
     if (folder / "config.pbtxt").is_file():
         return (
-            f"{folder} is no model yet, it has no version: put the model into a folder named 1 (an empty one for an "
-            "ensemble or an operation; git keeps it when it holds a .gitkeep)"
+            f"{folder} is not a model, it has no version: put the model into a folder named 1 (an empty folder for an "
+            "ensemble or a preprocessing operator; git keeps it when it holds a .gitkeep)"
         )
-    return f"{folder} is no model: expected <version>/model.onnx in it, such as {folder / '1' / 'model.onnx'}"
+    return f"{folder} is not a model: expected <version>/model.onnx, such as {folder / '1' / 'model.onnx'}"
 
 
 def looks_like_model(path: Path) -> bool:
-    """Whether it is a folder with a configuration, or with versions."""
+    """Return True when `path` is a folder with a configuration or with version folders."""
     return path.is_dir() and ((path / "config.pbtxt").is_file() or any(map(_is_version, path.iterdir())))

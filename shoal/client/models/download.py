@@ -1,4 +1,4 @@
-"""One version of a model out of the store, into a folder in Triton's layout: resumed where it breaks, verified."""
+"""Download of a model version into a folder in Triton's layout, resumed after a break and verified."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from shoal.store.v1 import store_pb2 as store
 
 
 async def pull(caller: Caller, model: ModelVersion, into: Path, progress: Callable[[Progress], None]) -> Path:
-    """Writes the files of `model` to `into`/<name>/<version>. Returns `into`/<name>.
+    """Write the files of `model` to `into`/<name>/<version>. Return `into`/<name>.
 
     Raises:
-        DataLoss: what came does not hash to what was asked for; nothing is left under that file's name.
+        DataLoss: the received bytes have another digest; no file is left under the final name.
         FailedPrecondition: a file cannot be written, or its path leads out of the folder.
     """
     home = into / model.name
@@ -28,23 +28,23 @@ async def pull(caller: Caller, model: ModelVersion, into: Path, progress: Callab
     for file in model.files:
         start = done
 
-        def told(offset: int, file: ModelFile = file, start: int = start) -> None:
+        def report(offset: int, file: ModelFile = file, start: int = start) -> None:
             progress(Progress(file.path, start + offset, model.size_bytes))
 
-        await _fetch(caller, file, _place(home, model.version, file.path), told)
+        await _fetch(caller, file, _target(home, model.version, file.path), report)
         done += file.size_bytes
     return home
 
 
-def _place(home: Path, version: int, inside: str) -> Path:
-    path = Path(os.path.normpath(home / str(version) / inside))
+def _target(home: Path, version: int, relative_path: str) -> Path:
+    path = Path(os.path.normpath(home / str(version) / relative_path))
     if not path.is_relative_to(os.path.normpath(home)):
-        raise FailedPrecondition(f"the registry has a file {inside!r}: it would be written outside of {home}")
+        raise FailedPrecondition(f"path {relative_path!r} of the registry leads out of {home}: the file is not written")
     return path
 
 
-async def _fetch(caller: Caller, file: ModelFile, place: Path, told: Callable[[int], None]) -> None:
-    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+async def _fetch(caller: Caller, file: ModelFile, target: Path, report: Callable[[int], None]) -> None:
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     hashed = hashlib.sha256()
     got = 0
     doing = f"download of {file.path}"
@@ -56,19 +56,19 @@ async def _fetch(caller: Caller, file: ModelFile, place: Path, told: Callable[[i
         doing=doing,
     )
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as out:
             if file.size_bytes:
                 async for answer in stream:
                     await asyncio.to_thread(out.write, answer.chunk)
                     hashed.update(answer.chunk)
                     got += len(answer.chunk)
-                    told(got)
+                    report(got)
         if hashed.hexdigest() != file.sha256:
-            raise DataLoss(f"{doing}: {got} bytes came that hash to {hashed.hexdigest()}, not to {file.sha256}")
-        partial.replace(place)
+            raise DataLoss(f"{doing}: received {got} bytes with SHA-256 {hashed.hexdigest()}, expected {file.sha256}")
+        partial.replace(target)
     except OSError as err:
-        raise FailedPrecondition(f"cannot write {place}: {err.strerror}") from err
+        raise FailedPrecondition(f"cannot write {target}: {err.strerror}") from err
     finally:
         await stream.aclose()
         partial.unlink(missing_ok=True)

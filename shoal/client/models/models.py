@@ -1,4 +1,4 @@
-"""The models of a node: pushed to its store, served by its infer instances."""
+"""Client of a node's models: registered in its store, served by its infer instances."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from shoal.inference.v2 import inference_pb2 as oip
 from shoal.store.v1 import store_pb2 as store
 
 READ_S = 10.0
-"""Answered from memory or by an indexed query: ten seconds outlast an election of the database."""
+"""Timeout of a read, from memory or by an indexed query: longer than an election of the database."""
 
 READY_S = 120.0
-"""Download, load and warm-up of a large model on every instance."""
+"""Timeout of download, load and warm-up of a large model on every instance."""
 
 
 def ignore(progress: Progress) -> None:
-    """Tells nobody."""
+    """Ignore the progress."""
 
 
 class AsyncModels:
-    """`client.models`."""
+    """`client.models`: push, list, alias, pull and remove models; read what the servers know of them."""
 
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
@@ -49,27 +49,30 @@ class AsyncModels:
         wait: bool = True,
         timeout: float = READY_S,
     ) -> builtins.list[Pushed]:
-        """Uploads a model, registers it, waits until it can be asked, and points `alias` at its newest version.
+        """Upload a model, register it, wait until it is ready everywhere, and point `alias` at its newest version.
 
-        `path` is a bare `.onnx` file, which becomes the next version unless `version` is given, or a model folder in
-        Triton's layout, of which every version goes, or only `version`; with `renumber` the folder has one version,
-        which becomes `version`, or the next one. A folder of several model folders (a repository) is pushed one after
-        the other, an ensemble behind its models; when one of them fails, those before it stay.
-        What the store has is not sent again.
-        `progress` is told how far the upload is; `timeout` is for the wait at the end: the upload has its own.
+        `path` is one of
+        - a bare `.onnx` file, which becomes `version`, or the next version;
+        - a model folder in Triton's layout: all its versions, or only `version`. With `renumber` the folder must have
+          one version, which becomes `version`, or the next version;
+        - a folder of model folders (a repository), pushed one by one, ensembles after their models. When one fails, the
+          models pushed before it stay.
+
+        Files that the store has are not sent again. `progress` receives the upload's progress. `timeout` limits the
+        wait at the end; the upload has its own limit.
 
         Raises:
-            InvalidArgument, NotFound: `path` is no model; or it is a repository, and `name` or `version` is given.
+            InvalidArgument, NotFound: `path` is not a model, or is a repository with `name` or `version` set.
             AlreadyExists: the version is registered with other content.
-            FailedPrecondition: a file cannot be read, the model cannot be loaded, or none of what was pushed is served,
-                because the model's version policy leaves it out; the message says which.
-            DeadlineExceeded: it is registered, but not ready everywhere in time.
+            FailedPrecondition: a file cannot be read, the model cannot be loaded, or the model's version policy serves
+                none of the pushed versions; the message says which.
+            DeadlineExceeded: the model is registered, but was not ready everywhere in time.
         """
         folders = repository.models_in(Path(path))
         if folders and not (name is None and version is None):
             raise InvalidArgument(
                 f"{path} is a repository of models ({', '.join(folder.name for folder in folders[:5])}): a name or a "
-                f"version is that of one model: push that one: {folders[-1]}"
+                f"version needs one model: push that model's folder, such as {folders[-1]}"
             )
         pushed: builtins.list[Pushed] = []
         for each in folders or [Path(path)]:
@@ -88,7 +91,7 @@ class AsyncModels:
         wait: bool,
         timeout: float,
     ) -> builtins.list[Pushed]:
-        """All versions of one model."""
+        """Push all versions of one model."""
         files = dict.fromkeys(file for each in bundles for _, file in each.files)
         artifacts = {file: await upload.digest(file) for file in files}
         sent = await self._upload(artifacts.values(), progress)
@@ -100,21 +103,21 @@ class AsyncModels:
             aliased = await self.alias(newest.name, alias, newest.version)
             pushed[-1] = replace(pushed[-1], model=aliased or newest)
         if wait and not any(each_pushed.ready for each_pushed in pushed):
-            # Left out by the version policy; `stable` is always served, so the alias may have mended that.
+            # The version policy left them out. `stable` is always served, so the alias may have changed that.
             pushed = await self._wait_pushed(pushed, timeout) if alias else pushed
             if not any(each_pushed.ready for each_pushed in pushed):
-                raise readiness.left_out(newest.name, newest.version)
+                raise readiness.not_served(newest.name, newest.version)
         return pushed
 
     async def _wait_pushed(self, pushed: builtins.list[Pushed], timeout_s: float) -> builtins.list[Pushed]:
         name = pushed[0].model.name
-        left_out = await readiness.wait_ready(self._caller, name, [each.model.version for each in pushed], timeout_s)
-        return [replace(each, ready=each.model.version not in left_out) for each in pushed]
+        not_served = await readiness.wait_ready(self._caller, name, [each.model.version for each in pushed], timeout_s)
+        return [replace(each, ready=each.model.version not in not_served) for each in pushed]
 
     async def _upload(
         self, artifacts: Iterable[upload.Artifact], progress: Callable[[Progress], None]
     ) -> Mapping[str, int]:
-        """Puts each once. Returns the bytes sent, by digest."""
+        """Upload each distinct artifact once. Return the bytes sent, by digest."""
         distinct = {artifact.sha256: artifact for artifact in artifacts}
         total = sum(artifact.size_bytes for artifact in distinct.values())
         done = 0
@@ -122,10 +125,10 @@ class AsyncModels:
         for sha256, artifact in distinct.items():
             start = done
 
-            def told(offset: int, artifact: upload.Artifact = artifact, start: int = start) -> None:
+            def report(offset: int, artifact: upload.Artifact = artifact, start: int = start) -> None:
                 progress(Progress(artifact.path.name, start + offset, total))
 
-            sent[sha256] = await upload.put(self._caller, artifact, told)
+            sent[sha256] = await upload.put(self._caller, artifact, report)
             done += artifact.size_bytes
         return sent
 
@@ -137,8 +140,8 @@ class AsyncModels:
         sent: Mapping[str, int],
     ) -> Pushed:
         model = store.ModelVersion(name=each.name, version=each.version, labels=labels)
-        for inside, file in each.files:
-            model.files.add(path=inside, sha256=artifacts[file].sha256, size_bytes=artifacts[file].size_bytes)
+        for relative_path, file in each.files:
+            model.files.add(path=relative_path, sha256=artifacts[file].sha256, size_bytes=artifacts[file].size_bytes)
         answer = await self._caller.call(
             methods.REGISTER_MODEL,
             store.RegisterModelRequest(model=model),
@@ -149,7 +152,7 @@ class AsyncModels:
         return Pushed(of_model(answer.model), answer.existed, sent_bytes)
 
     async def list(self, name: str = "", *, timeout: float = READ_S) -> builtins.list[ModelVersion]:
-        """Every version in the registry, or those of one model, by name and version."""
+        """Return the versions in the registry, or those of one model, ordered by name and version."""
         answer = await self._caller.call(
             methods.LIST_MODELS, store.ListModelsRequest(name=name), timeout_s=timeout, doing="list models"
         )
@@ -158,7 +161,7 @@ class AsyncModels:
     async def remove(
         self, name: str, version: int | None = None, *, timeout: float = READ_S
     ) -> builtins.list[ModelVersion]:
-        """Takes one version, or all of them, out of the registry, and so out of service. Returns what was removed.
+        """Remove one version, or all, from the registry and from service. Return the removed versions.
 
         Raises:
             NotFound: no such model or version.
@@ -174,7 +177,7 @@ class AsyncModels:
     async def alias(
         self, name: str, alias: str, version: int | None, *, timeout: float = READ_S
     ) -> ModelVersion | None:
-        """Points `alias` (such as `stable`) at a version; None takes the alias away.
+        """Point `alias` (such as `stable`) at a version; None removes the alias.
 
         Raises:
             NotFound: no such version.
@@ -195,37 +198,38 @@ class AsyncModels:
         into: str | Path = ".",
         progress: Callable[[Progress], None] = ignore,
     ) -> Path:
-        """Downloads a version (None: the newest) to `into`/<name>/<version>, verified. Returns `into`/<name>.
+        """Download a version (None: the newest) to `into`/<name>/<version> and verify it. Return `into`/<name>.
 
         Raises:
             NotFound: no such model or version.
-            DataLoss: what came is not what was registered.
+            DataLoss: the received bytes have another digest than the registered ones.
         """
         versions = {model.version: model for model in await self.list(name)}
-        wanted = max(versions, default=0) if version is None else version
-        if wanted not in versions:
-            there = f": there are {', '.join(map(str, versions))}" if versions else ""
-            raise NotFound(f"no model {name!r} version {version or 'of any kind'}{there}")
-        return await download.pull(self._caller, versions[wanted], Path(into), progress)
+        number = max(versions, default=0) if version is None else version
+        if number not in versions:
+            known = f"; versions: {', '.join(map(str, versions))}" if versions else ""
+            what = f"version {version} of model" if version is not None else "model"
+            raise NotFound(f"no {what} {name!r}{known}")
+        return await download.pull(self._caller, versions[number], Path(into), progress)
 
     async def ready(self, name: str, version: int | str = "", *, timeout: float = READ_S) -> bool:
-        """Whether the instance that answers has the model (any version, when none is given) ready."""
+        """Return True when the answering instance has the version (empty: any) of the model ready."""
         request = oip.ModelReadyRequest(name=name, version=str(version))
         answer = await self._caller.call(methods.MODEL_READY, request, timeout_s=timeout)
         return answer.ready
 
     async def wait_ready(self, name: str, version: int | None = None, *, timeout: float = READY_S) -> None:
-        """Waits until every infer instance that takes traffic has the model (any version, when None) ready.
+        """Wait until every infer instance that takes traffic has the version (None: any) of the model ready.
 
         Raises:
-            FailedPrecondition: it cannot be loaded, or the model's version policy leaves it out.
-            DeadlineExceeded: not everywhere in time; the message says where not.
+            FailedPrecondition: the model cannot be loaded, or its version policy does not serve the version.
+            DeadlineExceeded: an instance was not ready in time; the message names it.
         """
         if await readiness.wait_ready(self._caller, name, [version], timeout):
-            raise readiness.left_out(name, version)
+            raise readiness.not_served(name, version)
 
     async def metadata(self, name: str, version: int | str = "", *, timeout: float = READ_S) -> ModelMetadata:
-        """Its versions, inputs and outputs.
+        """Return the versions, inputs and outputs of a model.
 
         Raises:
             NotFound: no such model or version.
@@ -234,7 +238,7 @@ class AsyncModels:
         return of_metadata(await self._caller.call(methods.MODEL_METADATA, request, timeout_s=timeout))
 
     async def config(self, name: str, version: int | str = "", *, timeout: float = READ_S) -> dict[str, Any]:
-        """Its configuration as the server completed it, by the names of Triton's `config.pbtxt`.
+        """Return the configuration of a model, completed by the server, with the names of Triton's `config.pbtxt`.
 
         Raises:
             NotFound: no such model or version.
@@ -246,7 +250,7 @@ class AsyncModels:
     async def statistics(
         self, name: str = "", version: int | str = "", *, timeout: float = READ_S
     ) -> builtins.list[ModelStatistics]:
-        """What the instance that answers has done, for one model or all.
+        """Return the statistics of one model, or all, at the answering instance.
 
         Raises:
             InvalidArgument: no such model.
@@ -256,7 +260,7 @@ class AsyncModels:
         return [of_statistics(entry) for entry in answer.model_stats]
 
     async def index(self, *, timeout: float = READ_S) -> builtins.list[IndexEntry]:
-        """Every model that the instance that answers knows, with its state there, and why one is unavailable."""
+        """Return every model that the answering instance knows, with its state there, and why it is unavailable."""
         answer = await self._caller.call(methods.REPOSITORY_INDEX, oip.RepositoryIndexRequest(), timeout_s=timeout)
         return [IndexEntry(entry.name, entry.version, entry.state, entry.reason) for entry in answer.models]
 

@@ -1,7 +1,7 @@
-"""When a model that was pushed can be asked: once every infer instance that takes traffic has it ready.
+"""Wait until a pushed model is ready on every infer instance that takes traffic.
 
-One instance that has it is not enough: until all have it, a request may reach one that has not. A version that the
-model's version policy leaves out is never ready anywhere: then the wait ends too, and says so.
+One ready instance is not enough: a request may reach another one. A version that the model's version policy does not
+serve is never ready anywhere; the wait then ends, and returns the version as not served.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from shoal.coord.v1 import coord_pb2 as coord
 from shoal.errors import DeadlineExceeded, FailedPrecondition, ShoalError, Unavailable, Unimplemented
 from shoal.inference.v2 import inference_pb2 as oip
 
+# Loading takes tenths of a second or more; the polls are answered from memory.
 POLL_S = 0.1
-# Loading takes tenths of a second or more; the answers come from memory.
 
-ASK_S = 5.0
-# Each look is short: one that hangs must not eat the time of the next.
+# Timeout of one poll: short, so that a poll that hangs does not use up the time of the next ones.
+POLL_TIMEOUT_S = 5.0
 
+# An instance learns of a new version within tenths of a second, and retries failed downloads. So a version that is
+# missing from its index, or unavailable, for this long stays so.
 SETTLED_S = 2.0
-# An instance hears of a new version within tenths of a second, and tries again to get files that it could not have:
-# what it leaves out, or calls unavailable, for so long, is meant so.
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Which of the infer instances that take traffic have a version."""
+class VersionReadiness:
+    """Names of the infer instances in traffic that have a version ready, and of those that do not."""
 
     ready: tuple[str, ...]
     missing: tuple[str, ...]
 
     @property
     def everywhere(self) -> bool:
-        """All have it, and there are some."""
+        """True when there are instances, and all have the version ready."""
         return bool(self.ready) and not self.missing
 
     def __str__(self) -> str:
         if not self.ready and not self.missing:
-            return "no infer instance is ready: look at `shoal status`"
+            return "no infer instance is ready: see `shoal status`"
         have = f"ready on {', '.join(self.ready)}; " if self.ready else ""
         return f"{have}not on {', '.join(self.missing)}"
 
 
-def standing(instances: Iterable[coord.Instance], name: str, version: int | None) -> Standing:
-    """Where a version (None: any) of `name` stands among the instances."""
+def readiness_of(instances: Iterable[coord.Instance], name: str, version: int | None) -> VersionReadiness:
+    """Return the readiness of a version (None: any) of model `name` on the instances."""
     ready: list[str] = []
     missing: list[str] = []
     for instance in instances:
@@ -56,92 +56,93 @@ def standing(instances: Iterable[coord.Instance], name: str, version: int | None
         versions = {v for model in instance.models if model.name == name for v in model.versions}
         has = bool(versions) if version is None else version in versions
         (ready if has else missing).append(instance.name)
-    return Standing(tuple(ready), tuple(missing))
+    return VersionReadiness(tuple(ready), tuple(missing))
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One look: where each version stands, whether any version is ready everywhere, and an instance's own index."""
+class Poll:
+    """Answers of one poll."""
 
-    standing: Mapping[int | None, Standing]
+    readiness: Mapping[int | None, VersionReadiness]
     any_everywhere: bool
+    """True when some version of the model is ready everywhere."""
     index: Mapping[int, oip.RepositoryIndexResponse.ModelIndex] | None
-    """Of one instance, whichever answered: all try to load the same files. None: it could not be asked."""
+    """Repository index of any one instance, by version: all instances load the same files. None: no answer."""
 
 
 @dataclass
-class Verdict:
-    """What the looks so far amount to, for each version that is waited for (None: any)."""
+class ReadinessWait:
+    """State of a wait: the versions (None: any) still waited for, according to the polls so far."""
 
     name: str
     waiting: set[int | None]
-    left_out: set[int | None] = field(default_factory=set)
-    """The version policy does not serve these."""
-    _refused: dict[int | None, float] = field(default_factory=dict)
-    _unlisted: dict[int | None, float] = field(default_factory=dict)
+    not_served: set[int | None] = field(default_factory=set)
+    """Versions that the model's version policy does not serve."""
+    _unavailable_since: dict[int | None, float] = field(default_factory=dict)
+    _unlisted_since: dict[int | None, float] = field(default_factory=dict)
 
-    def add(self, seen: Seen, now: float) -> None:
-        """Takes a look into account.
+    def add(self, poll: Poll, now: float) -> None:
+        """Update the state from a poll.
 
         Raises:
-            FailedPrecondition: a version cannot be loaded; the message says why.
+            FailedPrecondition: a version cannot be loaded; the message has the reason.
         """
         for version in list(self.waiting):
-            if seen.standing[version].everywhere:
+            if poll.readiness[version].everywhere:
                 self.waiting.discard(version)
-            elif seen.index is not None:
-                self._judge(version, seen, seen.index, now)
+            elif poll.index is not None:
+                self._add_index(version, poll, poll.index, now)
 
-    def _judge(
+    def _add_index(
         self,
         version: int | None,
-        seen: Seen,
+        poll: Poll,
         index: Mapping[int, oip.RepositoryIndexResponse.ModelIndex],
         now: float,
     ) -> None:
         entries = [entry for number, entry in index.items() if version is None or number == version]
-        refused = [entry for entry in entries if entry.state == "UNAVAILABLE"]
+        unavailable = [entry for entry in entries if entry.state == "UNAVAILABLE"]
         if any(entry.state == "LOADING" for entry in entries):
-            self._refused.pop(version, None)
-        elif refused and now - self._refused.setdefault(version, now) >= SETTLED_S:
-            worst = refused[-1]
-            raise FailedPrecondition(f"{self.name} version {worst.version} cannot be loaded: {worst.reason}")
-        if entries or not seen.any_everywhere:
-            self._unlisted.pop(version, None)
-        elif now - self._unlisted.setdefault(version, now) >= SETTLED_S:
+            self._unavailable_since.pop(version, None)
+        elif unavailable and now - self._unavailable_since.setdefault(version, now) >= SETTLED_S:
+            last = unavailable[-1]
+            raise FailedPrecondition(f"{self.name} version {last.version} cannot be loaded: {last.reason}")
+        if entries or not poll.any_everywhere:
+            self._unlisted_since.pop(version, None)
+        elif now - self._unlisted_since.setdefault(version, now) >= SETTLED_S:
             self.waiting.discard(version)
-            self.left_out.add(version)
+            self.not_served.add(version)
 
 
 async def wait_ready(caller: Caller, name: str, versions: Collection[int | None], timeout_s: float) -> set[int | None]:
-    """Waits until every infer instance that takes traffic has the versions ready. Returns those that are not served.
+    """Wait until every infer instance in traffic has the versions ready. Return the versions that are not served.
 
     Raises:
-        FailedPrecondition: an instance cannot load one; the message says why.
-        DeadlineExceeded: not everywhere in time; the message says where not.
+        FailedPrecondition: an instance cannot load a version; the message has the reason.
+        DeadlineExceeded: an instance was not ready in time; the message names it.
     """
     deadline = caller.clock() + bounded(timeout_s)
-    verdict = Verdict(name, set(versions))
-    how = ""
-    while verdict.waiting:
+    state = ReadinessWait(name, set(versions))
+    progress = ""
+    while state.waiting:
         left = deadline - caller.clock()
         try:
-            seen = await _look(caller, name, verdict.waiting, min(ASK_S, max(left, POLL_S)))
-            verdict.add(seen, caller.clock())
-            how = "; ".join(f"{_named(name, v)}: {seen.standing[v]}" for v in verdict.waiting)
+            poll = await _poll(caller, name, state.waiting, min(POLL_TIMEOUT_S, max(left, POLL_S)))
+            state.add(poll, caller.clock())
+            progress = "; ".join(f"{_named(name, v)}: {poll.readiness[v]}" for v in state.waiting)
         except (Unavailable, DeadlineExceeded) as err:
-            how = err.message
-        if verdict.waiting and caller.clock() >= deadline:
-            raise DeadlineExceeded(f"not ready everywhere after {timeout_s:g} s: {how}")
-        if verdict.waiting:
+            progress = err.message
+        if state.waiting and caller.clock() >= deadline:
+            raise DeadlineExceeded(f"not ready everywhere after {timeout_s:g} s: {progress}")
+        if state.waiting:
             await caller.pause(min(POLL_S, max(deadline - caller.clock(), 0)))
-    return verdict.left_out
+    return state.not_served
 
 
-def left_out(name: str, version: int | None) -> FailedPrecondition:
-    """The error of a version that is registered and not served."""
+def not_served(name: str, version: int | None) -> FailedPrecondition:
+    """Return the error of a version that is registered and not served."""
     return FailedPrecondition(
-        f"{_named(name, version)} is registered and not served: the model's version policy leaves it out. "
+        f"{_named(name, version)} is registered but not served: the model's version policy excludes it. "
         "Unless config.pbtxt says otherwise, the newest version and the one aliased `stable` are served"
     )
 
@@ -150,32 +151,35 @@ def _named(name: str, version: int | None) -> str:
     return name if version is None else f"{name} version {version}"
 
 
-async def _look(caller: Caller, name: str, versions: Collection[int | None], timeout_s: float) -> Seen:
+async def _poll(caller: Caller, name: str, versions: Collection[int | None], timeout_s: float) -> Poll:
     try:
         listed = await caller.call(
             methods.LIST_INSTANCES, coord.ListInstancesRequest(service="infer"), timeout_s=timeout_s
         )
     except Unimplemented:
-        return await _look_at_server(caller, name, versions, timeout_s)
-    standings = {version: standing(listed.instances, name, version) for version in versions}
+        return await _poll_server(caller, name, versions, timeout_s)
+    readiness = {version: readiness_of(listed.instances, name, version) for version in versions}
     served = {number for each in listed.instances for model in each.models for number in model.versions}
-    somewhere = any(standing(listed.instances, name, number).everywhere for number in served)
-    waiting = not all(each.everywhere for each in standings.values())
-    return Seen(standings, somewhere, await _index(caller, name, timeout_s) if waiting else None)
+    any_everywhere = any(readiness_of(listed.instances, name, number).everywhere for number in served)
+    waiting = not all(each.everywhere for each in readiness.values())
+    return Poll(readiness, any_everywhere, await _index(caller, name, timeout_s) if waiting else None)
 
 
-async def _look_at_server(caller: Caller, name: str, versions: Collection[int | None], timeout_s: float) -> Seen:
-    """The same for an inference server that stands alone (`shoal serve`): there is nobody to ask but itself."""
+async def _poll_server(caller: Caller, name: str, versions: Collection[int | None], timeout_s: float) -> Poll:
+    """Poll a standalone inference server (`shoal serve`), which is the only instance."""
 
     async def ready(version: int | None) -> bool:
         request = oip.ModelReadyRequest(name=name, version="" if version is None else str(version))
         return (await caller.call(methods.MODEL_READY, request, timeout_s=timeout_s)).ready
 
-    here = (f"the server at {caller.address}",)
-    standings = {version: Standing(here, ()) if await ready(version) else Standing((), here) for version in versions}
-    if all(each.everywhere for each in standings.values()):
-        return Seen(standings, True, None)
-    return Seen(standings, await ready(None), await _index(caller, name, timeout_s))
+    server = (f"the server at {caller.address}",)
+    readiness = {
+        version: VersionReadiness(server, ()) if await ready(version) else VersionReadiness((), server)
+        for version in versions
+    }
+    if all(each.everywhere for each in readiness.values()):
+        return Poll(readiness, True, None)
+    return Poll(readiness, await ready(None), await _index(caller, name, timeout_s))
 
 
 async def _index(
@@ -184,7 +188,8 @@ async def _index(
     try:
         index = await caller.call(methods.REPOSITORY_INDEX, oip.RepositoryIndexRequest(), timeout_s=timeout_s)
     except ShoalError:
-        return None  # Where it stands is known; why not is not worth failing for.
+        # The index only explains why a version is not ready: the wait can continue without it.
+        return None
     return {
         int(entry.version) if entry.version.isdecimal() else 0: entry for entry in index.models if entry.name == name
     }

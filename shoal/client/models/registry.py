@@ -1,4 +1,4 @@
-"""Models as the store's registry has them."""
+"""Models in the store's registry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ModelFile:
     """One file of a version."""
 
     path: str
-    """In the version's folder; `../` in front: in the model's folder."""
+    """Path in the version's folder; a leading `../` means the model's folder."""
     sha256: str
     size_bytes: int
 
@@ -29,44 +29,44 @@ class ModelVersion:
     version: int
     files: tuple[ModelFile, ...]
     content_digest: str
-    """Equal for two versions with equal files."""
+    """Digest of all files: equal for versions with equal files."""
     created_at: datetime | None
     labels: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
-    """Aliases that point at it now."""
+    """Aliases that point at the version at present."""
 
     @property
     def size_bytes(self) -> int:
-        """All its files."""
+        """Size of all files together."""
         return sum(file.size_bytes for file in self.files)
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push made of one version."""
+    """Outcome of a push, for one version."""
 
     model: ModelVersion
     existed: bool
-    """The registry had this very content before: nothing was registered."""
+    """True when the registry held the same content before: nothing was registered."""
     sent_bytes: int
-    """What was uploaded for it: 0 when the store had all of it."""
+    """Bytes uploaded for the version; 0 when the store had all of its files."""
     ready: bool | None = None
-    """Every infer instance has it ready. False: the model's version policy leaves it out. None: not waited for."""
+    """True: ready on every infer instance. False: the model's version policy excludes it. None: no wait requested."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a push (or a download) is."""
+    """Progress of a push or download."""
 
     path: str
-    """The file that is on its way."""
+    """The file being transferred."""
     done_bytes: int
-    """Of all files; those that the store already had count as done."""
+    """Bytes of all files so far; files that the store already had count as done."""
     total_bytes: int
 
 
 def of_model(message: store.ModelVersion) -> ModelVersion:
-    """The value of a registry entry."""
+    """Return the ModelVersion of a registry entry."""
     return ModelVersion(
         name=message.name,
         version=message.version,
@@ -79,7 +79,7 @@ def of_model(message: store.ModelVersion) -> ModelVersion:
 
 
 def of_time(message: object, field_name: str) -> datetime | None:
-    """A message's timestamp in UTC; None when it is not set."""
+    """Return a message's timestamp in UTC; None when it is not set."""
     if not message.HasField(field_name):  # type: ignore[attr-defined]
         return None
     stamp: Timestamp = getattr(message, field_name)

@@ -1,8 +1,8 @@
-"""Several models in one folder: what a push of the folder pushes, and in which order.
+"""Model repository: a folder of several model folders, and the order in which a push pushes them.
 
-embeddings/                 no model itself: no config.pbtxt, no versions
+embeddings/                 not a model itself: no config.pbtxt, no versions
     embed/config.pbtxt      an ensemble: pushed last, because it is ready only when its models are
-    tokenize/  minilm/      pushed before it
+    tokenize/  minilm/      pushed before the ensemble
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from shoal.errors import InvalidArgument
 
 
 def models_in(path: Path) -> list[Path]:
-    """The model folders of the repository `path`, each behind those that it is made of; none: it is no repository.
+    """Return the model folders of the repository `path`, models before their ensembles; empty if `path` is none.
 
     Raises:
-        InvalidArgument: ensembles are made of each other.
+        InvalidArgument: ensembles contain each other.
     """
     if not path.is_dir() or bundle.looks_like_model(path):
         return []
     folders = {child.name: child for child in sorted(path.iterdir()) if bundle.looks_like_model(child)}
-    parts = {name: sorted(_made_of(folder) & folders.keys()) for name, folder in folders.items()}
+    members = {name: sorted(_models_of_steps(folder) & folders.keys()) for name, folder in folders.items()}
     try:
-        return [folders[name] for name in TopologicalSorter(parts).static_order()]
+        return [folders[name] for name in TopologicalSorter(members).static_order()]
     except CycleError as err:
-        circle = " -> ".join(reversed(err.args[1]))
-        raise InvalidArgument(f"{path}: ensembles are made of each other: {circle}") from err
+        cycle = " -> ".join(reversed(err.args[1]))
+        raise InvalidArgument(f"{path}: ensembles contain each other: {cycle}") from err
 
 
-def _made_of(folder: Path) -> set[str]:
-    """The models that an ensemble's steps name; none of what is no ensemble."""
+def _models_of_steps(folder: Path) -> set[str]:
+    """Return the models that an ensemble's steps name; empty for other models."""
     return {step.model_name for step in bundle.configuration(folder).ensemble_scheduling.step}

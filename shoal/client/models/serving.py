@@ -1,4 +1,4 @@
-"""Models as the servers have them: what they take and give, and how much they have done."""
+"""Models as the inference servers report them: inputs, outputs and statistics."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from shoal.inference.v2 import inference_pb2 as oip
 
 @dataclass(frozen=True)
 class TensorMetadata:
-    """One input or output."""
+    """Name, datatype and shape of one input or output."""
 
     name: str
     datatype: str
     """BOOL, UINT8 ... INT64, FP16, BF16, FP32, FP64 or BYTES."""
     shape: tuple[int, ...]
-    """-1 where a dimension varies; the batch dimension is included."""
+    """Sizes, with the batch dimension; -1 for a variable size."""
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """A model's versions, inputs and outputs."""
+    """Versions, inputs and outputs of a model."""
 
     name: str
     versions: tuple[str, ...]
-    """Those that are ready, ascending."""
+    """Versions that are ready, ascending."""
     platform: str
     inputs: tuple[TensorMetadata, ...]
     outputs: tuple[TensorMetadata, ...]
@@ -34,7 +34,7 @@ class ModelMetadata:
 
 @dataclass(frozen=True)
 class Duration:
-    """How often something happened, and how long that took in all."""
+    """Number of events and their total duration."""
 
     count: int
     ns: int
@@ -42,22 +42,22 @@ class Duration:
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """What one instance has done with one version of a model since it was loaded there."""
+    """Statistics of one version of a model at one instance, since it was loaded there."""
 
     name: str
     version: str
     last_inference_ms: int
-    """Milliseconds since 1970; 0: there was none."""
+    """Milliseconds since 1970; 0 before the first inference."""
     inference_count: int
-    """Rows answered."""
+    """Number of answered rows."""
     execution_count: int
-    """Times the model ran."""
+    """Number of executions of the model."""
     success: Duration
     fail: Duration
     queue: Duration
     compute: Duration
     batches: Mapping[int, Duration]
-    """Executions by rows that were executed together."""
+    """Executions by the number of rows in the execution."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class IndexEntry:
     state: str
     """READY, LOADING, UNLOADING or UNAVAILABLE."""
     reason: str
-    """Why, when it is UNAVAILABLE."""
+    """Reason of the state UNAVAILABLE."""
 
 
 def of_metadata(message: oip.ModelMetadataResponse) -> ModelMetadata:
-    """The value of the message."""
+    """Return the ModelMetadata of a message."""
     return ModelMetadata(
         name=message.name,
         versions=tuple(message.versions),
@@ -85,7 +85,7 @@ def of_metadata(message: oip.ModelMetadataResponse) -> ModelMetadata:
 
 
 def of_statistics(message: oip.ModelStatistics) -> ModelStatistics:
-    """The value of the message."""
+    """Return the ModelStatistics of a message."""
     stats = message.inference_stats
     return ModelStatistics(
         name=message.name,

@@ -1,4 +1,4 @@
-"""One file into the store: skipped when it is there, resumed where it broke off, verified on both ends."""
+"""Upload of one file into the store: skipped when the store has it, resumed after a break, verified on both ends."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from shoal.errors import DataLoss, FailedPrecondition, NotFound, ShoalError, Una
 from shoal.store.v1 import store_pb2 as store
 
 CHUNK_BYTES = 1 << 20
-"""What the contract suggests; smaller costs messages, larger costs memory on every hop."""
+"""Chunk size that the .proto file suggests; smaller costs messages, larger costs memory on every hop."""
 
 STAT_S = 10.0
-"""A look into one document."""
+"""Timeout of a stat, which reads one document."""
 
+# Slowest transfer rate that is expected. A transfer may take the time for this rate, and a minute.
 _SLOWEST_BYTES_S = 256 * 1024
-# A transfer is given the time that it takes at this rate, and a minute: no line that a model goes over is slower.
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file, and the digest that names its bytes."""
+    """A local file and its digest, which names its bytes in the store."""
 
     path: Path
     sha256: str
@@ -33,15 +33,15 @@ class Artifact:
 
 
 def time_for(size_bytes: int) -> float:
-    """Seconds that a transfer of so many bytes may take."""
+    """Return the timeout of a transfer, in seconds."""
     return 60 + size_bytes / _SLOWEST_BYTES_S
 
 
 async def digest(path: Path) -> Artifact:
-    """Hashes the file, in a thread.
+    """Hash the file, in a thread.
 
     Raises:
-        FailedPrecondition: it cannot be read.
+        FailedPrecondition: the file cannot be read.
     """
     try:
         return await asyncio.to_thread(_digest, path)
@@ -56,53 +56,54 @@ def _digest(path: Path) -> Artifact:
 
 
 async def put(caller: Caller, artifact: Artifact, sent: Callable[[int], None] = lambda offset: None) -> int:
-    """Sees to it that the store has `artifact`. Returns the bytes that were sent for it: 0 when it had them.
+    """Ensure that the store has `artifact`. Return the bytes sent for it: 0 when the store had them.
 
-    `sent(offset)` is told how far into the file the upload is. An upload that breaks goes on where the store has it; it
-    is given up when it breaks again and again without a byte of progress.
+    `sent(offset)` receives the offset in the file that the upload has reached. A broken upload resumes at the store's
+    offset; repeated breaks without progress end it.
 
     Raises:
-        DataLoss: the file changed while it was sent, or the store holds other bytes.
+        DataLoss: the file changed during the upload, or the store holds other bytes.
     """
     total, best, attempt, restarted = 0, -1, 0, False
     while True:
-        counted: _Counted | None = None
+        transfer: _Transfer | None = None
         try:
-            offset = await _received(caller, artifact)
+            offset = await _resume_offset(caller, artifact)
             if offset is None:
                 sent(artifact.size_bytes)
                 return total
             if offset > best:
                 best, attempt = offset, 0
-            counted = _Counted(artifact, 0 if restarted else offset, sent)
-            await _send(caller, artifact, counted)
-            return total + counted.sent_bytes
+            transfer = _Transfer(artifact, 0 if restarted else offset, sent)
+            await _send(caller, artifact, transfer)
+            return total + transfer.sent_bytes
         except ShoalError as err:
             error = err
-        if counted is not None:
-            total += counted.sent_bytes
-            if counted.failure is not None:
+        if transfer is not None:
+            total += transfer.sent_bytes
+            if transfer.failure is not None:
                 raise error
-            if isinstance(error, DataLoss) and counted.offset and not restarted:
-                # What had arrived before was not what this file begins with: once more, from its start.
+            if isinstance(error, DataLoss) and transfer.offset and not restarted:
+                # The bytes that the store received earlier are not the beginning of this file: restart at offset 0.
                 restarted = True
                 continue
         if best < 0:
-            raise error  # Not even the first look: that was tried as often as a call is.
+            # The first stat failed, after its own retries.
+            raise error
         attempt += 1
-        wait = caller.stream_wait_s(_as_retried(error), attempt=attempt, begun=True)
+        wait = caller.stream_wait_s(_retryable(error), attempt=attempt, begun=True)
         if wait is None:
             raise error
         await caller.pause(wait)
 
 
-def _as_retried(err: ShoalError) -> ShoalError:
-    # FAILED_PRECONDITION: the offset is not where the upload stands. Somebody uploads the same bytes: look again.
+def _retryable(err: ShoalError) -> ShoalError:
+    # FAILED_PRECONDITION: another offset than the store's, since another client uploads the same bytes: stat again.
     return Unavailable(err.message) if isinstance(err, FailedPrecondition) else err
 
 
-async def _received(caller: Caller, artifact: Artifact) -> int | None:
-    """Where the upload goes on; None when the store has all of it."""
+async def _resume_offset(caller: Caller, artifact: Artifact) -> int | None:
+    """Return the offset at which the upload continues; None when the store has the whole file."""
     try:
         stat = await caller.call(
             methods.STAT_ARTIFACT,
@@ -115,8 +116,8 @@ async def _received(caller: Caller, artifact: Artifact) -> int | None:
     return None if stat.HasField("artifact") else min(stat.received_bytes, artifact.size_bytes)
 
 
-class _Counted:
-    """The messages of one upload, and how many bytes of them were taken."""
+class _Transfer:
+    """Messages of one upload, and the number of bytes sent."""
 
     def __init__(self, artifact: Artifact, offset: int, sent: Callable[[int], None]) -> None:
         self.sent_bytes = 0
@@ -126,7 +127,7 @@ class _Counted:
         self._sent = sent
 
     async def messages(self) -> AsyncIterator[store.PutArtifactRequest]:
-        """The messages. grpc swallows what their source raises: it ends the upload, and is kept aside as `failure`."""
+        """Yield the messages. An error ends the upload and goes to `failure`, because grpc swallows it."""
         try:
             async for message in self._messages():
                 yield message
@@ -148,15 +149,15 @@ class _Counted:
                 self._sent(self.offset + self.sent_bytes)
 
 
-async def _send(caller: Caller, artifact: Artifact, counted: _Counted) -> None:
+async def _send(caller: Caller, artifact: Artifact, transfer: _Transfer) -> None:
     try:
         answer = await caller.upload(
             methods.PUT_ARTIFACT,
-            counted.messages(),
+            transfer.messages(),
             timeout_s=time_for(artifact.size_bytes),
             doing=f"upload of {artifact.path.name}",
         )
     except ShoalError as err:
-        raise counted.failure or err from err
+        raise transfer.failure or err from err
     if answer.artifact.sha256 != artifact.sha256:
         raise DataLoss(f"upload of {artifact.path}: the store has {answer.artifact.sha256}, not {artifact.sha256}")

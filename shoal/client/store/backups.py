@@ -1,4 +1,4 @@
-"""Backups of a node, as its operator asks for them."""
+"""Progress of a backup or restore of a node."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from shoal.store.v1 import store_pb2 as store
 
 @dataclass(frozen=True)
 class BackupProgress:
-    """How far a backup or a restore is."""
+    """Progress of a backup or a restore."""
 
     backup_id: str
     documents: int
     blobs: int
-    """Blobs that are dealt with."""
+    """Blobs processed so far."""
     blobs_in_all: int
-    """0 while it is not known."""
+    """Blobs to process; 0 while the number is unknown."""
     copied: int
-    """Of those, how many were copied: the rest was there."""
+    """Blobs copied so far; the other processed blobs existed in the target."""
     copied_bytes: int
     missing: tuple[str, ...]
-    """Digests of blobs that were damaged in the store, and are not in the backup. At most 1,000."""
+    """Digests of blobs that are damaged in the store and therefore not in the backup; at most 1,000."""
     cluster_time: str
-    """MongoDB's time as of which all documents are."""
+    """MongoDB cluster time of the snapshot of all documents."""
     complete: bool
     repaired: int = 0
-    """Of those that were copied: so many lay there damaged, and were replaced."""
+    """Copied blobs that replaced a damaged copy in the target."""
 
 
 def of_progress(message: store.BackupProgress) -> BackupProgress:
-    """The value of a message."""
+    """Return the BackupProgress of a message."""
     return BackupProgress(
         backup_id=message.backup_id,
         documents=message.documents,

@@ -1,4 +1,4 @@
-"""Results as Parquet files in a folder of the caller's, written as they come."""
+"""Export of results to Parquet files in a local folder, written piece by piece."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _NAME = re.compile(r"(part-\d{5}\.parquet|_manifest\.json)")
 
 @dataclass(frozen=True)
 class Exported:
-    """How far an export is."""
+    """Progress of an export."""
 
     rows: int = 0
-    """Of the part that is being made, too."""
+    """Rows so far, including those of the unfinished part."""
     bytes: int = 0
     parts: int = 0
     cursor: str = ""
-    """Another export to the same place goes on after these parts with it."""
+    """Resume token: another export to the same folder or URL continues after these parts."""
     complete: bool = False
-    """All is written, the manifest too."""
+    """True when everything is written, the manifest included."""
     answers_lost: int = 0
-    """How many of the rows are without an answer that is damaged in the store: column `answer_lost` says why."""
+    """Rows whose answer is damaged in the store, and therefore missing: column `answer_lost` has the reason."""
 
 
 class ExportFolder:
-    """Takes the pieces of an export's files. A file has its name only once all of it is there and synced."""
+    """Writer of an export's files from their pieces. A file gets its final name once it is complete and synced."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -39,10 +39,10 @@ class ExportFolder:
         self._out: BinaryIO | None = None
 
     def check_empty(self) -> None:
-        """Makes the folder.
+        """Create the folder.
 
         Raises:
-            FailedPrecondition: it cannot be made, or an export lies there.
+            FailedPrecondition: the folder cannot be created, or holds an export.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -51,28 +51,28 @@ class ExportFolder:
             raise FailedPrecondition(f"cannot export to {self._folder}: {err.strerror}") from err
         if found:
             raise FailedPrecondition(
-                f"{self._folder} holds an export already, or a part of one ({found[0]}): choose another folder, or go "
-                "on with the cursor of that one"
+                f"{self._folder} holds an export or a part of one ({found[0]}): choose another folder, or resume that "
+                "export with its cursor"
             )
 
-    def take(self, piece: store.ExportResultsResponse) -> bool:
-        """Writes a piece. True when what its cursor says is on the disk.
+    def add(self, piece: store.ExportResultsResponse) -> bool:
+        """Write a piece. Return True when everything up to the piece's cursor is on the disk.
 
         Raises:
-            FailedPrecondition: it cannot be written.
+            FailedPrecondition: the file cannot be written.
             DataLoss: the pieces do not fit together.
         """
         if not piece.file:
             return not self._out
         if not _NAME.fullmatch(piece.file):
-            raise DataLoss(f"the node sends a file {piece.file!r}, which no export has")
+            raise DataLoss(f"the node sent a file {piece.file!r}, which is no name of an export's file")
         try:
             return self._write(piece)
         except OSError as err:
             raise FailedPrecondition(f"cannot write {self._folder / piece.file}: {err.strerror}") from err
 
     def close(self) -> None:
-        """Leaves nothing that is not whole."""
+        """Close and remove the unfinished file."""
         if self._out is not None:
             self._out.close()
             self._out = None
@@ -88,7 +88,7 @@ class ExportFolder:
             self._name = piece.file
             self._out = self._partial.open("wb")
         if self._out is None or self._name != piece.file or self._out.tell() != piece.offset:
-            raise DataLoss(f"a piece of {piece.file} does not fit what came before it")
+            raise DataLoss(f"a piece of {piece.file} does not continue the pieces before it")
         self._out.write(piece.chunk)
         if self._out.tell() < piece.file_bytes:
             return False

@@ -1,4 +1,4 @@
-"""A result as the store keeps it: how a job ended, and with what."""
+"""Results of jobs in the store, and filters for them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from shoal.store.v1 import store_pb2 as store
 
 
 class Outcome(StrEnum):
-    """How a job ended."""
+    """Final outcome of a job."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
     EXPIRED = "expired"
     UNKNOWN = "unknown"
-    """An outcome that this client is too old to know."""
+    """An outcome that this version of the client does not know."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +32,29 @@ class JobResult:
     outcome: Outcome
     model_name: str = ""
     model_version: str = ""
-    """The version that answered; empty when none did."""
+    """The version that answered; empty without an answer."""
     tenant: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     code: int = 0
-    """gRPC status code and message of the last attempt, when it failed."""
+    """gRPC status code of the last attempt of a failed job; `message` is its message."""
     message: str = ""
     attempt: int = 0
-    """The attempt that produced it, from 1; 0 when none ran."""
+    """Number of the attempt that produced the result, from 1; 0 when none ran."""
     instance: str = ""
-    """The infer instance that answered."""
+    """Name of the infer instance that answered."""
     submitted_at: datetime | None = None
     recorded_at: datetime | None = None
     answer: InferResult | None = None
-    """The model's answer, when it succeeded and was asked for."""
+    """The model's answer; None when the job did not succeed, or the answer was not requested."""
     answer_removed_at: datetime | None = None
-    """Retention has taken the answer out and left the rest."""
+    """Time at which retention removed the answer."""
     answer_lost: str = ""
-    """Why the answer cannot be read: it is damaged in the store. All else that is known of the job is here."""
+    """Reason why the answer cannot be read: it is damaged in the store. All other fields are intact."""
 
 
 @dataclass(frozen=True)
 class ResultFilter:
-    """Which results: each field that is set narrows it."""
+    """Filter of results; each field that is set narrows the selection."""
 
     job_ids: tuple[str, ...] = ()
     model: str = ""
@@ -62,38 +62,38 @@ class ResultFilter:
     tenant: str = ""
     outcome: Outcome | str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Every one of these, with this value."""
+    """Labels that a result must have, with these values."""
     since: datetime | None = None
-    """Recorded then or later. Without a time zone: local time."""
+    """Earliest recording time, inclusive. A time without a zone is local time."""
     until: datetime | None = None
-    """Recorded before then."""
+    """Latest recording time, exclusive."""
 
 
-def to_filter(wanted: ResultFilter) -> store.ResultFilter:
-    """The message of a filter.
+def to_filter(filter: ResultFilter) -> store.ResultFilter:
+    """Return the message of a filter.
 
     Raises:
-        InvalidArgument: there is no such outcome.
+        InvalidArgument: no such outcome.
     """
     message = store.ResultFilter(
-        job_ids=wanted.job_ids,
-        model_name=wanted.model,
-        model_version=str(wanted.version),
-        tenant=wanted.tenant,
-        outcome=_to_outcome(wanted.outcome),
-        labels=dict(wanted.labels),
+        job_ids=filter.job_ids,
+        model_name=filter.model,
+        model_version=str(filter.version),
+        tenant=filter.tenant,
+        outcome=_to_outcome(filter.outcome),
+        labels=dict(filter.labels),
     )
-    if wanted.since is not None:
-        message.since.FromDatetime(wanted.since.astimezone(UTC))
-    if wanted.until is not None:
-        message.until.FromDatetime(wanted.until.astimezone(UTC))
+    if filter.since is not None:
+        message.since.FromDatetime(filter.since.astimezone(UTC))
+    if filter.until is not None:
+        message.until.FromDatetime(filter.until.astimezone(UTC))
     return message
 
 
 def to_query(message: store.ResultFilter, **page: object) -> store.QueryResultsRequest:
-    """The question for one page of a filter."""
+    """Return the request for one page of a filter's results."""
     query = store.QueryResultsRequest(**page)  # type: ignore[arg-type]
-    # The two name their fields alike, and some by other numbers.
+    # The two messages have the same field names, but some different field numbers.
     for descriptor, value in message.ListFields():
         target = getattr(query, descriptor.name)
         if descriptor.name == "labels":
@@ -124,10 +124,10 @@ def _of_outcome(number: int) -> Outcome:
 
 
 def of_stored(message: store.Result) -> JobResult:
-    """The value of the message.
+    """Return the JobResult of a message.
 
     Raises:
-        DataLoss: the tensors of its answer do not fit what it says of them.
+        DataLoss: the tensors' contents do not fit their shape or datatype.
     """
     return JobResult(
         job_id=message.job_id,

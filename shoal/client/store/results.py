@@ -1,4 +1,4 @@
-"""The results of a node: found, listed, streamed and exported, long after their jobs are forgotten."""
+"""Client of a node's results: found, listed, streamed and exported, independently of their jobs."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from shoal.client.transport.calls import Caller
 from shoal.store.v1 import store_pb2 as store
 
 READ_S = 10.0
-"""One indexed query."""
+"""Timeout of a read, one indexed query."""
 
 STREAM_S = 24 * 3_600.0
-"""A stream ends with its results; a day ends one that was forgotten."""
+"""Timeout of a stream, which normally ends with its results; a day ends a forgotten stream."""
 
 _PAGE = 1_000
 
 
 class AsyncResults:
-    """`client.results`."""
+    """`client.results`: read, list, stream and export results."""
 
     def __init__(self, caller: Caller, tenant: str = "") -> None:
         self._caller = caller
         self._tenant = tenant
 
     async def get(self, job_id: str, *, timeout: float = READ_S) -> JobResult:
-        """The result of a job, with its answer; where that is damaged in the store, `answer_lost` says why.
+        """Return the result of a job with its answer; `answer_lost` is set when the answer is damaged in the store.
 
         Raises:
-            NotFound: it has none (yet, or no more).
+            NotFound: the job has no result (yet, or any more).
         """
         request = store.GetResultRequest(job_id=job_id)
         answer = await self._caller.call(methods.GET_RESULT, request, timeout_s=timeout, doing=f"result of {job_id}")
@@ -47,19 +47,19 @@ class AsyncResults:
         answers: bool = False,
         timeout: float = READ_S,
     ) -> builtins.list[JobResult]:
-        """The newest `limit` results that match, with their answers when `answers` is true.
+        """Return the newest `limit` results that match; with `answers` including their answers.
 
-        One whose answer is damaged in the store comes without it: `answer_lost` says why.
+        A result whose answer is damaged in the store comes without it; `answer_lost` has the reason.
 
         Raises:
-            InvalidArgument: names what is wrong with the filter.
+            InvalidArgument: the message names the field of the filter.
         """
-        wanted = self._wanted(filter)
+        matching = self._filter(filter)
         found: builtins.list[JobResult] = []
         token = ""
         while len(found) < limit:
             size = min(limit - len(found), _PAGE)
-            query = to_query(wanted, page_size=size, page_token=token, omit_response=not answers)
+            query = to_query(matching, page_size=size, page_token=token, omit_response=not answers)
             answer = await self._caller.call(methods.QUERY_RESULTS, query, timeout_s=timeout, doing="list results")
             found += map(of_stored, answer.results)
             token = answer.next_page_token
@@ -74,19 +74,19 @@ class AsyncResults:
         answers: bool = True,
         timeout: float = STREAM_S,
     ) -> AsyncGenerator[JobResult, None]:
-        """Every result that matches and is recorded now, oldest first, each once. Goes on where a stream breaks.
+        """Yield every recorded result that matches, oldest first, each once. A broken stream is resumed.
 
-        One whose answer is damaged in the store comes without it: `answer_lost` says why.
+        A result whose answer is damaged in the store comes without it; `answer_lost` has the reason.
 
         Raises:
-            InvalidArgument: names what is wrong with the filter.
-            Unavailable: nobody answers.
+            InvalidArgument: the message names the field of the filter.
+            Unavailable: no node answers.
         """
-        wanted = self._wanted(filter)
+        matching = self._filter(filter)
         cursor = ""
         pieces = self._caller.follow(
             methods.STREAM_RESULTS,
-            lambda: store.StreamResultsRequest(filter=wanted, cursor=cursor, omit_response=not answers),
+            lambda: store.StreamResultsRequest(filter=matching, cursor=cursor, omit_response=not answers),
             timeout_s=timeout,
             ended=lambda piece: piece.complete,
             doing="stream results",
@@ -106,28 +106,27 @@ class AsyncResults:
         cursor: str = "",
         timeout: float = STREAM_S,
     ) -> AsyncGenerator[Exported, None]:
-        """Writes every result that matches and is recorded now to Parquet files, oldest first, and says how far it is.
+        """Write every recorded result that matches to Parquet files, oldest first, and yield the progress.
 
-        `to` is a folder here, or a URL (`s3://bucket/prefix`, `file:///folder`) that the node's store writes to. Goes
-        on where the connection breaks; one that was given up goes on with its last `cursor`. `part_rows`: rows of one
-        part at most; 0 for the store's default.
+        `to` is a local folder, or a URL (`s3://bucket/prefix`, `file:///folder`) to which the node's store writes. A
+        broken connection is resumed; an ended export resumes with its last `cursor`. `part_rows` is the largest number
+        of rows in a part; 0 is the store's default.
 
         Raises:
-            InvalidArgument: names what is wrong.
-            PermissionDenied: the store may not write there.
-            FailedPrecondition: an export lies there already, another is being written there, or the folder cannot be
-                written.
-            Aborted: the store stood still for a minute, and another export may be written there by now.
+            InvalidArgument: the message names the field.
+            PermissionDenied: the store may not write to `to`.
+            FailedPrecondition: `to` holds an export, another export is writing there, or the folder is not writable.
+            Aborted: the store was blocked for a minute, and another export may be writing there.
         """
         url = str(to) if "://" in str(to) else ""
         folder = None if url else ExportFolder(Path(to))
-        wanted = self._wanted(filter)
+        matching = self._filter(filter)
         if folder is not None and not cursor:
             await asyncio.to_thread(folder.check_empty)
         answered = self._caller.follow(
             methods.EXPORT_RESULTS,
             lambda: store.ExportResultsRequest(
-                filter=wanted, url=url, cursor=cursor, omit_response=not answers, part_rows=part_rows
+                filter=matching, url=url, cursor=cursor, omit_response=not answers, part_rows=part_rows
             ),
             timeout_s=timeout,
             ended=lambda piece: piece.complete,
@@ -135,7 +134,7 @@ class AsyncResults:
         )
         try:
             async for piece in answered:
-                if folder is None or await asyncio.to_thread(folder.take, piece):
+                if folder is None or await asyncio.to_thread(folder.add, piece):
                     cursor = piece.cursor
                 yield Exported(piece.rows, piece.bytes, piece.parts, cursor, piece.complete, piece.answers_lost)
         finally:
@@ -143,7 +142,7 @@ class AsyncResults:
             if folder is not None:
                 folder.close()
 
-    def _wanted(self, filter: ResultFilter) -> store.ResultFilter:
-        wanted = to_filter(filter)
-        wanted.tenant = wanted.tenant or self._tenant
-        return wanted
+    def _filter(self, filter: ResultFilter) -> store.ResultFilter:
+        message = to_filter(filter)
+        message.tenant = message.tenant or self._tenant
+        return message

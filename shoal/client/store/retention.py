@@ -1,4 +1,4 @@
-"""How long results are kept, and how much room they take."""
+"""Retention rules and quotas of results, and the space that results take."""
 
 from __future__ import annotations
 
@@ -14,72 +14,72 @@ from shoal.errors import InvalidArgument
 from shoal.store.v1 import store_pb2 as store
 
 CALL_S = 10.0
-"""One small read or write."""
+"""Timeout of one small read or write."""
 RECOUNT_S = 600.0
-"""Counting all results takes about a minute for some million."""
+"""Timeout of a recount, which takes about a minute for some million results."""
 
 _PAGE = 1_000
 
 
 class Kept(StrEnum):
-    """What a rule is about."""
+    """Subject of a retention rule."""
 
     RESULTS = "results"
-    """Whole results. What is left lets their jobs have no other result."""
+    """Whole results. A tombstone remains, which prevents a second result of the job."""
     ANSWERS = "answers"
-    """The models' answers: the rest of a result stays."""
+    """Models' answers; the rest of the result stays."""
     TOMBSTONES = "tombstones"
-    """What is left of removed results."""
+    """Remains of removed results."""
 
 
 @dataclass(frozen=True)
 class RetentionRule:
-    """How long something is kept."""
+    """One retention rule."""
 
     kept: Kept
     tenant: str | None = None
-    """None: every tenant that has no rule of its own."""
+    """None: every tenant without a rule of its own."""
     keep: timedelta | None = None
-    """None: for ever."""
+    """Age at removal; None keeps for ever."""
     updated_at: datetime | None = None
 
 
 @dataclass(frozen=True)
 class TenantUsage:
-    """What one tenant's results and payloads take."""
+    """Space that one tenant's results and payloads take."""
 
     tenant: str
     results: int
     bytes: int
-    """What a quota is compared with: answers and payloads, and 512 bytes for each result and each payload."""
+    """Size compared with the quota: answers and payloads, plus 512 bytes for each result and each payload."""
     quota_bytes: int | None = None
     recounted_at: datetime | None = None
-    """When its results and payloads were last counted one by one."""
+    """Time of the last full recount."""
     payloads: int = 0
-    """Large requests of its jobs that are kept until the jobs have ended; longer when they failed."""
+    """Large requests of jobs, kept until the job has ended; longer when it failed."""
     payload_bytes: int = 0
-    """What these are of `bytes`."""
+    """Part of `bytes` that is payloads."""
 
 
 @dataclass(frozen=True)
 class StoreUsage:
-    """What a store holds."""
+    """Contents of a store by tenant, and its artifacts."""
 
     tenants: tuple[TenantUsage, ...]
-    """In the order of their names."""
+    """Ordered by name."""
     artifacts: int
-    """Models and payloads, each once, whoever they count for."""
+    """Number of models and payloads, each counted once, whatever the number of references."""
     artifact_bytes: int
 
 
-class Keeping:
-    """This part of `client.store`."""
+class RetentionAndQuotas:
+    """Retention and quota methods of `client.store`."""
 
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
 
     async def retention(self, *, timeout: float = CALL_S) -> builtins.list[RetentionRule]:
-        """All rules of retention."""
+        """Return all retention rules."""
         request = store.ListRetentionRequest()
         answer = await self._caller.call(methods.LIST_RETENTION, request, timeout_s=timeout, doing="list retention")
         return [_of_rule(rule) for rule in answer.rules]
@@ -87,10 +87,10 @@ class Keeping:
     async def set_retention(
         self, kept: Kept | str, keep: timedelta | None, *, tenant: str | None = None, timeout: float = CALL_S
     ) -> None:
-        """Has `kept` removed once it is older than `keep` (None: never), for a tenant, or for all without an own rule.
+        """Set a rule: remove `kept` older than `keep` (None: never), of one tenant or of all without their own rule.
 
         Raises:
-            InvalidArgument: names what is wrong.
+            InvalidArgument: the message names the field.
         """
         rule = _to_rule(kept, tenant)
         if keep is not None:
@@ -99,12 +99,12 @@ class Keeping:
         await self._caller.call(methods.SET_RETENTION, request, timeout_s=timeout, doing="set retention")
 
     async def remove_retention(self, kept: Kept | str, *, tenant: str | None = None, timeout: float = CALL_S) -> None:
-        """Removes a rule: the one for everybody counts again, or none."""
+        """Remove a rule; the rule for all tenants, if any, applies again."""
         request = store.SetRetentionRequest(rule=_to_rule(kept, tenant), remove=True)
         await self._caller.call(methods.SET_RETENTION, request, timeout_s=timeout, doing="remove retention")
 
     async def usage(self, *, recount: bool = False, timeout: float | None = None) -> StoreUsage:
-        """What each tenant's results and payloads take. With `recount` all are counted one by one first."""
+        """Return the space that each tenant's results and payloads take. With `recount`, count everything first."""
         tenants: builtins.list[TenantUsage] = []
         token = ""
         while True:
@@ -117,18 +117,18 @@ class Keeping:
                 return StoreUsage(tuple(tenants), answer.artifacts, answer.artifact_bytes)
 
     async def set_quota(self, most_bytes: int, *, tenant: str | None = None, timeout: float = CALL_S) -> None:
-        """Lets a tenant's results and payloads, or those of each without an own quota, take so many bytes.
+        """Set the quota of a tenant's results and payloads, or of each tenant without its own quota.
 
-        Who has used that up cannot submit jobs until there is room again.
+        A tenant over its quota cannot submit jobs until space is free again.
 
         Raises:
-            InvalidArgument: names what is wrong.
+            InvalidArgument: the message names the field.
         """
         request = store.SetQuotaRequest(bytes=most_bytes, tenant=tenant)
         await self._caller.call(methods.SET_QUOTA, request, timeout_s=timeout, doing="set a quota")
 
     async def remove_quota(self, *, tenant: str | None = None, timeout: float = CALL_S) -> None:
-        """Removes a quota: the one for everybody counts again, or none."""
+        """Remove a quota; the quota for all tenants, if any, applies again."""
         request = store.SetQuotaRequest(remove=True, tenant=tenant)
         await self._caller.call(methods.SET_QUOTA, request, timeout_s=timeout, doing="remove a quota")
 

@@ -1,4 +1,4 @@
-"""The store as its operator sees it: whether its bytes are what they were, and what nobody needs any more."""
+"""Client of a node's store: verification, garbage collection, backups, retention and quotas."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from shoal.client.store.backups import BackupProgress, of_progress
-from shoal.client.store.retention import Keeping
+from shoal.client.store.retention import RetentionAndQuotas
 from shoal.client.transport import methods
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2 as store
 
 VERIFY_S = 7 * 24 * 3_600.0
-"""A store of many terabytes takes days."""
+"""Timeout of a verification, which takes days for many terabytes."""
 
 BACKUP_S = 7 * 24 * 3_600.0
-"""The same."""
+"""Timeout of a backup, which takes days for many terabytes."""
 
 COLLECT_S = 600.0
-"""A listing of all blobs."""
+"""Timeout of a garbage collection, which lists all blobs."""
 
 
 class FindingKind(StrEnum):
-    """What is wrong."""
+    """Kind of a finding of a verification."""
 
     DAMAGED = "damaged"
     STRAY = "stray"
     WHOLE_AGAIN = "whole again"
     UNKNOWN = "unknown"
-    """Of a store that is newer than this client."""
+    """A kind that this version of the client does not know."""
 
 
 _KINDS = {
@@ -41,54 +41,54 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A blob that does not fit."""
+    """Finding of a verification about one blob."""
 
     kind: FindingKind
     key: str
-    """Where it lies in the store's folder or bucket."""
+    """Key of the blob in the store's folder or bucket."""
     message: str
     sha256: str
-    """What it should hash to; empty for a stray."""
+    """Expected SHA-256; empty for a stray blob."""
     users: tuple[str, ...]
-    """Who is harmed: models with their files, jobs."""
+    """Models with their files, and jobs, that need the blob."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """How far a verification is."""
+    """Progress of a verification."""
 
     blobs: int
     blobs_in_all: int
     bytes: int
     finding: Finding | None
-    """What was found with this step."""
+    """Finding of this step, if any."""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What one round of collection did."""
+    """Outcome of one round of garbage collection."""
 
     condemned: int
-    """Artifacts that nobody refers to: collected if that is still so 10 minutes later."""
+    """Artifacts without references, marked for collection: collected if still unreferenced 10 minutes later."""
     collected: int
-    """Artifacts that are no more; their bytes go 10 minutes later."""
+    """Artifacts removed from the store's records; their bytes are removed 10 minutes later."""
     removed: int
     """Blobs whose bytes were removed."""
     strays: int
-    """Blobs without a document that were found; they go 10 minutes later."""
+    """Blobs without a document; removed 10 minutes later."""
 
 
-class AsyncStore(Keeping):
-    """`client.store`."""
+class AsyncStore(RetentionAndQuotas):
+    """`client.store`: verify, collect, back up and restore; retention and quotas."""
 
     async def verify(self, *, sizes_only: bool = False, timeout: float = VERIFY_S) -> AsyncGenerator[Verified, None]:
-        """Has the store read every blob; yields after each. `sizes_only`: only whether they are there, and how large.
+        """Verify every blob and yield the progress after each. `sizes_only`: compare existence and size, not content.
 
-        What is found damaged counts as missing from then on; its next upload (the model pushed again) repairs it.
+        A damaged blob counts as missing from then on; its next upload (a push of the model) repairs it.
 
         Raises:
-            FailedPrecondition: the store's folder or bucket is not there.
-            Unavailable: MongoDB or the object store is away: begin again.
+            FailedPrecondition: the store's folder or bucket is missing.
+            Unavailable: MongoDB or the object store is unavailable: start again.
         """
         request = store.VerifyStoreRequest(sizes_only=sizes_only)
         steps = self._caller.stream(methods.VERIFY_STORE, request, timeout_s=timeout, doing="verify the store")
@@ -97,7 +97,7 @@ class AsyncStore(Keeping):
             yield Verified(step.blobs, step.blobs_in_all, step.bytes, finding)
 
     async def collect(self, *, strays: bool = False, timeout: float = COLLECT_S) -> Collected:
-        """Collects now what the store collects every few minutes by itself; with `strays` what it does once a day."""
+        """Collect garbage now, as the store does every few minutes; with `strays` also stray blobs, as once a day."""
         request = store.CollectArtifactsRequest(strays=strays)
         done = await self._caller.call(methods.COLLECT_ARTIFACTS, request, timeout_s=timeout, doing="collect artifacts")
         return Collected(done.condemned, done.collected, done.removed, done.strays)
@@ -105,16 +105,16 @@ class AsyncStore(Keeping):
     async def backup(
         self, to: str, *, trust_sizes: bool = False, timeout: float = BACKUP_S
     ) -> AsyncGenerator[BackupProgress, None]:
-        """Backs everything up to the URL `to` (`file:///folder`, `s3://bucket/prefix`, ...); yields how far it is.
+        """Back up everything to the URL `to` (`file:///folder`, `s3://bucket/prefix`, ...) and yield the progress.
 
-        The last one is `complete`. A backup that ends before is none; the next one goes on where it was. What an
-        earlier backup has left there is read and compared with its digest, and replaced where it is damaged; with
-        `trust_sizes` only its size is looked at.
+        The last element is `complete`; without it there is no backup, and the next call resumes. Blobs of earlier
+        backups are read and compared with their digest, and replaced when damaged; with `trust_sizes` only their size
+        is compared.
 
         Raises:
-            InvalidArgument, PermissionDenied: a place that the store may not use.
-            Aborted: it stood still for too long: start it again.
-            Unavailable: MongoDB, the blobs or the place are away, or the stream broke: start it again.
+            InvalidArgument, PermissionDenied: the store may not use `to`.
+            Aborted: the backup was blocked for too long: start it again.
+            Unavailable: MongoDB, the blobs or the target are unavailable, or the stream broke: start it again.
         """
         request = store.BackUpRequest(to=to, trust_sizes=trust_sizes)
         steps = self._caller.stream(methods.BACK_UP, request, timeout_s=timeout, doing="backup")
@@ -124,14 +124,14 @@ class AsyncStore(Keeping):
     async def restore(
         self, source: str, *, backup_id: str = "", timeout: float = BACKUP_S
     ) -> AsyncGenerator[BackupProgress, None]:
-        """Restores a backup (the newest, when none is named) into this store, which must be empty.
+        """Restore a backup (the newest, or `backup_id`) into this store, which must be empty.
 
-        Repeated after an interruption, it goes on.
+        A repeated call after an interruption resumes.
 
         Raises:
-            InvalidArgument, PermissionDenied: a place that the store may not use.
-            NotFound: no (such) complete backup there. FailedPrecondition: this store is not empty.
-            DataLoss: the backup is damaged. Unavailable: something is away, or the stream broke: repeat it.
+            InvalidArgument, PermissionDenied: the store may not use `source`.
+            NotFound: no (such) complete backup. FailedPrecondition: this store is not empty.
+            DataLoss: the backup is damaged. Unavailable: a dependency is unavailable, or the stream broke: repeat it.
         """
         request = store.RestoreRequest(source=source, backup_id=backup_id)
         steps = self._caller.stream(methods.RESTORE, request, timeout_s=timeout, doing="restore")

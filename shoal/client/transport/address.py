@@ -1,4 +1,4 @@
-"""Which addresses are on this machine."""
+"""Test for addresses of this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 
 
 def is_local(address: str) -> bool:
-    """True when `address` is on this machine."""
+    """Return True when `address` (`host:port`, `[ipv6]:port` or `unix:path`) is on this machine."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")

@@ -1,4 +1,4 @@
-"""One transport to a node, and every call on it: with a deadline, retries, a span, and errors that say what to do."""
+"""Caller: all RPCs to one node, each with a deadline, retries, a trace span, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from shoal.client.transport.address import is_local
-from shoal.client.transport.failures import bounded, explain, too_late
+from shoal.client.transport.failures import bounded, explain, timed_out
 from shoal.client.transport.grpc_aio import GrpcAio
 from shoal.client.transport.methods import Method, Q, R
 from shoal.client.transport.retry import RetryPolicy
@@ -28,9 +28,9 @@ _HEADER = re.compile(r"^(?!grpc-)[a-z0-9][a-z0-9_.-]*(?<!-bin)$")
 
 
 class Caller:
-    """Calls methods of the node at `address`. The connection opens with the first call; `close()` ends it.
+    """RPC caller of the node at `address`. The connection opens with the first call; `close()` ends it.
 
-    `clock`, `sleep` and `draw` are the world that retries live in; tests bring their own.
+    `clock`, `sleep` and `draw` are injected for the tests of retries.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class Caller:
         self.address = address
         self.clock = clock
         self._retry = retry or RetryPolicy()
-        self._headers = _checked(headers or {})
+        self._headers = _validated(headers or {})
         self._sleep = sleep
         self._draw = draw
         self._tracer = trace.get_tracer("shoal.client")
-        self._open: Transport | None = None
+        self._opened_transport: Transport | None = None
         self._closed = False
 
     async def close(self) -> None:
-        """Ends the connection: calls in flight are cancelled, later ones refused."""
+        """Close the connection. Calls in flight are cancelled, later calls raise FailedPrecondition."""
         self._closed = True
-        if self._open is not None:
-            await self._open.close()
+        if self._opened_transport is not None:
+            await self._opened_transport.close()
 
     async def call(
         self,
@@ -69,17 +69,17 @@ class Caller:
         headers: Headers | None = None,
         idempotent: bool | None = None,
     ) -> R:
-        """One answer to one request, tried again as the policy allows within `timeout_s`.
+        """Make a unary call and return its answer; retry as the policy allows within `timeout_s`.
 
         Raises:
-            ShoalError: of the class that the service meant.
+            ShoalError: the class follows the service's status code.
         """
         doing = doing or method.name
         timeout_s = bounded(timeout_s)
         deadline = self.clock() + timeout_s
         repeatable = method.idempotent if idempotent is None else idempotent
         with self._span(method) as (span, metadata):
-            metadata += _checked(headers or {})
+            metadata += _validated(headers or {})
             for attempt in range(1, self._retry.attempts + 1):
                 try:
                     left_s = max(deadline - self.clock(), 0)
@@ -96,7 +96,7 @@ class Caller:
     def stream_wait_s(
         self, error: ShoalError, *, attempt: int, begun: bool, deadline: float | None = None
     ) -> float | None:
-        """Seconds until a stream that broke is opened again; None: it is not. `begun`: it had moved before."""
+        """Return the seconds until a broken stream is reopened, or None to give up. `begun`: it had made progress."""
         return self._wait_s(error, attempt, True, deadline, stream=begun)
 
     def _wait_s(
@@ -108,28 +108,28 @@ class Caller:
         )
 
     async def pause(self, seconds: float) -> None:
-        """Waits."""
+        """Sleep for `seconds`."""
         await self._sleep(seconds)
 
     async def upload(self, method: Method[Q, R], requests: AsyncIterator[Q], *, timeout_s: float, doing: str = "") -> R:
-        """One answer to a stream of requests, tried once: what is to be sent again only the caller knows."""
+        """Send a stream of requests and return the answer; no retry: only the caller can repeat the requests."""
         timeout_s = bounded(timeout_s)
-        with self._span(method) as (_, metadata), self.translated(doing or method.name, timeout_s):
+        with self._span(method) as (_, metadata), self.converted_errors(doing or method.name, timeout_s):
             call = self._transport().stream(method, requests, timeout_s=timeout_s, metadata=metadata)
             try:
                 answers = [answer async for answer in call]
             finally:
                 call.cancel()
         if len(answers) != 1:
-            raise Internal(f"{doing or method.name}: {len(answers)} answers came to a call that has one")
+            raise Internal(f"{doing or method.name}: received {len(answers)} answers, expected 1")
         return answers[0]
 
     async def stream(
         self, method: Method[Q, R], request: Q, *, timeout_s: float, doing: str = ""
     ) -> AsyncGenerator[R, None]:
-        """The answers to one request, until the service ends the stream; tried once."""
+        """Yield the answers to one request until the service ends the stream; no retry."""
         timeout_s = bounded(timeout_s)
-        with self._span(method) as (_, metadata), self.translated(doing or method.name, timeout_s):
+        with self._span(method) as (_, metadata), self.converted_errors(doing or method.name, timeout_s):
             call = self._transport().stream(method, request, timeout_s=timeout_s, metadata=metadata)
             try:
                 async for answer in call:
@@ -146,12 +146,12 @@ class Caller:
         ended: Callable[[R], bool],
         doing: str = "",
     ) -> AsyncGenerator[R, None]:
-        """Like `stream`, but opened again when it breaks or ends early, until `ended(answer)`.
+        """Yield answers like `stream`, and reopen the stream when it breaks or ends early, until `ended(answer)`.
 
-        `request()` is asked for each time, so that the caller can go on where it was.
+        `request()` makes the request of each stream, so that a caller can continue from its last answer.
 
         Raises:
-            ShoalError: it cannot be opened again, or `timeout_s` has passed.
+            ShoalError: the stream cannot be reopened, or `timeout_s` has passed.
         """
         deadline = self.clock() + bounded(timeout_s)
         attempt, begun = 0, False
@@ -171,7 +171,7 @@ class Caller:
             wait = self.stream_wait_s(error, attempt=attempt, begun=begun, deadline=deadline)
             if wait is None:
                 if self.clock() >= deadline:
-                    raise too_late(doing or method.name, timeout_s) from error
+                    raise timed_out(doing or method.name, timeout_s) from error
                 raise error
             await self._sleep(wait)
 
@@ -184,19 +184,19 @@ class Caller:
         timeout_s: float | None,
         headers: Headers | None = None,
     ) -> Iterator[Bidi[R]]:
-        """A stream of requests and a stream of answers. Its end, and every failure, cancels what is left of it."""
+        """Open a bidirectional stream; leaving the block, also by an error, cancels the rest of the call."""
         with self._span(method) as (_, metadata):
-            metadata += _checked(headers or {})
+            metadata += _validated(headers or {})
             call = self._transport().stream(method, requests, timeout_s=timeout_s, metadata=metadata)
             try:
-                with self.translated(method.name, timeout_s or 0):
+                with self.converted_errors(method.name, timeout_s or 0):
                     yield call
             finally:
                 call.cancel()
 
     @contextmanager
-    def translated(self, doing: str, timeout_s: float) -> Iterator[None]:
-        """Raises a call's failure inside the block as the ShoalError that explains it."""
+    def converted_errors(self, doing: str, timeout_s: float) -> Iterator[None]:
+        """Convert a failed call inside the block to its ShoalError."""
         try:
             yield
         except grpc.aio.AioRpcError as err:
@@ -204,14 +204,14 @@ class Caller:
 
     def _transport(self) -> Transport:
         if self._closed:
-            raise FailedPrecondition("this client is closed: make a new one")
-        if self._open is None:
-            self._open = _opened(self.address)
-        return self._open
+            raise FailedPrecondition("this client is closed: create a new one")
+        if self._opened_transport is None:
+            self._opened_transport = _transport_to(self.address)
+        return self._opened_transport
 
     @contextmanager
     def _span(self, method: Method[Any, Any]) -> Iterator[tuple[Span, tuple[tuple[str, str], ...]]]:
-        """A client span, and the metadata that carries it along. Not made current: a stream outlives a context."""
+        """Yield a client span and its metadata. The span is not made current: a stream may outlive the context."""
         service, _, name = method.path.strip("/").partition("/")
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name, "server.address": self.address}
         span = self._tracer.start_span(f"{service}/{name}", kind=SpanKind.CLIENT, attributes=attributes)
@@ -227,16 +227,17 @@ class Caller:
             span.end()
 
 
-def _opened(address: str) -> Transport:
-    """What carries calls to `address`. It connects with the first of them, on the event loop that runs now."""
+def _transport_to(address: str) -> Transport:
+    """Return a transport to `address`; it connects at the first call, on the running event loop."""
     if is_local(address):
-        from shoal.client.transport.local_h2 import Lean  # Its import takes 23 ms, which others need not wait for.
+        # Imported here: the import takes 23 ms, which clients of other machines save.
+        from shoal.client.transport.local_h2 import LocalH2
 
-        return Lean(address)
+        return LocalH2(address)
     return GrpcAio(address)
 
 
-def _checked(headers: Headers) -> tuple[tuple[str, str], ...]:
+def _validated(headers: Headers) -> tuple[tuple[str, str], ...]:
     for key, value in headers.items():
         if not _HEADER.match(key):
             allowed = "lower-case letters, digits, `-`, `_`, `.`; not `grpc-...`, not `...-bin`"

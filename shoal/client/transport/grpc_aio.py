@@ -1,4 +1,4 @@
-"""Calls over grpc.aio: to nodes on other machines."""
+"""Transport over grpc.aio, for nodes on other machines."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import grpc
 from google.protobuf.message import Message
 
 from shoal.client.transport.methods import Method, Q, R
-from shoal.client.transport.transport import MESSAGE_BYTES, A, Bidi, Metadata, closed_meanwhile, serialized
+from shoal.client.transport.transport import MESSAGE_BYTES, A, Bidi, Metadata, closed_in_flight, serialized
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
-    # A node that vanished without a word is noticed within 25 s of a call, not after the kernel's minutes.
+    # A node that vanished silently is noticed within 25 s, not after the kernel's timeout of minutes.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    # A node that restarts is back within seconds; grpc's own backoff would wait up to two minutes.
+    # A restarting node is back within seconds; grpc's default backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
 
 class GrpcAio:
-    """A Transport."""
+    """Transport over a grpc.aio channel."""
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
@@ -34,7 +34,7 @@ class GrpcAio:
 
     async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float, metadata: Metadata) -> R:
         call = self._channel.unary_unary(method.path, serialized, method.response.FromString)
-        with self.not_closed_meanwhile():
+        with self.closed_as_cancelled():
             answer: R = await call(request, timeout=timeout_s, metadata=grpc.aio.Metadata(*metadata))
         return answer
 
@@ -51,14 +51,14 @@ class GrpcAio:
         await self._channel.close()
 
     @contextmanager
-    def not_closed_meanwhile(self) -> Iterator[None]:
-        """grpc cancels what is in flight when the channel is closed; that must not look like a cancelled task."""
+    def closed_as_cancelled(self) -> Iterator[None]:
+        """Raise Cancelled for calls that ended because the channel was closed, not because their task was cancelled."""
         try:
             yield
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self.is_closed and task is not None and not task.cancelling():
-                raise closed_meanwhile() from None
+                raise closed_in_flight() from None
             raise
 
 
@@ -68,7 +68,7 @@ class _Stream(Bidi[A]):
         self._call = call
 
     async def read(self) -> A | None:
-        with self._owner.not_closed_meanwhile():
+        with self._owner.closed_as_cancelled():
             answer: Any = await self._call.read()
         return None if answer is grpc.aio.EOF else answer
 

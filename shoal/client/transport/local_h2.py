@@ -1,4 +1,4 @@
-"""Calls over the lean client of the mesh: to nodes on this machine, where grpc.aio's own time is most of a call's."""
+"""Transport over mesh.h2, for nodes on this machine, where most of a call's time would be grpc.aio's own."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from mesh.rpc.client.channel import Channel
 from mesh.rpc.client.streams import StreamCall
 from mesh.rpc.client.stubs import fed, feed, parsed
 from shoal.client.transport.methods import Method, Q, R
-from shoal.client.transport.transport import A, Bidi, Metadata, closed_meanwhile, serialized
+from shoal.client.transport.transport import A, Bidi, Metadata, closed_in_flight, serialized
 
+# The caller gets these warnings as errors: without this handler, Python also prints them to stderr.
 logging.getLogger("mesh.h2").addHandler(logging.NullHandler())
-# What it warns of, a caller is told as an error: not on stderr too, where no logging was asked for.
 
+# A silent node is pinged after 10 to 20 s and given up 20 s later. A grpc server with default settings counts more
+# frequent pings as abuse (`too_many_pings`), and would end calls that are silent for 40 s.
 _TICK_S = 10.0
-# A node that hangs is asked after 10 to 20 s of silence, and given up 20 s later. More often is abuse to a server of
-# grpc as it comes (`too_many_pings`): it would end calls that say nothing for 40 s.
 
 
-class Lean:
-    """A Transport."""
+class LocalH2:
+    """Transport over a mesh.h2 channel."""
 
     def __init__(self, address: str) -> None:
-        authority = "localhost" if address.startswith("unix:") else address  # As grpc has it.
+        # The authority that grpc sends for a Unix socket.
+        authority = "localhost" if address.startswith("unix:") else address
         self._channel = Channel(address, authority=authority, sends_trace=False, tick_s=_TICK_S)
         self._is_closed = False
-        # Of a client that nobody closed, the loop would keep the connection for as long as it runs.
-        self._let_go = weakref.finalize(self, _let_go, asyncio.get_running_loop(), self._channel)
-        self._let_go.atexit = False
+        # Without this, the loop would keep the connection of an unclosed client for as long as the loop runs.
+        self._finalizer = weakref.finalize(self, _finalizer, asyncio.get_running_loop(), self._channel)
+        self._finalizer.atexit = False
 
     async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float, metadata: Metadata) -> R:
-        with self.not_closed_meanwhile():
+        with self.closed_as_cancelled():
             data = await self._channel.unary(method.path, serialized(request), timeout_s=timeout_s, metadata=metadata)
         answer: R = parsed(data, method.response.FromString)
         return answer
@@ -52,27 +53,28 @@ class Lean:
 
     async def close(self) -> None:
         self._is_closed = True
-        self._let_go.detach()
+        self._finalizer.detach()
         await self._channel.close()
 
     @contextmanager
-    def not_closed_meanwhile(self) -> Iterator[None]:
-        """The end of the channel is not a loss of the connection, which would be tried again."""
+    def closed_as_cancelled(self) -> Iterator[None]:
+        """Raise Cancelled for calls that failed because the channel was closed, which must not be retried."""
         try:
             yield
         except grpc.aio.AioRpcError:
             if self._is_closed:
-                raise closed_meanwhile() from None
+                raise closed_in_flight() from None
             raise
 
 
-def _let_go(loop: asyncio.AbstractEventLoop, channel: Channel) -> None:
-    with suppress(RuntimeError):  # The loop has ended, and the connection with it.
+def _finalizer(loop: asyncio.AbstractEventLoop, channel: Channel) -> None:
+    # RuntimeError: the loop has ended, and the connection with it.
+    with suppress(RuntimeError):
         loop.call_soon_threadsafe(channel.abort)
 
 
 class _Stream(Bidi[A]):
-    def __init__(self, owner: Lean, call: StreamCall, answer: type[A], requests: Any) -> None:
+    def __init__(self, owner: LocalH2, call: StreamCall, answer: type[A], requests: Any) -> None:
         self._owner = owner
         self._call = call
         self._answer = answer
@@ -85,7 +87,7 @@ class _Stream(Bidi[A]):
             self._feeding.add_done_callback(partial(fed, call))
 
     async def read(self) -> A | None:
-        with self._owner.not_closed_meanwhile():
+        with self._owner.closed_as_cancelled():
             data = await anext(self._call, None)
         return None if data is None else parsed(data, self._answer.FromString)
 

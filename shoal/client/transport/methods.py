@@ -1,7 +1,7 @@
-"""The calls that the client makes: path, messages, and whether a call may be repeated.
+"""RPCs that the client makes: path, message types, and idempotence.
 
-Idempotent: doing it twice leaves what doing it once leaves, and answers the same. A test holds this table against the
-contracts.
+Idempotent: a repeated call changes nothing more and returns the same answer. A test compares this table with the
+.proto files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ R = TypeVar("R", bound=Message)
 
 @dataclass(frozen=True)
 class Method(Generic[Q, R]):
-    """One RPC."""
+    """One RPC method."""
 
     path: str
     request: type[Q]
@@ -31,7 +31,7 @@ class Method(Generic[Q, R]):
 
     @property
     def name(self) -> str:
-        """`GetJob` of `/shoal.ingest.v1.IngestService/GetJob`."""
+        """Method name: `GetJob` of `/shoal.ingest.v1.IngestService/GetJob`."""
         return self.path.rpartition("/")[2]
 
 
@@ -50,7 +50,7 @@ STAT_ARTIFACT = Method(_STORE + "StatArtifact", store.StatArtifactRequest, store
 GET_ARTIFACT = Method(_STORE + "GetArtifact", store.GetArtifactRequest, store.GetArtifactResponse)
 REGISTER_MODEL = Method(_STORE + "RegisterModel", store.RegisterModelRequest, store.RegisterModelResponse)
 LIST_MODELS = Method(_STORE + "ListModels", store.ListModelsRequest, store.ListModelsResponse)
-# The second of two removals is NOT_FOUND: a repeat would call a success a failure.
+# Not idempotent: a second removal is NOT_FOUND, so a retry would report a failure after a success.
 REMOVE_MODEL = Method(_STORE + "RemoveModel", store.RemoveModelRequest, store.RemoveModelResponse, False)
 SET_ALIAS = Method(_STORE + "SetAlias", store.SetAliasRequest, store.SetAliasResponse)
 GET_RESULT = Method(_STORE + "GetResult", store.GetResultRequest, store.GetResultResponse)
@@ -62,13 +62,13 @@ SET_QUOTA = Method(_STORE + "SetQuota", store.SetQuotaRequest, store.SetQuotaRes
 EXPORT_RESULTS = Method(_STORE + "ExportResults", store.ExportResultsRequest, store.ExportResultsResponse)
 VERIFY_STORE = Method(_STORE + "VerifyStore", store.VerifyStoreRequest, store.VerifyStoreResponse)
 COLLECT_ARTIFACTS = Method(_STORE + "CollectArtifacts", store.CollectArtifactsRequest, store.CollectArtifactsResponse)
-# Each backup is another one, and a restore that was repeated behind the caller's back would hide what it is at.
+# Not idempotent: each backup is another one, and a silent second restore would hide the progress of the first.
 BACK_UP = Method(_STORE + "BackUp", store.BackUpRequest, store.BackUpResponse, False)
 RESTORE = Method(_STORE + "Restore", store.RestoreRequest, store.RestoreResponse, False)
 STREAM_RESULTS = Method(_STORE + "StreamResults", store.StreamResultsRequest, store.StreamResultsResponse)
 
 _INGEST = "/shoal.ingest.v1.IngestService/"
-# The client never submits without an idempotency key, and that is what makes these three idempotent.
+# Idempotent because the client never submits without an idempotency key.
 SUBMIT = Method(_INGEST + "Submit", ingest.SubmitRequest, ingest.SubmitResponse)
 SUBMIT_STREAM = Method(_INGEST + "SubmitStream", ingest.SubmitStreamRequest, ingest.SubmitStreamResponse)
 RUN_STREAM = Method(_INGEST + "RunStream", ingest.RunStreamRequest, ingest.RunStreamResponse)
@@ -80,7 +80,7 @@ WATCH_JOB = Method(_INGEST + "WatchJob", ingest.WatchJobRequest, ingest.WatchJob
 WATCH_JOBS = Method(_INGEST + "WatchJobs", ingest.WatchJobsRequest, ingest.WatchJobsResponse)
 CANCEL_JOB = Method(_INGEST + "CancelJob", ingest.CancelJobRequest, ingest.CancelJobResponse)
 LIST_DEAD_LETTERS = Method(_INGEST + "ListDeadLetters", ingest.ListDeadLettersRequest, ingest.ListDeadLettersResponse)
-# Repeated after a lost answer they find nothing left to do, and say less than they did.
+# Not idempotent: a repeat after a lost answer finds nothing left to do, and reports less than was done.
 REQUEUE_DEAD_LETTERS = Method(
     _INGEST + "RequeueDeadLetters", ingest.RequeueDeadLettersRequest, ingest.RequeueDeadLettersResponse, False
 )
@@ -95,7 +95,7 @@ SET_TENANT = Method(_INGEST + "SetTenant", ingest.SetTenantRequest, ingest.SetTe
 GET_TENANT = Method(_INGEST + "GetTenant", ingest.GetTenantRequest, ingest.GetTenantResponse)
 LIST_TENANTS = Method(_INGEST + "ListTenants", ingest.ListTenantsRequest, ingest.ListTenantsResponse)
 
-# As with Submit: never without an idempotency key.
+# Idempotent because the client never submits a batch without an idempotency key.
 SUBMIT_BATCH = Method(_INGEST + "SubmitBatch", ingest.SubmitBatchRequest, ingest.SubmitBatchResponse)
 GET_BATCH = Method(_INGEST + "GetBatch", ingest.GetBatchRequest, ingest.GetBatchResponse)
 LIST_BATCHES = Method(_INGEST + "ListBatches", ingest.ListBatchesRequest, ingest.ListBatchesResponse)
@@ -103,7 +103,8 @@ WATCH_BATCH = Method(_INGEST + "WatchBatch", ingest.WatchBatchRequest, ingest.Wa
 CANCEL_BATCH = Method(_INGEST + "CancelBatch", ingest.CancelBatchRequest, ingest.CancelBatchResponse)
 PAUSE_BATCH = Method(_INGEST + "PauseBatch", ingest.PauseBatchRequest, ingest.PauseBatchResponse)
 RESUME_BATCH = Method(_INGEST + "ResumeBatch", ingest.ResumeBatchRequest, ingest.ResumeBatchResponse)
-# A second put without `replace` is ALREADY_EXISTS, a second removal NOT_FOUND: a repeat would call a success a failure.
+# Not idempotent: a second put without `replace` is ALREADY_EXISTS, a second removal is NOT_FOUND, so a retry would
+# report a failure after a success.
 PUT_SCHEDULE = Method(_INGEST + "PutSchedule", ingest.PutScheduleRequest, ingest.PutScheduleResponse, False)
 GET_SCHEDULE = Method(_INGEST + "GetSchedule", ingest.GetScheduleRequest, ingest.GetScheduleResponse)
 LIST_SCHEDULES = Method(_INGEST + "ListSchedules", ingest.ListSchedulesRequest, ingest.ListSchedulesResponse)

@@ -1,8 +1,8 @@
-"""When a failed call is tried again, and after how long: a plain function of what happened.
+"""Retry policy of failed calls, a pure function of the failure.
 
-Tried again: UNAVAILABLE (nobody there just now) and RESOURCE_EXHAUSTED (come back later), of idempotent calls, as long
-as attempts and the deadline allow. The bound of the wait doubles, and the wait is drawn between 0 and that bound ("full
-jitter": callers that failed together do not come back together); a server's `retry-after-ms` is added to it.
+Retried: UNAVAILABLE (no instance at present) and RESOURCE_EXHAUSTED (overload), of idempotent calls, as long as
+attempts and the deadline allow. The bound of the wait doubles, and the wait is drawn between 0 and that bound ("full
+jitter": callers that failed together do not retry together); a server's `retry-after-ms` is added to the wait.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from shoal.errors import Code, ShoalError
 
 RETRIED = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
-# grpc's own words when a message is over a size limit, on either end: no wait makes it smaller.
+# grpc's text for a message over a size limit, on either end: a retry cannot succeed.
 _TOO_LARGE = "larger than max"
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how soon. `RetryPolicy(attempts=1)` never tries again."""
+    """Number and timing of attempts. `RetryPolicy(attempts=1)` never retries."""
 
     attempts: int = 8
-    """Attempts in all. Envoy has already tried other instances by then: eight (3.5 s of waits on average, 7.1 s at
-    most) outlast the restart of a service that has but one instance."""
+    """Total number of attempts. Envoy has already tried other instances by then; eight attempts (waits of 3.5 s on
+    average, 7.1 s at most) outlast the restart of a service with one instance."""
     stream_attempts: int = 20
-    """The same for a stream (a watch, a stream of jobs, an upload) that breaks after it has begun, counted anew
-    whenever it moves on. What it has done so far is worth more patience: twenty (15 s on average) outlast a restart of
-    the whole node."""
+    """Total number for a started stream (a watch, a stream of jobs, an upload), counted anew after each progress. A
+    started stream has more to lose: twenty attempts (15 s on average) outlast a restart of the whole node."""
     first_wait_s: float = 0.1
-    """Bound of the wait before the second attempt."""
+    """Upper bound of the wait before the second attempt."""
     longest_wait_s: float = 2.0
-    """The bound does not grow beyond this."""
+    """Limit of the bound."""
 
     def wait_s(
         self,
@@ -44,9 +43,10 @@ class RetryPolicy:
         draw: Callable[[], float],
         stream: bool = False,
     ) -> float | None:
-        """Seconds until the next attempt, or None: give up and raise `error`.
+        """Return the seconds until the next attempt, or None to give up and raise `error`.
 
-        `attempt` is the one that failed, from 1; `left_s` the time to the deadline; `draw` gives a number in [0, 1).
+        `attempt` is the number of the failed one, from 1; `left_s` the time to the deadline; `draw` returns a number in
+        [0, 1).
         """
         if not idempotent or attempt >= (self.stream_attempts if stream else self.attempts) or not is_retried(error):
             return None
@@ -58,5 +58,5 @@ class RetryPolicy:
 
 
 def is_retried(error: ShoalError) -> bool:
-    """True when waiting may help."""
+    """Return True when a retry may succeed."""
     return error.code in RETRIED and _TOO_LARGE not in error.message

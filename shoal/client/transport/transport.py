@@ -1,9 +1,9 @@
-"""What carries calls to a node: one of two ways, which look alike from here.
+"""Transport interface: the connection that carries calls to a node, with two implementations.
 
     Caller ──> Transport ──> lean      this machine: mesh.rpc.client, less processor time a call
-                        └──> grpc_aio  everywhere else: names with several addresses, HTTP proxies, long networks
+                        └──> grpc_aio  other machines: names with several addresses, HTTP proxies, long networks
 
-Either fails with grpc.aio.AioRpcError, which `failures` explains, and with Cancelled when it is closed meanwhile.
+Both raise grpc.aio.AioRpcError, which `failures` converts, and Cancelled when the transport is closed meanwhile.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from shoal.errors import Cancelled
 Metadata: TypeAlias = Iterable[tuple[str, str]]
 
 MESSAGE_BYTES = 128 << 20
-"""Largest message that is sent or accepted: what the services take, too."""
+"""Size limit of messages sent and accepted; the services have the same."""
 
 A = TypeVar("A", bound=Message)
-"""The answers of a stream."""
+"""Type of a stream's answers."""
 
 
 class Bidi(ABC, Generic[A]):
-    """A stream of answers. Iterate it, or `read`; one reader at a time."""
+    """Stream of answers. Iterate it or call `read`; one reader at a time."""
 
     @abstractmethod
     async def read(self) -> A | None:
-        """The next answer; None at the end."""
+        """Return the next answer; None at the end."""
 
     @abstractmethod
     def cancel(self) -> None:
-        """Ends the call, if it has not ended. What has come and was not read is dropped."""
+        """End the call, if it has not ended. Received answers that were not read are dropped."""
 
     def __aiter__(self) -> Bidi[A]:
         return self
@@ -48,30 +48,30 @@ class Bidi(ABC, Generic[A]):
 
 
 class Transport(Protocol):
-    """A connection to one address, made when it is needed, and again after a loss."""
+    """Connection to one address, opened when it is needed and reopened after a loss."""
 
     async def unary(self, method: Method[Q, R], request: Q, *, timeout_s: float, metadata: Metadata) -> R:
-        """One answer to one request."""
+        """Return the answer to one request."""
 
     def stream(
         self, method: Method[Q, R], requests: Q | AsyncIterator[Q], *, timeout_s: float | None, metadata: Metadata
     ) -> Bidi[R]:
-        """The answers to one request, or to a stream of requests. `timeout_s` None: there is no deadline.
+        """Return the answers to one request, or to a stream of requests. `timeout_s` None: no deadline.
 
-        Whoever calls this cancels what comes of it. What `requests` raises ends the call, and is not told: a source
-        keeps its errors aside.
+        The caller of this method cancels the returned stream. An error of `requests` ends the call and is not reported:
+        the source must keep its error.
         """
 
     async def close(self) -> None:
-        """Ends calls in flight, and the connection."""
+        """Cancel the calls in flight and close the connection."""
 
 
-def closed_meanwhile() -> Cancelled:
-    """What a call in flight fails with when its client is closed."""
+def closed_in_flight() -> Cancelled:
+    """Return the error of a call in flight whose client is closed."""
     return Cancelled("the client was closed while the call was in flight")
 
 
 def serialized(message: Any) -> bytes:
-    """The bytes of a protobuf message."""
+    """Return the bytes of a protobuf message."""
     data: bytes = message.SerializeToString()
     return data

@@ -67,11 +67,11 @@ def test_arrays_in_and_arrays_out(client: shoal.Client, served: Served) -> None:
     assert result.parameters == {"explain": True, "n": -5, "big": 2**63, "f": 0.5, "s": "text", "asked": "x,t"}
     result["x"][0] = 9  # The caller's own.
     assert served.count(methods.MODEL_METADATA) == 0
-    with pytest.raises(KeyError, match="no output 'y': the model answered x, t"):
+    with pytest.raises(KeyError, match="no output 'y': the outputs are x, t"):
         result["y"]
 
 
-def test_lists_become_what_the_model_asks_for(client: shoal.Client, served: Served) -> None:
+def test_lists_take_the_datatype_of_the_metadata(client: shoal.Client, served: Served) -> None:
     result = client.infer("m", {"x": [[1, 2]], "t": ["é"]})
     assert result["x"].dtype == np.float32
     assert result["t"].tolist() == ["é".encode()]
@@ -84,7 +84,7 @@ def test_lists_become_what_the_model_asks_for(client: shoal.Client, served: Serv
         client.infer("other", {"x": [[1, 2]]})
 
 
-def test_a_server_that_knows_no_metadata_gets_what_numpy_makes_of_lists(served: Served) -> None:
+def test_without_metadata_lists_take_numpys_datatype(served: Served) -> None:
     served.on(methods.MODEL_INFER, echo)
     with shoal.Client(served.address) as client:
         assert client.infer("m", {"x": [[1, 2]]})["x"].dtype == np.int64
@@ -97,7 +97,7 @@ def test_bfloat16(client: shoal.Client) -> None:
     assert client.infer("m", {"x": np.float32([1.0])}, datatypes={"x": "BF16"}).datatypes == {"x": "BF16"}
 
 
-def test_what_cannot_be_sent_never_leaves(client: shoal.Client, served: Served) -> None:
+def test_an_invalid_input_is_not_sent(client: shoal.Client, served: Served) -> None:
     for options in ({"parameters": {"p": 2**64}}, {"parameters": {"p": None}}, {"headers": {"Bad": "x"}}):
         with pytest.raises(InvalidArgument):
             client.infer("m", {"x": np.zeros(1)}, **options)  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def failing_first(code: grpc.StatusCode) -> Any:
     return behaviour
 
 
-def test_infer_is_repeated_unless_it_is_a_step_of_a_sequence(served: Served) -> None:
+def test_infer_is_retried_unless_it_is_a_step_of_a_sequence(served: Served) -> None:
     with shoal.Client(served.address, retry=QUICK) as client:
         served.on(methods.MODEL_INFER, failing_first(grpc.StatusCode.UNAVAILABLE))
         client.infer("m", {"x": np.zeros(1)})
@@ -127,7 +127,7 @@ def test_infer_is_repeated_unless_it_is_a_step_of_a_sequence(served: Served) -> 
             client.infer("m", {"x": np.zeros(1)}, parameters={"sequence_id": 7})
 
 
-def test_an_answer_that_does_not_fit_itself(served: Served) -> None:
+def test_an_inconsistent_answer_is_data_loss(served: Served) -> None:
     async def lying(request: Any, context: Any) -> Any:
         response = oip.ModelInferResponse(model_name="m")
         response.outputs.add(name="y", datatype="FP32", shape=[4])
@@ -147,7 +147,9 @@ async def stream(requests: Any, context: Any) -> Any:
         yield response
 
 
-def test_a_stream_gives_answers_as_they_come_and_lives_through_errors(client: shoal.Client, served: Served) -> None:
+def test_a_stream_yields_answers_in_order_of_arrival_and_continues_after_errors(
+    client: shoal.Client, served: Served
+) -> None:
     served.on(methods.MODEL_STREAM_INFER, stream, "stream_stream")
     requests = (shoal.InferRequest("m", {"x": [[i, i]]}, request_id=name) for i, name in enumerate(["a", "bad", "c"]))
     results = list(client.infer_stream(requests))
@@ -159,7 +161,7 @@ def test_a_stream_gives_answers_as_they_come_and_lives_through_errors(client: sh
     assert served.count(methods.MODEL_METADATA) == 1
 
 
-def test_what_the_source_of_a_stream_raises_reaches_the_caller(client: shoal.Client, served: Served) -> None:
+def test_an_error_of_the_source_reaches_the_caller(client: shoal.Client, served: Served) -> None:
     served.on(methods.MODEL_STREAM_INFER, stream, "stream_stream")
 
     def source() -> Iterator[shoal.InferRequest]:
@@ -195,7 +197,7 @@ def test_a_source_may_use_the_client_itself(client: shoal.Client, served: Served
     assert [result["x"].tolist() for result in client.infer_stream(source())] == [[1]] * 3
 
 
-async def test_the_async_face(served: Served) -> None:
+async def test_the_async_client(served: Served) -> None:
     served.on(methods.MODEL_INFER, echo)
     async with shoal.Client(served.address) as client:
         assert isinstance(client, shoal.AsyncClient)
@@ -259,7 +261,7 @@ def test_closing_from_another_thread_ends_a_call(served: Served) -> None:
     assert isinstance(caught[0], Cancelled)
 
 
-def test_a_client_that_is_let_go_leaves_no_thread(served: Served) -> None:
+def test_a_dropped_client_leaves_no_thread(served: Served) -> None:
     served.on(methods.MODEL_INFER, echo)
     before = threading.active_count()
     shoal.Client(served.address).infer("m", {"x": np.zeros(1)})
@@ -267,7 +269,7 @@ def test_a_client_that_is_let_go_leaves_no_thread(served: Served) -> None:
     assert threading.active_count() <= before + 1  # grpc keeps one poller for the process.
 
 
-def test_an_address_that_is_none() -> None:
+def test_an_invalid_address_is_rejected() -> None:
     with pytest.raises(InvalidArgument, match="is no address"):
         shoal.Client("nowhere")
 

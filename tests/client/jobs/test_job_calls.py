@@ -14,8 +14,8 @@ import shoal
 from shoal.client import AsyncClient, JobFilter, JobRequest, JobRetry, JobState
 from shoal.client.inference.requests import AHEAD
 from shoal.client.jobs.job import to_submit
-from shoal.client.jobs.run_stream import Running
-from shoal.client.jobs.submit_stream import Submission
+from shoal.client.jobs.run_stream import RunStream
+from shoal.client.jobs.submit_stream import SubmitStream
 from shoal.client.transport import methods
 from shoal.client.transport.retry import RetryPolicy
 from shoal.errors import (
@@ -106,7 +106,7 @@ def intake(request: pytest.FixtureRequest, served: Served) -> Intake:
     return Intake(served, request.param)
 
 
-async def test_submit_says_all_of_it_and_makes_a_key(served: Served, intake: Intake) -> None:
+async def test_submit_sends_every_field_and_makes_a_key(served: Served, intake: Intake) -> None:
     async with client_of(served, tenant="blue") as client:
         job = await client.jobs.submit(
             "m",
@@ -132,7 +132,7 @@ async def test_submit_says_all_of_it_and_makes_a_key(served: Served, intake: Int
     assert request.delay.ToSeconds() == 7
 
 
-async def test_when_a_job_may_run_and_what_is_worth_a_retry(served: Served, intake: Intake) -> None:
+async def test_submit_sends_start_times_and_retry_codes(served: Served, intake: Intake) -> None:
     at = datetime(2030, 1, 2, 3, 4, tzinfo=timezone(timedelta(hours=2)))
     async with client_of(served) as client:
         await client.jobs.submit(
@@ -146,7 +146,7 @@ async def test_when_a_job_may_run_and_what_is_worth_a_retry(served: Served, inta
     assert request.on_dependency_failure == ingest.ON_DEPENDENCY_FAILURE_FAIL
 
 
-async def test_a_submit_whose_answer_is_lost_makes_one_job(served: Served, intake: Intake) -> None:
+async def test_a_submit_with_a_lost_answer_creates_one_job(served: Served, intake: Intake) -> None:
     lost = [True]
 
     async def losing(request: Any, context: Any) -> Any:
@@ -185,7 +185,7 @@ async def test_large_jobs_share_no_message(served: Served) -> None:
     assert max(intake.messages) == 4  # The last of one round, and the first three of the next.
 
 
-async def test_a_stream_that_breaks_again_and_again_loses_and_doubles_nothing(served: Served, intake: Intake) -> None:
+async def test_a_stream_that_breaks_repeatedly_neither_loses_nor_doubles_jobs(served: Served, intake: Intake) -> None:
     intake.breaks = [3, 0, 10, 1, 50]
     # grpc may lose acknowledgements that are on their way as a stream breaks: to the client it then did nothing.
     patient = RetryPolicy(attempts=20, first_wait_s=0.001, longest_wait_s=0.01)
@@ -197,7 +197,7 @@ async def test_a_stream_that_breaks_again_and_again_loses_and_doubles_nothing(se
     assert served.count(methods.SUBMIT_STREAM) >= 6
 
 
-async def test_a_stream_that_stays_broken_is_given_up(served: Served, intake: Intake) -> None:
+async def test_a_stream_that_stays_broken_is_an_error(served: Served, intake: Intake) -> None:
     intake.breaks = [5] + [0] * 99
     async with client_of(served) as client:
         stream = client.jobs.submit_many(JobRequest("m", X) for _ in range(20))
@@ -206,7 +206,7 @@ async def test_a_stream_that_stays_broken_is_given_up(served: Served, intake: In
     assert served.count(methods.SUBMIT_STREAM) >= 3
 
 
-async def test_refusals_are_in_band_and_those_for_the_moment_are_tried_again(served: Served, intake: Intake) -> None:
+async def test_rejections_are_in_band_and_transient_ones_are_retried(served: Served, intake: Intake) -> None:
     intake.refused = {"1": (Code.INVALID_ARGUMENT, "labels: too many"), "2": (Code.RESOURCE_EXHAUSTED, "full")}
     requests = [
         JobRequest("m", X, labels={"n": "0"}),
@@ -225,7 +225,7 @@ async def test_refusals_are_in_band_and_those_for_the_moment_are_tried_again(ser
     assert served.count(methods.SUBMIT) == 1
 
 
-async def test_a_slow_reader_slows_the_source(served: Served, intake: Intake) -> None:
+async def test_a_slow_caller_slows_the_source(served: Served, intake: Intake) -> None:
     taken = 0
 
     def source() -> Iterator[JobRequest]:
@@ -242,7 +242,7 @@ async def test_a_slow_reader_slows_the_source(served: Served, intake: Intake) ->
         await acks.aclose()
 
 
-async def test_what_the_source_raises_comes_after_the_acknowledgements(served: Served, intake: Intake) -> None:
+async def test_an_error_of_the_source_is_raised_after_the_acknowledgements(served: Served, intake: Intake) -> None:
     async def source() -> AsyncIterator[JobRequest]:
         yield JobRequest("m", X)
         raise RuntimeError("out of files")
@@ -268,7 +268,7 @@ async def test_no_acknowledgement_in_time(served: Served) -> None:
 
     async with client_of(served) as client:
         with pytest.raises(DeadlineExceeded, match="no acknowledgement within"):
-            async for _ in Submission(client._caller, source(), ack_s=0.1).run():
+            async for _ in SubmitStream(client._caller, source(), ack_s=0.1).run():
                 pass
 
 
@@ -308,10 +308,10 @@ class Breaking:
 
 @pytest.mark.parametrize(
     ("stream", "response"),
-    [(Submission, ingest.SubmitStreamResponse), (Running, ingest.RunStreamResponse)],
+    [(SubmitStream, ingest.SubmitStreamResponse), (RunStream, ingest.RunStreamResponse)],
     ids=["submit", "run"],
 )
-async def test_a_stream_that_broke_takes_nothing_from_its_successor(stream: Any, response: type[Any]) -> None:
+async def test_a_broken_stream_takes_no_jobs_of_the_next_stream(stream: Any, response: type[Any]) -> None:
     async def source() -> AsyncIterator[ingest.SubmitRequest | ShoalError]:
         for _ in range(3):
             yield ingest.SubmitRequest()
@@ -363,14 +363,14 @@ def answer() -> oip.ModelInferResponse:
     return response
 
 
-async def test_watching_goes_on_over_broken_streams_and_says_nothing_twice(served: Served) -> None:
+async def test_a_watch_survives_broken_streams_without_repeats(served: Served) -> None:
     standing(served, "QUEUED", "QUEUED", "RUNNING", "SUCCEEDED")
     async with client_of(served) as client:
         states = [job.state async for job in client.jobs.watch("a")]
     assert states == [JobState.QUEUED, JobState.RUNNING, JobState.SUCCEEDED]
 
 
-async def test_the_result_is_waited_for(served: Served) -> None:
+async def test_result_waits_for_the_end(served: Served) -> None:
     result = store.Result(job_id="a", outcome=store.Result.OUTCOME_SUCCEEDED, response=answer())
     standing(served, "QUEUED", "RUNNING", "SUCCEEDED", result=result)
     async with client_of(served) as client:
@@ -390,7 +390,7 @@ async def test_the_result_is_waited_for(served: Served) -> None:
         ("EXPIRED", 4, DeadlineExceeded, "job a expired: its deadline passed"),
     ],
 )
-async def test_a_job_without_an_answer_raises_what_it_failed_with(
+async def test_a_job_without_an_answer_raises_its_error(
     served: Served, outcome: str, code: int, error: type[ShoalError], words: str
 ) -> None:
     result = store.Result(job_id="a", code=code, message="input 'x'", attempt=2)
@@ -405,7 +405,7 @@ async def test_an_answer_that_is_damaged_is_an_error(served: Served) -> None:
     result = store.Result(job_id="a", outcome=store.Result.OUTCOME_SUCCEEDED, answer_lost="blob x: it is damaged")
     standing(served, "SUCCEEDED", result=result)
     async with client_of(served) as client:
-        with pytest.raises(DataLoss, match="job a succeeded, and its answer is damaged in the store: blob x"):
+        with pytest.raises(DataLoss, match="job a succeeded, but its answer is damaged in the store: blob x"):
             await client.jobs.result("a")
 
 
@@ -421,11 +421,11 @@ async def test_a_job_that_has_not_ended(served: Served) -> None:
 
     served.on(methods.WATCH_JOB, hang, "unary_stream")
     async with client_of(served) as client:
-        with pytest.raises(DeadlineExceeded, match=r"job a is still running after 0\.3 s: ask again later"):
+        with pytest.raises(DeadlineExceeded, match=r"job a is still running after 0\.3 s: try again later"):
             await client.jobs.result("a", timeout=0.3)
 
 
-async def test_a_job_that_ended_and_left_nothing(served: Served) -> None:
+async def test_an_ended_job_without_a_result(served: Served) -> None:
     async with client_of(served) as client:
         standing(served, "SUCCEEDED")
         with pytest.raises(NotFound, match="job a succeeded; its result is no longer in the store"):
@@ -438,7 +438,7 @@ async def test_a_job_that_ended_and_left_nothing(served: Served) -> None:
             await client.jobs.result("a")
 
 
-async def test_a_job_that_is_not_there(served: Served) -> None:
+async def test_a_missing_job_is_not_found(served: Served) -> None:
     async def missing(request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.NOT_FOUND, "no job a")
 
@@ -458,7 +458,7 @@ async def test_a_job_that_is_not_there(served: Served) -> None:
             await client.jobs.result("a", wait=False)
 
 
-async def test_lists_go_over_pages(served: Served) -> None:
+async def test_lists_read_all_pages(served: Served) -> None:
     asked: list[Any] = []
 
     async def pages(request: Any, context: Any) -> Any:
@@ -482,7 +482,7 @@ async def test_lists_go_over_pages(served: Served) -> None:
         assert [job.id async for job in client.jobs.each(most=5)] == list("01234")
 
 
-def test_the_blocking_face(served: Served, intake: Intake) -> None:
+def test_the_blocking_client(served: Served, intake: Intake) -> None:
     result = store.Result(job_id="a", outcome=store.Result.OUTCOME_SUCCEEDED, response=answer())
     standing(served, "RUNNING", "SUCCEEDED", result=result)
     with shoal.Client(served.address, retry=QUICK) as client:
@@ -492,7 +492,7 @@ def test_the_blocking_face(served: Served, intake: Intake) -> None:
         assert client.jobs.result("a")["y"].tolist() == [7]
 
 
-async def test_inputs_that_the_node_kept(served: Served, intake: Intake) -> None:
+async def test_kept_inputs_are_returned(served: Served, intake: Intake) -> None:
     async with client_of(served) as client:
         await client.jobs.submit("m", {"x": np.arange(3.0), "t": ["a", "b"]}, keep_request=True)
         [request] = intake.jobs.values()
@@ -562,7 +562,7 @@ async def test_dead_letters(served: Served) -> None:
                 await wrong
 
 
-async def test_what_comes_back_dead_is_not_requeued_for_ever(served: Served) -> None:
+async def test_a_job_that_dies_again_is_not_requeued_twice(served: Served) -> None:
     async def again(request: Any, context: Any) -> Any:
         return ingest.RequeueDeadLettersResponse(ids=["a", "b"], more=True)
 
@@ -572,7 +572,7 @@ async def test_what_comes_back_dead_is_not_requeued_for_ever(served: Served) -> 
     assert served.count(methods.REQUEUE_DEAD_LETTERS) == 2
 
 
-async def test_the_result_of_a_requeued_job_is_waited_for(served: Served) -> None:
+async def test_result_waits_for_a_requeued_job(served: Served) -> None:
     first = store.Result(job_id="a", outcome=store.Result.OUTCOME_FAILED, code=13, message="boom", attempt=1)
     second = store.Result(job_id="a", outcome=store.Result.OUTCOME_SUCCEEDED, response=answer(), generation=2)
     standing = [first]
@@ -597,7 +597,7 @@ async def test_the_result_of_a_requeued_job_is_waited_for(served: Served) -> Non
         assert (await client.jobs.result("a"))["y"].tolist() == [7]
 
 
-async def test_watching_many_goes_on_after_the_last_token(served: Served) -> None:
+async def test_a_watch_of_many_resumes_at_the_last_token(served: Served) -> None:
     asked: list[Any] = []
 
     async def watch(request: Any, context: Any) -> Any:
@@ -677,7 +677,7 @@ async def test_schedules(served: Served) -> None:
 
 
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -float("inf"), 1e18])
-async def test_seconds_that_are_none_are_named_and_not_sent(seconds: float) -> None:
+async def test_invalid_seconds_are_named_and_not_sent(seconds: float) -> None:
     fields: list[tuple[str, dict[str, Any]]] = [
         ("deadline", {"deadline": seconds}),
         ("delay", {"delay": seconds}),

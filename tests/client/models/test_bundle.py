@@ -26,12 +26,12 @@ def test_a_bare_file_is_one_version(tmp_path: Path) -> None:
     assert shape(path, name="other", version=7) == [("other", 7, ["model.onnx"])]
 
 
-def test_weights_beside_a_bare_file_go_along_under_their_own_name(tmp_path: Path) -> None:
+def test_external_weights_of_a_bare_file_keep_their_name(tmp_path: Path) -> None:
     path = touch(tmp_path, "big.onnx", "big.onnx.data", "unrelated.txt") / "big.onnx"
     assert shape(path) == [("big", 0, ["big.onnx.data", "model.onnx"])]
 
 
-def test_a_folder_has_all_its_versions_and_what_lies_beside_them(tmp_path: Path) -> None:
+def test_a_folder_has_all_versions_and_their_shared_files(tmp_path: Path) -> None:
     folder = touch(
         tmp_path / "m",
         "config.pbtxt",
@@ -55,16 +55,16 @@ def test_a_folder_has_all_its_versions_and_what_lies_beside_them(tmp_path: Path)
     assert shape(folder, name="n")[0][0] == "n"
 
 
-def test_a_model_of_another_server_is_its_configuration(tmp_path: Path) -> None:
+def test_a_remote_model_consists_of_its_configuration(tmp_path: Path) -> None:
     folder = touch(tmp_path / "far", "ca.pem")
     (folder / "config.pbtxt").write_text('backend: "remote"')
     assert shape(folder) == [("far", 0, ["../ca.pem", "../config.pbtxt"])]
     assert shape(folder, version=3) == [("far", 3, ["../ca.pem", "../config.pbtxt"])]
     (folder / "config.pbtxt").write_text('backend: "python"')
-    with pytest.raises(InvalidArgument, match="is no model"):
+    with pytest.raises(InvalidArgument, match="is not a model"):
         read(folder)
     (folder / "config.pbtxt").write_text("no configuration")
-    with pytest.raises(InvalidArgument, match="is no model"):
+    with pytest.raises(InvalidArgument, match="is not a model"):
         read(folder)
 
 
@@ -74,7 +74,7 @@ def test_a_version_folder_may_be_empty(tmp_path: Path) -> None:
     assert shape(folder) == [("ensemble", 1, ["../config.pbtxt"])]
 
 
-def test_a_linked_file_is_a_file_and_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+def test_linked_files_are_followed_and_a_dangling_link_is_an_error(tmp_path: Path) -> None:
     folder = touch(tmp_path / "m", "1/model.onnx")
     (folder / "1/weights.bin").symlink_to(touch(tmp_path, "blob") / "blob")
     assert shape(folder) == [("m", 1, ["model.onnx", "weights.bin"])]
@@ -88,26 +88,26 @@ def test_a_linked_file_is_a_file_and_a_link_that_leads_nowhere_is_named(tmp_path
     [
         (["r/a/1/model.onnx", "r/b/config.pbtxt"], "r", r"is a repository of models \(a, b\): push one of them"),
         (["d/model.onnx"], "d", r"has no version folder: push the file itself: .*model\.onnx --name d"),
-        (["d/x.txt"], "d", "is no model: expected <version>/model.onnx"),
+        (["d/x.txt"], "d", "is not a model: expected <version>/model.onnx"),
         (
             ["d/config.pbtxt"],
             "d",
-            r"has no version: put the model into a folder named 1 \(an empty one for an ensemble",
+            r"has no version: put the model into a folder named 1 \(an empty folder for an ensemble",
         ),
-        (["d/0/model.onnx", "d/01/model.onnx"], "d", "is no model"),
+        (["d/0/model.onnx", "d/01/model.onnx"], "d", "is not a model"),
         (["x.pt"], "x.pt", r"expected a \.onnx file, or a model folder"),
         (["a b.onnx"], "a b.onnx", "model name 'a b'"),
     ],
 )
-def test_what_is_no_model_is_told_what_it_looks_like(tmp_path: Path, files: list[str], path: str, words: str) -> None:
+def test_the_error_says_what_a_folder_looks_like(tmp_path: Path, files: list[str], path: str, words: str) -> None:
     with pytest.raises(InvalidArgument, match=words):
         read(touch(tmp_path, *files) / path)
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_path_or_version_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such file or folder"):
         read(tmp_path / "nothing.onnx")
-    with pytest.raises(NotFound, match="no version 3 in it: there are 1, 2"):
+    with pytest.raises(NotFound, match="no version 3; versions: 1, 2"):
         read(touch(tmp_path / "m", "1/model.onnx", "2/model.onnx"), version=3)
     with pytest.raises(InvalidArgument, match="count from 1"):
         read(tmp_path / "m", version=0)

@@ -10,7 +10,7 @@ import pytest
 
 import shoal
 from shoal.client import AsyncClient, Progress
-from shoal.client.models.readiness import Seen, Standing, Verdict
+from shoal.client.models.readiness import Poll, ReadinessWait, VersionReadiness
 from shoal.client.models.upload import CHUNK_BYTES
 from shoal.client.transport import methods
 from shoal.client.transport.retry import RetryPolicy
@@ -131,7 +131,7 @@ async def test_a_bare_file_is_uploaded_registered_and_not_sent_twice(served: Ser
         assert served.count(methods.PUT_ARTIFACT) == 1
 
 
-async def test_a_broken_upload_goes_on_where_it_was(served: Served, kept: Store, onnx: Path) -> None:
+async def test_a_broken_upload_is_resumed(served: Served, kept: Store, onnx: Path) -> None:
     kept.break_after = [CHUNK_BYTES, 2 * CHUNK_BYTES]
     async with client_of(served) as client:
         await client.models.push(onnx, wait=False)
@@ -139,7 +139,7 @@ async def test_a_broken_upload_goes_on_where_it_was(served: Served, kept: Store,
     assert next(iter(kept.whole.values())) == onnx.read_bytes()
 
 
-async def test_an_upload_that_makes_no_progress_is_given_up(served: Served, kept: Store, onnx: Path) -> None:
+async def test_an_upload_without_progress_is_an_error(served: Served, kept: Store, onnx: Path) -> None:
     kept.break_after = [0] * 99
     kept.partial[hashlib.sha256(onnx.read_bytes()).hexdigest()] = onnx.read_bytes()[: 3 * CHUNK_BYTES]
     async with client_of(served) as client:
@@ -147,7 +147,7 @@ async def test_an_upload_that_makes_no_progress_is_given_up(served: Served, kept
             await client.models.push(onnx, wait=False)
 
 
-async def test_a_bad_beginning_is_sent_again_from_the_start(served: Served, kept: Store, onnx: Path) -> None:
+async def test_a_damaged_partial_upload_is_restarted(served: Served, kept: Store, onnx: Path) -> None:
     kept.partial[hashlib.sha256(onnx.read_bytes()).hexdigest()] = b"not what it begins with"
     async with client_of(served) as client:
         await client.models.push(onnx, wait=False)
@@ -167,7 +167,7 @@ async def test_a_file_that_changes_meanwhile_is_data_loss(served: Served, kept: 
             await client.models.push(onnx, wait=False)
 
 
-async def test_what_cannot_be_read_and_what_the_callback_raises(served: Served, kept: Store, onnx: Path) -> None:
+async def test_unreadable_files_and_errors_of_the_callback(served: Served, kept: Store, onnx: Path) -> None:
     def tired(progress: Progress) -> None:
         raise RuntimeError("enough")
 
@@ -178,7 +178,7 @@ async def test_what_cannot_be_read_and_what_the_callback_raises(served: Served, 
             await client.models.push(onnx.with_name("x.onnx"))
 
 
-async def test_a_folder_goes_with_all_versions_and_equal_files_once(
+async def test_a_folder_is_pushed_with_all_versions_and_equal_files_once(
     served: Served, kept: Store, tmp_path: Path
 ) -> None:
     folder = tmp_path / "m"
@@ -198,7 +198,7 @@ async def test_a_folder_goes_with_all_versions_and_equal_files_once(
             await client.models.push(folder, wait=False)
 
 
-async def test_a_folder_of_models_goes_model_by_model_and_an_ensemble_last(
+async def test_a_repository_is_pushed_model_by_model_and_ensembles_last(
     served: Served, kept: Store, tmp_path: Path
 ) -> None:
     steps = 'platform: "ensemble" ensemble_scheduling { step { model_name: "b" } }'
@@ -212,11 +212,13 @@ async def test_a_folder_of_models_goes_model_by_model_and_an_ensemble_last(
         assert pushed[-1].model.name == "a"
         assert all(p.model.labels == {"by": "ada"} for p in pushed)
         for options in ({"name": "x"}, {"version": 1}):
-            with pytest.raises(InvalidArgument, match=r"is a repository of models .*: push that one: .*/a$"):
+            with pytest.raises(
+                InvalidArgument, match=r"is a repository of models .*: push that model's folder, such as .*/a$"
+            ):
                 await client.models.push(tmp_path, **options, wait=False)
 
 
-async def test_pull_brings_back_the_folder_that_was_pushed(served: Served, kept: Store, tmp_path: Path) -> None:
+async def test_pull_restores_the_pushed_folder(served: Served, kept: Store, tmp_path: Path) -> None:
     folder = tmp_path / "m"
     for name, content in {"config.pbtxt": b"c" * 5000, "2/model.onnx": b"one" * 3000, "2/empty": b""}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -228,13 +230,13 @@ async def test_pull_brings_back_the_folder_that_was_pushed(served: Served, kept:
         got = {str(p.relative_to(home)): p.read_bytes() for p in home.rglob("*") if p.is_file()}
         assert got == {"config.pbtxt": b"c" * 5000, "2/model.onnx": b"one" * 3000, "2/empty": b""}
         kept.corrupt = True
-        with pytest.raises(DataLoss, match="hash to"):
+        with pytest.raises(DataLoss, match="received 5000 bytes with SHA-256"):
             await client.models.pull("m", 2, into=tmp_path / "bad")
         assert not [p for p in (tmp_path / "bad").rglob("*") if p.is_file()]
-        with pytest.raises(NotFound, match="no model 'm' version 7: there are 2"):
+        with pytest.raises(NotFound, match="no version 7 of model 'm'; versions: 2"):
             await client.models.pull("m", 7)
         kept.models[0].files[0].path = "../../../evil"
-        with pytest.raises(FailedPrecondition, match="would be written outside"):
+        with pytest.raises(FailedPrecondition, match="leads out of"):
             await client.models.pull("m", into=tmp_path / "bad")
 
 
@@ -279,7 +281,7 @@ async def test_ready_means_ready_on_every_instance_that_takes_traffic(served: Se
     assert served.count(methods.LIST_INSTANCES) == 4
 
 
-async def test_a_model_that_cannot_be_loaded_says_why(served: Served) -> None:
+async def test_the_error_of_a_failed_load_has_the_reason(served: Served) -> None:
     listing(served, [instance("local/infer-0", m=[1])])
     index(served, Entry(name="m", version="2", state="UNAVAILABLE", reason="model.onnx: not an ONNX file"))
     async with client_of(served) as client:
@@ -288,7 +290,7 @@ async def test_a_model_that_cannot_be_loaded_says_why(served: Served) -> None:
         await client.models.wait_ready("m", 1, timeout=20)
 
 
-async def test_not_ready_in_time_says_where_not(served: Served) -> None:
+async def test_a_timeout_names_the_instances_that_are_not_ready(served: Served) -> None:
     index(served)
     async with client_of(served) as client:
         listing(served, [instance("local/infer-0", m=[2]), instance("local/infer-1")])
@@ -297,11 +299,11 @@ async def test_not_ready_in_time_says_where_not(served: Served) -> None:
         ):
             await client.models.wait_ready("m", 2, timeout=0.3)
         listing(served, [])
-        with pytest.raises(DeadlineExceeded, match="no infer instance is ready: look at `shoal status`"):
+        with pytest.raises(DeadlineExceeded, match="no infer instance is ready: see `shoal status`"):
             await client.models.wait_ready("m", timeout=0.3)
 
 
-async def test_a_server_that_stands_alone_is_asked_itself(served: Served) -> None:
+async def test_a_standalone_server_is_polled_itself(served: Served) -> None:
     answers = [False, False, True]
 
     async def ready(request: Any, context: Any) -> Any:
@@ -314,46 +316,46 @@ async def test_a_server_that_stands_alone_is_asked_itself(served: Served) -> Non
     assert answers == []
 
 
-HERE = Standing(("local/infer-0",), ())
-NOWHERE = Standing((), ("local/infer-0",))
+HERE = VersionReadiness(("local/infer-0",), ())
+NOWHERE = VersionReadiness((), ("local/infer-0",))
 
 
-def look(at: Standing, *entries: Entry, others: bool = False) -> Seen:
-    return Seen({1: at}, others, {int(entry.version): entry for entry in entries})
+def look(at: VersionReadiness, *entries: Entry, others: bool = False) -> Poll:
+    return Poll({1: at}, others, {int(entry.version): entry for entry in entries})
 
 
-def test_a_version_that_the_policy_leaves_out_is_known_after_a_while() -> None:
-    verdict = Verdict("m", {1})
-    verdict.add(look(NOWHERE, Entry(version="2", state="READY")), 0.0)  # The other version is not everywhere yet.
-    verdict.add(look(NOWHERE, Entry(version="2", state="READY"), others=True), 10.0)
-    verdict.add(look(NOWHERE, Entry(version="1", state="LOADING"), others=True), 11.5)  # It was only late.
-    verdict.add(look(NOWHERE, others=True), 12.5)
-    verdict.add(look(NOWHERE, others=True), 14.4)
-    assert verdict.waiting == {1}
-    verdict.add(look(NOWHERE, others=True), 14.5)
-    assert (verdict.waiting, verdict.left_out) == (set(), {1})
+def test_a_version_excluded_by_the_policy_is_recognized_once_settled() -> None:
+    wait = ReadinessWait("m", {1})
+    wait.add(look(NOWHERE, Entry(version="2", state="READY")), 0.0)  # The other version is not everywhere yet.
+    wait.add(look(NOWHERE, Entry(version="2", state="READY"), others=True), 10.0)
+    wait.add(look(NOWHERE, Entry(version="1", state="LOADING"), others=True), 11.5)  # It was only late.
+    wait.add(look(NOWHERE, others=True), 12.5)
+    wait.add(look(NOWHERE, others=True), 14.4)
+    assert wait.waiting == {1}
+    wait.add(look(NOWHERE, others=True), 14.5)
+    assert (wait.waiting, wait.not_served) == (set(), {1})
 
 
-def test_a_version_that_is_unavailable_for_a_moment_is_waited_for() -> None:
+def test_the_wait_outlasts_a_transient_unavailability() -> None:
     refused = Entry(name="m", version="1", state="UNAVAILABLE", reason="no luck")
-    verdict = Verdict("m", {1})
+    wait = ReadinessWait("m", {1})
     for now, entry in ((0.0, refused), (1.9, Entry(version="1", state="LOADING")), (2.5, refused), (4.4, refused)):
-        verdict.add(look(NOWHERE, entry), now)
-    verdict.add(look(NOWHERE, Entry(version="1", state="READY")), 4.45)  # Another instance, which has it.
+        wait.add(look(NOWHERE, entry), now)
+    wait.add(look(NOWHERE, Entry(version="1", state="READY")), 4.45)  # Another instance, which has it.
     with pytest.raises(FailedPrecondition, match="m version 1 cannot be loaded: no luck"):
-        verdict.add(look(NOWHERE, refused), 4.5)
-    verdict.add(look(HERE, refused), 5.0)
-    assert not verdict.waiting
+        wait.add(look(NOWHERE, refused), 4.5)
+    wait.add(look(HERE, refused), 5.0)
+    assert not wait.waiting
 
 
-async def test_pushing_only_what_is_not_served_says_so_unless_an_alias_mends_it(
+async def test_a_push_of_excluded_versions_fails_unless_an_alias_includes_one(
     served: Served, kept: Store, onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.client.models.readiness.SETTLED_S", 0.2)
     listing(served, [instance("local/infer-0", digits=[2])])
     index(served, Entry(name="digits", version="2", state="READY"))
     async with client_of(served) as client:
-        with pytest.raises(FailedPrecondition, match="digits version 1 is registered and not served"):
+        with pytest.raises(FailedPrecondition, match="digits version 1 is registered but not served"):
             await client.models.push(onnx, version=1)
 
         async def alias(request: Any, context: Any) -> Any:
@@ -366,7 +368,7 @@ async def test_pushing_only_what_is_not_served_says_so_unless_an_alias_mends_it(
         assert pushed.model.aliases == ("stable",)
 
 
-def test_the_blocking_face(served: Served, kept: Store, onnx: Path) -> None:
+def test_the_blocking_client(served: Served, kept: Store, onnx: Path) -> None:
     with shoal.Client(served.address) as client:
         client.models.push(onnx, wait=False)
         assert [model.name for model in client.models.list()] == ["digits"]

@@ -25,7 +25,7 @@ def names(root: Path) -> list[str]:
     return [folder.name for folder in models_in(root)]
 
 
-def test_an_ensemble_stands_behind_its_models_and_those_of_its_ensembles(tmp_path: Path) -> None:
+def test_an_ensemble_follows_its_models_and_inner_ensembles(tmp_path: Path) -> None:
     model(tmp_path, "all", ensemble("inner", "z", "served elsewhere"))
     model(tmp_path, "inner", ensemble("z", "zz"))
     model(tmp_path, "z")
@@ -38,14 +38,14 @@ def test_an_ensemble_stands_behind_its_models_and_those_of_its_ensembles(tmp_pat
     assert order.index("z") < order.index("inner")
 
 
-def test_a_configuration_that_cannot_be_read_is_left_to_the_server(tmp_path: Path) -> None:
+def test_an_unreadable_configuration_is_ignored(tmp_path: Path) -> None:
     model(tmp_path, "broken", "platform: ensemble {")
     (tmp_path / "binary").mkdir()
     (tmp_path / "binary/config.pbtxt").write_bytes(b"\xff\xfe")
     assert names(tmp_path) == ["binary", "broken"]
 
 
-def test_what_is_no_repository(tmp_path: Path) -> None:
+def test_paths_that_are_no_repository(tmp_path: Path) -> None:
     model(tmp_path, "m", "")
     assert names(tmp_path / "m") == []  # It is a model.
     assert names(tmp_path / "m/1") == []
@@ -53,8 +53,8 @@ def test_what_is_no_repository(tmp_path: Path) -> None:
     assert names(tmp_path / "nothing") == []
 
 
-def test_ensembles_that_are_made_of_each_other(tmp_path: Path) -> None:
+def test_ensembles_that_contain_each_other_are_an_error(tmp_path: Path) -> None:
     model(tmp_path, "a", ensemble("b"))
     model(tmp_path, "b", ensemble("a"))
-    with pytest.raises(InvalidArgument, match=r"made of each other: (a -> b -> a|b -> a -> b)"):
+    with pytest.raises(InvalidArgument, match=r"contain each other: (a -> b -> a|b -> a -> b)"):
         names(tmp_path)

@@ -53,7 +53,7 @@ def test_a_result_with_its_answer(served: Served) -> None:
     assert result.answer.outputs["y"].tolist() == [1, 2]
 
 
-def test_a_damaged_answer_is_said_to_be(served: Served) -> None:
+def test_a_damaged_answer_is_reported(served: Served) -> None:
     lost = stored("j", answer_lost="blob x: it is damaged", attempt=2)
 
     async def get(request: pb.GetResultRequest, context: Any) -> pb.GetResultResponse:
@@ -93,7 +93,7 @@ def test_a_list_of_more_than_a_page(served: Served) -> None:
     assert asked[0].omit_response
 
 
-def test_a_stream_goes_on_where_it_broke(served: Served) -> None:
+def test_a_broken_stream_is_resumed(served: Served) -> None:
     """It breaks after each message, in each way there is; every result comes once."""
     opened: list[str] = []
 
@@ -138,7 +138,7 @@ def served_export(served: Served, asked: list[pb.ExportResultsRequest], *, break
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_an_export_to_a_folder_here(served: Served, tmp_path: Path, breaks: bool) -> None:
+def test_an_export_to_a_local_folder(served: Served, tmp_path: Path, breaks: bool) -> None:
     asked: list[pb.ExportResultsRequest] = []
     served_export(served, asked, breaks=breaks)
     folder = tmp_path / "new" / "folder"
@@ -147,7 +147,7 @@ def test_an_export_to_a_folder_here(served: Served, tmp_path: Path, breaks: bool
         assert (last.complete, last.parts) == (True, 2)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
         assert [request.cursor for request in asked] == (["", "1"] if breaks else [""])
-        with pytest.raises(FailedPrecondition, match="holds an export already"):
+        with pytest.raises(FailedPrecondition, match="holds an export or a part of one"):
             next(client.results.export(folder))
         # With a cursor it goes on there.
         (folder / "part-00001.parquet").unlink()
@@ -155,7 +155,7 @@ def test_an_export_to_a_folder_here(served: Served, tmp_path: Path, breaks: bool
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
 
 
-def test_an_export_that_is_given_up_leaves_nothing_half(served: Served, tmp_path: Path) -> None:
+def test_an_abandoned_export_leaves_no_partial_file(served: Served, tmp_path: Path) -> None:
     served_export(served, [], breaks=False)
     with Client(served.address) as client:
         for at in client.results.export(tmp_path / "out"):
@@ -166,7 +166,9 @@ def test_an_export_that_is_given_up_leaves_nothing_half(served: Served, tmp_path
     assert {path.name for path in (tmp_path / "out").iterdir()} <= set(FILES)
 
 
-def test_an_export_to_a_url_is_the_stores_work(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_to_a_url_is_written_by_the_store(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     asked: list[pb.ExportResultsRequest] = []
 
@@ -191,7 +193,7 @@ def test_an_export_to_a_url_is_the_stores_work(served: Served, tmp_path: Path, m
         {"file": "part-00000.parquet", "offset": 5}, {"file": "part-00000.parquet", "offset": -1},
     ],
 )  # fmt: skip
-def test_a_node_that_sends_nonsense_writes_nothing(served: Served, tmp_path: Path, piece: dict[str, Any]) -> None:
+def test_invalid_pieces_are_not_written(served: Served, tmp_path: Path, piece: dict[str, Any]) -> None:
     async def export(request: pb.ExportResultsRequest, context: Any) -> Any:
         yield pb.ExportResultsResponse(**{"file_bytes": 9, "chunk": b"x", **piece})
 

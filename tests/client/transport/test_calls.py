@@ -67,7 +67,7 @@ def failing(times: int, code: grpc.StatusCode, trailing: tuple[tuple[str, str], 
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
-async def test_what_fails_for_a_moment_is_tried_again(served: Served, code: grpc.StatusCode) -> None:
+async def test_a_transient_failure_is_retried(served: Served, code: grpc.StatusCode) -> None:
     world = World()
     served.on(methods.GET_JOB, failing(2, code))
     answer = await world.caller(served.address).call(methods.GET_JOB, GET, timeout_s=10)
@@ -99,7 +99,7 @@ async def test_retries_end(served: Served) -> None:
     assert served.count(methods.GET_JOB) == 3
 
 
-async def test_what_may_not_be_repeated_is_tried_once(served: Served) -> None:
+async def test_a_call_that_is_not_idempotent_is_tried_once(served: Served) -> None:
     served.on(methods.REMOVE_MODEL, failing(99, grpc.StatusCode.UNAVAILABLE))
     with pytest.raises(Unavailable):
         await World().caller(served.address).call(methods.REMOVE_MODEL, store.RemoveModelRequest(), timeout_s=10)
@@ -107,7 +107,7 @@ async def test_what_may_not_be_repeated_is_tried_once(served: Served) -> None:
 
 
 @pytest.mark.parametrize("code", ["NOT_FOUND", "INVALID_ARGUMENT", "ABORTED", "DATA_LOSS", "INTERNAL", "UNKNOWN"])
-async def test_every_status_becomes_its_class_and_is_raised_at_once(served: Served, code: str) -> None:
+async def test_every_status_is_raised_as_its_class_without_retry(served: Served, code: str) -> None:
     served.on(methods.GET_JOB, failing(99, grpc.StatusCode[code]))
     with pytest.raises(ShoalError, match="not now") as caught:
         await World().caller(served.address).call(methods.GET_JOB, GET, timeout_s=10)
@@ -124,7 +124,7 @@ async def test_the_deadline_ends_a_call_that_hangs(served: Served) -> None:
         await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=0.2, doing="job a")
 
 
-async def test_closing_ends_calls_in_flight_and_refuses_later_ones(served: Served) -> None:
+async def test_closing_cancels_calls_in_flight_and_rejects_later_ones(served: Served) -> None:
     arrived = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -162,13 +162,13 @@ async def test_a_cancelled_task_is_cancelled(served: Served) -> None:
 ONCE = RetryPolicy(attempts=1)
 
 
-async def test_nobody_there(run_dir: Any) -> None:
+async def test_an_unreachable_node_is_unavailable(run_dir: Any) -> None:
     for address in ("127.0.0.1:1", f"unix:{run_dir}/nothing.sock"):
         with pytest.raises(Unavailable, match=f"no node answers at {address}: start one with `shoal up`, or give"):
             await Caller(address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
 
 
-async def test_somebody_else_is_there() -> None:
+async def test_a_server_that_does_not_speak_grpc_is_named() -> None:
     async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(10)
         writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
@@ -183,7 +183,7 @@ async def test_somebody_else_is_there() -> None:
 
 
 @pytest.mark.parametrize("status", ["404", "200"])
-async def test_a_web_server_is_there(status: str, transport: str) -> None:
+async def test_a_web_server_is_named(status: str, transport: str) -> None:
     """One that speaks HTTP/2, as Envoy's admin port does."""
     listener = Scripted()
     await listener.start()
@@ -205,7 +205,7 @@ async def test_a_server_that_does_not_know_the_call(served: Served) -> None:
         await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=5)
 
 
-async def test_the_servers_of_our_own_fronts_do_not_know_the_call() -> None:
+async def test_shoals_own_servers_report_an_unknown_method() -> None:
     async with Server("127.0.0.1:0", [], drain_ms=100) as server:
         with pytest.raises(Unimplemented, match=r"does not know this call.*`shoal serve`.*`shoal up`"):
             await Caller(server.address).call(methods.GET_JOB, GET, timeout_s=5)
@@ -216,12 +216,12 @@ async def test_envoy_without_an_instance(served: Served) -> None:
         await context.abort(grpc.StatusCode.UNAVAILABLE, "no healthy upstream")
 
     served.on(methods.GET_JOB, none)
-    with pytest.raises(Unavailable, match="GetJob: no instance can answer just now: look at `shoal status`"):
+    with pytest.raises(Unavailable, match="GetJob: no instance is available at present: see `shoal status`"):
         await Caller(served.address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
 
 
 @pytest.mark.parametrize("words", ["Stream removed (RST_STREAM (Received RST_STREAM with error code 2))", "RST_STREAM"])
-async def test_a_reset_is_a_broken_connection_and_no_fault_of_the_service(served: Served, words: str) -> None:
+async def test_a_reset_is_reported_as_a_broken_connection(served: Served, words: str) -> None:
     async def reset(request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.INTERNAL, words)
 
@@ -230,7 +230,7 @@ async def test_a_reset_is_a_broken_connection_and_no_fault_of_the_service(served
         await Caller(served.address, retry=ONCE).call(methods.GET_JOB, GET, timeout_s=5)
 
 
-async def test_the_error_message_of_a_missing_thing_is_the_services_own(served: Served) -> None:
+async def test_not_found_keeps_the_services_message(served: Served) -> None:
     async def missing(request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.NOT_FOUND, "no job a")
 
@@ -239,7 +239,7 @@ async def test_the_error_message_of_a_missing_thing_is_the_services_own(served: 
         await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=5)
 
 
-async def test_headers_go_along_and_bad_ones_are_named(served: Served) -> None:
+async def test_headers_are_sent_and_invalid_ones_are_named(served: Served) -> None:
     served.on(methods.GET_JOB, failing(0, grpc.StatusCode.OK))
     caller = Caller(served.address, headers={"x-team": "blue"})
     await caller.call(methods.GET_JOB, GET, timeout_s=5, headers={"x-user": "ada"})
@@ -250,17 +250,17 @@ async def test_headers_go_along_and_bad_ones_are_named(served: Served) -> None:
 
 
 @pytest.mark.parametrize("timeout", [-1.0, float("nan")])
-async def test_a_timeout_that_is_none_is_refused(served: Served, timeout: float) -> None:
+async def test_an_invalid_timeout_is_rejected(served: Served, timeout: float) -> None:
     with pytest.raises(InvalidArgument, match="timeout"):
         await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=timeout)
 
 
-async def test_an_endless_timeout_is_a_long_one(served: Served) -> None:
+async def test_an_infinite_timeout_is_limited(served: Served) -> None:
     served.on(methods.GET_JOB, failing(0, grpc.StatusCode.OK))
     await Caller(served.address).call(methods.GET_JOB, GET, timeout_s=float("inf"))
 
 
-async def test_a_span_for_each_call_and_its_trace_goes_along(served: Served) -> None:
+async def test_each_call_has_a_span_and_sends_its_trace_context(served: Served) -> None:
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -285,7 +285,7 @@ async def test_a_span_for_each_call_and_its_trace_goes_along(served: Served) -> 
     assert carried.split("-")[1:3] == [f"{inner.context.trace_id:032x}", f"{inner.context.span_id:016x}"]
 
 
-async def test_a_stream_that_breaks_is_opened_again(served: Served) -> None:
+async def test_a_broken_stream_is_reopened(served: Served) -> None:
     opened = [0]
 
     async def watch(request: Any, context: Any) -> Any:
@@ -306,7 +306,7 @@ async def test_a_stream_that_breaks_is_opened_again(served: Served) -> None:
     assert len(world.slept) == 2
 
 
-async def test_a_stream_that_never_comes_back_gives_up(served: Served) -> None:
+async def test_reopening_a_stream_ends_after_its_attempts(served: Served) -> None:
     served.on(methods.WATCH_JOB, failing(99, grpc.StatusCode.UNAVAILABLE))
     caller = World().caller(served.address)
     with pytest.raises(Unavailable, match="not now"):
@@ -317,7 +317,7 @@ async def test_a_stream_that_never_comes_back_gives_up(served: Served) -> None:
     assert served.count(methods.WATCH_JOB) == 8
 
 
-async def test_a_connection_that_is_lost_is_one_that_broke(served: Served) -> None:
+async def test_a_lost_connection_is_unavailable(served: Served) -> None:
     arrived, loop = asyncio.Event(), asyncio.get_running_loop()
 
     async def never(request: Any, context: Any) -> Any:
@@ -333,7 +333,7 @@ async def test_a_connection_that_is_lost_is_one_that_broke(served: Served) -> No
             await call
 
 
-async def test_a_connection_that_is_lost_is_made_again(served: Served) -> None:
+async def test_a_lost_connection_is_reopened(served: Served) -> None:
     served.on(methods.GET_JOB, failing(0, grpc.StatusCode.OK))
     async with passing(served.address) as (address, cut):
         caller = Caller(address)
@@ -393,7 +393,7 @@ async def test_a_stream_without_a_deadline_goes_both_ways_until_it_is_half_close
     assert left == [None]
 
 
-async def test_leaving_a_stream_early_tells_the_service(served: Served) -> None:
+async def test_leaving_a_stream_early_cancels_it_at_the_service(served: Served) -> None:
     gone, loop = asyncio.Event(), asyncio.get_running_loop()
 
     async def endless(request: Any, context: Any) -> Any:
@@ -450,7 +450,7 @@ async def test_many_calls_at_once(served: Served) -> None:
     await caller.close()
 
 
-async def test_a_client_that_nobody_closed_leaves_no_connection() -> None:
+async def test_an_unclosed_client_leaves_no_connection() -> None:
     ended = asyncio.Event()
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
