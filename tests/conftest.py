@@ -72,7 +72,7 @@ def _needs_a_device(request: pytest.FixtureRequest) -> None:
 
 
 @contextmanager
-def running(part: processes.Part, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(part: processes.ProcessSpec, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `part` until the block ends. It is there, and ready, when the block begins."""
     with log.open("wb") as out:
         process = subprocess.Popen(part.argv, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **part.env})

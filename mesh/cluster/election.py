@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from mesh.cluster.etcd import Created, Entry, Etcd, Lease, LeaseLost, Put
 from mesh.cluster.mirror import Copy
 from mesh.process.tasks import Background
-from mesh.process.watched import Latest
+from mesh.process.watched import Watched
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Election(Background):
         self._name = name
         self._clock = clock
         self._now = now
-        self._term: Latest[Term | None] = Latest(None)
+        self._term: Watched[Term | None] = Watched(None)
 
     @property
     def term(self) -> Term | None:

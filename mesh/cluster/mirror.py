@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 from mesh.cluster.etcd import Compacted, Entry, Etcd, Event
 from mesh.process.tasks import Background
-from mesh.process.watched import Latest
+from mesh.process.watched import Watched
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Mirror(Background):
     def __init__(self, etcd: Etcd, prefix: bytes) -> None:
         self._etcd = etcd
         self._prefix = prefix
-        self._copy: Latest[Copy] = Latest(Copy())
+        self._copy: Watched[Copy] = Watched(Copy())
 
     @property
     def copy(self) -> Copy:

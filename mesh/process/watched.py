@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Latest(Generic[T]):
+class Watched(Generic[T]):
     """Holds one immutable value. Slow followers skip values that were replaced, so there is no queue to bound."""
 
     def __init__(self, value: T) -> None:

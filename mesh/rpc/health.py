@@ -12,7 +12,7 @@ from typing import Any
 from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc
 
-from mesh.process.watched import Latest
+from mesh.process.watched import Watched
 from shoal.errors import NotFound
 
 
@@ -20,7 +20,7 @@ class Health(health_pb2_grpc.HealthServicer):
     """The statuses of services by name; "" is the server as a whole."""
 
     def __init__(self) -> None:
-        self._statuses: Latest[Mapping[str, int]] = Latest(MappingProxyType({}))
+        self._statuses: Watched[Mapping[str, int]] = Watched(MappingProxyType({}))
 
     def say(self, services: Iterable[str], *, is_serving: bool) -> None:
         """Of the server as a whole, and of each of these services."""

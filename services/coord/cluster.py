@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mesh.cluster.election import LEADER, Leader, leader_of
 from mesh.cluster.membership import Instance, State, view_of
 from mesh.cluster.mirror import Copy
-from services.coord.drains import Mark, drained, marks_of
+from services.coord.drains import DrainMark, drained, marks_of
 
 PREFIX = b"/shoal/"
 
@@ -18,7 +18,7 @@ class Cluster:
 
     instances: tuple[Instance, ...] = ()
     """Sorted by service and name."""
-    marks: tuple[Mark, ...] = ()
+    marks: tuple[DrainMark, ...] = ()
     drained: frozenset[str] = frozenset()
     """Names of instances that an operator has taken out."""
     leader: Leader | None = None

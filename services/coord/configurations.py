@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 from mesh.cluster.mirror import Mirror
 from mesh.process.tasks import Background
-from mesh.process.watched import Latest
+from mesh.process.watched import Watched
 from mesh.xds.routes import Table
 from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
 from mesh.xds.tracing import Tracing
@@ -32,7 +32,7 @@ class Configurations(Background):
         self._tracing = tracing
         self._settle_s = settle_s
         self._clock = clock
-        self._presence: Latest[Presence] = Latest(Presence())
+        self._presence: Watched[Presence] = Watched(Presence())
 
     async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
         """The node's snapshot once the cluster is known, and again after each change that concerns it. Never ends."""

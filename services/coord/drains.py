@@ -21,7 +21,7 @@ PREFIX = b"/shoal/drains/"
 
 
 @dataclass(frozen=True)
-class Mark:
+class DrainMark:
     """One drained process."""
 
     name: str
@@ -42,33 +42,33 @@ def key_of(name: str) -> bytes:
     return PREFIX + name.encode()
 
 
-def mark_of(instance: Instance) -> Mark:
+def mark_of(instance: Instance) -> DrainMark:
     """The mark that drains the process behind `instance`."""
-    return Mark(instance.name, instance.pid, instance.started_at)
+    return DrainMark(instance.name, instance.pid, instance.started_at)
 
 
-def encode(mark: Mark) -> bytes:
+def encode(mark: DrainMark) -> bytes:
     return json.dumps({"pid": mark.pid, "started_at": mark.started_at}).encode()
 
 
 @lru_cache(maxsize=1024)
-def _readable(key: bytes, value: bytes) -> Mark | None:
+def _readable(key: bytes, value: bytes) -> DrainMark | None:
     """Cached, so that an unreadable key is logged once and not at each change of another."""
     try:
         raw = json.loads(value)
-        return Mark(key.removeprefix(PREFIX).decode(), int(raw["pid"]), float(raw["started_at"]))
+        return DrainMark(key.removeprefix(PREFIX).decode(), int(raw["pid"]), float(raw["started_at"]))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as err:
         log.warning("ignoring the key %r in etcd: %r", key, err)
         return None
 
 
-def marks_of(entries: Mapping[bytes, Entry]) -> tuple[Mark, ...]:
+def marks_of(entries: Mapping[bytes, Entry]) -> tuple[DrainMark, ...]:
     """The marks among the entries of etcd. What cannot be read is logged and left out."""
     found = (_readable(key, entry.value) for key, entry in entries.items() if key.startswith(PREFIX))
     return tuple(sorted((mark for mark in found if mark is not None), key=lambda mark: mark.name))
 
 
-def drained(instances: Iterable[Instance], marks: Iterable[Mark]) -> frozenset[str]:
+def drained(instances: Iterable[Instance], marks: Iterable[DrainMark]) -> frozenset[str]:
     """The names of the instances that are drained."""
     by_name = {mark.name: mark for mark in marks}
     return frozenset(i.name for i in instances if i.name in by_name and by_name[i.name].is_on(i))
@@ -94,12 +94,12 @@ def resolve(name: str, instances: Iterable[Instance]) -> Instance:
 
 
 def obsolete(
-    marks: Iterable[Mark],
+    marks: Iterable[DrainMark],
     instances: Iterable[Instance],
     absent_since: Mapping[str, float],
     now: float,
     patience_s: float,
-) -> tuple[Mark, ...]:
+) -> tuple[DrainMark, ...]:
     """Marks whose process is gone: replaced by another, or absent for `patience_s` (after an outage of etcd everybody
     is absent for a moment). `absent_since`: when each mark's process was first missed.
     """

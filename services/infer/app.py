@@ -25,13 +25,13 @@ from services.infer.model_process.inner_calls import InnerCalls
 from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.model_process.shared.owners import Owners
 from services.infer.models.control import Control
-from services.infer.models.load_context import Means, as_it_is
+from services.infer.models.load_context import LoadContext, identity
 from services.infer.models.models import Models
 from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.remote.remote_runtime import RemoteRuntime
 from services.infer.rpc import bulk_rpc, fast_methods, inference_rpc
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.gpu_stream import Lanes
+from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.crash_guard import CrashGuard, journaled
 from services.infer.sources import repository
@@ -53,12 +53,12 @@ async def run(config: InferConfig) -> None:
         calls = InnerCalls()
         journal = stack.enter_context(CrashJournal(config.flights)) if config.flights else None
         owners = stack.enter_context(Owners(config.shared_dir))
-        means = Means.of(
+        means = LoadContext.of(
             _runtimes(config, calls, owners),
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
-            around=partial(journaled, journal) if journal else as_it_is,
+            around=partial(journaled, journal) if journal else identity,
         )
         models = await stack.enter_async_context(Models(means))
         control = await stack.enter_async_context(_control(config, models))
@@ -97,7 +97,7 @@ async def run(config: InferConfig) -> None:
 
 def _runtimes(config: InferConfig, calls: InnerCalls, owners: Owners) -> Runtimes:
     """Where several infer processes share models, those on a GPU are: each would bring its weights there again."""
-    lanes = Lanes()
+    lanes = GpuStreams()
     return Runtimes(
         [
             OnnxRuntime(lanes),

@@ -19,12 +19,12 @@ from services.infer.models.control import Control
 from services.infer.models.models import Models, version_number
 from services.infer.models.version import State, Version
 from services.infer.requests import answer, parameters
-from services.infer.requests.request import Call, is_long_read, read, read_async
+from services.infer.requests.outcome import InferenceResult
+from services.infer.requests.request import InferenceRequest, is_long_read, read, read_async
 from services.infer.response_cache.cache import CacheState
 from services.infer.scheduling.crash_guard import CrashGuard
-from services.infer.scheduling.scheduler import Answer
 from services.infer.scheduling.submitted import Waiter
-from services.infer.sequences.arrival_order import Line
+from services.infer.sequences.arrival_order import ArrivalOrder
 from shoal import __version__
 from shoal.errors import InvalidArgument, ShoalError, Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
@@ -191,15 +191,21 @@ class InferenceServer:
             answer.explain(response, got, self._replica, cache)
         return response
 
-    async def _read(self, request: pb.ModelInferRequest, version: Version, is_retry: bool) -> Call:
+    async def _read(self, request: pb.ModelInferRequest, version: Version, is_retry: bool) -> InferenceRequest:
         call = await read_async(request, version.loaded.model.signature)
         if is_retry and self._crash_guard is not None:
             call = replace(await self._crash_guard.checked(version.name, call), check=self._crash_guard.checked)
         return call
 
     async def _step(
-        self, request: pb.ModelInferRequest, version: Version, line: Line, deadline: float, tenant: str, is_retry: bool
-    ) -> tuple[Call, Answer]:
+        self,
+        request: pb.ModelInferRequest,
+        version: Version,
+        line: ArrivalOrder,
+        deadline: float,
+        tenant: str,
+        is_retry: bool,
+    ) -> tuple[InferenceRequest, InferenceResult]:
         """One step of a sequence: it stands in line behind those that came before, though they take longer to read."""
         scheduler, id = version.scheduler, parameters.sequence_id(request.parameters)
         if line.is_free(id) and not is_retry and not is_long_read(request):

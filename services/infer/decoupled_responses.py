@@ -7,8 +7,8 @@ from contextlib import aclosing
 
 from services.infer.models.version import Version
 from services.infer.requests import answer
-from services.infer.requests.outcome import Answer, Times
-from services.infer.requests.request import Call
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.decoupled import Response
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -20,7 +20,7 @@ WANTS_EMPTY_FINAL = "triton_enable_empty_final_response"
 
 
 async def responses(
-    version: Version, call: Call, asked: pb.ModelInferRequest, deadline: float, tenant: str
+    version: Version, call: InferenceRequest, asked: pb.ModelInferRequest, deadline: float, tenant: str
 ) -> AsyncGenerator[pb.ModelInferResponse | ShoalError, None]:
     """Raises what `DecoupledScheduler.stream` does; errors of the model's own are responses."""
     assert version.decoupled is not None, "only a decoupled version is asked"
@@ -33,9 +33,9 @@ async def responses(
                 yield _written(response, version, call, asked.id)
 
 
-def _written(response: Response, version: Version, call: Call, id: str) -> pb.ModelInferResponse:
+def _written(response: Response, version: Version, call: InferenceRequest, id: str) -> pb.ModelInferResponse:
     batched = version.loaded.model.signature.max_batch_size > 0
-    made = Answer(response.outputs, Times())
+    made = InferenceResult(response.outputs, ExecutionTimes())
     if response.is_empty:
         written = pb.ModelInferResponse(model_name=version.name, id=id)  # As Triton has it: no version.
     else:

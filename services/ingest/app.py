@@ -41,7 +41,7 @@ from services.ingest.schedules.documents import INDEXES as SCHEDULE_INDEXES
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.documents import VALIDATOR as SCHEDULE_VALIDATOR
 from services.ingest.short import SUBMIT, FastSubmit
-from services.ingest.tenants.reading import Standings
+from services.ingest.tenants.reading import TenantStatuses
 from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _servicer(
         reading.watch_many,
         batches,
         tenants.book,
-        Standings(ground.jobs, tenants.book, tenants.pending),
+        TenantStatuses(ground.jobs, tenants.book, tenants.pending),
         streams.run_streams,
         streams.reports,
         stream_items=config.stream_items,

@@ -25,7 +25,7 @@ from mesh.rpc.client.channel import Channel
 from services.ingest.clock import DatabaseClock, milliseconds
 from services.ingest.config import IngestConfig
 from services.ingest.connectors import settings
-from services.ingest.connectors.connectors import Connectors, Place
+from services.ingest.connectors.connectors import ConnectorContext, Connectors
 from services.ingest.connectors.reports import CONNECTORS, Reports
 from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.dispatch.attempt import Attempts
@@ -33,8 +33,8 @@ from services.ingest.dispatch.cancel import Cancelling
 from services.ingest.dispatch.cascade import Cascade
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.dispatch.lease_keeper import Keeper
-from services.ingest.dispatch.model_gate import Gate
+from services.ingest.dispatch.lease_keeper import LeaseKeeper
+from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import Recorder
 from services.ingest.dispatch.remote import RemoteModel, RemoteResults
 from services.ingest.documents import JOBS
@@ -55,16 +55,15 @@ from services.ingest.reading.endings import Endings
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Changes, Watch
 from services.ingest.reading.watch_many import WatchMany
-from services.ingest.retention.book import JOB_RETENTION
-from services.ingest.retention.book import Book as RetentionBook
+from services.ingest.retention.book import JOB_RETENTION, RetentionRepository
 from services.ingest.retention.sweep import Sweep
 from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.documents import SCHEDULES
 from services.ingest.schedules.firing import Firing
 from services.ingest.tenants.admission import Admission
-from services.ingest.tenants.book import Book
+from services.ingest.tenants.book import TenantRepository
 from services.ingest.tenants.bucket import Buckets
-from services.ingest.tenants.pending import Pending
+from services.ingest.tenants.pending import PendingCounts
 from services.ingest.ulid import Ulids
 
 if TYPE_CHECKING:
@@ -90,8 +89,8 @@ class Ground:
 class TenantsArea:
     """Tenants: settings, quotas and rates."""
 
-    book: Book
-    pending: Pending
+    book: TenantRepository
+    pending: PendingCounts
     buckets: Buckets
 
 
@@ -104,7 +103,7 @@ class DispatchArea:
     claims: Claims
     recorder: Recorder
     dispatcher: Dispatcher
-    keeper: Keeper
+    keeper: LeaseKeeper
     cascade: Cascade
 
 
@@ -140,7 +139,7 @@ class SchedulesArea:
 class RetentionArea:
     """Retention of jobs and batches."""
 
-    book: RetentionBook
+    book: RetentionRepository
     sweep: Sweep
 
 
@@ -177,7 +176,9 @@ async def build_ground(config: IngestConfig, stack: AsyncExitStack) -> Ground:
 def build_tenants(ground: Ground) -> TenantsArea:
     """Return the tenants."""
     return TenantsArea(
-        Book(ground.database), Pending(ground.jobs, time.monotonic), Buckets(ground.database, time.monotonic)
+        TenantRepository(ground.database),
+        PendingCounts(ground.jobs, time.monotonic),
+        Buckets(ground.database, time.monotonic),
     )
 
 
@@ -185,7 +186,7 @@ def build_dispatch(config: IngestConfig, ground: Ground, tenants: TenantsArea) -
     """Return the dispatch."""
     instance, store, payloads = ground.instance, ground.store, ground.payloads
     model, results = RemoteModel(ground.channel), RemoteResults(ground.channel)
-    gate, backlog = Gate(), Backlog(config.max_backlog)
+    gate, backlog = ModelGate(), Backlog(config.max_backlog)
     claims = Claims(
         store,
         instance,
@@ -213,7 +214,7 @@ def build_dispatch(config: IngestConfig, ground: Ground, tenants: TenantsArea) -
         poll_ms=config.poll_ms,
         drain_ms=config.drain_ms,
     )
-    keeper = Keeper(store, claims, dispatcher, results, payloads, backlog, instance, renew_ms=config.renew_ms)
+    keeper = LeaseKeeper(store, claims, dispatcher, results, payloads, backlog, instance, renew_ms=config.renew_ms)
     cascade = Cascade(store, claims, dispatcher, ground.events, instance)
     return DispatchArea(model, backlog, claims, recorder, dispatcher, keeper, cascade)
 
@@ -291,7 +292,7 @@ def build_schedules(
 
 def build_retention(config: IngestConfig, ground: Ground, schedules: SchedulesArea) -> RetentionArea:
     """Return the retention."""
-    book = RetentionBook(ground.database[JOB_RETENTION], config.retention)
+    book = RetentionRepository(ground.database[JOB_RETENTION], config.retention)
     lease = schedules.lease
     sweep = Sweep(
         ground.jobs,
@@ -309,7 +310,7 @@ def build_streams(config: IngestConfig, ground: Ground, intake: IntakeArea, read
     """Return the connectors and the clients' streams."""
     instance = ground.instance
     configured = settings.read(config.connectors) if config.connectors is not None else {}
-    place = Place(instance.name, instance.clock, ground.database)
+    place = ConnectorContext(instance.name, instance.clock, ground.database)
     connectors = Connectors(configured, intake.intake, reading.endings, place, ready=instance.ready)
     reports = Reports(
         ground.database[CONNECTORS],

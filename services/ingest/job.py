@@ -41,7 +41,7 @@ from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
 from typing import Any, TypedDict, Unpack
 
-from services.ingest.lane import Lane
+from services.ingest.lane import TenantQueueKey
 from shoal.errors import Code
 
 
@@ -281,9 +281,9 @@ class Job:
         return job
 
     @property
-    def lane(self) -> Lane:
+    def lane(self) -> TenantQueueKey:
         """Where it waits."""
-        return Lane(self.tenant, self.model_name, self.priority)
+        return TenantQueueKey(self.tenant, self.model_name, self.priority)
 
     @property
     def is_final(self) -> bool:

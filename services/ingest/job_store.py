@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any, Protocol, TypeAlias
 
 from services.ingest.job import End, Job, Lease, State
-from services.ingest.lane import Lane
+from services.ingest.lane import TenantQueueKey
 from shoal.errors import AlreadyExists, ShoalError
 
 Key: TypeAlias = tuple[str, str]
@@ -61,7 +61,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class DependencyState:
     """State of a job that others wait for."""
 
     id: str
@@ -102,16 +102,18 @@ class JobStore(Protocol):
     async def by_key(self, keys: Collection[Key]) -> dict[Key, Job]:
         """Return the jobs that have these idempotency keys."""
 
-    async def standings(self, tenant: str, ids: Collection[str], keys: Collection[str]) -> list[Standing]:
+    async def standings(self, tenant: str, ids: Collection[str], keys: Collection[str]) -> list[DependencyState]:
         """Return the states of a tenant's jobs that have one of these ids or keys; one of both kinds may be twice."""
 
     async def count_waiting(self, limit: int) -> int:
         """Return the number of jobs that wait to be claimed; `limit` if there are more."""
 
-    async def lanes(self, after: str, limit: int) -> list[tuple[Lane, datetime]]:
+    async def lanes(self, after: str, limit: int) -> list[tuple[TenantQueueKey, datetime]]:
         """Return up to `limit` lanes that have jobs, with their earliest due times, by text from `after` on."""
 
-    async def heads(self, limits: Sequence[tuple[Lane, int]], now: datetime) -> dict[Lane, list[Waiting]]:
+    async def heads(
+        self, limits: Sequence[tuple[TenantQueueKey, int]], now: datetime
+    ) -> dict[TenantQueueKey, list[Waiting]]:
         """Return the first due jobs of each of these lanes, up to its limit, in the order of their due times."""
 
     async def claim(self, ids: Sequence[str], lease: Lease, now: datetime) -> Claimed | Unknown:

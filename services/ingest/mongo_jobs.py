@@ -36,15 +36,15 @@ from services.ingest.job_store import (
     Change,
     Claimed,
     DeadFilter,
+    DependencyState,
     Inserted,
     Key,
     KeyTaken,
-    Standing,
     Unknown,
     Waiting,
     Written,
 )
-from services.ingest.lane import Lane, lane_of
+from services.ingest.lane import TenantQueueKey, lane_of
 from shoal.errors import DataLoss, ShoalError
 
 _DUPLICATE_KEY = 11000
@@ -83,8 +83,8 @@ class MongoJobs:
             found = [job_of(document) async for document in self._jobs.find({"$or": either}, LIGHT)]
         return {(job.tenant, job.key): job for job in found}
 
-    async def standings(self, tenant: str, ids: Collection[str], keys: Collection[str]) -> list[Standing]:
-        found: list[Standing] = []
+    async def standings(self, tenant: str, ids: Collection[str], keys: Collection[str]) -> list[DependencyState]:
+        found: list[DependencyState] = []
         with translated("looking up jobs that others depend on"):
             for name, wanted in (("_id", ids), ("key", keys)):
                 if wanted:
@@ -96,7 +96,7 @@ class MongoJobs:
         with translated("counting queued jobs"):
             return await self._jobs.count_documents(WAITING, limit=limit, hint="lanes")
 
-    async def lanes(self, after: str, limit: int) -> list[tuple[Lane, datetime]]:
+    async def lanes(self, after: str, limit: int) -> list[tuple[TenantQueueKey, datetime]]:
         pipeline: list[Document] = [
             {"$match": {**WAITING, "lane": {"$gt": after}}},
             *EACH_LANE,
@@ -107,11 +107,13 @@ class MongoJobs:
             found = await self._jobs.aggregate(pipeline, hint="lanes")
             return [(lane_of(document["_id"]), document["due_at"]) async for document in found]
 
-    async def heads(self, limits: Sequence[tuple[Lane, int]], now: datetime) -> dict[Lane, list[Waiting]]:
+    async def heads(
+        self, limits: Sequence[tuple[TenantQueueKey, int]], now: datetime
+    ) -> dict[TenantQueueKey, list[Waiting]]:
         # One round trip, and no document is read.
         pipeline, *others = [_head(lane, limit, now) for lane, limit in limits]
         pipeline += [{"$unionWith": {"coll": self._jobs.name, "pipeline": other}} for other in others]
-        seen: dict[Lane, list[Waiting]] = {}
+        seen: dict[TenantQueueKey, list[Waiting]] = {}
         with translated("looking for jobs that are due"):
             async for found in await self._jobs.aggregate(pipeline):
                 seen.setdefault(lane_of(found["lane"]), []).append((found["due_at"], found["_id"]))
@@ -199,7 +201,7 @@ class MongoJobs:
         without = {"lane": None, "due_at": {"$gt": EVER}}
         with translated("lining up jobs of an earlier version"):
             while found := await self._jobs.find(without, _LANE_FIELDS).to_list(_LINED_UP_AT_ONCE):
-                lanes = [(one["_id"], Lane(one["tenant"], one["model_name"], 0).text) for one in found]
+                lanes = [(one["_id"], TenantQueueKey(one["tenant"], one["model_name"], 0).text) for one in found]
                 await self._jobs.bulk_write([UpdateOne({"_id": id_}, {"$set": {"lane": lane}}) for id_, lane in lanes])
                 lined_up += len(found)
         return lined_up
@@ -263,7 +265,7 @@ class MongoJobs:
         return [job_of(document) async for document in cursor]
 
 
-def _head(lane: Lane, limit: int, now: datetime) -> list[Document]:
+def _head(lane: TenantQueueKey, limit: int, now: datetime) -> list[Document]:
     return [
         {"$match": {"lane": lane.text, "due_at": {"$lte": now, "$gt": EVER}}},
         {"$sort": {"due_at": 1, "_id": 1}},
@@ -281,7 +283,7 @@ def _refusal(entry: Mapping[str, Any]) -> ShoalError:
     return translate(BulkWriteError({"writeErrors": [entry], "writeConcernErrors": []}), "storing a submitted job")
 
 
-def _standing(document: Document) -> Standing:
+def _standing(document: Document) -> DependencyState:
     state = State(document["state"])
     message: str = document.get("last_message", "") if state is not State.SUCCEEDED else ""
-    return Standing(document["_id"], state, message, document.get("key", ""))
+    return DependencyState(document["_id"], state, message, document.get("key", ""))

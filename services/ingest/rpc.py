@@ -22,12 +22,12 @@ from services.ingest.reading.jobs import Filter, Jobs
 from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
 from services.ingest.reading.watch_many import WatchMany
-from services.ingest.retention.book import Book as RetentionBook
+from services.ingest.retention.book import RetentionRepository
 from services.ingest.retention.rpc import JobRetentionRpc
 from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.rpc import SchedulesRpc
-from services.ingest.tenants.book import Book
-from services.ingest.tenants.reading import Standings
+from services.ingest.tenants.book import TenantRepository
+from services.ingest.tenants.reading import TenantStatuses
 from services.ingest.tenants.rpc import TenantsRpc
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -56,11 +56,11 @@ class IngestRpc(
         cancelling: Cancelling,
         dead_letters: DeadLetters,
         schedules: Schedules,
-        retention: RetentionBook,
+        retention: RetentionRepository,
         watch_many: WatchMany,
         batches: Batches | None,
-        book: Book,
-        standings: Standings,
+        book: TenantRepository,
+        standings: TenantStatuses,
         run_streams: RunStreams,
         reports: Reports,
         *,

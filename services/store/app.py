@@ -26,7 +26,7 @@ from services.store.backups.restore import Restore
 from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.exports.exports import Exports
-from services.store.exports.places import Places
+from services.store.exports.places import ExportLocations
 from services.store.garbage.collector import Collector
 from services.store.garbage.references import References
 from services.store.garbage.rounds import Rounds
@@ -81,7 +81,7 @@ async def run(config: StoreConfig) -> None:
         waiting = await stack.enter_async_context(results.waiting)
         result_watch = ResultWatch(watching[config.database], collections, results, config.max_watches)
         result_stream = ResultStream(results, result_watch, config.max_streams)
-        export_places = Places(config.exports, threads, checksums=config.s3_checksums)
+        export_places = ExportLocations(config.exports, threads, checksums=config.s3_checksums)
         exports = Exports(collections, results, result_stream, export_places, threads, config.max_exports)
 
         # What removes: retention by the leader, the collector in every instance.

@@ -124,7 +124,7 @@ def serve(
         "POLL_MS": "" if poll_ms is None else str(poll_ms),
     }
     settings = {name: value for name, value in given.items() if value}
-    wanted = standalone.Wanted(repository.expanduser(), host, port, front.value, insecure, workers, settings)
+    wanted = standalone.ServeOptions(repository.expanduser(), host, port, front.value, insecure, workers, settings)
     raise typer.Exit(asyncio.run(standalone.serve(wanted, os.environ, screen)))
 
 

@@ -23,7 +23,7 @@ from shoal.node.options import Options
 from shoal.node.plan import Layout
 from shoal.node.ports import PortInUse, Ports
 from shoal.node.process import raise_file_limit
-from shoal.node.processes import Part
+from shoal.node.processes import ProcessSpec
 from shoal.node.ready import Ready, ReadyFiles
 from shoal.node.supervisor import Event, Started, Supervisor
 from shoal.node.unique_name import refuse_namesake
@@ -109,7 +109,7 @@ async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[st
             await _run(_Running(options, layout, files, screen), groups, signals)
 
 
-async def _run(running: _Running, groups: Sequence[Sequence[Part]], signals: Signals) -> None:
+async def _run(running: _Running, groups: Sequence[Sequence[ProcessSpec]], signals: Signals) -> None:
     started = time.monotonic()
     async with Supervisor(running.options.data_dir / "logs", running.on_event) as supervisor:
         running.supervisor = supervisor

@@ -73,13 +73,15 @@ def mongo_of(options: Options, layout: Layout) -> str:
     return options.mongo or f"mongodb://{HOST}:{layout.mongod_port}/?replicaSet=rs0"
 
 
-def groups(options: Options, layout: Layout, environ: Mapping[str, str], launcher: int) -> list[list[processes.Part]]:
+def groups(
+    options: Options, layout: Layout, environ: Mapping[str, str], launcher: int
+) -> list[list[processes.ProcessSpec]]:
     """The processes to start, group after group; they stop in reverse. `launcher` is the pid that they depend on.
 
     Raises:
         FailedPrecondition: a binary is missing.
     """
-    found: list[list[processes.Part]] = []
+    found: list[list[processes.ProcessSpec]] = []
     if options.etcd is None:
         found.append([processes.etcd(options.data_dir / "etcd", layout.etcd_port, layout.etcd_peer_port)])
     if options.mongo is None and wants_mongo(options):
@@ -106,7 +108,7 @@ def workers(cores: int) -> int:
 
 def _service(
     service: str, instance: str, options: Options, layout: Layout, environ: Mapping[str, str], launcher: int
-) -> processes.Part:
+) -> processes.ProcessSpec:
     prefix = f"SHOAL_{service.upper()}_"
     path = layout.socket_of(instance)
     told = {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shoal.node import die_with_parent
-from shoal.node.processes import Part
+from shoal.node.processes import ProcessSpec
 
 _FILES = 65_536
 # What mongod asks for.
@@ -49,7 +49,7 @@ class Process:
                 pass
 
 
-async def spawn(part: Part, log: Path | None) -> Process:
+async def spawn(part: ProcessSpec, log: Path | None) -> Process:
     """Starts `part`, whose output goes to the end of `log`; without one it goes where the launcher's goes.
 
     A session of its own keeps a terminal's Ctrl-C from it: the launcher alone hears it, and stops things in order.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Part:
+class ProcessSpec:
     """One process of a node."""
 
     name: str
@@ -94,7 +94,7 @@ def free_port() -> int:
         return port
 
 
-def etcd(data: Path, port: int, peer_port: int) -> Part:
+def etcd(data: Path, port: int, peer_port: int) -> ProcessSpec:
     """A single-member etcd that serves clients at 127.0.0.1:`port` and keeps its data in `data`."""
     client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peer_port}"
     argv = [str(find_binary("etcd")), "--name", "shoal", "--data-dir", str(data)]
@@ -106,10 +106,10 @@ def etcd(data: Path, port: int, peer_port: int) -> Part:
     # It has nobody to lose an election to. With the defaults it waits 1 to 2 s at each restart before it leads; with
     # these 0.3 to 0.6 s.
     argv += ["--heartbeat-interval", "50", "--election-timeout", "300"]
-    return Part("etcd", tuple(argv), lambda: probes.etcd_answers(f"127.0.0.1:{port}"))
+    return ProcessSpec("etcd", tuple(argv), lambda: probes.etcd_answers(f"127.0.0.1:{port}"))
 
 
-def mongod(data: Path, port: int) -> Part:
+def mongod(data: Path, port: int) -> ProcessSpec:
     """A mongod at 127.0.0.1:`port` as the one member of replica set rs0: transactions and change streams work.
 
     The first probe that reaches it initiates the set. Ready means primary.
@@ -142,7 +142,7 @@ def mongod(data: Path, port: int) -> Part:
                 pass
             return False
 
-    return Part("mongod", tuple(argv), ready, grace_s=30)
+    return ProcessSpec("mongod", tuple(argv), ready, grace_s=30)
 
 
 async def _join_set(client: AsyncMongoClient[dict[str, Any]], host: str) -> None:
@@ -162,7 +162,7 @@ async def _join_set(client: AsyncMongoClient[dict[str, Any]], host: str) -> None
         await client.admin.command("replSetReconfig", config, force=True)
 
 
-def envoy(bootstrap: Path, admin: str, concurrency: int, *, log_level: str = "warning") -> Part:
+def envoy(bootstrap: Path, admin: str, concurrency: int, *, log_level: str = "warning") -> ProcessSpec:
     """An Envoy that starts from the file `bootstrap`, with `concurrency` workers. Ready means: it has its listeners.
 
     `admin` is the address of its admin endpoint: `unix:/path` or `host:port`.
@@ -173,7 +173,7 @@ def envoy(bootstrap: Path, admin: str, concurrency: int, *, log_level: str = "wa
     argv = [str(find_binary("envoy")), "--config-path", str(bootstrap), "--concurrency", str(concurrency)]
     # Hot restart shares memory between Envoys by number: two nodes on one machine would meet in it.
     argv += ["--disable-hot-restart", "--log-level", log_level, "--drain-time-s", "5", "--drain-strategy", "immediate"]
-    return Part("envoy", tuple(argv), lambda: probes.http_ok(admin, "/ready"), grace_s=5)
+    return ProcessSpec("envoy", tuple(argv), lambda: probes.http_ok(admin, "/ready"), grace_s=5)
 
 
 SERVICE_DEATH = signal.SIGTERM
@@ -193,14 +193,14 @@ def service(
     env: Mapping[str, str],
     grace_s: float,
     flights: Path | None = None,
-) -> Part:
+) -> ProcessSpec:
     """An instance of one of our services, which serves at `socket_path`. Ready means that its health says so."""
 
     async def ready() -> bool:
         # Asked only when it may be there: a channel costs CPU, which is short while everything starts.
         return socket_path.exists() and await probes.health(f"unix:{socket_path}")
 
-    return Part(
+    return ProcessSpec(
         instance,
         service_command(service),
         ready,

@@ -26,7 +26,7 @@ from shoal.node.envoy_edge import Edge
 from shoal.node.front import Choice, choose
 from shoal.node.ports import PortInUse, Ports, listeners
 from shoal.node.process import raise_file_limit
-from shoal.node.processes import SERVICE_DEATH, Part, service_command
+from shoal.node.processes import SERVICE_DEATH, ProcessSpec, service_command
 from shoal.node.workers import Workers
 
 _POLL_S = 0.05
@@ -49,7 +49,7 @@ class ModelState:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ServeOptions:
     """What is to be served, where and how."""
 
     repository: Path
@@ -90,7 +90,7 @@ class Screen(Protocol):
     def stopping(self) -> None: ...
 
 
-async def serve(wanted: Wanted, environ: Mapping[str, str], screen: Screen) -> int:
+async def serve(wanted: ServeOptions, environ: Mapping[str, str], screen: Screen) -> int:
     """Serve until a signal, or until the server ends by itself.
 
     Of several workers, one that ends starts again; behind an Envoy also a single one, and the Envoy too.
@@ -224,7 +224,7 @@ async def _all_listen(port: int, count: int, address: str) -> bool:
 
 
 async def _announce_behind(
-    edge: Edge, parts: Sequence[Part], address: str, front: Choice, workers: Workers, screen: Screen
+    edge: Edge, parts: Sequence[ProcessSpec], address: str, front: Choice, workers: Workers, screen: Screen
 ) -> None:
     """Say that the workers serve behind `edge`, once each does, and calls get through."""
     await _until(edge.is_ready)
@@ -264,7 +264,7 @@ async def _models(address: str) -> list[ModelState]:
     return sorted(found, key=lambda model: (model.name, model.version.zfill(20)))
 
 
-def _part(number: int, listen: str, wanted: Wanted, environ: Mapping[str, str], shared: str) -> Part:
+def _part(number: int, listen: str, wanted: ServeOptions, environ: Mapping[str, str], shared: str) -> ProcessSpec:
     name = f"infer-{number}"
     told = {
         **wanted.settings,
@@ -281,7 +281,7 @@ def _part(number: int, listen: str, wanted: Wanted, environ: Mapping[str, str], 
     told |= {key: value for key, value in defaults.items() if _VARIABLES + key not in environ}
     env = {_VARIABLES + key: value for key, value in told.items()} | {"SHOAL_PARENT_PID": str(os.getpid())}
     ready = partial(_serves, listen)
-    return Part(name, service_command("infer"), ready, env, at_launcher_death=SERVICE_DEATH)
+    return ProcessSpec(name, service_command("infer"), ready, env, at_launcher_death=SERVICE_DEATH)
 
 
 async def _serves(listen: str) -> bool:

@@ -22,7 +22,7 @@ from typing import TypeAlias
 from mesh.process import crash_journal
 from mesh.process.tasks import all_to_the_end, end
 from shoal.node.process import Process, spawn
-from shoal.node.processes import Part
+from shoal.node.processes import ProcessSpec
 from shoal.node.restarts import Restarts
 from shoal.node.tail import last_lines
 
@@ -82,10 +82,10 @@ class Killed:
 Event: TypeAlias = Started | Ended | CrashLoop | Recovered | Killed
 
 
-class Keeper:
+class ProcessKeeper:
     """Keeps one process running from `start` to `stop`."""
 
-    def __init__(self, part: Part, log: Path, restarts: Restarts, tell: Callable[[Event], None]) -> None:
+    def __init__(self, part: ProcessSpec, log: Path, restarts: Restarts, tell: Callable[[Event], None]) -> None:
         self.part = part
         self.log = log
         self.is_looping = False
@@ -188,11 +188,11 @@ class Supervisor:
         self._logs = logs
         self._tell = tell
         self._restarts = restarts or Restarts()
-        self._groups: list[list[Keeper]] = []
+        self._groups: list[list[ProcessKeeper]] = []
         self._bounding: asyncio.Task[None] | None = None
 
     @property
-    def keepers(self) -> list[Keeper]:
+    def keepers(self) -> list[ProcessKeeper]:
         """One for each process, in the order in which they were started."""
         return [keeper for group in self._groups for keeper in group]
 
@@ -200,19 +200,19 @@ class Supervisor:
         """The pid of each process that runs now, by name."""
         return {keeper.part.name: keeper.pid for keeper in self.keepers if keeper.pid is not None}
 
-    async def start(self, *parts: Part) -> None:
+    async def start(self, *parts: ProcessSpec) -> None:
         """Starts `parts` as one group, each with a fresh log (the last run's log is kept as `<name>.log.1`).
 
         Raises:
             OSError: a process cannot be made.
         """
-        group: list[Keeper] = []
+        group: list[ProcessKeeper] = []
         self._groups.append(group)
         for part in parts:
             log = self._logs / f"{part.name}.log"
             if log.exists():
                 log.replace(log.with_name(f"{log.name}.1"))
-            group.append(Keeper(part, log, self._restarts, self._tell))
+            group.append(ProcessKeeper(part, log, self._restarts, self._tell))
             await group[-1].start()
 
     def kill_all(self) -> None:
@@ -241,7 +241,7 @@ class Supervisor:
                     bound(keeper.log, LOG_BYTES)
 
 
-async def _stop(group: Sequence[Keeper]) -> None:
+async def _stop(group: Sequence[ProcessKeeper]) -> None:
     await all_to_the_end(keeper.stop() for keeper in group)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from mesh.process.tasks import end
 from shoal.node.process import Process, spawn
-from shoal.node.processes import Part
+from shoal.node.processes import ProcessSpec
 from shoal.node.restarts import Restarts
 
 
@@ -22,7 +22,7 @@ class Workers:
     """
 
     def __init__(
-        self, parts: Sequence[Part], tell: Callable[[str, int, float], None], *, is_final: Callable[[int], bool]
+        self, parts: Sequence[ProcessSpec], tell: Callable[[str, int, float], None], *, is_final: Callable[[int], bool]
     ) -> None:
         self._parts = tuple(parts)
         self._tell = tell
@@ -66,7 +66,7 @@ class Workers:
         failed = next((status for status in statuses if status), 0)
         return failed if failed >= 0 else 128 - failed
 
-    async def _keep(self, part: Part) -> int:
+    async def _keep(self, part: ProcessSpec) -> int:
         restarts = Restarts()
         while True:
             self._running[part.name] = process = await spawn(part, None)

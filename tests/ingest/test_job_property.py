@@ -41,7 +41,7 @@ from services.ingest.job import (
     take_over,
     try_again,
 )
-from services.ingest.job_store import Standing
+from services.ingest.job_store import DependencyState
 from shoal.errors import Code
 
 LEASE = timedelta(seconds=5)
@@ -243,7 +243,7 @@ class World(RuleBasedStateMachine):
     def looks_after_those_that_wait(self, n: int) -> None:
         worker = self.workers[n]
         lease = self.lease(worker)
-        known = {job.id: Standing(job.id, job.state) for job in self.jobs.values()}
+        known = {job.id: DependencyState(job.id, job.state) for job in self.jobs.values()}
         for before in list(self.jobs.values()):
             if before.waits_for and before.lease is None:
                 after = after_look(before, known, "i", self.now)

@@ -27,7 +27,7 @@ async def test_the_etcd_of_the_tests_answers(etcd_address: str) -> None:
         assert (await client.get(b"/test/parts")).value == b"here"
 
 
-async def until_ready(part: processes.Part) -> asyncio.subprocess.Process:
+async def until_ready(part: processes.ProcessSpec) -> asyncio.subprocess.Process:
     process = await asyncio.create_subprocess_exec(*part.argv, stdout=asyncio.subprocess.DEVNULL)
     async with asyncio.timeout(30):
         while not await part.ready():

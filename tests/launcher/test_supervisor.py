@@ -15,7 +15,7 @@ import pytest
 
 from shoal.node import supervisor as supervisors
 from shoal.node.process import ending
-from shoal.node.processes import Part
+from shoal.node.processes import ProcessSpec
 from shoal.node.restarts import Restarts
 from shoal.node.supervisor import CrashLoop, Ended, Event, Killed, Recovered, Started, Supervisor, bound
 from shoal.node.tail import last_lines
@@ -40,8 +40,8 @@ async def never() -> bool:
     return False
 
 
-def part(name: str, code: str, *args: str, **options: Any) -> Part:
-    return Part(name, (sys.executable, "-c", code, *args), never, **options)
+def part(name: str, code: str, *args: str, **options: Any) -> ProcessSpec:
+    return ProcessSpec(name, (sys.executable, "-c", code, *args), never, **options)
 
 
 class Story:
@@ -65,7 +65,7 @@ def story() -> Story:
 @pytest.fixture
 def supervised(tmp_path: Path, story: Story) -> Callable[..., Any]:
     @asynccontextmanager
-    async def start(*groups: list[Part], restarts: Restarts | None = None) -> AsyncIterator[Supervisor]:
+    async def start(*groups: list[ProcessSpec], restarts: Restarts | None = None) -> AsyncIterator[Supervisor]:
         async with Supervisor(tmp_path, story, restarts) as supervisor:
             for group in groups:
                 await supervisor.start(*group)
@@ -85,14 +85,14 @@ def is_alive(pid: int) -> bool:
 async def test_one_that_cannot_be_stopped_keeps_no_other_running(
     tmp_path: Path, supervised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop = supervisors.Keeper.stop
+    stop = supervisors.ProcessKeeper.stop
 
-    async def failing(self: supervisors.Keeper) -> None:
+    async def failing(self: supervisors.ProcessKeeper) -> None:
         await stop(self)
         if self.part.name == "b-0":
             raise OSError("no space left for its flights")
 
-    monkeypatch.setattr(supervisors.Keeper, "stop", failing)
+    monkeypatch.setattr(supervisors.ProcessKeeper, "stop", failing)
     order = tmp_path / "order"
     groups = [[part(name, POLITE, str(order), name) for name in group] for group in (["a-0"], ["b-0", "b-1"], ["c-0"])]
     pids: dict[str, int] = {}
@@ -194,7 +194,7 @@ async def test_a_stop_during_the_wait_for_a_restart_does_not_wait(supervised: An
 async def test_a_command_that_is_not_there_is_a_crash_loop_that_names_it(
     tmp_path: Path, supervised: Any, story: Story
 ) -> None:
-    missing = Part("a-0", (str(tmp_path / "nowhere"),), never)
+    missing = ProcessSpec("a-0", (str(tmp_path / "nowhere"),), never)
     async with supervised([missing], restarts=Restarts(first_s=0.01, last_s=0.01)):
         await until(lambda: bool(story.of(CrashLoop)))
     assert story.of(CrashLoop)[0].status == 127

@@ -22,7 +22,7 @@ from mesh.process import sockets
 from mesh.process.tasks import end
 from mesh.rpc.client import request
 from mesh.rpc.client.calls import Call, UnaryCall, deadline_exceeded, too_large
-from mesh.rpc.client.connection import TICK_S, Line
+from mesh.rpc.client.connection import TICK_S, ClientConnection
 from mesh.rpc.client.failures import CallFailed
 from mesh.rpc.client.request import Metadata
 from mesh.rpc.client.streams import StreamCall
@@ -63,8 +63,8 @@ class Channel(Stubbed):
         self._sends_trace = sends_trace
         self._tick_s = tick_s
         self._draw = draw
-        self._line: Line | None = None
-        self._lines: set[Line] = set()
+        self._line: ClientConnection | None = None
+        self._lines: set[ClientConnection] = set()
         """Those that are not lost: beside the one in use, those whose last calls are under way."""
         self._waiting: deque[Call] = deque()
         # As many as there are callers: each has its deadline, and takes itself out.
@@ -191,7 +191,7 @@ class Channel(Stubbed):
         self._waiting.appendleft(call)
         self.has_room()
 
-    def retire(self, line: Line) -> None:
+    def retire(self, line: ClientConnection) -> None:
         """It takes no more calls; those who wait get another."""
         if line is not self._line:
             return
@@ -203,7 +203,7 @@ class Channel(Stubbed):
         if self._waiting and not self._connect():
             self._fail_waiting(self._why)
 
-    def lost(self, line: Line) -> None:
+    def lost(self, line: ClientConnection) -> None:
         """It has ended."""
         self._lines.discard(line)
 
@@ -218,7 +218,7 @@ class Channel(Stubbed):
         return True
 
     async def _open(self) -> None:
-        line = Line(self, self._address, self._tick_s)
+        line = ClientConnection(self, self._address, self._tick_s)
         try:
             async with asyncio.timeout(_CONNECT_S):
                 await self._dial(line)
@@ -243,7 +243,7 @@ class Channel(Stubbed):
             self._line = line
             self.has_room()
 
-    async def _dial(self, line: Line) -> None:
+    async def _dial(self, line: ClientConnection) -> None:
         loop = asyncio.get_running_loop()
         if (path := sockets.path_of(self._address)) is not None:
             await loop.create_unix_connection(lambda: line, str(path))
@@ -251,7 +251,7 @@ class Channel(Stubbed):
             host, _, port = self._address.rpartition(":")
             await loop.create_connection(lambda: line, host.strip("[]"), int(port))
 
-    def _give_up(self, line: Line, why: str) -> None:
+    def _give_up(self, line: ClientConnection, why: str) -> None:
         if line in self._lines:
             line.abort(why)
             self._lines.discard(line)

@@ -44,10 +44,10 @@ _CLOSE_S = 1.0
 class Owner(Protocol):
     """The channel, as a line needs it."""
 
-    def retire(self, line: Line) -> None:
+    def retire(self, line: ClientConnection) -> None:
         """It takes no more calls."""
 
-    def lost(self, line: Line) -> None:
+    def lost(self, line: ClientConnection) -> None:
         """It has ended."""
 
     def has_room(self) -> None:
@@ -57,7 +57,7 @@ class Owner(Protocol):
         """A call that the peer never began, and that may begin elsewhere."""
 
 
-class Line(Peer):
+class ClientConnection(Peer):
     """A connection to `address`, a name for messages. `ready` is done once the peer's settings have come."""
 
     def __init__(self, owner: Owner, address: str, tick_s: float = TICK_S) -> None:

@@ -10,9 +10,9 @@ from services.infer.ensembles.graph import Graph
 from services.infer.loading.loading import Loaded
 from services.infer.response_cache.cache import ResponseCache
 from services.infer.scheduling.decoupled import DecoupledScheduler
-from services.infer.scheduling.runs_calls import RunsCalls
+from services.infer.scheduling.runs_calls import RequestScheduler
 from services.infer.scheduling.statistics import Statistics
-from services.infer.sequences.arrival_order import Line
+from services.infer.sequences.arrival_order import ArrivalOrder
 
 
 class StepVersion(Protocol):
@@ -22,7 +22,7 @@ class StepVersion(Protocol):
     statistics: Statistics
     response_cache: ResponseCache | None
     decoupled: DecoupledScheduler | None
-    line: Line | None
+    line: ArrivalOrder | None
     graph: Graph | None
 
     @property
@@ -35,7 +35,7 @@ class StepVersion(Protocol):
     def loaded(self) -> Loaded: ...
 
     @property
-    def scheduler(self) -> RunsCalls: ...
+    def scheduler(self) -> RequestScheduler: ...
 
     def __enter__(self) -> StepVersion: ...
 
@@ -44,7 +44,7 @@ class StepVersion(Protocol):
     ) -> None: ...
 
 
-class Neighbours(Protocol):
+class OtherModels(Protocol):
     """A models.models.Models."""
 
     def find(self, name: str, version: str) -> StepVersion:

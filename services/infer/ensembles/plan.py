@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from services.infer.ensembles.graph import Graph, Step
+from services.infer.ensembles.graph import Graph, GraphStep
 from services.infer.ensembles.other_models import StepVersion
 from services.infer.loading.model_config import Completed
 from services.infer.requests.request import WantedOutput
@@ -37,7 +37,7 @@ class Feed:
 class PlannedStep:
     """One step, and the version that it calls."""
 
-    step: Step
+    step: GraphStep
     version: StepVersion
     feeds: tuple[Feed, ...]
     wanted: tuple[WantedOutput, ...]
@@ -82,7 +82,7 @@ class Route:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class EnsemblePlan:
     """An ensemble that can be run."""
 
     graph: Graph

@@ -13,13 +13,13 @@ from services.infer.loading.model_config import Completed
 from services.infer.requests import tensors
 from services.infer.requests.parameters import NONE
 from services.infer.requests.ragged import Value
-from services.infer.requests.request import Call, WantedOutput, key_of
+from services.infer.requests.request import InferenceRequest, WantedOutput, key_of
 from services.infer.requests.tensors import Tensor
-from services.infer.scheduling.runs_calls import RunsCalls
+from services.infer.scheduling.runs_calls import RequestScheduler
 from shoal.errors import FailedPrecondition, ShoalError
 
 
-async def run(name: str, model: Completed, folder: Path | None, through: RunsCalls) -> Completed:
+async def run(name: str, model: Completed, folder: Path | None, through: RequestScheduler) -> Completed:
     """Runs the samples of the model `name`, whose files lie in `folder`. Returns what is now known of it.
 
     Raises:
@@ -31,7 +31,7 @@ async def run(name: str, model: Completed, folder: Path | None, through: RunsCal
             inputs = warmup.sample_inputs(sample, model, folder)
             outputs = tuple(WantedOutput(spec) for spec in model.signature.outputs)
             rows, size = warmup.sample_rows(sample), sum(tensors.size_bytes(tensor) for tensor in inputs.values())
-            call = Call(inputs, outputs, rows, size, key_of(inputs, outputs, model.signature), NONE)
+            call = InferenceRequest(inputs, outputs, rows, size, key_of(inputs, outputs, model.signature), NONE)
             for _ in range(max(sample.count, 1)):
                 answer = await through.submit(call)
             model = canary.checked(name, model, list(map(_tensor, answer.outputs)), rows if batched else None)

@@ -21,9 +21,9 @@ from services.infer.fast_path.template import ID, NAME, VERSION, Named, Template
 from services.infer.models.models import Models
 from services.infer.models.version import Version
 from services.infer.requests import request
+from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.crash_guard import ATTEMPT
-from services.infer.scheduling.scheduler import Answer
 from shoal.inference.v2 import inference_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class _Flight:
         self._template = found
         self._id = id_field
 
-    def start(self, call: request.Call) -> None:
+    def start(self, call: request.InferenceRequest) -> None:
         exchange, version = self._exchange, self._version
         tenant = exchange.headers.get(_TENANT)
         name = tenant.decode("latin-1") if tenant else ""
@@ -167,7 +167,7 @@ class _Flight:
         self._version.scheduler.abandon(self._pending)
         self._version.__exit__(None, None, None)
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: InferenceResult) -> None:
         """Called by the scheduler."""
         self._version.__exit__(None, None, None)
         outputs = cast("Sequence[Tensor]", answer.outputs)  # None of them is ragged: else it is not learnt.

@@ -21,7 +21,7 @@ import numpy as np
 from mesh.rpc.framing import PREFIX_BYTES
 from services.infer.models.version import Version
 from services.infer.requests import parameters, request
-from services.infer.requests.request import Call, WantedOutput
+from services.infer.requests.request import InferenceRequest, WantedOutput
 from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
 from shoal.inference.v2 import inference_pb2 as pb
@@ -71,7 +71,7 @@ class Template:
     openings: dict[Any, Opening] = field(default_factory=dict)
     """By the shapes of the outputs."""
 
-    def call(self, body: bytes, at: int) -> Call | None:
+    def call(self, body: bytes, at: int) -> InferenceRequest | None:
         """The call whose numbers begin at `at` of `body`; None when they are not as the head says. Copies nothing."""
         inputs: dict[str, Tensor] = {}
         for slot in self.slots:
@@ -84,7 +84,7 @@ class Template:
             inputs[slot.name] = np.frombuffer(body, slot.dtype, slot.elements, start).reshape(slot.shape)
         if at != len(body):
             return None
-        return Call(inputs, self.outputs, self.rows, self.size_bytes, self.key, parameters.NONE)
+        return InferenceRequest(inputs, self.outputs, self.rows, self.size_bytes, self.key, parameters.NONE)
 
     def opening(self, prefix: bytes, outputs: Sequence[Tensor]) -> Opening:
         """The opening of an answer with these outputs; `prefix` is its model and version."""
@@ -151,7 +151,7 @@ def _has_numbers_only(asked: pb.ModelInferRequest) -> bool:
     return not any(given.datatype in ("BYTES", "BOOL") for given in asked.inputs)
 
 
-def _slots(asked: pb.ModelInferRequest, call: Call) -> tuple[Slot, ...] | None:
+def _slots(asked: pb.ModelInferRequest, call: InferenceRequest) -> tuple[Slot, ...] | None:
     if any(wanted.classes or wanted.spec.datatype.is_bytes or wanted.spec.is_ragged for wanted in call.outputs):
         return None
     slots = []

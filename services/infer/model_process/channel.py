@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.infer.model_process import payload
-from services.infer.model_process.payload import Part, Tensor
+from services.infer.model_process.payload import Tensor, TensorPart
 
 INLINE_BYTES = 1 << 16
 """Tensors up to this go through the socket: below, that is cheaper than a segment, whose making costs some 30 us."""
@@ -81,7 +81,7 @@ class Channel:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, header: dict[str, Any], parts: Sequence[Part] = ()) -> None:
+    def send(self, header: dict[str, Any], parts: Sequence[TensorPart] = ()) -> None:
         """Sends one frame.
 
         Raises:
@@ -187,7 +187,7 @@ class Channel:
             os.close(self._fds.popleft())
 
 
-def _chunks(parts: Sequence[Part], starts: Sequence[int]) -> Iterator[Any]:
+def _chunks(parts: Sequence[TensorPart], starts: Sequence[int]) -> Iterator[Any]:
     at = 0
     for part, start in zip(parts, starts, strict=True):
         if start > at:
@@ -196,7 +196,7 @@ def _chunks(parts: Sequence[Part], starts: Sequence[int]) -> Iterator[Any]:
         at = start + part.size_bytes
 
 
-def _segment(parts: Sequence[Part], starts: Sequence[int], size: int) -> int:
+def _segment(parts: Sequence[TensorPart], starts: Sequence[int], size: int) -> int:
     """A file descriptor of memory that holds the tensors. Written, not mapped: that spares faults of fresh pages."""
     fd = os.memfd_create("shoal-tensors", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:

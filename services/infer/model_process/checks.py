@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.infer.error_text import written
-from services.infer.requests.request import Call
+from services.infer.requests.request import InferenceRequest
 from services.infer.requests.signature import fits
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
 
 
-def check_outputs(call: Call, outputs: Sequence[Tensor], rows: int | None = None) -> None:
+def check_outputs(call: InferenceRequest, outputs: Sequence[Tensor], rows: int | None = None) -> None:
     """`rows`: how many the first dimension must have; None: it is not known, or no batch.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Any
 
 from services.infer.model_process.channel import ChannelClosed, Message
 from services.infer.model_process.instance import Running
-from services.infer.model_process.payload import Part
+from services.infer.model_process.payload import TensorPart
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,10 @@ Taker = Callable[[Message | None], None]
 """Takes what comes for one request, on the reader's thread; None: the process has died."""
 
 
-class Link:
+class DecoupledStreams:
     """The streams of one running process."""
 
-    def __init__(self, process: Running, on_call: Callable[[Message, Link], None]) -> None:
+    def __init__(self, process: Running, on_call: Callable[[Message, DecoupledStreams], None]) -> None:
         """Starts its threads. `on_call` is given the calls that the model makes of other models."""
         self.process = process
         self._on_call = on_call
@@ -40,11 +40,11 @@ class Link:
         self._is_over = False
         self.is_blamed = False
         """Whoever it was at work for when it broke has been remembered."""
-        self._outbox: queue.SimpleQueue[tuple[dict[str, Any], Sequence[Part]] | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[tuple[dict[str, Any], Sequence[TensorPart]] | None] = queue.SimpleQueue()
         for work in (self._read, self._write):
             threading.Thread(target=work, name=f"{work.__name__[1:]} {process.title}", daemon=True).start()
 
-    def start(self, header: Mapping[str, Any], parts: Sequence[Part], taker: Taker) -> int:
+    def start(self, header: Mapping[str, Any], parts: Sequence[TensorPart], taker: Taker) -> int:
         """Begins with a request; its number. `taker` gets its responses, until one is the last or None comes."""
         number = next(self._numbers)
         with self._lock:
@@ -59,7 +59,7 @@ class Link:
         """Sends word of a request: `cancel`, or `credit`."""
         self._outbox.put(({"op": op, "id": number, **said}, ()))
 
-    def reply(self, header: Mapping[str, Any], parts: Sequence[Part]) -> None:
+    def reply(self, header: Mapping[str, Any], parts: Sequence[TensorPart]) -> None:
         """Answers a call that the model made."""
         self._outbox.put((dict(header), parts))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from services.infer.model_process.payload import Part, Tensor
+from services.infer.model_process.payload import Tensor, TensorPart
 
 
 class LoadFailed(Exception):
@@ -70,7 +70,7 @@ class Batch:
 class Given:
     """What the model gave for a batch."""
 
-    parts: Sequence[Part]
+    parts: Sequence[TensorPart]
     """Rows of all requests; or, with `responses`, the outputs of each request, one after the other."""
     responses: Sequence[Mapping[str, Any]] | None = None
     """For each request `{"outputs": how many of the parts are its}` or `{"error": text, "code": status}`."""
@@ -79,7 +79,7 @@ class Given:
 class Sender(Protocol):
     """Where the responses of one request go, for a model that gives any number of them. Any thread may use it."""
 
-    def send(self, parts: Sequence[Part], *, final: bool) -> None:
+    def send(self, parts: Sequence[TensorPart], *, final: bool) -> None:
         """Sends one response; waits while the client reads too slowly.
 
         Raises:
@@ -99,12 +99,12 @@ class Sender(Protocol):
         """Whether nobody waits for responses any more."""
 
 
-Call = Callable[[Mapping[str, Any], Sequence[Part]], "tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]"]
+Call = Callable[[Mapping[str, Any], Sequence[TensorPart]], "tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]"]
 """Calls another model of the server: a header and tensors there, a header and tensors back."""
 
 
 @dataclass
-class Facts:
+class HostedModelInfo:
     """What is known of a model once it is loaded."""
 
     inputs: Sequence[tuple[str, str, Sequence[int]]] = ()
@@ -133,7 +133,7 @@ class Facts:
 class Hosted(Protocol):
     """A loaded model. One thread uses it."""
 
-    facts: Facts
+    facts: HostedModelInfo
 
     def run(self, batch: Batch) -> Given:
         """Raises RunFailed when the model cannot process the batch."""

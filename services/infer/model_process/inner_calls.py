@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from services.infer.model_process.channel import Message
-from services.infer.model_process.payload import Part, Tensor
+from services.infer.model_process.payload import Tensor, TensorPart
 from services.infer.model_process.request_info import SEQUENCE_END, SEQUENCE_START
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
@@ -24,7 +24,7 @@ from shoal.oip.tensors import to_raw
 
 log = logging.getLogger(__name__)
 
-Reply = Callable[[dict[str, Any], Sequence[Part]], None]
+Reply = Callable[[dict[str, Any], Sequence[TensorPart]], None]
 
 _TEXT = 1000
 _FIELDS = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
@@ -63,7 +63,7 @@ class InnerCalls:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, core: Core, message: Message, reply: Reply) -> None:
-        parts: Sequence[Part] = ()
+        parts: Sequence[TensorPart] = ()
         try:
             timeout_us = message.header.get("timeout_us") or 0
             deadline = time.monotonic() + timeout_us / 1e6 if timeout_us else math.inf
@@ -106,6 +106,6 @@ def _put_sequence(asked: pb.ModelInferRequest, id: int | str, flags: int) -> Non
     asked.parameters["sequence_end"].bool_param = bool(flags & SEQUENCE_END)
 
 
-def _part(given: pb.ModelInferResponse.InferOutputTensor, raw: bytes) -> Part:
+def _part(given: pb.ModelInferResponse.InferOutputTensor, raw: bytes) -> TensorPart:
     array: Tensor = np.frombuffer(raw, np.uint8)  # BYTES, too: they are laid out as on the wire.
-    return Part(given.name, given.datatype, tuple(given.shape), (array,), len(raw))
+    return TensorPart(given.name, given.datatype, tuple(given.shape), (array,), len(raw))

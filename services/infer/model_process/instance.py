@@ -19,7 +19,7 @@ from services.infer.model_process.channel import ChannelClosed
 from services.infer.model_process.model_runner import NotLoaded
 from services.infer.model_process.process import Process
 from services.infer.model_process.shared.shared import Shared
-from services.infer.model_process.thread_runner import Inside
+from services.infer.model_process.thread_runner import ThreadRunner
 from shoal.errors import FailedPrecondition, Unavailable
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _LOOK_S = 0.1
 _MIN_RETRY_MS, _MAX_RETRY_MS = 50, 10_000
 
 
-Running: TypeAlias = Process | Inside | Shared
+Running: TypeAlias = Process | ThreadRunner | Shared
 """What runs a model: a process, or something that looks like one."""
 
 

@@ -20,7 +20,7 @@ class NotLoaded(Exception):
     """The model could not be loaded; the message says why."""
 
 
-class Life:
+class ModelRunner:
     """Base of all. Any thread may use `channel`, `kill`, `died` and `end`."""
 
     channel: Channel
@@ -44,7 +44,7 @@ class Life:
         self.facts = message.header
 
 
-class Signalled(Life):
+class Signalled(ModelRunner):
     """A process. Whoever reaps it holds `_signalling`, so that no signal goes to another with its number."""
 
     _pidfd: int
@@ -62,7 +62,7 @@ class Signalled(Life):
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
 
-class OwnProcess(Life):
+class OwnProcess(ModelRunner):
     """What works for one instance of one server alone."""
 
     def kill(self, reason: str) -> None: ...

@@ -26,7 +26,7 @@ _MAX_DIMS = 64
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """One tensor to send."""
 
     name: str
@@ -41,7 +41,7 @@ class Part:
         return [self.name, self.datatype, self.shape, self.size_bytes]
 
 
-def part(name: str, datatype: str, arrays: Sequence[Tensor]) -> Part:
+def part(name: str, datatype: str, arrays: Sequence[Tensor]) -> TensorPart:
     """The tensor made of `arrays`, one behind the other.
 
     Raises:
@@ -51,9 +51,9 @@ def part(name: str, datatype: str, arrays: Sequence[Tensor]) -> Part:
     shape = first.shape if len(arrays) == 1 else (sum(len(array) for array in arrays), *first.shape[1:])
     if datatype == "BYTES":
         data = b"".join(pack_bytes(array.reshape(-1).tolist()) for array in arrays)
-        return Part(name, datatype, shape, (data,), len(data))
+        return TensorPart(name, datatype, shape, (data,), len(data))
     plain = [_plain(array, DTYPES[datatype]) for array in arrays]
-    return Part(name, datatype, shape, plain, sum(array.nbytes for array in plain))
+    return TensorPart(name, datatype, shape, plain, sum(array.nbytes for array in plain))
 
 
 def _plain(array: Tensor, dtype: np.dtype[Any]) -> Tensor:

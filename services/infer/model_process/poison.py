@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from services.infer.requests.request import Call
+from services.infer.requests.request import InferenceRequest
 from services.infer.requests.tensors import Tensor
 from shoal.oip.tensors import pack_bytes
 
@@ -45,7 +45,7 @@ class Poison:
         """Whether anything is remembered: if not, nobody needs to be looked at."""
         return bool(self._records)
 
-    def blame(self, calls: Sequence[Call], *, is_sure: bool) -> None:
+    def blame(self, calls: Sequence[InferenceRequest], *, is_sure: bool) -> None:
         """These were executed together when their process died. `is_sure`: it was their doing, and nobody else's."""
         for call in calls:
             mark = fingerprint(call)
@@ -60,7 +60,7 @@ class Poison:
                 while len(self._records) > _KEPT:
                     del self._records[next(iter(self._records))]
 
-    def refused_for_s(self, call: Call) -> float:
+    def refused_for_s(self, call: InferenceRequest) -> float:
         """How long this call is still refused; 0: it may run."""
         now = self._clock()
         with self._lock:
@@ -72,7 +72,7 @@ class Poison:
         return max(record.until - now, 0.0) if record is not None else 0.0
 
 
-def fingerprint(call: Call) -> bytes:
+def fingerprint(call: InferenceRequest) -> bytes:
     """What the model sees of a call: equal for equal inputs and wanted outputs."""
     digest = hashlib.blake2b(digest_size=16)
     for name, array in sorted(call.tensors.items()):

@@ -26,11 +26,11 @@ from services.infer.model_process.process import OWNER, Process, program
 from services.infer.model_process.session import InnerCall, Limits, ProcessSession
 from services.infer.model_process.shared.owners import Owners, key_of
 from services.infer.model_process.shared.shared import Shared
-from services.infer.model_process.thread_runner import Inside
+from services.infer.model_process.thread_runner import ThreadRunner
 from services.infer.runtimes.onnx_devices import Device
 from services.infer.runtimes.onnx_runtime import devices
 from services.infer.runtimes.parameters import number, texts
-from services.infer.runtimes.runtime import About, Place, SessionOptions
+from services.infer.runtimes.runtime import About, SessionOptions, TensorPlacement
 from shoal.errors import FailedPrecondition
 
 _LOAD_TIMEOUT_MS = 600_000
@@ -108,7 +108,7 @@ class PythonRuntime:
         self, file: Path, values: Mapping[str, str], about: About, header: Mapping[str, Any]
     ) -> Callable[[str], Running]:
         if values.get("isolation") == "none":
-            return Inside
+            return ThreadRunner
         python = interpreter.interpreter(self._environ)
         environment, folder = interpreter.environment(self._environ), str(file.parent)
         if values.get("isolation") == "shared":
@@ -174,10 +174,10 @@ class IsolatedOnnxRuntime(PythonRuntime):
 
 def each_alone(options: SessionOptions, where: Sequence[tuple[Device, int]]) -> list[SessionOptions]:
     """The options of each execution, where each has a process of its own: its device, and what suits that."""
-    on_cpu = replace(options, places=(Place("cpu"),), gpu_providers=())
+    on_cpu = replace(options, places=(TensorPlacement("cpu"),), gpu_providers=())
     on_gpu = replace(options, cpu_providers=())
     return [
-        on_cpu if device.gpu is None else replace(on_gpu, places=(Place("gpu", device.gpu),))
+        on_cpu if device.gpu is None else replace(on_gpu, places=(TensorPlacement("gpu", device.gpu),))
         for device, count in where
         for _ in range(count)
     ]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from services.infer.requests import parameters
-from services.infer.requests.request import Call
+from services.infer.requests.request import InferenceRequest
 from shoal.inference.v2 import inference_pb2 as pb
 
 SEQUENCE_START, SEQUENCE_END = 1, 2
 """Flags of a request, as Triton numbers them."""
 
 
-def of(call: Call, model: str, version: int) -> dict[str, Any]:
+def of(call: InferenceRequest, model: str, version: int) -> dict[str, Any]:
     """As it travels to the model's process."""
     asked = call.source
     said: dict[str, Any] = {"model_name": model, "model_version": version}

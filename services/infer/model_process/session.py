@@ -22,9 +22,9 @@ import numpy as np
 from services.infer.model_files.config_json import from_json
 from services.infer.model_process import payload
 from services.infer.model_process.channel import ChannelClosed, Message
-from services.infer.model_process.decoupled_link import Link
+from services.infer.model_process.decoupled_link import DecoupledStreams
 from services.infer.model_process.instance import Instance, Running
-from services.infer.model_process.payload import Part
+from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.poison import Poison
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
@@ -70,7 +70,7 @@ class Limits:
     """Requests that one instance of a decoupled model works on at a time."""
 
 
-InnerCall = Callable[[Message, Callable[[dict[str, Any], Sequence[Part]], None]], None]
+InnerCall = Callable[[Message, Callable[[dict[str, Any], Sequence[TensorPart]], None]], None]
 """Runs a call that a model makes of another one; gives the answer to the function, later and from any thread."""
 
 
@@ -100,7 +100,7 @@ class ProcessSession(Session):
         """
         self.name, self.title, self.limits, self._call = name, title, limits, call
         self.instances = instances
-        self._links: dict[Instance, Link] = {}
+        self._links: dict[Instance, DecoupledStreams] = {}
         self._numbers = itertools.count(1)
         self.on_link: Callable[[], None] = lambda: None
         """Called on a keeper's thread when an instance of a decoupled model is there (again)."""
@@ -140,10 +140,10 @@ class ProcessSession(Session):
 
     def _began(self, instance: Instance, process: Running) -> None:
         if process.facts.get("is_decoupled"):
-            self._links[instance] = Link(process, self._call_from_stream)
+            self._links[instance] = DecoupledStreams(process, self._call_from_stream)
             self.on_link()
 
-    def links(self) -> list[Link]:
+    def links(self) -> list[DecoupledStreams]:
         """Of the instances of a decoupled model that run."""
         return [link for link in list(self._links.values()) if not link.is_over and not link.process.died.is_set()]
 
@@ -236,7 +236,7 @@ class ProcessSession(Session):
             self._free.put(found)
 
     def _exchanged_on(
-        self, process: Running, header: dict[str, Any], parts: Sequence[Part], is_wanted: Callable[[], bool]
+        self, process: Running, header: dict[str, Any], parts: Sequence[TensorPart], is_wanted: Callable[[], bool]
     ) -> Message:
         with process.using:
             answer = self._exchanged(process, header, parts, is_wanted, False) if _is_there(process) else None
@@ -252,7 +252,7 @@ class ProcessSession(Session):
         self,
         process: Running,
         header: dict[str, Any],
-        parts: Sequence[Part],
+        parts: Sequence[TensorPart],
         is_wanted: Callable[[], bool],
         is_last: bool,
     ) -> Message | None:
@@ -277,7 +277,7 @@ class ProcessSession(Session):
         )
 
     def call_other(self, process: Running, message: Message) -> None:
-        def send(header: dict[str, Any], parts: Sequence[Part]) -> None:
+        def send(header: dict[str, Any], parts: Sequence[TensorPart]) -> None:
             try:
                 process.channel.send(header, parts)
             except (ChannelClosed, OSError) as err:
@@ -285,13 +285,13 @@ class ProcessSession(Session):
 
         self._call_answered(message, send)
 
-    def _call_from_stream(self, message: Message, link: Link) -> None:
+    def _call_from_stream(self, message: Message, link: DecoupledStreams) -> None:
         self._call_answered(message, link.reply)
 
-    def _call_answered(self, message: Message, send: Callable[[dict[str, Any], Sequence[Part]], None]) -> None:
+    def _call_answered(self, message: Message, send: Callable[[dict[str, Any], Sequence[TensorPart]], None]) -> None:
         number = message.header.get("id")
 
-        def reply(header: dict[str, Any], parts: Sequence[Part]) -> None:
+        def reply(header: dict[str, Any], parts: Sequence[TensorPart]) -> None:
             send({**header, "op": "answer", "id": number}, parts)
 
         if self._call is None:

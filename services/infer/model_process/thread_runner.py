@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _GRACE_S = 5.0
 
 
-class Inside(OwnProcess):
+class ThreadRunner(OwnProcess):
     """A model on a thread; see `process.Process`."""
 
     def __init__(self, title: str) -> None:

@@ -8,21 +8,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from services.infer.ensembles.other_models import Neighbours
+from services.infer.ensembles.other_models import OtherModels
 from services.infer.response_cache.store import DEFAULT_BYTES, ResponseStore
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.runtime import Runtime
-from services.infer.scheduling.execution import Execution, Runs
+from services.infer.scheduling.execution import Execution, Executor
 from services.infer.scheduling.queue import QueueLimits
 
 
-def as_it_is(model: str, execution: Execution) -> Runs:
+def identity(model: str, execution: Execution) -> Executor:
     """Puts nothing around an execution."""
     return execution
 
 
 @dataclass(frozen=True)
-class Means:
+class LoadContext:
     """What every version is loaded and run with."""
 
     runtime: Runtime | Runtimes
@@ -34,9 +34,9 @@ class Means:
     clock: Callable[[], float] = time.monotonic
     responses: ResponseStore = field(default_factory=ResponseStore)
     """Where the models with a response cache keep answers."""
-    around: Callable[[str, Execution], Runs] = as_it_is
+    around: Callable[[str, Execution], Executor] = identity
     """What stands around each execution of a model, by the model's name."""
-    neighbours: Neighbours | None = None
+    neighbours: OtherModels | None = None
     """The other models, for ensembles."""
 
     @classmethod
@@ -47,8 +47,8 @@ class Means:
         *,
         threads: int = 0,
         response_cache_bytes: int = DEFAULT_BYTES,
-        around: Callable[[str, Execution], Runs] = as_it_is,
-    ) -> Means:
+        around: Callable[[str, Execution], Executor] = identity,
+    ) -> LoadContext:
         """With `threads` 0: as many as this process may use cores."""
         cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
         return cls(runtime, threads or cores, limits, asyncio.Semaphore(cores), responses=responses, around=around)

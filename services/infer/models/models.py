@@ -14,10 +14,10 @@ from dataclasses import replace
 from types import TracebackType
 
 from mesh.process.tasks import all_to_the_end, end
-from mesh.process.watched import Latest
+from mesh.process.watched import Watched
 from services.infer.error_text import quoted
 from services.infer.model_files.wanted_models import WantedModel
-from services.infer.models.load_context import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.model import IndexRow, Model
 from services.infer.models.version import Version
 from shoal.errors import InvalidArgument, NotFound, Unavailable
@@ -47,7 +47,7 @@ def version_number(text: str) -> int | None:
 class Models:
     """The models of this instance. Use as `async with`: leaving unloads everything."""
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, means: LoadContext) -> None:
         self._means = replace(means, neighbours=self)
         self.on_need: Callable[[str, str], Awaitable[None]] | None = None
         """Asked to have a model served that an ensemble is made of: its name, and the ensemble's."""
@@ -55,7 +55,7 @@ class Models:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._is_told = asyncio.Event()
-        self.ready_set: Latest[ReadySet] = Latest(())
+        self.ready_set: Watched[ReadySet] = Watched(())
         """What is ready now, for those who follow it."""
 
     async def __aenter__(self) -> Models:

@@ -16,17 +16,17 @@ import numpy as np
 from services.infer.requests.ragged import Value
 from services.infer.requests.resident import Resident, is_resident
 from services.infer.requests.tensors import Tensor
-from services.infer.runtimes.gpu_stream import Lane
+from services.infer.runtimes.gpu_stream import GpuStream
 
 
-class Place(Protocol):
+class DeviceSlot(Protocol):
     """The host, or a GPU. What it is given and gives is used within `computing`."""
 
     @property
     def gpus(self) -> tuple[int, ...]: ...
 
     @property
-    def lane(self) -> Lane | None:
+    def lane(self) -> GpuStream | None:
         """None: the host."""
 
     def computing(self) -> AbstractContextManager[Any]:
@@ -46,7 +46,7 @@ class Host:
     """Nothing is copied."""
 
     gpus: tuple[int, ...] = ()
-    lane: Lane | None = None
+    lane: GpuStream | None = None
 
     def computing(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -66,8 +66,8 @@ class Host:
 class Gpu:
     """A lane."""
 
-    def __init__(self, lane: Lane) -> None:
-        self.lane: Lane | None = lane
+    def __init__(self, lane: GpuStream) -> None:
+        self.lane: GpuStream | None = lane
         self._lane = lane
         self.gpus: tuple[int, ...] = (lane.gpu,)
 

@@ -24,7 +24,7 @@ from services.infer.requests import ragged
 from services.infer.requests.ragged import Value
 from services.infer.requests.resident import fetched
 from services.infer.requests.tensors import Tensor
-from services.infer.runtimes.gpu_stream import Lanes
+from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.parameters import texts
 from services.infer.runtimes.runtime import About, ModelFailed, RowResults, Session, SessionOptions
 from shoal.errors import FailedPrecondition, InvalidArgument
@@ -39,10 +39,10 @@ class KernelsRuntime:
     model_file = ""
     can_decouple = False
 
-    def __init__(self, operations: Mapping[str, Entry] = OPERATIONS, lanes: Lanes | None = None) -> None:
+    def __init__(self, operations: Mapping[str, Entry] = OPERATIONS, lanes: GpuStreams | None = None) -> None:
         """`operations` are those that there are, by name; `lanes` those of the GPUs."""
         self._operations = operations
-        self._lanes = lanes or Lanes()
+        self._lanes = lanes or GpuStreams()
 
     def load(self, file: Path, options: SessionOptions) -> OperationSession:
         """`file` is the version's folder."""
@@ -76,7 +76,7 @@ class OperationSession(Session):
     says_batch = True
 
     def __init__(
-        self, name: str, operation: Operation, threads: RowThreads, place: devices.Place, batch_size: int
+        self, name: str, operation: Operation, threads: RowThreads, place: devices.DeviceSlot, batch_size: int
     ) -> None:
         """Closes the threads. Raises FailedPrecondition when the operation fails with its own example."""
         self._name, self._operation, self._threads, self._place = name, operation, threads, place
@@ -159,7 +159,7 @@ def _read_only(inputs: Mapping[str, Value]) -> Mapping[str, Value]:
     return inputs
 
 
-def _place(options: SessionOptions, name: str, lanes: Lanes, *, has_gpu: bool) -> devices.Place:
+def _place(options: SessionOptions, name: str, lanes: GpuStreams, *, has_gpu: bool) -> devices.DeviceSlot:
     """The host, or the one GPU that the configuration asks for."""
     asked = [place for place in options.places if place.kind == "gpu"]
     if not asked:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from services.infer.operators.assets import Assets
-from services.infer.operators.devices import Place
+from services.infer.operators.devices import DeviceSlot
 from services.infer.operators.threads import RowThreads
 from services.infer.requests.ragged import Value
 from services.infer.requests.signature import TensorSpec
@@ -43,7 +43,7 @@ class Setting:
 
     assets: Assets
     threads: RowThreads
-    place: Place
+    place: DeviceSlot
 
 
 class Operation(Protocol):

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from services.infer.error_text import quoted
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Asking, Facts, Question, check_shape, missing, shape_of
+from services.infer.remote.dialect import Asking, Question, RemoteModelInfo, check_shape, missing, shape_of
 from services.infer.remote.errors import NotServable, NotToBlame
-from services.infer.remote.settings import Settings
+from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces, raw
 from services.infer.requests import tensors
 from services.infer.requests.signature import TensorSpec
@@ -35,7 +35,7 @@ class Oip:
     batches = True
     fault = ""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RemoteSettings) -> None:
         self._name, self._version = settings.model, settings.version
 
     def facts(self) -> Asking:
@@ -49,9 +49,9 @@ class Oip:
         except NotToBlame as err:
             if not isinstance(err.error, Unimplemented):
                 raise
-            return Facts()
+            return RemoteModelInfo()
         optional = {given.name for given in config.input if given.optional} if config is not None else set()
-        return Facts(
+        return RemoteModelInfo(
             tuple(replace(spec, is_optional=spec.name in optional) for spec in self._specs("input", said.inputs)),
             self._specs("output", said.outputs),
             config.max_batch_size if config is not None else None,

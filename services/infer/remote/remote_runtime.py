@@ -9,10 +9,10 @@ from pathlib import Path
 
 from services.infer.remote import settings
 from services.infer.remote.connection import Connection
-from services.infer.remote.dialect import Dialect, Facts
+from services.infer.remote.dialect import Dialect, RemoteModelInfo
 from services.infer.remote.oip import Oip
 from services.infer.remote.session import RemoteSession
-from services.infer.remote.settings import OIP, TENSORFLOW_SERVING, TORCHSERVE, Settings
+from services.infer.remote.settings import OIP, TENSORFLOW_SERVING, TORCHSERVE, RemoteSettings
 from services.infer.remote.tensorflow_serving import TensorFlowServing
 from services.infer.remote.torchserve import TorchServe
 from services.infer.requests.signature import TensorSpec
@@ -21,7 +21,7 @@ from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip.datatypes import BY_NAME, BY_NUMBER
 
-_DIALECTS: Mapping[str, Callable[[Settings], Dialect]] = {
+_DIALECTS: Mapping[str, Callable[[RemoteSettings], Dialect]] = {
     OIP: Oip,
     TENSORFLOW_SERVING: TensorFlowServing,
     TORCHSERVE: TorchServe,
@@ -54,19 +54,19 @@ class RemoteRuntime:
             raise
 
 
-def _declared(config: pb.ModelConfig, said: Settings) -> Facts:
+def _declared(config: pb.ModelConfig, said: RemoteSettings) -> RemoteModelInfo:
     """The inputs and outputs that are written down, for a server that says nothing of them."""
     batch = (-1,) if config.max_batch_size else ()
     inputs = tuple(TensorSpec(t.name, BY_NUMBER[t.data_type], (*batch, *t.dims)) for t in config.input)
     outputs = tuple(TensorSpec(t.name, BY_NUMBER[t.data_type], (*batch, *t.dims)) for t in config.output)
     if said.protocol != TORCHSERVE:
-        return Facts(inputs, outputs)
+        return RemoteModelInfo(inputs, outputs)
     inputs, outputs = inputs or _one("data"), outputs or _one("prediction")
     _check_bytes("input", inputs)
     _check_bytes("output", outputs)
     if len(outputs) > 1:
         raise FailedPrecondition(f"protocol '{TORCHSERVE}': a prediction is one output, got {len(outputs)}")
-    return Facts(inputs, outputs)
+    return RemoteModelInfo(inputs, outputs)
 
 
 def _one(name: str) -> tuple[TensorSpec, ...]:

@@ -17,9 +17,9 @@ from google.protobuf.message import Message
 
 from services.infer import sans_io
 from services.infer.remote.connection import Connection, parsed
-from services.infer.remote.dialect import Dialect, Facts, Question, changes
+from services.infer.remote.dialect import Dialect, Question, RemoteModelInfo, changes
 from services.infer.remote.errors import RETRY_AFTER_MS, NotAccepted, NotServable, NotToBlame
-from services.infer.remote.settings import Settings
+from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
@@ -60,10 +60,10 @@ class RemoteSession(Session):
     def __init__(
         self,
         name: str,
-        settings: Settings,
+        settings: RemoteSettings,
         connection: Connection,
         dialect: Dialect,
-        declared: Facts,
+        declared: RemoteModelInfo,
         clock: Callable[[], float],
         is_given_up: Callable[[], bool] = bool,
     ) -> None:
@@ -90,7 +90,7 @@ class RemoteSession(Session):
         self._is_suspect = False
         self._next_look = 0.0
 
-    def _first_facts(self, is_given_up: Callable[[], bool]) -> Facts:
+    def _first_facts(self, is_given_up: Callable[[], bool]) -> RemoteModelInfo:
         try:
             return sans_io.done(self._dialect.facts(), lambda question: self._asked(question, is_given_up))
         except NotServable:

@@ -7,9 +7,9 @@ from collections.abc import MutableMapping
 from services.infer.offload import aside
 from services.infer.requests import ragged
 from services.infer.requests.classification import classify
-from services.infer.requests.outcome import Answer, StepTimes
+from services.infer.requests.outcome import InferenceResult, StepTimes
 from services.infer.requests.ragged import Value
-from services.infer.requests.request import Call, WantedOutput
+from services.infer.requests.request import InferenceRequest, WantedOutput
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.oip.datatypes import BY_NAME
 from shoal.oip.tensors import to_raw
@@ -20,7 +20,9 @@ _LARGE_BYTES = 4 << 20
 _FEW_ELEMENTS = 1 << 13
 
 
-def write(answer: Answer, call: Call, *, model: str, version: int, id: str, batched: bool) -> pb.ModelInferResponse:
+def write(
+    answer: InferenceResult, call: InferenceRequest, *, model: str, version: int, id: str, batched: bool
+) -> pb.ModelInferResponse:
     """The response: outputs in the order of the request, all of them raw.
 
     Raises:
@@ -33,7 +35,7 @@ def write(answer: Answer, call: Call, *, model: str, version: int, id: str, batc
 
 
 async def write_async(
-    answer: Answer, call: Call, *, model: str, version: int, id: str, batched: bool
+    answer: InferenceResult, call: InferenceRequest, *, model: str, version: int, id: str, batched: bool
 ) -> pb.ModelInferResponse:
     """Write a response as `write` does, on a thread when writing would block the event loop."""
     return await aside(
@@ -42,7 +44,7 @@ async def write_async(
     )
 
 
-def _is_long_write(answer: Answer, call: Call) -> bool:
+def _is_long_write(answer: InferenceResult, call: InferenceRequest) -> bool:
     arrays = [array for output in answer.outputs for array in ragged.arrays(output)]
     by_element = sum(array.size for array in arrays if array.dtype == object) > _FEW_ELEMENTS
     classes = sum(wanted.classes for wanted in call.outputs) * call.rows
@@ -58,7 +60,7 @@ def _add(response: pb.ModelInferResponse, wanted: WantedOutput, value: Value, *,
     response.raw_output_contents.append(to_raw(output, datatype))
 
 
-def explain(response: pb.ModelInferResponse, answer: Answer, replica: str, cache: str) -> None:
+def explain(response: pb.ModelInferResponse, answer: InferenceResult, replica: str, cache: str) -> None:
     """Adds who answered and whence, how long that took part by part, and with how many rows and why then it was run.
 
     The times are those of the execution that the outputs come from: all zero when they were kept in the cache.

@@ -10,7 +10,7 @@ from services.infer.requests.ragged import Value
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class ExecutionTimes:
     """How long the parts of an execution took, in nanoseconds; and how many rows it had."""
 
     rows: int = 0
@@ -36,12 +36,12 @@ class StepTimes:
     fired: str = ""
 
 
-class Answer:
+class InferenceResult:
     """What came back for one call."""
 
     __slots__ = ("fired", "outputs", "queue_ns", "steps", "times")
 
-    def __init__(self, outputs: Sequence[Value], times: Times, queue_ns: int = 0, fired: str = "") -> None:
+    def __init__(self, outputs: Sequence[Value], times: ExecutionTimes, queue_ns: int = 0, fired: str = "") -> None:
         self.outputs = outputs
         """In the order that the call asks for them; `Rows` only for an output that is ragged."""
         self.times = times
@@ -53,5 +53,5 @@ class Answer:
         """Of an ensemble, when its request wants to know."""
 
 
-Outcome: TypeAlias = Answer | Exception
+Outcome: TypeAlias = InferenceResult | Exception
 """What became of one call."""

@@ -40,7 +40,7 @@ class WantedOutput:
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class InferenceRequest:
     """One request that fits its model. Nobody changes it; it is not frozen, because that would triple its cost."""
 
     inputs: Mapping[str, Value]
@@ -55,7 +55,7 @@ class Call:
     parameters: Parameters
     source: pb.ModelInferRequest | None = None
     """What it was read from, for models that want to know; None when it came the short way."""
-    check: Callable[[str, Call], Awaitable[Call]] | None = None
+    check: Callable[[str, InferenceRequest], Awaitable[InferenceRequest]] | None = None
     """Of a retry, whose last instance may have died of it: an ensemble asks this of each step, by its model's name."""
 
     @property
@@ -64,7 +64,7 @@ class Call:
         return cast("Mapping[str, Tensor]", self.inputs)
 
 
-def read(request: pb.ModelInferRequest, signature: Signature) -> Call:
+def read(request: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
     """Reads a request for a model with this signature.
 
     Raises:
@@ -80,10 +80,10 @@ def read(request: pb.ModelInferRequest, signature: Signature) -> Call:
     outputs = _outputs(request.outputs, signature, model)
     size = sum(tensors.size_bytes(t) for t in inputs.values())
     key = key_of(inputs, outputs, signature)
-    return Call(inputs, outputs, rows, size, key, given, request)
+    return InferenceRequest(inputs, outputs, rows, size, key, given, request)
 
 
-async def read_async(request: pb.ModelInferRequest, signature: Signature) -> Call:
+async def read_async(request: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
     """Read a request as `read` does, on a thread when reading would block the event loop."""
     return await aside(lambda: read(request, signature), is_long_read(request))
 

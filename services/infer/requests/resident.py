@@ -16,7 +16,7 @@ import numpy as np
 from services.infer.requests.tensors import Tensor
 
 
-class Keeper(Protocol):
+class ResidentPool(Protocol):
     """A runtimes.lane.Lane: where the array is."""
 
     def joined(self, arrays: Sequence[Any]) -> Any:
@@ -31,7 +31,7 @@ class Resident:
 
     __slots__ = ("array", "keeper")
 
-    def __init__(self, array: Any, keeper: Keeper) -> None:
+    def __init__(self, array: Any, keeper: ResidentPool) -> None:
         self.array, self.keeper = array, keeper
 
     @property

@@ -27,12 +27,11 @@ from weakref import WeakSet
 from mesh.process.tasks import end
 from services.infer.offload import aside
 from services.infer.requests import ragged
-from services.infer.requests.outcome import Times
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult
 from services.infer.requests.ragged import Value
-from services.infer.requests.request import Call
+from services.infer.requests.request import InferenceRequest
 from services.infer.response_cache.key import ResponseKeys
 from services.infer.response_cache.store import ResponseStore, frozen
-from services.infer.scheduling.scheduler import Answer
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, ShoalError
 from shoal.inference.v2 import model_config_pb2
@@ -64,19 +63,19 @@ class CacheState(StrEnum):
     """It was computed for another call, which asked the same at the same time."""
 
 
-class Runs(Protocol):
+class RunsRequest(Protocol):
     """Runs calls: a Scheduler."""
 
-    async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer: ...
+    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult: ...
 
-    def is_waiting(self, call: Call) -> bool:
+    def is_waiting(self, call: InferenceRequest) -> bool:
         """Whether its execution has not begun."""
 
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    call: Call
-    task: asyncio.Task[Answer]
+    call: InferenceRequest
+    task: asyncio.Task[InferenceResult]
     waiting: int = 0
     """How many wait for it."""
     is_led: bool = True
@@ -96,7 +95,7 @@ class ResponseCache:
     def __init__(
         self,
         keys: ResponseKeys,
-        runs: Runs,
+        runs: RunsRequest,
         store: ResponseStore,
         statistics: Statistics,
         *,
@@ -111,7 +110,7 @@ class ResponseCache:
         self._clock = clock
         self._owner = store.owner()
         self._flights: dict[bytes, _Flight] = {}
-        self._old: WeakSet[asyncio.Task[Answer]] = WeakSet()  # In flight, and forgotten.
+        self._old: WeakSet[asyncio.Task[InferenceResult]] = WeakSet()  # In flight, and forgotten.
 
     async def __aenter__(self) -> ResponseCache:
         return self
@@ -130,8 +129,12 @@ class ResponseCache:
         self._flights.clear()
 
     async def answer(
-        self, call: Call, parameters: Mapping[str, InferParameter], deadline: float = math.inf, tenant: str = ""
-    ) -> tuple[Answer, CacheState]:
+        self,
+        call: InferenceRequest,
+        parameters: Mapping[str, InferParameter],
+        deadline: float = math.inf,
+        tenant: str = "",
+    ) -> tuple[InferenceResult, CacheState]:
         """The answer to `call`, and where it comes from; `parameters` are those of its request.
 
         Raises what `Scheduler.submit` does.
@@ -142,7 +145,7 @@ class ResponseCache:
         looked_ns = time.perf_counter_ns() - began
         if outputs is not None:
             self._statistics.hit(looked_ns, looked_ns)
-            return Answer(outputs, Times(), 0, "cache"), CacheState.HIT
+            return InferenceResult(outputs, ExecutionTimes(), 0, "cache"), CacheState.HIT
         timeout_us = call.parameters.timeout_us
         expires = min(deadline, arrived + timeout_us / 1e6) if timeout_us else deadline
         for _ in range(_JOINS):
@@ -163,7 +166,9 @@ class ResponseCache:
         self._statistics.missed(looked_ns)
         return answer, CacheState.MISS
 
-    async def _lead(self, key: bytes, call: Call, expires: float, tenant: str, looked_ns: int) -> Answer:
+    async def _lead(
+        self, key: bytes, call: InferenceRequest, expires: float, tenant: str, looked_ns: int
+    ) -> InferenceResult:
         flight = self._take_off(key, call, expires, tenant)
         try:
             await self._until_landed(key, flight, math.inf)
@@ -177,7 +182,7 @@ class ResponseCache:
         finally:
             del flight  # It holds an error whose trace holds this frame: a circle, and in it the whole request.
 
-    async def _join(self, key: bytes, flight: _Flight, expires: float) -> Answer | None:
+    async def _join(self, key: bytes, flight: _Flight, expires: float) -> InferenceResult | None:
         """The flight's answer; None when it failed, and not because of the request. Raises the request's own error."""
         await self._until_landed(key, flight, expires)
         if flight.task.cancelled():
@@ -189,13 +194,13 @@ class ResponseCache:
             raise _again(error) from error
         return None
 
-    def _take_off(self, key: bytes, call: Call, expires: float, tenant: str) -> _Flight:
+    def _take_off(self, key: bytes, call: InferenceRequest, expires: float, tenant: str) -> _Flight:
         task = asyncio.create_task(self._fly(key, call, expires, tenant), name="cached-call")
         task.add_done_callback(_look)
         flight = self._flights[key] = _Flight(call, task)
         return flight
 
-    async def _fly(self, key: bytes, call: Call, expires: float, tenant: str) -> Answer:
+    async def _fly(self, key: bytes, call: InferenceRequest, expires: float, tenant: str) -> InferenceResult:
         flight, owner = self._flights[key], self._owner
         try:
             answer = got = await self._runs.submit(call, expires, tenant)
@@ -203,7 +208,7 @@ class ResponseCache:
             size = sum(array.nbytes for output in got.outputs for array in ragged.arrays(output))
             if size <= self._store.largest_bytes:
                 outputs = await aside(lambda: frozen(got.outputs), _is_long(size, got.outputs))
-                answer = Answer(outputs, got.times, got.queue_ns, got.fired)
+                answer = InferenceResult(outputs, got.times, got.queue_ns, got.fired)
                 self._store.put(owner, key, outputs, expires=self._clock() + self._ttl_s)
             flight.kept_ns = time.perf_counter_ns() - began
             return answer
@@ -266,7 +271,7 @@ def _again(error: ShoalError) -> ShoalError:
     return type(error)(error.message, retry_after_ms=error.retry_after_ms)
 
 
-def _look(task: asyncio.Task[Answer]) -> None:
+def _look(task: asyncio.Task[InferenceResult]) -> None:
     if not task.cancelled():
         task.exception()  # Nobody may be left to look at it, which is no news for the log.
 

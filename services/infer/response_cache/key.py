@@ -16,7 +16,7 @@ import numpy as np
 
 from services.infer.requests import ragged
 from services.infer.requests.ragged import Value
-from services.infer.requests.request import Call
+from services.infer.requests.request import InferenceRequest
 from services.infer.requests.signature import Signature
 from shoal.inference.v2.inference_pb2 import InferParameter
 from shoal.inference.v2.model_config_pb2 import ModelConfig
@@ -36,7 +36,7 @@ class ResponseKeys:
         self._seeded = hashlib.sha256(repr(about).encode("utf-8", "surrogatepass"))
         self._datatypes = {spec.name: spec.datatype.name for spec in signature.inputs}
 
-    def key(self, call: Call, parameters: Mapping[str, InferParameter]) -> bytes:
+    def key(self, call: InferenceRequest, parameters: Mapping[str, InferParameter]) -> bytes:
         """The key of `call`; `parameters` are those of its request, as they came."""
         inputs = sorted(call.inputs.items())
         header = repr(

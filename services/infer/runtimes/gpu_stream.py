@@ -27,7 +27,7 @@ from shoal.errors import FailedPrecondition
 _ALIGNMENT = 16
 
 
-class Lane:
+class GpuStream:
     """A `resident.Keeper`."""
 
     def __init__(self, gpu: int, memory: Memory) -> None:
@@ -74,7 +74,7 @@ class Lane:
         event.synchronize()
 
 
-class Lanes:
+class GpuStreams:
     """The lanes of this process, each made when it is first asked for."""
 
     def __init__(
@@ -90,10 +90,10 @@ class Lanes:
             is_usable: whether CuPy is there and sees them.
         """
         self.count, self._memory, self._is_usable = count, memory, is_usable
-        self._made: dict[int, Lane] = {}
+        self._made: dict[int, GpuStream] = {}
         self._lock = threading.Lock()
 
-    def of(self, gpu: int) -> Lane:
+    def of(self, gpu: int) -> GpuStream:
         """The lane of GPU number `gpu`. Raises FailedPrecondition when it is not there, or CuPy is not."""
         there = self.count()
         if not 0 <= gpu < there or not self._is_usable():
@@ -101,5 +101,5 @@ class Lanes:
             raise FailedPrecondition(f"GPU {gpu} is not there: this process may use {there} GPUs{why}")
         with self._lock:  # Models are loaded side by side.
             if gpu not in self._made:
-                self._made[gpu] = Lane(gpu, self._memory(gpu))
+                self._made[gpu] = GpuStream(gpu, self._memory(gpu))
             return self._made[gpu]

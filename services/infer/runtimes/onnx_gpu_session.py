@@ -19,7 +19,7 @@ from kernels.stack_rows import stack_rows
 from kernels.staging import Ring, Slot
 from services.infer.requests.resident import Resident, joined
 from services.infer.requests.tensors import Tensor
-from services.infer.runtimes.gpu_stream import Lane
+from services.infer.runtimes.gpu_stream import GpuStream
 from services.infer.runtimes.onnx_session import OnnxSession, plain
 from services.infer.runtimes.runtime import ModelFailed
 from shoal.errors import FailedPrecondition
@@ -33,7 +33,7 @@ _WITHOUT_WAITING = "disable_synchronize_execution_providers"
 class LaneSession(OnnxSession):
     """One model on one GPU."""
 
-    def __init__(self, session: Any, run_entries: Mapping[str, str], lane: Lane, runs: int) -> None:
+    def __init__(self, session: Any, run_entries: Mapping[str, str], lane: GpuStream, runs: int) -> None:
         """`runs`: executions at a time. Raises FailedPrecondition when a tensor is none of numbers."""
         super().__init__(session, {**run_entries, _WITHOUT_WAITING: "1"}, lane.gpu)
         self.lane = self._lane = lane
@@ -127,7 +127,7 @@ class LaneSession(OnnxSession):
 class _Staging:
     """The pinned slots of one session: a ring that grows to what batches need."""
 
-    def __init__(self, lane: Lane, slots: int) -> None:
+    def __init__(self, lane: GpuStream, slots: int) -> None:
         self._lane, self._slots = lane, slots
         self._ring: Ring | None = None
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from services.infer.requests.ragged import Value
 from services.infer.requests.signature import TensorSpec
 from services.infer.requests.tensors import Tensor
-from services.infer.runtimes.gpu_stream import Lane
+from services.infer.runtimes.gpu_stream import GpuStream
 
 # Model processes import this module and no protobuf.
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class About:
     """What its content is: another one is another model. Empty: nobody said."""
 
 
-class Place(NamedTuple):
+class TensorPlacement(NamedTuple):
     """Where some executions of a model run."""
 
     kind: str = "auto"
@@ -92,7 +92,7 @@ class SessionOptions:
     """The same, for each run."""
     shares_stream: bool = False
     """On a GPU, what all models that say so put their work on, with operations; else the session has its own."""
-    places: Sequence[Place] = (Place("cpu"),)
+    places: Sequence[TensorPlacement] = (TensorPlacement("cpu"),)
     gpu_providers: Sequence[Provider] = ()
     """Preferred to the plain ones on GPUs, the first most."""
     cpu_providers: Sequence[Provider] = ()
@@ -138,7 +138,7 @@ class Session(ABC):
     """It waits for nobody, and its time is that of its arithmetic: a short run may be made on the event loop."""
     gpus: tuple[int, ...] = ()
     """Those that it runs on; none: on the CPU, or nobody knows."""
-    lane: Lane | None = None
+    lane: GpuStream | None = None
     """The one GPU that it takes tensors on, and can leave them on; none: tensors are on the host."""
     is_tried: bool = True
     """Made-up inputs may be tried on it."""

@@ -18,8 +18,8 @@ import numpy as np
 from mesh.process.crash_journal import Crashes, CrashJournal, Slot, Verdict
 from services.infer.requests import ragged
 from services.infer.requests.outcome import Outcome
-from services.infer.requests.request import Call
-from services.infer.scheduling.execution import Execution, Job, Runs
+from services.infer.requests.request import InferenceRequest
+from services.infer.scheduling.execution import Execution, ExecutionItem, Executor
 from shoal.errors import Internal
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class JournaledExecution:
         self.tally = execution.tally
         self.may_run_on_loop = execution.may_run_on_loop
 
-    def run(self, batch: Sequence[Job]) -> list[Outcome]:
+    def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         model = self._model
         self._slot.begin([fingerprint(model, job.call) for job in batch])
         outcomes = self._execution.run(batch)
@@ -51,7 +51,7 @@ class JournaledExecution:
         return outcomes
 
 
-def journaled(journal: CrashJournal, model: str, execution: Execution) -> Runs:
+def journaled(journal: CrashJournal, model: str, execution: Execution) -> Executor:
     """Return the execution of `model` with a crash journal, or unchanged when the journal has no free slot."""
     slot = journal.slot()
     return execution if slot is None else JournaledExecution(execution, slot, digest_of(model))
@@ -63,7 +63,7 @@ class CrashGuard:
     def __init__(self, folder: Path) -> None:
         self._crashes = Crashes(folder)
 
-    async def checked(self, model: str, call: Call) -> Call:
+    async def checked(self, model: str, call: InferenceRequest) -> InferenceRequest:
         """Return the retried call as it may be executed; a suspect is given a batch of its own.
 
         Raises:
@@ -81,7 +81,7 @@ class CrashGuard:
         return call
 
 
-def fingerprint(model: int, call: Call) -> int:
+def fingerprint(model: int, call: InferenceRequest) -> int:
     """Return an 8-byte digest of a request, independent of the order of its inputs; `model` is a `digest_of`."""
     digest, size = model, 0
     for array in (array for value in call.inputs.values() for array in ragged.arrays(value)):

@@ -14,12 +14,12 @@ from kernels.stack_rows import split_rows
 from services.infer.model_process import request_info
 from services.infer.model_process.checks import check_outputs
 from services.infer.model_process.session import ModelDied, ProcessSession
-from services.infer.requests.outcome import Answer, Outcome, Times
-from services.infer.requests.request import Call
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
+from services.infer.requests.request import InferenceRequest
 from services.infer.requests.signature import Signature
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.scheduling.execution import Execution, Job
+from services.infer.scheduling.execution import Execution, ExecutionItem
 from shoal.errors import DeadlineExceeded, ShoalError
 
 log = logging.getLogger(__name__)
@@ -38,12 +38,12 @@ class ProcessExecution(Execution):
         self._version = version
         self._processes = session
         self._most_rows = signature.max_batch_size
-        self._jobs: Sequence[Job] = ()
+        self._jobs: Sequence[ExecutionItem] = ()
         self._patient_until = 0.0
         self._is_apart = False
         self._waited_ns = 0
 
-    def run(self, batch: Sequence[Job]) -> list[Outcome]:
+    def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         self._jobs = batch
         try:
             return super().run(batch)
@@ -52,16 +52,18 @@ class ProcessExecution(Execution):
             self._patient_until = 0.0
             self._is_apart = False
 
-    def _is_wanted(self, call: Call | None = None) -> bool:
+    def _is_wanted(self, call: InferenceRequest | None = None) -> bool:
         """Whether somebody waits: for this call, or for any of the batch."""
         now = self._clock()
         jobs = self._jobs if call is None else [job for job in self._jobs if job.call is call]
         return any(not job.is_abandoned and now < job.expires for job in jobs)
 
-    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Any], int]:
+    def _gathered(self, calls: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
         return {}, sum(call.rows for call in calls)
 
-    def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Any], rows: int, start: int) -> list[Outcome]:
+    def _computed(
+        self, calls: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
+    ) -> list[Outcome]:
         poison = self._processes.poison
         if not poison:
             return self._answers(calls, start)
@@ -72,7 +74,7 @@ class ProcessExecution(Execution):
             for call in calls
         ]
 
-    def _answers(self, calls: Sequence[Call], start: int) -> list[Outcome]:
+    def _answers(self, calls: Sequence[InferenceRequest], start: int) -> list[Outcome]:
         if not calls:
             return []
         gathered = perf_counter_ns()
@@ -86,7 +88,7 @@ class ProcessExecution(Execution):
         computed = perf_counter_ns()
         counts = [call.rows for call in calls]
         waited = min(self._waited_ns, computed - gathered)
-        times = Times(sum(counts), gathered - start, computed - gathered - waited, 0, waited)
+        times = ExecutionTimes(sum(counts), gathered - start, computed - gathered - waited, 0, waited)
         if len(results) == len(calls):
             return [self._checked(call, result, times) for call, result in zip(calls, results, strict=True)]
         stacked = results[0] if len(results) == 1 else ModelFailed(f"{len(results)} answers for {len(calls)} requests")
@@ -94,9 +96,9 @@ class ProcessExecution(Execution):
             raise ModelFailed(str(stacked)) from stacked
         check_outputs(calls[0], stacked, sum(counts) if self._batched else None)
         parts = zip(*[split_rows(array, counts) for array in stacked], strict=True)
-        return [Answer(outputs, times) for outputs in parts]
+        return [InferenceResult(outputs, times) for outputs in parts]
 
-    def _executed(self, calls: Sequence[Call]) -> list[list[Tensor] | Exception]:
+    def _executed(self, calls: Sequence[InferenceRequest]) -> list[list[Tensor] | Exception]:
         session, first = self._processes, calls[0]
         said = [request_info.of(call, self._name, self._version) for call in calls] if session.wants_requests else ()
         return session.run_requests(
@@ -113,7 +115,7 @@ class ProcessExecution(Execution):
     def _waited(self, waited_ns: int) -> None:
         self._waited_ns = waited_ns
 
-    def _apart(self, calls: Sequence[Call], err: ModelDied) -> list[Outcome]:
+    def _apart(self, calls: Sequence[InferenceRequest], err: ModelDied) -> list[Outcome]:
         """Each call alone. Halving, as for a model that only fails, would have more processes die."""
         log.info("model %s: %d calls run alone, since their %s", self._name, len(calls), str(err).removeprefix("the "))
         self.tally.bisections += 1
@@ -121,7 +123,7 @@ class ProcessExecution(Execution):
         self._is_apart = True
         return [self._alone(call) for call in calls]
 
-    def _alone(self, call: Call) -> Outcome:
+    def _alone(self, call: InferenceRequest) -> Outcome:
         if not self._is_wanted(call):
             return DeadlineExceeded("Request timeout expired: its batch failed, and there was no time for another run")
         try:
@@ -131,11 +133,11 @@ class ProcessExecution(Execution):
         except ShoalError as err:
             return err
 
-    def _checked(self, call: Call, result: list[Tensor] | Exception, times: Times) -> Outcome:
+    def _checked(self, call: InferenceRequest, result: list[Tensor] | Exception, times: ExecutionTimes) -> Outcome:
         if isinstance(result, Exception):
             return result
         try:
             check_outputs(call, result, call.rows if self._batched else None)
         except ModelFailed as err:
             return self._failed(err)
-        return Answer(result, times)
+        return InferenceResult(result, times)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from services.infer.sequences.rows import SequenceId
 
 
-class Line:
+class ArrivalOrder:
     """One line for each sequence. Nobody's step overtakes an earlier one of its own."""
 
     def __init__(self) -> None:

@@ -15,17 +15,17 @@ import heapq
 import math
 from collections.abc import Collection, Hashable, Iterator, Mapping
 
-from services.infer.requests.request import Call
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.expiry import Expiry
 from services.infer.sequences.rows import SequenceId
-from services.infer.sequences.step import Place, Sequence, Step
+from services.infer.sequences.step import Sequence, SequenceSlot, SequenceStep
 
 
 class Unknown(Exception):
     """A step without START, of a sequence that is not known (any more)."""
 
 
-class Book:
+class SequenceTable:
     """The sequences of one model version."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Book:
         self._backlog: dict[Sequence, None] = {}
         self._idle: dict[Sequence, float] = {}  # In the order of their times: all may be idle for equally long.
         self._held: dict[str, int] = {}
-        self._expiry: Expiry[Step] = Expiry()
+        self._expiry: Expiry[SequenceStep] = Expiry()
         self.waiting = 0
         """Steps that wait."""
         self.waiting_bytes = 0
@@ -58,7 +58,7 @@ class Book:
     def __len__(self) -> int:
         return len(self._known)
 
-    def add(self, step: Step, tenant: str) -> None:
+    def add(self, step: SequenceStep, tenant: str) -> None:
         """Puts a step behind those of its sequence. Raises Unknown."""
         sequence = self._known.get(step.id)
         if not step.starts and (sequence is None or not sequence.is_open):
@@ -79,25 +79,25 @@ class Book:
         else:
             self._look(sequence)
 
-    def holds(self, call: Call) -> bool:
+    def holds(self, call: InferenceRequest) -> bool:
         """Whether a step with this very call waits here."""
         return any(step.call is call for sequence in self._known.values() for step in sequence.waiting)
 
-    def left(self) -> list[Step]:
+    def left(self) -> list[SequenceStep]:
         """All steps that wait."""
         return [step for sequence in self._known.values() for step in sequence.waiting if step.is_waiting]
 
     # Running
 
-    def heads(self, instance: int) -> list[Step]:
+    def heads(self, instance: int) -> list[SequenceStep]:
         """The steps of an instance that may run now: of each sequence with a step that waits, the first."""
         return [sequence.waiting[0] for sequence in self._ready[instance]]
 
-    def key(self, step: Step) -> Hashable:
+    def key(self, step: SequenceStep) -> Hashable:
         """Heads with equal keys can be stacked."""
         return step.call.key, self._first_shapes if step.starts else step.sequence.shapes
 
-    def take(self, steps: list[Step]) -> None:
+    def take(self, steps: list[SequenceStep]) -> None:
         """These heads are being run."""
         for step in steps:
             sequence = step.sequence
@@ -110,7 +110,7 @@ class Book:
                 sequence.has_begun = False
                 sequence.states, sequence.shapes = {}, ()
 
-    def ran(self, step: Step, now: float, *, is_success: bool) -> list[Step]:
+    def ran(self, step: SequenceStep, now: float, *, is_success: bool) -> list[SequenceStep]:
         """A step came to its end. Returns those behind it that are refused, because their sequence never began."""
         sequence = step.sequence
         sequence.running = None
@@ -128,9 +128,9 @@ class Book:
         self._rest(sequence, now)
         return []
 
-    def lose(self, instance: int, but: Collection[Sequence] = ()) -> list[Step]:
+    def lose(self, instance: int, but: Collection[Sequence] = ()) -> list[SequenceStep]:
         """An instance forgot its sequences, `but` these; none of their steps is running. Returns those refused."""
-        refused: list[Step] = []
+        refused: list[SequenceStep] = []
         for sequence in [each for each in self.placed[instance] if each not in but]:
             refused += self._refuse_followers(sequence)
             self._end(sequence)
@@ -138,7 +138,7 @@ class Book:
 
     # Ends without a run
 
-    def drop(self, step: Step, now: float) -> list[Step]:
+    def drop(self, step: SequenceStep, now: float) -> list[SequenceStep]:
         """Takes a waiting step out of the line. Returns those that are refused with it: they were behind a START."""
         if not step.is_waiting:
             return []
@@ -156,7 +156,7 @@ class Book:
             self._end(sequence)
         return refused
 
-    def expire(self, now: float) -> Iterator[Step]:
+    def expire(self, now: float) -> Iterator[SequenceStep]:
         """The steps whose time is over. Whoever asks drops them."""
         yield from self._expiry.until(now)
 
@@ -176,7 +176,7 @@ class Book:
             self._end(sequence)
         return over
 
-    def _refuse_followers(self, sequence: Sequence, behind: Step | None = None) -> list[Step]:
+    def _refuse_followers(self, sequence: Sequence, behind: SequenceStep | None = None) -> list[SequenceStep]:
         """Takes out what follows `behind` (or all), up to the next START."""
         line = list(sequence.waiting)
         first = line.index(behind) + 1 if behind is not None else 0
@@ -191,7 +191,7 @@ class Book:
                 self._leave_line(step)
         return [step for step in refused if not step.is_dropped]
 
-    def _leave_line(self, step: Step) -> None:
+    def _leave_line(self, step: SequenceStep) -> None:
         step.is_waiting = False
         self.waiting -= 1
         self.waiting_bytes -= step.call.size_bytes
@@ -253,7 +253,7 @@ class Book:
                 return
             sequence = min(self._backlog, key=self._behind)  # Among equals the first: it has waited longest.
             del self._backlog[sequence]
-            sequence.place = Place(instance, heapq.heappop(self._free_slots[instance]))
+            sequence.place = SequenceSlot(instance, heapq.heappop(self._free_slots[instance]))
             self.placed[instance][sequence] = None
             self._look(sequence)
             self._held[sequence.tenant] = self._held.get(sequence.tenant, 0) + 1

@@ -62,7 +62,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SequenceSettings:
     """How the sequences of one model run."""
 
     controls: tuple[Control, ...]
@@ -90,13 +90,13 @@ class Settings:
         return frozenset(state.output for state in self.states)
 
 
-def of(config: pb.ModelConfig) -> Settings:
+def of(config: pb.ModelConfig) -> SequenceSettings:
     """The settings in a configuration that `wrong` found nothing in, and that has `sequence_batching`."""
     given, rows = config.sequence_batching, max(config.max_batch_size, 1)
     oldest, direct = given.oldest, given.direct
     is_direct = given.WhichOneof("strategy_choice") != "oldest"
     delay_us = direct.max_queue_delay_microseconds if is_direct else oldest.max_queue_delay_microseconds
-    return Settings(
+    return SequenceSettings(
         controls=tuple(_control(each.name, each.control[0]) for each in given.control_input),
         states=tuple(_state(each) for each in given.state),
         is_direct=is_direct,
@@ -129,7 +129,7 @@ def _state(given: pb.ModelSequenceBatching.State) -> State:
     )
 
 
-def agreed(settings: Settings, session: Session, *, batched: bool, declares: bool) -> Settings:
+def agreed(settings: SequenceSettings, session: Session, *, batched: bool, declares: bool) -> SequenceSettings:
     """The settings as the model's own file has them.
 
     Args:
@@ -157,7 +157,7 @@ def agreed(settings: Settings, session: Session, *, batched: bool, declares: boo
         for role, name, specs in (("input_name", state.input, known), ("output_name", state.output, outputs)):
             spec = _checked(f"state {role}", name, state.datatype, specs)
             _check_dims(f"state {role} '{name}'", state.dims, spec.shape, batched=batched)
-    return Settings(**{**vars(settings), "controls": tuple(controls)})
+    return SequenceSettings(**{**vars(settings), "controls": tuple(controls)})
 
 
 def _fields(control: Control) -> tuple[str, int, Datatype, float, float]:

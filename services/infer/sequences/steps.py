@@ -18,7 +18,7 @@ from services.infer.requests.signature import fits
 from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.sequences.rows import Row, columns
-from services.infer.sequences.settings import Settings
+from services.infer.sequences.settings import SequenceSettings
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ Results: TypeAlias = "list[Stepped | Exception]"
 class _Form:
     """What a model's rows look like, whatever runs them."""
 
-    def __init__(self, settings: Settings, *, batched: bool, text: bool) -> None:
+    def __init__(self, settings: SequenceSettings, *, batched: bool, text: bool) -> None:
         self.settings, self.batched, self.text = settings, batched, text
 
     def columns(self, rows: Sequence[Row | None]) -> dict[str, list[Tensor]]:
@@ -83,7 +83,7 @@ class _Form:
 class SessionSteps:
     """Steps in a session of this process."""
 
-    def __init__(self, session: Session, settings: Settings, *, batched: bool) -> None:
+    def __init__(self, session: Session, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
         self._form = _Form(settings, batched=batched, text=session.text)
 
@@ -103,7 +103,7 @@ class SessionSteps:
 class ProcessSteps:
     """Steps in a model's own process."""
 
-    def __init__(self, session: ProcessSession, settings: Settings, *, batched: bool) -> None:
+    def __init__(self, session: ProcessSession, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
         self._form = _Form(settings, batched=batched, text=session.text)
         self.on: Running | None = None
@@ -142,7 +142,7 @@ class ProcessSteps:
             return err
 
 
-def of(session: Session, settings: Settings, *, batched: bool) -> SessionSteps | ProcessSteps:
+def of(session: Session, settings: SequenceSettings, *, batched: bool) -> SessionSteps | ProcessSteps:
     """The steps of a session."""
     if isinstance(session, ProcessSession):
         return ProcessSteps(session, settings, batched=batched)

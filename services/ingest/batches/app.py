@@ -16,7 +16,7 @@ from mesh.mongo import Document
 from mesh.process.threads import Threads
 from mesh.rpc.channel import AnyChannel
 from services.ingest.batches.batcher import Batcher
-from services.ingest.batches.book import Book
+from services.ingest.batches.book import BatchRepository
 from services.ingest.batches.calling import Model
 from services.ingest.batches.documents import (
     BATCH_INDEXES,
@@ -27,8 +27,8 @@ from services.ingest.batches.documents import (
     CHUNKS,
 )
 from services.ingest.batches.duties import Duties
-from services.ingest.batches.facts import Facts
-from services.ingest.batches.inputs.places import Places
+from services.ingest.batches.facts import ModelMetadata
+from services.ingest.batches.inputs.places import InputLocations
 from services.ingest.batches.ledger import Ledger
 from services.ingest.batches.opening import Readers
 from services.ingest.batches.running import Running
@@ -36,7 +36,7 @@ from services.ingest.batches.submission import Submissions
 from services.ingest.batches.viewing import Viewing
 from services.ingest.clock import Clock
 from services.ingest.config import IngestConfig
-from services.ingest.retention.book import Book as Retention
+from services.ingest.retention.book import RetentionRepository
 
 _THREADS = 8
 """Reading, packing and writing of the chunks that run, and a plan."""
@@ -53,7 +53,7 @@ class Batches:
         database: AsyncDatabase[Document],
         channel: AnyChannel,
         model: Model,
-        retention: Retention,
+        retention: RetentionRepository,
         *,
         clock: Clock,
         new_id: Callable[[], str],
@@ -61,7 +61,7 @@ class Batches:
     ) -> None:
         name = f"{config.node}/{config.instance}"
         self.clock = clock
-        places = Places(config.batch_places)
+        places = InputLocations(config.batch_places)
         self._database = database
         self._stack = AsyncExitStack()
         self._threads = Threads(_THREADS, "batch")
@@ -77,7 +77,7 @@ class Batches:
             process=new_id(),
             lease_ms=config.lease_ms,
         )
-        self._book = Book(database[BATCHES], self._ledger, clock=clock, instance=name)
+        self._book = BatchRepository(database[BATCHES], self._ledger, clock=clock, instance=name)
         running = Running(
             model,
             places,
@@ -101,7 +101,7 @@ class Batches:
         )
         self.submissions = Submissions(
             self._book,
-            Facts(channel),
+            ModelMetadata(channel),
             places,
             self._looking,
             clock=clock,

@@ -91,7 +91,7 @@ def decide(
     return Wait(max(backoff_ms(policy, attempts, drawn), failure.retry_after_ms), True)
 
 
-class Lanes:
+class RowQueues:
     """At most `most` calls at once, or one that is alone."""
 
     def __init__(self, most: int) -> None:
@@ -121,7 +121,7 @@ class Calling:
         self,
         model: Model,
         asked: Asked,
-        lanes: Lanes,
+        lanes: RowQueues,
         *,
         policy: Policy,
         timeout_s: float,

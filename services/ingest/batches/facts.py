@@ -15,7 +15,7 @@ from shoal.inference.v2 import inference_pb2, inference_pb2_grpc
 _TIMEOUT_S = 10.0
 
 
-class Facts:
+class ModelMetadata:
     """infer, as it describes its models."""
 
     def __init__(self, channel: AnyChannel) -> None:

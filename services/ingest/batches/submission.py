@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 
 from mesh.process.threads import Threads
-from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, Format, Step
-from services.ingest.batches.book import MOST_ACTIVE, Book, same
+from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, BatchStep, Format
+from services.ingest.batches.book import MOST_ACTIVE, BatchRepository, same
 from services.ingest.batches.duties import entries, format_of, owner_of
-from services.ingest.batches.facts import Facts
-from services.ingest.batches.inputs.places import Entry, Places, is_within
+from services.ingest.batches.facts import ModelMetadata
+from services.ingest.batches.inputs.places import Entry, InputLocations, is_within
 from services.ingest.batches.mapping import (
-    Wanted,
+    RequestedColumns,
     available_columns,
     check_file,
     kept_schema,
@@ -63,9 +63,9 @@ class Submissions:
 
     def __init__(
         self,
-        book: Book,
-        facts: Facts,
-        places: Places,
+        book: BatchRepository,
+        facts: ModelMetadata,
+        places: InputLocations,
         threads: Threads,
         *,
         clock: Clock,
@@ -131,7 +131,7 @@ class Submissions:
         with opened(self._places, first) as file, named(first):
             mapped = map_columns(request.model_name, signature, given, available_columns(kind, file))
             kept = kept_schema(kind, file, request.keep_columns)
-            check_file(kind, file, Wanted(mapped, kept))
+            check_file(kind, file, RequestedColumns(mapped, kept))
         return Looked(kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes())
 
     def _first(self, inputs: Sequence[str], kind: Format) -> Entry:
@@ -222,7 +222,7 @@ class Submissions:
             submitted_at=now,
             updated_at=now,
             free_at=now,
-            steps=(Step(BatchState.RUNNING, now, self._instance, "submitted"),),
+            steps=(BatchStep(BatchState.RUNNING, now, self._instance, "submitted"),),
         )
 
 

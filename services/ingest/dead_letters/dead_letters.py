@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.ingest.dead_letters.wanted import Wanted
+from services.ingest.dead_letters.wanted import DeadLetterFilter
 from services.ingest.instance import Instance
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import DEAD_LETTERS, Job, requeue
@@ -50,7 +50,7 @@ class DeadLetters:
         """
         return await self._jobs.page(among, size, token)
 
-    async def requeue(self, wanted: Wanted, reason: str) -> Done:
+    async def requeue(self, wanted: DeadLetterFilter, reason: str) -> Done:
         """Puts dead letters back into the queue. One that somebody else requeued meanwhile counts as done.
 
         Raises:
@@ -69,7 +69,7 @@ class DeadLetters:
         self._events.due_again([again[job_id] for job_id in done])
         return Done(done, refused, wanted.filter is not None and len(letters) == wanted.limit)
 
-    async def purge(self, wanted: Wanted) -> Done:
+    async def purge(self, wanted: DeadLetterFilter) -> Done:
         """Removes dead letters with their requests, for good.
 
         Raises:
@@ -85,7 +85,7 @@ class DeadLetters:
         done = [job_id for job_id in ids if job_id not in left]
         return Done(done, refused, wanted.filter is not None and len(letters) == wanted.limit)
 
-    async def _letters(self, wanted: Wanted) -> tuple[list[Job], dict[str, ShoalError]]:
+    async def _letters(self, wanted: DeadLetterFilter) -> tuple[list[Job], dict[str, ShoalError]]:
         """The dead letters that are meant, and why other jobs that are named are none."""
         if wanted.filter is not None:
             return await self._store.dead_letters(wanted.filter, wanted.limit), {}

@@ -16,7 +16,7 @@ MOST = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class DeadLetterFilter:
     """Up to `limit` of those that match `filter`, or those of `ids`."""
 
     ids: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ def checked_filter(state: State | None, model_name: str, tenant: str, code: int,
     return DeadFilter(state, model_name, tenant, code, before)
 
 
-def wanted(ids: Sequence[str], among: DeadFilter | None, limit: int) -> Wanted:
+def wanted(ids: Sequence[str], among: DeadFilter | None, limit: int) -> DeadLetterFilter:
     """Ids or a filter, whichever is given.
 
     Raises:
@@ -49,4 +49,4 @@ def wanted(ids: Sequence[str], among: DeadFilter | None, limit: int) -> Wanted:
     for at, job_id in enumerate(ids):
         if not is_ulid(job_id):
             raise InvalidArgument(f"ids[{at}]: not a job's id: {job_id[:64]!r}")
-    return Wanted(tuple(dict.fromkeys(ids)), among, limit or MOST)
+    return DeadLetterFilter(tuple(dict.fromkeys(ids)), among, limit or MOST)

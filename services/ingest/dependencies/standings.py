@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from services.ingest.dependencies.references import by_key, key_of
-from services.ingest.job_store import JobStore, Standing
+from services.ingest.job_store import DependencyState, JobStore
 
 
-async def standings(store: JobStore, tenant: str, references: Iterable[str]) -> dict[str, Standing]:
+async def standings(store: JobStore, tenant: str, references: Iterable[str]) -> dict[str, DependencyState]:
     """Return the states of the jobs of `tenant` that `references` mean; those that there are.
 
     Raises:
@@ -17,7 +17,7 @@ async def standings(store: JobStore, tenant: str, references: Iterable[str]) -> 
     references = set(references)
     keys = [key for reference in references if (key := key_of(reference)) is not None]
     ids = [reference for reference in references if key_of(reference) is None]
-    found: dict[str, Standing] = {}
+    found: dict[str, DependencyState] = {}
     for standing in await store.standings(tenant, ids, keys):
         if standing.id in references:
             found[standing.id] = standing

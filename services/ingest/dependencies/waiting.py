@@ -15,13 +15,13 @@ from typing import TypeAlias
 
 from services.ingest.dependencies.references import by_key, words
 from services.ingest.job import FINAL, End, Job, Outcome, State, ended_from_outside, released_from_waiting
-from services.ingest.job_store import Standing
+from services.ingest.job_store import DependencyState
 from shoal.errors import Code
 
 _REASON_CHARS = 500
 
 
-Known: TypeAlias = Mapping[str, Standing]
+Known: TypeAlias = Mapping[str, DependencyState]
 """By reference. One that is missing refers to no job (any more)."""
 
 
@@ -56,7 +56,7 @@ def unmet(job: Job, known: Known) -> tuple[str, ...]:
 _FAILED = FINAL - {State.SUCCEEDED}
 
 
-def _doom(job: Job, reference: str, standing: Standing | None) -> End:
+def _doom(job: Job, reference: str, standing: DependencyState | None) -> End:
     if standing is None:
         reason = f"it depends on a job {words(reference)} that is not there any more"
     else:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from services.ingest.clock import earliest, latest
-from services.ingest.dispatch.lanes import Lanes
+from services.ingest.dispatch.lanes import TenantQueues
 from services.ingest.documents import EVER
 from services.ingest.instance import Instance
 from services.ingest.job import Job, Lease
@@ -55,7 +55,7 @@ class Claims:
         self._clock = instance.clock
         self._lease_for = timedelta(milliseconds=lease_ms)
         self._spread = 1
-        self._lanes = Lanes(weight_of, ageing)
+        self._lanes = TenantQueues(weight_of, ageing)
         self._listed_at = EVER
         self._list_again = timedelta()
         self._listed_to = ""

@@ -33,9 +33,9 @@ from typing import Any
 
 from mesh.process.tasks import end
 from services.ingest.dispatch.attempt import Attempts, Decision
-from services.ingest.dispatch.bulks import FIRST, Pace, next_bulk
+from services.ingest.dispatch.bulks import FIRST, ConcurrencyLimit, next_bulk
 from services.ingest.dispatch.claims import Claims
-from services.ingest.dispatch.model_gate import Gate
+from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import Ending, Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
 from services.ingest.instance import Instance
@@ -69,24 +69,24 @@ class Holding:
     """A job that this instance works on: in line, in a call, or being recorded."""
 
     job: Job
-    call: Call | None = None
+    call: ActiveAttempt | None = None
     """What its attempt is part of, while that is under way."""
 
 
 @dataclass(slots=True, eq=False)
-class Line:
+class ModelQueue:
     """The jobs of one model: those in line, and how many are in calls."""
 
-    pace: Pace
+    pace: ConcurrencyLimit
     waiting: deque[Job] = field(default_factory=deque)
     calls: int = 0
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class ActiveAttempt:
     """A call to infer that is under way, for one job or many."""
 
-    line: Line
+    line: ModelQueue
     began_s: float
     left: set[str]
     """The jobs that are neither answered nor given up."""
@@ -104,7 +104,7 @@ class Dispatcher:
         recorder: Recorder,
         *,
         instance: Instance,
-        gate: Gate,
+        gate: ModelGate,
         backlog: Backlog,
         max_in_flight: int,
         poll_ms: int,
@@ -123,7 +123,7 @@ class Dispatcher:
         self._poll_s = poll_ms / 1000
         self._drain_s = drain_ms / 1000
         self._held: dict[str, Holding] = {}
-        self._lines: dict[str, Line] = {}
+        self._lines: dict[str, ModelQueue] = {}
         self._bytes = 0
         self._usual_bytes = 1.0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -330,31 +330,31 @@ class Dispatcher:
         for model in dict.fromkeys(job.model_name for job in claimed):
             self._call(self._lines[model])
 
-    def _line(self, model: str) -> Line:
+    def _line(self, model: str) -> ModelQueue:
         line = self._lines.get(model)
         if line is None:
             if len(self._lines) >= _LINES:
                 self._lines = {name: line for name, line in self._lines.items() if line.calls or line.waiting}
-            line = self._lines[model] = Line(Pace(self._max_calls, _SOON_S))
+            line = self._lines[model] = ModelQueue(ConcurrencyLimit(self._max_calls, _SOON_S))
         return line
 
-    def _call(self, line: Line) -> None:
+    def _call(self, line: ModelQueue) -> None:
         while line.waiting and line.calls < line.pace.limit and self._stop_at is None:
             jobs = next_bulk(line.waiting, line.pace.limit - line.calls)
             line.calls += len(jobs)
-            call = Call(line, asyncio.get_running_loop().time(), {job.id for job in jobs})
+            call = ActiveAttempt(line, asyncio.get_running_loop().time(), {job.id for job in jobs})
             for job in jobs:
                 self._held[job.id].call = call
             call.task = self._spawn(self._see_through(call, jobs), f"call of {len(jobs)} jobs of {jobs[0].model_name}")
             # A callback, not a `finally`: a task that is cancelled before its first step runs no code of its own.
             call.task.add_done_callback(partial(self._over, call))
 
-    async def _see_through(self, call: Call, jobs: Sequence[Job]) -> None:
+    async def _see_through(self, call: ActiveAttempt, jobs: Sequence[Job]) -> None:
         async with aclosing(self._attempts.run(jobs, call.given_up)) as decided:
             async for some in decided:
                 self._decided(call, some)
 
-    def _decided(self, call: Call, some: Sequence[tuple[Job, Decision]]) -> None:
+    def _decided(self, call: ActiveAttempt, some: Sequence[tuple[Job, Decision]]) -> None:
         known: list[tuple[Holding, Decision]] = []
         for job, decision in some:
             if job.id not in call.left:
@@ -373,7 +373,7 @@ class Dispatcher:
         self._call(call.line)
         self._wake.set()
 
-    def _over(self, call: Call, _: asyncio.Task[None]) -> None:
+    def _over(self, call: ActiveAttempt, _: asyncio.Task[None]) -> None:
         """The call's task has ended. What it says nothing of, for a fault of ours, lapses, and is tried again so."""
         call.line.calls -= len(call.left)
         for job_id in call.left:

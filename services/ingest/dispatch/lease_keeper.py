@@ -34,7 +34,7 @@ _FIRST_SWEEP_S = 30.0
 _AWAY_WAIT_S = 1.0
 
 
-class Keeper:
+class LeaseKeeper:
     """Runs its duties in the background for as long as the `async with` block lasts, once `ready` is set."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Keeper:
         self._renew_s = renew_ms / 1000
         self._stack = AsyncExitStack()
 
-    async def __aenter__(self) -> Keeper:
+    async def __aenter__(self) -> LeaseKeeper:
         for name, duty, first_s in (
             ("renew leases", self._renew, 0.0),
             ("care for lapsed jobs", self._care, 0.0),

@@ -17,7 +17,7 @@ _MODELS_KEPT = 100
 # Bounds the list that a claim excludes; more models than this refusing at once are only churned a little.
 
 
-class Gate:
+class ModelGate:
     """Which models are closed, and until when."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from services.ingest.clock import Clock
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job
 from services.ingest.schedules.documents import id_of, schedule_of
-from services.ingest.schedules.schedule import Overlap, Plan, Schedule, label_of, plan
+from services.ingest.schedules.schedule import Overlap, Schedule, SchedulePlan, label_of, plan
 from shoal.errors import AlreadyExists, InvalidArgument, NotFound, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -132,7 +132,7 @@ class Firing(Background):
         except NotFound:
             return False
 
-    async def _skip(self, schedule: Schedule, planned: Plan) -> None:
+    async def _skip(self, schedule: Schedule, planned: SchedulePlan) -> None:
         if (token := self._lease.token) is not None:
             await self._move(schedule, token, None, planned.next_at, "", planned.skip)
 

@@ -21,7 +21,7 @@ from pymongo.errors import BulkWriteError
 from mesh.mongo import TIMEOUT_MS, Document, translated
 from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
-from services.store.page_token import Place
+from services.store.page_token import Position
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
 from services.store.results.large_responses import Responses
@@ -178,7 +178,7 @@ class Results:
     async def page(
         self,
         wanted: ResultFilter,
-        after: Place | None,
+        after: Position | None,
         size: int,
         *,
         most_bytes: int = PAGE_BYTES,
@@ -209,7 +209,7 @@ class Results:
     async def _named(
         self,
         wanted: ResultFilter,
-        after: Place | None,
+        after: Position | None,
         size: int,
         oldest_first: bool,
         omit_response: bool,
@@ -313,9 +313,9 @@ def _standing(job_id: str, doc: Document | None) -> Document:
     return doc
 
 
-def place_of(doc: Document) -> Place:
+def place_of(doc: Document) -> Position:
     """Where the result of a document stands among the others."""
-    return Place(doc["stood_at"] if "stood_at" in doc else doc["recorded_at"], doc["_id"])
+    return Position(doc["stood_at"] if "stood_at" in doc else doc["recorded_at"], doc["_id"])
 
 
 async def _each(cursor: AsyncCursor[Document]) -> AsyncGenerator[Document, None]:

@@ -22,12 +22,12 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from mesh.mongo import Document, translated
 from services.store.artifacts.graves import Graves
 from services.store.documents import EVER, Collections, whole_milliseconds
-from services.store.page_token import Place
+from services.store.page_token import Position
 from services.store.results import tombstones
 from services.store.results.result_filter import beyond
 from services.store.results.tenants import tenant_after
 from services.store.retention.book import Outdated, Reading, RuleBook
-from services.store.retention.rules import Kept, Lane, plan
+from services.store.retention.rules import Kept, RetentionScope, plan
 from services.store.usage.counters import Counters
 from services.store.usage.weight import ANSWER_BYTES, INLINE_BYTES, RECORD_BYTES, Weight, by_tenant
 from shoal.store.v1.store_pb2 import Result
@@ -119,16 +119,16 @@ class Sweep:
         self._reached.pop(kept, None)
         return False
 
-    async def _next_lane(self, kept: Kept, reading: Reading) -> Lane | None:
+    async def _next_lane(self, kept: Kept, reading: Reading) -> RetentionScope | None:
         wanted = plan(reading.rules, kept, whole_milliseconds(self._clock()))
         if wanted.is_empty:
             return None
         if kept is not Kept.ANSWERS and wanted.is_one_for_all:
-            return Lane(None, wanted.default) if wanted.default is not None else None
+            return RetentionScope(None, wanted.default) if wanted.default is not None else None
         after = self._reached.get(kept)
         while (tenant := await tenant_after(self._collections, after)) is not None:
             if (until := wanted.until(tenant)) is not None:
-                return Lane(tenant, until)
+                return RetentionScope(tenant, until)
             after = tenant
         return None
 
@@ -139,7 +139,7 @@ class Sweep:
             sort, hint = [("removed_at", ASCENDING)], "removed"
         with translated("looking for what is no longer kept"):
             if act.kept is Kept.ANSWERS and (mark := await self._collections.fences.find_one({"_id": act.mark_id})):
-                query = {"$and": [query, beyond(Place(mark["recorded_at"], mark["job_id"]), oldest_first=True)]}
+                query = {"$and": [query, beyond(Position(mark["recorded_at"], mark["job_id"]), oldest_first=True)]}
             found = self._collections.results.find(query, _ABOUT).sort(sort).hint(hint).limit(BATCH)
             return _light(await found.to_list())
 
@@ -177,7 +177,7 @@ class _Act:
     """A kind of thing to be removed from one lane, and the version of the rules that say so."""
 
     kept: Kept
-    lane: Lane
+    lane: RetentionScope
     version: int
 
     @property

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mesh.rpc.channel import connect
 from mesh.rpc.server import Server
 from services.infer.core import InferenceServer
-from services.infer.models.load_context import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.rpc import inference_rpc
@@ -98,7 +98,7 @@ async def served(models_folder, run_dir) -> AsyncIterator[Serving]:
     )
     async with AsyncExitStack() as stack:
         runtimes = Runtimes([OnnxRuntime(), KernelsRuntime()])
-        models = await stack.enter_async_context(Models(Means.of(runtimes, QueueLimits())))
+        models = await stack.enter_async_context(Models(LoadContext.of(runtimes, QueueLimits())))
         core = InferenceServer(models, "test/infer-0")
         server = Server(f"unix:{run_dir}/s", [inference_rpc(core)], drain_ms=2000)
         await stack.enter_async_context(server)

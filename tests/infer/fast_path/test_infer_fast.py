@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from services.infer.core import InferenceServer
 from services.infer.fast_path.infer_fast import FastInfer
-from services.infer.models.load_context import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.requests import request as reading
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
@@ -112,7 +112,7 @@ def folder(tmp_path_factory):
 def both_ways(folder, work):
     async def run():
         async with AsyncExitStack() as stack:
-            models = await stack.enter_async_context(Models(Means.of(OnnxRuntime(), QueueLimits())))
+            models = await stack.enter_async_context(Models(LoadContext.of(OnnxRuntime(), QueueLimits())))
             models.want(scan(folder))
             await models.settled()
             return await work(Server(models))

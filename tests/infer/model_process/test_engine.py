@@ -11,7 +11,7 @@ import pytest
 from services.infer.model_process.channel import Channel
 from services.infer.model_process.child.engine import serve
 from services.infer.model_process.child.mailbox import Mailbox
-from services.infer.model_process.hosted import Batch, Facts, Given
+from services.infer.model_process.hosted import Batch, Given, HostedModelInfo
 from services.infer.model_process.payload import part
 
 PATIENCE_S = 30
@@ -20,7 +20,7 @@ PATIENCE_S = 30
 class Doubling:
     """y = 2x, when it is let."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: HostedModelInfo) -> None:
         self.facts = facts
         self.entered, self.go = threading.Event(), threading.Event()
 
@@ -32,9 +32,9 @@ class Doubling:
     def close(self) -> None: ...
 
 
-def facts(*, wants_requests: bool) -> Facts:
+def facts(*, wants_requests: bool) -> HostedModelInfo:
     spec = (("x", "FP32", (-1,)),)
-    return Facts(inputs=spec, outputs=spec, wants_requests=wants_requests)
+    return HostedModelInfo(inputs=spec, outputs=spec, wants_requests=wants_requests)
 
 
 @pytest.mark.parametrize("wants_requests", [False, True])

@@ -16,7 +16,7 @@ from mesh.rpc.channel import connect
 from services.infer.config import InferConfig
 from services.infer.model_files.wanted_models import WantedModel
 from services.infer.models.control import Control
-from services.infer.models.load_context import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
@@ -33,7 +33,7 @@ from tests.infer.test_infer_process import Infer, serves
 
 @pytest.fixture
 async def models():
-    async with Models(Means.of(OnnxRuntime(), QueueLimits())) as models:
+    async with Models(LoadContext.of(OnnxRuntime(), QueueLimits())) as models:
         yield models
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from services.infer.operators.kernels_runtime import KernelsRuntime, OperationSession
 from services.infer.requests import ragged
-from services.infer.runtimes.gpu_stream import Lanes
-from services.infer.runtimes.runtime import About, Place, RowResults, SessionOptions
+from services.infer.runtimes.gpu_stream import GpuStreams
+from services.infer.runtimes.runtime import About, RowResults, SessionOptions, TensorPlacement
 from shoal.inference.v2 import model_config_pb2 as pb
 
 
@@ -18,8 +18,8 @@ def session(
     folder: Path,
     operation: str,
     /,
-    places: Sequence[Place] = (Place("cpu"),),
-    lanes: Lanes | None = None,
+    places: Sequence[TensorPlacement] = (TensorPlacement("cpu"),),
+    lanes: GpuStreams | None = None,
     **parameters: str,
 ) -> OperationSession:
     """A session of `operation`, whose files lie in `folder`; `lanes` are those of the GPUs."""

@@ -9,7 +9,7 @@ import pytest
 
 from services.infer.operators.table import OPERATIONS
 from services.infer.requests.resident import Resident, fetched
-from services.infer.runtimes.runtime import Place
+from services.infer.runtimes.runtime import TensorPlacement
 from shoal.errors import FailedPrecondition
 from tests.infer.operators import making
 from tests.infer.operators.images import pixels
@@ -50,7 +50,7 @@ def test_all_that_can_run_on_gpus_is_held_against_the_cpu():
 @pytest.mark.parametrize("operation", ON_GPUS)
 def test_a_gpu_gives_what_the_cpu_gives(folder, operation):
     parameters, inputs = ON_GPUS[operation]
-    on_gpu = making.session(folder, operation, places=(Place("gpu", 0),), **parameters)
+    on_gpu = making.session(folder, operation, places=(TensorPlacement("gpu", 0),), **parameters)
     assert on_gpu.gpus == (0,)
     there = making.run(on_gpu, **inputs)
     here = making.run(making.session(folder, operation, **parameters), **inputs)
@@ -64,7 +64,9 @@ def test_tensors_are_taken_and_left_on_a_gpu(folder, operation):
     """On a simulated one: what is computed is the CPU's; what is copied, and who may read it, is the GPU's."""
     parameters, inputs = ON_GPUS[operation]
     memory = SimulatedMemory()
-    session = making.session(folder, operation, places=(Place("gpu", 0),), lanes=lanes_of(memory), **parameters)
+    session = making.session(
+        folder, operation, places=(TensorPlacement("gpu", 0),), lanes=lanes_of(memory), **parameters
+    )
     lane = session.lane
     assert (session.gpus, session.only_computes) == ((0,), False)
     there = {
@@ -89,7 +91,7 @@ def test_tensors_are_taken_and_left_on_a_gpu(folder, operation):
 @pytest.mark.parametrize("operation", sorted(OPERATIONS.keys() - ON_GPUS))
 def test_without_a_version_for_gpus_one_is_refused(folder, operation):
     with pytest.raises(FailedPrecondition, match=f"operation {operation} has no version for GPUs: use KIND_CPU"):
-        making.session(folder, operation, places=(Place("gpu"),), **NEEDED.get(operation, {}))
+        making.session(folder, operation, places=(TensorPlacement("gpu"),), **NEEDED.get(operation, {}))
 
 
 @pytest.mark.parametrize("operation", sorted(ON_GPUS))
@@ -97,8 +99,8 @@ def test_a_gpu_that_is_not_there_is_refused(folder, operation):
     with pytest.raises(
         FailedPrecondition, match=r"instance_group: KIND_GPU: GPU 99 is not there: this process may use \d+ GPUs"
     ):
-        making.session(folder, operation, places=(Place("gpu", 99),), **ON_GPUS[operation][0])
+        making.session(folder, operation, places=(TensorPlacement("gpu", 99),), **ON_GPUS[operation][0])
 
 
 def test_left_open_it_is_the_cpu(folder):
-    assert making.session(folder, "nms", places=(Place("auto"),)).gpus == ()
+    assert making.session(folder, "nms", places=(TensorPlacement("auto"),)).gpus == ()

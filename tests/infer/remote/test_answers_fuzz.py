@@ -13,7 +13,7 @@ from services.infer.remote.address import Address
 from services.infer.remote.credentials import Headers
 from services.infer.remote.dialect import Dialect
 from services.infer.remote.oip import Oip
-from services.infer.remote.settings import Settings
+from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.tensorflow_serving import TensorFlowServing
 from services.infer.remote.torchserve import TorchServe
 from services.infer.requests.signature import TensorSpec
@@ -23,7 +23,7 @@ from shoal.oip.datatypes import BY_NAME
 from shoal.remote.v1 import tensorflow_serving_pb2 as tf
 
 RECORDED = Path(__file__).resolve().parent / "recorded"
-SETTINGS = Settings(Address("grpc://a:1", "dns:///a:1"), Headers(), model="m", signature_name="serving_default")
+SETTINGS = RemoteSettings(Address("grpc://a:1", "dns:///a:1"), Headers(), model="m", signature_name="serving_default")
 
 Y = TensorSpec("y", BY_NAME["FP32"], (-1, 4))
 PREDICTION = TensorSpec("prediction", BY_NAME["BYTES"], (1,))

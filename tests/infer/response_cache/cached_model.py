@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.infer.requests import request as requests
-from services.infer.requests.outcome import Times
-from services.infer.requests.request import Call
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult
+from services.infer.requests.request import InferenceRequest
 from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.response_cache.cache import ResponseCache
 from services.infer.response_cache.key import ResponseKeys
 from services.infer.response_cache.store import ResponseStore
-from services.infer.scheduling.scheduler import Answer
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded
 from shoal.inference.v2 import inference_pb2 as pb
@@ -43,7 +42,7 @@ class Clock:
 class Run:
     """One execution, from its submission to its end."""
 
-    call: Call
+    call: InferenceRequest
     deadline: float
     end: asyncio.Future[None]
     is_waiting: bool = True
@@ -61,7 +60,7 @@ class Runs:
     def open(self) -> list[Run]:
         return [run for run in self.all if not run.end.done()]
 
-    async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
+    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
         if self.clock() >= deadline:
             raise DeadlineExceeded("too late")
         run = Run(call, deadline, asyncio.get_running_loop().create_future())
@@ -75,13 +74,13 @@ class Runs:
             raise
         x = next(iter(call.inputs.values()))
         batch = np.concatenate([x, x]) if x.dtype == object else np.concatenate([-x, x])
-        return Answer([batch[: len(x)]], Times(len(x)), 0, "idle")
+        return InferenceResult([batch[: len(x)]], ExecutionTimes(len(x)), 0, "idle")
 
     def _expire(self, run: Run) -> None:
         if run.is_waiting and self.clock() >= run.deadline and not run.end.done():
             self.finish(run, DeadlineExceeded("in the queue"))
 
-    def is_waiting(self, call: Call) -> bool:
+    def is_waiting(self, call: InferenceRequest) -> bool:
         return any(run.call is call and run.is_waiting for run in self.open)
 
     def finish(self, run: Run | None = None, error: Exception | None = None) -> None:
@@ -108,7 +107,7 @@ class Bench:
         return asyncio.create_task(self.cache.answer(call, asked.parameters, deadline))
 
 
-def read(asked: pb.ModelInferRequest) -> Call:
+def read(asked: pb.ModelInferRequest) -> InferenceRequest:
     """A call for a model that takes any of the inputs, and answers with the output of the same name."""
     names = [tensor.name for tensor in asked.inputs]
     specs = tuple(spec for spec in ANY if spec.name in names)

@@ -10,19 +10,19 @@ import pytest
 
 from services.infer.requests.resident import Resident, fetched, joined
 from services.infer.runtimes import onnx_gpu_session
-from services.infer.runtimes.gpu_stream import Lanes
+from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.onnx_devices import CUDA, TENSORRT, Device
 from services.infer.runtimes.onnx_gpu_session import LaneSession
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.onnx_settings import session_options
-from services.infer.runtimes.runtime import ModelFailed, Place, SessionOptions
+from services.infer.runtimes.runtime import ModelFailed, SessionOptions, TensorPlacement
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from tests.infer import onnx_files
 from tests.infer.conftest import floats
 from tests.infer.runtimes.simulated_gpu import LaneOnnx, SimulatedMemory, lanes_of
 
-ON_GPU = SessionOptions(1, shares_stream=True, places=(Place("gpu", 0, 2),))
+ON_GPU = SessionOptions(1, shares_stream=True, places=(TensorPlacement("gpu", 0, 2),))
 
 
 @pytest.fixture
@@ -146,11 +146,11 @@ def test_what_it_does_not_go_with_is_named(tmp_path):
     with pytest.raises(FailedPrecondition, match=r"GPU 3 is not there: this process may use 1 GPUs"):
         lanes_of(SimulatedMemory()).of(3)
     with pytest.raises(FailedPrecondition, match="this process may use 2 GPUs, and cupy"):
-        Lanes(lambda: 2, lambda gpu: SimulatedMemory(), lambda: False).of(0)
+        GpuStreams(lambda: 2, lambda gpu: SimulatedMemory(), lambda: False).of(0)
 
 
 def test_one_lane_for_each_gpu():
-    lanes = Lanes(lambda: 2, lambda gpu: SimulatedMemory(), lambda: True)
+    lanes = GpuStreams(lambda: 2, lambda gpu: SimulatedMemory(), lambda: True)
     assert lanes.of(0) is lanes.of(0)
     assert lanes.of(0) is not lanes.of(1)
 

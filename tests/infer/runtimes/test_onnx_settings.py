@@ -11,7 +11,7 @@ import pytest
 from services.infer.loading import model_config
 from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, Device, resolved
 from services.infer.runtimes.onnx_settings import session_options
-from services.infer.runtimes.runtime import Place, Provider, Session, SessionOptions
+from services.infer.runtimes.runtime import Provider, Session, SessionOptions, TensorPlacement
 from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
@@ -36,7 +36,7 @@ def devices(text: str, available=ALL, gpus: int = 2) -> list[tuple[int | None, t
 
 
 def test_nothing_said():
-    assert options("") == SessionOptions(2, places=(Place("auto"),))
+    assert options("") == SessionOptions(2, places=(TensorPlacement("auto"),))
 
 
 def test_what_is_said_is_done():

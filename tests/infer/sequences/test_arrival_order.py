@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from services.infer.sequences.arrival_order import Line
+from services.infer.sequences.arrival_order import ArrivalOrder
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer.conftest import Repository, output
 from tests.infer.onnx_files import summing
@@ -59,7 +59,7 @@ async def test_who_gives_up_in_line_holds_nobody_up(serve, models_folder: Reposi
 
 
 async def test_first_come_first_served():
-    line, seen = Line(), []
+    line, seen = ArrivalOrder(), []
 
     async def one(n: int) -> None:
         async with line.turn(7):

@@ -17,7 +17,7 @@ from mesh.mongo import connect, ensure_collection
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import Job
-from services.ingest.lane import Lane, lane_of, range_of
+from services.ingest.lane import TenantQueueKey, lane_of, range_of
 from services.ingest.mongo_jobs import MongoJobs
 from tests.ingest.making import START, TestClock, instance, job
 
@@ -166,7 +166,7 @@ names = st.text(max_size=8)
 def test_a_lane_is_read_as_it_was_written_and_found_by_its_tenant(
     tenant: str, model: str, other: str, priority: int
 ) -> None:
-    lane = Lane(tenant, model, priority)
+    lane = TenantQueueKey(tenant, model, priority)
     assert lane_of(lane.text) == lane
     between = range_of(other)
     assert (between["$gte"] <= lane.text < between["$lt"]) == (tenant == other)

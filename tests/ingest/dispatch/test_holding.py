@@ -13,8 +13,8 @@ from services.ingest.clock import Clock, utc_now
 from services.ingest.dispatch.attempt import Decision
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.dispatch.lease_keeper import Keeper
-from services.ingest.dispatch.model_gate import Gate
+from services.ingest.dispatch.lease_keeper import LeaseKeeper
+from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
 from services.ingest.documents import document_of, job_of
@@ -106,13 +106,13 @@ class Instance:
             self.attempts,
             self.recorder,
             instance=here,
-            gate=Gate(),
+            gate=ModelGate(),
             backlog=backlog,
             max_in_flight=8,
             poll_ms=self.poll_ms,
             drain_ms=1_000,
         )
-        self.keeper = Keeper(
+        self.keeper = LeaseKeeper(
             MongoJobs(self.jobs), claims, self.dispatcher, self.store, payloads, backlog, here, renew_ms=1_500
         )
 

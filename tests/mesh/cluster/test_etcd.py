@@ -11,7 +11,7 @@ import pytest
 
 from mesh.cluster.etcd import Compacted, Created, Delete, Etcd, Event, LeaseLost, Modified, Put, addresses_of, range_end
 from mesh.cluster.mirror import Mirror, applied
-from mesh.process.watched import Latest
+from mesh.process.watched import Watched
 from shoal.errors import InvalidArgument, Unavailable
 from shoal.node import processes
 from tests.breakable import EtcdProcess, until
@@ -303,7 +303,7 @@ class Relay:
 
 
 async def test_followers_see_the_newest_and_no_queue_grows():
-    latest = Latest(0)
+    latest = Watched(0)
     seen = []
     following = latest.follow()
     seen.append(await anext(following))

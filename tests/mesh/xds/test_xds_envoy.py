@@ -20,7 +20,7 @@ import pytest_asyncio
 from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 
 from mesh.cluster.membership import Instance, ReadyModel, State
-from mesh.process.watched import Latest
+from mesh.process.watched import Watched
 from mesh.rpc.channel import connect
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.server import Server
@@ -48,7 +48,7 @@ class Changing:
     """Snapshots of instances that the test sets."""
 
     def __init__(self, tracing: Tracing | None = None) -> None:
-        self.instances: Latest[tuple[Instance, ...]] = Latest(())
+        self.instances: Watched[tuple[Instance, ...]] = Watched(())
         self.drained: frozenset[str] = frozenset()
         self.extra: tuple = ()
         self.tracing = tracing

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from services.infer.model_process.channel import Message
 from services.infer.model_process.child.mailbox import WAKE, Abandoned, Hearer
 from services.infer.model_process.hosted import Batch, Hosted, RunFailed
-from services.infer.model_process.payload import Part
+from services.infer.model_process.payload import TensorPart
 
 _TEXT = 1000
 # Characters of an error that are sent: a status message travels in a header.
@@ -23,7 +23,7 @@ _TEXT = 1000
 class Sends(Protocol):
     """Where answers go: a `channel.Channel`, or something that looks like one."""
 
-    def send(self, header: dict[str, Any], parts: Sequence[Part] = ()) -> None: ...
+    def send(self, header: dict[str, Any], parts: Sequence[TensorPart] = ()) -> None: ...
 
 
 class Letters(Protocol):
@@ -80,7 +80,7 @@ def _run(channel: Sends, mailbox: Letters, hosted: Hosted, message: Message) -> 
         header = {"op": "result", "id": number}
         if given.responses is not None:
             header["responses"] = given.responses
-        parts: Sequence[Part] = given.parts
+        parts: Sequence[TensorPart] = given.parts
     except RunFailed as err:
         header, parts = {"op": "error", "id": number, "error": str(err)[:_TEXT], "code": err.code}, ()
     finally:
@@ -104,7 +104,7 @@ class _Stream:
         self._changed = threading.Condition()
         self._is_cancelled = self.is_ended = False
 
-    def send(self, parts: Sequence[Part], *, final: bool) -> None:
+    def send(self, parts: Sequence[TensorPart], *, final: bool) -> None:
         self._pay(final=final)
         self._channel.send({"op": "response", "id": self._number, "final": final}, parts)
         if final:

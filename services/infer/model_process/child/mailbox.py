@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from services.infer.model_process.channel import Channel, ChannelClosed, Message
 from services.infer.model_process.hosted import RunFailed
-from services.infer.model_process.payload import Part, Tensor
+from services.infer.model_process.payload import Tensor, TensorPart
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Mailbox:
         self._queue.put(thing)
 
     def call(
-        self, header: Mapping[str, Any], parts: Sequence[Part]
+        self, header: Mapping[str, Any], parts: Sequence[TensorPart]
     ) -> tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]:
         """Calls another model of the server, from any thread. Raises RunFailed."""
         if not self._is_listening:

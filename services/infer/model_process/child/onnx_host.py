@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from services.infer.model_process import payload
-from services.infer.model_process.hosted import Batch, Facts, Given, Load, LoadFailed, RunFailed, Sender
+from services.infer.model_process.hosted import Batch, Given, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
 from services.infer.model_process.payload import Tensor
 from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.reshape import ReshapedSession, reshapes_of
-from services.infer.runtimes.runtime import ModelFailed, Place, Provider, Session, SessionOptions
+from services.infer.runtimes.runtime import ModelFailed, Provider, Session, SessionOptions, TensorPlacement
 from shoal.errors import FailedPrecondition
 
 
@@ -29,7 +29,7 @@ class OnnxModel:
         except FailedPrecondition as err:
             raise LoadFailed(err.message) from err
         self._datatypes = {spec.name: spec.datatype.name for spec in self._session.outputs}
-        self.facts = Facts(
+        self.facts = HostedModelInfo(
             _told(self._session.inputs),
             _told(self._session.outputs),
             _told(self._session.optional_inputs),
@@ -57,7 +57,7 @@ class OnnxModel:
 
 
 def _options(given: Mapping[str, Any]) -> SessionOptions:
-    lists = {"places": Place, "gpu_providers": Provider, "cpu_providers": Provider}
+    lists = {"places": TensorPlacement, "gpu_providers": Provider, "cpu_providers": Provider}
     made = {key: tuple(kind(*each) for each in given[key]) for key, kind in lists.items() if key in given}
     return SessionOptions(**{**given, **made})
 

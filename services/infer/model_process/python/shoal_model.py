@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from services.infer.model_process import payload
-from services.infer.model_process.hosted import Batch, Facts, Given, Load, LoadFailed, RunFailed, Sender
-from services.infer.model_process.payload import Part
+from services.infer.model_process.hosted import Batch, Given, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
+from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.python.config_form import specs
 from services.infer.model_process.python.source import told
 from shoal.oip.datatypes import BY_NAME, of_array
@@ -85,7 +85,7 @@ class OwnModel:
             if close is not None:
                 close()  # The model's generator sees GeneratorExit at its yield.
 
-    def _parts(self, result: Any, outputs: Sequence[str]) -> list[Part]:
+    def _parts(self, result: Any, outputs: Sequence[str]) -> list[TensorPart]:
         if not isinstance(result, Mapping):
             hint = ": use yield in predict itself, or set model_transaction_policy { decoupled: true }"
             raise RunFailed(
@@ -94,7 +94,7 @@ class OwnModel:
             )
         return [self._part(name, result) for name in outputs]
 
-    def _part(self, name: str, result: Mapping[str, Any]) -> Part:
+    def _part(self, name: str, result: Mapping[str, Any]) -> TensorPart:
         if name not in result:
             raise RunFailed(f"predict gave no output '{name}': it gave {', '.join(map(repr, list(result)[:32]))}")
         try:
@@ -119,7 +119,7 @@ class OwnModel:
             self._model.unload()
 
 
-def _facts(kind: type[Any], load: Load, *, is_decoupled: bool) -> Facts:
+def _facts(kind: type[Any], load: Load, *, is_decoupled: bool) -> HostedModelInfo:
     completed = dict(load.config)
     most = getattr(kind, "max_batch_size", None)
     if most is not None:
@@ -130,7 +130,7 @@ def _facts(kind: type[Any], load: Load, *, is_decoupled: bool) -> Facts:
         completed["model_transaction_policy"] = {"decoupled": True}
     inputs, outputs = _declared(kind, "inputs", completed), _declared(kind, "outputs", completed)
     changed = completed if most is not None or is_decoupled else None
-    return Facts(
+    return HostedModelInfo(
         inputs, outputs, config=changed, says_batch=most is not None, is_decoupled=is_decoupled, is_tried=False
     )
 

@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
-from services.infer.model_process.hosted import Batch, Facts, Given, Load, LoadFailed, RunFailed, Sender
-from services.infer.model_process.payload import Part
+from services.infer.model_process.hosted import Batch, Given, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
+from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.python.config_form import specs
 from services.infer.model_process.python.source import TRITON_CLASS, told
 from services.infer.model_process.python.triton_config import ModelConfig
@@ -55,7 +55,7 @@ class TritonModel:
             raise RunFailed(f"execute returned a {type(responses).__name__}: expected a list of InferenceResponse")
         if len(responses) != count:
             raise RunFailed(f"execute returned {len(responses)} responses for {count} requests")
-        parts: list[Part] = []
+        parts: list[TensorPart] = []
         told_of = [_taken(r, s, batch.outputs, parts) for r, s in zip(responses, senders, strict=True)]
         return Given(parts, told_of)
 
@@ -95,10 +95,10 @@ class _OneResponse:
     """The Sender of a request whose model answers once."""
 
     def __init__(self) -> None:
-        self._responses: queue.SimpleQueue[Sequence[Part] | RunFailed | None] = queue.SimpleQueue()
+        self._responses: queue.SimpleQueue[Sequence[TensorPart] | RunFailed | None] = queue.SimpleQueue()
         self._sent = 0
 
-    def send(self, parts: Sequence[Part], *, final: bool) -> None:
+    def send(self, parts: Sequence[TensorPart], *, final: bool) -> None:
         if self._sent:
             raise RunFailed("a model that is not decoupled gives one response to a request")
         self._sent += 1
@@ -118,7 +118,7 @@ class _OneResponse:
     def is_cancelled(self) -> bool:
         return False
 
-    def response(self) -> Sequence[Part]:
+    def response(self) -> Sequence[TensorPart]:
         """Waits for it. Raises RunFailed when it is an error, or when there will be none."""
         got = self._responses.get()
         if isinstance(got, RunFailed):
@@ -128,7 +128,7 @@ class _OneResponse:
         return got
 
 
-def _taken(response: Any, sender: _OneResponse, outputs: Sequence[str], parts: list[Part]) -> dict[str, Any]:
+def _taken(response: Any, sender: _OneResponse, outputs: Sequence[str], parts: list[TensorPart]) -> dict[str, Any]:
     """What the reply says of one response; its tensors go to `parts`."""
     try:
         if response is None:
@@ -201,7 +201,7 @@ def _completed(kind: type[Any], load: Load) -> dict[str, Any]:
     return result.as_dict()
 
 
-def _facts(config: dict[str, Any]) -> Facts:
+def _facts(config: dict[str, Any]) -> HostedModelInfo:
     try:
         inputs, outputs = specs(config, "input"), specs(config, "output")
     except (KeyError, TypeError, ValueError, AttributeError) as err:
@@ -210,7 +210,7 @@ def _facts(config: dict[str, Any]) -> Facts:
         if not found:
             raise LoadFailed(f"there is no {role}: write it into config.pbtxt, or add it in auto_complete_config")
     decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
-    return Facts(
+    return HostedModelInfo(
         inputs,
         outputs,
         config=config,

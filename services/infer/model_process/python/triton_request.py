@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.infer.model_process.hosted import Call, RunFailed, Sender
-from services.infer.model_process.payload import Part
+from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.python.triton_tensor import TritonTensor
 from services.infer.model_process.python.triton_types import CODE_OF, STATUS_OF, TritonError, TritonModelException
 
@@ -47,7 +47,7 @@ class InferenceResponse:
     def parameters(self) -> Any:
         return self._parameters
 
-    def parts(self, wanted: Sequence[str]) -> list[Part]:
+    def parts(self, wanted: Sequence[str]) -> list[TensorPart]:
         """The wanted outputs as they go to the server.
 
         Raises:

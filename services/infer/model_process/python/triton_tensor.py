@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from services.infer.model_process import payload
-from services.infer.model_process.payload import Part, Tensor
+from services.infer.model_process.payload import Tensor, TensorPart
 from services.infer.model_process.python.triton_types import TritonModelException
 from shoal.oip.datatypes import BY_NAME, of_array
 
@@ -60,7 +60,7 @@ class TritonTensor:
         except (BufferError, RuntimeError, TypeError, ValueError, AttributeError) as err:
             raise TritonModelException(f"tensor '{name}' cannot be had from DLPack: {err}") from err
 
-    def part(self) -> Part:
+    def part(self) -> TensorPart:
         """As it goes to the server. Raises TypeError when an element of BYTES is neither bytes nor text."""
         return payload.part(self._name, self._datatype.name, [self._array])
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.infer.model_process.channel import Channel, ChannelClosed
-from services.infer.model_process.payload import Part
-from services.infer.model_process.shared.progress_mark import Mark
+from services.infer.model_process.payload import TensorPart
+from services.infer.model_process.shared.progress_mark import ProgressMark
 
 _SEND_S = 10
 # What does not read for so long has stopped: an answer that it does not take must not hold up others.
@@ -25,13 +25,13 @@ class Connection:
         given = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.worker: int = _CREDENTIALS.unpack(given)[0]
         """The infer process."""
-        self._mark = Mark.received(sock)
+        self._mark = ProgressMark.received(sock)
         self.channel = Channel(sock)
         self.is_gone = False
         """Nobody waits at its other end any more."""
         self._under_way = 0
 
-    def send(self, header: Mapping[str, Any], parts: Sequence[Part] = ()) -> None:
+    def send(self, header: Mapping[str, Any], parts: Sequence[TensorPart] = ()) -> None:
         """Sends, if there is still somebody."""
         try:
             self.channel.send(dict(header), parts)

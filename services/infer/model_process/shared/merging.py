@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from services.infer.model_process.channel import Message
-from services.infer.model_process.payload import Part
+from services.infer.model_process.payload import TensorPart
 
 
 def rows_of(message: Message) -> int:
@@ -48,7 +48,7 @@ def stacked(messages: Sequence[Message]) -> Message:
     return Message(header, tensors)
 
 
-def parted(header: Mapping[str, Any], parts: Sequence[Part], counts: Sequence[int]) -> list[list[Part]]:
+def parted(header: Mapping[str, Any], parts: Sequence[TensorPart], counts: Sequence[int]) -> list[list[TensorPart]]:
     """The answer's rows for each of the batches, which have `counts` of them.
 
     Raises:
@@ -60,7 +60,7 @@ def parted(header: Mapping[str, Any], parts: Sequence[Part], counts: Sequence[in
     return [list(each) for each in zip(*columns, strict=True)] if columns else [[] for _ in counts]
 
 
-def _rows(part: Part, counts: Sequence[int]) -> Iterable[Part]:
+def _rows(part: TensorPart, counts: Sequence[int]) -> Iterable[TensorPart]:
     rows = sum(counts)
     if part.datatype == "BYTES" or part.shape[:1] != (rows,):
         raise ValueError(f"output '{part.name}' does not have {rows} rows of one size")
@@ -68,7 +68,7 @@ def _rows(part: Part, counts: Sequence[int]) -> Iterable[Part]:
     size = part.size_bytes // rows
     ends = list(accumulate(counts))
     return [
-        Part(
+        TensorPart(
             part.name, part.datatype, (count, *part.shape[1:]), (data[(end - count) * size : end * size],), count * size
         )
         for count, end in zip(counts, ends, strict=True)

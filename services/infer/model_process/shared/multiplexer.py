@@ -24,7 +24,7 @@ from typing import Any
 from services.infer.model_process.channel import Message
 from services.infer.model_process.child.mailbox import WAKE, Hearer
 from services.infer.model_process.hosted import RunFailed
-from services.infer.model_process.payload import Part, Tensor
+from services.infer.model_process.payload import Tensor, TensorPart
 from services.infer.model_process.shared import merging
 from services.infer.model_process.shared.connection import Connection
 
@@ -35,7 +35,7 @@ _UNWANTED_S = 30.0
 
 
 @dataclass(eq=False)
-class Job:
+class ForwardedBatch:
     """Something that an infer process wants executed."""
 
     connection: Connection
@@ -48,15 +48,15 @@ class Job:
     waited_ns: int = 0
 
 
-class Junction:
+class Multiplexer:
     """A mailbox and a channel (`isolation.engine.Letters`, `isolation.engine.Sends`). Any thread may use it."""
 
     def __init__(self) -> None:
         # Re-entrant: a finalizer of the model's may put something while its thread is in here.
         self._changed = threading.Condition(threading.RLock())
-        self._turns: dict[int, deque[Job]] = {}
+        self._turns: dict[int, deque[ForwardedBatch]] = {}
         self._notes: deque[object] = deque()
-        self._running: dict[int, list[Job]] = {}
+        self._running: dict[int, list[ForwardedBatch]] = {}
         self._numbers = itertools.count(1)
         self._calls: dict[int, tuple[Connection, Future[Message]]] = {}
         self._is_over = False
@@ -101,7 +101,7 @@ class Junction:
         """Something that came."""
         number = int(message.header.get("id", 0))
         if message.op in ("run", "start"):
-            self._enqueue(Job(connection, number, message))
+            self._enqueue(ForwardedBatch(connection, number, message))
         elif message.op == "cancel":
             self._cancel(connection, number)
         elif message.op == "credit":
@@ -136,7 +136,7 @@ class Junction:
         for answer in calls:
             answer.set_exception(RunFailed("the server that wanted it is gone"))
 
-    def _enqueue(self, job: Job) -> None:
+    def _enqueue(self, job: ForwardedBatch) -> None:
         with self._changed:
             self._turns.setdefault(job.connection.worker, deque()).append(job)
             self._changed.notify()
@@ -155,7 +155,7 @@ class Junction:
                 hearer.cancel()
                 self.put(WAKE)
 
-    def _drop(self, job: Job) -> None:
+    def _drop(self, job: ForwardedBatch) -> None:
         turns = self._turns[job.connection.worker]
         turns.remove(job)
         if not turns:
@@ -179,7 +179,7 @@ class Junction:
 
     # What goes to the engine.
 
-    def _taken(self) -> list[Job]:
+    def _taken(self) -> list[ForwardedBatch]:
         worker = next(iter(self._turns))
         first = self._next_of(worker)
         jobs, rows, most = [first], merging.rows_of(first.message), merging.most_rows(first.message)
@@ -193,14 +193,14 @@ class Junction:
                 rows += more
         return jobs
 
-    def _next_of(self, worker: int) -> Job:
+    def _next_of(self, worker: int) -> ForwardedBatch:
         turns = self._turns.pop(worker)
         job = turns.popleft()
         if turns:
             self._turns[worker] = turns  # At the end: the others come first.
         return job
 
-    def _begun(self, jobs: list[Job]) -> tuple[int, list[Job]]:
+    def _begun(self, jobs: list[ForwardedBatch]) -> tuple[int, list[ForwardedBatch]]:
         number, now_ns = next(self._numbers), time.monotonic_ns()
         others = {job.connection for running in self._running.values() for job in running} - {jobs[0].connection}
         for job in jobs:
@@ -213,7 +213,7 @@ class Junction:
 
     # What comes from the engine.
 
-    def send(self, header: dict[str, Any], parts: Sequence[Part] = ()) -> None:
+    def send(self, header: dict[str, Any], parts: Sequence[TensorPart] = ()) -> None:
         """To the connection that asked for it."""
         number = header["id"]
         if header["op"] == "response" and not header.get("final"):
@@ -229,7 +229,7 @@ class Junction:
         else:
             self._part(jobs, header, parts)
 
-    def _part(self, jobs: Sequence[Job], header: Mapping[str, Any], parts: Sequence[Part]) -> None:
+    def _part(self, jobs: Sequence[ForwardedBatch], header: Mapping[str, Any], parts: Sequence[TensorPart]) -> None:
         try:
             if header["op"] != "result":
                 raise ValueError("one of them fails")
@@ -245,7 +245,7 @@ class Junction:
             job.connection.send({**header, "id": job.number, "waited_ns": job.waited_ns}, answer)
 
     def call(
-        self, header: Mapping[str, Any], parts: Sequence[Part]
+        self, header: Mapping[str, Any], parts: Sequence[TensorPart]
     ) -> tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]:
         """Calls another model, of the server whose request is executed. Raises RunFailed."""
         answer = Future[Message]()

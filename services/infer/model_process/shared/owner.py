@@ -25,7 +25,7 @@ from services.infer.model_process.child.engine import serve
 from services.infer.model_process.child.main import TEXT, exit_now, hosted_of
 from services.infer.model_process.hosted import Hosted, LoadFailed
 from services.infer.model_process.shared.connection import Connection
-from services.infer.model_process.shared.multiplexer import Junction
+from services.infer.model_process.shared.multiplexer import Multiplexer
 from services.infer.model_process.shared.owners import ALIVE, locked
 
 _FIRST_S = 60.0
@@ -38,7 +38,7 @@ class Owner:
 
     def __init__(self, listening: socket.socket, folder: Path, key: str) -> None:
         self._listening, self._folder, self._key = listening, folder, key
-        self._junction = Junction()
+        self._junction = Multiplexer()
         self._present = 0
         """Connections that are open, or only being admitted."""
         self._held: list[Connection] = []

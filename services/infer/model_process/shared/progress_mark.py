@@ -17,7 +17,7 @@ _TOGETHER = _STARTED.size
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class Mark:
+class ProgressMark:
     """Of one connection."""
 
     def __init__(self, fd: int) -> None:
@@ -28,7 +28,7 @@ class Mark:
             os.close(fd)
 
     @classmethod
-    def sent(cls, sock: socket.socket) -> Mark:
+    def sent(cls, sock: socket.socket) -> ProgressMark:
         """A new one, given to the owner at the other end of `sock`, before anything else. Raises OSError."""
         fd = os.memfd_create("shoal-mark", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -41,7 +41,7 @@ class Mark:
         return cls(fd)
 
     @classmethod
-    def received(cls, sock: socket.socket) -> Mark:
+    def received(cls, sock: socket.socket) -> ProgressMark:
         """The one that the other end has sent. Raises OSError or ValueError when there is none."""
         _, fds, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if not fds:

@@ -16,7 +16,7 @@ from services.infer.model_process.channel import Channel, ChannelClosed, Message
 from services.infer.model_process.model_runner import NotLoaded, Signalled
 from services.infer.model_process.process import Program, how
 from services.infer.model_process.shared.owners import Owners
-from services.infer.model_process.shared.progress_mark import Mark
+from services.infer.model_process.shared.progress_mark import ProgressMark
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Shared(Signalled):
         self.pid, self._pidfd, self.is_new = joined.pid, joined.pidfd, joined.is_new
         self.channel = Channel(joined.sock)
         try:
-            self._mark = Mark.sent(joined.sock)
+            self._mark = ProgressMark.sent(joined.sock)
         except BrokenPipeError:  # It is gone again: `load` will see.
             joined.sock.close()
         except BaseException:

@@ -14,7 +14,7 @@ from mesh.rpc.server import Server
 from services.infer.core import InferenceServer
 from services.infer.model_process.inner_calls import InnerCalls
 from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
-from services.infer.models.load_context import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.rpc import inference_rpc
 from services.infer.runtimes.choice import Runtimes
@@ -66,7 +66,7 @@ async def serve(repo: PythonRepository, isolation: str, tmp_path_factory):
 async def serving(root: Path, socket: Path, limits: QueueLimits, isolation: str = "process") -> AsyncIterator[Serving]:
     calls = InnerCalls()
     runtimes = Runtimes([OnnxRuntime(), PythonRuntime(call=calls, isolation=isolation)], IsolatedOnnxRuntime())
-    async with Models(Means.of(runtimes, limits)) as models:
+    async with Models(LoadContext.of(runtimes, limits)) as models:
         core = InferenceServer(models, "test/infer-0")
         calls.bind(core)
         async with Server(f"unix:{socket}", [inference_rpc(core)], drain_ms=2000):

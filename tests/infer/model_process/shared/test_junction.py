@@ -15,8 +15,8 @@ from services.infer.model_process import payload
 from services.infer.model_process.channel import Channel, Message
 from services.infer.model_process.hosted import RunFailed
 from services.infer.model_process.shared.connection import Connection
-from services.infer.model_process.shared.multiplexer import Junction
-from services.infer.model_process.shared.progress_mark import Mark
+from services.infer.model_process.shared.multiplexer import Multiplexer
+from services.infer.model_process.shared.progress_mark import ProgressMark
 
 
 class Peer:
@@ -25,12 +25,12 @@ class Peer:
     def __init__(self, stack: ExitStack, worker: int) -> None:
         ours, theirs = socket.socketpair()
         stack.callback(ours.close)
-        self.mark, self.channel = Mark.sent(ours), Channel(ours)
+        self.mark, self.channel = ProgressMark.sent(ours), Channel(ours)
         self.connection = Connection(theirs)
         stack.callback(self.connection.close)
         self.connection.worker = worker  # All of them are this process: told apart as if they were not.
 
-    def run(self, junction: Junction, number: int, given: list[float], **said: Any) -> None:
+    def run(self, junction: Multiplexer, number: int, given: list[float], **said: Any) -> None:
         header = {"op": "run", "id": number, "outputs": ["y"], "rows": [len(given)], "most": 8, **said}
         junction.take(self.connection, Message(header, [("x", "FP32", np.array(given, np.float32)[:, None])]))
 
@@ -55,13 +55,13 @@ def rows_of(message: Message) -> list[float]:
     return message.tensors[0][2].reshape(-1).tolist()
 
 
-def answer(junction: Junction, message: Message) -> None:
+def answer(junction: Multiplexer, message: Message) -> None:
     part = payload.part("y", "FP32", [2 * message.tensors[0][2]])
     junction.send({"op": "result", "id": message.header["id"]}, [part])
 
 
 def test_infer_processes_take_turns_whatever_each_has_waiting(peers):
-    junction = Junction()
+    junction = Multiplexer()
     for number in range(3):
         peers[0].run(junction, number, [number], most=0)
     peers[1].run(junction, 7, [10], most=0)
@@ -77,7 +77,7 @@ def test_infer_processes_take_turns_whatever_each_has_waiting(peers):
 
 
 def test_what_waits_and_can_be_stacked_runs_as_one_and_each_has_its_own_rows_back(peers):
-    junction = Junction()
+    junction = Multiplexer()
     peers[0].run(junction, 1, [1, 2])
     peers[1].run(junction, 2, [3])
     peers[2].run(junction, 3, [4, 5, 6])
@@ -94,14 +94,14 @@ def test_what_waits_and_can_be_stacked_runs_as_one_and_each_has_its_own_rows_bac
     "said", [{"outputs": ["z"]}, {"rows": []}, {"most": 0}], ids=["other outputs", "no batch", "not wanted"]
 )
 def test_what_does_not_fit_together_runs_apart(peers, said):
-    junction = Junction()
+    junction = Multiplexer()
     peers[0].run(junction, 1, [1])
     peers[1].run(junction, 2, [2], **said)
     assert (rows_of(junction.next()), rows_of(junction.next())) == ([1], [2])
 
 
 def test_no_more_rows_run_together_than_the_model_takes(peers):
-    junction = Junction()
+    junction = Multiplexer()
     peers[0].run(junction, 1, [1] * 5)
     peers[1].run(junction, 2, [2] * 4)
     peers[2].run(junction, 3, [3] * 3)
@@ -109,7 +109,7 @@ def test_no_more_rows_run_together_than_the_model_takes(peers):
 
 
 def test_when_a_stacked_batch_fails_each_part_of_it_runs_alone(peers):
-    junction = Junction()
+    junction = Multiplexer()
     peers[0].run(junction, 1, [1])
     peers[1].run(junction, 2, [2])
     junction.send({"op": "error", "id": junction.next().header["id"], "error": "no", "code": "INTERNAL"})
@@ -123,7 +123,7 @@ def test_when_a_stacked_batch_fails_each_part_of_it_runs_alone(peers):
 
 
 def test_what_nobody_waits_for_any_more_does_not_run_alone(peers):
-    junction = Junction()
+    junction = Multiplexer()
     peers[0].run(junction, 1, [1])
     peers[1].run(junction, 2, [2])
     number = junction.next().header["id"]
@@ -134,7 +134,7 @@ def test_what_nobody_waits_for_any_more_does_not_run_alone(peers):
 
 
 def test_answers_that_are_not_a_row_for_each_row_are_not_parted(peers):
-    junction = Junction()
+    junction = Multiplexer()
     peers[0].run(junction, 1, [1])
     peers[1].run(junction, 2, [2])
     part = payload.part("y", "FP32", [np.zeros((3, 1), np.float32)])
@@ -143,7 +143,7 @@ def test_answers_that_are_not_a_row_for_each_row_are_not_parted(peers):
 
 
 def test_the_mark_says_whose_batch_is_executed_and_whether_another_is(peers):
-    junction = Junction()
+    junction = Multiplexer()
     peers[0].run(junction, 1, [1], most=0)
     peers[1].run(junction, 2, [2], most=0)
     first = junction.next()
@@ -160,7 +160,7 @@ def test_the_mark_says_whose_batch_is_executed_and_whether_another_is(peers):
 
 
 def test_what_waits_can_be_taken_back_and_goes_with_its_connection(peers):
-    junction = Junction()
+    junction = Multiplexer()
     peers[0].run(junction, 1, [1])
     junction.take(peers[0].connection, Message({"op": "cancel", "id": 1}, []))
     assert (peers[0].heard().header["code"], junction.poll()) == ("CANCELLED", None)
@@ -179,7 +179,7 @@ def test_a_stacked_batch_is_cancelled_when_the_last_that_waits_for_it_has_gone(p
 
         def credit(self, more: int) -> None: ...
 
-    junction, heard = Junction(), Heard()
+    junction, heard = Multiplexer(), Heard()
     peers[0].run(junction, 1, [1])
     peers[1].run(junction, 2, [2])
     message = junction.next()
@@ -193,7 +193,7 @@ def test_a_stacked_batch_is_cancelled_when_the_last_that_waits_for_it_has_gone(p
 
 
 def test_a_model_calls_others_of_the_server_whose_request_it_executes(peers):
-    junction = Junction()
+    junction = Multiplexer()
     with pytest.raises(RunFailed, match="only while a request is executed"):
         junction.call({"model": "other"}, ())
     peers[1].run(junction, 1, [1])
@@ -210,6 +210,6 @@ def test_a_model_calls_others_of_the_server_whose_request_it_executes(peers):
 
 
 def test_when_it_is_over_the_engine_is_told(peers):
-    junction = Junction()
+    junction = Multiplexer()
     junction.close()
     assert (junction.next().op, junction.poll().op) == ("close", "close")
