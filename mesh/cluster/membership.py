@@ -56,6 +56,8 @@ class ReadyModel:
     versions: tuple[int, ...]
     has_sequences: bool = False
     """True when requests are steps of sequences: all steps of one sequence must reach the same instance."""
+    slow_path: str = ""
+    """The reason why ordinary requests take infer's slow path; empty for the fast path."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,12 @@ def encode(instance: Instance) -> bytes:
 
 
 def _written(model: ReadyModel) -> dict[str, Any]:
-    said: dict[str, Any] = {"name": model.name, "versions": list(model.versions)}
-    return {**said, "has_sequences": True} if model.has_sequences else said
+    document: dict[str, Any] = {"name": model.name, "versions": list(model.versions)}
+    if model.has_sequences:
+        document["has_sequences"] = True
+    if model.slow_path:
+        document["slow_path"] = model.slow_path
+    return document
 
 
 def decode(key: bytes, value: bytes) -> Instance:
@@ -158,7 +164,8 @@ def _model(raw: Any) -> ReadyModel:
     if not isinstance(has_sequences, bool):
         raise ValueError(f"has_sequences: expected a boolean, got {has_sequences!r}")
     numbers = tuple(sorted(_number({"versions": v}, "versions") for v in versions))
-    return ReadyModel(_text(raw, "name"), numbers, has_sequences)
+    slow_path = _text(raw, "slow_path") if "slow_path" in raw else ""
+    return ReadyModel(_text(raw, "name"), numbers, has_sequences, slow_path)
 
 
 class Registration:

@@ -34,7 +34,10 @@ def instance_message(instance: Instance, cluster: Cluster) -> pb.Instance:
         pid=instance.pid,
         state=_STATES[cluster.state_of(instance)],
         started_at=timestamp(instance.started_at),
-        models=[pb.ReadyModel(name=model.name, versions=model.versions) for model in instance.models],
+        models=[
+            pb.ReadyModel(name=model.name, versions=model.versions, slow_path=model.slow_path)
+            for model in instance.models
+        ],
         version=instance.version,
         drained_by_operator=instance.name in cluster.drained,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import TypeVar
@@ -46,6 +46,8 @@ class Instance:
     """Versions ready at an infer instance, by model; empty for other services."""
     version: str
     drained_by_operator: bool
+    slow_paths: dict[str, str] = field(default_factory=dict)
+    """Models whose ordinary requests take infer's slow path, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def of_instance(message: coord.Instance) -> Instance:
         state=states.get(message.state, InstanceState.UNKNOWN),
         started_at=of_time(message, "started_at"),
         models={model.name: tuple(model.versions) for model in message.models},
+        slow_paths={model.name: model.slow_path for model in message.models if model.slow_path},
         version=message.version,
         drained_by_operator=message.drained_by_operator,
     )

@@ -24,7 +24,7 @@ from shoal.errors import InvalidArgument, NotFound, Unavailable
 
 _NUMBER = re.compile(r"[0-9]{1,19}")
 
-ReadySet = tuple[tuple[str, tuple[int, ...], bool], ...]
+ReadySet = tuple[tuple[str, tuple[int, ...], bool, str], ...]
 """Models with their ready versions, both ascending, and whether one of them has sequences."""
 
 
@@ -153,7 +153,7 @@ class Models:
 
     def names(self) -> list[str]:
         """Models with a ready version, sorted."""
-        return [name for name, _, _ in self.ready_set.value]
+        return [name for name, *_ in self.ready_set.value]
 
     def find(self, name: str, version: str) -> Version:
         """The version of a model that a call means; an empty `version` leaves the choice to us.
@@ -186,8 +186,10 @@ class Models:
             self.ready_set.set(tuple(_ready(name, versions) for name, versions in ready if versions))
 
 
-def _ready(name: str, versions: Sequence[Version]) -> tuple[str, tuple[int, ...], bool]:
-    return name, tuple(version.number for version in versions), any(version.line is not None for version in versions)
+def _ready(name: str, versions: Sequence[Version]) -> tuple[str, tuple[int, ...], bool, str]:
+    numbers = tuple(version.number for version in versions)
+    has_sequences = any(version.line is not None for version in versions)
+    return name, numbers, has_sequences, next((reason for each in versions if (reason := each.slow_path_reason)), "")
 
 
 def _found(name: str, model: Model | None, number: int | None) -> Version:

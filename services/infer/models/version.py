@@ -94,17 +94,44 @@ class Version:
 
     @property
     def takes_numbers_only(self) -> bool:
-        """Whether a request is to it what its tensors are: its bytes need not be parsed to be answered."""
+        """True when a request can be answered by its tensors alone, so that its message need not be parsed."""
         return self.response_cache is None and self.sees_numbers_only
 
     @property
     def sees_numbers_only(self) -> bool:
-        """Whether its model sees nothing of a request but the tensors."""
-        if self.decoupled is not None or self.line is not None:
-            return False
+        """True when the model sees nothing of a request but its tensors."""
+        return not self._reads_requests
+
+    @property
+    def _reads_requests(self) -> str:
+        """The reason why the model sees more of a request than its tensors; empty when it does not."""
+        if self.decoupled is not None:
+            return "it is decoupled"
+        if self.line is not None:
+            return "its requests are steps of sequences"
         if isinstance(self.loaded, Composed):
-            return self.loaded.plan.takes_numbers_only
-        return self.loaded.session is None or not self.loaded.session.wants_requests  # Ids and parameters too.
+            return "" if self.loaded.plan.takes_numbers_only else "a step reads ids or parameters of requests"
+        session = self.loaded.session
+        return "it reads ids or parameters of requests" if session is not None and session.wants_requests else ""
+
+    @property
+    def slow_path_reason(self) -> str:
+        """The reason why ordinary requests of this version take the slow path; empty for the fast path.
+
+        An ordinary request gives all required inputs as raw contents and asks for all outputs.
+        """
+        if self.response_cache is not None:
+            return "it has a response cache"
+        if reason := self._reads_requests:
+            return reason
+        signature = self.loaded.model.signature
+        for spec in signature.inputs:
+            if spec.datatype.name in ("BYTES", "BOOL") and not spec.is_optional:
+                return f"input {spec.name} is {spec.datatype.name}"
+        for spec in signature.outputs:
+            if spec.datatype.is_bytes or spec.is_ragged:
+                return f"output {spec.name} is {'BYTES' if spec.datatype.is_bytes else 'ragged'}"
+        return ""
 
     @property
     def loaded(self) -> Loaded:
