@@ -26,7 +26,7 @@ from tests.breakable import EnvoyProcess, EtcdProcess, Process, until
 
 pytestmark = [pytest.mark.etcd, pytest.mark.envoy]
 
-TINY = Path(__file__).parent.parent / "mesh" / "tiny_infer.py"
+TINY = Path(__file__).parent.parent / "mesh" / "xds" / "tiny_infer.py"
 
 
 class Node:
