@@ -91,7 +91,7 @@ def _show(overview: Status, endpoints: list[Endpoint], problems: list[str]) -> N
     show_models(list(overview.models), title="models")
     slow = {(model, reason) for instance in overview.instances for model, reason in instance.slow_paths.items()}
     if slow:
-        show(("model", "because"), sorted(slow), title="models whose requests take the slow path")
+        show(("model", "because"), sorted(slow), title="models on the slow path")
     if overview.connectors:
         show(_CONNECTOR_COLUMNS, [_row(connector) for connector in overview.connectors], title="connectors")
     rows = [(e.cluster, e.address, e.health, e.active_requests, e.total_requests, e.failed_requests) for e in endpoints]

@@ -40,7 +40,7 @@ def test_models_on_the_slow_path_are_named_once_with_the_reason(monkeypatch: pyt
     slow = {"cached": "it has a response cache"}
     text = printed(monkeypatch, instance(0, slow), instance(1, slow))
     assert text.count("it has a response cache") == 1
-    assert "models whose requests take the slow path" in text
+    assert "models on the slow path" in text
 
 
 def test_without_such_models_no_table_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
