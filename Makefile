@@ -2,6 +2,10 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo embeddings ocr speech environments test test-fast soak chaos check format lint types proto proto-check lock clean
 
+# Without compiled modules a node needs 12 s of processor time to be ready instead of 6, and each worker of the tests
+# rewrites the assertions of every file.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 PY := $(VENV)/bin/python
 # Processes that `make test` runs tests in, beside the one for tests that only wait (tests/lanes.py).
@@ -23,8 +27,9 @@ help: ## List the targets
 
 $(STAMP): locks/shoal.txt pyproject.toml tools/venv.sh
 	@tools/venv.sh $(VENV) locks/shoal.txt .
-	@# Compiled once, here, and not by every process of the first node at the same time.
-	@$(PY) -c 'import services.coord.app, services.infer.app, services.ingest.app, services.store.app, shoal.cli.main'
+	@# Compiled once, here, and not by every process of the first node at the same time; nor by every process for ever,
+	@# where PYTHONDONTWRITEBYTECODE is set.
+	@$(PY) -c 'import numba, services.coord.app, services.infer.app, services.ingest.app, services.store.app, shoal.cli.main'
 
 $(CLIENT_STAMP): locks/tritonclient.txt tools/venv.sh
 	@tools/venv.sh $(CLIENT_VENV) locks/tritonclient.txt
@@ -54,10 +59,10 @@ environments: $(STAMP) $(CLIENT_STAMP) $(TRITON_STAMP) $(CUDA_STAMPS) $(ORIGINAL
 
 test: environments ## Run every test
 	@tools/clients.sh
-	@$(PY) -m pytest -n $$(($(TESTERS) + 1)) --dist loadfile --patient $(ARGS)
+	@$(PY) -m pytest -n $$(($(TESTERS) + 1)) --dist loadfile --patient --costs 20 $(ARGS)
 
-test-fast: $(STAMP) $(CUDA_STAMPS) ## Run the tests that start no whole node
-	@$(PY) -m pytest -m "not node" $(ARGS)
+test-fast: $(STAMP) ## Run what a change of one file needs: no node, and nothing that waits
+	@$(PY) -m pytest -n 2 --dist loadfile --fast --costs 5 $(ARGS)
 
 soak: $(STAMP) ## Load the inference server for ten minutes: no wrong answer, flat memory
 	@$(PY) bench/soak.py --seconds 600 $(ARGS)

@@ -31,12 +31,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mesh.mongo import connect, ensure_collection
-from mesh.node import parts
 from services.ingest.clock import milliseconds, utc_now
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, WAITING, document_of
+from services.ingest.instance import Instance
 from services.ingest.job import Job, acceptance
+from services.ingest.mongo_jobs import MongoJobs
 from services.ingest.ulid import Ulids
+from shoal.node import processes
 
 Collection = AsyncCollection[dict[str, Any]]
 REQUEST = bytes(300)
@@ -72,9 +74,8 @@ def job(tenant: str, now: datetime) -> Job:
 
 
 def claimer(jobs: Collection, n: int) -> Claims:
-    return Claims(
-        jobs, clock=utc_now, new_id=ULIDS.new, owner=f"bench/ingest-{n}", process=ULIDS.new(), lease_ms=300_000
-    )
+    here = Instance(f"bench/ingest-{n}", ULIDS.new(), utc_now, ULIDS.new, asyncio.Event())
+    return Claims(MongoJobs(jobs), here, lease_ms=300_000)
 
 
 async def fill(jobs: Collection, queued: int, tenants: int) -> None:
@@ -212,8 +213,8 @@ async def run(uri: str, args: argparse.Namespace) -> None:
 def mongod() -> Iterator[str]:
     """Run a mongod during the block, and yield its address."""
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
-        port = parts.free_port()
-        part = parts.mongod(Path(folder), port)
+        port = processes.free_port()
+        part = processes.mongod(Path(folder), port)
         process = Popen(part.argv, stdout=DEVNULL, stderr=DEVNULL)
         try:
             while not asyncio.run(part.ready()):

@@ -28,16 +28,16 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
-from services.infer.calls import ragged
-from services.infer.calls.parameters import NONE
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call, WantedOutput, key_of
-from services.infer.models.means import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.models.version import Version
+from services.infer.requests import ragged
+from services.infer.requests.outcome import InferenceResult
+from services.infer.requests.parameters import NONE
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import InferenceRequest, WantedOutput, key_of
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
-from services.infer.scheduling.scheduler import Answer
 from services.infer.sources import repository
 
 MOST = 8
@@ -95,10 +95,10 @@ class Target:
     def of(cls, version: Version) -> Target:
         return cls(version, tuple(WantedOutput(spec) for spec in version.loaded.model.signature.outputs))
 
-    def call(self, **inputs: Value) -> Call:
+    def call(self, **inputs: Value) -> InferenceRequest:
         size = sum(map(ragged.size_bytes, inputs.values()))
         key = key_of(inputs, self.outputs, self.version.loaded.model.signature)
-        return Call(inputs, self.outputs, 1, size, key, NONE)
+        return InferenceRequest(inputs, self.outputs, 1, size, key, NONE)
 
 
 class Caller:
@@ -141,7 +141,7 @@ class Whole(Caller):
     def ask(self) -> None:
         self.to.version.scheduler.start(self.to.call(**{self.input: self.x}), time.monotonic() + 30, "", self)
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: InferenceResult) -> None:
         self.over(answer.outputs[0])
 
 
@@ -161,7 +161,7 @@ class Chain(Caller):
         self.at += 1
         to.version.scheduler.start(to.call(x=x), time.monotonic() + 30, "", self)
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: InferenceResult) -> None:
         y = answer.outputs[0]
         if self.at < len(self.models):
             self.next(y)
@@ -176,7 +176,7 @@ class FanBranch:
         self.fan, self.index = fan, index
         self.failed = fan.failed
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: InferenceResult) -> None:
         self.fan.branch_answered(self.index, answer.outputs[0])
 
 
@@ -197,7 +197,7 @@ class Fan(Caller):
         if len(self.parts) == len(self.models):
             self.last.version.scheduler.start(self.last.call(**self.parts), time.monotonic() + 30, "", self)
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: InferenceResult) -> None:
         self.over(answer.outputs[0])
 
 
@@ -218,7 +218,7 @@ async def run(options: argparse.Namespace, table: Table) -> None:
     async with AsyncExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save(root)
-        models = await stack.enter_async_context(Models(Means.of(OnnxRuntime(), QueueLimits(), threads=1)))
+        models = await stack.enter_async_context(Models(LoadContext.of(OnnxRuntime(), QueueLimits(), threads=1)))
         models.want(repository.scan(root))
         await models.settled()
         assert models.is_ready(), models.index()

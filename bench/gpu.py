@@ -131,9 +131,8 @@ def correctness(seed: int, sanitizer: bool) -> Iterator[tuple[Row, bool]]:
         "-m",
         "gpu",
         "tests/kernels",
-        "tests/infer/runtimes/test_onnx_stream.py",
-        "tests/infer/runtimes/test_lane.py",
-        "tests/infer/operations/test_places.py",
+        "tests/infer/runtimes/test_gpu_stream.py",
+        "tests/infer/operators/test_places.py",
         "tests/infer/ensembles/test_on_one_gpu.py",
     ]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

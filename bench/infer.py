@@ -1,6 +1,6 @@
-"""The inference server side by side: its fronts, and any other server of the protocol, under the same load.
+"""The inference server beside any other server of the protocol, under the same load.
 
-    python bench/infer.py [--rounds 5] [--seconds 1.5] [--fronts h2,envoy,grpc] [--overload]
+    python bench/infer.py [--rounds 5] [--seconds 1.5] [--endpoints-only] [--overload]
                           [--endpoint triton=127.0.0.1:8001 --endpoint-pid triton=PID ...]
 
 Four models (`infer_models`). Requests are encoded once, and every answer is compared with the expected one of its
@@ -47,10 +47,10 @@ class Server:
 
     def cpu_s(self) -> float:
         """Processor time so far, of the process and what it started."""
-        return sum(_cpu_s(pid) for pid in _tree(self.pid)) if self.pid else float("nan")
+        return sum(_cpu_s(pid) for pid in process_tree(self.pid)) if self.pid else float("nan")
 
     def memory_mb(self) -> float:
-        return sum(_rss_mb(pid) for pid in _tree(self.pid)) if self.pid else float("nan")
+        return sum(_rss_mb(pid) for pid in process_tree(self.pid)) if self.pid else float("nan")
 
 
 @dataclass
@@ -73,7 +73,8 @@ class Measured:
         self.refused += sum(count.by_status.values())
 
 
-def _tree(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
+    """Return `pid` and what it started."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -105,11 +106,10 @@ def _rss_mb(pid: int) -> float:
         return 0.0
 
 
-def start(front: str, models: Path, port: int, samples: dict[str, Sample]) -> Server:
+def start(models: Path, port: int, samples: dict[str, Sample]) -> Server:
     """An infer process on processor 0, once it has answered rightly for every model."""
     env = {
         **os.environ,
-        "SHOAL_INFER_FRONT": front,
         "SHOAL_INFER_LISTEN": f"127.0.0.1:{port}",
         "SHOAL_INFER_REPOSITORY": str(models),
         "SHOAL_INFER_THREADS": "1",
@@ -118,11 +118,11 @@ def start(front: str, models: Path, port: int, samples: dict[str, Sample]) -> Se
     began = time.perf_counter()
     command = ["taskset", "-c", "0", sys.executable, "-m", "services.infer"]
     process = subprocess.Popen(command, env=env, cwd=ROOT)
-    server = Server(front, f"127.0.0.1:{port}", process.pid, process)
+    server = Server("shoal", f"127.0.0.1:{port}", process.pid, process)
     for name in samples:
         while not uvloop.run(answers(server, samples[name])):
             if process.poll() is not None:
-                sys.exit(f"the server with front {front} ended with status {process.returncode}")
+                sys.exit(f"the server ended with status {process.returncode}")
             time.sleep(0.01)
         server.start_s = min(server.start_s, time.perf_counter() - began) if name == "tiny" else server.start_s
     server.start_s = time.perf_counter() - began
@@ -249,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--fronts", default="h2,envoy,grpc", help="of ours, by comma; empty: none")
+    parser.add_argument("--endpoints-only", action="store_true", help="start no server of ours")
     parser.add_argument("--endpoint", action="append", default=[], metavar="NAME=HOST:PORT")
     parser.add_argument("--endpoint-pid", action="append", default=[], metavar="NAME=PID")
     parser.add_argument("--models", type=Path, help="folder for the models")
@@ -268,8 +268,8 @@ def main() -> None:
             servers.append(Server(name, address, int(pids[name]) if name in pids else None))
         if len(os.sched_getaffinity(0)) > 1:
             os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
-        for n, front in enumerate(filter(None, args.fronts.split(","))):
-            servers.append(start(front, models, args.port + n, samples))
+        if not args.endpoints_only:
+            servers.append(start(models, args.port, samples))
         try:
             for server in servers:
                 if server.process is not None:

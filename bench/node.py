@@ -27,7 +27,7 @@ from google.protobuf.duration_pb2 import Duration
 from rich.console import Console
 from rich.table import Table
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import inference_pb2_grpc as oip_grpc
 from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc

@@ -27,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from services.infer.runtimes.kernels_runtime import KernelsRuntime, OperationSession
+from services.infer.operators.kernels_runtime import KernelsRuntime, OperationSession
 from services.infer.runtimes.runtime import About, SessionOptions
 from shoal.inference.v2 import model_config_pb2 as pb
 

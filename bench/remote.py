@@ -2,7 +2,7 @@
 
     python bench/remote.py [--rounds 5] [--seconds 1.5]
 
-Both servers are `shoal serve` with the front for this machine; the load and the tables are those of `infer.py`.
+Both servers are `shoal serve`; the load and the tables are those of `infer.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
                 url = f'key: "url" value {{ string_value: "grpc://{direct}" }}'
                 (near / name / "config.pbtxt").write_text(f'backend: "remote" parameters {{ {url} }}')
             with serving(near) as through:
-                command = [sys.executable, str(HERE / "infer.py"), "--fronts", "", "--models", str(far)]
+                command = [sys.executable, str(HERE / "infer.py"), "--endpoints-only", "--models", str(far)]
                 for name, (address, process) in (("direct", (direct, pid)), ("through", through)):
                     command += ["--endpoint", f"{name}={address}"]
                     command += ["--endpoint-pid", f"{name}={process}"]

@@ -21,17 +21,18 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from services.infer.calls.datatypes import BY_NAME
-from services.infer.calls.parameters import NONE
-from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.requests.outcome import InferenceResult
+from services.infer.requests.parameters import NONE
+from services.infer.requests.request import InferenceRequest, WantedOutput
+from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.runtimes.runtime import Session
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.execution import Execution
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.rules import Rules
-from services.infer.scheduling.scheduler import Answer, Scheduler
+from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
+from shoal.oip.datatypes import BY_NAME
 
 IN_FLIGHT = (1, 8, 64, 256)
 MODEL_NS = 10_000
@@ -65,14 +66,14 @@ class Caller:
     def __init__(self, scheduler: Scheduler, calls: int, done: asyncio.Event, tenant: str, deadline_s: float) -> None:
         self.scheduler, self.left, self.done, self.tenant, self.deadline_s = scheduler, calls, done, tenant, deadline_s
         x = np.zeros((1, 16), np.float32)
-        self.call = Call({"x": x}, (WantedOutput(Y),), 1, x.nbytes, ("x", 16), NONE)
+        self.call = InferenceRequest({"x": x}, (WantedOutput(Y),), 1, x.nbytes, ("x", 16), NONE)
         self.seconds: list[float] = []
 
     def go(self) -> None:
         self.began = time.perf_counter()
         self.scheduler.start(self.call, time.monotonic() + self.deadline_s, self.tenant, self)
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: InferenceResult) -> None:
         self.seconds.append(time.perf_counter() - self.began)
         self.left -= 1
         if self.left > 0:

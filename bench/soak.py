@@ -1,6 +1,6 @@
 """Soak test of `shoal serve`: every answer is checked, memory must not grow, and no call or resource may be lost.
 
-    python bench/soak.py [--seconds 600] [--front auto|h2|envoy|grpc] [--in-flight 32] [--seed 1]
+    python bench/soak.py [--seconds 600] [--front auto|h2|envoy] [--in-flight 32] [--seed 1]
 
 Nine models (ONNX batched, unbatched, of text, cached, slow, raising, reloaded under load; Python; decoupled). Callers
 cancel, set short deadlines, send bad requests, stream, compress and disconnect. Exits with 1 and a reason after a wrong
@@ -34,7 +34,7 @@ from rich.table import Table
 from soak_callers import Caller, Tally
 from soak_watch import Memory, Resources, resources
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 
@@ -50,7 +50,7 @@ QUIET_S = 20.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--front", choices=("auto", "h2", "envoy", "grpc"), default="auto")
+    parser.add_argument("--front", choices=("auto", "h2", "envoy"), default="auto")
     parser.add_argument("--in-flight", type=int, default=32, help="number of callers, each with one call in flight")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -78,10 +78,20 @@ def main() -> None:
 
 def start(root: Path, front: str) -> tuple[subprocess.Popen[str], int, str]:
     """`shoal serve`, ready; the pid of its server, and where it is."""
-    command = [sys.executable, "-m", "shoal.cli.main", "serve", str(root / "models"), "--port", "0", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "shoal.cli.main",
+        "serve",
+        str(root / "models"),
+        "--port",
+        "0",
+        "--json",
+        "--front",
+        front,
+    ]
     environ = {
         **os.environ,
-        "SHOAL_INFER_FRONT": front,
         "SHOAL_INFER_RESPONSE_CACHE_BYTES": str(MIB),
         "SHOAL_INFER_THREADS": "1",
     }

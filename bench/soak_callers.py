@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 

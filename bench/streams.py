@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 import shoal
-from mesh.node.parts import free_port
-from mesh.node.ports import HOST
+from shoal.node.ports import HOST
+from shoal.node.processes import free_port
 
 PARTITIONS = 2
 CONNECTORS = """

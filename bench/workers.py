@@ -47,7 +47,7 @@ def shared(models: Path, folder: Path) -> Path:
 
 def start(name: str, models: Path, workers: int, port: int, samples: dict[str, Sample]) -> Server:
     """Start `shoal serve`, and wait for correct answers."""
-    command = [sys.executable, "-m", "shoal.cli.main", "serve", str(models), "--port", str(port), "--front", "h2"]
+    command = [sys.executable, "-m", "shoal.cli.main", "serve", str(models), "--port", str(port)]
     env = {**os.environ, "SHOAL_INFER_THREADS": "1"}
     process = subprocess.Popen([*command, "--workers", str(workers)], env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
     server = Server(name, f"127.0.0.1:{port}", process.pid, process)

@@ -13,7 +13,7 @@ from kernels import backend
 Shape = tuple[int | str, ...]
 """Expected shape: a number must match, a name matches any size. ("n", 4) is any number of rows of four."""
 
-FLOAT16, FLOAT32, FLOAT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
+FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 BOOL, INT8, INT32, INT64 = np.dtype(np.bool_), np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
 
 

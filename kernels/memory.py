@@ -27,9 +27,6 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Wait until the stream has passed the marker; return immediately when none was recorded."""
 
-    @property
-    def done(self) -> bool: ...
-
 
 class Memory(Protocol):
     """Memory, streams and copies of one device that runs kernels."""
@@ -124,8 +121,6 @@ class _BorrowedBytes:
 
 
 class _PassedEvent:
-    done = True
-
     def record(self, stream: Any) -> None: ...
 
     def synchronize(self) -> None: ...

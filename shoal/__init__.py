@@ -5,7 +5,7 @@
     with shoal.Client() as client:
         answer = client.infer("mymodel", {"x": array})
 
-The client is loaded when it is first named: services import `shoal.errors` and the stubs without it.
+The client is imported on first use: services import `shoal.errors` and the stubs without it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Which node a command talks to: the one it is told, else the one that runs here.
+"""Discovery of a command's node: the address that the user set, else the node that runs on this machine.
 
     --gateway  ->  $SHOAL_GATEWAY  ->  the ready file of the node that this user runs on this machine
 
-A running node keeps a copy of its ready file in a folder of its user, named after the process that runs it
-(`<pid>-<start>.json`), so that a file that a killed node left is known for stale, even when its pid was given to
-another process. Linux only, as the node is.
+A running node keeps a copy of its ready file, the pointer, in a folder of its user. The file is named after the node's
+process (`<pid>-<start>.json`), so a file left by a killed node is recognized as stale even when its pid is reused.
+Linux only, as the node is.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class RunningNode:
 
 
 def find_gateway(flag: str | None, environ: Mapping[str, str]) -> str:
-    """The gateway to talk to, `host:port` (or `unix:/path`).
+    """Return the gateway's address, `host:port` (or `unix:/path`).
 
     Raises:
-        InvalidArgument: the flag or the variable is no address.
-        NotFound: nothing was given and no node of this user runs here.
-        FailedPrecondition: nothing was given and several nodes run here.
+        InvalidArgument: the flag or the variable is not an address.
+        NotFound: neither is set, and no node of this user runs on this machine.
+        FailedPrecondition: neither is set, and several nodes run on this machine.
     """
     if flag:
         return _address(flag, "--gateway")
@@ -57,36 +57,36 @@ def find_gateway(flag: str | None, environ: Mapping[str, str]) -> str:
 
 
 def find_node(environ: Mapping[str, str]) -> RunningNode:
-    """The one node that this user runs on this machine.
+    """Return the one node that this user runs on this machine.
 
     Raises:
-        NotFound: none does.
-        FailedPrecondition: several do.
+        NotFound: no node runs.
+        FailedPrecondition: several nodes run.
     """
     nodes = running_nodes(environ)
     if not nodes:
         raise NotFound(
-            "no node is running here: start one with `shoal up`, "
-            f"or say where one is with --gateway HOST:PORT or {GATEWAY_VARIABLE}"
+            "no node is running on this machine: start one with `shoal up`, "
+            f"or set the address with --gateway HOST:PORT or {GATEWAY_VARIABLE}"
         )
     if len(nodes) > 1:
         choices = "; ".join(f"{node.gateway} (data in {node.data_dir}, pid {node.pid})" for node in nodes)
         raise FailedPrecondition(
-            f"{len(nodes)} nodes are running here: say which one with --gateway HOST:PORT or {GATEWAY_VARIABLE}. "
-            f"They are {choices}"
+            f"{len(nodes)} nodes are running on this machine: choose one with --gateway HOST:PORT or "
+            f"{GATEWAY_VARIABLE}: {choices}"
         )
     return nodes[0]
 
 
 def admin_of(gateway: str, environ: Mapping[str, str]) -> str | None:
-    """Envoy's admin endpoint of the node here that has this gateway; None when it runs elsewhere."""
+    """Return Envoy's admin endpoint of the local node with this gateway; None when the node runs elsewhere."""
     return next((node.admin for node in running_nodes(environ) if node.gateway == gateway), None)
 
 
 def running_nodes(environ: Mapping[str, str]) -> list[RunningNode]:
-    """The nodes of this user that run on this machine now, by pid. Files that are stale, foreign or broken are skipped.
+    """Return this user's running nodes on this machine, ordered by pid. Stale, foreign and invalid files are skipped.
 
-    The first of the folders that knows a node counts: with its own XDG_RUNTIME_DIR a test sees only its own nodes.
+    Only the first folder with a node counts, so a test with its own XDG_RUNTIME_DIR sees only its own nodes.
     """
     for folder in _folders(environ):
         nodes = sorted(_nodes_in(folder), key=lambda node: node.pid)
@@ -96,10 +96,10 @@ def running_nodes(environ: Mapping[str, str]) -> list[RunningNode]:
 
 
 def pointer_path(environ: Mapping[str, str], pid: int) -> Path:
-    """Where process `pid` keeps its node's ready file for `find_node`. Makes the folder and clears it of stale files.
+    """Return the pointer's path for process `pid`. Create the folder and remove stale files from it.
 
     Raises:
-        OSError: the folder cannot be made, or it is not safe: another user's, or open to others.
+        OSError: the folder cannot be created, or is unsafe: it belongs to another user, or others can write to it.
     """
     folder = _folders(environ)[0]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -120,15 +120,16 @@ def _address(text: str, source: str) -> str:
 
 
 def _folders(environ: Mapping[str, str]) -> list[Path]:
-    """Where pointers may be, the one to write to first."""
-    given = environ.get("XDG_RUNTIME_DIR")
-    runtime = [Path(given), Path(f"/run/user/{os.getuid()}")] if given else [Path(f"/run/user/{os.getuid()}")]
+    """Return the folders for pointers, the one to write to first."""
+    configured = environ.get("XDG_RUNTIME_DIR")
+    default = Path(f"/run/user/{os.getuid()}")
+    runtime = [Path(configured), default] if configured else [default]
     shared = Path(environ.get("TMPDIR") or tempfile.gettempdir()) / f"shoal-{os.getuid()}"
     return [*(folder / "shoal" for folder in runtime if folder.is_dir() and os.access(folder, os.W_OK)), shared]
 
 
 def _is_ours(folder: Path) -> bool:
-    """Only this user can have put files there."""
+    """Return True when only this user can have put files into the folder."""
     try:
         status = folder.lstat()
     except OSError:
@@ -155,7 +156,8 @@ def _nodes_in(folder: Path) -> Iterator[RunningNode]:
                     pids={str(name): int(pid) for name, pid in document["pids"].items()},
                 )
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue  # It was removed meanwhile, or is not ours: either way no node to talk to.
+                # The file was removed meanwhile, or is not a pointer.
+                continue
 
 
 def _is_alive(path: Path) -> bool:
@@ -164,7 +166,7 @@ def _is_alive(path: Path) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When the process started, in clock ticks since boot (proc(5), field 22); None when no such process runs."""
+    """Return the start time of a process in clock ticks since boot (proc(5), field 22); None when it does not run."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]

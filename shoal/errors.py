@@ -1,23 +1,23 @@
-"""The errors of Shoal, the same classes on both ends of a call.
+"""Errors of Shoal, with the same classes in services and clients.
 
-A service raises one; the interceptor at its edge turns it into a gRPC status; the client turns the status back into the
-same class. So what a user catches is what the service meant.
-
+A service raises an error; the interceptor at its edge converts it to a gRPC status; the client converts the status back
+to the same class.
     ShoalError
-    ├── InvalidArgument      the request is wrong: the message says which field, what was expected and what came
+    ShoalError
+    ├── InvalidArgument      the request is wrong: the message names the field, the expected and the received value
     ├── NotFound             no such model, job, artifact, instance ...
-    ├── AlreadyExists        the name is taken by something else
-    ├── FailedPrecondition   right request, wrong moment: the message says what must happen first
-    ├── OutOfRange           an offset or token beyond what is there
+    ├── AlreadyExists        the name belongs to something else
+    ├── FailedPrecondition   not possible in the present state: the message says what must happen first
+    ├── OutOfRange           an offset or token beyond the end
     ├── Unauthenticated      no valid identity
-    ├── PermissionDenied     a valid identity that may not do this
-    ├── ResourceExhausted    overload or a quota: come back after `retry_after_ms`
-    ├── Aborted              lost a race: read again, then retry
-    ├── Cancelled            the caller gave up
+    ├── PermissionDenied     a valid identity without the permission
+    ├── ResourceExhausted    overload or a quota: retry after `retry_after_ms`
+    ├── Aborted              a concurrent change won: read again, then retry
+    ├── Cancelled            the caller cancelled
     ├── DeadlineExceeded     not done in time
-    ├── Unimplemented        Shoal does not do this
-    ├── Unavailable          nobody there just now: retry
-    ├── DataLoss             stored bytes are not what was stored
+    ├── Unimplemented        Shoal does not support this
+    ├── Unavailable          no instance at present: retry
+    ├── DataLoss             stored bytes have changed
     └── Internal             a fault of the service; its log has the cause
 """
 
@@ -51,7 +51,7 @@ class Code(IntEnum):
 
 
 class ShoalError(Exception):
-    """Base of all errors that Shoal raises on purpose. `code` is the status that the other end sees."""
+    """Base of all errors that Shoal raises on purpose. `code` is the gRPC status code."""
 
     code: ClassVar[Code] = Code.UNKNOWN
 
@@ -122,12 +122,12 @@ class Internal(ShoalError):
 
 
 RETRY_AFTER_KEY = "retry-after-ms"
-"""Trailing metadata of a refused call: when to come back, in milliseconds."""
+"""Key of the trailing metadata with the time after which a rejected call may be retried, in milliseconds."""
 _LONGEST_WAIT_MS = 3_600_000
 
 
 def retry_after_of(trailing: Iterable[tuple[str, str | bytes]]) -> int | None:
-    """What the trailing metadata of a call says of when to come back, in milliseconds; an hour at most."""
+    """Return the time to wait before a retry from a call's trailing metadata, in milliseconds; an hour at most."""
     for key, value in trailing:
         if key == RETRY_AFTER_KEY and isinstance(value, str) and value.isdecimal():
             return min(int(value[:10]), _LONGEST_WAIT_MS)
@@ -138,7 +138,7 @@ BY_CODE: dict[Code, type[ShoalError]] = {error.code: error for error in ShoalErr
 
 
 def from_status(code: int, message: str, *, retry_after_ms: int | None = None) -> ShoalError:
-    """The error of a numeric gRPC status; ShoalError itself for UNKNOWN or a number that is not one."""
+    """Return the error of a numeric gRPC status; ShoalError itself for UNKNOWN or an unknown number."""
     try:
         error = BY_CODE.get(Code(code), ShoalError)
     except ValueError:

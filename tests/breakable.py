@@ -11,8 +11,8 @@ import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
-from mesh.bootstrap import bootstrap
-from mesh.node import parts
+from shoal.node import processes
+from shoal.node.envoy_bootstrap import bootstrap
 
 PATIENCE_S = 30.0
 """Longer than anything takes on a busy machine: a test that waits so long has failed."""
@@ -86,8 +86,8 @@ class EtcdProcess(Process):
     """An etcd of the test's own."""
 
     def __init__(self, folder: Path) -> None:
-        port = parts.free_port()
-        self._part = parts.etcd(folder / "etcd", port, parts.free_port())
+        port = processes.free_port()
+        self._part = processes.etcd(folder / "etcd", port, processes.free_port())
         super().__init__(self._part.argv, folder / "etcd.log", self._part.env)
         self.address = f"127.0.0.1:{port}"
 
@@ -99,15 +99,15 @@ class EnvoyProcess(Process):
     """An Envoy of the test's own, started as the launcher does it."""
 
     def __init__(self, folder: Path, coords: Sequence[Path], node: str = "local", concurrency: int = 1) -> None:
-        self.gateway = f"127.0.0.1:{parts.free_port()}"
-        self.admin = f"127.0.0.1:{parts.free_port()}"
+        self.gateway = f"127.0.0.1:{processes.free_port()}"
+        self.admin = f"127.0.0.1:{processes.free_port()}"
         self.outbound = folder / "outbound.sock"
         config = folder / "envoy.json"
         sockets = [str(path) for path in coords]
         config.write_text(
             bootstrap(node=node, gateway=self.gateway, outbound=str(self.outbound), admin=self.admin, coords=sockets)
         )
-        self._part = parts.envoy(config, self.admin, concurrency)
+        self._part = processes.envoy(config, self.admin, concurrency)
         super().__init__(self._part.argv, folder / "envoy.log", self._part.env)
 
     async def until_ready(self) -> None:

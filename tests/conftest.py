@@ -22,9 +22,11 @@ import onnx
 import pytest
 
 from kernels import backend
-from mesh.node import parts
-from tests.lanes import Lanes
+from shoal.node import processes
+from tests.lanes import SLOW_MARKS, Lanes, is_slow
 from tests.weeds import WeedProcess
+
+pytest_plugins = ["tests.costs"]
 
 READY_S = 30
 SHARED_DATA_BYTES = 4 << 30
@@ -42,6 +44,20 @@ hypothesis.settings.load_profile("unhurried")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--patient", action="store_true", help="the last worker runs the files that wait (tests/lanes.py)")
+    parser.addoption("--fast", action="store_true", help="leave out what waits and what is slow (tests/lanes.py)")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    is_left_out = config.getoption("--fast") and is_slow(collection_path.relative_to(config.rootpath).as_posix())
+    return True if is_left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        slow = [item for item in items if not SLOW_MARKS.isdisjoint(mark.name for mark in item.iter_markers())]
+        config.hook.pytest_deselected(items=slow)
+        left_out = set(slow)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,7 +72,7 @@ def _needs_a_device(request: pytest.FixtureRequest) -> None:
 
 
 @contextmanager
-def running(part: parts.Part, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(part: processes.ProcessSpec, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `part` until the block ends. It is there, and ready, when the block begins."""
     with log.open("wb") as out:
         process = subprocess.Popen(part.argv, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **part.env})
@@ -93,9 +109,9 @@ def shared_data() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def mongo_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real mongod, the one member of replica set rs0."""
-    port = parts.free_port()
+    port = processes.free_port()
     log = tmp_path_factory.mktemp("mongod") / "mongod.log"
-    with shared_data() as folder, running(parts.mongod(folder, port), log):
+    with shared_data() as folder, running(processes.mongod(folder, port), log):
         yield f"mongodb://127.0.0.1:{port}/?directConnection=true"
 
 
@@ -108,9 +124,9 @@ def mongo_database() -> str:
 @pytest.fixture(scope="session")
 def etcd_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real etcd of one member, `127.0.0.1:port`."""
-    port = parts.free_port()
+    port = processes.free_port()
     log = tmp_path_factory.mktemp("etcd") / "etcd.log"
-    with shared_data() as folder, running(parts.etcd(folder, port, parts.free_port()), log):
+    with shared_data() as folder, running(processes.etcd(folder, port, processes.free_port()), log):
         yield f"127.0.0.1:{port}"
 
 

@@ -6,7 +6,8 @@
 Files that wait for a clock or for a broker hold a worker for minutes and a core for seconds: beside two workers on two
 cores, a third that has these alone fills what those leave idle, and takes next to nothing from them.
 
-`make test` asks for it (`pytest -n 3 --dist loadfile --patient`).
+`make test` asks for it (`pytest -n 3 --dist loadfile --patient`). `make test-fast` (`--fast`) runs neither the files
+that wait nor those that are slow.
 """
 
 from __future__ import annotations
@@ -22,28 +23,60 @@ PATIENT = (
     "tests/ingest/batches/test_batch_life.py",
     "tests/ingest/test_ingest_outages.py",
     "tests/ingest/intake/test_disk_full.py",
+    "tests/mesh/xds/test_xds_envoy.py",
     "tests/store/test_store_outages.py",
     "tests/store/artifacts/test_object_store.py",
-    "tests/mesh/test_election.py",
-    "tests/mesh/test_membership_etcd.py",
+    "tests/mesh/cluster/test_election.py",
+    "tests/mesh/cluster/test_membership_etcd.py",
 )
 """Files that use less than a third of a core, the longest first."""
 
 LONG = (
-    "tests/chaos/test_chaos.py",
-    "tests/mesh/test_xds_envoy.py",
     "tests/node/test_up.py",
-    "tests/mesh/fronts/test_front_life.py",
-    "tests/store/collecting/test_interleavings.py",
+    "tests/chaos/test_chaos.py",
+    "tests/store/garbage/test_interleavings.py",
+    "tests/node/test_fronts.py",
+    "tests/packaging/test_wheel.py",
+    "tests/mesh/rpc/fronts/test_front_life.py",
+    "tests/node/test_serve.py",
     "tests/coord/test_coord_mesh.py",
     "tests/convert/test_originals.py",
-    "tests/node/test_fronts.py",
-    "tests/store/backups/test_backups.py",
-    "tests/chaos/test_kill_jobs.py",
     "tests/node/test_kills.py",
+    "tests/store/backups/test_backups.py",
+    "tests/kernels/test_compile_only.py",
+    "tests/node/test_batches.py",
+    "tests/chaos/test_kill_jobs.py",
+    "tests/infer/runtimes/test_runtime_contract.py",
+    "tests/node/test_shared_models.py",
     "tests/infer/test_soak.py",
 )
-"""Files of 40 s and more: begun last, one of them would be all that is left to do, for one worker."""
+"""Files of 30 s and more: begun last, one of them would be all that is left to do, for one worker."""
+
+SLOW_MARKS = {"node", "envoy", "etcd", "s3"}
+SLOW = (
+    "tests/chaos",
+    "tests/clients",
+    "tests/compress",
+    "tests/convert/test_originals.py",
+    "tests/examples",
+    "tests/infer/conformance",
+    "tests/infer/ensembles/test_on_one_gpu.py",
+    "tests/infer/model_process",
+    "tests/infer/remote",
+    "tests/infer/scheduling/test_overload.py",
+    "tests/infer/triton",
+    "tests/ingest/batches/test_batch_kills.py",
+    "tests/ingest/connectors",
+    "tests/ingest/test_ingest_kills.py",
+    "tests/kernels/test_backend.py",
+    "tests/kernels/test_simulator.py",
+    "tests/mesh/rpc/fronts",
+    "tests/node",
+    "tests/packaging",
+    "tests/store/test_records_kills.py",
+)
+"""Files and folders that `make test-fast` leaves out, beside PATIENT and LONG and the marks above: they start processes
+for each test. A change is sent in after `make test`, which runs all of them."""
 
 
 class Lanes(LoadFileScheduling):
@@ -60,6 +93,11 @@ class Lanes(LoadFileScheduling):
 
     def _is_patient(self, node: Any) -> bool:
         return len(self.nodes) > 1 and node.gateway.id == f"gw{self.numnodes - 1}"
+
+
+def is_slow(file: str) -> bool:
+    """Return whether `make test-fast` leaves out this file or folder, a path from the root of the checkout."""
+    return file in PATIENT or file in LONG or any(file == each or file.startswith(f"{each}/") for each in SLOW)
 
 
 def _rank(scope: str) -> int:

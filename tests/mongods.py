@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mesh.node import parts
+from shoal.node import processes
 from tests.breakable import Process, until
 
 
@@ -12,10 +12,10 @@ class MongoProcess(Process):
     """A one-member replica set. `arguments` are added to those of a node's own mongod; of two, the last counts."""
 
     def __init__(self, folder: Path, *arguments: str, oplog_mib: int = 256) -> None:
-        port = parts.free_port()
+        port = processes.free_port()
         data = folder / "mongod"
         data.mkdir()
-        self._part = parts.mongod(data, port)
+        self._part = processes.mongod(data, port)
         argv = list(self._part.argv)
         argv[argv.index("--oplogSize") + 1] = str(oplog_mib)
         super().__init__([*argv, *arguments], folder / "mongod.log", self._part.env)

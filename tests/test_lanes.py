@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.lanes import LONG, PATIENT, Lanes
+from tests.lanes import LONG, PATIENT, SLOW, Lanes, is_slow
 from tests.test_layers import ROOT
 
 
@@ -58,6 +58,7 @@ def files_of(tests: list[str]) -> list[str]:
 
 def test_the_files_are_there() -> None:
     assert [file for file in PATIENT + LONG if not (ROOT / file).is_file()] == []
+    assert [path for path in SLOW if not (ROOT / path).exists()] == []
     assert len({*PATIENT, *LONG}) == len(PATIENT) + len(LONG)
 
 
@@ -80,3 +81,8 @@ def test_what_waits_is_run_by_others_too_when_they_have_nothing_else() -> None:
 @pytest.mark.parametrize("files", [{"tests/a.py": 1}, {PATIENT[0]: 1}, {f"tests/{n}.py": n for n in range(1, 5)}])
 def test_every_test_is_run_once(files: dict[str, int], workers: int) -> None:
     run(files, workers)
+
+
+def test_the_fast_lane_leaves_out_what_waits_what_is_long_and_folders_that_are_slow() -> None:
+    assert all(map(is_slow, (*PATIENT, *LONG, "tests/node", "tests/node/test_serve.py")))
+    assert not any(map(is_slow, ("tests", "tests/infer", "tests/test_layers.py", "tests/node_of_another_name.py")))

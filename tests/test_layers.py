@@ -1,12 +1,13 @@
-"""Imports point down only, and modules are named by what they are about.
+"""Imports point down only, between packages and inside each (`LAYERS`), and modules are named by what they are about.
 
-shoal.cli -> shoal.client, shoal.convert, shoal.compress, shoal.discovery, mesh.node
+shoal.cli -> shoal.client, shoal.convert, shoal.compress, shoal.discovery, shoal.node
+shoal.node -> mesh, shoal's stubs and errors; names the services, and starts them as processes
 shoal.compress -> shoal.convert -> shoal's errors; only when a model is converted or compressed
-services  -> mesh, kernels, shoal's stubs, errors, datatypes and own_packages; never each other
-mesh      -> shoal's stubs and errors; no service
+services  -> mesh, kernels, shoal's stubs, errors, tensor codec and own_packages; never each other
+mesh      -> shoal's stubs and errors; names no service, not even in a string
 kernels   -> nothing of ours, no grpc, no asyncio
-shoal.client, shoal.discovery -> shoal's stubs, errors and datatypes
-shoal.client -> mesh.h2.client, and nothing else of the mesh: a gRPC client that knows neither nodes nor services, with
+shoal.client, shoal.discovery -> shoal's stubs, errors and tensor codec
+shoal.client -> mesh.rpc.client, and nothing else of the mesh: a gRPC client that knows neither nodes nor services, with
                 which ingest calls the others, too
 """
 
@@ -21,6 +22,38 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shoal", "mesh", "services", "kernels")
+LAYERS = {
+    "services/infer": """
+        __main__ app rpc fast_path model_stream_infer core decoupled_responses models ensembles operators config sources
+        loading response_cache sequences scheduling remote model_process runtimes requests model_files sans_io offload
+        error_text
+    """,
+    "services/ingest": """
+        __main__ app areas short rpc dead_letters batches schedules mongo_jobs dispatch config retention connectors
+        reading
+        intake job_events tracing tenants documents job_fields instance store_calls messages dependencies ulid job_store
+        job lane limits group_commit clock
+    """,
+    "services/store": """
+        __main__ app rpc artifact_rpc config retention registry exports backups garbage usage results places page_token
+        artifacts transactions documents limits
+    """,
+    "services/coord": """
+        __main__ app rpc messages instances health duties configurations presence cluster drains traffic config
+    """,
+    "mesh": "xds rpc h2 cluster mongo_lease change_tokens mongo process",
+    "shoal": """
+        cli node compress convert __init__ client discovery own_packages oip store ingest coord inference remote errors
+        _version
+    """,
+    "shoal/client": "__init__ blocking face aio tenants store status jobs models inference transport",
+    "kernels": """
+        operations tabular staging stack_rows softmax_topk top_k resize_norm quantize_rows pool_normalize pad_tokens nms
+        numba_launch memory
+        cuda_source arrays backend
+    """,
+}
+"""Folders and files of each package, top to bottom: an entry may import the entries after it, and none before it."""
 STUBS = ("shoal.ingest", "shoal.store", "shoal.coord", "shoal.inference", "shoal.remote")
 
 
@@ -57,7 +90,7 @@ def within(name: str, *packages: str) -> bool:
 
 def allowed(module: str) -> tuple[str, ...]:
     """What of ours `module` may import."""
-    bottom = (*STUBS, "shoal.errors", "shoal.datatypes", "shoal.__version__", "shoal._version")
+    bottom = (*STUBS, "shoal.errors", "shoal.oip", "shoal.__version__", "shoal._version")
     if within(module, "kernels"):
         return ("kernels",)
     if within(module, "mesh"):
@@ -67,12 +100,14 @@ def allowed(module: str) -> tuple[str, ...]:
         return (own, "mesh", "kernels", "shoal.own_packages", *bottom)
     if within(module, "shoal.cli"):
         return ("shoal", "mesh")
+    if within(module, "shoal.node"):
+        return ("shoal.node", "mesh", *bottom)
     if within(module, "shoal.convert"):
         return ("shoal.convert", "shoal.errors")
     if within(module, "shoal.compress"):
         return ("shoal.compress", "shoal.convert", "shoal.errors")
     if within(module, "shoal.client"):
-        return ("shoal.client", "shoal.discovery", "mesh.h2.client", *bottom)
+        return ("shoal.client", "shoal.discovery", "mesh.rpc.client", *bottom)
     return ("shoal.client", "shoal.discovery", *bottom)
 
 
@@ -81,6 +116,38 @@ def test_imports_point_down(module: str) -> None:
     ours = {name for name in imports_of(module) if within(name, *PACKAGES)}
     wrong = {name for name in ours if not within(name, *allowed(module))}
     assert not wrong, f"{module} may not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_folders_import_downward_only(package: str) -> None:
+    order = LAYERS[package].split()
+    root = package.replace("/", ".")
+    there = {name.removeprefix(root + ".").split(".")[0] for name in modules() if within(name, root) and name != root}
+    assert there <= {*order}, f"not in LAYERS: {sorted(there - {*order})}"
+    upward = set()
+    for module in (name for name in modules() if within(name, root)):
+        own = module.removeprefix(root).lstrip(".").split(".")[0] or "__init__"
+        if own not in order:
+            continue
+        for name in imports_of(module):
+            other = name.removeprefix(root + ".").split(".")[0]
+            if within(name, root) and name != root and other in order and order.index(other) < order.index(own):
+                upward.add(f"{module} -> {name}")
+    assert not upward, sorted(upward)
+
+
+SERVICES = ("ingest", "infer", "store", "coord")
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if within(name, "mesh")])
+def test_mesh_names_no_service(module: str) -> None:
+    strings = [
+        node.value
+        for node in ast.walk(ast.parse(source_of(module).read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    named = {name for name in SERVICES for text in strings if text == name or f"services.{name}" in text}
+    assert not named, f"{module} names services: {sorted(named)}"
 
 
 @pytest.mark.parametrize("module", [name for name in modules() if within(name, "kernels")])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from mesh.config import ServiceConfig
+from mesh.process.config import ServiceConfig
 from services.coord.config import CoordConfig
 from services.infer.config import InferConfig
 from services.ingest.config import IngestConfig

@@ -21,7 +21,7 @@ from google.protobuf.duration_pb2 import Duration
 from pymongo import MongoClient
 
 import shoal
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc

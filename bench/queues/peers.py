@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mesh.node.parts import free_port
+from shoal.node.processes import free_port
 
 HERE = Path(__file__).parent
 _START_S = 60.0

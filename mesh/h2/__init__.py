@@ -1,17 +1,17 @@
-"""A lean gRPC server over plaintext HTTP/2, for the trusted hop behind Envoy: one thread, one loop, few objects a call.
+"""HTTP/2 over plaintext (RFC 9113): a server core that knows no gRPC, and a gRPC client. One thread, one loop.
 
-    Envoy ──HTTP/2, unix socket──> connection ──short methods──> Exchange ──> handler
-                                       └──the rest──> stream (ASGI) ──> GrpcApp ──> handlers
+    peer ──frames──> Connection ──request──> Application ──> RequestHandler <──data, disconnected── Connection
+                         ^──────────────────── ServerStream: respond, start, send, end, reset ─────────┘
 
-Envoy has already checked whatever comes from outside: this speaks all of RFC 9113 that a gRPC peer may use, and ends a
-connection that breaks it, but has no TLS, no HTTP/1, no priorities and no push.
+The server is for local peers: the Envoy beside it, and programs of this machine. Envoy checks requests from outside.
+A connection that breaks the protocol is closed with GOAWAY. TLS, HTTP/1, priorities and push are not supported.
 
-frames      what goes over the wire, and what a frame may be
-headers     HPACK: decoded once for each distinct field, encoded once for each distinct answer
-peer        what a server's connection and a client's have in common: frames in, in order
-connection  a server's: calls out; our windows; limits
-sending     answers and requests out; the windows of the peer
-stream      one call on the long way, as an ASGI app sees it
-server      the twin of mesh.server.GrpcServer: health, reflection, drain
-client      the other way: calls to the Envoy beside it
+frames      frame types, frame encoding, error codes
+headers     HPACK: each distinct field is decoded once, each distinct response head is encoded once
+peer        the part that a server's and a client's connection share: frame parsing, settings, PING
+connection  the server's side of a connection: streams, flow control of requests, limits, the end
+stream      one request and its response, and the interface of an application
+sending     outgoing frames, and flow control of outgoing data
+listener    accepts connections at an address, and drains them
+client      gRPC calls to the Envoy beside it
 """

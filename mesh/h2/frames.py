@@ -1,4 +1,4 @@
-"""Frames of HTTP/2 (RFC 9113, section 4 and 6): building them, and the errors that end streams and connections."""
+"""HTTP/2 frames (RFC 9113, sections 4 and 6): frame types, frame encoding, error codes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LARGEST_WINDOW = (1 << 31) - 1
 
 
 class Reason(IntEnum):
-    """Why a stream or a connection ends (RFC 9113, section 7)."""
+    """Error codes of RST_STREAM and GOAWAY (RFC 9113, section 7)."""
 
     NO_ERROR = 0
     PROTOCOL_ERROR = 1
@@ -46,7 +46,7 @@ class Reason(IntEnum):
 
 
 class ConnectionBroken(Exception):
-    """The peer broke the protocol: the connection ends with `reason`."""
+    """The peer violated the protocol: the connection is closed with `reason`."""
 
     def __init__(self, reason: Reason, what: str) -> None:
         super().__init__(what)
@@ -59,7 +59,7 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 
 def opening(kind: int, flags: int, stream: int, size: int) -> bytes:
-    """The header of a frame whose payload of `size` bytes follows."""
+    """Encode the header of a frame whose payload of `size` bytes follows."""
     return HEADER.pack(size >> 16, size & 0xFFFF, kind, flags, stream)
 
 
@@ -80,7 +80,7 @@ def goaway(last: int, reason: Reason, what: str = "") -> bytes:
 
 
 def without_padding(payload: bytes, flags: int) -> bytes:
-    """The payload of DATA or HEADERS without its padding. Raises ConnectionBroken when there is more than payload."""
+    """Return the payload of DATA or HEADERS without padding. Raises ConnectionBroken for more padding than payload."""
     if not flags & PADDED:
         return payload
     if not payload or payload[0] >= len(payload):

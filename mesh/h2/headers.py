@@ -1,8 +1,7 @@
-"""Header blocks (HPACK, RFC 7541), made cheap for peers that send the same fields again and again.
+"""Header blocks (HPACK, RFC 7541). Peers send the same fields again and again: each is decoded once, then looked up.
 
-We allow the peer no dynamic table. From when it knows that, a field's bytes mean the same wherever they come, so each
-distinct block, and each distinct field, is decoded once (by the package hpack) and then looked up. Before, as long as
-its first table is in use, hpack decodes everything.
+The peer may use no dynamic table. Once it has acknowledged that, equal bytes mean equal fields, in every block. So each
+distinct block and each distinct field is decoded once, by the package hpack. Until then hpack decodes every block.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Fields = Sequence[tuple[bytes, bytes]]
 
 
 class Block:
-    """One decoded block. Calls that began alike share it: nobody changes it."""
+    """One decoded block, immutable: requests with equal headers share it."""
 
     __slots__ = ("by_name", "fields", "path")
 
@@ -26,18 +25,24 @@ class Block:
         self.fields = fields
         self.by_name = dict(fields)
         self.path = self.by_name.get(b":path", b"").decode("latin-1")
+        """The query string is a part of it. Empty in a response."""
+
+    @property
+    def method(self) -> str:
+        """The method of a request, in capitals."""
+        return self.by_name.get(b":method", b"").decode("latin-1")
 
 
 LIST_BYTES = 64 << 10
-"""Of all fields of a block, decoded; as Envoy allows."""
+"""Limit for all decoded fields of a block, the same as Envoy's."""
 
-_MOST_BLOCKS = 512
-_MOST_FIELDS = 4096
-# Kept of each connection: fields that never come again (deadlines, trace ids) push the others out now and then.
+# Cached for each connection. Fields that never repeat (deadlines, trace ids) fill the caches, which are then cleared.
+_MAX_BLOCKS = 512
+_MAX_FIELDS = 4096
 
 
 class Decoder:
-    """Decodes one connection's blocks, in their order."""
+    """Decodes the blocks of one connection, in their order."""
 
     def __init__(self) -> None:
         self._hpack = hpack.Decoder(max_header_list_size=LIST_BYTES)
@@ -46,12 +51,15 @@ class Decoder:
         self._fields: dict[bytes, tuple[bytes, bytes]] = {}
 
     def forbid_table(self) -> None:
-        """The peer has acknowledged that it may use no table. It need not say so again in its next block."""
+        """Reject dynamic tables from now on: the peer has acknowledged the setting.
+
+        Its next block need not begin with a table size update.
+        """
         self._hpack.max_allowed_table_size = self._hpack.header_table_size = 0
         self._is_stateless = True
 
     def decode(self, block: bytes) -> Block:
-        """Raises ConnectionBroken when the block is none: nothing after it could be decoded."""
+        """Return the decoded block. Raises ConnectionBroken for an invalid one: later blocks could not be decoded."""
         known = self._blocks.get(block)
         if known is not None:
             return known
@@ -63,7 +71,7 @@ class Decoder:
             raise ConnectionBroken(Reason.ENHANCE_YOUR_CALM, f"headers of more than {LIST_BYTES} bytes") from err
         except (HPACKError, IndexError, UnicodeError) as err:
             raise ConnectionBroken(Reason.COMPRESSION_ERROR, f"a header block that is none: {err}") from err
-        if len(self._blocks) >= _MOST_BLOCKS:
+        if len(self._blocks) >= _MAX_BLOCKS:
             self._blocks.clear()
         self._blocks[block] = found
         return found
@@ -79,11 +87,12 @@ class Decoder:
             field = self._fields.get(piece)
             if field is None:
                 decoded = self._by_hpack(piece)
-                if not decoded:  # A change of the table's size: to nothing, as it has to be.
+                # A table size update, to 0: any other size is an error in hpack.
+                if not decoded:
                     at = end
                     continue
                 field = decoded[0]
-                if len(self._fields) >= _MOST_FIELDS:
+                if len(self._fields) >= _MAX_FIELDS:
                     self._fields.clear()
                 self._fields[piece] = field
             size += len(field[0]) + len(field[1]) + 32
@@ -95,7 +104,7 @@ class Decoder:
 
 
 def _field_end(block: bytes, at: int) -> int:
-    """Where the field that begins at `at` ends (RFC 7541, section 6)."""
+    """Return the end of the field that begins at `at` (RFC 7541, section 6)."""
     first = block[at]
     if first & 0x80:
         return _integer(block, at, 7)[1]
@@ -115,7 +124,7 @@ def _string_end(block: bytes, at: int) -> int:
 
 
 def _integer(block: bytes, at: int, bits: int) -> tuple[int, int]:
-    """An integer with a prefix of so many bits, and where it ends (RFC 7541, section 5.1)."""
+    """Return an integer with a prefix of `bits` bits, and its end (RFC 7541, section 5.1)."""
     mask = (1 << bits) - 1
     value = block[at] & mask
     at += 1
@@ -133,8 +142,13 @@ def _integer(block: bytes, at: int, bits: int) -> tuple[int, int]:
             raise IndexError("an integer is too long")
 
 
+def response_head(status: int, fields: Fields = ()) -> bytes:
+    """Encode the head of a response."""
+    return encode([(b":status", b"%d" % status), *fields])
+
+
 def encode(fields: Fields) -> bytes:
-    """A block of literals, never indexed and not Huffman-coded: it needs no table on either side."""
+    """Encode a block of literals, neither indexed nor Huffman-coded: it needs no table on either side."""
     parts: list[bytes] = []
     for name, value in fields:
         parts += [b"\x00", _length(name), name, _length(value), value]

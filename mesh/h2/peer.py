@@ -1,7 +1,7 @@
-"""What both ends of a connection have in common: frames are cut out of what comes, kept in order, and checked.
+"""The part that a server's and a client's connection share: frame parsing, frame order, settings, PING.
 
-data_received ──whole frames──> DATA, header blocks (of HEADERS and CONTINUATION)      for whoever knows the calls
-                                WINDOW_UPDATE, SETTINGS, PING                          done here, with the sender
+data_received ──whole frames──> DATA, header blocks (of HEADERS and CONTINUATION)      for the subclass
+                                WINDOW_UPDATE, SETTINGS, PING                          handled here, with the sender
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from mesh.h2.sending import Sender
 
 log = logging.getLogger(__name__)
 
+# Bytes that a peer may send before they are consumed: many large tensors at the same time.
 STREAM_WINDOW = 4 << 20
 CONNECTION_WINDOW = 256 << 20
-# What a trusted peer may send before we took it: many large tensors at the same time.
 
+# Flow-control credit is given back in steps of this size: a WINDOW_UPDATE costs as much as a small request.
 CREDIT = 1 << 20
-# Windows are opened again in steps of this size: an update costs as much as a small request.
 
 _BLOCK_BYTES = 128 << 10
-_CONTINUATIONS = 64
-# Frames of one block: 128 KiB in frames of 16 KiB, with room. Else empty ones could come for ever.
+# Frames of one block: 128 KiB in frames of 16 KiB, with room. Without a bound, empty frames could go on without end.
+_MAX_CONTINUATIONS = 64
 
 
 class Peer(asyncio.Protocol, ABC):
-    """One end. Its heirs know the calls.
+    """One end of a connection. Subclasses handle streams.
 
     Args:
-        awaits_preface: the other end is a client, which begins with one.
+        awaits_preface: the other end is a client, which begins with the connection preface.
     """
 
     def __init__(self, *, awaits_preface: bool) -> None:
@@ -72,10 +72,10 @@ class Peer(asyncio.Protocol, ABC):
 
     def _begin(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment] # uvloop's is of no common class.
-        self._sender.begin(self._transport)
+        self._sender.attach(self._transport)
 
-    def _greet(self, settings: Mapping[int, int]) -> None:
-        """Our settings, beside those that both ends have; and the connection's window."""
+    def _send_settings(self, settings: Mapping[int, int]) -> None:
+        """Send `settings`, the settings that both ends share, and the connection's window."""
         ours = {
             frames.TABLE_SIZE: 0,
             **settings,
@@ -96,12 +96,12 @@ class Peer(asyncio.Protocol, ABC):
         except ConnectionBroken as err:
             self._break(err)
         except Exception:
-            log.exception("a fault while reading a connection: it ends")
+            log.exception("a fault while reading a connection: the connection is closed")
             self._break(ConnectionBroken(Reason.INTERNAL_ERROR, "internal error"))
         self._sender.flush()
 
     def _break(self, err: ConnectionBroken) -> None:
-        log.warning("a connection is ended with %s: %s", err.reason.name, err)
+        log.warning("a connection is closed with %s: %s", err.reason.name, err)
         self._sender.write(frames.goaway(self._newest, err.reason, str(err)))
         self._sender.flush()
         self._transport.close()
@@ -164,10 +164,10 @@ class Peer(asyncio.Protocol, ABC):
         _, first, held = self._block
         held += payload
         self._continuations += 1
-        if len(held) > _BLOCK_BYTES or self._continuations > _CONTINUATIONS:
+        if len(held) > _BLOCK_BYTES or self._continuations > _MAX_CONTINUATIONS:
             raise ConnectionBroken(
                 Reason.ENHANCE_YOUR_CALM,
-                f"a header block of more than {_BLOCK_BYTES} bytes, or {_CONTINUATIONS} frames",
+                f"a header block of more than {_BLOCK_BYTES} bytes, or {_MAX_CONTINUATIONS} frames",
             )
         if flags & END_HEADERS:
             self._block = None
@@ -194,7 +194,7 @@ class Peer(asyncio.Protocol, ABC):
         elif kind == GOAWAY:
             self._on_goaway(payload)
         elif kind == PUSH_PROMISE:
-            raise ConnectionBroken(Reason.PROTOCOL_ERROR, "PUSH_PROMISE, which nobody here asks for")
+            raise ConnectionBroken(Reason.PROTOCOL_ERROR, "PUSH_PROMISE, which is not enabled")
         elif kind == PRIORITY and len(payload) != 5:
             raise ConnectionBroken(Reason.FRAME_SIZE_ERROR, "PRIORITY of other than 5 bytes")
 
@@ -204,7 +204,7 @@ class Peer(asyncio.Protocol, ABC):
         size = struct.unpack(">I", payload)[0] & LARGEST_WINDOW
         if not size:
             raise ConnectionBroken(Reason.PROTOCOL_ERROR, "WINDOW_UPDATE by nothing")
-        self._sender.widen(number, size)
+        self._sender.add_window(number, size)
 
     def _on_settings(self, number: int, flags: int, payload: bytes) -> None:
         if number or len(payload) % 6:
@@ -214,41 +214,41 @@ class Peer(asyncio.Protocol, ABC):
             return
         self._has_settings = True
         theirs = dict(struct.iter_unpack(">HI", payload))
-        self._sender.settle(theirs)
+        self._sender.apply_settings(theirs)
         self._sender.acknowledge(frames.frame(SETTINGS, ACK, 0))
         self._settled(theirs)
 
     def _credited(self, size: int) -> None:
-        """DATA of `size` bytes has come: the connection's window is opened again now and then."""
+        """Give back the connection's credit of DATA of `size` bytes, in steps of CREDIT."""
         self._credit += size
         if self._credit >= CREDIT:
             self._sender.write(frames.window_update(0, self._credit))
             self._credit = 0
 
-    # -- for those who know the calls
+    # -- for subclasses
 
     @abstractmethod
     def _on_data(self, number: int, flags: int, payload: bytes, size: int) -> None:
-        """DATA has come, of `size` bytes with its padding."""
+        """Handle DATA of `size` bytes, padding included."""
 
     @abstractmethod
     def _on_block(self, number: int, flags: int, block: Block) -> None:
-        """A whole header block has come, with the flags of its HEADERS."""
+        """Handle a whole header block, with the flags of its HEADERS."""
 
     @abstractmethod
     def _on_reset(self, number: int, reason: int) -> None:
-        """The other end has ended a stream."""
+        """Handle RST_STREAM."""
 
     @abstractmethod
     def _on_goaway(self, payload: bytes) -> None:
-        """The other end wants no more streams."""
+        """Handle GOAWAY."""
 
     @abstractmethod
     def _ended(self, number: int, reason: Reason | None) -> None:
-        """Our side of a stream has ended: with all of it sent (None), or reset."""
+        """Handle the end of our side of a stream: all of it is sent (None), or it was reset."""
 
     def _settled(self, settings: Mapping[int, int]) -> None:
-        """The other end's settings have come, and are in use."""
+        """Handle the other end's settings, which are already applied."""
 
-    def _acknowledged(self, what: bytes) -> None:
-        """The other end has answered the PING `what`: it has read all that was sent before."""
+    def _acknowledged(self, payload: bytes) -> None:
+        """Handle the acknowledgement of our PING: the other end has read everything that was sent before it."""

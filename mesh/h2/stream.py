@@ -1,112 +1,116 @@
-"""One call on the long way: what an ASGI app receives and sends, on a stream of a sender."""
+"""One request and its response on a server's connection, and the interface between the core and an application.
+
+    Application.request(stream) ──> RequestHandler.data(...) ... data(..., is_end=True)
+    stream.respond(...)                        a whole response in one write, or
+    stream.start, send ... send, end           a streamed response
+
+All of it is callbacks, so a request costs no task and no coroutine.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
+from mesh.h2 import frames
 from mesh.h2.frames import Reason
-from mesh.h2.headers import Block, encode
+from mesh.h2.headers import Block
+from mesh.h2.peer import CREDIT
 from mesh.h2.sending import Sender
 
-if TYPE_CHECKING:
-    from mesh.asgi.app import GrpcApp
+
+class RequestHandler(Protocol):
+    """Receives the body of one request. An exception in it resets the stream."""
+
+    def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
+        """Receive a piece of the body. The last piece has `is_end`, and may be empty.
+
+        `size` is the flow-control size of the piece: `ServerStream.consumed` gives it back.
+        """
+
+    def disconnected(self) -> None:
+        """The client cancelled the request or closed the connection. Called once, and never after the response."""
 
 
-class ClientDisconnectedError(OSError):
-    """The caller has gone: nothing can be sent."""
+class Application(Protocol):
+    """Handles the requests of all connections of a listener."""
+
+    def request(self, stream: ServerStream) -> RequestHandler:
+        """Begin a request whose head has arrived. It may respond at once. An exception in it resets the stream."""
 
 
-class Stream:
-    """Carries one call of a GrpcApp. `taken` hears how many bytes of the request have been taken."""
+class _NoHandler:
+    """Ignores the body of a request."""
 
-    def __init__(self, sender: Sender, number: int, taken: Callable[[int], None]) -> None:
+    def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
+        pass
+
+    def disconnected(self) -> None:
+        pass
+
+
+NO_HANDLER: RequestHandler = _NoHandler()
+"""For a request whose body is not wanted."""
+
+
+class ServerStream:
+    """One request and its response.
+
+    Heads and trailers of responses are header blocks (`headers.encode`), so that an application may encode them once.
+    Everything is dropped after the response has ended or the client has gone.
+    """
+
+    __slots__ = ("_sender", "_unreturned", "handler", "head", "is_request_ended", "number", "peer", "received")
+
+    handler: RequestHandler
+
+    def __init__(self, sender: Sender, number: int, head: Block, peer: tuple[str, int], is_request_ended: bool) -> None:
         self._sender = sender
-        self._number = number
-        self._taken = taken
-        self._pieces: deque[tuple[bytes, int]] = deque()
-        self._is_ended = False
-        self._is_gone = False
-        self._changed = asyncio.Event()
-        self._has_trailers = False
-        self._start: dict[str, Any] | None = None
+        self._unreturned = 0
+        self.number = number
+        self.head = head
+        """Method, path and headers of the request."""
+        self.peer = peer
+        """Address of the client; ("unix", 0) for a unix socket."""
+        self.is_request_ended = is_request_ended
+        """True when the whole body has arrived."""
+        self.received = 0
+        """Bytes of the body, in flow-control size, whose credit has not been given back to the client."""
+        self.handler = NO_HANDLER
 
-    def start(self, app: GrpcApp, block: Block, peer: tuple[str, int]) -> None:
-        """Runs the call in a task of its own."""
-        scope = {
-            "type": "http",
-            "method": block.by_name.get(b":method", b"").decode("latin-1"),
-            "path": block.path,
-            "headers": [field for field in block.fields if not field[0].startswith(b":")],
-            "client": peer,
-        }
-        self._task = asyncio.create_task(app.serve(scope, self.receive, self.send))
-        self._task.add_done_callback(self._done)
+    def consumed(self, size: int) -> None:
+        """Give back flow-control credit of a piece that needs no more memory. The client may send as much again.
 
-    def _done(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            self._sender.reset(self._number, Reason.INTERNAL_ERROR)
+        Credit is sent in steps of CREDIT bytes.
+        """
+        self._unreturned += size
+        if self._unreturned >= CREDIT and not self.is_request_ended and self._sender.is_open(self.number):
+            self.received -= self._unreturned
+            self._sender.write(frames.window_update(self.number, self._unreturned))
+            self._unreturned = 0
 
-    def feed(self, data: bytes, size: int, *, is_end: bool) -> None:
-        """A piece of the request, which weighs `size` in the windows."""
-        if data or size:
-            self._pieces.append((data, size))
-        self._is_ended |= is_end
-        self._changed.set()
+    def respond(self, head: bytes, body: bytes = b"", trailers: bytes = b"") -> None:
+        """Send a whole response."""
+        self._sender.respond(self.number, head, body, trailers)
 
-    def disconnect(self) -> None:
-        self._is_gone = True
-        self._changed.set()
+    def start(self, head: bytes) -> None:
+        """Send the head of a streamed response."""
+        self._sender.headers(self.number, head)
 
-    async def receive(self) -> dict[str, Any]:
-        """The next piece; once more when the request has ended; then waits until the caller has gone."""
-        while not self._pieces and not self._is_gone and not self._is_ended:
-            self._changed.clear()
-            await self._changed.wait()
-        if self._pieces:
-            data, size = self._pieces.popleft()
-            self._taken(size)
-            return _request(data, more=bool(self._pieces) or not self._is_ended)
-        if self._is_ended and not self._is_gone:
-            self._is_ended = False
-            return _request(b"", more=False)
-        while not self._is_gone:
-            self._changed.clear()
-            await self._changed.wait()
-        return {"type": "http.disconnect"}
+    def send(self, data: bytes, on_sent: Callable[[], None]) -> None:
+        """Send a piece of a streamed response.
 
-    async def send(self, event: dict[str, Any]) -> None:
-        """Headers go with the first piece of the body. Waits for room. Raises ClientDisconnectedError."""
-        if self._is_gone:
-            raise ClientDisconnectedError("the caller has gone")
-        kind = event["type"]
-        if kind == "http.response.start":
-            self._start = event
-            self._has_trailers = bool(event.get("trailers"))
-        elif kind == "http.response.body":
-            await self._body(event.get("body", b""), more=bool(event.get("more_body")))
-        elif kind == "http.response.trailers":
-            self._sender.end(self._number, encode(event["headers"]))
+        `on_sent` is called when all of it is on its way, or the stream is gone. To bound memory, wait for it.
+        """
+        self._sender.data(self.number, data, on_sent)
 
-    async def _body(self, data: bytes, *, more: bool) -> None:
-        sender, number = self._sender, self._number
-        if self._start is not None:
-            start, self._start = self._start, None
-            block = encode([(b":status", b"%d" % start["status"]), *start["headers"]])
-            if not data and not more and not self._has_trailers:
-                sender.end(number, block)
-                return
-            sender.headers(number, block)
-        if data:
-            sent = asyncio.get_running_loop().create_future()
-            sender.data(number, data, lambda: None if sent.done() else sent.set_result(None))
-            if more:
-                await sent
-        if not more and not self._has_trailers:
-            sender.end_data(number)
+    def end(self, trailers: bytes = b"") -> None:
+        """End a streamed response, after the data that was sent."""
+        if trailers:
+            self._sender.end(self.number, trailers)
+        else:
+            self._sender.end_data(self.number)
 
-
-def _request(data: bytes, *, more: bool) -> dict[str, Any]:
-    return {"type": "http.request", "body": data, "more_body": more}
+    def reset(self, reason: Reason) -> None:
+        """End the stream with RST_STREAM. The handler is told that the client is disconnected."""
+        self._sender.reset(self.number, reason)

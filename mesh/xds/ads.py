@@ -1,6 +1,6 @@
 """The aggregated discovery service over gRPC: one delta stream for each Envoy, a Session behind each.
 
-It is a generic handler, because the messages are envoy-data-plane's.
+The messages are envoy-data-plane's, which have no descriptors: so the server gets its method by path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from envoy_data_plane.envoy.service.discovery.v3 import (
 )
 from envoy_data_plane.envoy.service.discovery.v3 import Resource as Sent
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from mesh.xds.delta import Request, Response, Session, TypeStatus
 from mesh.xds.resource import short_type
 from mesh.xds.snapshot import EnvoyNode, Snapshot, envoy_node
@@ -64,12 +64,12 @@ class AdsServer:
         self._now = now
         self._streams: set[_Stream] = set()
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """For `add_generic_rpc_handlers`."""
+    def methods(self) -> dict[str, Any]:
+        """Return the methods for a server, by path."""
         method = grpc.stream_stream_rpc_method_handler(
             self._delta, request_deserializer=DeltaDiscoveryRequest.parse, response_serializer=bytes
         )
-        return grpc.method_handlers_generic_handler(SERVICE, {"DeltaAggregatedResources": method})
+        return {f"/{SERVICE}/DeltaAggregatedResources": method}
 
     def status(self) -> tuple[EnvoyStatus, ...]:
         """The Envoys that are connected now, by name."""

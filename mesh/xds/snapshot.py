@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from mesh.membership import Instance, State
+from mesh.cluster.membership import Instance, State
 from mesh.xds.clusters import MODEL_PREFIX, Endpoint, cluster, endpoints, model_cluster
 from mesh.xds.listeners import GATEWAY, OUTBOUND, listener
 from mesh.xds.resource import TYPES, Resource
@@ -60,9 +60,6 @@ class Snapshot:
 
     def of(self, type_url: str) -> Mapping[str, Resource]:
         return self.resources.get(type_url, {})
-
-
-EMPTY = Snapshot({})
 
 
 def clusters_of(

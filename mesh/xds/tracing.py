@@ -12,7 +12,7 @@ from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig
 from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import UpstreamTlsContext
 
-from mesh.telemetry import collector
+from mesh.process.telemetry import collector, sampling_of
 from mesh.xds.clusters import address, http2
 from mesh.xds.resource import CLUSTER, Resource, pack, typed
 
@@ -49,19 +49,7 @@ def tracing_of(environ: Mapping[str, str]) -> Tracing | None:
         endpoint = endpoint.rstrip("/") + _TRACES_PATH
     pairs = (pair.partition("=") for pair in setting("HEADERS").split(",") if "=" in pair)
     headers = tuple((key.strip().lower(), unquote(value.strip())) for key, _, value in pairs)
-    return Tracing(endpoint, protocol, headers, _sampled_percent(environ))
-
-
-def _sampled_percent(environ: Mapping[str, str]) -> float:
-    sampler = environ.get("OTEL_TRACES_SAMPLER", "")
-    if sampler.endswith("always_off"):
-        return 0.0
-    if not sampler.endswith("traceidratio"):
-        return 100.0
-    try:
-        return 100 * min(1.0, max(0.0, float(environ.get("OTEL_TRACES_SAMPLER_ARG", "1"))))
-    except ValueError:
-        return 100.0
+    return Tracing(endpoint, protocol, headers, 100 * sampling_of(environ).ratio)
 
 
 def _collector_address(tracing: Tracing) -> tuple[str, bool]:

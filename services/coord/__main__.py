@@ -1,6 +1,6 @@
 """Entry point `python -m services.coord`: run the coord service until SIGTERM."""
 
-from mesh.main import main
+from mesh.process.main import main
 from services.coord.app import run
 from services.coord.config import CoordConfig
 

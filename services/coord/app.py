@@ -9,12 +9,12 @@ from contextlib import AsyncExitStack
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from mesh.channel import connect
-from mesh.election import LEADER, Election
-from mesh.etcd import Etcd
-from mesh.membership import Registration, State
-from mesh.mirror import Mirror
-from mesh.server import GrpcServer, Rpc, until_stopped
+from mesh.cluster.election import LEADER, Election
+from mesh.cluster.etcd import Etcd
+from mesh.cluster.membership import Registration, State
+from mesh.cluster.mirror import Mirror
+from mesh.process.signals import until_stopped
+from mesh.rpc.server import Rpc, Server
 from mesh.xds.ads import AdsServer
 from mesh.xds.tracing import tracing_of
 from services.coord.cluster import PREFIX
@@ -23,7 +23,6 @@ from services.coord.configurations import Configurations
 from services.coord.duties import Duties
 from services.coord.health import MeshHealth
 from services.coord.instances import Instances
-from services.coord.retention import Retention
 from services.coord.rpc import CoordRpc
 from services.coord.traffic import COORD, HEALTH, INFER, INGEST, PUBLIC, STORE, table
 from shoal.coord.v1 import coord_pb2_grpc
@@ -48,15 +47,12 @@ async def run(config: CoordConfig) -> None:
         health = MeshHealth(mirror, PUBLIC)
         rpcs = _rpcs(CoordRpc(name, Instances(etcd, mirror), ads), health)
         server = await stack.enter_async_context(
-            GrpcServer(config.listen, rpcs, drain_ms=config.drain_ms, generic=[ads.handler()], with_health=False)
+            Server(config.listen, rpcs, drain_ms=config.drain_ms, methods=ads.methods(), serves_health=False)
         )
         stack.callback(health.leave)
         registration = await stack.enter_async_context(Registration.of(config, "coord", server.address))
         election = await stack.enter_async_context(Election(etcd, LEADER, name))
         await stack.enter_async_context(Duties(etcd, mirror, election))
-        if config.mesh is not None:
-            channel = await stack.enter_async_context(connect(config.mesh))
-            await stack.enter_async_context(Retention(election, channel, config.retention_ms / 1000))
         health.serve()
         await registration.update(state=State.READY)
         log.info("serving at %s", server.address)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesh.election import LEADER, Leader, leader_of
-from mesh.membership import Instance, State, view_of
-from mesh.mirror import Copy
+from mesh.cluster.election import LEADER, Leader, leader_of
+from mesh.cluster.membership import Instance, State, view_of
+from mesh.cluster.mirror import Copy
 from services.coord.drains import DrainMark, drained, marks_of
 
 PREFIX = b"/shoal/"

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from mesh.config import ServiceConfig
-from mesh.etcd import addresses_of
+from mesh.cluster.etcd import addresses_of
+from mesh.process.config import ServiceConfig
 from shoal.errors import InvalidArgument
 
 
@@ -27,5 +27,3 @@ class CoordConfig(ServiceConfig):
     settle_ms: Annotated[int, Field(ge=0, le=60_000)] = 5_000
     """After an outage of etcd longer than the leases, the time for instances to register again before Envoy removes
     them."""
-    retention_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 60_000
-    """The leader has the store remove what is no longer kept so often."""

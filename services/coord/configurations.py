@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
-from mesh.latest import Latest
-from mesh.mirror import Mirror
-from mesh.tasks import Background
+from mesh.cluster.mirror import Mirror
+from mesh.process.tasks import Background
+from mesh.process.watched import Watched
 from mesh.xds.routes import RouteTable
 from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
 from mesh.xds.tracing import Tracing
 from services.coord.cluster import cluster_of
 from services.coord.presence import Presence, observe
-
-log = logging.getLogger(__name__)
 
 
 class Configurations(Background):
@@ -35,7 +32,7 @@ class Configurations(Background):
         self._tracing = tracing
         self._settle_s = settle_s
         self._clock = clock
-        self._presence: Latest[Presence] = Latest(Presence())
+        self._presence: Watched[Presence] = Watched(Presence())
 
     async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
         """Yield the node's snapshot once the cluster is known, and after each change of the snapshot. Never ends."""

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mesh.etcd import Entry
-from mesh.membership import Instance
+from mesh.cluster.etcd import Entry
+from mesh.cluster.membership import Instance
 from shoal.errors import InvalidArgument, NotFound
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ import logging
 import time
 from collections.abc import Callable
 
-from mesh.election import Election, Term
-from mesh.etcd import Delete, Etcd, Modified
-from mesh.mirror import Mirror
-from mesh.tasks import Background
+from mesh.cluster.election import Election, Term
+from mesh.cluster.etcd import Delete, Etcd, Modified
+from mesh.cluster.mirror import Mirror
+from mesh.process.tasks import Background
 from services.coord.cluster import Cluster, cluster_of
 from services.coord.drains import obsolete
 from shoal.errors import ShoalError

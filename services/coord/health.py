@@ -11,9 +11,9 @@ from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mesh.interceptors import Context
-from mesh.latest import Latest
-from mesh.mirror import Mirror
+from mesh.cluster.mirror import Mirror
+from mesh.process.watched import Watched
+from mesh.rpc.interceptors import Context
 from services.coord.cluster import Cluster, cluster_of
 from shoal.errors import NotFound
 
@@ -40,7 +40,7 @@ class MeshHealth(health_pb2_grpc.HealthServicer):
     def __init__(self, mirror: Mirror, services: Mapping[str, str]) -> None:
         self._mirror = mirror
         self._services = services
-        self._is_up = Latest(False)
+        self._is_up = Watched(False)
 
     def serve(self) -> None:
         """Report coord as SERVING."""

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from mesh.election import Leader
-from mesh.etcd import Etcd
-from mesh.membership import Instance
-from mesh.mirror import Mirror
+from mesh.cluster.election import Leader
+from mesh.cluster.etcd import Etcd
+from mesh.cluster.membership import Instance
+from mesh.cluster.mirror import Mirror
 from services.coord.cluster import Cluster, cluster_of
 from services.coord.drains import encode, key_of, mark_of, resolve
 from shoal.errors import Unavailable

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from mesh.election import Leader
-from mesh.membership import Instance, State
+from mesh.cluster.election import Leader
+from mesh.cluster.membership import Instance, State
 from mesh.xds.ads import EnvoyStatus
 from mesh.xds.delta import TypeStatus
 from mesh.xds.resource import short_type
@@ -34,7 +34,10 @@ def instance_message(instance: Instance, cluster: Cluster) -> pb.Instance:
         pid=instance.pid,
         state=_STATES[cluster.state_of(instance)],
         started_at=timestamp(instance.started_at),
-        models=[pb.ReadyModel(name=model.name, versions=model.versions) for model in instance.models],
+        models=[
+            pb.ReadyModel(name=model.name, versions=model.versions, slow_path=model.slow_path)
+            for model in instance.models
+        ],
         version=instance.version,
         drained_by_operator=instance.name in cluster.drained,
     )

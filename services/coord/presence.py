@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mesh.membership import Instance, State
+from mesh.cluster.membership import Instance, State
 from services.coord.cluster import Cluster
 
 

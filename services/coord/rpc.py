@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from mesh.xds.ads import AdsServer
 from services.coord.instances import Instances
 from services.coord.messages import envoy_message, instance_message, instance_messages, leader_message

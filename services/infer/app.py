@@ -1,44 +1,39 @@
 """The parts of an infer process, in the order of their start. What started last stops first.
 
-models <── core <── gRPC server <── registration      what is ready is told to the membership
+models <── core <── server <── registration      what is ready is told to the membership
   ^── control: what operators say of  <── a repository, read once or polled; or the registry, followed through the mesh
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-from mesh import telemetry
-from mesh.asgi.exchange import ShortHandler
-from mesh.channel import connect
-from mesh.flights import CrashJournal
-from mesh.h2.server import H2Server
-from mesh.membership import ReadyModel, Registration, State
-from mesh.server import GrpcServer, Rpc, until_stopped
-from mesh.tasks import end
+from mesh.cluster.membership import ReadyModel, Registration, State
+from mesh.process.crash_journal import CrashJournal
+from mesh.process.signals import until_stopped
+from mesh.process.tasks import end
+from mesh.rpc.channel import connect
+from mesh.rpc.server import Rpc, Server
 from services.infer.config import InferConfig
 from services.infer.core import InferenceServer
-from services.infer.isolation.inner_calls import InnerCalls
+from services.infer.model_process.inner_calls import InnerCalls
+from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.model_process.shared.owners import Owners
 from services.infer.models.control import Control
-from services.infer.models.means import Means, as_it_is
+from services.infer.models.load_context import LoadContext, identity
 from services.infer.models.models import Models
-from services.infer.remembered import CrashGuard, journaled
-from services.infer.rpc import bulk_rpc, inference_rpc, short_methods
+from services.infer.operators.kernels_runtime import KernelsRuntime
+from services.infer.remote.remote_runtime import RemoteRuntime
+from services.infer.rpc import bulk_rpc, fast_methods, inference_rpc
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.kernels_runtime import KernelsRuntime
-from services.infer.runtimes.lane import Lanes
+from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
-from services.infer.runtimes.remote_runtime import RemoteRuntime
-from services.infer.sharing.owners import Owners
+from services.infer.scheduling.crash_guard import CrashGuard, journaled
 from services.infer.sources import repository
 from services.infer.sources.cache import Cache
 from services.infer.sources.poll import Poll
@@ -46,69 +41,24 @@ from services.infer.sources.registry import Registry
 from services.infer.sources.store_client import StoreClient
 
 
-class Server(Protocol):
-    """mesh.server.GrpcServer, or its twin."""
-
-    address: str
-
-    async def __aenter__(self) -> object: ...
-
-    async def serve(self) -> None: ...
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
-    ) -> None: ...
-
-
-@dataclass(frozen=True)
-class Front:
-    """What stands between the clients and the core."""
-
-    name: str
-    server: Callable[[InferConfig, InferenceServer], Server]
-    until_stopped: Callable[[], Coroutine[Any, Any, None]]
-
-
 def rpcs_of(config: InferConfig, core: InferenceServer) -> list[Rpc]:
-    """What it serves: the inference protocol, and in a mesh the bulk door for jobs."""
+    """Return the gRPC services: the inference protocol, and in a mesh the bulk calls of jobs."""
     return [inference_rpc(core), bulk_rpc(core)] if config.mesh is not None else [inference_rpc(core)]
 
 
-def _grpc_server(config: InferConfig, core: InferenceServer) -> GrpcServer:
-    return GrpcServer(config.listen, rpcs_of(config, core), drain_ms=config.drain_ms, share_port=config.share_port)
-
-
-def short_way(core: InferenceServer) -> Mapping[str, ShortHandler]:
-    """What the faster fronts answer without a task. Nothing where traces are asked for: each call wants a span then."""
-    return short_methods(core) if telemetry.collector(os.environ) is None else {}
-
-
-def _h2_server(config: InferConfig, core: InferenceServer) -> H2Server:
-    short = short_way(core)
-    return H2Server(
-        config.listen, rpcs_of(config, core), drain_ms=config.drain_ms, short=short, share_port=config.share_port
-    )
-
-
-GRPC = Front("grpc", _grpc_server, until_stopped)
-"""The portable one."""
-H2 = Front("h2", _h2_server, until_stopped)
-"""The fastest, for peers that are trusted."""
-
-
-async def run(config: InferConfig, front: Front = GRPC) -> None:
+async def run(config: InferConfig) -> None:
     """Serves until the process is told to stop."""
     async with AsyncExitStack() as stack:
-        stopped = await stack.enter_async_context(_running(front.until_stopped()))
+        stopped = await stack.enter_async_context(_running(until_stopped()))
         calls = InnerCalls()
         journal = stack.enter_context(CrashJournal(config.flights)) if config.flights else None
         owners = stack.enter_context(Owners(config.shared_dir))
-        means = Means.of(
+        means = LoadContext.of(
             _runtimes(config, calls, owners),
             config.queue_limits,
             threads=config.threads,
             response_cache_bytes=config.response_cache_bytes,
-            around=partial(journaled, journal) if journal else as_it_is,
+            around=partial(journaled, journal) if journal else identity,
         )
         models = await stack.enter_async_context(Models(means))
         control = await stack.enter_async_context(_control(config, models))
@@ -117,7 +67,13 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
         on_request = None if config.share_port else control
         core = InferenceServer(models, f"{config.node}/{config.instance}", control=on_request, crash_guard=guard)
         calls.bind(core)
-        server = front.server(config, core)
+        server = Server(
+            config.listen,
+            rpcs_of(config, core),
+            drain_ms=config.drain_ms,
+            fast_methods=fast_methods(core),
+            share_port=config.share_port,
+        )
         if not config.share_port:
             await stack.enter_async_context(server)
         registration = await stack.enter_async_context(Registration.of(config, "infer", server.address))
@@ -141,7 +97,7 @@ async def run(config: InferConfig, front: Front = GRPC) -> None:
 
 def _runtimes(config: InferConfig, calls: InnerCalls, owners: Owners) -> Runtimes:
     """Where several infer processes share models, those on a GPU are: each would bring its weights there again."""
-    lanes = Lanes()
+    lanes = GpuStreams()
     return Runtimes(
         [
             OnnxRuntime(lanes),

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mesh.config import ServiceConfig
-from services.infer.responses.store import DEFAULT_BYTES
+from mesh.process.config import ServiceConfig
+from services.infer.response_cache.store import DEFAULT_BYTES
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources import repository
 from shoal.errors import FailedPrecondition
@@ -34,8 +34,6 @@ class InferConfig(ServiceConfig):
     """With `model_control` explicit: the models to serve at start, with commas between them; `*`: all."""
     poll_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 15_000
     """With `model_control` poll: how often the folder is looked at."""
-    front: Literal["auto", "h2", "envoy", "grpc"] = "auto"
-    """What clients reach it through (`front`). auto: what suits `listen`."""
     share_port: bool = False
     """Other infer processes may listen at the same TCP port: each gets a share of the connections."""
     flights: Path | None = None

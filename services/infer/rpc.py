@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over grpc.aio: each method only translates."""
+"""The Open Inference Protocol over gRPC: each method only translates."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NoReturn
 
 import grpc
 
-from mesh.asgi.exchange import ShortHandler
-from mesh.interceptors import Context
-from mesh.server import Rpc
-from services.infer import stream
-from services.infer.bulk import Bulk
+from mesh.rpc.fast_call import FastHandler
+from mesh.rpc.interceptors import Context
+from mesh.rpc.server import Rpc
+from services.infer import model_stream_infer
 from services.infer.core import InferenceServer
-from services.infer.remembered import ATTEMPT
-from services.infer.short import TENANT, ShortInfer
+from services.infer.fast_path.bulk import Bulk
+from services.infer.fast_path.infer_fast import TENANT, FastInfer
+from services.infer.scheduling.crash_guard import ATTEMPT
 from shoal.errors import Unimplemented
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as pb
@@ -62,7 +62,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         server, deadline, tenant = self._server, _deadline(context), _tenant(context)
         is_retry = _is_retry(context)
-        answers = stream.answers(
+        answers = model_stream_infer.answers(
             request_iterator,
             lambda request: server.infer(request, deadline, tenant, is_retry=is_retry),
             lambda request: server.responses(request, deadline, tenant) if server.is_decoupled(request) else None,
@@ -122,11 +122,11 @@ def inference_rpc(server: InferenceServer) -> Rpc:
 
 
 class BulkServicer(bulk_pb2_grpc.BulkInferenceServicer):
-    """Serves bulks by the short way of an InferenceServer."""
+    """Serves bulks by the fast path of an InferenceServer."""
 
     def __init__(self, server: InferenceServer) -> None:
         self._replica = server.replica
-        self._infer = ShortInfer(server, server.models)
+        self._infer = FastInfer(server, server.models)
 
     async def InferBulk(
         self, request_iterator: AsyncIterator[bulk_pb2.InferBulkRequest], context: Context
@@ -171,6 +171,6 @@ def _no_shared_memory(method: str) -> NoReturn:
     _not_done(method, "send tensors in the request")
 
 
-def short_methods(server: InferenceServer) -> dict[str, ShortHandler]:
-    """What the faster fronts answer without a task for each call."""
-    return {"/inference.GRPCInferenceService/ModelInfer": ShortInfer(server, server.models)}
+def fast_methods(server: InferenceServer) -> dict[str, FastHandler]:
+    """Return the handlers of the methods that a server calls on its fast path."""
+    return {"/inference.GRPCInferenceService/ModelInfer": FastInfer(server, server.models)}

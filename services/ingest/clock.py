@@ -20,7 +20,7 @@ from typing import TypeAlias
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from mesh.config import Address, ServiceConfig
-from mesh.serving import Front
+from mesh.process.config import Address, ServiceConfig
 from services.ingest.connectors import settings
 from services.ingest.job import DEAD_LETTERS, FINAL
 from services.ingest.retention.rules import BATCHES, SHORTEST, Keep, What
@@ -22,8 +21,6 @@ class IngestConfig(ServiceConfig):
     """Required here: every job goes through it, to infer and to store."""
     mongo: Annotated[str, Field(pattern=r"^mongodb(\+srv)?://")]
     """Where jobs are kept: a replica set (a set of one will do), for its majority writes and change streams."""
-    front: Front = "auto"
-    """What its own Envoy reaches it through. auto: what suits `listen` (mesh.serving)."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,38}$")] = "shoal"
     """The database there."""
     lease_ms: Annotated[int, Field(ge=500, le=300_000)] = 5_000

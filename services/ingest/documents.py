@@ -14,16 +14,16 @@ their job.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING
 from datetime import UTC, datetime
 from typing import Any
 
 import bson
-from bson import Binary
 from pymongo import ASCENDING, DESCENDING, DeleteOne, IndexModel, UpdateMany, UpdateOne
 
 from mesh.mongo import Document
-from services.ingest.job import DEAD_LETTERS, TRANSITIONS_KEPT, End, Job, Lease, Outcome, Policy, State, Transition
+from services.ingest.job import DEAD_LETTERS, TRANSITIONS_KEPT, End, Job, Lease, State
+from services.ingest.job_fields import FIELDS, REQUEST, TRANSITIONS, encode_end, encode_lease, encode_step, properties
 
 JOBS = "jobs"
 PAYLOADS = "payloads"
@@ -105,27 +105,7 @@ VALIDATOR: Mapping[str, Any] = {
     "$jsonSchema": {
         "bsonType": "object",
         "required": ["_id", "state", "model_name", "tenant", "attempts", "policy", "submitted_at", "transitions"],
-        "properties": {
-            "_id": {"bsonType": "string", "minLength": 26, "maxLength": 26},
-            "state": {"enum": [str(state) for state in State]},
-            "model_name": {"bsonType": "string", "minLength": 1},
-            "tenant": {"bsonType": "string"},
-            "key": {"bsonType": "string", "minLength": 1},
-            "attempts": {"bsonType": ["int", "long"], "minimum": 0},
-            "lapses": {"bsonType": ["int", "long"], "minimum": 0},
-            "generation": {"bsonType": ["int", "long"], "minimum": 1},
-            "began_at": {"bsonType": "date"},
-            "steps": {"bsonType": ["int", "long"], "minimum": 1},
-            "submitted_at": {"bsonType": "date"},
-            "lane": {"bsonType": "string"},
-            "due_at": {"bsonType": "date"},
-            "depends_on": {"bsonType": "array", "minItems": 1, "items": {"bsonType": "string"}},
-            "waits_for": {"bsonType": "array", "minItems": 1, "items": {"bsonType": "string"}},
-            "unmet": {"bsonType": "array", "minItems": 1, "items": {"bsonType": "string"}},
-            "deadline": {"bsonType": "date"},
-            "lease": {"bsonType": "object", "required": ["id", "owner", "expires_at"]},
-            "transitions": {"bsonType": "array", "minItems": 1},
-        },
+        "properties": {**properties(), "lane": {"bsonType": "string"}},
     }
 }
 
@@ -143,102 +123,43 @@ PAYLOAD_VALIDATOR: Mapping[str, Any] = {
 }
 
 
+_ALWAYS = tuple((f.name, f.stored_name, f.codec.encode) for f in FIELDS if f.is_always_stored)
+# The request is stored, removed and left out in ways of its own, and so is the history.
+_SPARSE = tuple((f.name, f.default) for f in FIELDS if not f.is_always_stored and f.name != REQUEST)
+_WRITTEN = {f.name: (f.stored_name, f.codec.encode) for f in FIELDS if f.name not in (REQUEST, TRANSITIONS)}
+_READ = {f.stored_name: (f.name, f.codec.decode) for f in FIELDS}
+_DEFAULTS = {f.name: f.default for f in FIELDS if f.default is not MISSING}
+
+
 def document_of(job: Job) -> Document:
-    """The document of a job that was just submitted, with its request unless that is kept apart."""
+    """Return the document of a job that was just submitted, with its request unless that is kept apart."""
+    values = vars(job)
     document: Document = {
-        "_id": job.id,
-        "state": str(job.state),
-        "model_name": job.model_name,
-        "model_version": job.model_version,
-        "tenant": job.tenant,
-        "policy": _policy(job.policy),
-        "generation": job.generation,
-        "attempts": job.attempts,
-        "refusals": job.refusals,
-        "submitted_at": job.submitted_at,
-        "updated_at": job.updated_at,
-        "lane": job.lane.text,
-        # Pairs, because a key may be any text, and MongoDB's field names may not.
-        "labels": [list(pair) for pair in job.labels],
-        "transitions": [_step(step) for step in job.transitions],
-        "steps": job.steps,
-        "traceparent": job.traceparent,
+        stored: values[name] if encode is None else encode(values[name]) for name, stored, encode in _ALWAYS
     }
-    if job.key:
-        document |= {"key": job.key, "digest": Binary(job.digest)}
-    if job.last_code:
-        document |= {"last_code": job.last_code, "last_message": job.last_message}
-    if job.due_at is not None:
-        document["due_at"] = job.due_at
-    if job.lease is not None:  # Adopted by its instance in the write that makes it durable.
-        document["lease"] = asdict(job.lease)
-    if job.depends_on:
-        document |= {"depends_on": list(job.depends_on), "waits_for": list(job.waits_for)}
-    if job.not_before is not None:
-        document["not_before"] = job.not_before
-    if job.fails_with_them:
-        document["fails_with_them"] = True
-    if job.deadline is not None:
-        document["deadline"] = job.deadline
-    if job.priority:
-        document["priority"] = job.priority
-    if job.explains:
-        document["explains"] = True
-    if job.is_kept:
-        document["is_kept"] = True
-    if job.is_apart:
-        document["is_apart"] = True
-    elif job.request is not None:
-        document["request"] = Binary(job.request)
+    for name, default in _SPARSE:
+        value = values[name]
+        # Most fields have the default object itself: the identity test settles these at once.
+        if value is not default and value != default:
+            stored, encode = _WRITTEN[name]
+            document[stored] = value if encode is None else encode(value)
+    document["lane"] = job.lane.text
+    if job.request is not None and not job.is_apart:
+        document[REQUEST] = job.request
     return document
 
 
 def job_of(document: Mapping[str, Any]) -> Job:
-    """Reads a job; fields that a projection left out take their defaults."""
-    cancel: Mapping[str, Any] | None = document.get("cancel")
-    doom: Mapping[str, Any] | None = document.get("doom")
-    lease: Mapping[str, Any] | None = document.get("lease")
-    return Job(
-        id=document["_id"],
-        model_name=document["model_name"],
-        submitted_at=document["submitted_at"],
-        updated_at=document["updated_at"],
-        state=State(document["state"]),
-        model_version=document["model_version"],
-        tenant=document["tenant"],
-        key=document.get("key", ""),
-        digest=document.get("digest", b""),
-        priority=document.get("priority", 0),
-        policy=policy_of(document["policy"]),
-        due_at=document.get("due_at"),
-        deadline=document.get("deadline"),
-        depends_on=tuple(document.get("depends_on", ())),
-        waits_for=tuple(document.get("waits_for", ())),
-        unmet=tuple(document.get("unmet", ())),
-        not_before=document.get("not_before"),
-        fails_with_them=document.get("fails_with_them", False),
-        generation=document.get("generation", 1),
-        began_at=document.get("began_at"),
-        attempts=document["attempts"],
-        lapses=document.get("lapses", 0),
-        refusals=document["refusals"],
-        last_code=document.get("last_code", 0),
-        last_message=document.get("last_message", ""),
-        labels=tuple((key, value) for key, value in document["labels"]),
-        transitions=tuple(
-            Transition(State(step["state"]), step["at"], step["attempt"], step["instance"], step["reason"])
-            for step in document["transitions"]
-        ),
-        steps=document.get("steps", len(document["transitions"])),
-        lease=Lease(**lease) if lease else None,
-        cancel_reason=cancel["reason"] if cancel else None,
-        doom=End(Outcome(doom["outcome"]), doom["code"], doom["message"]) if doom else None,
-        traceparent=document["traceparent"],
-        explains=document.get("explains", False),
-        is_apart=document.get("is_apart", False),
-        is_kept=document.get("is_kept", False),
-        request=document.get("request"),
-    )
+    """Return the job in a document; fields that a projection left out have their defaults."""
+    values = _DEFAULTS.copy()
+    for stored, value in document.items():
+        # Documents have fields that are none of a job's: its lane, and those of later versions.
+        if value is not None and (known := _READ.get(stored)) is not None:
+            name, decode = known
+            values[name] = value if decode is None else decode(value)
+    if "steps" not in document:
+        values["steps"] = len(values[TRANSITIONS])
+    return Job.of(values)
 
 
 def fenced_updates(changes: Sequence[tuple[Job, Job]]) -> list[UpdateOne | UpdateMany]:
@@ -274,40 +195,30 @@ def _unchanged(job: Job) -> Document:
 
 
 def difference(before: Job, after: Job) -> dict[str, Any]:
-    """The update operators that turn `before` into `after`: changed fields, and the transition that was added."""
+    """Return the update operators from `before` to `after`: the fields that differ, and the transition that was added.
+
+    What is None or empty in `after` is unset.
+    """
     set_: Document = {}
     unset: dict[str, str] = {}
-    for name in ("generation", "attempts", "lapses", "refusals", "last_code", "last_message", "updated_at", "steps"):
-        if getattr(before, name) != getattr(after, name):
-            set_[name] = getattr(after, name)
-    if before.began_at != after.began_at:
-        set_["began_at"] = after.began_at
-    if before.state is not after.state:
-        set_["state"] = str(after.state)
-    if before.due_at != after.due_at:
-        _put(set_, unset, "due_at", after.due_at)
-    if before.waits_for != after.waits_for:
-        _put(set_, unset, "waits_for", list(after.waits_for) or None)
-    if before.unmet != after.unmet:
-        _put(set_, unset, "unmet", list(after.unmet) or None)
-    if before.not_before != after.not_before:
-        _put(set_, unset, "not_before", after.not_before)
-    if before.cancel_reason is not None and after.cancel_reason is None:
-        unset["cancel"] = ""
-    if before.doom is not None and after.doom is None:
-        unset["doom"] = ""
-    if before.deadline != after.deadline:
-        _put(set_, unset, "deadline", after.deadline)
-    if before.lease != after.lease:
-        _put(set_, unset, "lease", after.lease and asdict(after.lease))
+    old = vars(before)
+    for name, value in vars(after).items():
+        # Most fields have the same object in both.
+        if value is old[name] or value == old[name] or name not in _WRITTEN:
+            continue
+        stored, encode = _WRITTEN[name]
+        if value is None or value == ():
+            unset[stored] = ""
+        else:
+            set_[stored] = value if encode is None else encode(value)
     if not after.keeps_request:
-        unset["request"] = ""
+        unset[REQUEST] = ""
     update: dict[str, Any] = {"$set": set_}
     if unset:
         update["$unset"] = unset
     if after.transitions and after.transitions[-1:] != before.transitions[-1:]:
-        steps = {"$each": [_step(after.transitions[-1])], "$slice": -TRANSITIONS_KEPT}
-        update["$push"] = {"transitions": steps}
+        steps = {"$each": [encode_step(after.transitions[-1])], "$slice": -TRANSITIONS_KEPT}
+        update["$push"] = {TRANSITIONS: steps}
     return update
 
 
@@ -325,7 +236,7 @@ def claiming(lease: Lease, now: datetime) -> list[Document]:
         "state": str(State.RUNNING),
         "attempts": {"$add": ["$attempts", 1]},
         "updated_at": now,
-        "lease": {"$literal": asdict(lease)},
+        "lease": {"$literal": encode_lease(lease)},
         "transitions": steps,
         "steps": {"$add": [{"$ifNull": ["$steps", {"$size": "$transitions"}]}, 1]},
     }
@@ -334,26 +245,10 @@ def claiming(lease: Lease, now: datetime) -> list[Document]:
 
 def taking_over(lease: Lease, cancel_reason: str | None = None) -> Document:
     """An update that does to each matched document what `job.take_over` does to a job."""
-    set_: Document = {"lease": asdict(lease)}
+    set_: Document = {"lease": encode_lease(lease)}
     if cancel_reason is not None:
         set_["cancel"] = {"reason": cancel_reason}
     return {"$set": set_, "$unset": {"due_at": ""}}
-
-
-def policy_of(document: Document) -> Policy:
-    """The policy in a job's document."""
-    return Policy(**{**document, "codes": tuple(document.get("codes", ()))})
-
-
-def _policy(policy: Policy) -> Document:
-    document: Document = {
-        "max_attempts": policy.max_attempts,
-        "initial_backoff_ms": policy.initial_backoff_ms,
-        "max_backoff_ms": policy.max_backoff_ms,
-    }
-    if policy.codes:  # Few jobs have their own, and every job pays for its bytes.
-        document["codes"] = policy.codes
-    return document
 
 
 def unleased(job: Job) -> Document:
@@ -366,25 +261,7 @@ def dooming(lease: Lease, how: End, unmet: Sequence[str]) -> Document:
 
     `unmet` is what of its dependencies has not succeeded by then; without any it stays as it was.
     """
-    doom = {"outcome": int(how.outcome), "code": how.code, "message": how.message}
-    set_: Document = {"lease": asdict(lease), "doom": doom}
+    set_: Document = {"lease": encode_lease(lease), "doom": encode_end(how)}
     if unmet:
         set_["waits_for"] = list(unmet)
     return {"$set": set_}
-
-
-def _step(step: Transition) -> Document:
-    return {
-        "state": str(step.state),
-        "at": step.at,
-        "attempt": step.attempt,
-        "instance": step.instance,
-        "reason": step.reason,
-    }
-
-
-def _put(set_: Document, unset: dict[str, str], name: str, value: Any) -> None:
-    if value is None:
-        unset[name] = ""
-    else:
-        set_[name] = value

@@ -35,13 +35,13 @@ innocent jobs outlive a holder that dies again and again, and what kills each of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
-from services.ingest.lane import Lane
+from services.ingest.lane import TenantQueueKey
 from shoal.errors import Code
 
 
@@ -271,15 +271,19 @@ class Job:
         A job is changed five times in its life, and has forty fields.
         """
         assert changes.keys() <= Job.__dataclass_fields__.keys()
-        changed = object.__new__(Job)
-        changed.__dict__.update(self.__dict__)
-        changed.__dict__.update(changes)
-        return changed
+        return Job.of({**vars(self), **changes})
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Job:
+        """Return the job with these values, which are of every field: what `Job(**values)` gives, much sooner."""
+        job = object.__new__(Job)
+        vars(job).update(values)
+        return job
 
     @property
-    def lane(self) -> Lane:
+    def lane(self) -> TenantQueueKey:
         """Where it waits."""
-        return Lane(self.tenant, self.model_name, self.priority)
+        return TenantQueueKey(self.tenant, self.model_name, self.priority)
 
     @property
     def is_final(self) -> bool:

@@ -18,7 +18,7 @@ LEAST_PRIORITY = -9
 MOST_PRIORITY = 9
 
 
-class Lane(NamedTuple):
+class TenantQueueKey(NamedTuple):
     """Whose jobs, for which model, how urgent."""
 
     tenant: str
@@ -39,13 +39,13 @@ class Lane(NamedTuple):
 
 
 @lru_cache(4_096)
-def _text(lane: Lane) -> str:
+def _text(lane: TenantQueueKey) -> str:
     return json.dumps(lane, separators=(",", ":"))
 
 
-def lane_of(text: str) -> Lane:
-    """The lane of a text that `Lane.text` made."""
-    return Lane(*json.loads(text))
+def lane_of(text: str) -> TenantQueueKey:
+    """The lane of a text that `TenantQueueKey.text` made."""
+    return TenantQueueKey(*json.loads(text))
 
 
 def range_of(tenant: str) -> dict[str, str]:

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from mesh.interceptors import Context
-from mesh.server import Rpc
+from mesh.rpc.interceptors import Context
+from mesh.rpc.server import Rpc
 from services.ingest.batches.rpc import BatchesRpc
 from services.ingest.connectors.reports import Reports
 from services.ingest.connectors.rpc import StreamsRpc
@@ -22,19 +22,19 @@ from services.ingest.reading.jobs import Filter, Jobs
 from services.ingest.reading.wanted import checked
 from services.ingest.reading.watch import Watch
 from services.ingest.reading.watch_many import WatchMany
-from services.ingest.retention.book import Book as RetentionBook
+from services.ingest.retention.book import RetentionRepository
 from services.ingest.retention.rpc import JobRetentionRpc
 from services.ingest.schedules.book import Schedules
 from services.ingest.schedules.rpc import SchedulesRpc
-from services.ingest.tenants.book import Book
-from services.ingest.tenants.reading import Standings
+from services.ingest.tenants.book import TenantRepository
+from services.ingest.tenants.reading import TenantStatuses
 from services.ingest.tenants.rpc import TenantsRpc
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc
 
 if TYPE_CHECKING:
-    from services.ingest.batches.room import Batches
+    from services.ingest.batches.app import Batches
 
 
 class IngestRpc(
@@ -56,11 +56,11 @@ class IngestRpc(
         cancelling: Cancelling,
         dead_letters: DeadLetters,
         schedules: Schedules,
-        retention: RetentionBook,
+        retention: RetentionRepository,
         watch_many: WatchMany,
         batches: Batches | None,
-        book: Book,
-        standings: Standings,
+        book: TenantRepository,
+        standings: TenantStatuses,
         run_streams: RunStreams,
         reports: Reports,
         *,

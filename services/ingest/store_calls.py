@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mesh.interceptors import translated
+from mesh.rpc.interceptors import translated
 from shoal.errors import Unavailable, Unimplemented
 
 

@@ -1,6 +1,6 @@
 """`python -m services.store`: runs the store service until SIGTERM."""
 
-from mesh.main import main
+from mesh.process.main import main
 from services.store.app import run
 from services.store.config import StoreConfig
 

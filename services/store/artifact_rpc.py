@@ -16,9 +16,9 @@ from services.store.artifacts.uploads import Upload
 from services.store.backups.backup import Backup
 from services.store.backups.progress import Progress
 from services.store.backups.restore import Restore
-from services.store.collecting.collector import Collector
-from services.store.collecting.references import References, check_name, check_tenant
-from services.store.collecting.verification import Finding, Seen, Verification
+from services.store.garbage.collector import Collector
+from services.store.garbage.references import References, check_name, check_tenant
+from services.store.garbage.verification import Finding, Seen, Verification
 from services.store.results.result_documents import timestamp
 from services.store.usage.messages import message_of
 from services.store.usage.quotas import Quotas

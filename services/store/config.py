@@ -7,8 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from mesh.config import ServiceConfig
-from mesh.serving import Front
+from mesh.process.config import ServiceConfig
 from services.store.places import PLACE
 
 _BLOB_URL = r"^(file:///.+|(s3|s3a|gs|az|azure|adl|abfs|abfss)://[^/\s]+.*)$"
@@ -19,8 +18,6 @@ class StoreConfig(ServiceConfig):
 
     mongo: Annotated[str, Field(pattern=r"^mongodb(\+srv)?://.+")]
     """MongoDB, a replica set (change streams and transactions need one)."""
-    front: Front = "auto"
-    """What its own Envoy reaches it through. auto: what suits `listen` (mesh.serving)."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,63}$")] = "shoal"
     """The database there."""
     blobs: Annotated[str, Field(pattern=_BLOB_URL)]
@@ -42,6 +39,8 @@ class StoreConfig(ServiceConfig):
     """An upload that sends nothing for so long is ended; what has arrived is kept."""
     collect_every_ms: Annotated[int, Field(ge=1_000)] = 600_000
     """How often artifacts that nobody refers to are looked for."""
+    retention_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 60_000
+    """How often what retention no longer keeps is removed."""
     max_watches: Annotated[int, Field(ge=1, le=2_000)] = 200
     """Open WatchResults streams, each of which holds a change stream of its own."""
     max_streams: Annotated[int, Field(ge=1, le=2_000)] = 64

@@ -3,7 +3,7 @@
 artifacts  {_id: digest, size, created_at, keep_until, key, block_bytes, blocks, damaged?, condemned_at?, referred_at?}
 references {_id: name of who refers, digest, made_at, tenant?, size?}: others than models, and whose room it takes
 retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
-fences     {_id: "retention", token, etcd, rules, acts}; where answers end: {_id: answers/tenant, recorded_at, job_id}
+fences     {_id: "retention", token?, rules, acts}; where answers end: {_id: answers/tenant, recorded_at, job_id}
 usage      {_id: tenant, results, bytes, payloads?, payload_bytes?, recounts, recounted_at}
 usage_changes {_id, tenant, payloads, payload_bytes}: what is not in `usage` yet
 quotas     {_id: "*" or =tenant, tenant?, bytes, updated_at}
@@ -11,6 +11,7 @@ graves     {_id: key of a blob that is to go, buried_at}
 holds      {_id: a backup that is under way, expires_at}: no blob is removed
 exports    {_id: a place, export, call, expires_at}: who writes there
 restores   {_id: a backup that is being restored here, began_at}: nothing is collected
+leads      {_id: "store", holder, token, expires_at}: the leader lease (mesh/mongo_lease.py)
 models     {_id: "name/version", name, version, files: [{path, sha256, size}], content_digest, labels: [{key, value}]}
 aliases    {_id: "name/alias", name, alias, version}
 results    {_id: job id, outcome, ..., recorded_at, labels?, response: bytes | blob: {key, size, sha256}}
@@ -27,6 +28,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, ensure_collection
+from mesh.mongo_lease import LEASE_VALIDATOR, LEASES
 from shoal.errors import Unavailable
 
 Collection: TypeAlias = AsyncCollection[Document]
@@ -158,6 +160,7 @@ USAGE_CHANGES = _schema(
 QUOTAS = _schema({"_id": _NAME, "bytes": _SIZE, "updated_at": _DATE}, {"tenant": _TEXT})
 FENCES = _schema(
     {"_id": _NAME},
+    # `etcd`: only in a fence that an older version wrote.
     {"token": _SIZE, "etcd": _TEXT, "rules": _SIZE, "acts": _SIZE, "recorded_at": _DATE, "job_id": _NAME},
 )
 
@@ -263,6 +266,7 @@ class Collections:
             "quotas": await ensure_collection(db, "quotas", validator=_validator(QUOTAS), indexes=[]),
             "fences": await ensure_collection(db, "fences", validator=_validator(FENCES), indexes=[]),
         }
+        await ensure_collection(db, LEASES, validator=LEASE_VALIDATOR, indexes=[])
         self._made = made
 
     @property

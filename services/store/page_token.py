@@ -26,14 +26,14 @@ _LATEST_MS = 253402300799999  # The end of the year 9999.
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class Position:
     """Where a result stands among the others."""
 
     recorded_at: datetime
     job_id: str
 
 
-START = Place(_EPOCH, "")
+START = Position(_EPOCH, "")
 """Before every result."""
 
 
@@ -41,8 +41,8 @@ START = Place(_EPOCH, "")
 class Cursor:
     """How far a stream has come, and how far it goes."""
 
-    after: Place
-    last: Place
+    after: Position
+    last: Position
 
 
 def filter_digest(wanted: ResultFilter) -> str:
@@ -54,12 +54,12 @@ def filter_digest(wanted: ResultFilter) -> str:
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()[:16]
 
 
-def encode(place: Place, digest: str) -> str:
+def encode(place: Position, digest: str) -> str:
     """The token of a page that starts after `place`."""
     return _written([1, *_plain(place), digest])
 
 
-def decode(token: str, digest: str) -> Place:
+def decode(token: str, digest: str) -> Position:
     """Where the page of `token` starts.
 
     Raises:
@@ -84,7 +84,7 @@ def decode_cursor(token: str, digest: str) -> Cursor:
     return Cursor(after, last)
 
 
-def _plain(place: Place) -> list[Any]:
+def _plain(place: Position) -> list[Any]:
     return [(place.recorded_at - _EPOCH) // timedelta(milliseconds=1), place.job_id]
 
 
@@ -93,7 +93,7 @@ def _written(parts: list[Any]) -> str:
     return base64.urlsafe_b64encode(json.dumps(parts, separators=(",", ":"), ensure_ascii=False).encode()).decode()
 
 
-def _places(token: str, digest: str, number: int, field: str, without: str) -> list[Place]:
+def _places(token: str, digest: str, number: int, field: str, without: str) -> list[Position]:
     """The places in a token that holds `number` of them, which is its version, too."""
     try:
         if len(token) > _MAX_CHARACTERS:
@@ -109,8 +109,8 @@ def _places(token: str, digest: str, number: int, field: str, without: str) -> l
     return places
 
 
-def _place(milliseconds: Any, job_id: Any) -> Place:
+def _place(milliseconds: Any, job_id: Any) -> Position:
     if type(milliseconds) is not int or not 0 <= milliseconds <= _LATEST_MS or not isinstance(job_id, str):
         raise ValueError("unknown form")
     job_id.encode()  # JSON can spell lone surrogates, MongoDB cannot.
-    return Place(_EPOCH + timedelta(milliseconds=milliseconds), job_id)
+    return Position(_EPOCH + timedelta(milliseconds=milliseconds), job_id)

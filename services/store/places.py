@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from obstore.exceptions import BaseError
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.digest import brief
 from services.store.artifacts.object_blobs import ObjectBlobs, open_object_store

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from mesh.asgi.exchange import ShortHandler
-from mesh.asgi.tasked import Tasked
+from mesh.rpc.fast_call import FastHandler
+from mesh.rpc.task_methods import TaskMethods
 from services.store.artifact_rpc import ArtifactParts, ArtifactRpc
 from services.store.exports.exports import Exports
 from services.store.registry.model_rules import File
@@ -21,10 +21,11 @@ from services.store.results.result_rules import check_wait
 from services.store.results.result_stream import ResultStream
 from services.store.results.result_watch import ResultWatch
 from services.store.results.results import Results
+from services.store.retention.book import RuleBook
 from services.store.retention.messages import message_of, rule_of
-from services.store.retention.retention import Retention
 from services.store.usage.messages import usage_of
 from services.store.usage.quotas import Quotas
+from shoal.errors import Unimplemented
 from shoal.store.v1 import store_pb2 as pb
 
 PUT_RESULTS = "/shoal.store.v1.StoreService/PutResults"
@@ -36,7 +37,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class StoreRpc(ArtifactRpc):
     """The servicer. Errors are translated by the server's interceptor.
 
-    What every job calls has a second door without a context, for the short way (`short`).
+    The methods that every job calls have a second form without a context, for the fast path (`fast_methods`).
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class StoreRpc(ArtifactRpc):
         result_watch: ResultWatch,
         result_stream: ResultStream,
         exports: Exports,
-        retention: Retention,
+        retention: RuleBook,
         quotas: Quotas,
     ) -> None:
         super().__init__(artifacts)
@@ -61,11 +62,11 @@ class StoreRpc(ArtifactRpc):
         self._retention = retention
         self._quotas = quotas
 
-    def short(self, tasked: Tasked) -> dict[str, ShortHandler]:
-        """The methods that every job calls, for a server's short way."""
+    def fast_methods(self, tasks: TaskMethods) -> dict[str, FastHandler]:
+        """Return the handlers of the methods that every job calls, for a server's fast path."""
         return {
-            **tasked.method(PUT_RESULTS, pb.PutResultsRequest.FromString, self.put_results),
-            **tasked.method(GET_RESULT, pb.GetResultRequest.FromString, self.get_result),
+            **tasks.method(PUT_RESULTS, pb.PutResultsRequest.FromString, self.put_results),
+            **tasks.method(GET_RESULT, pb.GetResultRequest.FromString, self.get_result),
         }
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, ctx: Context) -> pb.RegisterModelResponse:
@@ -134,14 +135,14 @@ class StoreRpc(ArtifactRpc):
                 yield pb.ExportResultsResponse(bytes=told.pop("size"), **told)
 
     async def SetRetention(self, request: pb.SetRetentionRequest, ctx: Context) -> pb.SetRetentionResponse:
-        rules = await self._retention.set(rule_of(request.rule), remove=request.remove)
-        return pb.SetRetentionResponse(rules=map(message_of, rules))
+        await self._retention.put(rule_of(request.rule), remove=request.remove)
+        return pb.SetRetentionResponse(rules=map(message_of, (await self._retention.read()).rules))
 
     async def ListRetention(self, request: pb.ListRetentionRequest, ctx: Context) -> pb.ListRetentionResponse:
-        return pb.ListRetentionResponse(rules=map(message_of, await self._retention.list()))
+        return pb.ListRetentionResponse(rules=map(message_of, (await self._retention.read()).rules))
 
     async def ApplyRetention(self, request: pb.ApplyRetentionRequest, ctx: Context) -> pb.ApplyRetentionResponse:
-        return pb.ApplyRetentionResponse(**vars(await self._retention.apply(request.token)))
+        raise Unimplemented("ApplyRetention: the store applies retention by itself, see SHOAL_STORE_RETENTION_MS")
 
     async def SetQuota(self, request: pb.SetQuotaRequest, ctx: Context) -> pb.SetQuotaResponse:
         tenant = request.tenant if request.HasField("tenant") else None

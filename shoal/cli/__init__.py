@@ -1,1 +1,1 @@
-"""The `shoal` command line. Each command is a thin shell over the client or the node launcher."""
+"""The `shoal` command line. Each command is a thin layer over the client or the node launcher."""

@@ -1,4 +1,4 @@
-"""Amounts as people write them: ages (`90m`, `24h`, `30d`), times, and bytes (`500MiB`, `20GB`)."""
+"""Parsing and formatting of ages (`90m`, `24h`, `30d`), times, and sizes in bytes (`500MiB`, `20GB`)."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ _BYTES = {"": 1, "B": 1, **{f"{p}iB": 1 << 10 * n for n, p in enumerate("KMGT", 
 _BYTES |= {f"{p}B": 1_000**n for n, p in enumerate("KMGT", 1)} | {p: 1 << 10 * n for n, p in enumerate("KMGT", 1)}
 
 
-def age(given: str, option: str) -> timedelta:
-    """`90m`, `24h`, `30d`.
+def age(written: str, option: str) -> timedelta:
+    """Parse an age: `90m`, `24h`, `30d`.
 
     Raises:
-        InvalidArgument: it is none.
+        InvalidArgument: `written` is not an age.
     """
-    number, unit = given[:-1], given[-1:]
+    number, unit = written[:-1], written[-1:]
     if unit in _SECONDS and re.fullmatch(r"[0-9]{1,9}", number):
         return timedelta(seconds=int(number) * _SECONDS[unit])
-    raise InvalidArgument(f"{option} {given!r}: expected an age: 90m, 24h, 30d, 8w")
+    raise InvalidArgument(f"{option} {written!r}: expected an age: 90m, 24h, 30d, 8w")
 
 
-def time(given: str, option: str) -> datetime:
-    """A time, or one that lies an age back.
+def time(written: str, option: str) -> datetime:
+    """Parse a time, or an age, which gives the time that long ago.
 
     Raises:
-        InvalidArgument: it is neither.
+        InvalidArgument: `written` is neither.
     """
     try:
-        if given[-1:] in _SECONDS:
-            return datetime.now(UTC) - age(given, option)
-        return datetime.fromisoformat(given)
+        if written[-1:] in _SECONDS:
+            return datetime.now(UTC) - age(written, option)
+        return datetime.fromisoformat(written)
     except (InvalidArgument, ValueError, OverflowError):
         expected = "expected a time (2026-11-24T08:00) or an age (90m, 24h, 7d)"
-        raise InvalidArgument(f"{option} {given!r}: {expected}") from None
+        raise InvalidArgument(f"{option} {written!r}: {expected}") from None
 
 
-def size(given: str, option: str) -> int:
-    """`1048576`, `500MiB`, `20GB`, `2G` (of 1,024).
+def size(written: str, option: str) -> int:
+    """Parse a size: `1048576`, `500MiB`, `20GB`, `2G` (GiB).
 
     Raises:
-        InvalidArgument: it is none.
+        InvalidArgument: `written` is not a size.
     """
-    found = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,3})? ?([A-Za-z]{0,3})", given)
+    found = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,3})? ?([A-Za-z]{0,3})", written)
     unit = _BYTES.get(found[3]) if found else None
     if found is None or unit is None:
-        raise InvalidArgument(f"{option} {given!r}: expected bytes: 1048576, 500MiB, 20GB")
+        raise InvalidArgument(f"{option} {written!r}: expected bytes: 1048576, 500MiB, 20GB")
     return int(int(found[1]) * unit + float(found[2] or 0) * unit)
 
 
 def span(keep: timedelta) -> str:
-    """An age as it may be given: the largest unit that fits."""
+    """Format an age, as `age` parses it, with the largest whole unit."""
     seconds = int(keep.total_seconds())
     unit = next(unit for unit in "wdhms" if seconds % _SECONDS[unit] == 0)
     return f"{seconds // _SECONDS[unit]}{unit}"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Place = Annotated[
     str,
-    typer.Argument(metavar="PLACE", help="A folder of the store's machine, or s3://bucket/prefix, gs://..., az://..."),
+    typer.Argument(metavar="PLACE", help="A folder on the store's machine, or s3://bucket/prefix, gs://..., az://..."),
 ]
 
 
@@ -30,18 +30,18 @@ def backup(
         bool,
         typer.Option(
             "--trust-sizes",
-            help="Do not read what earlier backups left there: its sizes are enough.",
+            help="Compare only the sizes of blobs of earlier backups, without reading them.",
             show_default=False,
         ),
     ] = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Back up everything that the store and ingest keep, as it is at one moment.
+    """Back up everything that the store and ingest keep, as of one moment.
 
-    The first backup of a place copies every blob, later ones only what is new. Interrupted, it leaves no backup, and
-    the next one goes on where it was. What is there already is read and compared, and replaced where it is damaged.
-    Exits 1 when something was damaged in the store already.
+    The first backup at a place copies every blob, later ones only new blobs. An interrupted backup is no backup; the
+    next one continues its work. Blobs of earlier backups are read and compared, and replaced when damaged.
+    Exits 1 when a blob was damaged in the store.
 
     [bold]Examples[/bold]
 
@@ -58,7 +58,7 @@ def backup(
         typer.echo(f"backup {done.backup_id}: {done.documents} documents, {done.blobs} blobs, {new}, in {place}")
         if done.repaired:
             typer.echo(
-                f"{done.repaired} of the new ones lay there damaged, and are replaced: check that disk", err=True
+                f"{done.repaired} of the new ones replaced damaged copies in the backup: check that disk", err=True
             )
         for sha256 in done.missing:
             typer.echo(f"damaged in the store, and not in the backup: {sha256} (see shoal store verify)", err=True)
@@ -69,14 +69,14 @@ def backup(
 def restore(
     place: Place,
     backup_id: Annotated[
-        str, typer.Option("--backup", metavar="ID", help="Which one. Default: the newest.", show_default=False)
+        str, typer.Option("--backup", metavar="ID", help="Backup to restore. Default: the newest.", show_default=False)
     ] = "",
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
     """Restore a backup into this node, which must be empty.
 
-    Interrupted, it is repeated and goes on. Jobs that were not done when the backup was made run again.
+    After an interruption, repeat the command; it continues. Jobs that had not ended at the backup run again.
 
     [bold]Examples[/bold]
 
@@ -91,22 +91,23 @@ def restore(
         return
     typer.echo(f"restored {done.backup_id}: {done.documents} documents, {done.blobs} blobs")
     if done.missing:
-        typer.echo(f"{len(done.missing)} blobs were damaged when it was made: see shoal store verify", err=True)
+        typer.echo(f"{len(done.missing)} blobs were damaged at the backup: see shoal store verify", err=True)
 
 
 def _url(place: str) -> str:
-    """What was typed, as a URL: a folder is relative to where the command runs."""
+    """Return the argument as a URL; a folder is relative to the working directory of the command."""
     if not place.strip():
-        raise InvalidArgument("PLACE: required, and empty: a folder, or s3://bucket/prefix, gs://..., az://...")
+        raise InvalidArgument("PLACE is empty: expected a folder, or s3://bucket/prefix, gs://..., az://...")
     return place if re.match(r"^[a-z0-9]+://", place) else Path(place).expanduser().absolute().as_uri()
 
 
 def _shown(doing: str, steps: Iterable[BackupProgress], json: bool) -> BackupProgress:
     last = None
-    with _bar(doing, json) as told:
+    with _bar(doing, json) as report:
         for last in steps:
-            told(last)
-    assert last is not None  # The client sees to it that the last step is the end.
+            report(last)
+    # The client raises unless the last step is the complete one.
+    assert last is not None
     return last
 
 

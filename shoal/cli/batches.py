@@ -21,19 +21,19 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     no_args_is_help=True,
-    help="Follow and steer batches: files of rows through one model. They begin with `shoal jobs submit --batch`.",
+    help="Follow and control batches: files of rows through one model. `shoal jobs submit --batch` starts one.",
 )
 
 BatchId = Annotated[str, typer.Argument(metavar="BATCH", help="The batch's id, as `submit --batch` printed it.")]
 Reason = Annotated[str, typer.Option(metavar="TEXT", help="Recorded with the batch.", show_default=False)]
 _INTERRUPTED = 130
+# Without a terminal: one line for each tenth of the rows.
 _LINES = 10
-# Where there is no terminal: a line for each tenth of the way.
 
 
 @dataclass(frozen=True)
-class BatchOrder:
-    """What the options of `submit --batch` say."""
+class BatchOptions:
+    """Options of `submit --batch`."""
 
     inputs: Sequence[str]
     output: str
@@ -49,21 +49,21 @@ class BatchOrder:
     chunk_rows: int = 0
 
 
-def submit(client: Client, order: BatchOrder, *, wait: bool, as_json: bool) -> None:
-    """Hands in a batch, and follows it unless told otherwise. Exits 1 when it did not succeed."""
+def submit(client: Client, options: BatchOptions, *, wait: bool, as_json: bool) -> None:
+    """Submit a batch, and with `wait` follow it until its end. Exits 1 when it did not succeed."""
     batch = client.batches.submit(
-        order.model,
-        list(order.inputs),
-        order.output,
-        format=order.kind or None,
-        columns=order.columns,
-        keep=order.keep,
-        text_outputs=order.texts,
-        version=order.version,
-        idempotency_key=order.key,
-        labels=order.labels,
-        chunk_rows=order.chunk_rows,
-        max_attempts=order.attempts or 0,
+        options.model,
+        list(options.inputs),
+        options.output,
+        format=options.kind or None,
+        columns=options.columns,
+        keep=options.keep,
+        text_outputs=options.texts,
+        version=options.version,
+        idempotency_key=options.key,
+        labels=options.labels,
+        chunk_rows=options.chunk_rows,
+        max_attempts=options.attempts or 0,
     )
     if wait:
         _follow(client, batch, as_json=as_json)
@@ -77,7 +77,7 @@ def submit(client: Client, order: BatchOrder, *, wait: bool, as_json: bool) -> N
 def watch(batch_id: BatchId, gateway: Gateway = None, json: AsJson = False) -> None:
     """Follow a batch until it has ended; Ctrl-C leaves it running. With --json, print it once it has ended.
 
-    Exits 0 when it succeeded, 1 when it ended otherwise.
+    Exits 0 when the batch succeeded, else 1.
 
     [bold]Example[/bold]
 
@@ -93,8 +93,8 @@ def list_batches(
         str | None, typer.Option(metavar="STATE", help="running, paused, succeeded, failed or cancelled.")
     ] = None,
     model: Annotated[str, typer.Option(metavar="NAME", help="Only batches of this model.", show_default=False)] = "",
-    tenant: Annotated[str, typer.Option(metavar="NAME", help="Whose batches.", show_default=False)] = "",
-    limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many at most.")] = 20,
+    tenant: Annotated[str, typer.Option(metavar="NAME", help="Only batches of this tenant.", show_default=False)] = "",
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Largest number of rows to list.")] = 20,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
@@ -127,7 +127,7 @@ def list_batches(
 
 @app.command()
 def get(batch_id: BatchId, gateway: Gateway = None, json: AsJson = False) -> None:
-    """Show how a batch stands.
+    """Show the state and progress of a batch.
 
     [bold]Example[/bold]
 
@@ -143,7 +143,7 @@ def get(batch_id: BatchId, gateway: Gateway = None, json: AsJson = False) -> Non
 
 @app.command()
 def cancel(batch_id: BatchId, reason: Reason = "", gateway: Gateway = None, json: AsJson = False) -> None:
-    """End a batch. What it has written stays, with a manifest and a summary.
+    """End a batch. Its written results stay, with a manifest and a summary.
 
     [bold]Example[/bold]
 
@@ -155,7 +155,7 @@ def cancel(batch_id: BatchId, reason: Reason = "", gateway: Gateway = None, json
 
 @app.command()
 def pause(batch_id: BatchId, reason: Reason = "", gateway: Gateway = None, json: AsJson = False) -> None:
-    """Let a batch stand still until `resume`.
+    """Pause a batch until `resume`.
 
     [bold]Example[/bold]
 
@@ -167,7 +167,7 @@ def pause(batch_id: BatchId, reason: Reason = "", gateway: Gateway = None, json:
 
 @app.command()
 def resume(batch_id: BatchId, reason: Reason = "", gateway: Gateway = None, json: AsJson = False) -> None:
-    """Let a paused batch go on.
+    """Resume a paused batch.
 
     [bold]Example[/bold]
 
@@ -199,9 +199,9 @@ def _follow(client: Client, batch: Batch, *, as_json: bool) -> None:
 
 def _left_running(batch_id: str) -> str:
     return (
-        f"batch {batch_id} goes on without you\n"
-        f"  come back:  shoal jobs batch watch {batch_id}\n"
-        f"  stop it:    shoal jobs batch cancel {batch_id}"
+        f"batch {batch_id} keeps running\n"
+        f"  follow it:  shoal jobs batch watch {batch_id}\n"
+        f"  end it:     shoal jobs batch cancel {batch_id}"
     )
 
 
@@ -239,18 +239,18 @@ def _fields(batch: Batch) -> dict[str, Any]:
         "state": str(batch.state if batch.ending is None else f"{batch.ending} ..."),
         "rows": f"{batch.rows_done:,} of {_total(batch)} rows{failed}",
         "rate": f"{batch.rows_per_second:,.0f} rows/s",
-        "note": f"waits: {batch.waits_for[:100]}" if batch.waits_for and not batch.ended else "",
+        "note": f"waits for: {batch.waits_for[:100]}" if batch.waits_for and not batch.ended else "",
     }
 
 
-def _lines(batch: Batch, seen: Iterable[Batch]) -> Batch:
-    """A line whenever a tenth more is done, or something else is waited for."""
+def _lines(batch: Batch, updates: Iterable[Batch]) -> Batch:
+    """Print a line after each tenth of the rows, and when the batch waits for something else."""
     print(f"batch {batch.id}", file=sys.stderr)
-    told = (-1, "")
-    for batch in seen:
+    printed = (-1, "")
+    for batch in updates:
         tenth = _LINES * batch.rows_done // max(batch.rows, 1) if batch.is_planned else 0
-        if (tenth, batch.waits_for) != told:
-            told = (tenth, batch.waits_for)
+        if (tenth, batch.waits_for) != printed:
+            printed = (tenth, batch.waits_for)
             fields = _fields(batch)
             print("  ".join(filter(None, fields.values())), file=sys.stderr)
     return batch
@@ -261,7 +261,7 @@ def _summary(batch: Batch) -> None:
     about: list[tuple[str, object]] = [
         ("batch", batch.id),
         ("state", batch.state),
-        ("why", batch.message),
+        ("reason", batch.message),
         ("rows answered", f"{batch.rows_ok:,} of {_total(batch)}"),
         ("rows failed", f"{batch.rows_failed:,}{share}" if batch.rows_failed else ""),
         ("time", f"{batch.seconds:,.1f} s, {batch.rows_per_second:,.0f} rows/s"),
@@ -275,7 +275,7 @@ def _show(batch: Batch) -> None:
     about: list[tuple[str, object]] = [
         ("batch", batch.id),
         ("state", batch.state if batch.ending is None else f"{batch.state}, about to be {batch.ending}"),
-        ("why", batch.message),
+        ("reason", batch.message),
         ("waits for", batch.waits_for),
         ("model", f"{batch.model_name} version {', '.join(batch.model_versions) or batch.model_version or '?'}"),
         ("inputs", "\n".join(batch.inputs)),
@@ -293,7 +293,7 @@ def _show(batch: Batch) -> None:
     ]
     show(("", ""), [(name, value) for name, value in about if value not in (None, "", [])])
     steps = [(step.at, step.state, step.instance, step.reason) for step in batch.transitions]
-    show(("at", "state", "by", "why"), steps, empty="no steps yet")
+    show(("at", "state", "by", "reason"), steps, empty="no transitions yet")
 
 
 def _say(batch: Batch, *, as_json: bool) -> None:
@@ -309,16 +309,16 @@ def _total(batch: Batch) -> str:
 
 
 def checked(batch: Sequence[str], out: str, model: str, written: str | None) -> None:
-    """Whether the options of a batch go together.
+    """Check that the options of a batch fit together.
 
     Raises:
-        InvalidArgument: they do not.
+        InvalidArgument: an option is missing, or excludes another one.
     """
     from shoal.errors import InvalidArgument
 
     if written is not None:
         raise InvalidArgument(
-            f"INPUT {written[:40]!r} and --batch: a batch takes its rows from files, a job from INPUT"
+            f"INPUT {written[:40]!r} and --batch: use one; a batch takes its rows from files, a job from INPUT"
         )
     if not out:
         raise InvalidArgument("--batch needs --out: a folder or prefix for the results")
@@ -326,4 +326,4 @@ def checked(batch: Sequence[str], out: str, model: str, written: str | None) -> 
         raise InvalidArgument("--batch needs a model: --model NAME")
     for place in batch:
         if "://" not in place and not Path(place).expanduser().exists():
-            raise InvalidArgument(f"--batch {place}: no such file or folder here; URLs begin with file://, s3:// ...")
+            raise InvalidArgument(f"--batch {place}: no such file or folder; URLs begin with file://, s3:// ...")

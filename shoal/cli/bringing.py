@@ -1,4 +1,4 @@
-"""Models of PyTorch, scikit-learn, XGBoost and LightGBM on the command line: converted, checked, and told of."""
+"""Conversion of models of PyTorch, scikit-learn, XGBoost and LightGBM to ONNX on the command line, with a report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Sample = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Check it on these rows (.npz, .npy, .csv). Default: random rows around what the model tells apart.",
+        help="Check it on these rows (.npz, .npy, .csv). Default: random rows near the model's decision thresholds.",
         rich_help_panel=_PANEL,
         show_default=False,
     ),
@@ -33,18 +33,18 @@ Sample = Annotated[
 Tolerance = Annotated[
     float,
     typer.Option(
-        metavar="X", min=0.0, help="Largest relative drift from the original that is accepted.", rich_help_panel=_PANEL
+        metavar="X", min=0.0, help="Largest accepted relative drift from the original.", rich_help_panel=_PANEL
     ),
 ]
 MaxFlips = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Rows whose label may change, ties aside.", rich_help_panel=_PANEL)
+    int, typer.Option(metavar="N", min=0, help="Rows whose label may change, without ties.", rich_help_panel=_PANEL)
 ]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the random rows.", rich_help_panel=_PANEL)]
 TrustPickle = Annotated[
     bool,
     typer.Option(
         "--trust-pickle",
-        help="Open a file that may run code as it is opened (.pt2, .joblib, .pkl): I know where it is from.",
+        help="Open a file that can run code when it is opened (.pt2, .joblib, .pkl): I trust its source.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -55,8 +55,8 @@ Float64 = Annotated[
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """How a model is to be converted and checked."""
+class ConversionOptions:
+    """Options of a conversion and of its check."""
 
     sample: Path | None
     tolerance: float
@@ -72,10 +72,10 @@ def command(
         typer.Argument(help="A .pt2, .joblib, .pkl, .skops (scikit-learn), .json, .ubj (XGBoost) or .txt (LightGBM)."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the model's folder is written.")
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder in which to write the model's folder.")
     ] = Path(),
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name. Default: that of the file.")
+        str | None, typer.Option(metavar="NAME", help="Name of the model. Default: the file's name.")
     ] = None,
     sample: Sample = None,
     tolerance: Tolerance = 1e-4,
@@ -85,7 +85,7 @@ def command(
     float64: Float64 = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Convert a model to ONNX, check it against the original, and write it as a folder that `shoal serve` serves.
+    """Convert a model to ONNX, check it against the original, and write a model folder that `shoal serve` serves.
 
     `shoal models push` does the same, and pushes the result to a node.
 
@@ -95,65 +95,66 @@ def command(
 
       shoal models convert booster.json
     """
-    wanted = Wanted(sample, tolerance, max_flips, seed, trust_pickle, float64)
-    made = convert(path, output, name, wanted, as_json=json)
+    options = ConversionOptions(sample, tolerance, max_flips, seed, trust_pickle, float64)
+    conversion = convert(path, output, name, options, as_json=json)
     if json:
-        show_json(as_document(made))
+        show_json(as_document(conversion))
     else:
-        typer.echo(f"written to {made.folder}")
+        typer.echo(f"written to {conversion.folder}")
 
 
-def convert(path: Path, into: Path, name: str | None, wanted: Wanted, *, as_json: bool) -> Conversion:
-    """Converts `path` to `into`/<name> and prints the report, unless JSON is wanted. What is refused is not left there.
+def convert(path: Path, into: Path, name: str | None, options: ConversionOptions, *, as_json: bool) -> Conversion:
+    """Convert `path` to `into`/<name> and print the report, unless `as_json`. A refused model is not left there.
 
     Raises:
-        AlreadyExists: there is such a folder.
-        FailedPrecondition: it drifts too far; the report is printed then too, with JSON to standard error.
+        AlreadyExists: the folder exists.
+        FailedPrecondition: the drift is too large; the report is printed also with `as_json`, to standard error.
     """
-    from shoal.client import bundle
+    from shoal.client.models import bundle
 
     name = bundle.checked(name or path.stem)
-    original = formats.open_original(path, trusts=wanted.trusts, float64=wanted.float64)
-    # Now it is known that onnx is there, which this imports.
-    from shoal.convert import conversion
+    original = formats.open_original(path, trusts=options.trusts, float64=options.float64)
+    # Imported after open_original, which has checked that onnx is installed.
+    from shoal.convert import conversion as converting
     from shoal.convert.verdict import Bounds
 
     if (into / name).exists():
-        raise AlreadyExists(f"{into / name} is there already: remove it, or give another --output or --name")
-    rows, bounds = conversion.Rows(wanted.sample, wanted.seed), Bounds(wanted.tolerance, wanted.max_flips)
+        raise AlreadyExists(f"{into / name} exists: remove it, or choose another --output or --name")
+    rows, bounds = converting.Rows(options.sample, options.seed), Bounds(options.tolerance, options.max_flips)
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into, prefix=".converting-") as folder:
-        made = conversion.convert(original, path, name, Path(folder), rows, bounds)
-        refused = made.stands.refused
+        conversion = converting.convert(original, path, name, Path(folder), rows, bounds)
+        refused = conversion.chosen.refused
         if not as_json or refused:
-            show_conversion(made, stderr=as_json)
+            show_conversion(conversion, stderr=as_json)
         if refused:
             raise FailedPrecondition(f"{path.name} is refused: {refused}")
-        shutil.move(made.folder, into / name)
-    return dataclasses.replace(made, folder=into / name)
+        shutil.move(conversion.folder, into / name)
+    return dataclasses.replace(conversion, folder=into / name)
 
 
-def show_conversion(made: Conversion, *, stderr: bool = False) -> None:
-    """Prints what was made and how near it is."""
+def show_conversion(conversion: Conversion, *, stderr: bool = False) -> None:
+    """Print the model's inputs and outputs, and its drift from the original."""
     from shoal.convert.sample import written
 
     out = console(stderr=stderr)
-    packages = ", ".join(f"{package} {version}" for package, version in made.packages.items())
-    out.print(f"[bold]{made.source.name}[/bold] ({made.framework}) -> {made.name}, {size(made.size_bytes)}; {packages}")
-    for role, ports in (("takes", made.inputs), ("answers", made.outputs)):
+    packages = ", ".join(f"{package} {version}" for package, version in conversion.packages.items())
+    source = f"[bold]{conversion.source.name}[/bold] ({conversion.framework})"
+    out.print(f"{source} -> {conversion.name}, {size(conversion.size_bytes)}; {packages}")
+    for role, ports in (("inputs ", conversion.inputs), ("outputs", conversion.outputs)):
         out.print(f"  {role} " + "; ".join(f"{port.name} {written(port)}" for port in ports), markup=False)
-    calls = ", ".join(map(str, made.batches[:6])) + (", ..." if len(made.batches) > 6 else "")
-    out.print(f"  checked on {sum(made.batches)} rows ({made.rows}), in calls of {calls}:", markup=False)
+    calls = ", ".join(map(str, conversion.batches[:6])) + (", ..." if len(conversion.batches) > 6 else "")
+    out.print(f"  checked on {sum(conversion.batches)} rows ({conversion.rows}), in calls of {calls}:", markup=False)
     drift_rows = []
-    for tried in made.tried:
+    for tried in conversion.tried:
         for what, drift in (("", tried.drift), (", inputs rounded for both", tried.rounded)):
             if drift is not None:
                 drift_rows += [(tried.plan + what, *row) for row in _rows(drift)]
     show(("conversion", "output", "max abs", "max relative", "label changes", "ties"), drift_rows, stderr=stderr)
-    for tried in made.tried:
-        verdict = f"refused: {tried.refused}" if tried.refused else f"accepted: {made.bounds}"
+    for tried in conversion.tried:
+        verdict = f"refused: {tried.refused}" if tried.refused else f"accepted: {conversion.bounds}"
         out.print(f"  {tried.plan}: {verdict}", markup=False)
-    for note in made.notes:
+    for note in conversion.notes:
         out.print(f"  note: {note}", markup=False)
 
 
@@ -170,9 +171,9 @@ def _rows(drift: Drift) -> list[tuple[object, ...]]:
     ]
 
 
-def as_document(made: Conversion) -> dict[str, Any]:
-    """The report for programs."""
-    document: dict[str, Any] = plain(made)
+def as_document(conversion: Conversion) -> dict[str, Any]:
+    """Return the report as JSON data."""
+    document: dict[str, Any] = plain(conversion)
     for key in ("inputs", "outputs"):
         document[key] = [
             {
@@ -180,23 +181,23 @@ def as_document(made: Conversion) -> dict[str, Any]:
                 "dtype": "text" if port.dtype.kind == "O" else port.dtype.name,
                 "shape": list(port.shape),
             }
-            for port in getattr(made, key)
+            for port in getattr(conversion, key)
         ]
     return document
 
 
-def provenance(made: Conversion) -> dict[str, str]:
-    """The labels that its version gets."""
+def provenance(conversion: Conversion) -> dict[str, str]:
+    """Return the labels of the version's origin."""
     from shoal.convert import provenance
 
-    return provenance.of_conversion(made)
+    return provenance.of_conversion(conversion)
 
 
 def check_path(path: Path) -> None:
-    """Says what to do with a file that is a model of no kind that is taken.
+    """Reject a model file of an unsupported kind, with advice.
 
     Raises:
-        InvalidArgument: it is such a file.
+        InvalidArgument: the file is one.
     """
     if path.is_file() and (what := formats.advice(path)):
         raise InvalidArgument(f"{path}: {what}")

@@ -1,4 +1,4 @@
-"""`shoal jobs dead`: jobs that ended without an answer."""
+"""`shoal jobs dead`: dead letters, that is jobs that ended without an answer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     no_args_is_help=True,
-    help="Dead letters: jobs that are out of attempts, or (--failed) whose request was at fault.",
+    help="Dead letters: jobs out of attempts, or (--failed) jobs whose request was at fault.",
 )
 
-JobIds = Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="Their ids.", show_default=False)]
-All = Annotated[bool, typer.Option("--all", help="Not by id: all that the other options describe.")]
-Failed = Annotated[bool, typer.Option("--failed", help="Failed ones, not dead ones.")]
+JobIds = Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="Ids of the jobs.", show_default=False)]
+All = Annotated[bool, typer.Option("--all", help="All that match the other options, in place of ids.")]
+Failed = Annotated[bool, typer.Option("--failed", help="Jobs that failed, in place of dead ones.")]
 Model = Annotated[str, typer.Option(metavar="NAME", help="Only jobs of this model.", show_default=False)]
 Tenant = Annotated[str, typer.Option(metavar="NAME", help="Only jobs of this tenant.", show_default=False)]
 Status = Annotated[
-    str | None, typer.Option("--code", metavar="CODE", help="Only those that ended with this status: internal.")
+    str | None, typer.Option("--code", metavar="CODE", help="Only jobs that ended with this status, such as internal.")
 ]
 OlderThan = Annotated[
-    float | None, typer.Option("--older-than", metavar="HOURS", min=0, help="Only those that ended so long ago.")
+    float | None, typer.Option("--older-than", metavar="HOURS", min=0, help="Only jobs that ended this long ago.")
 ]
 
 
@@ -41,7 +41,7 @@ def list_dead(
     tenant: Tenant = "",
     code: Status = None,
     older_than: OlderThan = None,
-    limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many at most.")] = 20,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Largest number of rows to list.")] = 20,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
@@ -52,7 +52,7 @@ def list_dead(
       shoal jobs dead list --model digits --code unavailable
     """
     with connect(gateway) as client:
-        jobs = client.jobs.dead.list(limit=limit, **_among(failed, model, tenant, code, older_than))
+        jobs = client.jobs.dead.list(limit=limit, **_filters(failed, model, tenant, code, older_than))
     if json:
         show_json(jobs)
         return
@@ -69,7 +69,7 @@ def show_dead(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Show a dead letter: what was asked, every step it took, and why it ended.
+    """Show a dead letter: its inputs, every transition, and the reason of its end.
 
     [bold]Example[/bold]
 
@@ -78,14 +78,14 @@ def show_dead(
     with connect(gateway) as client:
         job = client.jobs.get(job_id)
         if job.state not in ("dead", "failed"):
-            raise FailedPrecondition(f"job {job_id} is {job.state}, no dead letter: see `shoal jobs get {job_id}`")
-        inputs = client.jobs.inputs(job_id)
-    asked = [{"name": name, "dtype": str(array.dtype), "shape": list(array.shape)} for name, array in inputs.items()]
+            raise FailedPrecondition(f"job {job_id} is {job.state}, not a dead letter: see `shoal jobs get {job_id}`")
+        arrays = client.jobs.inputs(job_id)
+    inputs = [{"name": name, "dtype": str(array.dtype), "shape": list(array.shape)} for name, array in arrays.items()]
     if json:
-        show_json({**plain(job), "inputs": asked})
+        show_json({**plain(job), "inputs": inputs})
         return
     show_job(job)
-    show(("input", "dtype", "shape"), [(one["name"], one["dtype"], one["shape"]) for one in asked])
+    show(("input", "dtype", "shape"), [(one["name"], one["dtype"], one["shape"]) for one in inputs])
 
 
 @app.command()
@@ -97,21 +97,21 @@ def requeue(
     tenant: Tenant = "",
     code: Status = None,
     older_than: OlderThan = None,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Recorded with each.", show_default=False)] = "",
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Recorded with each job.", show_default=False)] = "",
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Put dead letters back into the queue: with all their attempts, and their deadlines anew.
+    """Requeue dead letters: each gets all its attempts and its whole deadline again.
 
     [bold]Examples[/bold]
 
-      shoal jobs dead requeue 01JD8Y3V5M2Q4R6T8W0X2Z4B6D --reason "the model is mended"
+      shoal jobs dead requeue 01JD8Y3V5M2Q4R6T8W0X2Z4B6D --reason "the model is repaired"
 
       shoal jobs dead requeue --all --model digits --code unavailable
     """
     with connect(gateway) as client:
-        among = _among(failed, model, tenant, code, older_than)
-        done = client.jobs.dead.requeue(_ids(job_ids, every), all=every, reason=reason, **among)
+        filters = _filters(failed, model, tenant, code, older_than)
+        done = client.jobs.dead.requeue(_ids(job_ids, every), all=every, reason=reason, **filters)
     _say(done, "requeued", json)
 
 
@@ -124,11 +124,11 @@ def purge(
     tenant: Tenant = "",
     code: Status = None,
     older_than: OlderThan = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Remove dead letters and their inputs, for good. What the store says of them stays.
+    """Remove dead letters and their inputs for good. Their results in the store stay.
 
     [bold]Example[/bold]
 
@@ -136,14 +136,14 @@ def purge(
     """
     ids = _ids(job_ids, every)
     if not yes:
-        what = f"{len(ids)} dead letters" if ids else "all dead letters that fit"
+        what = f"{len(ids)} dead letters" if ids else "all dead letters that match"
         typer.confirm(f"Remove {what}, with their inputs?", abort=True, err=True)
     with connect(gateway) as client:
-        done = client.jobs.dead.purge(ids, all=every, **_among(failed, model, tenant, code, older_than))
+        done = client.jobs.dead.purge(ids, all=every, **_filters(failed, model, tenant, code, older_than))
     _say(done, "removed", json)
 
 
-def _among(failed: bool, model: str, tenant: str, code: str | None, older_than: float | None) -> dict[str, Any]:
+def _filters(failed: bool, model: str, tenant: str, code: str | None, older_than: float | None) -> dict[str, Any]:
     try:
         before = None if older_than is None else datetime.now().astimezone() - timedelta(hours=older_than)
     except OverflowError:
@@ -159,7 +159,7 @@ def _among(failed: bool, model: str, tenant: str, code: str | None, older_than: 
 
 def _ids(job_ids: list[str] | None, every: bool) -> list[str]:
     if bool(job_ids) == every:
-        raise InvalidArgument("name the jobs, or say --all: one of the two")
+        raise InvalidArgument("name the jobs or use --all, not both")
     return job_ids or []
 
 

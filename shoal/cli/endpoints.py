@@ -1,4 +1,4 @@
-"""Envoy's own view of every endpoint, from its admin listener (`/clusters?format=json`)."""
+"""Envoy's view of every endpoint, read from its admin listener (`/clusters?format=json`)."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from typing import Any
 
 from shoal.errors import Unavailable
 
-ASK_S = 5.0
-"""Envoy answers from memory."""
+TIMEOUT_S = 5.0
+"""Timeout of a read, which Envoy answers from memory."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One endpoint of one cluster."""
+    """Endpoint of a cluster: health and request counts."""
 
     cluster: str
     address: str
     health: str
-    """`healthy`, or why Envoy sends it nothing."""
+    """`healthy`, or the reasons why Envoy sends it no requests."""
     active_requests: int
     total_requests: int
     failed_requests: int
 
     @property
     def healthy(self) -> bool:
-        """It gets traffic."""
+        """True when Envoy sends requests to the endpoint."""
         return self.health == "healthy"
 
 
-def ask(admin: str) -> list[Endpoint]:
-    """The endpoints that the Envoy at `admin` knows, by cluster and address.
+def fetch(admin: str) -> list[Endpoint]:
+    """Return the endpoints that the Envoy at `admin` knows, ordered by cluster and address.
 
     Raises:
-        Unavailable: it does not answer.
+        Unavailable: Envoy does not answer.
     """
-    # No proxy: the admin listener is on this machine.
+    # No HTTP proxy: the admin listener is on this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{admin}/clusters?format=json", timeout=ASK_S) as answer:
+        with opener.open(f"http://{admin}/clusters?format=json", timeout=TIMEOUT_S) as answer:
             return of_document(json.load(answer))
     except (OSError, ValueError) as err:
         raise Unavailable(f"Envoy's admin listener at {admin} does not answer: {err}") from err
 
 
 def of_document(document: Mapping[str, Any]) -> list[Endpoint]:
-    """The endpoints in Envoy's answer (envoy.admin.v3.Clusters as JSON)."""
+    """Return the endpoints in Envoy's answer (envoy.admin.v3.Clusters as JSON)."""
     found = [
         _endpoint(cluster.get("name", ""), host)
         for cluster in document.get("cluster_statuses", ())
@@ -65,7 +65,7 @@ def _endpoint(cluster: str, host: Mapping[str, Any]) -> Endpoint:
         health=_health(host.get("health_status", {})),
         active_requests=stats.get("rq_active", 0),
         total_requests=stats.get("rq_total", 0),
-        # Envoy counts a connection that failed among the requests that did, also where it then had no request to send.
+        # Envoy counts failed connections as failed requests, even when there was no request to send.
         failed_requests=max(0, stats.get("rq_error", 0) - stats.get("cx_connect_fail", 0)),
     )
 

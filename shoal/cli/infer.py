@@ -1,4 +1,4 @@
-"""`shoal infer`: ask a model, from the command line."""
+"""`shoal infer`: one inference from the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 @app.command()
 def infer(
-    model: Annotated[str, typer.Argument(help="The model to ask.")],
+    model: Annotated[str, typer.Argument(help="The model to run.")],
     written: Annotated[
         str,
         typer.Argument(
@@ -24,15 +24,17 @@ def infer(
         ),
     ],
     version: Annotated[
-        str, typer.Option(metavar="V", help="Ask this version. Default: what the node chooses.", show_default=False)
+        str, typer.Option(metavar="V", help="Version to run. Default: the node's choice.", show_default=False)
     ] = "",
-    want: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this output. May be repeated.")] = None,
+    want: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Return only this output. May be repeated.")
+    ] = None,
     parameter: Annotated[
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="A parameter of the request. May be repeated."),
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Say how long each part took, with whom it ran and why then.")
+        bool, typer.Option("--explain", help="Show the time of each stage, the batch, and why it ran then.")
     ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to an .npz, .npy or .json.")
@@ -41,9 +43,9 @@ def infer(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Ask a model once and print its answer.
+    """Run one inference and print the outputs.
 
-    Datatypes, and a batch dimension that was left out, come from the model's metadata.
+    Datatypes, and a missing batch dimension, come from the model's metadata.
 
     [bold]Examples[/bold]
 
@@ -55,20 +57,20 @@ def infer(
     """
     from shoal.cli import tensors
 
-    given = tensors.read(written)
-    parameters = {**given.parameters, **tensors.of_options(parameter or [], "--parameter")}
+    request = tensors.read(written)
+    parameters = {**request.parameters, **tensors.of_options(parameter or [], "--parameter")}
     if explain:
         parameters["explain"] = True
     with connect(gateway) as client:
-        ready = tensors.fit(given, client.models.metadata(model, version, timeout=min(timeout, 10.0)))
+        ready = tensors.fit(request, client.models.metadata(model, version, timeout=min(timeout, 10.0)))
         result = client.infer(
             model,
             ready.inputs,
-            outputs=want or given.outputs,
+            outputs=want or request.outputs,
             version=version,
             parameters=parameters,
             datatypes=ready.datatypes,
-            request_id=given.request_id,
+            request_id=request.request_id,
             timeout=timeout,
         )
     tensors.show_result(result, as_json=json, output=output)

@@ -1,4 +1,4 @@
-"""`shoal jobs retention`: how long jobs stay that have ended, and batches."""
+"""`shoal jobs retention`: retention of ended jobs and batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     no_args_is_help=True,
-    help="How long jobs stay that have ended, by tenant and state, and batches. (Of results: `shoal store retention`.)",
+    help="Retention of ended jobs, by tenant and state, and of batches. (Of results: `shoal store retention`.)",
 )
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
@@ -24,7 +24,7 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 
 @app.command("list")
 def list_rules(gateway: Gateway = None, json: AsJson = False) -> None:
-    """List what holds for every tenant (*), and for those that have rules of their own.
+    """List the rules of all tenants (*), and of tenants with their own.
 
     [bold]Example[/bold]
 
@@ -39,18 +39,18 @@ def list_rules(gateway: Gateway = None, json: AsJson = False) -> None:
         (rule.tenant, rule.state, spelled(rule.keep), "the node's setting" if rule.inherited else "set")
         for rule in rules
     ]
-    show(("tenant", "state", "stay for", "by"), rows)
+    show(("tenant", "state", "kept for", "set by"), rows)
 
 
 @app.command("set")
 def set_rule(
     state: Annotated[str, typer.Argument(help="succeeded, failed, dead, cancelled or expired; or batches.")],
-    keep: Annotated[str, typer.Argument(help="So long after their end: 90m, 12h, 7d; `forever`; or `inherit`.")],
-    tenant: Annotated[str, typer.Option(metavar="NAME", help="Of this tenant; *: of all that say nothing else.")] = "*",
+    keep: Annotated[str, typer.Argument(help="Time from the end to the removal: 90m, 12h, 7d; `forever`; `inherit`.")],
+    tenant: Annotated[str, typer.Option(metavar="NAME", help="Only this tenant; *: all without their own rule.")] = "*",
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Say how long jobs stay that ended so, or batches. Their idempotency keys are known for as long.
+    """Set how long ended jobs, or batches, are kept. Their idempotency keys are known for as long.
 
     [bold]Examples[/bold]
 
@@ -69,16 +69,16 @@ def set_rule(
     if json:
         show_json({**vars(rule), "keep": None if rule.keep is None else rule.keep.total_seconds()})
     else:
-        whose = "of every tenant that says nothing else" if rule.tenant == "*" else f"of tenant {rule.tenant!r}"
+        whose = "of all tenants without their own rule" if rule.tenant == "*" else f"of tenant {rule.tenant!r}"
         what = rule.state if rule.state == "batches" else f"{rule.state} jobs"
-        typer.echo(f"{what} {whose} stay for {spelled(rule.keep)}")
+        typer.echo(f"{what} {whose} are kept for {spelled(rule.keep)}")
 
 
 def read(written: str) -> timedelta:
-    """A span such as `12h`.
+    """Parse a time span such as `12h`.
 
     Raises:
-        InvalidArgument: it is none.
+        InvalidArgument: `written` is not a time span.
     """
     found = _SPAN.fullmatch(written)
     if found is None:
@@ -86,11 +86,11 @@ def read(written: str) -> timedelta:
     try:
         return timedelta(seconds=float(found[1]) * _UNITS[found[2]])
     except OverflowError:
-        raise InvalidArgument(f"{written!r}: longer than time can be; say forever") from None
+        raise InvalidArgument(f"{written!r}: the span is too long: use forever") from None
 
 
 def spelled(keep: timedelta | None) -> str:
-    """A span as `read` takes it, in its largest whole unit."""
+    """Format a time span in its largest whole unit."""
     if keep is None:
         return "ever"
     seconds = keep.total_seconds()

@@ -1,4 +1,4 @@
-"""A job on the screen."""
+"""Display of one job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def show_job(job: Job) -> None:
-    """Prints a job: what it is about, and every step that it took."""
+    """Print a job and its transitions."""
     about = [
         ("job", job.id),
         ("state", job.state),
@@ -29,4 +29,4 @@ def show_job(job: Job) -> None:
     ]
     show(("", ""), [(name, value) for name, value in about if value not in (None, "", [])])
     steps = [(step.at, step.state, step.attempt or "", step.instance, step.reason) for step in job.transitions]
-    show(("at", "state", "attempt", "by", "why"), steps, empty="no steps yet")
+    show(("at", "state", "attempt", "by", "reason"), steps, empty="no transitions yet")

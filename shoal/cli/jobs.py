@@ -1,4 +1,4 @@
-"""`shoal jobs`: work that is not lost."""
+"""`shoal jobs`: durable jobs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import typer
 from shoal.cli import batches, dead_letters, job_retention, running, schedules
 from shoal.cli.job_table import show_job
 from shoal.cli.output import AsJson, Gateway, connect, pairs, show, show_json
-from shoal.cli.watching import JobWatch, follow_all, follow_one
+from shoal.cli.watching import WatchOptions, follow_all, follow_one
 from shoal.errors import InvalidArgument
 
 app = typer.Typer(
-    rich_markup_mode="rich", add_completion=False, no_args_is_help=True, help="Submit jobs, follow them, get results."
+    rich_markup_mode="rich",
+    add_completion=False,
+    no_args_is_help=True,
+    help="Submit jobs, follow them, get their results.",
 )
 
 app.add_typer(dead_letters.app, name="dead")
@@ -26,7 +29,7 @@ app.add_typer(job_retention.app, name="retention")
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, as `submit` printed it.")]
 Tenant = Annotated[
-    str, typer.Option(metavar="NAME", help="Whose jobs. Default: the default tenant.", show_default=False)
+    str, typer.Option(metavar="NAME", help="Tenant of the jobs. Default: the default tenant.", show_default=False)
 ]
 OnlyTenant = Annotated[
     str, typer.Option(metavar="NAME", help="Only jobs of this tenant. Default: all.", show_default=False)
@@ -40,32 +43,37 @@ TIMES = ["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M", "%Y-%m-%d
 
 @app.command()
 def submit(
-    model: Annotated[str | None, typer.Argument(help="The model to ask.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(help="The model to run.", show_default=False)] = None,
     written: Annotated[
         str | None,
         typer.Argument(
             metavar="INPUT", help="As `shoal infer` takes it: JSON, a file's name, or -.", show_default=False
         ),
     ] = None,
-    version: Annotated[str, typer.Option(metavar="V", help="Ask this version.", show_default=False)] = "",
+    version: Annotated[str, typer.Option(metavar="V", help="Version to run.", show_default=False)] = "",
     key: Annotated[
         str,
         typer.Option(
-            metavar="KEY", help="Idempotency key: a second submit with it returns the first job.", show_default=False
+            metavar="KEY",
+            help="Idempotency key: a second submit with the same key returns the first job.",
+            show_default=False,
         ),
     ] = "",
     tenant: Tenant = "",
     deadline: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="The job expires without an answer by then.")
+        float | None, typer.Option(metavar="SECONDS", help="Time after which an unanswered job expires.")
     ] = None,
     attempts: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=100, help="Attempts in all. Default: the node's.")
+        int | None, typer.Option(metavar="N", min=1, max=100, help="Total attempts. Default: the node's.")
     ] = None,
     priority: Annotated[
-        int, typer.Option(metavar="P", min=-9, max=9, help="Which of the tenant's jobs go first: a level is a minute.")
+        int,
+        typer.Option(
+            metavar="P", min=-9, max=9, help="Order among the tenant's jobs; one level is worth a minute of waiting."
+        ),
     ] = 0,
     label: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note that stays with the job. May be repeated.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label of the job. May be repeated.")
     ] = None,
     parameter: Annotated[
         list[str] | None,
@@ -75,35 +83,41 @@ def submit(
         list[str] | None,
         typer.Option(
             metavar="CODE",
-            help="Try again only after this status, such as unavailable. May be repeated. "
-            "Default: all that do not say that the request is at fault.",
+            help="Retry only after this status, such as unavailable. May be repeated. "
+            "Default: every status except those that put the request at fault.",
         ),
     ] = None,
     delay: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0, help="Do not run it before so many seconds have passed.")
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, help="Time between acceptance and the earliest first attempt."),
     ] = None,
     not_before: Annotated[
         datetime | None,
-        typer.Option(metavar="TIME", formats=TIMES, help="Do not run it before then: 2026-12-24T18:00, local time."),
+        typer.Option(
+            metavar="TIME", formats=TIMES, help="Earliest time of the first attempt: 2026-12-24T18:00, local time."
+        ),
     ] = None,
     after: Annotated[
-        list[str] | None, typer.Option(metavar="JOB", help="Run it after this job has succeeded. May be repeated.")
+        list[str] | None, typer.Option(metavar="JOB", help="Run after this job has succeeded. May be repeated.")
     ] = None,
     after_key: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="The same by that job's idempotency key. May be repeated.")
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Run after the job with this idempotency key has succeeded. May be repeated."),
     ] = None,
     fail_with: Annotated[
-        bool, typer.Option("--fail-with", help="When such a job does not succeed, fail; else it is cancelled.")
+        bool,
+        typer.Option("--fail-with", help="Fail when a job of --after does not succeed; default: be cancelled."),
     ] = False,
     keep_request: Annotated[
-        bool, typer.Option("--keep-request", help="Keep the inputs when the job is done: for `shoal models quantize`.")
+        bool,
+        typer.Option("--keep-request", help="Keep the inputs after the end, for `shoal models quantize`."),
     ] = False,
     batch: Annotated[
         list[str] | None,
         typer.Option(
             "--batch",
             metavar="URL",
-            help="A batch instead: all rows of this file (JSONL, Parquet, NPZ) or prefix. May be repeated.",
+            help="Submit a batch: all rows of this file (JSONL, Parquet, NPZ) or prefix. May be repeated.",
             rich_help_panel="Batches",
         ),
     ] = None,
@@ -111,7 +125,7 @@ def submit(
         str,
         typer.Option(
             metavar="URL",
-            help="Where its results go, as Parquet: a folder or prefix of their own.",
+            help="Folder or prefix for the batch's results, as Parquet; no other batch may use it.",
             show_default=False,
             rich_help_panel="Batches",
         ),
@@ -119,14 +133,18 @@ def submit(
     model_option: Annotated[
         str,
         typer.Option(
-            "--model", metavar="NAME", help="The model, as MODEL.", show_default=False, rich_help_panel="Batches"
+            "--model",
+            metavar="NAME",
+            help="The model, in place of MODEL.",
+            show_default=False,
+            rich_help_panel="Batches",
         ),
     ] = "",
     column: Annotated[
         list[str] | None,
         typer.Option(
             metavar="INPUT=COLUMN",
-            help="The column that feeds an input of the model. Default: the one of its name. May be repeated.",
+            help="The column for an input of the model. Default: the column of the same name. May be repeated.",
             rich_help_panel="Batches",
         ),
     ] = None,
@@ -134,14 +152,16 @@ def submit(
         list[str] | None,
         typer.Option(
             metavar="COLUMN",
-            help="Carry this column over into the results. May be repeated.",
+            help="Copy this column into the results. May be repeated.",
             rich_help_panel="Batches",
         ),
     ] = None,
     text_output: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="OUTPUT", help="This output of BYTES is text. May be repeated.", rich_help_panel="Batches"
+            metavar="OUTPUT",
+            help="This BYTES output is UTF-8 text. May be repeated.",
+            rich_help_panel="Batches",
         ),
     ] = None,
     kind: Annotated[
@@ -149,7 +169,7 @@ def submit(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="jsonl, parquet, npz, or objects: each object of a prefix is a row. Default: as the names say.",
+            help="jsonl, parquet, npz, or objects: each object of a prefix is a row. Default: from the file names.",
             show_default=False,
             rich_help_panel="Batches",
         ),
@@ -169,7 +189,7 @@ def submit(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Hand in one job and print its id. It is durable then: it will run, whatever is killed when.
+    """Submit one job and print its id. The job is then durable, and runs even after crashes.
 
     [bold]Examples[/bold]
 
@@ -187,7 +207,7 @@ def submit(
     labels = pairs(label or [], "--label")
     if batch:
         batches.checked(batch, out, model_option or model or "", written)
-        order = batches.BatchOrder(
+        options = batches.BatchOptions(
             inputs=batch,
             output=out,
             model=model_option or model or "",
@@ -202,19 +222,19 @@ def submit(
             chunk_rows=chunk_rows,
         )
         with connect(gateway, tenant=tenant) as client:
-            batches.submit(client, order, wait=wait, as_json=json)
+            batches.submit(client, options, wait=wait, as_json=json)
         return
     model = model or model_option
     if not model or written is None:
-        raise InvalidArgument("a job needs MODEL and INPUT; a batch --batch, --out and --model")
-    given = tensors.read(written)
-    parameters = {**given.parameters, **tensors.of_options(parameter or [], "--parameter")}
+        raise InvalidArgument("a job needs MODEL and INPUT; a batch needs --batch, --out and --model")
+    request = tensors.read(written)
+    parameters = {**request.parameters, **tensors.of_options(parameter or [], "--parameter")}
     with connect(gateway, tenant=tenant) as client:
-        ready = tensors.fit(given, client.models.metadata(model, version))
+        ready = tensors.fit(request, client.models.metadata(model, version))
         job = client.jobs.submit(
             model,
             ready.inputs,
-            outputs=given.outputs,
+            outputs=request.outputs,
             version=version,
             parameters=parameters,
             datatypes=ready.datatypes,
@@ -238,7 +258,7 @@ def submit(
 
 @app.command()
 def get(job_id: JobId, gateway: Gateway = None, json: AsJson = False) -> None:
-    """Show how a job stands, and every step that it took.
+    """Show a job and its transitions.
 
     [bold]Example[/bold]
 
@@ -260,7 +280,7 @@ def list_jobs(
     ] = None,
     model: Annotated[str, typer.Option(metavar="NAME", help="Only jobs of this model.", show_default=False)] = "",
     tenant: OnlyTenant = "",
-    limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many at most.")] = 20,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Largest number of rows to list.")] = 20,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
@@ -287,30 +307,30 @@ def list_jobs(
 @app.command()
 def watch(
     job_id: Annotated[
-        str | None, typer.Argument(metavar="[JOB]", help="One job's id. Without: all that the options describe.")
+        str | None, typer.Argument(metavar="[JOB]", help="Id of one job. Default: all jobs that match the options.")
     ] = None,
     state: Annotated[
-        list[str] | None, typer.Option(metavar="STATE", help="Only what becomes so. May be repeated.")
+        list[str] | None, typer.Option(metavar="STATE", help="Only transitions into this state. May be repeated.")
     ] = None,
     model: Annotated[str, typer.Option(metavar="NAME", help="Only jobs of this model.", show_default=False)] = "",
     tenant: OnlyTenant = "",
     label: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only jobs with this label. May be repeated.")
     ] = None,
-    existing: Annotated[bool, typer.Option("--existing", help="Tell the jobs that are there first.")] = False,
+    existing: Annotated[bool, typer.Option("--existing", help="Show the existing jobs first.")] = False,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep there how far this has come, and go on from there.", dir_okay=False),
+        typer.Option(metavar="FILE", help="Keep the position in this file, and resume there.", dir_okay=False),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="End after so long. Default: an hour for one job.")
+        float | None, typer.Option(metavar="SECONDS", help="Time limit. Default: an hour for one job.")
     ] = None,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Follow a job until it has ended: a line for each step (with --json, the job as a line of JSON).
+    """Follow a job until it has ended: a line for each transition (with --json, the job as a line of JSON).
 
-    Exits 0 when it succeeded, 1 when it ended otherwise. Without a JOB, follows all that match, until it is stopped.
+    Exits 0 when the job succeeded, else 1. Without a JOB, follow all that match, until interrupted.
 
     [bold]Examples[/bold]
 
@@ -318,13 +338,13 @@ def watch(
 
       shoal jobs watch --model digits --state dead --state failed --resume watched
     """
-    wanted = JobWatch(state or [], model, tenant, pairs(label or [], "--label"), existing, resume)
+    options = WatchOptions(state or [], model, tenant, pairs(label or [], "--label"), existing, resume)
     with connect(gateway) as client:
         if job_id is None:
-            follow_all(client, wanted, timeout=timeout, as_json=json)
+            follow_all(client, options, timeout=timeout, as_json=json)
         else:
-            if wanted.is_set:
-                raise InvalidArgument("a job's id and options that describe jobs: give one of the two")
+            if options.is_set:
+                raise InvalidArgument("use either a job's id or the options that select jobs, not both")
             follow_one(client, job_id, timeout=3600.0 if timeout is None else timeout, as_json=json)
 
 
@@ -335,7 +355,7 @@ def cancel(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Ask that a job not run, or that its answer not be recorded. A job that has ended stays as it is.
+    """Prevent a job's run, or the recording of its answer. A job that has ended is not changed.
 
     [bold]Example[/bold]
 
@@ -353,12 +373,12 @@ def cancel(
 def result(
     job_id: JobId,
     wait: Annotated[bool, typer.Option(help="Wait until the job has ended.")] = True,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for that.")] = 300.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of the wait.")] = 300.0,
     output: Output = None,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Print a job's answer, from the store. A job that failed is an error, in the words of its last attempt.
+    """Print a job's answer, from the store. For a failed job, print the error of its last attempt.
 
     [bold]Examples[/bold]
 

@@ -1,7 +1,7 @@
-"""The root of the command line: which commands there are, and what an error looks like.
+"""Root of the command line: the list of commands, and the display of errors.
 
-A command's module is imported when it is run or listed, and imports what is heavy when it runs: `shoal --help` must
-come at once.
+A command's module is imported when the command is run or listed, and imports heavy packages only when it runs:
+`shoal --help` must be fast.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from shoal.cli.output import printable
 from shoal.errors import InvalidArgument, ShoalError
 
 COMMANDS = ("up", "serve", "models", "infer", "jobs", "tenants", "results", "store", "status")
-"""Each is `app` of the module of that name in shoal.cli; in the order in which a newcomer meets them."""
+"""Each command is `app` of the module of that name in shoal.cli; the order is the one for newcomers."""
 
 
 class Commands(TyperGroup):
-    """The commands, imported one by one as they are asked for."""
+    """Group of the commands, each imported on demand."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -45,8 +45,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"shoal {__version__}")
         raise typer.Exit
 
@@ -63,21 +63,22 @@ def root(
 
       shoal up                                      start everything on this machine
 
-      shoal models push digits.onnx                 (in another terminal) give it a model
+      shoal models push digits.onnx                 (in another terminal) push a model
 
-      shoal infer digits '{"x": [[1, 2, 3, 4]]}'    use it
+      shoal infer digits '{"x": [[1, 2, 3, 4]]}'    run it
     """
 
 
 def main() -> None:
-    """Runs the command line. Exits 0 when all went well, 2 when the command was wrong, 1 when it failed."""
+    """Run the command line. Exits 0 on success, 2 for a wrong command line, 1 for other errors."""
     own_packages.exit_when_foreign()
     try:
         app(prog_name="shoal")
     except ShoalError as err:
         print(f"shoal: {printable(err.message)}", file=sys.stderr)
         sys.exit(2 if isinstance(err, InvalidArgument) else 1)
-    except OSError as err:  # A disk that is full, a file that may not be read or written.
+    except OSError as err:
+        # A full disk, or a file that cannot be read or written.
         print(f"shoal: {err}", file=sys.stderr)
         sys.exit(1)
 

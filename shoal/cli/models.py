@@ -1,4 +1,4 @@
-"""`shoal models`: what the node's registry has, and what goes in and out of it."""
+"""`shoal models`: the models of a node's registry."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ def push(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A .onnx file, a model folder in Triton's layout, a folder of such folders, or a model of PyTorch "
+            help="A .onnx file, a model folder in Triton's layout, a folder of model folders, or a model of PyTorch "
             "(.pt2), scikit-learn (.joblib, .pkl, .skops), XGBoost (.json, .ubj) or LightGBM (.txt), which is "
             "converted and checked first."
         ),
     ],
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name. Default: that of the file or folder.")
+        str | None, typer.Option(metavar="NAME", help="Name of the model. Default: the file's or folder's name.")
     ] = None,
     version: Annotated[
         int | None,
         typer.Option(
             metavar="V",
-            help="A file: its version; default the next free one. A folder: only this version; default all of them.",
+            help="File: its version; default: the next free one. Folder: push only this version; default: all.",
         ),
     ] = None,
     alias: Annotated[
         str | None,
-        typer.Option(metavar="ALIAS", help="Point this alias (such as stable) at the newest version pushed."),
+        typer.Option(metavar="ALIAS", help="Point this alias (such as stable) at the newest pushed version."),
     ] = None,
     label: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note that stays with the version. May be repeated.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label of the version. May be repeated.")
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Wait until every infer instance has it ready.")] = True,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for that.")] = 120.0,
+    wait: Annotated[bool, typer.Option(help="Wait until the model is ready on every infer instance.")] = True,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of the wait.")] = 120.0,
     sample: bringing.Sample = None,
     tolerance: bringing.Tolerance = 1e-4,
     max_flips: bringing.MaxFlips = 0,
@@ -64,9 +64,9 @@ def push(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Upload a model, register it, and wait until it can be asked.
+    """Upload a model, register it, and wait until it is ready everywhere.
 
-    What the store has is not sent again; an upload that broke goes on where it was.
+    Files that the store has are not sent again; an interrupted upload is resumed.
 
     [bold]Examples[/bold]
 
@@ -80,32 +80,32 @@ def push(
     """
     bringing.check_path(path)
     labels = pairs(label or [], "--label")
-    made = None
+    conversion = None
     with contextlib.ExitStack() as stack:
         if formats.is_brought(path):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-")))
-            wanted = bringing.Wanted(sample, tolerance, max_flips, seed, trust_pickle, float64)
-            made = bringing.convert(path, folder, name, wanted, as_json=json)
-            labels = bringing.provenance(made) | labels
+            options = bringing.ConversionOptions(sample, tolerance, max_flips, seed, trust_pickle, float64)
+            conversion = bringing.convert(path, folder, name, options, as_json=json)
+            labels = bringing.provenance(conversion) | labels
         client = stack.enter_context(connect(gateway))
         with _bar() as progress:
             pushed = client.models.push(
-                made.folder if made else path,
+                conversion.folder if conversion else path,
                 name,
                 version,
                 alias=alias or "",
                 labels=labels,
-                renumber=made is not None,
+                renumber=conversion is not None,
                 progress=progress,
                 wait=wait,
                 timeout=timeout,
             )
     if json:
-        conversion = {} if made is None else {"conversion": bringing.as_document(made)}
-        show_json([plain(each) | conversion for each in pushed])
+        report = {} if conversion is None else {"conversion": bringing.as_document(conversion)}
+        show_json([plain(each) | report for each in pushed])
         return
     for each in pushed:
-        how = "was there" if each.existed else f"registered, {size(each.sent_bytes)} sent"
+        how = "already registered" if each.existed else f"registered, {size(each.sent_bytes)} sent"
         served = {None: "", True: ", ready", False: ", not served (version policy)"}[each.ready]
         typer.echo(f"{each.model.name} version {each.model.version}: {how}{served}")
 
@@ -139,11 +139,11 @@ def list_models(
 @app.command()
 def remove(
     name: Annotated[str, typer.Argument(help="The model.")],
-    version: Annotated[int | None, typer.Option(metavar="V", help="Only this version. Default: all of them.")] = None,
+    version: Annotated[int | None, typer.Option(metavar="V", help="Only this version. Default: all versions.")] = None,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Take a model, or one version of it, out of the registry, and so out of service.
+    """Remove a model, or one version of it, from the registry and from service.
 
     [bold]Examples[/bold]
 
@@ -164,13 +164,13 @@ def alias(
     name: Annotated[str, typer.Argument(help="The model.")],
     alias: Annotated[str, typer.Argument(help="The alias, such as stable.")],
     version: Annotated[
-        int | None, typer.Argument(help="The version that it shall point at.", show_default=False)
+        int | None, typer.Argument(help="The version to point the alias at.", show_default=False)
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Take the alias away.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the alias.")] = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Point an alias at a version of a model. `stable` is what is served to those who name no version.
+    """Point an alias at a version of a model. `stable` is the version for clients that name none.
 
     [bold]Examples[/bold]
 
@@ -179,17 +179,17 @@ def alias(
       shoal models alias digits stable --remove
     """
     if (version is None) != remove:
-        raise InvalidArgument("give the version that the alias shall point at, or --remove")
+        raise InvalidArgument("set either the version to point the alias at, or --remove")
     with connect(gateway) as client:
         model = client.models.alias(name, alias, version)
     if json:
         show_json(model)
     else:
-        typer.echo(f"{name}: {alias} is gone" if model is None else f"{name}: {alias} is version {model.version}")
+        typer.echo(f"{name}: {alias} is removed" if model is None else f"{name}: {alias} is version {model.version}")
 
 
 def show_models(models: list[ModelVersion], title: str = "") -> None:
-    """The registry as a table."""
+    """Print registry entries as a table."""
     rows = [
         (
             model.name,
@@ -208,7 +208,7 @@ def show_models(models: list[ModelVersion], title: str = "") -> None:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[Progress], None]]:
-    """A progress bar on standard error. Where that is no terminal, nothing."""
+    """Show a progress bar on standard error, if that is a terminal."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
@@ -217,9 +217,9 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
     with Bar(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task("upload", total=None)
 
-        def told(progress: Progress) -> None:
+        def report(progress: Progress) -> None:
             done = progress.done_bytes >= progress.total_bytes
             what = "stored; waiting until it is ready everywhere" if done else progress.path
             bar.update(task, description=what, completed=progress.done_bytes, total=max(progress.total_bytes, 1))
 
-        yield told
+        yield report

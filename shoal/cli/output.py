@@ -1,4 +1,4 @@
-"""How commands find the node and show what it says: tables for people, JSON for programs, errors to standard error."""
+"""Connection to the node and output of its answers: tables for people, JSON for programs, errors to standard error."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from shoal.client import Client
 
 WIDTH = 160
-"""Columns where there is no terminal: wide enough that no name is broken in two."""
+"""Columns without a terminal: wide enough that no name is split."""
 
+# Control characters except tab and newline, and the marks that reverse the direction of text.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-# All but tab and newline; with them the marks that turn the direction of text round.
 
 Gateway = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="The node to talk to. Default: $SHOAL_GATEWAY, else the node that runs here.",
+        help="Gateway of the node. Default: $SHOAL_GATEWAY, else the node that runs on this machine.",
         show_default=False,
     ),
 ]
@@ -38,17 +38,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def connect(gateway: str | None, *, tenant: str = "") -> Client:
-    """A client of the node that the command is meant for. Use as `with`."""
-    # grpc's C core has its own log on standard error; what matters of it comes as an error of ours.
+    """Return a client of the command's node. Use the client with `with`."""
+    # grpc's C core logs to standard error; its errors reach the caller as exceptions.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from shoal.client import Client, RetryPolicy
 
-    # Somebody waits: that no node answers must be said within 2 s.
+    # An interactive user waits: an unreachable node must be reported within 2 s.
     return Client(gateway, tenant=tenant, retry=RetryPolicy(attempts=5))
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where tables and progress go."""
+    """Return the console for tables and progress."""
     from rich.console import Console
 
     made = Console(stderr=stderr, highlight=False)
@@ -65,13 +65,13 @@ def show(
     empty: str = "none",
     stderr: bool = False,
 ) -> None:
-    """Prints a table, or `empty` when it would have no rows."""
+    """Print a table, or `empty` when there are no rows."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
-        # An id is for copying: in a narrow terminal the other columns give way.
+        # Ids are copied by users, so a narrow terminal shrinks the other columns.
         table.add_column(column, overflow="fold", no_wrap=column in ("job", "batch"))
     for row in rows:
         table.add_row(*(Text(text(cell)) for cell in row))
@@ -83,17 +83,17 @@ def show(
 
 
 def show_json(value: object) -> None:
-    """Prints `value` as JSON: dataclasses become objects, times ISO 8601 in UTC, enumerations their value."""
+    """Print `value` as JSON: dataclasses become objects, times ISO 8601 in UTC, enumerations their value."""
     typer.echo(json.dumps(plain(value), indent=2, ensure_ascii=False))
 
 
 def show_json_line(value: object) -> None:
-    """The same on one line: for commands that print many."""
+    """Print `value` as one line of JSON, for commands that print many values."""
     typer.echo(json.dumps(plain(value), ensure_ascii=False))
 
 
 def plain(value: object) -> Any:
-    """`value` as JSON knows it."""
+    """Return `value` as JSON data."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, datetime):
@@ -110,7 +110,7 @@ def plain(value: object) -> Any:
 
 
 def of_bytes(value: bytes) -> str | dict[str, str]:
-    """Text where it is text, else `{"b64": ...}`."""
+    """Return valid UTF-8 as text, other bytes as `{"b64": ...}`."""
     try:
         return value.decode()
     except UnicodeDecodeError:
@@ -118,7 +118,7 @@ def of_bytes(value: bytes) -> str | dict[str, str]:
 
 
 def text(value: object) -> str:
-    """`value` in a cell."""
+    """Return `value` as the text of a table cell."""
     if value is None or value == "":
         return "-"
     if isinstance(value, datetime):
@@ -128,16 +128,17 @@ def text(value: object) -> str:
     return printable(str(value))
 
 
-def printable(words: str) -> str:
-    """Words of others, for a terminal: what would steer it (colours, titles, clearing it) is shown and not done.
+def printable(value: str) -> str:
+    """Return text of other origin with its control characters escaped.
 
-    Names, labels, reasons and messages of models are whatever a client or a model put there.
+    Clients and models choose names, labels, reasons and messages, which could otherwise change colours or titles of the
+    terminal, or clear it.
     """
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), words)
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
 
 
 def size(count: int) -> str:
-    """Bytes as people read them."""
+    """Return a number of bytes with a unit."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024 or unit == "GiB":
@@ -146,14 +147,14 @@ def size(count: int) -> str:
     raise AssertionError  # pragma: no cover
 
 
-def pairs(given: Sequence[str], option: str) -> dict[str, str]:
-    """`KEY=VALUE` options as a mapping.
+def pairs(written: Sequence[str], option: str) -> dict[str, str]:
+    """Return `KEY=VALUE` options as a mapping.
 
     Raises:
-        InvalidArgument: one has no `=` or no key.
+        InvalidArgument: an item has no `=` or no key.
     """
     found: dict[str, str] = {}
-    for item in given:
+    for item in written:
         key, equals, value = item.partition("=")
         if not key or not equals:
             raise InvalidArgument(f"{option} {item!r}: expected KEY=VALUE")

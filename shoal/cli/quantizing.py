@@ -107,7 +107,7 @@ def command(
     from shoal.convert.extras import COMPRESS, needed
 
     needed("onnx", COMPRESS, "compressing a model")
-    from shoal.client import bundle
+    from shoal.client.models import bundle
     from shoal.compress import compression
     from shoal.convert.onnx_model import OnnxModel
 
@@ -166,7 +166,7 @@ class _Source:
             self._pull(model, version, folder)
 
     def _use_folder(self, path: Path, version: int | None) -> None:
-        from shoal.client import bundle
+        from shoal.client.models import bundle
 
         newest = bundle.read(path, version=version)[-1]
         self._use_version(path, newest.name, newest.version)

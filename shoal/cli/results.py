@@ -1,4 +1,4 @@
-"""`shoal results`: what jobs left behind."""
+"""`shoal results`: results of jobs."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     no_args_is_help=True,
-    help="Find the results of jobs, and take them elsewhere.",
+    help="Find the results of jobs, and export them.",
 )
 
 Model = Annotated[str, typer.Option(metavar="NAME", help="Only results of this model.", show_default=False)]
-Version = Annotated[str, typer.Option(metavar="V", help="Only of this version.", show_default=False)]
-Tenant = Annotated[str, typer.Option(metavar="NAME", help="Only of this tenant.", show_default=False)]
+Version = Annotated[str, typer.Option(metavar="V", help="Only results of this version.", show_default=False)]
+Tenant = Annotated[str, typer.Option(metavar="NAME", help="Only results of this tenant.", show_default=False)]
 Outcome = Annotated[
-    str | None, typer.Option(metavar="OUTCOME", help="Only succeeded, failed, cancelled or expired ones.")
+    str | None,
+    typer.Option(metavar="OUTCOME", help="Only results with this outcome: succeeded, failed, cancelled or expired."),
 ]
 Label = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only those whose job has this label. May be repeated.")
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Only results of jobs with this label. May be repeated."),
 ]
 Since = Annotated[
     str | None,
-    typer.Option(metavar="TIME", help="Recorded then or later: 2026-11-24, 2026-11-24T08:00, or 90m, 24h, 7d."),
+    typer.Option(metavar="TIME", help="Recorded then or later: 2026-11-24, 2026-11-24T08:00, or an age: 90m, 24h, 7d."),
 ]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Recorded before then.")]
 
@@ -48,7 +50,7 @@ def list_results(
     label: Label = None,
     since: Since = None,
     until: Until = None,
-    limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many at most.")] = 20,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Largest number of rows to list.")] = 20,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
@@ -60,9 +62,9 @@ def list_results(
 
       shoal results list --outcome failed --label team=vision --json
     """
-    wanted = _filter(model, version, tenant, outcome, label, since, until)
+    matching = _filter(model, version, tenant, outcome, label, since, until)
     with connect(gateway) as client:
-        found = client.results.list(wanted, limit=limit)
+        found = client.results.list(matching, limit=limit)
     if json:
         show_json(found)
         return
@@ -77,7 +79,7 @@ def show_result(
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Show all that is known of a result, and what the answer holds. Exits 1 when that is damaged in the store.
+    """Show a result, with its answer. Exits 1 when the answer is damaged in the store.
 
     [bold]Example[/bold]
 
@@ -90,7 +92,7 @@ def show_result(
     if json:
         answer = tensors.as_document(result.answer) if result.answer is not None else None
         show_json({**vars(result), "answer": answer})
-        _exit_without(result)
+        _exit_if_lost(result)
         return
     about = [
         ("job", result.job_id),
@@ -103,16 +105,16 @@ def show_result(
         ("submitted", result.submitted_at),
         ("recorded", result.recorded_at),
         ("error", result.message),
-        ("answer", _without_answer(result)),
+        ("answer", _missing_answer(result)),
     ]
     show(("", ""), [(name, value) for name, value in about if value not in (None, "", [])])
     if result.answer is not None:
         tensors.show_result(result.answer, as_json=False, output=None)
-    _exit_without(result)
+    _exit_if_lost(result)
 
 
-def _exit_without(result: JobResult) -> None:
-    """Ends the command when the answer that was asked for is lost: whoever takes it for none is told otherwise."""
+def _exit_if_lost(result: JobResult) -> None:
+    """Exit with an error when the answer is damaged, which is different from a result without an answer."""
     if result.answer_lost:
         print(
             f"shoal: the answer of job {result.job_id} is damaged in the store: {result.answer_lost}", file=sys.stderr
@@ -123,7 +125,8 @@ def _exit_without(result: JobResult) -> None:
 @app.command()
 def export(
     to: Annotated[
-        str, typer.Argument(metavar="TO", help="A folder here, or a URL that the store writes to: s3://bucket/prefix.")
+        str,
+        typer.Argument(metavar="TO", help="A local folder, or a URL that the store writes to: s3://bucket/prefix."),
     ],
     model: Model = "",
     version: Version = "",
@@ -132,20 +135,20 @@ def export(
     label: Label = None,
     since: Since = None,
     until: Until = None,
-    answers: Annotated[bool, typer.Option(help="With the models' answers.")] = True,
+    answers: Annotated[bool, typer.Option(help="Include the models' answers.")] = True,
     part_rows: Annotated[
-        int, typer.Option(metavar="N", min=1, max=1_000_000, help="Rows of one part at most.")
+        int, typer.Option(metavar="N", min=1, max=1_000_000, help="Largest number of rows in a part.")
     ] = 100_000,
     cursor: Annotated[
-        str, typer.Option(metavar="CURSOR", help="Go on with an export that was interrupted.", show_default=False)
+        str, typer.Option(metavar="CURSOR", help="Resume an interrupted export.", show_default=False)
     ] = "",
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
     """Write results to Parquet files, oldest first: part-00000.parquet and so on, then _manifest.json.
 
-    Those that are recorded now. Interrupted, it says how to go on. Exits 1 when answers were damaged in the store:
-    their results are written without them, and the column answer_lost says why.
+    The export contains the results recorded at its start. An interrupted export prints how to resume it. Exits 1 when
+    answers were damaged in the store: their results have no answer, and the column answer_lost has the reason.
 
     [bold]Examples[/bold]
 
@@ -153,25 +156,26 @@ def export(
 
       shoal results export s3://reports/monday --label team=vision --no-answers
     """
-    wanted = _filter(model, version, tenant, outcome, label, since, until)
+    matching = _filter(model, version, tenant, outcome, label, since, until)
     last = None
     try:
-        with connect(gateway) as client, _counting() as told:
-            for last in client.results.export(to, wanted, answers=answers, part_rows=part_rows, cursor=cursor):
-                told(last)
+        with connect(gateway) as client, _counting() as report:
+            for last in client.results.export(to, matching, answers=answers, part_rows=part_rows, cursor=cursor):
+                report(last)
     except (KeyboardInterrupt, ShoalError):
         if last is not None and not last.complete:
-            print(f"{last.parts} parts are written: go on with --cursor {last.cursor}", file=sys.stderr)
+            print(f"{last.parts} parts are written: resume with --cursor {last.cursor}", file=sys.stderr)
         raise
-    assert last is not None  # The last message says that it is complete.
+    # An export yields a complete message at its end, or raises.
+    assert last is not None
     if json:
         show_json(last)
     else:
         typer.echo(f"{last.rows} results in {last.parts} parts, {size(last.bytes)}, in {to}")
     if last.answers_lost:
         print(
-            f"{last.answers_lost} of them without their answer, which is damaged in the store: column answer_lost of "
-            "each says why",
+            f"{last.answers_lost} of them have no answer, because it is damaged in the store: the column answer_lost "
+            "has the reason",
             file=sys.stderr,
         )
         raise typer.Exit(1)
@@ -179,14 +183,14 @@ def export(
 
 @contextmanager
 def _counting() -> Iterator[Callable[[Exported], None]]:
-    """A line on standard error that counts. Where that is no terminal, nothing."""
+    """Show a running count on standard error, if that is a terminal."""
     from rich.status import Status
 
     out = console(stderr=True)
     if not out.is_terminal:
         yield lambda _: None
         return
-    with Status("looking", console=out) as status:
+    with Status("searching", console=out) as status:
         yield lambda at: status.update(f"{at.rows} results, {at.parts} parts written, {size(at.bytes)}")
 
 
@@ -224,8 +228,8 @@ def _row(result: JobResult) -> tuple[object, ...]:
     )
 
 
-def _without_answer(result: JobResult) -> str:
-    """Why there is none, of a result that has had one."""
+def _missing_answer(result: JobResult) -> str:
+    """Return the reason why a succeeded job's answer is missing; empty for others."""
     if result.answer_removed_at:
         return "removed by retention"
     return "damaged in the store" if result.answer_lost else ""

@@ -1,4 +1,4 @@
-"""`shoal store retention`: how long results are kept."""
+"""`shoal store retention`: retention of results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shoal.cli.output import AsJson, Gateway, connect, show, show_json
 app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
-    help="How long results, their answers, and what is left of them are kept.",
+    help="Retention of results, of their answers, and of tombstones (remains of removed results).",
 )
 
 What = Annotated[str, typer.Argument(metavar="WHAT", help="results, answers or tombstones.")]
@@ -20,14 +20,14 @@ Tenant = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Only of this tenant; '' is the default one. Without: of all that have no rule of their own.",
+        help="Only this tenant; '' is the default tenant. Default: all tenants without their own.",
     ),
 ]
 
 
 @app.command("list")
 def list_rules(gateway: Gateway = None, json: AsJson = False) -> None:
-    """List the rules. What has none is kept for ever.
+    """List the rules. Without a rule, everything is kept for ever.
 
     [bold]Example[/bold]
 
@@ -54,7 +54,7 @@ def set_rule(
     tenant: Tenant = None,
     gateway: Gateway = None,
 ) -> None:
-    """Say how long something is kept. The leader removes what is older, within a minute or so.
+    """Set how long something is kept. The leader removes what is older, within about a minute.
 
     [bold]Examples[/bold]
 
@@ -62,15 +62,15 @@ def set_rule(
 
       shoal store retention set results forever --tenant acme
     """
-    until = None if keep == "forever" else amounts.age(keep, "AGE")
+    age = None if keep == "forever" else amounts.age(keep, "AGE")
     with connect(gateway) as client:
-        client.store.set_retention(what, until, tenant=tenant)
-    typer.echo(f"{what} of {whose(tenant)}: kept {'for ever' if until is None else f'for {keep}'}")
+        client.store.set_retention(what, age, tenant=tenant)
+    typer.echo(f"{what} of {whose(tenant)}: kept {'for ever' if age is None else f'for {keep}'}")
 
 
 @app.command("remove")
 def remove_rule(what: What, tenant: Tenant = None, gateway: Gateway = None) -> None:
-    """Remove a rule: the one for all tenants counts again, or none.
+    """Remove a rule; the rule for all tenants, if any, applies again.
 
     [bold]Example[/bold]
 
@@ -82,10 +82,10 @@ def remove_rule(what: What, tenant: Tenant = None, gateway: Gateway = None) -> N
 
 
 def named(tenant: str) -> str:
-    """A tenant in a table."""
+    """Return a tenant's name for a table."""
     return tenant or "(default)"
 
 
 def whose(tenant: str | None) -> str:
-    """Whom a rule is for, in words."""
-    return "all tenants without one of their own" if tenant is None else f"tenant {named(tenant)}"
+    """Return the tenants of a rule, in words."""
+    return "all tenants without their own" if tenant is None else f"tenant {named(tenant)}"

@@ -1,4 +1,4 @@
-"""`shoal jobs run`: a stream of jobs from lines, their results as lines."""
+"""`shoal jobs run`: jobs from the lines of a file, results as lines."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ if TYPE_CHECKING:
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="The model to ask.")],
+    model: Annotated[str, typer.Argument(help="The model to run.")],
     written: Annotated[str, typer.Argument(metavar="FILE", help="JSON Lines, or - for standard input.")] = "-",
-    version: Annotated[str, typer.Option(metavar="V", help="Ask this version.", show_default=False)] = "",
+    version: Annotated[str, typer.Option(metavar="V", help="Version to run.", show_default=False)] = "",
     tenant: Annotated[
-        str, typer.Option(metavar="NAME", help="Whose jobs. Default: the default tenant.", show_default=False)
+        str, typer.Option(metavar="NAME", help="Tenant of the jobs. Default: the default tenant.", show_default=False)
     ] = "",
     key: Annotated[
         str,
         typer.Option(
             metavar="PREFIX",
-            help="Idempotency keys PREFIX-<line>: run again after a break, every line keeps its job.",
+            help="Idempotency keys PREFIX-<line>: a repeated run gives every line its first job.",
             show_default=False,
         ),
     ] = "",
-    window: Annotated[int, typer.Option(metavar="N", min=1, help="Jobs without a result at once.")] = 256,
+    window: Annotated[int, typer.Option(metavar="N", min=1, help="Largest number of jobs without result.")] = 256,
     gateway: Gateway = None,
 ) -> None:
-    """Run each line of a file as a durable job, and print the results as they come, one line of JSON each.
+    """Run each line of a file as a durable job, and print the results as they arrive, one line of JSON each.
 
-    A line is what `shoal infer` takes as INPUT. Results carry the number of their line, from 1; a line that fails has
-    an error instead of an answer, and the others go on. Exits 1 when one failed. A node that restarts is waited for.
+    A line is what `shoal infer` takes as INPUT. Results carry the number of their line, from 1. A failed line has an
+    error in place of an answer, and the others continue. Exits 1 when a line failed. The command waits for a node that
+    restarts.
 
     [bold]Examples[/bold]
 
@@ -49,24 +50,24 @@ def run(
 
     failed = answered = 0
     with _lines(written) as lines, connect(gateway, tenant=tenant) as client:
-        asked = Asked(lines, model, version, key, client.models.metadata(model, version))
-        for ran in client.jobs.run_many(asked.requests(), window=window):
-            line = asked.line_of(ran)
+        requests = RequestLines(lines, model, version, key, client.models.metadata(model, version))
+        for ran in client.jobs.run_many(requests.requests(), window=window):
+            line = requests.line_of(ran)
             if ran.result is not None:
                 answered += 1
                 show_json_line({"line": line, "job": ran.job_id, "answer": plain(tensors.as_document(ran.result))})
             else:
                 failed += 1
                 _show_error(line, ran.job_id, ran.error or ShoalError("no result"))
-    failed += asked.refused
+    failed += requests.rejected
     if sys.stderr.isatty():
         typer.echo(f"{answered + failed} lines: {answered} answered, {failed} failed", err=True)
     if failed:
         raise typer.Exit(1)
 
 
-class Asked:
-    """The requests of the lines. A line that is none is answered at once."""
+class RequestLines:
+    """Requests from lines. The error of an invalid line is printed immediately."""
 
     def __init__(self, lines: IO[str], model: str, version: str, key: str, metadata: ModelMetadata) -> None:
         self._lines = lines
@@ -76,7 +77,7 @@ class Asked:
         self._metadata = metadata
         self._numbers: dict[int, int] = {}
         self._next = 0
-        self.refused = 0
+        self.rejected = 0
 
     def requests(self) -> Iterator[JobRequest]:
         for number, line in enumerate(self._lines, 1):
@@ -85,7 +86,7 @@ class Asked:
             try:
                 request = self._request(line, number)
             except ShoalError as err:
-                self.refused += 1
+                self.rejected += 1
                 _show_error(number, "", err)
                 continue
             self._numbers[self._next] = number
@@ -93,22 +94,22 @@ class Asked:
             yield request
 
     def line_of(self, ran: Ran) -> int:
-        """The number of the line that a result belongs to. Asked once."""
+        """Return the line number of a result. Call it once for each result."""
         return self._numbers.pop(ran.index)
 
     def _request(self, line: str, number: int) -> JobRequest:
         from shoal.cli import tensors
         from shoal.client import JobRequest
 
-        given = tensors.of_line(line, f"line {number}")
-        ready = tensors.fit(given, self._metadata)
+        request = tensors.of_line(line, f"line {number}")
+        ready = tensors.fit(request, self._metadata)
         return JobRequest(
             self._model,
             ready.inputs,
-            outputs=given.outputs,
+            outputs=request.outputs,
             version=self._version,
-            parameters=given.parameters,
-            request_id=given.request_id,
+            parameters=request.parameters,
+            request_id=request.request_id,
             datatypes=ready.datatypes,
             idempotency_key=f"{self._key}-{number}" if self._key else "",
         )

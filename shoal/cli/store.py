@@ -1,4 +1,4 @@
-"""`shoal store`: is everything there, and is it what it was; how long, how much, and where else it is kept."""
+"""`shoal store`: verification, garbage collection, retention, quotas and backups of the store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     no_args_is_help=True,
-    help="Verify what the store keeps, say how long, back it up, restore it.",
+    help="Verify, back up and restore the store's contents; set retention and quotas.",
 )
 app.add_typer(retention.app, name="retention")
 app.command()(usage.usage)
@@ -32,13 +32,13 @@ app.command()(backups.restore)
 
 @app.command()
 def verify(
-    quick: Annotated[bool, typer.Option("--quick", help="Only whether blobs are there with their sizes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Check only that blobs exist with the right size.")] = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Read every blob and compare it with what was stored. Names what is damaged, and which models and jobs it harms.
+    """Read every blob and compare it with its digest. Lists damaged blobs, with the models and jobs that need them.
 
-    Exits 1 when something is damaged. Push a damaged model again to repair it.
+    Exits 1 when a blob is damaged. Push a damaged model again to repair it.
 
     [bold]Examples[/bold]
 
@@ -61,9 +61,9 @@ def verify(
     else:
         if findings:
             rows = [(found.kind, found.key, found.message, "\n".join(found.users)) for found in findings]
-            show(("", "blob", "what", "harms"), rows)
-        looked = "looked at" if quick else "read and compared"
-        typer.echo(f"{blobs} blobs ({size(nbytes)}) {looked}: {damaged or 'none'} damaged")
+            show(("", "blob", "what", "needed by"), rows)
+        checked = "checked" if quick else "read and compared"
+        typer.echo(f"{blobs} blobs ({size(nbytes)}) {checked}: {damaged or 'none'} damaged")
     if damaged:
         raise typer.Exit(1)
 
@@ -71,14 +71,14 @@ def verify(
 @app.command()
 def collect(
     strays: Annotated[
-        bool, typer.Option("--strays", help="Also look through all blobs for those of uploads that broke off.")
+        bool, typer.Option("--strays", help="Also search all blobs for remains of interrupted uploads.")
     ] = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Collect artifacts that nothing refers to, now. The store does this every ten minutes by itself.
+    """Collect unreferenced artifacts now. The store does this every ten minutes by itself.
 
-    An artifact goes in three steps, ten minutes apart: condemned, collected, its bytes removed.
+    An artifact is collected in three steps, ten minutes apart: marked, collected, its bytes removed.
 
     [bold]Example[/bold]
 
@@ -89,16 +89,16 @@ def collect(
     if json:
         show_json(done)
         return
-    typer.echo(f"{done.condemned} condemned, {done.collected} collected, {done.removed} blobs removed")
+    typer.echo(f"{done.condemned} marked, {done.collected} collected, {done.removed} blobs removed")
     if strays:
-        typer.echo(f"{done.strays} strays found")
+        typer.echo(f"{done.strays} stray blobs found")
 
 
 def _shown(steps: Iterable[Verified], json: bool) -> Iterator[Verified]:
-    """The steps, with a progress bar on a terminal."""
-    with _bar(json) as told:
+    """Yield the steps, with a progress bar on a terminal."""
+    with _bar(json) as report:
         for step in steps:
-            told(step)
+            report(step)
             yield step
 
 

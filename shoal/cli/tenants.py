@@ -1,4 +1,4 @@
-"""`shoal tenants`: who may have how much."""
+"""`shoal tenants`: shares and limits of tenants."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     no_args_is_help=True,
-    help="Shares and limits of those who submit jobs: weights, quotas, rates.",
+    help="Shares and limits of tenants: weights, quotas, rates.",
 )
 
 Name = Annotated[
-    str, typer.Argument(metavar="TENANT", help="The tenant. '*' is everyone without settings of their own.")
+    str, typer.Argument(metavar="TENANT", help="The tenant. '*' holds the settings of tenants without their own.")
 ]
 
 
 @app.command("list")
 def list_tenants(
-    limit: Annotated[int, typer.Option(metavar="N", min=1, help="How many at most.")] = 1_000,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Largest number of rows to list.")] = 1_000,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """List tenants that have settings, or jobs that wait.
+    """List the tenants that have settings or waiting jobs.
 
     [bold]Example[/bold]
 
@@ -52,30 +52,31 @@ def list_tenants(
         for tenant in tenants
     ]
     columns = ("tenant", "waiting", "weight", "may wait", "jobs/s", "at once")
-    show(columns, rows, empty="no tenant has settings, or jobs that wait")
+    show(columns, rows, empty="no tenant has settings or waiting jobs")
 
 
 @app.command("set")
 def set_tenant(
     name: Name,
     weight: Annotated[
-        float | None, typer.Option(metavar="W", help="Its share beside others that wait: 0.01 to 100.")
+        float | None, typer.Option(metavar="W", help="Share relative to other waiting tenants: 0.01 to 100.")
     ] = None,
     max_pending: Annotated[
-        int | None, typer.Option(metavar="N", help="Jobs that may wait; beyond, submits are refused. 0: no limit.")
+        int | None,
+        typer.Option(metavar="N", help="Largest number of waiting jobs; further submits are rejected. 0: no limit."),
     ] = None,
     rate: Annotated[float | None, typer.Option(metavar="R", help="Submits per second. 0: no limit.")] = None,
     burst: Annotated[
-        float | None, typer.Option(metavar="B", help="Submits at once after a pause. 0: a second's worth.")
+        float | None, typer.Option(metavar="B", help="Submits at once after a pause. 0: one second's worth.")
     ] = None,
     inherit: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help="Let weight, max_pending, rate or burst be what '*' has. May be repeated."),
+        typer.Option(metavar="FIELD", help="Follow '*' in weight, max_pending, rate or burst. May be repeated."),
     ] = None,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Say what a tenant may have. What is not named stays; it counts within a second, for jobs that wait already too.
+    """Change a tenant's settings; others stay. Takes effect within about a second, also for waiting jobs.
 
     [bold]Examples[/bold]
 
@@ -94,7 +95,7 @@ def set_tenant(
 
 @app.command("show")
 def show_tenant(name: Name, gateway: Gateway = None, json: AsJson = False) -> None:
-    """Show what is in force for a tenant, where it comes from, and how many of its jobs wait.
+    """Show the effective settings of a tenant, their origin, and its number of waiting jobs.
 
     [bold]Example[/bold]
 

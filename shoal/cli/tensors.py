@@ -25,7 +25,7 @@ import numpy as np
 from shoal.cli import explanation
 from shoal.cli.output import console, of_bytes, show, show_json, text
 from shoal.client import BFloat16, InferResult, ModelMetadata, TensorMetadata
-from shoal.client.inference import Parameter
+from shoal.client.inference.inference import Parameter
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 

@@ -1,4 +1,4 @@
-"""`shoal up`: one whole node in the foreground."""
+"""`shoal up`: run a whole node in the foreground."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 def up(
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Where the node keeps everything.", show_default="~/.local/share/shoal", metavar="DIR"),
+        typer.Option(help="Folder for all data of the node.", show_default="~/.local/share/shoal", metavar="DIR"),
     ] = None,
     gateway_port: Annotated[
         int, typer.Option(help="Port for clients, on 127.0.0.1. 0: any free one.", metavar="N")
@@ -26,11 +26,14 @@ def up(
         int, typer.Option(help="Port of Envoy's admin endpoint, on 127.0.0.1. 0: any free one.", metavar="N")
     ] = 9901,
     replicas: Annotated[
-        str, typer.Option(help="Instances of a service, where not 1.", metavar="SERVICE=N,...", show_default=False)
+        str,
+        typer.Option(
+            help="Number of instances of a service, where not 1.", metavar="SERVICE=N,...", show_default=False
+        ),
     ] = "",
     ready_file: Annotated[
         Path | None,
-        typer.Option(help="Write where everything is to this file (JSON), while the node is ready.", metavar="PATH"),
+        typer.Option(help="Write the addresses (JSON) to this file while the node is ready.", metavar="PATH"),
     ] = None,
     etcd: Annotated[
         str | None, typer.Option(help="Use this etcd instead of starting one.", metavar="http://HOST:PORT,...")
@@ -49,11 +52,11 @@ def up(
     connectors: Annotated[
         Path | None,
         typer.Option(
-            help="Take part in the streams of this file: Kafka topics and others (docs/streams.md).", metavar="FILE"
+            help="Run the connectors of this file: streams from Kafka and others (docs/streams.md).", metavar="FILE"
         ),
     ] = None,
     node: Annotated[
-        str, typer.Option(help="Name of this node: nodes that share an etcd need different ones.", metavar="NAME")
+        str, typer.Option(help="Name of this node; nodes that share an etcd need different names.", metavar="NAME")
     ] = "local",
     json: Annotated[
         bool, typer.Option("--json", help="When ready, print the ready document instead of a table.")
@@ -61,7 +64,7 @@ def up(
 ) -> None:
     """Start a whole node on this machine: etcd, MongoDB, Envoy and every service, and keep it running.
 
-    Ctrl-C stops everything in order; a second Ctrl-C stops it at once. What is stored stays in the data folder.
+    Ctrl-C stops everything in order; a second Ctrl-C stops immediately. Stored data stays in the data folder.
 
     [bold]Examples[/bold]
 
@@ -78,10 +81,10 @@ def up(
     import asyncio
     import os
 
-    from mesh.node import node as launcher
-    from mesh.node.connectors import check as check_connectors
-    from mesh.node.options import checked
     from shoal.cli.screen import NodeScreen
+    from shoal.node import node as launcher
+    from shoal.node.connectors import check as check_connectors
+    from shoal.node.options import checked
 
     options = checked(
         connectors=connectors,
@@ -103,13 +106,13 @@ def up(
 
 
 def default_data_dir(xdg_data_home: str | None) -> Path:
-    """Where a user's data goes (XDG Base Directory Specification)."""
+    """Return the default folder for the node's data (XDG Base Directory Specification)."""
     home = Path(xdg_data_home) if xdg_data_home and Path(xdg_data_home).is_absolute() else Path("~/.local/share")
     return home / "shoal"
 
 
 def _pointer(screen: NodeScreen) -> Path | None:
-    """Where other commands look for a running node; None when there is no safe place for it."""
+    """Return the path at which other commands find this node's addresses; None when no folder for it is safe."""
     import os
 
     from shoal.discovery import pointer_path
@@ -117,5 +120,5 @@ def _pointer(screen: NodeScreen) -> Path | None:
     try:
         return pointer_path(os.environ, os.getpid())
     except OSError as err:
-        screen.trouble(f"other commands will not find this node by themselves ({err}): give them --gateway")
+        screen.trouble(f"other commands will not find this node without --gateway: {err}")
         return None

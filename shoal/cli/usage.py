@@ -1,4 +1,4 @@
-"""`shoal store usage` and `shoal store quota`: how much room results and payloads take, and may take."""
+"""`shoal store usage` and `shoal store quota`: space of results and payloads."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from shoal.cli.output import AsJson, Gateway, connect, show, show_json, size
 from shoal.cli.retention import Tenant, named, whose
 
 quota = typer.Typer(
-    rich_markup_mode="rich", no_args_is_help=True, help="How much room a tenant's results and payloads may take."
+    rich_markup_mode="rich", no_args_is_help=True, help="Limits on the space of a tenant's results and payloads."
 )
 
 
 def usage(
     recount: Annotated[
-        bool, typer.Option("--recount", help="Count everything one by one first: about a minute for some million.")
+        bool, typer.Option("--recount", help="Count everything first: about a minute for some million results.")
     ] = False,
     gateway: Gateway = None,
     json: AsJson = False,
 ) -> None:
-    """Show what each tenant's results, and large requests of its jobs (payloads), take, and what they may take.
+    """Show the space of each tenant's results and payloads (large requests of its jobs), and its quota.
 
     [bold]Example[/bold]
 
@@ -46,7 +46,7 @@ def usage(
         )
         for one in found.tenants
     ]
-    columns = ("tenant", "results", "payloads", "size", "of payloads", "quota", "used", "counted one by one")
+    columns = ("tenant", "results", "payloads", "size", "of payloads", "quota", "used", "recounted")
     show(columns, rows, empty="no results and no payloads")
     typer.echo(f"{found.artifacts} artifacts (models, payloads): {size(found.artifact_bytes)}")
 
@@ -57,7 +57,7 @@ def set_quota(
     tenant: Tenant = None,
     gateway: Gateway = None,
 ) -> None:
-    """Say how much room a tenant's results and payloads may take. Who has used it up cannot submit until there is some.
+    """Set the quota of a tenant's results and payloads. A tenant over its quota cannot submit jobs.
 
     [bold]Examples[/bold]
 
@@ -68,12 +68,12 @@ def set_quota(
     most_bytes = amounts.size(most, "BYTES")
     with connect(gateway) as client:
         client.store.set_quota(most_bytes, tenant=tenant)
-    typer.echo(f"results and payloads of {whose(tenant)}: {size(most_bytes)} at most")
+    typer.echo(f"results and payloads of {whose(tenant)}: at most {size(most_bytes)}")
 
 
 @quota.command("remove")
 def remove_quota(tenant: Tenant = None, gateway: Gateway = None) -> None:
-    """Remove a quota: the one for all tenants counts again, or none.
+    """Remove a quota; the quota for all tenants, if any, applies again.
 
     [bold]Example[/bold]
 

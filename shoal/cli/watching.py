@@ -1,4 +1,4 @@
-"""`shoal jobs watch`: one job until its end, or all that match until somebody has seen enough."""
+"""`shoal jobs watch`: one job until its end, or all jobs that match until interrupted."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class JobWatch:
-    """What the options say."""
+class WatchOptions:
+    """Options that select jobs."""
 
     states: Sequence[str]
     model: str
@@ -35,7 +35,7 @@ class JobWatch:
 
 
 def follow_one(client: Client, job_id: str, *, timeout: float, as_json: bool) -> None:
-    """Prints each step of a job. Exits 1 when it did not succeed."""
+    """Print each transition of a job. Exits 1 when the job did not succeed."""
     from shoal.client import JobState
 
     last: Job | None = None
@@ -51,15 +51,18 @@ def follow_one(client: Client, job_id: str, *, timeout: float, as_json: bool) ->
         raise typer.Exit(1)
 
 
-def follow_all(client: Client, wanted: JobWatch, *, timeout: float | None, as_json: bool) -> None:
-    """Prints each step of each job that matches. Goes on where the file `wanted.resume` says, and keeps it up."""
+def follow_all(client: Client, options: WatchOptions, *, timeout: float | None, as_json: bool) -> None:
+    """Print each transition of each job that matches. Resume at the position in `options.resume`, and update it."""
     from shoal.client import JobFilter
-    from shoal.client.jobs import WATCH_ALL_S
+    from shoal.client.jobs.jobs import WATCH_ALL_S
 
-    token = _read(wanted.resume)
-    among = JobFilter(states=wanted.states, model=wanted.model, tenant=wanted.tenant, labels=wanted.labels)
+    token = _read(options.resume)
+    matching = JobFilter(states=options.states, model=options.model, tenant=options.tenant, labels=options.labels)
     changes = client.jobs.watch_all(
-        among, include_existing=wanted.existing, resume_token=token, timeout=WATCH_ALL_S if timeout is None else timeout
+        matching,
+        include_existing=options.existing,
+        resume_token=token,
+        timeout=WATCH_ALL_S if timeout is None else timeout,
     )
     with contextlib.suppress(KeyboardInterrupt):
         for change in changes:
@@ -67,8 +70,8 @@ def follow_all(client: Client, wanted: JobWatch, *, timeout: float | None, as_js
                 show_json_line(change.job)
             else:
                 typer.echo(f"{change.job.id}  {printable(change.job.model_name)}  {_line(change.job.transitions[-1])}")
-            if wanted.resume is not None:
-                _write(wanted.resume, change.resume_token)
+            if options.resume is not None:
+                _write(options.resume, change.resume_token)
 
 
 def _line(step: Transition) -> str:
@@ -83,14 +86,14 @@ def _read(path: Path | None) -> str:
     try:
         return path.read_text("ascii").strip()
     except (OSError, UnicodeDecodeError) as err:
-        raise InvalidArgument(f"--resume {path}: not a file that this command kept: {err}") from None
+        raise InvalidArgument(f"--resume {path}: not a file of this command: {err}") from None
 
 
 def _write(path: Path, token: str) -> None:
-    """Whole or not at all: a kill in between leaves the token of before, and a line is printed again."""
+    """Replace the file atomically: after a kill the old token remains, and a line may be printed again."""
     new = path.with_name(path.name + ".new")
     try:
         new.write_text(token + "\n", "ascii")
         os.replace(new, path)
     except OSError as err:
-        raise InvalidArgument(f"--resume {path}: it cannot be kept there: {err}") from None
+        raise InvalidArgument(f"--resume {path}: cannot write it: {err}") from None

@@ -1,4 +1,4 @@
-"""The async client: `async with shoal.AsyncClient() as client: ...`. The blocking one is made from it (blocking.py)."""
+"""Async client: `async with shoal.AsyncClient() as client: ...`. The blocking client wraps it (blocking.py)."""
 
 from __future__ import annotations
 
@@ -6,44 +6,46 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 
-from shoal.client import methods
-from shoal.client.arrays import ArrayLike
-from shoal.client.asking import Asker, each
-from shoal.client.batches import AsyncBatches
-from shoal.client.calls import Caller, Headers
-from shoal.client.inference import InferRequest, InferResult, Parameter, of_response
-from shoal.client.jobs import AsyncJobs
-from shoal.client.models import AsyncModels
-from shoal.client.results import AsyncResults
-from shoal.client.retry import RetryPolicy
-from shoal.client.status import Status, look
-from shoal.client.store import AsyncStore
+from shoal.client.inference.arrays import ArrayLike
+from shoal.client.inference.inference import InferRequest, InferResult, Parameter, of_response
+from shoal.client.inference.requests import RequestEncoder, as_async
+from shoal.client.jobs.batches import AsyncBatches
+from shoal.client.jobs.jobs import AsyncJobs
+from shoal.client.models.models import AsyncModels
+from shoal.client.status import Status, fetch_status
+from shoal.client.store.results import AsyncResults
+from shoal.client.store.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
+from shoal.client.transport import methods
+from shoal.client.transport.calls import Caller, Headers
+from shoal.client.transport.retry import RetryPolicy
 from shoal.discovery import find_gateway
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as oip
 
 INFER_S = 60.0
-"""What a large model on a CPU may take; a minute ends what hangs."""
+"""Timeout of one inference: long enough for a large model on a CPU."""
 
 STREAM_S = 3_600.0
-"""A stream of inferences ends with its requests; an hour ends one that was forgotten."""
+"""Timeout of an inference stream, which normally ends with its requests; the limit ends a forgotten stream."""
 
 STATUS_S = 5.0
-"""All of it is in somebody's memory: who takes longer is part of what is wrong."""
+"""Timeout of `status`: the services answer from memory, so a slower answer is itself a problem to report."""
 
 
 class AsyncClient:
-    """Talks to a node at `address`, `host:port`; without one, to $SHOAL_GATEWAY or the node that runs here.
+    """Async client of the node at `address` (`host:port`).
 
-    Use as `async with`, or close it with `await client.close()`. Safe to use from many tasks of one event loop.
+    Without an address: $SHOAL_GATEWAY, else the node that runs on this machine.
 
-    Every call has a deadline (`timeout`, in seconds), is tried again where that is safe (see RetryPolicy), and raises a
-    class of `shoal.errors`: Unavailable when nobody answers, NotFound, InvalidArgument ...
+    Use `async with`, or close the client with `await client.close()`. Many tasks of one event loop may share a client.
 
-    Raises (on making one):
-        InvalidArgument: `address` is none.
-        NotFound, FailedPrecondition: none was given, and not exactly one node runs here.
+    Every call has a deadline (`timeout`, in seconds), is retried where that is safe (see RetryPolicy), and raises a
+    class of `shoal.errors`: Unavailable when no node answers, NotFound, InvalidArgument ...
+
+    The constructor raises:
+        InvalidArgument: `address` is not an address.
+        NotFound, FailedPrecondition: no address was set, and no node or several nodes run on this machine.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class AsyncClient:
 
     @property
     def address(self) -> str:
-        """The gateway that it talks to."""
+        """Address of the gateway that the client calls."""
         return self._caller.address
 
     async def __aenter__(self) -> AsyncClient:
@@ -76,7 +78,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the connection; calls in flight are cancelled."""
+        """Close the connection and cancel the calls in flight."""
         await self._caller.close()
 
     async def infer(
@@ -92,29 +94,28 @@ class AsyncClient:
         headers: Headers | None = None,
         timeout: float = INFER_S,
     ) -> InferResult:
-        """Asks a model.
+        """Run one inference and return its result.
 
-        `inputs` are arrays by input name, whose dtype says what is sent. Lists and scalars become what the model asks
-        for, at the price of one more call; `datatypes` says so without it: `{"x": "FP32"}`. `outputs` narrows the
-        answer. With `parameters={"explain": True}` the answer's parameters say which replica answered, and how large
-        the batch was.
+        `inputs` are arrays by input name; an array's dtype is the datatype sent. Lists and scalars take the datatype of
+        the model's metadata, which costs one more call; `datatypes={"x": "FP32"}` avoids it. `outputs` selects outputs.
+        With `parameters={"explain": True}` the result's parameters name the replica and the size of the batch.
 
         Raises:
-            InvalidArgument: names the input, what was expected and what came.
+            InvalidArgument: the message names the input, the expected value and the received one.
             NotFound: no such model or version.
             ResourceExhausted: the model's queue is full.
-            DeadlineExceeded: no answer within `timeout` seconds; what was not run by then will not be.
-            Unavailable: nobody answers.
+            DeadlineExceeded: no answer within `timeout` seconds; a request that has not started by then never runs.
+            Unavailable: no node answers.
         """
         request = InferRequest(model, inputs, outputs, version, parameters, request_id, datatypes or {})
-        message = await Asker(self._caller).message(request)
+        message = await RequestEncoder(self._caller).encode(request)
         answer = await self._caller.call(
             methods.MODEL_INFER,
             message,
             timeout_s=timeout,
             headers=headers,
             doing=f"infer with {model}",
-            # A step of a sequence changes what the model remembers of it.
+            # A step of a sequence changes the model's state, so a retry would run the step twice.
             idempotent="sequence_id" not in message.parameters,
         )
         return of_response(answer)
@@ -126,14 +127,14 @@ class AsyncClient:
         headers: Headers | None = None,
         timeout: float = STREAM_S,
     ) -> AsyncGenerator[InferResult, None]:
-        """Asks models over one stream, and gives the answers as they come; `request_id` says which is whose.
+        """Run inferences over one stream and yield the results in the order of arrival; match them by `request_id`.
 
-        A request that fails is answered with an InferResult whose `error` says why, and the stream goes on. A stream
-        that breaks is not opened again: only the caller knows what of a sequence or of many answers is missing.
+        A failed request yields an InferResult whose `error` is the reason, and the stream continues. A broken stream is
+        not reopened: only the caller knows which steps of a sequence, or which responses, are missing.
 
         Raises:
             Unavailable: the stream broke.
-            InvalidArgument: a request cannot be sent.
+            InvalidArgument: a request cannot be encoded.
         """
         failed: list[Exception] = []
         messages = self._messages(requests, failed)
@@ -146,21 +147,21 @@ class AsyncClient:
     async def _messages(
         self, requests: AsyncIterable[InferRequest] | Iterable[InferRequest], failed: list[Exception]
     ) -> AsyncIterator[oip.ModelInferRequest]:
-        """The messages. grpc swallows what their source raises: it ends the stream, and is kept aside."""
-        asker = Asker(self._caller)
+        """Yield the messages. An error of `requests` ends the stream and goes to `failed`: grpc would swallow it."""
+        encoder = RequestEncoder(self._caller)
         try:
-            async for request in each(requests):
-                yield await asker.message(request)
+            async for request in as_async(requests):
+                yield await encoder.encode(request)
         except Exception as err:
             failed.append(err)
 
     async def status(self, *, timeout: float = STATUS_S) -> Status:
-        """The node at one look: instances, leader, models, and what Envoy was told.
+        """Return an overview of the node: instances, leader, models, and the state of each Envoy's configuration.
 
         Raises:
-            Unavailable: nobody answers.
+            Unavailable: no node answers.
         """
-        return await look(self._caller, timeout)
+        return await fetch_status(self._caller, timeout)
 
 
 def _of_stream(answer: oip.ModelStreamInferResponse) -> InferResult:

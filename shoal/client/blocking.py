@@ -1,25 +1,25 @@
-"""The blocking client: the async one on an event loop of its own."""
+"""Blocking client: the async client, run on its own event loop in a thread."""
 
 from __future__ import annotations
 
 from types import TracebackType
 
 from shoal.client.aio import AsyncClient
-from shoal.client.batches import AsyncBatches
-from shoal.client.calls import Headers
-from shoal.client.dead_letters import AsyncDeadLetters
-from shoal.client.face import Face, LoopThread, blocking, iterating
-from shoal.client.job_retention import AsyncJobRetention
-from shoal.client.jobs import AsyncJobs
-from shoal.client.models import AsyncModels
-from shoal.client.results import AsyncResults
-from shoal.client.retry import RetryPolicy
-from shoal.client.schedules import AsyncSchedules
-from shoal.client.store import AsyncStore
+from shoal.client.face import LoopThread, SyncFacade, blocking, iterating
+from shoal.client.jobs.batches import AsyncBatches
+from shoal.client.jobs.dead_letters import AsyncDeadLetters
+from shoal.client.jobs.job_retention import AsyncJobRetention
+from shoal.client.jobs.jobs import AsyncJobs
+from shoal.client.jobs.schedules import AsyncSchedules
+from shoal.client.models.models import AsyncModels
+from shoal.client.store.results import AsyncResults
+from shoal.client.store.store import AsyncStore
 from shoal.client.tenants import AsyncTenants
+from shoal.client.transport.calls import Headers
+from shoal.client.transport.retry import RetryPolicy
 
 
-class Models(Face[AsyncModels]):
+class Models(SyncFacade[AsyncModels]):
     """`client.models`."""
 
     push = blocking(AsyncModels.push)
@@ -35,7 +35,7 @@ class Models(Face[AsyncModels]):
     index = blocking(AsyncModels.index)
 
 
-class DeadLetters(Face[AsyncDeadLetters]):
+class DeadLetters(SyncFacade[AsyncDeadLetters]):
     """`client.jobs.dead`."""
 
     list = blocking(AsyncDeadLetters.list)
@@ -43,7 +43,7 @@ class DeadLetters(Face[AsyncDeadLetters]):
     purge = blocking(AsyncDeadLetters.purge)
 
 
-class Schedules(Face[AsyncSchedules]):
+class Schedules(SyncFacade[AsyncSchedules]):
     """`client.jobs.schedules`."""
 
     put = blocking(AsyncSchedules.put)
@@ -54,7 +54,7 @@ class Schedules(Face[AsyncSchedules]):
     remove = blocking(AsyncSchedules.remove)
 
 
-class JobRetention(Face[AsyncJobRetention]):
+class JobRetention(SyncFacade[AsyncJobRetention]):
     """`client.jobs.retention`."""
 
     list = blocking(AsyncJobRetention.list)
@@ -62,7 +62,7 @@ class JobRetention(Face[AsyncJobRetention]):
     inherit = blocking(AsyncJobRetention.inherit)
 
 
-class Jobs(Face[AsyncJobs]):
+class Jobs(SyncFacade[AsyncJobs]):
     """`client.jobs`."""
 
     def __init__(self, inner: AsyncJobs, loop: LoopThread) -> None:
@@ -84,7 +84,7 @@ class Jobs(Face[AsyncJobs]):
     result = blocking(AsyncJobs.result)
 
 
-class Results(Face[AsyncResults]):
+class Results(SyncFacade[AsyncResults]):
     """`client.results`."""
 
     get = blocking(AsyncResults.get)
@@ -93,7 +93,7 @@ class Results(Face[AsyncResults]):
     export = iterating(AsyncResults.export)
 
 
-class Batches(Face[AsyncBatches]):
+class Batches(SyncFacade[AsyncBatches]):
     """`client.batches`."""
 
     submit = blocking(AsyncBatches.submit)
@@ -106,7 +106,7 @@ class Batches(Face[AsyncBatches]):
     resume = blocking(AsyncBatches.resume)
 
 
-class Tenants(Face[AsyncTenants]):
+class Tenants(SyncFacade[AsyncTenants]):
     """`client.tenants`."""
 
     list = blocking(AsyncTenants.list)
@@ -114,7 +114,7 @@ class Tenants(Face[AsyncTenants]):
     set = blocking(AsyncTenants.set)
 
 
-class Store(Face[AsyncStore]):
+class Store(SyncFacade[AsyncStore]):
     """`client.store`."""
 
     retention = blocking(AsyncStore.retention)
@@ -129,8 +129,10 @@ class Store(Face[AsyncStore]):
     restore = iterating(AsyncStore.restore)
 
 
-class Client(Face[AsyncClient]):
-    """Talks to a node at `address`, `host:port`; without one, to $SHOAL_GATEWAY or the node that runs here.
+class Client(SyncFacade[AsyncClient]):
+    """Blocking client of the node at `address` (`host:port`).
+
+    Without an address: $SHOAL_GATEWAY, else the node that runs on this machine.
 
         with shoal.Client() as client:
             client.models.push("mymodel.onnx")
@@ -141,14 +143,14 @@ class Client(Face[AsyncClient]):
         async with shoal.Client() as client:       # an AsyncClient
             answer = await client.infer("mymodel", {"x": ...})
 
-    Works without `with` too: close it with `client.close()`, or let it go. Safe to use from many threads.
+    Without `with`, close the client with `client.close()`, or drop the last reference. Many threads may share a client.
 
-    Every call has a deadline (`timeout`, in seconds), is tried again where that is safe (see RetryPolicy), and raises a
-    class of `shoal.errors`: Unavailable when nobody answers, NotFound, InvalidArgument ...
+    Every call has a deadline (`timeout`, in seconds), is retried where that is safe (see RetryPolicy), and raises a
+    class of `shoal.errors`: Unavailable when no node answers, NotFound, InvalidArgument ...
 
-    Raises (on making one):
-        InvalidArgument: `address` is none.
-        NotFound, FailedPrecondition: none was given, and not exactly one node runs here.
+    The constructor raises:
+        InvalidArgument: `address` is not an address.
+        NotFound, FailedPrecondition: no address was set, and no node or several nodes run on this machine.
     """
 
     infer = blocking(AsyncClient.infer)
@@ -175,7 +177,7 @@ class Client(Face[AsyncClient]):
 
     @property
     def address(self) -> str:
-        """The gateway that it talks to."""
+        """Address of the gateway that the client calls."""
         return self._inner.address
 
     def __enter__(self) -> Client:
@@ -185,7 +187,7 @@ class Client(Face[AsyncClient]):
         self.close()
 
     def close(self) -> None:
-        """Ends the connection and the thread; calls in flight are cancelled."""
+        """Close the connection, cancel the calls in flight, and end the thread."""
         self._loop.close()
 
     async def __aenter__(self) -> AsyncClient:

@@ -1,10 +1,10 @@
-"""The blocking face of an async object: the same methods, run on an event loop of its own in a thread of its own.
+"""Blocking facade of an async object: the same methods, run on an event loop in a thread.
 
-    class Jobs(Face[AsyncJobs]):
+    class Jobs(SyncFacade[AsyncJobs]):
         get = blocking(AsyncJobs.get)          # async def get(...) -> Job                becomes  def get(...) -> Job
         watch = iterating(AsyncJobs.watch)     # async def watch(...) -> AsyncIterator    becomes  an Iterator
 
-There is one implementation, and a type checker sees the real signature of either face.
+There is one implementation, and a type checker sees the real signature of either variant.
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ A = TypeVar("A")
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# The loop only has cancelled calls to end; a thread that hangs there must not block the exit of the interpreter.
 _JOIN_S = 5.0
-# At the end the loop has only cancelled calls to see off; a thread that hangs there must not hold up the interpreter.
 
 
-class _Home:
-    """The loop and its thread, once they are needed, and the last thing to do on it."""
+class _LoopState:
+    """Event loop and thread, set at the first use, and the coroutine function that runs before they end."""
 
-    def __init__(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self.last = last
+    def __init__(self, before_end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.before_end = before_end
         self.loop: asyncio.AbstractEventLoop | None = None
         self.thread: threading.Thread | None = None
 
 
 class LoopThread:
-    """An event loop in a thread. It starts with the first `run`; it ends with `close`, with the last reference to this,
-    or with the interpreter, whichever is first. `last()` runs on it before it ends.
+    """Event loop in a thread. It starts with the first `run`.
+
+    It ends with `close`, with the last reference to this object, or with the interpreter. `before_end()` runs first.
     """
 
-    def __init__(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def __init__(self, before_end: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._lock = threading.Lock()
-        self._home = _Home(last)
-        self._end = weakref.finalize(self, _end, self._home)
+        self._state = _LoopState(before_end)
+        self._end = weakref.finalize(self, _end, self._state)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """What `coroutine` returns or raises. An interrupt (Ctrl-C) cancels it.
+        """Run `coroutine` on the loop and return its result or raise its error. An interrupt (Ctrl-C) cancels it.
 
         Raises:
-            FailedPrecondition: this is closed.
-            Cancelled: it is closed meanwhile, by another thread.
+            FailedPrecondition: the loop is closed.
+            Cancelled: another thread closed the loop meanwhile.
         """
         try:
             loop = self._started()
@@ -69,19 +70,20 @@ class LoopThread:
             raise
 
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
-        """The items, one by one, as they come. Leaving early closes `items`."""
+        """Yield the items in the order of arrival. Leaving early closes `items`."""
 
-        turn = asyncio.Lock()  # A step that was interrupted may still be on its way out when `items` is to be closed.
+        # An interrupted step may still be running when `items` is to be closed.
+        step_lock = asyncio.Lock()
 
         async def step() -> tuple[T] | None:
-            async with turn:
+            async with step_lock:
                 try:
                     return (await anext(items),)
                 except StopAsyncIteration:
                     return None
 
         async def end() -> None:
-            async with turn:
+            async with step_lock:
                 await items.aclose()
 
         try:
@@ -92,32 +94,33 @@ class LoopThread:
                 self.run(end())
 
     def close(self) -> None:
-        """Ends the loop and its thread. Does nothing the second time."""
+        """End the loop and its thread. A second call has no effect."""
         with self._lock:
             self._end()
 
     def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if not self._end.alive:
-                raise FailedPrecondition("this client is closed: make a new one")
-            home = self._home
-            if home.loop is None:
-                home.loop = asyncio.new_event_loop()
-                home.thread = threading.Thread(target=_serve, args=(home.loop,), name="shoal-client", daemon=True)
-                home.thread.start()
-            return home.loop
+                raise FailedPrecondition("this client is closed: create a new one")
+            state = self._state
+            if state.loop is None:
+                state.loop = asyncio.new_event_loop()
+                state.thread = threading.Thread(target=_serve, args=(state.loop,), name="shoal-client", daemon=True)
+                state.thread.start()
+            return state.loop
 
 
-def _end(home: _Home) -> None:
-    if home.loop is None or home.thread is None:
+def _end(state: _LoopState) -> None:
+    if state.loop is None or state.thread is None:
         return
-    if home.thread is threading.current_thread():  # Collected as garbage right there: it cannot wait for itself.
-        home.loop.stop()
+    # Garbage collection may run in the loop's own thread, which cannot wait for itself.
+    if state.thread is threading.current_thread():
+        state.loop.stop()
         return
     with contextlib.suppress(TimeoutError):
-        asyncio.run_coroutine_threadsafe(home.last(), home.loop).result(_JOIN_S)
-    home.loop.call_soon_threadsafe(home.loop.stop)
-    home.thread.join(_JOIN_S)
+        asyncio.run_coroutine_threadsafe(state.before_end(), state.loop).result(_JOIN_S)
+    state.loop.call_soon_threadsafe(state.loop.stop)
+    state.thread.join(_JOIN_S)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
@@ -133,8 +136,8 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-class Face(Generic[A]):
-    """An object whose methods run those of `inner` on `loop`."""
+class SyncFacade(Generic[A]):
+    """Facade whose methods run those of `inner` on `loop`."""
 
     def __init__(self, inner: A, loop: LoopThread) -> None:
         self._inner = inner
@@ -142,11 +145,11 @@ class Face(Generic[A]):
 
 
 def blocking(method: Callable[Concatenate[A, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Any, P], T]:
-    """The blocking twin of an async method, for a Face."""
+    """Return the blocking variant of an async method, for a facade class."""
 
     def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        face: Face[A] = self
-        return face._loop.run(method(face._inner, *args, **kwargs))
+        facade: SyncFacade[A] = self
+        return facade._loop.run(method(facade._inner, *args, **kwargs))
 
     functools.update_wrapper(call, method)
     return call
@@ -155,11 +158,11 @@ def blocking(method: Callable[Concatenate[A, P], Coroutine[Any, Any, T]]) -> Cal
 def iterating(
     method: Callable[Concatenate[A, P], AsyncGenerator[T, None]],
 ) -> Callable[Concatenate[Any, P], Iterator[T]]:
-    """The blocking twin of an async generator method, for a Face."""
+    """Return the blocking variant of an async generator method, for a facade class."""
 
     def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        face: Face[A] = self
-        return face._loop.iterate(method(face._inner, *args, **kwargs))
+        facade: SyncFacade[A] = self
+        return facade._loop.iterate(method(facade._inner, *args, **kwargs))
 
     functools.update_wrapper(call, method)
     return call

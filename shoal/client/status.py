@@ -1,18 +1,18 @@
-"""Who is here, who leads, what is served, and what Envoy was told: a node at one look."""
+"""Status of a node: instances, leader, models, connectors, and the state of each Envoy's configuration."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import TypeVar
 
-from shoal.client import methods
-from shoal.client.calls import Caller
-from shoal.client.connectors import Connector, of_connector
-from shoal.client.registry import ModelVersion, of_model, of_time
+from shoal.client.jobs.connectors import Connector, of_connector
+from shoal.client.models.registry import ModelVersion, of_model, of_time
+from shoal.client.transport import methods
+from shoal.client.transport.calls import Caller
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.errors import ShoalError
 from shoal.ingest.v1 import ingest_pb2 as ingest
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class InstanceState(StrEnum):
-    """What an instance does with new calls."""
+    """State of an instance, which decides whether it takes new calls."""
 
     STARTING = "starting"
     READY = "ready"
@@ -43,14 +43,16 @@ class Instance:
     state: InstanceState
     started_at: datetime | None
     models: dict[str, tuple[int, ...]]
-    """infer only: the versions that are ready there, by model."""
+    """Versions ready at an infer instance, by model; empty for other services."""
     version: str
     drained_by_operator: bool
+    slow_paths: dict[str, str] = field(default_factory=dict)
+    """Models whose ordinary requests take infer's slow path, each with the reason."""
 
 
 @dataclass(frozen=True)
 class Leader:
-    """The coord instance that acts."""
+    """The coord instance that is the elected leader."""
 
     instance: str
     fencing_token: int
@@ -59,19 +61,19 @@ class Leader:
 
 @dataclass(frozen=True)
 class EnvoyResources:
-    """What an Envoy was told of one resource type."""
+    """Configuration of one resource type at an Envoy."""
 
     type: str
     names: tuple[str, ...]
     acked_version: str
     nack: str
-    """Its own words when it refused the last response; empty when it did not."""
+    """Envoy's error message when it rejected the last response; else empty."""
     at: datetime | None
 
 
 @dataclass(frozen=True)
 class EnvoyStatus:
-    """One Envoy that is connected to the coord instance that answered."""
+    """One Envoy with a connection to the coord instance that answered."""
 
     node: str
     connected_at: datetime | None
@@ -79,18 +81,18 @@ class EnvoyStatus:
 
     @property
     def refused(self) -> tuple[EnvoyResources, ...]:
-        """What it did not accept."""
+        """Resource types whose last configuration the Envoy rejected."""
         return tuple(resource for resource in self.resources if resource.nack)
 
 
 @dataclass(frozen=True)
 class Status:
-    """A node at one look. What could not be asked is empty, and `problems` says why."""
+    """Overview of a node. A part that could not be read is empty, and `problems` has the reason."""
 
     gateway: str
     instances: tuple[Instance, ...]
     stale: bool
-    """etcd cannot be reached: `instances` is the last that was known."""
+    """True when etcd is unreachable: `instances` is the last known state."""
     leader: Leader | None
     models: tuple[ModelVersion, ...]
     envoys: tuple[EnvoyStatus, ...]
@@ -99,42 +101,42 @@ class Status:
 
     @property
     def healthy(self) -> bool:
-        """Nothing is wrong that can be seen from here."""
+        """True when no problem is visible to the client."""
         return not (self.stale or self.problems or any(envoy.refused for envoy in self.envoys))
 
 
-async def look(caller: Caller, timeout_s: float) -> Status:
-    """Asks everyone at once.
+async def fetch_status(caller: Caller, timeout_s: float) -> Status:
+    """Read the parts of the status concurrently.
 
     Raises:
-        ShoalError: nobody answered anything.
+        ShoalError: every call failed.
     """
     problems: list[ShoalError] = []
 
-    async def asked(call: Awaitable[T], nothing: T, what: str) -> T:
+    async def part(call: Awaitable[T], default: T, what: str) -> T:
         try:
             return await call
         except ShoalError as err:
             problems.append(type(err)(err.message if err.message.startswith("no node") else f"{what}: {err.message}"))
-            return nothing
+            return default
 
     listed, leader, models, mesh = await asyncio.gather(
-        asked(
+        part(
             caller.call(methods.LIST_INSTANCES, coord.ListInstancesRequest(), timeout_s=timeout_s),
             coord.ListInstancesResponse(),
             "instances",
         ),
-        asked(
+        part(
             caller.call(methods.GET_LEADER, coord.GetLeaderRequest(), timeout_s=timeout_s),
             coord.GetLeaderResponse(),
             "leader",
         ),
-        asked(
+        part(
             caller.call(methods.LIST_MODELS, store.ListModelsRequest(), timeout_s=timeout_s),
             store.ListModelsResponse(),
             "models",
         ),
-        asked(
+        part(
             caller.call(methods.GET_MESH_STATUS, coord.GetMeshStatusRequest(), timeout_s=timeout_s),
             coord.GetMeshStatusResponse(),
             "mesh",
@@ -144,9 +146,9 @@ async def look(caller: Caller, timeout_s: float) -> Status:
         raise problems[0]
     connectors = ingest.ListConnectorsResponse()
     if any(instance.service == "ingest" for instance in listed.instances):
-        ask = ingest.ListConnectorsRequest()
-        connectors = await asked(
-            caller.call(methods.LIST_CONNECTORS, ask, timeout_s=timeout_s), connectors, "connectors"
+        query = ingest.ListConnectorsRequest()
+        connectors = await part(
+            caller.call(methods.LIST_CONNECTORS, query, timeout_s=timeout_s), connectors, "connectors"
         )
     return Status(
         gateway=caller.address,
@@ -161,7 +163,7 @@ async def look(caller: Caller, timeout_s: float) -> Status:
 
 
 def of_instance(message: coord.Instance) -> Instance:
-    """The value of the message."""
+    """Return the Instance of a message."""
     states = {
         coord.INSTANCE_STATE_STARTING: InstanceState.STARTING,
         coord.INSTANCE_STATE_READY: InstanceState.READY,
@@ -176,6 +178,7 @@ def of_instance(message: coord.Instance) -> Instance:
         state=states.get(message.state, InstanceState.UNKNOWN),
         started_at=of_time(message, "started_at"),
         models={model.name: tuple(model.versions) for model in message.models},
+        slow_paths={model.name: model.slow_path for model in message.models if model.slow_path},
         version=message.version,
         drained_by_operator=message.drained_by_operator,
     )

@@ -1,4 +1,4 @@
-"""`client.tenants`: shares and limits of those who submit jobs."""
+"""`client.tenants`: shares and limits of tenants."""
 
 from __future__ import annotations
 
@@ -7,59 +7,59 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-from shoal.client import methods
-from shoal.client.calls import Caller
-from shoal.client.registry import of_time
+from shoal.client.models.registry import of_time
+from shoal.client.transport import methods
+from shoal.client.transport.calls import Caller
 from shoal.ingest.v1 import ingest_pb2 as ingest
 
 TIMEOUT_S = 30.0
-"""A page counts the waiting jobs of two hundred tenants."""
-_AT_ONCE = 200
+"""Timeout of one page, which counts the waiting jobs of two hundred tenants."""
+_PAGE = 200
 
 
 @dataclass(frozen=True)
 class TenantSettings:
-    """None where nothing is set: then what the tenant `*` has is in force, or else the node's default."""
+    """Settings of a tenant. A field that is None inherits from the tenant `*`, or else from the node's default."""
 
     weight: float | None = None
-    """Its share beside other tenants that wait; 0.01 to 100, 1 by default."""
+    """Share relative to other waiting tenants; 0.01 to 100, 1 by default."""
     max_pending: int | None = None
-    """Jobs that may wait; 0 is no limit."""
+    """Largest number of waiting jobs; 0 is no limit."""
     rate: float | None = None
     """Submits per second; 0 is no limit."""
     burst: float | None = None
-    """Submits at once after a pause; 0 is a second's worth."""
+    """Submits at once after a pause; 0 is one second's worth."""
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """A tenant as it stood when the node was asked."""
+    """Snapshot of a tenant at the time of the call."""
 
     name: str
-    """Empty is the default tenant; `*` is everyone who does not say otherwise."""
+    """Empty is the default tenant; `*` holds the settings of tenants without their own."""
     settings: TenantSettings
-    """Its own."""
+    """Own settings."""
     in_force: TenantSettings
-    """What holds for it; every field is set."""
+    """Effective settings; every field is set."""
     pending: int = 0
-    """Its jobs that wait, counted up to 10,000."""
+    """Number of waiting jobs, counted up to 10,000."""
     pending_is_more: bool = False
     updated_at: datetime | None = None
-    """When its settings were changed last."""
+    """Time of the last change of the settings."""
 
 
 class AsyncTenants:
-    """Tenants are names that jobs are submitted under: none has to be made first."""
+    """`client.tenants`: list, read and set tenants. A tenant is a name used at a submit; no creation is needed."""
 
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
 
     async def list(self, *, limit: int = 1_000, timeout: float = TIMEOUT_S) -> builtins.list[Tenant]:
-        """Those that have settings, or jobs that wait, by name."""
+        """Return the tenants that have settings or waiting jobs, ordered by name."""
         found: builtins.list[Tenant] = []
         token = ""
         while len(found) < limit:
-            request = ingest.ListTenantsRequest(page_size=min(limit - len(found), _AT_ONCE), page_token=token)
+            request = ingest.ListTenantsRequest(page_size=min(limit - len(found), _PAGE), page_token=token)
             answer = await self._caller.call(methods.LIST_TENANTS, request, timeout_s=timeout, doing="list tenants")
             found += [_tenant(tenant) for tenant in answer.tenants]
             token = answer.next_page_token
@@ -68,7 +68,7 @@ class AsyncTenants:
         return found[:limit]
 
     async def get(self, name: str, *, timeout: float = TIMEOUT_S) -> Tenant:
-        """One tenant, also when nobody has set anything for it."""
+        """Return one tenant, also one without settings."""
         answer = await self._caller.call(methods.GET_TENANT, ingest.GetTenantRequest(name=name), timeout_s=timeout)
         return _tenant(answer.tenant)
 
@@ -83,12 +83,12 @@ class AsyncTenants:
         inherit: Iterable[str] = (),
         timeout: float = TIMEOUT_S,
     ) -> Tenant:
-        """Changes what is given, and leaves the rest; fields named in `inherit` are what `*` has again.
+        """Change the settings that are not None; settings named in `inherit` follow `*` again.
 
-        It counts on every instance within about a second, for jobs that wait already too.
+        The change takes effect on every instance within about a second, also for waiting jobs.
 
         Raises:
-            InvalidArgument: names the field, what was expected and what came.
+            InvalidArgument: the message names the field, the expected value and the received one.
         """
         settings = ingest.TenantSettings(weight=weight, max_pending=max_pending, rate=rate, burst=burst)
         request = ingest.SetTenantRequest(name=name, settings=settings, inherit=inherit)

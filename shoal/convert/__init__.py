@@ -1,8 +1,9 @@
-"""Models that were made elsewhere, as ONNX: converted by their own exporters, and checked against the original.
+"""Conversion of models of other frameworks to ONNX by the frameworks' exporters, checked against the original.
 
     file ──formats──> Original ──export──> ONNX ──┐
                         │ draw, answer            │ answer
                         └────────> rows ──────────┴──drift──> Report: accepted, or refused with the reason
 
-Nothing here is imported unless a model is converted: each format's module imports its framework. It knows no node.
+Each format's module imports its framework, so nothing here is imported unless a model is converted. No module here
+knows a node.
 """

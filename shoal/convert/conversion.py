@@ -1,6 +1,6 @@
-"""An original becomes a model folder in Triton's layout, or is refused: export, ask both, compare.
+"""Conversion of an original to a model folder in Triton's layout: export, run both models, compare.
 
-A plan (float32 first) whose answers are too far off makes way for the next; the report says which was taken.
+Plans are tried in order (float32 first) until one has a small enough drift; the report says which one was chosen.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from shoal.convert.verdict import Bounds, refusal
 from shoal.errors import FailedPrecondition
 
 _IN_ONE_FILE = 1_500_000_000
-"""Bytes of weights that stay in the .onnx file: protobuf ends at 2 GiB."""
+"""Size limit of weights inside the .onnx file, whose protobuf cannot exceed 2 GiB."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What both models are asked: a file's rows, or random ones."""
+    """Rows of the comparison: those of a file, or random ones."""
 
     file: Path | None = None
     seed: int = 0
@@ -43,21 +43,21 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """What became of one plan."""
+class PlanOutcome:
+    """Outcome of one plan."""
 
     plan: str
     drift: Drift | None
-    """None: its answers cannot be compared, or the exporter cannot do it."""
+    """None: the answers cannot be compared, or the exporter does not support the plan."""
     refused: str
-    """Why; empty when it is accepted."""
+    """Reason of the refusal; empty when accepted."""
     rounded: Drift | None = None
-    """Against the original on rows that are rounded to what the converted model takes; None where that changes none."""
+    """Drift for rows rounded to the converted model's input types; None when rounding changes no row."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was made of a file."""
+    """Report of a conversion."""
 
     source: Path
     framework: str
@@ -69,23 +69,22 @@ class Conversion:
     outputs: Sequence[Port]
     size_bytes: int
     rows: str
-    """Where the rows of the check came from."""
+    """Source of the compared rows."""
     batches: Sequence[int]
-    """Rows of each call of the check."""
+    """Number of rows in each compared call."""
     bounds: Bounds
-    tried: Sequence[Tried]
-    """The plans in their order; the last one stands."""
+    tried: Sequence[PlanOutcome]
+    """Outcomes of the plans; the last one is the plan of the written file."""
     is_batched: bool
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
-    def stands(self) -> Tried:
+    def chosen(self) -> PlanOutcome:
         return self.tried[-1]
 
 
 def convert(original: Original, source: Path, name: str, into: Path, rows: Rows, bounds: Bounds) -> Conversion:
-    """Writes `into`/<name>/... and says how near it is to `original`. What is refused is written too: the caller
-    decides.
+    """Write `into`/<name>/... and return the report. A refused model is written too; the caller decides about it.
 
     Raises:
         FailedPrecondition: no plan could be exported.
@@ -95,14 +94,14 @@ def convert(original: Original, source: Path, name: str, into: Path, rows: Rows,
     (folder / "1").mkdir(parents=True)
     file = folder / "1" / "model.onnx"
     calls = rows.calls(original)
-    tried: list[Tried] = []
+    tried: list[PlanOutcome] = []
     converted: OnnxModel | None = None
     for plan in original.plans:
         try:
-            _save(graph.settled(original.export(plan)), file)
+            _save(graph.with_sorted_opsets(original.export(plan)), file)
             converted = OnnxModel(file)
         except FailedPrecondition as err:
-            tried.append(Tried(plan.name, None, err.message))
+            tried.append(PlanOutcome(plan.name, None, err.message))
             continue
         tried.append(_try(original, converted, plan.name, calls, bounds))
         if not tried[-1].refused:
@@ -128,26 +127,26 @@ def convert(original: Original, source: Path, name: str, into: Path, rows: Rows,
     )
 
 
-def _try(original: Original, converted: OnnxModel, plan: str, calls: Sequence[Tensors], bounds: Bounds) -> Tried:
-    def drift(asked: Sequence[Tensors]) -> Drift:
-        answers = [Answers(original.answer(call), converted.answer(call)) for call in asked]
+def _try(original: Original, converted: OnnxModel, plan: str, calls: Sequence[Tensors], bounds: Bounds) -> PlanOutcome:
+    def drift(calls: Sequence[Tensors]) -> Drift:
+        answers = [Answers(original.answer(call), converted.answer(call)) for call in calls]
         return measure(answers, scores=original.scores, tolerance=bounds.relative)
 
     try:
-        seen = drift(calls)
-        refused = refusal(seen, bounds)
+        exact = drift(calls)
+        refused = refusal(exact, bounds)
         rounded_calls = [_rounded(call, original.inputs) for call in calls]
         rounded = drift(rounded_calls) if not _same(calls, rounded_calls) else None
     except Mismatch as err:
-        return Tried(plan, None, str(err))
+        return PlanOutcome(plan, None, str(err))
     if refused and rounded is not None and not refusal(rounded, bounds):
-        refused += ": only because its inputs are float32, and the data are not"
-        refused += ": --float64 takes them as they are" if original.framework == "scikit-learn" else ""
-    return Tried(plan, seen, refused, rounded)
+        refused += ": the cause is the rounding of the rows to the model's float32 inputs"
+        refused += ": use --float64 to serve float64 inputs" if original.framework == "scikit-learn" else ""
+    return PlanOutcome(plan, exact, refused, rounded)
 
 
-def _written_last(tried: Sequence[Tried]) -> Sequence[Tried]:
-    """The plan whose file lies there at the end: the last that could be exported."""
+def _written_last(tried: Sequence[PlanOutcome]) -> Sequence[PlanOutcome]:
+    """Return the outcomes with the plan of the written file last: the last plan that could be exported."""
     return sorted(tried, key=lambda each: each.drift is not None)
 
 

@@ -1,4 +1,4 @@
-"""Frameworks and exporters come with extras of Shoal: only who converts a format needs its packages."""
+"""Imports of frameworks and exporters, which are optional dependencies in extras of Shoal."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ COMPRESS = "compress"
 
 
 def needed(module: str, extra: str, doing: str) -> ModuleType:
-    """Imports `module`.
+    """Import and return `module`.
 
     Raises:
-        FailedPrecondition: it, or what it needs, is not installed; the message says which extra has it.
+        FailedPrecondition: the module, or one that it needs, is not installed; the message names the extra.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as err:
         name = (err.name or module).partition(".")[0]
         raise FailedPrecondition(f"{doing} needs the package {name}: pip install 'shoal[{extra}]'") from err
-    except Exception as err:  # Extensions that do not fit each other raise what they like.
-        raise FailedPrecondition(f"{doing}: {module} is installed, and cannot be imported: {err}") from err
+    except Exception as err:
+        # Binary-incompatible extension modules raise various errors.
+        raise FailedPrecondition(f"{doing}: {module} is installed but cannot be imported: {err}") from err
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions by package name; those that are not installed are left out."""
+    """Return the versions of those `packages` that are installed, by name."""
     found = {}
     for package in packages:
         try:
@@ -39,6 +40,6 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def first_line(error: Exception) -> str:
-    """What a framework raised, in a line of 300 characters at most: theirs may go on for pages."""
+    """Return a framework's error as one line of at most 300 characters; the full text may have pages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

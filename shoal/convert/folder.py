@@ -1,5 +1,4 @@
-"""What lies beside a converted model: class names for clients that ask for classifications, and what that needs
-said."""
+"""Files beside a converted model: labels of classes, for classification requests, and their config.pbtxt."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from shoal.convert.onnx_model import OnnxModel
 from shoal.convert.original import Original, Port
 
 MAX_BATCH_SIZE = 64
-"""As infer guesses it for a model that says nothing."""
+"""Largest batch size, equal to infer's default for a model without configuration."""
 
 _TYPES = {
     "bool": "TYPE_BOOL",
@@ -29,22 +28,22 @@ _TYPES = {
 
 
 def write_beside(folder: Path, original: Original, converted: OnnxModel) -> None:
-    """Writes `labels_<output>.txt` for each output with classes, and a config.pbtxt that names them.
+    """Write `labels_<output>.txt` for each output with classes, and a config.pbtxt that names these files.
 
-    A config.pbtxt also bounds the batch of a model that takes few rows. Else nothing is written: what infer needs it
-    reads from the .onnx file.
+    A config.pbtxt is also written to limit the batch size of a model that takes few rows. Otherwise no file is needed:
+    infer reads the configuration from the .onnx file.
     """
-    named = {name: names for name, names in original.classes.items() if names and _is_plain(names)}
-    most = min(original.most_rows, MAX_BATCH_SIZE)
-    if not named and (most == MAX_BATCH_SIZE or not original.is_batched):
+    labelled = {name: names for name, names in original.classes.items() if names and _is_plain(names)}
+    max_rows = min(original.max_rows, MAX_BATCH_SIZE)
+    if not labelled and (max_rows == MAX_BATCH_SIZE or not original.is_batched):
         return
-    for name, names in named.items():
+    for name, names in labelled.items():
         (folder / _file(name)).write_text("".join(f"{each}\n" for each in names))
     skip = 1 if original.is_batched else 0
-    lines = [f"max_batch_size: {most if original.is_batched else 0}"]
+    lines = [f"max_batch_size: {max_rows if original.is_batched else 0}"]
     lines += [_tensor("input", port, skip, "") for port in converted.inputs]
     lines += [
-        _tensor("output", port, skip, _file(port.name) if port.name in named else "") for port in converted.outputs
+        _tensor("output", port, skip, _file(port.name) if port.name in labelled else "") for port in converted.outputs
     ]
     (folder / "config.pbtxt").write_text("\n".join(lines) + "\n")
 

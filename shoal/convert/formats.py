@@ -1,4 +1,4 @@
-"""Which file is of which framework, and how it is opened.
+"""File formats of models, their frameworks, and the opening of a file.
 
 .pt2                        PyTorch, torch.export.save        may run code: needs consent
 .joblib .pkl .pickle        scikit-learn, XGBoost, LightGBM   may run code: needs consent
@@ -23,54 +23,54 @@ SUFFIXES = (".pt2", ".joblib", ".pkl", ".pickle", ".skops", ".json", ".ubj", ".t
 
 _RUNS_CODE = (".pt2", ".joblib", ".pkl", ".pickle")
 
-# What people bring as well, and what they can do about it.
+# Other formats of models, with advice for their users.
 _OTHERS = {
-    (".pt", ".pth", ".ckpt", ".safetensors"): "weights or TorchScript: in Python, torch.export.export(model, ...) and "
-    "torch.export.save(program, 'model.pt2'), and bring the .pt2 file",
-    (".h5", ".keras", ".pb", ".tflite"): "TensorFlow's models are not converted here: convert them with tf2onnx",
-    (".model", ".bin"): "an old or foreign format: XGBoost's save_model('model.json'), LightGBM's "
+    (".pt", ".pth", ".ckpt", ".safetensors"): "weights or TorchScript: in Python, use torch.export.export(model, ...) "
+    "and torch.export.save(program, 'model.pt2'), and convert the .pt2 file",
+    (".h5", ".keras", ".pb", ".tflite"): "TensorFlow models are not supported: convert them with tf2onnx",
+    (".model", ".bin"): "an old or unknown format: use XGBoost's save_model('model.json') or LightGBM's "
     "save_model('model.txt')",
 }
 
 
 def is_brought(path: Path) -> bool:
-    """Whether `path` is a file that is converted, and not one that is pushed as it is."""
+    """Return True when `path` is a file that is converted before a push."""
     return path.is_file() and path.suffix in SUFFIXES
 
 
 def advice(path: Path) -> str:
-    """What to do with a model file that is neither served nor converted; empty where there is nothing to say."""
+    """Return advice for a model file of an unsupported format; empty for other files."""
     return next((what for suffixes, what in _OTHERS.items() if path.suffix in suffixes), "")
 
 
 def open_original(path: Path, *, trusts: bool = False, float64: bool = False) -> Original:
-    """The model in the file, in its own framework.
+    """Open the file with its framework and return the model.
 
     Args:
-        trusts: a file that may run code when it is opened is opened.
-        float64: serve float64 inputs; only scikit-learn's models can.
+        trusts: open also a file that can run code when it is opened.
+        float64: serve float64 inputs; supported for scikit-learn only.
 
     Raises:
         NotFound: no such file.
-        InvalidArgument: its format is not known, or it is not what its name says.
-        FailedPrecondition: consent or a package is missing.
+        InvalidArgument: the format is not supported, or the content does not match the file's name.
+        FailedPrecondition: `trusts` is needed, or a package is missing.
     """
     if not path.is_file():
         raise NotFound(f"{path}: no such file")
     if path.suffix == ".onnx":
-        raise InvalidArgument(f"{path}: it is ONNX already: `shoal models push` takes it as it is")
+        raise InvalidArgument(f"{path}: the file is ONNX already: push it with `shoal models push`")
     if path.suffix not in _OPENERS:
         raise InvalidArgument(f"{path}: {advice(path) or 'expected one of ' + ', '.join(SUFFIXES)}")
     if path.suffix in _RUNS_CODE and not trusts:
         raise FailedPrecondition(
             f"{path.name} may run any code when it is opened (it holds pickles): "
-            "give --trust-pickle if you know where the file is from"
+            "use --trust-pickle if you trust the source of the file"
         )
     extra, opens = _OPENERS[path.suffix]
     needed("onnx", extra, f"converting {path.name}")
     original = opens(path, trusts, float64)
     if float64 and original.framework != "scikit-learn":
-        raise InvalidArgument(f"--float64 is for models of scikit-learn; this one is of {original.framework}")
+        raise InvalidArgument(f"--float64 is supported for scikit-learn only; this model is of {original.framework}")
     return original
 
 

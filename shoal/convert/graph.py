@@ -1,4 +1,4 @@
-"""Small changes to an ONNX graph: names that a client would choose, inputs and outputs of another float type."""
+"""Changes of an ONNX graph: names and float types of inputs and outputs, batch dimension, order of opsets."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from onnx import TensorProto, helper
 from shoal.errors import FailedPrecondition
 
 
-def named(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
-    """Renames the model's inputs and outputs, in their order; `model` itself is changed.
+def renamed(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
+    """Rename the inputs and outputs of `model`, in their order, in place.
 
     Raises:
-        FailedPrecondition: it has another number of them.
+        FailedPrecondition: the model has another number of inputs or outputs.
     """
     initializers = {tensor.name for tensor in model.graph.initializer}
-    given = [value.name for value in model.graph.input if value.name not in initializers]
-    for what, have, want in (("inputs", given, inputs), ("outputs", [v.name for v in model.graph.output], outputs)):
+    present = [value.name for value in model.graph.input if value.name not in initializers]
+    for what, have, want in (("inputs", present, inputs), ("outputs", [v.name for v in model.graph.output], outputs)):
         if len(have) != len(want):
-            raise FailedPrecondition(f"the exporter made {what} {', '.join(have)} where {', '.join(want)} are expected")
-    wanted = dict(zip(given, inputs, strict=True)) | {
+            raise FailedPrecondition(f"the exporter made the {what} {', '.join(have)}; expected {', '.join(want)}")
+    new_names = dict(zip(present, inputs, strict=True)) | {
         value.name: name for value, name in zip(model.graph.output, outputs, strict=True)
     }
-    # A name inside that somebody now wants outside makes way first.
-    taken = {name for name in wanted.values() if name not in wanted}
-    _rename(model.graph, {name: f"{name}_inside" for name in taken})
-    _rename(model.graph, wanted)
+    # First free the new names that inner values of the graph have.
+    occupied = {name for name in new_names.values() if name not in new_names}
+    _rename(model.graph, {name: f"{name}_inside" for name in occupied})
+    _rename(model.graph, new_names)
     return model
 
 
@@ -46,8 +46,8 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
                 _rename(inner, names)
 
 
-def widened(model: onnx.ModelProto, inputs: Sequence[str]) -> onnx.ModelProto:
-    """Takes float32 for those `inputs` that the graph computes with as float64; `model` itself is changed."""
+def with_float32_inputs(model: onnx.ModelProto, inputs: Sequence[str]) -> onnx.ModelProto:
+    """Turn those of `inputs` that are float64 into float32 inputs with a cast, in place."""
     casts = []
     for value in model.graph.input:
         if value.name in inputs and value.type.tensor_type.elem_type == TensorProto.DOUBLE:
@@ -66,8 +66,8 @@ def _rename_uses(graph: onnx.GraphProto, name: str, other: str) -> None:
         node.input[:] = [other if each == name else each for each in node.input]
 
 
-def narrowed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Gives float64 outputs as float32; `model` itself is changed."""
+def with_float32_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Turn float64 outputs of `model` into float32 outputs with a cast, in place."""
     for value in model.graph.output:
         if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
             inside = f"{value.name}_float64"
@@ -79,16 +79,16 @@ def narrowed(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def settled(model: onnx.ModelProto) -> onnx.ModelProto:
-    """In an order that is always the same, where an exporter's own is that of a set; `model` itself is changed."""
+def with_sorted_opsets(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Sort the opset imports of `model`, which some exporters write in random order, in place."""
     versions = {each.domain: each.version for each in model.opset_import}
     del model.opset_import[:]
     model.opset_import.extend(helper.make_opsetid(domain, versions[domain]) for domain in sorted(versions))
     return model
 
 
-def batched(model: onnx.ModelProto, name: str = "batch") -> onnx.ModelProto:
-    """Says of the first dimension of every input and output that it is the batch; `model` itself is changed."""
+def with_batch_dimension(model: onnx.ModelProto, name: str = "batch") -> onnx.ModelProto:
+    """Make the first dimension of every input and output of `model` the batch, in place."""
     for value in (*model.graph.input, *model.graph.output):
         dims = value.type.tensor_type.shape.dim
         if dims:
@@ -97,14 +97,14 @@ def batched(model: onnx.ModelProto, name: str = "batch") -> onnx.ModelProto:
     return model
 
 
-def true_types(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Declares of each output the type that its node gives, where an exporter declared another; `model` is changed."""
+def with_inferred_types(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Correct the declared types of the outputs of `model` to the inferred ones, in place."""
     declared = [value.type.tensor_type.elem_type for value in model.graph.output]
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     for value in bare.graph.output:
         value.type.tensor_type.elem_type = TensorProto.UNDEFINED
     inferred = onnx.shape_inference.infer_shapes(bare)
-    for value, seen, was in zip(model.graph.output, inferred.graph.output, declared, strict=True):
-        value.type.tensor_type.elem_type = seen.type.tensor_type.elem_type or was
+    for value, inferred_value, declared_type in zip(model.graph.output, inferred.graph.output, declared, strict=True):
+        value.type.tensor_type.elem_type = inferred_value.type.tensor_type.elem_type or declared_type
     return model

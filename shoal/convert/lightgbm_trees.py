@@ -1,8 +1,8 @@
-"""LightGBM: a booster saved as .txt (or one out of a pickle), by way of onnxmltools.
+"""LightGBM models: a booster saved as .txt, or one in a pickle, exported by onnxmltools.
 
-It compares float64 with float64 thresholds, and its exporter rounds each threshold to the nearest float32: some up, and
-then values between lie on the other side. So the exporter is given a copy whose thresholds are rounded down to float32
-first: every float32 value then goes the way that it went before.
+LightGBM compares float64 values with float64 thresholds. The exporter rounds each threshold to the nearest float32; one
+that is rounded up sends some values to the other side. So the exporter gets a copy with thresholds rounded down to
+float32, for which every float32 value takes its original path.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     import onnx
 
 _CATEGORICAL = 1
-"""Bit of a split's `decision_type` in the text."""
+"""Bit of a split's `decision_type` in the model's text."""
 _AS_ZERO = 1e-35
-"""LightGBM takes numbers up to this for 0 as it reads rows; its thresholds beside 0 are plus and minus that."""
+"""LightGBM reads numbers up to this size as 0, and its thresholds next to 0 are plus and minus this value."""
 
 
 def load(path: Path) -> Any:
-    """The booster in the file.
+    """Return the booster in the file.
 
     Raises:
-        InvalidArgument: it is no LightGBM model.
+        InvalidArgument: the file is not a LightGBM model.
     """
     lightgbm = needed("lightgbm", LIGHTGBM, f"converting {path.name}")
     try:
         text = path.read_text()
         if not text.startswith("tree"):
-            raise InvalidArgument(f"{path}: no LightGBM model: its first line would be `tree`")
+            raise InvalidArgument(f"{path}: not a LightGBM model: the first line must be `tree`")
         return lightgbm.Booster(model_str=text)
     except InvalidArgument:
         raise
@@ -47,11 +47,11 @@ def load(path: Path) -> Any:
 
 
 class LightgbmTrees:
-    """An Original."""
+    """LightGBM booster as an Original."""
 
     framework = "LightGBM"
     is_batched = True
-    most_rows = ANY
+    max_rows = ANY
     batches: Sequence[int] = (1, 2, 7, 990)
     plans: Sequence[Plan] = (Plan("float32 arithmetic"),)
 
@@ -80,8 +80,9 @@ class LightgbmTrees:
         rows = np.asarray(inputs["x"], dtype=np.float64)
         try:
             answer = np.asarray(self._booster.predict(rows))
-        except Exception as err:  # LightGBMError, TypeError, ValueError.
-            raise InvalidArgument(f"LightGBM does not take the rows: {err}") from err
+        except Exception as err:
+            # LightGBMError, TypeError or ValueError.
+            raise InvalidArgument(f"LightGBM rejects the rows: {err}") from err
         if not self._is_classifier:
             return {"prediction": answer.reshape(-1, 1) if answer.ndim == 1 else answer}
         probabilities = np.stack([1 - answer, answer], axis=1) if answer.ndim == 1 else answer
@@ -102,19 +103,19 @@ class LightgbmTrees:
             )
         except Exception as err:
             raise FailedPrecondition(f"onnxmltools cannot convert it: {type(err).__name__}: {err}") from err
-        return graph.batched(graph.named(model, ["x"], outputs))
+        return graph.with_batch_dimension(graph.renamed(model, ["x"], outputs))
 
 
 def with_float32_thresholds(booster: Any) -> Any:
-    """A copy of a booster whose numeric thresholds are those that float32 can hold, rounded down."""
+    """Return a copy of a booster whose numeric thresholds are rounded down to float32."""
 
     def rounded(line: re.Match[str]) -> str:
         values = np.array([float(value) for value in line[2].split()])
         return line[1] + " ".join(repr(float(value)) for value in trees.rounded_down(values))
 
-    # Of a categorical split the threshold is an index, which float32 holds.
+    # The threshold of a categorical split is an index, which float32 represents exactly.
     text = re.sub(r"(?m)^(threshold=)(.+)$", rounded, booster.model_to_string())
-    # It says where each tree begins, in bytes: which no longer holds, and which a reader can do without.
+    # `tree_sizes` has the trees' lengths in bytes, which have changed; the field is optional.
     return type(booster)(model_str=re.sub(r"(?m)^tree_sizes=.*\n", "", text))
 
 
@@ -124,7 +125,7 @@ def _objective(text: str) -> str:
 
 
 def splits(text: str, features: int) -> trees.Splits:
-    """What the trees of a model's text compare."""
+    """Return the splits of the trees in a model's text."""
     found: dict[int, set[float]] = {}
     categories: dict[int, set[int]] = {}
     for block in text.split("\nTree=")[1:]:
@@ -147,7 +148,7 @@ def splits(text: str, features: int) -> trees.Splits:
 
 
 def _set(lines: Mapping[str, str], index: int) -> set[int]:
-    """The categories of a split: a bit each in the words of its set."""
+    """Return the categories of a split, which the text stores as a bit set."""
     bounds = [int(value) for value in lines["cat_boundaries"].split()]
     words = [int(value) for value in lines["cat_threshold"].split()[bounds[index] : bounds[index + 1]]]
     return {32 * n + bit for n, word in enumerate(words) for bit in range(32) if word >> bit & 1}

@@ -1,4 +1,4 @@
-"""An ONNX file, asked through ONNX Runtime on the CPU as infer would ask it."""
+"""ONNX model, run with ONNX Runtime on the CPU as infer runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import onnxruntime
 from shoal.convert.original import Array, Port, Tensors
 from shoal.errors import FailedPrecondition, InvalidArgument
 
-_NOTHING = 4  # Severity FATAL: what goes wrong is raised.
+# Severity FATAL: errors are raised, so logging them is not needed.
+_LOG_FATAL = 4
 _DTYPES = {
     "bool": "?",
     "uint8": "u1",
@@ -31,31 +32,32 @@ _DTYPES = {
 
 
 class OnnxModel:
-    """A loaded file. `inputs` and `outputs` are as it declares them."""
+    """A loaded ONNX file, with `inputs` and `outputs` as declared in the file."""
 
     def __init__(self, file: Path, *, threads: int = 0) -> None:
-        """`threads` 0: as many as there are cores. Raises FailedPrecondition when ONNX Runtime cannot load it."""
+        """Load the file. `threads` 0: one for each core. Raises FailedPrecondition when ONNX Runtime cannot load it."""
         settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = _NOTHING
+        settings.log_severity_level = _LOG_FATAL
         settings.intra_op_num_threads = threads
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
-        except Exception as err:  # It raises a class of its own for each code.
-            raise FailedPrecondition(f"ONNX Runtime cannot load {file.name}: {_plain(err)}") from err
+        except Exception as err:
+            # ONNX Runtime has a separate class for each error code.
+            raise FailedPrecondition(f"ONNX Runtime cannot load {file.name}: {_one_line(err)}") from err
         self.inputs: Sequence[Port] = [_port(arg) for arg in self._session.get_inputs()]
         self.outputs: Sequence[Port] = [_port(arg) for arg in self._session.get_outputs()]
 
     @property
     def is_batched(self) -> bool:
-        """The first dimension of every input and output is of any size."""
+        """True when the first dimension of every input and output has a variable size."""
         return all(port.shape[:1] == (None,) for port in (*self.inputs, *self.outputs))
 
     def answer(self, inputs: Mapping[str, Array]) -> Tensors:
-        """All outputs by name. Inputs are cast to what the model takes.
+        """Return all outputs by name. Inputs are cast to the model's types.
 
         Raises:
-            InvalidArgument: an input is missing, or ONNX Runtime does not take them.
+            InvalidArgument: an input is missing, or ONNX Runtime rejects the inputs.
         """
         missing = [port.name for port in self.inputs if port.name not in inputs]
         if missing:
@@ -65,11 +67,11 @@ class OnnxModel:
         try:
             return dict(zip(names, self._session.run(names, feed), strict=True))
         except Exception as err:
-            raise InvalidArgument(f"ONNX Runtime: {_plain(err)}") from err
+            raise InvalidArgument(f"ONNX Runtime: {_one_line(err)}") from err
 
 
 def cast(values: Array, port: Port) -> Array:
-    """`values` in the type of `port`."""
+    """Return `values` in the type of `port`."""
     if port.dtype.kind == "O":
         return np.array([_text(value) for value in values.reshape(-1)], dtype=object).reshape(values.shape)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -83,10 +85,10 @@ def _text(value: Any) -> str:
 def _port(arg: Any) -> Port:
     kind = arg.type.removeprefix("tensor(").removesuffix(")")
     if kind not in _DTYPES:
-        raise FailedPrecondition(f"{arg.name!r} is a {arg.type}: only tensors of {', '.join(_DTYPES)} are handled here")
+        raise FailedPrecondition(f"{arg.name!r} is a {arg.type}: only tensors of {', '.join(_DTYPES)} are supported")
     shape = tuple(dim if isinstance(dim, int) and dim >= 0 else None for dim in arg.shape)
     return Port(arg.name, np.dtype(_DTYPES[kind]), shape)
 
 
-def _plain(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]

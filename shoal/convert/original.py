@@ -1,4 +1,4 @@
-"""A model as its own framework has it: what a converter must know of one. A contract suite holds every format to it."""
+"""Interface of a model in its own framework. A contract suite checks every implementation."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ Tensors: TypeAlias = dict[str, Array]
 
 
 def row_count(call: Tensors) -> int:
-    """Rows of a call with one input or more; 1 where they have no dimensions."""
+    """Return the number of rows of a call with at least one input; 1 for scalars."""
     first = next(iter(call.values()))
     return len(first) if first.ndim else 1
 
 
 ANY = 1 << 30
-"""Rows of a call to a model that takes any number."""
+"""Value of `max_rows` for a model without limit."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """One input of the converted model."""
+    """One input or output of the converted model."""
 
     name: str
     dtype: np.dtype[Any]
-    """As it will be served. Text is `object`."""
+    """Served type; text is `object`."""
     shape: tuple[int | None, ...]
-    """None: any size."""
+    """Sizes; None for a variable size."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to convert a model; the first whose answers are near enough is taken."""
+    """One way to convert a model."""
 
     name: str
-    """For the report, such as `float32 arithmetic`."""
+    """Name in the report, such as `float32 arithmetic`."""
     is_precise: bool = False
-    """Compute in float64 inside, whatever the inputs are."""
+    """True: compute in float64, whatever the types of the inputs are."""
 
 
 class Original(Protocol):
-    """A model in its own framework. It may take and give float64; the converted one is served in `inputs`' dtypes."""
+    """A model in its own framework. `answer` may use float64; the converted model is served with `inputs`' types."""
 
     @property
     def framework(self) -> str:
-        """Its name, such as `scikit-learn`."""
+        """Name of the framework, such as `scikit-learn`."""
 
     @property
     def packages(self) -> Mapping[str, str]:
@@ -61,50 +61,50 @@ class Original(Protocol):
 
     @property
     def inputs(self) -> Sequence[Port]:
-        """In the order of the model."""
+        """Inputs in the model's order."""
 
     @property
     def is_batched(self) -> bool:
-        """The first dimension of every input and output is the batch, of any size."""
+        """True when the first dimension of every input and output is a batch of any size."""
 
     @property
-    def most_rows(self) -> int:
-        """Rows of a call at most."""
+    def max_rows(self) -> int:
+        """Largest number of rows in a call."""
 
     @property
     def scores(self) -> frozenset[str]:
-        """Outputs `[rows, classes]` whose largest element is the label."""
+        """Outputs `[rows, classes]` whose largest element determines the label."""
 
     @property
     def classes(self) -> Mapping[str, Sequence[str]]:
-        """Names of the classes, by the output that has one element for each."""
+        """Names of the classes, by the output that has one element for each class."""
 
     @property
     def plans(self) -> Sequence[Plan]:
-        """The ways to convert it, cheapest to serve first."""
+        """Ways to convert the model, cheapest to serve first."""
 
     @property
     def batches(self) -> Sequence[int]:
-        """Rows of each call of a check on random rows."""
+        """Number of rows in each call of a check with random rows."""
 
     @property
     def notes(self) -> Sequence[str]:
-        """What the person who brings it should know."""
+        """Notes for the user."""
 
     def draw(self, rows: int, generator: np.random.Generator) -> Tensors:
-        """Random rows that reach into the corners of this model: near its thresholds, missing values where it takes
-        them. Every value is one that `inputs`' dtypes can hold."""
+        """Return random rows that test critical values: near thresholds, and missing where the model takes missing
+        values. Every value fits the types of `inputs`."""
 
     def answer(self, inputs: Mapping[str, Array]) -> Tensors:
-        """What the framework itself answers, by the converted model's output names, in its order of outputs.
+        """Return the framework's own answer, by the converted model's output names and in that order.
 
         Raises:
             InvalidArgument: the model does not take these inputs.
         """
 
     def export(self, plan: Plan) -> onnx.ModelProto:
-        """The model as ONNX, with the inputs of `inputs` and the outputs of `answer`.
+        """Return the model as ONNX, with the inputs of `inputs` and the outputs of `answer`.
 
         Raises:
-            FailedPrecondition: the exporter cannot; the message has its words.
+            FailedPrecondition: the exporter does not support the model; the message has its reason.
         """

@@ -1,4 +1,4 @@
-"""Where a version came from, as labels that the registry keeps with it (64 at most, values of 256 characters)."""
+"""Origin of a converted version, as labels of the registry (64 at most, values of 256 characters)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _CHARS = 256
 
 
 def of_conversion(made: Conversion) -> dict[str, str]:
-    """What a version that was converted is labelled with."""
-    stands = made.stands
+    """Return the labels of a converted version."""
+    chosen = made.chosen
     labels = {
         "source": made.source.name,
         "source_sha256": digest(made.source),
         "source_format": made.framework,
         "converted_with": ", ".join(f"{name} {version}" for name, version in made.packages.items()),
-        "conversion": stands.plan,
+        "conversion": chosen.plan,
         "checked_on": made.rows,
         "tolerance": f"{made.bounds.relative:g}",
-        **(of_drift(stands.drift) if stands.drift is not None else {}),
+        **(of_drift(chosen.drift) if chosen.drift is not None else {}),
     }
     return {key: value[:_CHARS] for key, value in labels.items()}
 
 
 def of_drift(drift: Drift) -> dict[str, str]:
-    """Drift as labels."""
+    """Return the drift as labels."""
     labels = {
         "drift_rows": str(drift.rows),
         "drift_max_abs": f"{drift.max_abs:.3g}",
@@ -38,6 +38,6 @@ def of_drift(drift: Drift) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,9 @@
-"""scikit-learn: a fitted estimator or pipeline, by way of skl2onnx.
+"""scikit-learn models: a fitted estimator or pipeline, exported by skl2onnx.
 
-It is asked as its users ask it, with float64 rows; what is served takes float32 unless float64 is asked for. A pipeline
-that scales and then splits may decide otherwise in float32 than in float64, so there is a second plan: float64 inside.
+The original is run with float64 rows, as its users run it; the served model takes float32, unless float64 is requested.
+A pipeline that scales before a split may decide differently in float32, so a second plan computes in float64 inside.
 
-A tree of XGBoost or LightGBM in a pipeline is converted by onnxmltools, where that is installed.
+Trees of XGBoost or LightGBM in a pipeline are exported by onnxmltools.
 """
 
 from __future__ import annotations
@@ -27,29 +27,31 @@ FLOAT64 = Plan("float64 arithmetic inside", is_precise=True)
 
 
 class SklearnEstimator:
-    """An Original."""
+    """Fitted scikit-learn estimator as an Original."""
 
     framework = "scikit-learn"
     is_batched = True
-    most_rows = ANY
+    max_rows = ANY
     batches: Sequence[int] = (1, 2, 7, 990)
 
     def __init__(self, estimator: Any, *, float64: bool = False) -> None:
-        """Raises InvalidArgument when it is no fitted estimator that takes rows of numbers."""
+        """Raises InvalidArgument when `estimator` is not a fitted estimator that takes rows of numbers."""
         self._estimator = estimator
         self._float64 = float64
         features = getattr(estimator, "n_features_in_", None)
         if not (hasattr(estimator, "predict") or hasattr(estimator, "transform")) or features is None:
             kind = type(estimator).__name__
-            raise InvalidArgument(f"a {kind} is no fitted scikit-learn estimator: expected predict or transform")
+            raise InvalidArgument(f"a {kind} is not a fitted scikit-learn estimator: expected predict or transform")
         self._features = int(features)
-        self._asked = _questions(estimator)
+        self._methods = _output_methods(estimator)
         self.packages: Mapping[str, str] = versions(
-            "scikit-learn", "skl2onnx", *sklearn_exporters.others(estimator), "onnx"
+            "scikit-learn", "skl2onnx", *sklearn_exporters.other_packages(estimator), "onnx"
         )
         self.inputs: Sequence[Port] = [Port("x", np.dtype("f8" if float64 else "f4"), (None, self._features))]
         self.plans: Sequence[Plan] = [FLOAT64] if float64 else [FLOAT32, FLOAT64]
-        self.scores: frozenset[str] = frozenset({"probabilities", "scores"} & self._asked.keys() & self._class_names())
+        self.scores: frozenset[str] = frozenset(
+            {"probabilities", "scores"} & self._methods.keys() & self._class_names()
+        )
         names = [str(name) for name in getattr(estimator, "classes_", ())]
         self.classes: Mapping[str, Sequence[str]] = dict.fromkeys(self.scores, names)
         self.notes: Sequence[str] = _notes(estimator)
@@ -65,42 +67,43 @@ class SklearnEstimator:
         if rows.ndim != 2 or rows.shape[1] != self._features:
             raise InvalidArgument(f"the model takes [rows, {self._features}], got {list(rows.shape)}")
         if not len(rows):
-            raise InvalidArgument("no rows: scikit-learn takes one or more")
+            raise InvalidArgument("no rows: scikit-learn needs at least one")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of feature names, which a served model has not.
+            # A warning about missing feature names, which a served model does not have.
+            warnings.simplefilter("ignore")
             try:
-                return {name: ask(rows) for name, ask in self._asked.items()}
+                return {name: method(rows) for name, method in self._methods.items()}
             except ValueError as err:
-                raise InvalidArgument(f"scikit-learn does not take the rows: {err}") from err
+                raise InvalidArgument(f"scikit-learn rejects the rows: {err}") from err
 
     def export(self, plan: Plan) -> onnx.ModelProto:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = sklearn_exporters.export(self._estimator, self._features, is_precise=plan.is_precise)
-        model = graph.batched(graph.named(graph.true_types(model), ["x"], list(self._asked)))
+        model = graph.with_batch_dimension(graph.renamed(graph.with_inferred_types(model), ["x"], list(self._methods)))
         if self._float64:
             return model
-        return graph.narrowed(graph.widened(model, ["x"]))
+        return graph.with_float32_outputs(graph.with_float32_inputs(model, ["x"]))
 
 
-def _questions(estimator: Any) -> dict[str, Callable[[Array], Array]]:
-    """What the estimator is asked, by the names of the outputs, in the exporter's order."""
+def _output_methods(estimator: Any) -> dict[str, Callable[[Array], Array]]:
+    """Return the estimator's method for each output, in the exporter's order of outputs."""
     if not hasattr(estimator, "predict"):
         return {"transformed": lambda rows: _dense(estimator.transform(rows))}
     if not hasattr(estimator, "classes_"):
         if _is_kind(estimator, "outlier_detector"):
             return {
                 "label": lambda rows: _column(estimator.predict(rows)),
-                "scores": _asks(estimator.decision_function),
+                "scores": _as_column(estimator.decision_function),
             }
         if _is_kind(estimator, "clusterer"):
             return {"label": estimator.predict, "scores": lambda rows: estimator.transform(rows)}
-        return {"prediction": _asks(estimator.predict)}
+        return {"prediction": _as_column(estimator.predict)}
     if isinstance(estimator.classes_, list):
-        raise InvalidArgument("the estimator answers several questions at once (multi-output): convert one of each")
+        raise InvalidArgument("the estimator has several targets (multi-output): convert one estimator for each")
     if hasattr(estimator, "predict_proba"):
         return {"label": estimator.predict, "probabilities": estimator.predict_proba}
-    return {"label": estimator.predict, "scores": lambda rows: _both(estimator.decision_function(rows))}
+    return {"label": estimator.predict, "scores": lambda rows: _two_scores(estimator.decision_function(rows))}
 
 
 def _is_kind(estimator: Any, kind: str) -> bool:
@@ -109,16 +112,16 @@ def _is_kind(estimator: Any, kind: str) -> bool:
     return bool(get_tags(estimator).estimator_type == kind)
 
 
-def _asks(ask: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    return lambda rows: _column(ask(rows))
+def _as_column(method: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    return lambda rows: _column(method(rows))
 
 
 def _column(answer: Array) -> Array:
     return answer.reshape(-1, 1) if answer.ndim == 1 else answer
 
 
-def _both(decision: Array) -> Array:
-    """A binary decision as the exporter gives it: one score for each of the two classes."""
+def _two_scores(decision: Array) -> Array:
+    """Return a binary decision in the exporter's form: one score for each of the two classes."""
     return np.stack([-decision, decision], axis=1) if decision.ndim == 1 else decision
 
 

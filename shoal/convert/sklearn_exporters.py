@@ -1,4 +1,4 @@
-"""skl2onnx, with the exporters of other packages' estimators, and what has to be put right on the way."""
+"""Export by skl2onnx, with the exporters for other packages' estimators and corrections of skl2onnx."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnx
 
 OPSETS = {"": min(21, defs.onnx_opset_version()), "ai.onnx.ml": 3}
-"""What is served today knows them; newer ones give these models nothing."""
+"""Opsets that present runtimes support; newer ones have no advantage for these models."""
 
 _OTHERS = {
     "xgboost": (XGBOOST, "onnxmltools.convert.xgboost.operator_converters.XGBoost", "convert_xgboost"),
@@ -32,8 +32,8 @@ _OTHERS = {
 }
 
 
-def parts(estimator: Any) -> Iterator[Any]:
-    """The estimator, and every estimator that it is built of."""
+def components(estimator: Any) -> Iterator[Any]:
+    """Yield the estimator, and every estimator that it contains."""
     yield estimator
     inner = [step for _, step in getattr(estimator, "steps", ())]
     inner += [step for _, step, *_ in getattr(estimator, "transformers_", ())]
@@ -46,35 +46,36 @@ def parts(estimator: Any) -> Iterator[Any]:
     inner += list(np.asarray(found, dtype=object).reshape(-1)) if len(found) else []
     for each in inner:
         if hasattr(each, "get_params"):
-            yield from parts(each)
+            yield from components(each)
 
 
-def others(estimator: Any) -> list[str]:
-    """Packages besides scikit-learn that parts of it are of, and their exporter."""
-    modules = {type(part).__module__.partition(".")[0] for part in parts(estimator)}
+def other_packages(estimator: Any) -> list[str]:
+    """Return the packages besides scikit-learn that the estimator's parts come from, and their exporter."""
+    modules = {type(component).__module__.partition(".")[0] for component in components(estimator)}
     found = sorted(modules & _OTHERS.keys())
     return [*found, "onnxmltools"] if found else []
 
 
 def export(estimator: Any, features: int, *, is_precise: bool) -> onnx.ModelProto:
-    """The estimator as ONNX, input `[None, features]` in float64 (`is_precise`) or float32.
+    """Return the estimator as ONNX, input `[None, features]` in float64 (`is_precise`) or float32.
 
     Raises:
-        FailedPrecondition: skl2onnx cannot.
+        FailedPrecondition: skl2onnx cannot convert the estimator.
     """
-    sklearn_trees.put_right()
-    for part in parts(estimator):
-        _register_other(part)
+    sklearn_trees.install_corrections()
+    for component in components(estimator):
+        _register_other(component)
     kind = DoubleTensorType if is_precise else FloatTensorType
     try:
         model: onnx.ModelProto = to_onnx(
             estimator,
             initial_types=[("x", kind([None, features]))],
-            options={id(part): options for part, options in _options(estimator)},
+            options={id(component): options for component, options in _options(estimator)},
             target_opset=OPSETS,
             name="model",
         )
-    except Exception as err:  # It raises whatever its converters and NumPy raise.
+    except Exception as err:
+        # skl2onnx passes on every error of its converters and of NumPy.
         raise FailedPrecondition(f"skl2onnx cannot convert it: {_first_line(err)}") from err
     return model
 
@@ -83,14 +84,15 @@ def _options(estimator: Any) -> Iterator[tuple[Any, dict[str, object]]]:
     if not hasattr(estimator, "classes_"):
         return
     last = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator
-    # By default scores are made probabilities of a kind, and those a map of names to numbers, which is no tensor.
-    wanted = {"zipmap": False, **({} if hasattr(estimator, "predict_proba") else {"raw_scores": True})}
+    # By default skl2onnx turns scores into pseudo-probabilities, and probabilities into a map, which is not a tensor.
+    options = {"zipmap": False, **({} if hasattr(estimator, "predict_proba") else {"raw_scores": True})}
     name = sklearn_operator_name_map.get(type(last), type(last).__name__)
     try:
         known = get_converter(name).get_allowed_options() or {}
-    except ValueError:  # Nobody converts it: skl2onnx will say so.
+    except ValueError:
+        # No converter: the export reports that.
         return
-    yield last, {option: value for option, value in wanted.items() if option in known}
+    yield last, {option: value for option, value in options.items() if option in known}
 
 
 def _register_other(estimator: Any) -> None:
@@ -103,11 +105,11 @@ def _register_other(estimator: Any) -> None:
     shape = calculate_linear_classifier_output_shapes if is_classifier else calculate_linear_regressor_output_shapes
     options = {"nocl": [True, False], "zipmap": [True, False, "columns"]} if is_classifier else None
     update_registered_converter(
-        type(estimator), type(estimator).__name__, shape, sklearn_trees.around(converter), options=options
+        type(estimator), type(estimator).__name__, shape, sklearn_trees.corrected(converter), options=options
     )
 
 
 def _first_line(error: Exception) -> str:
-    # Some of its messages carry the whole model.
+    # Some messages contain the whole model.
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{' ...' if len(text) > 300 else ''}"

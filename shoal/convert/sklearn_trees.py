@@ -1,15 +1,15 @@
-"""What skl2onnx 1.20 gets wrong about trees, put right as it makes their nodes.
+"""Corrections of skl2onnx 1.20 for trees, applied while it makes their nodes.
 
-missing values   It sends NaN to the right always; the tree has learned where NaN goes (`missing_go_to_left`).
-thresholds       Those of HistGradientBoosting are rounded to the nearest float32: some up, and then a float32 value
-                 that lay to their right lies to their left. They are rounded down before it sees them.
-float64          It works out thresholds in float64, and writes them as float32. They are written as float64.
-infinity         A threshold that only tells missing values from all others is infinite, and its search for the float64
-                 beside it never ends.
-onnx 1.23        Truth values among integers are refused: they are made integers.
+missing values   skl2onnx always sends NaN to the right; the tree has learned the side (`missing_go_to_left`).
+thresholds       skl2onnx rounds those of HistGradientBoosting to the nearest float32. One that is rounded up sends a
+                 float32 value to the left that belongs to the right. Thresholds are rounded down before the export.
+float64          skl2onnx computes thresholds in float64, but writes float32. Thresholds are written as float64.
+infinity         A threshold that only separates missing values is infinite, and skl2onnx's search for the float64
+                 next to it never ends. An infinite threshold is not changed.
+onnx 1.23        onnx rejects booleans among integers. Booleans are converted to integers.
 
-Trees of XGBoost and LightGBM in a pipeline come by here too: those of LightGBM are rounded down likewise, and what
-XGBoost rounds to float32 before it compares, a graph of float64 rounds as well.
+Trees of XGBoost and LightGBM in a pipeline are corrected too. Thresholds of LightGBM are rounded down likewise. A
+float64 graph rounds the inputs of XGBoost's trees to float32, as XGBoost does.
 """
 
 from __future__ import annotations
@@ -47,20 +47,21 @@ _KINDS = (
     ensemble.HistGradientBoostingRegressor,
 )
 _WIDE = ("nodes_values", "nodes_hitrates", "base_values", "class_weights", "target_weights")
-"""Attributes that may be float64, as tensors, since version 3 of the trees' operators."""
+"""Attributes that can be float64, as tensors, since version 3 of the tree operators."""
 
 
-def put_right() -> None:
-    """Has skl2onnx convert trees by way of this module; once for the process."""
+def install_corrections() -> None:
+    """Register the corrected converters in skl2onnx, once for the process."""
     if tree_ensemble.sklearn_threshold is not _threshold:
         tree_ensemble.sklearn_threshold = _threshold
     for kind in _KINDS:
         name = sklearn_operator_name_map[kind]
         registered = get_converter(name)
-        converter: Converter = registered._fct  # What is registered around it takes no version.
+        # The registered wrapper does not take a version, the inner function does.
+        converter: Converter = registered._fct
         if converter.__module__ != __name__:
             options = registered.get_allowed_options()
-            update_registered_converter(kind, name, get_shape_calculator(name), around(converter), options=options)
+            update_registered_converter(kind, name, get_shape_calculator(name), corrected(converter), options=options)
 
 
 _finite_threshold = tree_ensemble.sklearn_threshold
@@ -70,14 +71,14 @@ def _threshold(threshold: float, dtype: Any, mode: str) -> Any:
     return threshold if np.isinf(threshold) else _finite_threshold(threshold, dtype, mode)
 
 
-def around(converter: Converter) -> Converter:
-    """`converter`, with what it makes put right."""
+def corrected(converter: Converter) -> Converter:
+    """Return `converter` with its nodes corrected."""
 
     def convert(scope: Any, operator: Any, container: Any) -> None:
         estimator = operator.raw_operator
         is_precise = isinstance(operator.inputs[0].type, DoubleTensorType)
         with contextlib.nullcontext() if is_precise else _rounded_down(estimator):
-            # Told of version 3, those of scikit-learn keep float64 as far as here.
+            # With version 3, scikit-learn's converters keep float64 up to this point.
             version = {"op_version": 3} if is_precise and type(estimator) in _KINDS else {}
             converter(scope, operator, _Container(container, estimator, is_precise=is_precise), **version)
 
@@ -86,14 +87,15 @@ def around(converter: Converter) -> Converter:
 
 @contextlib.contextmanager
 def _rounded_down(estimator: Any) -> Iterator[None]:
-    """The estimator with float64 thresholds as float32 that decide alike; afterwards as it was."""
+    """Give the estimator float32 thresholds that decide alike; restore the float64 ones afterwards."""
     predictors = [each for several in getattr(estimator, "_predictors", ()) for each in several]
     kept = [predictor.nodes for predictor in predictors]
     for predictor in predictors:
         predictor.nodes = predictor.nodes.copy()
         predictor.nodes["num_threshold"] = trees.rounded_down(predictor.nodes["num_threshold"])
     booster = getattr(estimator, "_Booster", None)
-    is_lightgbm = type(estimator).__module__.startswith("lightgbm.")  # XGBoost compares float32 already.
+    # XGBoost compares in float32 already.
+    is_lightgbm = type(estimator).__module__.startswith("lightgbm.")
     if is_lightgbm:
         estimator._Booster = lightgbm_trees.with_float32_thresholds(booster)
     try:
@@ -106,7 +108,7 @@ def _rounded_down(estimator: Any) -> Iterator[None]:
 
 
 class _Container:
-    """Takes the nodes that a converter makes, and hands them on put right."""
+    """Container that corrects the nodes which a converter adds."""
 
     def __init__(self, container: Any, estimator: Any, *, is_precise: bool) -> None:
         self._container = container
@@ -117,8 +119,8 @@ class _Container:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._container, name)
 
-    def add_node(self, op_type: str, inputs: Any, outputs: Any, **given: Any) -> None:
-        attributes = {name: _plain(value) for name, value in given.items()}
+    def add_node(self, op_type: str, inputs: Any, outputs: Any, **attributes: Any) -> None:
+        attributes = {name: _plain(value) for name, value in attributes.items()}
         if op_type.startswith("TreeEnsemble"):
             attributes = {**attributes, **self._missing(attributes)}
             if self._is_precise and self._compares_float32:
@@ -136,11 +138,11 @@ class _Container:
         if not self._lefts:
             return {}
         where = zip(attributes["nodes_treeids"], attributes["nodes_nodeids"], strict=True)
-        return {"nodes_missing_value_tracks_true": [int(self._lefts[place][node]) for place, node in where]}
+        return {"nodes_missing_value_tracks_true": [int(self._lefts[tree_id][node]) for tree_id, node in where]}
 
 
 def _missing_go_left(estimator: Any) -> Sequence[Array]:
-    """By tree and node: whether NaN goes left. None of these for estimators whose converter knows."""
+    """Return, by tree and node, whether NaN goes left; empty for estimators whose converter handles NaN."""
     if type(estimator) not in _KINDS:
         return []
     found = (

@@ -1,7 +1,7 @@
-"""PyTorch: a program that `torch.export.save` wrote (.pt2), by way of torch.onnx.export.
+"""PyTorch models: a program saved by `torch.export.save` (.pt2), exported by torch.onnx.export.
 
-Which sizes are free was decided when it was exported (`dynamic_shapes`): a program whose batch was not declared free
-serves that one batch size, and the report says so.
+The export of the program fixed its variable sizes (`dynamic_shapes`). A program without a variable batch serves one
+batch size only, and the report says so.
 """
 
 from __future__ import annotations
@@ -37,42 +37,43 @@ _DTYPES = {
     torch.bool: "?",
 }
 _LONGEST = 16
-"""Drawn sizes of free dimensions that are no batch end here: a check need not take minutes."""
+"""Largest random size of variable dimensions other than the batch, which keeps a check short."""
 
 
 def load(path: Path) -> Any:
-    """The ExportedProgram in the file. Opening it may run code that is in it.
+    """Return the ExportedProgram in the file. Opening the file can run code in it.
 
     Raises:
-        InvalidArgument: it is none.
+        InvalidArgument: the file is not a program.
     """
     try:
         with _quiet():
             return torch.export.load(str(path))
-    except Exception as err:  # Whatever its readers, or the code in the file, raise.
-        raise InvalidArgument(f"{path}: no program of torch.export.save: {first_line(err)}") from err
+    except Exception as err:
+        # Any error of PyTorch's readers, or of the code in the file.
+        raise InvalidArgument(f"{path}: not a program of torch.export.save: {first_line(err)}") from err
 
 
 @dataclass(frozen=True)
 class _Input:
-    """An input of the program."""
+    """Input of the program."""
 
     port: Port
     sizes: tuple[int | str, ...]
-    """A free dimension by its symbol: inputs that share one have the same size there."""
+    """Sizes; a variable size by its symbol, which inputs of equal size share."""
     low: float
     high: float
-    """Range of the example that it was exported with, for whole numbers; else of no meaning."""
+    """Range of the example input for integer inputs; unused for others."""
 
 
 class TorchProgram:
-    """An Original."""
+    """Exported PyTorch program as an Original."""
 
     framework = "PyTorch"
     plans: Sequence[Plan] = (Plan("as exported"),)
 
     def __init__(self, program: Any) -> None:
-        """Raises InvalidArgument when an input or output is no tensor that can be served."""
+        """Raises InvalidArgument when an input or output is not a tensor that can be served."""
         needed("onnxscript", TORCH, "converting a PyTorch program")
         self._program = program
         self._module = program.module()
@@ -87,18 +88,19 @@ class TorchProgram:
         self.scores: frozenset[str] = frozenset(_score_outputs(program, self._outputs))
         self.classes: Mapping[str, Sequence[str]] = {}
         low, high = self._rows()
-        self.most_rows = high
+        self.max_rows = high
         self.batches: Sequence[int] = (
             sorted({min(max(rows, low), high) for rows in (1, 2, 7, 22)}) if self.is_batched else (1,) * 4
         )
         self.notes: Sequence[str] = _notes(self._inputs, is_batched=self.is_batched, low=low)
 
     def _rows(self) -> tuple[int, int]:
-        """The fewest and the most rows of a call."""
+        """Return the smallest and the largest number of rows of a call."""
         if not self.is_batched:
             return 1, 1
         low, high = self._bounds.get(str(self._inputs[0].sizes[0]), (1, ANY))
-        if low == 2:  # torch.export says 2 of every size that it was not told of; most programs take 1.
+        # torch.export says 2 for every size without a declared minimum; most programs also take 1.
+        if low == 2:
             try:
                 self.answer(self.draw(1, np.random.default_rng(0)))
                 low = 1
@@ -127,18 +129,18 @@ class TorchProgram:
     def answer(self, inputs: Mapping[str, Array]) -> Tensors:
         for each in self._inputs:
             if not sample.fits(np.shape(inputs[each.port.name]), each.port):
-                came = list(np.shape(inputs[each.port.name]))
-                raise InvalidArgument(f"{each.port.name} is {came}, the program takes {sample.written(each.port)}")
-        given = [
+                actual = list(np.shape(inputs[each.port.name]))
+                raise InvalidArgument(f"{each.port.name} is {actual}, the program takes {sample.written(each.port)}")
+        values = [
             torch.from_numpy(np.ascontiguousarray(inputs[each.port.name], dtype=each.port.dtype))
             for each in self._inputs
         ]
         try:
-            args, kwargs = torch.utils._pytree.tree_unflatten(given, self._program.call_spec.in_spec)
+            args, kwargs = torch.utils._pytree.tree_unflatten(values, self._program.call_spec.in_spec)
             with torch.no_grad():
                 found = self._module(*args, **kwargs)
         except Exception as err:
-            raise InvalidArgument(f"the program does not take the inputs: {first_line(err)}") from err
+            raise InvalidArgument(f"the program rejects the inputs: {first_line(err)}") from err
         leaves = torch.utils._pytree.tree_leaves(found)
         return {name: leaf.detach().numpy() for name, leaf in zip(self._outputs, leaves, strict=True)}
 
@@ -148,24 +150,25 @@ class TorchProgram:
                 made = torch.onnx.export(self._program, dynamo=True, verbose=False)
         except Exception as err:
             raise FailedPrecondition(f"torch.onnx.export cannot convert it: {first_line(err)}") from err
-        assert made is not None  # Only without dynamo it gives nothing.
-        model = graph.named(made.model_proto, [each.port.name for each in self._inputs], self._outputs)
-        return graph.batched(model) if self.is_batched else model
+        # torch.onnx.export returns None only without dynamo.
+        assert made is not None
+        model = graph.renamed(made.model_proto, [each.port.name for each in self._inputs], self._outputs)
+        return graph.with_batch_dimension(model) if self.is_batched else model
 
 
 def _inputs(program: Any) -> list[_Input]:
-    wanted = list(program.graph_signature.user_inputs)
+    names = list(program.graph_signature.user_inputs)
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     examples = (
-        torch.utils._pytree.tree_leaves(program.example_inputs) if program.example_inputs else [None] * len(wanted)
+        torch.utils._pytree.tree_leaves(program.example_inputs) if program.example_inputs else [None] * len(names)
     )
     found = []
-    for name, example in zip(wanted, examples, strict=True):
+    for name, example in zip(names, examples, strict=True):
         value = nodes[name].meta.get("val") if isinstance(name, str) and name in nodes else None
         if not isinstance(value, torch.Tensor):
-            raise InvalidArgument(f"input {name!r} of the program is no tensor: only tensors can be served")
+            raise InvalidArgument(f"input {name!r} of the program is not a tensor: only tensors can be served")
         if value.dtype not in _DTYPES:
-            raise InvalidArgument(f"input {name!r} of the program is {value.dtype}: no model input can be that")
+            raise InvalidArgument(f"input {name!r} of the program is {value.dtype}, which no model input can have")
         sizes = tuple(int(size) if isinstance(size, int) else str(size) for size in value.shape)
         shape = tuple(size if isinstance(size, int) else None for size in sizes)
         low, high = _range(example)
@@ -176,7 +179,7 @@ def _inputs(program: Any) -> list[_Input]:
 
 
 def _range(example: Any) -> tuple[float, float]:
-    # Whole numbers are mostly indices: nobody but the example says how far they may go.
+    # Integers are mostly indices, and only the example shows their range.
     if not isinstance(example, torch.Tensor) or not example.numel() or example.is_floating_point():
         return 0, 1
     return float(example.min()), float(example.max())
@@ -185,7 +188,8 @@ def _range(example: Any) -> tuple[float, float]:
 def _upper(span: Any) -> int:
     try:
         return int(span.upper)
-    except (TypeError, ValueError, OverflowError, AttributeError):  # No bound.
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        # No upper bound.
         return ANY
 
 
@@ -195,10 +199,10 @@ def _output_values(program: Any) -> list[Any]:
 
 
 def _output_names(program: Any) -> list[str]:
-    """Keys, where the program answers with a dict of tensors; else `output`, or `output_0`, `output_1` ..."""
+    """Return the keys of a program that returns a dict of tensors; else `output`, or `output_0`, `output_1` ..."""
     for value in _output_values(program):
         if not isinstance(value, torch.Tensor):
-            raise InvalidArgument("the program answers with something that is no tensor: only tensors can be served")
+            raise InvalidArgument("the program returns something that is not a tensor: only tensors can be served")
     spec = program.call_spec.out_spec
     count = len(program.graph_signature.user_outputs)
     if spec.type is dict and len(spec.context) == count:
@@ -214,7 +218,7 @@ def _is_batched(program: Any, inputs: Sequence[_Input]) -> bool:
 
 
 def _score_outputs(program: Any, names: Sequence[str]) -> Iterator[str]:
-    """Outputs that may be scores of classes."""
+    """Yield the outputs that may be scores of classes."""
     for name, value in zip(names, _output_values(program), strict=True):
         if value.ndim == 2 and isinstance(value.shape[1], int) and value.shape[1] > 1 and value.is_floating_point():
             yield name
@@ -224,17 +228,17 @@ def _notes(inputs: Sequence[_Input], *, is_batched: bool, low: int) -> Sequence[
     notes = []
     if not is_batched:
         shapes = "; ".join(f"{each.port.name} {list(each.sizes)}" for each in inputs)
-        notes.append(f"the batch is not free ({shapes}): export with dynamic_shapes to have calls batched")
+        notes.append(f"the batch size is fixed ({shapes}): export with dynamic_shapes to enable batching")
     elif low > 1:
-        notes.append(f"the program takes {low} rows and more: calls of fewer were not checked")
+        notes.append(f"the program takes at least {low} rows: smaller calls were not checked")
     if any(each.port.dtype.kind in "iu" for each in inputs):
-        notes.append("random whole numbers are drawn from the range of the program's example input")
+        notes.append("random integers are drawn from the range of the program's example input")
     return notes
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter tells its developers."""
+    """Suppress messages of the exporter for its developers."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Random rows for models of trees: where trees go wrong is at their thresholds, so that is where most rows lie.
+"""Random rows for tree models, mostly at the thresholds, where errors of a conversion show.
 
-The known trap: a framework compares float64 values with float64 thresholds, the converted model float32 with float32.
-A threshold that was rounded up takes one float32 value more to the left than the original does. So a feature's
-values are mostly its own thresholds, rounded to the type that is served, and their two neighbours.
+The known error: a framework compares float64 values with float64 thresholds, the converted model float32 with float32.
+A threshold that was rounded up sends one more float32 value to the left. So most values are thresholds, rounded to the
+served type, and their two neighbours.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ import numpy as np
 from shoal.convert.original import Array
 
 FLOAT32 = np.dtype("f4")
+# Shares of the values: at a threshold; missing; far outside the thresholds. The rest is uniform between the thresholds.
 _NEAR, _MISSING, _FAR = 0.6, 0.08, 0.02
-# Of the values: at a threshold; missing; far outside of everything seen. The rest lies evenly between the thresholds.
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a model of trees compares its features with."""
+    """Thresholds and categories that a tree model compares its features with."""
 
     features: int
     thresholds: Mapping[int, Array] = field(default_factory=dict)
-    """Distinct, by feature, in float64. A feature that is not there is not looked at."""
+    """Distinct thresholds in float64, by feature. Features without an entry are unused."""
     categories: Mapping[int, Array] = field(default_factory=dict)
-    """Numbers of the categories that a feature's sets name."""
+    """Category numbers in the model's sets, by feature."""
     takes_missing: bool = False
-    """NaN has a way of its own through the trees."""
+    """True when the trees handle NaN separately."""
     as_zero: float = 0.0
-    """Numbers of this size and less are taken for 0, which no data are near: they are drawn as 0."""
+    """Values up to this size count as 0. Data are 0 or much larger, so random values in this range become 0."""
 
 
 def draw(splits: Splits, rows: int, generator: np.random.Generator, dtype: np.dtype[Any] = FLOAT32) -> Array:
-    """`[rows, features]` of `dtype`, float32 or float64; NaN only where the trees take missing values."""
+    """Return `[rows, features]` of `dtype`, float32 or float64; NaN only where the trees take missing values."""
     columns = [_column(splits, feature, rows, generator, dtype) for feature in range(splits.features)]
     return np.stack(columns, axis=1) if columns else np.zeros((rows, 0), dtype)
 
 
 def _column(splits: Splits, feature: int, rows: int, generator: np.random.Generator, dtype: np.dtype[Any]) -> Array:
     if feature in splits.categories:
-        named = splits.categories[feature]
-        column = generator.choice([*named, named.max() + 1], rows).astype(dtype)
+        known = splits.categories[feature]
+        column = generator.choice([*known, known.max() + 1], rows).astype(dtype)
     else:
         column = _numbers(splits.thresholds.get(feature), rows, generator, dtype)
     column[np.abs(column) <= dtype.type(splits.as_zero)] = 0
@@ -54,7 +54,7 @@ def _column(splits: Splits, feature: int, rows: int, generator: np.random.Genera
 
 
 def _numbers(thresholds: Array | None, rows: int, generator: np.random.Generator, dtype: np.dtype[Any]) -> Array:
-    # Infinite ones tell only missing values from all others.
+    # Infinite thresholds only separate missing values from the others.
     thresholds = None if thresholds is None else thresholds[np.isfinite(thresholds)]
     if thresholds is None or not thresholds.size:
         return generator.standard_normal(rows).astype(dtype)
@@ -69,14 +69,14 @@ def _numbers(thresholds: Array | None, rows: int, generator: np.random.Generator
 
 
 def _neighbours(values: Array, generator: np.random.Generator, dtype: np.dtype[Any]) -> Array:
-    """Each value in `dtype`, or the number just below or above."""
+    """Return each value in `dtype`, or the next number below or above it, at random."""
     exact = values.astype(dtype)
     towards = generator.choice(np.array([-np.inf, 0.0, np.inf], dtype), values.size)
     return np.where(towards == 0, exact, np.nextafter(exact, towards)).astype(dtype)
 
 
 def rounded_down(thresholds: Array) -> Array:
-    """float64 values that float32 holds, the largest not above each: a float32 x is <= it when x <= the threshold."""
+    """Return the largest float32 values not above the thresholds, as float64: `x <= t` is unchanged for float32 x."""
     with np.errstate(over="ignore"):
         near = thresholds.astype(np.float32)
     below = np.nextafter(near, np.float32(-np.inf))

@@ -1,4 +1,4 @@
-"""Whether a model's drift is small enough, and in words why not."""
+"""Acceptance of a model's drift, and the reasons of a refusal."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from shoal.convert.drift import Drift
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is accepted."""
+    """Limits of the accepted drift."""
 
     relative: float = 1e-4
-    """Largest relative drift of any element (drift.py says of what). float32 sums of a thousand terms stay below it."""
+    """Largest relative drift of an element (see drift.py). float32 sums of a thousand terms stay below the default."""
     flips: int = 0
-    """Rows whose label may change, ties aside."""
+    """Number of rows whose label may change, without ties."""
     share: float | None = None
-    """The same as a share of the rows, in place of `flips`."""
+    """Share of the rows whose label may change; replaces `flips`."""
 
     def flips_of(self, rows: int) -> int:
-        """How many of `rows` may change."""
+        """Return the number of rows, out of `rows`, whose label may change."""
         return self.flips if self.share is None else int(self.share * rows)
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Bounds:
 
 
 def refusal(drift: Drift, bounds: Bounds) -> str:
-    """Why `drift` is too much; empty when it is not."""
+    """Return the reasons why `drift` exceeds `bounds`; empty when it does not."""
     reasons = [
         f"{output.name} drifts by {output.max_relative:.2g} (relative), allowed is {bounds.relative:g}"
         for output in drift.outputs

@@ -1,6 +1,6 @@
-"""XGBoost: a booster saved as .json or .ubj (or one out of a pickle), by way of onnxmltools.
+"""XGBoost models: a booster saved as .json or .ubj, or one in a pickle, exported by onnxmltools.
 
-It compares float32 with float32 thresholds, as the converted model does, and knows missing values.
+XGBoost compares float32 values with float32 thresholds, as the converted model does, and handles missing values.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ if TYPE_CHECKING:
 
 
 def load(path: Path) -> Any:
-    """The XGBClassifier or XGBRegressor of the booster in the file.
+    """Return the XGBClassifier or XGBRegressor of the booster in the file.
 
     Raises:
-        InvalidArgument: it is no XGBoost model.
+        InvalidArgument: the file is not an XGBoost model.
     """
     xgboost = needed("xgboost", XGBOOST, f"converting {path.name}")
     try:
         booster = xgboost.Booster(model_file=str(path))
-    except Exception as err:  # XGBoostError, and what its readers raise.
+    except Exception as err:
+        # XGBoostError, or an error of its readers.
         raise InvalidArgument(f"{path}: XGBoost cannot read it: {first_line(err)}") from err
     return of_booster(booster)
 
 
 def of_booster(booster: Any) -> Any:
-    """The estimator that asks `booster`: a classifier where its objective is one's."""
+    """Return the estimator of `booster`: a classifier for a classification objective, else a regressor."""
     xgboost = needed("xgboost", XGBOOST, "converting a booster")
     objective = _objective(booster)
-    if objective == "multi:softmax":  # The same trees, and the probabilities that its labels come from.
+    # The same trees, with the probabilities that the labels come from.
+    if objective == "multi:softmax":
         booster.set_param({"objective": "multi:softprob"})
     estimator = xgboost.XGBClassifier() if objective.startswith(("binary:", "multi:")) else xgboost.XGBRegressor()
     estimator.load_model(booster.save_raw("ubj"))
@@ -52,16 +54,16 @@ def _objective(booster: Any) -> str:
 
 
 class XgboostTrees:
-    """An Original."""
+    """XGBoost estimator as an Original."""
 
     framework = "XGBoost"
     is_batched = True
-    most_rows = ANY
+    max_rows = ANY
     batches: Sequence[int] = (1, 2, 7, 990)
     plans: Sequence[Plan] = (Plan("float32 arithmetic"),)
 
     def __init__(self, estimator: Any) -> None:
-        """Takes an XGBClassifier or XGBRegressor. Raises InvalidArgument when it has no trees."""
+        """`estimator` is an XGBClassifier or XGBRegressor. Raises InvalidArgument when it has no trees."""
         needed("onnxmltools", XGBOOST, "converting an XGBoost model")
         kind = json.loads(estimator.get_booster().save_config())["learner"]["gradient_booster"]["name"]
         if kind != "gbtree":
@@ -89,7 +91,7 @@ class XgboostTrees:
                 return {"prediction": answer.reshape(-1, 1) if answer.ndim == 1 else answer}
             return {"label": self._estimator.predict(rows), "probabilities": self._estimator.predict_proba(rows)}
         except Exception as err:
-            raise InvalidArgument(f"XGBoost does not take the rows: {first_line(err)}") from err
+            raise InvalidArgument(f"XGBoost rejects the rows: {first_line(err)}") from err
 
     def export(self, plan: Plan) -> onnx.ModelProto:
         from onnxmltools import convert_xgboost
@@ -107,11 +109,11 @@ class XgboostTrees:
                 )
         except Exception as err:
             raise FailedPrecondition(f"onnxmltools cannot convert it: {first_line(err)}") from err
-        return graph.batched(graph.named(model, ["x"], outputs))
+        return graph.with_batch_dimension(graph.renamed(model, ["x"], outputs))
 
 
 class _numbered:
-    """A booster without its features' names, as its exporter wants it; afterwards as it was."""
+    """Remove a booster's feature names, which its exporter cannot handle, and restore them afterwards."""
 
     def __init__(self, booster: Any) -> None:
         self._booster = booster
@@ -134,7 +136,7 @@ def _notes(booster: Any) -> Sequence[str]:
 
 
 def splits(booster: Any) -> trees.Splits:
-    """What the trees of a booster compare. Raises InvalidArgument when it has none."""
+    """Return the splits of a booster's trees. Raises InvalidArgument when it has none."""
     found: dict[int, set[float]] = {}
     categories: dict[int, set[int]] = {}
     with _numbered(booster):

@@ -10,7 +10,7 @@ from typing import Any
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from mesh.node import parts
+from shoal.node import processes
 from tests.breakable import Process, until
 
 
@@ -18,7 +18,7 @@ class ReplicaSet:
     """Used as `with`; `uri` names all members."""
 
     def __init__(self, folder: Path, members: int = 3) -> None:
-        self._ports = [parts.free_port() for _ in range(members)]
+        self._ports = [processes.free_port() for _ in range(members)]
         self._members = [_member(folder, port) for port in self._ports]
         self._stack = ExitStack()
         hosts = ",".join(f"127.0.0.1:{port}" for port in self._ports)
@@ -97,7 +97,7 @@ def _client(port: int) -> MongoClient[dict[str, Any]]:
 def _member(folder: Path, port: int) -> Process:
     data = folder / f"mongod-{port}"
     data.mkdir()
-    part = parts.mongod(data, port)
+    part = processes.mongod(data, port)
     argv = list(part.argv)
     argv[argv.index("--wiredTigerCacheSizeGB") + 1] = "0.25"
     return Process(argv, folder / f"mongod-{port}.log", part.env)

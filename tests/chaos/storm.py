@@ -19,6 +19,7 @@ class Storm:
         self._victims = victims
         self._kill = kill
         self._random = random.Random(seed)
+        self._deck: list[str] = []
 
     async def blow(self, seconds: float) -> None:
         """Kills for so long."""
@@ -28,15 +29,26 @@ class Storm:
             self.strike()
 
     def strike(self) -> list[str]:
-        """One strike: one victim, or (two times in five) a pair. Says whom it killed."""
-        names = sorted(self._victims())
-        chosen = self._random.sample(names, 2 if self._random.random() < 0.4 else 1)
+        """Kill one victim, or (two times in five) a pair; return the names of those that were alive."""
         killed = []
-        for name in chosen:
+        for name in self._drawn(2 if self._random.random() < 0.4 else 1):
             try:
                 self._kill(name)
             except (ProcessLookupError, KeyError):
-                continue  # It is dead already, of an earlier strike, and not back yet.
+                # An earlier strike killed it, and it is not back yet: its turn comes again in this round.
+                self._deck.append(name)
+                continue
             killed.append(name)
         self.kills.update(killed)
         return killed
+
+    def _drawn(self, count: int) -> list[str]:
+        """Draw different names. Each round deals every victim once, in random order, so that none is left out."""
+        names = sorted(self._victims())
+        self._deck = [name for name in self._deck if name in names]
+        if len(self._deck) < count:
+            self._deck += self._random.sample(names, len(names))
+        drawn = list(dict.fromkeys(self._deck))[:count]
+        for name in drawn:
+            self._deck.remove(name)
+        return drawn

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 from tests.breakable import until

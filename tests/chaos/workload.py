@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import grpc
 import numpy as np
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc

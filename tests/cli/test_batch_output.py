@@ -14,7 +14,7 @@ import typer
 
 from shoal.cli import batches
 from shoal.client import Batch, BatchState
-from shoal.client.methods import GET_BATCH, WATCH_BATCH
+from shoal.client.transport.methods import GET_BATCH, WATCH_BATCH
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from tests.client.served import Served
 
@@ -41,16 +41,16 @@ def batch(**fields: Any) -> Batch:
     return Batch(**made)
 
 
-def test_a_line_for_each_tenth_and_for_what_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_for_each_tenth_and_each_wait(capsys: pytest.CaptureFixture[str]) -> None:
     seen = [batch(rows_ok=n) for n in range(0, 101, 2)] + [batch(rows_ok=100, waits_for="UNAVAILABLE: model away")]
     batches._lines(batch(), seen)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "batch b"
     assert len(lines) == 1 + 11 + 1
-    assert "waits: UNAVAILABLE: model away" in lines[-1]
+    assert "waits for: UNAVAILABLE: model away" in lines[-1]
 
 
-def test_before_the_plan_is_whole_the_rows_are_at_least(capsys: pytest.CaptureFixture[str]) -> None:
+def test_before_the_plan_is_complete_the_rows_are_a_minimum(capsys: pytest.CaptureFixture[str]) -> None:
     assert batches._fields(batch(is_planned=False, rows=50, rows_ok=10))["rows"] == "10 of 50+ rows"
     assert batches._fields(batch(rows_ok=7, rows_failed=3))["rows"] == "10 of 100 rows, 3 failed"
     assert batches._fields(batch(ending=BatchState.CANCELLED))["state"] == "cancelled ..."
@@ -68,7 +68,7 @@ class Interrupted:
         raise KeyboardInterrupt
 
 
-def test_an_interrupt_leaves_it_running_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_leaves_the_batch_running_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as ended:
         batches._follow(Interrupted(), batch(), as_json=False)  # type: ignore[arg-type]
     assert ended.value.exit_code == 130

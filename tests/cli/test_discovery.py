@@ -43,12 +43,12 @@ def test_the_flag_wins_over_the_variable_and_the_variable_over_the_running_node(
         (" h:65535 ", "h:65535"),
     ],
 )
-def test_addresses_as_people_write_them(given: str, meant: str) -> None:
+def test_every_form_of_address_is_accepted(given: str, meant: str) -> None:
     assert find_gateway(given, {}) == meant
 
 
 @pytest.mark.parametrize("given", ["localhost", ":8080", "h:0", "h:65536", "h:x", "a b:1", "http://h:1/path", "h:1:2"])
-def test_a_wrong_address_is_named_with_where_it_came_from(given: str) -> None:
+def test_an_invalid_address_is_named_with_its_source(given: str) -> None:
     with pytest.raises(InvalidArgument, match=r"--gateway=.*expected HOST:PORT"):
         find_gateway(given, {})
     with pytest.raises(InvalidArgument, match=r"SHOAL_GATEWAY=.*expected HOST:PORT"):
@@ -60,10 +60,10 @@ def test_without_a_node_the_error_says_what_to_do(environ: dict[str, str]) -> No
         find_gateway(None, environ)
 
 
-def test_two_nodes_are_not_guessed_between(environ: dict[str, str]) -> None:
+def test_two_nodes_are_an_error(environ: dict[str, str]) -> None:
     announce(environ, "127.0.0.1:1")
     announce(environ, "127.0.0.1:2", pid=os.getppid())
-    with pytest.raises(FailedPrecondition, match=r"2 nodes are running here.*--gateway"):
+    with pytest.raises(FailedPrecondition, match=r"2 nodes are running on this machine.*--gateway"):
         find_node(environ)
     assert admin_of("127.0.0.1:2", environ) == "127.0.0.1:9901"
     assert admin_of("127.0.0.1:9", environ) is None
@@ -78,12 +78,12 @@ def test_a_stale_file_is_ignored_and_cleared_by_the_next_node(environ: dict[str,
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"gateway": 1, "admin": 2, "data_dir": 3, "pids": 4}'])
-def test_a_broken_file_is_no_node(environ: dict[str, str], text: str) -> None:
+def test_an_invalid_file_is_ignored(environ: dict[str, str], text: str) -> None:
     announce(environ).write_text(text)
     assert running_nodes(environ) == []
 
 
-def test_a_folder_that_others_may_write_to_is_not_believed(environ: dict[str, str]) -> None:
+def test_a_folder_that_others_may_write_to_is_ignored(environ: dict[str, str]) -> None:
     path = announce(environ)
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     path.parent.chmod(0o777)
@@ -92,7 +92,7 @@ def test_a_folder_that_others_may_write_to_is_not_believed(environ: dict[str, st
         pointer_path(environ, os.getpid())
 
 
-def test_without_a_runtime_folder_the_temporary_one_serves(tmp_path: Path) -> None:
+def test_without_a_runtime_folder_the_temporary_folder_is_used(tmp_path: Path) -> None:
     environ = {"XDG_RUNTIME_DIR": str(tmp_path / "none"), "TMPDIR": str(tmp_path)}
     announce(environ)
     assert find_node(environ).pids == {"envoy": 7}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from shoal.client import methods
+from shoal.client.transport import methods
 from shoal.coord.v1 import coord_pb2 as coord
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.ingest.v1 import ingest_pb2 as ingest
@@ -146,12 +146,13 @@ def test_bad_input_is_one_clear_line(
     )
 
 
-def test_what_the_node_says_is_one_clear_line(shoal: Shoal, model: Served) -> None:
+def test_an_error_of_the_node_is_one_clear_line(shoal: Shoal, model: Served) -> None:
     assert "unknown model: 'other'" in complaint(shoal("infer", "other", "[1]"))
     assert "no node answers at 127.0.0.1:1: start one with `shoal up`" in complaint(
         shoal("models", "list", "--gateway", "127.0.0.1:1")
     )
-    assert "no node is running here" in complaint(shoal("models", "list", SHOAL_GATEWAY="", TMPDIR="/nowhere"))
+    nowhere = shoal("models", "list", SHOAL_GATEWAY="", TMPDIR="/nowhere")
+    assert "no node is running on this machine" in complaint(nowhere)
     assert "--gateway='nowhere'" in complaint(shoal("models", "list", "--gateway", "nowhere"), 2)
 
 
@@ -200,7 +201,7 @@ def test_every_command_has_help_with_an_example(shoal: Shoal, args: tuple[str, .
 
 
 @pytest.mark.parametrize("command", ["list", "watch"])
-def test_whose_jobs_are_told_without_a_tenant(shoal: Shoal, command: str) -> None:
+def test_jobs_without_a_tenant_option(shoal: Shoal, command: str) -> None:
     words = " ".join(shoal("jobs", command, "--help").stdout.replace("\u2502", " ").split())
     assert "--tenant NAME Only jobs of this tenant. Default: all." in words
 
@@ -240,10 +241,10 @@ def test_models_list_remove_and_alias(shoal: Shoal, served: Served) -> None:
     assert shoal("models", "remove", "m").stdout == "removed m version 1\n"
     assert "no model 'x'" in complaint(shoal("models", "remove", "x"))
     assert shoal("models", "alias", "m", "stable", "1").stdout == "m: stable is version 1\n"
-    assert shoal("models", "alias", "m", "stable", "--remove").stdout == "m: stable is gone\n"
+    assert shoal("models", "alias", "m", "stable", "--remove").stdout == "m: stable is removed\n"
 
 
-def test_push_of_what_is_no_model(shoal: Shoal, tmp_path: Path) -> None:
+def test_a_push_of_another_file_is_an_error(shoal: Shoal, tmp_path: Path) -> None:
     (tmp_path / "m.bmp").touch()
     assert "expected a .onnx file" in complaint(shoal("models", "push", "m.bmp"), 2)
     (tmp_path / "m.pt").touch()
@@ -315,11 +316,11 @@ def test_jobs(shoal: Shoal, model: Served) -> None:
         ("dead", "list", "--older-than", "inf"),
     ],
 )
-def test_times_that_are_none_are_one_clear_line(shoal: Shoal, model: Served, options: tuple[str, ...]) -> None:
+def test_an_invalid_time_is_one_clear_line(shoal: Shoal, model: Served, options: tuple[str, ...]) -> None:
     assert complaint(shoal("jobs", *options), 2).startswith("shoal: ")
 
 
-def test_words_of_others_do_not_steer_the_terminal(shoal: Shoal, served: Served) -> None:
+def test_control_characters_are_escaped(shoal: Shoal, served: Served) -> None:
     async def get(request: Any, context: Any) -> Any:
         return ingest.GetJobResponse(job=job(4, tenant="\x1b[2Jacme", labels={"a\x9b": "\x1b]0;mine\x07"}))
 
@@ -334,7 +335,7 @@ def test_words_of_others_do_not_steer_the_terminal(shoal: Shoal, served: Served)
     assert complaint(shoal("jobs", "get", "a")) == r"shoal: no \x1b[31mjob"
 
 
-def test_an_id_is_whole_in_a_narrow_terminal(shoal: Shoal, served: Served) -> None:
+def test_an_id_is_not_split_in_a_narrow_terminal(shoal: Shoal, served: Served) -> None:
     made = job(4, last_message="one thing and another " * 5)
     made.id = "01JD8Y3V5M2Q4R6T8W0X2Z4B6D"
 
@@ -440,7 +441,7 @@ def test_status(shoal: Shoal, served: Served, admin: str) -> None:
     served.on(methods.LIST_MODELS, models)
     done = shoal("status", "--admin", admin)
     assert done.returncode == 0, done.stderr
-    for words in ("local/infer-0", "ready", "m 1/2", "nobody at present", "no such filter", "an election is under way"):
+    for words in ("local/infer-0", "ready", "m 1/2", "none at present", "no such filter", "an election is under way"):
         assert words in done.stdout
     assert "unix:/run/infer-0.sock" in done.stdout
     assert "draining, failed active health check" in done.stdout
@@ -473,9 +474,11 @@ def test_job_retention(shoal: Shoal, served: Served) -> None:
     served.on(methods.SET_JOB_RETENTION, change)
     served.on(methods.LIST_JOB_RETENTION, listed)
     set_rule = ("jobs", "retention", "set")
-    assert shoal(*set_rule, "batches", "90d", "--tenant", "acme").stdout == ("batches of tenant 'acme' stay for 90d\n")
+    assert shoal(*set_rule, "batches", "90d", "--tenant", "acme").stdout == (
+        "batches of tenant 'acme' are kept for 90d\n"
+    )
     assert shoal(*set_rule, "dead", "forever").stdout == (
-        "dead jobs of every tenant that says nothing else stay for ever\n"
+        "dead jobs of all tenants without their own rule are kept for ever\n"
     )
     assert [(one.batches, one.state, one.tenant) for one in asked] == [
         (True, 0, "acme"),

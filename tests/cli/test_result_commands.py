@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from shoal.cli import amounts
-from shoal.client import methods
+from shoal.client.transport import methods
 from shoal.errors import InvalidArgument
 from shoal.store.v1 import store_pb2 as pb
 from tests.cli.conftest import Shoal
@@ -96,12 +96,12 @@ def test_results_export(shoal: Shoal, served: Served, tmp_path: Path) -> None:
     assert json.loads(shoal("results", "export", "s3://b/x", "--json").stdout)["complete"] is True
     rotten = shoal("results", "export", "s3://b/rotten")
     assert (rotten.returncode, rotten.stdout) == (1, "3 results in 1 parts, 2.0 KiB, in s3://b/rotten\n")
-    assert "2 of them without their answer, which is damaged in the store: column answer_lost" in rotten.stderr
+    assert "2 of them have no answer, because it is damaged in the store: the column answer_lost" in rotten.stderr
     failed = shoal("results", "export", "s3://no/x")
     assert failed.returncode == 1
-    assert "0 parts are written: go on with --cursor the-cursor" in failed.stderr
+    assert "0 parts are written: resume with --cursor the-cursor" in failed.stderr
     assert "the object store refuses" in failed.stderr
-    assert "holds an export already" in complaint(shoal("results", "export", "out"))
+    assert "holds an export or a part of one" in complaint(shoal("results", "export", "out"))
 
 
 def test_store_retention(shoal: Shoal, served: Served) -> None:
@@ -167,7 +167,7 @@ def test_store_usage_and_quotas(shoal: Shoal, served: Served) -> None:
     document = json.loads(shoal("store", "usage", "--json").stdout)
     assert [tenant["quota_bytes"] for tenant in document["tenants"]] == [None, 10 << 20]
     assert [(one["payloads"], one["payload_bytes"]) for one in document["tenants"]] == [(0, 0), (77, 3 << 20)]
-    assert "20.0 GiB at most" in shoal("store", "quota", "set", "20GiB").stdout
+    assert "at most 20.0 GiB" in shoal("store", "quota", "set", "20GiB").stdout
     shoal("store", "quota", "set", "1000", "--tenant", "")
     assert "acme: no quota" in shoal("store", "quota", "remove", "--tenant", "acme").stdout
     assert [(one.bytes, one.HasField("tenant"), one.tenant, one.remove) for one in asked] == [
@@ -186,17 +186,17 @@ def test_sizes(given: str, bytes_: int) -> None:
 
 
 @pytest.mark.parametrize("given", ["", "x", "-1", "1PB", "1e9", "1,5GB", "GB", "1.2.3", "१", "9" * 30])
-def test_no_sizes(given: str) -> None:
+def test_invalid_sizes_are_rejected(given: str) -> None:
     with pytest.raises(InvalidArgument, match="BYTES"):
         amounts.size(given, "BYTES")
 
 
 @pytest.mark.parametrize("given", ["90m", "36h", "30d", "8w", "1s", "90s"])
-def test_ages_and_back(given: str) -> None:
+def test_ages_are_parsed_and_formatted(given: str) -> None:
     assert amounts.span(amounts.age(given, "AGE")) == given
 
 
 @pytest.mark.parametrize("given", ["", "d", "1", "-1d", "1.5d", "1y", "१d", "9999999999d"])
-def test_no_ages(given: str) -> None:
+def test_invalid_ages_are_rejected(given: str) -> None:
     with pytest.raises(InvalidArgument, match="AGE"):
         amounts.age(given, "AGE")

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from shoal.client import methods
+from shoal.client.transport import methods
 from shoal.store.v1 import store_pb2 as pb
 from tests.cli.conftest import Shoal
 from tests.client.served import Served
@@ -38,17 +38,17 @@ def finds(served: Served, *findings: pb.VerifyStoreResponse.Finding) -> list[pb.
     return asked
 
 
-def test_a_store_that_is_right(served: Served, shoal: Shoal) -> None:
+def test_a_store_without_damage(served: Served, shoal: Shoal) -> None:
     asked = finds(served)
     done = shoal("store", "verify")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "1 blobs (10 B) read and compared: none damaged\n"
     assert not asked[0].sizes_only
-    assert "looked at" in shoal("store", "verify", "--quick").stdout
+    assert "checked" in shoal("store", "verify", "--quick").stdout
     assert asked[1].sizes_only
 
 
-def test_damage_is_shown_with_whom_it_harms(served: Served, shoal: Shoal) -> None:
+def test_damage_is_shown_with_the_models_and_jobs_that_need_it(served: Served, shoal: Shoal) -> None:
     finds(served, DAMAGED, STRAY)
     done = shoal("store", "verify")
     assert done.returncode == 1
@@ -57,7 +57,7 @@ def test_damage_is_shown_with_whom_it_harms(served: Served, shoal: Shoal) -> Non
     assert "2 blobs (2.0 KiB) read and compared: 1 damaged" in done.stdout
 
 
-def test_strays_alone_are_no_failure(served: Served, shoal: Shoal) -> None:
+def test_stray_blobs_alone_are_no_failure(served: Served, shoal: Shoal) -> None:
     finds(served, STRAY)
     assert shoal("store", "verify").returncode == 0
 
@@ -71,7 +71,7 @@ def test_verify_as_json(served: Served, shoal: Shoal) -> None:
     assert last == {"blobs": 2, "bytes": 2048, "damaged": 1}
 
 
-def test_a_store_that_cannot_look(served: Served, shoal: Shoal) -> None:
+def test_a_verification_that_fails(served: Served, shoal: Shoal) -> None:
     async def verify(request: pb.VerifyStoreRequest, context: Any) -> AsyncIterator[pb.VerifyStoreResponse]:
         yield pb.VerifyStoreResponse(blobs=1, blobs_in_all=2)
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the folder of blobs is not there: is it mounted?")
@@ -88,8 +88,8 @@ def test_collect(served: Served, shoal: Shoal) -> None:
         return pb.CollectArtifactsResponse(condemned=1, collected=2, removed=3, strays=4 if request.strays else 0)
 
     served.on(methods.COLLECT_ARTIFACTS, collect)
-    assert shoal("store", "collect").stdout == "1 condemned, 2 collected, 3 blobs removed\n"
-    assert "4 strays found" in shoal("store", "collect", "--strays").stdout
+    assert shoal("store", "collect").stdout == "1 marked, 2 collected, 3 blobs removed\n"
+    assert "4 stray blobs found" in shoal("store", "collect", "--strays").stdout
     assert json.loads(shoal("store", "collect", "--json").stdout)["removed"] == 3
 
 
@@ -98,10 +98,10 @@ def progress(**fields: Any) -> pb.BackupProgress:
 
 
 @pytest.mark.parametrize("command", ["backup", "restore"])
-def test_an_empty_place_is_no_place(shoal: Shoal, command: str) -> None:
+def test_an_empty_place_is_rejected(shoal: Shoal, command: str) -> None:
     done = shoal("store", command, "")
     assert done.returncode == 2
-    assert done.stderr.startswith("shoal: PLACE: required, and empty")
+    assert done.stderr.startswith("shoal: PLACE is empty")
 
 
 def test_backup(served: Served, shoal: Shoal, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_backup(served: Served, shoal: Shoal, tmp_path: Path) -> None:
     assert [request.trust_sizes for request in asked] == [False, False, True]
 
 
-def test_a_backup_without_what_is_damaged_fails_and_names_it(served: Served, shoal: Shoal) -> None:
+def test_a_backup_without_damaged_blobs_fails_and_names_them(served: Served, shoal: Shoal) -> None:
     async def back_up(request: pb.BackUpRequest, context: Any) -> AsyncIterator[pb.BackUpResponse]:
         yield pb.BackUpResponse(progress=progress(missing=["ab" * 32], complete=True))
 
@@ -134,7 +134,7 @@ def test_a_backup_without_what_is_damaged_fails_and_names_it(served: Served, sho
     assert "ab" * 32 in done.stderr
 
 
-def test_a_backup_says_what_it_replaced(served: Served, shoal: Shoal) -> None:
+def test_a_backup_reports_replaced_blobs(served: Served, shoal: Shoal) -> None:
     async def back_up(request: pb.BackUpRequest, context: Any) -> AsyncIterator[pb.BackUpResponse]:
         yield pb.BackUpResponse(progress=progress(blobs=9, copied=3, repaired=2, complete=True))
 
@@ -142,11 +142,11 @@ def test_a_backup_says_what_it_replaced(served: Served, shoal: Shoal) -> None:
     done = shoal("store", "backup", "/there")
     assert (done.returncode, done.stderr) == (
         0,
-        "2 of the new ones lay there damaged, and are replaced: check that disk\n",
+        "2 of the new ones replaced damaged copies in the backup: check that disk\n",
     )
 
 
-def test_a_backup_that_broke_off_is_a_failure(served: Served, shoal: Shoal) -> None:
+def test_an_interrupted_backup_is_a_failure(served: Served, shoal: Shoal) -> None:
     async def back_up(request: pb.BackUpRequest, context: Any) -> AsyncIterator[pb.BackUpResponse]:
         yield pb.BackUpResponse(progress=progress(documents=5))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mesh.node.options import SERVICES, checked, parse_etcd, parse_mongo, parse_replicas, parse_services
 from shoal.cli.up import default_data_dir
 from shoal.errors import InvalidArgument
+from shoal.node.options import SERVICES, checked, parse_etcd, parse_mongo, parse_replicas, parse_services
 
 
 def test_a_node_has_one_of_each_service_unless_told_otherwise(tmp_path: Path) -> None:

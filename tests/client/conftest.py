@@ -14,7 +14,7 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """What carries the calls: to this machine, or as if the servers here were on others."""
     name: str = request.param
     if name == "grpc":
-        monkeypatch.setattr("shoal.client.calls.is_local", lambda address: False)
+        monkeypatch.setattr("shoal.client.transport.calls.is_local", lambda address: False)
         for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
             monkeypatch.delenv(variable, raising=False)
     return name

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from shoal.client.transport import MESSAGE_BYTES
+from shoal.client.transport.transport import MESSAGE_BYTES
 
 
 class Served:

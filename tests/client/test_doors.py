@@ -49,11 +49,11 @@ async def main() -> None:
 def test_a_type_checker_sees_real_signatures(tmp_path: Path, repository_root: Path) -> None:
     seen = mypy_says(USER, tmp_path, repository_root)
     for words in (
-        '"shoal.client.inference.InferResult"',
-        'list[shoal.client.registry.ModelVersion]"',
+        '"shoal.client.inference.inference.InferResult"',
+        'list[shoal.client.models.registry.ModelVersion]"',
         "idempotency_key: str",
-        '"shoal.client.job.Job"',
-        '"shoal.client.job.Submitted"',
+        '"shoal.client.jobs.job.Job"',
+        '"shoal.client.jobs.job.Submitted"',
         'Unexpected keyword argument "verson"',
         'incompatible type "int"; expected "str"',
     ):

@@ -8,7 +8,8 @@ import grpc
 import pytest
 
 import shoal
-from shoal.client import Tenant, TenantSettings, methods
+from shoal.client import Tenant, TenantSettings
+from shoal.client.transport import methods
 from shoal.errors import InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as ingest
 from tests.client.served import Served

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,12 +38,12 @@ def write(root: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="session", params=os.environ.get("SHOAL_INFER_FRONT", "h2").split(","))
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    """A running instance; SHOAL_INFER_FRONT picks its front."""
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A running instance."""
     folder = tmp_path_factory.mktemp("clients")
     control = {"SHOAL_INFER_MODEL_CONTROL": "explicit", "SHOAL_INFER_LOAD_MODELS": "*"}
-    with Instance.serving(write(folder / "models"), request.param, folder / "serve.log", control) as running:
+    with Instance.serving(write(folder / "models"), folder / "serve.log", control) as running:
         yield running
 
 

@@ -39,7 +39,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, name: str, ex
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".joblib", ".pickle", ".pt2"])
-def test_what_may_run_code_is_not_opened_without_consent(tmp_path: Path, suffix: str) -> None:
+def test_files_that_may_run_code_need_consent(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     with pytest.raises(FailedPrecondition, match=r"may run any code when it is opened .* --trust-pickle"):
@@ -54,10 +54,10 @@ def test_what_may_run_code_is_not_opened_without_consent(tmp_path: Path, suffix:
         ("a.keras", "tf2onnx"),
         ("a.model", "save_model"),
         ("a.zip", "expected one of .pt2"),
-        ("a.onnx", "it is ONNX already: `shoal models push` takes it"),
+        ("a.onnx", "the file is ONNX already: push it with `shoal models push`"),
     ],
 )
-def test_other_formats_are_told_what_to_do(tmp_path: Path, name: str, says: str) -> None:
+def test_other_formats_are_rejected_with_advice(tmp_path: Path, name: str, says: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(InvalidArgument, match=says):
         formats.open_original(tmp_path / name)

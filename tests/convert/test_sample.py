@@ -52,7 +52,7 @@ def test_files_that_do_not_fit(tmp_path: Path, name: str, content: str, says: st
 
 def test_names_that_do_not_fit(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((2, 3)))
-    with pytest.raises(InvalidArgument, match=r"the inputs tokens, mask: give them by name in an \.npz file"):
+    with pytest.raises(InvalidArgument, match=r"the inputs tokens, mask: use an \.npz file with these names"):
         sample.read(tmp_path / "a.npy", TWO)
     np.savez(tmp_path / "a.npz", tokens=np.ones((2, 3), int), other=np.ones(2))
     with pytest.raises(InvalidArgument, match="the model has no input other"):

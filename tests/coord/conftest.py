@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mesh.channel import connect
-from mesh.node.probes import health
+from mesh.rpc.channel import connect
 from shoal.coord.v1 import coord_pb2_grpc
+from shoal.node.probes import health
 from tests.breakable import EtcdProcess, Process, until
 
 

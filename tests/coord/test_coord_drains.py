@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from mesh.etcd import Entry
-from mesh.membership import Instance, State
+from mesh.cluster.etcd import Entry
+from mesh.cluster.membership import Instance, State
 from services.coord.drains import drained, encode, key_of, mark_of, marks_of, obsolete, resolve
 from shoal.errors import InvalidArgument, NotFound
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.membership import Instance, State
+from mesh.cluster.membership import Instance, State
 from services.coord.cluster import Cluster
 from services.coord.health import NOT_SERVING, SERVICE_UNKNOWN, SERVING, status_of
 

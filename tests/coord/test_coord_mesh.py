@@ -14,19 +14,19 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mesh.channel import connect
-from mesh.config import ServiceConfig
-from mesh.membership import ReadyModel, Registration, State
-from mesh.node.probes import health
+from mesh.cluster.membership import ReadyModel, Registration, State
+from mesh.process.config import ServiceConfig
+from mesh.rpc.channel import connect
 from shoal.coord.v1 import coord_pb2 as pb
 from shoal.coord.v1 import coord_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import inference_pb2_grpc as oip_grpc
+from shoal.node.probes import health
 from tests.breakable import EnvoyProcess, EtcdProcess, Process, until
 
 pytestmark = [pytest.mark.etcd, pytest.mark.envoy]
 
-TINY = Path(__file__).parent.parent / "mesh" / "tiny_infer.py"
+TINY = Path(__file__).parent.parent / "mesh" / "xds" / "tiny_infer.py"
 
 
 class Node:
@@ -82,8 +82,8 @@ class Node:
         await until(so, f"answers from {expected}")
 
     @asynccontextmanager
-    async def load(self, tasks: int = 8) -> AsyncIterator[Counter]:
-        """Steady calls while the block lasts; none may fail."""
+    async def load(self, pause_s: float = 0.005) -> AsyncIterator[Counter]:
+        """Make steady calls from 8 tasks while the block lasts; none may fail."""
         answered: Counter[str] = Counter()
         errors: list[str] = []
         stop = asyncio.Event()
@@ -92,11 +92,11 @@ class Node:
             while not stop.is_set():
                 try:
                     answered[await self.answer()] += 1
-                    await asyncio.sleep(0.005)
+                    await asyncio.sleep(pause_s)
                 except grpc.aio.AioRpcError as err:
                     errors.append(f"{err.code()}: {err.details()}")
 
-        running = [asyncio.create_task(calls()) for _ in range(tasks)]
+        running = [asyncio.create_task(calls()) for _ in range(8)]
         try:
             yield answered
         finally:
@@ -211,7 +211,8 @@ async def test_traffic_goes_on_while_etcd_is_away_for_ten_seconds(node: Node, ou
     await node.replica(0)
     await node.replica(1)
     await node.answers_from("infer-0", "infer-1")
-    async with node.load():
+    # It lasts 16 s and more: 150 calls a second are enough to notice.
+    async with node.load(pause_s=0.05):
         node.etcd.freeze() if outage == "frozen" else node.etcd.kill()
         since = time.monotonic()
         # A replica dies meanwhile: Envoy sees to it alone.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mesh.membership import Instance, State
+from mesh.cluster.membership import Instance, State
 from services.coord.cluster import Cluster
 from services.coord.presence import Presence, observe
 

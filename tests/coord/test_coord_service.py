@@ -10,11 +10,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from mesh.channel import connect
-from mesh.config import ServiceConfig
-from mesh.election import TTL_S
-from mesh.etcd import Etcd
-from mesh.membership import ReadyModel, Registration, State
+from mesh.cluster.election import TTL_S
+from mesh.cluster.etcd import Etcd
+from mesh.cluster.membership import ReadyModel, Registration, State
+from mesh.process.config import ServiceConfig
+from mesh.rpc.channel import connect
 from services.coord.traffic import COORD, PUBLIC
 from shoal.coord.v1 import coord_pb2 as pb
 from tests.breakable import EtcdProcess, until

@@ -13,15 +13,15 @@ import numpy as np
 import onnx
 import pytest
 
-from mesh.channel import connect
-from mesh.server import GrpcServer
+from mesh.rpc.channel import connect
+from mesh.rpc.server import Server
 from services.infer.core import InferenceServer
 from services.infer.models.control import Control
-from services.infer.models.means import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
+from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.rpc import bulk_rpc, inference_rpc
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.runtime import Runtime
 from services.infer.scheduling.queue import QueueLimits
@@ -81,10 +81,10 @@ async def serve(run_dir: Path) -> AsyncIterator[Callable[..., object]]:
 async def serving(
     root: Path, socket: Path, limits: QueueLimits, runtime: Runtime | Runtimes | None = None
 ) -> AsyncIterator[Serving]:
-    means = Means.of(runtime or Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
+    means = LoadContext.of(runtime or Runtimes([OnnxRuntime(), KernelsRuntime()]), limits)
     async with Models(means) as models, Control(models, partial(look, root)) as control:
         core = InferenceServer(models, "test/infer-0", control=control)
-        async with GrpcServer(f"unix:{socket}", [inference_rpc(core), bulk_rpc(core)], drain_ms=2000):
+        async with Server(f"unix:{socket}", [inference_rpc(core), bulk_rpc(core)], drain_ms=2000):
             control.offer(scan(root))
             await models.settled()
             async with connect(f"unix:{socket}") as channel:

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from services.infer.calls.request import Call
 from services.infer.core import InferenceServer
-from services.infer.models.means import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
+from services.infer.requests.request import InferenceRequest
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources import repository
@@ -86,7 +86,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         stack = AsyncExitStack()
 
         async def start() -> InferenceServer:
-            models = await stack.enter_async_context(Models(Means.of(OnnxRuntime(), QueueLimits())))
+            models = await stack.enter_async_context(Models(LoadContext.of(OnnxRuntime(), QueueLimits())))
             models.want(repository.scan(folder.root))
             await models.settled()
             assert models.is_ready()
@@ -304,7 +304,7 @@ def test_an_error_keeps_no_request(bench, model):
             got = bench.infer(asked)
             assert isinstance(got, ShoalError)
             del got
-        assert not [each for each in _garbage() if isinstance(each, Call | pb.ModelInferRequest)]
+        assert not [each for each in _garbage() if isinstance(each, InferenceRequest | pb.ModelInferRequest)]
     finally:
         gc.enable()
 

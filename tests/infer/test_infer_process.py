@@ -15,12 +15,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from mesh.channel import connect
-from mesh.config import ConfigError, load
-from mesh.node import parts
+from mesh.process.config import ConfigError, load
+from mesh.rpc.channel import connect
 from services.infer.config import InferConfig
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
+from shoal.node import processes
 from tests.breakable import Process, until
 from tests.infer import onnx_files
 from tests.infer.conftest import Repository, floats, output, request
@@ -32,7 +32,7 @@ class Infer(Process):
     """An infer process on a TCP port of its own."""
 
     def __init__(self, python: str, log: Path, **env: str) -> None:
-        self.address = f"127.0.0.1:{parts.free_port()}"
+        self.address = f"127.0.0.1:{processes.free_port()}"
         settings = {"SHOAL_INFER_LISTEN": self.address, **{f"SHOAL_INFER_{k.upper()}": v for k, v in env.items()}}
         super().__init__([python, "-m", "services.infer"], log, settings)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from services.infer import stream
+from services.infer import model_stream_infer
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.infer import onnx_files
@@ -486,10 +486,10 @@ async def test_a_stream_is_read_no_faster_than_it_is_answered(served):
             return await served.core.infer(asked)
 
     infer = Infer()
-    answers = stream.answers(asked(), infer)
+    answers = model_stream_infer.answers(asked(), infer)
     assert (await anext(answers)).infer_response.id == "0"
     await asyncio.sleep(0)
-    assert sent <= stream.AHEAD + 1
+    assert sent <= model_stream_infer.AHEAD + 1
     rest = [answer.infer_response.id async for answer in answers]
     assert rest == [str(n) for n in range(1, 1000)]
-    assert infer.most <= stream.AHEAD
+    assert infer.most <= model_stream_infer.AHEAD

@@ -1,7 +1,6 @@
-"""What no client sends, on the wire, to a process as it is served: each front refuses it by name and lives on.
+"""Requests that no client sends, on the wire, to a process as it is served: it refuses them by name and lives on.
 
-SHOAL_INFER_FRONT=h2,envoy,grpc picks the fronts. For `grpc`, which is grpc.aio, what its own core decides is allowed
-to be INTERNAL, to be silent until the caller's deadline, or to be let through: that is not ours to change.
+SHOAL_TEST_FRONTS=h2,envoy picks the fronts.
 """
 
 from __future__ import annotations
@@ -18,21 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mesh.channel import connect
-from mesh.embedded import launch
 from shoal.errors import Code
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
-from tests.http2 import INFER, STREAM, Answer, Connection, Silence, framed, raw
+from tests.http2 import INFER, STREAM, Answer, Connection, framed, raw
 from tests.infer import onnx_files
+from tests.infer.conformance.instance import FRONTS, Instance
 from tests.infer.conftest import Repository, floats, output, request
 from tests.infer.mutation import mutated
-from tests.infer.test_infer_process import Infer
-from tests.infer.test_infer_process import serves as is_serving
-
-FRONTS = os.environ.get("SHOAL_INFER_FRONT", "h2,envoy,grpc").replace("auto", "h2").split(",")
-SHORT_S = 2.0
-"""How long a silent case is listened to."""
 
 X = floats([1, 2, 3, 4])
 GOOD = request("double", x=X).SerializeToString()
@@ -44,48 +36,40 @@ ROOM_BYTES = 96 << 20
 """What the memory of a process may grow by, once it has seen everything once."""
 
 
-_NOT_OURS = ("UnicodeDecodeError", "ClientDisconnectedError")
-# Of Envoy's module: a path that is no text, and an answer to who has gone.
-
-
 class Target:
-    """A served process."""
+    """A served process, and the Envoy in front of it."""
 
-    def __init__(self, infer: Infer, front: str) -> None:
-        self.infer, self.front = infer, front
-        self.address = infer.address
+    def __init__(self, instance: Instance) -> None:
+        self.address = instance.address
+        self.pids = [instance.pid, *([instance.envoy] if instance.envoy else [])]
 
     def check(self) -> None:
         """It lives, and a good request gets its right answer."""
-        assert self.infer.is_running()
+        assert all(Path(f"/proc/{pid}").exists() for pid in self.pids)
         with Connection(self.address) as connection:
             answer = connection.call(framed(GOOD))
         assert answer.status == 0, answer
         np.testing.assert_array_equal(output(pb.ModelInferResponse.FromString(answer.messages[0]), "y"), 2 * X)
 
     def rss(self) -> int:
-        return int(Path(f"/proc/{self.infer.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids)
+        return pages * os.sysconf("SC_PAGESIZE")
 
     def descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self.infer.pid}/fd").iterdir()))
+        return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in self.pids)
 
 
-@pytest.fixture(scope="module", params=FRONTS)
-def target(request: pytest.FixtureRequest, python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    front = request.param
-    if front == "envoy" and (reason := launch.obstacle()) is not None:
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp(f"wire-{front}")
+@pytest.fixture(scope="module", params=os.environ.get("SHOAL_TEST_FRONTS", ",".join(FRONTS)).split(","))
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    folder = tmp_path_factory.mktemp("wire")
     models = Repository(folder / "models")
     models.bare("double", onnx_files.scale())
     models.bare("any", onnx_files.identity(dims=("n", "k")))
-    with Infer(python, folder / "infer.log", repository=str(models.root), front=front) as infer:
-        asyncio.run(infer.until_serving())
-        yield Target(infer, front)
-        assert infer.terminate() == 0
-    log = (folder / "infer.log").read_text()
-    faults = [line for line in log.splitlines() if "Traceback" in line and not any(one in line for one in _NOT_OURS)]
-    assert not faults or front == "grpc", faults[:3]
+    with Instance.serving(models.root, folder / "infer.log", front=request.param) as instance:
+        yield Target(instance)
+    assert instance.process.returncode == 0
+    faults = [line for line in (folder / "infer.log").read_text().splitlines() if "Traceback" in line]
+    assert not faults, faults[:3]
 
 
 @pytest.fixture(autouse=True)
@@ -95,12 +79,10 @@ def lives_on(target: Target) -> Iterator[None]:
 
 
 def outcome(target: Target, **sent: object) -> str:
-    """What became of a call, in a word: the name of its status, `HTTP 415`, `reset`, `cut` or `silent`."""
+    """What became of a call, in a word: the name of its status, `HTTP 415`, `reset` or `cut`."""
     try:
-        with Connection(target.address, SHORT_S if target.front == "grpc" else 30.0) as connection:
+        with Connection(target.address) as connection:
             answer = connection.call(**sent)
-    except Silence:
-        return "silent"
     except OSError:
         return "cut"
     return of(answer, target)
@@ -108,8 +90,7 @@ def outcome(target: Target, **sent: object) -> str:
 
 def of(answer: Answer, target: Target) -> str:
     if answer.status is not None:
-        # grpc's core now and then gives a status alone, such as for too many headers.
-        assert answer.status == 0 or answer.message or target.front == "grpc", answer
+        assert answer.status == 0 or answer.message, answer
         return Code(answer.status).name
     if answer.http_status is not None and answer.http_status != 200:
         return f"HTTP {answer.http_status}"
@@ -120,8 +101,6 @@ INVALID, TOO_LARGE, UNKNOWN_METHOD = "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "
 NO_GRPC = {"HTTP 415"}
 BROKEN = {"cut", "reset", "HTTP 400"}
 """Of what is no HTTP/2."""
-LENIENT = {"OK", "INTERNAL", "NOT_FOUND", "silent"}
-"""Of grpc's core, beside what is expected."""
 
 FRAMING = {
     "no message": ({"body": b""}, INVALID),
@@ -161,7 +140,7 @@ FRAMING = {
 def test_framing(target: Target, case: str) -> None:
     sent, expected = FRAMING[case]
     got = outcome(target, **sent)
-    assert got == expected or (target.front == "grpc" and got in LENIENT), got
+    assert got == expected, got
 
 
 GOOD_FORMS = {
@@ -234,22 +213,12 @@ HEADERS = {
 def test_headers(target: Target, case: str) -> None:
     sent, expected = HEADERS[case]
     got = outcome(target, **sent)
-    assert got in expected or (target.front == "grpc" and got in LENIENT | BROKEN | {TOO_LARGE}), got
+    assert got in expected, got
 
 
 def test_a_path_that_is_no_text(target: Target) -> None:
-    """It ends grpc.aio's server, which is started again; Envoy's module says nothing, but to others it does."""
     for path in (f"{INFER[:-1]}\xe9", "/\xff"):
-        with contextlib.suppress(Silence, OSError), Connection(target.address, SHORT_S) as connection:
-            assert of(connection.call(framed(GOOD), path), target) in {UNKNOWN_METHOD, *BROKEN} | LENIENT - {"OK"} | {
-                "CANCELLED"
-            }
-
-        async def serves() -> bool:
-            async with connect(target.address) as channel:
-                return await is_serving(channel)
-
-        asyncio.run(until(serves))
+        assert outcome(target, body=framed(GOOD), path=path) in {UNKNOWN_METHOD, *BROKEN}
 
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -401,5 +370,4 @@ def test_memory_stays_what_it_was(target: Target) -> None:
     for sent in wasteful * 4:
         outcome(target, **sent)
     target.check()
-    room = ROOM_BYTES * (4 if target.front == "grpc" else 1)  # Its core's threads each keep what they have freed.
-    assert target.rss() - before < room
+    assert target.rss() - before < ROOM_BYTES

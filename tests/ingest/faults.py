@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.inference.v2 import bulk_pb2, bulk_pb2_grpc, inference_pb2, inference_pb2_grpc
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.ingest.v1 import ingest_pb2_grpc

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from services.ingest.clock import milliseconds
+from services.ingest.clock import Clock, milliseconds
+from services.ingest.instance import Instance
 from services.ingest.job import Job, acceptance
 from services.ingest.ulid import Ulids
 
@@ -26,6 +28,12 @@ def job(**fields: Any) -> Job:
         **fields,
     }
     return Job(**made)
+
+
+def instance(clock: Clock, name: str = "local/ingest-0", process: str = "p") -> Instance:
+    """An instance whose ids are unlike those of any other name or process."""
+    ids = Ulids(lambda: 1)
+    return Instance(name, process, clock, lambda: f"{name} {process} {ids.new()}", asyncio.Event())
 
 
 class TestClock:

@@ -30,18 +30,16 @@ from services.ingest.job import (
     try_again,
 )
 from services.ingest.lane import range_of
+from services.ingest.mongo_jobs import MongoJobs
 from services.ingest.reading.jobs import Filter
-from services.ingest.ulid import Ulids
 from shoal.errors import Code, Unavailable
-from tests.ingest.making import START, TestClock, job
+from tests.ingest.making import START, TestClock, instance, job
 
 Collection = AsyncCollection[dict[str, Any]]
 
 
 def claims(jobs: Collection, clock: TestClock, owner: str = "local/ingest-0", process: str = "p") -> Claims:
-    ids = Ulids(lambda: 1)
-    new_id = lambda: f"{owner} {process} {ids.new()}"  # noqa: E731
-    return Claims(jobs, clock=clock, new_id=new_id, owner=owner, process=process, lease_ms=5_000)
+    return Claims(MongoJobs(jobs), instance(clock, owner, process), lease_ms=5_000)
 
 
 async def put(jobs: Collection, *made: Job) -> None:

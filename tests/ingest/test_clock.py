@@ -18,9 +18,9 @@ from pymongo.errors import AutoReconnect
 from services.ingest.clock import DatabaseClock, earliest, latest, utc_now
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import document_of
-from services.ingest.ulid import Ulids
+from services.ingest.mongo_jobs import MongoJobs
 from shoal.errors import Unavailable
-from tests.ingest.making import job
+from tests.ingest.making import instance, job
 
 NS = 10**9
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -191,11 +191,10 @@ async def test_an_instance_whose_clock_is_wrong_takes_no_job_from_one_that_lives
 ) -> None:
     right, wrong = DatabaseClock(jobs.database), clock_ahead(jobs.database, seconds)
 
-    def instance(name: str, clock: Callable[[], datetime]) -> Claims:
-        ids = Ulids(lambda: 1)
-        return Claims(jobs, clock=clock, new_id=lambda: f"{name} {ids.new()}", owner=name, process=name, lease_ms=5_000)
+    def claims(name: str, clock: Callable[[], datetime]) -> Claims:
+        return Claims(MongoJobs(jobs), instance(clock, name), lease_ms=5_000)
 
-    one, other = instance("one", right), instance("other", wrong)
+    one, other = claims("one", right), claims("other", wrong)
     await right.look()
     await wrong.look()
     await jobs.insert_many([document_of(job(due_at=utc_now())) for _ in range(3)])

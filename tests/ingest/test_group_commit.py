@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.ingest.intake.group import Group
+from services.ingest.group_commit import Group
 from shoal.errors import Internal, InvalidArgument, ShoalError, Unavailable
 
 
@@ -92,7 +92,7 @@ async def test_nobody_wants_what_was_given_up() -> None:
 
 
 async def test_after_the_end_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.ingest.intake.group._LAST_WRITE_S", 0.01)
+    monkeypatch.setattr("services.ingest.group_commit._LAST_WRITE_S", 0.01)
     writer = Writer()
     numbers = group(writer)
     async with numbers:

@@ -11,8 +11,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mesh.node import parts
 from shoal.ingest.v1 import ingest_pb2 as pb
+from shoal.node import processes
 from tests.breakable import until
 from tests.ingest.conftest import StartIngest
 from tests.ingest.faults import Client, FakeMesh, echo, submit
@@ -51,7 +51,7 @@ async def answers(client: Client) -> bool:
 
 
 async def test_everything_away_at_the_start(mongod: MongoProcess, start_ingest: StartIngest, run_dir: Path) -> None:
-    ingest = start_ingest(mongo=mongod.uri, etcd=f"127.0.0.1:{parts.free_port()}")
+    ingest = start_ingest(mongo=mongod.uri, etcd=f"127.0.0.1:{processes.free_port()}")
     client = Client(ingest.address)
     await asyncio.wait_for(client.channel.channel_ready(), 30)
     assert await health(client) == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.ingest.dependencies.waiting import Standing, after_look
+from services.ingest.dependencies.waiting import after_look
 from services.ingest.job import (
     DEAD_LETTERS,
     FINAL,
@@ -41,6 +41,7 @@ from services.ingest.job import (
     take_over,
     try_again,
 )
+from services.ingest.job_store import DependencyState
 from shoal.errors import Code
 
 LEASE = timedelta(seconds=5)
@@ -242,7 +243,7 @@ class World(RuleBasedStateMachine):
     def looks_after_those_that_wait(self, n: int) -> None:
         worker = self.workers[n]
         lease = self.lease(worker)
-        known = {job.id: Standing(job.id, job.state) for job in self.jobs.values()}
+        known = {job.id: DependencyState(job.id, job.state) for job in self.jobs.values()}
         for before in list(self.jobs.values()):
             if before.waits_for and before.lease is None:
                 after = after_look(before, known, "i", self.now)

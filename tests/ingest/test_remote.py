@@ -8,9 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
-from mesh.h2.client.channel import Channel
-from mesh.h2.client.failures import CallFailed
-from services.ingest.dispatch.remote import Answer, BulkEntry, GivenUp, RemoteModel, RemoteResults, failure_of
+from mesh.rpc.client.channel import Channel
+from mesh.rpc.client.failures import CallFailed
+from services.ingest.dispatch.remote import AttemptAnswer, BulkEntry, GivenUp, RemoteModel, RemoteResults, failure_of
 from services.ingest.job import End, Outcome
 from shoal.errors import Code, Internal, Unavailable
 from shoal.inference.v2 import inference_pb2
@@ -92,7 +92,7 @@ async def test_a_job_that_was_given_up_before_its_bulk_began_disturbs_nobody(mes
     entries = [BulkEntry(f"job {n}", inference_pb2.ModelInferRequest(id=f"g{n}").SerializeToString(), 30) for n in "12"]
     async with Channel(mesh.address) as channel:
         answers = [one async for some in RemoteModel(channel).infer_bulk("echo", entries, given_up) for one in some]
-    assert isinstance(dict(answers)["job 1"], Answer)
+    assert isinstance(dict(answers)["job 1"], AttemptAnswer)
 
 
 async def test_the_store_says_what_stands(mesh: FakeMesh) -> None:

@@ -47,10 +47,6 @@ class LateEvent:
             self.device.log.append("wait")
             self.device.catch_up()
 
-    @property
-    def done(self) -> bool:
-        return not self.device.pending
-
 
 def test_what_was_taken_arrives_in_one_copy() -> None:
     ring = Ring(HostMemory(), 100, slots=2)

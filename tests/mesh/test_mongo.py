@@ -26,7 +26,6 @@ from pymongo.lock import _async_cond_wait, _async_create_condition, _async_creat
 
 from mesh import mongo
 from mesh.mongo import Document, connect, ensure_collection, next_change, translate, translated
-from mesh.node import parts
 from shoal.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -37,6 +36,7 @@ from shoal.errors import (
     ShoalError,
     Unavailable,
 )
+from shoal.node import processes
 from tests.breakable import until
 from tests.mongods import MongoProcess
 
@@ -116,7 +116,7 @@ async def test_an_index_that_has_changed(db: AsyncDatabase[Document]) -> None:
 
 
 async def test_a_mongodb_that_is_away() -> None:
-    uri = f"mongodb://127.0.0.1:{parts.free_port()}/?timeoutMS=300&directConnection=true"
+    uri = f"mongodb://127.0.0.1:{processes.free_port()}/?timeoutMS=300&directConnection=true"
     async with connect(uri) as client:
         with pytest.raises(Unavailable, match=r"preparing collection x\.c: MongoDB does not answer"):
             await ensure_collection(client["x"], "c", validator=VALIDATOR, indexes=[])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
 
 from shoal.coord.v1 import coord_pb2
 from shoal.inference.v2 import inference_pb2
@@ -169,25 +170,26 @@ def tensor_of(size: int) -> inference_pb2.ModelInferRequest:
     return request
 
 
-BIG = {
-    "a tensor of 100 MB": ("ModelInfer", tensor_of(100 << 20)),
-    "a job of 100 MB": ("Submit", ingest_pb2.SubmitRequest(request=tensor_of(100 << 20))),
-    "a chunk of 100 MB": ("PutArtifact", store_pb2.PutArtifactRequest(chunk=bytes(100 << 20))),
-    "a name of 100 MB": ("GetJob", ingest_pb2.GetJobRequest(id="x" * (100 << 20))),
-    "an instance's name of 100 MB": ("DrainInstance", coord_pb2.DrainInstanceRequest(name="x" * (100 << 20))),
+# Made by the test that sends them: each worker of a run imports this file.
+BIG: dict[str, tuple[str, Callable[[], Message]]] = {
+    "a tensor of 100 MB": ("ModelInfer", lambda: tensor_of(100 << 20)),
+    "a job of 100 MB": ("Submit", lambda: ingest_pb2.SubmitRequest(request=tensor_of(100 << 20))),
+    "a chunk of 100 MB": ("PutArtifact", lambda: store_pb2.PutArtifactRequest(chunk=bytes(100 << 20))),
+    "a name of 100 MB": ("GetJob", lambda: ingest_pb2.GetJobRequest(id="x" * (100 << 20))),
+    "an instance's name of 100 MB": ("DrainInstance", lambda: coord_pb2.DrainInstanceRequest(name="x" * (100 << 20))),
     "a result of 100 MB": (
         "PutResults",
-        store_pb2.PutResultsRequest(results=[store_pb2.Result(message="x" * (100 << 20))]),
+        lambda: store_pb2.PutResultsRequest(results=[store_pb2.Result(message="x" * (100 << 20))]),
     ),
-    "a message of 140 MB": ("ModelInfer", tensor_of(140 << 20)),
+    "a message of 140 MB": ("ModelInfer", lambda: tensor_of(140 << 20)),
 }
 
 
 @pytest.mark.parametrize("case", BIG)
 def test_messages_of_a_hundred_megabytes(channel: grpc.Channel, case: str) -> None:
-    name, message = BIG[case]
+    name, make = BIG[case]
     method = next(method for method in METHODS if method.name == name)
-    code, details = send(channel, method, [message.SerializeToString()], timeout_s=60)
+    code, details = send(channel, method, [make().SerializeToString()], timeout_s=60)
     assert code in CLEAR - {grpc.StatusCode.OK}, (code, details)
     assert details
 

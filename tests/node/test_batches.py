@@ -113,7 +113,7 @@ def test_what_a_newcomer_sees(running: Any, tmp_path: Path) -> None:
         ("a batch takes its rows from files", ("double", "[[1]]", "--batch", "x", "--out", "y")),
         ("needs --out", ("double", "--batch", str(tmp_path / "in.npz"))),
         ("needs a model", ("--batch", str(tmp_path / "in.npz"), "--out", "y")),
-        ("no such file or folder here", ("double", "--batch", str(tmp_path / "none.npz"), "--out", "y")),
+        ("no such file or folder", ("double", "--batch", str(tmp_path / "none.npz"), "--out", "y")),
         ("a job needs MODEL and INPUT", ("double",)),
     ):
         refused = running.shoal("jobs", "submit", *options, check=False)

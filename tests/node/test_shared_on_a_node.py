@@ -11,7 +11,7 @@ import pytest
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from tests.infer import onnx_files
-from tests.infer.isolation.test_model_process import is_alive
+from tests.infer.model_process.test_model_process import is_alive
 from tests.node.test_shared_models import owners, put, wait_until
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(180)]

@@ -21,13 +21,14 @@ pytestmark = pytest.mark.node
 
 CLIENT = """
 import numpy as np, os, sys
-from mesh.telemetry import tracing
+from mesh.process.telemetry import tracing
 from opentelemetry import trace
 import shoal
 with tracing("client", "test"):
     with trace.get_tracer("test").start_as_current_span("the user's own") as span:
         with shoal.Client(sys.argv[1]) as client:
-            client.infer("double", {"x": np.ones((1, 4), np.float32)})
+            for _ in range(3):
+                client.infer("double", {"x": np.ones((1, 4), np.float32)})
             job = client.jobs.submit("double", {"x": np.ones((1, 4), np.float32)})
             client.jobs.result(job.id, timeout=30)
         print(trace.format_trace_id(span.get_span_context().trace_id))
@@ -35,10 +36,11 @@ with tracing("client", "test"):
 
 
 class Collector(otlp_grpc.TraceServiceServicer):
-    """A real OTLP receiver: keeps (service, span name) by trace id."""
+    """A real OTLP receiver: keeps (service, span name) by trace id, and the paths that calls of a method took."""
 
     def __init__(self) -> None:
         self.spans: dict[str, set[tuple[str, str]]] = {}
+        self.paths: dict[tuple[str, str], set[str]] = {}
         self._lock = threading.Lock()
 
     def Export(self, request: otlp.ExportTraceServiceRequest, context: Any) -> otlp.ExportTraceServiceResponse:
@@ -49,6 +51,8 @@ class Collector(otlp_grpc.TraceServiceServicer):
                     for span in scope.spans:
                         entry = (names.get("service.name", "?"), span.name)
                         self.spans.setdefault(span.trace_id.hex(), set()).add(entry)
+                        found = [a.value.string_value for a in span.attributes if a.key == "shoal.path"]
+                        self.paths.setdefault(entry, set()).update(found)
         return otlp.ExportTraceServiceResponse()
 
 
@@ -100,6 +104,9 @@ def test_one_trace_crosses_every_hop(collector: tuple[Collector, str], node: Any
 
     assert eventually(lambda: hops <= spans()), f"missing {hops - spans()} of {spans()}"
     assert eventually(lambda: "shoal-envoy" in {service for service, _ in spans()}), f"no span of Envoy: {spans()}"
+    # Naming a collector switches no fast path off.
+    fast = hops - {("shoal-client", "the user's own")}
+    assert {hop: received.paths[hop] for hop in fast} == {hop: {"fast"} for hop in fast}
     assert not any("Health" in name for names in received.spans.values() for _, name in names)
 
 

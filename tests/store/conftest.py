@@ -15,7 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from services.store.app import run
 from services.store.config import StoreConfig
 from shoal.store.v1 import store_pb2 as pb

@@ -13,7 +13,7 @@ from pymongo import monitoring
 
 from mesh import mongo
 from services.store.documents import Collections
-from services.store.page_token import Place
+from services.store.page_token import Position
 from services.store.results.result_documents import document
 from services.store.results.result_filter import find
 from services.store.results.results import Results
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.mongo
 
 NOW = datetime(2026, 11, 24, tzinfo=UTC)
 OK, FAILED = pb.Result.OUTCOME_SUCCEEDED, pb.Result.OUTCOME_FAILED
-PLACES = [None, Place(NOW, "j")]
+PLACES = [None, Position(NOW, "j")]
 # Each field of a filter, left out and given: every combination of them is asked.
 CHOICES: dict[str, list[Any]] = {
     "model_name": [None, "m1"],
@@ -96,7 +96,7 @@ async def collections(mongo_uri: str, mongo_database: str) -> AsyncIterator[Coll
 @pytest.mark.parametrize("oldest_first", [False, True])
 @pytest.mark.parametrize("place", PLACES, ids=["first page", "next page"])
 async def test_every_combination_of_filters_uses_an_index_and_no_sort(
-    collections: Collections, place: Place | None, oldest_first: bool
+    collections: Collections, place: Position | None, oldest_first: bool
 ) -> None:
     asked = combinations()
     assert len(asked) == 288

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from services.infer.calls import ragged
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.signature import fits
-from services.infer.calls.tensors import Tensor
 from services.infer.ensembles import values
 from services.infer.ensembles.fan_out import Seen
-from services.infer.ensembles.plan import Plan
+from services.infer.ensembles.plan import EnsemblePlan
 from services.infer.ensembles.values import Skipped
-from services.infer.scheduling.execution import Answer, StepTimes, Times
-from services.infer.wording import written
+from services.infer.error_text import written
+from services.infer.requests import ragged
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult, StepTimes
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import InferenceRequest, WantedOutput
+from services.infer.requests.signature import fits
+from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
 
 FIRED = "steps"
 """In place of why a batch was run: each step says its own."""
 
 
-def output(plan: Plan, call: Call, found: Sequence[Value | Skipped | None], wanted: WantedOutput) -> Tensor:
+def output(
+    plan: EnsemblePlan, call: InferenceRequest, found: Sequence[Value | Skipped | None], wanted: WantedOutput
+) -> Tensor:
     """One output, of what was found by places.
 
     Raises:
@@ -43,21 +45,23 @@ def output(plan: Plan, call: Call, found: Sequence[Value | Skipped | None], want
     return tensor
 
 
-def answer(plan: Plan, call: Call, outputs: Sequence[Tensor], seen: Mapping[int, Seen]) -> Answer:
+def answer(
+    plan: EnsemblePlan, call: InferenceRequest, outputs: Sequence[Tensor], seen: Mapping[int, Seen]
+) -> InferenceResult:
     """All of them, and what the steps took; `seen` is by step, of those that called their model."""
     took = seen.values()
-    times = Times(
+    times = ExecutionTimes(
         call.rows,
         sum([one.gather_ns for one in took]),
         sum([one.compute_ns for one in took]),
         sum([one.scatter_ns for one in took]),
     )
-    made = Answer(outputs, times, sum([one.queue_ns for one in took]), FIRED)
+    made = InferenceResult(outputs, times, sum([one.queue_ns for one in took]), FIRED)
     if call.parameters.explain:
         made.steps = [_step_times(plan, n, seen.get(n, Seen())) for n in range(len(plan.steps))]
     return made
 
 
-def _step_times(plan: Plan, index: int, seen: Seen) -> StepTimes:
+def _step_times(plan: EnsemblePlan, index: int, seen: Seen) -> StepTimes:
     version = plan.steps[index].version
     return StepTimes(version.name, version.number, seen.calls, seen.rows, seen.queue_ns, seen.compute_ns, seen.fired)

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.calls import tensors
-from services.infer.calls.datatypes import Datatype
-from services.infer.calls.ragged import Value
+from services.infer.requests.ragged import Value
+from services.infer.requests.tensors import Tensor
+from shoal.oip import bfloat16
+from shoal.oip.datatypes import Datatype
 
 _COMPARISON = re.compile(
     r"\s*(?:count\(\s*(?P<counted>[^\s<>=!()']+)\s*\)|(?P<name>[^\s<>=!()']+))\s*(?P<sign>==|!=|<=|>=|<|>)\s*"
@@ -62,11 +63,11 @@ class Comparison:
             raise Undecided(f"{self} holds for some elements of '{self.tensor}' and not for others")
         return verdicts == {True}
 
-    def _verdicts(self, part: tensors.Tensor, datatype: Datatype, compare: Callable[[Any, Any], Any]) -> set[bool]:
+    def _verdicts(self, part: Tensor, datatype: Datatype, compare: Callable[[Any, Any], Any]) -> set[bool]:
         if datatype.is_bytes:
             texts = (e if isinstance(e, str) else bytes(e).decode("utf-8", "replace") for e in part.reshape(-1))
             return {bool(compare(text, self.constant)) for text in texts}
-        numbers = tensors.widened(part) if datatype.name == "BF16" else part
+        numbers = bfloat16.to_float32(part) if datatype.name == "BF16" else part
         return {bool(verdict) for verdict in np.unique(compare(numbers, self.constant))}
 
     def wrong(self, datatype: Datatype) -> str:

@@ -9,15 +9,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from services.infer.calls.parameters import Parameters
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call
-from services.infer.calls.tensors import Tensor
 from services.infer.ensembles import feeding
 from services.infer.ensembles.feeding import Given
 from services.infer.ensembles.plan import PlannedStep
 from services.infer.ensembles.step_call import StepCall, named
-from services.infer.scheduling.execution import Answer, Times
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult
+from services.infer.requests.parameters import Parameters
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import InferenceRequest
+from services.infer.requests.tensors import Tensor
 from shoal.inference.v2 import inference_pb2 as pb
 
 _LEAST_IN_FLIGHT = 64
@@ -39,7 +39,7 @@ class Asked:
 
     parameters: Parameters
     source: pb.ModelInferRequest | None
-    check: Callable[[str, Call], Awaitable[Call]] | None
+    check: Callable[[str, InferenceRequest], Awaitable[InferenceRequest]] | None
     expires: float
     tenant: str
 
@@ -56,8 +56,8 @@ class Seen:
     scatter_ns: int = 0
     fired: str = ""
 
-    def add(self, answer: Answer) -> None:
-        times: Times = answer.times
+    def add(self, answer: InferenceResult) -> None:
+        times: ExecutionTimes = answer.times
         self.calls += 1
         self.rows = max(self.rows, times.rows)
         self.queue_ns = max(self.queue_ns, answer.queue_ns)
@@ -132,7 +132,7 @@ class FanOut:
         self._out.add(call)
         call.start(asked.expires, asked.tenant, asked.check)
 
-    def came(self, call: StepCall, answer: Answer) -> None:
+    def came(self, call: StepCall, answer: InferenceResult) -> None:
         self._out.discard(call)
         try:
             self._parts[call.index] = feeding.row_checked(self.step, answer.outputs)

@@ -11,16 +11,16 @@ from typing import cast
 
 import numpy as np
 
-from services.infer.calls import ragged
-from services.infer.calls.parameters import Parameters
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call, key_of
-from services.infer.calls.resident import is_resident
-from services.infer.calls.signature import TensorSpec, fits
-from services.infer.calls.tensors import Tensor
 from services.infer.ensembles import values
 from services.infer.ensembles.plan import Feed, PlannedStep
-from services.infer.wording import written
+from services.infer.error_text import written
+from services.infer.requests import ragged
+from services.infer.requests.parameters import Parameters
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import InferenceRequest, key_of
+from services.infer.requests.resident import is_resident
+from services.infer.requests.signature import TensorSpec, fits
+from services.infer.requests.tensors import Tensor
 from shoal.errors import Internal, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
 
@@ -28,7 +28,9 @@ Given = Sequence[tuple[Feed, Value]]
 """What flows to a step; its optional inputs may be missing."""
 
 
-def whole_call(step: PlannedStep, given: Given, asked: Parameters, source: pb.ModelInferRequest | None) -> Call | None:
+def whole_call(
+    step: PlannedStep, given: Given, asked: Parameters, source: pb.ModelInferRequest | None
+) -> InferenceRequest | None:
     """The one call of a step; None when there are no rows to call its model with.
 
     Raises:
@@ -39,7 +41,9 @@ def whole_call(step: PlannedStep, given: Given, asked: Parameters, source: pb.Mo
     return _call(step, inputs, rows, asked, source) if rows else None
 
 
-def row_call(step: PlannedStep, given: Given, row: int, asked: Parameters, source: pb.ModelInferRequest | None) -> Call:
+def row_call(
+    step: PlannedStep, given: Given, row: int, asked: Parameters, source: pb.ModelInferRequest | None
+) -> InferenceRequest:
     """The call for one row of what is given row by row. Raises InvalidArgument as `whole_call` does."""
     inputs: dict[str, Value] = {}
     for feed, value in given:
@@ -165,6 +169,6 @@ def _rows(step: PlannedStep, inputs: Mapping[str, Value]) -> int:
 
 def _call(
     step: PlannedStep, inputs: Mapping[str, Value], rows: int, asked: Parameters, source: pb.ModelInferRequest | None
-) -> Call:
+) -> InferenceRequest:
     size = sum([ragged.size_bytes(value) for value in inputs.values()])
-    return Call(inputs, step.wanted, rows, size, key_of(inputs, step.wanted, step.signature), asked, source)
+    return InferenceRequest(inputs, step.wanted, rows, size, key_of(inputs, step.wanted, step.signature), asked, source)

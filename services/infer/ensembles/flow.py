@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from services.infer.calls.datatypes import BY_CONFIG
-from services.infer.calls.request import WantedOutput
-from services.infer.calls.signature import Signature, TensorSpec
 from services.infer.ensembles import residence
-from services.infer.ensembles.graph import PLATFORM, Graph, Step
-from services.infer.ensembles.neighbours import StepVersion
-from services.infer.ensembles.plan import Feed, Plan, PlannedStep
-from services.infer.models.modelconfig import Completed
-from services.infer.wording import listed, quoted, written
+from services.infer.ensembles.graph import PLATFORM, Graph, GraphStep
+from services.infer.ensembles.other_models import StepVersion
+from services.infer.ensembles.plan import EnsemblePlan, Feed, PlannedStep
+from services.infer.error_text import listed, quoted, written
+from services.infer.loading.model_config import Completed
+from services.infer.requests.request import WantedOutput
+from services.infer.requests.signature import Signature, TensorSpec
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NUMBER
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Flow:
     """BYTES are `str`, or `bytes`; None: some are, some are not."""
 
 
-def plan(graph: Graph, versions: Sequence[StepVersion], labels: Mapping[str, tuple[str, ...]]) -> Plan:
+def plan(graph: Graph, versions: Sequence[StepVersion], labels: Mapping[str, tuple[str, ...]]) -> EnsemblePlan:
     """The plan with these versions, one for each step.
 
     Args:
@@ -55,7 +55,7 @@ class _Weaver:
         self._flows: dict[str, Flow] = {}
         self._wrong: list[str] = []
 
-    def plan(self, labels: Mapping[str, tuple[str, ...]]) -> Plan:
+    def plan(self, labels: Mapping[str, tuple[str, ...]]) -> EnsemblePlan:
         for step in self._graph.steps:
             self._wrong += self._wrong_names(step)
         self._check()
@@ -79,7 +79,7 @@ class _Weaver:
         if self._wrong:
             raise FailedPrecondition("the ensemble does not fit together: " + "; ".join(self._wrong))
 
-    def _wrong_names(self, step: Step) -> Iterator[str]:
+    def _wrong_names(self, step: GraphStep) -> Iterator[str]:
         signature = self._signatures[step.index]
         if self._versions[step.index].decoupled is not None:
             yield f"{step.title} gives any number of responses (decoupled), which no ensemble can wait for"
@@ -111,7 +111,7 @@ class _Weaver:
         for given in self._graph.config.input:
             if given.name == name:
                 shape = ((-1,) if rows else ()) + tuple(given.dims)
-                spec = TensorSpec(name, BY_CONFIG[given.data_type], shape, is_optional=given.optional)
+                spec = TensorSpec(name, BY_NUMBER[given.data_type], shape, is_optional=given.optional)
                 return Flow(spec, f"the ensemble's input '{name}'", text=False)
         expected = [(step, self._expected(step, key)) for step in self._graph.steps for key in _keys(step, name)]
         step, first = expected[0]
@@ -123,7 +123,7 @@ class _Weaver:
         spec = TensorSpec(name, first.datatype, shape, is_optional=is_optional)
         return Flow(spec, f"{step.title}, which takes it", text=False)
 
-    def _expected(self, step: Step, key: str) -> TensorSpec:
+    def _expected(self, step: GraphStep, key: str) -> TensorSpec:
         """What the step takes for its model's input `key`."""
         spec = self._signatures[step.index].inputs_by_name[key]
         if not step.each:
@@ -131,10 +131,10 @@ class _Weaver:
         element = self._element(step, spec)
         return replace(spec, shape=(-1, *element) if step.inputs[key] in step.each else element)
 
-    def _element(self, step: Step, spec: TensorSpec) -> tuple[int, ...]:
+    def _element(self, step: GraphStep, spec: TensorSpec) -> tuple[int, ...]:
         return spec.shape[1:] if self._signatures[step.index].max_batch_size else spec.shape
 
-    def _follow(self, step: Step) -> None:
+    def _follow(self, step: GraphStep) -> None:
         for key, tensor in step.inputs.items():
             self._wrong += _misfits(f"{step.title}, input '{key}'", self._expected(step, key), self._flows[tensor])
         for key, tensor in step.outputs.items():
@@ -148,7 +148,7 @@ class _Weaver:
                 flow = _merged(known, flow)
             self._flows[tensor] = flow
 
-    def _wrong_conditions(self, step: Step) -> Iterator[str]:
+    def _wrong_conditions(self, step: GraphStep) -> Iterator[str]:
         for comparison in step.when:
             datatype = self._flows[comparison.tensor].spec.datatype
             if reason := comparison.wrong(datatype):
@@ -167,15 +167,15 @@ class _Weaver:
         if not config.input:
             for name in inputs:
                 spec = self._flows[name].spec
-                config.input.add(name=name, data_type=spec.datatype.config, dims=spec.shape[1 if rows else 0 :])
+                config.input.add(name=name, data_type=spec.datatype.config_name, dims=spec.shape[1 if rows else 0 :])
         for given in config.output:
             shape = ((-1,) if rows else ()) + tuple(given.dims)
-            spec = TensorSpec(given.name, BY_CONFIG[given.data_type], shape)
+            spec = TensorSpec(given.name, BY_NUMBER[given.data_type], shape)
             self._wrong += _misfits(f"the ensemble's output '{given.name}'", spec, self._flows[given.name])
         if not config.output:
             for name in outputs:
                 spec = self._flows[name].spec
-                config.output.add(name=name, data_type=spec.datatype.config, dims=spec.shape[1 if rows else 0 :])
+                config.output.add(name=name, data_type=spec.datatype.config_name, dims=spec.shape[1 if rows else 0 :])
         signature = Signature(
             tuple(self._flows[name].spec for name in inputs),
             tuple(self._promised(given, rows, labels) for given in config.output),
@@ -208,7 +208,7 @@ class _Weaver:
                     "it has no dimension of -1"
                 )
 
-    def _planned(self, completed: Completed) -> Plan:
+    def _planned(self, completed: Completed) -> EnsemblePlan:
         places = {name: n for n, name in enumerate(self._flows)}
         steps = tuple(self._planned_step(step, places) for step in self._graph.steps)
         takers = tuple(tuple(s.step.index for s in steps if n in s.waits_for) for n in places.values())
@@ -217,9 +217,9 @@ class _Weaver:
         outputs = {places[spec.name] for spec in completed.signature.outputs}
         stay = residence.staying(steps, takers, givers, outputs)
         steps = tuple(_leaving(step, stay) for step in steps)
-        return Plan(self._graph, completed, steps, places, specs, takers, givers)
+        return EnsemblePlan(self._graph, completed, steps, places, specs, takers, givers)
 
-    def _planned_step(self, step: Step, places: Mapping[str, int]) -> PlannedStep:
+    def _planned_step(self, step: GraphStep, places: Mapping[str, int]) -> PlannedStep:
         signature = self._signatures[step.index]
         feeds = tuple(
             Feed(
@@ -248,7 +248,7 @@ def _leaving(step: PlannedStep, stay: frozenset[int]) -> PlannedStep:
     return replace(step, wanted=tuple(replace(wanted, stays=place in stay) for wanted, place in pairs))
 
 
-def _keys(step: Step, tensor: str) -> list[str]:
+def _keys(step: GraphStep, tensor: str) -> list[str]:
     return [key for key, given in step.inputs.items() if given == tensor]
 
 

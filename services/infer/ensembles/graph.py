@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from services.infer.ensembles.conditions import Condition
-from services.infer.ensembles.own import EACH, WHEN, Own
-from services.infer.models import modelconfig
-from services.infer.models.wanted import ModelFiles
-from services.infer.wording import listed, quoted
+from services.infer.ensembles.parameters import EACH, WHEN, Own
+from services.infer.error_text import listed, quoted
+from services.infer.loading import model_config
+from services.infer.model_files.wanted_models import ModelFiles
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -24,7 +24,7 @@ _MOST_STEPS = 256
 
 
 @dataclass(frozen=True)
-class Step:
+class GraphStep:
     """One call of a model."""
 
     index: int
@@ -57,7 +57,7 @@ class Graph:
     """As it was written."""
     says_batch: bool
     """`max_batch_size` was written, be it 0."""
-    steps: tuple[Step, ...]
+    steps: tuple[GraphStep, ...]
     order: tuple[int, ...]
     """Indices of steps: each comes after those whose tensors it needs."""
     empty_if_skipped: frozenset[str] = frozenset()
@@ -101,12 +101,12 @@ def read(name: str, files: ModelFiles) -> Graph | None:
         FailedPrecondition: names everything that is wrong with the ensemble as such.
     """
     text = files.config_text()
-    config = modelconfig.parse(text)
+    config = model_config.parse(text)
     if not is_ensemble(config):
         return None
     config.name = name
-    modelconfig.check_ensemble(config)
-    return graph_of(config, says_batch=modelconfig.says_max_batch_size(text))
+    model_config.check_ensemble(config)
+    return graph_of(config, says_batch=model_config.says_max_batch_size(text))
 
 
 def graph_of(config: pb.ModelConfig, *, says_batch: bool = True) -> Graph:
@@ -157,7 +157,7 @@ def _wrong_steps(config: pb.ModelConfig) -> Iterator[str]:
 
 
 def _wrong_tensors(
-    config: pb.ModelConfig, steps: tuple[Step, ...], producers: Mapping[str, list[int]]
+    config: pb.ModelConfig, steps: tuple[GraphStep, ...], producers: Mapping[str, list[int]]
 ) -> Iterator[str]:
     declared, outputs = [given.name for given in config.input], [given.name for given in config.output]
     used = {tensor for step in steps for tensor in step.inputs.values()}
@@ -188,9 +188,9 @@ def _wrong_tensors(
             yield f"output {quoted(name)} is given by no step"
 
 
-def _with_parameters(config: pb.ModelConfig, own: Own) -> tuple[Step, ...]:
+def _with_parameters(config: pb.ModelConfig, own: Own) -> tuple[GraphStep, ...]:
     return tuple(
-        Step(
+        GraphStep(
             n,
             step.model_name,
             str(step.model_version) if step.model_version > 0 else "",
@@ -203,7 +203,7 @@ def _with_parameters(config: pb.ModelConfig, own: Own) -> tuple[Step, ...]:
     )
 
 
-def _order(steps: tuple[Step, ...], producers: Mapping[str, list[int]]) -> tuple[int, ...]:
+def _order(steps: tuple[GraphStep, ...], producers: Mapping[str, list[int]]) -> tuple[int, ...]:
     """Raises FailedPrecondition when steps wait for each other."""
     needs = {
         step.index: {n for tensor in (*step.inputs.values(), *step.asked) for n in producers.get(tensor, ())}

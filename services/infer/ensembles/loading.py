@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from services.infer.ensembles import flow
-from services.infer.ensembles.graph import Graph, Step
-from services.infer.ensembles.neighbours import Neighbours, StepVersion
-from services.infer.ensembles.plan import Plan
-from services.infer.models.loading import Loaded
-from services.infer.wording import quoted
+from services.infer.ensembles.graph import Graph, GraphStep
+from services.infer.ensembles.other_models import OtherModels, StepVersion
+from services.infer.ensembles.plan import EnsemblePlan
+from services.infer.error_text import quoted
+from services.infer.loading.loading import Loaded
 from shoal.errors import FailedPrecondition, ShoalError, Unavailable
 
 Labels = Mapping[str, tuple[str, ...]]
@@ -21,8 +21,8 @@ Labels = Mapping[str, tuple[str, ...]]
 class Composed(Loaded):
     """An ensemble that can be called."""
 
-    plan: Plan
-    renew: Callable[[Plan], Plan]
+    plan: EnsemblePlan
+    renew: Callable[[EnsemblePlan], EnsemblePlan]
     """The plan that holds now. Raises Unavailable, with a step's name, when none does."""
 
 
@@ -30,7 +30,7 @@ Seen = tuple[StepVersion | None, ...]
 """The versions that the steps of a graph mean at some time, and the steps of these; None: none is ready."""
 
 
-async def until_tried(graph: Graph, neighbours: Neighbours) -> None:
+async def until_tried(graph: Graph, neighbours: OtherModels) -> None:
     """Has the models that an ensemble is made of served, and waits for what comes of that.
 
     Raises:
@@ -45,7 +45,7 @@ async def until_tried(graph: Graph, neighbours: Neighbours) -> None:
         await neighbours.tried(name)
 
 
-def _ring(name: str, target: str, neighbours: Neighbours, seen: set[str]) -> tuple[str, ...]:
+def _ring(name: str, target: str, neighbours: OtherModels, seen: set[str]) -> tuple[str, ...]:
     """The way from `name` to `target`, both included; empty when there is none."""
     if name == target:
         return (name,)
@@ -56,7 +56,7 @@ def _ring(name: str, target: str, neighbours: Neighbours, seen: set[str]) -> tup
     return ()
 
 
-def seen(graph: Graph, neighbours: Neighbours) -> Seen:
+def seen(graph: Graph, neighbours: OtherModels) -> Seen:
     """What the steps mean now, and those of steps that are ensembles themselves. Raises nothing."""
     found: list[StepVersion | None] = []
     left, entered = [graph], set[StepVersion]()
@@ -70,14 +70,14 @@ def seen(graph: Graph, neighbours: Neighbours) -> Seen:
     return tuple(found)
 
 
-def _version(step: Step, neighbours: Neighbours) -> StepVersion | None:
+def _version(step: GraphStep, neighbours: OtherModels) -> StepVersion | None:
     try:
         return neighbours.find(step.model, step.version)
     except ShoalError:
         return None
 
 
-def composed(graph: Graph, neighbours: Neighbours, labels: Labels) -> Composed:
+def composed(graph: Graph, neighbours: OtherModels, labels: Labels) -> Composed:
     """The ensemble with the versions that its steps mean now.
 
     Raises:
@@ -88,7 +88,7 @@ def composed(graph: Graph, neighbours: Neighbours, labels: Labels) -> Composed:
     return Composed(made.completed, None, plan=made, renew=renew)
 
 
-def _plan(graph: Graph, neighbours: Neighbours, labels: Labels) -> Plan:
+def _plan(graph: Graph, neighbours: OtherModels, labels: Labels) -> EnsemblePlan:
     versions = []
     for step in graph.steps:
         try:
@@ -98,7 +98,7 @@ def _plan(graph: Graph, neighbours: Neighbours, labels: Labels) -> Plan:
     return flow.plan(graph, versions, labels)
 
 
-def _renewed(old: Plan, *, neighbours: Neighbours, labels: Labels) -> Plan:
+def _renewed(old: EnsemblePlan, *, neighbours: OtherModels, labels: Labels) -> EnsemblePlan:
     try:
         for step in old.steps:
             if neighbours.find(step.step.model, step.step.version) is not step.version:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from services.infer.calls.request import WantedOutput
-from services.infer.calls.signature import Signature, TensorSpec
-from services.infer.ensembles.graph import Graph, Step
-from services.infer.ensembles.neighbours import StepVersion
-from services.infer.models.modelconfig import Completed
+from services.infer.ensembles.graph import Graph, GraphStep
+from services.infer.ensembles.other_models import StepVersion
+from services.infer.loading.model_config import Completed
+from services.infer.requests.request import WantedOutput
+from services.infer.requests.signature import Signature, TensorSpec
 
 _MOST_ROUTES = 64
 # Sets of outputs that callers ask for.
@@ -37,7 +37,7 @@ class Feed:
 class PlannedStep:
     """One step, and the version that it calls."""
 
-    step: Step
+    step: GraphStep
     version: StepVersion
     feeds: tuple[Feed, ...]
     wanted: tuple[WantedOutput, ...]
@@ -82,7 +82,7 @@ class Route:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class EnsemblePlan:
     """An ensemble that can be run."""
 
     graph: Graph

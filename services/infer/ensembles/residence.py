@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from services.infer.ensembles.neighbours import StepVersion
+from services.infer.ensembles.other_models import StepVersion
 from services.infer.ensembles.plan import PlannedStep
-from services.infer.runtimes.lane import Lane
+from services.infer.runtimes.gpu_stream import GpuStream
 
 
 def staying(
@@ -37,7 +37,7 @@ def staying(
     return frozenset(found)
 
 
-def _lane(step: PlannedStep) -> Lane | None:
+def _lane(step: PlannedStep) -> GpuStream | None:
     """Where a step takes tensors and leaves them: not where its model is called for each row, or answers are kept."""
     version: StepVersion = step.version
     if step.step.each or version.response_cache is not None or version.loaded.sequences is not None:

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from services.infer.calls.parameters import NONE
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call
 from services.infer.ensembles import answering, feeding
 from services.infer.ensembles.conditions import Undecided
 from services.infer.ensembles.fan_out import Asked, FanOut, Seen
-from services.infer.ensembles.plan import Feed, Plan, PlannedStep
+from services.infer.ensembles.plan import EnsemblePlan, Feed, PlannedStep
 from services.infer.ensembles.step_call import StepCall, named
 from services.infer.ensembles.values import SKIPPED, Skipped
-from services.infer.scheduling.execution import Answer
+from services.infer.requests.outcome import InferenceResult
+from services.infer.requests.parameters import NONE
+from services.infer.requests.ragged import Value
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.queue import Receiver
 from shoal.errors import InvalidArgument
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class Owner(Protocol):
     """Who admitted a request, and is told what became of it."""
 
-    def count(self, run: Run, answer: Answer) -> None:
+    def count(self, run: Run, answer: InferenceResult) -> None:
         """It was answered."""
 
     def forget(self, run: Run) -> None:
@@ -66,8 +66,8 @@ class Run:
     def __init__(
         self,
         owner: Owner,
-        plan: Plan,
-        call: Call,
+        plan: EnsemblePlan,
+        call: InferenceRequest,
         receiver: Receiver,
         *,
         arrived: float,
@@ -221,7 +221,7 @@ class Run:
 
     # Back
 
-    def came(self, call: StepCall, answer: Answer) -> None:
+    def came(self, call: StepCall, answer: InferenceResult) -> None:
         self._out.discard(call)
         index, step = call.index, self.plan.steps[call.index]
         try:
@@ -264,11 +264,11 @@ class Run:
         if not self.is_over:
             self._end(named(error, f"in ensemble '{self.plan.graph.name}', {step.title}"))
 
-    def _end(self, outcome: Answer | BaseException) -> None:
+    def _end(self, outcome: InferenceResult | BaseException) -> None:
         self.abandon()
         self._owner.forget(self)
         try:
-            if isinstance(outcome, Answer):
+            if isinstance(outcome, InferenceResult):
                 self._receiver.answered(outcome)
             else:
                 self._receiver.failed(outcome)

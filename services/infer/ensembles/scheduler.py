@@ -7,22 +7,19 @@ start ──> are the steps' versions still the ones that calls mean? ──> ro
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Callable
 from types import TracebackType
 
-from services.infer.calls.request import Call
-from services.infer.ensembles.plan import Plan
+from services.infer.ensembles.plan import EnsemblePlan
 from services.infer.ensembles.run import Run
-from services.infer.scheduling.execution import Answer
+from services.infer.requests.outcome import InferenceResult
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submitted import submitted
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
-
-log = logging.getLogger(__name__)
 
 _RETRY_MIN_MS, _RETRY_MAX_MS = 5, 5_000
 _WEIGHT = 0.1
@@ -39,8 +36,8 @@ class EnsembleScheduler:
 
     def __init__(
         self,
-        plan: Plan,
-        renew: Callable[[Plan], Plan],
+        plan: EnsemblePlan,
+        renew: Callable[[EnsemblePlan], EnsemblePlan],
         limits: QueueLimits,
         *,
         statistics: Statistics,
@@ -78,11 +75,11 @@ class EnsembleScheduler:
         """Looks its steps up again. Raises Unavailable, with a step's name."""
         self._plan = self._renew(self._plan)
 
-    async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
+    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
         """Runs one call. Raises what its steps do, with the name of the step; and as `RunsCalls.submit` does."""
         return await submitted(self, call, deadline, tenant)
 
-    def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Run:
+    def start(self, call: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> Run:
         """As `RunsCalls.start`."""
         if self._is_closing:
             raise Unavailable(f"model '{self._name}' is being unloaded")
@@ -109,11 +106,11 @@ class EnsembleScheduler:
         ticket.abandon()
         self.forget(ticket)
 
-    def is_waiting(self, call: Call) -> bool:
+    def is_waiting(self, call: InferenceRequest) -> bool:
         """As `RunsCalls.is_waiting`."""
         return any(run.call is call and run.is_waiting for run in self._runs)
 
-    def _admit(self, call: Call) -> None:
+    def _admit(self, call: InferenceRequest) -> None:
         size = self._size_bytes + call.size_bytes
         if len(self._runs) < self._most_calls and (size <= self._most_bytes or not self._runs):
             return
@@ -128,7 +125,7 @@ class EnsembleScheduler:
 
     # Called by runs
 
-    def count(self, run: Run, answer: Answer) -> None:
+    def count(self, run: Run, answer: InferenceResult) -> None:
         """One request that was answered. As in Triton, its times are those of its steps, added up."""
         total_s = self._clock() - run.arrived
         self._mean_s += _WEIGHT * (total_s - self._mean_s)

@@ -8,19 +8,19 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import Any, Protocol, TypeAlias
 
-from services.infer.calls.request import Call
-from services.infer.ensembles.neighbours import StepVersion
-from services.infer.scheduling.execution import Answer
+from services.infer.ensembles.other_models import StepVersion
+from services.infer.requests.outcome import InferenceResult
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.runs_calls import Ticket
 from shoal.errors import ShoalError
 
-Check: TypeAlias = Callable[[str, Call], Awaitable[Call]]
+Check: TypeAlias = Callable[[str, InferenceRequest], Awaitable[InferenceRequest]]
 
 
-class Told(Protocol):
+class StepDelivery(Protocol):
     """Who waits for a step's call. Exactly one of these is called, on the loop, once, maybe before `start` returns."""
 
-    def came(self, call: StepCall, answer: Answer) -> None: ...
+    def came(self, call: StepCall, answer: InferenceResult) -> None: ...
 
     def failed(self, call: StepCall, error: BaseException) -> None: ...
 
@@ -30,7 +30,7 @@ class StepCall:
 
     __slots__ = ("_began", "_is_over", "_task", "_ticket", "call", "index", "told", "version")
 
-    def __init__(self, told: Told, index: int, version: StepVersion, call: Call) -> None:
+    def __init__(self, told: StepDelivery, index: int, version: StepVersion, call: InferenceRequest) -> None:
         """`index` is for `told` to know it by."""
         self.told = told
         self.index = index
@@ -63,7 +63,7 @@ class StepCall:
         else:
             self.answered(answer)
 
-    async def _answer(self, expires: float, tenant: str, check: Check | None) -> Answer:
+    async def _answer(self, expires: float, tenant: str, check: Check | None) -> InferenceResult:
         call, cache = self.call, self.version.response_cache
         if check is not None:
             call = replace(await check(self.version.name, call), check=check)
@@ -87,7 +87,7 @@ class StepCall:
         """Whether its execution has not begun."""
         return not self._is_over and self._task is None and self.version.scheduler.is_waiting(self.call)
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: InferenceResult) -> None:
         if not self._is_over:
             self._is_over = True
             self.told.came(self, answer)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.calls.datatypes import Datatype
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.tensors import Tensor
+from shoal.oip.datatypes import Datatype
 
 
 class Skipped(Enum):

@@ -20,13 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from weakref import WeakValueDictionary
 
-from mesh.tasks import end
+from mesh.process.tasks import end
+from services.infer.error_text import quoted
+from services.infer.model_files.wanted_models import WantedModel
 from services.infer.models import override
 from services.infer.models.model import Model
 from services.infer.models.models import Models
 from services.infer.models.override import Given, Override
-from services.infer.models.wanted import WantedModel
-from services.infer.wording import quoted
 from shoal.errors import Aborted, FailedPrecondition, Internal, InvalidArgument, ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 

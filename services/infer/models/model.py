@@ -15,12 +15,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mesh.tasks import log_failure, together
-from services.infer.ensembles.neighbours import Neighbours
-from services.infer.models.backoff import Backoff
-from services.infer.models.means import Means
+from mesh.process.backoff import Backoff
+from mesh.process.tasks import log_failure, together
+from services.infer.ensembles.other_models import OtherModels
+from services.infer.model_files.wanted_models import WantedModel, WantedVersion
+from services.infer.models.load_context import LoadContext
 from services.infer.models.version import State, Version
-from services.infer.models.wanted import WantedModel, WantedVersion
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Model:
     """One model. `versions`, `refused` and `default` are replaced whole, never changed: calls see them complete."""
 
     wanted: WantedModel
-    means: Means
+    means: LoadContext
     on_change: asyncio.Event
     """Set whenever a state changes."""
     versions: Mapping[int, Version] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Model:
         """The models that its versions are made of."""
         return {name for version in (*self.versions.values(), *self.loading) for name in version.needs}
 
-    def look_again(self, neighbours: Neighbours) -> bool:
+    def look_again(self, neighbours: OtherModels) -> bool:
         """Whether something changed because models changed that it is made of: it may be loaded again, then."""
         looked = [version.look_again(neighbours) for version in (*self.versions.values(), *self.refused.values())]
         if any(looked):

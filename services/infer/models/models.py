@@ -13,18 +13,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 
-from mesh.latest import Latest
-from mesh.tasks import all_to_the_end, end
-from services.infer.models.means import Means
+from mesh.process.tasks import all_to_the_end, end
+from mesh.process.watched import Watched
+from services.infer.error_text import quoted
+from services.infer.model_files.wanted_models import WantedModel
+from services.infer.models.load_context import LoadContext
 from services.infer.models.model import IndexRow, Model
 from services.infer.models.version import Version
-from services.infer.models.wanted import WantedModel
-from services.infer.wording import quoted
 from shoal.errors import InvalidArgument, NotFound, Unavailable
 
 _NUMBER = re.compile(r"[0-9]{1,19}")
 
-ReadySet = tuple[tuple[str, tuple[int, ...], bool], ...]
+ReadySet = tuple[tuple[str, tuple[int, ...], bool, str], ...]
 """Models with their ready versions, both ascending, and whether one of them has sequences."""
 
 
@@ -47,7 +47,7 @@ def version_number(text: str) -> int | None:
 class Models:
     """The models of this instance. Use as `async with`: leaving unloads everything."""
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, means: LoadContext) -> None:
         self._means = replace(means, neighbours=self)
         self.on_need: Callable[[str, str], Awaitable[None]] | None = None
         """Asked to have a model served that an ensemble is made of: its name, and the ensemble's."""
@@ -55,7 +55,7 @@ class Models:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._is_told = asyncio.Event()
-        self.ready_set: Latest[ReadySet] = Latest(())
+        self.ready_set: Watched[ReadySet] = Watched(())
         """What is ready now, for those who follow it."""
 
     async def __aenter__(self) -> Models:
@@ -153,7 +153,7 @@ class Models:
 
     def names(self) -> list[str]:
         """Models with a ready version, sorted."""
-        return [name for name, _, _ in self.ready_set.value]
+        return [name for name, *_ in self.ready_set.value]
 
     def find(self, name: str, version: str) -> Version:
         """The version of a model that a call means; an empty `version` leaves the choice to us.
@@ -186,8 +186,10 @@ class Models:
             self.ready_set.set(tuple(_ready(name, versions) for name, versions in ready if versions))
 
 
-def _ready(name: str, versions: Sequence[Version]) -> tuple[str, tuple[int, ...], bool]:
-    return name, tuple(version.number for version in versions), any(version.line is not None for version in versions)
+def _ready(name: str, versions: Sequence[Version]) -> tuple[str, tuple[int, ...], bool, str]:
+    numbers = tuple(version.number for version in versions)
+    has_sequences = any(version.line is not None for version in versions)
+    return name, numbers, has_sequences, next((reason for each in versions if (reason := each.slow_path_reason)), "")
 
 
 def _found(name: str, model: Model | None, number: int | None) -> Version:

@@ -23,10 +23,17 @@ from pathlib import Path, PurePosixPath
 
 from google.protobuf import json_format, text_format
 
-from services.infer.models import modelconfig
-from services.infer.models.wanted import CONFIG_FILE, MAX_CONFIG_BYTES, ModelFiles, WantedModel, WantedVersion, picked
+from services.infer.error_text import quoted
+from services.infer.loading import model_config
+from services.infer.model_files.wanted_models import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    ModelFiles,
+    WantedModel,
+    WantedVersion,
+    picked,
+)
 from services.infer.sources import repository
-from services.infer.wording import quoted
 from shoal.errors import FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2
@@ -152,11 +159,11 @@ class Override:
         if self.model is not None:
             return self.model
         assert base is not None, "a configuration alone is given for a model that is there"
-        config = modelconfig.parse(self.given_config)
+        config = model_config.parse(self.given_config)
         versions = {v.version: self._configured(v) for v in (*base.versions, *base.others)}
         if not versions:
             return base
-        numbers = modelconfig.served_versions(config, versions, base.stable)
+        numbers = model_config.served_versions(config, versions, base.stable)
         return picked(base.name, versions, numbers, base.stable)
 
     def _configured(self, version: WantedVersion) -> WantedVersion:
@@ -176,7 +183,7 @@ def keep(name: str, given: Given, root: Path) -> Override:
         FailedPrecondition: the configuration is another model's, one path is another's folder, there is no version.
         OSError: the disk is full or broken.
     """
-    if (said := modelconfig.parse(given.config).name) not in ("", name):
+    if (said := model_config.parse(given.config).name) not in ("", name):
         raise FailedPrecondition(f"config is that of model {quoted(said)}")
     digest = hashlib.sha256(given.config.encode())
     if not given.files:

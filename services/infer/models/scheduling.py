@@ -12,20 +12,20 @@ import asyncio
 
 from services.infer.ensembles.loading import Composed
 from services.infer.ensembles.scheduler import EnsembleScheduler
-from services.infer.isolation.execution import ProcessExecution
-from services.infer.isolation.session import ProcessSession
-from services.infer.models import modelconfig
-from services.infer.models.loading import Loaded
-from services.infer.models.means import Means
-from services.infer.remote.execution import RemoteExecution
+from services.infer.loading import model_config
+from services.infer.loading.loading import Loaded
+from services.infer.model_process.session import ProcessSession
+from services.infer.models.load_context import LoadContext
 from services.infer.remote.session import RemoteSession
 from services.infer.scheduling import rules
 from services.infer.scheduling.decoupled import DecoupledScheduler
-from services.infer.scheduling.execution import Execution, Runs
+from services.infer.scheduling.execution import Execution, Executor
 from services.infer.scheduling.parts_execution import PartsExecution
+from services.infer.scheduling.process_execution import ProcessExecution
 from services.infer.scheduling.queue import QueueLimits
+from services.infer.scheduling.remote_execution import RemoteExecution
 from services.infer.scheduling.rows_execution import RowsExecution
-from services.infer.scheduling.runs_calls import RunsCalls
+from services.infer.scheduling.runs_calls import RequestScheduler
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.task_worker import TaskWorker
@@ -36,8 +36,8 @@ from services.infer.sequences.stateful import Stateful
 
 
 def scheduler_of(
-    name: str, number: int, loaded: Loaded, means: Means, statistics: Statistics
-) -> RunsCalls | DecoupledScheduler:
+    name: str, number: int, loaded: Loaded, means: LoadContext, statistics: Statistics
+) -> RequestScheduler | DecoupledScheduler:
     """What runs the calls of version `number` of the model `name`. Nothing is started yet: enter it."""
     if isinstance(loaded, Composed):
         return _ensemble(loaded, means, statistics)
@@ -48,11 +48,11 @@ def scheduler_of(
     return _batching(name, number, loaded, means, statistics)
 
 
-def _ensemble(loaded: Composed, means: Means, statistics: Statistics) -> EnsembleScheduler:
+def _ensemble(loaded: Composed, means: LoadContext, statistics: Statistics) -> EnsembleScheduler:
     return EnsembleScheduler(loaded.plan, loaded.renew, means.limits, statistics=statistics, clock=means.clock)
 
 
-def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: Statistics) -> Scheduler:
+def _batching(name: str, number: int, loaded: Loaded, means: LoadContext, statistics: Statistics) -> Scheduler:
     config = loaded.model.config
     return Scheduler(
         name,
@@ -60,7 +60,7 @@ def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: 
         loaded.batch_policy(),
         means.limits,
         rules.of(config),
-        instances=modelconfig.instances(config),
+        instances=model_config.instances(config),
         statistics=statistics,
         cost=loaded.cost,
         clock=means.clock,
@@ -68,13 +68,13 @@ def _batching(name: str, number: int, loaded: Loaded, means: Means, statistics: 
     )
 
 
-def _worker(execution: Runs, loop: asyncio.AbstractEventLoop, name: str) -> Worker:
+def _worker(execution: Executor, loop: asyncio.AbstractEventLoop, name: str) -> Worker:
     if isinstance(execution, RemoteExecution):
         return TaskWorker(execution, loop, name)
     return ThreadWorker(execution, loop, name)
 
 
-def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
+def _execution(name: str, number: int, loaded: Loaded, means: LoadContext) -> Executor:
     session, signature = loaded.session, loaded.model.signature
     assert session is not None, "only ensembles have none"
     if isinstance(session, RemoteSession):  # What it computes ends no process of ours: nothing to remember.
@@ -91,13 +91,13 @@ def _execution(name: str, number: int, loaded: Loaded, means: Means) -> Runs:
 
 
 def _sequencing(
-    name: str, number: int, loaded: Loaded, sequences: Stateful, means: Means, statistics: Statistics
+    name: str, number: int, loaded: Loaded, sequences: Stateful, means: LoadContext, statistics: Statistics
 ) -> SequenceScheduler:
     config, signature = loaded.model.config, loaded.model.signature
     session, settings, first = loaded.session, sequences.settings, sequences.first
     assert session is not None, "an ensemble has no sequences of its own"
 
-    def execution(instance: int) -> Runs:
+    def execution(instance: int) -> Executor:
         if isinstance(session, ProcessSession):
             made: Execution = ProcessSequenceExecution(
                 name, number, session, instance, signature, settings, first, means.clock
@@ -111,7 +111,7 @@ def _sequencing(
         execution,
         settings,
         means.limits,
-        instances=modelconfig.instances(config),
+        instances=model_config.instances(config),
         weights=rules.of(config).weights,
         first_shapes=tuple(array.shape for array in first.values()),
         statistics=statistics,
@@ -120,7 +120,7 @@ def _sequencing(
 
 
 def _decoupled(
-    name: str, number: int, loaded: Loaded, session: ProcessSession, means: Means, statistics: Statistics
+    name: str, number: int, loaded: Loaded, session: ProcessSession, means: LoadContext, statistics: Statistics
 ) -> DecoupledScheduler:
     level = rules.of(loaded.model.config).levels[0]
     return DecoupledScheduler(

@@ -14,23 +14,23 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import TracebackType
 
-from services.infer.ensembles import graph, trial
+from services.infer.ensembles import graph, warmup
 from services.infer.ensembles import loading as composing
 from services.infer.ensembles.graph import Graph
 from services.infer.ensembles.loading import Composed, Seen
-from services.infer.ensembles.neighbours import Neighbours
+from services.infer.ensembles.other_models import OtherModels
 from services.infer.ensembles.scheduler import EnsembleScheduler
-from services.infer.models import loading
-from services.infer.models.loading import Loaded
-from services.infer.models.means import Means
+from services.infer.loading import loading
+from services.infer.loading.loading import Loaded
+from services.infer.model_files.wanted_models import ModelFiles, WantedVersion
+from services.infer.models.load_context import LoadContext
 from services.infer.models.scheduling import scheduler_of
-from services.infer.models.wanted import ModelFiles, WantedVersion
-from services.infer.responses.cache import ResponseCache, ttl_s
-from services.infer.responses.key import ResponseKeys
+from services.infer.response_cache.cache import ResponseCache, ttl_s
+from services.infer.response_cache.key import ResponseKeys
 from services.infer.scheduling.decoupled import DecoupledScheduler
-from services.infer.scheduling.runs_calls import RunsCalls
+from services.infer.scheduling.runs_calls import RequestScheduler
 from services.infer.scheduling.statistics import Statistics
-from services.infer.sequences.line import Line
+from services.infer.sequences.arrival_order import ArrivalOrder
 from shoal.errors import DataLoss, FailedPrecondition, ShoalError, Unimplemented
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,10 @@ class Version:
     """Of an ensemble, as soon as it is read."""
     _seen: Seen = ()
     """What an ensemble's steps meant when they were last looked up."""
-    line: Line | None = None
+    line: ArrivalOrder | None = None
     """Only for a model with sequences, or an ensemble with such a step: keeps those of each in their order."""
     _loaded: Loaded | None = None
-    _scheduler: RunsCalls | None = None
+    _scheduler: RequestScheduler | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
     _users: int = 0
     _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -94,17 +94,44 @@ class Version:
 
     @property
     def takes_numbers_only(self) -> bool:
-        """Whether a request is to it what its tensors are: its bytes need not be parsed to be answered."""
+        """True when a request can be answered by its tensors alone, so that its message need not be parsed."""
         return self.response_cache is None and self.sees_numbers_only
 
     @property
     def sees_numbers_only(self) -> bool:
-        """Whether its model sees nothing of a request but the tensors."""
-        if self.decoupled is not None or self.line is not None:
-            return False
+        """True when the model sees nothing of a request but its tensors."""
+        return not self._reads_requests
+
+    @property
+    def _reads_requests(self) -> str:
+        """The reason why the model sees more of a request than its tensors; empty when it does not."""
+        if self.decoupled is not None:
+            return "it is decoupled"
+        if self.line is not None:
+            return "its requests are steps of sequences"
         if isinstance(self.loaded, Composed):
-            return self.loaded.plan.takes_numbers_only
-        return self.loaded.session is None or not self.loaded.session.wants_requests  # Ids and parameters too.
+            return "" if self.loaded.plan.takes_numbers_only else "a step reads ids or parameters of requests"
+        session = self.loaded.session
+        return "it reads ids or parameters of requests" if session is not None and session.wants_requests else ""
+
+    @property
+    def slow_path_reason(self) -> str:
+        """The reason why ordinary requests of this version take the slow path; empty for the fast path.
+
+        An ordinary request gives all required inputs as raw contents and asks for all outputs.
+        """
+        if self.response_cache is not None:
+            return "it has a response cache"
+        if reason := self._reads_requests:
+            return reason
+        signature = self.loaded.model.signature
+        for spec in signature.inputs:
+            if spec.datatype.name in ("BYTES", "BOOL") and not spec.is_optional:
+                return f"input {spec.name} is {spec.datatype.name}"
+        for spec in signature.outputs:
+            if spec.datatype.is_bytes or spec.is_ragged:
+                return f"output {spec.name} is {'BYTES' if spec.datatype.is_bytes else 'ragged'}"
+        return ""
 
     @property
     def loaded(self) -> Loaded:
@@ -112,13 +139,13 @@ class Version:
         return self._loaded
 
     @property
-    def scheduler(self) -> RunsCalls:
+    def scheduler(self) -> RequestScheduler:
         """Only a version that was READY is asked. Raises Unimplemented when it is decoupled."""
         if self._scheduler is None:
             raise Unimplemented("ModelInfer RPC doesn't support models with decoupled transaction policy")
         return self._scheduler
 
-    async def load(self, means: Means) -> None:
+    async def load(self, means: LoadContext) -> None:
         """Makes it READY, or UNAVAILABLE with a reason. Raises nothing but cancellation."""
         start = means.clock()
         try:
@@ -137,7 +164,7 @@ class Version:
             if not isinstance(err, ShoalError | OSError):
                 log.error("model %s version %d: unexpected error", self.name, self.number, exc_info=err)
 
-    async def _load(self, means: Means) -> None:
+    async def _load(self, means: LoadContext) -> None:
         async with means.at_once:
             files = await self._resources.enter_async_context(self.wanted.open())
             self.graph = await asyncio.to_thread(graph.read, self.name, files)
@@ -146,11 +173,11 @@ class Version:
         loaded = loaded or await self._composed(files, means)
         await self._schedule(loaded, means)
         if self.graph is not None:
-            model = await trial.run(self.name, loaded.model, files.folder, self.scheduler)
+            model = await warmup.run(self.name, loaded.model, files.folder, self.scheduler)
             loaded = replace(loaded, model=model)
         self._loaded = loaded
 
-    async def _ran(self, files: ModelFiles, means: Means) -> Loaded:
+    async def _ran(self, files: ModelFiles, means: LoadContext) -> Loaded:
         given_up = threading.Event()
         loaded = await _finished(self._loading(files, means, given_up), given_up)
         if loaded.session is not None:
@@ -158,7 +185,7 @@ class Version:
             self._resources.push_async_callback(asyncio.to_thread, loaded.session.close)
         return loaded
 
-    async def _composed(self, files: ModelFiles, means: Means) -> Composed:
+    async def _composed(self, files: ModelFiles, means: LoadContext) -> Composed:
         made_of, neighbours = self.graph, means.neighbours
         assert made_of is not None, "it was read"
         assert neighbours is not None, "versions are loaded by models"
@@ -168,19 +195,19 @@ class Version:
         self._seen = composing.seen(made_of, neighbours)
         return composing.composed(made_of, neighbours, labels)
 
-    async def _schedule(self, loaded: Loaded, means: Means) -> None:
+    async def _schedule(self, loaded: Loaded, means: LoadContext) -> None:
         scheduler = scheduler_of(self.name, self.number, loaded, means, self.statistics)
         await self._resources.enter_async_context(scheduler)
         if isinstance(scheduler, DecoupledScheduler):
             self.decoupled = scheduler
             return
         self._scheduler = scheduler
-        self.line = Line() if _has_sequences(loaded) else None
+        self.line = ArrivalOrder() if _has_sequences(loaded) else None
         ttl = ttl_s(loaded.model.config)
         if ttl is not None:
             self.response_cache = await self._resources.enter_async_context(self._caching(loaded, means, ttl))
 
-    def _loading(self, files: ModelFiles, means: Means, given_up: threading.Event) -> asyncio.Future[Loaded]:
+    def _loading(self, files: ModelFiles, means: LoadContext, given_up: threading.Event) -> asyncio.Future[Loaded]:
         work = asyncio.to_thread(
             loading.load,
             self.name,
@@ -194,12 +221,12 @@ class Version:
         )
         return asyncio.ensure_future(work)
 
-    def _caching(self, loaded: Loaded, means: Means, ttl: float) -> ResponseCache:
+    def _caching(self, loaded: Loaded, means: LoadContext, ttl: float) -> ResponseCache:
         config, signature = loaded.model.config, loaded.model.signature
         keys = ResponseKeys(self.name, self.number, self.wanted.digest, config, signature)
         return ResponseCache(keys, self.scheduler, means.responses, self.statistics, ttl_s=ttl, clock=means.clock)
 
-    def look_again(self, neighbours: Neighbours) -> bool:
+    def look_again(self, neighbours: OtherModels) -> bool:
         """An ensemble whose models may have changed: True when it should be loaded again.
 
         One that serves goes on with the new versions of its models, if they are as the old ones to callers; else it is

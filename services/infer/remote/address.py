@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
-from services.infer.wording import quoted
+from services.infer.error_text import quoted
 from shoal.errors import FailedPrecondition
 
 _EXPECTED = "expected grpc://host:port, grpcs://host:port or unix:/path"

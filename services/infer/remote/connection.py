@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from services.infer.remote import errors
-from services.infer.remote.settings import Settings
+from services.infer.remote.settings import RemoteSettings
 from services.infer.runtimes.runtime import ModelFailed
 from shoal.errors import Unavailable
 
@@ -27,7 +27,7 @@ class Connection:
     event loop may use it. The caller closes it.
     """
 
-    def __init__(self, model: str, settings: Settings, fault: str = "") -> None:
+    def __init__(self, model: str, settings: RemoteSettings, fault: str = "") -> None:
         """`model` is its name here, `fault` is for `errors.of`.
 
         Raises:
@@ -120,7 +120,7 @@ def _settle(future: asyncio.Future[Any], result: object, error: Exception | None
         future.set_exception(error)
 
 
-def _options(settings: Settings) -> list[tuple[str, int | str]]:
+def _options(settings: RemoteSettings) -> list[tuple[str, int | str]]:
     options: list[tuple[str, int | str]] = [
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_receive_message_length", settings.max_message_bytes),

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import grpc
 
-from services.infer.models.wanted import read_bytes, read_text
-from services.infer.wording import quoted
+from services.infer.error_text import quoted
+from services.infer.model_files.wanted_models import read_bytes, read_text
 from shoal.errors import FailedPrecondition
 
 _REFERENCE = re.compile(r"\$\{([^}:]*)(?::([^}]*))?\}")

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from google.protobuf.message import Message
 
-from services.infer.calls.signature import TensorSpec, fits
-from services.infer.calls.tensors import Tensor
-from services.infer.remote.settings import Settings
+from services.infer.error_text import listed, quoted, written
+from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces
+from services.infer.requests.signature import TensorSpec, fits
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.wording import listed, quoted, written
 from shoal.errors import InvalidArgument
 
 
@@ -31,7 +31,7 @@ _MOST_DIMS = 64
 
 
 @dataclass(frozen=True)
-class Facts:
+class RemoteModelInfo:
     """What a remote server says of a model."""
 
     inputs: tuple[TensorSpec, ...] = ()
@@ -41,7 +41,7 @@ class Facts:
     """None: it says nothing. 0: the first dimension is no batch dimension."""
 
 
-Asking: TypeAlias = Generator[Question, Any, Facts]
+Asking: TypeAlias = Generator[Question, Any, RemoteModelInfo]
 
 
 class Dialect(Protocol):
@@ -54,7 +54,7 @@ class Dialect(Protocol):
     fault: str
     """What messages say when the model raised, where the status does not; empty: it does."""
 
-    def __init__(self, settings: Settings) -> None: ...
+    def __init__(self, settings: RemoteSettings) -> None: ...
 
     def facts(self) -> Asking:
         """What the server says of the model: yields questions and is sent the answers (`steps`).
@@ -90,7 +90,7 @@ def check_shape(shape: Sequence[int], spec: TensorSpec, what: str) -> None:
         raise InvalidArgument(f"{what}: expected {written(spec.shape)}, got {written(shape)}")
 
 
-def changes(before: Facts, now: Facts) -> str:
+def changes(before: RemoteModelInfo, now: RemoteModelInfo) -> str:
     """How a model has become another one, in words; empty when those who call the one can call the other."""
     found = [
         *_changed("input", before.inputs, now.inputs),

@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
-from services.infer.calls import tensors
-from services.infer.calls.datatypes import BY_NAME
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import quoted
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Asking, Facts, Question, check_shape, missing, shape_of
+from services.infer.remote.dialect import Asking, Question, RemoteModelInfo, check_shape, missing, shape_of
 from services.infer.remote.errors import NotServable, NotToBlame
-from services.infer.remote.settings import Settings
+from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces, raw
+from services.infer.requests import tensors
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.wording import quoted
 from shoal.errors import InvalidArgument, Unavailable, Unimplemented
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2
+from shoal.oip.datatypes import BY_NAME
 
 _SERVICE = "/inference.GRPCInferenceService/"
 _RAW_INPUTS = pb.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"].number
@@ -35,7 +35,7 @@ class Oip:
     batches = True
     fault = ""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RemoteSettings) -> None:
         self._name, self._version = settings.model, settings.version
 
     def facts(self) -> Asking:
@@ -49,9 +49,9 @@ class Oip:
         except NotToBlame as err:
             if not isinstance(err.error, Unimplemented):
                 raise
-            return Facts()
+            return RemoteModelInfo()
         optional = {given.name for given in config.input if given.optional} if config is not None else set()
-        return Facts(
+        return RemoteModelInfo(
             tuple(replace(spec, is_optional=spec.name in optional) for spec in self._specs("input", said.inputs)),
             self._specs("output", said.outputs),
             config.max_batch_size if config is not None else None,

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.message import Message
 
-from services.infer import steps
-from services.infer.calls.tensors import Tensor
+from services.infer import sans_io
 from services.infer.remote.connection import Connection, parsed
-from services.infer.remote.dialect import Dialect, Facts, Question, changes
+from services.infer.remote.dialect import Dialect, Question, RemoteModelInfo, changes
 from services.infer.remote.errors import RETRY_AFTER_MS, NotAccepted, NotServable, NotToBlame
-from services.infer.remote.settings import Settings
+from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import FailedPrecondition, InvalidArgument, ShoalError, Unavailable
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -60,10 +60,10 @@ class RemoteSession(Session):
     def __init__(
         self,
         name: str,
-        settings: Settings,
+        settings: RemoteSettings,
         connection: Connection,
         dialect: Dialect,
-        declared: Facts,
+        declared: RemoteModelInfo,
         clock: Callable[[], float],
         is_given_up: Callable[[], bool] = bool,
     ) -> None:
@@ -90,9 +90,9 @@ class RemoteSession(Session):
         self._is_suspect = False
         self._next_look = 0.0
 
-    def _first_facts(self, is_given_up: Callable[[], bool]) -> Facts:
+    def _first_facts(self, is_given_up: Callable[[], bool]) -> RemoteModelInfo:
         try:
-            return steps.done(self._dialect.facts(), lambda question: self._asked(question, is_given_up))
+            return sans_io.done(self._dialect.facts(), lambda question: self._asked(question, is_given_up))
         except NotServable:
             raise
         except (NotToBlame, ModelFailed, ShoalError) as err:
@@ -129,7 +129,7 @@ class RemoteSession(Session):
         if any(spec.is_optional for spec in self.inputs) and not config.input:
             skip = 1 if done.max_batch_size else 0
             for spec in self.inputs:
-                given = done.input.add(name=spec.name, data_type=spec.datatype.config, dims=spec.shape[skip:])
+                given = done.input.add(name=spec.name, data_type=spec.datatype.config_name, dims=spec.shape[skip:])
                 given.optional = spec.is_optional
         if not done.instance_group:
             done.instance_group.add(count=IN_FLIGHT)
@@ -237,7 +237,7 @@ class RemoteSession(Session):
 
     async def _look(self) -> None:
         try:
-            change = changes(self._facts, await steps.awaited(self._dialect.facts(), self._awaited))
+            change = changes(self._facts, await sans_io.awaited(self._dialect.facts(), self._awaited))
         except NotServable as err:
             change = err.message
         except (NotToBlame, ModelFailed, ShoalError) as err:

@@ -23,13 +23,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mesh.limits import MESSAGE_BYTES
+from mesh.rpc.limits import MESSAGE_BYTES
+from services.infer.error_text import listed, quoted
 from services.infer.remote import address, credentials
 from services.infer.remote.address import Address
 from services.infer.remote.credentials import Headers, Tls
 from services.infer.runtimes.parameters import number, texts
 from services.infer.runtimes.runtime import About
-from services.infer.wording import listed, quoted
 from shoal.errors import FailedPrecondition
 
 OIP, TENSORFLOW_SERVING, TORCHSERVE = PROTOCOLS = ("oip", "tensorflow-serving", "torchserve")
@@ -61,7 +61,7 @@ _KEYS = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class RemoteSettings:
     """How a model's server is reached, and what it is called there."""
 
     address: Address
@@ -81,7 +81,7 @@ class Settings:
     """What the server's certificate must be for; empty: the host of the address."""
 
 
-def read(about: About, environ: Mapping[str, str]) -> Settings:
+def read(about: About, environ: Mapping[str, str]) -> RemoteSettings:
     """Raises FailedPrecondition that names the parameter, and says what was expected."""
     values = {key: text.strip() for key, text in texts(about.config).items()}
     _check_keys(values, about)
@@ -95,7 +95,7 @@ def read(about: About, environ: Mapping[str, str]) -> Settings:
         raise FailedPrecondition(
             f"parameter keepalive_time_ms '{keepalive_ms}': expected 0 (never), or {_LEAST_KEEPALIVE_MS} to {_DAY_MS}"
         )
-    return Settings(
+    return RemoteSettings(
         where,
         _headers(values, folder, environ),
         protocol,

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 
 from google.protobuf import wrappers_pb2
 
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import listed, quoted
 from services.infer.remote import tensorflow_tensors
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Asking, Facts, Question, missing
+from services.infer.remote.dialect import Asking, Question, RemoteModelInfo, missing
 from services.infer.remote.errors import NotServable
-from services.infer.remote.settings import Settings
+from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.wording import listed, quoted
 from shoal.errors import InvalidArgument
 from shoal.remote.v1 import tensorflow_serving_pb2 as pb
 
@@ -35,7 +35,7 @@ class TensorFlowServing:
     batches = True
     fault = ""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RemoteSettings) -> None:
         version = wrappers_pb2.Int64Value(value=int(settings.version)) if settings.version else None
         self._model = pb.TensorFlowModel(name=settings.model, version=version, signature_name=settings.signature_name)
 
@@ -53,7 +53,7 @@ class TensorFlowServing:
                 f"the remote model {quoted(model.name)} has no signature {quoted(name)}: it has "
                 f"{listed(sorted(there)) or 'none'}; choose one with parameter signature_name"
             )
-        return Facts(_specs("input", there[name].inputs), _specs("output", there[name].outputs))
+        return RemoteModelInfo(_specs("input", there[name].inputs), _specs("output", there[name].outputs))
 
     def request(
         self, specs: Mapping[str, TensorSpec], inputs: Mapping[str, Sequence[Tensor]], outputs: Sequence[str]

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.infer.calls import tensors
-from services.infer.calls.datatypes import BY_NAME, Datatype
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import enumerated, written
 from services.infer.remote.dialect import check_shape, shape_of
 from services.infer.remote.wire import Pieces, raw
-from services.infer.wording import enumerated, written
+from services.infer.requests import tensors
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
+from shoal.oip.datatypes import BY_NAME, Datatype
+from shoal.oip.tensors import count_elements
 from shoal.remote.v1 import tensorflow_serving_pb2 as pb
 
 _NAMES: dict[pb.TensorFlowType, str] = {
@@ -93,7 +94,7 @@ def from_message(tensor: pb.TensorFlowTensor, spec: TensorSpec, what: str) -> Te
 
 def _from_values(tensor: pb.TensorFlowTensor, expected: Datatype, shape: tuple[int, ...], what: str) -> Tensor:
     values = getattr(tensor, _VALUES.get(expected.name, "int_val"))
-    elements = tensors.count(shape, what)
+    elements = count_elements(shape, what, InvalidArgument)
     # Those that are not there are as the last one that is; a few bytes must not become gigabytes.
     if len(values) > elements or elements - len(values) > _MOST_IMPLIED:
         raise InvalidArgument(f"{what}: shape {written(shape)} has {elements} elements, got {len(values)}")

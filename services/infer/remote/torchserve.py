@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from google.protobuf.empty_pb2 import Empty
 
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Asking, Facts, Question
-from services.infer.remote.settings import Settings
+from services.infer.remote.dialect import Asking, Question, RemoteModelInfo
+from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
 from shoal.remote.v1 import torchserve_pb2 as pb
 
 _SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/"
@@ -32,12 +32,12 @@ class TorchServe:
     batches = False
     fault = "InternalServerException"
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RemoteSettings) -> None:
         self._head = pb.TorchServePredictionsRequest(model_name=settings.model, model_version=settings.version)
 
     def facts(self) -> Asking:
         yield Question(_SERVICE + "Ping", Empty(), pb.TorchServeHealthResponse)
-        return Facts(max_batch_size=0)
+        return RemoteModelInfo(max_batch_size=0)
 
     def request(
         self, specs: Mapping[str, TensorSpec], inputs: Mapping[str, Sequence[Tensor]], outputs: Sequence[str]

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.calls import tensors
-from services.infer.calls.datatypes import Datatype
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.tensors import Tensor
+from shoal.oip.datatypes import Datatype
+from shoal.oip.tensors import to_raw
 
 _LENGTH_DELIMITED = 2
 _KEY, _VALUE = 1, 2
@@ -58,7 +58,7 @@ def raw(arrays: Iterable[Tensor], datatype: Datatype) -> Pieces:
     """The elements of arrays, one behind the other, as the Open Inference Protocol has them raw."""
     pieces = Pieces()
     for array in arrays:
-        pieces.append(tensors.to_raw(array, datatype) if datatype.is_bytes else np.ascontiguousarray(array))
+        pieces.append(to_raw(array, datatype) if datatype.is_bytes else np.ascontiguousarray(array))
     return pieces
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from services.infer.runtimes.onnx_settings import CUDA
-from services.infer.runtimes.runtime import Place, Provider, SessionOptions
+from services.infer.runtimes.runtime import Provider, SessionOptions, TensorPlacement
 from shoal.errors import FailedPrecondition
 
+CUDA, TENSORRT, OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 _CPU = "CPUExecutionProvider"
 
 
@@ -58,7 +58,7 @@ def resolved(
     return [(_device(options, gpu), count) for gpu, count in counts.items()]
 
 
-def _gpus(place: Place, available: Collection[str], count_gpus: Callable[[], int]) -> Iterator[int | None]:
+def _gpus(place: TensorPlacement, available: Collection[str], count_gpus: Callable[[], int]) -> Iterator[int | None]:
     """The GPUs of a place; None for the CPU."""
     if place.kind == "cpu" or (place.kind == "auto" and (CUDA not in available or not count_gpus())):
         yield None

@@ -9,11 +9,10 @@ from typing import Any
 import onnxruntime
 
 from services.infer.runtimes import gpus, onnx_devices
-from services.infer.runtimes.lane import Lanes
-from services.infer.runtimes.onnx_devices import Device
-from services.infer.runtimes.onnx_lane import LaneSession
+from services.infer.runtimes.gpu_stream import GpuStreams
+from services.infer.runtimes.onnx_devices import CUDA, Device
+from services.infer.runtimes.onnx_gpu_session import LaneSession
 from services.infer.runtimes.onnx_session import OnnxSession, plain
-from services.infer.runtimes.onnx_settings import CUDA
 from services.infer.runtimes.runtime import Session, SessionOptions
 from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
@@ -39,9 +38,9 @@ class OnnxRuntime:
     model_file = "model.onnx"
     can_decouple = False
 
-    def __init__(self, lanes: Lanes | None = None) -> None:
+    def __init__(self, lanes: GpuStreams | None = None) -> None:
         """`lanes`: of the GPUs, for models that ask for it (parameter `gpu_stream`)."""
-        self._lanes = lanes or Lanes()
+        self._lanes = lanes or GpuStreams()
         onnxruntime.set_default_logger_severity(_NOTHING)
 
     def load(self, file: Path, options: SessionOptions) -> Session:

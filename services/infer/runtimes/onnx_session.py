@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from services.infer.calls.datatypes import BY_NAME, Datatype
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from shoal.errors import FailedPrecondition
+from shoal.oip.datatypes import BY_NAME, Datatype
 
 _DATATYPES = {
     "tensor(bool)": BY_NAME["BOOL"],

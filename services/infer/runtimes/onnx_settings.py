@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from services.infer.error_text import enumerated, quoted
+from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT
 from services.infer.runtimes.parameters import number, texts
-from services.infer.runtimes.runtime import Place, Provider, SessionOptions
-from services.infer.wording import enumerated, quoted
+from services.infer.runtimes.runtime import Provider, SessionOptions, TensorPlacement
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
-
-CUDA, TENSORRT, OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
 
 THREADS = "intra_op_thread_count"
 """The parameter that says how many threads one execution has."""
@@ -94,7 +93,7 @@ def _shares_stream(values: Mapping[str, str]) -> bool:
     return said == "shared"
 
 
-def _places(groups: Iterable[pb.ModelInstanceGroup]) -> Iterator[Place]:
+def _places(groups: Iterable[pb.ModelInstanceGroup]) -> Iterator[TensorPlacement]:
     for group in list(groups) or [pb.ModelInstanceGroup()]:
         kind, count = _KINDS.get(group.kind), group.count or 1
         if kind is None:
@@ -103,7 +102,7 @@ def _places(groups: Iterable[pb.ModelInstanceGroup]) -> Iterator[Place]:
         if group.gpus and kind == "cpu":
             raise FailedPrecondition(f"instance_group: KIND_CPU with gpus {list(group.gpus)}: expected KIND_GPU")
         for gpu in group.gpus or (None,):
-            yield Place("gpu" if group.gpus else kind, gpu, count)
+            yield TensorPlacement("gpu" if group.gpus else kind, gpu, count)
 
 
 def _gpu_providers(config: pb.ModelConfig, values: Mapping[str, str]) -> tuple[Provider, ...]:

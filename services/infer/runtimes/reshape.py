@@ -4,7 +4,7 @@
     clients: dims [1]  ──>  model: reshape [], a scalar    with a batch: [n, 1] ──> [n]
 
 A -1 of `dims` becomes the -1 of the same order in `reshape`. The session is wrapped when the model is loaded, so models
-without reshape pay nothing.
+without reshape pay nothing. Model processes import this module: it needs no protobuf.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from services.infer.calls.signature import TensorSpec, fits
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import written
+from services.infer.requests.signature import TensorSpec, fits
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.wording import written
 from shoal.errors import FailedPrecondition
-from shoal.inference.v2 import model_config_pb2 as pb
 
-
-def is_reshaped(config: pb.ModelConfig) -> bool:
-    """Whether any tensor has one."""
-    return any(tensor.HasField("reshape") for tensor in (*config.input, *config.output))
+if TYPE_CHECKING:
+    from shoal.inference.v2 import model_config_pb2 as pb
 
 
 def wrong(what: str, tensor: pb.ModelInput | pb.ModelOutput) -> Iterator[str]:
@@ -69,26 +67,50 @@ class Reshape:
         return array.reshape((*array.shape[: self.skip], *(next(free) if dim == -1 else dim for dim in self.made)))
 
 
+@dataclass(frozen=True)
+class Reshapes:
+    """The reshapes of a model, by the names of its inputs and outputs."""
+
+    inputs: Mapping[str, Reshape]
+    outputs: Mapping[str, Reshape]
+
+    def __bool__(self) -> bool:
+        return bool(self.inputs or self.outputs)
+
+
+def reshapes_of(config: Mapping[str, Any]) -> Reshapes:
+    """Return the reshapes of a configuration in its JSON form (`config_json`), in which `wrong` has found nothing."""
+    skip = 1 if config["max_batch_size"] else 0
+    inputs, outputs = (
+        {
+            tensor["name"]: (tuple(tensor["dims"]), tuple(tensor["reshape"]["shape"]))
+            for tensor in config[role]
+            if "reshape" in tensor
+        }
+        for role in ("input", "output")
+    )
+    return Reshapes(
+        {name: Reshape(dims, shape, skip) for name, (dims, shape) in inputs.items()},
+        {name: Reshape(shape, dims, skip) for name, (dims, shape) in outputs.items()},
+    )
+
+
 class ReshapedSession(Session):
     """A session whose inputs and outputs have the shapes of the configuration. Closing it closes the other."""
 
     reshapes = True
 
-    def __init__(self, session: Session, config: pb.ModelConfig) -> None:
-        """`config` is checked: `wrong` has found nothing. Raises FailedPrecondition when the model has other shapes."""
-        skip = 1 if config.max_batch_size else 0
+    def __init__(self, session: Session, reshapes: Reshapes) -> None:
+        """Raises FailedPrecondition when the model has other shapes."""
         self._session = session
-        self._inputs = {t.name: _reshape(t.dims, t.reshape.shape, skip) for t in config.input if t.HasField("reshape")}
-        self._outputs = {
-            t.name: _reshape(t.reshape.shape, t.dims, skip) for t in config.output if t.HasField("reshape")
-        }
+        self._inputs, self._outputs = reshapes.inputs, reshapes.outputs
         self.inputs = tuple(_seen(spec, self._inputs.get(spec.name), is_input=True) for spec in session.inputs)
         self.outputs = tuple(_seen(spec, self._outputs.get(spec.name), is_input=False) for spec in session.outputs)
         self.optional_inputs = tuple(
             _seen(spec, self._inputs.get(spec.name), is_input=True) for spec in session.optional_inputs
         )
         self.text, self.gpus, self.only_computes = session.text, session.gpus, session.only_computes
-        self._parts = [self if part is session else ReshapedSession(part, config) for part in session.parts()]
+        self._parts = [self if part is session else ReshapedSession(part, reshapes) for part in session.parts()]
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         given = {name: self._reshaped(self._inputs, name, array) for name, array in inputs.items()}
@@ -104,10 +126,6 @@ class ReshapedSession(Session):
 
     def close(self) -> None:
         self._session.close()
-
-
-def _reshape(given: Sequence[int], made: Sequence[int], skip: int) -> Reshape:
-    return Reshape(tuple(given), tuple(made), skip)
 
 
 def _seen(spec: TensorSpec, reshape: Reshape | None, *, is_input: bool) -> TensorSpec:

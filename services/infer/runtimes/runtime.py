@@ -11,13 +11,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from services.infer.calls.ragged import Value
-from services.infer.calls.signature import TensorSpec
-from services.infer.calls.tensors import Tensor
-from services.infer.runtimes.lane import Lane
-from shoal.inference.v2 import model_config_pb2 as pb
+from services.infer.requests.ragged import Value
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
+from services.infer.runtimes.gpu_stream import GpuStream
+
+# Model processes import this module and no protobuf.
+if TYPE_CHECKING:
+    from shoal.inference.v2 import model_config_pb2 as pb
+
+
+def _empty_config() -> pb.ModelConfig:
+    from shoal.inference.v2 import model_config_pb2
+
+    return model_config_pb2.ModelConfig()
 
 
 class ModelFailed(Exception):
@@ -32,7 +41,7 @@ class About:
     version: int = 1
     folder: Path | None = None
     """The model's folder; None for a bare file."""
-    config: pb.ModelConfig = field(default_factory=pb.ModelConfig)
+    config: pb.ModelConfig = field(default_factory=_empty_config)
     """As it was written: not completed yet."""
     instances: int = 1
     """How many executions may run at the same time."""
@@ -42,7 +51,7 @@ class About:
     """What its content is: another one is another model. Empty: nobody said."""
 
 
-class Place(NamedTuple):
+class TensorPlacement(NamedTuple):
     """Where some executions of a model run."""
 
     kind: str = "auto"
@@ -83,7 +92,7 @@ class SessionOptions:
     """The same, for each run."""
     shares_stream: bool = False
     """On a GPU, what all models that say so put their work on, with operations; else the session has its own."""
-    places: Sequence[Place] = (Place("cpu"),)
+    places: Sequence[TensorPlacement] = (TensorPlacement("cpu"),)
     gpu_providers: Sequence[Provider] = ()
     """Preferred to the plain ones on GPUs, the first most."""
     cpu_providers: Sequence[Provider] = ()
@@ -129,7 +138,7 @@ class Session(ABC):
     """It waits for nobody, and its time is that of its arithmetic: a short run may be made on the event loop."""
     gpus: tuple[int, ...] = ()
     """Those that it runs on; none: on the CPU, or nobody knows."""
-    lane: Lane | None = None
+    lane: GpuStream | None = None
     """The one GPU that it takes tensors on, and can leave them on; none: tensors are on the host."""
     is_tried: bool = True
     """Made-up inputs may be tried on it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Mapping, Sequence
 
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import Session
 
 

@@ -10,7 +10,6 @@ caller that goes away cancels its request inside the model; its place is free wh
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections import deque
@@ -19,20 +18,18 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from services.infer.calls.request import Call
-from services.infer.calls.tensors import Tensor
-from services.infer.isolation import details, payload
-from services.infer.isolation.channel import Message
-from services.infer.isolation.checks import check_outputs
-from services.infer.isolation.link import Link
-from services.infer.isolation.session import ProcessSession, error_of
+from services.infer.model_process import payload, request_info
+from services.infer.model_process.channel import Message
+from services.infer.model_process.checks import check_outputs
+from services.infer.model_process.decoupled_link import DecoupledStreams
+from services.infer.model_process.session import ProcessSession, error_of
+from services.infer.requests.outcome import ExecutionTimes
+from services.infer.requests.request import InferenceRequest
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed
-from services.infer.scheduling.execution import Times
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, ShoalError, Unavailable
-
-log = logging.getLogger(__name__)
 
 CREDIT = 16
 """Responses of one request that may be on their way: enough to hide the hops, few enough to hold little memory."""
@@ -58,8 +55,8 @@ class Response:
 class _Place:
     """What a request holds until the model has let go of it."""
 
-    link: Link
-    call: Call
+    link: DecoupledStreams
+    call: InferenceRequest
     events: asyncio.Queue[Message | ShoalError] = field(default_factory=asyncio.Queue)  # Bounded by the credit.
     number: int = 0
     is_left: bool = False
@@ -69,7 +66,7 @@ class _Place:
 
 @dataclass(eq=False)
 class _Waiter:
-    call: Call
+    call: InferenceRequest
     place: asyncio.Future[_Place]
 
 
@@ -110,7 +107,9 @@ class DecoupledScheduler:
             place.events.put_nowait(self._unloading())
             self._leave(place)
 
-    async def stream(self, call: Call, deadline: float = math.inf, tenant: str = "") -> AsyncGenerator[Response, None]:
+    async def stream(
+        self, call: InferenceRequest, deadline: float = math.inf, tenant: str = ""
+    ) -> AsyncGenerator[Response, None]:
         """Runs one request; the last response is final. Closing the generator cancels the request in the model.
 
         Args:
@@ -146,7 +145,7 @@ class DecoupledScheduler:
     def _unloading(self) -> Unavailable:
         return Unavailable(f"model '{self._name}' is being unloaded")
 
-    async def _admitted(self, call: Call, now: float, deadline: float) -> _Place:
+    async def _admitted(self, call: InferenceRequest, now: float, deadline: float) -> _Place:
         if self._is_closing:
             raise self._unloading()
         self._check_poison(call)
@@ -160,7 +159,7 @@ class DecoupledScheduler:
             return self._taken(link, call)
         return await self._waited(call, expires - now)
 
-    async def _waited(self, call: Call, at_most_s: float) -> _Place:
+    async def _waited(self, call: InferenceRequest, at_most_s: float) -> _Place:
         self._check_room(call)
         waiter = _Waiter(call, self._loop.create_future())
         self._waiting.append(waiter)
@@ -177,7 +176,7 @@ class DecoupledScheduler:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
 
-    def _check_room(self, call: Call) -> None:
+    def _check_room(self, call: InferenceRequest) -> None:
         waiting = sum(waiter.call.size_bytes for waiter in self._waiting)
         if len(self._waiting) >= self._limits.calls or (
             self._waiting and waiting + call.size_bytes > self._limits.size_bytes
@@ -198,20 +197,20 @@ class DecoupledScheduler:
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"Request timeout expired in the queue of model '{self._name}': it was not executed")
 
-    def _check_poison(self, call: Call) -> None:
+    def _check_poison(self, call: InferenceRequest) -> None:
         after_s = self._session.poison.refused_for_s(call) if self._session.poison else 0.0
         if after_s:
             raise self._session.refusal(self._name, after_s)
 
-    def _free_link(self) -> Link | None:
-        at_work: dict[Link, int] = dict.fromkeys(self._session.links(), 0)
+    def _free_link(self) -> DecoupledStreams | None:
+        at_work: dict[DecoupledStreams, int] = dict.fromkeys(self._session.links(), 0)
         for place in self._places:
             if place.link in at_work:
                 at_work[place.link] += 1
         free = min(at_work, key=lambda link: at_work[link], default=None)
         return free if free is not None and at_work[free] < self._session.limits.streams else None
 
-    def _taken(self, link: Link, call: Call) -> _Place:
+    def _taken(self, link: DecoupledStreams, call: InferenceRequest) -> _Place:
         place = _Place(link, call)
         self._places.add(place)
         return place
@@ -240,7 +239,7 @@ class DecoupledScheduler:
         header: dict[str, Any] = {"outputs": [wanted.spec.name for wanted in call.outputs], "rows": []}
         header["credit"] = CREDIT
         if session.wants_requests:
-            header["details"] = [details.of(call, self._name, self._version)]
+            header["details"] = [request_info.of(call, self._name, self._version)]
         place.number = place.link.start(header, parts, lambda message: self._from_thread(self._arrived, place, message))
         if deadline != math.inf:
             late = DeadlineExceeded("Deadline Exceeded: the responses did not end in time")
@@ -272,7 +271,7 @@ class DecoupledScheduler:
             timer.cancel()
         self._seat()
 
-    def _blame(self, link: Link) -> None:
+    def _blame(self, link: DecoupledStreams) -> None:
         """Once for each link that breaks: whoever it was at work for may have been the cause."""
         if link.is_blamed or self._is_closing:
             return
@@ -292,7 +291,7 @@ class DecoupledScheduler:
         else:
             place.timers.append(self._loop.call_later(_UNWANTED_S, self._is_stuck, place))
 
-    def _response(self, event: Message | ShoalError, call: Call) -> Response:
+    def _response(self, event: Message | ShoalError, call: InferenceRequest) -> Response:
         if isinstance(event, ShoalError):
             raise event
         if event.op == "end":
@@ -308,8 +307,8 @@ class DecoupledScheduler:
             return Response(error=error, is_final=is_final)
         return Response(outputs, is_final=is_final)
 
-    def _count(self, call: Call, arrived: float, started: float) -> None:
+    def _count(self, call: InferenceRequest, arrived: float, started: float) -> None:
         now = self._clock()
-        times = Times(call.rows, 0, int((now - started) * 1e9), 0)
+        times = ExecutionTimes(call.rows, 0, int((now - started) * 1e9), 0)
         self._statistics.executed(times, time.time_ns() // 1_000_000)
         self._statistics.answered(times, queue_ns=int((started - arrived) * 1e9), total_ns=int((now - arrived) * 1e9))

@@ -13,19 +13,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from kernels.stack_rows import split_rows, stack_rows
-from services.infer.calls.ragged import Value
-from services.infer.calls.request import Call
-from services.infer.calls.resident import is_resident, joined
-from services.infer.calls.signature import Signature
-from services.infer.calls.tensors import Tensor
+from services.infer.error_text import written
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
+from services.infer.requests.request import InferenceRequest
+from services.infer.requests.resident import is_resident, joined
+from services.infer.requests.signature import Signature
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.bisection import Bisection
-from services.infer.wording import written
 from shoal.errors import DeadlineExceeded, Internal
 
 log = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ _KEPT_BYTES = 16 << 20
 # A staging buffer beyond this is given back after its batch: one huge batch should not cost memory for ever.
 
 
-class Job(Protocol):
+class ExecutionItem(Protocol):
     """What an execution needs of a waiting call."""
 
     @property
-    def call(self) -> Call: ...
+    def call(self) -> InferenceRequest: ...
 
     @property
     def expires(self) -> float: ...
@@ -48,54 +48,6 @@ class Job(Protocol):
 
     @property
     def is_abandoned(self) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """How long the parts of an execution took, in nanoseconds; and how many rows it had."""
-
-    rows: int = 0
-    gather_ns: int = 0
-    compute_ns: int = 0
-    scatter_ns: int = 0
-    waited_ns: int = 0
-    """In the model's process, while it executed what others sent: not computing, but waiting in line."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepTimes:
-    """What one step of an ensemble took; where its model was called for each row, the longest of its calls."""
-
-    model: str
-    version: int
-    calls: int = 0
-    """0: it was skipped, or there were no rows to call its model with."""
-    rows: int = 0
-    """In the execution; the most."""
-    queue_ns: int = 0
-    compute_ns: int = 0
-    fired: str = ""
-
-
-class Answer:
-    """What came back for one call."""
-
-    __slots__ = ("fired", "outputs", "queue_ns", "steps", "times")
-
-    def __init__(self, outputs: Sequence[Value], times: Times, queue_ns: int = 0, fired: str = "") -> None:
-        self.outputs = outputs
-        """In the order that the call asks for them; `Rows` only for an output that is ragged."""
-        self.times = times
-        self.queue_ns = queue_ns
-        """How long it waited before its execution."""
-        self.fired = fired
-        """Why its batch was run when it was: idle, queued, full, preferred, delay, slots, slo, alone, closing."""
-        self.steps: Sequence[StepTimes] = ()
-        """Of an ensemble, when its request wants to know."""
-
-
-Outcome: TypeAlias = Answer | Exception
-"""What became of one call."""
 
 
 @dataclass(slots=True)
@@ -108,13 +60,13 @@ class Tally:
     """Rows that were run although their time was over: always 0, or there is a fault in here."""
 
 
-class Runs(Protocol):
+class Executor(Protocol):
     """Runs batches, one at a time: an Execution, or what stands around one."""
 
     tally: Tally
     may_run_on_loop: bool
 
-    def run(self, batch: Sequence[Job]) -> list[Outcome]:
+    def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         """One outcome for each job, in order. Never raises."""
 
 
@@ -132,7 +84,7 @@ class Execution:
         self.may_run_on_loop = session.only_computes
         """Whether the model only computes: then a run that is short enough holds up nobody."""
 
-    def run(self, batch: Sequence[Job]) -> list[Outcome]:
+    def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         """One outcome for each job, in order. Never raises."""
         outcomes: list[Outcome] = []
         try:
@@ -150,9 +102,9 @@ class Execution:
             self._give_back()
         return outcomes
 
-    def _run_apart(self, batch: Sequence[Job], err: Exception) -> list[Outcome]:
+    def _run_apart(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
         log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
-        bisection: Bisection[Job, Outcome] = Bisection(self._excused)
+        bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._excused)
         outcomes = bisection.outcomes(batch, self._run)
         self.tally.bisections += bisection.cuts
         return outcomes
@@ -164,7 +116,7 @@ class Execution:
     def _failed(self, err: ModelFailed) -> Internal:
         return Internal(f"Failed to process the request(s) for model '{self._name}': {err}")
 
-    def _run(self, batch: Sequence[Job]) -> list[Outcome]:
+    def _run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         """Runs those that are alive as one. Raises what the model raises."""
         alive = self._alive(batch, self._clock())
         while alive:
@@ -185,23 +137,23 @@ class Execution:
             return [found[id(job)] if id(job) in found else expired() for job in batch]
         return [expired() for _ in batch]
 
-    def _alive(self, batch: Sequence[Job], now: float) -> Sequence[Job]:
+    def _alive(self, batch: Sequence[ExecutionItem], now: float) -> Sequence[ExecutionItem]:
         if any(job.is_abandoned for job in batch) or min([job.expires for job in batch]) <= now:
             return [job for job in batch if not job.is_abandoned and now < job.expires]
         return batch
 
-    def _check_alive(self, batch: Sequence[Job], now: float) -> None:
+    def _check_alive(self, batch: Sequence[ExecutionItem], now: float) -> None:
         """Counts what must not be: whoever changes the above should see it."""
         if min([job.expires for job in batch]) <= now:
             self.tally.expired_rows += sum(job.call.rows for job in batch if job.expires <= now)
 
-    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Any], int]:
+    def _gathered(self, calls: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
         """What the model is given, and how many rows that is."""
         if len(calls) == 1:
             return calls[0].tensors, calls[0].rows
         return self._stacked(calls, calls[0].inputs)
 
-    def _stacked(self, calls: Sequence[Call], names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
+    def _stacked(self, calls: Sequence[InferenceRequest], names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
         """These inputs of all calls, each in one buffer; of a single call as they are."""
         if len(calls) == 1:
             return {name: calls[0].tensors[name] for name in names}, calls[0].rows
@@ -215,7 +167,9 @@ class Execution:
             inputs[name] = stack_rows(parts, self._buffer(name, parts[0], rows))
         return inputs, rows
 
-    def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Any], rows: int, start: int) -> list[Outcome]:
+    def _computed(
+        self, calls: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
+    ) -> list[Outcome]:
         gathered = perf_counter_ns()
         names = [output.spec.name for output in calls[0].outputs]
         results = self._ran(calls[0], inputs, names)
@@ -223,13 +177,13 @@ class Execution:
         if self._batched:
             self._check_rows(names, results, rows)
         if len(calls) == 1:
-            return [Answer(results, Times(rows, gathered - start, computed - gathered, 0))]
+            return [InferenceResult(results, ExecutionTimes(rows, gathered - start, computed - gathered, 0))]
         counts = [call.rows for call in calls]
         parts = zip(*[split_rows(result, counts) for result in results], strict=True) if results else [()] * len(calls)
-        times = Times(rows, gathered - start, computed - gathered, perf_counter_ns() - computed)
-        return [Answer(outputs, times) for outputs in parts]
+        times = ExecutionTimes(rows, gathered - start, computed - gathered, perf_counter_ns() - computed)
+        return [InferenceResult(outputs, times) for outputs in parts]
 
-    def _ran(self, like: Call, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
+    def _ran(self, like: InferenceRequest, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
         """The outputs of the model; `like` is any of the calls."""
         return self._session.run(inputs, names)
 
@@ -257,7 +211,7 @@ class Execution:
                 )
 
 
-def staying(call: Call) -> frozenset[str]:
+def staying(call: InferenceRequest) -> frozenset[str]:
     """The outputs that may stay on a GPU."""
     return frozenset([output.spec.name for output in call.outputs if output.stays])
 

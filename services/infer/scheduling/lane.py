@@ -36,7 +36,7 @@ Flows: TypeAlias = dict[Share, deque[M]]
 _DUE, _RANK = attrgetter("due"), attrgetter("rank")
 
 
-class Lane:
+class StackGroup:
     """Calls with one key. What is taken out must be a front of `order`."""
 
     __slots__ = ("_bands", "_by_due", "calls", "rows", "size_bytes")

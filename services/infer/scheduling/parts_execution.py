@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.infer.calls.request import Call
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.execution import Execution, staying
 
 
 class PartsExecution(Execution):
     """Runs batches of a session that has a lane, and takes no rows."""
 
-    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Any], int]:
+    def _gathered(self, calls: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
         parts = {name: [call.tensors[name] for call in calls] for name in calls[0].inputs}
         return parts, sum([call.rows for call in calls])
 
-    def _ran(self, like: Call, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
+    def _ran(self, like: InferenceRequest, inputs: Mapping[str, Any], names: Sequence[str]) -> Sequence[Any]:
         return self._session.run_parts(inputs, names, staying(like))

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol, cast
 
-from services.infer.calls.request import Call
+from services.infer.requests.outcome import InferenceResult, Outcome
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling import batcher, slo
 from services.infer.scheduling.batcher import NOTHING, BatchPolicy, Decision, Run, Wait
 from services.infer.scheduling.cost import CostCurve
-from services.infer.scheduling.execution import Answer, Outcome
 from services.infer.scheduling.expiry import Expiry
 from services.infer.scheduling.fairness import Share, Shares
-from services.infer.scheduling.lane import Lane, Member, behind
+from services.infer.scheduling.lane import Member, StackGroup, behind
 from services.infer.scheduling.rules import Rules
 from shoal.errors import ResourceExhausted
 
@@ -37,12 +37,12 @@ NOBODY = Share("", 1.0, 0.0)
 class Receiver(Protocol):
     """Who gets what became of one call: exactly one of these is called, on the loop, once."""
 
-    def answered(self, answer: Answer) -> None: ...
+    def answered(self, answer: InferenceResult) -> None: ...
 
     def failed(self, error: BaseException) -> None: ...
 
 
-class Pending:
+class QueuedRequest:
     """One call from its arrival to its answer. The loop's thread writes; a worker thread only reads."""
 
     __slots__ = (
@@ -65,7 +65,7 @@ class Pending:
         "yields_at",
     )
 
-    def __init__(self, call: Call, arrived: float, deadline: float, receiver: Receiver) -> None:
+    def __init__(self, call: InferenceRequest, arrived: float, deadline: float, receiver: Receiver) -> None:
         self.call = call
         self.receiver = receiver
         self.rows = call.rows
@@ -105,7 +105,7 @@ class Batch:
 
     __slots__ = ("calls", "fired", "leaves_rows", "rows")
 
-    def __init__(self, calls: Sequence[Pending], rows: int, fired: str, *, leaves_rows: bool) -> None:
+    def __init__(self, calls: Sequence[QueuedRequest], rows: int, fired: str, *, leaves_rows: bool) -> None:
         self.calls = calls
         self.rows = rows
         self.fired = fired
@@ -125,31 +125,31 @@ class Queue:
         self._cost = cost
         self._has_goal = policy.has_goal
         self._waits = policy.is_static or policy.has_goal
-        self._spare: Lane | None = None  # The last that was emptied: most often, the next call has its key.
+        self._spare: StackGroup | None = None  # The last that was emptied: most often, the next call has its key.
         # Where a level delays what ran out, the band behind each level's own is for that.
         self._bands_each = 2 if any(level.delays for level in rules.levels) else 1
         self._bands = self._bands_each * len(rules.levels)
         self._most = tuple(level.calls or limits.calls for level in rules.levels)
         self._waiting = [0] * len(rules.levels)
         self._shares = tuple(Shares(rules.weights) for _ in range(self._bands))
-        self._lanes: dict[Hashable, Lane] = {}
+        self._lanes: dict[Hashable, StackGroup] = {}
         self._calls = 0
         self.rows = 0
         self.size_bytes = 0
         self.arrivals = slo.Arrivals()
         self._last_due = -math.inf
-        self._expiry: Expiry[Pending] = Expiry()
-        self._yielding: Expiry[Pending] = Expiry()
+        self._expiry: Expiry[QueuedRequest] = Expiry()
+        self._yielding: Expiry[QueuedRequest] = Expiry()
 
     def __len__(self) -> int:
         return self._calls
 
-    def holds(self, call: Call) -> bool:
+    def holds(self, call: InferenceRequest) -> bool:
         """Whether this very call waits here."""
         lane = self._lanes.get(call.key)
-        return lane is not None and any(cast("Pending", member).call is call for member in lane.order())
+        return lane is not None and any(cast("QueuedRequest", member).call is call for member in lane.order())
 
-    def add(self, pending: Pending, tenant: str, retry_after_ms: Callable[[], int]) -> Sequence[Pending]:
+    def add(self, pending: QueuedRequest, tenant: str, retry_after_ms: Callable[[], int]) -> Sequence[QueuedRequest]:
         """Puts a call at the back; returns those that had to give up their place for it.
 
         Raises:
@@ -158,7 +158,7 @@ class Queue:
         level = pending.level
         pending.band = level * self._bands_each
         pending.share = self._shares[pending.band].of(tenant)
-        evicted: Sequence[Pending] = ()
+        evicted: Sequence[QueuedRequest] = ()
         size = self.size_bytes + pending.size_bytes
         if self._waiting[level] >= self._most[level] or (size > self._limits.size_bytes and self._calls):
             evicted = self._make_room(pending)
@@ -180,7 +180,7 @@ class Queue:
             self._yielding.add(pending.yields_at, pending)
         return evicted
 
-    def discard(self, pending: Pending) -> bool:
+    def discard(self, pending: QueuedRequest) -> bool:
         """Takes one call out; False when it was not in (any more)."""
         if not pending.is_waiting:
             return False
@@ -195,7 +195,7 @@ class Queue:
         """When a call runs out, or has to stand back; infinite when none does."""
         return min(self._expiry.next(), self._yielding.next())
 
-    def expire(self, now: float) -> list[Pending]:
+    def expire(self, now: float) -> list[QueuedRequest]:
         """Takes out those whose time is over, and has those stand back whose level wants that."""
         for pending in self._yielding.until(now):
             self._remove(pending)
@@ -207,15 +207,15 @@ class Queue:
             self.discard(pending)
         return expired
 
-    def shed(self, horizon: float) -> list[Pending]:
+    def shed(self, horizon: float) -> list[QueuedRequest]:
         """Takes out those that are of no use at `horizon`, which is when the next batch would be done."""
-        shed: list[Pending] = []
+        shed: list[QueuedRequest] = []
         while (pending := self._expiry.first()) is not None and pending.deadline <= horizon:
             self.discard(pending)
             shed.append(pending)
         return shed
 
-    def ahead(self, pending: Pending, tenant: str) -> float:
+    def ahead(self, pending: QueuedRequest, tenant: str) -> float:
         """Rows that are run before a call that would be added now: an estimate, and rather too few."""
         if pending.due < self._last_due:
             return 0  # It goes before some of those that wait: who knows how many.
@@ -257,9 +257,9 @@ class Queue:
         return self._taken(key, front, fired)
 
     def _when_due(self, now: float, instances: int) -> Batch | Wait:
-        ready: dict[Hashable, Lane] = {}
-        runs: dict[Hashable, tuple[list[Pending], str]] = {}
-        soonest: tuple[float, Hashable, list[Pending]] | None = None
+        ready: dict[Hashable, StackGroup] = {}
+        runs: dict[Hashable, tuple[list[QueuedRequest], str]] = {}
+        soonest: tuple[float, Hashable, list[QueuedRequest]] | None = None
         rate = self.arrivals.per_second(now) if self._has_goal else 0.0
         for key, lane in self._candidates().items():
             front, is_cut = self._front(lane)
@@ -280,15 +280,15 @@ class Queue:
         return self._taken(key, calls, fired)
 
     def _decide(
-        self, lane: Lane, front: list[Pending], is_cut: bool, now: float, rate: float, instances: int
+        self, lane: StackGroup, front: list[QueuedRequest], is_cut: bool, now: float, rate: float, instances: int
     ) -> Decision:
         if self._has_goal:
             return slo.decide(front, now, self._policy, self._cost, rate=rate, instances=instances)
         return batcher.decide(front, lane.oldest(), now, self._policy, is_cut=is_cut)
 
-    def _front(self, lane: Lane, max_rows: int = 0) -> tuple[list[Pending], bool]:
+    def _front(self, lane: StackGroup, max_rows: int = 0) -> tuple[list[QueuedRequest], bool]:
         front, is_cut = lane.front(max_rows or self._policy.max_rows, self._policy.max_bytes)
-        return cast("list[Pending]", front), is_cut
+        return cast("list[QueuedRequest]", front), is_cut
 
     def _next(self) -> Hashable:
         """The key of the lane that the next batch is of, whatever policy there is."""
@@ -297,7 +297,7 @@ class Queue:
         heads = [head for shares in self._shares if (head := _head(shares)) is not None]
         return min(heads, key=_RANK).call.key
 
-    def _candidates(self) -> dict[Hashable, Lane]:
+    def _candidates(self) -> dict[Hashable, StackGroup]:
         """The lanes that are worth a decision: all, unless they are very many."""
         if len(self._lanes) <= _MANY_LANES or not self._has_goal:
             return self._lanes
@@ -305,7 +305,7 @@ class Queue:
         key = self._next()
         return {key: self._lanes[key], **dict(urgent)}
 
-    def _first_of(self, lanes: dict[Hashable, Lane]) -> Hashable:
+    def _first_of(self, lanes: dict[Hashable, StackGroup]) -> Hashable:
         """The key of the lane whose turn it is."""
         if len(lanes) == 1:
             return next(iter(lanes))
@@ -317,7 +317,7 @@ class Queue:
                     best[head.band] = head, key
         return min(best.values(), key=_rank_of_first)[1]
 
-    def _taken(self, key: Hashable, calls: list[Pending], fired: str) -> Batch:
+    def _taken(self, key: Hashable, calls: list[QueuedRequest], fired: str) -> Batch:
         lane = self._lanes[key]
         lane.take(calls)
         if not lane.calls:
@@ -347,10 +347,10 @@ class Queue:
                 share.order.clear()
         return Batch(calls, rows, fired, leaves_rows=self._calls > 0)
 
-    def _insert(self, pending: Pending, came: float) -> None:
+    def _insert(self, pending: QueuedRequest, came: float) -> None:
         lane = self._lanes.get(pending.call.key)
         if lane is None:
-            lane = self._spare or Lane(self._bands, by_due=self._has_goal)
+            lane = self._spare or StackGroup(self._bands, by_due=self._has_goal)
             self._lanes[pending.call.key], self._spare = lane, None
         if self._bands > 1:
             # Levels are this far apart in time: who waits long enough overtakes whoever comes later (`Rules.aging_s`).
@@ -367,7 +367,7 @@ class Queue:
         elif len(share.order) > 2 * share.calls + _SPARE:
             share.order = deque(call for call in share.order if call.is_waiting and call.share is share)
 
-    def _remove(self, pending: Pending) -> None:
+    def _remove(self, pending: QueuedRequest) -> None:
         lane = self._lanes[pending.call.key]
         lane.remove(pending)
         if not lane.calls:
@@ -385,11 +385,11 @@ class Queue:
             retry_after_ms=after_ms,
         )
 
-    def _make_room(self, pending: Pending) -> list[Pending]:
+    def _make_room(self, pending: QueuedRequest) -> list[QueuedRequest]:
         """Whom to send away so that `pending` can stay; none: nobody has to, it is `pending` that is too much."""
         calls = self._waiting[pending.level] + 1 - self._most[pending.level]
         size = self.size_bytes + pending.size_bytes - self._limits.size_bytes
-        victims: list[Pending] = []
+        victims: list[QueuedRequest] = []
         for victim in self._victims(pending, is_short_of_bytes=size > 0):
             if calls <= 0 and size <= 0:
                 break
@@ -398,7 +398,7 @@ class Queue:
             size -= victim.size_bytes
         return victims if calls <= 0 and size <= 0 else []
 
-    def _victims(self, pending: Pending, *, is_short_of_bytes: bool) -> Iterator[Pending]:
+    def _victims(self, pending: QueuedRequest, *, is_short_of_bytes: bool) -> Iterator[QueuedRequest]:
         """Calls that have less claim to a place than `pending`, the least first."""
         bands = range(self._bands - 1, -1, -1)
         if is_short_of_bytes:
@@ -426,9 +426,9 @@ class Queue:
                     left -= 1 / share.weight
                     yield victim
 
-    def _newest(self, band: int, share: Share) -> list[Pending]:
+    def _newest(self, band: int, share: Share) -> list[QueuedRequest]:
         calls: Iterable[Member] = (call for lane in self._lanes.values() for call in lane.of(band, share))
-        return cast("list[Pending]", sorted(calls, key=_ARRIVED)[::-1])
+        return cast("list[QueuedRequest]", sorted(calls, key=_ARRIVED)[::-1])
 
 
 _FOR_EVER_S = 1e9
@@ -441,12 +441,12 @@ _MANY_LANES = 16
 _SPARE = 64
 
 
-def _head(shares: Shares) -> Pending | None:
+def _head(shares: Shares) -> QueuedRequest | None:
     """The next call of one band: the first of the tenant that is furthest behind."""
     share = shares.first()
     if share is None:
         return None
-    order: deque[Pending] = share.order
+    order: deque[QueuedRequest] = share.order
     while not (order[0].is_waiting and order[0].share is share):
         order.popleft()
     return order[0]

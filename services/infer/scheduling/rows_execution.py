@@ -11,11 +11,12 @@ from itertools import accumulate
 from time import perf_counter_ns
 from typing import Any
 
-from services.infer.calls import ragged
-from services.infer.calls.request import Call
-from services.infer.calls.signature import Signature
+from services.infer.requests import ragged
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
+from services.infer.requests.request import InferenceRequest
+from services.infer.requests.signature import Signature
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Answer, Execution, Outcome, Times, staying
+from services.infer.scheduling.execution import Execution, staying
 from shoal.errors import InvalidArgument
 
 
@@ -27,18 +28,20 @@ class RowsExecution(Execution):
         self._rows_session = session
         self._ragged = signature.ragged
 
-    def _gathered(self, calls: Sequence[Call]) -> tuple[Mapping[str, Any], int]:
+    def _gathered(self, calls: Sequence[InferenceRequest]) -> tuple[Mapping[str, Any], int]:
         names = calls[0].inputs.keys()
         stacked, rows = self._stacked(calls, names - self._ragged)
         joined = {name: ragged.joined(call.inputs[name] for call in calls) for name in names & self._ragged}
         return {**stacked, **joined}, rows
 
-    def _computed(self, calls: Sequence[Call], inputs: Mapping[str, Any], rows: int, start: int) -> list[Outcome]:
+    def _computed(
+        self, calls: Sequence[InferenceRequest], inputs: Mapping[str, Any], rows: int, start: int
+    ) -> list[Outcome]:
         gathered = perf_counter_ns()
         names = [output.spec.name for output in calls[0].outputs]
         results = self._rows_session.run_rows(inputs, names, staying(calls[0]))
         computed = perf_counter_ns()
-        times = Times(rows, gathered - start, computed - gathered, 0)
+        times = ExecutionTimes(rows, gathered - start, computed - gathered, 0)
         if not self._batched:
             return [self._outcome(calls[0], list(results.values), times, results.unfit, 0)]
         for name, value in zip(names, results.values, strict=True):
@@ -53,10 +56,15 @@ class RowsExecution(Execution):
         ]
 
     def _outcome(
-        self, call: Call, outputs: Sequence[ragged.Value], times: Times, unfit: Mapping[int, str], start: int
+        self,
+        call: InferenceRequest,
+        outputs: Sequence[ragged.Value],
+        times: ExecutionTimes,
+        unfit: Mapping[int, str],
+        start: int,
     ) -> Outcome:
         wrong = next((n for n in range(start, start + call.rows) if n in unfit), None) if unfit else None
         if wrong is None:
-            return Answer(outputs, times)
+            return InferenceResult(outputs, times)
         row = f", row {wrong - start}" if call.rows > 1 else ""
         return InvalidArgument(f"model '{self._name}'{row}: {unfit[wrong]}")

@@ -10,15 +10,15 @@ import math
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
-from services.infer.calls.request import Call
-from services.infer.scheduling.execution import Answer
+from services.infer.requests.outcome import InferenceResult
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.queue import Receiver
 
 Ticket: TypeAlias = Any
 """What `start` gives for `abandon`: each kind's own."""
 
 
-class RunsCalls(Protocol):
+class RequestScheduler(Protocol):
     """Runs calls that have one answer each. Use as `async with`: leaving runs what still waits, then stops.
 
     Only the event loop's thread touches it.
@@ -30,7 +30,7 @@ class RunsCalls(Protocol):
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None: ...
 
-    async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
+    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
         """Runs one call. Cancelled, it abandons it.
 
         Args:
@@ -44,11 +44,11 @@ class RunsCalls(Protocol):
             Unavailable: the model is being unloaded.
         """
 
-    def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Ticket:
+    def start(self, call: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> Ticket:
         """As `submit`, without waiting: `receiver` is told, maybe before this returns. Raises what is clear at once."""
 
     def abandon(self, ticket: Ticket) -> None:
         """Nobody waits for this answer any more: its receiver will not be called. Nothing happens when it was."""
 
-    def is_waiting(self, call: Call) -> bool:
+    def is_waiting(self, call: InferenceRequest) -> bool:
         """Whether the execution of `call`, which was started here and is not answered yet, has not begun."""

@@ -18,19 +18,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 
-from services.infer.calls.request import Call
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import Backlog, CostCurve
-from services.infer.scheduling.execution import Answer, Outcome, Runs, Times
+from services.infer.scheduling.execution import Executor
 from services.infer.scheduling.overload import SPARE, Pressure, spare_of
-from services.infer.scheduling.queue import Batch, Pending, Queue, QueueLimits, Receiver
+from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits, Receiver
 from services.infer.scheduling.rules import Rules
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submitted import submitted
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
-__all__ = ["Answer", "Receiver", "Scheduler"]
+__all__ = ["InferenceResult", "Receiver", "Scheduler"]
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Scheduler:
     def __init__(
         self,
         name: str,
-        execution: Callable[[], Runs],
+        execution: Callable[[], Executor],
         policy: BatchPolicy,
         limits: QueueLimits,
         rules: Rules | None = None,
@@ -85,7 +86,7 @@ class Scheduler:
         statistics: Statistics,
         cost: CostCurve | None = None,
         clock: Callable[[], float] = time.monotonic,
-        worker: Callable[[Runs, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
+        worker: Callable[[Executor, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
     ) -> None:
         self._name = name
         self._policy = policy
@@ -110,7 +111,7 @@ class Scheduler:
         self._may_run_here = False
         self._free_at: dict[Worker, float] = {}
         self._was_busy = False
-        self._unanswered: deque[Pending] | None = deque() if self._rules.preserves_order else None
+        self._unanswered: deque[QueuedRequest] | None = deque() if self._rules.preserves_order else None
         self._is_closing = self._is_ended = False
         self._will_dispatch = False
         self._answered_at = -math.inf
@@ -155,7 +156,7 @@ class Scheduler:
         for worker in self._workers:
             worker.close()
 
-    async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
+    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
         """Runs one call with whatever it can share an execution with.
 
         Args:
@@ -170,12 +171,12 @@ class Scheduler:
         """
         return await submitted(self, call, deadline, tenant)
 
-    def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Pending:
+    def start(self, call: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> QueuedRequest:
         """As `submit`, without waiting: `receiver` will be told. Raises what is clear at once."""
         if self._is_closing:
             raise self._unloading()
         now = self._clock()
-        pending = Pending(call, now, deadline, receiver)
+        pending = QueuedRequest(call, now, deadline, receiver)
         if self._has_rules or call.parameters.timeout_us:
             self._apply_rules(pending)
         if pending.expires <= now:
@@ -209,11 +210,11 @@ class Scheduler:
         self._apart = self._apart + 1 if now - self._answered_at > _APART_S else 0
         return self._apart > _APART_TIMES
 
-    def is_waiting(self, call: Call) -> bool:
+    def is_waiting(self, call: InferenceRequest) -> bool:
         """Whether `call` is in the queue: its execution has not begun."""
         return self._queue.holds(call)
 
-    def abandon(self, pending: Pending) -> None:
+    def abandon(self, pending: QueuedRequest) -> None:
         """Nobody waits for this answer any more: its receiver will not be called. Nothing happens when it was."""
         if pending.is_abandoned:
             return
@@ -225,7 +226,7 @@ class Scheduler:
         if self._unanswered is not None:
             self._release()
 
-    def _apply_rules(self, pending: Pending) -> None:
+    def _apply_rules(self, pending: QueuedRequest) -> None:
         asked = pending.call.parameters
         pending.level = self._rules.level(asked.priority)
         level = self._rules.levels[pending.level]
@@ -240,7 +241,7 @@ class Scheduler:
 
     # Forecasts
 
-    def _admit(self, pending: Pending, tenant: str, now: float) -> None:
+    def _admit(self, pending: QueuedRequest, tenant: str, now: float) -> None:
         """Raises ResourceExhausted when `pending` cannot make it: what waits before it takes too long already."""
         bound = min(pending.expires, pending.due)
         if bound == math.inf:
@@ -395,11 +396,11 @@ class Scheduler:
         fired = batch.fired
         arrived = 0.0
         answers = 0
-        times: Times | None = None
+        times: ExecutionTimes | None = None
         is_whole = True
         unanswered, tell = self._unanswered, self._tell
         for pending, outcome in zip(batch.calls, outcomes, strict=True):
-            if type(outcome) is Answer:
+            if type(outcome) is InferenceResult:
                 if outcome.times is not times:
                     if times is not None:
                         is_whole = False
@@ -425,10 +426,10 @@ class Scheduler:
         if unanswered is not None:
             self._release()
 
-    def _tell(self, pending: Pending, outcome: Outcome) -> None:
+    def _tell(self, pending: QueuedRequest, outcome: Outcome) -> None:
         pending.is_abandoned = True  # From here on, it is over.
         try:
-            if isinstance(outcome, Answer):
+            if isinstance(outcome, InferenceResult):
                 pending.receiver.answered(outcome)
             else:
                 if isinstance(outcome, DeadlineExceeded):
@@ -446,7 +447,7 @@ class Scheduler:
             if not pending.is_abandoned and pending.outcome is not None:
                 self._tell(pending, pending.outcome)
 
-    def _count(self, times: Times, answers: int, arrived: float, started: float, now: float) -> None:
+    def _count(self, times: ExecutionTimes, answers: int, arrived: float, started: float, now: float) -> None:
         self._statistics.executed(times, time.time_ns() // 1_000_000)
         queue_ns, total_ns = int((answers * started - arrived) * 1e9), int((answers * now - arrived) * 1e9)
         queue_ns += answers * times.waited_ns
@@ -467,7 +468,7 @@ class Scheduler:
 
     # Ends without an execution
 
-    def _settle(self, pending: Pending, error: Exception) -> None:
+    def _settle(self, pending: QueuedRequest, error: Exception) -> None:
         if self._unanswered is None:
             if not pending.is_abandoned:
                 self._tell(pending, error)
@@ -496,7 +497,7 @@ class Scheduler:
         worst_s = self.cost.worst(rows)
         return worst_s if worst_s < SPARE * self._pressure.budget_s else self.cost.expected(rows)
 
-    def _evict(self, pendings: Sequence[Pending]) -> None:
+    def _evict(self, pendings: Sequence[QueuedRequest]) -> None:
         for pending in pendings:
             self._send_away(
                 pending,
@@ -504,7 +505,7 @@ class Scheduler:
                 "of its tenant or priority hold more than their share",
             )
 
-    def _send_away(self, pending: Pending, why: str) -> None:
+    def _send_away(self, pending: QueuedRequest, why: str) -> None:
         self._statistics.shed += 1
         after_ms = self._retry_after_ms()
         self._settle(pending, ResourceExhausted(f"{why}; retry after {after_ms} ms", retry_after_ms=after_ms))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from services.infer.scheduling.execution import Tally, Times
+from services.infer.requests.outcome import ExecutionTimes
+from services.infer.scheduling.execution import Tally
 from shoal.inference.v2 import inference_pb2 as pb
 
 
@@ -33,7 +34,7 @@ class BatchTimes:
     compute_ns: int = 0
     scatter_ns: int = 0
 
-    def add(self, times: Times, count: int = 1) -> None:
+    def add(self, times: ExecutionTimes, count: int = 1) -> None:
         self.count += count
         self.gather_ns += times.gather_ns * count
         self.compute_ns += times.compute_ns * count
@@ -73,7 +74,7 @@ class Statistics:
     bisections: int = 0
     """Failed batches that were cut in two to find the guilty."""
 
-    def executed(self, times: Times, now_ms: int) -> None:
+    def executed(self, times: ExecutionTimes, now_ms: int) -> None:
         """One execution that came to an answer."""
         self.last_inference_ms = now_ms
         self.executions += 1
@@ -83,7 +84,7 @@ class Statistics:
             of_size = self.by_rows[times.rows] = BatchTimes()
         of_size.add(times)
 
-    def answered(self, times: Times, calls: int = 1, *, queue_ns: int, total_ns: int) -> None:
+    def answered(self, times: ExecutionTimes, calls: int = 1, *, queue_ns: int, total_ns: int) -> None:
         """Calls that one execution answered: how long they waited, and were here, all together."""
         self.success.add(total_ns, calls)
         self.queue.add(queue_ns, calls)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from services.infer.calls.request import Call
-from services.infer.scheduling.execution import Answer
-from services.infer.scheduling.runs_calls import RunsCalls
+from services.infer.requests.outcome import InferenceResult
+from services.infer.requests.request import InferenceRequest
+from services.infer.scheduling.runs_calls import RequestScheduler
 
 
 class Waiter:
@@ -14,10 +14,10 @@ class Waiter:
 
     __slots__ = ("future",)
 
-    def __init__(self, future: asyncio.Future[Answer]) -> None:
+    def __init__(self, future: asyncio.Future[InferenceResult]) -> None:
         self.future = future
 
-    def answered(self, answer: Answer) -> None:
+    def answered(self, answer: InferenceResult) -> None:
         if not self.future.done():
             self.future.set_result(answer)
 
@@ -27,9 +27,9 @@ class Waiter:
             self.future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
 
 
-async def submitted(to: RunsCalls, call: Call, deadline: float, tenant: str) -> Answer:
+async def submitted(to: RequestScheduler, call: InferenceRequest, deadline: float, tenant: str) -> InferenceResult:
     """Starts `call` and waits for its answer; cancelled, abandons it. Raises what the call fails with."""
-    future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    future: asyncio.Future[InferenceResult] = asyncio.get_running_loop().create_future()
     ticket = to.start(call, deadline, tenant, Waiter(future))
     try:
         return await future

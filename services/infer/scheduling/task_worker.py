@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, cast
 
-from services.infer.scheduling.execution import Job, Outcome, Runs
+from services.infer.requests.outcome import Outcome
+from services.infer.scheduling.execution import ExecutionItem, Executor
 from services.infer.scheduling.worker import Done
 from shoal.errors import Unavailable
 
@@ -15,17 +16,17 @@ _TICK_S = 0.001
 # The loop's timers count milliseconds: one that is a little early would only be set again.
 
 
-class Told(Job, Protocol):
+class Delivery(ExecutionItem, Protocol):
     """A job that tells when nobody waits for it any more."""
 
     on_abandoned: Callable[[], None] | None
     """Called on the loop, while it is run."""
 
 
-class Awaits(Runs, Protocol):
+class Awaits(Executor, Protocol):
     """Runs batches that are awaited, one at a time."""
 
-    async def outcomes(self, batch: Sequence[Job]) -> list[Outcome]:
+    async def outcomes(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
         """One outcome for each job, in order. Raises nothing but cancellation, which ends what it waits for."""
 
 
@@ -33,17 +34,17 @@ class TaskWorker:
     """A worker.Worker. A batch for which nobody waits any more is ended."""
 
     def __init__(self, execution: Awaits, loop: asyncio.AbstractEventLoop, name: str) -> None:
-        self.execution: Runs = execution
+        self.execution: Executor = execution
         self._awaits = execution
         self._loop, self._name = loop, name
         self._task: asyncio.Task[list[Outcome]] | None = None
         self._waking: asyncio.TimerHandle | None = None
 
-    def run(self, jobs: Sequence[Job], done: Done) -> None:
+    def run(self, jobs: Sequence[ExecutionItem], done: Done) -> None:
         self._stay()
         self._task = self._loop.create_task(self._awaits.outcomes(jobs), name=self._name)
         self._task.add_done_callback(partial(self._ended, jobs, done))
-        for job in cast("Sequence[Told]", jobs):  # As the Scheduler's are: others do not run on this worker.
+        for job in cast("Sequence[Delivery]", jobs):  # As the Scheduler's are: others do not run on this worker.
             job.on_abandoned = partial(self._abandoned, jobs)
 
     def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
@@ -63,12 +64,12 @@ class TaskWorker:
         if self._task is not None:
             self._task.cancel()
 
-    def _abandoned(self, jobs: Sequence[Job]) -> None:
+    def _abandoned(self, jobs: Sequence[ExecutionItem]) -> None:
         if all(job.is_abandoned for job in jobs):
             self._end()
 
-    def _ended(self, jobs: Sequence[Job], done: Done, task: asyncio.Task[list[Outcome]]) -> None:
-        for job in cast("Sequence[Told]", jobs):
+    def _ended(self, jobs: Sequence[ExecutionItem], done: Done, task: asyncio.Task[list[Outcome]]) -> None:
+        for job in cast("Sequence[Delivery]", jobs):
             job.on_abandoned = None
         self._task = None
         # Cancelled by us: nobody waits for the batch, or the model is unloaded in a hurry.

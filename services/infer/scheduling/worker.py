@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,9 +11,8 @@ from queue import Empty, SimpleQueue
 from time import perf_counter_ns, thread_time_ns
 from typing import Protocol, TypeAlias
 
-from services.infer.scheduling.execution import Job, Outcome, Runs
-
-log = logging.getLogger(__name__)
+from services.infer.requests.outcome import Outcome
+from services.infer.scheduling.execution import ExecutionItem, Executor
 
 Done: TypeAlias = Callable[[Sequence[Outcome], float], None]
 """Called on the loop with one outcome for each job, and the seconds of processor that the run took."""
@@ -23,9 +21,9 @@ Done: TypeAlias = Callable[[Sequence[Outcome], float], None]
 class Worker(Protocol):
     """Runs the batches of one instance."""
 
-    execution: Runs
+    execution: Executor
 
-    def run(self, jobs: Sequence[Job], done: Done) -> None:
+    def run(self, jobs: Sequence[ExecutionItem], done: Done) -> None:
         """Runs a batch. Not before the last one is done."""
 
     def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
@@ -38,15 +36,17 @@ class Worker(Protocol):
 class ThreadWorker:
     """A thread with an inbox: a batch crosses to it once, and its outcomes once back."""
 
-    def __init__(self, execution: Runs, loop: asyncio.AbstractEventLoop, name: str) -> None:
+    def __init__(self, execution: Executor, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self.execution = execution
         self._loop = loop
-        self._inbox: SimpleQueue[tuple[Sequence[Job], Done] | tuple[float, Callable[[], None]] | None] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[Sequence[ExecutionItem], Done] | tuple[float, Callable[[], None]] | None] = (
+            SimpleQueue()
+        )
         # A process that has to end does not wait for a model; one that ends in order has closed its workers.
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def run(self, jobs: Sequence[Job], done: Done) -> None:
+    def run(self, jobs: Sequence[ExecutionItem], done: Done) -> None:
         self._inbox.put((jobs, done))
 
     def wake_in(self, seconds: float, wake: Callable[[], None]) -> None:
@@ -68,14 +68,14 @@ class ThreadWorker:
 
     def _waited(
         self, seconds: float, wake: Callable[[], None]
-    ) -> tuple[Sequence[Job], Done] | tuple[float, Callable[[], None]] | None:
+    ) -> tuple[Sequence[ExecutionItem], Done] | tuple[float, Callable[[], None]] | None:
         try:
             return self._inbox.get(timeout=seconds)
         except Empty:
             self._on_loop(wake)
             return self._inbox.get()
 
-    def _run(self, jobs: Sequence[Job]) -> tuple[Sequence[Outcome], float]:
+    def _run(self, jobs: Sequence[ExecutionItem]) -> tuple[Sequence[Outcome], float]:
         start, cpu = perf_counter_ns(), thread_time_ns()
         outcomes = self.execution.run(jobs)
         # What this thread waited for (the interpreter's lock, its turn on a core) is no cost of the model's.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from services.infer.calls.datatypes import Datatype
-from services.infer.calls.request import Call
+from services.infer.error_text import quoted
+from services.infer.requests.request import InferenceRequest
 from services.infer.sequences import wording
-from services.infer.wording import quoted
 from shoal.errors import InvalidArgument
+from shoal.oip.datatypes import Datatype
 
 _MAX_ID_BYTES = 128
 # Of an id that is a text, as in Triton.
@@ -15,7 +15,7 @@ _RANGES = {"INT32": (-(1 << 31), (1 << 31) - 1), "UINT32": (0, (1 << 32) - 1)}
 # Ids that a control of 32 bits can carry. One of 64 bits carries them all, if need be as a negative number.
 
 
-def check(model: str, call: Call, told_as: Datatype | None) -> None:
+def check(model: str, call: InferenceRequest, told_as: Datatype | None) -> None:
     """`told_as`: the datatype of the control that tells the model the id, if there is one.
 
     Raises:

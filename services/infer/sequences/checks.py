@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from services.infer.calls.datatypes import BY_CONFIG
-from services.infer.calls.signature import fits
+from services.infer.error_text import enumerated, listed, written
+from services.infer.requests.signature import fits
 from services.infer.scheduling import rules
 from services.infer.sequences.settings import CORRID, FALSE_TRUE
-from services.infer.wording import enumerated, listed, written
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NUMBER
 
 _MOST_CANDIDATES = 1 << 16
 _CORRID_TYPES = (pb.TYPE_UINT64, pb.TYPE_INT64, pb.TYPE_UINT32, pb.TYPE_INT32, pb.TYPE_STRING)
@@ -97,7 +97,7 @@ def _control(given: pb.ModelSequenceBatching.Control, kind: str) -> Iterator[str
 def _state(given: pb.ModelSequenceBatching.State) -> Iterator[str]:
     if given.use_growable_memory:
         yield "use_growable_memory is not supported"
-    if given.data_type not in BY_CONFIG:
+    if given.data_type not in BY_NUMBER:
         yield "data_type is missing"
     if any(dim < -1 or dim == 0 for dim in given.dims):
         yield f"dims {written(given.dims)}: expected 1 or more, or -1 for any"

@@ -10,11 +10,13 @@ from collections.abc import Sequence as Several
 
 from services.infer.scheduling.batcher import NOTHING, Wait
 from services.infer.sequences.oldest import Chosen
-from services.infer.sequences.settings import Settings
-from services.infer.sequences.step import Step
+from services.infer.sequences.settings import SequenceSettings
+from services.infer.sequences.step import SequenceStep
 
 
-def decide(heads: Several[Step], now: float, settings: Settings, key: Callable[[Step], Hashable]) -> Chosen | Wait:
+def decide(
+    heads: Several[SequenceStep], now: float, settings: SequenceSettings, key: Callable[[SequenceStep], Hashable]
+) -> Chosen | Wait:
     """What to do with the steps that may run. Those that cannot be stacked with the first to come wait for the next."""
     if not heads:
         return NOTHING

@@ -11,18 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
 from typing import cast
 
-from services.infer.calls.signature import Signature
-from services.infer.calls.tensors import Tensor
-from services.infer.isolation import details
-from services.infer.isolation.checks import check_outputs
-from services.infer.isolation.instance import Instance, Running
-from services.infer.isolation.session import ModelDied, ProcessSession
+from services.infer.model_process import request_info
+from services.infer.model_process.checks import check_outputs
+from services.infer.model_process.instance import Instance, Running
+from services.infer.model_process.session import ModelDied, ProcessSession
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
+from services.infer.requests.signature import Signature
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Answer, Execution, Job, Outcome, Times, expired
+from services.infer.scheduling.execution import Execution, ExecutionItem, expired
 from services.infer.sequences import steps, wording
 from services.infer.sequences.rows import Row
-from services.infer.sequences.settings import Settings
-from services.infer.sequences.step import Step
+from services.infer.sequences.settings import SequenceSettings
+from services.infer.sequences.step import SequenceStep
 from services.infer.sequences.steps import ProcessSteps, Results, SessionSteps, Stepped
 from shoal.errors import ShoalError, Unavailable
 
@@ -38,7 +39,7 @@ class SequenceExecution(Execution):
         name: str,
         session: Session,
         signature: Signature,
-        settings: Settings,
+        settings: SequenceSettings,
         first: Mapping[str, Tensor],
         clock: Callable[[], float],
     ) -> None:
@@ -47,31 +48,31 @@ class SequenceExecution(Execution):
         self._settings, self._first = settings, first
         self._steps: SessionSteps | ProcessSteps = steps.of(session, settings, batched=self._batched)
 
-    def _run(self, batch: Sequence[Job]) -> list[Outcome]:
-        alive = cast("Sequence[Step]", self._alive(batch, self._clock()))
+    def _run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
+        alive = cast("Sequence[SequenceStep]", self._alive(batch, self._clock()))
         found = dict(zip(map(id, alive), self._answered(alive), strict=True)) if alive else {}
         return [found[id(job)] if id(job) in found else expired() for job in batch]
 
-    def _answered(self, alive: Sequence[Step]) -> list[Outcome]:
+    def _answered(self, alive: Sequence[SequenceStep]) -> list[Outcome]:
         start = perf_counter_ns()
         self._check_alive(alive, self._clock())
         rows, outputs = self._laid_out(alive), [output.spec.name for output in alive[0].call.outputs]
         gathered = perf_counter_ns()
         results = self._steps.run(rows, outputs)
-        times = Times(len(alive), gathered - start, perf_counter_ns() - gathered, 0)
+        times = ExecutionTimes(len(alive), gathered - start, perf_counter_ns() - gathered, 0)
         return self._outcomes(alive, results, times)
 
-    def _outcomes(self, alive: Sequence[Step], results: Results, times: Times) -> list[Outcome]:
+    def _outcomes(self, alive: Sequence[SequenceStep], results: Results, times: ExecutionTimes) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for step, result in zip(alive, results, strict=True):
             if isinstance(result, Stepped):
                 step.after = result.states
-                outcomes.append(Answer(result.outputs, times))
+                outcomes.append(InferenceResult(result.outputs, times))
             else:
                 outcomes.append(self._excused(result))
         return outcomes
 
-    def _laid_out(self, alive: Sequence[Step]) -> list[Row | None]:
+    def _laid_out(self, alive: Sequence[SequenceStep]) -> list[Row | None]:
         """Rows as the model is given them: in `direct` each in its slot, and nobody's rows between them."""
         if not self._settings.is_direct:
             return [self._row(step) for step in alive]
@@ -80,7 +81,7 @@ class SequenceExecution(Execution):
             rows[step.slot] = self._row(step)
         return rows
 
-    def _row(self, step: Step) -> Row:
+    def _row(self, step: SequenceStep) -> Row:
         states = self._first if step.starts else step.sequence.states
         return Row(step.call.tensors, step.starts, step.ends, step.id, states)
 
@@ -99,7 +100,7 @@ class ProcessSequenceExecution(SequenceExecution):
         session: ProcessSession,
         number: int,
         signature: Signature,
-        settings: Settings,
+        settings: SequenceSettings,
         first: Mapping[str, Tensor],
         clock: Callable[[], float],
     ) -> None:
@@ -109,30 +110,30 @@ class ProcessSequenceExecution(SequenceExecution):
         self._processes = session
         self._instance: Instance = session.instances[number]
         self._process: Running | None = None
-        self._batch: Sequence[Step] = ()
+        self._batch: Sequence[SequenceStep] = ()
 
-    def run(self, batch: Sequence[Job]) -> list[Outcome]:
-        self._batch = cast("Sequence[Step]", batch)
+    def run(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
+        self._batch = cast("Sequence[SequenceStep]", batch)
         try:
             return super().run(batch)
         finally:
             self._batch = ()
 
-    def _run_apart(self, batch: Sequence[Job], err: Exception) -> list[Outcome]:
+    def _run_apart(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
         return [self._excused(err) for _ in batch]
 
     def _is_wanted(self) -> bool:
         now = self._clock()
         return any(not step.is_abandoned and now < step.expires for step in self._batch)
 
-    def _answered(self, alive: Sequence[Step]) -> list[Outcome]:
+    def _answered(self, alive: Sequence[SequenceStep]) -> list[Outcome]:
         found = self._not_to_run(alive)
         left = [step for step in alive if id(step) not in found]
         if left:
             found.update(zip(map(id, left), self._stepped(left), strict=True))
         return [found[id(step)] for step in alive]
 
-    def _not_to_run(self, alive: Sequence[Step]) -> dict[int, Outcome]:
+    def _not_to_run(self, alive: Sequence[SequenceStep]) -> dict[int, Outcome]:
         found: dict[int, Outcome] = {}
         before, is_gone = self._process, False
         try:
@@ -150,7 +151,7 @@ class ProcessSequenceExecution(SequenceExecution):
                 found[id(step)] = self._processes.refusal(self._name, after_s)
         return found
 
-    def _stepped(self, left: Sequence[Step]) -> list[Outcome]:
+    def _stepped(self, left: Sequence[SequenceStep]) -> list[Outcome]:
         assert isinstance(self._steps, ProcessSteps), "made for a ProcessSession"
         self._steps.on, self._steps.is_wanted = self._process, self._is_wanted
         try:
@@ -163,7 +164,7 @@ class ProcessSequenceExecution(SequenceExecution):
             self._processes.poison.blame([step.call for step in left], is_sure=err.is_sure)
             raise
 
-    def _not_run(self, step: Step) -> ShoalError:
+    def _not_run(self, step: SequenceStep) -> ShoalError:
         """The process of the instance is gone, or another one: a step that starts a sequence may come again."""
         if not step.starts:
             return wording.unknown(self._name, step.id, self._settings.idle_s)
@@ -172,20 +173,20 @@ class ProcessSequenceExecution(SequenceExecution):
             retry_after_ms=_RETRY_MS,
         )
 
-    def _outcomes(self, alive: Sequence[Step], results: Results, times: Times) -> list[Outcome]:
+    def _outcomes(self, alive: Sequence[SequenceStep], results: Results, times: ExecutionTimes) -> list[Outcome]:
         outcomes = super()._outcomes(alive, results, times)
         pairs = zip(alive, outcomes, strict=True)
-        return [self._checked(step, got) if isinstance(got, Answer) else got for step, got in pairs]
+        return [self._checked(step, got) if isinstance(got, InferenceResult) else got for step, got in pairs]
 
-    def _checked(self, step: Step, answer: Answer) -> Outcome:
+    def _checked(self, step: SequenceStep, answer: InferenceResult) -> Outcome:
         try:
             check_outputs(step.call, cast("Sequence[Tensor]", answer.outputs), 1 if self._batched else None)
         except ModelFailed as err:
             return self._failed(err)
         return answer
 
-    def _row(self, step: Step) -> Row:
+    def _row(self, step: SequenceStep) -> Row:
         row = super()._row(step)
         if self._processes.wants_requests:
-            row.said = details.of(step.call, self._name, self._version)
+            row.said = request_info.of(step.call, self._name, self._version)
         return row

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from services.infer.calls import tensors
-from services.infer.calls.tensors import Tensor
-from services.infer.models.wanted import read_bytes
-from services.infer.sequences.settings import Settings, State
+from services.infer.model_files.wanted_models import read_bytes
+from services.infer.requests import tensors
+from services.infer.requests.tensors import Tensor
+from services.infer.sequences.settings import SequenceSettings, State
 from shoal.errors import FailedPrecondition, InvalidArgument
 
 FOLDER = "initial_state"
@@ -19,7 +19,7 @@ FOLDER = "initial_state"
 _MOST_BYTES = 256 << 20
 
 
-def states(settings: Settings, folder: Path | None, *, batched: bool, text: bool) -> Mapping[str, Tensor]:
+def states(settings: SequenceSettings, folder: Path | None, *, batched: bool, text: bool) -> Mapping[str, Tensor]:
     """The first states by the names of the model's inputs, one row each. Nobody writes to them.
 
     Raises:

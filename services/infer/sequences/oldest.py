@@ -8,20 +8,22 @@ from dataclasses import dataclass
 
 from services.infer.scheduling import batcher
 from services.infer.scheduling.batcher import NOTHING, Wait
-from services.infer.sequences.settings import Settings
-from services.infer.sequences.step import Step
+from services.infer.sequences.settings import SequenceSettings
+from services.infer.sequences.step import SequenceStep
 
 
 @dataclass(frozen=True)
 class Chosen:
     """Steps to be run as one, now."""
 
-    steps: list[Step]
+    steps: list[SequenceStep]
     fired: str
     """Why now, in a word."""
 
 
-def decide(heads: Several[Step], now: float, settings: Settings, key: Callable[[Step], Hashable]) -> Chosen | Wait:
+def decide(
+    heads: Several[SequenceStep], now: float, settings: SequenceSettings, key: Callable[[SequenceStep], Hashable]
+) -> Chosen | Wait:
     """What to do with the steps that may run: as a model's batches without sequences."""
     if not heads:
         return NOTHING
@@ -36,7 +38,9 @@ def decide(heads: Several[Step], now: float, settings: Settings, key: Callable[[
     return decision if isinstance(decision, Wait) else Chosen(front[: decision.count], decision.fired)
 
 
-def at_once(heads: Several[Step], settings: Settings, key: Callable[[Step], Hashable]) -> Chosen | Wait:
+def at_once(
+    heads: Several[SequenceStep], settings: SequenceSettings, key: Callable[[SequenceStep], Hashable]
+) -> Chosen | Wait:
     """The same, without waiting: nothing more will come."""
     if not heads:
         return NOTHING

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from services.infer.calls.tensors import Tensor
-from services.infer.sequences.settings import CORRID, END, READY, START, Control, Settings
+from services.infer.requests.tensors import Tensor
+from services.infer.sequences.settings import CORRID, END, READY, START, Control, SequenceSettings
 
 SequenceId: TypeAlias = int | str
 
@@ -32,7 +32,9 @@ class Row:
     """What the request says of itself, for models that want to know."""
 
 
-def columns(rows: Sequence[Row | None], settings: Settings, *, batched: bool, text: bool) -> dict[str, list[Tensor]]:
+def columns(
+    rows: Sequence[Row | None], settings: SequenceSettings, *, batched: bool, text: bool
+) -> dict[str, list[Tensor]]:
     """Each input of the model, row by row. At least one row is somebody's; `text`: BYTES are `str`."""
     like = next(row for row in rows if row is not None)
     given = {**like.inputs, **like.states}

@@ -16,18 +16,19 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 
-from services.infer.calls.request import Call
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
+from services.infer.requests.request import InferenceRequest
 from services.infer.scheduling.batcher import Wait
-from services.infer.scheduling.execution import Answer, Outcome, Runs, Times
+from services.infer.scheduling.execution import Executor
 from services.infer.scheduling.queue import QueueLimits, Receiver
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.submitted import submitted
 from services.infer.scheduling.worker import ThreadWorker, Worker
 from services.infer.sequences import admission, direct, oldest, wording
-from services.infer.sequences.book import Book, Unknown
 from services.infer.sequences.oldest import Chosen
-from services.infer.sequences.settings import CORRID, Settings
-from services.infer.sequences.step import Step
+from services.infer.sequences.sequence_table import SequenceTable, Unknown
+from services.infer.sequences.settings import CORRID, SequenceSettings
+from services.infer.sequences.step import SequenceStep
 from shoal.errors import DeadlineExceeded, ResourceExhausted, Unavailable
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class SequenceScheduler:
     def __init__(
         self,
         name: str,
-        execution: Callable[[int], Runs],
-        settings: Settings,
+        execution: Callable[[int], Executor],
+        settings: SequenceSettings,
         limits: QueueLimits,
         *,
         instances: int = 1,
@@ -54,7 +55,7 @@ class SequenceScheduler:
         first_shapes: Hashable = (),
         statistics: Statistics,
         clock: Callable[[], float] = time.monotonic,
-        worker: Callable[[Runs, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
+        worker: Callable[[Executor, asyncio.AbstractEventLoop, str], Worker] = ThreadWorker,
     ) -> None:
         """
         Args:
@@ -66,12 +67,12 @@ class SequenceScheduler:
         """
         self._name, self._execution, self._settings, self._limits = name, execution, settings, limits
         self._statistics, self._clock, self._make_worker = statistics, clock, worker
-        self.book = Book(instances, settings.places, settings.idle_s, weights, first_shapes)
+        self.book = SequenceTable(instances, settings.places, settings.idle_s, weights, first_shapes)
         self._instances = instances
         self._workers: list[Worker] = []
         self._idle: set[int] = set()
         self._ids = next((c.datatype for c in settings.controls if c.kind == CORRID), None)
-        self._unanswered: deque[Step] | None = deque() if settings.preserves_order else None
+        self._unanswered: deque[SequenceStep] | None = deque() if settings.preserves_order else None
         self._will_dispatch = self._is_closing = self._is_ended = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
@@ -108,16 +109,16 @@ class SequenceScheduler:
         for worker in self._workers:
             worker.close()
 
-    async def submit(self, call: Call, deadline: float = math.inf, tenant: str = "") -> Answer:
+    async def submit(self, call: InferenceRequest, deadline: float = math.inf, tenant: str = "") -> InferenceResult:
         """As `RunsCalls` has it. Raises InvalidArgument, too: the call is no step of a sequence that is known here."""
         return await submitted(self, call, deadline, tenant)
 
-    def start(self, call: Call, deadline: float, tenant: str, receiver: Receiver) -> Step:
+    def start(self, call: InferenceRequest, deadline: float, tenant: str, receiver: Receiver) -> SequenceStep:
         if self._is_closing:
             raise self._unloading()
         admission.check(self._name, call, self._ids)
         now = self._clock()
-        step = Step(call, now, deadline, receiver)
+        step = SequenceStep(call, now, deadline, receiver)
         self._tidy(now)  # First of all: what this step belongs to may be over.
         if step.expires <= now:
             self._statistics.expired += 1
@@ -133,10 +134,10 @@ class SequenceScheduler:
         self._soon()
         return step
 
-    def is_waiting(self, call: Call) -> bool:
+    def is_waiting(self, call: InferenceRequest) -> bool:
         return self.book.holds(call)
 
-    def abandon(self, step: Step) -> None:
+    def abandon(self, step: SequenceStep) -> None:
         if step.is_abandoned:
             return
         step.is_abandoned = True
@@ -144,7 +145,7 @@ class SequenceScheduler:
         self._drop(step)
         self._release()
 
-    def _check_room(self, call: Call) -> None:
+    def _check_room(self, call: InferenceRequest) -> None:
         count, size = self.book.waiting, self.book.waiting_bytes
         limits = self._limits
         if count >= limits.calls or (count and size + call.size_bytes > limits.size_bytes):
@@ -190,14 +191,20 @@ class SequenceScheduler:
         return decide(heads, now, self._settings, self.book.key)
 
     def _ran(
-        self, instance: int, steps: Sequence[Step], fired: str, started: float, outcomes: Sequence[Outcome], _: float
+        self,
+        instance: int,
+        steps: Sequence[SequenceStep],
+        fired: str,
+        started: float,
+        outcomes: Sequence[Outcome],
+        _: float,
     ) -> None:
         now = self._clock()
         if not self._is_ended:
             self._idle.add(instance)
         begun = set()
         for step, outcome in zip(steps, outcomes, strict=True):
-            is_success = isinstance(outcome, Answer)
+            is_success = isinstance(outcome, InferenceResult)
             self._refuse(self.book.ran(step, now, is_success=is_success))
             if is_success and step.starts and not step.ends:
                 begun.add(step.sequence)
@@ -214,13 +221,13 @@ class SequenceScheduler:
             self._settle(step, outcome)
 
     def _count(
-        self, steps: Sequence[Step], outcomes: Sequence[Outcome], fired: str, started: float, now: float
+        self, steps: Sequence[SequenceStep], outcomes: Sequence[Outcome], fired: str, started: float, now: float
     ) -> None:
         executions: set[int] = set()
         for step, outcome in zip(steps, outcomes, strict=True):
-            if not isinstance(outcome, Answer):
+            if not isinstance(outcome, InferenceResult):
                 continue
-            times: Times = outcome.times
+            times: ExecutionTimes = outcome.times
             if id(times) not in executions:
                 executions.add(id(times))
                 self._statistics.executed(times, time.time_ns() // 1_000_000)
@@ -230,7 +237,7 @@ class SequenceScheduler:
 
     # Outcomes
 
-    def _settle(self, step: Step, outcome: Outcome) -> None:
+    def _settle(self, step: SequenceStep, outcome: Outcome) -> None:
         step.outcome = outcome
         if self._unanswered is None:
             self._tell(step)
@@ -243,12 +250,12 @@ class SequenceScheduler:
         while line and (line[0].is_abandoned or line[0].outcome is not None):
             self._tell(line.popleft())
 
-    def _tell(self, step: Step) -> None:
+    def _tell(self, step: SequenceStep) -> None:
         if step.is_abandoned or step.outcome is None:
             return
         step.is_abandoned = True  # From here on, it is over.
         try:
-            if isinstance(step.outcome, Answer):
+            if isinstance(step.outcome, InferenceResult):
                 step.receiver.answered(step.outcome)
             else:
                 if isinstance(step.outcome, DeadlineExceeded):
@@ -257,11 +264,11 @@ class SequenceScheduler:
         except Exception:  # One caller's trouble is no other's.
             log.exception("model %s: an answer could not be given", self._name)
 
-    def _refuse(self, steps: Sequence[Step]) -> None:
+    def _refuse(self, steps: Sequence[SequenceStep]) -> None:
         for step in steps:
             self._settle(step, wording.unknown(self._name, step.id, self._settings.idle_s))
 
-    def _drop(self, step: Step) -> None:
+    def _drop(self, step: SequenceStep) -> None:
         self._refuse(self.book.drop(step, self._clock()))
         self._soon()
 

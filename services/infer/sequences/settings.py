@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.infer.calls.datatypes import BY_CONFIG, BY_NAME, Datatype
-from services.infer.calls.signature import TensorSpec
+from services.infer.error_text import written
+from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes.runtime import Session
 from services.infer.scheduling.batcher import BatchPolicy
-from services.infer.wording import written
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NAME, BY_NUMBER, Datatype
 
 _Batching = pb.ModelSequenceBatching
 START, END, READY, CORRID = (
@@ -62,7 +62,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SequenceSettings:
     """How the sequences of one model run."""
 
     controls: tuple[Control, ...]
@@ -90,13 +90,13 @@ class Settings:
         return frozenset(state.output for state in self.states)
 
 
-def of(config: pb.ModelConfig) -> Settings:
+def of(config: pb.ModelConfig) -> SequenceSettings:
     """The settings in a configuration that `wrong` found nothing in, and that has `sequence_batching`."""
     given, rows = config.sequence_batching, max(config.max_batch_size, 1)
     oldest, direct = given.oldest, given.direct
     is_direct = given.WhichOneof("strategy_choice") != "oldest"
     delay_us = direct.max_queue_delay_microseconds if is_direct else oldest.max_queue_delay_microseconds
-    return Settings(
+    return SequenceSettings(
         controls=tuple(_control(each.name, each.control[0]) for each in given.control_input),
         states=tuple(_state(each) for each in given.state),
         is_direct=is_direct,
@@ -110,7 +110,7 @@ def of(config: pb.ModelConfig) -> Settings:
 
 def _control(name: str, given: pb.ModelSequenceBatching.Control) -> Control:
     if given.kind == CORRID:
-        return Control(name, given.kind, BY_CONFIG[given.data_type])
+        return Control(name, given.kind, BY_NUMBER[given.data_type])
     field = next(field for field in FALSE_TRUE if getattr(given, field))
     no, yes = getattr(given, field)
     return Control(name, given.kind, BY_NAME[FALSE_TRUE[field]], no, yes)
@@ -122,14 +122,14 @@ def _state(given: pb.ModelSequenceBatching.State) -> State:
     return State(
         given.input_name,
         given.output_name,
-        BY_CONFIG[given.data_type],
+        BY_NUMBER[given.data_type],
         tuple(given.dims),
         tuple(1 if dim == -1 else dim for dim in dims),  # As Triton has it, where nobody says.
         first.data_file if first is not None else "",
     )
 
 
-def agreed(settings: Settings, session: Session, *, batched: bool, declares: bool) -> Settings:
+def agreed(settings: SequenceSettings, session: Session, *, batched: bool, declares: bool) -> SequenceSettings:
     """The settings as the model's own file has them.
 
     Args:
@@ -157,7 +157,7 @@ def agreed(settings: Settings, session: Session, *, batched: bool, declares: boo
         for role, name, specs in (("input_name", state.input, known), ("output_name", state.output, outputs)):
             spec = _checked(f"state {role}", name, state.datatype, specs)
             _check_dims(f"state {role} '{name}'", state.dims, spec.shape, batched=batched)
-    return Settings(**{**vars(settings), "controls": tuple(controls)})
+    return SequenceSettings(**{**vars(settings), "controls": tuple(controls)})
 
 
 def _fields(control: Control) -> tuple[str, int, Datatype, float, float]:

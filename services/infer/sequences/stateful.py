@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import Session
 from services.infer.sequences import initial, settings
-from services.infer.sequences.settings import Settings
+from services.infer.sequences.settings import SequenceSettings
 from services.infer.sequences.trial import TrialSession
 from shoal.inference.v2 import model_config_pb2 as pb
 
@@ -18,7 +18,7 @@ from shoal.inference.v2 import model_config_pb2 as pb
 class Stateful:
     """What stands around a session whose requests are steps of sequences."""
 
-    settings: Settings
+    settings: SequenceSettings
     first: Mapping[str, Tensor]
     """The states that a sequence begins with."""
     max_batch_size: int

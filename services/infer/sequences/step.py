@@ -10,15 +10,15 @@ from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
-from services.infer.calls.request import Call
-from services.infer.calls.tensors import Tensor
-from services.infer.scheduling.execution import Outcome
+from services.infer.requests.outcome import Outcome
+from services.infer.requests.request import InferenceRequest
+from services.infer.requests.tensors import Tensor
 from services.infer.scheduling.queue import Receiver
 from services.infer.sequences.rows import SequenceId
 
 
 @dataclass(frozen=True)
-class Place:
+class SequenceSlot:
     """Where a sequence runs."""
 
     instance: int
@@ -26,7 +26,7 @@ class Place:
     """Its row, in an instance of a `direct` model."""
 
 
-class Step:
+class SequenceStep:
     """One request. The loop's thread writes; a worker thread only reads, but for `after` and `is_lost`."""
 
     __slots__ = (
@@ -47,7 +47,7 @@ class Step:
         "starts",
     )
 
-    def __init__(self, call: Call, arrived: float, deadline: float, receiver: Receiver) -> None:
+    def __init__(self, call: InferenceRequest, arrived: float, deadline: float, receiver: Receiver) -> None:
         self.call = call
         self.receiver = receiver
         self.arrived = arrived
@@ -86,9 +86,9 @@ class Sequence:
 
     id: SequenceId
     tenant: str
-    waiting: deque[Step] = field(default_factory=deque)
-    running: Step | None = None
-    place: Place | None = None
+    waiting: deque[SequenceStep] = field(default_factory=deque)
+    running: SequenceStep | None = None
+    place: SequenceSlot | None = None
     has_begun: bool = False
     """Its first step was run, and its last was not."""
     states: Mapping[str, Tensor] = field(default_factory=dict)
@@ -103,6 +103,6 @@ class Sequence:
         return self.has_begun if last is None else not last.ends
 
     @property
-    def head(self) -> Step | None:
+    def head(self) -> SequenceStep | None:
         """The step that may run now."""
         return self.waiting[0] if self.waiting and self.running is None and self.place is not None else None

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from services.infer.calls.signature import fits
-from services.infer.calls.tensors import Tensor
-from services.infer.isolation.instance import Running
-from services.infer.isolation.session import ProcessSession
+from services.infer.error_text import written
+from services.infer.model_process.instance import Running
+from services.infer.model_process.session import ProcessSession
+from services.infer.requests.signature import fits
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.sequences.rows import Row, columns
-from services.infer.sequences.settings import Settings
-from services.infer.wording import written
+from services.infer.sequences.settings import SequenceSettings
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,10 @@ Results: TypeAlias = "list[Stepped | Exception]"
 """One for each row that is somebody's, in order."""
 
 
-class Steps(Protocol):
-    """Runs rows in one session."""
-
-    def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
-        """Runs rows that can be stacked, at least one of them somebody's.
-
-        Raises:
-            ModelFailed: the model cannot process them.
-        """
-
-
 class _Form:
     """What a model's rows look like, whatever runs them."""
 
-    def __init__(self, settings: Settings, *, batched: bool, text: bool) -> None:
+    def __init__(self, settings: SequenceSettings, *, batched: bool, text: bool) -> None:
         self.settings, self.batched, self.text = settings, batched, text
 
     def columns(self, rows: Sequence[Row | None]) -> dict[str, list[Tensor]]:
@@ -94,11 +83,16 @@ class _Form:
 class SessionSteps:
     """Steps in a session of this process."""
 
-    def __init__(self, session: Session, settings: Settings, *, batched: bool) -> None:
+    def __init__(self, session: Session, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
         self._form = _Form(settings, batched=batched, text=session.text)
 
     def run(self, rows: Sequence[Row | None], outputs: Sequence[str]) -> Results:
+        """Run rows that can be stacked, at least one of which belongs to a sequence.
+
+        Raises:
+            ModelFailed: the model cannot process them.
+        """
         columns = self._form.columns(rows)
         inputs = {name: np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for name, arrays in columns.items()}
         names = self._form.names(outputs)
@@ -109,7 +103,7 @@ class SessionSteps:
 class ProcessSteps:
     """Steps in a model's own process."""
 
-    def __init__(self, session: ProcessSession, settings: Settings, *, batched: bool) -> None:
+    def __init__(self, session: ProcessSession, settings: SequenceSettings, *, batched: bool) -> None:
         self._session = session
         self._form = _Form(settings, batched=batched, text=session.text)
         self.on: Running | None = None
@@ -148,7 +142,7 @@ class ProcessSteps:
             return err
 
 
-def of(session: Session, settings: Settings, *, batched: bool) -> SessionSteps | ProcessSteps:
+def of(session: Session, settings: SequenceSettings, *, batched: bool) -> SessionSteps | ProcessSteps:
     """The steps of a session."""
     if isinstance(session, ProcessSession):
         return ProcessSteps(session, settings, batched=batched)

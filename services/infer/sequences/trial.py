@@ -9,18 +9,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from services.infer.calls.tensors import Tensor
+from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.sequences import steps
 from services.infer.sequences.rows import Row
-from services.infer.sequences.settings import Settings, clients
+from services.infer.sequences.settings import SequenceSettings, clients
 from shoal.errors import ShoalError
 
 
 class TrialSession(Session):
-    """Runs single steps, for a `services.infer.models.warmup`. Closing it is the session's owner's."""
+    """Runs single steps, for a `services.infer.loading.warmup`. Closing it is the session's owner's."""
 
-    def __init__(self, session: Session, settings: Settings, first: Mapping[str, Tensor], *, batched: bool) -> None:
+    def __init__(
+        self, session: Session, settings: SequenceSettings, first: Mapping[str, Tensor], *, batched: bool
+    ) -> None:
         """`first`: the states that a sequence begins with."""
         self.inputs = clients(session.inputs, settings.inputs)
         self.outputs = session.outputs

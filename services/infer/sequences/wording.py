@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from services.infer.error_text import quoted
 from services.infer.sequences.rows import SequenceId
-from services.infer.wording import quoted
 from shoal.errors import InvalidArgument
 
 

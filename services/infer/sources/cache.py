@@ -23,7 +23,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
-from services.infer.wording import quoted
+from services.infer.error_text import quoted
 from shoal.errors import DataLoss, FailedPrecondition
 
 log = logging.getLogger(__name__)

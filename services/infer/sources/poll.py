@@ -9,8 +9,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from mesh.tasks import Background
-from services.infer.models.wanted import WantedModel
+from mesh.process.tasks import Background
+from services.infer.model_files.wanted_models import WantedModel
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)

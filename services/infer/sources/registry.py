@@ -22,11 +22,18 @@ from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
-from services.infer.models import modelconfig
-from services.infer.models.backoff import Backoff
-from services.infer.models.wanted import CONFIG_FILE, ModelFiles, WantedModel, WantedVersion, picked, read_text
+from mesh.process.backoff import Backoff
+from services.infer.error_text import quoted
+from services.infer.loading import model_config
+from services.infer.model_files.wanted_models import (
+    CONFIG_FILE,
+    ModelFiles,
+    WantedModel,
+    WantedVersion,
+    picked,
+    read_text,
+)
 from services.infer.sources.cache import Cache
-from services.infer.wording import quoted
 from shoal.errors import FailedPrecondition, ShoalError
 from shoal.store.v1 import store_pb2 as pb
 
@@ -124,14 +131,14 @@ class Registry:
         file = next((file for file in newest.files if file.path == _CONFIG_PATH), None)
         try:
             if file is None:
-                return modelconfig.served_versions(modelconfig.parse(""), numbers, stable)
+                return model_config.served_versions(model_config.parse(""), numbers, stable)
             if file.size_bytes > _MAX_CONFIG_BYTES:
                 raise FailedPrecondition(f"{CONFIG_FILE} has {file.size_bytes} bytes")
             text = read_text(await self._cache.fetch(file.sha256, file.size_bytes))
-            return modelconfig.served_versions(modelconfig.parse(text), numbers, stable)
+            return model_config.served_versions(model_config.parse(text), numbers, stable)
         except (ShoalError, OSError):
             # Loading it will fail for the same reason, and say so in the index.
-            return modelconfig.served_versions(modelconfig.parse(""), numbers, stable)
+            return model_config.served_versions(model_config.parse(""), numbers, stable)
 
     def _opener(self, version: pb.ModelVersion) -> Callable[[], AbstractAsyncContextManager[ModelFiles]]:
         return partial(_opened, self._cache, version)

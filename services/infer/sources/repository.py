@@ -20,8 +20,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from services.infer.models import modelconfig
-from services.infer.models.wanted import ModelFiles, WantedModel, WantedVersion, picked
+from services.infer.loading import model_config
+from services.infer.model_files.wanted_models import ModelFiles, WantedModel, WantedVersion, picked
 from shoal.errors import FailedPrecondition, ShoalError
 
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
@@ -95,16 +95,16 @@ def model_in(folder: Path, name: str) -> WantedModel:
         return WantedModel(name, (), problem="its folder has no version: put the model into a folder named 1")
     there = {n: WantedVersion(n, stamps[n], _opener(ModelFiles(folder, versions[n]))) for n in sorted(versions)}
     try:
-        config = modelconfig.parse(ModelFiles(folder, folder).config_text())
+        config = model_config.parse(ModelFiles(folder, folder).config_text())
     except ShoalError:  # Loading the newest version says the same, as the reason of that version.
-        config = modelconfig.parse("")
-    return picked(name, there, modelconfig.served_versions(config, there), None)
+        config = model_config.parse("")
+    return picked(name, there, model_config.served_versions(config, there), None)
 
 
 def _has_no_files(folder: Path) -> bool:
     """Whether its configuration is all that there is of a model."""
     try:
-        return modelconfig.parse(ModelFiles(folder, folder).config_text()).backend == modelconfig.REMOTE
+        return model_config.parse(ModelFiles(folder, folder).config_text()).backend == model_config.REMOTE
     except ShoalError:
         return False
 

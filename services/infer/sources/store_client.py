@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from mesh.interceptors import translated
+from mesh.rpc.interceptors import translated
 from shoal.errors import DeadlineExceeded
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc as pb_grpc

@@ -97,7 +97,7 @@ SUFFIXES: Mapping[str, Format] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class BatchStep:
     """One transition of a batch."""
 
     state: BatchState
@@ -176,7 +176,7 @@ class Batch:
     """Why it failed or was cancelled."""
     note: str = ""
     """What its duty waits for."""
-    steps: tuple[Step, ...] = ()
+    steps: tuple[BatchStep, ...] = ()
 
     @property
     def is_final(self) -> bool:
@@ -285,7 +285,7 @@ def after_break(tries: int, error: ShoalError, now: datetime) -> Broke:
     return Broke(now + timedelta(milliseconds=wait_ms), error.code not in _PASSING, reason)
 
 
-def paused_ms(steps: tuple[Step, ...], now: datetime) -> int:
+def paused_ms(steps: tuple[BatchStep, ...], now: datetime) -> int:
     """How long a batch was paused."""
     total = timedelta()
     for step, following in zip(steps, [*steps[1:], None], strict=True):

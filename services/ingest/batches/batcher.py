@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
-from mesh.tasks import end
+from mesh.process.tasks import end
 from services.ingest.batches.batch import (
     ALONE_AFTER,
     MOST_TRIES,
@@ -31,14 +31,14 @@ from services.ingest.batches.batch import (
     duty_of,
     ending_of,
 )
-from services.ingest.batches.book import Book
+from services.ingest.batches.book import BatchRepository
 from services.ingest.batches.calling import PATIENCE_S
 from services.ingest.batches.duties import Duties
 from services.ingest.batches.ledger import Ledger, SoFar
 from services.ingest.batches.running import Progress, Running
 from services.ingest.clock import Clock
 from services.ingest.job import Lease
-from services.ingest.retention.book import Book as Retention
+from services.ingest.retention.book import RetentionRepository
 from shoal.errors import DataLoss, Internal, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Batcher:
 
     def __init__(
         self,
-        book: Book,
+        book: BatchRepository,
         ledger: Ledger,
         duties: Duties,
         running: Running,
@@ -110,7 +110,7 @@ class Batcher:
         slots: int,
         poll_ms: int,
         renew_ms: int,
-        retention: Retention,
+        retention: RetentionRepository,
         sweep_s: float = SWEEP_S,
     ) -> None:
         self._book = book

@@ -11,7 +11,7 @@ from pymongo import ReturnDocument
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from services.ingest.batches.batch import FINAL, Batch, BatchState, Ending, Step, Totals
+from services.ingest.batches.batch import FINAL, Batch, BatchState, BatchStep, Ending, Totals
 from services.ingest.batches.documents import batch_document, batch_of, step_document, totals_document
 from services.ingest.batches.inputs.places import Entry
 from services.ingest.batches.ledger import Ledger
@@ -28,7 +28,7 @@ _REMOVED_AT_ONCE = 200
 # Looked at, and removed when their time is over.
 
 
-class Book:
+class BatchRepository:
     """The batches. Leases are the ledger's."""
 
     def __init__(self, batches: AsyncCollection[Document], ledger: Ledger, *, clock: Clock, instance: str) -> None:
@@ -133,7 +133,7 @@ class Book:
 
     async def end(self, batch: Batch, ending: Ending) -> bool:
         """The batch has ended, and everything is written."""
-        step = Step(ending.state, self._clock(), self._instance, ending.reason)
+        step = BatchStep(ending.state, self._clock(), self._instance, ending.reason)
         update: Document = {
             "$set": {
                 "state": str(ending.state),
@@ -166,7 +166,7 @@ class Book:
 
     async def turn(self, batch_id: str, before: BatchState, after: BatchState, reason: str) -> Batch | None:
         """From one live state to another. None: it is not in the first, or about to end."""
-        step = Step(after, self._clock(), self._instance, reason)
+        step = BatchStep(after, self._clock(), self._instance, reason)
         live = {"_id": batch_id, "state": str(before), "ending": {"$exists": False}, "totals": {"$exists": False}}
         update: Mapping[str, Any] = {
             "$set": {"state": str(after), "updated_at": step.at},

@@ -23,9 +23,9 @@ from services.ingest.batches.rows.fitting import Fitted
 from services.ingest.batches.rows.stacking import Stack
 from services.ingest.batches.rows.wire import Asked, answer_of, request_of
 from services.ingest.job import PERMANENT, Failure, Policy, backoff_ms, name_of, refused_wait_ms
-from services.ingest.tensors import Array
 from shoal.errors import Code, DataLoss, Unavailable
 from shoal.inference.v2 import inference_pb2
+from shoal.oip.tensors import Array
 
 _AWAY = frozenset({Code.NOT_FOUND, Code.RESOURCE_EXHAUSTED})
 # The model is not there (yet, or any more), or has no room: no row is to blame, however long it lasts.
@@ -91,7 +91,7 @@ def decide(
     return Wait(max(backoff_ms(policy, attempts, drawn), failure.retry_after_ms), True)
 
 
-class Lanes:
+class RowQueues:
     """At most `most` calls at once, or one that is alone."""
 
     def __init__(self, most: int) -> None:
@@ -121,7 +121,7 @@ class Calling:
         self,
         model: Model,
         asked: Asked,
-        lanes: Lanes,
+        lanes: RowQueues,
         *,
         policy: Policy,
         timeout_s: float,

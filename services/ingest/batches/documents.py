@@ -19,11 +19,11 @@ from services.ingest.batches.batch import (
     FINAL,
     Batch,
     BatchState,
+    BatchStep,
     Chunk,
     ChunkState,
     Ending,
     Format,
-    Step,
     Totals,
 )
 from services.ingest.batches.inputs.piece import Span
@@ -162,7 +162,8 @@ def batch_of(document: Mapping[str, Any]) -> Batch:
         message=document["message"],
         note=document["note"],
         steps=tuple(
-            Step(BatchState(step["state"]), step["at"], step["instance"], step["reason"]) for step in document["steps"]
+            BatchStep(BatchState(step["state"]), step["at"], step["instance"], step["reason"])
+            for step in document["steps"]
         ),
     )
 
@@ -205,7 +206,7 @@ def chunk_of(document: Mapping[str, Any]) -> Chunk:
     )
 
 
-def step_document(step: Step) -> Document:
+def step_document(step: BatchStep) -> Document:
     """One transition."""
     return {"state": str(step.state), "at": step.at, "instance": step.instance, "reason": step.reason}
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.mongo import Document
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.ingest.batches.batch import (
     DEAD,
     LISTING,
@@ -38,9 +38,9 @@ from services.ingest.batches.batch import (
     ending_of,
     seconds_of,
 )
-from services.ingest.batches.book import Book
+from services.ingest.batches.book import BatchRepository
 from services.ingest.batches.inputs.listing import line_of
-from services.ingest.batches.inputs.places import Entry, Places
+from services.ingest.batches.inputs.places import Entry, InputLocations
 from services.ingest.batches.ledger import Ledger
 from services.ingest.batches.outputs.written import part_name
 from services.ingest.batches.plan import plan
@@ -54,7 +54,9 @@ _PLANNED_AT_ONCE = 64
 class Duties:
     """Does them."""
 
-    def __init__(self, book: Book, ledger: Ledger, places: Places, threads: Threads, *, folder: Path) -> None:
+    def __init__(
+        self, book: BatchRepository, ledger: Ledger, places: InputLocations, threads: Threads, *, folder: Path
+    ) -> None:
         self._book = book
         self._ledger = ledger
         self._places = places
@@ -138,7 +140,7 @@ class Duties:
         await self._threads.run(self._places.remove_all, batch.place(STAGING) + "/")
 
 
-def mark(places: Places, batch: Batch) -> None:
+def mark(places: InputLocations, batch: Batch) -> None:
     """Makes the output the batch's own.
 
     Raises:
@@ -155,7 +157,7 @@ def mark(places: Places, batch: Batch) -> None:
             ) from None
 
 
-def owner_of(places: Places, output: str) -> str:
+def owner_of(places: InputLocations, output: str) -> str:
     """The batch that an output belongs to.
 
     Raises:
@@ -167,7 +169,7 @@ def owner_of(places: Places, output: str) -> str:
         return "unknown"
 
 
-def entries(places: Places, inputs: Sequence[str], kind: Format) -> Iterator[Entry]:
+def entries(places: InputLocations, inputs: Sequence[str], kind: Format) -> Iterator[Entry]:
     """The files or objects that inputs stand for: a prefix (it ends with a slash) for what is below it.
 
     Of a prefix of files, those with the format's suffix count whose names do not begin with an underscore.

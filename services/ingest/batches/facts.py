@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import grpc
 
-from mesh.channel import AnyChannel
-from mesh.interceptors import translate
+from mesh.rpc.channel import AnyChannel
+from mesh.rpc.interceptors import translate
 from services.ingest.batches.rows.signature import Signature, signature_of
 from shoal.errors import Code, Unavailable
 from shoal.inference.v2 import inference_pb2, inference_pb2_grpc
@@ -15,7 +15,7 @@ from shoal.inference.v2 import inference_pb2, inference_pb2_grpc
 _TIMEOUT_S = 10.0
 
 
-class Facts:
+class ModelMetadata:
     """infer, as it describes its models."""
 
     def __init__(self, channel: AnyChannel) -> None:

@@ -30,7 +30,7 @@ _AS_JSON = {b"shoal": b"json"}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequestedColumns:
     """What is read of each row."""
 
     inputs: tuple[tuple[Spec, str], ...]
@@ -39,7 +39,7 @@ class Wanted:
     """The schema (Arrow) of the columns that are carried over."""
 
     @classmethod
-    def of(cls, batch: Batch) -> Wanted:
+    def of(cls, batch: Batch) -> RequestedColumns:
         """What a batch wants."""
         specs = {spec.name: spec for spec in batch.signature.inputs}
         kept = pa.ipc.read_schema(pa.BufferReader(batch.kept)) if batch.kept else pa.schema([])
@@ -53,7 +53,7 @@ class Wanted:
 
 def result_columns(batch: Batch) -> Columns:
     """What the parts of a batch have."""
-    kept = {field.name: field.type for field in Wanted.of(batch).kept}
+    kept = {field.name: field.type for field in RequestedColumns.of(batch).kept}
     return Columns(batch.signature.outputs, frozenset(batch.texts), kept)
 
 
@@ -140,7 +140,7 @@ def kept_schema(kind: Format, file: BinaryIO, names: Sequence[str]) -> Any:
     return pa.schema([_json_field(name, [row.get(name) for row in rows]) for name in names])
 
 
-def check_file(kind: Format, file: BinaryIO, wanted: Wanted) -> None:
+def check_file(kind: Format, file: BinaryIO, wanted: RequestedColumns) -> None:
     """Whether a file has what is wanted, in types that may fit.
 
     Raises:
@@ -156,7 +156,7 @@ def check_file(kind: Format, file: BinaryIO, wanted: Wanted) -> None:
     file.seek(0)
 
 
-def kept_arrays(wanted: Wanted, piece: Piece) -> tuple[dict[str, Any], dict[int, str]]:
+def kept_arrays(wanted: RequestedColumns, piece: Piece) -> tuple[dict[str, Any], dict[int, str]]:
     """The columns that are carried over as Arrow arrays, and the rows that do not fit their types."""
     arrays: dict[str, Any] = {}
     errors: dict[int, str] = {}
@@ -196,7 +196,7 @@ def _plain(kind: Any) -> Any:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _check_parquet(schema: Any, wanted: Wanted) -> None:
+def _check_parquet(schema: Any, wanted: RequestedColumns) -> None:
     for name in sorted(wanted.columns):
         if schema.names.count(name) != 1:
             raise InvalidArgument(f"no column {name!r}: there are {', '.join(schema.names) or 'none'}")
@@ -231,7 +231,7 @@ def _may_fit(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     return is_flat and (-1 in shape or math.prod(shape) == math.prod(wanted))
 
 
-def _check_npz(members: Sequence[npz_rows.Member], wanted: Wanted) -> None:
+def _check_npz(members: Sequence[npz_rows.Member], wanted: RequestedColumns) -> None:
     found = {member.name: member for member in members}
     for name in sorted(wanted.columns):
         if name not in found:
@@ -246,7 +246,7 @@ def _check_npz(members: Sequence[npz_rows.Member], wanted: Wanted) -> None:
             raise InvalidArgument(f"array {field.name!r} is not {field.type}, which it is in the first file")
 
 
-def _check_lines(file: BinaryIO, wanted: Wanted) -> None:
+def _check_lines(file: BinaryIO, wanted: RequestedColumns) -> None:
     try:
         piece = JsonLines(file, wanted.columns).read(SAMPLE_ROWS)
     except DataLoss:

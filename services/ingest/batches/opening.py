@@ -13,8 +13,8 @@ from services.ingest.batches.inputs.npz_rows import NpzRows
 from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
 from services.ingest.batches.inputs.piece import Rows
-from services.ingest.batches.inputs.places import Entry, Places
-from services.ingest.batches.mapping import Wanted
+from services.ingest.batches.inputs.places import Entry, InputLocations
+from services.ingest.batches.mapping import RequestedColumns
 from shoal.errors import DataLoss, ShoalError
 
 _Key: TypeAlias = tuple[str, str, str]
@@ -22,7 +22,7 @@ _KEPT = 4
 # Readers that are kept open: one for each chunk that runs, and some for batches that take turns.
 
 
-def opened(places: Places, entry: Entry) -> BinaryIO:
+def opened(places: InputLocations, entry: Entry) -> BinaryIO:
     """A file, as it was pinned. The caller closes it.
 
     Raises:
@@ -32,7 +32,7 @@ def opened(places: Places, entry: Entry) -> BinaryIO:
     return places.open(entry)
 
 
-def check_pinned(places: Places, entry: Entry) -> None:
+def check_pinned(places: InputLocations, entry: Entry) -> None:
     """Whether a file is still what it was when it was pinned. Raises as `opened` does."""
     _check_same(entry, places.stat(entry.url))
 
@@ -45,7 +45,7 @@ def _check_same(entry: Entry, now: Entry) -> None:
         )
 
 
-def read_pinned(places: Places, entry: Entry) -> bytes:
+def read_pinned(places: InputLocations, entry: Entry) -> bytes:
     """All of a small file, as it was pinned. Raises as `opened` does."""
     now, data = places.fetch(entry.url)
     _check_same(entry, now)
@@ -66,7 +66,7 @@ def named(entry: Entry) -> Iterator[None]:
 class Readers:
     """Readers that stay open between chunks that follow each other. They block: for threads, any number of them."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: InputLocations) -> None:
         self._places = places
         self._lock = threading.Lock()
         self._kept: list[tuple[_Key, Rows]] = []
@@ -121,7 +121,7 @@ class Readers:
         file = opened(self._places, chunk.entry)
         if batch.format is Format.OBJECTS:
             return ObjectRows(file, lambda entry: read_pinned(self._places, entry))
-        return rows_of(batch.format, file, Wanted.of(batch).columns)
+        return rows_of(batch.format, file, RequestedColumns.of(batch).columns)
 
 
 def _key(batch: Batch, chunk: Chunk) -> _Key:

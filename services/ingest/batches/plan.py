@@ -14,8 +14,8 @@ from services.ingest.batches.inputs import json_lines, npz_rows
 from services.ingest.batches.inputs.listing import Listed, listed
 from services.ingest.batches.inputs.parquet_rows import open_parquet, row_bytes
 from services.ingest.batches.inputs.piece import Span, even_spans
-from services.ingest.batches.inputs.places import Entry, Places
-from services.ingest.batches.mapping import Wanted, check_file
+from services.ingest.batches.inputs.places import Entry, InputLocations
+from services.ingest.batches.mapping import RequestedColumns, check_file
 from services.ingest.batches.opening import named, opened
 from shoal.errors import InvalidArgument
 
@@ -26,7 +26,7 @@ _MOST_ROWS = 1 << 32
 # Of one file. A few bytes can say that they are rows without end, and would be planned until MongoDB is full.
 
 
-def plan(places: Places, batch: Batch, tail: Chunk | None) -> Iterator[Chunk]:
+def plan(places: InputLocations, batch: Batch, tail: Chunk | None) -> Iterator[Chunk]:
     """The chunks after `tail` (None: all). It blocks: for a thread.
 
     Raises:
@@ -42,7 +42,9 @@ def plan(places: Places, batch: Batch, tail: Chunk | None) -> Iterator[Chunk]:
             number, first = number + 1, first + span.rows
 
 
-def _spans(places: Places, batch: Batch, listing: BinaryIO, tail: Chunk | None) -> Iterator[tuple[Listed, Span]]:
+def _spans(
+    places: InputLocations, batch: Batch, listing: BinaryIO, tail: Chunk | None
+) -> Iterator[tuple[Listed, Span]]:
     if batch.format is Format.OBJECTS:
         assert batch.listing is not None
         after = Span(0, 0) if tail is None else tail.span
@@ -56,11 +58,11 @@ def _spans(places: Places, batch: Batch, listing: BinaryIO, tail: Chunk | None) 
             yield from ((line, span) for span in _file_spans(places, batch, line.entry, after))
 
 
-def _file_spans(places: Places, batch: Batch, entry: Entry, after: Span) -> Iterator[Span]:
+def _file_spans(places: InputLocations, batch: Batch, entry: Entry, after: Span) -> Iterator[Span]:
     """The spans of one file after `after`."""
     with opened(places, entry) as file:
         if not after.rows:
-            check_file(batch.format, file, Wanted.of(batch))
+            check_file(batch.format, file, RequestedColumns.of(batch))
         row = after.row + after.rows
         if batch.format is Format.JSONL:
             yield from json_lines.spans(file, batch.chunk_rows, CHUNK_BYTES, row=row, offset=after.end)

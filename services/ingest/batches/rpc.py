@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from services.ingest.batches.messages import message_of, state_of
 from services.ingest.reading.jobs import Filter
 from shoal.errors import Unimplemented
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 if TYPE_CHECKING:
-    from services.ingest.batches.room import Batches
+    from services.ingest.batches.app import Batches
     from services.ingest.batches.viewing import View, Viewing
 
 

@@ -18,16 +18,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from mesh.tasks import end
-from mesh.threads import Threads
+from mesh.process.tasks import end
+from mesh.process.threads import Threads
 from services.ingest.batches.batch import DEAD, STAGING, Batch, Chunk
-from services.ingest.batches.calling import Answered, Blamed, Calling, Lanes, Model
+from services.ingest.batches.calling import Answered, Blamed, Calling, Model, RowQueues
 from services.ingest.batches.inputs.piece import Piece, Rows
-from services.ingest.batches.inputs.places import Places
+from services.ingest.batches.inputs.places import InputLocations
 from services.ingest.batches.ledger import SoFar
-from services.ingest.batches.mapping import Wanted, kept_arrays, result_columns
+from services.ingest.batches.mapping import RequestedColumns, kept_arrays, result_columns
 from services.ingest.batches.opening import Readers, named
-from services.ingest.batches.outputs.part import Part
+from services.ingest.batches.outputs.part import OutputPart
 from services.ingest.batches.outputs.written import About, Dead, Written, part_name
 from services.ingest.batches.rows.fitting import Fitted, fit
 from services.ingest.batches.rows.stacking import Stack, stacks
@@ -83,7 +83,7 @@ class Running:
     def __init__(
         self,
         model: Model,
-        places: Places,
+        places: InputLocations,
         readers: Readers,
         threads: Threads,
         *,
@@ -96,7 +96,7 @@ class Running:
         self._readers = readers
         self._threads = threads
         self._folder = folder
-        self._lanes = Lanes(calls)
+        self._lanes = RowQueues(calls)
         self._window = _AHEAD * calls
         self._timeout_s = timeout_s
 
@@ -115,7 +115,7 @@ class Running:
         assert chunk.lease is not None
         name = f"{chunk.number:08d}-{chunk.lease.id}"
         versions: set[str] = set()
-        with Part(self._folder, name, result_columns(batch)) as part:
+        with OutputPart(self._folder, name, result_columns(batch)) as part:
             await self._fill(batch, chunk, part, self._calling(batch, progress, patience_s), progress, versions)
             written = await self._threads.run(part.finish)
             if written.rows:
@@ -147,9 +147,9 @@ class Running:
         )
 
     async def _fill(
-        self, batch: Batch, chunk: Chunk, part: Part, calling: Calling, progress: Progress, versions: set[str]
+        self, batch: Batch, chunk: Chunk, part: OutputPart, calling: Calling, progress: Progress, versions: set[str]
     ) -> None:
-        wanted = Wanted.of(batch)
+        wanted = RequestedColumns.of(batch)
         pending: deque[_Pending] = deque()
         rows = await self._threads.run(self._readers.take, batch, chunk)
         left = chunk.span.rows
@@ -173,12 +173,12 @@ class Running:
             await end(*(each.task for each in pending if each.task is not None))
         await self._threads.run(self._readers.keep, batch, chunk, rows)
 
-    def _next(self, rows: Rows, most: int, batch: Batch, chunk: Chunk, wanted: Wanted) -> Prepared:
+    def _next(self, rows: Rows, most: int, batch: Batch, chunk: Chunk, wanted: RequestedColumns) -> Prepared:
         with named(chunk.entry):
             return prepare(wanted, rows.read(most), batch.signature.max_rows)
 
     async def _write(
-        self, chunk: Chunk, part: Part, pending: deque[_Pending], progress: Progress, versions: set[str]
+        self, chunk: Chunk, part: OutputPart, pending: deque[_Pending], progress: Progress, versions: set[str]
     ) -> None:
         """Writes what is next, once it is there, and whatever is there already behind it."""
         ready: list[tuple[Prepared, Outcomes]] = []
@@ -191,7 +191,7 @@ class Running:
         progress.add(ok, failed)
 
 
-def prepare(wanted: Wanted, piece: Piece, max_rows: int) -> Prepared:
+def prepare(wanted: RequestedColumns, piece: Piece, max_rows: int) -> Prepared:
     """A piece as stacks of its good rows, and what is wrong with the others."""
     inputs = [fit(spec, piece.columns[column]) for spec, column in wanted.inputs]
     kept, errors = kept_arrays(wanted, piece)
@@ -207,7 +207,7 @@ def unfit(prepared: Prepared) -> Outcomes:
     return [Blamed(row, Dead(Code.INVALID_ARGUMENT.name, reason)) for row, reason in sorted(prepared.errors.items())]
 
 
-def write(part: Part, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcomes]]) -> tuple[int, int]:
+def write(part: OutputPart, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcomes]]) -> tuple[int, int]:
     """Adds outcomes to a part, and says how many rows were answered and how many were not."""
     ok = failed = 0
     for prepared, outcomes in ready:
@@ -222,7 +222,7 @@ def write(part: Part, chunk: Chunk, ready: Sequence[tuple[Prepared, Outcomes]]) 
     return ok, failed
 
 
-def _add(part: Part, chunk: Chunk, prepared: Prepared, answered: Answered) -> list[Blamed]:
+def _add(part: OutputPart, chunk: Chunk, prepared: Prepared, answered: Answered) -> list[Blamed]:
     """Adds the rows of an answer; gives those that have no place in a part."""
     rows = list(answered.rows)
     kept = {name: array.take(pa.array(rows)) for name, array in prepared.kept.items()}

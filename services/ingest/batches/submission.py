@@ -11,14 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from mesh.threads import Threads
-from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, Format, Step
-from services.ingest.batches.book import MOST_ACTIVE, Book, same
+from mesh.process.threads import Threads
+from services.ingest.batches.batch import ATTEMPTS, CHUNK_ROWS, Batch, BatchState, BatchStep, Format
+from services.ingest.batches.book import MOST_ACTIVE, BatchRepository, same
 from services.ingest.batches.duties import entries, format_of, owner_of
-from services.ingest.batches.facts import Facts
-from services.ingest.batches.inputs.places import Entry, Places, is_within
+from services.ingest.batches.facts import ModelMetadata
+from services.ingest.batches.inputs.places import Entry, InputLocations, is_within
 from services.ingest.batches.mapping import (
-    Wanted,
+    RequestedColumns,
     available_columns,
     check_file,
     kept_schema,
@@ -30,16 +30,8 @@ from services.ingest.batches.opening import named, opened
 from services.ingest.batches.outputs.written import is_result
 from services.ingest.batches.rows.signature import Signature
 from services.ingest.clock import Clock
-from services.ingest.intake.submission import (
-    KEY_CHARS,
-    MODEL_NAME_CHARS,
-    MODEL_VERSION_CHARS,
-    MOST_ATTEMPTS,
-    TENANT_CHARS,
-    at_most,
-    digest_of,
-    labels_of,
-)
+from services.ingest.intake.submission import at_most, digest_of, labels_of
+from services.ingest.limits import KEY_CHARS, MODEL_NAME_CHARS, MODEL_VERSION_CHARS, MOST_ATTEMPTS, TENANT_CHARS
 from shoal.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -71,9 +63,9 @@ class Submissions:
 
     def __init__(
         self,
-        book: Book,
-        facts: Facts,
-        places: Places,
+        book: BatchRepository,
+        facts: ModelMetadata,
+        places: InputLocations,
         threads: Threads,
         *,
         clock: Clock,
@@ -139,7 +131,7 @@ class Submissions:
         with opened(self._places, first) as file, named(first):
             mapped = map_columns(request.model_name, signature, given, available_columns(kind, file))
             kept = kept_schema(kind, file, request.keep_columns)
-            check_file(kind, file, Wanted(mapped, kept))
+            check_file(kind, file, RequestedColumns(mapped, kept))
         return Looked(kind, tuple((spec.name, column) for spec, column in mapped), kept.serialize().to_pybytes())
 
     def _first(self, inputs: Sequence[str], kind: Format) -> Entry:
@@ -230,7 +222,7 @@ class Submissions:
             submitted_at=now,
             updated_at=now,
             free_at=now,
-            steps=(Step(BatchState.RUNNING, now, self._instance, "submitted"),),
+            steps=(BatchStep(BatchState.RUNNING, now, self._instance, "submitted"),),
         )
 
 

@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from services.ingest.batches.batch import Batch, BatchState, Ending, Totals
-from services.ingest.batches.book import Book
+from services.ingest.batches.book import BatchRepository
 from services.ingest.batches.ledger import Ledger
-from services.ingest.intake.submission import REASON_CHARS
+from services.ingest.limits import REASON_CHARS
 from services.ingest.reading.jobs import Filter
 from services.ingest.ulid import is_ulid
 from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
@@ -41,7 +41,9 @@ class View:
 class Viewing:
     """Shows and steers batches."""
 
-    def __init__(self, book: Book, ledger: Ledger, *, on_change: Callable[[], None], max_watches: int) -> None:
+    def __init__(
+        self, book: BatchRepository, ledger: Ledger, *, on_change: Callable[[], None], max_watches: int
+    ) -> None:
         self._book = book
         self._ledger = ledger
         self._on_change = on_change

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mesh.exits import WRONG_SETTINGS
+from mesh.process.exits import WRONG_SETTINGS
 from services.ingest.connectors import settings
 
 

@@ -16,10 +16,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Protocol, TypeVar
 
-from mesh.tasks import Background
-from services.ingest.connectors.message import Lane, Message, Outgoing
+from mesh.process.tasks import Background
+from services.ingest.connectors.message import Message, Outgoing, Partition
 from services.ingest.connectors.outcome import Failed, answered, dead_letter, failed_of, submit_of
-from services.ingest.connectors.plan import Parts, Plan, Sink
+from services.ingest.connectors.plan import ConnectorPlan, Parts, Sink
 from services.ingest.connectors.progress import Progress
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import Window
@@ -61,12 +61,14 @@ class Ends(Protocol):
 class Connector(Background):
     """Runs a plan until its block ends. Whoever is away, it waits."""
 
-    def __init__(self, plan: Plan, intake: Submits, endings: Ends, *, ready: asyncio.Event, progress: Progress) -> None:
+    def __init__(
+        self, plan: ConnectorPlan, intake: Submits, endings: Ends, *, ready: asyncio.Event, progress: Progress
+    ) -> None:
         self._plan = plan
         self._intake = intake
         self._endings = endings
         self._ready = ready
-        self._under_way: dict[Lane, set[asyncio.Task[None]]] = {}
+        self._under_way: dict[Partition, set[asyncio.Task[None]]] = {}
         self._freed = asyncio.Event()
         self.progress = progress
 
@@ -125,7 +127,7 @@ class Connector(Background):
         if message.lane.is_lost:
             task.cancel()
 
-    def _give_up(self, lane: Lane) -> None:
+    def _give_up(self, lane: Partition) -> None:
         for task in self._under_way.get(lane, ()):
             task.cancel()
 

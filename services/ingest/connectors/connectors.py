@@ -19,7 +19,7 @@ from services.ingest.connectors import settings
 from services.ingest.connectors.checkpoints import CHECKPOINTS
 from services.ingest.connectors.connector import Connector, Ends, Submits
 from services.ingest.connectors.formats import Format
-from services.ingest.connectors.plan import Parts, Plan, Sink, Source
+from services.ingest.connectors.plan import ConnectorPlan, Parts, Sink, Source
 from services.ingest.connectors.progress import Progress
 from services.ingest.connectors.reports import About
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ConnectorContext:
     """Where connectors run."""
 
     instance: str
@@ -42,10 +42,10 @@ class Connectors:
 
     def __init__(
         self,
-        configured: Mapping[str, settings.Settings],
+        configured: Mapping[str, settings.ConnectorSettings],
         intake: Submits,
         endings: Ends,
-        place: Place,
+        place: ConnectorContext,
         *,
         ready: asyncio.Event,
     ) -> None:
@@ -71,7 +71,7 @@ class Connectors:
         await self._stack.__aexit__(kind, err, tb)
 
 
-def _about(name: str, configured: settings.Settings) -> About:
+def _about(name: str, configured: settings.ConnectorSettings) -> About:
     return About(
         name=name,
         source=configured.source.words,
@@ -83,11 +83,11 @@ def _about(name: str, configured: settings.Settings) -> About:
     )
 
 
-def plan_of(name: str, configured: settings.Settings, place: Place) -> Plan:
+def plan_of(name: str, configured: settings.ConnectorSettings, place: ConnectorContext) -> ConnectorPlan:
     """What a connector of these settings does."""
     inputs = dict(configured.inputs)
     form = Format(configured.format, configured.writes, configured.model, configured.version, inputs)
-    return Plan(
+    return ConnectorPlan(
         name=name,
         format=form,
         open=lambda: _parts(name, configured, place),
@@ -100,7 +100,7 @@ def plan_of(name: str, configured: settings.Settings, place: Place) -> Plan:
     )
 
 
-def _parts(name: str, configured: settings.Settings, place: Place) -> Parts:
+def _parts(name: str, configured: settings.ConnectorSettings, place: ConnectorContext) -> Parts:
     return Parts(
         source=_source(name, configured.source, place),
         dead_letters=_sink(configured.dead_letters),
@@ -111,7 +111,7 @@ def _parts(name: str, configured: settings.Settings, place: Place) -> Parts:
 # A broker's library is imported only where it is used: each is an extra of its own.
 
 
-def _source(name: str, given: settings.Source, place: Place) -> Source:
+def _source(name: str, given: settings.Source, place: ConnectorContext) -> Source:
     if isinstance(given, settings.KafkaSource):
         from services.ingest.connectors import kafka
 

@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeAlias
 from google.protobuf.message import DecodeError
 
 from services.ingest.connectors.tensors import check_datatype, elements_of, flat, raw_of
-from services.ingest.tensors import output_of, packed
-from shoal.errors import InvalidArgument
+from shoal.errors import DataLoss, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
+from shoal.oip.tensors import pack_bytes, read_tensor
 
 Input: TypeAlias = Literal["protobuf", "json", "record", "bytes"]
 Output: TypeAlias = Literal["protobuf", "json"]
@@ -88,7 +88,7 @@ def _object(value: bytes) -> dict[str, Any]:
 
 
 def _of_bytes(value: bytes, name: str) -> oip.ModelInferRequest:
-    request = oip.ModelInferRequest(raw_input_contents=[packed([value])])
+    request = oip.ModelInferRequest(raw_input_contents=[pack_bytes([value])])
     request.inputs.add(name=name, datatype="BYTES", shape=[1])
     return request
 
@@ -182,7 +182,8 @@ def _body_of(response: oip.ModelInferResponse) -> bytes:
 
 def _tensor(response: oip.ModelInferResponse, index: int) -> dict[str, Any]:
     output = response.outputs[index]
-    elements, is_base64 = elements_of(f"output {output.name!r}", output.datatype, output_of(response, index))
+    _, array = read_tensor(response.outputs, response.raw_output_contents, index, "output", DataLoss)
+    elements, is_base64 = elements_of(f"output {output.name!r}", output.datatype, array)
     tensor: dict[str, Any] = {
         "name": output.name,
         "datatype": output.datatype,

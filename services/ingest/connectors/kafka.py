@@ -27,8 +27,8 @@ import confluent_kafka
 from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, KafkaError, KafkaException, TopicPartition
 
 from services.ingest.connectors.ledger import Ledger
-from services.ingest.connectors.message import Lane, Message, Outgoing
-from services.ingest.connectors.progress import LaneStanding, Standing
+from services.ingest.connectors.message import Message, Outgoing, Partition
+from services.ingest.connectors.progress import LaneStanding, PartitionStatus
 from shoal.errors import Internal, InvalidArgument, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -76,14 +76,14 @@ class KafkaSource:
         self._settled: deque[Message] = deque()
         self._failed: ShoalError | None = None
         # The thread's own:
-        self._lanes: dict[int, tuple[Lane, Ledger]] = {}
+        self._lanes: dict[int, tuple[Partition, Ledger]] = {}
         self._committed: dict[int, int] = {}
         self._begins: dict[int, int] = {}
         """Where partitions begin of which nothing is committed."""
         self._no_topic = self._not_committed = self._trouble = ""
         """What is wrong, each until it is seen to be well again."""
         # Written by the thread, read by anyone: swapped whole.
-        self._standing = Standing()
+        self._standing = PartitionStatus()
         self.is_paused = False
         """Nobody has asked for messages for a while."""
 
@@ -114,7 +114,7 @@ class KafkaSource:
     def settle(self, message: Message) -> None:
         self._settled.append(message)
 
-    def standing(self) -> Standing:
+    def standing(self) -> PartitionStatus:
         return self._standing
 
     def _serve(self, consumer: Any) -> None:
@@ -235,7 +235,7 @@ class KafkaSource:
 
     def _on_assign(self, consumer: Any, partitions: Sequence[Any]) -> None:
         for each in partitions:
-            self._lanes[each.partition] = (Lane(str(each.partition)), Ledger())
+            self._lanes[each.partition] = (Partition(str(each.partition)), Ledger())
             self._committed.pop(each.partition, None)
             self._begins.pop(each.partition, None)
         if partitions:
@@ -274,7 +274,7 @@ class KafkaSource:
         if self._trouble and self._is_well(consumer):
             self._trouble = ""
         lanes = [self._lane_standing(consumer, partition) for partition in sorted(self._lanes)]
-        self._standing = Standing(tuple(lanes), self._trouble or self._no_topic or self._not_committed)
+        self._standing = PartitionStatus(tuple(lanes), self._trouble or self._no_topic or self._not_committed)
 
     def _is_well(self, consumer: Any) -> bool:
         """Asks, because the library tells that a broker went away, and not that it is back."""

@@ -26,15 +26,15 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document
-from mesh.tasks import end
+from mesh.process.tasks import end
 from services.ingest.clock import Clock, milliseconds
 from services.ingest.connectors import aggregated, envelope
 from services.ingest.connectors.checkpoints import Checkpoints
 from services.ingest.connectors.ledger import Ledger
-from services.ingest.connectors.message import Lane, Message, Outgoing
-from services.ingest.connectors.progress import LaneStanding, Standing
+from services.ingest.connectors.message import Message, Outgoing, Partition
+from services.ingest.connectors.progress import LaneStanding, PartitionStatus
 from services.ingest.connectors.shards import Checkpoint, Shard, moves, starts_at_the_beginning
-from services.ingest.intake.group import Group
+from services.ingest.group_commit import Group
 from shoal.errors import InvalidArgument, PermissionDenied, ShoalError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Reading:
 
     shard: Shard
     lease: str
-    lane: Lane
+    lane: Partition
     start: Checkpoint
     from_beginning: bool
     began_at: datetime | None = None
@@ -169,12 +169,12 @@ class KinesisSource:
         if reading is not None and reading.lane is message.lane:
             reading.settle(message.position)
 
-    def standing(self) -> Standing:
+    def standing(self) -> PartitionStatus:
         lanes = [
             LaneStanding(name, str(each.saved or each.start.sequence)) for name, each in sorted(self._readings.items())
         ]
         behind = [each.behind_ms for each in self._readings.values() if each.behind_ms is not None]
-        return Standing(tuple(lanes), self._trouble, max(behind) if behind else None)
+        return PartitionStatus(tuple(lanes), self._trouble, max(behind) if behind else None)
 
     async def _next(self) -> Sequence[Message]:
         assert self._failed is not None
@@ -235,7 +235,7 @@ class KinesisSource:
                 self._read(listed[shard], lease, checkpoint, starts_at_the_beginning(listed[shard], checkpoints))
 
     def _read(self, shard: Shard, lease: str, checkpoint: Checkpoint, from_beginning: bool) -> None:
-        reading = Reading(shard, lease, Lane(shard.id), checkpoint, from_beginning)
+        reading = Reading(shard, lease, Partition(shard.id), checkpoint, from_beginning)
         self._readings[shard.id] = reading
         reading.task = asyncio.create_task(self._guarded(self._read_out(reading)), name=f"shard {shard.id}")
 

@@ -6,19 +6,19 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from services.ingest.intake.submission import KEY_CHARS
+from services.ingest.limits import KEY_CHARS
 
 _DIGEST_CHARS = 16
 
 
 @dataclass(eq=False, slots=True)
-class Lane:
+class Partition:
     """A part of a source whose messages have an order: a partition, a shard. Pub/Sub has one."""
 
     name: str
     is_lost: bool = False
     """It is somebody else's now: what is still under way here is delivered to them again, and not settled here."""
-    on_lost: Callable[[Lane], None] | None = None
+    on_lost: Callable[[Partition], None] | None = None
 
     def lose(self) -> None:
         """It has gone to somebody else. To be called on the event loop."""
@@ -32,7 +32,7 @@ class Lane:
 class Message:
     """One message of a source."""
 
-    lane: Lane
+    lane: Partition
     position: int
     """Where it lies in its lane, ascending. Pub/Sub: counted by the source."""
     place: str

@@ -8,8 +8,8 @@ from datetime import timedelta
 from google.protobuf.duration_pb2 import Duration
 
 from services.ingest.connectors.message import Message, Outgoing, job_key
-from services.ingest.connectors.plan import Plan
-from services.ingest.intake.submission import LABEL_CHARS
+from services.ingest.connectors.plan import ConnectorPlan
+from services.ingest.limits import LABEL_CHARS
 from shoal.errors import Code
 from shoal.ingest.v1 import ingest_pb2 as pb
 from shoal.store.v1 import store_pb2
@@ -31,7 +31,7 @@ class Failed:
     """Empty where it never became a job."""
 
 
-def submit_of(plan: Plan, message: Message) -> pb.SubmitRequest:
+def submit_of(plan: ConnectorPlan, message: Message) -> pb.SubmitRequest:
     """The job of a message: the same at each delivery.
 
     Raises:
@@ -58,7 +58,7 @@ def failed_of(result: store_pb2.Result) -> Failed | None:
     return Failed(result.code, result.message, result.job_id)
 
 
-def answered(plan: Plan, message: Message, result: store_pb2.Result) -> Outgoing:
+def answered(plan: ConnectorPlan, message: Message, result: store_pb2.Result) -> Outgoing:
     """The message of an answer. The source's headers travel on.
 
     Raises:
@@ -74,7 +74,7 @@ def answered(plan: Plan, message: Message, result: store_pb2.Result) -> Outgoing
     return Outgoing(plan.format.answer(result.response), message.key, _headers(message, about))
 
 
-def dead_letter(plan: Plan, message: Message, failed: Failed, *, is_whole: bool = True) -> Outgoing:
+def dead_letter(plan: ConnectorPlan, message: Message, failed: Failed, *, is_whole: bool = True) -> Outgoing:
     """A message as it came, with the reason in its headers. Not `is_whole`: only where it lies."""
     about = {SOURCE: message.place, CONNECTOR: plan.name, CODE: _name_of(failed.code)}
     if failed.job_id:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from services.ingest.connectors.formats import Format
 from services.ingest.connectors.message import Message, Outgoing
-from services.ingest.connectors.progress import Standing
+from services.ingest.connectors.progress import PartitionStatus
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 
@@ -22,7 +22,7 @@ class Source(AbstractAsyncContextManager[Any], Protocol):
     def settle(self, message: Message) -> None:
         """The message is done with: the source may forget it, once all before it in its lane are done with too."""
 
-    def standing(self) -> Standing:
+    def standing(self) -> PartitionStatus:
         """How far it is behind, by lane."""
 
 
@@ -48,7 +48,7 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ConnectorPlan:
     """What a connector does."""
 
     name: str

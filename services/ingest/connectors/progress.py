@@ -24,7 +24,7 @@ class LaneStanding:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class PartitionStatus:
     """Where a source is."""
 
     lanes: tuple[LaneStanding, ...] = ()
@@ -54,7 +54,7 @@ class Progress:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._standing: Callable[[], Standing] = Standing
+        self._standing: Callable[[], PartitionStatus] = PartitionStatus
         self.phase = Phase.STARTING
         self.messages = 0
         self.answered = 0
@@ -67,12 +67,12 @@ class Progress:
     def settled(self) -> int:
         return self.answered + self.dead
 
-    def started(self, standing: Callable[[], Standing]) -> None:
+    def started(self, standing: Callable[[], PartitionStatus]) -> None:
         self._standing = standing
         self.phase = Phase.RUNNING
 
     def stopped(self) -> None:
-        self._standing = Standing
+        self._standing = PartitionStatus
         self.phase = Phase.WAITING
 
     def received(self) -> None:
@@ -96,6 +96,6 @@ class Progress:
         self.error, self.error_at = text[:_TEXT_CHARS], self._clock()
         return is_news
 
-    def standing(self) -> Standing:
+    def standing(self) -> PartitionStatus:
         """Where the source is."""
         return self._standing()

@@ -19,13 +19,13 @@ from typing import Any
 
 import grpc
 
-from mesh.interceptors import translate
-from mesh.limits import MESSAGE_BYTES
-from mesh.tasks import end
+from mesh.process.tasks import end
+from mesh.rpc.interceptors import translate
+from mesh.rpc.limits import MESSAGE_BYTES
 from services.ingest.connectors.google_tokens import Tokens
-from services.ingest.connectors.message import Lane, Message, Outgoing
-from services.ingest.connectors.progress import LaneStanding, Standing
-from services.ingest.intake.group import Group
+from services.ingest.connectors.message import Message, Outgoing, Partition
+from services.ingest.connectors.progress import LaneStanding, PartitionStatus
+from services.ingest.group_commit import Group
 from shoal.errors import Code, Internal, InvalidArgument, NotFound, ShoalError, Unavailable
 from shoal.remote.v1 import pubsub_pb2 as pb
 
@@ -98,7 +98,7 @@ class PubSubSource:
         self._name = f"projects/{access.project}/subscriptions/{subscription}"
         self._subscription = subscription
         self._lease_s = lease_s
-        self._lane = Lane(subscription)
+        self._lane = Partition(subscription)
         self._leased: dict[str, None] = {}
         self._settled: list[str] = []
         self._count = 0
@@ -138,8 +138,8 @@ class PubSubSource:
     def settle(self, message: Message) -> None:
         self._settled.append(message.handle)
 
-    def standing(self) -> Standing:
-        return Standing((LaneStanding(self._subscription),), next(iter(self._troubles.values()), ""))
+    def standing(self) -> PartitionStatus:
+        return PartitionStatus((LaneStanding(self._subscription),), next(iter(self._troubles.values()), ""))
 
     def _message(self, received: Any) -> Message:
         self._count += 1

@@ -17,7 +17,7 @@ from pymongo import ASCENDING, IndexModel
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
+from mesh.process.tasks import Background
 from services.ingest.clock import Clock
 from services.ingest.connectors.progress import LaneStanding, Phase, Progress
 from shoal.errors import ShoalError

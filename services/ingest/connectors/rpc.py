@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from services.ingest.connectors.reports import Report, Reports
 from services.ingest.connectors.run_stream import RunStreams
 from services.ingest.messages import timestamp_of

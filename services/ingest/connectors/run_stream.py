@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from mesh.tasks import end, together
+from mesh.process.tasks import end, together
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.intake import Accepted
 from services.ingest.intake.stream import MOST_A_MESSAGE, Window, in_turns
-from services.ingest.intake.submission import KEY_CHARS
 from services.ingest.job import State
+from services.ingest.limits import KEY_CHARS
 from services.ingest.reading.endings import Ended
 from services.ingest.ulid import is_ulid
 from shoal.errors import Code, Internal, InvalidArgument, ResourceExhausted, ShoalError

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from services.ingest.connectors import tensors
 from services.ingest.connectors.secrets import revealed
-from services.ingest.intake.submission import (
+from services.ingest.limits import (
     LABEL_CHARS,
     LABELS,
     MODEL_NAME_CHARS,
@@ -86,13 +86,13 @@ def _is_there(package: str) -> bool:
         return False
 
 
-class Part(BaseModel):
+class SettingsPart(BaseModel):
     """A table of the file: a key that it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class KafkaSink(Part):
+class KafkaSink(SettingsPart):
     """A topic that is written to."""
 
     kind: Annotated[Literal["kafka"], AfterValidator(_installed("confluent_kafka"))]
@@ -131,16 +131,16 @@ class KafkaSource(KafkaSink):
         _try({**given, "group.id": "none"}, "Consumer")
         return given
 
-    def reads(self, end: Part) -> bool:
+    def reads(self, end: SettingsPart) -> bool:
         """Whether what is written to `end` comes back here."""
         return isinstance(end, KafkaSink) and end.topic == self.topic and _share_a_broker(self, end)
 
-    def shares_with(self, other: Part) -> bool:
+    def shares_with(self, other: SettingsPart) -> bool:
         """Whether each message comes to one of the two only."""
         return isinstance(other, KafkaSource) and other.group == self.group and self.reads(other)
 
 
-class KinesisSink(Part):
+class KinesisSink(SettingsPart):
     """A stream that is written to. Keys are found as AWS' own tools find them."""
 
     kind: Annotated[Literal["kinesis"], AfterValidator(_installed("aiobotocore"))]
@@ -165,7 +165,7 @@ class KinesisSource(KinesisSink):
     poll_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     """How soon a shard that had nothing is asked again: Kinesis allows five questions a second, of all readers."""
 
-    def reads(self, end: Part) -> bool:
+    def reads(self, end: SettingsPart) -> bool:
         """Whether what is written to `end` comes back here."""
         return isinstance(end, KinesisSink) and (end.stream, end.region, end.endpoint) == (
             self.stream,
@@ -173,12 +173,12 @@ class KinesisSource(KinesisSink):
             self.endpoint,
         )
 
-    def shares_with(self, other: Part) -> bool:
+    def shares_with(self, other: SettingsPart) -> bool:
         """Whether each record comes to one of the two only: no, each connector has checkpoints of its own."""
         return False
 
 
-class PubSubEnd(Part):
+class PubSubEnd(SettingsPart):
     """A project of Google Cloud. Credentials are found as Google's own tools find them."""
 
     kind: Annotated[Literal["pubsub"], AfterValidator(_installed("google.auth"))]
@@ -206,11 +206,11 @@ class PubSubSource(PubSubEnd):
     lease_s: Annotated[int, Field(ge=1, le=600)] = 60
     """For how long a message is leased, again and again: so long after a kill it is free."""
 
-    def reads(self, end: Part) -> bool:
+    def reads(self, end: SettingsPart) -> bool:
         """Whether what is written to `end` comes back here: a subscription does not say of which topic it is."""
         return False
 
-    def shares_with(self, other: Part) -> bool:
+    def shares_with(self, other: SettingsPart) -> bool:
         """Whether each message comes to one of the two only."""
         return isinstance(other, PubSubSource) and (other.project, other.subscription, other.endpoint) == (
             self.project,
@@ -228,7 +228,7 @@ Source: TypeAlias = Annotated[KafkaSource | KinesisSource | PubSubSource, Field(
 Sink: TypeAlias = Annotated[KafkaSink | KinesisSink | PubSubSink, Field(discriminator="kind")]
 
 
-class Retry(Part):
+class Retry(SettingsPart):
     """As a job's retry policy."""
 
     attempts: Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)] = 5
@@ -242,7 +242,7 @@ class Retry(Part):
         return self
 
 
-class Settings(Part):
+class ConnectorSettings(SettingsPart):
     """One connector."""
 
     model: Annotated[str, Field(min_length=1, max_length=MODEL_NAME_CHARS)]
@@ -275,7 +275,7 @@ class Settings(Part):
         return float(given) if type(given) is int else given
 
     @model_validator(mode="after")
-    def _fits(self) -> Settings:
+    def _fits(self) -> ConnectorSettings:
         if self.format == "record" and not self.inputs:
             raise ValueError('inputs: format record needs the model\'s inputs: inputs = { text = "BYTES" }')
         if self.format == "bytes" and list(self.inputs.values()) != ["BYTES"]:
@@ -297,14 +297,16 @@ class Settings(Part):
         return self
 
 
-class File(Part):
+class File(SettingsPart):
     """The whole file."""
 
-    connectors: Annotated[dict[Annotated[str, Field(pattern=NAME)], Settings], Field(min_length=1, max_length=MOST)]
+    connectors: Annotated[
+        dict[Annotated[str, Field(pattern=NAME)], ConnectorSettings], Field(min_length=1, max_length=MOST)
+    ]
 
     @field_validator("connectors")
     @classmethod
-    def _each_reads_all(cls, given: dict[str, Settings]) -> dict[str, Settings]:
+    def _each_reads_all(cls, given: dict[str, ConnectorSettings]) -> dict[str, ConnectorSettings]:
         for (name, one), (other, another) in itertools.combinations(given.items(), 2):
             if one.source.shares_with(another.source):
                 raise ValueError(
@@ -314,7 +316,7 @@ class File(Part):
         return given
 
 
-def read(path: Path) -> dict[str, Settings]:
+def read(path: Path) -> dict[str, ConnectorSettings]:
     """The connectors of a file, by name.
 
     Raises:
@@ -329,7 +331,7 @@ def read(path: Path) -> dict[str, Settings]:
     return of_document(document)
 
 
-def of_document(document: Mapping[str, Any]) -> dict[str, Settings]:
+def of_document(document: Mapping[str, Any]) -> dict[str, ConnectorSettings]:
     """The connectors of a file that was parsed.
 
     Raises:

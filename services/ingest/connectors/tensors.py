@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from services.ingest.tensors import Array, packed
-from shoal.datatypes import DTYPES
 from shoal.errors import InvalidArgument
+from shoal.oip.datatypes import BY_NAME, DTYPES
+from shoal.oip.tensors import Array, pack_bytes
 
-DATATYPES = (*(name for name in DTYPES if name != "BF16"), "BYTES")
+DATATYPES = tuple(name for name in BY_NAME if name != "BF16")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -41,7 +41,7 @@ def raw_of(what: str, datatype: str, elements: Sequence[Any], *, is_base64: bool
         InvalidArgument: an element does not fit `datatype`; the message says which.
     """
     if datatype == "BYTES":
-        return packed(_bytes_of(what, index, element, is_base64) for index, element in enumerate(elements))
+        return pack_bytes(_bytes_of(what, index, element, is_base64) for index, element in enumerate(elements))
     dtype = DTYPES[datatype]
     try:
         return np.array(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from services.ingest.dead_letters.dead_letters import DeadLetters, Done
-from services.ingest.dead_letters.wanted import DeadFilter, Wanted, checked_filter, wanted
+from services.ingest.dead_letters.wanted import DeadLetterFilter, checked_filter, wanted
+from services.ingest.job_store import DeadFilter
 from services.ingest.messages import message_of, moment_of, state_of
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -39,7 +40,7 @@ def _filter(message: pb.DeadLetterFilter) -> DeadFilter:
     return checked_filter(state_of(message.state), message.model_name, message.tenant, message.code, before)
 
 
-def _wanted(request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest) -> Wanted:
+def _wanted(request: pb.RequeueDeadLettersRequest | pb.PurgeDeadLettersRequest) -> DeadLetterFilter:
     among = _filter(request.filter) if request.HasField("filter") else None
     return wanted(request.ids, among, request.limit)
 

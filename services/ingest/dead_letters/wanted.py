@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from mesh.mongo import Document
 from services.ingest.job import DEAD_LETTERS, State
+from services.ingest.job_store import DeadFilter
 from services.ingest.ulid import is_ulid
 from shoal.errors import Code, InvalidArgument
 
@@ -16,25 +16,7 @@ MOST = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class DeadFilter:
-    """Which dead letters; each that is set narrows."""
-
-    state: State = State.DEAD
-    model_name: str = ""
-    tenant: str = ""
-    code: int = 0
-    before: datetime | None = None
-
-    def query(self) -> Document:
-        asked: Document = {"model_name": self.model_name, "tenant": self.tenant, "last_code": self.code}
-        query = {"state": str(self.state), **{name: value for name, value in asked.items() if value}}
-        if self.before is not None:
-            query["updated_at"] = {"$lt": self.before}
-        return query
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class DeadLetterFilter:
     """Up to `limit` of those that match `filter`, or those of `ids`."""
 
     ids: tuple[str, ...] = ()
@@ -52,7 +34,7 @@ def checked_filter(state: State | None, model_name: str, tenant: str, code: int,
     return DeadFilter(state, model_name, tenant, code, before)
 
 
-def wanted(ids: Sequence[str], among: DeadFilter | None, limit: int) -> Wanted:
+def wanted(ids: Sequence[str], among: DeadFilter | None, limit: int) -> DeadLetterFilter:
     """Ids or a filter, whichever is given.
 
     Raises:
@@ -67,4 +49,4 @@ def wanted(ids: Sequence[str], among: DeadFilter | None, limit: int) -> Wanted:
     for at, job_id in enumerate(ids):
         if not is_ulid(job_id):
             raise InvalidArgument(f"ids[{at}]: not a job's id: {job_id[:64]!r}")
-    return Wanted(tuple(dict.fromkeys(ids)), among, limit or MOST)
+    return DeadLetterFilter(tuple(dict.fromkeys(ids)), among, limit or MOST)

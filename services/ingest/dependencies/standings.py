@@ -1,41 +1,26 @@
-"""How the jobs stand that others depend on: one question by id, one by key."""
+"""States of the jobs that others depend on, by reference: one question by id, one by key."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pymongo.asynchronous.collection import AsyncCollection
-
-from mesh.mongo import Document, translated
 from services.ingest.dependencies.references import by_key, key_of
-from services.ingest.dependencies.waiting import Standing
-from services.ingest.job import State
+from services.ingest.job_store import DependencyState, JobStore
 
 
-async def standings(jobs: AsyncCollection[Document], tenant: str, references: Iterable[str]) -> dict[str, Standing]:
-    """How the jobs of `tenant` stand that `references` mean; those that there are.
+async def standings(store: JobStore, tenant: str, references: Iterable[str]) -> dict[str, DependencyState]:
+    """Return the states of the jobs of `tenant` that `references` mean; those that there are.
 
     Raises:
         Unavailable: MongoDB is away.
     """
-    references = list(references)
+    references = set(references)
     keys = [key for reference in references if (key := key_of(reference)) is not None]
     ids = [reference for reference in references if key_of(reference) is None]
-    found: dict[str, Standing] = {}
-    with translated("looking up jobs that others depend on"):
-        if ids:
-            async for document in jobs.find({"_id": {"$in": ids}, "tenant": tenant}, _STANDING):
-                found[document["_id"]] = _standing(document)
-        if keys:
-            async for document in jobs.find({"tenant": tenant, "key": {"$in": keys}}, _STANDING):
-                found[by_key(document["key"])] = _standing(document)
+    found: dict[str, DependencyState] = {}
+    for standing in await store.standings(tenant, ids, keys):
+        if standing.id in references:
+            found[standing.id] = standing
+        if standing.key and (reference := by_key(standing.key)) in references:
+            found[reference] = standing
     return found
-
-
-_STANDING = {"state": 1, "key": 1, "last_message": 1}
-
-
-def _standing(document: Document) -> Standing:
-    state = State(document["state"])
-    message: str = document.get("last_message", "") if state is not State.SUCCEEDED else ""
-    return Standing(document["_id"], state, message, document.get("key", ""))

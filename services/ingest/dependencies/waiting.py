@@ -10,29 +10,18 @@ What it waits for is looked up whole each time, so nothing depends on having see
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeAlias
 
 from services.ingest.dependencies.references import by_key, words
 from services.ingest.job import FINAL, End, Job, Outcome, State, ended_from_outside, released_from_waiting
+from services.ingest.job_store import DependencyState
 from shoal.errors import Code
 
 _REASON_CHARS = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How a job stands that others wait for."""
-
-    id: str
-    state: State
-    message: str = ""
-    """Why it ended as it did."""
-    key: str = ""
-
-
-Known: TypeAlias = Mapping[str, Standing]
+Known: TypeAlias = Mapping[str, DependencyState]
 """By reference. One that is missing refers to no job (any more)."""
 
 
@@ -67,7 +56,7 @@ def unmet(job: Job, known: Known) -> tuple[str, ...]:
 _FAILED = FINAL - {State.SUCCEEDED}
 
 
-def _doom(job: Job, reference: str, standing: Standing | None) -> End:
+def _doom(job: Job, reference: str, standing: DependencyState | None) -> End:
     if standing is None:
         reason = f"it depends on a job {words(reference)} that is not there any more"
     else:

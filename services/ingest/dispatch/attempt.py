@@ -21,13 +21,13 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from services.ingest.clock import Clock
 from services.ingest.dispatch.bulks import is_suspect
-from services.ingest.dispatch.gate import Gate
+from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import result_of
-from services.ingest.dispatch.remote import Answer, BulkDoorClosed, BulkEntry, GivenUp
+from services.ingest.dispatch.remote import AttemptAnswer, BulkDoorClosed, BulkEntry, GivenUp
 from services.ingest.intake.budget import Budget
 from services.ingest.intake.payloads import Payloads
-from services.ingest.intake.submission import EXPLAIN, REQUEST_BYTES
 from services.ingest.job import Again, End, Failure, Job, Outcome, after_failure, ended_from_outside
+from services.ingest.limits import EXPLAIN, REQUEST_BYTES
 from services.ingest.tracing import traceparent_of
 from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2
@@ -59,7 +59,7 @@ class Model(Protocol):
 
     def infer_bulk(
         self, model: str, entries: Sequence[BulkEntry], given_up: GivenUp, traceparent: str
-    ) -> AsyncGenerator[list[tuple[str, Answer | Failure]], None]:
+    ) -> AsyncGenerator[list[tuple[str, AttemptAnswer | Failure]], None]:
         """Runs many of one model, each once: says what becomes of them, by their jobs.
 
         Raises:
@@ -75,7 +75,7 @@ class Attempts:
         model: Model,
         payloads: Payloads,
         *,
-        gate: Gate,
+        gate: ModelGate,
         memory: Budget,
         clock: Clock,
         timeout_ms: int,
@@ -160,7 +160,7 @@ class Attempts:
             for span in spans.values():
                 span.end()
 
-    def _decided(self, job: Job, answer: Answer | Failure) -> Decision:
+    def _decided(self, job: Job, answer: AttemptAnswer | Failure) -> Decision:
         if isinstance(answer, Failure):
             return self._failed(job, answer)
         result = result_of(job, End(Outcome.SUCCEEDED))
@@ -233,7 +233,7 @@ def _mark(span: Span, failure: Failure) -> None:
     span.set_status(Status(StatusCode.ERROR, failure.message))
 
 
-def _finish(span: Span, answer: Answer | Failure) -> None:
+def _finish(span: Span, answer: AttemptAnswer | Failure) -> None:
     if isinstance(answer, Failure):
         _mark(span, answer)
     span.end()

@@ -1,6 +1,6 @@
 """Which jobs go to infer together: plain functions and one small object, no clock and no network.
 
-    waiting jobs of a model ──next_bulk──> one call        at most so many at once: `Pace`
+    waiting jobs of a model ──next_bulk──> one call        at most so many at once: `ConcurrencyLimit`
 
 What is large, kept apart, a step of a sequence, or had an instance die under it goes alone: the call of a large one is
 copied once less, a step is routed by its sequence, and a suspect takes nobody along.
@@ -50,7 +50,7 @@ def next_bulk(waiting: deque[Job], most: int) -> list[Job]:
     return bulk
 
 
-class Pace:
+class ConcurrencyLimit:
     """How many jobs of one model may be in calls at once, and are claimed at a time.
 
     It doubles with each round of answers that come soon, up to `most`, and halves when they take long: what a model has

@@ -8,8 +8,8 @@ from contextlib import suppress
 from services.ingest.clock import Clock
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.intake.submission import REASON_CHARS
 from services.ingest.job import Job, ended_from_outside
+from services.ingest.limits import REASON_CHARS
 from services.ingest.reading.jobs import Jobs
 from services.ingest.reading.watch import Watch
 from shoal.errors import InvalidArgument, ResourceExhausted

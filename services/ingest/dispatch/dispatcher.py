@@ -10,11 +10,11 @@ job's. Jobs of one model stand in one line here, and as many are in calls at onc
 model with a line is claimed no more of, and no claim is of more than half of what may still be held: so a slow model,
 or several, leave room for the others.
 
-While the queue is drained, jobs submitted here are adopted: they are claimed in the write that makes them durable. What
-there is no room for just then is fresh, and goes straight from intake to a claim. Nobody reads the queue but for a poll
-now and then. When there is more than it has room for, it forgets the fresh ones and works by the queue's order. A queue
-counts as drained when what waits there is of models with a line only; as soon as one of these is free, it is read, and
-until then nothing of theirs is adopted: it would pass those that wait.
+While the queue is drained, jobs submitted here are claimed in the write that makes them durable. What there is no room
+for just then is fresh, and goes straight from intake to a claim. Nobody reads the queue but for a poll now and then.
+When there is more than it has room for, it forgets the fresh ones and works by the queue's order. A queue counts as
+drained when what waits there is of models with a line only; as soon as one of these is free, it is read, and until then
+nothing of theirs is claimed in its write: it would pass those that wait.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from mesh.tasks import end
-from services.ingest.clock import Clock
+from mesh.process.tasks import end
 from services.ingest.dispatch.attempt import Attempts, Decision
-from services.ingest.dispatch.bulks import FIRST, Pace, next_bulk
+from services.ingest.dispatch.bulks import FIRST, ConcurrencyLimit, next_bulk
 from services.ingest.dispatch.claims import Claims
-from services.ingest.dispatch.gate import Gate
+from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import Ending, Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
+from services.ingest.instance import Instance
 from services.ingest.intake.backlog import Backlog
 from services.ingest.job import Again, End, Job, Lease, claim, released
+from services.ingest.job_store import Inserted, Unknown
 from shoal.errors import ShoalError
 
 log = logging.getLogger(__name__)
@@ -68,24 +69,24 @@ class Holding:
     """A job that this instance works on: in line, in a call, or being recorded."""
 
     job: Job
-    call: Call | None = None
+    call: ActiveAttempt | None = None
     """What its attempt is part of, while that is under way."""
 
 
 @dataclass(slots=True, eq=False)
-class Line:
+class ModelQueue:
     """The jobs of one model: those in line, and how many are in calls."""
 
-    pace: Pace
+    pace: ConcurrencyLimit
     waiting: deque[Job] = field(default_factory=deque)
     calls: int = 0
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class ActiveAttempt:
     """A call to infer that is under way, for one job or many."""
 
-    line: Line
+    line: ModelQueue
     began_s: float
     left: set[str]
     """The jobs that are neither answered nor given up."""
@@ -102,11 +103,9 @@ class Dispatcher:
         attempts: Attempts,
         recorder: Recorder,
         *,
-        gate: Gate,
+        instance: Instance,
+        gate: ModelGate,
         backlog: Backlog,
-        clock: Clock,
-        instance: str,
-        ready: asyncio.Event,
         max_in_flight: int,
         poll_ms: int,
         drain_ms: int,
@@ -116,20 +115,21 @@ class Dispatcher:
         self._recorder = recorder
         self._gate = gate
         self._backlog = backlog
-        self._clock = clock
-        self._instance = instance
-        self._ready = ready
+        self._clock = instance.clock
+        self._instance = instance.name
+        self._ready = instance.ready
         self._max_calls = max_in_flight
         self._max_held = max_in_flight * HELD_PER_CALL
         self._poll_s = poll_ms / 1000
         self._drain_s = drain_ms / 1000
         self._held: dict[str, Holding] = {}
-        self._lines: dict[str, Line] = {}
+        self._lines: dict[str, ModelQueue] = {}
         self._bytes = 0
         self._usual_bytes = 1.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._fresh: deque[Job] = deque()
-        self._adopting = 0
+        # Jobs that are being inserted as claimed.
+        self._in_writes = 0
         self._is_drained = True
         self._behind: set[str] = set()
         # While it is drained: models that it could not be drained of, because they were closed.
@@ -162,30 +162,45 @@ class Dispatcher:
             self._stop_at = asyncio.get_running_loop().time() + self._drain_s
             self._wake.set()
 
-    def adopt(self, jobs: list[Job]) -> list[Job]:
-        """The jobs, about to be written: claimed at once where nobody waits before them and there is room for them."""
+    def claim_in_write(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return jobs that are about to be inserted: claimed where nobody waits before them and there is room.
+
+        The outcome of the insert goes to `settle_write`.
+        """
         room = self._claim_room() if self._is_drained and not self._fresh and self._stop_at is None else 0
         if room <= 0:
-            return jobs
+            return [*jobs]
         now = self._clock()
         lease, closed = self._claims.lease(), self._behind.union(self._closed(now))
         made: list[Job] = []
         for job in jobs:
             if room > 0 and job.due_at is not None and job.due_at <= now and job.model_name not in closed:
                 room -= 1
-                self._adopting += 1
+                self._in_writes += 1
                 job = claim(job, lease, now)
             made.append(job)
         return made
 
-    def accept(self, jobs: Sequence[Job]) -> None:
-        """Hears of jobs that were just made durable here."""
+    def settle_write(self, jobs: Sequence[Job], outcome: Inserted | Unknown) -> None:
+        """Take up the inserted ones of `jobs`, which are as `claim_in_write` returned them."""
+        claimed = [job for job in jobs if job.lease is not None]
+        self._in_writes -= len(claimed)
+        if isinstance(outcome, Inserted):
+            self._accept(outcome.written)
+            return
+        # Those that are there go back to the queue. A submit that is repeated with its key then finds a job that will
+        # run, with all its attempts.
+        again = Again(self._clock(), False, "it was not sure that it was durable: this attempt was not made")
+        self._settle([(self._hold(job.but(request=None)), again) for job in claimed])
+
+    def _accept(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
         now = self._clock()
+        self._backlog.added(sum(job.due_at is not None for job in jobs))
         self._claims.notice(jobs)
         light = [job.but(request=None) if job.is_apart else job for job in jobs]
-        adopted = [job for job in light if job.lease is not None]
-        self._adopting -= len(adopted)
-        self._take(adopted)
+        self._take([job for job in light if job.lease is not None])
         waiting = [job for job in light if job.due_at is not None]
         for job in waiting:
             if job.due_at is not None and job.due_at > now:
@@ -198,19 +213,11 @@ class Dispatcher:
         if waiting:
             self._wake.set()
 
-    def disown(self, jobs: Sequence[Job]) -> None:
-        """Hears that jobs may have been made durable, or not. Those it adopted go back to the queue, if they are there.
-
-        A submit that is repeated with its key then finds a job that will run, with all its attempts.
-        """
-        again = Again(self._clock(), False, "it was not sure that it was durable: this attempt was not made")
-        adopted = [job for job in jobs if job.lease is not None]
-        self.forget(adopted)
-        self._settle([(self._hold(job.but(request=None)), again) for job in adopted])
-
-    def forget(self, jobs: Sequence[Job]) -> None:
-        """Hears that jobs, of which it may have adopted some, were not made durable."""
-        self._adopting -= sum(job.lease is not None for job in jobs)
+    def due_again(self, jobs: Sequence[Job]) -> None:
+        """Note jobs that are in the queue again, and read the queue at once."""
+        self._backlog.added(len(jobs))
+        self._claims.notice(jobs)
+        self.wake()
 
     def wake(self) -> None:
         """Something may be due now: the queue is read at once, not only at the next poll."""
@@ -223,7 +230,7 @@ class Dispatcher:
     @property
     def room(self) -> int:
         """How many more jobs may be held; none while it stops."""
-        return 0 if self._stop_at is not None else max(0, self._max_held - len(self._held) - self._adopting)
+        return 0 if self._stop_at is not None else max(0, self._max_held - len(self._held) - self._in_writes)
 
     def end(self, job: Job, how: End) -> None:
         """Sees to it that a job that was taken over ends. An attempt of it that runs here is given up."""
@@ -323,31 +330,31 @@ class Dispatcher:
         for model in dict.fromkeys(job.model_name for job in claimed):
             self._call(self._lines[model])
 
-    def _line(self, model: str) -> Line:
+    def _line(self, model: str) -> ModelQueue:
         line = self._lines.get(model)
         if line is None:
             if len(self._lines) >= _LINES:
                 self._lines = {name: line for name, line in self._lines.items() if line.calls or line.waiting}
-            line = self._lines[model] = Line(Pace(self._max_calls, _SOON_S))
+            line = self._lines[model] = ModelQueue(ConcurrencyLimit(self._max_calls, _SOON_S))
         return line
 
-    def _call(self, line: Line) -> None:
+    def _call(self, line: ModelQueue) -> None:
         while line.waiting and line.calls < line.pace.limit and self._stop_at is None:
             jobs = next_bulk(line.waiting, line.pace.limit - line.calls)
             line.calls += len(jobs)
-            call = Call(line, asyncio.get_running_loop().time(), {job.id for job in jobs})
+            call = ActiveAttempt(line, asyncio.get_running_loop().time(), {job.id for job in jobs})
             for job in jobs:
                 self._held[job.id].call = call
             call.task = self._spawn(self._see_through(call, jobs), f"call of {len(jobs)} jobs of {jobs[0].model_name}")
             # A callback, not a `finally`: a task that is cancelled before its first step runs no code of its own.
             call.task.add_done_callback(partial(self._over, call))
 
-    async def _see_through(self, call: Call, jobs: Sequence[Job]) -> None:
+    async def _see_through(self, call: ActiveAttempt, jobs: Sequence[Job]) -> None:
         async with aclosing(self._attempts.run(jobs, call.given_up)) as decided:
             async for some in decided:
                 self._decided(call, some)
 
-    def _decided(self, call: Call, some: Sequence[tuple[Job, Decision]]) -> None:
+    def _decided(self, call: ActiveAttempt, some: Sequence[tuple[Job, Decision]]) -> None:
         known: list[tuple[Holding, Decision]] = []
         for job, decision in some:
             if job.id not in call.left:
@@ -366,7 +373,7 @@ class Dispatcher:
         self._call(call.line)
         self._wake.set()
 
-    def _over(self, call: Call, _: asyncio.Task[None]) -> None:
+    def _over(self, call: ActiveAttempt, _: asyncio.Task[None]) -> None:
         """The call's task has ended. What it says nothing of, for a fault of ours, lapses, and is tried again so."""
         call.line.calls -= len(call.left)
         for job_id in call.left:

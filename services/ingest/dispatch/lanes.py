@@ -4,7 +4,7 @@
       ^ listed now and then, noticed on submit                                                    │
       └──────────────────────── heads move on, clocks advance <───────────────────────────────────┘
 
-Plain decisions; `claims.py` reads and writes. What is known of the heads may be old: a claim that finds less than it
+Plain decisions; `claims.py` asks and claims. What is known of the heads may be old: a claim that finds less than it
 expected forgets the lane until it is listed again, and jobs that turned up meanwhile are seen with the next listing.
 """
 
@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from services.ingest.dispatch.fairness import Clocks
-from services.ingest.lane import Lane
+from services.ingest.job_store import Waiting
+from services.ingest.lane import TenantQueueKey
 
 LANES_PER_CLAIM = 64
 """Lanes that one claim reads: a tenth of a millisecond each. With more tenants waiting, each claim serves the 64 that
 are furthest behind, with more jobs each."""
 _LANES_PER_TENANT = 8
 # Of one tenant's lanes the longest waiting; more models and priorities take turns as these advance.
-
-Waiting = tuple[datetime, str]
-"""When a job is due, and its id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,30 +32,30 @@ class Ask:
 
     tenant: str
     jobs: int
-    lanes: tuple[Lane, ...]
+    lanes: tuple[TenantQueueKey, ...]
 
     def limit(self, spread: int) -> int:
         """How many jobs of each lane are looked at: one more than may be taken, which will be the lane's next head."""
         return self.jobs * spread + 1
 
 
-class Lanes:
+class TenantQueues:
     """What is known of the lanes that have jobs, and the order among them."""
 
     def __init__(self, weight_of: Callable[[str], float], ageing: timedelta) -> None:
         self._clocks = Clocks(weight_of)
         self._ageing = ageing
-        self._heads: dict[str, dict[Lane, datetime]] = {}
-        self._news: set[Lane] = set()
+        self._heads: dict[str, dict[TenantQueueKey, datetime]] = {}
+        self._news: set[TenantQueueKey] = set()
         # Noticed since the last `asks`: what that claim read is older than these.
 
-    def listed(self, heads: Iterable[tuple[Lane, datetime]]) -> None:
+    def listed(self, heads: Iterable[tuple[TenantQueueKey, datetime]]) -> None:
         """These are all lanes that have jobs, with the earliest due time of each."""
         self._heads = {}
         for lane, due_at in heads:
             self._heads.setdefault(lane.tenant, {})[lane] = due_at
 
-    def noticed(self, lane: Lane, due_at: datetime) -> None:
+    def noticed(self, lane: TenantQueueKey, due_at: datetime) -> None:
         """A job was put into `lane`."""
         lanes = self._heads.setdefault(lane.tenant, {})
         lanes[lane] = min(due_at, lanes.get(lane, due_at))
@@ -86,7 +84,7 @@ class Lanes:
         shares = self._clocks.allot(line, room)
         return [Ask(tenant, jobs, self._oldest(tenant, due[tenant])[:each]) for tenant, jobs in shares.items()]
 
-    def pick(self, asks: Sequence[Ask], seen: Mapping[Lane, Sequence[Waiting]], spread: int = 1) -> list[str]:
+    def pick(self, asks: Sequence[Ask], seen: Mapping[TenantQueueKey, Sequence[Waiting]], spread: int = 1) -> list[str]:
         """The ids to claim. `seen` is the beginning of each lane, `Ask.limit` long unless it has less."""
         picked: list[str] = []
         for ask in asks:
@@ -103,16 +101,18 @@ class Lanes:
         """So many jobs of `tenant` were claimed."""
         self._clocks.charge(tenant, jobs)
 
-    def _due(self, lanes: Mapping[Lane, datetime], now: datetime, closed: Collection[str]) -> Iterable[Lane]:
+    def _due(
+        self, lanes: Mapping[TenantQueueKey, datetime], now: datetime, closed: Collection[str]
+    ) -> Iterable[TenantQueueKey]:
         return (lane for lane, due_at in lanes.items() if due_at <= now and lane.model not in closed)
 
-    def _oldest(self, tenant: str, lanes: list[Lane]) -> tuple[Lane, ...]:
+    def _oldest(self, tenant: str, lanes: list[TenantQueueKey]) -> tuple[TenantQueueKey, ...]:
         if len(lanes) > 1:
             heads = self._heads[tenant]
             lanes.sort(key=lambda lane: lane.age(heads[lane], self._ageing))
         return tuple(lanes)
 
-    def _advance(self, lane: Lane, seen: Sequence[Waiting], taken: Collection[str]) -> None:
+    def _advance(self, lane: TenantQueueKey, seen: Sequence[Waiting], taken: Collection[str]) -> None:
         lanes = self._heads.setdefault(lane.tenant, {})
         left = next((due_at for due_at, id_ in seen if id_ not in taken), None)
         if left is not None:

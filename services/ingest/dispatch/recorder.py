@@ -18,15 +18,13 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
-from pymongo.asynchronous.collection import AsyncCollection
-
-from mesh.limits import MESSAGE_BYTES
-from mesh.mongo import Document, translated
-from services.ingest.clock import Clock
-from services.ingest.documents import fenced_updates
-from services.ingest.intake.group import Group
+from mesh.rpc.limits import MESSAGE_BYTES
+from services.ingest.group_commit import Group
+from services.ingest.instance import Instance
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import MESSAGE_CHARS, Again, End, Job, Outcome, end, try_again
+from services.ingest.job_events import JobEvents
+from services.ingest.job_store import Change, JobStore, Unknown
 from services.ingest.messages import timestamp_of
 from shoal.errors import Code, OutOfRange, ShoalError
 from shoal.store.v1 import store_pb2
@@ -84,28 +82,22 @@ class Recorder:
 
     def __init__(
         self,
-        jobs: AsyncCollection[Document],
+        store: JobStore,
         results: Results,
         payloads: Payloads,
-        *,
-        clock: Clock,
-        instance: str,
-        on_change: Callable[[str], None],
-        on_recorded: Callable[[Job, store_pb2.Result], None],
+        events: JobEvents,
+        instance: Instance,
     ) -> None:
-        self._jobs = jobs
-        self._payloads = payloads
+        self._store = store
         self._results = results
-        self._clock = clock
-        self._instance = instance
-        self._on_change = on_change
-        self._on_recorded = on_recorded
+        self._payloads = payloads
+        self._events = events
+        self._clock = instance.clock
+        self._instance = instance.name
         self._findings: Group[Finding, End | None] = Group(
             "results", self._put, max_items=RESULT_ITEMS, max_bytes=RESULT_BYTES, size=lambda f: f.result.ByteSize()
         )
-        self._states: Group[tuple[Job, Job], None] = Group(
-            "job states", self._write, max_items=STATE_ITEMS, max_bytes=1
-        )
+        self._states: Group[Change, None] = Group("job states", self._write, max_items=STATE_ITEMS, max_bytes=1)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Recorder:
@@ -151,7 +143,7 @@ class Recorder:
         left: list[Ending] = []
         for ending, answer in zip(endings, answers, strict=True):
             if answer is None:
-                self._on_recorded(ending.job, ending.result)
+                self._events.recorded(ending.job, ending.result)
                 stand.append((ending.job, _end_of(ending.result)))
             elif not isinstance(answer, ShoalError):
                 stand.append((ending.job, answer))
@@ -162,7 +154,7 @@ class Recorder:
                 left.append(ending)
         return stand, left
 
-    async def _settle(self, changes: Sequence[tuple[Job, Job]], is_held: IsHeld, on_settled: OnSettled) -> None:
+    async def _settle(self, changes: Sequence[Change], is_held: IsHeld, on_settled: OnSettled) -> None:
         waiting, wait_s = list(changes), _FIRST_WAIT_S
         while waiting := [change for change in waiting if is_held(change[0])]:
             answers = await self._states.put_all(waiting)
@@ -172,7 +164,7 @@ class Recorder:
                 if not isinstance(answer, ShoalError)
             ]
             for before in done:
-                self._on_change(before.id)
+                self._events.changed(before.id)
             on_settled(done)
             # What failed, `_write` has told the log, once for all.
             if waiting := [c for c, answer in zip(waiting, answers, strict=True) if isinstance(answer, ShoalError)]:
@@ -199,15 +191,12 @@ class Recorder:
     async def _put_together(self, findings: Sequence[Finding]) -> list[End | None]:
         return await self._results.put([f.result for f in findings], [f.traceparent for f in findings])
 
-    async def _write(self, changes: list[tuple[Job, Job]]) -> Sequence[None]:
-        updates = fenced_updates(changes)
-        try:
-            with translated("writing the states of jobs"):
-                written = await self._jobs.bulk_write(updates, ordered=False)
-        except ShoalError as err:
-            log.warning("cannot write the states of %d jobs for now: %s", len(changes), err)
-            raise
-        if fenced := len(changes) - written.matched_count:
+    async def _write(self, changes: list[Change]) -> Sequence[None]:
+        outcome = await self._store.write_states(changes)
+        if isinstance(outcome, Unknown):
+            log.warning("cannot write the states of %d jobs for now: %s", len(changes), outcome.error)
+            raise outcome.error
+        if fenced := len(changes) - outcome.count:
             log.info(
                 "%d of %d state changes were not ours to make: other instances hold those jobs", fenced, len(changes)
             )

@@ -12,11 +12,11 @@ from google.protobuf.message import DecodeError
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Link, SpanKind
 
-from mesh.channel import AnyChannel
-from mesh.h2.client.channel import Channel
-from mesh.h2.client.failures import CallFailed
-from mesh.h2.client.streams import StreamCall
-from mesh.interceptors import translate
+from mesh.rpc.channel import AnyChannel
+from mesh.rpc.client.channel import Channel
+from mesh.rpc.client.failures import CallFailed
+from mesh.rpc.client.streams import StreamCall
+from mesh.rpc.interceptors import translate
 from services.ingest.job import End, Failure, Outcome
 from services.ingest.store_calls import asking_store
 from shoal.errors import Code, Internal, ShoalError
@@ -73,7 +73,7 @@ class BulkEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AttemptAnswer:
     """A model's answer to one entry."""
 
     response: bytes
@@ -137,7 +137,7 @@ class RemoteModel:
 
     async def infer_bulk(
         self, model: str, entries: Sequence[BulkEntry], given_up: GivenUp, traceparent: str = ""
-    ) -> AsyncGenerator[list[tuple[str, Answer | Failure]], None]:
+    ) -> AsyncGenerator[list[tuple[str, AttemptAnswer | Failure]], None]:
         """Runs serialised ModelInferRequests of one model, each once: what becomes of them, by their jobs.
 
         What the call ends without an answer to, failed as the call did. Entries that are given up may have none.
@@ -193,9 +193,9 @@ def _tell(call: StreamCall, numbers: Mapping[str, int], job_ids: Sequence[str]) 
         call.write(bulk_pb2.InferBulkRequest(given_up=given_up).SerializeToString())
 
 
-def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> Answer | Failure:
+def _bulk_answer(answer: bulk_pb2.InferBulkResponse.Answer, instance: str) -> AttemptAnswer | Failure:
     if answer.HasField("response"):
-        return Answer(answer.response, instance)
+        return AttemptAnswer(answer.response, instance)
     is_shed = answer.HasField("retry_after_ms") and answer.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
     return Failure(answer.code, answer.message, not is_shed, answer.retry_after_ms)
 

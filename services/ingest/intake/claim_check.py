@@ -20,8 +20,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
-from mesh.channel import AnyChannel
-from mesh.interceptors import translate
+from mesh.rpc.channel import AnyChannel
+from mesh.rpc.interceptors import translate
 from services.ingest.store_calls import asking_store
 from shoal.errors import DataLoss, NotFound
 from shoal.store.v1 import store_pb2 as pb

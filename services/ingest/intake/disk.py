@@ -13,7 +13,7 @@ import logging
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever
 from shoal.errors import ResourceExhausted
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,6 @@
 """The way in: jobs are checked, written together, and acknowledged when a majority has them on disk.
 
-    submit ──check──> memory budget, backlog ──> group ──payloads, then jobs──> acknowledged ──> the dispatcher hears
-
-Where the dispatcher has time for them, jobs are written as claimed already: one write less in the life of each.
+    submit ──check──> limits ──> group ──payloads, then jobs (`durable_insert.py`)──> acknowledged
 
 A key that was used before is found by its unique index, in the same write: no read comes first, and two that race are
 told apart by the database.
@@ -13,33 +11,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
 
-from pymongo.asynchronous.collection import AsyncCollection
-from pymongo.errors import BulkWriteError
-
-from mesh.mongo import Document, translate, translated
-from mesh.tasks import end
-from services.ingest.clock import Clock
+from mesh.process.tasks import end
 from services.ingest.dependencies.references import by_key, words
 from services.ingest.dependencies.standings import standings
-from services.ingest.documents import LIGHT, document_of, job_of
-from services.ingest.intake.backlog import Backlog
+from services.ingest.group_commit import Group
+from services.ingest.instance import Instance
 from services.ingest.intake.budget import Budget
-from services.ingest.intake.group import Group
+from services.ingest.intake.durable_insert import DurableInsert
 from services.ingest.intake.payloads import Payloads
 from services.ingest.intake.pressure import Pressure
 from services.ingest.intake.storage import Storage
 from services.ingest.intake.submission import check_not_reserved
 from services.ingest.intake.submission import job_of as job_of_submit
 from services.ingest.job import Job
+from services.ingest.job_store import JobStore, Key, KeyTaken, Unknown
 from services.ingest.tenants.admission import Admission
 from services.ingest.tracing import traceparent_of
-from services.ingest.ulid import Ulids
-from shoal.errors import AlreadyExists, DataLoss, NotFound, ShoalError, Unavailable
+from shoal.errors import AlreadyExists, NotFound, ShoalError, Unavailable
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -50,7 +42,6 @@ GROUP_BYTES = 16 << 20
 """A third of MongoDB's largest message."""
 _WRITES = 2
 # While one half of those who wait for an answer is written, the other makes its way (`group.py`).
-_DUPLICATE_KEY = 11000
 _WAIT_S = 10.0
 # Longest a submit may take with MongoDB away: the write under way gives up after mesh.mongo.TIMEOUT_MS, then the next.
 
@@ -63,23 +54,15 @@ class Accepted:
     existed: bool
 
 
-class Takers(Protocol):
-    """Who works on jobs, as intake needs them."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits that a submit is held to, in the order in which it meets them."""
 
-    def adopt(self, jobs: list[Job]) -> list[Job]:
-        """The jobs as they are to be written: claimed at once where somebody here has time for them.
-
-        What was adopted is then accepted, disowned or forgotten.
-        """
-
-    def accept(self, jobs: Sequence[Job]) -> None:
-        """They were written."""
-
-    def disown(self, jobs: Sequence[Job]) -> None:
-        """It is not clear whether they were written."""
-
-    def forget(self, jobs: Sequence[Job]) -> None:
-        """They were not written."""
+    storage: Storage
+    admission: Admission
+    budget: Budget
+    """Memory for the requests that wait to be written."""
+    pressure: Pressure
 
 
 class Intake:
@@ -87,34 +70,20 @@ class Intake:
 
     def __init__(
         self,
-        jobs: AsyncCollection[Document],
+        store: JobStore,
         payloads: Payloads,
+        insert: DurableInsert,
+        limits: Limits,
+        instance: Instance,
         *,
-        backlog: Backlog,
-        admission: Admission,
-        storage: Storage,
-        budget: Budget,
-        pressure: Pressure,
-        clock: Clock,
-        ulids: Ulids,
-        instance: str,
         inline_bytes: int,
-        takers: Takers,
-        on_accepted: Callable[[Sequence[Job]], None],
     ) -> None:
-        self._jobs = jobs
+        self._store = store
         self._payloads = payloads
-        self._backlog = backlog
-        self._admission = admission
-        self._storage = storage
-        self._budget = budget
-        self._pressure = pressure
-        self._clock = clock
-        self._ulids = ulids
+        self._insert = insert
+        self._limits = limits
         self._instance = instance
         self._inline_bytes = inline_bytes
-        self._takers = takers
-        self._on_accepted = on_accepted
         self._group: Group[Job, Accepted] = Group(
             "submitted jobs",
             self._write,
@@ -170,12 +139,12 @@ class Intake:
 
     def _begin(self, submit: pb.SubmitRequest, traceparent: str) -> asyncio.Future[Accepted]:
         job = self._checked(submit, traceparent)
-        if not self._admission.admit_at_hand(job.tenant):
+        if not self._limits.admission.admit_at_hand(job.tenant):
             asking = asyncio.create_task(self._begin_later(job), name="admission")
             self._asking.add(asking)
             asking.add_done_callback(self._asking.discard)
             return asking
-        self._budget.take(_size(job))
+        self._limits.budget.take(_size(job))
         return self._handed_on(job)
 
     async def begin_when_there_is_room(
@@ -187,27 +156,27 @@ class Intake:
         """
         check_not_reserved(submit)
         job = self._checked(submit, traceparent)
-        await self._admission.wait(job.tenant)
-        await self._budget.wait_for(_size(job))
+        await self._limits.admission.wait(job.tenant)
+        await self._limits.budget.wait_for(_size(job))
         return self._handed_on(job)
 
     def _checked(self, submit: pb.SubmitRequest, traceparent: str) -> Job:
         job = job_of_submit(
             submit,
-            job_id=self._ulids.new(),
-            now=self._clock(),
-            instance=self._instance,
+            job_id=self._instance.new_id(),
+            now=self._instance.clock(),
+            instance=self._instance.name,
             inline_bytes=self._inline_bytes,
             traceparent=traceparent,
         )
         if not self._is_open:
             raise Unavailable("the job database has not been reached yet: retry in a moment")
-        self._storage.admit(job.tenant)
+        self._limits.storage.admit(job.tenant)
         return job
 
     async def _begin_later(self, job: Job) -> Accepted:
-        await self._admission.admit(job.tenant)
-        self._budget.take(_size(job))
+        await self._limits.admission.admit(job.tenant)
+        self._limits.budget.take(_size(job))
         return await self._handed_on(job)
 
     def _handed_on(self, job: Job) -> asyncio.Future[Accepted]:
@@ -216,15 +185,15 @@ class Intake:
             future = self._group.add(job)
         except ShoalError:
             self._forget_key(job)
-            self._budget.give_back(_size(job))
+            self._limits.budget.give_back(_size(job))
             raise
-        self._pressure.entered(_size(job))
+        self._limits.pressure.entered(_size(job))
         return future
 
     def _left(self, jobs: Sequence[Job]) -> None:
         nbytes = sum(map(_size, jobs))
-        self._budget.give_back(nbytes)
-        self._pressure.left(len(jobs), nbytes)
+        self._limits.budget.give_back(nbytes)
+        self._limits.pressure.left(len(jobs), nbytes)
         for job in jobs:
             self._forget_key(job)
 
@@ -250,28 +219,23 @@ class Intake:
         return (await self._find_by_key({(tenant, key)})).get((tenant, key))
 
     async def _write(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
-        began = self._pressure.began()
+        began = self._limits.pressure.began()
         try:
             return await self._written(jobs)
         finally:
-            self._pressure.ended(began)
+            self._limits.pressure.ended(began)
 
     async def _written(self, jobs: list[Job]) -> Sequence[Accepted | ShoalError]:
         errors = await self._without_dependencies(jobs)
         known = [job for job in jobs if job.id not in errors]
         await self._payloads.put(known)
-        known = self._takers.adopt(known)  # Only now: their leases count from here, and the store may be slow.
-        try:
-            errors |= await self._insert(known) if known else {}
-        except BaseException:
-            self._takers.disown(known)  # They may be there or not.
-            raise
-        self._takers.forget([job for job in known if job.id in errors])
-        written = {job.id: job for job in known if job.id not in errors}
-        if written:
-            self._backlog.added(sum(job.due_at is not None for job in written.values()))
-            self._takers.accept([*written.values()])
-            self._on_accepted([*written.values()])
+        written: dict[str, Job] = {}
+        if known:
+            outcome = await self._insert(known)
+            if isinstance(outcome, Unknown):
+                raise outcome.error
+            written = {job.id: job for job in outcome.written}
+            errors |= outcome.refused
         earlier = await self._earlier([job for job in jobs if isinstance(errors.get(job.id), KeyTaken)])
         earlier |= await self._repeated([job for job in jobs if isinstance(errors.get(job.id), NotFound) and job.key])
         await self._payloads.drop([job.id for job in jobs if job.id in errors and job.is_apart])
@@ -288,7 +252,7 @@ class Intake:
         known: set[tuple[str, str]] = set()
         for tenant in {job.tenant for job in dependents}:
             asked = {reference for job in dependents if job.tenant == tenant for reference in job.depends_on}
-            known |= {(tenant, reference) for reference in await standings(self._jobs, tenant, asked)}
+            known |= {(tenant, reference) for reference in await standings(self._store, tenant, asked)}
         errors: dict[str, ShoalError] = {}
         for job in jobs:
             missing = [reference for reference in job.depends_on if (job.tenant, reference) not in known]
@@ -297,17 +261,6 @@ class Intake:
             elif job.key:
                 known.add((job.tenant, by_key(job.key)))
         return errors
-
-    async def _insert(self, jobs: Sequence[Job]) -> dict[str, ShoalError]:
-        """Writes the jobs and says which were refused."""
-        with translated("storing submitted jobs"):
-            try:
-                await self._jobs.insert_many([document_of(job) for job in jobs], ordered=False)
-            except BulkWriteError as err:
-                if err.details.get("writeConcernErrors"):
-                    raise  # Written, but not by a majority in time: nothing may be acknowledged.
-                return {jobs[entry["index"]].id: _refusal(err, entry) for entry in err.details["writeErrors"]}
-        return {}
 
     async def _earlier(self, jobs: Sequence[Job]) -> dict[str, Accepted | ShoalError]:
         """For each of `jobs`, whose keys are taken: the job that has its key."""
@@ -320,31 +273,19 @@ class Intake:
     async def _repeated(self, jobs: Sequence[Job]) -> dict[str, Accepted | ShoalError]:
         """For those of `jobs` that were submitted before, when their dependencies were still there: that job."""
         try:
-            found = await self._look_for_keys({(job.tenant, job.key) for job in jobs})
+            found = await self._store.by_key({(job.tenant, job.key) for job in jobs})
         except ShoalError as err:
             return {job.id: err for job in jobs}
         return {job.id: _same_or_not(job, found[job.tenant, job.key]) for job in jobs if (job.tenant, job.key) in found}
 
-    async def _find_by_key(self, keys: set[tuple[str, str]]) -> dict[tuple[str, str], Job]:
-        found: dict[tuple[str, str], Job] = {}
+    async def _find_by_key(self, keys: set[Key]) -> dict[Key, Job]:
+        found: dict[Key, Job] = {}
         # A majority read may trail the write that the index already refused us for, on a set of several members.
         for wait_s in (0.0, 0.01, 0.1, 0.5):
             if missing := keys - found.keys():
                 await asyncio.sleep(wait_s)
-                found |= await self._look_for_keys(missing)
+                found |= await self._store.by_key(missing)
         return found
-
-    async def _look_for_keys(self, keys: set[tuple[str, str]]) -> dict[tuple[str, str], Job]:
-        if not keys:
-            return {}
-        either = [{"tenant": tenant, "key": key} for tenant, key in keys]
-        with translated("looking for the earlier jobs of keys"):
-            found = [job_of(document) async for document in self._jobs.find({"$or": either}, LIGHT)]
-        return {(job.tenant, job.key): job for job in found}
-
-
-class KeyTaken(AlreadyExists):
-    """The key has a job already; whether it is the same one remains to be seen."""
 
 
 def _same_or_not(job: Job, earlier: Job | None) -> Accepted | ShoalError:
@@ -355,15 +296,6 @@ def _same_or_not(job: Job, earlier: Job | None) -> Accepted | ShoalError:
             f"idempotency_key {job.key!r} was used for job {earlier.id} with another request: use a new key"
         )
     return Accepted(earlier, True)
-
-
-def _refusal(error: BulkWriteError, entry: dict[str, Any]) -> ShoalError:
-    if entry.get("code") == _DUPLICATE_KEY:
-        if "key" in entry.get("keyPattern", {}):
-            return KeyTaken("the idempotency key is taken")
-        return DataLoss("two jobs got one id")  # 80 random bits: it does not happen, and is not to be hidden.
-    details = {"writeErrors": [entry], "writeConcernErrors": []}
-    return translate(BulkWriteError(details), "storing a submitted job")
 
 
 def _size(job: Job) -> int:

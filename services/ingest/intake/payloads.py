@@ -20,7 +20,7 @@ from bson import Binary
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, translated
-from mesh.tasks import together
+from mesh.process.tasks import together
 from services.ingest.clock import milliseconds
 from services.ingest.documents import JOBS, PAYLOADS, RESTORES
 from services.ingest.job import DONE_WITH, Job

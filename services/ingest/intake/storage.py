@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from mesh.channel import AnyChannel
-from mesh.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever
+from mesh.rpc.channel import AnyChannel
 from services.ingest.store_calls import asking_store
 from shoal.errors import ResourceExhausted
 from shoal.store.v1 import store_pb2, store_pb2_grpc

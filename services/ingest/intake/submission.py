@@ -10,33 +10,28 @@ import hashlib
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
-from google.protobuf.duration_pb2 import Duration
-
 from services.ingest.dependencies.references import references_of
 from services.ingest.job import DEFAULT_POLICY, Job, Policy, acceptance
 from services.ingest.lane import LEAST_PRIORITY, MOST_PRIORITY
+from services.ingest.limits import (
+    EXPLAIN,
+    KEY_CHARS,
+    LABEL_CHARS,
+    LABELS,
+    LONGEST_BACKOFF,
+    LONGEST_DEADLINE,
+    LONGEST_DELAY,
+    MODEL_NAME_CHARS,
+    MODEL_VERSION_CHARS,
+    MOST_ATTEMPTS,
+    REQUEST_BYTES,
+    SCHEDULED,
+    TENANT_CHARS,
+    ms_of,
+)
 from services.ingest.messages import moment_of
 from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
-
-REQUEST_BYTES = 12 << 20
-KEY_CHARS = 128
-TENANT_CHARS = 64
-LABELS = 64
-LABEL_CHARS = 256
-MODEL_NAME_CHARS = 128
-MODEL_VERSION_CHARS = 32
-REASON_CHARS = 1_000
-MOST_ATTEMPTS = 100
-LONGEST_BACKOFF = timedelta(days=1)
-LONGEST_DEADLINE = timedelta(days=3_660)
-LONGEST_DELAY = LONGEST_DEADLINE
-
-SCHEDULED = "schedule:"
-"""So begin the keys of schedules' jobs, and no others: who had the key of a time would keep its job from being made."""
-
-EXPLAIN = "explain"
-"""The request parameter that asks infer who answered, and how."""
 
 _FAILURES = frozenset(Code) - {Code.OK}
 
@@ -180,18 +175,6 @@ def labels_of(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
         at_most(f"labels[{key[:40]!r}], its key", key, LABEL_CHARS)
         at_most(f"labels[{key[:40]!r}]", value, LABEL_CHARS)
     return tuple(sorted(labels.items()))
-
-
-def ms_of(field: str, duration: Duration, longest: timedelta) -> int:
-    """The whole milliseconds of a duration that is not negative, or InvalidArgument."""
-    seconds, nanos = duration.seconds, duration.nanos
-    if not -1_000_000_000 < nanos < 1_000_000_000 or (seconds < 0 < nanos) or (nanos < 0 < seconds):
-        raise InvalidArgument(f"{field}: not a valid duration ({seconds} s and {nanos} ns)")
-    if seconds < 0 or nanos < 0:
-        raise InvalidArgument(f"{field}: must not be negative, got {seconds} s and {nanos} ns")
-    if seconds > longest.total_seconds():
-        raise InvalidArgument(f"{field}: at most {int(longest.total_seconds())} s, got {seconds} s")
-    return seconds * 1000 + nanos // 1_000_000
 
 
 def at_most(field: str, text: str, chars: int) -> None:

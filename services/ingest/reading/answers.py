@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mesh.channel import AnyChannel
+from mesh.rpc.channel import AnyChannel
 from services.ingest.store_calls import asking_store
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 

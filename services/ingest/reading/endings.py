@@ -26,10 +26,10 @@ from typing import Protocol, Self
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
-from services.ingest.documents import policy_of
-from services.ingest.intake.group import Group
+from mesh.process.tasks import Background
+from services.ingest.group_commit import Group
 from services.ingest.job import DEFAULT_POLICY, FINAL, End, Job, Outcome, Policy, State, state_of
+from services.ingest.job_fields import decode_policy
 from shoal.errors import DataLoss, NotFound, ShoalError
 from shoal.store.v1 import store_pb2
 
@@ -223,7 +223,7 @@ class Endings(Background):
             return {}
         with translated("reading how jobs are tried again"):
             found = self._jobs.find({"_id": {"$in": list(job_ids)}}, {"policy": 1}).hint("_id_")
-            return {document["_id"]: policy_of(document["policy"]) async for document in found}
+            return {document["_id"]: decode_policy(document["policy"]) async for document in found}
 
     async def _read_results(self, job_ids: list[str]) -> Sequence[store_pb2.Result | ShoalError]:
         try:

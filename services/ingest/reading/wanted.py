@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh.mongo import Document
-from services.ingest.intake.submission import LABEL_CHARS, LABELS
 from services.ingest.job import Job, State
+from services.ingest.limits import LABEL_CHARS, LABELS
 from services.ingest.ulid import is_ulid
 from shoal.errors import InvalidArgument
 
@@ -18,7 +18,7 @@ MOST_IDS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class JobFilter:
     """Which jobs, and which of their transitions: those into one of `states`. Each that is set narrows."""
 
     ids: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class Wanted:
 
 def checked(
     ids: tuple[str, ...], states: frozenset[State], model_name: str, tenant: str, labels: Mapping[str, str]
-) -> Wanted:
+) -> JobFilter:
     """What is wanted, or InvalidArgument."""
     if len(ids) > MOST_IDS:
         raise InvalidArgument(f"ids: at most {MOST_IDS}, got {len(ids)}")
@@ -85,10 +85,10 @@ def checked(
     for field, text in texts.items():
         if len(text) > 2 * LABEL_CHARS:
             raise InvalidArgument(f"{field}: too long to be that of any job")
-    return Wanted(tuple(dict.fromkeys(ids)), states, model_name, tenant, tuple(sorted(labels.items())))
+    return JobFilter(tuple(dict.fromkeys(ids)), states, model_name, tenant, tuple(sorted(labels.items())))
 
 
-def _matching(wanted: Wanted, prefix: str) -> dict[str, Any]:
+def _matching(wanted: JobFilter, prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if wanted.ids:
         found[f"{prefix}_id"] = {"$in": list(wanted.ids)}

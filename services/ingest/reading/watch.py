@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import PyMongoError
 
 from mesh.mongo import Document, next_change, translate
-from mesh.tasks import Background, end
+from mesh.process.tasks import Background, end
 from services.ingest.job import Job, generations
 from services.ingest.reading.jobs import Jobs
 from shoal.errors import ResourceExhausted, Unavailable
@@ -89,6 +89,11 @@ class Changes(Background):
         """The job has changed."""
         for event in self._watchers.get(job_id, ()):
             event.set()
+
+    def due_again(self, jobs: Sequence[Job]) -> None:
+        """Wake the watchers of jobs that are in the queue again."""
+        for job in jobs:
+            self.poke(job.id)
 
     async def _run(self) -> None:
         await self._ready.wait()

@@ -28,7 +28,7 @@ from mesh import change_tokens
 from mesh.mongo import Document, next_change, translated
 from services.ingest.documents import LIGHT, job_of
 from services.ingest.job import Job
-from services.ingest.reading.wanted import Wanted
+from services.ingest.reading.wanted import JobFilter
 from services.ingest.reading.watch import as_of
 from services.ingest.ulid import is_ulid
 from shoal.errors import InvalidArgument, ResourceExhausted, Unavailable
@@ -42,7 +42,7 @@ _MOST_AT_ONCE = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ReportedStates:
     """What a watcher is told: a job, and how to go on after it. Without a job: only how to go on."""
 
     token: str
@@ -51,7 +51,7 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StreamPosition:
     """How far a watcher has come."""
 
     log: Document
@@ -70,7 +70,7 @@ class WatchMany:
         self._max_watches = max_watches
         self._open = 0
 
-    async def follow(self, wanted: Wanted, *, existing: bool, token: str) -> AsyncGenerator[Told, None]:
+    async def follow(self, wanted: JobFilter, *, existing: bool, token: str) -> AsyncGenerator[ReportedStates, None]:
         """First that the watch stands, then the jobs that are there (when `existing`, and no token says that they were
         told), then each transition. Never ends by itself.
 
@@ -91,29 +91,31 @@ class WatchMany:
         finally:
             self._open -= 1
 
-    async def _told(self, wanted: Wanted, place: Place | None, existing: bool) -> AsyncGenerator[Told, None]:
+    async def _told(
+        self, wanted: JobFilter, place: StreamPosition | None, existing: bool
+    ) -> AsyncGenerator[ReportedStates, None]:
         if place is None:
             async with await self._stream(wanted, None) as stream:
-                place = Place(_token_of(stream), "" if existing else None)
-        yield Told(_written(place, wanted))
+                place = StreamPosition(_token_of(stream), "" if existing else None)
+        yield ReportedStates(_written(place, wanted))
         if place.listed is not None:
             async for told in self._listed(wanted, place):
                 yield told
         async for told in self._changed(wanted, place):
             yield told
 
-    async def _listed(self, wanted: Wanted, place: Place) -> AsyncGenerator[Told, None]:
+    async def _listed(self, wanted: JobFilter, place: StreamPosition) -> AsyncGenerator[ReportedStates, None]:
         after = place.listed or ""
         while True:
             query = {"$and": [wanted.query(), {"_id": {"$gt": after}}]}
             found = await self._jobs.find(query, LIGHT).sort("_id", 1).limit(_LISTED_AT_ONCE).to_list()
             for document in found:
                 after = document["_id"]
-                yield Told(_written(replace(place, listed=after), wanted), job_of(document), is_existing=True)
+                yield ReportedStates(_written(replace(place, listed=after), wanted), job_of(document), is_existing=True)
             if len(found) < _LISTED_AT_ONCE:
                 return
 
-    async def _changed(self, wanted: Wanted, place: Place) -> AsyncGenerator[Told, None]:
+    async def _changed(self, wanted: JobFilter, place: StreamPosition) -> AsyncGenerator[ReportedStates, None]:
         loop = asyncio.get_running_loop()
         told_at, told, skipped = loop.time(), place.log, place.told
         async with await self._stream(wanted, told) as stream:
@@ -121,15 +123,17 @@ class WatchMany:
                 change = await _next(stream)
                 if change is not None and (views := _views(change, wanted)):
                     for number, view in enumerate(views[skipped:], skipped + 1):
-                        here = Place(told, told=number) if number < len(views) else Place(change["_id"])
-                        yield Told(_written(here, wanted), view)
+                        here = (
+                            StreamPosition(told, told=number) if number < len(views) else StreamPosition(change["_id"])
+                        )
+                        yield ReportedStates(_written(here, wanted), view)
                     told_at, told, skipped = loop.time(), change["_id"], 0
                 elif change is None and loop.time() >= told_at + _HEARTBEAT_S and _token_of(stream) != told:
                     told_at, told = loop.time(), _token_of(stream)
-                    yield Told(_written(Place(told, told=skipped), wanted))
+                    yield ReportedStates(_written(StreamPosition(told, told=skipped), wanted))
         raise Unavailable("the watch was ended by MongoDB: watch again")
 
-    async def _stream(self, wanted: Wanted, after: Document | None) -> AsyncChangeStream[Document]:
+    async def _stream(self, wanted: JobFilter, after: Document | None) -> AsyncChangeStream[Document]:
         try:
             return await self._jobs.watch(
                 wanted.pipeline(), full_document="updateLookup", resume_after=after, max_await_time_ms=_AWAIT_MS
@@ -145,7 +149,7 @@ async def _next(stream: AsyncChangeStream[Document]) -> Document | None:
         raise change_tokens.client_error(err) from err
 
 
-def _views(change: Document, wanted: Wanted) -> list[Job]:
+def _views(change: Document, wanted: JobFilter) -> list[Job]:
     """The job as of each transition that `change` is about and that is into a wanted state."""
     job = job_of(change["fullDocument"])
     last = len(job.transitions) - 1
@@ -165,7 +169,7 @@ def _token_of(stream: AsyncChangeStream[Document]) -> Document:
     return token
 
 
-def _written(place: Place, wanted: Wanted) -> str:
+def _written(place: StreamPosition, wanted: JobFilter) -> str:
     document: Document = {"log": place.log, "of": wanted.digest}
     if place.listed is not None:
         document["listed"] = place.listed
@@ -174,7 +178,7 @@ def _written(place: Place, wanted: Wanted) -> str:
     return change_tokens.encode(document)
 
 
-def _place(token: str, wanted: Wanted) -> Place:
+def _place(token: str, wanted: JobFilter) -> StreamPosition:
     document = change_tokens.decode(token)
     log, listed, told = change_tokens.validated(document.get("log")), document.get("listed"), document.get("told", 0)
     is_listed = listed is None or listed == "" or (isinstance(listed, str) and is_ulid(listed))
@@ -182,4 +186,4 @@ def _place(token: str, wanted: Wanted) -> Place:
         raise InvalidArgument("resume_token: not a token of this service: leave it out to watch from now on")
     if document.get("of") != wanted.digest:
         raise InvalidArgument("resume_token: it belongs to another filter: go on with the filter it came from")
-    return Place(log, listed, told)
+    return StreamPosition(log, listed, told)

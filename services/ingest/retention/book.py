@@ -31,7 +31,7 @@ MOST = 10_000
 _MS = timedelta(milliseconds=1)
 
 
-class Book:
+class RetentionRepository:
     """Reads and writes rules."""
 
     def __init__(self, rules: AsyncCollection[Document], defaults: Mapping[What, Keep]) -> None:

@@ -6,10 +6,10 @@ from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
 
-from mesh.interceptors import Context
-from services.ingest.intake.submission import ms_of
+from mesh.rpc.interceptors import Context
+from services.ingest.limits import ms_of
 from services.ingest.messages import STATES, state_of
-from services.ingest.retention.book import Book
+from services.ingest.retention.book import RetentionRepository
 from services.ingest.retention.rules import BATCHES, LONGEST, Keep, Rules, What, checked
 from services.ingest.tenants.settings import EVERYONE
 from shoal.errors import InvalidArgument
@@ -19,7 +19,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 class JobRetentionRpc:
     """A part of the servicer."""
 
-    def __init__(self, retention: Book) -> None:
+    def __init__(self, retention: RetentionRepository) -> None:
         self._retention = retention
 
     async def SetJobRetention(self, request: pb.SetJobRetentionRequest, context: Context) -> pb.SetJobRetentionResponse:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final, Literal, TypeAlias
 
-from services.ingest.intake.submission import TENANT_CHARS
 from services.ingest.job import FINAL, Job, State
+from services.ingest.limits import TENANT_CHARS
 from services.ingest.tenants.settings import EVERYONE
 from shoal.errors import InvalidArgument
 

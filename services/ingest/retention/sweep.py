@@ -20,13 +20,13 @@ from datetime import datetime, timedelta
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever
 from services.ingest.clock import Clock, milliseconds
 from services.ingest.dependencies.references import by_key
 from services.ingest.documents import LIGHT, job_of
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import FINAL, Job, State
-from services.ingest.retention.book import Book
+from services.ingest.retention.book import RetentionRepository
 from services.ingest.retention.rules import Rules
 from services.ingest.ulid import floor
 
@@ -46,7 +46,7 @@ class Sweep(Background):
         self,
         jobs: AsyncCollection[Document],
         payloads: Payloads,
-        book: Book,
+        book: RetentionRepository,
         *,
         leads: Callable[[], bool],
         clock: Clock,

@@ -17,13 +17,13 @@ from datetime import datetime
 from pymongo.asynchronous.collection import AsyncCollection
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background, for_ever
+from mesh.mongo_lease import LeaderLease, fenced
+from mesh.process.tasks import Background, for_ever
 from services.ingest.clock import Clock
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job
-from services.ingest.leading import Lead, fenced
 from services.ingest.schedules.documents import id_of, schedule_of
-from services.ingest.schedules.schedule import Overlap, Plan, Schedule, label_of, plan
+from services.ingest.schedules.schedule import Overlap, Schedule, SchedulePlan, label_of, plan
 from shoal.errors import AlreadyExists, InvalidArgument, NotFound, ShoalError
 from shoal.ingest.v1 import ingest_pb2 as pb
 
@@ -49,7 +49,7 @@ class Firing(Background):
     def __init__(
         self,
         schedules: AsyncCollection[Document],
-        lead: Lead,
+        lease: LeaderLease,
         *,
         submit: Submit,
         find: Find,
@@ -59,7 +59,7 @@ class Firing(Background):
         ready: asyncio.Event,
     ) -> None:
         self._schedules = schedules
-        self._lead = lead
+        self._lease = lease
         self._submit = submit
         self._find = find
         self._read = read
@@ -81,7 +81,7 @@ class Firing(Background):
         Raises:
             ShoalError: the schedules cannot be read.
         """
-        if self._lead.token is None:
+        if self._lease.token is None:
             return
         with translated("looking for schedules that are due"):
             due = {"next_at": {"$lte": self._clock()}}
@@ -98,7 +98,7 @@ class Firing(Background):
         if planned is None:
             return
         for time in planned.fire:
-            if (token := self._lead.token) is None:
+            if (token := self._lease.token) is None:
                 return  # Whoever leads now goes on.
             job, skip = await self._job_of(schedule, time)
             last = time == planned.fire[-1]
@@ -132,8 +132,8 @@ class Firing(Background):
         except NotFound:
             return False
 
-    async def _skip(self, schedule: Schedule, planned: Plan) -> None:
-        if (token := self._lead.token) is not None:
+    async def _skip(self, schedule: Schedule, planned: SchedulePlan) -> None:
+        if (token := self._lease.token) is not None:
             await self._move(schedule, token, None, planned.next_at, "", planned.skip)
 
     async def _move(

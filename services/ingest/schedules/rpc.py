@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from services.ingest.messages import timestamp_of
 from services.ingest.schedules import cron
 from services.ingest.schedules.book import Schedules

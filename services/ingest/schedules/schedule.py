@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from services.ingest.intake.submission import SCHEDULED
+from services.ingest.limits import SCHEDULED
 from services.ingest.schedules import cron
 
 FIRED_AT_ONCE = 100
@@ -75,7 +75,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SchedulePlan:
     """What is due: the times to fire, earliest first, and the one after them."""
 
     fire: tuple[datetime, ...]
@@ -89,7 +89,7 @@ def label_of(time: datetime) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def plan(schedule: Schedule, now: datetime) -> Plan | None:
+def plan(schedule: Schedule, now: datetime) -> SchedulePlan | None:
     """What is to be done about a schedule at `now`. None: nothing."""
     due = schedule.next_at
     if due is None or due > now:
@@ -97,9 +97,9 @@ def plan(schedule: Schedule, now: datetime) -> Plan | None:
     zone = cron.zone_of(schedule.zone)
     if schedule.misfire is Misfire.ALL:
         times = cron.between(schedule.cron, zone, due, now, FIRED_AT_ONCE)
-        return Plan(tuple(times), schedule.next_after(times[-1] if times else now))
+        return SchedulePlan(tuple(times), schedule.next_after(times[-1] if times else now))
     last = cron.latest(schedule.cron, zone, due, now) or due
     next_at = schedule.next_after(max(last, now))
     if schedule.misfire is Misfire.SKIP and now - last > GRACE:
-        return Plan((), next_at, f"nobody was there at {label_of(last)}")
-    return Plan((last,), next_at, f"nobody was there before {label_of(last)}" if last > due else "")
+        return SchedulePlan((), next_at, f"nobody was there at {label_of(last)}")
+    return SchedulePlan((last,), next_at, f"nobody was there before {label_of(last)}" if last > due else "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
-from services.ingest.intake.submission import LABELS, job_of
+from services.ingest.intake.submission import job_of
+from services.ingest.limits import LABELS
 from services.ingest.schedules import cron
 from services.ingest.schedules.schedule import Misfire, Overlap, Schedule
 from shoal.errors import InvalidArgument

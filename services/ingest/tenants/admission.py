@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from services.ingest.tenants.book import Book
+from services.ingest.tenants.book import TenantRepository
 from services.ingest.tenants.bucket import Buckets
-from services.ingest.tenants.pending import Pending
+from services.ingest.tenants.pending import PendingCounts
 from shoal.errors import ResourceExhausted, ShoalError
 
 PATIENCE_S = 30.0
@@ -26,7 +26,9 @@ _LONGEST_WAIT_S = 2.0
 class Admission:
     """Lets jobs in. `gates` refuse for the whole node: they return, or raise ResourceExhausted."""
 
-    def __init__(self, book: Book, pending: Pending, buckets: Buckets, gates: Sequence[Callable[[], None]]) -> None:
+    def __init__(
+        self, book: TenantRepository, pending: PendingCounts, buckets: Buckets, gates: Sequence[Callable[[], None]]
+    ) -> None:
         self._book = book
         self._pending = pending
         self._buckets = buckets

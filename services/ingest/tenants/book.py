@@ -17,9 +17,9 @@ from pymongo import ASCENDING, IndexModel, ReturnDocument
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh.mongo import Document, ensure_collection, translated
-from mesh.tasks import Background, for_ever
+from mesh.process.tasks import Background, for_ever
 from services.ingest.documents import EVER
-from services.ingest.tenants.settings import EVERYONE, NAMES, Limits, Settings, Tenant, in_force
+from services.ingest.tenants.settings import EVERYONE, NAMES, Limits, Tenant, TenantSettings, in_force
 from shoal.errors import FailedPrecondition
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _VALIDATOR = {
 _INDEXES = [IndexModel([("updated_at", ASCENDING)], name="changed")]
 
 
-class Book(Background):
+class TenantRepository(Background):
     """Knows the tenants. Used as `async with`, which reads what changes once `open` was called."""
 
     def __init__(self, database: AsyncDatabase[Document], *, read_s: float = READ_S) -> None:
@@ -80,7 +80,7 @@ class Book(Background):
         """The tenants that somebody has set."""
         return self._known.keys()
 
-    async def change(self, name: str, settings: Settings, inherit: Collection[str]) -> Tenant:
+    async def change(self, name: str, settings: TenantSettings, inherit: Collection[str]) -> Tenant:
         """Writes what is given of `settings`, and lets go of those named in `inherit`.
 
         Raises:
@@ -140,5 +140,5 @@ class Book(Background):
 
 
 def _tenant(document: Document) -> Tenant:
-    settings = Settings(**{name: document[name] for name in NAMES if name in document})
+    settings = TenantSettings(**{name: document[name] for name in NAMES if name in document})
     return Tenant(document["_id"], settings, document["updated_at"])

@@ -29,7 +29,7 @@ class _Count:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-class Pending:
+class PendingCounts:
     """What waits, by tenant. `clock` is monotonic, in seconds."""
 
     def __init__(self, jobs: AsyncCollection[Document], clock: Callable[[], float]) -> None:

@@ -13,9 +13,9 @@ from pymongo.asynchronous.collection import AsyncCollection
 from mesh.mongo import Document, translated
 from services.ingest.documents import EACH_LANE, WAITING
 from services.ingest.lane import lane_of
-from services.ingest.tenants.book import Book
-from services.ingest.tenants.pending import Pending
-from services.ingest.tenants.settings import Limits, Settings
+from services.ingest.tenants.book import TenantRepository
+from services.ingest.tenants.pending import PendingCounts
+from services.ingest.tenants.settings import Limits, TenantSettings
 from shoal.errors import InvalidArgument
 
 COUNTED_MOST = 10_000
@@ -27,26 +27,26 @@ _LANES_MOST = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class TenantStatus:
     """How a tenant stands."""
 
     name: str
-    settings: Settings
+    settings: TenantSettings
     in_force: Limits
     pending: int
     pending_is_more: bool
     updated_at: datetime | None
 
 
-class Standings:
+class TenantStatuses:
     """Reads how tenants stand."""
 
-    def __init__(self, jobs: AsyncCollection[Document], book: Book, pending: Pending) -> None:
+    def __init__(self, jobs: AsyncCollection[Document], book: TenantRepository, pending: PendingCounts) -> None:
         self._jobs = jobs
         self._book = book
         self._pending = pending
 
-    async def of(self, name: str) -> Standing:
+    async def of(self, name: str) -> TenantStatus:
         """How one stands, also one that nobody has set.
 
         Raises:
@@ -54,16 +54,16 @@ class Standings:
         """
         counted = await self._pending.count(name, COUNTED_MOST + 1)
         known = self._book.get(name)
-        return Standing(
+        return TenantStatus(
             name,
-            known.settings if known else Settings(),
+            known.settings if known else TenantSettings(),
             self._book.limits(name),
             min(counted, COUNTED_MOST),
             counted > COUNTED_MOST,
             known.updated_at if known else None,
         )
 
-    async def page(self, size: int, token: str) -> tuple[list[Standing], str]:
+    async def page(self, size: int, token: str) -> tuple[list[TenantStatus], str]:
         """Those that are set, or have jobs that wait, by name; and the token of the next page. `size` 0 means 50.
 
         Raises:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from mesh.interceptors import Context
+from mesh.rpc.interceptors import Context
 from services.ingest.messages import timestamp_of
-from services.ingest.tenants.book import Book
-from services.ingest.tenants.reading import Standing, Standings
-from services.ingest.tenants.settings import NAMES, Limits, Settings, checked, checked_name
+from services.ingest.tenants.book import TenantRepository
+from services.ingest.tenants.reading import TenantStatus, TenantStatuses
+from services.ingest.tenants.settings import NAMES, Limits, TenantSettings, checked, checked_name
 from shoal.ingest.v1 import ingest_pb2 as pb
 
 
 class TenantsRpc:
     """A part of the servicer."""
 
-    def __init__(self, book: Book, standings: Standings) -> None:
+    def __init__(self, book: TenantRepository, standings: TenantStatuses) -> None:
         self._book = book
         self._standings = standings
 
@@ -31,15 +31,15 @@ class TenantsRpc:
         return pb.ListTenantsResponse(tenants=map(_message, standings), next_page_token=token)
 
 
-def _settings(message: pb.TenantSettings) -> Settings:
-    return Settings(**{name: getattr(message, name) for name in NAMES if message.HasField(name)})
+def _settings(message: pb.TenantSettings) -> TenantSettings:
+    return TenantSettings(**{name: getattr(message, name) for name in NAMES if message.HasField(name)})
 
 
-def _settings_message(values: Settings | Limits) -> pb.TenantSettings:
+def _settings_message(values: TenantSettings | Limits) -> pb.TenantSettings:
     return pb.TenantSettings(weight=values.weight, max_pending=values.max_pending, rate=values.rate, burst=values.burst)
 
 
-def _message(standing: Standing) -> pb.Tenant:
+def _message(standing: TenantStatus) -> pb.Tenant:
     message = pb.Tenant(
         name=standing.name,
         settings=_settings_message(standing.settings),

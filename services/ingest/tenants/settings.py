@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 
-from services.ingest.intake.submission import TENANT_CHARS
+from services.ingest.limits import TENANT_CHARS
 from shoal.errors import InvalidArgument
 
 EVERYONE = "*"
@@ -19,7 +19,7 @@ _HOUR_S = 3_600
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TenantSettings:
     """Settings as they were given; None where there is none."""
 
     weight: float | None = None
@@ -32,7 +32,7 @@ class Settings:
         return {name: value for name in NAMES if (value := getattr(self, name)) is not None}
 
 
-NAMES = tuple(field.name for field in fields(Settings))
+NAMES = tuple(field.name for field in fields(TenantSettings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class Tenant:
     """A tenant that somebody has set."""
 
     name: str
-    settings: Settings
+    settings: TenantSettings
     updated_at: datetime
 
 
-def in_force(own: Settings | None, everyone: Settings | None) -> Limits:
+def in_force(own: TenantSettings | None, everyone: TenantSettings | None) -> Limits:
     """What holds for a tenant with settings `own`."""
     found = {**(everyone.given() if everyone else {}), **(own.given() if own else {})}
     rate = found.get("rate", 0.0)
@@ -89,7 +89,7 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
 """Least, most, and whether 0 is allowed too (no limit)."""
 
 
-def checked(settings: Settings, inherit: Collection[str] = ()) -> Settings:
+def checked(settings: TenantSettings, inherit: Collection[str] = ()) -> TenantSettings:
     """`settings`, when each is in its range.
 
     Raises:

@@ -10,7 +10,6 @@ collected when it is old (services/store/collecting).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -19,7 +18,7 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
 from services.store.artifacts.blocks import Blocks, block_bytes
 from services.store.artifacts.graves import Graves
@@ -30,8 +29,6 @@ from services.store.artifacts.uploads import TooLong, Upload
 from services.store.documents import Collections, whole_milliseconds
 from services.store.transactions import transaction
 from shoal.errors import Aborted, DataLoss, InvalidArgument, NotFound, ResourceExhausted, ShoalError, Unavailable
-
-log = logging.getLogger(__name__)
 
 KEPT_FOR = timedelta(days=1)
 """What is uploaded, or asked for, stays so long without a reference: a model of many large files takes a while."""

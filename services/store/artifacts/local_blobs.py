@@ -22,7 +22,7 @@ from pathlib import Path
 
 from obstore.store import LocalStore
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.object_blobs import ObjectBlobs
 from shoal.errors import DataLoss, FailedPrecondition, NotFound, PermissionDenied, ShoalError, Unavailable

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from mesh.mongo import translated
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
 from services.store.artifacts.blocks import BlockHash, Blocks, block_bytes
 from services.store.artifacts.stored import Stored, block_fields, same_bytes, stored_of

@@ -26,14 +26,14 @@ from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import OperationFailure
 
 from mesh.mongo import Document, translated
-from mesh.tasks import together
-from mesh.threads import Threads
+from mesh.process.tasks import together
+from mesh.process.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import dump, manifest
 from services.store.backups.copying import Copied, Named, blobs_meant, copied, known_damaged
 from services.store.backups.hold import Hold
-from services.store.backups.manifest import Dumped, Manifest, Part
+from services.store.backups.manifest import Dumped, Manifest, ManifestPart
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.documents import RESTORES, Collections
@@ -153,7 +153,7 @@ class _Making:
         """Dumps one collection. Notes which blobs its documents mean."""
         is_own = database.name == self._of._collections.db.name
         raw = database.get_collection(name, codec_options=dump.RAW)
-        files: list[Part] = []
+        files: list[ManifestPart] = []
         documents = 0
         try:
             async for part in dump.parts(_found(raw.find({}, session=session))):
@@ -184,11 +184,11 @@ class _Making:
             blobs_in_all=before.blobs_in_all + len(damaged),
         )
 
-    async def _written(self, part: Sequence[RawBSONDocument]) -> Part:
+    async def _written(self, part: Sequence[RawBSONDocument]) -> ManifestPart:
         data = await self._of._threads.run(dump.compressed, part)
         key = f"{manifest.folder_of(self._progress.backup_id)}/documents/{next(self._numbers)}.bson.gz"
         await self._target.put(key, data)
-        return Part(key, len(data), hashlib.sha256(data).hexdigest())
+        return ManifestPart(key, len(data), hashlib.sha256(data).hexdigest())
 
     async def _copied(self) -> AsyncGenerator[Progress, None]:
         """Copies what was wanted, several at once."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts import disk
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.stored import key_of

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from mesh.mongo import translated
-from mesh.tasks import Background
+from mesh.process.tasks import Background
 from services.store.documents import Collections
 from shoal.errors import Aborted, ShoalError
 

@@ -25,7 +25,7 @@ _COLLECTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,119}")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ManifestPart:
     """A file of documents."""
 
     key: str
@@ -41,7 +41,7 @@ class Dumped:
     """Empty: the store's own, whatever it is called."""
     name: str
     documents: int
-    parts: tuple[Part, ...]
+    parts: tuple[ManifestPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def _manifest(content: Mapping[str, Any], backup_id: str) -> Manifest:
 
 def _dumped(content: Mapping[str, Any], backup_id: str) -> Dumped:
     parts = tuple(
-        Part(_inside(part["key"], backup_id), int(part["size"]), _matched(_DIGEST, part["sha256"]))
+        ManifestPart(_inside(part["key"], backup_id), int(part["size"]), _matched(_DIGEST, part["sha256"]))
         for part in content["parts"]
     )
     name = _matched(_COLLECTION, content["name"])

@@ -23,14 +23,14 @@ from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import BulkWriteError
 
 from mesh.mongo import Document, translated
-from mesh.tasks import together
-from mesh.threads import Threads
+from mesh.process.tasks import together
+from mesh.process.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.digest import brief, checked
 from services.store.backups import dump, manifest
 from services.store.backups.backup import NOT_CARRIED
 from services.store.backups.copying import Copied, Named, blobs_meant, copied, whole
-from services.store.backups.manifest import Dumped, Manifest, Part
+from services.store.backups.manifest import Dumped, Manifest, ManifestPart
 from services.store.backups.places import BackupPlaces
 from services.store.backups.progress import Progress
 from services.store.documents import RESTORES, Collections
@@ -176,7 +176,7 @@ class Restore:
     def _database(self, name: str) -> AsyncDatabase[Document]:
         return self._collections.db.client[name] if name else self._collections.db
 
-    async def _documents(self, source: BlobStore, part: Part) -> list[RawBSONDocument]:
+    async def _documents(self, source: BlobStore, part: ManifestPart) -> list[RawBSONDocument]:
         data = await whole(Named(part.key, part.size, part.sha256), source, self._threads)
         return await self._threads.run(dump.documents, data, part.key)
 

@@ -23,7 +23,7 @@ from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
+from mesh.process.tasks import Background
 from services.store.artifacts.digest import brief
 from services.store.documents import Collections
 from shoal.errors import Aborted, FailedPrecondition, ShoalError

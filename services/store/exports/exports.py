@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.json_format import MessageToDict
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.documents import Collections
 from services.store.exports.claim import Claim
-from services.store.exports.places import Place, Places, name_of
+from services.store.exports.places import ExportLocation, ExportLocations, name_of
 from services.store.page_token import Cursor, decode_cursor, encode_cursor, filter_digest
 from services.store.results import result_rules
 from services.store.results.result_stream import ResultStream
@@ -35,7 +35,7 @@ from shoal.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from shoal.store.v1.store_pb2 import ExportResultsRequest
 
 if TYPE_CHECKING:
-    from services.store.exports.part import Part
+    from services.store.exports.part import ExportPart
 
 MANIFEST = "_manifest.json"
 """Readers of Parquet folders pass over names that begin so."""
@@ -47,7 +47,7 @@ _CURSOR = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})\.([0-9]{1,18})\.([0-9]{1,18}
 
 
 @dataclass(frozen=True)
-class Standing:
+class ExportStatus:
     """How far an export has come: `parts` are written, with `rows` in them and `size` bytes. Of so many rows the answer
     is damaged, and left out.
     """
@@ -85,7 +85,7 @@ class Progress:
 class Taken:
     """A place that is ours."""
 
-    _place: Place
+    _place: ExportLocation
     _claim: Claim
 
     async def put(self, name: str, data: bytes) -> None:
@@ -102,7 +102,7 @@ class Exports:
         collections: Collections,
         results: Results,
         stream: ResultStream,
-        places: Places,
+        places: ExportLocations,
         threads: Threads,
         most: int,
     ) -> None:
@@ -152,13 +152,13 @@ class Exports:
                 if at is None:
                     await _check_empty(opened, request.url)
             if at is None:
-                at = Standing(await self._stream.whole(request.filter), export)
+                at = ExportStatus(await self._stream.whole(request.filter), export)
             async with aclosing(self._written(request, digest, at, place)) as written:
                 async for progress in written:
                     yield progress
 
     async def _written(
-        self, request: ExportResultsRequest, digest: str, at: Standing, place: Taken | None
+        self, request: ExportResultsRequest, digest: str, at: ExportStatus, place: Taken | None
     ) -> AsyncGenerator[Progress, None]:
         yield _progress(at, digest)
         while not at.is_complete:
@@ -185,7 +185,7 @@ class Exports:
             yield progress
         yield replace(_progress(at, digest), complete=True)
 
-    async def _fill(self, part: Part, request: ExportResultsRequest, cursor: Cursor) -> Cursor:
+    async def _fill(self, part: ExportPart, request: ExportResultsRequest, cursor: Cursor) -> Cursor:
         """Adds the next rows to `part`; the cursor after them."""
         size = min(_STEP_ROWS, part.room)
         docs, cursor = await self._stream.step(request.filter, cursor, size=size, omit_response=request.omit_response)
@@ -211,12 +211,12 @@ def check_part_rows(rows: int) -> None:
         raise InvalidArgument(f"part_rows: expected 1 to {MAX_PART_ROWS}, or 0 for {DEFAULT_PART_ROWS}; got {rows}")
 
 
-def encode(at: Standing, digest: str) -> str:
+def encode(at: ExportStatus, digest: str) -> str:
     """The cursor of an export that has come so far."""
     return f"{at.parts}.{at.rows}.{at.size}.{at.answers_lost}.{at.export}.{encode_cursor(at.cursor, digest)}"
 
 
-def decode(cursor: str, digest: str) -> Standing:
+def decode(cursor: str, digest: str) -> ExportStatus:
     """How far the export of `cursor` had come.
 
     Raises:
@@ -229,7 +229,7 @@ def decode(cursor: str, digest: str) -> Standing:
     parts, rows, size, lost = map(int, numbers)
     if parts > _MAX_PARTS:
         raise InvalidArgument(f"cursor: an export has {_MAX_PARTS} parts at most")
-    return Standing(decode_cursor(token, digest), export, parts, rows, size, lost)
+    return ExportStatus(decode_cursor(token, digest), export, parts, rows, size, lost)
 
 
 def _not_ours() -> InvalidArgument:
@@ -242,11 +242,11 @@ def _digest(request: ExportResultsRequest) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _progress(at: Standing, digest: str) -> Progress:
+def _progress(at: ExportStatus, digest: str) -> Progress:
     return Progress(at.rows, at.size, at.parts, encode(at, digest), at.answers_lost)
 
 
-def _manifest(request: ExportResultsRequest, at: Standing) -> dict[str, object]:
+def _manifest(request: ExportResultsRequest, at: ExportStatus) -> dict[str, object]:
     return {
         "format": "shoal results 1",
         "rows": at.rows,
@@ -258,15 +258,15 @@ def _manifest(request: ExportResultsRequest, at: Standing) -> dict[str, object]:
     }
 
 
-def _new_part(rows: int) -> Part:
+def _new_part(rows: int) -> ExportPart:
     try:
-        from services.store.exports.part import Part
+        from services.store.exports.part import ExportPart
     except ImportError as err:
         raise FailedPrecondition("exports need pyarrow where the store runs: pip install 'shoal[parquet]'") from err
-    return Part(rows)
+    return ExportPart(rows)
 
 
-async def _check_empty(place: Place, url: str) -> None:
+async def _check_empty(place: ExportLocation, url: str) -> None:
     """That no part of an export lies there: two in one place would be taken for one."""
     for name in (MANIFEST, "part-00000.parquet"):
         if await place.size(name) is not None:

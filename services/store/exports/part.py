@@ -17,7 +17,7 @@ _GROUP_BYTES, _GROUP_ROWS = 8 << 20, 10_000
 # Row groups: what a reader decodes at once. Small ones compress badly, large ones wait in memory uncompressed.
 
 
-class Part:
+class ExportPart:
     """Takes rows until it is full, then gives its bytes. Blocking: for a thread."""
 
     def __init__(self, most_rows: int) -> None:

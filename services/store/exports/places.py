@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts import disk
 from services.store.places import Allowed, make_folder
 
 
-class Place(Protocol):
+class ExportLocation(Protocol):
     """Where files of an export lie. Part of what a BlobStore is."""
 
     async def size(self, key: str) -> int | None:
@@ -80,7 +80,7 @@ def _locked(file: Path) -> int:
         os.close(fd)
 
 
-class Places:
+class ExportLocations:
     """Opens the places that exports may go to: those under one of `allowed`."""
 
     def __init__(self, allowed: Sequence[str], threads: Threads, *, checksums: bool) -> None:
@@ -88,7 +88,7 @@ class Places:
         self._allowed = Allowed(allowed, threads, checksums=checksums, advice=advice)
         self._threads = threads
 
-    async def open(self, url: str) -> Place:
+    async def open(self, url: str) -> ExportLocation:
         """The place at `url`. A folder is made.
 
         Raises:
@@ -103,7 +103,7 @@ class Places:
         return FolderPlace(place, self._threads)
 
 
-def name_of(url: str, place: Place) -> str:
+def name_of(url: str, place: ExportLocation) -> str:
     """The name of the place at `url`: one for all the URLs that lead there."""
     if isinstance(place, FolderPlace):
         return place.folder.as_uri()

@@ -17,6 +17,8 @@ import pyarrow as pa
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from shoal.inference.v2.inference_pb2 import InferParameter, ModelInferResponse
+from shoal.oip.datatypes import BY_NAME
+from shoal.oip.tensors import pack_bytes
 from shoal.store.v1.store_pb2 import Result
 
 _TIME = pa.timestamp("us", tz="UTC")
@@ -44,20 +46,6 @@ SCHEMA = pa.schema(
 )
 _SAME = ("job_id", "model_name", "model_version", "tenant", "code", "message", "attempt", "instance")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# Where a response has its values in the message, and not as raw bytes: the field, and what the wire's bytes would be.
-_CONTENTS = {
-    "BOOL": ("bool_contents", "?"),
-    "INT8": ("int_contents", "<i1"),
-    "INT16": ("int_contents", "<i2"),
-    "INT32": ("int_contents", "<i4"),
-    "INT64": ("int64_contents", "<i8"),
-    "UINT8": ("uint_contents", "<u1"),
-    "UINT16": ("uint_contents", "<u2"),
-    "UINT32": ("uint_contents", "<u4"),
-    "UINT64": ("uint64_contents", "<u8"),
-    "FP32": ("fp32_contents", "<f4"),
-    "FP64": ("fp64_contents", "<f8"),
-}
 
 
 def table_of(results: Sequence[Result]) -> pa.Table:
@@ -109,11 +97,12 @@ def _outputs(response: ModelInferResponse) -> list[dict[str, Any]]:
 
 
 def _bytes_of(output: ModelInferResponse.InferOutputTensor) -> bytes | None:
-    """The wire's bytes of values that lie in the message. None: its datatype has no such form."""
-    if output.datatype == "BYTES":
-        return b"".join(len(element).to_bytes(4, "little") + element for element in output.contents.bytes_contents)
-    if output.datatype not in _CONTENTS:
+    """Return the raw contents of an output with typed contents; None for a datatype that has none."""
+    datatype = BY_NAME.get(output.datatype)
+    if datatype is None or not datatype.contents:
         return None
-    field, dtype = _CONTENTS[output.datatype]
+    values = getattr(output.contents, datatype.contents)
+    if datatype.is_bytes:
+        return pack_bytes(values)
     # Values beyond their datatype's range can be sent: they wrap, as they do in memory.
-    return np.asarray(getattr(output.contents, field)).astype(dtype).tobytes()
+    return np.asarray(values).astype(datatype.dtype).tobytes()

@@ -1,6 +1,6 @@
 """A live copy of the registry, one for the process, however many watch it.
 
-    change stream on models and aliases ──> changed ──> wait for the rest of a burst ──> read the whole ──> Latest
+    change stream on models and aliases ──> changed ──> wait for the rest of a burst ──> read the whole ──> Watched
 
 The stream only says *that* something changed; what is passed on is always read whole. So a stream that broke needs no
 resume token: it is opened again, and the registry is read once more after that.
@@ -14,9 +14,9 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from types import TracebackType
 
-from mesh.latest import Latest
 from mesh.mongo import Document, next_change, translated
-from mesh.tasks import end
+from mesh.process.tasks import end
+from mesh.process.watched import Watched
 from services.store.documents import Collections
 from services.store.registry.model_rules import check_name
 from services.store.registry.registry import Registry, Version
@@ -40,7 +40,7 @@ class RegistryWatch:
     def __init__(self, collections: Collections, registry: Registry) -> None:
         self._collections = collections
         self._registry = registry
-        self._latest: Latest[tuple[Version, ...]] = Latest(())
+        self._latest: Watched[tuple[Version, ...]] = Watched(())
         self._reading = asyncio.Lock()
         self._watched = asyncio.Event()
         self._changed = asyncio.Event()

@@ -9,7 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from mesh.mongo import Document
 from services.store.results.generations import FIRST
-from services.store.retention.tombstones import is_tombstone
+from services.store.results.tombstones import is_tombstone
 from shoal.store.v1.store_pb2 import Result
 
 _SAME = ("outcome", "model_name", "model_version", "code", "message", "attempt", "lease_id", "tenant", "instance")

@@ -14,7 +14,7 @@ from pymongo.asynchronous.cursor import AsyncCursor
 
 from mesh.mongo import Document
 from services.store.documents import EVER, Collections
-from services.store.page_token import Place
+from services.store.page_token import Position
 from services.store.results import result_rules
 from shoal.store.v1.store_pb2 import QueryResultsRequest, ResultFilter
 
@@ -36,7 +36,7 @@ def filter_of(query: QueryResultsRequest) -> ResultFilter:
 def find(
     collections: Collections,
     wanted: ResultFilter,
-    after: Place | None = None,
+    after: Position | None = None,
     *,
     oldest_first: bool = False,
     omit_response: bool = False,
@@ -63,7 +63,7 @@ def condition(wanted: ResultFilter) -> Document:
     return made
 
 
-def beyond(after: Place, *, oldest_first: bool) -> Document:
+def beyond(after: Position, *, oldest_first: bool) -> Document:
     """What a document must be to stand after a place, in either order."""
     way = "$gt" if oldest_first else "$lt"
     same = {"recorded_at": after.recorded_at, "_id": {way: after.job_id}}

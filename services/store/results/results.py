@@ -21,13 +21,13 @@ from pymongo.errors import BulkWriteError
 from mesh.mongo import TIMEOUT_MS, Document, translated
 from services.store import page_token
 from services.store.documents import Collections, whole_milliseconds
-from services.store.page_token import Place
-from services.store.responses import Responses
+from services.store.page_token import Position
 from services.store.results import generations, result_documents, result_rules
 from services.store.results.generations import is_same
+from services.store.results.large_responses import Responses
 from services.store.results.result_filter import WITHOUT_RESPONSE, condition, filter_of, find
+from services.store.results.tombstones import is_tombstone
 from services.store.results.waiting import Waiting, is_young
-from services.store.retention.tombstones import is_tombstone
 from shoal.errors import DataLoss, InvalidArgument, NotFound, ShoalError, Unavailable
 from shoal.store.v1.store_pb2 import QueryResultsRequest, Result, ResultFilter
 
@@ -178,7 +178,7 @@ class Results:
     async def page(
         self,
         wanted: ResultFilter,
-        after: Place | None,
+        after: Position | None,
         size: int,
         *,
         most_bytes: int = PAGE_BYTES,
@@ -209,7 +209,7 @@ class Results:
     async def _named(
         self,
         wanted: ResultFilter,
-        after: Place | None,
+        after: Position | None,
         size: int,
         oldest_first: bool,
         omit_response: bool,
@@ -313,9 +313,9 @@ def _standing(job_id: str, doc: Document | None) -> Document:
     return doc
 
 
-def place_of(doc: Document) -> Place:
+def place_of(doc: Document) -> Position:
     """Where the result of a document stands among the others."""
-    return Place(doc["stood_at"] if "stood_at" in doc else doc["recorded_at"], doc["_id"])
+    return Position(doc["stood_at"] if "stood_at" in doc else doc["recorded_at"], doc["_id"])
 
 
 async def _each(cursor: AsyncCursor[Document]) -> AsyncGenerator[Document, None]:

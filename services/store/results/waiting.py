@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
+from mesh.process.tasks import Background
 from services.store.documents import Collections
 from shoal.errors import ResourceExhausted, ShoalError, Unavailable
 

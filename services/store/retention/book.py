@@ -1,11 +1,12 @@
-"""The rules, as they lie in MongoDB, and the fence that every act under them must pass.
+"""The rules of retention as MongoDB documents, and the fence that every removal under them must pass.
 
     retention  {_id: kind or kind/tenant, kept, tenant?, keep_ms?, updated_at}
-    fences     {_id: "retention", token, etcd, rules, acts}
+    fences     {_id: "retention", token?, rules, acts}
 
-`token` is the greatest fencing token of a leader that has acted; `rules` counts changes of the rules. An act is a
-transaction that demands both as it knew them: a leader that was succeeded removes nothing any more, and once
-SetRetention has returned, nothing is removed under the old rules, whoever had read them.
+`token` is the greatest token of a leader lease (mesh/mongo_lease.py) under which something was removed; `rules` counts
+changes of the rules. A removal is a transaction that demands that no later leader has removed anything and that the
+rules are those that it read. So a leader that has lost its lease to another removes nothing, and once SetRetention has
+returned, nothing is removed under the old rules by any instance.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import TypeVar
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from mesh.mongo import Document, translated
+from mesh.mongo_lease import fenced
 from services.store.documents import Collections, whole_milliseconds
-from services.store.retention.leadership import Mandate
 from services.store.retention.rules import Kept, Rule, check_rule
 from services.store.transactions import transaction
 from shoal.errors import FailedPrecondition
@@ -74,32 +75,29 @@ class RuleBook:
                 await rules.delete_one({"_id": doc["_id"]}, session=session)
             else:
                 await rules.replace_one({"_id": doc["_id"]}, doc, upsert=True, session=session)
-            counted = {"$inc": {"rules": 1}, "$setOnInsert": {"token": 0}}
-            await fences.update_one({"_id": _FENCE}, counted, upsert=True, session=session)
+            await fences.update_one({"_id": _FENCE}, {"$inc": {"rules": 1}}, upsert=True, session=session)
 
         with translated("changing the rules of retention"):
             await self.transaction(change)
 
-    async def pass_fence(self, mandate: Mandate, version: int, session: AsyncClientSession) -> None:
-        """Makes the transaction of `session` an act of the leader with `mandate`, under the rules of `version`.
+    async def pass_fence(self, token: int, version: int, session: AsyncClientSession) -> None:
+        """Make the transaction of `session` a removal by the holder of lease `token`, under the rules of `version`.
 
         Raises:
-            Outdated: the rules are others.
-            FailedPrecondition: a later leader has acted.
+            Outdated: the rules have changed.
+            FailedPrecondition: the holder of a later term has removed something.
         """
         fences = self._collections.fences
-        known = {
-            "_id": _FENCE,
-            "rules": version,
-            "$or": [{"token": {"$lte": mandate.token}}, {"etcd": {"$ne": mandate.etcd}}],
-        }
-        # `acts` makes it a write even when the token stands there already: two acts at once must not both pass.
-        passed = await fences.update_one(known, {"$set": vars(mandate), "$inc": {"acts": 1}}, session=session)
+        # An older version wrote tokens of etcd's election, with the etcd that they were of: they are no later terms.
+        is_no_later = {"$or": [fenced(token, "token"), {"etcd": {"$exists": True}}]}
+        # `acts` makes it a write even when the token is there already: of two removals at once, one waits.
+        passing = {"$set": {"token": token}, "$unset": {"etcd": ""}, "$inc": {"acts": 1}}
+        passed = await fences.update_one({"_id": _FENCE, "rules": version, **is_no_later}, passing, session=session)
         if passed.matched_count:
             return
         fence = await fences.find_one({"_id": _FENCE}, session=session)
         if fence is not None and fence["rules"] == version:
-            raise FailedPrecondition(f"token {mandate.token}: a later leader, {fence['token']}, has acted")
+            raise FailedPrecondition(f"retention with lease token {token}: a later leader, {fence['token']}, has acted")
         raise Outdated
 
     async def transaction(self, work: Callable[[AsyncClientSession], Awaitable[T]]) -> T:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from services.store.limits import MAX_TENANT_CHARACTERS
 from shoal.errors import InvalidArgument
 
 
@@ -34,7 +35,6 @@ SHORTEST: Mapping[Kept, timedelta] = {
     Kept.TOMBSTONES: timedelta(days=1),
 }
 LONGEST = timedelta(days=36_500)
-MAX_TENANT_CHARACTERS = 1_024
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Lane:
+class RetentionScope:
     """Whose things go that are older than `until`. Without a tenant: everybody's."""
 
     tenant: str | None
@@ -63,7 +63,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RetentionPlan:
     """What the rules say of one kind of thing."""
 
     default: datetime | None
@@ -83,11 +83,11 @@ class Plan:
         return self.own.get(tenant, self.default)
 
 
-def plan(rules: Iterable[Rule], kept: Kept, now: datetime) -> Plan:
+def plan(rules: Iterable[Rule], kept: Kept, now: datetime) -> RetentionPlan:
     """What `rules` say of `kept` at `now`."""
     until = {rule.tenant: now - rule.keep if rule.keep is not None else None for rule in rules if rule.kept is kept}
     default = until.pop(None, None)
-    return Plan(default, {tenant: time for tenant, time in until.items() if tenant is not None})
+    return RetentionPlan(default, {tenant: time for tenant, time in until.items() if tenant is not None})
 
 
 def check_rule(rule: Rule) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 from pymongo import ASCENDING
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -21,13 +22,12 @@ from pymongo.asynchronous.client_session import AsyncClientSession
 from mesh.mongo import Document, translated
 from services.store.artifacts.graves import Graves
 from services.store.documents import EVER, Collections, whole_milliseconds
-from services.store.page_token import Place
+from services.store.page_token import Position
+from services.store.results import tombstones
 from services.store.results.result_filter import beyond
 from services.store.results.tenants import tenant_after
-from services.store.retention import tombstones
 from services.store.retention.book import Outdated, Reading, RuleBook
-from services.store.retention.leadership import Mandate
-from services.store.retention.rules import Kept, Lane, plan
+from services.store.retention.rules import Kept, RetentionScope, plan
 from services.store.usage.counters import Counters
 from services.store.usage.weight import ANSWER_BYTES, INLINE_BYTES, RECORD_BYTES, Weight, by_tenant
 from shoal.store.v1.store_pb2 import Result
@@ -37,10 +37,18 @@ BATCH = 200
 BATCH_BYTES = 16 << 20
 """Answers of one transaction: MongoDB holds what it has rewritten in its cache until the end."""
 BUDGET_S = 2.0
-"""One call goes on for about so long, then says that there is more: the leader asks again."""
+"""One call goes on for about so long, then says that there is more: it is called again."""
 _SUCCEEDED = int(Result.OUTCOME_SUCCEEDED)
 _ABOUT = {"recorded_at": 1, "tenant": 1, "blob": 1, "inline_bytes": INLINE_BYTES, "answer_bytes": ANSWER_BYTES}
 _OLDEST = [("recorded_at", ASCENDING), ("_id", ASCENDING)]
+
+
+class Lease(Protocol):
+    """The lease of the leader that removes."""
+
+    @property
+    def token(self) -> int | None:
+        """The fencing token, or None: the lease is lost."""
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Swept:
 
 
 class Sweep:
-    """Applies the rules when the leader says so. Safe beside other instances that do the same."""
+    """Applies the rules for the leader. Safe beside other instances that do the same."""
 
     def __init__(
         self,
@@ -74,8 +82,8 @@ class Sweep:
         self._reached: dict[Kept, str | None] = {}
         # After which tenant the next call goes on. Another instance begins anew: that costs a look at each.
 
-    async def apply(self, mandate: Mandate) -> Swept:
-        """Removes for about BUDGET_S, on behalf of the leader with `mandate`.
+    async def apply(self, lease: Lease) -> Swept:
+        """Remove for about BUDGET_S what is no longer kept. Nothing more is removed once `lease` is lost.
 
         Raises:
             FailedPrecondition: a later leader has acted.
@@ -87,18 +95,20 @@ class Sweep:
         for kept in Kept:
             while not swept.more:
                 try:
-                    swept.more = await self._sweep(kept, reading, mandate, swept, ends)
+                    swept.more = await self._sweep(kept, reading, lease, swept, ends)
                     break
                 except Outdated:
                     reading = await self._book.read()
         return swept
 
-    async def _sweep(self, kept: Kept, reading: Reading, mandate: Mandate, swept: Swept, ends: float) -> bool:
-        """Removes all of one kind that is to go. True: time is up before that."""
+    async def _sweep(self, kept: Kept, reading: Reading, lease: Lease, swept: Swept, ends: float) -> bool:
+        """Remove all of one kind that is to go. True: time was up, or the lease lost, before that."""
         while (lane := await self._next_lane(kept, reading)) is not None:
-            act = _Act(kept, lane, reading.version, mandate)
+            act = _Act(kept, lane, reading.version)
             while found := await self._look(act):
-                setattr(swept, kept, getattr(swept, kept) + await self._remove(act, found))
+                if (token := lease.token) is None:
+                    return True
+                setattr(swept, kept, getattr(swept, kept) + await self._remove(act, found, token))
                 if self._monotonic() >= ends:
                     return True
             if lane.tenant is None:
@@ -109,16 +119,16 @@ class Sweep:
         self._reached.pop(kept, None)
         return False
 
-    async def _next_lane(self, kept: Kept, reading: Reading) -> Lane | None:
+    async def _next_lane(self, kept: Kept, reading: Reading) -> RetentionScope | None:
         wanted = plan(reading.rules, kept, whole_milliseconds(self._clock()))
         if wanted.is_empty:
             return None
         if kept is not Kept.ANSWERS and wanted.is_one_for_all:
-            return Lane(None, wanted.default) if wanted.default is not None else None
+            return RetentionScope(None, wanted.default) if wanted.default is not None else None
         after = self._reached.get(kept)
         while (tenant := await tenant_after(self._collections, after)) is not None:
             if (until := wanted.until(tenant)) is not None:
-                return Lane(tenant, until)
+                return RetentionScope(tenant, until)
             after = tenant
         return None
 
@@ -129,18 +139,18 @@ class Sweep:
             sort, hint = [("removed_at", ASCENDING)], "removed"
         with translated("looking for what is no longer kept"):
             if act.kept is Kept.ANSWERS and (mark := await self._collections.fences.find_one({"_id": act.mark_id})):
-                query = {"$and": [query, beyond(Place(mark["recorded_at"], mark["job_id"]), oldest_first=True)]}
+                query = {"$and": [query, beyond(Position(mark["recorded_at"], mark["job_id"]), oldest_first=True)]}
             found = self._collections.results.find(query, _ABOUT).sort(sort).hint(hint).limit(BATCH)
             return _light(await found.to_list())
 
-    async def _remove(self, act: _Act, found: Sequence[Document]) -> int:
+    async def _remove(self, act: _Act, found: Sequence[Document], token: int) -> int:
         now = whole_milliseconds(self._clock())
         keys = [doc["blob"]["key"] for doc in found if "blob" in doc]
         same = {"$and": [{"_id": {"$in": [doc["_id"] for doc in found]}}, act.condition]}
         results = self._collections.results
 
         async def work(session: AsyncClientSession) -> int:
-            await self._book.pass_fence(act.mandate, act.version, session)
+            await self._book.pass_fence(token, act.version, session)
             if act.kept is Kept.TOMBSTONES:
                 return (await results.delete_many(same, session=session)).deleted_count
             if act.kept is Kept.ANSWERS:
@@ -164,12 +174,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class _Act:
-    """What is to be removed, under which rules, and on whose word."""
+    """A kind of thing to be removed from one lane, and the version of the rules that say so."""
 
     kept: Kept
-    lane: Lane
+    lane: RetentionScope
     version: int
-    mandate: Mandate
 
     @property
     def mark_id(self) -> str:

@@ -28,9 +28,9 @@ from pymongo import UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 
 from mesh.mongo import Document, translated
-from mesh.tasks import Background
+from mesh.process.tasks import Background
 from services.store.documents import EVER, Collections, is_being_restored, whole_milliseconds
-from services.store.page_token import START, Place
+from services.store.page_token import START, Position
 from services.store.results.result_filter import beyond
 from services.store.transactions import transaction
 from services.store.usage.changes import Changes
@@ -176,7 +176,7 @@ class Counters(Background):
                 return sum_
             (step,) = found
             sum_ += Weight(step["results"], step["answers"] + RECORD_BYTES * step["results"])
-            place = Place(step["recorded_at"], step["job_id"])
+            place = Position(step["recorded_at"], step["job_id"])
 
     async def _payloads_off(self, tenant: str) -> Weight:
         """What is missing from the counter of a tenant's payloads.
@@ -222,7 +222,7 @@ class Counters(Background):
         return None if found is None else str(found["_id"])
 
 
-def _step(tenant: str, after: Place, until: datetime) -> list[dict[str, Any]]:
+def _step(tenant: str, after: Position, until: datetime) -> list[dict[str, Any]]:
     """The sum of the next few results of a tenant, and where they end."""
     window = {"tenant": tenant, "recorded_at": {"$gte": EVER, "$lte": until}}
     query = {"$and": [window, beyond(after, oldest_first=True)]}

@@ -17,7 +17,7 @@ from typing import Any
 
 from mesh.mongo import Document, translated
 from services.store.documents import EVER, Collections, whole_milliseconds
-from services.store.retention.rules import MAX_TENANT_CHARACTERS
+from services.store.limits import MAX_TENANT_CHARACTERS
 from services.store.usage.counters import Counters
 from services.store.usage.tenants import tenant_after
 from services.store.usage.weight import Weight

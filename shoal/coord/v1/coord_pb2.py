@@ -25,47 +25,47 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashoal/coord/v1/coord.proto\x12\x0eshoal.coord.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8d\x02\n\x08Instance\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x03\x12,\n\x05state\x18\x06 \x01(\x0e\x32\x1d.shoal.coord.v1.InstanceState\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x06models\x18\x08 \x03(\x0b\x32\x1a.shoal.coord.v1.ReadyModel\x12\x0f\n\x07version\x18\t \x01(\t\x12\x1b\n\x13\x64rained_by_operator\x18\n \x01(\x08\",\n\nReadyModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08versions\x18\x02 \x03(\x03\"\'\n\x14ListInstancesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"e\n\x15ListInstancesResponse\x12+\n\tinstances\x18\x01 \x03(\x0b\x32\x18.shoal.coord.v1.Instance\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05stale\x18\x03 \x01(\x08\"(\n\x15WatchInstancesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"f\n\x16WatchInstancesResponse\x12+\n\tinstances\x18\x01 \x03(\x0b\x32\x18.shoal.coord.v1.Instance\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05stale\x18\x03 \x01(\x08\"\x12\n\x10GetLeaderRequest\"g\n\x11GetLeaderResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x15\n\rfencing_token\x18\x02 \x01(\x03\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"$\n\x14\x44rainInstanceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"C\n\x15\x44rainInstanceResponse\x12*\n\x08instance\x18\x01 \x01(\x0b\x32\x18.shoal.coord.v1.Instance\"&\n\x16UndrainInstanceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x17UndrainInstanceResponse\x12*\n\x08instance\x18\x01 \x01(\x0b\x32\x18.shoal.coord.v1.Instance\"\x16\n\x14GetMeshStatusRequest\"S\n\x15GetMeshStatusResponse\x12+\n\x06\x65nvoys\x18\x01 \x03(\x0b\x32\x1b.shoal.coord.v1.EnvoyStatus\x12\r\n\x05\x63oord\x18\x02 \x01(\t\"\x80\x01\n\x0b\x45nvoyStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x30\n\x0c\x63onnected_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\tresources\x18\x03 \x03(\x0b\x32\x1e.shoal.coord.v1.ResourceStatus\"z\n\x0eResourceStatus\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x15\n\racked_version\x18\x03 \x01(\t\x12\x0c\n\x04nack\x18\x04 \x01(\t\x12&\n\x02\x61t\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x83\x01\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17INSTANCE_STATE_STARTING\x10\x01\x12\x18\n\x14INSTANCE_STATE_READY\x10\x02\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x03\x32\xc1\x04\n\x0c\x43oordService\x12\\\n\rListInstances\x12$.shoal.coord.v1.ListInstancesRequest\x1a%.shoal.coord.v1.ListInstancesResponse\x12\x61\n\x0eWatchInstances\x12%.shoal.coord.v1.WatchInstancesRequest\x1a&.shoal.coord.v1.WatchInstancesResponse0\x01\x12P\n\tGetLeader\x12 .shoal.coord.v1.GetLeaderRequest\x1a!.shoal.coord.v1.GetLeaderResponse\x12\\\n\rDrainInstance\x12$.shoal.coord.v1.DrainInstanceRequest\x1a%.shoal.coord.v1.DrainInstanceResponse\x12\x62\n\x0fUndrainInstance\x12&.shoal.coord.v1.UndrainInstanceRequest\x1a\'.shoal.coord.v1.UndrainInstanceResponse\x12\\\n\rGetMeshStatus\x12$.shoal.coord.v1.GetMeshStatusRequest\x1a%.shoal.coord.v1.GetMeshStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashoal/coord/v1/coord.proto\x12\x0eshoal.coord.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8d\x02\n\x08Instance\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x03\x12,\n\x05state\x18\x06 \x01(\x0e\x32\x1d.shoal.coord.v1.InstanceState\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x06models\x18\x08 \x03(\x0b\x32\x1a.shoal.coord.v1.ReadyModel\x12\x0f\n\x07version\x18\t \x01(\t\x12\x1b\n\x13\x64rained_by_operator\x18\n \x01(\x08\"?\n\nReadyModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08versions\x18\x02 \x03(\x03\x12\x11\n\tslow_path\x18\x03 \x01(\t\"\'\n\x14ListInstancesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"e\n\x15ListInstancesResponse\x12+\n\tinstances\x18\x01 \x03(\x0b\x32\x18.shoal.coord.v1.Instance\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05stale\x18\x03 \x01(\x08\"(\n\x15WatchInstancesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"f\n\x16WatchInstancesResponse\x12+\n\tinstances\x18\x01 \x03(\x0b\x32\x18.shoal.coord.v1.Instance\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05stale\x18\x03 \x01(\x08\"\x12\n\x10GetLeaderRequest\"g\n\x11GetLeaderResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x15\n\rfencing_token\x18\x02 \x01(\x03\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"$\n\x14\x44rainInstanceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"C\n\x15\x44rainInstanceResponse\x12*\n\x08instance\x18\x01 \x01(\x0b\x32\x18.shoal.coord.v1.Instance\"&\n\x16UndrainInstanceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x17UndrainInstanceResponse\x12*\n\x08instance\x18\x01 \x01(\x0b\x32\x18.shoal.coord.v1.Instance\"\x16\n\x14GetMeshStatusRequest\"S\n\x15GetMeshStatusResponse\x12+\n\x06\x65nvoys\x18\x01 \x03(\x0b\x32\x1b.shoal.coord.v1.EnvoyStatus\x12\r\n\x05\x63oord\x18\x02 \x01(\t\"\x80\x01\n\x0b\x45nvoyStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x30\n\x0c\x63onnected_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\tresources\x18\x03 \x03(\x0b\x32\x1e.shoal.coord.v1.ResourceStatus\"z\n\x0eResourceStatus\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x15\n\racked_version\x18\x03 \x01(\t\x12\x0c\n\x04nack\x18\x04 \x01(\t\x12&\n\x02\x61t\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x83\x01\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17INSTANCE_STATE_STARTING\x10\x01\x12\x18\n\x14INSTANCE_STATE_READY\x10\x02\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x03\x32\xc1\x04\n\x0c\x43oordService\x12\\\n\rListInstances\x12$.shoal.coord.v1.ListInstancesRequest\x1a%.shoal.coord.v1.ListInstancesResponse\x12\x61\n\x0eWatchInstances\x12%.shoal.coord.v1.WatchInstancesRequest\x1a&.shoal.coord.v1.WatchInstancesResponse0\x01\x12P\n\tGetLeader\x12 .shoal.coord.v1.GetLeaderRequest\x1a!.shoal.coord.v1.GetLeaderResponse\x12\\\n\rDrainInstance\x12$.shoal.coord.v1.DrainInstanceRequest\x1a%.shoal.coord.v1.DrainInstanceResponse\x12\x62\n\x0fUndrainInstance\x12&.shoal.coord.v1.UndrainInstanceRequest\x1a\'.shoal.coord.v1.UndrainInstanceResponse\x12\\\n\rGetMeshStatus\x12$.shoal.coord.v1.GetMeshStatusRequest\x1a%.shoal.coord.v1.GetMeshStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal.coord.v1.coord_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_INSTANCESTATE']._serialized_start=1395
-  _globals['_INSTANCESTATE']._serialized_end=1526
+  _globals['_INSTANCESTATE']._serialized_start=1414
+  _globals['_INSTANCESTATE']._serialized_end=1545
   _globals['_INSTANCE']._serialized_start=80
   _globals['_INSTANCE']._serialized_end=349
   _globals['_READYMODEL']._serialized_start=351
-  _globals['_READYMODEL']._serialized_end=395
-  _globals['_LISTINSTANCESREQUEST']._serialized_start=397
-  _globals['_LISTINSTANCESREQUEST']._serialized_end=436
-  _globals['_LISTINSTANCESRESPONSE']._serialized_start=438
-  _globals['_LISTINSTANCESRESPONSE']._serialized_end=539
-  _globals['_WATCHINSTANCESREQUEST']._serialized_start=541
-  _globals['_WATCHINSTANCESREQUEST']._serialized_end=581
-  _globals['_WATCHINSTANCESRESPONSE']._serialized_start=583
-  _globals['_WATCHINSTANCESRESPONSE']._serialized_end=685
-  _globals['_GETLEADERREQUEST']._serialized_start=687
-  _globals['_GETLEADERREQUEST']._serialized_end=705
-  _globals['_GETLEADERRESPONSE']._serialized_start=707
-  _globals['_GETLEADERRESPONSE']._serialized_end=810
-  _globals['_DRAININSTANCEREQUEST']._serialized_start=812
-  _globals['_DRAININSTANCEREQUEST']._serialized_end=848
-  _globals['_DRAININSTANCERESPONSE']._serialized_start=850
-  _globals['_DRAININSTANCERESPONSE']._serialized_end=917
-  _globals['_UNDRAININSTANCEREQUEST']._serialized_start=919
-  _globals['_UNDRAININSTANCEREQUEST']._serialized_end=957
-  _globals['_UNDRAININSTANCERESPONSE']._serialized_start=959
-  _globals['_UNDRAININSTANCERESPONSE']._serialized_end=1028
-  _globals['_GETMESHSTATUSREQUEST']._serialized_start=1030
-  _globals['_GETMESHSTATUSREQUEST']._serialized_end=1052
-  _globals['_GETMESHSTATUSRESPONSE']._serialized_start=1054
-  _globals['_GETMESHSTATUSRESPONSE']._serialized_end=1137
-  _globals['_ENVOYSTATUS']._serialized_start=1140
-  _globals['_ENVOYSTATUS']._serialized_end=1268
-  _globals['_RESOURCESTATUS']._serialized_start=1270
-  _globals['_RESOURCESTATUS']._serialized_end=1392
-  _globals['_COORDSERVICE']._serialized_start=1529
-  _globals['_COORDSERVICE']._serialized_end=2106
+  _globals['_READYMODEL']._serialized_end=414
+  _globals['_LISTINSTANCESREQUEST']._serialized_start=416
+  _globals['_LISTINSTANCESREQUEST']._serialized_end=455
+  _globals['_LISTINSTANCESRESPONSE']._serialized_start=457
+  _globals['_LISTINSTANCESRESPONSE']._serialized_end=558
+  _globals['_WATCHINSTANCESREQUEST']._serialized_start=560
+  _globals['_WATCHINSTANCESREQUEST']._serialized_end=600
+  _globals['_WATCHINSTANCESRESPONSE']._serialized_start=602
+  _globals['_WATCHINSTANCESRESPONSE']._serialized_end=704
+  _globals['_GETLEADERREQUEST']._serialized_start=706
+  _globals['_GETLEADERREQUEST']._serialized_end=724
+  _globals['_GETLEADERRESPONSE']._serialized_start=726
+  _globals['_GETLEADERRESPONSE']._serialized_end=829
+  _globals['_DRAININSTANCEREQUEST']._serialized_start=831
+  _globals['_DRAININSTANCEREQUEST']._serialized_end=867
+  _globals['_DRAININSTANCERESPONSE']._serialized_start=869
+  _globals['_DRAININSTANCERESPONSE']._serialized_end=936
+  _globals['_UNDRAININSTANCEREQUEST']._serialized_start=938
+  _globals['_UNDRAININSTANCEREQUEST']._serialized_end=976
+  _globals['_UNDRAININSTANCERESPONSE']._serialized_start=978
+  _globals['_UNDRAININSTANCERESPONSE']._serialized_end=1047
+  _globals['_GETMESHSTATUSREQUEST']._serialized_start=1049
+  _globals['_GETMESHSTATUSREQUEST']._serialized_end=1071
+  _globals['_GETMESHSTATUSRESPONSE']._serialized_start=1073
+  _globals['_GETMESHSTATUSRESPONSE']._serialized_end=1156
+  _globals['_ENVOYSTATUS']._serialized_start=1159
+  _globals['_ENVOYSTATUS']._serialized_end=1287
+  _globals['_RESOURCESTATUS']._serialized_start=1289
+  _globals['_RESOURCESTATUS']._serialized_end=1411
+  _globals['_COORDSERVICE']._serialized_start=1548
+  _globals['_COORDSERVICE']._serialized_end=2125
 # @@protoc_insertion_point(module_scope)

@@ -46,12 +46,14 @@ class Instance(_message.Message):
     def __init__(self, service: _Optional[str] = ..., name: _Optional[str] = ..., node: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[_Union[InstanceState, str]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ReadyModel, _Mapping]]] = ..., version: _Optional[str] = ..., drained_by_operator: _Optional[bool] = ...) -> None: ...
 
 class ReadyModel(_message.Message):
-    __slots__ = ("name", "versions")
+    __slots__ = ("name", "versions", "slow_path")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    SLOW_PATH_FIELD_NUMBER: _ClassVar[int]
     name: str
     versions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., versions: _Optional[_Iterable[int]] = ...) -> None: ...
+    slow_path: str
+    def __init__(self, name: _Optional[str] = ..., versions: _Optional[_Iterable[int]] = ..., slow_path: _Optional[str] = ...) -> None: ...
 
 class ListInstancesRequest(_message.Message):
     __slots__ = ("service",)

@@ -302,8 +302,7 @@ class StoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ApplyRetention(self, request, context):
-        """For coord's leader: removes what the rules no longer keep, for about two seconds. FAILED_PRECONDITION: the token is
-        not the leader's.
+        """Always UNIMPLEMENTED. An earlier version had retention applied with this call; the store now applies it by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -32,8 +32,8 @@ def test_a_model_is_written_as_a_folder_with_its_class_names(saved: dict[str, Pa
     assert done.returncode == 0, done.stderr
     for said in (
         "logistic.joblib (scikit-learn) -> iris",
-        "takes x float32 [any, 4]",
-        "answers label text [any]; probabilities float32 [any, 3]",
+        "inputs  x float32 [any, 4]",
+        "outputs label text [any]; probabilities float32 [any, 3]",
         "checked on 150 rows (rows.csv), in calls of 1, 2, 7, 140",
         "0 of 150",
         "float32 arithmetic: accepted",
@@ -48,7 +48,7 @@ def test_a_model_is_written_as_a_folder_with_its_class_names(saved: dict[str, Pa
     assert (answer["label"] == made.NAMED).mean() > 0.95
     again = shoal(path, "-o", tmp_path / "models", "--trust-pickle", "--name", "iris")
     assert again.returncode == 1
-    assert "is there already" in again.stderr
+    assert "exists: remove it" in again.stderr
     assert sorted(child.name for child in (tmp_path / "models").iterdir()) == ["iris"]
 
 
@@ -71,7 +71,7 @@ def test_too_much_drift_is_refused_and_leaves_nothing(saved: dict[str, Path], tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_says_all_of_it(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_json_has_the_whole_report(saved: dict[str, Path], tmp_path: Path) -> None:
     done = shoal(saved["torch_convolutions.pt2"], "-o", tmp_path, "--trust-pickle", "--json", "--seed", 3)
     said = json.loads(done.stdout)
     assert said["inputs"] == [{"name": "image", "dtype": "float32", "shape": [None, 1, 8, 8]}]

@@ -52,10 +52,10 @@ def test_it_is_converted_and_accepted(
     saved: dict[str, Path], opened: dict[str, Original], name: str, tmp_path: Path
 ) -> None:
     made = conversion.convert(opened[name], saved[name], "m", tmp_path, conversion.Rows(), Bounds())
-    assert made.stands.refused == ""
-    assert made.stands.drift is not None
-    assert made.stands.drift.rows == sum(made.batches)
-    assert made.stands.drift.max_relative < 1e-5
+    assert made.chosen.refused == ""
+    assert made.chosen.drift is not None
+    assert made.chosen.drift.rows == sum(made.batches)
+    assert made.chosen.drift.max_relative < 1e-5
     if opened[name].is_batched:
         assert list(made.batches)[:3] == [1, 2, 7]
     # What it took to get there: those that scale and then split need float64 inside, the rest does not.

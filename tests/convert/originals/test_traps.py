@@ -71,10 +71,10 @@ def test_a_scaled_tree_is_right_only_with_float64_inside(saved: dict[str, Path],
 def test_float64_inputs(saved: dict[str, Path], tmp_path: Path, name: str) -> None:
     made_of = converted(saved[name], tmp_path, float64=True)
     assert made_of.inputs[0].dtype == np.dtype("f8")
-    assert made_of.stands.refused == ""
+    assert made_of.chosen.refused == ""
 
 
-def test_large_whole_numbers_need_float64_and_the_report_says_so(tmp_path: Path) -> None:
+def test_large_integers_need_float64_and_the_report_says_so(tmp_path: Path) -> None:
     """An account number that float32 cannot tell from the next."""
     numbers = 2**24 + np.arange(400.0)[:, None]
     labels = (np.arange(400) % 2).astype(int)
@@ -84,28 +84,28 @@ def test_large_whole_numbers_need_float64_and_the_report_says_so(tmp_path: Path)
     joblib.dump(forest, tmp_path / "accounts.joblib")
     np.save(tmp_path / "rows.npy", numbers[:200])
     rows = Rows(tmp_path / "rows.npy")
-    narrow = converted(tmp_path / "accounts.joblib", tmp_path / "narrow", rows).stands
-    assert "only because its inputs are float32, and the data are not: --float64" in narrow.refused
+    narrow = converted(tmp_path / "accounts.joblib", tmp_path / "narrow", rows).chosen
+    assert "the cause is the rounding of the rows to the model's float32 inputs: use --float64" in narrow.refused
     assert narrow.rounded is not None
     assert narrow.rounded.flips == 0
-    assert converted(tmp_path / "accounts.joblib", tmp_path / "wide", rows, float64=True).stands.refused == ""
+    assert converted(tmp_path / "accounts.joblib", tmp_path / "wide", rows, float64=True).chosen.refused == ""
 
 
-def test_ties_are_told_and_not_held_against_it(tmp_path: Path) -> None:
+def test_ties_are_reported_and_do_not_count(tmp_path: Path) -> None:
     forest = ensemble.RandomForestClassifier(30, random_state=0).fit(made.DIGITS.data, made.DIGITS.target)
     joblib.dump(forest, tmp_path / "votes.joblib")
-    drift = converted(tmp_path / "votes.joblib", tmp_path / "made").stands.drift
+    drift = converted(tmp_path / "votes.joblib", tmp_path / "made").chosen.drift
     assert drift is not None
     assert (drift.flips, drift.ties > 0) == (0, True)
 
 
-def test_what_an_exporter_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_an_estimator_without_exporter_is_rejected(tmp_path: Path) -> None:
     cancer = made.CANCER
     zeros = lightgbm.train(
         {"verbose": -1, "zero_as_missing": True}, lightgbm.Dataset(made.DIGITS.data, made.DIGITS.target), 5
     )
     zeros.save_model(tmp_path / "zeros.txt")
-    assert "prediction drifts by" in converted(tmp_path / "zeros.txt", tmp_path / "a").stands.refused
+    assert "prediction drifts by" in converted(tmp_path / "zeros.txt", tmp_path / "a").chosen.refused
     dart = xgboost.train({"booster": "dart", "rate_drop": 0.5}, xgboost.DMatrix(cancer.data, cancer.target), 4)
     dart.save_model(tmp_path / "dart.json")
     with pytest.raises(InvalidArgument, match="a booster of kind dart: onnxmltools converts gbtree only"):
@@ -117,15 +117,15 @@ def test_what_an_exporter_does_not_know_is_refused(tmp_path: Path) -> None:
     [
         ("a.json", b'{"no": "model"}', "XGBoost cannot read it"),
         ("a.ubj", b"", "XGBoost cannot read it"),
-        ("a.txt", b"some notes", "no LightGBM model: its first line would be `tree`"),
+        ("a.txt", b"some notes", "not a LightGBM model: the first line must be `tree`"),
         ("a.txt", b"tree\nversion=v4\n", "LightGBM cannot read it"),
         ("a.txt", b"\xff\xfe", "LightGBM cannot read it"),
         ("a.joblib", b"not a pickle", "cannot be opened as a pickle"),
         ("a.skops", b"not a zip", "skops cannot open it"),
-        ("a.pt2", b"not a zip", "no program of torch.export.save"),
+        ("a.pt2", b"not a zip", "not a program of torch.export.save"),
     ],
 )
-def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_a_file_with_other_content_than_its_name_says(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidArgument, match=says):
         formats.open_original(tmp_path / name, trusts=True)
@@ -133,10 +133,10 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str, conten
 
 def test_pickles_of_other_things_are_named(saved: dict[str, Path], tmp_path: Path) -> None:
     joblib.dump({"weights": [1, 2]}, tmp_path / "a.pkl")
-    with pytest.raises(InvalidArgument, match="a dict is no fitted scikit-learn estimator"):
+    with pytest.raises(InvalidArgument, match="a dict is not a fitted scikit-learn estimator"):
         formats.open_original(tmp_path / "a.pkl", trusts=True)
     joblib.dump(ensemble.RandomForestClassifier(), tmp_path / "b.pkl")
-    with pytest.raises(InvalidArgument, match="a RandomForestClassifier is no fitted"):
+    with pytest.raises(InvalidArgument, match="a RandomForestClassifier is not a fitted"):
         formats.open_original(tmp_path / "b.pkl", trusts=True)
     booster = lightgbm.Booster(model_file=saved["lightgbm_gaps.txt"])
     joblib.dump(booster, tmp_path / "c.pkl")
@@ -145,7 +145,7 @@ def test_pickles_of_other_things_are_named(saved: dict[str, Path], tmp_path: Pat
     assert formats.open_original(tmp_path / "d.pkl", trusts=True).framework == "XGBoost"
 
 
-def test_skops_needs_consent_only_for_what_it_does_not_know(tmp_path: Path) -> None:
+def test_skops_needs_consent_only_for_unknown_types(tmp_path: Path) -> None:
     from skops import io
 
     io.dump(made.linear_model.Ridge().fit(made.DIABETES.data, made.DIABETES.target), tmp_path / "ridge.skops")
@@ -155,6 +155,6 @@ def test_skops_needs_consent_only_for_what_it_does_not_know(tmp_path: Path) -> N
         tmp_path / "odd.skops",
     )
     if io.get_untrusted_types(file=tmp_path / "odd.skops"):
-        with pytest.raises(FailedPrecondition, match=r"does not know to be harmless .*--trust-pickle"):
+        with pytest.raises(FailedPrecondition, match=r"does not know to be safe .*--trust-pickle"):
             formats.open_original(tmp_path / "odd.skops")
     assert formats.open_original(tmp_path / "odd.skops", trusts=True).framework == "scikit-learn"

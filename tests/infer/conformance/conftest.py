@@ -1,6 +1,6 @@
 """A served instance, started as a user starts it: `shoal serve`, a process of its own, at a port of its own.
 
-SHOAL_INFER_FRONT=grpc,envoy picks fronts, all of them where it is not set; the suite is the same for each.
+SHOAL_TEST_FRONTS=h2 picks fronts, all of them where it is not set; the suite is the same for each.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tests.infer.conformance.instance import FRONTS, Instance
 Refused = Callable[..., str]
 
 
-@pytest.fixture(scope="session", params=os.environ.get("SHOAL_INFER_FRONT", "grpc,h2,envoy").split(","))
+@pytest.fixture(scope="session", params=os.environ.get("SHOAL_TEST_FRONTS", ",".join(FRONTS)).split(","))
 def front(request: pytest.FixtureRequest) -> str:
     """The front under test."""
     name: str = request.param
     if name not in FRONTS:
-        pytest.fail(f"SHOAL_INFER_FRONT={name!r}: expected one or more of {','.join(FRONTS)}")
+        pytest.fail(f"SHOAL_TEST_FRONTS={name!r}: expected one or more of {','.join(FRONTS)}")
     return name
 
 
@@ -33,7 +33,7 @@ def front(request: pytest.FixtureRequest) -> str:
 def instance(front: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """One for the whole suite: no test changes what it serves."""
     folder = tmp_path_factory.mktemp("conformance")
-    with Instance.serving(served_models.write(folder / "models"), front, folder / "serve.log") as running:
+    with Instance.serving(served_models.write(folder / "models"), folder / "serve.log", front=front) as running:
         yield running
 
 
@@ -79,7 +79,7 @@ def another(front: str, tmp_path: Path) -> Iterator[Callable[..., Instance]]:
     started: list[Instance] = []
 
     def start(root: Path, **environment: str) -> Instance:
-        running = Instance.started(root, front, tmp_path / f"serve-{len(started)}.log", environment)
+        running = Instance.started(root, tmp_path / f"serve-{len(started)}.log", environment, front)
         started.append(running)
         return running
 

@@ -1,4 +1,4 @@
-"""A process that serves a folder of models, behind one of the fronts."""
+"""A process that serves a folder of models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-FRONTS = ("grpc", "h2", "envoy")
-"""grpc.aio, the lean HTTP/2, and the one inside Envoy."""
+FRONTS = ("h2", "envoy")
+"""The server itself, and an Envoy in front of it."""
 
 STOP_S = 30
 
@@ -25,13 +25,16 @@ class Instance:
     address: str
     pid: int
     """Of the server itself; `process` is its launcher."""
+    envoy: int | None
+    """The pid of the Envoy in front."""
     log: Path
 
     @staticmethod
-    def started(root: Path, front: str, log: Path, environment: Mapping[str, str] | None = None) -> Instance:
+    def started(root: Path, log: Path, environment: Mapping[str, str] | None = None, front: str = "auto") -> Instance:
         """Starts one and waits until every model has had its first attempt."""
         command = [sys.executable, "-m", "shoal.cli.main", "serve", str(root), "--port", "0", "--json"]
-        env = {**os.environ, **(environment or {}), "SHOAL_INFER_FRONT": front}
+        command += ["--front", front]
+        env = {**os.environ, **(environment or {})}
         with log.open("w") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
         assert process.stdout
@@ -41,13 +44,15 @@ class Instance:
             assert line, f"it ended with {process.wait()}: {log.read_text()[-2000:]}"
             text += line
         said = json.loads(text)
-        return Instance(process, said["address"], said["pid"], log)
+        return Instance(process, said["address"], said["pid"], said["envoy"], log)
 
     @staticmethod
     @contextmanager
-    def serving(root: Path, front: str, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Instance]:
+    def serving(
+        root: Path, log: Path, environment: Mapping[str, str] | None = None, front: str = "auto"
+    ) -> Iterator[Instance]:
         """Runs one until the block ends."""
-        running = Instance.started(root, front, log, environment)
+        running = Instance.started(root, log, environment, front)
         try:
             yield running
         finally:

@@ -1,4 +1,4 @@
-"""Ensembles are models to a client: every call, on each front, the first time and when the server knows the request."""
+"""Ensembles are models to a client: every call, the first time and when the server knows the request."""
 
 from __future__ import annotations
 

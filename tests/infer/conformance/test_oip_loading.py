@@ -37,7 +37,7 @@ def changing(front: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     (folder / "models/pair/1").mkdir(parents=True)
     (folder / "models/pair/config.pbtxt").write_text(PAIR)
     settings = {"SHOAL_INFER_MODEL_CONTROL": "explicit", "SHOAL_INFER_LOAD_MODELS": "double"}
-    with Instance.serving(folder / "models", front, folder / "serve.log", settings) as running:
+    with Instance.serving(folder / "models", folder / "serve.log", settings, front) as running:
         with grpc.insecure_channel(running.address, options=wire.OPTIONS) as channel:
             yield Stub(channel)
 

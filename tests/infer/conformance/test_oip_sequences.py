@@ -1,4 +1,4 @@
-"""Sequences on every front: order, state, and refusals, in unary calls and on streams."""
+"""Sequences of a served instance: order, state, and refusals, in unary calls and on streams."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def send(stub):
 
 def test_unary(send):
     id = next(_IDS)
-    # Often enough that a front that learns a client's messages would have learnt this one.
+    # Often enough that a server that learns a client's messages would have learnt this one.
     totals = [send(step(id, n, start=n == 1, end=n == 20)) for n in range(1, 21)]
     assert totals == np.cumsum(range(1, 21)).tolist()
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from services.infer.calls.datatypes import BY_NAME
 from services.infer.ensembles import conditions
 from services.infer.ensembles.conditions import Undecided
+from shoal.oip.datatypes import BY_NAME
 from tests.infer import onnx_files
 from tests.infer.conftest import floats, output, request
 from tests.infer.ensembles.conftest import parameter, step, tensor

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto
 
 from services.infer.ensembles.graph import graph_of
-from services.infer.models import modelconfig
+from services.infer.loading import model_config
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
@@ -16,9 +16,9 @@ DOUBLE = step("double", {"x": "x"}, {"y": "y"})
 
 
 def read(text: str):
-    config = modelconfig.parse(text)
+    config = model_config.parse(text)
     config.name = "e"
-    modelconfig.check_ensemble(config)
+    model_config.check_ensemble(config)
     return graph_of(config)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from services.infer.core import InferenceServer
 from services.infer.models.control import Control
-from services.infer.models.means import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
@@ -50,7 +50,7 @@ class Served:
         folder.bare("add", onnx_files.add())
 
     async def start(self) -> None:
-        self.models = await self.stack.enter_async_context(Models(Means.of(OnnxRuntime(), QueueLimits())))
+        self.models = await self.stack.enter_async_context(Models(LoadContext.of(OnnxRuntime(), QueueLimits())))
         control = Control(self.models, partial(repository.look, self.root))
         self.control = await self.stack.enter_async_context(control)
         self.core = InferenceServer(self.models, "test/infer-0", control=self.control)

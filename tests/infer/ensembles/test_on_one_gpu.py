@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.kernels_runtime import KernelsRuntime
-from services.infer.runtimes.lane import Lanes
+from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from tests.infer import onnx_files
@@ -189,7 +189,7 @@ async def test_no_rows_and_images_of_several_sizes(models_folder, runtimes, run_
 async def test_a_real_gpu_answers_as_the_cpu(models_folder, tmp_path, run_dir):
     put(models_folder, gpu=True)
     models_folder.ensemble("all", PIXELS_TO_NET, NET, BEST, more=ALL)
-    lanes = Lanes()
+    lanes = GpuStreams()
     runtimes = Runtimes([OnnxRuntime(lanes), KernelsRuntime(lanes=lanes)])
     async with over(models_folder, run_dir, runtimes) as served:
         steps = served.models.find("all", "").loaded.plan.steps

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mesh.channel import connect
-from mesh.server import GrpcServer
+from mesh.rpc.channel import connect
+from mesh.rpc.server import Server
 from services.infer.core import InferenceServer
-from services.infer.models.means import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
+from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.rpc import inference_rpc
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.kernels_runtime import KernelsRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources.repository import scan
@@ -98,9 +98,9 @@ async def served(models_folder, run_dir) -> AsyncIterator[Serving]:
     )
     async with AsyncExitStack() as stack:
         runtimes = Runtimes([OnnxRuntime(), KernelsRuntime()])
-        models = await stack.enter_async_context(Models(Means.of(runtimes, QueueLimits())))
+        models = await stack.enter_async_context(Models(LoadContext.of(runtimes, QueueLimits())))
         core = InferenceServer(models, "test/infer-0")
-        server = GrpcServer(f"unix:{run_dir}/s", [inference_rpc(core)], drain_ms=2000)
+        server = Server(f"unix:{run_dir}/s", [inference_rpc(core)], drain_ms=2000)
         await stack.enter_async_context(server)
         models.want(scan(models_folder.root))
         await models.settled()

@@ -14,7 +14,7 @@ import pytest
 
 from services.infer.core import InferenceServer
 from services.infer.models.control import Control
-from services.infer.models.means import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
@@ -95,7 +95,7 @@ async def test_what_serves_is_what_was_said(models_folder: Repository, tmp_path:
     models_folder.put("m", onnx_files.scale(1))
     root, kept = models_folder.root, tmp_path / "kept"
     kept.mkdir()
-    async with Models(Means.of(OnnxRuntime(), QueueLimits())) as models:
+    async with Models(LoadContext.of(OnnxRuntime(), QueueLimits())) as models:
         async with Control(models, partial(look, root), folder=kept) as control:
             control.offer(scan(root))
             await models.settled()
@@ -112,7 +112,7 @@ async def test_what_serves_is_what_was_said(models_folder: Repository, tmp_path:
 async def test_calls_never_fail_while_words_are_said(models_folder: Repository, tmp_path: Path, seed: int):
     models_folder.put("m", onnx_files.scale(1))
     root = models_folder.root
-    async with Models(Means.of(OnnxRuntime(), QueueLimits())) as models:
+    async with Models(LoadContext.of(OnnxRuntime(), QueueLimits())) as models:
         async with Control(models, partial(look, root), folder=tmp_path) as control:
             control.offer(scan(root))
             await models.settled()

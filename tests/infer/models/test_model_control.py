@@ -10,14 +10,14 @@ from functools import partial
 import grpc
 import pytest
 
-from mesh.channel import connect
-from mesh.config import ConfigError
-from mesh.config import load as load_config
+from mesh.process.config import ConfigError
+from mesh.process.config import load as load_config
+from mesh.rpc.channel import connect
 from services.infer.config import InferConfig
+from services.infer.model_files.wanted_models import WantedModel
 from services.infer.models.control import Control
-from services.infer.models.means import Means
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
-from services.infer.models.wanted import WantedModel
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.sources.poll import Poll, stood_still
@@ -33,7 +33,7 @@ from tests.infer.test_infer_process import Infer, serves
 
 @pytest.fixture
 async def models():
-    async with Models(Means.of(OnnxRuntime(), QueueLimits())) as models:
+    async with Models(LoadContext.of(OnnxRuntime(), QueueLimits())) as models:
         yield models
 
 

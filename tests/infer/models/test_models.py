@@ -12,10 +12,10 @@ import onnx
 import pytest
 
 from services.infer.core import InferenceServer
-from services.infer.models.means import Means
+from services.infer.model_files.wanted_models import ModelFiles, WantedModel, WantedVersion
+from services.infer.models.load_context import LoadContext
 from services.infer.models.models import Models
 from services.infer.models.version import State
-from services.infer.models.wanted import ModelFiles, WantedModel, WantedVersion
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling.queue import QueueLimits
 from shoal.errors import NotFound, Unavailable
@@ -61,7 +61,7 @@ def files(tmp_path: Path) -> Files:
 
 @pytest.fixture
 async def models():
-    async with Models(Means.of(OnnxRuntime(), QueueLimits())) as models:
+    async with Models(LoadContext.of(OnnxRuntime(), QueueLimits())) as models:
         yield models
 
 
@@ -208,7 +208,7 @@ async def test_a_broken_model_is_not_tried_again_and_again(models, files):
 
 
 async def test_leaving_while_loading_waits_for_nobody(files):
-    async with Models(Means.of(OnnxRuntime(), QueueLimits())) as models:
+    async with Models(LoadContext.of(OnnxRuntime(), QueueLimits())) as models:
         files.gate.clear()
         models.want([wanted(files.version(1, onnx_files.scale(1)))])
         await until(lambda: files.opened == [1])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from services.infer.remote.remote_runtime import RemoteRuntime
 from services.infer.runtimes.choice import Runtimes
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.remote_runtime import RemoteRuntime
 from services.infer.scheduling.queue import QueueLimits
 from tests.infer.conftest import Serving, serving
 from tests.infer.remote import configs

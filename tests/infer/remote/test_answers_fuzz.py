@@ -9,21 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.calls.datatypes import BY_NAME
-from services.infer.calls.signature import TensorSpec
 from services.infer.remote.address import Address
 from services.infer.remote.credentials import Headers
 from services.infer.remote.dialect import Dialect
 from services.infer.remote.oip import Oip
-from services.infer.remote.settings import Settings
+from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.tensorflow_serving import TensorFlowServing
 from services.infer.remote.torchserve import TorchServe
+from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes.runtime import ModelFailed
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.datatypes import BY_NAME
 from shoal.remote.v1 import tensorflow_serving_pb2 as tf
 
 RECORDED = Path(__file__).resolve().parent / "recorded"
-SETTINGS = Settings(Address("grpc://a:1", "dns:///a:1"), Headers(), model="m", signature_name="serving_default")
+SETTINGS = RemoteSettings(Address("grpc://a:1", "dns:///a:1"), Headers(), model="m", signature_name="serving_default")
 
 Y = TensorSpec("y", BY_NAME["FP32"], (-1, 4))
 PREDICTION = TensorSpec("prediction", BY_NAME["BYTES"], (1,))

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from shoal.errors import ShoalError
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
@@ -23,7 +23,6 @@ from tests.infer.remote import configs
 from tests.infer.test_infer_process import Infer
 
 PATIENCE_S = 60
-FRONTS = ("grpc", "h2")
 
 
 @pytest.fixture
@@ -35,9 +34,9 @@ async def far(python: str, tmp_path: Path) -> AsyncIterator[Infer]:
 
 
 @asynccontextmanager
-async def near(python: str, tmp_path: Path, far: Infer, front: str) -> AsyncIterator[GRPCInferenceServiceStub]:
+async def near(python: str, tmp_path: Path, far: Infer) -> AsyncIterator[GRPCInferenceServiceStub]:
     configs.put(tmp_path / "near", "scale", url=f"grpc://{far.address}")
-    with Infer(python, tmp_path / "near.log", repository=str(tmp_path / "near"), front=front) as running:
+    with Infer(python, tmp_path / "near.log", repository=str(tmp_path / "near")) as running:
         await running.until_serving()
         async with connect(running.address) as channel:
             yield GRPCInferenceServiceStub(channel)
@@ -55,9 +54,8 @@ async def ask(stub: GRPCInferenceServiceStub, value: float, timeout_s: float = P
     return "OK"
 
 
-@pytest.mark.parametrize("front", FRONTS)
-async def test_a_remote_server_that_is_killed_under_load(python: str, tmp_path: Path, far: Infer, front: str):
-    async with near(python, tmp_path, far, front) as stub:
+async def test_a_remote_server_that_is_killed_under_load(python: str, tmp_path: Path, far: Infer):
+    async with near(python, tmp_path, far) as stub:
         seen: Counter[str] = Counter()
         is_over = asyncio.Event()
 
@@ -78,9 +76,8 @@ async def test_a_remote_server_that_is_killed_under_load(python: str, tmp_path: 
         assert [await ask(stub, n) for n in range(20)] == ["OK"] * 20
 
 
-@pytest.mark.parametrize("front", FRONTS)
-async def test_a_remote_server_that_stands_still(python: str, tmp_path: Path, far: Infer, front: str):
-    async with near(python, tmp_path, far, front) as stub:
+async def test_a_remote_server_that_stands_still(python: str, tmp_path: Path, far: Infer):
+    async with near(python, tmp_path, far) as stub:
         assert await ask(stub, 1) == "OK"
         far.freeze()
         # More than are under way at a time: those that wait behind them are answered in time, too.

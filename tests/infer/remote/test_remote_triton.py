@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.infer.calls.dtypes import NUMBERS
 from shoal.errors import Internal, InvalidArgument
+from shoal.oip.datatypes import DTYPES
 from tests.infer.conftest import Serving, output, request
 from tests.infer.remote import configs
 from tests.infer.triton import repository, triton_process
@@ -56,7 +56,7 @@ async def test_every_kind_of_tensor_there_and_back(near: Serving):
     words = np.array([["é".encode(), b""], [b"a\0b\xff", b"x" * 1000]], object)
     assert output(await near.core.infer(request("same_bytes", x=words)), "y").tolist() == words.tolist()
     for name in SAME[1:]:
-        x = np.array([[0, 1, 1]], NUMBERS[name.removeprefix("same_").upper()])
+        x = np.array([[0, 1, 1]], DTYPES[name.removeprefix("same_").upper()])
         asked = request(name, x=np.zeros((1, 3), np.uint8))
         asked.inputs[0].datatype = name.removeprefix("same_").upper()
         asked.raw_input_contents[0] = x.tobytes()

@@ -8,7 +8,7 @@ import pytest
 from google.protobuf import text_format
 
 from services.infer.remote import address, settings
-from services.infer.runtimes.remote_runtime import RemoteRuntime
+from services.infer.remote.remote_runtime import RemoteRuntime
 from services.infer.runtimes.runtime import SessionOptions
 from shoal.errors import FailedPrecondition
 from tests.infer.remote.configs import about

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.infer.calls.datatypes import BY_NAME
-from services.infer.calls.signature import TensorSpec
 from services.infer.models.version import State
 from services.infer.remote import tensorflow_tensors
 from services.infer.remote.connection import parsed
-from services.infer.runtimes.remote_runtime import RemoteRuntime
+from services.infer.remote.remote_runtime import RemoteRuntime
+from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes.runtime import ModelFailed, SessionOptions
 from shoal.errors import FailedPrecondition, Internal, InvalidArgument, ResourceExhausted
 from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.datatypes import BY_NAME
 from shoal.remote.v1 import tensorflow_serving_pb2 as tf
 from tests.infer.conftest import Serving, output, request
 from tests.infer.remote import configs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +13,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from services.infer.calls.datatypes import BY_NAME
-from services.infer.calls.ragged import Value
-from services.infer.calls.signature import TensorSpec
-from services.infer.operations.operation import Results
-from services.infer.operations.parameters import Names, Parameters
-from services.infer.operations.table import Entry
+from services.infer.operators.operation import Results
+from services.infer.operators.parameters import Names, Parameters
+from services.infer.operators.table import Entry
+from services.infer.requests.ragged import Value
+from services.infer.requests.signature import TensorSpec
 from services.infer.runtimes.runtime import About
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import model_config_pb2
 from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
+from shoal.oip.datatypes import BY_NAME
 from tests.infer import onnx_files
 from tests.infer.conformance.instance import Instance
 
@@ -53,6 +53,12 @@ class OnnxModels:
     def identity(self, datatype: str = "FP32", dims: tuple[int | str, ...] = ("n", 4)) -> bytes:
         return onnx_files.identity(ONNX_TYPES[datatype], dims).SerializeToString()
 
+    def identities(self, datatypes: Sequence[str], dims: tuple[int | str, ...]) -> bytes:
+        """Return a model of several identities: x_FP32 -> y_FP32 and so on."""
+        nodes = [onnx.helper.make_node("Identity", [f"x_{name}"], [f"y_{name}"]) for name in datatypes]
+        inputs, outputs = ([(f"{side}_{name}", ONNX_TYPES[name], dims) for name in datatypes] for side in "xy")
+        return onnx_files.model(nodes, inputs, outputs).SerializeToString()
+
     def scale(self) -> bytes:
         return onnx_files.scale().SerializeToString()
 
@@ -80,6 +86,12 @@ class OwnModels:
     def identity(self, datatype: str = "FP32", dims: tuple[int | str, ...] = ("n", 4)) -> bytes:
         spec = f'("{datatype}", {[dim if isinstance(dim, int) else -1 for dim in dims]})'
         return self._model(f'{{"x": {spec}}}', f'{{"y": {spec}}}', 'return {"y": batch["x"]}')
+
+    def identities(self, datatypes: Sequence[str], dims: tuple[int | str, ...]) -> bytes:
+        """Return a model of several identities: x_FP32 -> y_FP32 and so on."""
+        shape = [dim if isinstance(dim, int) else -1 for dim in dims]
+        inputs, outputs = ({f"{side}_{name}": (name, shape) for name in datatypes} for side in "xy")
+        return self._model(str(inputs), str(outputs), 'return {f"y{key[1:]}": value for key, value in batch.items()}')
 
     def scale(self) -> bytes:
         spec = '("FP32", [-1, 4])'
@@ -253,7 +265,7 @@ class RemoteModels:
     @cached_property
     def _address(self) -> str:
         (self._root / "models").mkdir()
-        return self._stack.enter_context(Instance.serving(self._root / "models", "h2", self._root / "far.log")).address
+        return self._stack.enter_context(Instance.serving(self._root / "models", self._root / "far.log")).address
 
     @cached_property
     def _stub(self) -> GRPCInferenceServiceStub:

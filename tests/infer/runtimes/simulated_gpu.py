@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from kernels.memory import Event, HostMemory
-from services.infer.runtimes.lane import Lanes
+from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.onnx_devices import Device
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.runtime import Place, Session, SessionOptions
+from services.infer.runtimes.runtime import Session, SessionOptions, TensorPlacement
 
 POISON = 0xA5
 
@@ -72,25 +72,23 @@ class _Mark:
     def synchronize(self) -> None:
         self._memory.finish(self._recorded)
 
-    @property
-    def done(self) -> bool:
-        return not self._memory.under_way.keys() & set(self._recorded)
 
-
-def lanes_of(memory: SimulatedMemory) -> Lanes:
-    return Lanes(lambda: 1, lambda gpu: memory, lambda: True)
+def lanes_of(memory: SimulatedMemory) -> GpuStreams:
+    return GpuStreams(lambda: 1, lambda gpu: memory, lambda: True)
 
 
 class LaneOnnx(OnnxRuntime):
     """ONNX Runtime on the CPU, as on GPU 0 where a configuration asks for KIND_GPU; `always`: whatever it asks for."""
 
-    def __init__(self, lanes: Lanes, always: bool = False) -> None:
+    def __init__(self, lanes: GpuStreams, always: bool = False) -> None:
         super().__init__(lanes)
         self._always = always
 
     def load(self, file: Path, options: SessionOptions) -> Session:
         if self._always:
-            options = SessionOptions(1, shares_stream=True, places=(Place("gpu", 0, 2),), entries=options.entries)
+            options = SessionOptions(
+                1, shares_stream=True, places=(TensorPlacement("gpu", 0, 2),), entries=options.entries
+            )
         return super().load(file, options)
 
     def devices(self, options: SessionOptions) -> list[tuple[Device, int]]:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from services.infer.model_process.python_runtime import IsolatedOnnxRuntime
 from services.infer.runtimes import choice
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.onnx_devices import resolved
+from services.infer.runtimes.onnx_devices import CUDA, resolved
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.onnx_settings import CUDA
-from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 

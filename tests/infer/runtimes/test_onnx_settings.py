@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from services.infer.models import modelconfig
-from services.infer.runtimes.onnx_devices import Device, resolved
-from services.infer.runtimes.onnx_settings import CUDA, OPENVINO, TENSORRT, session_options
-from services.infer.runtimes.runtime import Place, Provider, Session, SessionOptions
+from services.infer.loading import model_config
+from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, Device, resolved
+from services.infer.runtimes.onnx_settings import session_options
+from services.infer.runtimes.runtime import Provider, Session, SessionOptions, TensorPlacement
 from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
@@ -23,7 +23,7 @@ ALL = (TENSORRT, CUDA, OPENVINO, CPU)
 
 
 def options(text: str, threads: int = 2) -> SessionOptions:
-    return session_options(modelconfig.parse(text), threads)
+    return session_options(model_config.parse(text), threads)
 
 
 def parameter(key: str, value: str) -> str:
@@ -36,7 +36,7 @@ def devices(text: str, available=ALL, gpus: int = 2) -> list[tuple[int | None, t
 
 
 def test_nothing_said():
-    assert options("") == SessionOptions(2, places=(Place("auto"),))
+    assert options("") == SessionOptions(2, places=(TensorPlacement("auto"),))
 
 
 def test_what_is_said_is_done():

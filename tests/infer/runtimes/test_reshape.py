@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from services.infer.models import modelconfig
+from services.infer.loading import model_config
 from services.infer.runtimes import reshape
 from services.infer.runtimes.reshape import Reshape
 from services.infer.runtimes.runtime import ModelFailed
@@ -52,7 +52,7 @@ def test_another_shape_is_the_models_fault():
     ],
 )
 def test_what_is_wrong_is_named(dims, shape, named):
-    tensor = modelconfig.parse(f'input {{ name: "x" dims: {dims} reshape {{ shape: {shape} }} }}').input[0]
+    tensor = model_config.parse(f'input {{ name: "x" dims: {dims} reshape {{ shape: {shape} }} }}').input[0]
     (wrong,) = reshape.wrong("input", tensor)
     assert named in wrong
 

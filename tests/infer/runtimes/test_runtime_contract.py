@@ -14,18 +14,18 @@ import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 
-from services.infer.calls.dtypes import NUMBERS
-from services.infer.runtimes.kernels_runtime import KernelsRuntime
+from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.operators.kernels_runtime import KernelsRuntime
+from services.infer.remote.remote_runtime import RemoteRuntime
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
-from services.infer.runtimes.python_runtime import IsolatedOnnxRuntime, PythonRuntime
-from services.infer.runtimes.remote_runtime import RemoteRuntime
-from services.infer.runtimes.reshape import ReshapedSession
+from services.infer.runtimes.reshape import ReshapedSession, Reshapes
 from services.infer.runtimes.runtime import About, ModelFailed, Runtime, Session, SessionOptions
 from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NAME, DTYPES
 from tests.infer import onnx_files
-from tests.infer.models.test_canary import with_default
+from tests.infer.loading.test_canary import with_default
 from tests.infer.runtimes.runtime_models import (
     OPERATIONS,
     OnnxModels,
@@ -43,7 +43,7 @@ class Reshaping(OnnxRuntime):
     """What stands around a session promises what the session does: as a model with a `reshape` somewhere has it."""
 
     def load(self, file: Path, options: SessionOptions) -> Session:
-        return ReshapedSession(super().load(file, options), pb.ModelConfig())
+        return ReshapedSession(super().load(file, options), Reshapes({}, {}))
 
 
 class Spreading(OnnxRuntime):
@@ -90,17 +90,24 @@ WITH_FILES = [name for name in RUNTIMES if name != "kernels"]
 ONNX = ["onnx", "onnx reshaped", "onnx on two devices", "onnx on a lane", "onnx in a process", "onnx shared"]
 
 
-@pytest.fixture(params=RUNTIMES)
+ACROSS_A_BORDER = {"onnx in a process", "onnx shared", "python", "triton's python", "remote"}
+"""One for each way on which tensors leave the process: elsewhere their size is that of an array in memory."""
+
+# All tests of a runtime run together: they share its sessions, and each session may be a process.
+of_kinds = partial(pytest.mark.parametrize, "kind", scope="module")
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
 def kind(request) -> str:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runtime(kind: str) -> Runtime:
     return RUNTIMES[kind][0]()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def models(kind: str) -> OnnxModels | OwnModels:
     return RUNTIMES[kind][1]
 
@@ -112,25 +119,33 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteModels]:
         yield RemoteModels(tmp_path_factory.mktemp("far"), stack)
 
 
-@pytest.fixture
-def load(kind: str, runtime: Runtime, tmp_path: Path, far: RemoteModels):
+@pytest.fixture(scope="module")
+def load(kind: str, runtime: Runtime, tmp_path_factory: pytest.TempPathFactory, far: RemoteModels):
+    """Load a model, or take its session from an earlier test; with `options` the session is a new one."""
+    sessions: dict[bytes, Session] = {}
     with ExitStack() as loaded:
 
-        def load(model: bytes, options: SessionOptions = ONE_THREAD) -> Session:
+        def new(model: bytes, options: SessionOptions) -> Session:
+            folder = tmp_path_factory.mktemp("model")
             if kind == "remote":
-                session = runtime.load(tmp_path, replace(options, about=far.serve(model)))
-                loaded.callback(session.close)
-                return session
+                return runtime.load(folder, replace(options, about=far.serve(model)))
             if kind.endswith("on a thread"):
                 about = About("m", config=pb.ModelConfig(parameters={"isolation": {"string_value": "none"}}))
                 options = replace(options, about=about)
             if kind == "kernels":
                 options = replace(options, about=About("m", config=text_format.Parse(model, pb.ModelConfig())))
-            file = tmp_path / runtime.model_file
+            file = folder / runtime.model_file
             if runtime.model_file:
                 file.write_bytes(model)
-            session = runtime.load(file, options)
+            return runtime.load(file, options)
+
+        def load(model: bytes, options: SessionOptions | None = None) -> Session:
+            if options is None and model in sessions:
+                return sessions[model]
+            session = new(model, options or ONE_THREAD)
             loaded.callback(session.close)
+            if options is None:
+                sessions[model] = session
             return session
 
         yield load
@@ -161,14 +176,21 @@ def test_read_only_inputs_and_outputs_of_their_own(load, models):
     assert not np.shares_memory(given, got)
 
 
-@pytest.mark.parametrize("name", [name for name in NUMBERS if name != "BF16"])
-def test_every_kind_of_number_comes_back_as_it_went(load, models, name):
-    session = load(models.identity(name, ("n", 3)))
-    dtype = session.inputs[0].datatype.dtype
-    given = np.array([[0, 1, 1], [1, 0, 1]], dtype)
-    (got,) = session.run({"x": given}, ["y"])
-    assert got.dtype == dtype
-    np.testing.assert_array_equal(got, given)
+def test_every_kind_of_number_comes_back_as_it_went(kind, load, models):
+    names = [name for name in DTYPES if name != "BF16"]
+    given = {name: np.array([[0, 1, 1], [1, 0, 1]], DTYPES[name]) for name in names}
+    if kind == "kernels":
+        sessions = {name: load(models.identity(name, ("n", 3))) for name in names}
+        kinds = {name: session.inputs[0].datatype for name, session in sessions.items()}
+        got = [session.run({"x": given[name]}, ["y"])[0] for name, session in sessions.items()]
+    else:
+        session = load(models.identities(names, ("n", 3)))
+        kinds = {spec.name.removeprefix("x_"): spec.datatype for spec in session.inputs}
+        got = session.run({f"x_{name}": array for name, array in given.items()}, [f"y_{name}" for name in names])
+    assert kinds == {name: BY_NAME[name] for name in names}
+    for name, array in zip(names, got, strict=True):
+        assert array.dtype == given[name].dtype, name
+        np.testing.assert_array_equal(array, given[name], name)
 
 
 def test_strings(kind, load, models):
@@ -192,11 +214,11 @@ def test_bit_patterns(kind, load, models):
     assert bits.run({"x": given[:0]}, ["y"])[0].shape == (0,)
 
 
-def test_a_hundred_megabytes_there_and_back(load, models):
+def test_a_hundred_megabytes_there_and_back(kind, load, models):
     session = load(models.identity("FP32", ("n", 4)))
-    given = np.arange(25 << 20, dtype=np.float32).reshape(-1, 4)
+    given = np.arange(25 << 20 if kind in ACROSS_A_BORDER else 1 << 20, dtype=np.float32).reshape(-1, 4)
     (got,) = session.run({"x": given}, ["y"])
-    np.testing.assert_array_equal(got, given)
+    assert np.array_equal(got, given)
 
 
 @pytest.mark.parametrize(
@@ -217,14 +239,14 @@ def test_a_model_that_raises_says_so_in_its_own_words(load, models, name, inputs
             assert inside not in message
 
 
-@pytest.mark.parametrize("kind", [kind for kind in WITH_FILES if kind != "remote"])
+@of_kinds([kind for kind in WITH_FILES if kind != "remote"])
 @pytest.mark.parametrize("data", [b"", b"no model", bytes(1000)])
 def test_a_file_that_is_no_model_is_refused(load, runtime, data):
     with pytest.raises(FailedPrecondition, match=r"model\.(onnx|py)"):
         load(data)
 
 
-@pytest.mark.parametrize("kind", ONNX)
+@of_kinds(ONNX)
 def test_what_is_no_tensor_is_refused_by_name(load):
     value = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
     model = onnx_files.identity()
@@ -235,7 +257,7 @@ def test_what_is_no_tensor_is_refused_by_name(load):
         load(model.SerializeToString())
 
 
-@pytest.mark.parametrize("kind", ONNX)
+@of_kinds(ONNX)
 def test_options(load, models):
     entries = {"session.set_denormal_as_zero": "1"}
     session = load(models.scale(), SessionOptions(2, inter_op_threads=2, graph_level=-1, entries=entries))
@@ -254,7 +276,7 @@ def test_many_threads_may_run_one_session(load, models):
         assert all(threads.map(run, range(200)))
 
 
-@pytest.mark.parametrize("kind", ["kernels"])
+@of_kinds(["kernels"])
 def test_without_a_file_it_is_the_configuration_that_is_refused(load):
     with pytest.raises(FailedPrecondition, match="operation 'nothing' is unknown: there are 'add', 'identity'"):
         load(OperationModels()._config("nothing"))
@@ -284,7 +306,7 @@ def test_its_parts_are_the_whole_on_each_device(kind, load, models):
 
 
 def test_what_the_configuration_says_is_left(load, models):
-    session = load(models.scale())
+    session = load(models.scale(), ONE_THREAD)  # It is changed below.
     config = text_format.Parse('parameters { key: "k" value { string_value: "v" } }', pb.ModelConfig())
     before = config.SerializeToString(deterministic=True)
     completed = session.completed(config, says_batch=False)
@@ -305,7 +327,7 @@ def test_only_who_takes_rows_is_given_rows(load, models):
             session.run_rows(given, ["y"])
 
 
-@pytest.mark.parametrize("kind", ONNX)
+@of_kinds(ONNX)
 def test_what_the_file_has_a_value_for_may_be_left_out(load):
     session = load(with_default().SerializeToString())
     assert [(spec.name, spec.is_optional) for spec in session.optional_inputs] == [("b", True)]

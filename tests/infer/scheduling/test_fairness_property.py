@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from services.infer.scheduling.batcher import BatchPolicy, Wait
 from services.infer.scheduling.cost import CostCurve
 from services.infer.scheduling.fairness import MOST, Shares
-from services.infer.scheduling.queue import Batch, Pending, Queue, QueueLimits
+from services.infer.scheduling.queue import Batch, Queue, QueuedRequest, QueueLimits
 from services.infer.scheduling.rules import Level, Rules
 from shoal.errors import ResourceExhausted
 from tests.infer.scheduling.virtual_time import call
@@ -30,8 +30,10 @@ def queue(max_rows: int = 4, rules: Rules | None = None, **limits: int) -> Queue
     return Queue("m", QueueLimits(**limits), BatchPolicy(max_rows, 1 << 20), rules or Rules(), CostCurve())
 
 
-def add(to: Queue, tenant: str = "", rows: int = 1, *, at: float = 0.0, level: int = 0, key: object = "k") -> Pending:
-    pending = Pending(call(1, rows, key=key), at, math.inf, Receiver())
+def add(
+    to: Queue, tenant: str = "", rows: int = 1, *, at: float = 0.0, level: int = 0, key: object = "k"
+) -> QueuedRequest:
+    pending = QueuedRequest(call(1, rows, key=key), at, math.inf, Receiver())
     pending.level = level
     for victim in to.add(pending, tenant, lambda: 7):
         assert not victim.is_waiting
@@ -80,7 +82,7 @@ def test_tenants_that_all_wait_get_rows_by_weight(sizes, weights, max_rows, late
             assert abs(served[one] - served[other]) <= bound
 
 
-def pendings(of: Queue, tenant: str) -> list[Pending]:
+def pendings(of: Queue, tenant: str) -> list[QueuedRequest]:
     return [p for lane in of._lanes.values() for p in lane.order() if p.share.tenant == tenant]
 
 
@@ -212,11 +214,11 @@ def test_shares_of_nobody_cost_nothing():
 def test_the_queue_counts_right_whatever_is_done_to_it(steps, goal, calls):
     rules = Rules(levels=(Level(), Level(timeout_s=3.0, delays=True)), aging_s=2.0, weights={"t0": 3.0})
     to = Queue("m", QueueLimits(calls, 1 << 20), BatchPolicy(4, 100, slo_s=goal), rules, CostCurve())
-    here: list[Pending] = []
+    here: list[QueuedRequest] = []
     for now, (step, dice) in enumerate(steps):
         at = float(now)
         if step == "add":
-            pending = Pending(call(1, dice % 4 + 1, key=dice % 5), at, at + dice % 9 + 1, Receiver())
+            pending = QueuedRequest(call(1, dice % 4 + 1, key=dice % 5), at, at + dice % 9 + 1, Receiver())
             pending.level = dice % 2
             pending.yields_at = at + 3.0 if pending.level else math.inf
             pending.due = at + dice % 7 if goal != math.inf else math.inf
@@ -240,7 +242,7 @@ def test_the_queue_counts_right_whatever_is_done_to_it(steps, goal, calls):
         check(to, here)
 
 
-def check(of: Queue, here: list[Pending]) -> None:
+def check(of: Queue, here: list[QueuedRequest]) -> None:
     assert len(of) == len(here)
     assert (of.rows, of.size_bytes) == (sum(p.rows for p in here), sum(p.size_bytes for p in here))
     assert {id(p) for lane in of._lanes.values() for p in lane.order()} == {id(p) for p in here}

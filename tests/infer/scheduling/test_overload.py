@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.infer.requests.outcome import InferenceResult
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.cost import CostCurve
-from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.overload import Pressure, best_rows
 from services.infer.scheduling.queue import QueueLimits
 from shoal.errors import DeadlineExceeded, ResourceExhausted
@@ -86,7 +86,7 @@ def test_a_batch_that_leaves_little_time_to_wait_for_it_is_still_run_full_enough
     assert on_time > 0.4 * capacity
 
 
-async def at_once(bench: Bench, count: int) -> list[Answer]:
+async def at_once(bench: Bench, count: int) -> list[InferenceResult]:
     deadline = asyncio.get_running_loop().time() + 0.05
     return list(await asyncio.gather(*[bench.scheduler.submit(call(n), deadline) for n in range(count)]))
 

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.calls import ragged
-from services.infer.calls.datatypes import BY_NAME
-from services.infer.calls.parameters import NONE
-from services.infer.calls.request import Call, WantedOutput, key_of
-from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.requests import ragged
+from services.infer.requests.outcome import InferenceResult
+from services.infer.requests.parameters import NONE
+from services.infer.requests.request import InferenceRequest, WantedOutput, key_of
+from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.runtimes.runtime import ModelFailed, RowResults, Session
-from services.infer.scheduling.execution import Answer
 from services.infer.scheduling.rows_execution import RowsExecution
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument
+from shoal.oip.datatypes import BY_NAME
 
 FP64 = BY_NAME["FP64"]
 IMAGE = TensorSpec("image", FP64, (-1, -1, -1), is_ragged=True)
@@ -56,15 +56,15 @@ class Model(Session):
 
 @dataclass
 class Job:
-    call: Call
+    call: InferenceRequest
     expires: float = math.inf
     is_abandoned: bool = False
 
 
-def call(images: ragged.Value, factor: float = 2.0) -> Call:
+def call(images: ragged.Value, factor: float = 2.0) -> InferenceRequest:
     inputs = {"image": images, "factor": np.full((len(images), 1), factor)}
     outputs = tuple(WantedOutput(spec) for spec in SIGNATURE.outputs)
-    return Call(inputs, outputs, len(images), 0, key_of(inputs, outputs, SIGNATURE), NONE)
+    return InferenceRequest(inputs, outputs, len(images), 0, key_of(inputs, outputs, SIGNATURE), NONE)
 
 
 def images(rows: int, height: int, width: int, start: float = 0) -> np.ndarray:
@@ -122,7 +122,7 @@ def test_every_call_gets_what_it_would_get_alone(calls):
     for job, outcome in zip(jobs, together, strict=True):
         (alone,) = execution.run([job])
         assert type(alone) is type(outcome)
-        if isinstance(alone, Answer):
+        if isinstance(alone, InferenceResult):
             for one, other in zip(alone.outputs, outcome.outputs, strict=True):
                 for row, same in zip(ragged.rows(one), ragged.rows(other), strict=True):
                     np.testing.assert_array_equal(row, same)
@@ -135,7 +135,7 @@ def test_bad_rows_fail_their_calls_and_nothing_runs_twice(execution, model):
     bad[1, 0, 0] = POISON
     outcomes = execution.run([Job(call(images(2, 3, 3))), Job(call(bad)), Job(call(images(1, 1, 1)))])
     assert model.runs == [6]
-    assert [type(outcome) for outcome in outcomes] == [Answer, InvalidArgument, Answer]
+    assert [type(outcome) for outcome in outcomes] == [InferenceResult, InvalidArgument, InferenceResult]
     assert str(outcomes[1]) == "model 'm', row 1: minus one"
     alone = execution.run([Job(call(bad[1:2]))])
     assert str(alone[0]) == "model 'm': minus one"
@@ -145,7 +145,7 @@ def test_a_model_that_fails_is_cut_apart_as_any_other(execution, model):
     bad = images(1, 2, 2)
     bad[0, 0, 0] = FATAL
     outcomes = execution.run([Job(call(images(2, 3, 3))), Job(call(bad)), Job(call(images(1, 1, 1)))])
-    assert [type(outcome) for outcome in outcomes] == [Answer, Internal, Answer]
+    assert [type(outcome) for outcome in outcomes] == [InferenceResult, Internal, InferenceResult]
 
 
 def test_who_is_gone_is_left_out(execution, model):
@@ -155,7 +155,7 @@ def test_who_is_gone_is_left_out(execution, model):
         Job(call(images(1, 2, 1)), expires=0),
     ]
     outcomes = execution.run(jobs)
-    assert [type(outcome) for outcome in outcomes] == [DeadlineExceeded, Answer, DeadlineExceeded]
+    assert [type(outcome) for outcome in outcomes] == [DeadlineExceeded, InferenceResult, DeadlineExceeded]
     assert model.runs == [1]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.infer.models import modelconfig
+from services.infer.loading import model_config
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.scheduling import rules
 from services.infer.scheduling.rules import Level, Rules
@@ -53,19 +53,19 @@ REFUSED = {
 @pytest.mark.parametrize("text", REFUSED)
 def test_refused_by_name(text):
     with pytest.raises(FailedPrecondition) as err:
-        modelconfig.check(modelconfig.parse(text), OnnxRuntime())
+        model_config.check(model_config.parse(text), OnnxRuntime())
     assert REFUSED[text] in err.value.message
 
 
 def read(text: str) -> Rules:
-    config = modelconfig.parse(text)
-    modelconfig.check(config, OnnxRuntime())
+    config = model_config.parse(text)
+    model_config.check(config, OnnxRuntime())
     return rules.of(config)
 
 
 def test_nothing_said():
     assert read("") == read("max_batch_size: 8 dynamic_batching {}") == Rules()
-    assert rules.slo_s(modelconfig.parse("")) == math.inf
+    assert rules.slo_s(model_config.parse("")) == math.inf
 
 
 def test_all_that_can_be_said():
@@ -99,7 +99,7 @@ def test_a_timeout_of_the_request_counts_unless_the_model_has_one_of_its_own():
 
 @given(st.text(max_size=40))
 def test_any_text_is_read_or_refused(text):
-    config = modelconfig.parse("")
+    config = model_config.parse("")
     for key in ("slo_ms", "tenant_weights", "priority_aging_ms"):
         config.parameters[key].string_value = text
     if not list(rules.wrong(config)):

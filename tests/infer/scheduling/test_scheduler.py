@@ -11,18 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from services.infer.calls.datatypes import BY_NAME
-from services.infer.calls.parameters import Parameters
-from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.requests.parameters import Parameters
+from services.infer.requests.request import InferenceRequest, WantedOutput
+from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.execution import Execution
-from services.infer.scheduling.queue import Pending, QueueLimits
+from services.infer.scheduling.queue import QueuedRequest, QueueLimits
 from services.infer.scheduling.rules import Level, Rules
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
 from shoal.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from shoal.oip.datatypes import BY_NAME
 from tests.breakable import until
 
 X, Y = TensorSpec("x", BY_NAME["FP32"], (-1, 1)), TensorSpec("y", BY_NAME["FP32"], (-1, 1))
@@ -66,9 +66,9 @@ class Model(Session):
         return [value for run in self.runs for value in run]
 
 
-def call(*values: float, key: object = "k", timeout_us: int = 0) -> Call:
+def call(*values: float, key: object = "k", timeout_us: int = 0) -> InferenceRequest:
     x = np.array(values, np.float32)[:, None]
-    return Call({"x": x}, (WantedOutput(Y),), len(values), x.nbytes, key, Parameters(timeout_us))
+    return InferenceRequest({"x": x}, (WantedOutput(Y),), len(values), x.nbytes, key, Parameters(timeout_us))
 
 
 class Nobody:
@@ -101,10 +101,10 @@ class Bench:
         await until(lambda: self.model.entered > entered)
         return task
 
-    def submit(self, made: Call, deadline: float = math.inf) -> asyncio.Task:
+    def submit(self, made: InferenceRequest, deadline: float = math.inf) -> asyncio.Task:
         return asyncio.ensure_future(self.scheduler.submit(made, deadline))
 
-    async def queued(self, *made: Call, deadline: float = math.inf) -> list[asyncio.Task]:
+    async def queued(self, *made: InferenceRequest, deadline: float = math.inf) -> list[asyncio.Task]:
         tasks = [self.submit(each, deadline) for each in made]
         await asyncio.sleep(0)
         return tasks
@@ -196,7 +196,7 @@ async def test_a_cancelled_call_is_never_executed():
 
 def test_a_call_that_is_cancelled_after_it_was_taken_is_not_executed():
     bench = Bench()
-    gone, here = (Pending(call(n), 0.0, math.inf, Nobody()) for n in (1, 2))
+    gone, here = (QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (1, 2))
     gone.is_abandoned = True
     outcomes = bench.execution().run([gone, here])
     assert isinstance(outcomes[0], DeadlineExceeded)
@@ -319,7 +319,7 @@ async def test_whatever_the_model_throws_its_caller_hears_of_it_and_the_worker_l
 def test_who_runs_out_while_the_guilty_are_looked_for_is_not_run():
     bench = Bench()
     execution = bench.execution()
-    jobs = [Pending(call(n), 0.0, math.inf, Nobody()) for n in (13, 2, 3, 4)]
+    jobs = [QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (13, 2, 3, 4)]
     jobs[2].expires = bench.clock.now + 1
 
     def slow(inputs, outputs, run=bench.model.run):
@@ -347,7 +347,7 @@ def test_batch_mates_of_a_fault_of_ours_are_spared_too():
         return x
 
     bench.model.answer = answer
-    outcomes = bench.execution().run([Pending(call(n), 0.0, math.inf, Nobody()) for n in (1, 7, 3)])
+    outcomes = bench.execution().run([QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (1, 7, 3)])
     assert [type(outcome).__name__ for outcome in outcomes] == ["Answer", "MemoryError", "Answer"]
 
 
@@ -360,7 +360,7 @@ async def test_outcomes_that_are_too_few_are_a_fault_and_hang_nobody():
     bench = Bench()
     execution = bench.execution()
     execution._computed = lambda *args: []
-    outcomes = execution.run([Pending(call(n), 0.0, math.inf, Nobody()) for n in (1, 2)])
+    outcomes = execution.run([QueuedRequest(call(n), 0.0, math.inf, Nobody()) for n in (1, 2)])
     assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 2
 
 

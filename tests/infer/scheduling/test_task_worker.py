@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.infer.scheduling.execution import Answer, Tally, Times
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult
+from services.infer.scheduling.execution import Tally
 from services.infer.scheduling.task_worker import TaskWorker
 from shoal.errors import Unavailable
 
@@ -30,13 +31,13 @@ class Slow:
         self.ends = asyncio.Event()
         self.was_cancelled = False
 
-    async def outcomes(self, batch: Sequence[Waiting]) -> list[Answer]:
+    async def outcomes(self, batch: Sequence[Waiting]) -> list[InferenceResult]:
         try:
             await self.ends.wait()
         except asyncio.CancelledError:
             self.was_cancelled = True
             raise
-        return [Answer((), Times()) for _ in batch]
+        return [InferenceResult((), ExecutionTimes()) for _ in batch]
 
 
 class Bench:
@@ -54,7 +55,7 @@ async def test_a_batch_is_answered():
     jobs = [Waiting(), Waiting()]
     bench.run(*jobs)
     bench.execution.ends.set()
-    assert [type(outcome) for outcome in await bench.outcomes] == [Answer, Answer]
+    assert [type(outcome) for outcome in await bench.outcomes] == [InferenceResult, InferenceResult]
     assert [job.on_abandoned for job in jobs] == [None, None]
 
 

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from services.infer.calls.datatypes import BY_NAME
-from services.infer.calls.parameters import Parameters
-from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.requests.parameters import Parameters
+from services.infer.requests.request import InferenceRequest, WantedOutput
+from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.runtimes.runtime import ModelFailed, Session
-from services.infer.scheduling.execution import Execution, Job
+from services.infer.scheduling.execution import Execution, ExecutionItem
 from services.infer.scheduling.scheduler import Scheduler
 from services.infer.scheduling.statistics import Statistics
 from services.infer.scheduling.worker import Done
+from shoal.oip.datatypes import BY_NAME
 
 X, Y = TensorSpec("x", BY_NAME["FP64"], (-1, 1)), TensorSpec("y", BY_NAME["FP64"], (-1, 1))
 SIGNATURE = Signature((X,), (Y,), 64)
@@ -90,7 +90,7 @@ class SimulatedWorker:
         self._wake: asyncio.TimerHandle | None = None
         self.is_running = self.is_closed = False
 
-    def run(self, jobs: Sequence[Job], done: Done) -> None:
+    def run(self, jobs: Sequence[ExecutionItem], done: Done) -> None:
         assert not self.is_running, "one batch at a time"
         assert not self.is_closed
         self._sleep_on()
@@ -119,10 +119,10 @@ class SimulatedWorker:
             self._wake.cancel()
 
 
-def call(first: float, rows: int = 1, *, key: object = "k", timeout_us: int = 0, priority: int = 0) -> Call:
+def call(first: float, rows: int = 1, *, key: object = "k", timeout_us: int = 0, priority: int = 0) -> InferenceRequest:
     """A call with the values first, first + 0.001, ..."""
     x = np.array([first + n / 1000 for n in range(rows)])[:, None]
-    return Call({"x": x}, (WantedOutput(Y),), rows, x.nbytes, key, Parameters(timeout_us, priority))
+    return InferenceRequest({"x": x}, (WantedOutput(Y),), rows, x.nbytes, key, Parameters(timeout_us, priority))
 
 
 class Bench:

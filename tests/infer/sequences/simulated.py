@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from services.infer.calls.datatypes import BY_NAME
-from services.infer.calls.parameters import Parameters
-from services.infer.calls.request import Call, WantedOutput
-from services.infer.calls.signature import Signature, TensorSpec
+from services.infer.requests.parameters import Parameters
+from services.infer.requests.request import InferenceRequest, WantedOutput
+from services.infer.requests.signature import Signature, TensorSpec
 from services.infer.runtimes.runtime import ModelFailed, Session
 from services.infer.scheduling.batcher import BatchPolicy
 from services.infer.scheduling.queue import QueueLimits
 from services.infer.scheduling.statistics import Statistics
 from services.infer.sequences.execution import SequenceExecution
 from services.infer.sequences.scheduler import SequenceScheduler
-from services.infer.sequences.settings import CORRID, END, READY, START, Control, Settings, State
+from services.infer.sequences.settings import CORRID, END, READY, START, Control, SequenceSettings, State
+from shoal.oip.datatypes import BY_NAME
 from tests.infer.scheduling.virtual_time import SimulatedWorker
 
 FP64, INT64, BOOL = BY_NAME["FP64"], BY_NAME["INT64"], BY_NAME["BOOL"]
@@ -34,8 +34,10 @@ FIRST = {"total_in": np.zeros((1, 1))}
 
 def settings(
     *, direct: bool = True, places: int = 2, rows: int = 2, idle_s: float = 60.0, delay_s: float = 0.0, **more: Any
-) -> Settings:
-    return Settings(CONTROLS, (STATE,), direct, places, BatchPolicy(rows, 1 << 60, delay_s), idle_s=idle_s, **more)
+) -> SequenceSettings:
+    return SequenceSettings(
+        CONTROLS, (STATE,), direct, places, BatchPolicy(rows, 1 << 60, delay_s), idle_s=idle_s, **more
+    )
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,16 @@ class Model(Session):
 
 def step(
     id: int | str, x: float = 1.0, *, start: bool = False, end: bool = False, timeout_us: int = 0, key: object = "k"
-) -> Call:
+) -> InferenceRequest:
     asked = Parameters(timeout_us, sequence_id=id, sequence_start=start, sequence_end=end)
     array = np.array([[x]])
-    return Call({"x": array}, (WantedOutput(Y),), 1, array.nbytes, key, asked)
+    return InferenceRequest({"x": array}, (WantedOutput(Y),), 1, array.nbytes, key, asked)
 
 
 class Bench:
     """A scheduler in simulated time: each run takes `seconds`."""
 
-    def __init__(self, given: Settings, *, instances: int = 1, seconds: float = 0.01, **more: Any) -> None:
+    def __init__(self, given: SequenceSettings, *, instances: int = 1, seconds: float = 0.01, **more: Any) -> None:
         clock = asyncio.get_running_loop().time
         self.log: list[Ran] = []
         self.poison: set[float] = set()
@@ -115,6 +117,6 @@ class Bench:
             **more,
         )
 
-    async def total(self, call: Call, **more: Any) -> float:
+    async def total(self, call: InferenceRequest, **more: Any) -> float:
         answer = await self.scheduler.submit(call, **more)
         return float(answer.outputs[0][0, 0])

@@ -14,7 +14,7 @@ from services.infer.scheduling.queue import QueueLimits
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.breakable import until
 from tests.infer.conftest import output
-from tests.infer.python_model.conftest import PythonRepository, serving
+from tests.infer.model_process.python.conftest import PythonRepository, serving
 from tests.infer.sequences.stateful_models import config, put, step
 
 START_IT = "must specify the START flag on the first request of the sequence"

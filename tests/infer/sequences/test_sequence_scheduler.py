@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 import pytest
 
 from services.infer.scheduling.queue import QueueLimits
-from services.infer.sequences.step import Sequence, Step
+from services.infer.sequences.step import Sequence, SequenceStep
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted
 from tests.infer.scheduling.virtual_time import run
 from tests.infer.sequences.simulated import Bench, settings, step
@@ -263,7 +263,7 @@ def test_an_execution_looks_only_at_sequences_with_a_step(monkeypatch):
     looks = 0
     plain = Sequence.head.fget
 
-    def counted(sequence: Sequence) -> Step | None:
+    def counted(sequence: Sequence) -> SequenceStep | None:
         nonlocal looks
         looks += 1
         return plain(sequence)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from services.infer.models import modelconfig
+from services.infer.loading import model_config
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
@@ -52,7 +52,7 @@ REFUSED = {
 def test_refused_by_name(text):
     whole = f'max_batch_size: 4 input {{ name: "x" data_type: TYPE_FP32 dims: 1 }} sequence_batching {{ {text} }}'
     with pytest.raises(FailedPrecondition) as err:
-        modelconfig.check(modelconfig.parse(whole), OnnxRuntime())
+        model_config.check(model_config.parse(whole), OnnxRuntime())
     assert REFUSED[text] in err.value.message
 
 
@@ -69,7 +69,7 @@ def test_refused_by_name(text):
 )
 def test_what_does_not_go_with_sequences(more, said):
     with pytest.raises(FailedPrecondition, match=said):
-        modelconfig.check(modelconfig.parse(f"sequence_batching {{ }} {more}"), OnnxRuntime())
+        model_config.check(model_config.parse(f"sequence_batching {{ }} {more}"), OnnxRuntime())
 
 
 MISFITS = {

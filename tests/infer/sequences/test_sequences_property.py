@@ -13,7 +13,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.infer.sequences.book import Book
+from services.infer.sequences.sequence_table import SequenceTable
 from shoal.errors import DeadlineExceeded, Internal, InvalidArgument
 from tests.infer.scheduling.virtual_time import run
 from tests.infer.sequences import simulated
@@ -101,7 +101,7 @@ async def traffic(bench: Bench, script: Sequence[Sent]) -> list[Told]:
     return told
 
 
-def check_heads(book: Book) -> None:
+def check_heads(book: SequenceTable) -> None:
     """What is remembered of who has a step to run is what looking at each sequence would find."""
     for instance, placed in enumerate(book.placed):
         found = {head for sequence in placed if (head := sequence.head) is not None}

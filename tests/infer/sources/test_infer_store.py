@@ -11,9 +11,9 @@ import grpc
 import onnx
 import pytest
 
-from mesh.channel import connect
-from mesh.etcd import Etcd
-from mesh.membership import Directory, ReadyModel, State
+from mesh.cluster.etcd import Etcd
+from mesh.cluster.membership import Directory, ReadyModel, State
+from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc

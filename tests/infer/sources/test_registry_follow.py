@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from services.infer.models.wanted import WantedModel
+from services.infer.model_files.wanted_models import WantedModel
 from services.infer.sources.cache import Cache
 from services.infer.sources.registry import Registry
 from shoal.errors import Unavailable

@@ -28,7 +28,7 @@ def triton(repository_root: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def shoal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GRPCInferenceServiceStub]:
     folder = tmp_path_factory.mktemp("shoal")
     models = repository.write(folder / "models")
-    with Instance.serving(models, "grpc", folder / "serve.log") as running:
+    with Instance.serving(models, folder / "serve.log") as running:
         with grpc.insecure_channel(running.address, options=wire.OPTIONS) as channel:
             yield GRPCInferenceServiceStub(channel)
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from mesh.node.parts import free_port
 from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
+from shoal.node.processes import free_port
 from tests.infer.conformance import wire
 
 READY_S = 60

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from services.ingest.batches.batch import Batch, BatchState, Format, Step
+from services.ingest.batches.batch import Batch, BatchState, BatchStep, Format
 from services.ingest.batches.inputs.listing import line_of
-from services.ingest.batches.inputs.places import Places
+from services.ingest.batches.inputs.places import InputLocations
 from services.ingest.batches.rows.signature import Signature, Spec
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
@@ -33,14 +33,14 @@ def batch(folder: Path, **fields: Any) -> Batch:
         "columns": (("x", "x"),),
         "submitted_at": START,
         "updated_at": START,
-        "steps": (Step(BatchState.RUNNING, START, "local/ingest-0", "submitted"),),
+        "steps": (BatchStep(BatchState.RUNNING, START, "local/ingest-0", "submitted"),),
         **fields,
     }
     return Batch(**made)
 
 
-def places() -> Places:
-    return Places(["file:///"])
+def places() -> InputLocations:
+    return InputLocations(["file:///"])
 
 
 def listing(folder: Path, urls: Sequence[str]) -> Any:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from services.ingest.batches.inputs.places import Places
+from services.ingest.batches.inputs.places import InputLocations
 from shoal.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
@@ -38,7 +38,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_place_keeps_its_promises_wherever_it_is(root: str, tmp_path: Path) -> None:
-    places = Places(["file:///", "s3://"])
+    places = InputLocations(["file:///", "s3://"])
     url = f"{root}/deep/a b.bin"
     with pytest.raises(NotFound):
         places.stat(url)
@@ -79,9 +79,9 @@ def test_wrong_credentials_and_a_missing_bucket_are_said(
     s3_access: WeedProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(NotFound):
-        Places(["s3://"]).put(f"s3://nobody-{uuid.uuid4().hex}/x", b"")
+        InputLocations(["s3://"]).put(f"s3://nobody-{uuid.uuid4().hex}/x", b"")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    places = Places(["s3://"])
+    places = InputLocations(["s3://"])
     for call in (lambda: places.stat("s3://shoal/x"), lambda: places.put("s3://shoal/x", b"")):
         with pytest.raises(PermissionDenied, match="credentials"):
             call()

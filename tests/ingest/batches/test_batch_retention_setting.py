@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from mesh.config import ConfigError, load
+from mesh.process.config import ConfigError, load
 from services.ingest.config import IngestConfig
 
 REQUIRED = {

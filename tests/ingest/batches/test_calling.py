@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.batches.calling import Answered, Blamed, Calling, Lanes, Split, Wait, decide
+from services.ingest.batches.calling import Answered, Blamed, Calling, RowQueues, Split, Wait, decide
 from services.ingest.batches.outputs.written import Dead
 from services.ingest.batches.rows.fitting import fit
 from services.ingest.batches.rows.stacking import Stack
@@ -58,7 +58,13 @@ async def run(model: Doubling, count: int, per_stack: int, lanes: int = 4, notes
     inputs = [fit(DOUBLE.inputs[0], np.repeat(np.arange(count, dtype=np.float32), 4).reshape(count, 4))]
     told = [] if notes is None else notes
     calling = Calling(
-        model, Asked("m", "", DOUBLE), Lanes(lanes), policy=AT_ONCE, timeout_s=5, on_wait=told.append, draw=lambda: 0.0
+        model,
+        Asked("m", "", DOUBLE),
+        RowQueues(lanes),
+        policy=AT_ONCE,
+        timeout_s=5,
+        on_wait=told.append,
+        draw=lambda: 0.0,
     )
     stacks = [Stack(tuple(range(at, min(at + per_stack, count)))) for at in range(0, count, per_stack)]
     found = await asyncio.gather(*(calling.answer(inputs, stack) for stack in stacks))
@@ -165,7 +171,7 @@ def test_decisions(failure: Failure, rows: int, attempts: int, expected: Any) ->
 
 
 async def test_a_call_alone_is_alone_and_cancelled_callers_leave_no_hole() -> None:
-    lanes = Lanes(3)
+    lanes = RowQueues(3)
     inside = 0
     most_beside = 0
 

@@ -25,7 +25,7 @@ from services.ingest.batches.inputs.npz_rows import NpzRows
 from services.ingest.batches.inputs.object_rows import ObjectRows
 from services.ingest.batches.inputs.parquet_rows import ParquetRows
 from services.ingest.batches.inputs.piece import ROW_BYTES, Rows, Span
-from services.ingest.batches.inputs.places import Entry, Places, is_within
+from services.ingest.batches.inputs.places import Entry, InputLocations, is_within
 from services.ingest.batches.opening import Readers, read_pinned
 from services.ingest.batches.plan import plan
 from services.ingest.batches.rows.signature import Signature, Spec
@@ -249,7 +249,7 @@ def test_objects_are_rows_and_one_that_is_gone_fails_alone(tmp_path: Path) -> No
     rows.close()
 
 
-def chunks_of(one: Batch, where: Places, tail: Chunk | None = None) -> list[Chunk]:
+def chunks_of(one: Batch, where: InputLocations, tail: Chunk | None = None) -> list[Chunk]:
     return list(plan(where, one, tail))
 
 
@@ -358,7 +358,7 @@ def test_an_empty_file_has_no_chunks(tmp_path: Path) -> None:
 )
 def test_places_that_may_not_be_used(url: str, error: type[Exception]) -> None:
     with pytest.raises(error, match="inputs"):
-        Places(["file:///data", "s3://bucket"]).check("inputs", url)
+        InputLocations(["file:///data", "s3://bucket"]).check("inputs", url)
 
 
 def test_a_link_out_of_what_is_allowed_is_refused(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_a_link_out_of_what_is_allowed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("s")
     (tmp_path / "allowed" / "link").symlink_to(tmp_path / "secret")
     with pytest.raises(PermissionDenied):
-        Places([f"file://{tmp_path}/allowed"]).check("inputs", f"file://{tmp_path}/allowed/link")
+        InputLocations([f"file://{tmp_path}/allowed"]).check("inputs", f"file://{tmp_path}/allowed/link")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mesh import mongo
 from services.ingest.batches import book as books
 from services.ingest.batches.batch import Batch, BatchState, Chunk, ChunkState, Ending
 from services.ingest.batches.batcher import Batcher
-from services.ingest.batches.book import Book
+from services.ingest.batches.book import BatchRepository
 from services.ingest.batches.documents import (
     BATCH_INDEXES,
     BATCH_VALIDATOR,
@@ -32,9 +32,8 @@ from services.ingest.batches.ledger import Ledger, SoFar
 from services.ingest.batches.outputs.written import Written
 from services.ingest.batches.running import Running
 from services.ingest.clock import milliseconds
-from services.ingest.retention.book import JOB_RETENTION
+from services.ingest.retention.book import JOB_RETENTION, RetentionRepository
 from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR
-from services.ingest.retention.book import Book as Retention
 from services.ingest.retention.rules import BATCHES as RULED
 from services.ingest.retention.rules import Rule, Rules
 from services.ingest.tenants.settings import EVERYONE
@@ -192,7 +191,8 @@ async def test_codes_add_up_over_equal_chunks(database: Any, clock: TestClock, t
 
 async def test_one_duty_at_a_time_and_one_ending(database: Any, clock: TestClock, tmp_path: Path) -> None:
     books = [
-        Book(database[BATCHES], ledger_of(database, clock, f"i{n}"), clock=clock, instance=f"i{n}") for n in range(2)
+        BatchRepository(database[BATCHES], ledger_of(database, clock, f"i{n}"), clock=clock, instance=f"i{n}")
+        for n in range(2)
     ]
     one = batch(tmp_path, key="k", digest=b"d", free_at=START)
     assert await books[0].add(one) == (one, False)
@@ -279,7 +279,7 @@ async def test_a_claim_in_a_long_plan_looks_at_few_chunks(
     assert (await claimed(ledger, one)).number == 1_900
 
 
-async def ended(book: Book, ledger: Ledger, one: Batch, state: BatchState) -> Batch:
+async def ended(book: BatchRepository, ledger: Ledger, one: Batch, state: BatchState) -> Batch:
     await book.add(one)
     await ledger.append(chunks(one, 2))
     taken = await book.take_duty(one.id)
@@ -293,9 +293,9 @@ async def test_batches_that_ended_long_ago_go_with_their_chunks_and_no_others(
     database: Any, clock: TestClock, tmp_path: Path, keep: timedelta | None
 ) -> None:
     ledger = ledger_of(database, clock)
-    book = Book(database[BATCHES], ledger, clock=clock, instance="local/ingest-0")
+    book = BatchRepository(database[BATCHES], ledger, clock=clock, instance="local/ingest-0")
     ids = Ulids(lambda: milliseconds(clock()))
-    retention = Retention(database[JOB_RETENTION], {RULED: keep})
+    retention = RetentionRepository(database[JOB_RETENTION], {RULED: keep})
 
     def made(**fields: Any) -> Batch:
         return batch(tmp_path, id=ids.new(), free_at=clock(), updated_at=clock(), submitted_at=clock(), **fields)
@@ -348,14 +348,14 @@ async def test_batches_stay_as_long_as_their_tenants_say(
 ) -> None:
     monkeypatch.setattr(books, "_REMOVED_AT_ONCE", 2)
     ledger = ledger_of(database, clock)
-    book = Book(database[BATCHES], ledger, clock=clock, instance="local/ingest-0")
+    book = BatchRepository(database[BATCHES], ledger, clock=clock, instance="local/ingest-0")
     ids = Ulids(lambda: milliseconds(clock()))
     tenants = ["kept", "short", "other", "kept", "kept", "short", "other", "kept"]
     for tenant in tenants:
         one = batch(tmp_path, id=ids.new(), free_at=clock(), updated_at=clock(), submitted_at=clock(), tenant=tenant)
         await ended(book, ledger, one, BatchState.SUCCEEDED)
     week, month = timedelta(days=7), timedelta(days=30)
-    retention = Retention(database[JOB_RETENTION], {RULED: month})
+    retention = RetentionRepository(database[JOB_RETENTION], {RULED: month})
     await retention.set(Rule("kept", RULED, None))
     await retention.set(Rule("short", RULED, week))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from services.ingest.batches.batch import Format
 from services.ingest.batches.mapping import (
-    Wanted,
+    RequestedColumns,
     available_columns,
     check_file,
     kept_arrays,
@@ -24,16 +24,16 @@ from services.ingest.batches.mapping import (
 )
 from services.ingest.batches.opening import rows_of
 from services.ingest.batches.outputs.columns import Columns
-from services.ingest.batches.outputs.part import Part
+from services.ingest.batches.outputs.part import OutputPart
 from services.ingest.batches.outputs.written import About, Dead
 from services.ingest.batches.rows.fitting import fit
 from services.ingest.batches.rows.signature import Signature, Spec, signature_of
 from services.ingest.batches.rows.stacking import STACK_BYTES, Stack, stacks
 from services.ingest.batches.rows.wire import Asked, answer_of, request_of
-from shoal.datatypes import DTYPES
 from shoal.errors import DataLoss, FailedPrecondition, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
 from shoal.inference.v2 import model_config_pb2
+from shoal.oip.datatypes import DTYPES
 from tests.ingest.batches.making import places, write_lines, write_npz, write_parquet
 
 X4 = Spec("x", "FP32", (4,))
@@ -273,7 +273,7 @@ def test_columns_feed_inputs_by_name_or_as_told() -> None:
     ids=["missing", "text", "deep", "scalar", "short", "list", "fixed"],
 )
 def test_parquet_is_looked_at_before_anything_runs(table: Any, words: str, tmp_path: Path) -> None:
-    wanted = Wanted(((X4, "x"),), pa.schema([]))
+    wanted = RequestedColumns(((X4, "x"),), pa.schema([]))
     with places().open(places().stat(write_parquet(tmp_path / "a.parquet", table))) as file:
         if words:
             with pytest.raises(InvalidArgument, match=words):
@@ -283,7 +283,7 @@ def test_parquet_is_looked_at_before_anything_runs(table: Any, words: str, tmp_p
 
 
 def test_npz_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
-    wanted = Wanted(((X4, "x"),), pa.schema([pa.field("id", pa.int64())]))
+    wanted = RequestedColumns(((X4, "x"),), pa.schema([pa.field("id", pa.int64())]))
     cases = [
         ({"x": np.ones((3, 4)), "id": np.arange(3)}, ""),
         ({"x": np.ones((3, 4))}, "no array 'id'"),
@@ -302,7 +302,7 @@ def test_npz_is_looked_at_before_anything_runs(tmp_path: Path) -> None:
 
 
 def test_lines_are_refused_when_none_of_the_first_is_fit(tmp_path: Path) -> None:
-    wanted = Wanted(((X4, "x"),), pa.schema([]))
+    wanted = RequestedColumns(((X4, "x"),), pa.schema([]))
     some = write_lines(tmp_path / "some.jsonl", [{"x": 1}, {"x": [1, 2, 3, 4]}])
     none = write_lines(tmp_path / "none.jsonl", [{"x": 1}, {"y": 1}])
     with places().open(places().stat(some)) as file:
@@ -322,7 +322,7 @@ def test_kept_columns_have_the_types_of_the_first_file(tmp_path: Path) -> None:
     with places().open(places().stat(short)) as file:
         schema = kept_schema(Format.JSONL, file, ["i", "f", "s", "m", "b"])
     assert [str(kind) for kind in schema.types] == ["int64", "double", "string", "string", "bool"]
-    wanted = Wanted((), pa.ipc.read_schema(pa.BufferReader(schema.serialize())))
+    wanted = RequestedColumns((), pa.ipc.read_schema(pa.BufferReader(schema.serialize())))
     reader = rows_of(Format.JSONL, places().open(places().stat(url)), wanted.columns)
     arrays, errors = kept_arrays(wanted, reader.read(10))
     assert [*errors] == [2]
@@ -357,7 +357,7 @@ def outputs(n: int) -> dict[str, Any]:
 
 
 def test_a_part_has_the_rows_in_their_order_and_types(tmp_path: Path) -> None:
-    with Part(tmp_path, "p", COLUMNS) as part:
+    with OutputPart(tmp_path, "p", COLUMNS) as part:
         for first in (0, 3):
             about = About(range(first, first + 3), ["file:///a"] * 3, range(3))
             part.add(about, {"id": pa.array([7, None, 9])}, outputs(3))
@@ -377,7 +377,7 @@ def test_a_part_has_the_rows_in_their_order_and_types(tmp_path: Path) -> None:
 
 def test_a_text_that_is_none_is_said_so(tmp_path: Path) -> None:
     bad = {**outputs(1), "label": np.array([b"\xff"], object)}
-    with Part(tmp_path, "p", COLUMNS) as part, pytest.raises(ValueError, match="utf-8"):
+    with OutputPart(tmp_path, "p", COLUMNS) as part, pytest.raises(ValueError, match="utf-8"):
         part.add(About([0], ["a"], [0]), {"id": pa.array([1])}, bad)
 
 
@@ -388,7 +388,7 @@ def test_two_columns_of_one_name_are_refused() -> None:
 
 def test_a_part_of_many_rows_keeps_little_in_memory(tmp_path: Path) -> None:
     wide = Columns((Spec("y", "FP32", (1 << 18,)),), frozenset(), {})
-    with Part(tmp_path, "p", wide) as part:
+    with OutputPart(tmp_path, "p", wide) as part:
         for n in range(40):
             part.add(About([n], ["a"], [n]), {}, {"y": np.full((1, 1 << 18), n, np.float32)})
             assert part._held < 18 << 20

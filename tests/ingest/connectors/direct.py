@@ -8,10 +8,10 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from shoal.client.calls import Caller
-from shoal.client.job import Ran
-from shoal.client.retry import RetryPolicy
-from shoal.client.running import Running
+from shoal.client.jobs.job import Ran
+from shoal.client.jobs.run_stream import RunStream
+from shoal.client.transport.calls import Caller
+from shoal.client.transport.retry import RetryPolicy
 from shoal.errors import Code, ShoalError
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb
@@ -35,7 +35,7 @@ class Direct:
         """Talks to the ingest at `address`, and to whichever is there after it."""
         if self._running is None:
             caller = Caller(address, retry=RetryPolicy(attempts=1_000, stream_attempts=1_000, longest_wait_s=0.5))
-            running = Running(caller, self._source(tenant, labels or {}), window=max_in_flight)
+            running = RunStream(caller, self._source(tenant, labels or {}), window=max_in_flight)
             self._running = asyncio.create_task(self._run(caller, running))
 
     async def close(self) -> None:
@@ -61,7 +61,7 @@ class Direct:
     def _check(self) -> None:
         assert self._running is None or not self._running.done(), self._running
 
-    async def _run(self, caller: Caller, running: Running) -> None:
+    async def _run(self, caller: Caller, running: RunStream) -> None:
         try:
             async for ran in running.run():
                 self._heard(ran)

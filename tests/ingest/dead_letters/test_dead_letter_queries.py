@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pymongo.asynchronous.collection import AsyncCollection
 
-from services.ingest.dead_letters.wanted import DeadFilter
 from services.ingest.documents import LIGHT, document_of, job_of, requeueing
 from services.ingest.job import Job, State, requeue
+from services.ingest.job_store import DeadFilter
 from tests.ingest.making import START, job
 
 Collection = AsyncCollection[dict[str, Any]]

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from services.ingest.dependencies.references import by_key, references_of
-from services.ingest.dependencies.waiting import Standing, after_look, unmet
+from services.ingest.dependencies.waiting import after_look, unmet
 from services.ingest.job import (
     DEAD_LETTERS,
     FINAL,
@@ -24,6 +24,7 @@ from services.ingest.job import (
     state_of,
     try_again,
 )
+from services.ingest.job_store import DependencyState
 from shoal.errors import Code, InvalidArgument
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.ingest.faults import submit
@@ -37,8 +38,8 @@ def waiting(*references: str, **fields: object) -> Job:
     return job(due_at=None, depends_on=references, waits_for=references, **fields)
 
 
-def known(**states: State) -> dict[str, Standing]:
-    return {name: Standing(name, state, "why") for name, state in states.items()}
+def known(**states: State) -> dict[str, DependencyState]:
+    return {name: DependencyState(name, state, "why") for name, state in states.items()}
 
 
 def look(one: Job, **states: State) -> Job | End:
@@ -63,7 +64,9 @@ def test_it_is_not_due_before_its_own_time() -> None:
 @pytest.mark.parametrize("state", [State.QUEUED, State.RUNNING])
 def test_while_one_goes_on_it_waits_for_that_one(state: State) -> None:
     one = waiting(A, by_key("k"))
-    after = after_look(one, {A: Standing(A, State.SUCCEEDED), by_key("k"): Standing(B, state)}, "i", LATER)
+    after = after_look(
+        one, {A: DependencyState(A, State.SUCCEEDED), by_key("k"): DependencyState(B, state)}, "i", LATER
+    )
     assert isinstance(after, Job)
     assert after == replace(one, waits_for=(B,))  # By its id from now on.
 
@@ -111,7 +114,7 @@ def test_a_requeue_waits_again_for_those_that_have_not_succeeded() -> None:
 
 def test_what_has_not_succeeded_goes_by_the_name_that_the_job_has_for_it() -> None:
     one = replace(waiting(by_key("a"), by_key("b"), B), waits_for=(A, by_key("b"), B))
-    standing = {A: Standing(A, State.DEAD, "", "a"), B: Standing(B, State.RUNNING, "", "c")}
+    standing = {A: DependencyState(A, State.DEAD, "", "a"), B: DependencyState(B, State.RUNNING, "", "c")}
     assert unmet(one, standing) == (by_key("a"), by_key("b"), B)
 
 

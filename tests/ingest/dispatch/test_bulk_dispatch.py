@@ -10,7 +10,7 @@ import grpc
 import pytest
 from pymongo import AsyncMongoClient
 
-from mesh.h2.client.channel import Channel
+from mesh.rpc.client.channel import Channel
 from services.ingest.dispatch.remote import BulkEntry, GivenUp, RemoteModel
 from shoal.errors import Code
 from shoal.inference.v2 import bulk_pb2, inference_pb2

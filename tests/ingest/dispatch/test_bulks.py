@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ingest.dispatch.bulks import BULK_BYTES, BULK_JOBS, LONE_BYTES, Pace, goes_alone, next_bulk
+from services.ingest.dispatch.bulks import BULK_BYTES, BULK_JOBS, LONE_BYTES, ConcurrencyLimit, goes_alone, next_bulk
 from services.ingest.job import Job
 from shoal.errors import Code
 from shoal.inference.v2 import inference_pb2 as oip
@@ -57,7 +57,7 @@ def test_every_job_goes_once_in_its_order_in_calls_that_are_small(sizes: list[in
 
 
 def test_a_pace_grows_with_answers_and_halves_once_for_a_slow_round() -> None:
-    pace = Pace(256, soon_s=1)
+    pace = ConcurrencyLimit(256, soon_s=1)
     assert pace.limit == 32
     pace.answered(32, 0.1, 100)
     assert pace.limit == 64
@@ -74,11 +74,11 @@ def test_a_pace_grows_with_answers_and_halves_once_for_a_slow_round() -> None:
     assert pace.limit == 1
     pace.answered(1, 0.1, 1_000)
     assert pace.limit == 2
-    assert Pace(3, soon_s=1).limit == 3
+    assert ConcurrencyLimit(3, soon_s=1).limit == 3
 
 
 def test_a_model_that_needs_long_at_best_is_not_starved() -> None:
-    pace = Pace(256, soon_s=1)
+    pace = ConcurrencyLimit(256, soon_s=1)
     for n in range(20):
         pace.answered(32, 5.0 + n % 3, 10.0 * n)
     assert pace.limit == 256

@@ -17,9 +17,9 @@ from mesh.mongo import connect, ensure_collection
 from services.ingest.dispatch.claims import Claims
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import Job
-from services.ingest.lane import Lane, lane_of, range_of
-from services.ingest.ulid import Ulids
-from tests.ingest.making import START, TestClock, job
+from services.ingest.lane import TenantQueueKey, lane_of, range_of
+from services.ingest.mongo_jobs import MongoJobs
+from tests.ingest.making import START, TestClock, instance, job
 
 Collection = AsyncCollection[dict[str, Any]]
 
@@ -40,13 +40,9 @@ class Seen(monitoring.CommandListener):
 
 
 def claims(jobs: Collection, clock: TestClock, n: int = 0, **weights: float) -> Claims:
-    ids = Ulids(lambda: 1)
     return Claims(
-        jobs,
-        clock=clock,
-        new_id=lambda: f"{n} {ids.new()}",
-        owner=f"local/ingest-{n}",
-        process="p",
+        MongoJobs(jobs),
+        instance(clock, f"local/ingest-{n}"),
         lease_ms=5_000,
         weight_of=lambda tenant: weights.get(tenant, 1.0),
     )
@@ -170,7 +166,7 @@ names = st.text(max_size=8)
 def test_a_lane_is_read_as_it_was_written_and_found_by_its_tenant(
     tenant: str, model: str, other: str, priority: int
 ) -> None:
-    lane = Lane(tenant, model, priority)
+    lane = TenantQueueKey(tenant, model, priority)
     assert lane_of(lane.text) == lane
     between = range_of(other)
     assert (between["$gte"] <= lane.text < between["$lt"]) == (tenant == other)

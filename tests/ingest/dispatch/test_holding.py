@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from pymongo.asynchronous.collection import AsyncCollection
@@ -13,18 +13,19 @@ from services.ingest.clock import Clock, utc_now
 from services.ingest.dispatch.attempt import Decision
 from services.ingest.dispatch.claims import Claims
 from services.ingest.dispatch.dispatcher import Dispatcher
-from services.ingest.dispatch.gate import Gate
-from services.ingest.dispatch.keeper import Keeper
+from services.ingest.dispatch.lease_keeper import LeaseKeeper
+from services.ingest.dispatch.model_gate import ModelGate
 from services.ingest.dispatch.recorder import Recorder, result_of
 from services.ingest.dispatch.remote import GivenUp
 from services.ingest.documents import document_of, job_of
 from services.ingest.intake.backlog import Backlog
 from services.ingest.intake.payloads import Payloads
 from services.ingest.job import Again, End, Job, Lease, Outcome, Policy, State, claim
-from services.ingest.ulid import Ulids
+from services.ingest.job_events import JobEvents
+from services.ingest.mongo_jobs import MongoJobs
 from shoal.store.v1 import store_pb2
 from tests.breakable import until
-from tests.ingest.making import TestClock, job
+from tests.ingest.making import TestClock, instance, job
 
 Collection = AsyncCollection[dict[str, Any]]
 
@@ -95,42 +96,24 @@ class Instance:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        payloads, backlog = cast(Payloads, NoPayloads()), Backlog(1_000)
-        name = "local/ingest-0"
-        new_id = Ulids(lambda: 1).new
-        claims = Claims(self.jobs, clock=self.clock, new_id=new_id, owner=name, process="p", lease_ms=self.lease_ms)
-        self.recorder = Recorder(
-            self.written or self.jobs,
-            self.store,
-            payloads,
-            clock=self.clock,
-            instance=name,
-            on_change=self.changed.append,
-            on_recorded=lambda job, result: None,
-        )
+        payloads, backlog, events = cast(Payloads, NoPayloads()), Backlog(1_000), JobEvents()
+        events.changed.subscribe(self.changed.append)
+        here = replace(instance(self.clock), ready=self.ready)
+        claims = Claims(MongoJobs(self.jobs), here, lease_ms=self.lease_ms)
+        self.recorder = Recorder(MongoJobs(self.written or self.jobs), self.store, payloads, events, here)
         self.dispatcher = Dispatcher(
             claims,
             self.attempts,
             self.recorder,
-            gate=Gate(),
+            instance=here,
+            gate=ModelGate(),
             backlog=backlog,
-            clock=self.clock,
-            instance=name,
-            ready=self.ready,
             max_in_flight=8,
             poll_ms=self.poll_ms,
             drain_ms=1_000,
         )
-        self.keeper = Keeper(
-            self.jobs,
-            claims,
-            self.dispatcher,
-            self.store,
-            payloads,
-            backlog,
-            clock=self.clock,
-            ready=self.ready,
-            renew_ms=1_500,
+        self.keeper = LeaseKeeper(
+            MongoJobs(self.jobs), claims, self.dispatcher, self.store, payloads, backlog, here, renew_ms=1_500
         )
 
     async def has_ended(self, *made: Job) -> None:

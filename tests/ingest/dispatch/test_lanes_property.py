@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.ingest.dispatch.lanes import LANES_PER_CLAIM, Lanes, Waiting
-from services.ingest.lane import Lane
+from services.ingest.dispatch.lanes import LANES_PER_CLAIM, TenantQueues
+from services.ingest.job_store import Waiting
+from services.ingest.lane import TenantQueueKey
 from tests.ingest.making import START, TestClock
 
 AGEING = timedelta(seconds=60)
@@ -23,21 +24,21 @@ class Queue:
     """What MongoDB has: lanes in order of due times."""
 
     def __init__(self) -> None:
-        self.lanes: dict[Lane, list[Waiting]] = {}
+        self.lanes: dict[TenantQueueKey, list[Waiting]] = {}
         self._ids = itertools.count()
-        self._lane_of: dict[str, Lane] = {}
+        self._lane_of: dict[str, TenantQueueKey] = {}
 
-    def put(self, lane: Lane, due_at=START, jobs: int = 1) -> list[str]:
+    def put(self, lane: TenantQueueKey, due_at=START, jobs: int = 1) -> list[str]:
         ids = [f"{next(self._ids):026}" for _ in range(jobs)]
         self._lane_of.update(dict.fromkeys(ids, lane))
         self.lanes.setdefault(lane, []).extend((due_at, id_) for id_ in ids)
         self.lanes[lane].sort()
         return ids
 
-    def head(self, lane: Lane, now, limit: int) -> list[Waiting]:
+    def head(self, lane: TenantQueueKey, now, limit: int) -> list[Waiting]:
         return [job for job in self.lanes.get(lane, [])[:limit] if job[0] <= now]
 
-    def due(self, now, closed=()) -> list[tuple[Lane, Waiting]]:
+    def due(self, now, closed=()) -> list[tuple[TenantQueueKey, Waiting]]:
         return [
             (lane, job)
             for lane, jobs in self.lanes.items()
@@ -45,7 +46,7 @@ class Queue:
             if job[0] <= now and lane.model not in closed
         ]
 
-    def take(self, ids: Iterable[str]) -> list[tuple[Lane, Waiting]]:
+    def take(self, ids: Iterable[str]) -> list[tuple[TenantQueueKey, Waiting]]:
         wanted = frozenset(ids)
         taken = []
         for lane in {self._lane_of[id_] for id_ in ids}:
@@ -62,10 +63,10 @@ class Claimer:
     def __init__(self, queue: Queue, clock: TestClock, weights: dict[str, float]) -> None:
         self._queue = queue
         self._clock = clock
-        self.lanes = Lanes(lambda tenant: weights.get(tenant, 1.0), AGEING)
+        self.lanes = TenantQueues(lambda tenant: weights.get(tenant, 1.0), AGEING)
         self._listed_at = START - timedelta(days=1)
 
-    def claim(self, room: int, closed: frozenset[str] = frozenset()) -> list[tuple[Lane, Waiting]]:
+    def claim(self, room: int, closed: frozenset[str] = frozenset()) -> list[tuple[TenantQueueKey, Waiting]]:
         is_listed = self._clock.now - self._listed_at >= LISTS_EVERY
         if is_listed:
             self._list()
@@ -75,7 +76,7 @@ class Claimer:
             taken = self._claim_known(room, closed)
         return taken
 
-    def _claim_known(self, room: int, closed: frozenset[str]) -> list[tuple[Lane, Waiting]]:
+    def _claim_known(self, room: int, closed: frozenset[str]) -> list[tuple[TenantQueueKey, Waiting]]:
         now = self._clock.now
         asks = self.lanes.asks(room, now, closed)
         assert sum(len(ask.lanes) for ask in asks) <= LANES_PER_CLAIM
@@ -93,8 +94,8 @@ class Claimer:
         self.lanes.listed((lane, jobs[0][0]) for lane, jobs in self._queue.lanes.items())
 
 
-def lane(tenant: str, model: str = "m", priority: int = 0) -> Lane:
-    return Lane(tenant, model, priority)
+def lane(tenant: str, model: str = "m", priority: int = 0) -> TenantQueueKey:
+    return TenantQueueKey(tenant, model, priority)
 
 
 @given(
@@ -187,7 +188,7 @@ def test_what_is_due_and_open_is_found_whoever_put_it_there_and_whenever(data: s
     """A claim comes back with nothing only when nothing is there, and never with what is closed or not due."""
     queue, clock = Queue(), TestClock()
     workers = [Claimer(queue, clock, {"a": 3}) for _ in range(2)]
-    lanes = st.builds(Lane, st.sampled_from("abc"), st.sampled_from(["m", "n"]), st.integers(-1, 1))
+    lanes = st.builds(TenantQueueKey, st.sampled_from("abc"), st.sampled_from(["m", "n"]), st.integers(-1, 1))
     for _ in range(15):
         for one, after_s, jobs in data.draw(
             st.lists(st.tuples(lanes, st.integers(-5, 5), st.integers(1, 20)), max_size=3)
@@ -203,7 +204,7 @@ def test_what_is_due_and_open_is_found_whoever_put_it_there_and_whenever(data: s
 
 @pytest.mark.parametrize("is_noticed", [True, False])
 def test_what_was_noticed_during_a_claim_is_not_forgotten_by_it(is_noticed: bool) -> None:
-    lanes = Lanes(lambda tenant: 1.0, AGEING)
+    lanes = TenantQueues(lambda tenant: 1.0, AGEING)
     lanes.listed([(lane("t"), START)])
     asks = lanes.asks(10, START, ())
     if is_noticed:
@@ -216,7 +217,7 @@ def test_claimers_in_a_crowd_do_not_all_take_the_head() -> None:
     seen = {lane("t"): [(START, f"{n:03}") for n in range(401)]}
     picks = []
     for _ in range(2):
-        lanes = Lanes(lambda tenant: 1.0, AGEING)
+        lanes = TenantQueues(lambda tenant: 1.0, AGEING)
         lanes.listed([(lane("t"), START)])
         picks.append(set(lanes.pick(lanes.asks(100, START, (), 4), seen, 4)))
     assert all(len(pick) == 100 and max(pick) > "150" for pick in picks)

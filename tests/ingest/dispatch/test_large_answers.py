@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mesh.limits import MESSAGE_BYTES
+from mesh.rpc.limits import MESSAGE_BYTES
 from shoal.errors import Code
 from shoal.inference.v2 import inference_pb2
 from shoal.ingest.v1 import ingest_pb2 as pb

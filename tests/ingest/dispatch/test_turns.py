@@ -14,6 +14,8 @@ from services.ingest.dispatch.attempt import Decision
 from services.ingest.dispatch.remote import GivenUp
 from services.ingest.documents import document_of
 from services.ingest.job import End, Job, Outcome
+from services.ingest.job_store import Inserted
+from shoal.errors import Unavailable
 from tests.breakable import until
 from tests.ingest.dispatch.test_holding import Instance, result_of
 from tests.ingest.making import job
@@ -54,8 +56,8 @@ async def busy(one: Instance) -> list[Job]:
 
 def adopts(one: Instance, new: Job) -> bool:
     """Whether a job that comes now would be claimed at once."""
-    (made,) = one.dispatcher.adopt([new])
-    one.dispatcher.forget([made])
+    (made,) = one.dispatcher.claim_in_write([new])
+    one.dispatcher.settle_write([made], Inserted([], {made.id: Unavailable("not written")}))
     return made.lease is not None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from mesh.channel import connect
+from mesh.rpc.channel import connect
 from services.ingest.intake.storage import Storage
 from shoal.errors import ResourceExhausted
 from shoal.ingest.v1 import ingest_pb2 as pb

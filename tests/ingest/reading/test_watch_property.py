@@ -24,8 +24,8 @@ from services.ingest.documents import (
     requeueing,
 )
 from services.ingest.job import DEAD_LETTERS, Again, End, Job, Lease, Outcome, State, claim, end, requeue, try_again
-from services.ingest.reading.wanted import Wanted
-from services.ingest.reading.watch_many import Told, WatchMany
+from services.ingest.reading.wanted import JobFilter
+from services.ingest.reading.watch_many import ReportedStates, WatchMany
 from services.ingest.ulid import Ulids
 from shoal.errors import Code
 from tests.ingest.making import START, job
@@ -50,13 +50,13 @@ steps = st.lists(
 class Watcher:
     """Reads a watch, and goes on with the last token after each cut."""
 
-    def __init__(self, jobs: Collection, wanted: Wanted, existing: bool) -> None:
+    def __init__(self, jobs: Collection, wanted: JobFilter, existing: bool) -> None:
         self.watch = WatchMany(jobs, max_watches=1)
         self.wanted = wanted
         self.existing = existing
         self.token = ""
         self.told: list[Job] = []
-        self.stream: AsyncGenerator[Told, None] | None = None
+        self.stream: AsyncGenerator[ReportedStates, None] | None = None
 
     async def stand(self) -> None:
         self.stream = self.watch.follow(self.wanted, existing=self.existing, token=self.token)
@@ -97,7 +97,7 @@ async def watched(uri: str, database: str, script: list[tuple[Any, ...]]) -> Non
     async with connect(uri) as client:
         jobs = await ensure_collection(client[database], JOBS, validator=VALIDATOR, indexes=INDEXES)
         tenant = ids.new()
-        watcher = Watcher(jobs, Wanted(tenant=tenant), existing=False)
+        watcher = Watcher(jobs, JobFilter(tenant=tenant), existing=False)
         await watcher.stand()
         made: list[Job] = []
         written: list[tuple[str, int, State]] = []
@@ -143,7 +143,7 @@ async def listing(uri: str, database: str, there: int, later: int, cuts: list[in
         before = [job(tenant=tenant) for _ in range(there)]
         if before:
             await jobs.insert_many(map(document_of, before))
-        watcher = Watcher(jobs, Wanted(tenant=tenant, states=frozenset({State.QUEUED})), existing=True)
+        watcher = Watcher(jobs, JobFilter(tenant=tenant, states=frozenset({State.QUEUED})), existing=True)
         await watcher.stand()
         # Those that come while the others are told are told by the listing, or by the changes, or by both.
         after = [job(tenant=tenant) for _ in range(later)]

@@ -15,7 +15,7 @@ from services.ingest.clock import milliseconds
 from services.ingest.documents import INDEXES, JOBS, VALIDATOR, document_of
 from services.ingest.job import FINAL, Job, State
 from services.ingest.retention import sweep as sweeping
-from services.ingest.retention.book import JOB_RETENTION, Book
+from services.ingest.retention.book import JOB_RETENTION, RetentionRepository
 from services.ingest.retention.book import VALIDATOR as RULE_VALIDATOR
 from services.ingest.retention.rules import Keep, Rule, What
 from services.ingest.retention.sweep import Sweep
@@ -45,7 +45,7 @@ class World:
     def __init__(self, jobs: Collection, rules: Collection) -> None:
         self.jobs = jobs
         self.clock = TestClock()
-        self.book = Book(rules, DEFAULTS)
+        self.book = RetentionRepository(rules, DEFAULTS)
         self.payloads = Payloads()
         self.leads = True
         self.ulids = Ulids(lambda: milliseconds(self.clock.now))

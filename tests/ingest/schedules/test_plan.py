@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.ingest.schedules import cron
 from services.ingest.schedules.firing import submit_of
-from services.ingest.schedules.schedule import FIRED_AT_ONCE, GRACE, Misfire, Plan, Schedule, plan
+from services.ingest.schedules.schedule import FIRED_AT_ONCE, GRACE, Misfire, Schedule, SchedulePlan, plan
 from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.ingest.faults import submit
 
@@ -43,17 +43,19 @@ def test_nothing_is_due_before_its_time_or_while_paused() -> None:
 
 def test_on_time() -> None:
     for misfire in Misfire:
-        assert plan(schedule(misfire=misfire), NOON + GRACE) == Plan((NOON,), NOON + minutes(10))
+        assert plan(schedule(misfire=misfire), NOON + GRACE) == SchedulePlan((NOON,), NOON + minutes(10))
 
 
 def test_missed_times() -> None:
     late = NOON + minutes(35)
     skipped = plan(schedule(), late)
-    assert skipped == Plan((), NOON + minutes(40), "nobody was there at 2026-01-02T12:30:00Z")
+    assert skipped == SchedulePlan((), NOON + minutes(40), "nobody was there at 2026-01-02T12:30:00Z")
     latest = plan(schedule(misfire=Misfire.LATEST), late)
-    assert latest == Plan((NOON + minutes(30),), NOON + minutes(40), "nobody was there before 2026-01-02T12:30:00Z")
+    assert latest == SchedulePlan(
+        (NOON + minutes(30),), NOON + minutes(40), "nobody was there before 2026-01-02T12:30:00Z"
+    )
     every = plan(schedule(misfire=Misfire.ALL), late)
-    assert every == Plan(tuple(NOON + minutes(n) for n in (0, 10, 20, 30)), NOON + minutes(40))
+    assert every == SchedulePlan(tuple(NOON + minutes(n) for n in (0, 10, 20, 30)), NOON + minutes(40))
 
 
 def test_many_missed_times_are_made_up_for_in_turns() -> None:

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 
 import hpack
 
-from mesh.asgi.framing import framed
 from mesh.h2 import frames
-from mesh.h2.client.channel import Channel
+from mesh.rpc.client.channel import Channel
+from mesh.rpc.framing import framed
 
 PATIENCE_S = 30.0
 HEAD = [(":status", "200"), ("content-type", "application/grpc")]
@@ -151,7 +151,7 @@ async def scripted(**options: object) -> AsyncIterator[tuple[Channel, Scripted]]
             yield channel, listener
             for line in channel._lines:
                 assert not line._calls
-                assert not line._sender._widened
+                assert not line._sender._window_changes
                 assert not line._sender._waiting
             assert not channel._waiting
         assert not channel._lines

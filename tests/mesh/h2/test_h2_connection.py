@@ -14,10 +14,10 @@ import h2.settings
 import hpack
 import pytest
 
-from mesh.asgi.framing import framed
 from mesh.h2 import frames
 from mesh.h2.frames import Reason
-from mesh.h2.server import H2Server
+from mesh.rpc.framing import framed
+from mesh.rpc.server import Server
 from tests.mesh.h2.scripted import Peer
 
 ECHO = "/test.Test/Echo"
@@ -39,20 +39,20 @@ class Later:
         self.ended = []
         self.came = asyncio.Event()
 
-    def __call__(self, body, exchange):
-        self.calls.append((body, exchange))
-        exchange.on_end = lambda: self.ended.append(exchange)
+    def __call__(self, body, call):
+        self.calls.append((body, call))
+        call.on_end = lambda: self.ended.append(call)
         self.came.set()
 
 
-def echo(body, exchange):
-    exchange.reply((body[5:],), len(body) - 5)
+def echo(body, call):
+    call.reply((body[5:],), len(body) - 5)
 
 
 @asynccontextmanager
 async def serving():
     later = Later()
-    async with H2Server("127.0.0.1:0", [], drain_ms=500, short={ECHO: echo, LATER: later}) as server:
+    async with Server("127.0.0.1:0", [], drain_ms=500, fast_methods={ECHO: echo, LATER: later}) as server:
         await server.serve()
         yield server, later
 
@@ -214,9 +214,9 @@ async def test_a_cancelled_call_is_abandoned_and_nothing_is_sent_for_it():
         w.client.send_data(3, framed(b"y"), end_stream=True)
         await w.send()
         assert await w.answer(3) == ("0", framed(b"y"))
-        ((_, exchange),) = later.calls
-        assert later.ended == [exchange]
-        exchange.reply((b"too late",), 8)
+        ((_, call),) = later.calls
+        assert later.ended == [call]
+        call.reply((b"too late",), 8)
 
 
 async def test_the_deadline_of_a_call_is_enforced():
@@ -243,7 +243,7 @@ async def test_a_connection_that_is_lost_abandons_its_calls():
 @asynccontextmanager
 async def stoppable(**short):
     """A client by frames, and what stops its server."""
-    server = H2Server("127.0.0.1:0", [], drain_ms=30_000, short={ECHO: echo, **short})
+    server = Server("127.0.0.1:0", [], drain_ms=30_000, fast_methods={ECHO: echo, **short})
     await server.__aenter__()
     host, _, port = server.address.rpartition(":")
     peer = Peer(*await asyncio.open_connection(host, int(port)))
@@ -318,7 +318,7 @@ async def test_what_a_peer_opens_before_it_has_read_the_goodbye_is_served():
 
 @pytest.mark.parametrize("speaks", [True, False], ids=["says nothing of the goodbye", "never spoke"])
 async def test_a_peer_that_is_mute_delays_no_stop_for_long(speaks):
-    server = H2Server("127.0.0.1:0", [], drain_ms=60_000, short={})
+    server = Server("127.0.0.1:0", [], drain_ms=60_000, fast_methods={})
     await server.__aenter__()
     host, _, port = server.address.rpartition(":")
     _, writer = await asyncio.open_connection(host, int(port))

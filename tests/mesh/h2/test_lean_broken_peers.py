@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.asgi.framing import framed
 from mesh.h2 import frames
-from mesh.h2.client import channel as channel_module
-from mesh.h2.client.channel import Channel
-from mesh.h2.client.failures import CallFailed
-from mesh.h2.client.streams import StreamCall
 from mesh.h2.frames import Reason
-from mesh.interceptors import translate
+from mesh.rpc.client import channel as channel_module
+from mesh.rpc.client.channel import Channel
+from mesh.rpc.client.failures import CallFailed
+from mesh.rpc.client.streams import StreamCall
+from mesh.rpc.framing import framed
+from mesh.rpc.interceptors import translate
 from shoal.errors import ResourceExhausted, Unavailable
 from tests.breakable import until
 from tests.mesh.h2.scripted import HEAD, LAST, OK, Scripted, scripted

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from opentelemetry import context, trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
-from mesh.asgi.framing import framed
 from mesh.h2 import frames
-from mesh.h2.client import request
-from mesh.h2.client.channel import Channel
 from mesh.h2.frames import Reason
+from mesh.rpc.client import request
+from mesh.rpc.client.channel import Channel
+from mesh.rpc.framing import framed
 from tests.breakable import until
 from tests.mesh.h2.scripted import HEAD, LAST, OK, scripted
 
@@ -451,7 +451,7 @@ async def test_answers_that_came_before_a_failure_are_given_first() -> None:
 
 async def test_a_message_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("channel", "calls", "streams"):
-        monkeypatch.setattr(f"mesh.h2.client.{module}.MESSAGE_BYTES", 1_000)
+        monkeypatch.setattr(f"mesh.rpc.client.{module}.MESSAGE_BYTES", 1_000)
     async with scripted() as (channel, listener):
         failed = await failure(ask(channel, bytes(1_001)))
         assert failed.code() is S.RESOURCE_EXHAUSTED

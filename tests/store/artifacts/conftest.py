@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mesh import mongo
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.blobs import BlobStore
 from services.store.artifacts.staging import Staging

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts.blobs import CHUNK_BYTES, BlobStore
 from services.store.artifacts.local_blobs import LocalBlobs
 from services.store.artifacts.object_blobs import PART_BYTES, ObjectBlobs

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts import blocks as blocks_module
 from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.blobs import BlobStore

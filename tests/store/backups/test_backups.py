@@ -22,7 +22,7 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.asynchronous.database import AsyncDatabase
 
 from mesh import mongo
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts.blobs import BlobStore
 from services.store.backups import backup as backup_module
 from services.store.backups import copying, dump, manifest
@@ -34,8 +34,8 @@ from services.store.backups.restore import Restore, complete_backups
 from services.store.usage.counters import Counters
 from services.store.usage.weight import Weight, weight_of, weight_of_payloads
 from shoal.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
-from tests.store.collecting.conftest import Clock, Parts, make_parts
 from tests.store.conftest import sha256
+from tests.store.garbage.conftest import Clock, Parts, make_parts
 
 pytestmark = pytest.mark.mongo
 

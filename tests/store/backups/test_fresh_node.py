@@ -32,7 +32,7 @@ async def test_a_fresh_node_takes_a_backup(mongo_uri: str, mongo_database: str, 
             await ingest.until_ready()
 
             async def has_a_leader() -> bool:
-                return await client[mongo_database]["leads"].find_one() is not None
+                return await client[mongo_database]["leads"].find_one({"_id": "ingest"}) is not None
 
             await until(has_a_leader, "ingest has settled")
             steps = [step async for step in store.stub.Restore(pb.RestoreRequest(source=place))]

@@ -14,7 +14,7 @@ import pytest
 from grpc import StatusCode
 from pymongo import AsyncMongoClient
 
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.exports import part

@@ -1,46 +1,32 @@
-"""SetRetention, ListRetention, ApplyRetention over the wire; who may have them applied; what an ingest is told."""
+"""SetRetention and ListRetention over the wire; rules applied by a running store; what an ingest is told."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from grpc import StatusCode
 
-from mesh.election import LEADER, Election
-from mesh.etcd import Etcd
 from mesh.mongo import connect
 from services.ingest.dispatch.remote import RemoteResults
 from services.ingest.job import End, Outcome
 from services.store.config import StoreConfig
 from shoal.store.v1 import store_pb2 as pb
-from tests.breakable import EtcdProcess, until
+from tests.breakable import until
 from tests.store.conftest import Store, refused, running_store
 from tests.store.test_result_rpc import BAD, get, put, result
 
 pytestmark = pytest.mark.mongo
 
 RESULTS, ANSWERS = pb.RetentionRule.COLLECTION_RESULTS, pb.RetentionRule.COLLECTION_ANSWERS
-PRECONDITION = StatusCode.FAILED_PRECONDITION
 
 
 @pytest.fixture
-async def etcd_process(tmp_path: Path) -> AsyncIterator[EtcdProcess]:
-    folder = tmp_path / "etcd"
-    folder.mkdir()
-    with EtcdProcess(folder) as process:
-        await process.until_ready()
-        yield process
-
-
-@pytest.fixture
-async def led(config: StoreConfig, etcd_process: EtcdProcess) -> AsyncIterator[Store]:
-    """A store beside an etcd."""
-    async with running_store(config.model_copy(update={"etcd": etcd_process.address, "notice_ms": 0})) as running:
+async def sweeping(config: StoreConfig) -> AsyncIterator[Store]:
+    """A store with a round of retention every 100 ms."""
+    async with running_store(config.model_copy(update={"retention_ms": 100})) as running:
         yield running
 
 
@@ -59,10 +45,6 @@ def rule(collection: int, keep_s: int | None = None, tenant: str | None = None) 
 
 async def put_rule(store: Store, of: pb.RetentionRule, *, remove: bool = False) -> pb.SetRetentionResponse:
     return await store.stub.SetRetention(pb.SetRetentionRequest(rule=of, remove=remove))
-
-
-def apply(store: Store, token: int):
-    return store.stub.ApplyRetention(pb.ApplyRetentionRequest(token=token))
 
 
 async def aged(config: StoreConfig, *jobs: str) -> None:
@@ -102,67 +84,39 @@ async def test_hostile_rules_are_named_and_change_nothing(store: Store) -> None:
     assert await rules(store) == [rule(RESULTS, 3600)]
 
 
-async def test_only_the_leader_has_it_applied(led: Store, config: StoreConfig, etcd_process: EtcdProcess) -> None:
-    await put(led, result("old"), result("new"))
+async def gone(store: Store, *jobs: str) -> None:
+    """Waits until retention has removed the results of `jobs`."""
+
+    async def are_gone() -> bool:
+        request = pb.QueryResultsRequest(job_ids=list(jobs), omit_response=True)
+        return not (await store.stub.QueryResults(request)).results
+
+    await until(are_gone, f"the results of {jobs} are removed")
+
+
+async def test_a_store_applies_its_rules_by_itself(sweeping: Store, config: StoreConfig) -> None:
+    """Without coord and without etcd."""
+    await put(sweeping, result("old"), result("new"))
     await aged(config, "old")
-    await put_rule(led, rule(RESULTS, 3600))
-    for token in (0, 1, -1, (1 << 63) - 1):
-        await refused(apply(led, token), PRECONDITION, "nobody leads")
-    async with Etcd(etcd_process.address) as etcd, Election(etcd, LEADER, "local/coord-0") as election:
-        await until(lambda: election.is_leader, "it leads")
-        token = election.term.token
-        for wrong in (0, token - 1, token + 1):
-            await refused(apply(led, wrong), PRECONDITION, "not the leader's", "local/coord-0")
-        assert (await get(led, "old")).job_id == "old"
-        answer = await apply(led, token)
-        assert (answer.results, answer.more) == (1, False)
-    await refused(apply(led, token), PRECONDITION, "nobody leads")
-    await refused(get(led, "old"), StatusCode.NOT_FOUND, "removed by retention")
-    await get(led, "new")
+    assert (await get(sweeping, "old")).job_id == "old"
+    await put_rule(sweeping, rule(RESULTS, 3600))
+    await gone(sweeping, "old")
+    await refused(get(sweeping, "old"), StatusCode.NOT_FOUND, "removed by retention")
+    await get(sweeping, "new")
 
 
-async def test_an_etcd_that_lost_its_data_has_leaders_again(
-    led: Store, config: StoreConfig, etcd_process: EtcdProcess, tmp_path: Path
-) -> None:
-    await put_rule(led, rule(RESULTS, 3600))
-    tokens, removed = [], 0
-    for at in ("first", "second"):
-        await put(led, result(at))
-        await aged(config, at)
-        async with Etcd(etcd_process.address) as etcd, Election(etcd, LEADER, "local/coord-0") as election:
-            for n in range(5 if at == "first" else 0):  # The first etcd has seen more: its tokens are greater.
-                await etcd.put(b"/other", str(n).encode())
-            await until(lambda: election.is_leader, "it leads")
-            tokens.append(election.term.token)
-            removed += (await apply(led, tokens[-1])).results
-        if at == "first":
-            etcd_process.kill()
-            shutil.rmtree(next(path for path in (tmp_path / "etcd").rglob("member")).parent)
-            etcd_process.start()
-            await etcd_process.until_ready()
-    assert (removed, len(tokens)) == (2, 2)
+async def test_nobody_needs_to_have_it_applied_any_more(store: Store) -> None:
+    call = store.stub.ApplyRetention(pb.ApplyRetentionRequest(token=1))
+    await refused(call, StatusCode.UNIMPLEMENTED, "by itself", "SHOAL_STORE_RETENTION_MS")
 
 
-async def test_etcd_is_away(led: Store, etcd_process: EtcdProcess) -> None:
-    etcd_process.kill()
-    await refused(apply(led, 5), StatusCode.UNAVAILABLE)
-
-
-async def test_a_store_that_stands_alone_has_no_leader(store: Store) -> None:
-    await refused(apply(store, 1), PRECONDITION, "SHOAL_STORE_ETCD")
-
-
-async def test_what_ingest_asks_before_it_runs_a_job_again(
-    led: Store, config: StoreConfig, etcd_process: EtcdProcess
-) -> None:
+async def test_what_ingest_asks_before_it_runs_a_job_again(sweeping: Store, config: StoreConfig) -> None:
     """A job in somebody's hands when its result went: ingest is told that it has ended, and how."""
-    await put(led, result("done"), result("failed", pb.Result.OUTCOME_FAILED, code=3, generation=2))
+    await put(sweeping, result("done"), result("failed", pb.Result.OUTCOME_FAILED, code=3, generation=2))
     await aged(config, "done", "failed")
-    await put_rule(led, rule(RESULTS, 60))
-    async with Etcd(etcd_process.address) as etcd, Election(etcd, LEADER, "local/coord-0") as election:
-        await until(lambda: election.is_leader, "it leads")
-        assert (await apply(led, election.term.token)).results == 2
-    ingest = RemoteResults(led.channel)
+    await put_rule(sweeping, rule(RESULTS, 60))
+    await gone(sweeping, "done", "failed")
+    ingest = RemoteResults(sweeping.channel)
     standing = await ingest.standing(["done", "failed", "none"])
     assert {job: (end.outcome, end.code, end.generation) for job, end in standing.items()} == {
         "done": (Outcome.SUCCEEDED, 0, 1),
@@ -171,5 +125,5 @@ async def test_what_ingest_asks_before_it_runs_a_job_again(
     (ended,) = await ingest.put([result("done", pb.Result.OUTCOME_CANCELLED, code=1)], [""])
     assert ended == End(Outcome.SUCCEEDED, 0, ended.message)
     await refused(
-        led.stub.QueryResults(pb.QueryResultsRequest(include_removed=True)), BAD, "include_removed", "job_ids"
+        sweeping.stub.QueryResults(pb.QueryResultsRequest(include_removed=True)), BAD, "include_removed", "job_ids"
     )

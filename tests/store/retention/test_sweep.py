@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,13 @@ import pytest
 
 from mesh import mongo
 from mesh.mongo import Document
-from mesh.threads import Threads
+from mesh.process.threads import Threads
 from services.store.artifacts.local_blobs import LocalBlobs
 from services.store.documents import Collections
-from services.store.responses import Responses
+from services.store.results.large_responses import Responses
 from services.store.results.results import Results
 from services.store.retention import sweep as sweeping
 from services.store.retention.book import Reading, RuleBook
-from services.store.retention.leadership import Mandate
 from services.store.retention.rules import Kept, Rule
 from services.store.retention.sweep import Sweep, Swept
 from services.store.usage.counters import Counters
@@ -33,6 +33,13 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 OK, FAILED = pb.Result.OUTCOME_SUCCEEDED, pb.Result.OUTCOME_FAILED
 RESULTS, ANSWERS, TOMBSTONES = Kept.RESULTS, Kept.ANSWERS, Kept.TOMBSTONES
+
+
+@dataclass
+class Held:
+    """A leader lease with a token, or a lost one."""
+
+    token: int | None = 1
 
 
 class Clock:
@@ -82,11 +89,11 @@ class World:
     async def jobs(self) -> list[str]:
         return [result.job_id for result in await self.all()]
 
-    async def applied(self, token: int = 1, etcd: str = "e") -> Swept:
+    async def applied(self, token: int = 1) -> Swept:
         """Until there is no more."""
         total = Swept()
         while True:
-            swept = await self.sweep.apply(Mandate(token, etcd))
+            swept = await self.sweep.apply(Held(token))
             for kept in Kept:
                 setattr(total, kept, getattr(total, kept) + getattr(swept, kept))
             if not swept.more:
@@ -244,7 +251,7 @@ async def test_it_goes_on_in_the_next_call(world: World, monkeypatch: pytest.Mon
     calls = 0
     removed = 0
     while True:
-        swept = await world.sweep.apply(Mandate(1, "e"))
+        swept = await world.sweep.apply(Held())
         removed += swept.results
         calls += 1
         if not swept.more:
@@ -261,24 +268,48 @@ async def test_a_leader_that_was_succeeded_removes_nothing(world: World) -> None
     await world.applied(token=7)
     await world.put("k", 2 * HOUR)
     with pytest.raises(FailedPrecondition, match="a later leader, 7"):
-        await world.sweep.apply(Mandate(6, "e"))
+        await world.sweep.apply(Held(6))
     assert await world.jobs() == ["k"]
     assert (await world.applied(token=8)).results == 1
 
 
-async def test_another_etcd_begins_anew_with_its_tokens(world: World) -> None:
-    """Its data was lost, or the database restored beside another: its leaders are no earlier ones."""
-    for n in range(4):
-        await world.put(f"j{n}", n * HOUR)
+async def test_a_leader_that_has_lost_its_lease_removes_nothing_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "BATCH", 3)
+    for n in range(20):
+        await world.put(f"j{n:02}", n * MINUTE)
     await world.rule(RESULTS, HOUR)
+    world.clock.now = START + DAY
+    assert await world.sweep.apply(Held(None)) == Swept(more=True)
+    assert len(await world.jobs()) == 20
+
+    class Losing:
+        """A lease that is lost after two batches."""
+
+        def __init__(self) -> None:
+            self.tokens = [1, 1, None]
+
+        @property
+        def token(self) -> int | None:
+            return self.tokens.pop(0)
+
+    assert await world.sweep.apply(Losing()) == Swept(results=6, more=True)
+    assert len(await world.jobs()) == 14
+
+
+async def test_a_fence_that_an_older_version_wrote_stops_no_leader(world: World) -> None:
+    """Its token was one of etcd's election, and greater than those of the lease."""
+    await world.put("j")
+    await world.put("k", HOUR)
+    await world.rule(RESULTS, HOUR)
+    await world.collections.fences.update_one({"_id": "retention"}, {"$set": {"token": 700, "etcd": "an id"}})
     world.clock.now = START + 2 * HOUR - MINUTE
-    assert (await world.applied(token=700, etcd="old")).results == 1
-    world.clock.now += HOUR
-    assert (await world.applied(token=7, etcd="new")).results == 1
+    assert (await world.applied(token=7)).results == 1
     world.clock.now += HOUR
     with pytest.raises(FailedPrecondition, match="a later leader, 7"):
-        await world.sweep.apply(Mandate(6, "new"))
-    assert (await world.applied(token=8, etcd="new")).results == 1
+        await world.sweep.apply(Held(6))
+    assert (await world.applied(token=7)).results == 1
 
 
 async def test_nothing_goes_under_rules_that_were_changed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +342,7 @@ async def test_several_at_once_remove_each_once(world: World, monkeypatch: pytes
     async def apply(sweep: Sweep) -> int:
         removed = 0
         while True:
-            swept = await sweep.apply(Mandate(5, "e"))
+            swept = await sweep.apply(Held(5))
             removed += swept.results
             if not swept.more:
                 return removed
@@ -362,7 +393,7 @@ async def test_what_is_kept_is_never_looked_at(world: World, mongo_uri: str, mon
         sweep = Sweep(listened, RuleBook(listened, world.clock), Counters(listened, world.clock), world.clock)
         plans: list[Document] = []
         explained = 0
-        while (await sweep.apply(Mandate(1, "e"))).more:
+        while (await sweep.apply(Held())).more:
             pass
         for _, command in heard.commands:
             if command.get("find") == "results":

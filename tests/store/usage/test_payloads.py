@@ -15,9 +15,9 @@ import grpc
 import pytest
 
 from mesh import mongo
-from mesh.threads import Threads
-from services.store.collecting.references import References
+from mesh.process.threads import Threads
 from services.store.documents import RESTORES, Collections
+from services.store.garbage.references import References
 from services.store.usage import changes as noting
 from services.store.usage.changes import Changes
 from services.store.usage.counters import Counters
@@ -26,8 +26,8 @@ from services.store.usage.weight import Weight, weight_of_payloads
 from shoal.errors import Unavailable
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
-from tests.store.collecting.conftest import Clock, Parts, make_parts
 from tests.store.conftest import Store, refused, running_store, sha256, store_config
+from tests.store.garbage.conftest import Clock, Parts, make_parts
 from tests.store.test_result_rpc import BAD, FAILED, put, result
 from tests.store.test_store_queries import Heard, bare, stages
 

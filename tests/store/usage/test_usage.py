@@ -13,7 +13,6 @@ from mesh import mongo
 from services.store.config import StoreConfig
 from services.store.documents import Collections
 from services.store.retention.book import RuleBook
-from services.store.retention.leadership import Mandate
 from services.store.retention.rules import Kept, Rule
 from services.store.retention.sweep import Sweep
 from services.store.usage import counters as counting
@@ -23,6 +22,7 @@ from services.store.usage.weight import Weight, by_tenant, weight_of
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
 from tests.store.conftest import Store, refused, running_store, stored
+from tests.store.retention.test_sweep import Held
 from tests.store.test_result_rpc import BAD, FAILED, answer, put, result
 from tests.store.test_store_queries import Heard, bare, stages
 
@@ -90,10 +90,10 @@ async def test_retention_gives_room_back(store: Store, config: StoreConfig, coll
         book = RuleBook(collections, later)
         sweep = Sweep(collections, book, counters, later)
         await book.put(Rule(Kept.ANSWERS, None, timedelta(days=1)), remove=False)
-        assert (await sweep.apply(Mandate(1, "e"))).answers == 5
+        assert (await sweep.apply(Held())).answers == 5
         assert await usage(store) == {"t": (4, 4 * RECORD), "u": (2, 2 * RECORD)}
         await book.put(Rule(Kept.RESULTS, "t", timedelta(days=1)), remove=False)
-        assert (await sweep.apply(Mandate(1, "e"))).results == 4
+        assert (await sweep.apply(Held())).results == 4
     assert await usage(store) == {"t": (0, 0), "u": (2, 2 * RECORD)}
     assert await usage(store, recount=True) == {"t": (0, 0), "u": (2, 2 * RECORD)}
 
@@ -106,7 +106,7 @@ async def test_what_a_requeued_job_adds(store: Store, config: StoreConfig, colle
     async with Counters(collections, later) as counters:
         book = RuleBook(collections, later)
         await book.put(Rule(Kept.RESULTS, "old", timedelta(days=1)), remove=False)
-        assert (await Sweep(collections, book, counters, later).apply(Mandate(1, "e"))).results == 3
+        assert (await Sweep(collections, book, counters, later).apply(Held())).results == 3
     await collections.results.delete_one({"_id": "old2"})
     small = answer(100)
     again = [

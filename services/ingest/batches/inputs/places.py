@@ -57,7 +57,7 @@ class Entry:
     """Changes when the content does: an object's e-tag, a file's size and time."""
 
 
-class Places:
+class InputLocations:
     """The places that may be used: those whose URLs begin with one of `allowed`."""
 
     def __init__(self, allowed: Sequence[str]) -> None:

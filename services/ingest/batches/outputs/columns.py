@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from services.ingest.batches.rows.signature import Spec
 from shoal.errors import InvalidArgument
+from shoal.oip import bfloat16
 
 _NUMBERS: Mapping[str, Any] = {
     "BOOL": pa.bool_(),
@@ -83,7 +84,7 @@ class Columns:
             elements = [item.decode() for item in flat] if spec.name in self.texts else flat.tolist()
             found = pa.array(elements, pa.string() if spec.name in self.texts else pa.binary())
         elif spec.datatype == "BF16":
-            found = pa.array((flat.astype("<u4") << np.uint32(16)).view("<f4"))
+            found = pa.array(bfloat16.to_float32(flat))
         else:
             found = pa.array(flat, _NUMBERS[spec.datatype])
         return _nested(found, values.shape)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from services.ingest.batches.outputs.columns import ABOUT, Columns
 from services.ingest.batches.outputs.written import About, Dead, Written
-from services.ingest.tensors import Array
+from shoal.oip.tensors import Array
 
 GROUP_BYTES = 16 << 20
 """A row group is written when it is this large."""
@@ -33,7 +33,7 @@ _DEAD = pa.schema(
 )
 
 
-class Part:
+class OutputPart:
     """Writes the part of one chunk into `folder`. Use as `with`; what is not taken away by then is removed."""
 
     def __init__(self, folder: Path, name: str, columns: Columns) -> None:
@@ -47,7 +47,7 @@ class Part:
         self._rows = 0
         self._codes: Counter[str] = Counter()
 
-    def __enter__(self) -> Part:
+    def __enter__(self) -> OutputPart:
         return self
 
     def __exit__(self, *_: object) -> None:

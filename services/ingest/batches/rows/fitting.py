@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from services.ingest.batches.inputs.piece import Cells
 from services.ingest.batches.rows.signature import Spec
-from services.ingest.tensors import Array
-from shoal.datatypes import DTYPES
 from shoal.errors import InvalidArgument
+from shoal.oip.conversion import converted
+from shoal.oip.datatypes import BY_NAME
+from shoal.oip.tensors import Array
 
 
 class Unfit(ValueError):
@@ -52,7 +53,7 @@ class Fitted:
         if isinstance(self.rows, np.ndarray):
             first, last = rows[0], rows[-1]
             return self.rows[first : last + 1] if last - first + 1 == len(rows) else self.rows[list(rows)]
-        stack = np.empty((len(rows), *self.shape(rows[0])), _dtype(self.spec.datatype))
+        stack = np.empty((len(rows), *self.shape(rows[0])), BY_NAME[self.spec.datatype].dtype)
         for index, row in enumerate(rows):
             stack[index] = self.rows[row]
         return stack
@@ -130,9 +131,10 @@ def _fitted(spec: Spec, array: Array) -> tuple[Array, NDArray[np.bool_]]:
     shaped = _shaped(spec, array)
     if spec.datatype == "BYTES":
         return _as_bytes(spec, shaped), np.zeros(len(shaped), np.bool_)
-    converted, kept = _converted(shaped, spec.datatype)
-    lost = ~kept.reshape(len(shaped), -1).all(axis=1) if kept.size else np.zeros(len(shaped), np.bool_)
-    return converted, np.asarray(lost)
+    made, kept = converted(shaped, BY_NAME[spec.datatype])
+    if kept is None:
+        return made, np.zeros(len(shaped), np.bool_)
+    return made, np.asarray(~kept.reshape(len(shaped), -1).all(axis=1))
 
 
 def _shaped(spec: Spec, array: Array) -> Array:
@@ -154,39 +156,6 @@ def _as_bytes(spec: Spec, array: Array) -> Array:
     return found.reshape(array.shape)
 
 
-def _converted(array: Array, datatype: str) -> tuple[Array, NDArray[np.bool_]]:
-    """`array` in the type of `datatype`, and where that kept the meaning. Rounding of fractions is no loss."""
-    if datatype == "BF16":
-        wide, kept = _converted(array, "FP32")
-        return _bfloat16(wide), kept
-    target = DTYPES[datatype]
-    if array.dtype == target:
-        return array, np.ones((0,), np.bool_)
-    with np.errstate(all="ignore"):
-        converted = array.astype(target)
-        if target.kind == "f":
-            finite = np.isfinite(array) if array.dtype.kind == "f" else np.ones(array.shape, np.bool_)
-            return converted, np.asarray(~finite | np.isfinite(converted))
-        same = np.asarray(converted.astype(array.dtype) == array)
-    if target.kind in "iu" and array.dtype.kind in "iu":
-        same &= np.asarray((converted < 0) == (array < 0))  # A sign that wraps around comes back equal.
-    if target.kind in "iu" and array.dtype.kind == "f":
-        limits = np.iinfo(target)
-        wide = array.astype(np.float64)
-        # float(max) rounds up to a power of two that no integer type holds, hence `<`.
-        same &= np.asarray((wide >= float(limits.min)) & (wide < float(limits.max) + 1))
-    return converted, same
-
-
-def _bfloat16(array: Array) -> Array:
-    """The bits of the nearest bfloat16, ties to even; NaN stays NaN."""
-    wide = np.ascontiguousarray(array, dtype="<f4")
-    raw = wide.view("<u4").astype(np.uint64)
-    rounded = ((raw + 0x7FFF + ((raw >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype("<u2")
-    quiet = ((raw >> np.uint64(16)) | np.uint64(0x40)).astype("<u2")
-    return np.where(np.isnan(wide), quiet, rounded)
-
-
 def _lost(spec: Spec, cell: Any) -> str:
     return f"input {spec.name!r}: {_short(cell)} is not {spec.datatype}"
 
@@ -194,7 +163,3 @@ def _lost(spec: Spec, cell: Any) -> str:
 def _short(cell: Any) -> str:
     text = repr(cell.tolist() if isinstance(cell, np.ndarray) else cell)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _dtype(datatype: str) -> np.dtype[Any]:
-    return DTYPES.get(datatype, np.dtype(object))

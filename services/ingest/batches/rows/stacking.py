@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.ingest.batches.rows.fitting import Fitted
-from shoal.datatypes import DTYPES
+from shoal.oip.datatypes import DTYPES
 
 STACK_BYTES = 8 << 20
 """Of one request, at most (a row that is larger goes alone): ingest holds several of them."""

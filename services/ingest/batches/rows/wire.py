@@ -10,9 +10,10 @@ import numpy as np
 from services.ingest.batches.rows.fitting import Fitted
 from services.ingest.batches.rows.signature import Signature, Spec
 from services.ingest.batches.rows.stacking import Stack
-from services.ingest.tensors import Array, output_of, packed
 from shoal.errors import DataLoss
 from shoal.inference.v2 import inference_pb2 as oip
+from shoal.oip.datatypes import BY_NAME
+from shoal.oip.tensors import Array, read_tensor, to_raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,7 @@ def request_of(asked: Asked, inputs: Sequence[Fitted], stack: Stack) -> bytes:
         if asked.signature.max_rows == 0:
             array = array.reshape(array.shape[1:])  # Not array[0]: of one element, that is no array any more.
         message.inputs.add(name=fitted.spec.name, datatype=fitted.spec.datatype, shape=array.shape)
-        is_bytes = fitted.spec.datatype == "BYTES"
-        message.raw_input_contents.append(packed(array.reshape(-1)) if is_bytes else array.tobytes())
+        message.raw_input_contents.append(to_raw(array, BY_NAME[fitted.spec.datatype]))
     for output in asked.signature.outputs:
         message.outputs.add(name=output.name)
     return message.SerializeToString()
@@ -53,7 +53,7 @@ def answer_of(signature: Signature, answer: oip.ModelInferResponse, rows: int) -
             raise DataLoss(f"the model answered without its output {spec.name!r}")
         if (datatype := answer.outputs[index].datatype) != spec.datatype:
             raise DataLoss(f"output {spec.name!r}: expected {spec.datatype}, the model answered {datatype}")
-        array = output_of(answer, index)
+        _, array = read_tensor(answer.outputs, answer.raw_output_contents, index, "output", DataLoss)
         arrays[spec.name] = _checked(spec, array if signature.max_rows else array[np.newaxis], rows)
     return arrays
 

@@ -1,0 +1,258 @@
+"""Two checkouts of `shoal serve` side by side, and Triton: straight on loopback, and from another network namespace.
+
+    python bench/fronts.py --before FOLDER [--after FOLDER] [--triton COMMAND] [--rounds 5] [--seconds 1.5]
+
+straight     `--host 127.0.0.1` of both checkouts
+elsewhere    the address of a veth pair, asked from its other end: each checkout with the front that it takes there, and
+             Triton straight. Both ends are in namespaces of this run.
+
+Needs root, for the namespaces. Each checkout has its own .venv. COMMAND is run by a shell, and starts a Triton with the
+models tiny, mlp and cnn at $HOST:$PORT; $MODELS holds their ONNX files. Servers run on processor 0 with one thread for
+the model, the generator on the others. Rounds interleave the servers; a ratio is the median of those of each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvloop
+from infer import ROOT, Measured, Server, answers, loaded, process_tree
+from infer_models import Sample, save
+from oip_load import Requests
+from rich.console import Console
+from rich.table import Table
+
+from shoal.node.processes import free_port
+
+LOADS = tuple((model, in_flight) for model in ("tiny", "mlp", "cnn") for in_flight in (1, 8, 64))
+SERVER_IP, CLIENT_IP = "10.77.31.1", "10.77.31.2"
+_CLONE_NEWNET = 0x4000_0000
+_READY_S = 60.0
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass
+class Place:
+    """Where servers run and where they are asked from: network namespaces, or this process's own for None."""
+
+    host: str
+    servers: str | None = None
+    clients: str | None = None
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """Open the sockets of the block in the clients' namespace."""
+        if self.clients is None:
+            yield
+            return
+        with open("/proc/self/ns/net") as home, open(f"/run/netns/{self.clients}") as there:
+            _enter(there.fileno())
+            try:
+                yield
+            finally:
+                _enter(home.fileno())
+
+    def command(self, command: Sequence[str]) -> list[str]:
+        """Return `command` as run on processor 0 in the servers' namespace."""
+        inside = ["ip", "netns", "exec", self.servers] if self.servers else []
+        return [*inside, "taskset", "-c", "0", *command]
+
+
+def _enter(namespace: int) -> None:
+    if _libc.setns(namespace, _CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+@contextlib.contextmanager
+def namespaces() -> Iterator[Place]:
+    """Make two namespaces with a veth pair between them, for as long as the block lasts."""
+    servers, clients = (f"shoal-bench-{side}-{os.getpid()}" for side in ("s", "c"))
+    ends = {servers: (f"sbs{os.getpid()}", SERVER_IP), clients: (f"sbc{os.getpid()}", CLIENT_IP)}
+    try:
+        for name in ends:
+            _ip("netns", "add", name)
+        (one, _), (other, _) = ends.values()
+        _ip("link", "add", one, "netns", servers, "type", "veth", "peer", "name", other, "netns", clients)
+        for name, (link, address) in ends.items():
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+            for up in (link, "lo"):
+                _ip("-n", name, "link", "set", up, "up")
+        yield Place(SERVER_IP, servers, clients)
+    finally:
+        for name in ends:
+            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+@dataclass
+class Contender:
+    """A way to serve, and what was measured of it."""
+
+    name: str
+    place: Place
+    port: int
+    command: Sequence[str]
+    environ: dict[str, str]
+    folder: Path
+    starts_s: list[float] = field(default_factory=list)
+    rss_mb: list[float] = field(default_factory=list)
+    pss_mb: list[float] = field(default_factory=list)
+    loads: dict[tuple[str, int], Measured] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def running(self, sample: Sample) -> Iterator[Server]:
+        """Run it until the block ends; note its start to the first right answer, and its memory then."""
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            self.place.command(self.command), env={**os.environ, **self.environ}, cwd=self.folder, stdout=sys.stderr
+        )
+        server = Server(self.name, f"{self.place.host}:{self.port}", process.pid, process)
+        try:
+            while not self._answers(server, sample):
+                if process.poll() is not None or time.perf_counter() - began > _READY_S:
+                    sys.exit(f"{self.name} does not answer (exit {process.poll()})")
+                time.sleep(0.005)
+            self.starts_s.append(time.perf_counter() - began)
+            self.rss_mb.append(server.memory_mb())
+            self.pss_mb.append(sum(_pss_mb(pid) for pid in process_tree(process.pid)))
+            yield server
+        finally:
+            process.terminate()
+            process.wait(60)
+
+    def _answers(self, server: Server, sample: Sample) -> bool:
+        with self.place.asking():
+            return uvloop.run(answers(server, sample))
+
+
+def _pss_mb(pid: int) -> float:
+    """Proportional memory of a process: pages that several share count in parts."""
+    with contextlib.suppress(OSError):
+        return int(re.findall(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[0]) / 1024
+    return 0.0
+
+
+def shoal(name: str, folder: Path, models: Path, place: Place) -> Contender:
+    """`shoal serve` of the checkout `folder`."""
+    port = free_port()
+    python = str(folder / ".venv/bin/python")
+    command = [python, "-m", "shoal.cli.main", "serve", str(models), "--host", place.host, "--port", str(port)]
+    # Also where the environment was built for another checkout, its own modules come first.
+    environ = {"PYTHONPATH": str(folder), "SHOAL_INFER_THREADS": "1"}
+    return Contender(name, place, port, command, environ, folder)
+
+
+def triton(command: str, models: Path, place: Place) -> Contender:
+    port = free_port()
+    environ = {"HOST": place.host, "PORT": str(port), "MODELS": str(models)}
+    return Contender("Triton", place, port, ["sh", "-c", f"exec {command}"], environ, models)
+
+
+def measure(contenders: Sequence[Contender], samples: dict[str, Sample], rounds: int, seconds: float) -> None:
+    """Load all of them in turns, round after round."""
+    requests = {name: Requests.of(name, sample.inputs, sample.outputs) for name, sample in samples.items()}
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(contender.running(samples["tiny"])) for contender in contenders]
+        for _ in range(rounds):
+            for load in LOADS:
+                for contender, server in zip(contenders, servers, strict=True):
+                    with contender.place.asking():
+                        count, cpu_s = uvloop.run(loaded(server, requests[load[0]], load[1], seconds))
+                    contender.loads.setdefault(load, Measured()).add(count, cpu_s)
+
+
+def show(title: str, contenders: Sequence[Contender], console: Console) -> None:
+    table = Table(title=f"{title}: medians; ratios to {contenders[0].name}, least and most", title_justify="left")
+    for column in ("model", "in flight", "server", "requests/s", "ratio", "CPU us/request", "ratio", "p99 ms", "wrong"):
+        table.add_column(column, justify="left" if column in ("model", "server") else "right")
+    for model, in_flight in LOADS:
+        first = contenders[0].loads[model, in_flight]
+        for contender in contenders:
+            one = contender.loads[model, in_flight]
+            table.add_row(
+                model,
+                str(in_flight),
+                contender.name,
+                f"{statistics.median(one.rates):,.0f}",
+                _ratio(one.rates, first.rates),
+                f"{statistics.median(one.cpu_us):,.0f}",
+                _ratio(one.cpu_us, first.cpu_us),
+                f"{statistics.median(one.p99_ms):.2f}",
+                str(one.wrong + one.refused),
+            )
+        table.add_section()
+    console.print(table)
+
+
+def _ratio(values: Sequence[float], firsts: Sequence[float]) -> str:
+    ratios = [value / max(first, 1e-9) for value, first in zip(values, firsts, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def show_starts(contenders: Sequence[Contender], console: Console) -> None:
+    table = Table(title="start to the first right answer, and memory then of all processes", title_justify="left")
+    for column in ("server", "start s", "least", "most", "RSS MB", "PSS MB", "starts"):
+        table.add_column(column, justify="left" if column == "server" else "right")
+    for one in contenders:
+        seconds = (statistics.median(one.starts_s), min(one.starts_s), max(one.starts_s))
+        memory = (statistics.median(one.rss_mb), statistics.median(one.pss_mb))
+        table.add_row(
+            f"{one.name} at {one.place.host}",
+            *(f"{value:.2f}" for value in seconds),
+            *(f"{value:.0f}" for value in memory),
+            str(len(one.starts_s)),
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, required=True, metavar="FOLDER", help="a checkout with its .venv")
+    parser.add_argument("--after", type=Path, default=ROOT, metavar="FOLDER", help="another; default: this one")
+    parser.add_argument("--triton", metavar="COMMAND", help="starts a Triton at $HOST:$PORT with the models of $MODELS")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5)
+    args = parser.parse_args()
+    console = Console(width=140)
+    if len(os.sched_getaffinity(0)) > 1:
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
+    with tempfile.TemporaryDirectory() as scratch, namespaces() as elsewhere:
+        models = Path(scratch)
+        samples = save(models)
+        here = Place("127.0.0.1")
+        groups: dict[str, list[Contender]] = {}
+        for title, place in (("straight on loopback", here), ("from another namespace", elsewhere)):
+            groups[title] = [
+                shoal("before", args.before.resolve(), models, place),
+                shoal("after", args.after.resolve(), models, place),
+            ]
+        if args.triton:
+            groups["from another namespace"].append(triton(args.triton, models, elsewhere))
+        contenders = [contender for group in groups.values() for contender in group]
+        for _ in range(args.rounds):
+            for contender in contenders:
+                with contender.running(samples["tiny"]):
+                    pass
+        show_starts(contenders, console)
+        for title, group in groups.items():
+            measure(group, samples, args.rounds, args.seconds)
+            show(title, group, console)
+
+
+if __name__ == "__main__":
+    main()

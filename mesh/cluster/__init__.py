@@ -1,0 +1,1 @@
+"""Cluster state in etcd: client, live copies, membership, leader election."""

@@ -1,0 +1,1 @@
+"""One process of a service: configuration, logs, traces, tasks, signals, crash journal."""

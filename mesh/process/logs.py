@@ -1,0 +1,54 @@
+"""Structured logs: one JSON object a line on standard error, with the trace it belongs to.
+
+{"time": "2026-11-24T16:00:00.123Z", "level": "INFO", "logger": "mesh.mongo", "message": "...",
+ "instance": "store-0", "trace_id": "...", "span_id": "...", <fields given with extra={...}>}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+
+from opentelemetry import trace
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one line of JSON. Each field of `extra=` becomes a key."""
+
+    def __init__(self, instance: str) -> None:
+        super().__init__()
+        self._instance = instance
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC)
+        entry: dict[str, object] = {
+            "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "instance": self._instance,
+        }
+        context = trace.get_current_span().get_span_context()
+        if context.is_valid:
+            entry["trace_id"] = trace.format_trace_id(context.trace_id)
+            entry["span_id"] = trace.format_span_id(context.span_id)
+        entry.update({key: value for key, value in vars(record).items() if key not in _STANDARD and key not in entry})
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str, ensure_ascii=False)
+
+
+def configure(instance: str, level: str) -> None:
+    """Write every log record of this process to standard error as JSON. Called once, by `__main__`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(instance))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    # These libraries log at INFO what their errors say anyway.
+    for name in ("pymongo", "aetcd", "opentelemetry"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))

@@ -1,0 +1,38 @@
+"""Addresses that a server listens at: `unix:/path` and TCP's `host:port`."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+
+def path_of(listen: str) -> Path | None:
+    """The file of a unix socket; None for a TCP address."""
+    return Path(listen.removeprefix("unix:")) if listen.startswith("unix:") else None
+
+
+def make_way(listen: str) -> None:
+    """Makes the folder of a unix socket, and removes what a killed process left there. Nothing for a TCP address.
+
+    That no living process listens there is the launcher's care.
+    """
+    if (path := path_of(listen)) is not None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def remove(listen: str) -> None:
+    """Removes the file of a unix socket that nobody listens at any more. Nothing for a TCP address."""
+    if (path := path_of(listen)) is not None:
+        path.unlink(missing_ok=True)
+
+
+def is_local(listen: str) -> bool:
+    """Return whether only this machine can reach the address."""
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

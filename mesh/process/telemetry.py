@@ -1,0 +1,118 @@
+"""OpenTelemetry: spans are exported when the standard OTEL_* variables name a collector; otherwise none are made.
+
+OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) turns the exporter on; OTEL_EXPORTER_OTLP_PROTOCOL selects `grpc`
+(default) or `http/protobuf`; OTEL_TRACES_EXPORTER=none and OTEL_SDK_DISABLED=true turn it off. OTEL_TRACES_SAMPLER and
+OTEL_TRACES_SAMPLER_ARG select the sampled calls. The SDK itself reads the variables for batching and headers.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+
+from shoal import __version__
+
+# Longest wait of a stop for the collector to accept the last spans.
+_LAST_SPANS_S = 2.0
+
+
+def collector(environ: Mapping[str, str]) -> str | None:
+    """Return the OTLP endpoint for traces, or None when the environment names none."""
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    if environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+        return None
+    return environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Head sampling, as OTEL_TRACES_SAMPLER asks for it."""
+
+    ratio: float
+    """Share of the traces that begin here and are sampled, 0 to 1."""
+    follows_parent: bool
+    """A call that belongs to a trace is sampled when its caller's span is."""
+
+
+def sampling_of(environ: Mapping[str, str]) -> Sampling:
+    """Return the sampling that the environment asks for; the SDK's defaults stand in for missing and invalid values."""
+    name = environ.get("OTEL_TRACES_SAMPLER", "parentbased_always_on").lower()
+    kind = name.removeprefix("parentbased_")
+    if kind not in ("always_on", "always_off", "traceidratio"):
+        return Sampling(1.0, follows_parent=True)
+    ratio = 0.0 if kind == "always_off" else 1.0
+    if kind == "traceidratio":
+        try:
+            given = float(environ.get("OTEL_TRACES_SAMPLER_ARG", ""))
+            ratio = given if 0 <= given <= 1 else 1.0
+        except ValueError:
+            pass
+    return Sampling(ratio, follows_parent=name != kind)
+
+
+@dataclass(frozen=True)
+class Exporting:
+    """Parts of this process's exporter that make spans without the SDK's tracers (mesh.rpc.fast_spans)."""
+
+    export: Callable[[ReadableSpan], None]
+    """Takes a finished, sampled span; never waits."""
+    resource: Resource
+    sampling: Sampling
+
+
+class _Provider(TracerProvider):
+    """Tracer provider that also tells how to export a finished span."""
+
+    def __init__(self, resource: Resource, exporter: SpanExporter, sampling: Sampling) -> None:
+        super().__init__(resource=resource, shutdown_on_exit=False)
+        processor = BatchSpanProcessor(exporter)
+        self.add_span_processor(processor)
+        self.exporting = Exporting(processor.on_end, resource, sampling)
+
+
+def exporting() -> Exporting | None:
+    """Return how this process exports spans; None when it exports none."""
+    provider = trace.get_tracer_provider()
+    return provider.exporting if isinstance(provider, _Provider) else None
+
+
+def _exporter(environ: Mapping[str, str]) -> SpanExporter:
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
+    if protocol == "http/protobuf":
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+
+        return HttpExporter()
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+    return GrpcExporter()
+
+
+@contextmanager
+def tracing(service: str, instance: str, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Export this process's spans as service `shoal-<service>` until the block ends, then flush them."""
+    if collector(environ) is None:
+        yield
+        return
+    resource = Resource.create(
+        {"service.name": f"shoal-{service}", "service.instance.id": instance, "service.version": __version__}
+    )
+    exporter = _exporter(environ)
+    provider = _Provider(resource, exporter, sampling_of(environ))
+    trace.set_tracer_provider(provider)
+    try:
+        yield
+    finally:
+        # The processor by itself waits half a minute for an unreachable collector, which would delay the stop.
+        late = threading.Timer(_LAST_SPANS_S, exporter.shutdown)
+        late.start()
+        provider.shutdown()
+        late.cancel()

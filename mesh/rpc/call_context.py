@@ -1,0 +1,57 @@
+"""Context of a call for its handler: the part of grpc.aio.ServicerContext that our handlers use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import grpc
+
+from mesh.rpc.status import metadata
+
+Metadata = Iterable[tuple[str, str | bytes]]
+
+
+class CallContext:
+    """Context of one call. `headers` are the request's; `deadline` is on `clock`, infinite without a timeout."""
+
+    def __init__(
+        self, headers: Sequence[tuple[bytes, bytes]], peer: str, deadline: float, clock: Callable[[], float]
+    ) -> None:
+        self._headers = headers
+        self._peer = peer
+        self._deadline = deadline
+        self._clock = clock
+        self.status: tuple[int, str] = (0, "")
+        self.trailing: Metadata = ()
+        self.leading: Metadata = ()
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        return metadata(self._headers)
+
+    def time_remaining(self) -> float | None:
+        return None if self._deadline == math.inf else max(self._deadline - self._clock(), 0.0)
+
+    def peer(self) -> str:
+        return self._peer
+
+    async def send_initial_metadata(self, initial_metadata: Metadata) -> None:
+        self.leading = tuple(initial_metadata)
+
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None:
+        self.trailing = tuple(trailing_metadata)
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.status = (code.value[0], self.status[1])
+
+    def set_details(self, details: str) -> None:
+        self.status = (self.status[0], details)
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
+        self.status = (code.value[0], details)
+        self.trailing = tuple(trailing_metadata)
+        raise grpc.aio.AbortError("the handler ended its call")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"handlers do not use {name} of a gRPC context: mesh.rpc.call_context lacks it")

@@ -1,0 +1,123 @@
+"""What generated stubs ask of a channel: each kind of method as a function of requests, `timeout` and `metadata`.
+
+    StoreServiceStub(channel).PutResults(request, timeout=10)
+
+Beside grpc.aio's, whose calls are objects, these are plain: awaited for an answer, or iterated for several. `timeout`
+has to be given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from functools import partial
+from typing import Any, TypeAlias
+
+import grpc
+
+from mesh.process.tasks import end, log_failure
+from mesh.rpc.client.failures import CallFailed
+from mesh.rpc.client.request import Metadata
+from mesh.rpc.client.streams import StreamCall
+
+Write: TypeAlias = Callable[[Any], bytes] | None
+Read: TypeAlias = Callable[[bytes], Any] | None
+One: TypeAlias = Callable[..., Coroutine[Any, Any, Any]]
+Many: TypeAlias = Callable[..., AsyncGenerator[Any, None]]
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+class Stubbed(ABC):
+    """A channel, with what stubs need."""
+
+    @abstractmethod
+    async def unary(self, path: str, message: bytes, *, timeout_s: float | None, metadata: Metadata = ()) -> bytes:
+        """Calls a method."""
+
+    @abstractmethod
+    def stream(self, path: str, *, timeout_s: float | None, metadata: Metadata = ()) -> StreamCall:
+        """Begins a call of messages both ways."""
+
+    def unary_unary(
+        self, path: str, request_serializer: Write = None, response_deserializer: Read = None, **_: Any
+    ) -> One:
+        write, read = request_serializer or _as_it_is, response_deserializer or _as_it_is
+
+        async def call(request: Any, *, timeout: float, metadata: Metadata = ()) -> Any:
+            return parsed(await self.unary(path, write(request), timeout_s=timeout, metadata=metadata), read)
+
+        return call
+
+    def unary_stream(
+        self, path: str, request_serializer: Write = None, response_deserializer: Read = None, **_: Any
+    ) -> Many:
+        write, read = request_serializer or _as_it_is, response_deserializer or _as_it_is
+
+        async def call(request: Any, *, timeout: float, metadata: Metadata = ()) -> AsyncGenerator[Any, None]:
+            async with self.stream(path, timeout_s=timeout, metadata=metadata) as stream:
+                stream.write(write(request))
+                stream.half_close()
+                async for message in stream:
+                    yield parsed(message, read)
+
+        return call
+
+    def stream_unary(
+        self, path: str, request_serializer: Write = None, response_deserializer: Read = None, **_: Any
+    ) -> One:
+        write, read = request_serializer or _as_it_is, response_deserializer or _as_it_is
+
+        async def call(requests: AsyncIterator[Any], *, timeout: float, metadata: Metadata = ()) -> Any:
+            async with self.stream(path, timeout_s=timeout, metadata=metadata) as stream:
+                await feed(stream, requests, write)
+                return parsed(await stream.only(), read)
+
+        return call
+
+    def stream_stream(
+        self, path: str, request_serializer: Write = None, response_deserializer: Read = None, **_: Any
+    ) -> Many:
+        write, read = request_serializer or _as_it_is, response_deserializer or _as_it_is
+
+        async def call(
+            requests: AsyncIterator[Any], *, timeout: float, metadata: Metadata = ()
+        ) -> AsyncGenerator[Any, None]:
+            async with self.stream(path, timeout_s=timeout, metadata=metadata) as stream:
+                feeding = asyncio.create_task(feed(stream, requests, write), name="requests of a call")
+                feeding.add_done_callback(partial(fed, stream))
+                try:
+                    async for message in stream:
+                        yield parsed(message, read)
+                finally:
+                    await end(feeding)
+
+        return call
+
+
+def parsed(message: bytes, read: Callable[[bytes], Any]) -> Any:
+    """The message that `read` makes of an answer. Raises CallFailed where it is none."""
+    try:
+        return read(message)
+    except Exception as err:
+        raise CallFailed(grpc.StatusCode.INTERNAL, f"the answer is no message of the expected type: {err}") from err
+
+
+async def feed(stream: StreamCall, requests: AsyncIterator[Any], write: Callable[[Any], bytes]) -> None:
+    """Sends all requests, as fast as they are taken. Raises what the call fails with, and what `requests` does."""
+    async for request in requests:
+        stream.write(write(request))
+        await stream.drain()
+        if stream.is_over:  # It was answered before all was asked.
+            return
+    stream.half_close()
+
+
+def fed(stream: StreamCall, feeding: asyncio.Task[None]) -> None:
+    """Requests that cannot be made end the call."""
+    if not feeding.cancelled() and feeding.exception() is not None and not isinstance(feeding.exception(), CallFailed):
+        log_failure(feeding)
+        stream.cancel()

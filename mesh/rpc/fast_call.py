@@ -1,0 +1,228 @@
+"""A unary call on the fast path: no task, no coroutine, no copy of the body. For methods that are called very often.
+
+    GrpcApp ──> FastCall ──data──> handler(body, call) ──now or later──> reply | refuse
+
+The stream reports a client that goes. `Deadlines` ends the calls whose deadline has passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from mesh.h2.headers import encode, response_head
+from mesh.h2.stream import ServerStream
+from mesh.rpc import status
+from mesh.rpc.fast_spans import FastTracer, parent_of
+from mesh.rpc.framing import PREFIX, PREFIX_BYTES, check_encoding, inflated, too_large
+from mesh.rpc.interceptors import status_of
+from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError
+
+log = logging.getLogger(__name__)
+
+_HEAD = response_head(200, [status.CONTENT_TYPE])
+_OK = encode(status.OK)
+_NEVER = math.inf
+
+# Time between two looks at the deadlines. A timer for each call would cost more than the call.
+_DEADLINE_TURN_S = 0.02
+
+
+class CallLimits(Protocol):
+    """The part of an application that a fast call uses."""
+
+    message_bytes: int
+    """Maximal size of a message, in both directions."""
+    clock: Callable[[], float]
+    deadlines: Deadlines
+    tracer: FastTracer | None
+    """None: no spans are exported."""
+
+
+class FastHandler(Protocol):
+    """Answers calls of one unary method, at once or later, with exactly one of the call's `reply` and `refuse`."""
+
+    def __call__(self, body: bytes, call: FastCall, /) -> None:
+        """Answer a call. `body` is the whole body: five bytes of prefix, then the message.
+
+        May raise instead of calling `refuse`.
+        """
+
+
+class FastCall:
+    """One call; the RequestHandler of its stream. It begins in `__init__` and ends in `_finish`, exactly once each."""
+
+    __slots__ = (
+        "_app",
+        "_handler",
+        "_held",
+        "_parts",
+        "_stream",
+        "arrived",
+        "deadline",
+        "headers",
+        "is_over",
+        "on_end",
+        "span",
+    )
+
+    def __init__(self, app: CallLimits, handler: FastHandler, stream: ServerStream) -> None:
+        """Begin a call. Raises InvalidArgument for an invalid `grpc-timeout`."""
+        self._app = app
+        self._handler = handler
+        self._stream = stream
+        self._parts: list[bytes] | None = None
+        self.headers = headers = stream.head.by_name
+        self.span = None if app.tracer is None else app.tracer.begin(headers)
+        """None: the call is not sampled."""
+        self.arrived = now = app.clock()
+        timeout = headers.get(b"grpc-timeout")
+        self.deadline = _NEVER if timeout is None else now + status.timeout_s(timeout)
+        """On the app's clock; infinite without a timeout."""
+        self.on_end: Callable[[], None] | None = None
+        """Called when the answer is not wanted any more: deadline, or disconnected. Set by the handler."""
+        self.is_over = False
+        if timeout is not None:
+            app.deadlines.add(self)
+
+    def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
+        """Receive a piece of the body; the handler is called with the last one. Never raises."""
+        if self.is_over:
+            return
+        try:
+            if not is_end:
+                self._hold(piece)
+                self._stream.consumed(size)
+                return
+            if self._parts is not None:
+                self._hold(piece)
+                piece, self._parts = b"".join(self._parts), None
+            if not piece or piece[0] or len(piece) - PREFIX_BYTES != int.from_bytes(piece[1:5]):
+                piece = self._plain_message(piece)
+            self._handler(piece, self)
+        except BaseException as err:
+            self.refuse(err)
+
+    def disconnected(self) -> None:
+        """End the call without an answer: the client has gone."""
+        if self.is_over:
+            return
+        self._finish(Code.CANCELLED)
+        if self.on_end is not None:
+            self.on_end()
+
+    def _hold(self, piece: bytes) -> None:
+        if self._parts is None:
+            self._parts, self._held = [], 0
+        self._held += len(piece)
+        # The prefix stays in one piece.
+        if len(self._parts) == 1 and len(self._parts[0]) < PREFIX_BYTES:
+            piece = self._parts.pop() + piece
+        if piece:
+            self._parts.append(piece)
+        limit, first = self._app.message_bytes, self._parts[0] if self._parts else b""
+        if len(first) >= PREFIX_BYTES and PREFIX.unpack_from(first)[1] > limit:
+            raise too_large(PREFIX.unpack_from(first)[1], limit)
+        if self._held > limit + PREFIX_BYTES:
+            raise too_large(self._held - PREFIX_BYTES, limit)
+
+    def _plain_message(self, body: bytes) -> bytes:
+        """Return a body that is not one plain message as one. Raises a ShoalError when it cannot be read as one."""
+        if len(body) < PREFIX_BYTES:
+            raise InvalidArgument(f"expected one message, got a request of {len(body)} bytes")
+        flags, size = PREFIX.unpack_from(body)
+        if size > self._app.message_bytes:
+            raise too_large(size, self._app.message_bytes)
+        if size != len(body) - PREFIX_BYTES:
+            raise InvalidArgument(
+                f"expected one message: its prefix says {size} bytes, the request has {len(body) - PREFIX_BYTES}"
+            )
+        if flags > 1:
+            raise InvalidArgument(f"a message begins with the flags {flags}: expected 0, or 1 when it is compressed")
+        if not flags:
+            return body
+        encoding = self.headers.get(b"grpc-encoding")
+        if encoding in (None, b"identity"):
+            raise InvalidArgument("a message is marked as compressed, but the call has no grpc-encoding")
+        check_encoding(encoding)
+        return bytes(PREFIX_BYTES) + inflated(body[PREFIX_BYTES:], encoding, self._app.message_bytes)
+
+    def reply(self, parts: Sequence[Any], size: int) -> None:
+        """End the call with a message. `parts` are bytes-like, `size` bytes together. Does nothing when it is over."""
+        if self.is_over:
+            return
+        try:
+            if size > self._app.message_bytes:
+                raise too_large(size, self._app.message_bytes)
+            body = b"".join((PREFIX.pack(0, size), *parts))
+        # Too large, not bytes, or out of memory: the client must be told.
+        except Exception as err:
+            self.refuse(err)
+            return
+        self._finish()
+        self._stream.respond(_HEAD, body, _OK)
+
+    def refuse(self, error: BaseException) -> None:
+        """End the call with an error. Does nothing when it is over."""
+        if self.is_over:
+            return
+        code, message, trailing = status_of(error)
+        self._finish(code.value[0], message if isinstance(error, ShoalError) else type(error).__name__)
+        if not isinstance(error, ShoalError):
+            log.error("unexpected error in a call", exc_info=error)
+        trailers = status.trailers(code.value[0], message, trailing)
+        self._stream.respond(response_head(200, [status.CONTENT_TYPE, *trailers]))
+
+    def expire(self) -> None:
+        """End the call: its deadline has passed."""
+        if self.is_over:
+            return
+        self.refuse(DeadlineExceeded("the deadline of the call has passed"))
+        if self.on_end is not None:
+            self.on_end()
+
+    @property
+    def traceparent(self) -> str:
+        """Trace context for work that this call leaves behind: its span's, else its caller's; empty without a trace."""
+        return parent_of(self.headers) if self.span is None else self.span.traceparent
+
+    def age_ns(self) -> int:
+        """Return the nanoseconds since the call began."""
+        return int((self._app.clock() - self.arrived) * 1e9)
+
+    def _finish(self, code: int = 0, message: str = "") -> None:
+        self.is_over = True
+        if self.span is not None:
+            assert self._app.tracer is not None
+            self._app.tracer.end(self.span, self._stream.head.path, code, message)
+        if self.deadline != _NEVER:
+            self._app.deadlines.discard(self)
+
+
+class Deadlines:
+    """The fast calls that have a deadline. While there are any, a timer ends the calls whose deadline has passed."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._calls: set[FastCall] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, call: FastCall) -> None:
+        self._calls.add(call)
+        if self._timer is None:
+            self._timer = self._loop.call_later(_DEADLINE_TURN_S, self._turn)
+
+    def discard(self, call: FastCall) -> None:
+        self._calls.discard(call)
+
+    def _turn(self) -> None:
+        now = self._clock()
+        try:
+            for call in [call for call in self._calls if call.deadline <= now]:
+                call.expire()
+        finally:
+            self._timer = self._loop.call_later(_DEADLINE_TURN_S, self._turn) if self._calls else None

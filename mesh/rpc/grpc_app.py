@@ -1,0 +1,90 @@
+"""Method table of a gRPC server: an application of the HTTP/2 core that hands each request to its method.
+
+fast method ──> FastCall          any other ──> SlowCall          not gRPC ──> HTTP status 415
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mesh.h2.headers import Block, response_head
+from mesh.h2.stream import NO_HANDLER, RequestHandler, ServerStream
+from mesh.rpc.fast_call import Deadlines, FastCall, FastHandler
+from mesh.rpc.fast_spans import FastTracer
+from mesh.rpc.limits import MESSAGE_BYTES
+from mesh.rpc.slow_call import SlowCall
+from shoal.errors import ShoalError
+
+_UNSUPPORTED = response_head(415, [(b"content-type", b"text/plain")])
+_UNSUPPORTED_TEXT = b"this is a gRPC server: content-type application/grpc\n"
+
+
+class GrpcApp:
+    """Serves `methods` on the slow path, and `fast_methods` on the fast path; both by path.
+
+    A fast method is in both tables: unusual requests (no body, unusual content type or timeout) take the slow path.
+    """
+
+    def __init__(
+        self,
+        methods: Mapping[str, Any],
+        fast_methods: Mapping[str, FastHandler],
+        message_bytes: int = MESSAGE_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+        tracer: FastTracer | None = None,
+    ) -> None:
+        self.methods = methods
+        self._fast_methods = fast_methods
+        self.message_bytes = message_bytes
+        self.clock = clock
+        self.deadlines = Deadlines(clock)
+        self.tracer = tracer
+        self.tasks: set[asyncio.Task[None]] = set()
+        """Tasks of the slow calls that have not ended."""
+
+    def request(self, stream: ServerStream) -> RequestHandler:
+        """Begin a call."""
+        head = stream.head
+        fast = self._fast_methods.get(head.path)
+        if fast is not None and not stream.is_request_ended:
+            headers = head.by_name
+            if headers.get(b"content-type") == b"application/grpc" and headers.get(b":method") == b"POST":
+                try:
+                    return FastCall(self, fast, stream)
+                # An invalid header: the slow path answers with the error.
+                except ShoalError:
+                    pass
+        if not _is_grpc(head):
+            stream.respond(_UNSUPPORTED, _UNSUPPORTED_TEXT)
+            return NO_HANDLER
+        return SlowCall(self, stream)
+
+
+class MethodTable:
+    """Collects the handlers of servicers by path, in the place of the grpc server that generated code expects."""
+
+    def __init__(self, wrap: Callable[[str, Any], Any]) -> None:
+        """`wrap` is put around each handler."""
+        self._wrap = wrap
+        self.by_path: dict[str, Any] = {}
+
+    def add(self, path: str, handler: Any) -> None:
+        """Add a grpc.RpcMethodHandler."""
+        self.by_path[path] = self._wrap(path, handler)
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Called by generated code."""
+        for name, handler in handlers.items():
+            self.add(f"/{service}/{name}", handler)
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Called by generated code, with the same handlers in another form: not used."""
+
+
+def _is_grpc(head: Block) -> bool:
+    content_type = head.by_name.get(b"content-type", b"")
+    is_plain = content_type == b"application/grpc"
+    return (is_plain or content_type.startswith((b"application/grpc+", b"application/grpc;"))) and head.method == "POST"

@@ -1,0 +1,300 @@
+"""What every call passes on its way in and out: a span, and the translation of errors.
+
+On the way in, a handler's ShoalError becomes its gRPC status; anything else is a fault: the log gets the whole of it,
+the caller a fixed text. On the way out, the trace goes along, and a foreign status becomes a ShoalError (`translated`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import Token
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+from opentelemetry import context, propagate, trace
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+from shoal.errors import (
+    RETRY_AFTER_KEY,
+    Code,
+    InvalidArgument,
+    ResourceExhausted,
+    ShoalError,
+    Unimplemented,
+    from_status,
+    retry_after_of,
+)
+
+log = logging.getLogger(__name__)
+
+_STATUS = {status.value[0]: status for status in grpc.StatusCode}
+# Health checks come twice a second from every Envoy: a span for each would drown the rest.
+_UNTRACED = ("/grpc.health.v1.Health/", "/envoy.service.discovery.v3.", "/grpc.reflection.")
+_FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNKNOWN)
+
+PATH = "shoal.path"
+"""Attribute of server spans: `fast` or `slow`, the path that the call took."""
+_ABOUT = {"rpc.system": "grpc", PATH: "slow"}
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """The gRPC status code, message and trailing metadata that a caller is shown for `error`."""
+    if isinstance(error, ShoalError):
+        trailing = () if error.retry_after_ms is None else ((RETRY_AFTER_KEY, str(error.retry_after_ms)),)
+        return _STATUS[int(error.code)], _sendable(error.message), trailing
+    return grpc.StatusCode.INTERNAL, "internal error: the log of the service has the cause", ()
+
+
+_SHORT_CHARS = 500
+_MESSAGE_BYTES = 6_000
+# Clients refuse trailers of more than 8 to 16 KiB, and then nobody learns even the code.
+
+
+def _sendable(message: str) -> str:
+    """The beginning of `message` that fits into a trailer, where most of a text's bytes are written as three."""
+    if len(message) <= _SHORT_CHARS:
+        return message
+    written = 0
+    for number, char in enumerate(message):
+        is_plain = char.isascii() and char.isprintable() and char != "%"
+        written += 1 if is_plain else 3 * len(char.encode(errors="replace"))
+        if written > _MESSAGE_BYTES:
+            return message[:number] + " ..."
+    return message
+
+
+def translate(error: grpc.RpcError, doing: str = "") -> ShoalError:
+    """The ShoalError of a failed call; `doing` opens its message."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return from_status(Code.UNKNOWN, f"{doing}: {error}" if doing else str(error))
+    after_ms = retry_after_of(error.trailing_metadata() or ())
+    details = error.details() or "no details"
+    return from_status(error.code().value[0], f"{doing}: {details}" if doing else details, retry_after_ms=after_ms)
+
+
+@contextmanager
+def translated(doing: str = "") -> Iterator[None]:
+    """Raises calls' failures inside the block as ShoalError, the cause kept."""
+    try:
+        yield
+    except grpc.RpcError as err:
+        raise translate(err, doing) from err
+
+
+class ServerInterceptor:
+    """Wraps all methods of a server on the slow path: spans, and errors as statuses.
+
+    It also knows the open streams, so that a stop need not wait for idle ones: `end_idle_streams`.
+    """
+
+    def __init__(self) -> None:
+        self._tracer = trace.get_tracer("shoal")
+        self._streams: dict[asyncio.Task[Any], float] = {}
+        self._ended: set[asyncio.Task[Any]] = set()
+
+    def end_idle_streams(self, idle_s: float) -> int:
+        """Ends streams that sent nothing for `idle_s` with UNAVAILABLE (the client goes elsewhere). Says how many."""
+        before = asyncio.get_running_loop().time() - idle_s
+        idle = [task for task, last in self._streams.items() if last <= before and task not in self._ended]
+        self._ended.update(idle)
+        for task in idle:
+            task.cancel()
+        return len(idle)
+
+    def wrap(self, method: str, handler: Any) -> Any:
+        """The handler of `method` (`/package.Service/Method`) as it is served, of the same kind as the given."""
+        kind = "_".join("stream" if s else "unary" for s in (handler.request_streaming, handler.response_streaming))
+        behaviour = getattr(handler, kind)
+        if not inspect.iscoroutinefunction(behaviour) and not inspect.isasyncgenfunction(behaviour):
+            behaviour = _unimplemented(method)  # The generated base class's: ours are all asynchronous.
+        wrap = self._stream if inspect.isasyncgenfunction(behaviour) else self._single
+        checked = _whole_messages if handler.request_streaming else _whole_message
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        parse = _tolerant(handler.request_deserializer)
+        return make(wrap(method, behaviour, checked), parse, handler.response_serializer)
+
+    def _single(self, method: str, behaviour: Callable[..., Any], checked: Callable[[Any], Any]) -> Callable[..., Any]:
+        async def call(request: Any, ctx: Context) -> Any:
+            with self._span(method, ctx) as span:
+                try:
+                    return await behaviour(checked(request), ctx)
+                except (asyncio.CancelledError, grpc.aio.AbortError):
+                    raise
+                except BaseException as err:  # SystemExit too: what one call raises must not end the others.
+                    await _refuse(method, err, ctx, span)
+
+        return call
+
+    def _stream(self, method: str, behaviour: Callable[..., Any], checked: Callable[[Any], Any]) -> Callable[..., Any]:
+        async def call(request: Any, ctx: Context) -> AsyncIterator[Any]:
+            task = asyncio.current_task()
+            # Every call on the slow path has a task.
+            assert task is not None
+            clock = asyncio.get_running_loop().time
+            self._streams[task] = clock()
+            with self._span(method, ctx) as span:
+                try:
+                    async for response in behaviour(checked(request), ctx):
+                        yield response
+                        self._streams[task] = clock()
+                except asyncio.CancelledError:
+                    if task not in self._ended:
+                        raise
+                    task.uncancel()
+                    await ctx.abort(grpc.StatusCode.UNAVAILABLE, "this instance is stopping: open the stream again")
+                except (grpc.aio.AbortError, GeneratorExit):
+                    raise
+                except BaseException as err:
+                    await _refuse(method, err, ctx, span)
+                finally:
+                    self._streams.pop(task, None)
+                    self._ended.discard(task)
+
+        return call
+
+    @contextmanager
+    def _span(self, method: str, ctx: Context) -> Iterator[Span]:
+        if method.startswith(_UNTRACED):
+            yield trace.INVALID_SPAN
+            return
+        carrier = {key: value for key, value in ctx.invocation_metadata() or () if isinstance(value, str)}
+        parent = propagate.extract(carrier)
+        span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, _ABOUT)
+        token: Token[context.Context] | None = context.attach(trace.set_span_in_context(span, parent))
+        try:
+            yield span
+        except GeneratorExit:
+            token = None  # A stream closed from another task: that one's context is not ours to restore.
+            raise
+        finally:
+            if token is not None:
+                context.detach(token)
+            span.end()
+
+
+def _unimplemented(method: str) -> Callable[..., Awaitable[Any]]:
+    async def refuse(request: Any, ctx: Context) -> Any:
+        raise Unimplemented(f"this server does not do {method}")
+
+    return refuse
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    """Stands for a request that is no message of its type, until the handler's turn: then it is refused by name.
+
+    Left to grpc, such bytes are answered with INTERNAL, as if the service were at fault.
+    """
+
+    why: str
+
+
+def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data) if parse else data
+        except Exception as err:
+            return _Malformed(malformed(len(data), err).message)
+
+    return parsed
+
+
+def malformed(size: int, error: Exception) -> InvalidArgument:
+    """What a caller is told whose `size` bytes could not be parsed."""
+    return InvalidArgument(f"these {size} bytes are not a message of the expected type: {error}")
+
+
+def _whole_message(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise InvalidArgument(request.why)
+    return request
+
+
+async def _whole_messages(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _whole_message(request)
+
+
+async def _refuse(method: str, error: BaseException, ctx: Context, span: Span) -> None:
+    if isinstance(error, grpc.aio.AioRpcError):
+        error = translate(error, f"{method} called another service")
+    code, message, trailing = status_of(error)
+    log_error(method, error)
+    span.set_attribute("rpc.grpc.status_code", code.value[0])
+    if not isinstance(error, ShoalError):
+        span.set_status(Status(StatusCode.ERROR, type(error).__name__))
+        span.record_exception(error)
+    elif code in _FAULTS:
+        span.set_status(Status(StatusCode.ERROR, message))
+    await ctx.abort(code, message, trailing)
+
+
+def log_error(method: str, error: BaseException) -> None:
+    """Tells the log what a call of `method` is answered with: loudly what is no answer of ours, or a fault."""
+    code, message, _ = status_of(error)
+    if not isinstance(error, ShoalError):
+        log.error("unexpected error in %s", method, exc_info=error)
+    elif code in _FAULTS:
+        log.error("%s failed: %s", method, message, exc_info=error)
+    else:
+        level = logging.INFO if isinstance(error, ResourceExhausted) else logging.DEBUG
+        log.log(level, "%s refused with %s: %s", method, code.name, message)
+
+
+def trace_metadata() -> dict[str, str]:
+    """The current trace, as metadata lets it travel with a call; nothing where there is none."""
+    carrier: dict[str, str] = {}
+    if context.get_current():
+        propagate.inject(carrier)
+    return carrier
+
+
+def _with_trace(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
+    carrier = trace_metadata()
+    if not carrier:
+        return details
+    metadata = grpc.aio.Metadata(*(details.metadata or ()))
+    for key, value in carrier.items():
+        metadata.add(key, value)
+    return grpc.aio.ClientCallDetails(
+        details.method, details.timeout, metadata, details.credentials, details.wait_for_ready
+    )
+
+
+class _Traced:
+    """Lets the current trace travel with the call."""
+
+    async def _go(self, continuation: Callable[..., Awaitable[Any]], details: Any, request: Any) -> Any:
+        return await continuation(_with_trace(details), request)
+
+
+class _UnaryUnary(_Traced, grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await self._go(continuation, client_call_details, request)
+
+
+class _UnaryStream(_Traced, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await self._go(continuation, client_call_details, request)
+
+
+class _StreamUnary(_Traced, grpc.aio.StreamUnaryClientInterceptor):
+    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await self._go(continuation, client_call_details, request_iterator)
+
+
+class _StreamStream(_Traced, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await self._go(continuation, client_call_details, request_iterator)
+
+
+def client_interceptors() -> Sequence[grpc.aio.ClientInterceptor]:
+    """For a channel: one for each kind of call, as grpc.aio wants them."""
+    return [_UnaryUnary(), _UnaryStream(), _StreamUnary(), _StreamStream()]

@@ -1,0 +1,117 @@
+"""The server of every service: gRPC methods with health and reflection, and a stop that cuts no call.
+
+    STARTING ──serve()──> SERVING ──exit──> DRAINING (health NOT_SERVING, GOAWAY, calls in flight finish) ──> STOPPED
+
+A service leaves the membership before its server drains: its Registration starts after the server, so it ends first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+
+from mesh.h2.listener import Listener
+from mesh.rpc.fast_call import FastHandler
+from mesh.rpc.fast_spans import FastTracer
+from mesh.rpc.grpc_app import GrpcApp, MethodTable
+from mesh.rpc.health import Health
+from mesh.rpc.interceptors import ServerInterceptor
+
+# A stream that has sent nothing for so long has nothing in flight: a drain ends it.
+_IDLE_STREAM_S = 0.25
+
+# Longest wait, after the drain, for the cancelled handlers of calls that did not finish in it.
+_CANCEL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Rpc:
+    """One gRPC service: its descriptor, and the function that adds its servicer to a server."""
+
+    descriptor: ServiceDescriptor
+    add: Callable[[grpc.aio.Server], None]
+
+
+class Server:
+    """Serves `rpcs` at `listen` for as long as the block lasts.
+
+    Use as `async with`: entering binds, with health NOT_SERVING; `serve()` says SERVING; leaving says NOT_SERVING, lets
+    calls in flight finish for `drain_ms`, and stops.
+
+    Args:
+        fast_methods: handlers of methods that are served on the fast path, by path. The methods are in `rpcs`, too.
+        methods: grpc.RpcMethodHandler by path, of methods that have no descriptor; reflection does not list them.
+        share_port: other processes may listen at the same TCP port.
+        serves_health: the server answers health checks; otherwise one of `rpcs` does.
+
+    Raises (on entering):
+        OSError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        listen: str,
+        rpcs: Sequence[Rpc],
+        *,
+        drain_ms: int,
+        fast_methods: Mapping[str, FastHandler] = MappingProxyType({}),
+        methods: Mapping[str, Any] = MappingProxyType({}),
+        share_port: bool = False,
+        serves_health: bool = True,
+    ) -> None:
+        self._listen = listen
+        self._rpcs = tuple(rpcs)
+        self._names = [rpc.descriptor.full_name for rpc in self._rpcs]
+        self._drain_s = drain_ms / 1000
+        self._fast_methods = fast_methods
+        self._methods = methods
+        self._share_port = share_port
+        self._health = Health() if serves_health else None
+        self._interceptor = ServerInterceptor()
+        self.address = listen
+        """The address it listens at, with the port that was chosen for port 0."""
+
+    async def __aenter__(self) -> Server:
+        self._set_health(is_serving=False)
+        self._app = GrpcApp(self._method_table(), self._fast_methods, tracer=FastTracer.of_process())
+        self._listener = Listener(self._listen, self._app, share_port=self._share_port)
+        self.address = await self._listener.start()
+        return self
+
+    def _method_table(self) -> Mapping[str, Any]:
+        table: Any = MethodTable(self._interceptor.wrap)
+        for rpc in self._rpcs:
+            rpc.add(table)
+        for path, handler in self._methods.items():
+            table.add(path, handler)
+        if self._health is not None:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, table)
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        # `enable_server_reflection` would take the table for a server with threads.
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), table)
+        found: Mapping[str, Any] = table.by_path
+        return found
+
+    async def serve(self) -> None:
+        """Say SERVING to health checks: for the server as a whole and for each of its services."""
+        self._set_health(is_serving=True)
+
+    def _set_health(self, *, is_serving: bool) -> None:
+        if self._health is not None:
+            self._health.say(self._names, is_serving=is_serving)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._set_health(is_serving=False)
+        await self._listener.drain(self._drain_s, lambda: self._interceptor.end_idle_streams(_IDLE_STREAM_S))
+        if self._app.tasks:
+            await asyncio.wait(self._app.tasks, timeout=_CANCEL_S)

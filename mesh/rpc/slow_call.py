@@ -1,0 +1,221 @@
+"""A call of any kind on the slow path: one task, which ends with a status whatever happens.
+
+stream ──data──> pieces ──read when the handler asks──> messages ──> handler ──> messages, status ──> stream
+       ──disconnected──> the task is cancelled
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import grpc
+
+from mesh.h2.headers import encode, response_head
+from mesh.h2.stream import ServerStream
+from mesh.rpc import status
+from mesh.rpc.call_context import CallContext
+from mesh.rpc.framing import ACCEPTED, Deframer, check_encoding, framed, too_large
+from mesh.rpc.interceptors import status_of
+from shoal.errors import Code, DeadlineExceeded, InvalidArgument, ShoalError, Unimplemented
+
+log = logging.getLogger(__name__)
+
+
+class CallTable(Protocol):
+    """The part of an application that a slow call uses."""
+
+    methods: Mapping[str, Any]
+    """grpc.RpcMethodHandler by path."""
+    message_bytes: int
+    """Maximal size of a message, in both directions."""
+    clock: Callable[[], float]
+    tasks: set[asyncio.Task[None]]
+
+
+class Disconnected(OSError):
+    """The client has gone: nothing can be sent."""
+
+
+class SlowCall:
+    """One call; the RequestHandler of its stream."""
+
+    def __init__(self, app: CallTable, stream: ServerStream) -> None:
+        self._app = app
+        self._messages = _Messages(stream)
+        self._response = _Response(stream, app.message_bytes)
+        self._head = stream.head
+        self._peer = stream.peer
+        task = asyncio.create_task(self._run(), name=stream.head.path)
+        app.tasks.add(task)
+        task.add_done_callback(app.tasks.discard)
+        self._task = task
+
+    def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
+        """Keep a piece of the body until the handler asks for it. Flow control bounds what is kept."""
+        self._messages.add(piece, size, is_end=is_end)
+
+    def disconnected(self) -> None:
+        """Cancel the handler."""
+        self._response.is_disconnected = True
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        response = self._response
+        try:
+            await self._call()
+        except Disconnected:
+            pass
+        except asyncio.CancelledError:
+            response.end(Code.UNAVAILABLE, "this instance is stopping")
+            raise
+        # SystemExit, too: an exception of one call must not end the others.
+        except BaseException as err:
+            if not isinstance(err, ShoalError):
+                log.error("unexpected error in a call", exc_info=err)
+            code, message, trailing = status_of(err)
+            response.end(code.value[0], message, trailing)
+
+    async def _call(self) -> None:
+        app, response, headers = self._app, self._response, self._head.by_name
+        handler = app.methods.get(self._head.path)
+        if handler is None:
+            raise Unimplemented(f"Method not found: this server does not do {self._head.path}")
+        encoding = headers.get(b"grpc-encoding")
+        check_encoding(encoding)
+        self._messages.deframer = Deframer(encoding, app.message_bytes)
+        deadline = status.deadline(headers, app.clock())
+        context = CallContext(self._head.fields, f"{self._peer[0]}:{self._peer[1]}", deadline, app.clock)
+        response.context = context
+        try:
+            async with asyncio.timeout(None if deadline == math.inf else max(deadline - app.clock(), 0.0)):
+                await self._handle(handler, context)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline of the call has passed") from None
+        except grpc.aio.AbortError:
+            response.end(*context.status, context.trailing)
+
+    async def _handle(self, handler: Any, context: CallContext) -> None:
+        messages, response = self._messages, self._response
+        if handler.request_streaming:
+            request: Any = _parsed(messages, handler.request_deserializer)
+        else:
+            request = handler.request_deserializer(await messages.only())
+        kind = "_".join("stream" if s else "unary" for s in (handler.request_streaming, handler.response_streaming))
+        behaviour = getattr(handler, kind)
+        if not handler.response_streaming:
+            message = handler.response_serializer(await behaviour(request, context))
+            response.whole(message)
+            return
+        responses = behaviour(request, context)
+        try:
+            async for message in responses:
+                await response.message(handler.response_serializer(message))
+        finally:
+            await responses.aclose()
+        response.end(*context.status, context.trailing)
+
+
+async def _parsed(messages: _Messages, parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+    while (message := await messages.next()) is not None:
+        yield parse(message)
+
+
+class _Messages:
+    """The messages of a request. The body is read when a message is asked for: only then is credit given back."""
+
+    def __init__(self, stream: ServerStream) -> None:
+        self._stream = stream
+        self.deframer = Deframer(None, 0)
+        self._pieces: deque[tuple[bytes, int]] = deque()
+        self._is_ended = False
+        self._read: Iterator[bytes] = iter(())
+        self._changed = asyncio.Event()
+
+    def add(self, piece: bytes, size: int, *, is_end: bool) -> None:
+        if size:
+            self._pieces.append((piece, size))
+        self._is_ended = is_end
+        self._changed.set()
+
+    async def next(self) -> bytes | None:
+        """Return the next message, or None after the last one. Raises a ShoalError for an invalid body."""
+        while True:
+            if (message := next(self._read, None)) is not None:
+                return message
+            if self._pieces:
+                piece, size = self._pieces.popleft()
+                self._stream.consumed(size)
+                self._read = self.deframer.feed(piece)
+            elif self._is_ended:
+                self.deframer.finish()
+                return None
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def only(self) -> bytes:
+        """Return the message of a unary call. Raises InvalidArgument for another number of messages."""
+        found = await self.next()
+        if found is None:
+            raise InvalidArgument("expected one message, got none")
+        if await self.next() is not None:
+            raise InvalidArgument("expected one message, got a second one")
+        return found
+
+
+class _Response:
+    """The messages and the status of one call. The status is sent once; later ones are ignored."""
+
+    def __init__(self, stream: ServerStream, message_bytes: int) -> None:
+        self._stream = stream
+        self._message_bytes = message_bytes
+        self._has_started = False
+        self._is_over = False
+        self.is_disconnected = False
+        self.context: CallContext | None = None
+
+    def whole(self, message: bytes) -> None:
+        """Send the message of a unary call, and its status."""
+        context = self.context
+        assert context is not None
+        self._check(message)
+        trailers = status.trailers(*context.status, context.trailing)
+        head = self._head()
+        self._is_over = True
+        self._stream.respond(head, framed(message), encode(trailers))
+
+    async def message(self, message: bytes) -> None:
+        """Send a message of a streamed response. Return when all of it is on its way."""
+        self._check(message)
+        if not self._has_started:
+            self._stream.start(self._head())
+            self._has_started = True
+        sent = asyncio.get_running_loop().create_future()
+        self._stream.send(framed(message), lambda: None if sent.done() else sent.set_result(None))
+        await sent
+
+    def end(self, code: Code | int, message: str, trailing: Iterable[tuple[str, str | bytes]] = ()) -> None:
+        """Send the status."""
+        if self._is_over:
+            return
+        self._is_over = True
+        trailers = status.trailers(code, message, trailing)
+        if self._has_started:
+            self._stream.end(encode(trailers))
+        else:
+            self._stream.respond(self._head(trailers))
+
+    def _head(self, trailers: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
+        leading = status.encoded(self.context.leading) if self.context else []
+        return response_head(200, [status.CONTENT_TYPE, (b"grpc-accept-encoding", ACCEPTED), *leading, *trailers])
+
+    def _check(self, message: bytes) -> None:
+        if self.is_disconnected:
+            raise Disconnected("the client has gone")
+        if len(message) > self._message_bytes:
+            raise too_large(len(message), self._message_bytes)

@@ -1,0 +1,84 @@
+"""Fast unary methods that are coroutine functions: one task for each call, and nothing else of the slow path.
+
+body ──parsed──> task ──> response        client disconnected, or deadline passed ──> task cancelled
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from google.protobuf.message import DecodeError
+
+from mesh.process.tasks import end
+from mesh.rpc.fast_call import FastCall, FastHandler
+from mesh.rpc.framing import PREFIX_BYTES
+from mesh.rpc.interceptors import log_error, malformed
+from shoal.errors import ShoalError, Unavailable
+
+# Without a sampled span, a task keeps the context of its call: none.
+_NO_SPAN: AbstractContextManager[Any] = contextlib.nullcontext()
+
+
+class Message(Protocol):
+    """A protobuf message."""
+
+    def SerializeToString(self) -> bytes: ...
+
+
+Q = TypeVar("Q")
+
+
+class TaskMethods:
+    """Makes fast handlers of coroutine functions. Use as `async with` around the server: leaving ends their tasks."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> TaskMethods:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await end(*self._tasks)
+
+    def method(
+        self, path: str, parse: Callable[[bytes], Q], respond: Callable[[Q], Coroutine[Any, Any, Message]]
+    ) -> dict[str, FastHandler]:
+        """Return the handler of one method, by its path (`/package.Service/Method`)."""
+
+        def handle(body: bytes, call: FastCall) -> None:
+            try:
+                request = parse(body[PREFIX_BYTES:])
+            except DecodeError as err:
+                raise malformed(len(body) - PREFIX_BYTES, err) from err
+            with call.span.current() if call.span is not None else _NO_SPAN:
+                task = asyncio.create_task(_answer(path, respond, request, call), name=path)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            # The boolean that `cancel` returns is not used.
+            call.on_end = task.cancel  # type: ignore[assignment]
+
+        return {path: handle}
+
+
+async def _answer(path: str, respond: Callable[[Q], Coroutine[Any, Any, Message]], request: Q, call: FastCall) -> None:
+    try:
+        message = (await respond(request)).SerializeToString()
+    except asyncio.CancelledError:
+        # Does nothing when the call is over: its client has gone, or its deadline has passed.
+        call.refuse(Unavailable("this instance is stopping"))
+        raise
+    # SystemExit, too: an exception of one call must not end the others.
+    except BaseException as err:
+        # `refuse` logs the errors that are not ShoalErrors.
+        if isinstance(err, ShoalError):
+            log_error(path, err)
+        call.refuse(err)
+    else:
+        call.reply((message,), len(message))

@@ -1,0 +1,1 @@
+"""Fast path of ModelInfer: known message forms are compared, not parsed."""

@@ -1,0 +1,1 @@
+"""Loading of a model version: its configuration completed, its files loaded, warmed up and tried."""

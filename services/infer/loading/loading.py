@@ -1,0 +1,174 @@
+"""From files to a model that has been shown to run. Blocking: for a worker thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from services.infer.loading import model_config, warmup
+from services.infer.loading.model_config import Completed
+from services.infer.model_files.config_json import as_json
+from services.infer.model_files.wanted_models import ModelFiles, read_text
+from services.infer.requests.signature import TensorSpec
+from services.infer.runtimes import onnx_settings
+from services.infer.runtimes.choice import Runtimes
+from services.infer.runtimes.reshape import ReshapedSession, reshapes_of
+from services.infer.runtimes.runtime import About, Runtime, Session, SessionOptions
+from services.infer.scheduling import rules
+from services.infer.scheduling.batcher import BatchPolicy
+from services.infer.scheduling.cost import CostCurve
+from services.infer.sequences import stateful
+from services.infer.sequences.settings import clients
+from services.infer.sequences.stateful import Stateful
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+_BATCH_BYTES = 64 << 20
+# Inputs gathered for one execution: beyond this, copying rows together costs more than running them together gives.
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that runs. Who has it closes its session."""
+
+    model: Completed
+    session: Session | None
+    """None for an ensemble: its models have theirs."""
+    cost: CostCurve = field(default_factory=CostCurve, kw_only=True)
+    """What trials took."""
+    sequences: Stateful | None = field(default=None, kw_only=True)
+    """Only for a model whose configuration has sequence_batching."""
+
+    def batch_policy(self) -> BatchPolicy:
+        """How its calls are put together."""
+        batching = self.model.config.dynamic_batching
+        return BatchPolicy(
+            max_rows=max(self.model.signature.max_batch_size, 1),
+            max_bytes=_BATCH_BYTES,
+            delay_s=batching.max_queue_delay_microseconds / 1e6 if self.model.signature.max_batch_size else 0.0,
+            preferred=frozenset(batching.preferred_batch_size),
+            slo_s=rules.slo_s(self.model.config),
+        )
+
+
+def load(
+    name: str,
+    files: ModelFiles,
+    runtimes: Runtime | Runtimes,
+    *,
+    version: int = 1,
+    threads: int,
+    clock: Callable[[], float],
+    is_given_up: Callable[[], bool] = bool,
+    digest: str = "",
+) -> Loaded:
+    """Loads one version of the model `name` and warms it up. `threads`: for one execution, unless it says otherwise.
+    Loading ends early when `is_given_up`, where the runtime can. `digest` stands for what the files are.
+
+    Raises:
+        FailedPrecondition: it cannot be served; the message says why, and names the setting, tensor or file.
+    """
+    text = files.config_text()
+    config = model_config.parse(text)
+    if config.name not in ("", name):
+        log.warning(
+            "model %s: config.pbtxt calls it '%s'; it is served under the name of its folder", name, config.name
+        )
+    config.name = name
+    runtime = _runtime(runtimes, config, files)
+    model_config.check(config, runtime)
+    labels = labels_of(config, files.folder)
+    about = About(name, version, files.folder, config, model_config.instances(config), is_given_up, digest)
+    options = replace(_options(config, threads, runtime), about=about)
+    session = runtime.load(_model_file(config, files, runtime), options)
+    try:
+        says_batch = model_config.says_max_batch_size(text)
+        config = session.completed(config, says_batch=says_batch)
+        says_batch = says_batch or session.says_batch
+        model_config.check(config, runtime)
+        if (reshapes := reshapes_of(as_json(config))) and not session.reshapes:
+            session = ReshapedSession(session, reshapes)
+        hidden = _hidden(config)
+        model = model_config.complete(
+            config,
+            clients(_inputs(session, config), hidden),
+            clients(session.outputs, hidden),
+            runtime=runtime,
+            text=session.text,
+            batch_is_given=says_batch,
+            labels=labels,
+            gpus=session.gpus,
+        )
+        if config.model_transaction_policy.decoupled:
+            return Loaded(model, session)
+        made_up = session.is_tried
+        sequences = stateful.of(model.config, session, files.folder) if config.HasField("sequence_batching") else None
+        tried, cost = session if sequences is None else sequences.trial(session), CostCurve()
+        model = warmup.run(name, model, tried, files.folder, clock, made_up=made_up, cost=cost)
+        if sequences is not None and model.signature.max_batch_size != sequences.max_batch_size:
+            raise FailedPrecondition(
+                "sequence_batching: max_batch_size could not be guessed, since rows of the model depend on each other: "
+                "write it into config.pbtxt"
+            )
+        return Loaded(model, session, cost=cost, sequences=sequences)
+    except BaseException as err:
+        session.close()
+        if isinstance(err, StopIteration):  # No future takes one: whoever waits would wait for ever.
+            raise RuntimeError("a model's session ended an iteration that is not its own") from err
+        raise
+
+
+def _options(config: pb.ModelConfig, threads: int, runtime: Runtime) -> SessionOptions:
+    if runtime.backend in (model_config.ONNX, model_config.KERNELS):
+        return onnx_settings.session_options(config, threads)
+    return SessionOptions(threads)
+
+
+def _hidden(config: pb.ModelConfig) -> frozenset[str]:
+    """What the server fills in and keeps: no client sends or sees it, unless the configuration says so."""
+    given = config.sequence_batching
+    names = {each.name for each in given.control_input}
+    names |= {name for state in given.state for name in (state.input_name, state.output_name)}
+    return frozenset(names - {output.name for output in config.output})
+
+
+def _inputs(session: Session, config: pb.ModelConfig) -> tuple[TensorSpec, ...]:
+    """All inputs that the model can take."""
+    inputs = (*session.inputs, *session.optional_inputs)
+    if not session.sees_missing:
+        return inputs
+    optional = {given.name for given in config.input if given.optional}
+    return tuple(replace(spec, is_optional=spec.is_optional or spec.name in optional) for spec in inputs)
+
+
+def _runtime(runtimes: Runtime | Runtimes, config: pb.ModelConfig, files: ModelFiles) -> Runtime:
+    return runtimes.of(config, files.version_folder, files.bare_file) if isinstance(runtimes, Runtimes) else runtimes
+
+
+def _model_file(config: pb.ModelConfig, files: ModelFiles, runtime: Runtime) -> Path:
+    if not runtime.model_file:
+        return files.version_folder
+    name = files.bare_file or config.default_model_filename or runtime.model_file
+    file = files.version_folder / name
+    if not file.is_file():
+        raise FailedPrecondition(f"version folder {files.version_folder.name} has no file {name}")
+    return file
+
+
+def labels_of(config: pb.ModelConfig, folder: Path | None) -> Mapping[str, tuple[str, ...]]:
+    """Class names by output. Raises FailedPrecondition when a file of them cannot be read."""
+    labels = {}
+    for output in config.output:
+        if not output.label_filename:
+            continue
+        name = output.label_filename
+        if folder is None or Path(name).name != name:
+            raise FailedPrecondition(
+                f"output '{output.name}': label_filename '{name}': expected a file beside the config"
+            )
+        labels[output.name] = tuple(line.strip() for line in read_text(folder / name).rstrip("\n").split("\n"))
+    return labels

@@ -1,0 +1,296 @@
+"""The runs before a model counts as ready: they show that it works and batches, and make the first call fast.
+
+    1  one row, made up from the signature. A free dimension is tried at a few sizes, because a model may need room
+    2  a guessed batch dimension is put to the test: two different rows together must give what each gives alone
+    3  the answer to 1 must be what the signature promises (`canary`)
+    4  the samples of the configuration's `model_warmup`, which must succeed
+    5  a batch of each size 2, 4, 8, ... up to max_batch_size, as far as memory and time allow, on each device
+
+A model that fails the first step with nothing left to guess is broken, and is not served. Where sizes had to be guessed
+and none worked, nothing is known: it is served as it is, unbatched unless its configuration says otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from services.infer.error_text import written
+from services.infer.loading import canary
+from services.infer.loading.model_config import Completed
+from services.infer.model_files.wanted_models import read_bytes
+from services.infer.requests import tensors
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
+from services.infer.runtimes.runtime import ModelFailed, Session
+from services.infer.scheduling.cost import CostCurve
+from shoal.errors import FailedPrecondition, InvalidArgument
+from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip import bfloat16
+from shoal.oip.datatypes import BY_NUMBER, Datatype
+from shoal.oip.tensors import count_elements
+
+log = logging.getLogger(__name__)
+
+_FREE_SIZES = (1, 8, 64, 224)
+# Sizes tried for dimensions that vary: a text's, a small image's, the most common image's.
+
+_LARGEST_BYTES = 64 << 20
+_BATCHES_S = 0.2
+# Bounds of the batches that are tried: a start should not take long, nor a gigabyte for nothing.
+
+_MAX_CALL_BYTES = 256 << 20
+# What a call can carry: larger inputs are neither made up nor taken from a sample.
+
+_TOLERANCE = 0.02
+# A batch is computed in another order than a row, and in half precision at times: rounding stays far below this, rows
+# that are mixed with each other stand far above it.
+
+Inputs = Mapping[str, Tensor]
+Clock = Callable[[], float]
+
+
+def run(
+    name: str,
+    model: Completed,
+    session: Session,
+    folder: Path | None,
+    clock: Clock,
+    *,
+    made_up: bool = True,
+    cost: CostCurve | None = None,
+) -> Completed:
+    """Runs the model `name` on made-up data, and on the samples of its `folder`. Returns what is now known of it.
+
+    Args:
+        made_up: made-up data must suit it. If not, only a guessed batch dimension is tried with it.
+        cost: told what batches took.
+
+    Raises:
+        FailedPrecondition: it cannot be run; the message says what it said and what to do.
+    """
+    first = _first_run(name, model, session, clock, must_suit=made_up) if made_up or model.is_batch_guessed else None
+    if model.is_batch_guessed:
+        model = _with_batch_tested(name, model, session, first.size if first else None)
+    batched = model.signature.max_batch_size
+    if first is not None:
+        model = canary.checked(name, model, first.outputs, 1 if batched else None)
+    for sample in model.config.model_warmup:
+        model = _with_sample_run(name, sample, model, session, folder)
+    if first is not None and batched > 1:
+        for part in session.parts():
+            _batches(name, model, part, first, clock, cost if cost is not None else CostCurve())
+    return model
+
+
+@dataclass(frozen=True)
+class First:
+    """A first run that went well."""
+
+    size: int
+    """Of the dimensions that vary."""
+    took_s: float
+    """Once warm."""
+    outputs: Sequence[Tensor]
+
+
+def _first_run(name: str, model: Completed, session: Session, clock: Clock, *, must_suit: bool) -> First | None:
+    rows = 1 if model.signature.max_batch_size else None
+    is_free = any(-1 in spec.shape[rows or 0 :] for spec in _needed(model))
+    failure = ""
+    for size in _FREE_SIZES if is_free else _FREE_SIZES[:1]:
+        size_bytes = _size_bytes(model, rows, size)
+        if size_bytes > (_LARGEST_BYTES if is_free else _MAX_CALL_BYTES):
+            failure, must_suit = failure or f"its inputs have {size_bytes} bytes", must_suit and is_free
+            break
+        try:
+            inputs = _zeros(model, rows, size)
+            _run(model, session, inputs)  # The first run also allocates: the second is timed.
+            start = clock()
+            outputs = _run(model, session, inputs)
+            return First(size, clock() - start, outputs)
+        except ModelFailed as err:
+            failure = str(err)
+    if must_suit and not is_free and not model.config.model_warmup:
+        raise FailedPrecondition(
+            f"the model failed its warm-up run (zeros in every input): {failure}; "
+            "if it needs other data, give it as model_warmup in config.pbtxt"
+        )
+    log.warning("model %s: no made-up input suits it, so it is not warm: %s", name, failure)
+    return None
+
+
+def _with_batch_tested(name: str, model: Completed, session: Session, size: int | None) -> Completed:
+    """The model as it is when its rows are independent, else without a batch dimension."""
+    if size is None:
+        why = "no made-up input suits it"
+    else:
+        try:
+            why = _mixed_rows(model, session, size)
+        except ModelFailed as err:
+            why = str(err)
+    if not why:
+        return model
+    log.info("model %s: not batched (%s); max_batch_size in config.pbtxt overrides this", name, why)
+    return model.unbatched()
+
+
+def _mixed_rows(model: Completed, session: Session, size: int) -> str:
+    """Why two rows are not independent of each other; empty when they are."""
+    rng = np.random.default_rng(0)
+    pair = {spec.name: _random(spec.datatype, _shape(spec, 2, size), rng) for spec in _needed(model)}
+    together = _run(model, session, pair)
+    for n in range(2):
+        alone = _run(model, session, {name: array[n : n + 1] for name, array in pair.items()})
+        for spec, whole, row in zip(model.signature.outputs, together, alone, strict=True):
+            if whole.shape[:1] != (2,) or row.shape[:1] != (1,) or whole.shape[1:] != row.shape[1:]:
+                return f"output '{spec.name}' is {written(whole.shape)} for two rows, {written(row.shape)} for one"
+            if not _alike(whole[n : n + 1], row, spec.datatype):
+                return f"output '{spec.name}' of a row depends on the rows beside it"
+    return ""
+
+
+def _alike(one: Tensor, other: Tensor, datatype: Datatype) -> bool:
+    if datatype.name == "BF16":
+        one, other = bfloat16.to_float32(one), bfloat16.to_float32(other)
+    if one.dtype.kind != "f":
+        return bool(np.array_equal(one, other))
+    scale = max(float(np.max(np.abs(other), initial=0.0, where=np.isfinite(other))), 1e-6)
+    return bool(np.allclose(one, other, rtol=0, atol=_TOLERANCE * scale, equal_nan=True))
+
+
+def batch_sizes(largest: int) -> Iterator[int]:
+    """What is run before READY, ascending: 2, 4, 8, ... and the largest."""
+    rows = 2
+    while rows < largest:
+        yield rows
+        rows *= 2
+    if largest > 1:
+        yield largest
+
+
+def _batches(name: str, model: Completed, session: Session, first: First, clock: Clock, cost: CostCurve) -> None:
+    row_bytes, start = _size_bytes(model, 1, first.size), clock()
+    row_s = first.took_s
+    cost.add_trial(1, row_s)
+    for rows in batch_sizes(model.signature.max_batch_size):
+        # A row in a batch takes no longer than a row took in the batch before.
+        if rows * row_bytes > _LARGEST_BYTES or clock() - start + rows * row_s > _BATCHES_S:
+            log.info("model %s: batches of %d rows and more are not warmed up: they are too large", name, rows)
+            return
+        begun = clock()
+        try:
+            results = _run(model, session, _zeros(model, rows, first.size))
+        except ModelFailed as err:
+            largest = model.signature.max_batch_size
+            raise FailedPrecondition(
+                f"the model fails with a batch of {rows} rows (max_batch_size {largest}): {err}"
+            ) from err
+        canary.checked(name, model, results, rows)
+        took_s = clock() - begun
+        cost.add_trial(rows, took_s)
+        row_s = took_s / rows
+
+
+def _needed(model: Completed) -> list[TensorSpec]:
+    return [spec for spec in model.signature.inputs if not spec.is_optional]
+
+
+def _run(model: Completed, session: Session, inputs: Inputs) -> list[Tensor]:
+    return session.run(inputs, [spec.name for spec in model.signature.outputs])
+
+
+def _shape(spec: TensorSpec, rows: int | None, size: int) -> tuple[int, ...]:
+    shape = spec.shape if rows is None else (rows, *spec.shape[1:])
+    return tuple(size if dim == -1 else dim for dim in shape)
+
+
+def _size_bytes(model: Completed, rows: int | None, size: int) -> int:
+    return sum(math.prod(_shape(spec, rows, size)) * spec.datatype.dtype.itemsize for spec in _needed(model))
+
+
+def _zeros(model: Completed, rows: int | None, size: int) -> dict[str, Tensor]:
+    text = model.signature.text
+    return {spec.name: _zero(spec.datatype, _shape(spec, rows, size), text) for spec in _needed(model)}
+
+
+def _zero(datatype: Datatype, shape: tuple[int, ...], text: bool) -> Tensor:
+    if datatype.is_bytes:
+        return np.full(shape, "" if text else b"", object)
+    return np.zeros(shape, datatype.dtype)
+
+
+def _random(datatype: Datatype, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
+    """Values that most models can stand: small, and different from row to row."""
+    if datatype.is_bytes:
+        return rng.choice(np.array(["a", "b", "c", "1", "2"], object), shape)
+    if datatype.name == "BF16":
+        bits: Tensor = (rng.random(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return bits
+    if datatype.dtype.kind == "f":
+        return rng.random(shape).astype(datatype.dtype)
+    return rng.integers(0, 2, shape).astype(datatype.dtype)
+
+
+def _with_sample_run(
+    name: str, sample: pb.ModelWarmup, model: Completed, session: Session, folder: Path | None
+) -> Completed:
+    try:
+        inputs = sample_inputs(sample, model, folder)
+        for _ in range(max(sample.count, 1)):
+            results = _run(model, session, inputs)
+        return canary.checked(name, model, results, sample_rows(sample) if model.signature.max_batch_size else None)
+    except (ModelFailed, InvalidArgument, FailedPrecondition) as err:
+        raise FailedPrecondition(f"model_warmup '{sample.name}': {err}") from err
+
+
+def sample_rows(sample: pb.ModelWarmup) -> int:
+    """How many rows a sample of `model_warmup` has."""
+    return sample.batch_size or 1
+
+
+def sample_inputs(sample: pb.ModelWarmup, model: Completed, folder: Path | None) -> Inputs:
+    """The inputs of a sample. Raises InvalidArgument when they are not those of the model, or cannot be made."""
+    batched, rows = model.signature.max_batch_size, sample_rows(sample)
+    if rows > max(batched, 1):
+        raise InvalidArgument(f"batch_size {rows} is over max_batch_size {batched}")
+    known = model.signature.inputs_by_name
+    if not model.signature.required <= sample.inputs.keys() <= known.keys():
+        raise InvalidArgument(f"has inputs {sorted(sample.inputs)}, the model {sorted(known)}")
+    inputs = {}
+    for name, given in sample.inputs.items():
+        array = _sample_input(name, given, known[name], rows, folder, model.signature.text)
+        inputs[name] = np.repeat(array[np.newaxis], rows, axis=0) if batched else array
+    return inputs
+
+
+def _sample_input(
+    name: str, given: pb.ModelWarmup.Input, spec: TensorSpec, rows: int, folder: Path | None, text: bool
+) -> Tensor:
+    datatype = BY_NUMBER.get(given.data_type)
+    if datatype != spec.datatype:
+        raise InvalidArgument(
+            f"input '{name}' is {datatype.name if datatype else 'of no type'}, the model's {spec.datatype.name}"
+        )
+    shape = tuple(given.dims)
+    elements = count_elements(shape, f"input '{name}'", InvalidArgument)
+    if elements * rows * datatype.dtype.itemsize > _MAX_CALL_BYTES:
+        raise InvalidArgument(f"input '{name}' has {elements} elements in {rows} rows: more than a call can carry")
+    match given.WhichOneof("input_data_type"):
+        case "zero_data":
+            return _zero(datatype, shape, text)
+        case "random_data":
+            return _random(datatype, shape, np.random.default_rng(0))
+        case "input_data_file" if folder is not None:
+            file = folder / "warmup" / given.input_data_file
+            if file.name != given.input_data_file:
+                raise InvalidArgument(f"input_data_file '{given.input_data_file}': expected a name without folders")
+            data = read_bytes(file, _MAX_CALL_BYTES)
+            return tensors.from_raw(data, datatype, shape, f"input '{name}' ({file.name})", text=text)
+        case _:
+            raise InvalidArgument(f"input '{name}' has no data")

@@ -1,0 +1,221 @@
+"""Frames between the server and a model process, over a connected unix socket.
+
+    frame    u32 bytes of header, u32 bytes of tensors behind it, u64 bytes of tensors in a memory segment
+    header   JSON, padded with spaces; "t" describes the tensors (see `payload`)
+    tensors  small ones follow the header; larger ones lie in an anonymous memory segment (memfd_create(2)) whose file
+             descriptor comes with the frame
+
+A segment belongs to one frame and then to its receiver alone, who may write to it: nothing is shared in time, so no
+acknowledgement is needed, and it is gone with the last array that views it, however either side ends. Its size is
+sealed, or a peer could shrink it and so kill the one that reads.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import json
+import mmap
+import os
+import select
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.infer.model_process import payload
+from services.infer.model_process.payload import Tensor, TensorPart
+
+INLINE_BYTES = 1 << 16
+"""Tensors up to this go through the socket: below, that is cheaper than a segment, whose making costs some 30 us."""
+
+_PREFIX = struct.Struct("<IIQ")
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_SEGMENT_BYTES = 1 << 36
+_MAX_IOVECS = 512  # The kernel's own bound is 1024.
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_NO_PADDING = bytes(payload.ALIGNMENT)
+_FDS = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+
+
+class ChannelClosed(Exception):
+    """The other end is gone, or has sent what is no frame."""
+
+    def __init__(self, message: str, *, is_unread: bool = False) -> None:
+        """`is_unread`: the other end went without having read all that was sent to it: the kernel tells."""
+        super().__init__(message)
+        self.is_unread = is_unread
+
+
+@dataclass(frozen=True)
+class Message:
+    """One frame that came."""
+
+    header: dict[str, Any]
+    tensors: list[tuple[str, str, Tensor]]
+    """Name, datatype and array, which is writable and the receiver's own."""
+
+    @property
+    def op(self) -> str:
+        """What it is about."""
+        return str(self.header.get("op", ""))
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {name: array for name, _, array in self.tensors}
+
+
+class Channel:
+    """One end. Any thread may send; one at a time receives. Everything blocks."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Owns `sock`, which is connected and blocking."""
+        self._socket = sock
+        self._sending = threading.Lock()
+        self._fds: deque[int] = deque()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, header: dict[str, Any], parts: Sequence[TensorPart] = ()) -> None:
+        """Sends one frame.
+
+        Raises:
+            ChannelClosed: the other end is gone.
+            OSError: there is no memory for the tensors.
+        """
+        starts, size = payload.laid_out(part.size_bytes for part in parts)
+        header["t"] = [part.entry() for part in parts]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + _PREFIX.size) % payload.ALIGNMENT)
+        if size <= INLINE_BYTES:
+            data = b"".join((_PREFIX.pack(len(text), size, 0), text, *_chunks(parts, starts)))
+            self._send(data, None)
+            return
+        fd = _segment(parts, starts, size)
+        try:
+            self._send(_PREFIX.pack(len(text), 0, size) + text, fd)
+        finally:
+            os.close(fd)
+
+    def _send(self, data: bytes, fd: int | None) -> None:
+        fds = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        try:
+            with self._sending:
+                sent = self._socket.sendmsg([data], fds)
+                if sent < len(data):
+                    self._socket.sendall(memoryview(data)[sent:])
+        except OSError as err:
+            raise ChannelClosed(f"the other end is gone: {err.strerror}", is_unread=True) from err
+
+    def receive(self, timeout_s: float | None = None) -> Message | None:
+        """The next frame; None when none has begun to come within `timeout_s`.
+
+        Raises:
+            ChannelClosed: there will be no more.
+        """
+        if timeout_s is not None and not self._poll.poll(max(timeout_s * 1000, 0)):
+            return None
+        try:
+            return self._receive()
+        except ConnectionResetError as err:
+            raise ChannelClosed("the other end is gone", is_unread=True) from err
+        except (OSError, ValueError, TypeError, RecursionError) as err:
+            raise ChannelClosed(f"the other end sent what is no frame: {err}") from err
+
+    def _receive(self) -> Message:
+        text_bytes, inline_bytes, segment_bytes = _PREFIX.unpack(self._prefix())
+        if text_bytes > _MAX_HEADER_BYTES or inline_bytes > INLINE_BYTES or segment_bytes > _MAX_SEGMENT_BYTES:
+            raise ValueError("a frame is over its bounds")
+        memory = memoryview(bytearray(text_bytes + inline_bytes))
+        self._fill(memory)
+        header = json.loads(bytes(memory[:text_bytes]))
+        if not isinstance(header, dict):
+            raise ValueError("a header is no object")
+        tensors = self._mapped(segment_bytes) if segment_bytes else memory[text_bytes:]
+        return Message(header, payload.read(header.get("t"), tensors))
+
+    def _prefix(self) -> bytes:
+        data = b""
+        while len(data) < _PREFIX.size:
+            # File descriptors come with the first byte of their frame.
+            more, ancillary, _, _ = self._socket.recvmsg(_PREFIX.size - len(data), _FDS, socket.MSG_CMSG_CLOEXEC)
+            for level, kind, content in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    numbers = array.array("i")
+                    numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
+                    self._fds.extend(numbers)
+            if not more:
+                raise ChannelClosed("the other end is gone")
+            data += more
+        return data
+
+    def _fill(self, memory: memoryview) -> None:
+        at = 0
+        while at < len(memory):
+            got = self._socket.recv_into(memory[at:])
+            if not got:
+                raise ChannelClosed("the other end is gone")
+            at += got
+
+    def _mapped(self, size: int) -> memoryview:
+        if not self._fds:
+            raise ValueError("a frame has no segment")
+        fd = self._fds.popleft()
+        try:
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS or os.fstat(fd).st_size != size:
+                raise ValueError("a segment is not sealed, or of another size")
+            return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
+        finally:
+            os.close(fd)
+
+    def shut(self) -> None:
+        """Ends both directions: whoever waits on either end hears of it. From any thread."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Gives everything back. Nobody uses it any more."""
+        self._socket.close()
+        while self._fds:
+            os.close(self._fds.popleft())
+
+
+def _chunks(parts: Sequence[TensorPart], starts: Sequence[int]) -> Iterator[Any]:
+    at = 0
+    for part, start in zip(parts, starts, strict=True):
+        if start > at:
+            yield _NO_PADDING[: start - at]
+        yield from part.chunks
+        at = start + part.size_bytes
+
+
+def _segment(parts: Sequence[TensorPart], starts: Sequence[int], size: int) -> int:
+    """A file descriptor of memory that holds the tensors. Written, not mapped: that spares faults of fresh pages."""
+    fd = os.memfd_create("shoal-tensors", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        for part, start in zip(parts, starts, strict=True):
+            _write(fd, [memoryview(chunk) for chunk in part.chunks if len(chunk)], start)
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _write(fd: int, chunks: list[memoryview], at: int) -> None:
+    while chunks:
+        some = chunks[:_MAX_IOVECS]
+        written = os.pwritev(fd, some, at)
+        at += written
+        while chunks and written >= len(chunks[0]):
+            written -= len(chunks.pop(0))
+        if chunks and written:
+            chunks[0] = chunks[0][written:]

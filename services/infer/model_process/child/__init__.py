@@ -1,0 +1,1 @@
+"""Code that runs inside a model process; imports no gRPC and no protobuf."""

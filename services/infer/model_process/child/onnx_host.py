@@ -1,0 +1,72 @@
+"""An ONNX model inside a model process. Nothing here may import protobuf or gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from services.infer.model_process import payload
+from services.infer.model_process.hosted import Batch, Given, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
+from services.infer.model_process.payload import Tensor
+from services.infer.requests.signature import TensorSpec
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.runtimes.reshape import ReshapedSession, reshapes_of
+from services.infer.runtimes.runtime import ModelFailed, Provider, Session, SessionOptions, TensorPlacement
+from shoal.errors import FailedPrecondition
+
+
+class OnnxModel:
+    """One model in ONNX Runtime."""
+
+    def __init__(self, load: Load) -> None:
+        """Raises LoadFailed."""
+        try:
+            self._session: Session = OnnxRuntime().load(load.file, _options(load.options))
+            if reshapes := reshapes_of(load.config):
+                self._session = ReshapedSession(self._session, reshapes)
+        except FailedPrecondition as err:
+            raise LoadFailed(err.message) from err
+        self._datatypes = {spec.name: spec.datatype.name for spec in self._session.outputs}
+        self.facts = HostedModelInfo(
+            _told(self._session.inputs),
+            _told(self._session.outputs),
+            _told(self._session.optional_inputs),
+            text=self._session.text,
+            sees_missing=self._session.sees_missing,
+            gpus=self._session.gpus,
+        )
+
+    def run(self, batch: Batch) -> Given:
+        try:
+            inputs = {
+                name: _as_text(array) if datatype == "BYTES" else array
+                for name, (datatype, array) in batch.inputs.items()
+            }
+            results = self._session.run(inputs, batch.outputs)
+        except ModelFailed as err:
+            raise RunFailed(str(err)) from err
+        return Given([payload.part(n, self._datatypes[n], [r]) for n, r in zip(batch.outputs, results, strict=True)])
+
+    def start(self, batch: Batch, sender: Sender) -> Iterator[None] | None:
+        raise AssertionError("an ONNX model is not decoupled")
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def _options(given: Mapping[str, Any]) -> SessionOptions:
+    lists = {"places": TensorPlacement, "gpu_providers": Provider, "cpu_providers": Provider}
+    made = {key: tuple(kind(*each) for each in given[key]) for key, kind in lists.items() if key in given}
+    return SessionOptions(**{**given, **made})
+
+
+def _told(specs: Sequence[TensorSpec]) -> list[tuple[str, str, Sequence[int]]]:
+    return [(spec.name, spec.datatype.name, spec.shape) for spec in specs]
+
+
+def _as_text(array: Tensor) -> Tensor:
+    text = np.empty(array.size, object)
+    text[:] = [element.decode() for element in array.reshape(-1)]
+    return text.reshape(array.shape)

@@ -1,0 +1,187 @@
+"""Shoal's own interface of `model.py`.
+
+    class Model:
+        inputs = {"x": ("FP32", [-1, 4])}         optional, when config.pbtxt says it: whole shapes, rows first
+        outputs = {"y": ("FP32", [-1, 4])}
+        max_batch_size = 8                         optional
+        def load(self, folder, config): ...        optional; the version's folder, and the configuration as a dict
+        def predict(self, batch):                  arrays by input, rows first -> arrays by output, rows first
+            return {"y": 2 * batch["x"]}
+        def unload(self): ...                      optional
+
+A `predict` that yields gives one response with each dict, to one request at a time: a decoupled model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from services.infer.model_process import payload
+from services.infer.model_process.hosted import Batch, Given, HostedModelInfo, Load, LoadFailed, RunFailed, Sender
+from services.infer.model_process.payload import TensorPart
+from services.infer.model_process.python.config_form import specs
+from services.infer.model_process.python.source import told
+from shoal.oip.datatypes import BY_NAME, of_array
+
+Spec = tuple[str, str, Sequence[int]]
+
+
+class OwnModel:
+    """A class with `predict`, loaded."""
+
+    def __init__(self, kind: type[Any], load: Load) -> None:
+        """Raises LoadFailed when the class does not have the interface's methods, or its `load` raises."""
+        self._file = load.file
+        _check_methods(kind, load.file)
+        declared = load.config.get("model_transaction_policy", {}).get("decoupled", False)
+        self.facts = _facts(kind, load, is_decoupled=declared or inspect.isgeneratorfunction(kind.predict))
+        self._datatypes = {name: datatype for name, datatype, _ in self.facts.outputs}
+        try:
+            self._model = kind()
+            if hasattr(self._model, "load"):
+                self._model.load(load.file.parent, dict(load.config))
+        except BaseException as err:
+            traceback.print_exc()
+            raise LoadFailed(f"the model's load failed: {told(err, load.file)}") from err
+
+    def run(self, batch: Batch) -> Given:
+        try:
+            result = self._model.predict(batch.arrays())
+        except BaseException as err:
+            traceback.print_exc()
+            raise RunFailed(told(err, self._file)) from err
+        return Given(self._parts(result, batch.outputs))
+
+    def start(self, batch: Batch, sender: Sender) -> Iterator[None]:
+        try:
+            result = self._model.predict(batch.arrays())
+            responses = iter([result] if isinstance(result, Mapping) else result)
+        except BaseException as err:
+            traceback.print_exc()
+            sender.fail(RunFailed(told(err, self._file)), final=True)
+            return
+        yield from self._responses(responses, batch.outputs, sender)
+
+    def _responses(self, responses: Iterator[Any], outputs: Sequence[str], sender: Sender) -> Iterator[None]:
+        try:
+            for response in responses:
+                sender.send(self._parts(response, outputs), final=False)
+                yield
+        except RunFailed as err:
+            sender.fail(err, final=True)
+        except GeneratorExit:
+            raise
+        except BaseException as err:
+            traceback.print_exc()
+            sender.fail(RunFailed(told(err, self._file)), final=True)
+        finally:
+            close = getattr(responses, "close", None)
+            if close is not None:
+                close()  # The model's generator sees GeneratorExit at its yield.
+
+    def _parts(self, result: Any, outputs: Sequence[str]) -> list[TensorPart]:
+        if not isinstance(result, Mapping):
+            hint = ": use yield in predict itself, or set model_transaction_policy { decoupled: true }"
+            raise RunFailed(
+                f"predict returned a {type(result).__name__}, expected a dict of arrays by output name"
+                + (hint if inspect.isgenerator(result) else "")
+            )
+        return [self._part(name, result) for name in outputs]
+
+    def _part(self, name: str, result: Mapping[str, Any]) -> TensorPart:
+        if name not in result:
+            raise RunFailed(f"predict gave no output '{name}': it gave {', '.join(map(repr, list(result)[:32]))}")
+        try:
+            array = np.asarray(result[name])
+        except Exception as err:
+            raise RunFailed(f"output '{name}' is no array: {err}") from err
+        found, wanted = of_array(array), self._datatypes.get(name)
+        datatype = found.name if found is not None else None
+        if array.dtype == object and wanted == "BYTES":
+            datatype = wanted
+        if wanted == "BF16" and datatype == "UINT16":
+            datatype = wanted
+        if datatype is None or (wanted is not None and datatype != wanted):
+            raise RunFailed(f"output '{name}' is {datatype or array.dtype}, expected {wanted or 'a known datatype'}")
+        try:
+            return payload.part(name, datatype, [array])
+        except TypeError as err:
+            raise RunFailed(f"output '{name}': {err}") from err
+
+    def close(self) -> None:
+        if hasattr(self._model, "unload"):
+            self._model.unload()
+
+
+def _facts(kind: type[Any], load: Load, *, is_decoupled: bool) -> HostedModelInfo:
+    completed = dict(load.config)
+    most = getattr(kind, "max_batch_size", None)
+    if most is not None:
+        if type(most) is not int or most < 0:
+            raise LoadFailed(f"{kind.__name__}.max_batch_size is {most!r}: expected a number of rows, 0 or more")
+        completed["max_batch_size"] = completed.get("max_batch_size") or most
+    if is_decoupled:
+        completed["model_transaction_policy"] = {"decoupled": True}
+    inputs, outputs = _declared(kind, "inputs", completed), _declared(kind, "outputs", completed)
+    changed = completed if most is not None or is_decoupled else None
+    return HostedModelInfo(
+        inputs, outputs, config=changed, says_batch=most is not None, is_decoupled=is_decoupled, is_tried=False
+    )
+
+
+def _declared(kind: type[Any], role: str, config: Mapping[str, Any]) -> list[Spec]:
+    """What the class says, or else the configuration."""
+    said = getattr(kind, role, None)
+    if said is None:
+        given = specs(config, role.removesuffix("s"))
+        if not given:
+            raise LoadFailed(
+                f"nobody says what the {role} are: write them into config.pbtxt, or as {kind.__name__}.{role} = "
+                '{"name": ("FP32", [-1, 4])}'
+            )
+        return given
+    if not isinstance(said, Mapping) or not said:
+        raise LoadFailed(f'{kind.__name__}.{role}: expected a dict like {{"name": ("FP32", [-1, 4])}}')
+    return [_spec(f"{kind.__name__}.{role}", name, value) for name, value in said.items()]
+
+
+def _spec(where: str, name: Any, value: Any) -> Spec:
+    try:
+        datatype, shape = value
+        dims = [int(dim) for dim in shape]
+    except (TypeError, ValueError):
+        raise LoadFailed(f'{where}[{name!r}] is {value!r}: expected ("FP32", [-1, 4])') from None
+    if not isinstance(name, str) or not name:
+        raise LoadFailed(f"{where}: {name!r} is no name")
+    if datatype not in BY_NAME:
+        raise LoadFailed(f"{where}[{name!r}]: unknown datatype {datatype!r}: expected one of {', '.join(BY_NAME)}")
+    if any(dim < -1 or dim == 0 for dim in dims):
+        raise LoadFailed(f"{where}[{name!r}]: shape {dims}: expected dimensions of 1 or more, or -1 for any")
+    return name, datatype, dims
+
+
+def _check_methods(kind: type[Any], file: Path) -> None:
+    wanted = {"predict": ("batch",), "load": ("folder", "config"), "unload": ()}
+    for method, arguments in wanted.items():
+        function = getattr(kind, method, None)
+        if function is None and method != "predict":
+            continue
+        signature = f"{method}(self{''.join(', ' + name for name in arguments)})"
+        if not callable(function):
+            raise LoadFailed(f"{file.name}: class {kind.__name__} has no method {signature}")
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise LoadFailed(f"{file.name}: {kind.__name__}.{method} is async: expected def {signature}")
+        try:
+            inspect.signature(function).bind(None, *arguments)
+        except TypeError:
+            raise LoadFailed(
+                f"{file.name}: {kind.__name__}.{method}{inspect.signature(function)} cannot be called as {signature}"
+            ) from None
+        except ValueError:
+            continue  # A function in C tells no signature.

@@ -1,0 +1,78 @@
+"""From a file `model.py` to the class in it, with errors that tell its author what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from services.infer.model_process.hosted import LoadFailed
+
+TRITON_CLASS = "TritonPythonModel"
+_OWN_CLASS = "Model"
+
+
+def imported(file: Path, name: str) -> ModuleType:
+    """The module in `file`, imported as `name`; the folder of the file is searched for what it imports.
+
+    Raises:
+        LoadFailed: it cannot be imported.
+    """
+    folder = str(file.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise LoadFailed(f"{file.name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as err:
+        raise LoadFailed(f"{file.name}: {err.msg} ({Path(err.filename or file).name}, line {err.lineno})") from err
+    except SystemExit as err:
+        raise LoadFailed(f"{file.name} called sys.exit({err.code!r}) while it was imported") from err
+    except BaseException as err:
+        traceback.print_exc()
+        raise LoadFailed(f"{file.name} cannot be imported: {told(err, file)}") from err
+    return module
+
+
+def model_class(module: ModuleType, file: Path) -> type[Any]:
+    """The model's class: `TritonPythonModel`, `Model`, or the only one with a method `predict`.
+
+    Raises:
+        LoadFailed: there is none, or there are several.
+    """
+    for name in (TRITON_CLASS, _OWN_CLASS):
+        found = getattr(module, name, None)
+        if isinstance(found, type):
+            return found
+    own = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__ and callable(getattr(value, "predict", None))
+    ]
+    if len(own) == 1:
+        return own[0]
+    if own:
+        names = ", ".join(sorted(each.__name__ for each in own))
+        raise LoadFailed(f"{file.name} has several classes with predict ({names}): name one of them {_OWN_CLASS}")
+    raise LoadFailed(
+        f"{file.name} has no model: expected a class {_OWN_CLASS} with predict(self, batch), or {TRITON_CLASS} "
+        "with execute(self, requests)"
+    )
+
+
+def told(error: BaseException, file: Path) -> str:
+    """An error as one line: its kind, what it says, and where in the model's own file it was raised."""
+    if isinstance(error, SystemExit):
+        text = f"it called sys.exit({error.code!r})"
+    else:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    where = f" ({file.name}, line {lines[-1]})" if lines else ""
+    return " ".join(text.split())[:1000] + where

@@ -1,0 +1,177 @@
+"""Boxes of text from a detector's probability map (differentiable binarization, DB).
+
+    map ──threshold, dilate──> blobs ──contours──> rectangles ──mean probability inside──> kept ──grown──> boxes
+
+M. Liao et al., Real-time Scene Text Detection with Differentiable Binarization, AAAI 2020, section 3.4. A rectangle is
+grown by area * unclip_ratio / perimeter, because the map has shrunken text. Order of corners, rounding and filters are
+those of the package `rapidocr-onnxruntime`; a test holds the boxes against its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from services.infer.operators import extras
+from services.infer.operators.offset_polygon import offset_polygon
+from services.infer.operators.operation import Results, Setting, Unfit, each, spec
+from services.infer.operators.parameters import Parameters
+from services.infer.requests.ragged import Value, rows
+from services.infer.requests.tensors import Tensor
+
+_LEAST_SIDE = 3
+# Pixels of the map: what is smaller is noise. Grown ones must have two more.
+_SAME_LINE = 10
+# Pixels of the image: boxes whose first corners differ by less in height are read from left to right.
+_LARGEST = 1 << 15
+
+_NOTHING: tuple[Tensor, Tensor] = (np.empty((0, 4, 2), np.float32), np.empty(0, np.float32))
+
+
+class DbBoxesParameters(Parameters):
+    """Of `db_boxes`."""
+
+    threshold: float = Field(0.3, gt=0, lt=1)
+    """What is text, in the map."""
+    box_threshold: float = Field(0.5, ge=0, le=1)
+    """The mean probability that a box must have."""
+    unclip_ratio: float = Field(1.6, gt=0, le=10)
+    max_candidates: int = Field(1000, ge=1, le=100_000)
+    dilate: bool = True
+    score: Literal["fast", "slow"] = "fast"
+    """The mean inside the rectangle, or inside the contour."""
+    order: Literal["reading", "found"] = "reading"
+
+
+class DbBoxes:
+    """FP32 [1, height, width] of a map, and the size of its image, to corners in the image and scores."""
+
+    is_batched = True
+    only_computes = False
+    inputs = (
+        spec("probability", "FP32", 1, -1, -1, ragged=True),
+        spec("size", "INT32", 2, optional=True),
+    )
+    outputs = (spec("boxes", "FP32", -1, 4, 2, ragged=True), spec("scores", "FP32", -1, ragged=True))
+
+    def __init__(self, parameters: DbBoxesParameters, setting: Setting) -> None:
+        self._cv2 = extras.opencv()
+        self._asked, self._threads = parameters, setting.threads
+        self._kernel = np.ones((2, 2), np.uint8)
+
+    def run(self, inputs: Mapping[str, Value]) -> Results:
+        maps = [row[0] for row in rows(inputs["probability"])]
+        sizes = [tuple(size.tolist()) for size in rows(inputs["size"])] if "size" in inputs else [m.shape for m in maps]
+        found, unfit = each(list(zip(maps, sizes, strict=True)), self._boxes, self._threads, _NOTHING)
+        return Results({"boxes": [boxes for boxes, _ in found], "scores": [scores for _, scores in found]}, unfit)
+
+    def example(self) -> Mapping[str, Value]:
+        probability = np.zeros((1, 32, 32), np.float32)
+        probability[0, 8:20, 4:28] = 0.9
+        return {"probability": [probability]}
+
+    def _boxes(self, given: tuple[Tensor, tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        probability, (height, width) = given
+        if not probability.size or max(probability.shape) > _LARGEST:
+            raise Unfit(
+                f"input 'probability' is {list(probability.shape)}: expected 1 to {_LARGEST} in height and width"
+            )
+        if height < 1 or width < 1:
+            raise Unfit(f"input 'size' is [{height},{width}]: expected the image's height and width")
+        cv2, asked = self._cv2, self._asked
+        mask = (probability > asked.threshold).astype(np.uint8)
+        if asked.dilate:
+            mask = cv2.dilate(mask, self._kernel)
+        contours = cv2.findContours(mask * np.uint8(255), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[-2]
+        boxes: list[tuple[Tensor, float]] = []
+        for contour in contours[: asked.max_candidates]:
+            found = self._box(contour, probability, height, width)
+            if found is not None:
+                boxes.append(found)
+        if asked.order == "reading":
+            boxes = _read(boxes)
+        if not boxes:
+            return _NOTHING
+        return np.stack([box for box, _ in boxes]), np.array([score for _, score in boxes], np.float32)
+
+    def _box(self, contour: Tensor, probability: Tensor, height: int, width: int) -> tuple[Tensor, float] | None:
+        """One box in the image, and its score; None when it is too small, or hardly text."""
+        corners, side = self._rectangle(contour)
+        if side < _LEAST_SIDE:
+            return None
+        inside = corners if self._asked.score == "fast" else contour.reshape(-1, 2).astype(np.float32)
+        score = self._mean(probability, inside)
+        if score < self._asked.box_threshold:
+            return None
+        grown = offset_polygon(corners, _distance(corners, self._asked.unclip_ratio))
+        if not len(grown):
+            return None
+        corners, side = self._rectangle(grown.reshape(-1, 1, 2))
+        if side < _LEAST_SIDE + 2:
+            return None
+        rows, columns = probability.shape
+        corners[:, 0] = np.clip(np.round(corners[:, 0] / columns * width), 0, width)
+        corners[:, 1] = np.clip(np.round(corners[:, 1] / rows * height), 0, height)
+        box = _clockwise(corners)
+        box[:, 0] = box[:, 0].clip(0, width - 1)
+        box[:, 1] = box[:, 1].clip(0, height - 1)
+        sides = int(np.linalg.norm(box[0] - box[1])), int(np.linalg.norm(box[0] - box[3]))
+        return (box, score) if min(sides) > _LEAST_SIDE else None
+
+    def _rectangle(self, points: Tensor) -> tuple[Tensor, float]:
+        """The smallest rectangle around points: its corners, clockwise from the top left, and its shorter side."""
+        around: Any = self._cv2.minAreaRect(points)
+        corners = sorted(self._cv2.boxPoints(around), key=lambda corner: corner[0])
+        top_left, bottom_left = corners[:2] if corners[1][1] > corners[0][1] else corners[1::-1]
+        top_right, bottom_right = corners[2:] if corners[3][1] > corners[2][1] else corners[:1:-1]
+        return np.array([top_left, top_right, bottom_right, bottom_left]), min(around[1])
+
+    def _mean(self, probability: Tensor, corners: Tensor) -> float:
+        """The mean probability in a polygon."""
+        rows, columns = probability.shape
+        left, right = (int(np.clip(x, 0, columns - 1)) for x in _bounds(corners[:, 0]))
+        top, bottom = (int(np.clip(y, 0, rows - 1)) for y in _bounds(corners[:, 1]))
+        mask = np.zeros((bottom - top + 1, right - left + 1), np.uint8)
+        inside = (corners - np.array([left, top], np.float32)).astype(np.int32)
+        self._cv2.fillPoly(mask, inside[np.newaxis], 1)
+        mean: float = self._cv2.mean(probability[top : bottom + 1, left : right + 1], mask)[0]
+        return mean
+
+
+def _bounds(values: Tensor) -> tuple[float, float]:
+    return float(np.floor(values.min())), float(np.ceil(values.max()))
+
+
+def _distance(corners: Tensor, ratio: float) -> float:
+    """How far a polygon is grown: area * ratio / perimeter."""
+    given = corners.astype(np.float64)
+    ahead = np.roll(given, -1, axis=0)
+    area = abs(float(np.sum(given[:, 0] * ahead[:, 1] - ahead[:, 0] * given[:, 1]))) / 2
+    return area * ratio / float(np.linalg.norm(ahead - given, axis=1).sum())
+
+
+def _clockwise(corners: Tensor) -> Tensor:
+    """Top left, top right, bottom right, bottom left: of the two leftmost corners the upper one first."""
+    by_x = corners[np.argsort(corners[:, 0])]
+    left, right = by_x[:2], by_x[2:]
+    top_left, bottom_left = left[np.argsort(left[:, 1])]
+    top_right, bottom_right = right[np.argsort(right[:, 1])]
+    return np.array([top_left, top_right, bottom_right, bottom_left], np.float32)
+
+
+def _read(boxes: list[tuple[Tensor, float]]) -> list[tuple[Tensor, float]]:
+    """From top to bottom; those of one line from left to right."""
+    found = sorted(boxes, key=lambda each: (each[0][0][1], each[0][0][0]))
+    for n in range(1, len(found)):
+        at = n
+        while at and _is_before(found[at][0][0], found[at - 1][0][0]):
+            found[at - 1], found[at] = found[at], found[at - 1]
+            at -= 1
+    return found
+
+
+def _is_before(corner: Tensor, other: Tensor) -> bool:
+    return bool(abs(corner[1] - other[1]) < _SAME_LINE and corner[0] < other[0])

@@ -1,0 +1,79 @@
+"""Models of other servers, as a `Runtime`: what is loaded is a connection, and what the server says of the model."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from services.infer.remote import settings
+from services.infer.remote.connection import Connection
+from services.infer.remote.dialect import Dialect, RemoteModelInfo
+from services.infer.remote.oip import Oip
+from services.infer.remote.session import RemoteSession
+from services.infer.remote.settings import OIP, TENSORFLOW_SERVING, TORCHSERVE, RemoteSettings
+from services.infer.remote.tensorflow_serving import TensorFlowServing
+from services.infer.remote.torchserve import TorchServe
+from services.infer.requests.signature import TensorSpec
+from services.infer.runtimes.runtime import About, SessionOptions
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+from shoal.oip.datatypes import BY_NAME, BY_NUMBER
+
+_DIALECTS: Mapping[str, Callable[[RemoteSettings], Dialect]] = {
+    OIP: Oip,
+    TENSORFLOW_SERVING: TensorFlowServing,
+    TORCHSERVE: TorchServe,
+}
+
+
+class RemoteRuntime:
+    """Connects to models. There is no file: what is to be known stands in their configuration."""
+
+    platform = "remote"
+    backend = "remote"
+    model_file = ""
+    can_decouple = False
+
+    def __init__(self, environ: Mapping[str, str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` is the one that deadlines are on."""
+        self._environ = dict(os.environ if environ is None else environ)
+        self._clock = clock
+
+    def load(self, file: Path, options: SessionOptions) -> RemoteSession:
+        """Raises Unavailable, too: the server is away, or does not have the model yet."""
+        about = options.about or About(file.name)
+        said = settings.read(about, self._environ)
+        dialect, declared = _DIALECTS[said.protocol](said), _declared(about.config, said)
+        connection = Connection(about.name, said, dialect.fault)
+        try:
+            return RemoteSession(about.name, said, connection, dialect, declared, self._clock, about.is_given_up)
+        except BaseException:
+            connection.close()
+            raise
+
+
+def _declared(config: pb.ModelConfig, said: RemoteSettings) -> RemoteModelInfo:
+    """The inputs and outputs that are written down, for a server that says nothing of them."""
+    batch = (-1,) if config.max_batch_size else ()
+    inputs = tuple(TensorSpec(t.name, BY_NUMBER[t.data_type], (*batch, *t.dims)) for t in config.input)
+    outputs = tuple(TensorSpec(t.name, BY_NUMBER[t.data_type], (*batch, *t.dims)) for t in config.output)
+    if said.protocol != TORCHSERVE:
+        return RemoteModelInfo(inputs, outputs)
+    inputs, outputs = inputs or _one("data"), outputs or _one("prediction")
+    _check_bytes("input", inputs)
+    _check_bytes("output", outputs)
+    if len(outputs) > 1:
+        raise FailedPrecondition(f"protocol '{TORCHSERVE}': a prediction is one output, got {len(outputs)}")
+    return RemoteModelInfo(inputs, outputs)
+
+
+def _one(name: str) -> tuple[TensorSpec, ...]:
+    return (TensorSpec(name, BY_NAME["BYTES"], (1,)),)
+
+
+def _check_bytes(role: str, specs: Sequence[TensorSpec]) -> None:
+    for spec in specs:
+        if not spec.datatype.is_bytes or spec.shape != (1,):
+            raise FailedPrecondition(f"{role} '{spec.name}': protocol '{TORCHSERVE}' needs TYPE_STRING with dims [ 1 ]")

@@ -1,0 +1,41 @@
+"""The classification extension: an output's k best as text, "value:index" or "value:index:label".
+
+Values are written as the protocol's clients know them: integers as they are, floats with six decimals. Order and ties
+are those of `kernels.top_k`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels.top_k import top_k
+from services.infer.requests.signature import TensorSpec
+from services.infer.requests.tensors import Tensor
+from shoal.oip import bfloat16
+
+
+def classify(output: Tensor, spec: TensorSpec, classes: int, *, batched: bool) -> Tensor:
+    """The best classes of `output`, best first.
+
+    Args:
+        output: numbers, [rows, ...] when `batched`, else one row of any shape; everything but the rows is one list of
+            classes.
+        classes: how many; more than there are means all.
+
+    Returns:
+        `str` objects, [rows, k] when `batched`, else [k].
+    """
+    numbers = bfloat16.to_float32(output) if spec.datatype.name == "BF16" else output
+    rows = output.shape[0] if batched else 1
+    flat = numbers.reshape(rows, int(np.prod(output.shape[1:])) if batched else output.size)
+    values, indices = top_k(flat, classes)
+    texts = np.empty(values.shape, object)
+    for at, value in np.ndenumerate(values):
+        texts[at] = _written(value, int(indices[at]), spec.labels)
+    return texts if batched else texts[0]
+
+
+def _written(value: np.generic, index: int, labels: tuple[str, ...]) -> str:
+    number = f"{float(value):f}" if value.dtype.kind == "f" else str(int(value))
+    label = labels[index] if index < len(labels) else ""
+    return f"{number}:{index}:{label}" if label else f"{number}:{index}"

@@ -1,0 +1,122 @@
+"""The parameters of a request: which are known, of which type each must be, and which are refused.
+
+request   timeout (int64, microseconds), priority, sequence_id, sequence_start, sequence_end, explain,
+          triton_enable_empty_final_response; other `triton_...` are reserved and refused; the rest is the model's own
+output    classification (int64)
+both      binary_data..., of the protocol's HTTP form, mean nothing here; shared_memory_... is not supported
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.infer.error_text import quoted
+from shoal.errors import InvalidArgument, Unimplemented
+from shoal.inference.v2.inference_pb2 import InferParameter
+
+_TYPES = {
+    "timeout": ("int64_param",),
+    "priority": ("uint64_param", "int64_param"),
+    "sequence_id": ("int64_param", "uint64_param", "string_param"),
+    "sequence_start": ("bool_param",),
+    "sequence_end": ("bool_param",),
+    "explain": ("bool_param",),
+    "triton_enable_empty_final_response": ("bool_param",),
+}
+
+KNOWN = frozenset(_TYPES)
+"""What is the server's to read; other parameters of a request are the model's own."""
+
+_SHARED_MEMORY = "shared_memory_"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a request says about itself."""
+
+    timeout_us: int = 0
+    """How long it may wait in the queue; 0: no bound of its own."""
+    priority: int = 0
+    """1 goes first; 0: the model's default. Beyond the model's levels it means the default too, as in Triton."""
+    explain: bool = False
+    """Say in the answer who computed it, with how many rows, and how long that took."""
+    sequence_id: int | str = 0
+    """Which sequence it is a step of, 0 to 2**64 - 1 or a text; 0 or empty: none."""
+    sequence_start: bool = False
+    sequence_end: bool = False
+    """It is the first, or the last step."""
+
+
+NONE = Parameters()
+"""What most requests say."""
+
+
+def read(given: Mapping[str, InferParameter]) -> Parameters:
+    """The parameters of a whole request.
+
+    Raises:
+        InvalidArgument: a reserved name, a type that is not the parameter's, or a negative number.
+    """
+    for name, value in given.items():
+        if name in _TYPES:
+            _must_be(name, value, _TYPES[name], "the request")
+        elif name.startswith("triton_"):
+            raise InvalidArgument(f"parameter {quoted(name)}: names that start with 'triton_' are reserved")
+        for number in ("timeout", "priority"):
+            if name == number and value.int64_param < 0:
+                raise InvalidArgument(f"parameter '{name}': expected 0 or more, got {value.int64_param}")
+    if not given:
+        return NONE
+    timeout, priority, explain = given.get("timeout"), given.get("priority"), given.get("explain")
+    return Parameters(
+        timeout_us=timeout.int64_param if timeout else 0,
+        priority=(priority.uint64_param or priority.int64_param) if priority else 0,
+        explain=explain.bool_param if explain else False,
+        sequence_id=sequence_id(given),
+        sequence_start="sequence_start" in given and given["sequence_start"].bool_param,
+        sequence_end="sequence_end" in given and given["sequence_end"].bool_param,
+    )
+
+
+def sequence_id(given: Mapping[str, InferParameter]) -> int | str:
+    """The sequence that a request is a step of. As in Triton, int64 and uint64 of the same bits mean the same one."""
+    value = given.get("sequence_id")
+    if value is None:
+        return 0
+    if value.WhichOneof("parameter_choice") == "string_param":
+        return value.string_param
+    return value.uint64_param or value.int64_param % (1 << 64)
+
+
+def check_input(given: Mapping[str, InferParameter], what: str) -> None:
+    """Raises Unimplemented when an input's data should come from shared memory."""
+    for name in given:
+        if name.startswith(_SHARED_MEMORY):
+            raise Unimplemented(f"{what}: parameter {quoted(name)}: shared memory is not supported: send the data")
+
+
+def classes(given: Mapping[str, InferParameter], what: str) -> int:
+    """How many classes an output should be turned into; 0: the output itself.
+
+    Raises:
+        InvalidArgument: `classification` of another type, or less than 1.
+        Unimplemented: the output should go to shared memory.
+    """
+    check_input(given, what)
+    if "classification" not in given:
+        return 0
+    value = given["classification"]
+    _must_be("classification", value, ("int64_param",), what)
+    if value.int64_param < 1:
+        raise InvalidArgument(f"{what}: parameter 'classification': expected 1 or more, got {value.int64_param}")
+    return value.int64_param
+
+
+def _must_be(name: str, value: InferParameter, types: tuple[str, ...], what: str) -> None:
+    got = value.WhichOneof("parameter_choice")
+    if got not in types:
+        raise InvalidArgument(
+            f"invalid value type for '{name}' parameter of {what}: "
+            f"expected {' or '.join(types)}, got {got or 'nothing'}"
+        )

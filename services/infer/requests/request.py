@@ -1,0 +1,214 @@
+"""A request, read against the model's signature: what comes out of here can be run, and stacked with its like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from services.infer.error_text import listed, quoted, written
+from services.infer.offload import aside
+from services.infer.requests import parameters, tensors
+from services.infer.requests.parameters import Parameters
+from services.infer.requests.ragged import Value
+from services.infer.requests.resident import is_resident
+from services.infer.requests.signature import Signature, TensorSpec, fits
+from services.infer.requests.tensors import Tensor
+from shoal.errors import InvalidArgument
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.oip.tensors import count_elements
+
+# Beyond these, reading a request takes about a millisecond, and is offloaded to a thread.
+# Raw numbers: one copy of memory.
+_MANY_ELEMENTS = 1 << 20
+# Typed contents and BYTES: Python objects, one by one.
+_FEW_ELEMENTS = 1 << 13
+_MANY_INPUTS = 256
+_MOST_DIMS = 32
+
+
+@dataclass(frozen=True)
+class WantedOutput:
+    """One output that the caller asked for."""
+
+    spec: TensorSpec
+    classes: int = 0
+    """The k best as text instead of the output itself; 0: the output itself."""
+    stays: bool = False
+    """It may stay on the GPU that it is made on, as a `Resident`: only steps there want it."""
+
+
+@dataclass(slots=True, eq=False)
+class InferenceRequest:
+    """One request that fits its model. Nobody changes it; it is not frozen, because that would triple its cost."""
+
+    inputs: Mapping[str, Value]
+    """Tensors, as a request has them; between the steps of an ensemble, an input that is ragged may be `Rows`."""
+    outputs: tuple[WantedOutput, ...]
+    rows: int
+    """Size of the batch dimension; 1 for a model that has none."""
+    size_bytes: int
+    """What its inputs weigh in a queue."""
+    key: Hashable
+    """Calls with equal keys can be run as one: same inputs, row shapes (but for what is ragged) and outputs."""
+    parameters: Parameters
+    source: pb.ModelInferRequest | None = None
+    """What it was read from, for models that want to know; None when it came the short way."""
+    check: Callable[[str, InferenceRequest], Awaitable[InferenceRequest]] | None = None
+    """Of a retry, whose last instance may have died of it: an ensemble asks this of each step, by its model's name."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The inputs, for a model that has no ragged ones."""
+        return cast("Mapping[str, Tensor]", self.inputs)
+
+
+def read(request: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
+    """Reads a request for a model with this signature.
+
+    Raises:
+        InvalidArgument: names the tensor or parameter, what was expected and what came.
+        Unimplemented: it asks for shared memory.
+    """
+    model = request.model_name
+    given = parameters.read(request.parameters)
+    specs = [_spec(tensor, signature, model) for tensor in request.inputs]
+    _check_complete([spec.name for spec in specs], signature, model)
+    rows = _rows(request.inputs, specs, signature.max_batch_size, model)
+    inputs = dict(zip((spec.name for spec in specs), _data(request, specs, signature.text), strict=True))
+    outputs = _outputs(request.outputs, signature, model)
+    size = sum(tensors.size_bytes(t) for t in inputs.values())
+    key = key_of(inputs, outputs, signature)
+    return InferenceRequest(inputs, outputs, rows, size, key, given, request)
+
+
+async def read_async(request: pb.ModelInferRequest, signature: Signature) -> InferenceRequest:
+    """Read a request as `read` does, on a thread when reading would block the event loop."""
+    return await aside(lambda: read(request, signature), is_long_read(request))
+
+
+def is_long_read(request: pb.ModelInferRequest) -> bool:
+    """True when reading a request would block the event loop: decided from its shapes, which are cheap to read."""
+    if len(request.inputs) > _MANY_INPUTS:
+        return True
+    by_element = not request.raw_input_contents
+    for tensor in request.inputs:
+        limit = _FEW_ELEMENTS if by_element or tensor.datatype == "BYTES" else _MANY_ELEMENTS
+        # No tensor has so many dimensions, and their product would be a number of any length.
+        if len(tensor.shape) <= _MOST_DIMS and math.prod(tensor.shape) > limit:
+            return True
+    return False
+
+
+def key_of(inputs: Mapping[str, Value], outputs: Sequence[WantedOutput], signature: Signature) -> Hashable:
+    """What calls that can be run as one have in common. An input that is ragged keeps nobody apart."""
+    skip = 1 if signature.max_batch_size else 0
+    ragged = signature.ragged
+    shapes = tuple(
+        (
+            name,
+            None if name in ragged or isinstance(value, list) else value.shape[skip:],
+            is_resident(value),
+        )
+        for name, value in sorted(inputs.items())
+    )
+    return shapes, tuple((output.spec.name, output.stays) for output in outputs)
+
+
+def _spec(tensor: pb.ModelInferRequest.InferInputTensor, signature: Signature, model: str) -> TensorSpec:
+    spec = signature.inputs_by_name.get(tensor.name)
+    if spec is None:
+        raise InvalidArgument(
+            f"unexpected {_input(tensor.name, model)}: its inputs are {listed(signature.inputs_by_name)}"
+        )
+    if tensor.datatype != spec.datatype.name:
+        raise InvalidArgument(
+            f"{_input(spec.name, model)}: expected datatype {spec.datatype.name}, got {quoted(tensor.datatype)}"
+        )
+    if not fits(tensor.shape, spec.shape):
+        raise InvalidArgument(
+            f"{_input(spec.name, model)}: unexpected shape: expected {written(spec.shape)}, got {written(tensor.shape)}"
+        )
+    if any(dim < 0 for dim in tensor.shape):
+        raise InvalidArgument(f"{_input(spec.name, model)}: shape {written(tensor.shape)} has a negative dimension")
+    if tensor.parameters:
+        parameters.check_input(tensor.parameters, _input(spec.name, model))
+    return spec
+
+
+def _check_complete(names: Sequence[str], signature: Signature, model: str) -> None:
+    if missing := signature.required.difference(names):
+        raise InvalidArgument(
+            f"expected {len(signature.inputs)} inputs but got {len(names)} for model '{model}': "
+            f"missing {listed(sorted(missing))}"
+        )
+    if len(names) > 1 and len(set(names)) < len(names):
+        twice = next(name for name in signature.inputs_by_name if names.count(name) > 1)
+        raise InvalidArgument(f"{_input(twice, model)} is given more than once")
+
+
+def _rows(given: Sequence[Any], specs: Sequence[TensorSpec], most: int, model: str) -> int:
+    if not most or not given:
+        return 1
+    rows = int(given[0].shape[0])
+    for tensor, spec in zip(given, specs, strict=True):
+        if tensor.shape[0] != rows:
+            raise InvalidArgument(
+                f"{_input(spec.name, model)}: expected {rows} rows as input '{specs[0].name}' has, "
+                f"got {tensor.shape[0]}: all inputs of a request have one batch size"
+            )
+    if not 1 <= rows <= most:
+        raise InvalidArgument(
+            f"{_input(specs[0].name, model)}: inference request batch-size must be <= {most} and at least 1, got {rows}"
+        )
+    return rows
+
+
+def _data(request: pb.ModelInferRequest, specs: Sequence[TensorSpec], text: bool) -> list[Tensor]:
+    raw, model = request.raw_input_contents, request.model_name
+    if raw:
+        for tensor in request.inputs:
+            if tensor.HasField("contents") and tensor.contents.ListFields():
+                raise InvalidArgument(
+                    f"{_input(tensor.name, model)} has both contents and raw_input_contents: expected one of them"
+                )
+        if len(raw) != len(specs):
+            raise InvalidArgument(
+                f"expected {len(specs)} raw_input_contents, one for each input of model '{model}' "
+                f"({listed(spec.name for spec in specs)}), got {len(raw)}"
+            )
+        return [
+            tensors.from_raw(data, spec.datatype, tensor.shape, _input(spec.name, model), text=text)
+            for data, spec, tensor in zip(raw, specs, request.inputs, strict=True)
+        ]
+    return [_typed(tensor, spec, model, text) for tensor, spec in zip(request.inputs, specs, strict=True)]
+
+
+def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: TensorSpec, model: str, text: bool) -> Tensor:
+    what = _input(spec.name, model)
+    if not tensor.contents.ListFields() and count_elements(tensor.shape, what, InvalidArgument):
+        raise InvalidArgument(f"{what} has no data: expected contents, or an entry of raw_input_contents")
+    return tensors.from_contents(tensor.contents, spec.datatype, tensor.shape, what, text=text)
+
+
+def _outputs(wanted: Sequence[Any], signature: Signature, model: str) -> tuple[WantedOutput, ...]:
+    if not wanted:
+        return tuple(WantedOutput(spec) for spec in signature.outputs)
+    outputs: dict[str, WantedOutput] = {}
+    for output in wanted:
+        what = f"inference output {quoted(output.name)} for model '{model}'"
+        spec = signature.outputs_by_name.get(output.name)
+        if spec is None:
+            raise InvalidArgument(f"unexpected {what}: its outputs are {listed(signature.outputs_by_name)}")
+        if output.name in outputs:
+            raise InvalidArgument(f"{what} is requested more than once")
+        classes = parameters.classes(output.parameters, what)
+        if classes and spec.datatype.is_bytes:
+            raise InvalidArgument(f"{what}: parameter 'classification': expected an output of numbers, it is BYTES")
+        outputs[output.name] = WantedOutput(spec, classes)
+    return tuple(outputs.values())
+
+
+def _input(name: str, model: str) -> str:
+    return f"inference input {quoted(name)} for model '{model}'"

@@ -1,0 +1,123 @@
+"""Answers that are kept, for all models of a process: least recently used first out, bounded by their bytes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.infer.requests import ragged
+from services.infer.requests.ragged import Value
+from services.infer.requests.tensors import Tensor
+
+DEFAULT_BYTES = 64 << 20
+
+_SHARE = 8
+# One answer may take an eighth of the room: a larger one would push out many that are worth more.
+
+_ENTRY_BYTES = 600
+_ARRAY_BYTES = 200
+# What Python needs for an entry (key, dictionary slots, tuple) and for an array beside its data, rounded up.
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    owner: int
+    outputs: tuple[Value, ...]
+    size_bytes: int
+    expires: float
+
+
+class ResponseStore:
+    """Keeps answers under keys. Only the event loop's thread touches it."""
+
+    def __init__(self, limit_bytes: int = DEFAULT_BYTES) -> None:
+        """Keeps no more than `limit_bytes` in all; 0: nothing."""
+        self._limit = limit_bytes
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._owners: dict[int, set[bytes]] = {}
+        self._last_owner = 0
+        self.size_bytes = 0
+        """What the kept answers weigh."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def largest_bytes(self) -> int:
+        """A larger answer is not kept."""
+        return self._limit // _SHARE
+
+    def owner(self) -> int:
+        """A new owner of answers, which nobody else's keys can reach."""
+        self._last_owner += 1
+        self._owners[self._last_owner] = set()
+        return self._last_owner
+
+    def get(self, owner: int, key: bytes, now: float) -> tuple[Value, ...] | None:
+        """The answer under `key`, or None when there is none that is still good."""
+        entry = self._entries.get(key)
+        if entry is None or entry.owner != owner:
+            return None
+        if now >= entry.expires:
+            self._remove(key)
+            return None
+        self._entries.move_to_end(key)
+        return entry.outputs
+
+    def put(self, owner: int, key: bytes, outputs: Sequence[Value], *, expires: float = math.inf) -> bool:
+        """Keeps an answer of the caller's that nobody changes any more (`frozen`). False when it is too large."""
+        if owner not in self._owners:  # Dropped while the answer was on its way.
+            return False
+        size = size_bytes(outputs)
+        if size > self.largest_bytes:
+            return False
+        if key in self._entries:
+            self._remove(key)
+        while self.size_bytes + size > self._limit:
+            self._remove(next(iter(self._entries)))
+        self._entries[key] = _Entry(owner, tuple(outputs), size, expires)
+        self._owners[owner].add(key)
+        self.size_bytes += size
+        return True
+
+    def drop(self, owner: int) -> None:
+        """Forgets the owner and all of its answers."""
+        for key in list(self._owners.get(owner, ())):
+            self._remove(key)
+        self._owners.pop(owner, None)
+
+    def _remove(self, key: bytes) -> None:
+        entry = self._entries.pop(key)
+        self.size_bytes -= entry.size_bytes
+        self._owners[entry.owner].discard(key)
+
+
+def size_bytes(outputs: Sequence[Value]) -> int:
+    """What keeping `outputs` costs in memory, all of Python's own needs included."""
+    size = _ENTRY_BYTES + _ARRAY_BYTES * sum(len(ragged.arrays(output)) for output in outputs)
+    for array in (array for output in outputs for array in ragged.arrays(output)):
+        size += array.nbytes
+        if array.dtype == object:
+            size += sum(map(sys.getsizeof, array.reshape(-1)))
+    return size
+
+
+def frozen(outputs: Sequence[Value]) -> tuple[Value, ...]:
+    """Copies that nobody changes, and that hold nothing else alive: outputs are views of a whole batch's."""
+    return tuple(list(map(_frozen, out)) if isinstance(out, list) else _frozen(out) for out in outputs)
+
+
+def _frozen(output: Tensor) -> Tensor:
+    copy = np.array(output, order="C", copy=True)
+    if copy.dtype == object:
+        flat = copy.reshape(-1)
+        for index, element in enumerate(flat):
+            if not isinstance(element, str | bytes):  # A bytearray can be changed.
+                flat[index] = bytes(element)
+    copy.flags.writeable = False
+    return copy

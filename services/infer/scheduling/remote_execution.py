@@ -1,0 +1,77 @@
+"""An Execution whose model is on another server: the rows of its calls become one request, which is awaited."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns
+from typing import cast
+
+from kernels.stack_rows import split_rows
+from services.infer.model_process.checks import check_outputs
+from services.infer.remote.errors import NotToBlame
+from services.infer.remote.session import Asked, RemoteSession
+from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
+from services.infer.requests.request import InferenceRequest
+from services.infer.requests.signature import Signature
+from services.infer.requests.tensors import Tensor
+from services.infer.scheduling.bisection import Bisection
+from services.infer.scheduling.execution import Execution, ExecutionItem, expired
+
+log = logging.getLogger(__name__)
+
+
+class RemoteExecution(Execution):
+    """A task_worker.Awaits. Nothing is gathered here: the request is what the rows are copied to."""
+
+    def __init__(self, name: str, session: RemoteSession, signature: Signature, clock: Callable[[], float]) -> None:
+        super().__init__(name, session, signature, clock)
+        self._remote = session
+
+    async def outcomes(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
+        """One outcome for each job, in order. Raises nothing but cancellation, which ends the remote call."""
+        try:
+            return await self._attempt(batch)
+        except Exception as err:
+            return await self._apart(batch, err) if len(batch) > 1 else [self._excused(err)]
+
+    async def _apart(self, batch: Sequence[ExecutionItem], err: Exception) -> list[Outcome]:
+        log.info("model %s failed for a batch of %d calls, which is cut in halves: %s", self._name, len(batch), err)
+        bisection: Bisection[ExecutionItem, Outcome] = Bisection(self._excused)
+        outcomes = await bisection.awaited(batch, self._attempt)
+        self.tally.bisections += bisection.cuts
+        return outcomes
+
+    async def _attempt(self, batch: Sequence[ExecutionItem]) -> list[Outcome]:
+        """Runs those that are alive as one. Raises what is the fault of one of them."""
+        alive = self._alive(batch, self._clock())
+        if not alive:
+            return [expired() for _ in batch]
+        try:
+            answers: Sequence[Outcome] = await self._answers(alive)
+        except NotToBlame as err:
+            answers = [err.error] * len(alive)
+        found = dict(zip(map(id, alive), answers, strict=True))
+        return [found[id(job)] if id(job) in found else expired() for job in batch]
+
+    async def _answers(self, alive: Sequence[ExecutionItem]) -> list[Outcome]:
+        start = perf_counter_ns()
+        calls = [job.call for job in alive]
+        asked = Asked(
+            {name: [cast("Tensor", call.inputs[name]) for call in calls] for name in calls[0].inputs},
+            [output.spec.name for output in calls[0].outputs],
+        )
+        results = await self._remote.execute(asked, max(job.deadline for job in alive))
+        return self._cut(calls, results, start, perf_counter_ns())
+
+    def _cut(
+        self, calls: Sequence[InferenceRequest], results: Sequence[Tensor], start: int, computed: int
+    ) -> list[Outcome]:
+        counts = [call.rows for call in calls]
+        rows = sum(counts)
+        check_outputs(calls[0], results, rows if self._batched else None)
+        if len(calls) == 1:
+            return [InferenceResult(results, ExecutionTimes(rows, 0, computed - start, 0))]
+        parts = zip(*[split_rows(result, counts) for result in results], strict=True)
+        times = ExecutionTimes(rows, 0, computed - start, perf_counter_ns() - computed)
+        return [InferenceResult(outputs, times) for outputs in parts]

@@ -1,0 +1,140 @@
+"""The parts of the batches, and the order in which they start and stop. Needs Arrow (`shoal[parquet]`)."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+
+from pymongo.asynchronous.database import AsyncDatabase
+
+from mesh import mongo
+from mesh.mongo import Document
+from mesh.process.threads import Threads
+from mesh.rpc.channel import AnyChannel
+from services.ingest.batches.batcher import Batcher
+from services.ingest.batches.book import BatchRepository
+from services.ingest.batches.calling import Model
+from services.ingest.batches.documents import (
+    BATCH_INDEXES,
+    BATCH_VALIDATOR,
+    BATCHES,
+    CHUNK_INDEXES,
+    CHUNK_VALIDATOR,
+    CHUNKS,
+)
+from services.ingest.batches.duties import Duties
+from services.ingest.batches.facts import ModelMetadata
+from services.ingest.batches.inputs.places import InputLocations
+from services.ingest.batches.ledger import Ledger
+from services.ingest.batches.opening import Readers
+from services.ingest.batches.running import Running
+from services.ingest.batches.submission import Submissions
+from services.ingest.batches.viewing import Viewing
+from services.ingest.clock import Clock
+from services.ingest.config import IngestConfig
+from services.ingest.retention.book import RetentionRepository
+
+_THREADS = 8
+"""Reading, packing and writing of the chunks that run, and a plan."""
+_LOOKING = 4
+"""Those who submit have threads of their own: a store that is away holds each for seconds, and chunks do not wait."""
+
+
+class Batches:
+    """All of it, for one instance. Used as `async with`, once; works when `ready` is set."""
+
+    def __init__(
+        self,
+        config: IngestConfig,
+        database: AsyncDatabase[Document],
+        channel: AnyChannel,
+        model: Model,
+        retention: RetentionRepository,
+        *,
+        clock: Clock,
+        new_id: Callable[[], str],
+        ready: asyncio.Event,
+    ) -> None:
+        name = f"{config.node}/{config.instance}"
+        self.clock = clock
+        places = InputLocations(config.batch_places)
+        self._database = database
+        self._stack = AsyncExitStack()
+        self._threads = Threads(_THREADS, "batch")
+        self._looking = Threads(_LOOKING, "batch-submit")
+        self._readers = Readers(places)
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-batches-", ignore_cleanup_errors=True)
+        folder = Path(self._folder.name)
+        self._ledger = Ledger(
+            database[CHUNKS],
+            clock=clock,
+            new_id=new_id,
+            owner=name,
+            process=new_id(),
+            lease_ms=config.lease_ms,
+        )
+        self._book = BatchRepository(database[BATCHES], self._ledger, clock=clock, instance=name)
+        running = Running(
+            model,
+            places,
+            self._readers,
+            self._threads,
+            folder=folder,
+            calls=config.batch_calls,
+            timeout_s=config.attempt_timeout_ms / 1000,
+        )
+        self._batcher = Batcher(
+            self._book,
+            self._ledger,
+            Duties(self._book, self._ledger, places, self._threads, folder=folder),
+            running,
+            clock=clock,
+            ready=ready,
+            slots=config.batch_chunks,
+            poll_ms=config.poll_ms,
+            renew_ms=config.renew_ms,
+            retention=retention,
+        )
+        self.submissions = Submissions(
+            self._book,
+            ModelMetadata(channel),
+            places,
+            self._looking,
+            clock=clock,
+            new_id=new_id,
+            instance=name,
+            on_accepted=self._batcher.wake,
+        )
+        self.viewing = Viewing(self._book, self._ledger, on_change=self._batcher.wake, max_watches=config.max_watches)
+
+    async def __aenter__(self) -> Batches:
+        self._stack.enter_context(self._folder)
+        self._stack.enter_context(self._threads)
+        self._stack.enter_context(self._looking)
+        self._stack.callback(self._readers.close)
+        await self._stack.enter_async_context(self._batcher)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, err, tb)
+
+    def stop(self) -> None:
+        """Takes nothing up any more."""
+        self._batcher.stop()
+
+    async def prepare(self) -> int:
+        """Makes the collections, and frees what an earlier process of this name has left behind: says how many chunks.
+
+        Raises:
+            Unavailable: MongoDB is away.
+        """
+        await mongo.ensure_collection(self._database, BATCHES, validator=BATCH_VALIDATOR, indexes=BATCH_INDEXES)
+        await mongo.ensure_collection(self._database, CHUNKS, validator=CHUNK_VALIDATOR, indexes=CHUNK_INDEXES)
+        await self._book.inherit()
+        return await self._ledger.inherit()

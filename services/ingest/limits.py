@@ -1,0 +1,44 @@
+"""Limits of what clients submit, and the names that ingest reserves."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from google.protobuf.duration_pb2 import Duration
+
+from shoal.errors import InvalidArgument
+
+REQUEST_BYTES = 12 << 20
+KEY_CHARS = 128
+TENANT_CHARS = 64
+LABELS = 64
+LABEL_CHARS = 256
+MODEL_NAME_CHARS = 128
+MODEL_VERSION_CHARS = 32
+REASON_CHARS = 1_000
+MOST_ATTEMPTS = 100
+LONGEST_BACKOFF = timedelta(days=1)
+LONGEST_DEADLINE = timedelta(days=3_660)
+LONGEST_DELAY = LONGEST_DEADLINE
+
+SCHEDULED = "schedule:"
+"""So begin the keys of schedules' jobs, and no others: who had the key of a time would keep its job from being made."""
+
+EXPLAIN = "explain"
+"""The request parameter that asks infer who answered, and how."""
+
+
+def ms_of(field: str, duration: Duration, longest: timedelta) -> int:
+    """Return a duration in whole milliseconds.
+
+    Raises:
+        InvalidArgument: the duration is invalid, negative, or longer than `longest`; the message names `field`.
+    """
+    seconds, nanos = duration.seconds, duration.nanos
+    if not -1_000_000_000 < nanos < 1_000_000_000 or (seconds < 0 < nanos) or (nanos < 0 < seconds):
+        raise InvalidArgument(f"{field}: not a valid duration ({seconds} s and {nanos} ns)")
+    if seconds < 0 or nanos < 0:
+        raise InvalidArgument(f"{field}: must not be negative, got {seconds} s and {nanos} ns")
+    if seconds > longest.total_seconds():
+        raise InvalidArgument(f"{field}: at most {int(longest.total_seconds())} s, got {seconds} s")
+    return seconds * 1000 + nanos // 1_000_000

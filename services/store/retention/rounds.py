@@ -1,0 +1,48 @@
+"""Retention rounds: the instance that holds the store's leader lease removes what the rules no longer keep.
+
+lease held? ──no──> look again soon
+    └──yes──> sweep (about two seconds) ──more to remove──> sweep again ... ──nothing left──> rest until the next round
+"""
+
+from __future__ import annotations
+
+import logging
+
+from mesh.mongo_lease import LeaderLease
+from mesh.process.tasks import Background, for_ever
+from services.store.retention.sweep import Sweep, Swept
+
+log = logging.getLogger(__name__)
+
+LEASE_MS = 5_000
+"""A leader that was killed is replaced after so long."""
+RENEW_MS = 1_500
+"""Two renewals may be lost before the lease expires."""
+# Followers look so often whether they hold the lease by now.
+_LOOK_S = 1.0
+_AWAY_S = 5.0
+
+
+class RetentionRounds(Background):
+    """Sweeps every `every_s`, and again at once while there is more, for as long as this instance holds `lease`."""
+
+    def __init__(self, sweep: Sweep, lease: LeaderLease, every_s: float) -> None:
+        self._sweep = sweep
+        self._lease = lease
+        self._every_s = every_s
+
+    async def _run(self) -> None:
+        await for_ever("apply retention", self._round, away_s=min(_AWAY_S, self._every_s), log=log)
+
+    async def _round(self) -> float:
+        if not self._lease.is_held:
+            return min(_LOOK_S, self._every_s)
+        swept = await self._sweep.apply(self._lease)
+        if swept != Swept(more=swept.more):
+            log.info(
+                "retention removed %d results, %d answers, %d tombstones",
+                swept.results,
+                swept.answers,
+                swept.tombstones,
+            )
+        return 0.0 if swept.more else self._every_s

@@ -1,0 +1,1 @@
+"""Inference calls of the client."""

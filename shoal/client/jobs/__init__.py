@@ -1,0 +1,1 @@
+"""Jobs, batches, schedules, dead letters and connectors of the client."""

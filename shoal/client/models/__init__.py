@@ -1,0 +1,1 @@
+"""Models and repositories of the client."""

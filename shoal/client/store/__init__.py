@@ -1,0 +1,1 @@
+"""Results, retention, exports and backups of the client."""

@@ -1,0 +1,1 @@
+"""Connections, calls, retries and errors of the client."""

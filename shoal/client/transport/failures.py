@@ -1,0 +1,90 @@
+"""Conversion of failed calls to ShoalErrors whose message says what to do."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import grpc
+
+from shoal.errors import (
+    Code,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    ShoalError,
+    Unavailable,
+    Unimplemented,
+    from_status,
+    retry_after_of,
+)
+
+# Messages of grpc, asyncio and mesh.h2 about an unreachable node: all have code UNAVAILABLE, only the text differs.
+_UNREACHABLE = re.compile(
+    r"Connection refused|Connect call failed|No such file or directory|Connection timed out|No route to host"
+    r"|unreachable"
+)
+_UNKNOWN_HOST = re.compile(r"errors resolving|DNS resolution failed")
+_NOT_GRPC = re.compile(r"Failed parsing HTTP/2|http1\.x server|^cannot reach \S+: it broke HTTP/2")
+# A stream whose peer died: the text of a reset from Envoy, and the text of grpc.aio when it was sending at that moment,
+# which hides the real status. The code is INTERNAL, but neither is a fault of the service.
+_BROKEN = re.compile(r"RST_STREAM|^Internal error from Core$")
+# mesh.h2's message about a connection that ended during its calls.
+_LOST = re.compile(r"^lost \S+: ")
+# Envoy's message when it knows the service but no instance of it.
+_NO_INSTANCE = re.compile(r"no healthy upstream")
+# A server without the method: grpc's whole message, and the beginning of the message of Shoal's own servers.
+_NO_METHOD = "Method not found"
+# mesh.h2's message about the answer of a plain web server.
+_NOT_GRPC_ANSWER = "the answer is not gRPC's"
+
+
+def explain(err: grpc.aio.AioRpcError, *, address: str, doing: str, timeout_s: float) -> ShoalError:
+    """Return the ShoalError of a failed call to `address`; `doing` names the call, `timeout_s` is its time limit."""
+    code, details = err.code(), err.details() or "no details"
+    if code == grpc.StatusCode.INTERNAL and _BROKEN.search(details):
+        return Unavailable(f"{doing}: the connection broke")
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return _unavailable(details, address, doing, retry_after_of(err.trailing_metadata() or ()))
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
+        return timed_out(doing, timeout_s)
+    is_web = code == grpc.StatusCode.UNKNOWN and details.startswith(_NOT_GRPC_ANSWER)
+    if is_web or (code == grpc.StatusCode.UNIMPLEMENTED and "http2 header" in details):
+        return FailedPrecondition(f"the server at {address} is not a Shoal gateway ({details}): check the address")
+    if code == grpc.StatusCode.UNIMPLEMENTED and details.startswith(_NO_METHOD):
+        return Unimplemented(
+            f"{doing}: the server at {address} does not know this call. An inference server (`shoal serve`) has only "
+            "the models of its folder; the registry, jobs and results need a node (`shoal up`)"
+        )
+    return from_status(code.value[0], details, retry_after_ms=retry_after_of(err.trailing_metadata() or ()))
+
+
+def timed_out(doing: str, timeout_s: float) -> DeadlineExceeded:
+    """Return the error of a call without an answer in time."""
+    return DeadlineExceeded(f"{doing}: no answer within {timeout_s:g} s: allow more time, or see `shoal status`")
+
+
+def _unavailable(details: str, address: str, doing: str, retry_after_ms: int | None) -> ShoalError:
+    if _UNREACHABLE.search(details):
+        return Unavailable(f"no node answers at {address}: start one with `shoal up`, or give --gateway")
+    if _UNKNOWN_HOST.search(details):
+        return Unavailable(f"no host has the name in {address}: check the address")
+    if _NOT_GRPC.search(details):
+        return FailedPrecondition(f"the server at {address} does not speak gRPC: is that Envoy's admin port?")
+    if _NO_INSTANCE.search(details):
+        return Unavailable(f"{doing}: no instance is available at present: see `shoal status`")
+    if lost := _LOST.match(details):
+        return Unavailable(f"{doing}: the connection broke: {details[lost.end() :]}")
+    return Unavailable(f"{doing}: {details}", retry_after_ms=retry_after_ms)
+
+
+def of_rejection(code: int, message: str) -> ShoalError:
+    """Return the error of a rejection inside an answer message."""
+    return from_status(code or Code.UNKNOWN, message or "no details")
+
+
+def bounded(timeout_s: float) -> float:
+    """Return `timeout_s`, limited to what grpc can represent. Raises InvalidArgument when it is not a duration."""
+    if math.isnan(timeout_s) or timeout_s < 0:
+        raise InvalidArgument(f"timeout={timeout_s}: expected seconds, 0 or more")
+    return min(timeout_s, 365 * 86_400.0)

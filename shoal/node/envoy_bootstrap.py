@@ -1,0 +1,97 @@
+"""What an Envoy is told at its start: who it is, where its admin endpoint is, and the way to coord. All else is ADS.
+
+Fields: envoy.config.bootstrap.v3.Bootstrap. Written as JSON: in YAML a node called `n` would be a boolean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from shoal.node.envoy_runtime import RUNTIME
+
+ADS_CLUSTER = "ads"
+NODE_CLUSTER = "shoal"
+
+
+def bootstrap(*, node: str, gateway: str, outbound: str, admin: str, coords: Sequence[str]) -> str:
+    """The bootstrap of `node`'s Envoy, as JSON.
+
+    `gateway` and `admin` are `host:port`; `outbound` is the path of the socket where services reach each other;
+    `coords` are the paths of the sockets of the node's coord replicas, any of which serves the whole configuration.
+    """
+    host, _, port = admin.rpartition(":")
+    document = {
+        "node": {
+            "id": node,
+            "cluster": NODE_CLUSTER,
+            # From this coord makes the node's listeners.
+            "metadata": {"shoal": {"gateway": gateway, "outbound": outbound}},
+        },
+        "admin": {"address": {"socket_address": {"address": host, "port_value": int(port)}}},
+        "dynamic_resources": {"ads_config": _ads(), "cds_config": _from_ads(), "lds_config": _from_ads()},
+        "static_resources": {"clusters": [_coord_cluster(coords)]},
+        "layered_runtime": RUNTIME,
+    }
+    return json.dumps(document, indent=2)
+
+
+def _ads() -> dict[str, Any]:
+    return {
+        "api_type": "DELTA_GRPC",
+        "transport_api_version": "V3",
+        # Else every request carries the whole node, all of Envoy's extensions: 13 ms of parsing each for coord.
+        "set_node_on_first_message_only": True,
+        "grpc_services": [
+            {
+                "envoy_grpc": {
+                    "cluster_name": ADS_CLUSTER,
+                    # The default waits up to 30 s. A coord that comes back, or its twin, is asked within half of one.
+                    "retry_policy": {"retry_back_off": {"base_interval": "0.1s", "max_interval": "0.5s"}},
+                }
+            }
+        ],
+    }
+
+
+def _from_ads() -> dict[str, Any]:
+    # 0 s: not ready until coord has answered, however long that takes. The default goes live empty after 15 s.
+    return {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
+
+
+def _coord_cluster(coords: Sequence[str]) -> dict[str, Any]:
+    return {
+        "name": ADS_CLUSTER,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                "explicit_http_config": {
+                    "http2_protocol_options": {
+                        # A coord that hangs, stopped or stuck, keeps its connection: without an answer to a ping in
+                        # time the stream moves to its twin.
+                        "connection_keepalive": {"interval": "2s", "timeout": "2s"}
+                    }
+                },
+            }
+        },
+        # A connect is enough to tell a socket that a killed coord left from one that is served.
+        "health_checks": [
+            {
+                "timeout": "1s",
+                "interval": "1s",
+                "no_traffic_interval": "1s",
+                "unhealthy_threshold": 1,
+                "healthy_threshold": 1,
+                "tcp_health_check": {},
+            }
+        ],
+        "load_assignment": {
+            "cluster_name": ADS_CLUSTER,
+            "endpoints": [
+                {"lb_endpoints": [{"endpoint": {"address": {"pipe": {"path": path}}}} for path in coords]},
+            ],
+        },
+    }

@@ -1,0 +1,341 @@
+"""The Envoy in front of `shoal serve` where other machines can reach the address.
+
+    clients ──HTTP/2──> Envoy at the address ──unix sockets──> infer workers
+
+Its configuration is static: one listener, one cluster. It is written as plain JSON, because the generated classes of
+Envoy's messages take most of a second to import. Fields: envoy.config.bootstrap.v3.Bootstrap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+import urllib.parse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.node import probes, processes
+from shoal.node.envoy_runtime import RUNTIME
+from shoal.node.workers import Workers
+
+log = logging.getLogger(__name__)
+
+_TYPES = "type.googleapis.com/envoy.extensions"
+_CLUSTER = "infer"
+_STAT_PREFIX = "front"
+_CONNECTION = "shoal.connection"
+
+_STREAM_WINDOW = 1 << 20
+_CONNECTION_WINDOW = 16 << 20
+# All calls to a worker share one connection. With a smaller window a few clients that do not read would fill it, and no
+# other call to the worker would be answered.
+_WORKER_WINDOW = (1 << 31) - 1
+# Of one client's connection: beyond what a queue holds, more calls would only be refused.
+_STREAMS = 4096
+# Messages pass as they come; no filter needs a whole one. Larger buffers would only hold more for clients that do not
+# read.
+_BUFFER_BYTES = 1 << 20
+# A request is held until its answer begins, for a retry at another worker. Larger ones pass, and are not retried.
+_RETRY_BYTES = 1 << 20
+
+_NOTICE_S = 0.3
+_FLUSH_S = 5.0
+# Longer than Envoy's drain_timeout: by then each connection that was used has got its last GOAWAY.
+_QUIET_S = 0.6
+_TURN_S = 0.02
+_TIMEOUT_S = 2.0
+_CONNECTIONS = f"http.{_STAT_PREFIX}.downstream_cx_active"
+_CALLS = f"http.{_STAT_PREFIX}.downstream_rq_total"
+_UNSENT = (
+    f"http.{_STAT_PREFIX}.downstream_rq_active",
+    f"http.{_STAT_PREFIX}.downstream_cx_tx_bytes_buffered",
+    "http2.streams_active",
+    "http2.pending_send_bytes",
+)
+
+
+def bootstrap(*, host: str, port: int, workers: Sequence[str], admin: str) -> dict[str, Any]:
+    """Return the configuration of an Envoy that listens at `host`:`port` and calls the workers.
+
+    Args:
+        host: an IP address in numbers.
+        workers: paths of the sockets of the workers.
+        admin: path of the socket of the admin endpoint.
+    """
+    is_sticky = len(workers) > 1
+    return {
+        "node": {"id": "serve", "cluster": "shoal"},
+        "admin": {"address": {"pipe": {"path": admin, "mode": 0o600}}},
+        "static_resources": {"listeners": [_listener(host, port, is_sticky)], "clusters": [_cluster(workers)]},
+        "layered_runtime": RUNTIME,
+    }
+
+
+def _listener(host: str, port: int, is_sticky: bool) -> dict[str, Any]:
+    filters = [{"name": "http", "typed_config": _connection_manager(is_sticky)}]
+    return {
+        "name": _STAT_PREFIX,
+        "address": {"socket_address": {"address": host, "port_value": port}},
+        # With SO_REUSEPORT a second Envoy on the same port would not fail: it would take every other connection.
+        "enable_reuse_port": False,
+        "per_connection_buffer_limit_bytes": _BUFFER_BYTES,
+        "filter_chains": [{"filters": [_connection_name(), *filters] if is_sticky else filters}],
+    }
+
+
+def _connection_manager(is_sticky: bool) -> dict[str, Any]:
+    return {
+        "@type": f"{_TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": _STAT_PREFIX,
+        "codec_type": "HTTP2",
+        "http2_protocol_options": {
+            "max_concurrent_streams": _STREAMS,
+            "initial_stream_window_size": _STREAM_WINDOW,
+            "initial_connection_window_size": _CONNECTION_WINDOW,
+            "max_outbound_frames": 100_000,
+            # The default ends the whole connection at the second empty frame in a row. Some clients send such frames.
+            "max_consecutive_inbound_frames_with_empty_payload": 64,
+            # A client that is gone without a word would keep its silent streams for ever.
+            "connection_keepalive": {"interval": "30s", "timeout": "10s"},
+        },
+        # Calls have deadlines of their own, and a stream may be silent for hours.
+        "stream_idle_timeout": "0s",
+        "drain_timeout": "0.5s",
+        "generate_request_id": False,
+        "server_header_transformation": "PASS_THROUGH",
+        # No caller is internal: Envoy removes the x-envoy headers that would change retries and timeouts.
+        "use_remote_address": True,
+        # Without a range, Envoy takes private addresses for internal. Nobody calls from this one.
+        "internal_address_config": {"cidr_ranges": [{"address_prefix": "0.0.0.0", "prefix_len": 32}]},
+        "skip_xff_append": True,
+        "route_config": {
+            "virtual_hosts": [
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    "request_body_buffer_limit": _RETRY_BYTES,
+                    # Envoy adds them itself; workers get the headers of the caller alone.
+                    "request_headers_to_remove": ["x-forwarded-proto", "x-envoy-external-address"],
+                    "routes": [{"match": {"prefix": "/"}, "route": _route(is_sticky)}],
+                }
+            ]
+        },
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": f"{_TYPES}.filters.http.router.v3.Router", "suppress_envoy_headers": True},
+            }
+        ],
+    }
+
+
+def _route(is_sticky: bool) -> dict[str, Any]:
+    # A sequence keeps to one connection (docs/sequences.md), so a connection keeps to one worker.
+    sticky = {"hash_policy": [{"filter_state": {"key": _CONNECTION}}]} if is_sticky else {}
+    return {
+        "cluster": _CLUSTER,
+        "timeout": "0s",
+        "idle_timeout": "0s",
+        "max_stream_duration": {"grpc_timeout_header_max": "0s"},
+        "retry_policy": {
+            # Only calls that no worker has begun.
+            "retry_on": "connect-failure,refused-stream",
+            "num_retries": 3,
+            "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
+            "retry_host_predicate": [
+                {
+                    "name": "envoy.retry_host_predicates.previous_hosts",
+                    "typed_config": {
+                        "@type": f"{_TYPES}.retry.host.previous_hosts.v3.PreviousHostsPredicate",
+                    },
+                }
+            ],
+            # The hash of a connection gives hosts in the same order at each retry: enough of them to find another.
+            "host_selection_retry_max_attempts": 20,
+        },
+        **sticky,
+    }
+
+
+def _connection_name() -> dict[str, Any]:
+    """A network filter that names a connection by its remote address, for the hash of its calls."""
+    return {
+        "name": "connection",
+        "typed_config": {
+            "@type": f"{_TYPES}.filters.network.set_filter_state.v3.Config",
+            "on_new_connection": [
+                {
+                    "object_key": _CONNECTION,
+                    "factory_key": "envoy.hashable_string",
+                    "format_string": {"text_format_source": {"inline_string": "%DOWNSTREAM_REMOTE_ADDRESS%"}},
+                }
+            ],
+        },
+    }
+
+
+def _cluster(workers: Sequence[str]) -> dict[str, Any]:
+    return {
+        "name": _CLUSTER,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        **({"lb_policy": "MAGLEV", "maglev_lb_config": {"table_size": 1009}} if len(workers) > 1 else {}),
+        "per_connection_buffer_limit_bytes": _BUFFER_BYTES,
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": f"{_TYPES}.upstreams.http.v3.HttpProtocolOptions",
+                "explicit_http_config": {
+                    "http2_protocol_options": {
+                        "initial_stream_window_size": _STREAM_WINDOW,
+                        "initial_connection_window_size": _WORKER_WINDOW,
+                        # Loading a large model or compiling may hold a worker's loop for seconds; a minute is no load.
+                        "connection_keepalive": {"interval": "10s", "timeout": "60s"},
+                    }
+                },
+            }
+        },
+        "circuit_breakers": {"thresholds": [_limits()]},
+        # While no worker is healthy, calls go to any: one that loads its models says so itself.
+        "common_lb_config": {
+            "healthy_panic_threshold": {"value": 1},
+            # The default has a worker that comes back wait for a second.
+            "update_merge_window": "0s",
+        },
+        "health_checks": [
+            {
+                "timeout": "2s",
+                "interval": "0.5s",
+                "unhealthy_interval": "0.1s",
+                "no_traffic_interval": "0.1s",
+                "no_traffic_healthy_interval": "0.5s",
+                "unhealthy_threshold": 2,
+                "healthy_threshold": 1,
+                "grpc_health_check": {},
+            }
+        ],
+        "load_assignment": {
+            "cluster_name": _CLUSTER,
+            "endpoints": [
+                {"lb_endpoints": [{"endpoint": {"address": {"pipe": {"path": path}}}} for path in workers]},
+            ],
+        },
+    }
+
+
+def _limits() -> dict[str, Any]:
+    """Limits that never bite: workers bound their own queues and say RESOURCE_EXHAUSTED with a time to come back."""
+    return {
+        "max_connections": 10_000,
+        "max_pending_requests": 100_000,
+        "max_requests": 100_000,
+        # The default allows 3 retries at once: kill a worker with 32 calls on their way, and 29 of them fail.
+        "retry_budget": {"budget_percent": {"value": 50}, "min_retry_concurrency": 1_000},
+    }
+
+
+class Edge:
+    """Keeps an Envoy running in front of the workers, from `run` to `stop`.
+
+    Args:
+        folder: a private folder with a short path, for its configuration and its admin socket.
+        threads: Envoy's worker threads.
+        tell: is called with the name, the status and the pause before the restart of an Envoy that ended.
+
+    Raises:
+        FailedPrecondition: there is no Envoy binary.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        workers: Sequence[str],
+        folder: Path,
+        threads: int,
+        tell: Callable[[str, int, float], None],
+    ) -> None:
+        self._admin = str(folder / "admin.sock")
+        config = folder / "envoy.json"
+        config.write_text(json.dumps(bootstrap(host=host, port=port, workers=workers, admin=self._admin)))
+        self._count = len(workers)
+        self._was_ready = False
+        part = processes.envoy(config, f"unix:{self._admin}", threads, log_level="error")
+        # One that never listened would only fail again: its configuration or its binary is wrong.
+        self._processes = Workers([part], tell, is_final=lambda status: not self._was_ready)
+
+    @property
+    def pid(self) -> int | None:
+        """The pid of the Envoy, or None while there is none."""
+        return next(iter(self._processes.pids), None)
+
+    async def run(self) -> int:
+        """Return the exit status once it has stopped, or cannot start."""
+        return await self._processes.run()
+
+    async def is_ready(self) -> bool:
+        """Return whether Envoy listens at its address."""
+        self._was_ready = self._was_ready or await probes.http_ok(f"unix:{self._admin}", "/ready")
+        return self._was_ready
+
+    async def sees_all(self) -> bool:
+        """Return whether Envoy has found each worker healthy."""
+        return self._count in (await self._stats(f"cluster.{_CLUSTER}.membership_healthy")).values()
+
+    async def drain(self) -> None:
+        """Accept no more connections, and send GOAWAY on each with its next answer. Return when most have got it."""
+        # Before it listens there is nothing to drain.
+        if not await self.is_ready():
+            return
+        await self._ask("POST", "/drain_listeners?graceful&skip_exit")
+        await self._ask("POST", "/drain_listeners")
+        await asyncio.sleep(_NOTICE_S)
+
+    async def flush(self) -> None:
+        """Return when every answer is sent and no client calls any more, or after some seconds.
+
+        A client that has not read its GOAWAY yet may still send a call: it gets UNAVAILABLE, and is not cut.
+        """
+        until = time.monotonic() + _FLUSH_S
+        quiet_since, calls = time.monotonic(), -1
+        while self.pid is not None and time.monotonic() < until and await self.is_ready():
+            values = await self._stats(*_UNSENT, _CONNECTIONS, _CALLS)
+            if not values.get(_CONNECTIONS):
+                return
+            if any(values.get(name) for name in _UNSENT) or values.get(_CALLS) != calls:
+                quiet_since, calls = time.monotonic(), values.get(_CALLS, 0)
+            elif time.monotonic() - quiet_since >= _QUIET_S:
+                return
+            await asyncio.sleep(_TURN_S)
+
+    def stop(self) -> None:
+        """Ask Envoy to end now."""
+        self._processes.stop()
+
+    async def _stats(self, *names: str) -> dict[str, int]:
+        """Return the values of the counters and gauges that Envoy has."""
+        pattern = "|".join(f"^{re.escape(name)}$" for name in names)
+        text = await self._ask("GET", f"/stats?filter={urllib.parse.quote(pattern)}")
+        return {name: int(value) for name, _, value in (line.partition(": ") for line in text.splitlines()) if value}
+
+    async def _ask(self, method: str, target: str) -> str:
+        """Return the body of the admin endpoint's answer; "" where there is none."""
+        request = f"{method} {target} HTTP/1.1\r\nhost: admin\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                reader, writer = await asyncio.open_unix_connection(self._admin)
+                try:
+                    writer.write(request.encode())
+                    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+                finally:
+                    writer.close()
+        except (OSError, TimeoutError) as err:
+            log.warning("Envoy's admin socket %s does not answer %s: %s", self._admin, target, err)
+            return ""
+        if b" 200 " not in head.partition(b"\r\n")[0]:
+            log.warning("Envoy refused %s: %s", target, head.partition(b"\r\n")[0].decode("latin-1"))
+        return body.decode(errors="replace")

@@ -1,0 +1,80 @@
+"""Cheap questions to a part: is it ready? Each is asked once, waits a second at most, and never raises."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+PROBE_S = 1.0
+
+
+async def http_ok(address: str, path: str) -> bool:
+    """Return whether a GET of `path` at `address` (`unix:/path` or `host:port`) is answered with 200."""
+    with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+        async with asyncio.timeout(PROBE_S):
+            reader, writer = await _connection(address)
+            try:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n".encode())
+                return b" 200 " in await reader.readline()
+            finally:
+                writer.close()
+    return False
+
+
+async def _connection(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if address.startswith("unix:"):
+        return await asyncio.open_unix_connection(address.removeprefix("unix:"))
+    host, _, port = address.rpartition(":")
+    return await asyncio.open_connection(host, int(port))
+
+
+async def is_open(address: str) -> bool:
+    """Whether somebody listens at `address` (`host:port`)."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(PROBE_S):
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.close()
+            return True
+    return False
+
+
+async def etcd_answers(addresses: str) -> bool:
+    """Whether one of `host:port[,host:port...]` reads with a majority behind it: etcd's own health check does."""
+    return any(await asyncio.gather(*(http_ok(address, "/health") for address in addresses.split(","))))
+
+
+async def health(address: str, service: str = "") -> bool:
+    """Whether grpc.health.v1 at `address` (`unix:/path` or `host:port`) says SERVING for `service`."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    async with grpc.aio.insecure_channel(address, options=FRESH) as channel:
+        try:
+            request = health_pb2.HealthCheckRequest(service=service)
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answer = await stub.Check(request, timeout=PROBE_S)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def mongo_answers(uri: str) -> bool:
+    """Whether a MongoDB with a writable primary is at `uri`."""
+    from pymongo import AsyncMongoClient
+    from pymongo.errors import PyMongoError
+
+    try:
+        async with AsyncMongoClient[dict[str, object]](uri, serverSelectionTimeoutMS=int(PROBE_S * 1000)) as client:
+            return bool((await client.admin.command("hello")).get("isWritablePrimary"))
+    except PyMongoError:
+        return False
+
+
+FRESH: tuple[tuple[str, int | str], ...] = (
+    ("grpc.enable_http_proxy", 0),  # What is asked is on this machine, whatever http_proxy says.
+    # Channels to one address share its connection, and so its wait after a refusal: a new probe would only wait.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.default_authority", "shoal"),
+)

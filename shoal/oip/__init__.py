@@ -1,0 +1,1 @@
+"""Codec of Open Inference Protocol tensors: datatypes, raw contents and typed contents."""

@@ -1,0 +1,295 @@
+"""The fast path answers as the slow path does: whatever comes, before and after it has learnt."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import struct
+from contextlib import AsyncExitStack
+
+import numpy as np
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto
+
+from services.infer.core import InferenceServer
+from services.infer.fast_path.infer_fast import FastInfer
+from services.infer.models.load_context import LoadContext
+from services.infer.models.models import Models
+from services.infer.requests import request as reading
+from services.infer.runtimes.onnx_runtime import OnnxRuntime
+from services.infer.scheduling.queue import QueueLimits
+from services.infer.sources.repository import scan
+from shoal.errors import InvalidArgument, ShoalError
+from shoal.inference.v2 import inference_pb2 as pb
+from tests.infer import onnx_files
+from tests.infer.ensembles.conftest import step, written
+
+DTYPES = {"FP32": np.float32, "INT64": np.int64}
+
+
+class Asked:
+    """Stands for the exchange of a front: keeps what the call ends with."""
+
+    def __init__(self, headers: dict[bytes, bytes] | None = None) -> None:
+        self.headers = headers or {}
+        self.deadline = math.inf
+        self.on_end = None
+        self.is_over = False
+        self.end: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+
+    def reply(self, parts, size) -> None:
+        data = b"".join(parts)
+        assert len(data) == size
+        self.is_over = True
+        self.end.set_result(pb.ModelInferResponse.FromString(data))
+
+    def refuse(self, error: BaseException) -> None:
+        self.is_over = True
+        self.end.set_result(error)
+
+    def age_ns(self) -> int:
+        return 1
+
+
+class Server:
+    """Both ways over the same models."""
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        self.core = InferenceServer(models, "test/infer-0")
+        self.short = FastInfer(self.core, models)
+
+    async def short_end(self, data: bytes):
+        asked = Asked()
+        try:
+            self.short(struct.pack(">BI", 0, len(data)) + data, asked)
+        except ShoalError as err:  # The exchange refuses what its handler raises.
+            return err
+        return await asyncio.wait_for(asked.end, 20)
+
+    async def long_end(self, data: bytes):
+        try:
+            request = pb.ModelInferRequest.FromString(data)
+        except DecodeError:
+            return InvalidArgument("no message")
+        try:
+            return await self.core.infer(request)
+        except ShoalError as err:
+            return err
+
+    async def agree(self, data: bytes) -> object:
+        """The end of this request, which is the same on both ways."""
+        short, long = await self.short_end(data), await self.long_end(data)
+        if isinstance(long, Exception):
+            assert type(short) is type(long), (short, long)
+            if not str(long).startswith("no message"):
+                assert str(short) == str(long)
+        else:
+            assert short == long
+        return short
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, model in {
+        "double": onnx_files.scale(),
+        "two": onnx_files.add(),
+        "whole": onnx_files.identity(TensorProto.INT64),
+        "flag": onnx_files.identity(TensorProto.BOOL),
+        "words": onnx_files.identity(TensorProto.STRING),
+    }.items():
+        (root / f"{name}.onnx").write_bytes(model.SerializeToString())
+    (root / "chain/1").mkdir(parents=True)
+    steps = step("double", {"x": "x"}, {"y": "m"}), step("double", {"x": "m"}, {"y": "y"})
+    (root / "chain/config.pbtxt").write_text(written(*steps))
+    return root
+
+
+def both_ways(folder, work):
+    async def run():
+        async with AsyncExitStack() as stack:
+            models = await stack.enter_async_context(Models(LoadContext.of(OnnxRuntime(), QueueLimits())))
+            models.want(scan(folder))
+            await models.settled()
+            return await work(Server(models))
+
+    return asyncio.run(run())
+
+
+def request(model="double", rows=1, *, id="", version="", outputs=(), value=1.0, dtype="FP32", inputs=("x",), width=4):
+    asked = pb.ModelInferRequest(model_name=model, model_version=version, id=id)
+    for number, name in enumerate(inputs):
+        asked.inputs.add(name=name, datatype=dtype, shape=[rows, width])
+        values = np.full((rows, width), value + number, DTYPES[dtype])
+        asked.raw_input_contents.append(values.tobytes())
+    for name in outputs:
+        asked.outputs.add(name=name)
+    return asked
+
+
+REQUESTS = st.one_of(
+    st.builds(
+        request,
+        rows=st.integers(0, 70),
+        id=st.sampled_from(["", "a", "x" * 127, "x" * 128, "ü", "7"]),
+        version=st.sampled_from(["", "1", "2", "x"]),
+        outputs=st.sampled_from([(), ("y",), ("z",), ("y", "y")]),
+        value=st.floats(-9, 9, width=32),
+        width=st.sampled_from([4, 4, 4, 3]),
+    ),
+    st.builds(
+        request,
+        model=st.just("two"),
+        rows=st.integers(1, 5),
+        inputs=st.sampled_from([("a", "b"), ("b", "a"), ("a",), ("a", "b", "a")]),
+        outputs=st.sampled_from([(), ("difference",), ("sum", "difference"), ("difference", "sum")]),
+        width=st.integers(0, 300),
+    ),
+    st.builds(request, model=st.just("whole"), rows=st.integers(1, 3), dtype=st.just("INT64"), value=st.integers(0, 9)),
+    st.builds(
+        request,
+        model=st.just("chain"),
+        rows=st.integers(0, 65),
+        id=st.sampled_from(["", "a"]),
+        outputs=st.sampled_from([(), ("y",), ("m",)]),
+        width=st.sampled_from([4, 4, 4, 3]),
+    ),
+    st.builds(request, model=st.just("nobody")),
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.lists(REQUESTS, min_size=1, max_size=12))
+def test_both_ways_agree_before_and_after_learning(folder, requests):
+    async def work(server):
+        for asked in [*requests, *requests]:
+            await server.agree(asked.SerializeToString())
+
+    both_ways(folder, work)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.data())
+def test_both_ways_agree_about_bytes_that_are_nearly_a_known_request(folder, data):
+    async def work(server):
+        known = [request(id="i"), request(rows=3), request("two", 2, inputs=("a", "b"), width=200)]
+        bodies = [asked.SerializeToString() for asked in known]
+        for body in bodies:
+            await server.agree(body)
+        for _ in range(8):
+            changed = bytearray(data.draw(st.sampled_from(bodies)))
+            for _ in range(data.draw(st.integers(1, 3))):
+                at = data.draw(st.integers(0, len(changed) - 1))
+                match data.draw(st.sampled_from(["set", "cut", "add", "drop"])):
+                    case "set":
+                        changed[at] = data.draw(st.integers(0, 255))
+                    case "cut" if at:
+                        del changed[at:]
+                    case "add":
+                        changed[at:at] = data.draw(st.binary(min_size=1, max_size=6))
+                    case "drop" if len(changed) > 1:
+                        del changed[at]
+            await server.agree(bytes(changed))
+
+    both_ways(folder, work)
+
+
+def test_what_was_learnt_is_used_and_gives_each_its_own_answer(folder):
+    async def work(server):
+        for value in range(40):
+            asked = request(id=str(value), value=float(value))
+            end = await server.agree(asked.SerializeToString())
+            assert end.id == str(value)
+            assert np.frombuffer(end.raw_output_contents[0], np.float32).tolist() == [2.0 * value] * 4
+        named = server.short._named
+        assert len(named) == 1
+        assert sum(len(one.templates) for one in named.values()) == 1
+
+    both_ways(folder, work)
+
+
+def test_texts_are_read_once_though_they_come_again_and_again(folder, monkeypatch):
+    seen = []
+
+    def read(asked, signature):
+        seen.append(asked.id)
+        return whole(asked, signature)
+
+    whole = reading.read
+    monkeypatch.setattr(reading, "read", read)
+
+    async def work(server):
+        for n in range(3):
+            asked = pb.ModelInferRequest(model_name="words", id=str(n))
+            asked.inputs.add(name="x", datatype="BYTES", shape=[1, 4])
+            asked.raw_input_contents.append(4 * (struct.pack("<I", 2) + b"ab"))
+            end = await server.short_end(asked.SerializeToString())
+            assert end.raw_output_contents[0] == asked.raw_input_contents[0]
+
+    both_ways(folder, work)
+    assert seen == ["0", "1", "2"]
+
+
+def test_many_shapes_and_names_fill_no_memory(folder):
+    async def work(server):
+        for rows in range(1, 65):
+            await server.short_end(request(rows=rows).SerializeToString())
+        for width in range(200):
+            await server.short_end(request("two", inputs=("a", "b"), width=width).SerializeToString())
+        for number in range(3000):
+            await server.short_end(request(f"no-{number}").SerializeToString())
+        assert len(server.short._named) <= 3
+        assert all(len(named.templates) <= 64 for named in server.short._named.values())
+
+    both_ways(folder, work)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\x0a", b"\x0a\xff", b"\x0a\x06double\x1a", b"\x0a\x06double\x12", b"\x0a\x06double"]
+)
+def test_a_request_that_ends_early_is_no_fault(folder, body):
+    async def work(server):
+        await server.agree(request().SerializeToString())
+        assert isinstance(await server.agree(body), ShoalError)
+
+    both_ways(folder, work)
+
+
+def test_a_model_that_is_gone_or_replaced_is_not_asked(folder):
+    async def work(server):
+        body = request().SerializeToString()
+        await server.agree(body)
+        await server.agree(body)
+        before = server.models.find("double", "")
+        server.models.want([])
+        end = await server.agree(body)
+        await server.models.settled()
+        assert isinstance(end, ShoalError)
+        server.models.want(scan(folder))
+        await server.models.settled()
+        assert server.models.find("double", "") is not before
+        assert isinstance(await server.agree(body), pb.ModelInferResponse)
+        assert isinstance(await server.agree(body), pb.ModelInferResponse)
+
+    both_ways(folder, work)
+
+
+def test_numbers_are_views_of_the_request(folder):
+    """Nothing is copied between the wire and the batch."""
+
+    async def work(server):
+        asked = request("two", 1, inputs=("a", "b"), width=100_000)
+        body = asked.SerializeToString()
+        framed = struct.pack(">BI", 0, len(body)) + body
+        await server.agree(body)
+        (named,) = server.short._named.values()
+        ((head, template),) = named.templates.items()
+        call = template.call(framed, framed.index(head) + len(head))
+        memory = np.frombuffer(framed, np.uint8)
+        assert all(np.may_share_memory(array, memory) for array in call.inputs.values())
+
+    both_ways(folder, work)

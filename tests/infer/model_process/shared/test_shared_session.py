@@ -1,0 +1,214 @@
+"""A shared model's owner, used by two infer processes' sessions: one process, its end, and what its deaths do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
+from services.infer.model_process.session import ModelDied, ProcessSession
+from services.infer.model_process.shared.owners import Owners
+from services.infer.runtimes.runtime import About, ModelFailed, SessionOptions, TensorPlacement
+from shoal.errors import FailedPrecondition
+from shoal.inference.v2 import model_config_pb2 as pb
+from tests.breakable import PATIENCE_S
+from tests.infer import onnx_files
+from tests.infer.model_process.test_model_process import is_alive, model, pids, run, wait_until
+
+Load = Callable[..., ProcessSession]
+
+
+@pytest.fixture
+def folder(run_dir: Path) -> Path:
+    run_dir.chmod(0o700)
+    return run_dir
+
+
+@pytest.fixture
+def load(folder: Path, tmp_path: Path) -> Iterator[Load]:
+    with ExitStack() as loaded:
+
+        def load(source: str, *, instances: int = 1, digest: str = "", **parameters: str) -> ProcessSession:
+            """As another infer process would: with owners of its own, on the same folder."""
+            config = pb.ModelConfig(name="m")
+            for key, value in {"isolation": "shared", **parameters}.items():
+                config.parameters[key].string_value = value
+            file = tmp_path / "m" / "1" / "model.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not file.exists() or file.read_text() != source:
+                file.write_text(source)
+            about = About("m", 1, file.parent.parent, config, instances, digest=digest)
+            owners = loaded.enter_context(Owners(folder))
+            session = PythonRuntime(owners=owners).load(file, SessionOptions(1, about=about))
+            loaded.callback(session.close)
+            return session
+
+        yield load
+
+
+def test_two_sessions_have_one_process_and_it_ends_with_the_last(load):
+    one, two = load(model("")), load(model(""))
+    (pid,) = pids(one)
+    assert pids(two) == [pid]
+    assert (run(one), run(two)) == ([[2, 4]], [[2, 4]])
+    one.close()
+    assert run(two) == [[2, 4]]
+    assert pids(two) == [pid]
+    two.close()
+    wait_until(lambda: not is_alive(pid))
+    three = load(model(""))
+    assert pids(three) != [pid]
+    assert run(three) == [[2, 4]]
+
+
+def test_other_content_has_another_process_and_either_ends_alone(load):
+    one, two = load(model(""), digest="a"), load(model(""), digest="b")
+    (first,), (second,) = pids(one), pids(two)
+    assert first != second
+    one.close()
+    wait_until(lambda: not is_alive(first))
+    assert run(two) == [[2, 4]]
+
+
+def test_each_instance_of_a_python_model_is_a_process_for_all(load):
+    one, two = load(model(""), instances=2), load(model(""), instances=2)
+    assert len(set(pids(one))) == 2
+    assert pids(one) == pids(two)
+
+
+def test_both_get_their_own_answers_under_load(load):
+    sessions = [load(model("")), load(model(""))]
+
+    def ask(n: int) -> None:
+        for k in range(50):
+            x = np.array([[n, k]], np.float32)
+            assert run(sessions[n % 2], x) == [[2 * n, 2 * k]]
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(ask, range(6)))
+
+
+def test_killed_while_idle_it_is_started_again_for_both_and_harms_no_call(load):
+    one, two = load(model("")), load(model(""))
+    (pid,) = pids(one)
+    os.kill(pid, signal.SIGKILL)
+    assert (run(one), run(two)) == ([[2, 4]], [[2, 4]])
+    assert pids(one) == pids(two) != [pid]
+    assert not one.poison
+    assert not two.poison
+
+
+def test_who_only_waits_when_it_dies_is_run_again_and_not_blamed(load, tmp_path):
+    gate = tmp_path / "gate"
+    source = model(f"if x[0, 0] == 13:\n    open({str(gate)!r}, 'w').close()\n    time.sleep(0.3)\n    os._exit(3)")
+    one, two = load(source), load(source)
+    with ThreadPoolExecutor(2) as threads:
+        guilty = threads.submit(run, one, np.array([[13, 0]], np.float32))
+        wait_until(gate.exists)
+        innocent = threads.submit(run, two)
+        with pytest.raises(ModelDied, match="exit code 3") as err:
+            guilty.result(PATIENCE_S)
+        assert (err.value.is_sure, err.value.is_alone) == (True, True)
+        assert innocent.result(PATIENCE_S) == [[2, 4]]
+
+
+def test_a_run_that_takes_too_long_is_ended_and_waiting_for_it_is_not_running(load, tmp_path):
+    gate = tmp_path / "gate"
+    source = model(f"if x[0, 0] == 13:\n    open({str(gate)!r}, 'w').close()\n    time.sleep(600)")
+    one, two = (load(source, execution_timeout_ms="1500") for _ in range(2))
+    with ThreadPoolExecutor(2) as threads:
+        stuck = threads.submit(run, one, np.array([[13, 0]], np.float32))
+        wait_until(gate.exists)
+        waits = threads.submit(run, two)
+        with pytest.raises(ModelDied, match="longer than execution_timeout_ms, 1500"):
+            stuck.result(PATIENCE_S)
+        assert waits.result(PATIENCE_S) == [[2, 4]]
+
+
+def test_what_cannot_be_loaded_says_why_to_each(load):
+    broken = model("", load="raise ValueError('no such weights')")
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match="no such weights"):
+            load(broken)
+
+
+def test_an_error_of_the_model_is_told_to_who_asked(load):
+    one, two = (load(model("if x[0, 0] == 13: raise ValueError('thirteen')")) for _ in range(2))
+    with pytest.raises(ModelFailed, match="thirteen"):
+        run(one, np.array([[13, 0]], np.float32))
+    assert run(two) == [[2, 4]]
+
+
+def test_an_onnx_model_is_one_session_that_takes_several_runs_at_a_time(folder: Path, tmp_path: Path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(onnx_files.scale().SerializeToString())
+    config = pb.ModelConfig(name="m", parameters={"isolation": {"string_value": "shared"}})
+    options = SessionOptions(1, places=(TensorPlacement("cpu", None, 3),), about=About("m", config=config, instances=3))
+    with ExitStack() as stack:
+        sessions = []
+        for _ in range(2):
+            runtime = IsolatedOnnxRuntime(owners=stack.enter_context(Owners(folder)))
+            sessions.append(runtime.load(file, options))
+            stack.callback(sessions[-1].close)
+        assert len({pid for session in sessions for pid in pids(session)}) == 1
+        barrier = threading.Barrier(6)
+
+        def ask(n: int) -> None:
+            x = np.full((1, 4), n, np.float32)
+            barrier.wait(PATIENCE_S)
+            for _ in range(30):
+                (got,) = sessions[n % 2].run({"x": x}, ["y"])
+                assert got.tolist() == [[2 * n] * 4]
+
+        with ThreadPoolExecutor(6) as threads:
+            list(threads.map(ask, range(6)))
+
+
+def test_a_folder_that_others_can_use_is_refused(tmp_path: Path):
+    tmp_path.chmod(0o755)
+    with pytest.raises(FailedPrecondition, match="no other can use"):
+        Owners(tmp_path)
+    with pytest.raises(FailedPrecondition, match="No such file"):
+        Owners(tmp_path / "nowhere")
+
+
+HOLDS = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from services.infer.model_process.python_runtime import PythonRuntime
+    from services.infer.runtimes.runtime import About, SessionOptions
+    from services.infer.model_process.shared.owners import Owners
+    from shoal.inference.v2 import model_config_pb2 as pb
+
+    file = Path(sys.argv[2])
+    about = About("m", config=pb.ModelConfig(name="m", parameters={"isolation": {"string_value": "shared"}}))
+    session = PythonRuntime(owners=Owners(Path(sys.argv[1]))).load(file, SessionOptions(1, about=about))
+    print(session.instances[0].running().pid, flush=True)
+    session.run({"x": __import__("numpy").zeros((1, 1), "f4")}, ["y"])
+""")
+
+
+def test_nothing_outlives_the_infer_processes_even_in_the_middle_of_native_code(folder, tmp_path, python):
+    """The model holds Python's lock in a call that does not end: none of its threads can see to anything."""
+    file = tmp_path / "model.py"
+    file.write_text(model("ctypes.PyDLL(None).sleep(600)"))
+    holder = subprocess.Popen([python, "-c", HOLDS, str(folder), str(file)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout
+        pid = int(holder.stdout.readline())
+        assert is_alive(pid)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    wait_until(lambda: not is_alive(pid))

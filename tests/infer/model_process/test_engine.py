@@ -1,0 +1,64 @@
+"""The work of a model process, in this one: what comes beside the requests ends nothing."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from services.infer.model_process.channel import Channel
+from services.infer.model_process.child.engine import serve
+from services.infer.model_process.child.mailbox import Mailbox
+from services.infer.model_process.hosted import Batch, Given, HostedModelInfo
+from services.infer.model_process.payload import part
+
+PATIENCE_S = 30
+
+
+class Doubling:
+    """y = 2x, when it is let."""
+
+    def __init__(self, facts: HostedModelInfo) -> None:
+        self.facts = facts
+        self.entered, self.go = threading.Event(), threading.Event()
+
+    def run(self, batch: Batch) -> Given:
+        self.entered.set()
+        assert self.go.wait(PATIENCE_S)
+        return Given([part("y", "FP32", [2 * batch.arrays()["x"]])])
+
+    def close(self) -> None: ...
+
+
+def facts(*, wants_requests: bool) -> HostedModelInfo:
+    spec = (("x", "FP32", (-1,)),)
+    return HostedModelInfo(inputs=spec, outputs=spec, wants_requests=wants_requests)
+
+
+@pytest.mark.parametrize("wants_requests", [False, True])
+def test_a_cancellation_that_comes_too_late_ends_no_process(wants_requests: bool) -> None:
+    one, other = socket.socketpair()
+    server, channel = Channel(one), Channel(other)
+    model = Doubling(facts(wants_requests=wants_requests))
+    worker = threading.Thread(target=serve, args=(channel, Mailbox(channel), model), daemon=True)
+    worker.start()
+    for number in (1, 2):
+        x = np.full(3, number, np.float32)
+        server.send({"op": "run", "id": number, "outputs": ["y"], "rows": [1]}, [part("x", "FP32", [x])])
+        assert model.entered.wait(PATIENCE_S)
+        for cancelled in (number, number, 99):
+            server.send({"op": "cancel", "id": cancelled})
+        model.go.set()
+        answer = server.receive(PATIENCE_S)
+        assert answer is not None
+        assert (answer.op, answer.header["id"]) == ("result", number)
+        np.testing.assert_array_equal(answer.tensors[0][2], 2 * x)
+        model.entered.clear()
+        model.go.clear()
+    server.send({"op": "close"})
+    worker.join(PATIENCE_S)
+    assert not worker.is_alive()
+    server.close()
+    channel.close()

@@ -1,0 +1,331 @@
+"""The response cache: what is one request and what is two, who leaves a flight, what is kept and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from services.infer.requests.signature import Signature
+from services.infer.response_cache.cache import CacheState, ttl_s
+from services.infer.response_cache.key import ResponseKeys
+from services.infer.response_cache.store import ResponseStore, frozen, size_bytes
+from shoal.errors import DeadlineExceeded, FailedPrecondition, Internal, ResourceExhausted
+from shoal.inference.v2 import inference_pb2 as pb
+from shoal.inference.v2.model_config_pb2 import ModelConfig
+from tests.infer.conftest import request
+from tests.infer.response_cache.cached_model import ANY, Bench, floats, read, settle
+
+HIT, MISS, SHARED = CacheState.HIT, CacheState.MISS, CacheState.SHARED
+KEYS = ResponseKeys("m", 1, "d", ModelConfig(), Signature(ANY, ANY))
+
+
+def key(asked: pb.ModelInferRequest, keys: ResponseKeys = KEYS) -> bytes:
+    return keys.key(read(asked), asked.parameters)
+
+
+def of_outputs(asked: pb.ModelInferRequest, *names: str, classes: int = 0) -> pb.ModelInferRequest:
+    for name in names:
+        output = asked.outputs.add(name=name)
+        if classes:
+            output.parameters["classification"].int64_param = classes
+    return asked
+
+
+def text(*parts: bytes) -> pb.ModelInferRequest:
+    return request("m", s=np.array(parts, object))
+
+
+def integers(*shape: int) -> pb.ModelInferRequest:
+    return request("m", n=np.full(shape, 0x3F800000, np.int32))  # The bytes of 1.0.
+
+
+DIFFERENT = {
+    "the shape": [floats(2, 3), floats(3, 2), floats(1, 6), floats(6, 1), integers(2, 3)],
+    "emptiness": [floats(0, 3), floats(3, 0), floats(0, 0)],
+    "one bit": [floats(1, 2), floats(1, 2, value=np.nextafter(np.float32(1), np.float32(2)))],
+    "zero's sign": [floats(1, 1, value=0.0), floats(1, 1, value=-0.0)],
+    "where text is cut": [text(b"ab", b"c"), text(b"a", b"bc"), text(b"abc", b""), text(b"abc")],
+    "text that looks like a length": [text(b"\1\0\0\0a"), text(b"a"), text(b"\1\0\0\0", b"a")],
+    "outputs": [
+        floats(1, 2),
+        of_outputs(floats(1, 2), "x", classes=1),
+        of_outputs(floats(1, 2), "x", classes=2),
+        floats(1, 2, mine="a"),
+        floats(1, 2, mine="b"),
+        floats(1, 2, mine=1),
+        floats(1, 2, mine=True),
+        floats(1, 2, other="a"),
+        floats(1, 2, sequence_id=1),
+    ],
+}
+
+
+@pytest.mark.parametrize("requests", DIFFERENT.values(), ids=DIFFERENT)
+def test_what_differs_is_another_request(requests):
+    assert len({key(asked) for asked in requests}) == len(requests)
+
+
+def test_what_says_how_to_serve_is_no_difference():
+    same = [floats(2, 2), floats(2, 2, timeout=5), floats(2, 2, priority=3), floats(2, 2, explain=True)]
+    typed = pb.ModelInferRequest(model_name="m", id="another")
+    typed.inputs.add(name="x", datatype="FP32", shape=[2, 2]).contents.fp32_contents.extend([1] * 4)
+    assert len({key(asked) for asked in [*same, typed, of_outputs(floats(2, 2), "x")]}) == 1
+
+
+def test_every_model_version_and_configuration_has_its_own_keys():
+    signature = Signature(ANY, ANY)
+    made = [
+        ResponseKeys(name, version, digest, ModelConfig(max_batch_size=rows), signature)
+        for name, version, digest, rows in [("m", 1, "d", 0), ("m", 2, "d", 0), ("m", 1, "e", 0), ("m", 1, "d", 8)]
+    ]
+    assert len({key(floats(1, 1), keys) for keys in made}) == 4
+
+
+async def test_asked_again_is_answered_at_once():
+    bench = Bench()
+    first = bench.ask(floats(2, 3))
+    await settle()
+    bench.runs.finish()
+    answer, state = await first
+    assert state is MISS
+    again, state = await bench.ask(floats(2, 3))
+    assert state is HIT
+    np.testing.assert_array_equal(again.outputs[0], answer.outputs[0])
+    assert (again.times.rows, again.queue_ns, again.fired) == (0, 0, "cache")
+    other = bench.ask(floats(3, 2))  # The same bytes: this is where Triton answers with a [2, 3].
+    await settle()
+    bench.runs.finish()
+    answer, state = await other
+    assert (state, answer.outputs[0].shape) == (MISS, (3, 2))
+    told = bench.statistics
+    assert (told.cache_hit.count, told.cache_miss.count, told.success.count, told.queue.count) == (1, 2, 1, 1)
+
+
+async def test_identical_requests_in_flight_run_once():
+    bench = Bench()
+    asked = [bench.ask(floats(1, 4)) for _ in range(20)]
+    await settle()
+    assert len(bench.runs.all) == 1
+    bench.runs.finish()
+    answers = await asyncio.gather(*asked)
+    assert [state for _, state in answers] == [MISS, *[SHARED] * 19]
+    assert {answer.outputs[0].tolist()[0][0] for answer, _ in answers} == {-1.0}
+    told = bench.statistics
+    assert (told.cache_hit.count, told.cache_miss.count) == (19, 1)
+
+
+async def test_who_leaves_harms_nobody():
+    bench = Bench()
+    leader, *others = (bench.ask(floats(1, 4)) for _ in range(4))
+    await settle()
+    leader.cancel()
+    others[0].cancel()
+    await settle()
+    assert [run.is_abandoned for run in bench.runs.all] == [False]
+    bench.runs.finish()
+    # One takes the leader's place: somebody answers for the execution, and only once.
+    assert sorted(state for _, state in await asyncio.gather(*others[1:])) == [MISS, SHARED]
+    assert (bench.statistics.cache_hit.count, bench.statistics.cache_miss.count) == (1, 1)
+    assert (await bench.ask(floats(1, 4)))[1] is HIT
+
+
+async def test_when_nobody_is_left_it_is_called_off():
+    bench = Bench()
+    asked = [bench.ask(floats(1, 4)) for _ in range(3)]
+    await settle()
+    for task in asked:
+        task.cancel()
+    await settle()
+    assert [run.is_abandoned for run in bench.runs.all] == [True]
+    late = bench.ask(floats(1, 4))
+    await settle()
+    assert len(bench.runs.open) == 1
+    bench.runs.finish()
+    assert (await late)[1] is MISS
+
+
+async def test_a_leader_whose_time_was_over_does_not_end_the_others():
+    bench = Bench()
+    leader, *others = (bench.ask(floats(1, 4)) for _ in range(3))
+    await settle()
+    bench.runs.finish(error=DeadlineExceeded("in the queue"))
+    with pytest.raises(DeadlineExceeded):
+        await leader
+    await settle()
+    assert len(bench.runs.open) == 1  # The others run once more, together.
+    bench.runs.finish()
+    assert sorted(state for _, state in await asyncio.gather(*others)) == [MISS, SHARED]
+
+
+async def test_the_requests_own_error_is_for_all_and_is_not_kept():
+    bench = Bench()
+    asked = [bench.ask(floats(1, 4)) for _ in range(3)]
+    await settle()
+    bench.runs.finish(error=Internal("the model raised"))
+    errors = await asyncio.gather(*asked, return_exceptions=True)
+    assert [str(error) for error in errors] == ["the model raised"] * 3
+    assert len({id(error) for error in errors}) == 3
+    assert len(bench.runs.all) == 1
+    again = bench.ask(floats(1, 4))
+    await settle()
+    bench.runs.finish()
+    assert (await again)[1] is MISS
+
+
+async def test_failures_in_a_row_hold_nobody_up():
+    bench = Bench()
+    asked = [bench.ask(floats(1, 4)) for _ in range(6)]
+    for _ in range(2):
+        await settle()
+        assert len(bench.runs.open) == 1
+        bench.runs.finish(error=ResourceExhausted("full"))
+    await settle()
+    assert len(bench.runs.open) == 4  # Two have led and failed; now each for itself.
+    while bench.runs.open:
+        bench.runs.finish()
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(answer) for answer in answers].count(ResourceExhausted) == 2
+
+
+async def test_a_follower_waits_no_longer_than_it_may_for_the_start():
+    bench = Bench()
+    leader = bench.ask(floats(1, 4))
+    await settle()
+    follower = bench.ask(floats(1, 4), deadline=bench.clock.now + 0.005)
+    await settle()
+    bench.clock.now += 0.01
+    with pytest.raises(DeadlineExceeded):
+        await follower
+    # Begun in time is answered, however long it takes: as a call of one's own would be.
+    bench.runs.open[0].is_waiting = False
+    patient = bench.ask(floats(1, 4, timeout=1))
+    await settle()
+    bench.clock.now += 10
+    await settle()
+    bench.runs.finish()
+    assert [(await task)[1] for task in (leader, patient)] == [MISS, SHARED]
+
+
+async def test_an_answer_is_good_for_its_time():
+    bench = Bench(ttl_s=10)
+    first = bench.ask(floats(1, 4))
+    await settle()
+    bench.clock.now += 5  # Counted from the answer.
+    bench.runs.finish()
+    await first
+    bench.clock.now += 9.999
+    assert (await bench.ask(floats(1, 4)))[1] is HIT
+    bench.clock.now += 0.001
+    late = bench.ask(floats(1, 4))
+    await settle()
+    assert len(bench.store) == 0
+    bench.runs.finish()
+    assert (await late)[1] is MISS
+
+
+async def test_what_is_kept_cannot_be_changed_and_holds_no_batch():
+    bench = Bench()
+    asked = bench.ask(floats(1, 4))
+    await settle()
+    bench.runs.finish()
+    answer, _ = await asked
+    [kept] = answer.outputs
+    assert kept.base is None
+    with pytest.raises(ValueError, match="read-only"):
+        kept[0, 0] = 9
+
+
+def test_frozen_lets_the_batch_go():
+    batch = np.zeros((1000, 1000), np.float32)
+    seen = weakref.ref(batch)
+    [kept] = frozen([batch[3:4]])
+    del batch
+    gc.collect()
+    assert seen() is None
+    assert kept.nbytes == 4000
+
+
+def test_elements_that_can_be_changed_are_copied():
+    mutable = bytearray(b"abc")
+    given = np.empty(2, object)
+    given[:] = [mutable, "text"]
+    [kept] = frozen([given])
+    mutable[0] = 0
+    assert kept.tolist() == [b"abc", "text"]
+
+
+def test_text_weighs_what_it_weighs():
+    words = np.array(["x" * 1000, "é" * 1000, "🐟" * 1000, b"y" * 1000], object)
+    assert size_bytes([words]) > 4 * 8 + 1000 + 2 * 1000 + 4 * 1000 + 1000
+    few, many = np.array([b""] * 10, object), np.array([b""] * 1000, object)
+    assert size_bytes([many]) - size_bytes([few]) >= 990 * (8 + 33)
+
+
+def test_an_answer_larger_than_its_share_is_not_kept():
+    store = ResponseStore(80_000)
+    owner = store.owner()
+    assert store.put(owner, b"small", [np.zeros(1000)])
+    assert not store.put(owner, b"large", [np.zeros(1300)])
+    assert len(store) == 1
+    assert not ResponseStore(0).put(1, b"k", [np.zeros(1)])
+
+
+async def test_a_large_answer_is_given_though_it_is_not_kept():
+    bench = Bench(limit_bytes=10_000)
+    asked = [bench.ask(floats(100, 100)) for _ in range(2)]
+    await settle()
+    bench.runs.finish()
+    assert [state for _, state in await asyncio.gather(*asked)] == [MISS, SHARED]
+    assert len(bench.store) == 0
+
+
+async def test_leaving_drops_its_answers_and_no_others():
+    bench = Bench()
+    stranger = bench.store.owner()
+    assert bench.store.put(stranger, b"k", [np.zeros(1)])
+    async with bench.cache:
+        asked = bench.ask(floats(1, 4))
+        await settle()
+        bench.runs.finish()
+        await asked
+        assert len(bench.store) == 2
+    assert len(bench.store) == 1
+    assert bench.store.get(stranger, b"k", 0.0) is not None
+
+
+def test_an_answer_that_comes_after_its_model_has_gone_is_not_kept():
+    store = ResponseStore()
+    owner = store.owner()
+    store.drop(owner)
+    assert not store.put(owner, b"k", [np.zeros(1)])
+    assert (len(store), store.size_bytes) == (0, 0)
+
+
+def config(ttl: str | None = None, **more: object) -> ModelConfig:
+    made = ModelConfig(response_cache={"enable": True}, **more)
+    if ttl is not None:
+        made.parameters["response_cache_ttl_ms"].string_value = ttl
+    return made
+
+
+def test_the_time_to_live_is_read():
+    assert ttl_s(ModelConfig()) is None
+    assert ttl_s(config()) == float("inf")
+    assert ttl_s(config(" 1500 ")) == 1.5
+
+
+@pytest.mark.parametrize("ttl", ["0", "-1", "1.5", "soon", "1" * 13, "٣"])
+def test_a_wrong_time_to_live_is_named(ttl):
+    with pytest.raises(FailedPrecondition, match="response_cache_ttl_ms"):
+        ttl_s(config(ttl))
+
+
+def test_models_whose_answers_cannot_be_kept_are_refused_by_name():
+    with pytest.raises(FailedPrecondition, match=r"response_cache\.enable with sequence_batching"):
+        ttl_s(config(sequence_batching={}))
+    with pytest.raises(FailedPrecondition, match=r"response_cache\.enable with .*decoupled"):
+        ttl_s(config(model_transaction_policy={"decoupled": True}))

@@ -1,0 +1,78 @@
+"""Steps that take long to read, on a thread, and the ones behind them: nobody overtakes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from services.infer.sequences.arrival_order import ArrivalOrder
+from shoal.inference.v2 import inference_pb2 as pb
+from tests.infer.conftest import Repository, output
+from tests.infer.onnx_files import summing
+
+CONFIG = """
+max_batch_size: 4
+sequence_batching {
+  state { input_name: "total_in" output_name: "total_out" data_type: TYPE_FP32 dims: 1 }
+}
+"""
+LONG = 20_000
+"""Typed elements: more than are read on the event loop."""
+
+
+def step(id: int, elements: int, *, start: bool = False) -> pb.ModelInferRequest:
+    made = pb.ModelInferRequest(model_name="m")
+    made.inputs.add(name="x", datatype="FP32", shape=[1, elements]).contents.fp32_contents.extend([1.0] * elements)
+    made.parameters["sequence_id"].int64_param = id
+    made.parameters["sequence_start"].bool_param = start
+    return made
+
+
+async def test_a_small_step_does_not_overtake_a_large_one(serve, models_folder: Repository):
+    models_folder.put("m", summing(), config=CONFIG)
+    served = await serve(models_folder.root)
+    sizes = [1, LONG, 1, 2, LONG, 3]
+
+    async def sent():
+        for n, size in enumerate(sizes):
+            yield step(1, size, start=n == 0)
+
+    answers = [answer async for answer in served.stub.ModelStreamInfer(sent())]
+    assert [output(answer.infer_response, "total").item() for answer in answers] == [
+        sum(sizes[: n + 1]) for n in range(len(sizes))
+    ]
+
+
+async def test_who_gives_up_in_line_holds_nobody_up(serve, models_folder: Repository):
+    models_folder.put("m", summing(), config=CONFIG)
+    served = await serve(models_folder.root)
+    await served.core.infer(step(1, 1, start=True))
+    tasks = [asyncio.create_task(served.core.infer(step(1, size))) for size in (LONG, LONG, 5)]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(answers[1], asyncio.CancelledError)
+    assert [output(answers[n], "total").item() for n in (0, 2)] == [1 + LONG, 1 + LONG + 5]
+    version = served.models.find("m", "")
+    assert version.line.is_free(1)
+
+
+async def test_first_come_first_served():
+    line, seen = ArrivalOrder(), []
+
+    async def one(n: int) -> None:
+        async with line.turn(7):
+            await asyncio.sleep(0)
+            seen.append(n)
+
+    async with line.turn(8):
+        await asyncio.gather(*(one(n) for n in range(5)))
+        assert not line.is_free(8)
+    assert seen == list(range(5))
+    assert line.is_free(7)
+    assert line.is_free(8)
+    with pytest.raises(ZeroDivisionError):
+        async with line.turn(9):
+            raise ZeroDivisionError
+    assert line.is_free(9)

