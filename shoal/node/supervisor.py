@@ -24,7 +24,7 @@ from mesh.process.tasks import all_to_the_end, end
 from shoal.node.process import Process, spawn
 from shoal.node.processes import ProcessSpec
 from shoal.node.restarts import Restarts
-from shoal.node.tail import last_lines
+from shoal.node.log_tail import last_lines
 
 LOG_BYTES = 16 << 20
 """A log is moved to `<name>.log.1` when it is larger; so a process has at most about twice this on disk."""

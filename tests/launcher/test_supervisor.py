@@ -18,7 +18,7 @@ from shoal.node.process import ending
 from shoal.node.processes import ProcessSpec
 from shoal.node.restarts import Restarts
 from shoal.node.supervisor import CrashLoop, Ended, Event, Killed, Recovered, Started, Supervisor, bound
-from shoal.node.tail import last_lines
+from shoal.node.log_tail import last_lines
 from tests.breakable import until
 
 # Says its name when it is stopped, so that the order of the stops can be read in one file.

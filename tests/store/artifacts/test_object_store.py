@@ -19,7 +19,7 @@ from tests.breakable import until
 from tests.store.artifacts.conftest import MakeArtifacts, read, uploaded
 from tests.store.artifacts.networks import Network
 from tests.store.conftest import sha256
-from tests.weeds import WeedProcess
+from tests.seaweedfs import WeedProcess
 
 pytestmark = [pytest.mark.mongo, pytest.mark.s3]
 

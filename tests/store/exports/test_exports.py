@@ -27,7 +27,7 @@ from tests.breakable import until
 from tests.store.conftest import Store, refused, running_store
 from tests.store.test_result_rpc import BAD, FAILED, answer, get, put, result
 from tests.store.test_result_stream import large, rot
-from tests.weeds import WeedProcess
+from tests.seaweedfs import WeedProcess
 
 pytestmark = pytest.mark.mongo
 
