@@ -43,8 +43,12 @@ hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--patient", action="store_true", help="the last worker runs the files that wait (tests/worker_assignment.py)")
-    parser.addoption("--fast", action="store_true", help="leave out what waits and what is slow (tests/worker_assignment.py)")
+    parser.addoption(
+        "--patient", action="store_true", help="the last worker runs the files that wait (tests/worker_assignment.py)"
+    )
+    parser.addoption(
+        "--fast", action="store_true", help="leave out what waits and what is slow (tests/worker_assignment.py)"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.worker_assignment import (LONG, PATIENT, SLOW, Lanes, is_slow)
+from tests.worker_assignment import LONG, PATIENT, SLOW, Lanes, is_slow
 from tests.test_layers import ROOT
 
 

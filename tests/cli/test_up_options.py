@@ -42,7 +42,7 @@ def test_replicas_are_counted_by_service(tmp_path: Path) -> None:
         ("infer=65", "infer=65 is not 1 to 64"),
         ("infer=٣", "is not 1 to 64"),
         ("infer=99999999999999999999", "is not 1 to 64"),
-        ("infer=1,infer=2", "infer is given twice"),
+        ("infer=1,infer=2", "infer occurs twice"),
         ("envoy=2", "no service is called 'envoy': there are coord, store, infer, ingest"),
         ("=2", "no service is called ''"),
     ],

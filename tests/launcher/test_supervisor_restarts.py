@@ -31,6 +31,6 @@ def test_a_crash_loop_is_news_once() -> None:
     state, news = Restarts(), []
     for _ in range(5):
         state = state.after(0.5)
-        news.append((state.is_loop, state.is_news))
+        news.append((state.is_loop, state.begins_loop))
     assert news == [(False, False), (False, False), (True, True), (True, False), (True, False)]
     assert not state.steady().is_loop
