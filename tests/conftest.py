@@ -23,8 +23,8 @@ import pytest
 
 from kernels import backend
 from shoal.node import processes
-from tests.worker_assignment import SLOW_MARKS, Lanes, is_slow
 from tests.seaweedfs import WeedProcess
+from tests.worker_assignment import SLOW_MARKS, Lanes, is_slow
 
 pytest_plugins = ["tests.costs"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.worker_assignment import LONG, PATIENT, SLOW, Lanes, is_slow
 from tests.test_layers import ROOT
+from tests.worker_assignment import LONG, PATIENT, SLOW, Lanes, is_slow
 
 
 class Worker:

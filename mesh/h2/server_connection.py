@@ -38,10 +38,10 @@ _LINGER_S = 1.0
 _SHUTDOWN_PING = b"shutdown"
 
 
-class Connection(Peer):
+class ServerConnection(Peer):
     """One peer's connection. It is in `connections` while it is open."""
 
-    def __init__(self, app: Application, connections: set[Connection]) -> None:
+    def __init__(self, app: Application, connections: set[ServerConnection]) -> None:
         super().__init__(awaits_preface=True)
         self._app = app
         self._connections = connections

@@ -11,7 +11,7 @@ import signal
 log = logging.getLogger(__name__)
 
 # Time between two looks at the launcher.
-_PARENT_TURN_S = 1.0
+_PARENT_CHECK_S = 1.0
 
 
 async def until_stopped() -> None:
@@ -32,7 +32,7 @@ async def until_stopped() -> None:
     parent = os.environ.get("SHOAL_PARENT_PID")
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), _PARENT_TURN_S)
+            await asyncio.wait_for(stop.wait(), _PARENT_CHECK_S)
         if parent and os.getppid() != int(parent) and not stop.is_set():
             log.warning("the launcher (pid %s) is gone: stopping", parent)
             stop.set()

@@ -11,7 +11,7 @@ def path_of(listen: str) -> Path | None:
     return Path(listen.removeprefix("unix:")) if listen.startswith("unix:") else None
 
 
-def make_way(listen: str) -> None:
+def prepare(listen: str) -> None:
     """Makes the folder of a unix socket, and removes what a killed process left there. Nothing for a TCP address.
 
     That no living process listens there is the launcher's care.

@@ -111,7 +111,7 @@ async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Scree
         front = choose(options.front, address, environ, is_insecure=options.is_insecure)
         has_envoy = front.name == "envoy"
         run_dir = stack.enter_context(folder.private(environ)) if has_envoy or options.workers > 1 else None
-        sockets = [f"{place}/infer-{number}.sock" for number in range(options.workers)] if has_envoy else []
+        sockets = [f"{run_dir}/infer-{number}.sock" for number in range(options.workers)] if has_envoy else []
         listens = [f"unix:{path}" for path in sockets] or [address] * options.workers
         shared = str(run_dir) if options.workers > 1 else ""
         specs = [_spec(number, listen, options, environ, shared) for number, listen in enumerate(listens)]
@@ -296,7 +296,7 @@ async def _serves(listen: str) -> bool:
 
 def _threads(text: str) -> int:
     if not (text.isdecimal() and 1 <= int(text) <= _MAX_THREADS):
-        raise InvalidArgument(f"{_THREADS}={given!r}: Envoy's worker threads are 1 to {_MAX_THREADS}")
+        raise InvalidArgument(f"{_THREADS}={text!r}: Envoy's worker threads are 1 to {_MAX_THREADS}")
     return int(text)
 
 

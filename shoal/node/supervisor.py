@@ -21,10 +21,10 @@ from typing import TypeAlias
 
 from mesh.process import crash_journal
 from mesh.process.tasks import all_to_the_end, end
+from shoal.node.log_tail import last_lines
 from shoal.node.process import Process, spawn
 from shoal.node.processes import ProcessSpec
 from shoal.node.restarts import Restarts
-from shoal.node.log_tail import last_lines
 
 LOG_BYTES = 16 << 20
 """Size at which a log is moved to `<name>.log.1`; a process has at most about twice this size on disk."""
@@ -107,7 +107,7 @@ class ProcessKeeper:
             OSError: no process can be created.
         """
         await self._spawn(again=False)
-        self._task = asyncio.create_task(self._keep(), name=f"keep {self.part.name}")
+        self._task = asyncio.create_task(self._keep(), name=f"keep {self.spec.name}")
 
     async def stop(self) -> None:
         """Stop the process with SIGTERM, and kill it when it does not end within its grace period."""
@@ -212,7 +212,7 @@ class Supervisor:
         group: list[ProcessKeeper] = []
         self._groups.append(group)
         for spec in specs:
-            log = self._logs / f"{part.name}.log"
+            log = self._logs / f"{spec.name}.log"
             if log.exists():
                 log.replace(log.with_name(f"{log.name}.1"))
             group.append(ProcessKeeper(spec, log, self._restarts, self._report))

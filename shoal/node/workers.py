@@ -57,7 +57,7 @@ class Workers:
         Raises:
             OSError: no process can be created.
         """
-        keeping = [asyncio.create_task(self._keep(spec), name=f"keep {part.name}") for spec in self._specs]
+        keeping = [asyncio.create_task(self._keep(spec), name=f"keep {spec.name}") for spec in self._specs]
         try:
             first, _ = await asyncio.wait(keeping, return_when=asyncio.FIRST_COMPLETED)
             # One ended with a final status: the others would end for the same reason.

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from shoal.node import supervisor as supervisors
+from shoal.node.log_tail import last_lines
 from shoal.node.process import ending
 from shoal.node.processes import ProcessSpec
 from shoal.node.restarts import Restarts
 from shoal.node.supervisor import CrashLoop, Ended, Event, Killed, Recovered, Started, Supervisor, bound
-from shoal.node.log_tail import last_lines
 from tests.breakable import until
 
 # Says its name when it is stopped, so that the order of the stops can be read in one file.

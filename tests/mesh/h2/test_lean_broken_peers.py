@@ -334,7 +334,7 @@ async def test_a_peer_that_says_goodbye_at_once_again_and_again_is_not_asked_wit
             assert (failed.code(), failed.is_unprocessed) == (S.UNAVAILABLE, True)
         assert connections < 20
         task.cancel()
-        await until(lambda: not channel._lines, "none of these connections is kept")
+        await until(lambda: not channel._connections, "none of these connections is kept")
 
 
 @settings(max_examples=150, deadline=None)
@@ -353,7 +353,7 @@ async def test_whatever_bytes_come_the_call_ends(spots: list[tuple[float, bytes]
         for where, what in spots:
             at = int(where * (len(said) - 1))
             said[at : at + len(what)] = what
-        line, at = channel._line, int(cut * len(said))
+        line, at = channel._connection, int(cut * len(said))
         line.data_received(bytes(said[:at]))
         line.data_received(bytes(said[at:]))
         peer.writer.close()

@@ -262,7 +262,7 @@ async def test_an_answer_in_any_pieces(messages: list[bytes], pad: int, sizes: l
         peer = await listener.accept()
         await peer.request(3)
         data = whole(peer, 1, messages, pad, sizes) + whole(peer, 3, messages[:1], pad, sizes)
-        line, at = channel._line, 0
+        line, at = channel._connection, 0
         for cut in [*cuts, len(data)]:  # As the transport would, in pieces of these sizes.
             line.data_received(data[at : at + cut])
             at += cut
@@ -383,7 +383,7 @@ async def test_a_goodbye_lets_calls_finish_and_sends_others_elsewhere() -> None:
         peer.send(peer.answer(3, b"one"))
         assert await calls[1] == b"one"
         assert await peer.until_over() is None
-        await until(lambda: len(channel._lines) == 1, "only the new connection is left")
+        await until(lambda: len(channel._connections) == 1, "only the new connection is left")
 
 
 async def test_a_refused_stream_begins_once_more_and_then_fails_as_never_begun() -> None:
@@ -405,7 +405,7 @@ async def test_when_the_ids_of_streams_run_out_another_connection_is_made() -> N
         await peer.request(1)
         peer.send(peer.answer(1, b""))
         await first
-        channel._line._next = (1 << 31) - 1
+        channel._connection._next = (1 << 31) - 1
         last = ask(channel, b"last")
         assert (await peer.request((1 << 31) - 1)).body == framed(b"last")
         more = ask(channel, b"more")

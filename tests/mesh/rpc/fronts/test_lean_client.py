@@ -25,7 +25,7 @@ async def channel(front: Front) -> AsyncIterator[Channel]:
     """Whatever a test does, nothing of its calls is left when it is over."""
     async with Channel(front.address) as channel:
         yield channel
-        line = channel._line
+        line = channel._connection
         assert not channel._waiting
         assert line is None or (not line._calls and not line._sender._window_changes and not line._sender._waiting)
 
@@ -160,9 +160,9 @@ async def test_many_streams_that_are_answered_before_their_end_keep_the_connecti
                     await anext(call)
 
     await one()
-    line = channel._line
+    line = channel._connection
     await asyncio.gather(*(one() for _ in range(20)))
-    assert channel._line is line
+    assert channel._connection is line
 
 
 async def test_crowds_that_give_up_cost_nobody_else_a_call(lean: Client, client: Client) -> None:
@@ -233,8 +233,8 @@ async def test_a_server_that_reads_slowly_slows_the_writer(channel: Channel, cli
 
 async def test_it_connects_again_after_a_loss(channel: Channel, lean: Client) -> None:
     assert await answers(lean, "Unary", b"1", order={"do": "echo"}) == [b"1"]
-    assert channel._line is not None
-    channel._line._transport.abort()
+    assert channel._connection is not None
+    channel._connection._transport.abort()
 
     async def is_back() -> bool:
         try:
