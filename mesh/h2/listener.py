@@ -15,7 +15,7 @@ from mesh.process import sockets
 
 _BACKLOG = 1024
 
-# Time between two looks at the connections of a drain.
+# Time between two checks of the connections during a drain.
 _DRAIN_POLL_S = 0.02
 
 # Longest time between the two GOAWAYs. Streams that a peer opens before it has read the first are served.
@@ -60,7 +60,7 @@ class Listener:
     async def drain(self, drain_s: float, on_poll: Callable[[], object] = lambda: None) -> None:
         """Stop listening, let open streams end for `drain_s`, then close the connections that are left.
 
-        `on_turn` is called again and again meanwhile.
+        `on_poll` is called at each check meanwhile.
         """
         self._server.close()
         loop = asyncio.get_running_loop()

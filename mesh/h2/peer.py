@@ -1,4 +1,4 @@
-"""The part that a server's and a client's connection share: frame parsing, frame order, settings, PING.
+"""Base class of a server's and a client's connection: frame parsing, frame order, settings, PING.
 
 data_received ──whole frames──> DATA, header blocks (of HEADERS and CONTINUATION)      for the subclass
                                 WINDOW_UPDATE, SETTINGS, PING                          handled here, with the sender

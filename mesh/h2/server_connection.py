@@ -1,4 +1,4 @@
-"""The server's side of one connection (RFC 9113): frames in, requests to the application.
+"""Server side of one connection (RFC 9113): frames in, requests to the application.
 
     HEADERS ──> ServerStream ──> Application.request ──> RequestHandler <── DATA ... END_STREAM
 
@@ -39,7 +39,7 @@ _SHUTDOWN_PING = b"shutdown"
 
 
 class ServerConnection(Peer):
-    """One peer's connection. It is in `connections` while it is open."""
+    """Connection of one peer; an entry of `connections` while open."""
 
     def __init__(self, app: Application, connections: set[ServerConnection]) -> None:
         super().__init__(awaits_preface=True)
@@ -182,7 +182,7 @@ class ServerConnection(Peer):
             self._close_when_done()
 
     def send_goaway(self) -> asyncio.Future[None]:
-        """Ask the peer to open no more streams. The future is done when the peer has read it, or is gone.
+        """Ask the peer to open no more streams. The future is done when the peer has read it or has disconnected.
 
         Open streams finish, and those that the peer opens before it reads the GOAWAY.
         """

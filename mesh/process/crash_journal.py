@@ -66,7 +66,7 @@ class CrashJournal:
         self._path.unlink(missing_ok=True)
 
     def slot(self) -> Slot | None:
-        """Return a free slot for one piece of work at a time; None when all are taken (that work is not recorded)."""
+        """Return a free slot for one piece of work at a time; None when all are in use (that work is not recorded)."""
         with self._lock:
             return Slot(self, self._memory, self._free.pop()) if self._free else None
 
