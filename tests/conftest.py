@@ -24,7 +24,7 @@ import pytest
 from kernels import backend
 from shoal.node import processes
 from tests.seaweedfs import WeedProcess
-from tests.worker_assignment import SLOW_MARKS, Lanes, is_slow
+from tests.worker_assignment import SLOW_MARKS, PatientScheduling, is_slow
 
 pytest_plugins = ["tests.costs"]
 
@@ -65,8 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes | None:
-    return Lanes(config, log) if config.getoption("--patient") else None
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> PatientScheduling | None:
+    return PatientScheduling(config, log) if config.getoption("--patient") else None
 
 
 @pytest.fixture(autouse=True)
