@@ -125,7 +125,7 @@ class Sender:
         self._unread += self._is_paused
         if self._unread > _MAX_UNREAD:
             raise ConnectionBroken(
-                Reason.ENHANCE_YOUR_CALM, f"{_MAX_UNREAD} acknowledgements were asked for and not read"
+                Reason.ENHANCE_YOUR_CALM, f"{_MAX_UNREAD} acknowledgements were requested and not read"
             )
 
     def pause(self) -> None:

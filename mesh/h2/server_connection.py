@@ -209,7 +209,7 @@ class ServerConnection(Peer):
             self._close_when_done()
 
     def abort(self) -> None:
-        """Close the connection at once. Its handlers are told that their clients are disconnected."""
+        """Close the connection immediately. Its handlers are notified that their clients have disconnected."""
         self._transport.abort()
 
     def _close_when_done(self) -> None:
@@ -238,7 +238,7 @@ def _reset(stream: ServerStream) -> None:
 
 
 def _disconnect(stream: ServerStream) -> None:
-    """Tell the handler that the client has gone."""
+    """Notify the handler that the client has disconnected."""
     try:
         stream.handler.disconnected()
     except Exception:

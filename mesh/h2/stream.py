@@ -50,7 +50,7 @@ class _NoHandler:
 
 
 NO_HANDLER: RequestHandler = _NoHandler()
-"""For a request whose body is not wanted."""
+"""Handler of a request whose body is ignored."""
 
 
 class ServerStream:

@@ -100,7 +100,7 @@ class Verdict(Enum):
     """Evidence against a piece of work that is retried."""
 
     NOT_SEEN = "no process died while it executed this work"
-    AMBIGUOUS = "a process died while it executed this work and others, or somebody may have killed that process"
+    AMBIGUOUS = "a process died while it executed this work and others, or a person may have killed that process"
     CONFIRMED = "a process died of this work"
 
 

@@ -151,7 +151,7 @@ class FastCall:
         return bytes(PREFIX_BYTES) + inflated(body[PREFIX_BYTES:], encoding, self._app.message_bytes)
 
     def reply(self, parts: Sequence[Any], size: int) -> None:
-        """End the call with a message. `parts` are bytes-like, `size` bytes together. Does nothing when it is over."""
+        """End the call with a message. `parts` are bytes-like, `size` bytes together. Does nothing after the end."""
         if self.is_over:
             return
         try:
@@ -166,7 +166,7 @@ class FastCall:
         self._stream.respond(_HEAD, body, _OK)
 
     def refuse(self, error: BaseException) -> None:
-        """End the call with an error. Does nothing when it is over."""
+        """End the call with an error. Does nothing after the end."""
         if self.is_over:
             return
         code, message, trailing = status_of(error)

@@ -264,9 +264,9 @@ class Edge:
         config.write_text(json.dumps(bootstrap(host=host, port=port, workers=workers, admin=self._admin)))
         self._count = len(workers)
         self._was_ready = False
-        part = processes.envoy(config, f"unix:{self._admin}", threads, log_level="error")
+        spec = processes.envoy(config, f"unix:{self._admin}", threads, log_level="error")
         # One that never listened would only fail again: its configuration or its binary is wrong.
-        self._processes = Workers([part], report, is_final=lambda status: not self._was_ready)
+        self._processes = Workers([spec], report, is_final=lambda status: not self._was_ready)
 
     @property
     def pid(self) -> int | None:
