@@ -1,4 +1,4 @@
-"""`python -m tests.mesh.fronts [envoy]`: the test service, with an Envoy in front or without one, until SIGTERM."""
+"""`python -m tests.mesh.rpc.fronts [envoy]`: the test service, with an Envoy in front or without one, until SIGTERM."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Front(Process):
         self.address = address = at or address_for(transport, folder)
         settings = {"SHOAL_FRONTS_LISTEN": address, **(env or {})}
         log = folder / f"front-{next(_numbers)}.log"
-        super().__init__([python, "-m", "tests.mesh.fronts", transport], log, settings)
+        super().__init__([python, "-m", "tests.mesh.rpc.fronts", transport], log, settings)
 
     async def until_serving(self) -> None:
         await until(lambda: serves(self.address) if self.is_running() else _dead(self), "serving")
