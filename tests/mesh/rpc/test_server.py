@@ -141,7 +141,7 @@ async def test_a_big_message_passes_and_a_bigger_one_is_refused(run_dir: Path) -
     servicer = Answers()
     async with server(servicer, run_dir) as running, connect(running.address) as channel:
         stub = rpc.CoordServiceStub(channel)
-        with pytest.raises(errors.Unimplemented, match="does not do"), translated():
+        with pytest.raises(errors.Unimplemented, match="does not implement"), translated():
             await stub.DrainInstance(pb.DrainInstanceRequest(name="x" * (100 << 20)))
         call = channel.unary_unary(f"/{SERVICE.full_name}/GetLeader")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
