@@ -142,11 +142,11 @@ def check(repository: Path) -> None:
         if not repository.is_file():
             what = "is no plain file" if repository.exists() else "does not exist"
             raise InvalidArgument(f"{repository} {what}: {expected}")
-        around = repository.absolute().parent
-        if around.name.isdecimal() and (around.parent / "config.pbtxt").exists():
+        version_dir = repository.absolute().parent
+        if version_dir.name.isdecimal() and (version_dir.parent / "config.pbtxt").exists():
             raise InvalidArgument(
-                f"{repository} is version {around.name} of the model {around.parent.name}, whose config.pbtxt would be "
-                f"left out: give the folder of models {around.parent.parent}"
+                f"{repository} is version {version_dir.name} of the model {version_dir.parent.name}, whose config.pbtxt "
+                f"would be left out: give the folder of models {version_dir.parent.parent}"
             )
     except OSError as err:
         raise InvalidArgument(f"cannot read {repository}: {err.strerror}") from err
@@ -165,7 +165,7 @@ class _Serving:
         self._workers = workers
         self._edge = edge
         self._screen = screen
-        self._shutdown: asyncio.Task[None] | None = None
+        self._shutdown_task: asyncio.Task[None] | None = None
 
     async def run(self, announce: Callable[[Workers, Screen], Awaitable[None]]) -> int:
         """Return the exit status when all processes have ended. `announce` runs concurrently."""
@@ -176,7 +176,7 @@ class _Serving:
         try:
             return await (self._workers.run() if self._edge is None else self._run_behind(self._edge))
         finally:
-            await end(announcing, *([self._shutdown] if self._shutdown else []))
+            await end(announcing, *([self._shutdown_task] if self._shutdown_task else []))
             for number in numbers:
                 loop.remove_signal_handler(number)
 
@@ -185,7 +185,7 @@ class _Serving:
         envoy_task, workers_task = asyncio.ensure_future(edge.run()), asyncio.ensure_future(self._workers.run())
         try:
             await asyncio.wait([envoy_task, workers_task], return_when=asyncio.FIRST_COMPLETED)
-            if envoy_task.done() and self._shutdown is None:
+            if envoy_task.done() and self._shutdown_task is None:
                 # Envoy cannot start, and has printed the reason.
                 self._workers.stop()
                 await workers_task
@@ -199,12 +199,12 @@ class _Serving:
             await end(envoy_task, workers_task)
 
     def _on_signal(self) -> None:
-        if self._shutdown is None:
+        if self._shutdown_task is None:
             self._screen.stopping()
-            self._shutdown = asyncio.ensure_future(self._shut_down())
+            self._shutdown_task = asyncio.ensure_future(self._shut_down())
             return
         # Workers that have had the first SIGTERM end at a second one; the others must be killed.
-        if self._shutdown.done():
+        if self._shutdown_task.done():
             self._workers.stop()
         else:
             self._workers.kill()

@@ -82,7 +82,7 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-async def test_one_that_cannot_be_stopped_keeps_no_other_running(
+async def test_a_failed_stop_does_not_prevent_other_stops(
     tmp_path: Path, supervised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = supervisors.ProcessKeeper.stop
@@ -110,7 +110,7 @@ async def test_one_that_cannot_be_stopped_keeps_no_other_running(
     assert set(order.read_text().split()) == {"a-0", "b-0", "b-1", "c-0"}
 
 
-async def test_what_started_last_stops_first(tmp_path: Path, supervised: Any, story: Story) -> None:
+async def test_the_group_that_started_last_stops_first(tmp_path: Path, supervised: Any, story: Story) -> None:
     order = tmp_path / "order"
     groups = [[spec(name, POLITE, str(order), name) for name in group] for group in (["a-0"], ["b-0", "b-1"], ["c-0"])]
     async with supervised(*groups) as supervisor:
@@ -124,7 +124,7 @@ async def test_what_started_last_stops_first(tmp_path: Path, supervised: Any, st
     assert not story.of(Ended)
 
 
-async def test_a_killed_process_comes_back_with_another_pid(tmp_path: Path, supervised: Any, story: Story) -> None:
+async def test_a_killed_process_is_restarted_with_another_pid(tmp_path: Path, supervised: Any, story: Story) -> None:
     async with supervised([spec("a-0", POLITE, str(tmp_path / "order"), "a-0")]) as supervisor:
         old = supervisor.pids()["a-0"]
         os.kill(old, signal.SIGKILL)
@@ -134,7 +134,7 @@ async def test_a_killed_process_comes_back_with_another_pid(tmp_path: Path, supe
         assert is_alive(supervisor.pids()["a-0"])
 
 
-async def test_a_crash_loop_is_told_once_with_the_last_lines(tmp_path: Path, supervised: Any, story: Story) -> None:
+async def test_a_crash_loop_is_reported_once_with_the_last_lines(tmp_path: Path, supervised: Any, story: Story) -> None:
     fast = Restarts(first_s=0.01, last_s=0.01)
     dying = spec("bad-0", "import sys; print('no disk', flush=True); sys.exit(3)")
     async with supervised([dying], [spec("good-0", POLITE, str(tmp_path / "o"), "g")], restarts=fast) as supervisor:
@@ -148,9 +148,7 @@ async def test_a_crash_loop_is_told_once_with_the_last_lines(tmp_path: Path, sup
         assert supervisor.pids()["good-0"] == good
 
 
-async def test_a_process_that_holds_again_after_a_crash_loop_is_told(
-    tmp_path: Path, supervised: Any, story: Story
-) -> None:
+async def test_recovery_from_a_crash_loop_is_reported(tmp_path: Path, supervised: Any, story: Story) -> None:
     mark = tmp_path / "enough"
     code = "import os, sys, time; os.path.exists(sys.argv[1]) or sys.exit(1); time.sleep(600)"
     fast = Restarts(first_s=0.01, last_s=0.05, steady_s=0.5, loop_after=2)
@@ -160,7 +158,9 @@ async def test_a_process_that_holds_again_after_a_crash_loop_is_told(
         await until(lambda: bool(story.of(Recovered)))
 
 
-async def test_one_that_does_not_stop_is_killed_after_its_grace(tmp_path: Path, supervised: Any, story: Story) -> None:
+async def test_a_process_that_does_not_stop_is_killed_after_its_grace_period(
+    tmp_path: Path, supervised: Any, story: Story
+) -> None:
     async with supervised([spec("a-0", STUBBORN, grace_s=0.2)]) as supervisor:
         await until(lambda: says_up(tmp_path / "a-0.log"))
         pid = supervisor.pids()["a-0"]
@@ -168,7 +168,7 @@ async def test_one_that_does_not_stop_is_killed_after_its_grace(tmp_path: Path, 
     assert not is_alive(pid)
 
 
-async def test_one_that_is_frozen_is_killed_too(tmp_path: Path, supervised: Any, story: Story) -> None:
+async def test_a_frozen_process_is_killed(tmp_path: Path, supervised: Any, story: Story) -> None:
     async with supervised([spec("a-0", POLITE, str(tmp_path / "o"), "a", grace_s=0.2)]) as supervisor:
         pid = supervisor.pids()["a-0"]
         await until(lambda: says_up(tmp_path / "a-0.log"))
@@ -233,7 +233,7 @@ def test_a_small_log_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.log"]
 
 
-def test_last_words_are_told_for_people(tmp_path: Path) -> None:
+def test_the_last_lines_of_a_log_are_shortened(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     log.write_text(
         '{"level": "ERROR", "message": "no store", "exception": "Traceback\\n  ...\\nOSError: gone"}\n'

@@ -87,7 +87,7 @@ class StubChannel(ABC):
         ) -> AsyncGenerator[Any, None]:
             async with self.stream(path, timeout_s=timeout, metadata=metadata) as stream:
                 feeding = asyncio.create_task(feed(stream, requests, write), name="requests of a call")
-                feeding.add_done_callback(partial(fed, stream))
+                feeding.add_done_callback(partial(cancel_if_failed, stream))
                 try:
                     async for message in stream:
                         yield parsed(message, read)
@@ -116,7 +116,7 @@ async def feed(stream: StreamCall, requests: AsyncIterator[Any], write: Callable
     stream.half_close()
 
 
-def fed(stream: StreamCall, feeding: asyncio.Task[None]) -> None:
+def cancel_if_failed(stream: StreamCall, feeding: asyncio.Task[None]) -> None:
     """Cancel the call when iterating over its requests has failed; a done callback of the task of `feed`."""
     if not feeding.cancelled() and feeding.exception() is not None and not isinstance(feeding.exception(), CallFailed):
         log_failure(feeding)

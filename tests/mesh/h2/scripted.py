@@ -1,4 +1,4 @@
-"""A peer of the lean client that says exactly what a test tells it to, frame by frame."""
+"""Peer of the lean client that sends exactly the frames of a test's script."""
 
 from __future__ import annotations
 

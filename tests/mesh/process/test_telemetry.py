@@ -1,4 +1,4 @@
-"""Tracing ends with its process, whether or not the collector takes the last spans."""
+"""Tracing ends with its process, also when the collector does not accept the last spans."""
 
 from __future__ import annotations
 
