@@ -144,9 +144,10 @@ def check(repository: Path) -> None:
             raise InvalidArgument(f"{repository} {what}: {expected}")
         version_dir = repository.absolute().parent
         if version_dir.name.isdecimal() and (version_dir.parent / "config.pbtxt").exists():
+            model_dir = version_dir.parent
             raise InvalidArgument(
-                f"{repository} is version {version_dir.name} of the model {version_dir.parent.name}, whose config.pbtxt "
-                f"would be left out: give the folder of models {version_dir.parent.parent}"
+                f"{repository} is version {version_dir.name} of the model {model_dir.name}, whose config.pbtxt would be "
+                f"left out: give the folder of models {model_dir.parent}"
             )
     except OSError as err:
         raise InvalidArgument(f"cannot read {repository}: {err.strerror}") from err
