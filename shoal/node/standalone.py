@@ -146,8 +146,8 @@ def check(repository: Path) -> None:
         if version_dir.name.isdecimal() and (version_dir.parent / "config.pbtxt").exists():
             model_dir = version_dir.parent
             raise InvalidArgument(
-                f"{repository} is version {version_dir.name} of the model {model_dir.name}, whose config.pbtxt would be "
-                f"left out: give the folder of models {model_dir.parent}"
+                f"{repository} is version {version_dir.name} of the model {model_dir.name}, whose config.pbtxt would "
+                f"be left out: give the folder of models {model_dir.parent}"
             )
     except OSError as err:
         raise InvalidArgument(f"cannot read {repository}: {err.strerror}") from err
