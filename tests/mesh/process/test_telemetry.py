@@ -9,7 +9,7 @@ _GONE = """
 import threading
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-from mesh import telemetry
+from mesh.process import telemetry
 
 class Away(SpanExporter):
     given_up, by = threading.Event(), []
