@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# Processes that `make test` runs tests in, beside the one for tests that only wait (tests/lanes.py).
+# Processes that `make test` runs tests in, beside the one for tests that only wait (tests/worker_assignment.py).
 TESTERS ?= 2
 # How long `make chaos` kills.
 MINUTES ?= 3

@@ -85,7 +85,7 @@ class LeaderLease(Background):
 
     @property
     def is_held(self) -> bool:
-        """Whether this instance surely holds the lease at this moment."""
+        """True while this instance surely holds the lease."""
         return self._clock() < self._until
 
     async def __aexit__(
@@ -127,7 +127,7 @@ class LeaderLease(Background):
         self._token, self._until = document["token"], began + self._ttl_ms / 1_000
 
     async def release(self) -> None:
-        """Release the lease if this instance has acquired it: another instance can acquire it at once.
+        """Release the lease if this instance has acquired it: another instance can acquire it immediately.
 
         Raises:
             ShoalError: MongoDB did not answer. The lease then lasts until it expires.

@@ -1,4 +1,4 @@
-"""Real processes that a test may kill, freeze and bring back, and the one way to wait for what follows."""
+"""Real processes that a test may kill, freeze and restart, and `until`, which polls for a condition."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from shoal.node import processes
 from shoal.node.envoy_bootstrap import bootstrap
 
 PATIENCE_S = 30.0
-"""Longer than anything takes on a busy machine: a test that waits so long has failed."""
+"""Default limit of a wait: longer than any step takes on a busy machine."""
 
 
 async def until(
     is_so: Callable[[], bool | Awaitable[bool]], what: str = "it", within_s: float = PATIENCE_S, every_s: float = 0.02
 ) -> None:
-    """Waits until `is_so()`; fails the test when that takes longer than `within_s`."""
+    """Wait until `is_so()` returns True; fail the test when that takes longer than `within_s`."""
     deadline = time.monotonic() + within_s
     while True:
         answer = is_so()
@@ -32,7 +32,7 @@ async def until(
 
 
 class Process:
-    """One process; `with` sees to it that nothing is left of it."""
+    """One process; leaving its `with` block kills it."""
 
     def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
         self._argv = [*argv]
@@ -46,7 +46,7 @@ class Process:
         return self._popen.pid
 
     def start(self) -> None:
-        """Starts it, again if need be; does not wait until it is ready."""
+        """Start the process, also after its end, without waiting until it is ready."""
         with self.log.open("ab") as out:
             self._popen = subprocess.Popen(self._argv, stdout=out, stderr=subprocess.STDOUT, env=self._env)
 
@@ -54,7 +54,7 @@ class Process:
         return self._popen is not None and self._popen.poll() is None
 
     def kill(self) -> None:
-        """kill -9, and gone."""
+        """Send SIGKILL, and wait for the end."""
         assert self._popen is not None
         self._popen.kill()
         self._popen.wait()
@@ -66,13 +66,14 @@ class Process:
         os.kill(self.pid, signal.SIGCONT)
 
     def terminate(self, within_s: float = 10) -> int:
-        """SIGTERM; returns its exit status."""
+        """Send SIGTERM, and return the exit status."""
         assert self._popen is not None
         self._popen.terminate()
         return self._popen.wait(within_s)
 
     def __enter__(self) -> Process:
-        if not self.is_running():  # A fixture may have entered it already: a second process would be left behind.
+        # A fixture may have started the process already: a second one would be left running.
+        if not self.is_running():
             self.start()
         return self
 
@@ -83,20 +84,20 @@ class Process:
 
 
 class EtcdProcess(Process):
-    """An etcd of the test's own."""
+    """An etcd for one test."""
 
     def __init__(self, folder: Path) -> None:
         port = processes.free_port()
-        self._part = processes.etcd(folder / "etcd", port, processes.free_port())
-        super().__init__(self._part.argv, folder / "etcd.log", self._part.env)
+        self._spec = processes.etcd(folder / "etcd", port, processes.free_port())
+        super().__init__(self._spec.argv, folder / "etcd.log", self._spec.env)
         self.address = f"127.0.0.1:{port}"
 
     async def until_ready(self) -> None:
-        await until(self._part.ready, "etcd ready")
+        await until(self._spec.ready, "etcd ready")
 
 
 class EnvoyProcess(Process):
-    """An Envoy of the test's own, started as the launcher does it."""
+    """An Envoy for one test, started with the launcher's command."""
 
     def __init__(self, folder: Path, coords: Sequence[Path], node: str = "local", concurrency: int = 1) -> None:
         self.gateway = f"127.0.0.1:{processes.free_port()}"
@@ -107,14 +108,14 @@ class EnvoyProcess(Process):
         config.write_text(
             bootstrap(node=node, gateway=self.gateway, outbound=str(self.outbound), admin=self.admin, coords=sockets)
         )
-        self._part = processes.envoy(config, self.admin, concurrency)
-        super().__init__(self._part.argv, folder / "envoy.log", self._part.env)
+        self._spec = processes.envoy(config, self.admin, concurrency)
+        super().__init__(self._spec.argv, folder / "envoy.log", self._spec.env)
 
     async def until_ready(self) -> None:
-        await until(self._part.ready, "Envoy ready")
+        await until(self._spec.ready, "Envoy ready")
 
-    async def ask(self, path: str) -> str:
-        """An answer of the admin endpoint."""
+    async def admin_get(self, path: str) -> str:
+        """Return a response of the admin endpoint."""
         return await asyncio.to_thread(self._get, path)
 
     def _get(self, path: str) -> str:
@@ -123,7 +124,7 @@ class EnvoyProcess(Process):
             return text
 
     async def stats(self, pattern: str = "") -> dict[str, int]:
-        """Counters and gauges by name."""
-        lines = (await self.ask(f"/stats?filter={pattern}")).splitlines()
+        """Return counters and gauges by name."""
+        lines = (await self.admin_get(f"/stats?filter={pattern}")).splitlines()
         pairs = (line.rpartition(": ") for line in lines)
         return {name: int(value) for name, _, value in pairs if value.isdecimal()}

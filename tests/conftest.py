@@ -23,8 +23,8 @@ import pytest
 
 from kernels import backend
 from shoal.node import processes
-from tests.lanes import SLOW_MARKS, Lanes, is_slow
-from tests.weeds import WeedProcess
+from tests.seaweedfs import WeedProcess
+from tests.worker_assignment import SLOW_MARKS, PatientScheduling, is_slow
 
 pytest_plugins = ["tests.costs"]
 
@@ -43,8 +43,12 @@ hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--patient", action="store_true", help="the last worker runs the files that wait (tests/lanes.py)")
-    parser.addoption("--fast", action="store_true", help="leave out what waits and what is slow (tests/lanes.py)")
+    parser.addoption(
+        "--patient", action="store_true", help="the last worker runs the files that wait (tests/worker_assignment.py)"
+    )
+    parser.addoption(
+        "--fast", action="store_true", help="leave out what waits and what is slow (tests/worker_assignment.py)"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -61,8 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes | None:
-    return Lanes(config, log) if config.getoption("--patient") else None
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> PatientScheduling | None:
+    return PatientScheduling(config, log) if config.getoption("--patient") else None
 
 
 @pytest.fixture(autouse=True)

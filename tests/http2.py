@@ -1,4 +1,4 @@
-"""A client that sends what no gRPC client would: its own HTTP/2 headers, bodies and bytes, and says what came back."""
+"""HTTP/2 client for requests that no gRPC client sends: arbitrary headers, bodies and bytes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 
 def framed(message: bytes, flags: int = 0, size: int | None = None) -> bytes:
-    """One gRPC message; `size` says a lie about its length."""
+    """Return one gRPC message; `size` replaces its length in the prefix."""
     return bytes([flags]) + (len(message) if size is None else size).to_bytes(4, "big") + message
 
 
 class Silence(AssertionError):
-    """Nothing came, neither an answer nor an end."""
+    """Neither a response nor the end of the connection arrived in time."""
 
 
 @dataclass
 class Answer:
-    """What came back for one call."""
+    """Response to one call."""
 
     headers: dict[str, str] = field(default_factory=dict)
     trailers: dict[str, str] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Answer:
     reset: int | None = None
     """The error code of RST_STREAM."""
     is_cut: bool = False
-    """The connection ended first."""
+    """True when the connection ended first."""
 
     @property
     def http_status(self) -> int | None:
@@ -46,9 +46,9 @@ class Answer:
 
     @property
     def status(self) -> int | None:
-        """The gRPC status; None when there is none."""
-        said = self.trailers.get("grpc-status", self.headers.get("grpc-status"))
-        return None if said is None else int(said)
+        """The gRPC status; None without one."""
+        status = self.trailers.get("grpc-status", self.headers.get("grpc-status"))
+        return None if status is None else int(status)
 
     @property
     def message(self) -> str:
@@ -94,7 +94,7 @@ class Connection:
         self.socket.sendall(self.h2.data_to_send())
 
     def open(self, path: str = INFER, change: Mapping[str, str | bytes | None] = {}, more: Headers = ()) -> int:
-        """Starts a call with gRPC's headers, some of them changed or (None) left out, and `more` of them."""
+        """Start a call with gRPC's headers, with `change` applied (None removes a header), and `more` headers."""
         headers: dict[str, str | bytes | None] = {
             ":method": "POST",
             ":scheme": "http",
@@ -112,24 +112,25 @@ class Connection:
         return stream
 
     def send(self, stream: int, data: bytes, *, end: bool = False) -> None:
-        """Sends a piece of the body, as fast as the other end takes it."""
+        """Send a piece of the body, as fast as flow control allows."""
         try:
             while data and stream not in self.ended and not self.is_closed:
-                room = min(self.h2.local_flow_control_window(stream), self.h2.max_outbound_frame_size, len(data))
-                if room:
-                    self.h2.send_data(stream, data[:room])
-                    data = data[room:]
+                size = min(self.h2.local_flow_control_window(stream), self.h2.max_outbound_frame_size, len(data))
+                if size:
+                    self.h2.send_data(stream, data[:size])
+                    data = data[size:]
                     self.flush()
                 else:
                     self._take()
             if end and stream not in self.ended and not self.is_closed:
                 self.h2.end_stream(stream)
                 self.flush()
+        # The call has been answered, or the connection closed: `answer` returns which.
         except (h2.exceptions.ProtocolError, OSError):
-            pass  # It has been answered, or cut: `answer` says which.
+            pass
 
     def answer(self, stream: int) -> Answer:
-        """What came for a call, once that is over. Fails when nothing comes."""
+        """Wait for the end of a call, and return its response. Raises Silence when nothing arrives."""
         while stream not in self.ended and not self.is_closed:
             self._take()
         self.answers[stream].is_cut = stream not in self.ended
@@ -142,7 +143,7 @@ class Connection:
         change: Mapping[str, str | bytes | None] = {},
         more: Headers = (),
     ) -> Answer:
-        """A whole call; a body in pieces goes out in so many frames at least."""
+        """Make a whole call. Each piece of a body in pieces is sent in a frame of its own, at least."""
         stream = self.open(path, change, more)
         for piece in [body] if isinstance(body, bytes) else body:
             self.send(stream, piece)
@@ -191,7 +192,7 @@ class Connection:
 
 
 def connected(address: str, patience_s: float = PATIENCE_S) -> socket.socket:
-    """A connection to `host:port` or `unix:/path`."""
+    """Return a socket connected to `host:port` or `unix:/path`."""
     if address.startswith("unix:"):
         made = socket.socket(socket.AF_UNIX)
         made.settimeout(patience_s)
@@ -204,9 +205,10 @@ def connected(address: str, patience_s: float = PATIENCE_S) -> socket.socket:
 
 
 def raw(address: str, data: bytes) -> bytes:
-    """Sends bytes as they are and no more, on a connection of their own; returns what comes until the other end closes.
+    """Send bytes on a new connection, and return the bytes received until the server closes it.
 
-    Fails when it neither closes nor says anything more.
+    Raises:
+        Silence: the server neither closes the connection nor sends anything more.
     """
     with connected(address) as sock:
         got = b""
@@ -216,9 +218,10 @@ def raw(address: str, data: bytes) -> bytes:
             while piece := sock.recv(1 << 16):
                 got += piece
         except TimeoutError as err:
-            raise Silence("it keeps a connection that was half closed") from err
+            raise Silence("the server keeps a half-closed connection open") from err
+        # A reset of the connection is an end, too.
         except OSError:
-            pass  # It cut the connection, which is an answer too.
+            pass
         return got
 
 

@@ -1,4 +1,4 @@
-"""A mongod of the test's own, to be killed, frozen or filled."""
+"""A mongod for one test, which the test may kill, freeze or fill."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from tests.breakable import Process, until
 
 
 class MongoProcess(Process):
-    """A one-member replica set. `arguments` are added to those of a node's own mongod; of two, the last counts."""
+    """A one-member replica set. `arguments` are added to a node's mongod command, and override its options."""
 
     def __init__(self, folder: Path, *arguments: str, oplog_mib: int = 256) -> None:
         port = processes.free_port()
         data = folder / "mongod"
         data.mkdir()
-        self._part = processes.mongod(data, port)
-        argv = list(self._part.argv)
+        self._spec = processes.mongod(data, port)
+        argv = list(self._spec.argv)
         argv[argv.index("--oplogSize") + 1] = str(oplog_mib)
-        super().__init__([*argv, *arguments], folder / "mongod.log", self._part.env)
+        super().__init__([*argv, *arguments], folder / "mongod.log", self._spec.env)
         self.address = f"127.0.0.1:{port}"
         self.uri = f"mongodb://{self.address}/?replicaSet=rs0"
 
     async def until_ready(self) -> None:
-        await until(self._part.ready, "mongod is primary")
+        await until(self._spec.ready, "mongod is primary")

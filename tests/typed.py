@@ -1,4 +1,4 @@
-"""What mypy says of a piece of code that uses Shoal."""
+"""Type check of a piece of code that uses Shoal, with mypy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def mypy_says(source: str, folder: Path, root: Path) -> str:
-    """Its output, `--strict` and with the project's settings. `folder` is for the file and mypy's cache."""
+    """Return the output of `mypy --strict` with the project's settings. `folder` gets the file and mypy's cache."""
     file = folder / "snippet.py"
     file.write_text(source)
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports", "silent", "--cache-dir", str(folder)]

@@ -2,7 +2,7 @@
 
     python tools/config_table.py [--check]
 
-A table stands between `<!-- config NAME -->` and `<!-- end NAME -->`. With --check the script writes nothing, and
+A table is placed between `<!-- config NAME -->` and `<!-- end NAME -->`. With --check the script writes nothing, and
 exits with 1 when a table is stale.
 """
 
@@ -32,19 +32,19 @@ TABLES: dict[str, type[ServiceConfig]] = {
     "store": StoreConfig,
     "coord": CoordConfig,
 }
-"""The tables of the page: `service` has what all services have in common, the others their own variables."""
+"""Tables of the page: `service` has the variables of all services, the others those of one service."""
 
 
 def filled(page: str) -> str:
     """Return `page` with every table rendered anew.
 
     Raises:
-        SystemExit: a table has no place in the page, or a field no description.
+        SystemExit: the page has no markers of a table, or a field has no docstring.
     """
     for name in TABLES:
         start, end = f"<!-- config {name} -->", f"<!-- end {name} -->"
         if page.count(start) != 1 or page.count(end) != 1:
-            sys.exit(f"{PAGE}: expected one line '{start}' and one line '{end}' behind it")
+            sys.exit(f"{PAGE}: expected one line '{start}', and one line '{end}' below it")
         before, rest = page.split(start)
         page = f"{before}{start}\n\n{table(name)}\n{end}{rest.split(end)[1]}"
     return page
@@ -101,7 +101,7 @@ def _docstrings(cls: type) -> dict[str, str]:
 
 
 def _readable(field: str, value: object) -> str:
-    """Return a size or a time in its largest whole unit; empty where the number says it already."""
+    """Return a size or a time in its largest whole unit; empty where the number is clear by itself."""
     if not isinstance(value, int) or isinstance(value, bool) or value == 0:
         return ""
     units = {"_bytes": (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))}

@@ -1,4 +1,4 @@
-"""Generates the Python stubs of proto/ into shoal/, or (--check) fails when the committed ones are stale."""
+"""Generate the Python stubs of proto/ into shoal/, or (--check) fail when the committed stubs are stale."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ PROTO = ROOT / "proto"
 
 
 def generate(out: Path) -> None:
-    """Writes every stub below `out`, in folders that mirror proto/."""
+    """Write every stub below `out`, in folders that mirror proto/."""
     protos = sorted(str(path) for path in PROTO.rglob("*.proto"))
     well_known = str(resources.files("grpc_tools") / "_proto")
     outs = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
     if protoc.main(["protoc", f"-I{PROTO}", f"-I{well_known}", *outs, *protos]) != 0:
-        sys.exit("protoc refused the .proto files: its messages are above")
+        sys.exit("protoc failed: its messages are above")
     for stub in (out / "shoal").rglob("*_pb2_grpc.py"):
-        if "class " not in stub.read_text():  # Messages only: an empty service module helps nobody.
+        # A file of messages only has an empty service module.
+        if "class " not in stub.read_text():
             stub.unlink()
 
 
 def stale(fresh: Path) -> list[str]:
-    """Names the committed stubs under shoal/ that differ from `fresh`, are missing, or are left over."""
+    """Return the committed stubs under shoal/ that differ from `fresh`, are missing, or have no .proto file."""
     new = {path.relative_to(fresh): path.read_bytes() for path in (fresh / "shoal").rglob("*_pb2*")}
     old = {
         path.relative_to(ROOT): path.read_bytes()
@@ -43,8 +44,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder))
         if names := stale(Path(folder)):
-            sys.exit("stale generated code, run `make proto`:\n  " + "\n  ".join(names))
-    print("generated code is fresh")
+            sys.exit("stale generated code: run `make proto`:\n  " + "\n  ".join(names))
+    print("generated code is up to date")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Count what a newcomer trips over: docstrings that open as riddles, comments below their constants, names used twice.
+"""Count prose that is hard to read: docstrings that open as riddles, comments below constants, ambiguous class names.
 
     .venv/bin/python tools/prose_count.py                    the project's packages, a line each
     .venv/bin/python tools/prose_count.py FOLDER ...         any other Python source
-    .venv/bin/python tools/prose_count.py --list FOLDER ...  every place, to work through
+    .venv/bin/python tools/prose_count.py --list FOLDER ...  every finding, with its file and line
 
 A riddle is a docstring whose first word is a question word, or a pronoun whose noun is missing. A comment is below its
 constant when it follows the assignment without an empty line, and an empty line or the end of the file follows it.
@@ -63,12 +63,12 @@ def _count_definitions(path: Path, tree: ast.Module, found: Count) -> None:
         docstring = ast.get_docstring(node)
         if docstring:
             found.docstrings += 1
-            place = f"{path}:{getattr(node, 'lineno', 1)}: {docstring.splitlines()[0]}"
+            finding = f"{path}:{getattr(node, 'lineno', 1)}: {docstring.splitlines()[0]}"
             first = docstring.split(maxsplit=1)[0].strip("*`\"',.:;").lower()
             if first in RIDDLES:
-                found.riddles.append(place)
+                found.riddles.append(finding)
             elif first in PRONOUNS:
-                found.pronouns.append(place)
+                found.pronouns.append(finding)
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             found.classes[node.name] += 1
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -77,7 +77,7 @@ def _count_definitions(path: Path, tree: ast.Module, found: Count) -> None:
 
 
 def _comments_below(text: str) -> Iterator[int]:
-    """Numbers of the lines of constants whose comment stands below."""
+    """Yield the line numbers of constants with a comment below them."""
     lines = text.splitlines()
     for node in ast.parse(text).body:
         if not isinstance(node, ast.Assign | ast.AnnAssign):
@@ -94,19 +94,19 @@ def _row(name: str, found: Count) -> str:
     functions = sorted(found.functions) or [0]
     longest = functions[-1]
     high = functions[int(len(functions) * 0.99) - 1] if len(functions) > 1 else longest
-    twice = sum(1 for times in found.classes.values() if times >= 3)
+    ambiguous = sum(1 for times in found.classes.values() if times >= 3)
     share = 100 * len(found.riddles) / max(found.docstrings, 1)
     return (
         f"{name:32} {found.files:6} {found.lines:7} {median(functions):5.0f} {high:5} {longest:5} {found.docstrings:7}"
-        f" {len(found.riddles):8} {share:5.1f} {len(found.pronouns):8} {len(found.below):6} {twice:7}"
+        f" {len(found.riddles):8} {share:5.1f} {len(found.pronouns):8} {len(found.below):6} {ambiguous:7}"
     )
 
 
 def main() -> None:
-    """Print the table, or with --list every place."""
+    """Print the table, or with --list every finding."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, default=[Path(name) for name in PACKAGES])
-    parser.add_argument("--list", action="store_true", help="print every place instead of counts")
+    parser.add_argument("--list", action="store_true", help="print every finding instead of counts")
     options = parser.parse_args()
     if not options.list:
         print(
@@ -116,9 +116,9 @@ def main() -> None:
     for folder in options.folders:
         found = count(folder)
         if options.list:
-            print(*(f"riddle   {place}" for place in found.riddles), sep="\n")
-            print(*(f"pronoun  {place}" for place in found.pronouns), sep="\n")
-            print(*(f"below    {place}" for place in found.below), sep="\n")
+            print(*(f"riddle   {finding}" for finding in found.riddles), sep="\n")
+            print(*(f"pronoun  {finding}" for finding in found.pronouns), sep="\n")
+            print(*(f"below    {finding}" for finding in found.below), sep="\n")
         else:
             print(_row(str(folder), found))
 

@@ -16,11 +16,11 @@ PADDED = 0x8
 PRIORITIZED = 0x20
 
 HEADER = struct.Struct(">BHBBI")
-"""Length (24 bits, in two parts), type, flags, stream."""
+"""Frame header: length (24 bits, in two parts), type, flags, stream."""
 HEADER_BYTES = 9
 
 TABLE_SIZE, ENABLE_PUSH, MAX_STREAMS, WINDOW_SIZE, FRAME_SIZE, HEADER_LIST_SIZE = 1, 2, 3, 4, 5, 6
-"""Settings, by number."""
+"""Numbers of the settings."""
 
 DEFAULT_WINDOW = 65_535
 DEFAULT_FRAME = 16_384

@@ -1,4 +1,4 @@
-"""Header blocks (HPACK, RFC 7541). Peers send the same fields again and again: each is decoded once, then looked up.
+"""Header blocks (HPACK, RFC 7541). Peers repeat the same fields: each is decoded once, then looked up.
 
 The peer may use no dynamic table. Once it has acknowledged that, equal bytes mean equal fields, in every block. So each
 distinct block and each distinct field is decoded once, by the package hpack. Until then hpack decodes every block.

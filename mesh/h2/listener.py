@@ -9,14 +9,14 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-from mesh.h2.server_connection import Connection
+from mesh.h2.server_connection import ServerConnection
 from mesh.h2.stream import Application
 from mesh.process import sockets
 
 _BACKLOG = 1024
 
-# Time between two looks at the connections of a drain.
-_DRAIN_TURN_S = 0.02
+# Time between two checks of the connections during a drain.
+_DRAIN_POLL_S = 0.02
 
 # Longest time between the two GOAWAYs. Streams that a peer opens before it has read the first are served.
 _GOAWAY_READ_S = 2.0
@@ -33,7 +33,7 @@ class Listener:
         self._listen = listen
         self._app = app
         self._share_port = share_port
-        self._connections: set[Connection] = set()
+        self._connections: set[ServerConnection] = set()
 
     async def start(self) -> str:
         """Listen. Return the address, with the port that was chosen for port 0.
@@ -43,10 +43,10 @@ class Listener:
         """
         loop = asyncio.get_running_loop()
 
-        def connection() -> Connection:
-            return Connection(self._app, self._connections)
+        def connection() -> ServerConnection:
+            return ServerConnection(self._app, self._connections)
 
-        sockets.make_way(self._listen)
+        sockets.prepare(self._listen)
         if (path := sockets.path_of(self._listen)) is not None:
             self._server = await loop.create_unix_server(connection, str(path), backlog=_BACKLOG)
             return self._listen
@@ -57,10 +57,10 @@ class Listener:
         bound: socket.socket = self._server.sockets[0]
         return f"{host}:{bound.getsockname()[1]}"
 
-    async def drain(self, drain_s: float, on_turn: Callable[[], object] = lambda: None) -> None:
+    async def drain(self, drain_s: float, on_poll: Callable[[], object] = lambda: None) -> None:
         """Stop listening, let open streams end for `drain_s`, then close the connections that are left.
 
-        `on_turn` is called again and again meanwhile.
+        `on_poll` is called at each check meanwhile.
         """
         self._server.close()
         loop = asyncio.get_running_loop()
@@ -70,8 +70,8 @@ class Listener:
         for connection in tuple(self._connections):
             connection.send_last_goaway()
         while self._connections and loop.time() < until:
-            await asyncio.sleep(_DRAIN_TURN_S)
-            on_turn()
+            await asyncio.sleep(_DRAIN_POLL_S)
+            on_poll()
         for connection in tuple(self._connections):
             connection.abort()
         sockets.remove(self._listen)

@@ -1,4 +1,4 @@
-"""The part that a server's and a client's connection share: frame parsing, frame order, settings, PING.
+"""Base class of a server's and a client's connection: frame parsing, frame order, settings, PING.
 
 data_received ──whole frames──> DATA, header blocks (of HEADERS and CONTINUATION)      for the subclass
                                 WINDOW_UPDATE, SETTINGS, PING                          handled here, with the sender
@@ -62,7 +62,7 @@ class Peer(asyncio.Protocol, ABC):
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder()
         self._sender = Sender(self._ended)
-        self._rest = b""
+        self._unparsed = b""
         self._has_preface = not awaits_preface
         self._has_settings = False
         self._block: tuple[int, int, bytearray] | None = None
@@ -92,7 +92,7 @@ class Peer(asyncio.Protocol, ABC):
 
     def data_received(self, data: bytes) -> None:
         try:
-            self._take(data)
+            self._receive(data)
         except ConnectionBroken as err:
             self._break(err)
         except Exception:
@@ -108,17 +108,17 @@ class Peer(asyncio.Protocol, ABC):
 
     # -- frames
 
-    def _take(self, data: bytes) -> None:
+    def _receive(self, data: bytes) -> None:
         if self._transport.is_closing():
             return
-        if self._rest:
-            data = self._rest + data
+        if self._unparsed:
+            data = self._unparsed + data
         at, end = 0, len(data)
         if not self._has_preface:
             if not PREFACE.startswith(data[: len(PREFACE)]):
                 raise ConnectionBroken(Reason.PROTOCOL_ERROR, "this is no HTTP/2: the connection preface is missing")
             if end < len(PREFACE):
-                self._rest = data
+                self._unparsed = data
                 return
             at, self._has_preface = len(PREFACE), True
         unpack = frames.HEADER.unpack_from
@@ -140,7 +140,7 @@ class Peer(asyncio.Protocol, ABC):
                 self._on_headers(number, flags, payload)
             else:
                 self._on_other(kind, flags, number & LARGEST_WINDOW, payload)
-        self._rest = data[at:]
+        self._unparsed = data[at:]
 
     def _check_order(self, kind: int) -> None:
         if self._block is not None and kind != CONTINUATION:

@@ -1,6 +1,6 @@
 """Outgoing half of a connection: frames are collected and written together, and data keeps to the peer's windows.
 
-    respond, request ──fits──> out ──once a turn of the loop──> transport
+    respond, request ──fits──> out ──once an iteration of the loop──> transport
            └──does not──> waiting, by stream ──WINDOW_UPDATE──> out
 
 The room of a stream is the initial window of the peer's settings plus the stream's own change since it was opened.
@@ -82,7 +82,7 @@ class Sender:
         self._window_changes[number] = 0
 
     def is_open(self, number: int) -> bool:
-        """Return whether a stream is open for sending."""
+        """Return True when a stream is open for sending."""
         return number in self._window_changes
 
     def forget(self, number: int) -> None:
@@ -93,7 +93,7 @@ class Sender:
             outgoing.report_sent()
 
     def has_unsent(self, number: int) -> bool:
-        """Return whether data of a stream waits for a window."""
+        """Return True when data of a stream waits for a window."""
         return number in self._waiting
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class Sender:
     # -- the transport
 
     def write(self, data: bytes) -> None:
-        """Add frames to what is written at the end of this turn of the loop."""
+        """Add frames to the data that is written at the end of this iteration of the event loop."""
         self._out.append(data)
         if not self._will_flush:
             self._will_flush = True
@@ -125,7 +125,7 @@ class Sender:
         self._unread += self._is_paused
         if self._unread > _MAX_UNREAD:
             raise ConnectionBroken(
-                Reason.ENHANCE_YOUR_CALM, f"{_MAX_UNREAD} acknowledgements were asked for and not read"
+                Reason.ENHANCE_YOUR_CALM, f"{_MAX_UNREAD} acknowledgements were requested and not read"
             )
 
     def pause(self) -> None:
@@ -212,7 +212,7 @@ class Sender:
             self.write(_header_frames(number, block))
 
     def data(self, number: int, data: bytes, on_sent: Callable[[], None]) -> None:
-        """Send data as windows allow. `on_sent` is called when all of it is written, or the stream is gone."""
+        """Send data as windows allow. `on_sent` is called when all of it is written, or the stream is closed."""
         if number in self._window_changes:
             self._send(number, data, b"", on_sent)
         else:

@@ -1,4 +1,4 @@
-"""The server's side of one connection (RFC 9113): frames in, requests to the application.
+"""Server side of one connection (RFC 9113): frames in, requests to the application.
 
     HEADERS ──> ServerStream ──> Application.request ──> RequestHandler <── DATA ... END_STREAM
 
@@ -38,10 +38,10 @@ _LINGER_S = 1.0
 _SHUTDOWN_PING = b"shutdown"
 
 
-class Connection(Peer):
-    """One peer's connection. It is in `connections` while it is open."""
+class ServerConnection(Peer):
+    """Connection of one peer; an entry of `connections` while open."""
 
-    def __init__(self, app: Application, connections: set[Connection]) -> None:
+    def __init__(self, app: Application, connections: set[ServerConnection]) -> None:
         super().__init__(awaits_preface=True)
         self._app = app
         self._connections = connections
@@ -182,7 +182,7 @@ class Connection(Peer):
             self._close_when_done()
 
     def send_goaway(self) -> asyncio.Future[None]:
-        """Ask the peer to open no more streams. The future is done when the peer has read it, or is gone.
+        """Ask the peer to open no more streams. The future is done when the peer has read it or has disconnected.
 
         Open streams finish, and those that the peer opens before it reads the GOAWAY.
         """
@@ -209,7 +209,7 @@ class Connection(Peer):
             self._close_when_done()
 
     def abort(self) -> None:
-        """Close the connection at once. Its handlers are told that their clients are disconnected."""
+        """Close the connection immediately. Its handlers are notified that their clients have disconnected."""
         self._transport.abort()
 
     def _close_when_done(self) -> None:
@@ -238,7 +238,7 @@ def _reset(stream: ServerStream) -> None:
 
 
 def _disconnect(stream: ServerStream) -> None:
-    """Tell the handler that the client has gone."""
+    """Notify the handler that the client has disconnected."""
     try:
         stream.handler.disconnected()
     except Exception:

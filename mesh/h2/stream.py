@@ -36,7 +36,7 @@ class Application(Protocol):
     """Handles the requests of all connections of a listener."""
 
     def request(self, stream: ServerStream) -> RequestHandler:
-        """Begin a request whose head has arrived. It may respond at once. An exception in it resets the stream."""
+        """Begin a request whose head has arrived, and maybe respond. An exception resets the stream."""
 
 
 class _NoHandler:
@@ -50,14 +50,14 @@ class _NoHandler:
 
 
 NO_HANDLER: RequestHandler = _NoHandler()
-"""For a request whose body is not wanted."""
+"""Handler of a request whose body is ignored."""
 
 
 class ServerStream:
     """One request and its response.
 
     Heads and trailers of responses are header blocks (`headers.encode`), so that an application may encode them once.
-    Everything is dropped after the response has ended or the client has gone.
+    Everything is dropped after the response has ended or the client has disconnected.
     """
 
     __slots__ = ("_sender", "_unreturned", "handler", "head", "is_request_ended", "number", "peer", "received")
@@ -100,7 +100,7 @@ class ServerStream:
     def send(self, data: bytes, on_sent: Callable[[], None]) -> None:
         """Send a piece of a streamed response.
 
-        `on_sent` is called when all of it is on its way, or the stream is gone. To bound memory, wait for it.
+        `on_sent` is called when all of it is written, or the stream is closed. To bound memory, wait for it.
         """
         self._sender.data(self.number, data, on_sent)
 
@@ -112,5 +112,5 @@ class ServerStream:
             self._sender.end_data(self.number)
 
     def reset(self, reason: Reason) -> None:
-        """End the stream with RST_STREAM. The handler is told that the client is disconnected."""
+        """End the stream with RST_STREAM. The handler is notified as if the client had disconnected."""
         self._sender.reset(self.number, reason)

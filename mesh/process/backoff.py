@@ -1,4 +1,4 @@
-"""How long to wait before the next try: longer after each failure, and never quite the same for two processes."""
+"""Exponential backoff with jitter, so that processes do not retry at the same moment."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 
 @dataclass
 class Backoff:
-    """Doubles from `first_s` to `max_s`; each wait is 50 to 100 percent of that."""
+    """Waits that double from `first_s` to `max_s`; each is 50 to 100 percent of that value."""
 
     first_s: float
     max_s: float
     chance: Callable[[], float] = random.random
-    """A number in [0, 1)."""
+    """Returns a number in [0, 1)."""
     _failures: int = 0
 
     def next_s(self) -> float:
-        """Seconds to wait after one more failure."""
+        """Count one more failure, and return the seconds to wait."""
         whole = min(self.first_s * 2.0 ** min(self._failures, 32), self.max_s)
         self._failures += 1
         return whole * (0.5 + self.chance() / 2)
 
     def reset(self) -> None:
-        """It worked: the next failure is a first one."""
+        """Forget the failures, after a success."""
         self._failures = 0

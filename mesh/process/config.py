@@ -1,7 +1,7 @@
 """Configuration of a service: a frozen object, read from the environment once, at start.
 
 Every service has a prefix, and every variable with that prefix must be a field: `SHOAL_STORE_LISTEN` is `listen` of the
-store. A key that is wrong, missing or unknown is named in the error.
+store. The error names each variable that is invalid, missing or unknown.
 """
 
 from __future__ import annotations
@@ -16,53 +16,53 @@ from mesh.process.sockets import is_local
 
 
 class ConfigError(Exception):
-    """A variable of the environment is wrong. The message names each one, what is allowed and what came."""
+    """A variable of the environment is invalid. The message names each one, its value and the allowed values."""
 
 
 Address = Annotated[str, Field(pattern=r"^(unix:.+|[^/:\s]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5})$")]
-"""`unix:/path/to.sock` or `host:port`, as gRPC writes it."""
+"""`unix:/path/to.sock` or `host:port`, in gRPC's form."""
 
 
 class ServiceConfig(BaseModel):
-    """What every service is told. Units are in the names."""
+    """Configuration that all services share. Units are in the names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
     instance: Annotated[str, Field(pattern=r"^[a-z]+-\d+$")]
-    """`<service>-<n>`: unique on its node."""
+    """`<service>-<n>`: name of the instance, unique on its node."""
     node: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")] = "local"
-    """The node it runs on."""
+    """Name of the instance's node."""
     listen: Address
-    """Where it serves: a unix socket beside its Envoy; TCP where it stands alone (port 0 is any free one)."""
+    """Address to listen at: a unix socket behind an Envoy, or TCP without one (port 0 is any free one)."""
     insecure: bool = False
     """Allow `listen` to be an address that other machines can reach. Requests are served without TLS and without the
     checks of an Envoy."""
     mesh: Address | None = None
-    """Its Envoy's outbound listener, through which it calls other services."""
+    """Outbound listener of the node's Envoy, through which the instance calls other services."""
     etcd: str | None = None
-    """etcd's client addresses, `host:port[,host:port...]`. Unset: it stands alone and registers nowhere."""
+    """etcd's client addresses, `host:port[,host:port...]`. Unset: the instance does not register, and runs alone."""
     drain_ms: Annotated[int, Field(ge=0, le=600_000)] = 5_000
-    """How long calls in flight may take to finish at a stop."""
+    """Longest time for calls in flight to finish at a stop."""
     notice_ms: Annotated[int, Field(ge=0, le=60_000)] = 300
-    """How long it goes on serving after it has said that it is leaving, so that every Envoy has heard."""
+    """Time that the instance continues to serve after it has deregistered, so that every Envoy learns of it."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least level of what is logged."""
+    """Lowest level that is logged."""
 
 
 C = TypeVar("C", bound=ServiceConfig)
 
 
 def load(cls: type[C], service: str, environ: Mapping[str, str]) -> C:
-    """Reads `SHOAL_<SERVICE>_<FIELD>` variables into a `cls`.
+    """Read `SHOAL_<SERVICE>_<FIELD>` variables into a `cls`.
 
     Raises:
-        ConfigError: a variable is missing, wrong or unknown; every such variable is named. Or other machines can reach
-            `listen`, and `insecure` is not set.
+        ConfigError: variables are missing, invalid or unknown, and the message names them all; or other machines can
+            reach `listen`, and `insecure` is not set.
     """
     prefix = f"SHOAL_{service.upper()}_"
-    given = {key[len(prefix) :].lower(): value for key, value in environ.items() if key.startswith(prefix)}
+    values = {key[len(prefix) :].lower(): value for key, value in environ.items() if key.startswith(prefix)}
     try:
-        config = cls.model_validate(given)
+        config = cls.model_validate(values)
     except ValidationError as err:
         lines = [
             _explain(prefix, str(e["loc"][0]) if e["loc"] else "", e["type"], e["msg"], e["input"])
@@ -80,7 +80,8 @@ def load(cls: type[C], service: str, environ: Mapping[str, str]) -> C:
 
 
 def _explain(prefix: str, field: str, kind: str, message: str, value: object) -> str:
-    if not field:  # A rule about several fields: its message names them.
+    # The message of a rule about several fields names them.
+    if not field:
         return re.sub(r"^Value error, ", "", message)
     name = prefix + field.upper()
     if kind == "missing":

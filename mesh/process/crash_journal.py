@@ -66,7 +66,7 @@ class CrashJournal:
         self._path.unlink(missing_ok=True)
 
     def slot(self) -> Slot | None:
-        """Return a free slot for one piece of work at a time; None when all are taken (that work is not recorded)."""
+        """Return a free slot for one piece of work at a time; None when all are in use (that work is not recorded)."""
         with self._lock:
             return Slot(self, self._memory, self._free.pop()) if self._free else None
 
@@ -100,7 +100,7 @@ class Verdict(Enum):
     """Evidence against a piece of work that is retried."""
 
     NOT_SEEN = "no process died while it executed this work"
-    AMBIGUOUS = "a process died while it executed this work and others, or somebody may have killed that process"
+    AMBIGUOUS = "a process died while it executed this work and others, or a person may have killed that process"
     CONFIRMED = "a process died of this work"
 
 

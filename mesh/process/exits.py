@@ -1,4 +1,4 @@
-"""Exit statuses that more than one part of the mesh knows."""
+"""Exit statuses that services and their launcher share."""
 
 WRONG_SETTINGS = 2
-"""A service was told something wrong: started again, it would only say so again."""
+"""The configuration of a service is invalid: a restart would fail in the same way."""

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line on standard error, with the trace it belongs to.
+"""Structured logs: one JSON object a line on standard error, with the ids of the current trace and span.
 
 {"time": "2026-11-24T16:00:00.123Z", "level": "INFO", "logger": "mesh.mongo", "message": "...",
  "instance": "store-0", "trace_id": "...", "span_id": "...", <fields given with extra={...}>}
@@ -49,6 +49,6 @@ def configure(instance: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    # These libraries log at INFO what their errors say anyway.
+    # These libraries log at INFO what their exceptions report anyway.
     for name in ("pymongo", "aetcd", "opentelemetry"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))

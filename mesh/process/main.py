@@ -1,4 +1,4 @@
-"""What each service's `__main__` does: configuration, logs, tracing, event loop, and a clear word when it fails."""
+"""Start of every service process: configuration, logs, tracing, event loop, and a clear message on failure."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mesh.process.exits import WRONG_SETTINGS
 
 C = TypeVar("C", bound=ServiceConfig)
 
+# Seven times Python's default: calls leave few reference cycles behind.
 _COLLECTED_AT = 5_000
-# Seven times Python's own: a call leaves few objects behind that only a collection would find.
 _NO_ADDRESS = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
 
 
 def configured(service: str, cls: type[C]) -> C | None:
-    """The configuration of this process; None when it is wrong, which standard error then explains."""
+    """Return the configuration of this process; None when it is invalid, after printing the errors."""
     try:
         return load(cls, service, os.environ)
     except ConfigError as err:
@@ -32,13 +32,13 @@ def configured(service: str, cls: type[C]) -> C | None:
 
 
 def main(service: str, cls: type[C], run: Callable[[C], Coroutine[Any, Any, None]]) -> None:
-    """Runs `run(config)` until it returns. Exits 2 when the configuration is wrong, 1 when it fails."""
+    """Run `run(config)` until it returns. Exits with 2 for an invalid configuration, and with 1 on failure."""
     config = configured(service, cls)
     if config is None:
         sys.exit(WRONG_SETTINGS)
     logs.configure(f"{config.node}/{config.instance}", config.log_level)
     with telemetry.tracing(service, f"{config.node}/{config.instance}"):
-        # What was imported lives as long as the process: no collection need look at it again.
+        # Imported objects live as long as the process: exclude them from garbage collection.
         gc.freeze()
         gc.set_threshold(_COLLECTED_AT)
         try:

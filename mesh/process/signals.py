@@ -10,14 +10,14 @@ import signal
 
 log = logging.getLogger(__name__)
 
-# Time between two looks at the launcher.
-_PARENT_TURN_S = 1.0
+# Time between two checks of the launcher.
+_PARENT_CHECK_S = 1.0
 
 
 async def until_stopped() -> None:
-    """Wait for SIGTERM or SIGINT. A second signal ends the process at once.
+    """Wait for SIGTERM or SIGINT. A second signal ends the process immediately.
 
-    Also returns when the launcher (the process SHOAL_PARENT_PID) is gone, so that no orphan keeps a socket or a lease.
+    Also returns when the launcher (the process SHOAL_PARENT_PID) has ended, so that no orphan keeps a socket or lease.
     """
     stop = asyncio.Event()
 
@@ -32,7 +32,7 @@ async def until_stopped() -> None:
     parent = os.environ.get("SHOAL_PARENT_PID")
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), _PARENT_TURN_S)
+            await asyncio.wait_for(stop.wait(), _PARENT_CHECK_S)
         if parent and os.getppid() != int(parent) and not stop.is_set():
-            log.warning("the launcher (pid %s) is gone: stopping", parent)
+            log.warning("the launcher (pid %s) has ended: stopping", parent)
             stop.set()

@@ -43,7 +43,8 @@ async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         first = group.exceptions[0]
     else:
         return [task.result() for task in begun]
-    raise first  # Outside of the except block, so that the group does not become its context.
+    # Outside of the except block, so that the group does not become its context.
+    raise first
 
 
 async def all_to_the_end(works: Iterable[Coroutine[Any, Any, None]]) -> None:

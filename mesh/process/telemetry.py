@@ -35,7 +35,7 @@ def collector(environ: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Head sampling, as OTEL_TRACES_SAMPLER asks for it."""
+    """Head sampling, configured by OTEL_TRACES_SAMPLER."""
 
     ratio: float
     """Share of the traces that begin here and are sampled, 0 to 1."""
@@ -44,7 +44,7 @@ class Sampling:
 
 
 def sampling_of(environ: Mapping[str, str]) -> Sampling:
-    """Return the sampling that the environment asks for; the SDK's defaults stand in for missing and invalid values."""
+    """Return the sampling of the environment; the SDK's defaults replace missing and invalid values."""
     name = environ.get("OTEL_TRACES_SAMPLER", "parentbased_always_on").lower()
     kind = name.removeprefix("parentbased_")
     if kind not in ("always_on", "always_off", "traceidratio"):
@@ -52,8 +52,8 @@ def sampling_of(environ: Mapping[str, str]) -> Sampling:
     ratio = 0.0 if kind == "always_off" else 1.0
     if kind == "traceidratio":
         try:
-            given = float(environ.get("OTEL_TRACES_SAMPLER_ARG", ""))
-            ratio = given if 0 <= given <= 1 else 1.0
+            argument = float(environ.get("OTEL_TRACES_SAMPLER_ARG", ""))
+            ratio = argument if 0 <= argument <= 1 else 1.0
         except ValueError:
             pass
     return Sampling(ratio, follows_parent=name != kind)
@@ -70,7 +70,7 @@ class Exporting:
 
 
 class _Provider(TracerProvider):
-    """Tracer provider that also tells how to export a finished span."""
+    """Tracer provider that also exposes the export of a finished span."""
 
     def __init__(self, resource: Resource, exporter: SpanExporter, sampling: Sampling) -> None:
         super().__init__(resource=resource, shutdown_on_exit=False)

@@ -34,5 +34,6 @@ class Threads:
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([future])
             if not future.cancelled():
-                future.exception()  # Retrieved, so that asyncio does not log it as unhandled.
+                # Retrieved, so that asyncio does not log it as unhandled.
+                future.exception()
             raise

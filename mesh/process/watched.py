@@ -21,7 +21,7 @@ class Watched(Generic[T]):
         return self._value
 
     def set(self, value: T) -> None:
-        """Replace the value and wake the followers. An equal value wakes nobody."""
+        """Replace the value and wake the followers. An equal value changes nothing."""
         if value == self._value:
             return
         self._value = value

@@ -54,4 +54,4 @@ class CallContext:
         raise grpc.aio.AbortError("the handler ended its call")
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"handlers do not use {name} of a gRPC context: mesh.rpc.call_context lacks it")
+        raise AttributeError(f"{name} of a gRPC context is not supported by mesh.rpc.call_context")

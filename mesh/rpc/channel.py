@@ -1,7 +1,7 @@
-"""Channels to other services: always through the own Envoy's outbound listener, which knows where they are.
+"""Channels to other services, through the outbound listener of the service's own Envoy.
 
-So a service needs one address for all of them, and no load balancing, retries or TLS of its own. Envoy routes by the
-gRPC service in the path, so any stub works on the one channel.
+A service needs one address for all others, and no load balancing, retries or TLS of its own. Envoy routes by the gRPC
+service in the path, so the stubs of all services share one channel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    # Envoy comes back within a second or so of a restart; grpc's own backoff would wait up to two minutes.
+    # Envoy restarts within about a second; gRPC's default backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.default_authority", "shoal"),
@@ -27,9 +27,9 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
 
 
 AnyChannel: TypeAlias = grpc.aio.Channel | Channel
-"""Stubs work on either. `mesh.rpc.client` is for who calls often, and gives each call a timeout; it costs a third."""
+"""Stubs accept either. A call on a `mesh.rpc.client` channel needs a timeout and costs a third of a grpc.aio call."""
 
 
 def connect(address: str) -> grpc.aio.Channel:
-    """A channel to `address` (`unix:/path` or `host:port`); the caller closes it, best with `async with`."""
+    """Return a channel to `address` (`unix:/path` or `host:port`). The caller closes it; `async with` does."""
     return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=client_interceptors())

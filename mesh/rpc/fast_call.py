@@ -2,7 +2,7 @@
 
     GrpcApp ──> FastCall ──data──> handler(body, call) ──now or later──> reply | refuse
 
-The stream reports a client that goes. `Deadlines` ends the calls whose deadline has passed.
+The stream reports a client that disconnects. `Deadlines` ends the calls whose deadline has passed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _HEAD = response_head(200, [status.CONTENT_TYPE])
 _OK = encode(status.OK)
 _NEVER = math.inf
 
-# Time between two looks at the deadlines. A timer for each call would cost more than the call.
-_DEADLINE_TURN_S = 0.02
+# Time between two checks of the deadlines. A timer for each call would cost more than the call.
+_DEADLINE_CHECK_S = 0.02
 
 
 class CallLimits(Protocol):
@@ -43,7 +43,7 @@ class CallLimits(Protocol):
 
 
 class FastHandler(Protocol):
-    """Answers calls of one unary method, at once or later, with exactly one of the call's `reply` and `refuse`."""
+    """Answers calls of one unary method, now or later, with exactly one of the call's `reply` and `refuse`."""
 
     def __call__(self, body: bytes, call: FastCall, /) -> None:
         """Answer a call. `body` is the whole body: five bytes of prefix, then the message.
@@ -83,7 +83,7 @@ class FastCall:
         self.deadline = _NEVER if timeout is None else now + status.timeout_s(timeout)
         """On the app's clock; infinite without a timeout."""
         self.on_end: Callable[[], None] | None = None
-        """Called when the answer is not wanted any more: deadline, or disconnected. Set by the handler."""
+        """Callback for a passed deadline or a disconnected client. Set by the handler."""
         self.is_over = False
         if timeout is not None:
             app.deadlines.add(self)
@@ -107,7 +107,7 @@ class FastCall:
             self.refuse(err)
 
     def disconnected(self) -> None:
-        """End the call without an answer: the client has gone."""
+        """End the call without an answer: the client has disconnected."""
         if self.is_over:
             return
         self._finish(Code.CANCELLED)
@@ -151,14 +151,14 @@ class FastCall:
         return bytes(PREFIX_BYTES) + inflated(body[PREFIX_BYTES:], encoding, self._app.message_bytes)
 
     def reply(self, parts: Sequence[Any], size: int) -> None:
-        """End the call with a message. `parts` are bytes-like, `size` bytes together. Does nothing when it is over."""
+        """End the call with a message. `parts` are bytes-like, `size` bytes together. Does nothing after the end."""
         if self.is_over:
             return
         try:
             if size > self._app.message_bytes:
                 raise too_large(size, self._app.message_bytes)
             body = b"".join((PREFIX.pack(0, size), *parts))
-        # Too large, not bytes, or out of memory: the client must be told.
+        # Too large, not bytes, or out of memory: the client needs a status.
         except Exception as err:
             self.refuse(err)
             return
@@ -166,7 +166,7 @@ class FastCall:
         self._stream.respond(_HEAD, body, _OK)
 
     def refuse(self, error: BaseException) -> None:
-        """End the call with an error. Does nothing when it is over."""
+        """End the call with an error. Does nothing after the end."""
         if self.is_over:
             return
         code, message, trailing = status_of(error)
@@ -186,7 +186,7 @@ class FastCall:
 
     @property
     def traceparent(self) -> str:
-        """Trace context for work that this call leaves behind: its span's, else its caller's; empty without a trace."""
+        """Trace context for work after the call: the call's span, else the caller's; empty without a trace."""
         return parent_of(self.headers) if self.span is None else self.span.traceparent
 
     def age_ns(self) -> int:
@@ -214,15 +214,15 @@ class Deadlines:
     def add(self, call: FastCall) -> None:
         self._calls.add(call)
         if self._timer is None:
-            self._timer = self._loop.call_later(_DEADLINE_TURN_S, self._turn)
+            self._timer = self._loop.call_later(_DEADLINE_CHECK_S, self._check)
 
     def discard(self, call: FastCall) -> None:
         self._calls.discard(call)
 
-    def _turn(self) -> None:
+    def _check(self) -> None:
         now = self._clock()
         try:
             for call in [call for call in self._calls if call.deadline <= now]:
                 call.expire()
         finally:
-            self._timer = self._loop.call_later(_DEADLINE_TURN_S, self._turn) if self._calls else None
+            self._timer = self._loop.call_later(_DEADLINE_CHECK_S, self._check) if self._calls else None

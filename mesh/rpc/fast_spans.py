@@ -47,7 +47,7 @@ class FastSpan:
         self.start_ns = start_ns
 
     def current(self) -> AbstractContextManager[object]:
-        """Return a block in which the span is the current one: for logs and outgoing calls."""
+        """Return a context manager that makes the span the current one, for logs and outgoing calls."""
         return trace.use_span(trace.NonRecordingSpan(self.context))
 
     @property

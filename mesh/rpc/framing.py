@@ -86,7 +86,7 @@ def inflated(message: bytes, encoding: bytes, limit: int) -> bytes:
     check_encoding(encoding)
     stream, plain, left = zlib.decompressobj(_WBITS[encoding]), bytearray(), message
     try:
-        # Decompressed piece by piece: the memory of an oversized message is freed at once, not with its exception.
+        # Decompressed piece by piece: the memory of an oversized message is freed here, not with its exception.
         while not stream.eof:
             piece = stream.decompress(left, _PIECE_BYTES)
             left = stream.unconsumed_tail

@@ -17,13 +17,13 @@ from shoal.errors import NotFound
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """The statuses of services by name; "" is the server as a whole."""
+    """Statuses of services by name; "" is the server as a whole."""
 
     def __init__(self) -> None:
         self._statuses: Watched[Mapping[str, int]] = Watched(MappingProxyType({}))
 
-    def say(self, services: Iterable[str], *, is_serving: bool) -> None:
-        """Of the server as a whole, and of each of these services."""
+    def set_status(self, services: Iterable[str], *, is_serving: bool) -> None:
+        """Set the status of the server as a whole and of each of `services`."""
         status = pb.HealthCheckResponse.SERVING if is_serving else pb.HealthCheckResponse.NOT_SERVING
         self._statuses.set({**self._statuses.value, **dict.fromkeys(["", *services], status)})
 
@@ -34,7 +34,7 @@ class Health(health_pb2_grpc.HealthServicer):
         return pb.HealthCheckResponse(status=status)
 
     async def Watch(self, request: pb.HealthCheckRequest, context: Any) -> AsyncIterator[pb.HealthCheckResponse]:
-        """A service that is not there yet is unknown: it may come."""
+        """Send the status now and after each change; SERVICE_UNKNOWN for a service that may be added later."""
         last = None
         async for statuses in self._statuses.follow():
             status = statuses.get(request.service, pb.HealthCheckResponse.SERVICE_UNKNOWN)

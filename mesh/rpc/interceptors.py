@@ -1,7 +1,7 @@
-"""What every call passes on its way in and out: a span, and the translation of errors.
+"""Interceptors of all calls: spans, and the translation of errors.
 
-On the way in, a handler's ShoalError becomes its gRPC status; anything else is a fault: the log gets the whole of it,
-the caller a fixed text. On the way out, the trace goes along, and a foreign status becomes a ShoalError (`translated`).
+Incoming calls: a handler's ShoalError becomes its gRPC status. Any other exception is a fault: the log gets all of it,
+the caller a fixed text. Outgoing calls: the trace is sent along, and a status becomes a ShoalError (`translated`).
 """
 
 from __future__ import annotations
@@ -33,32 +33,33 @@ from shoal.errors import (
 log = logging.getLogger(__name__)
 
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
-# Health checks come twice a second from every Envoy: a span for each would drown the rest.
+# Every Envoy checks the health twice a second: spans of health checks would outnumber all others.
 _UNTRACED = ("/grpc.health.v1.Health/", "/envoy.service.discovery.v3.", "/grpc.reflection.")
 _FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNKNOWN)
 
 PATH = "shoal.path"
 """Attribute of server spans: `fast` or `slow`, the path that the call took."""
-_ABOUT = {"rpc.system": "grpc", PATH: "slow"}
+_SPAN_ATTRIBUTES = {"rpc.system": "grpc", PATH: "slow"}
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
-    """The gRPC status code, message and trailing metadata that a caller is shown for `error`."""
+    """Return the gRPC status code, message and trailing metadata that a caller receives for `error`."""
     if isinstance(error, ShoalError):
         trailing = () if error.retry_after_ms is None else ((RETRY_AFTER_KEY, str(error.retry_after_ms)),)
-        return _STATUS[int(error.code)], _sendable(error.message), trailing
+        return _STATUS[int(error.code)], _truncated(error.message), trailing
     return grpc.StatusCode.INTERNAL, "internal error: the log of the service has the cause", ()
 
 
+# Messages of so few characters always fit.
 _SHORT_CHARS = 500
+# Clients reject trailers of more than 8 to 16 KiB, and the caller would not even see the status code.
 _MESSAGE_BYTES = 6_000
-# Clients refuse trailers of more than 8 to 16 KiB, and then nobody learns even the code.
 
 
-def _sendable(message: str) -> str:
-    """The beginning of `message` that fits into a trailer, where most of a text's bytes are written as three."""
+def _truncated(message: str) -> str:
+    """Return the beginning of `message` that fits into a trailer, where percent-encoding makes three bytes of one."""
     if len(message) <= _SHORT_CHARS:
         return message
     written = 0
@@ -70,28 +71,28 @@ def _sendable(message: str) -> str:
     return message
 
 
-def translate(error: grpc.RpcError, doing: str = "") -> ShoalError:
-    """The ShoalError of a failed call; `doing` opens its message."""
+def translate(error: grpc.RpcError, action: str = "") -> ShoalError:
+    """Return the ShoalError of a failed call; `action` opens its message."""
     if not isinstance(error, grpc.aio.AioRpcError):
-        return from_status(Code.UNKNOWN, f"{doing}: {error}" if doing else str(error))
+        return from_status(Code.UNKNOWN, f"{action}: {error}" if action else str(error))
     after_ms = retry_after_of(error.trailing_metadata() or ())
     details = error.details() or "no details"
-    return from_status(error.code().value[0], f"{doing}: {details}" if doing else details, retry_after_ms=after_ms)
+    return from_status(error.code().value[0], f"{action}: {details}" if action else details, retry_after_ms=after_ms)
 
 
 @contextmanager
-def translated(doing: str = "") -> Iterator[None]:
-    """Raises calls' failures inside the block as ShoalError, the cause kept."""
+def translated(action: str = "") -> Iterator[None]:
+    """Raise failures of calls inside the block as ShoalError, with their cause."""
     try:
         yield
     except grpc.RpcError as err:
-        raise translate(err, doing) from err
+        raise translate(err, action) from err
 
 
 class ServerInterceptor:
     """Wraps all methods of a server on the slow path: spans, and errors as statuses.
 
-    It also knows the open streams, so that a stop need not wait for idle ones: `end_idle_streams`.
+    The interceptor also records the open streams, so that a stop does not wait for idle ones: `end_idle_streams`.
     """
 
     def __init__(self) -> None:
@@ -100,7 +101,7 @@ class ServerInterceptor:
         self._ended: set[asyncio.Task[Any]] = set()
 
     def end_idle_streams(self, idle_s: float) -> int:
-        """Ends streams that sent nothing for `idle_s` with UNAVAILABLE (the client goes elsewhere). Says how many."""
+        """End streams that sent nothing for `idle_s` with UNAVAILABLE: clients reconnect. Return their number."""
         before = asyncio.get_running_loop().time() - idle_s
         idle = [task for task, last in self._streams.items() if last <= before and task not in self._ended]
         self._ended.update(idle)
@@ -109,30 +110,32 @@ class ServerInterceptor:
         return len(idle)
 
     def wrap(self, method: str, handler: Any) -> Any:
-        """The handler of `method` (`/package.Service/Method`) as it is served, of the same kind as the given."""
+        """Return the wrapped handler of `method` (`/package.Service/Method`), of the same kind as `handler`."""
         kind = "_".join("stream" if s else "unary" for s in (handler.request_streaming, handler.response_streaming))
         behaviour = getattr(handler, kind)
         if not inspect.iscoroutinefunction(behaviour) and not inspect.isasyncgenfunction(behaviour):
-            behaviour = _unimplemented(method)  # The generated base class's: ours are all asynchronous.
+            # Our methods are all asynchronous: this is the default of the generated base class.
+            behaviour = _unimplemented(method)
         wrap = self._stream if inspect.isasyncgenfunction(behaviour) else self._single
-        checked = _whole_messages if handler.request_streaming else _whole_message
+        validate = _valid_messages if handler.request_streaming else _valid_message
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        parse = _tolerant(handler.request_deserializer)
-        return make(wrap(method, behaviour, checked), parse, handler.response_serializer)
+        parse = _tolerant_parser(handler.request_deserializer)
+        return make(wrap(method, behaviour, validate), parse, handler.response_serializer)
 
-    def _single(self, method: str, behaviour: Callable[..., Any], checked: Callable[[Any], Any]) -> Callable[..., Any]:
+    def _single(self, method: str, behaviour: Callable[..., Any], validate: Callable[[Any], Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> Any:
             with self._span(method, ctx) as span:
                 try:
-                    return await behaviour(checked(request), ctx)
+                    return await behaviour(validate(request), ctx)
                 except (asyncio.CancelledError, grpc.aio.AbortError):
                     raise
-                except BaseException as err:  # SystemExit too: what one call raises must not end the others.
-                    await _refuse(method, err, ctx, span)
+                # SystemExit, too: an exception of one call must not end the others.
+                except BaseException as err:
+                    await _reject(method, err, ctx, span)
 
         return call
 
-    def _stream(self, method: str, behaviour: Callable[..., Any], checked: Callable[[Any], Any]) -> Callable[..., Any]:
+    def _stream(self, method: str, behaviour: Callable[..., Any], validate: Callable[[Any], Any]) -> Callable[..., Any]:
         async def call(request: Any, ctx: Context) -> AsyncIterator[Any]:
             task = asyncio.current_task()
             # Every call on the slow path has a task.
@@ -141,7 +144,7 @@ class ServerInterceptor:
             self._streams[task] = clock()
             with self._span(method, ctx) as span:
                 try:
-                    async for response in behaviour(checked(request), ctx):
+                    async for response in behaviour(validate(request), ctx):
                         yield response
                         self._streams[task] = clock()
                 except asyncio.CancelledError:
@@ -152,7 +155,7 @@ class ServerInterceptor:
                 except (grpc.aio.AbortError, GeneratorExit):
                     raise
                 except BaseException as err:
-                    await _refuse(method, err, ctx, span)
+                    await _reject(method, err, ctx, span)
                 finally:
                     self._streams.pop(task, None)
                     self._ended.discard(task)
@@ -166,12 +169,13 @@ class ServerInterceptor:
             return
         carrier = {key: value for key, value in ctx.invocation_metadata() or () if isinstance(value, str)}
         parent = propagate.extract(carrier)
-        span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, _ABOUT)
+        span = self._tracer.start_span(method.lstrip("/"), parent, SpanKind.SERVER, _SPAN_ATTRIBUTES)
         token: Token[context.Context] | None = context.attach(trace.set_span_in_context(span, parent))
         try:
             yield span
         except GeneratorExit:
-            token = None  # A stream closed from another task: that one's context is not ours to restore.
+            # The stream was closed from another task, whose context must stay as it is.
+            token = None
             raise
         finally:
             if token is not None:
@@ -181,22 +185,22 @@ class ServerInterceptor:
 
 def _unimplemented(method: str) -> Callable[..., Awaitable[Any]]:
     async def refuse(request: Any, ctx: Context) -> Any:
-        raise Unimplemented(f"this server does not do {method}")
+        raise Unimplemented(f"this server does not implement {method}")
 
     return refuse
 
 
 @dataclass(frozen=True)
 class _Malformed:
-    """Stands for a request that is no message of its type, until the handler's turn: then it is refused by name.
+    """Request that could not be parsed. The wrapped handler rejects it with INVALID_ARGUMENT.
 
-    Left to grpc, such bytes are answered with INTERNAL, as if the service were at fault.
+    gRPC itself would answer such bytes with INTERNAL, as if the service were at fault.
     """
 
     why: str
 
 
-def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+def _tolerant_parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
     def parsed(data: bytes) -> Any:
         try:
             return parse(data) if parse else data
@@ -207,22 +211,22 @@ def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
 
 
 def malformed(size: int, error: Exception) -> InvalidArgument:
-    """What a caller is told whose `size` bytes could not be parsed."""
+    """Return the error for a request of `size` bytes that could not be parsed."""
     return InvalidArgument(f"these {size} bytes are not a message of the expected type: {error}")
 
 
-def _whole_message(request: Any) -> Any:
+def _valid_message(request: Any) -> Any:
     if isinstance(request, _Malformed):
         raise InvalidArgument(request.why)
     return request
 
 
-async def _whole_messages(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _valid_messages(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
-        yield _whole_message(request)
+        yield _valid_message(request)
 
 
-async def _refuse(method: str, error: BaseException, ctx: Context, span: Span) -> None:
+async def _reject(method: str, error: BaseException, ctx: Context, span: Span) -> None:
     if isinstance(error, grpc.aio.AioRpcError):
         error = translate(error, f"{method} called another service")
     code, message, trailing = status_of(error)
@@ -237,7 +241,7 @@ async def _refuse(method: str, error: BaseException, ctx: Context, span: Span) -
 
 
 def log_error(method: str, error: BaseException) -> None:
-    """Tells the log what a call of `method` is answered with: loudly what is no answer of ours, or a fault."""
+    """Log the error of a call of `method`: unexpected errors and faults as errors, others at INFO or DEBUG."""
     code, message, _ = status_of(error)
     if not isinstance(error, ShoalError):
         log.error("unexpected error in %s", method, exc_info=error)
@@ -249,7 +253,7 @@ def log_error(method: str, error: BaseException) -> None:
 
 
 def trace_metadata() -> dict[str, str]:
-    """The current trace, as metadata lets it travel with a call; nothing where there is none."""
+    """Return the current trace as metadata of a call; empty without a trace."""
     carrier: dict[str, str] = {}
     if context.get_current():
         propagate.inject(carrier)
@@ -269,32 +273,32 @@ def _with_trace(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetai
 
 
 class _Traced:
-    """Lets the current trace travel with the call."""
+    """Base class of the client interceptors: sends the current trace as metadata."""
 
-    async def _go(self, continuation: Callable[..., Awaitable[Any]], details: Any, request: Any) -> Any:
+    async def _with_current_trace(self, continuation: Callable[..., Awaitable[Any]], details: Any, request: Any) -> Any:
         return await continuation(_with_trace(details), request)
 
 
 class _UnaryUnary(_Traced, grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await self._go(continuation, client_call_details, request)
+        return await self._with_current_trace(continuation, client_call_details, request)
 
 
 class _UnaryStream(_Traced, grpc.aio.UnaryStreamClientInterceptor):
     async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await self._go(continuation, client_call_details, request)
+        return await self._with_current_trace(continuation, client_call_details, request)
 
 
 class _StreamUnary(_Traced, grpc.aio.StreamUnaryClientInterceptor):
     async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await self._go(continuation, client_call_details, request_iterator)
+        return await self._with_current_trace(continuation, client_call_details, request_iterator)
 
 
 class _StreamStream(_Traced, grpc.aio.StreamStreamClientInterceptor):
     async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await self._go(continuation, client_call_details, request_iterator)
+        return await self._with_current_trace(continuation, client_call_details, request_iterator)
 
 
 def client_interceptors() -> Sequence[grpc.aio.ClientInterceptor]:
-    """For a channel: one for each kind of call, as grpc.aio wants them."""
+    """Return the interceptors of a channel, one for each kind of call."""
     return [_UnaryUnary(), _UnaryStream(), _StreamUnary(), _StreamStream()]

@@ -1,4 +1,4 @@
-"""Bounds that every part of the mesh agrees on."""
+"""Limits that all services share."""
 
 MESSAGE_BYTES = 128 << 20
-"""Largest message that is sent or accepted: requests of 100 MB pass, with room for the rest."""
+"""Largest message that is sent or accepted: a tensor of 100 MB fits, with its request around it."""

@@ -43,7 +43,7 @@ class Rpc:
 class Server:
     """Serves `rpcs` at `listen` for as long as the block lasts.
 
-    Use as `async with`: entering binds, with health NOT_SERVING; `serve()` says SERVING; leaving says NOT_SERVING, lets
+    Use as `async with`. Entering binds, with health NOT_SERVING; `serve()` sets SERVING. Leaving sets NOT_SERVING, lets
     calls in flight finish for `drain_ms`, and stops.
 
     Args:
@@ -95,18 +95,18 @@ class Server:
         if self._health is not None:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, table)
         names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        # `enable_server_reflection` would take the table for a server with threads.
+        # `enable_server_reflection` would treat the table as a server with threads.
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), table)
         found: Mapping[str, Any] = table.by_path
         return found
 
     async def serve(self) -> None:
-        """Say SERVING to health checks: for the server as a whole and for each of its services."""
+        """Set the health to SERVING, for the server as a whole and for each of its services."""
         self._set_health(is_serving=True)
 
     def _set_health(self, *, is_serving: bool) -> None:
         if self._health is not None:
-            self._health.say(self._names, is_serving=is_serving)
+            self._health.set_status(self._names, is_serving=is_serving)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None

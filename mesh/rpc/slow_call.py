@@ -1,6 +1,6 @@
 """A call of any kind on the slow path: one task, which ends with a status whatever happens.
 
-stream ──data──> pieces ──read when the handler asks──> messages ──> handler ──> messages, status ──> stream
+stream ──data──> pieces ──read on demand──> messages ──> handler ──> messages, status ──> stream
        ──disconnected──> the task is cancelled
 """
 
@@ -38,7 +38,7 @@ class CallTable(Protocol):
 
 
 class Disconnected(OSError):
-    """The client has gone: nothing can be sent."""
+    """The client has disconnected: nothing can be sent."""
 
 
 class SlowCall:
@@ -56,7 +56,7 @@ class SlowCall:
         self._task = task
 
     def data(self, piece: bytes, size: int, *, is_end: bool) -> None:
-        """Keep a piece of the body until the handler asks for it. Flow control bounds what is kept."""
+        """Keep a piece of the body until the handler reads it. Flow control bounds the kept bytes."""
         self._messages.add(piece, size, is_end=is_end)
 
     def disconnected(self) -> None:
@@ -84,7 +84,7 @@ class SlowCall:
         app, response, headers = self._app, self._response, self._head.by_name
         handler = app.methods.get(self._head.path)
         if handler is None:
-            raise Unimplemented(f"Method not found: this server does not do {self._head.path}")
+            raise Unimplemented(f"Method not found: this server does not implement {self._head.path}")
         encoding = headers.get(b"grpc-encoding")
         check_encoding(encoding)
         self._messages.deframer = Deframer(encoding, app.message_bytes)
@@ -126,7 +126,7 @@ async def _parsed(messages: _Messages, parse: Callable[[bytes], Any]) -> AsyncIt
 
 
 class _Messages:
-    """The messages of a request. The body is read when a message is asked for: only then is credit given back."""
+    """Messages of a request. A piece of the body is parsed on demand; only then is its credit given back."""
 
     def __init__(self, stream: ServerStream) -> None:
         self._stream = stream
@@ -169,7 +169,7 @@ class _Messages:
 
 
 class _Response:
-    """The messages and the status of one call. The status is sent once; later ones are ignored."""
+    """Messages and status of one call's response. The status is sent once; later ones are ignored."""
 
     def __init__(self, stream: ServerStream, message_bytes: int) -> None:
         self._stream = stream
@@ -190,7 +190,7 @@ class _Response:
         self._stream.respond(head, framed(message), encode(trailers))
 
     async def message(self, message: bytes) -> None:
-        """Send a message of a streamed response. Return when all of it is on its way."""
+        """Send a message of a streamed response. Return when all of it is written."""
         self._check(message)
         if not self._has_started:
             self._stream.start(self._head())
@@ -216,6 +216,6 @@ class _Response:
 
     def _check(self, message: bytes) -> None:
         if self.is_disconnected:
-            raise Disconnected("the client has gone")
+            raise Disconnected("the client has disconnected")
         if len(message) > self._message_bytes:
             raise too_large(len(message), self._message_bytes)

@@ -66,7 +66,7 @@ def _value(key: str, value: str | bytes) -> bytes:
 
 
 def metadata(headers: Iterable[tuple[bytes, bytes]]) -> Sequence[tuple[str, str | bytes]]:
-    """Return the caller's metadata as gRPC shows it to a handler: without the protocol's own headers."""
+    """Return the caller's metadata in gRPC's form for handlers: without the protocol's own headers."""
     found: list[tuple[str, str | bytes]] = []
     for key, value in headers:
         if key.startswith((b"grpc-", b":")) or key in _PROTOCOL:

@@ -71,7 +71,7 @@ async def _answer(path: str, respond: Callable[[Q], Coroutine[Any, Any, Message]
     try:
         message = (await respond(request)).SerializeToString()
     except asyncio.CancelledError:
-        # Does nothing when the call is over: its client has gone, or its deadline has passed.
+        # No effect when the call is over: its client has disconnected, or its deadline has passed.
         call.refuse(Unavailable("this instance is stopping"))
         raise
     # SystemExit, too: an exception of one call must not end the others.

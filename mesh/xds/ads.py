@@ -1,6 +1,6 @@
-"""The aggregated discovery service over gRPC: one delta stream for each Envoy, a Session behind each.
+"""Aggregated discovery service over gRPC: one delta stream and one Session for each Envoy.
 
-The messages are envoy-data-plane's, which have no descriptors: so the server gets its method by path.
+The messages are those of envoy-data-plane, which have no descriptors, so the server registers the method by path.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 
 
 class Snapshots(Protocol):
-    """Where the snapshots of a node come from."""
+    """Source of the snapshots of a node."""
 
     def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
-        """The node's snapshot, as soon as there is one, and again after each change. Never ends."""
+        """Yield the node's snapshot as soon as it exists, and again after each change, for ever."""
 
 
 @dataclass(frozen=True)
 class EnvoyStatus:
-    """A connected Envoy and what it has."""
+    """Connected Envoy with the state of its resources."""
 
     node: str
     connected_at: float
@@ -57,7 +57,7 @@ class _Stream:
 
 
 class AdsServer:
-    """Keeps every Envoy that connects up to date with its snapshot."""
+    """Keeps the snapshot of every connected Envoy up to date."""
 
     def __init__(self, snapshots: Snapshots, now: Callable[[], float] = time.time) -> None:
         self._snapshots = snapshots
@@ -72,7 +72,7 @@ class AdsServer:
         return {f"/{SERVICE}/DeltaAggregatedResources": method}
 
     def status(self) -> tuple[EnvoyStatus, ...]:
-        """The Envoys that are connected now, by name."""
+        """Return the connected Envoys, sorted by name."""
         found = [EnvoyStatus(s.node.id, s.connected_at, s.session.status()) for s in self._streams]
         return tuple(sorted(found, key=lambda envoy: (envoy.node, envoy.connected_at)))
 
@@ -86,13 +86,13 @@ class AdsServer:
             stream.session.receive(_request(first), self._now())
             snapshot: Snapshot | None = None
             async with aclosing(_merged(requests, self._snapshots.follow(stream.node))) as merged:
-                async for news in merged:
-                    if isinstance(news, Snapshot):
-                        snapshot = news
+                async for event in merged:
+                    if isinstance(event, Snapshot):
+                        snapshot = event
                     else:
-                        stream.session.receive(_request(news), self._now())
-                        _log_nack(stream.node, news)
-                    # Without a snapshot nothing is sent: an Envoy that has one from another coord keeps it.
+                        stream.session.receive(_request(event), self._now())
+                        _log_nack(stream.node, event)
+                    # Nothing is sent without a snapshot: an Envoy keeps the one that it has from another coord.
                     for response in stream.session.due(snapshot) if snapshot is not None else ():
                         yield _response(response)
 
@@ -109,7 +109,7 @@ class AdsServer:
 
 
 async def _merged(requests: AsyncIterator[Any], snapshots: AsyncIterator[Snapshot]) -> AsyncGenerator[Any, None]:
-    """What comes from either, as it comes, until `requests` end."""
+    """Yield requests and snapshots in the order of their arrival, until `requests` end."""
     reading = asyncio.ensure_future(anext(requests, None))
     following = asyncio.ensure_future(anext(snapshots, None))
     try:
@@ -151,7 +151,7 @@ def _request(message: DeltaDiscoveryRequest) -> Request:
 def _log_nack(node: EnvoyNode, message: DeltaDiscoveryRequest) -> None:
     if message.error_detail is not None:
         log.error(
-            "Envoy of node %s refused a %s: %s", node.id, short_type(message.type_url), message.error_detail.message
+            "Envoy of node %s rejected a %s: %s", node.id, short_type(message.type_url), message.error_detail.message
         )
 
 

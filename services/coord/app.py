@@ -1,4 +1,4 @@
-"""The coord service as a parts list: what starts first stops last."""
+"""Composition of the coord service: every component, in the order of its start; the first one stops last."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from shoal.coord.v1 import coord_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-# An outage must be noticed before it costs anybody a lease (3 s, refreshed every second): see presence.py.
+# An outage of etcd must be noticed before a lease expires (3 s, refreshed every second): see presence.py.
 _TIMEOUT_S = 1.0
 _IDLE_S = 0.5
 
 
 async def run(config: CoordConfig) -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT."""
     name = f"{config.node}/{config.instance}"
     async with AsyncExitStack() as stack:
         etcd = await stack.enter_async_context(Etcd(config.etcd, timeout_s=_TIMEOUT_S, idle_s=_IDLE_S))
@@ -60,7 +60,7 @@ async def run(config: CoordConfig) -> None:
 
 
 def _rpcs(coord: CoordRpc, health: MeshHealth) -> list[Rpc]:
-    """Coord's own services; and, for reflection only, those that the gateway routes elsewhere."""
+    """Return coord's own services, and for reflection only the services that the gateway routes elsewhere."""
     own = [
         Rpc(COORD, lambda server: coord_pb2_grpc.add_CoordServiceServicer_to_server(coord, server)),
         Rpc(HEALTH, lambda server: health_pb2_grpc.add_HealthServicer_to_server(health, server)),
@@ -69,4 +69,4 @@ def _rpcs(coord: CoordRpc, health: MeshHealth) -> list[Rpc]:
 
 
 def _served_elsewhere(server: grpc.aio.Server) -> None:
-    """Adds nothing."""
+    """Add no servicer: another service serves the calls."""

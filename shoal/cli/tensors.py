@@ -1,11 +1,11 @@
-"""Inputs as people write them on a command line, outputs as they read them there.
+"""Inputs of models from a command line or a file, and outputs of models for a terminal or a file.
 
     '{"x": [[1, 2]]}'                           arrays by input name
-    '[[1, 2]]'                                  the one input of a model that has one
-    '{"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}'       as the protocol's REST form
+    '[[1, 2]]'                                  the only input of a model that has one
+    '{"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}'       the protocol's REST form
     file.json, file.npy (one input), file.npz (arrays by input name), - (any of them on standard input)
 
-Datatypes and a missing batch dimension come from the model's metadata. In JSON `{"b64": "..."}` stands for bytes.
+Datatypes and a missing batch dimension are taken from the model's metadata. In JSON, `{"b64": "..."}` means bytes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from shoal.errors import FailedPrecondition, InvalidArgument, NotFound
 
 
 @dataclass(frozen=True)
-class Given:
-    """What was written. `alone` is an input that was given without its name."""
+class ParsedInput:
+    """Parsed input. `alone` is a single input without a name."""
 
     inputs: Mapping[str, Any] = field(default_factory=dict)
     alone: Any = None
@@ -42,18 +42,18 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What can be sent."""
+class RequestInputs:
+    """Arrays and datatypes by input name, complete for a request."""
 
     inputs: dict[str, Any]
     datatypes: dict[str, str]
 
 
-def read(written: str) -> Given:
-    """What `written` (JSON, a file's name, or `-`) holds.
+def read(written: str) -> ParsedInput:
+    """Parse `written`: JSON, a file's name, or `-` for standard input.
 
     Raises:
-        InvalidArgument: it is none of these, or malformed; the message says where.
+        InvalidArgument: `written` is malformed or in no known format; the message says where.
         NotFound: no such file.
     """
     if written == "-":
@@ -69,16 +69,16 @@ def read(written: str) -> Given:
         raise InvalidArgument(f"cannot read {path}: {err.strerror}") from err
 
 
-def of_line(line: str, source: str) -> Given:
-    """What one line of JSON holds, as `read` takes it.
+def of_line(line: str, source: str) -> ParsedInput:
+    """Parse one line of JSON, in the forms that `read` accepts.
 
     Raises:
-        InvalidArgument: it is malformed; the message says where.
+        InvalidArgument: the line is malformed; the message says where.
     """
     return _of_json(line, source)
 
 
-def _of_data(data: bytes, source: str) -> Given:
+def _of_data(data: bytes, source: str) -> ParsedInput:
     if data.startswith((b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")):
         return _of_numpy(data, source)
     try:
@@ -87,34 +87,35 @@ def _of_data(data: bytes, source: str) -> Given:
         raise InvalidArgument(f"{source}: neither JSON nor .npy nor .npz") from None
 
 
-def _of_numpy(data: bytes, source: str) -> Given:
+def _of_numpy(data: bytes, source: str) -> ParsedInput:
     try:
         loaded = np.load(io.BytesIO(data), allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return Given(alone=loaded)
+            return ParsedInput(alone=loaded)
         with loaded:
-            return Given(inputs={name: loaded[name] for name in loaded.files})
-    except Exception as err:  # A foreign file may raise anything: zip, struct and syntax errors among them.
+            return ParsedInput(inputs={name: loaded[name] for name in loaded.files})
+    # NumPy raises zip, struct and syntax errors, among others, for invalid files.
+    except Exception as err:
         raise InvalidArgument(f"{source}: NumPy cannot read it: {err}") from err
 
 
-def _of_json(written: str, source: str) -> Given:
+def _of_json(written: str, source: str) -> ParsedInput:
     try:
         document = _decoded(json.loads(written))
     except (ValueError, RecursionError) as err:
         raise InvalidArgument(f"{source} is not JSON: {err}") from err
     if isinstance(document, list):
-        return Given(alone=document)
+        return ParsedInput(alone=document)
     if not isinstance(document, dict):
         raise InvalidArgument(f"{source}: expected an object of inputs by name, or one list")
     inputs = document.get("inputs")
     if isinstance(inputs, list) and inputs and all(isinstance(each, dict) and "name" in each for each in inputs):
         return _of_protocol(document, inputs, source)
-    return Given(inputs=document)
+    return ParsedInput(inputs=document)
 
 
 def _decoded(value: Any) -> Any:
-    """`value` with `{"b64": ...}` replaced by its bytes."""
+    """Return `value` with each `{"b64": ...}` replaced by its bytes."""
     if isinstance(value, list):
         return [_decoded(item) for item in value]
     if isinstance(value, dict):
@@ -127,7 +128,7 @@ def _decoded(value: Any) -> Any:
     return value
 
 
-def _of_protocol(document: dict[str, Any], tensors: list[dict[str, Any]], source: str) -> Given:
+def _of_protocol(document: dict[str, Any], tensors: list[dict[str, Any]], source: str) -> ParsedInput:
     inputs: dict[str, Any] = {}
     datatypes: dict[str, str] = {}
     for tensor in tensors:
@@ -139,13 +140,13 @@ def _of_protocol(document: dict[str, Any], tensors: list[dict[str, Any]], source
             datatypes[name] = str(tensor["datatype"])
     outputs = document.get("outputs") or []
     try:
-        wanted = [str(output["name"]) for output in outputs] or None
+        output_names = [str(output["name"]) for output in outputs] or None
     except (TypeError, KeyError):
         raise InvalidArgument(f"{source}: expected `outputs` to be a list of objects with a `name`") from None
     parameters = document.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise InvalidArgument(f"{source}: expected `parameters` to be an object")
-    return Given(inputs, None, wanted, parameters, str(document.get("id") or ""), datatypes)
+    return ParsedInput(inputs, None, output_names, parameters, str(document.get("id") or ""), datatypes)
 
 
 def _shaped(name: str, data: Any, shape: Any) -> Any:
@@ -160,11 +161,11 @@ def _shaped(name: str, data: Any, shape: Any) -> Any:
 
 
 def as_array(name: str, data: Any) -> Any:
-    """`data` as an array. Raises InvalidArgument when its rows have different lengths."""
+    """Return `data` as an array. Raises InvalidArgument when its rows have different lengths."""
     if isinstance(data, np.ndarray):
         return data
     try:
-        # Bytes become objects: NumPy's own type for them drops zeros at the end.
+        # Bytes become objects: NumPy's own type for bytes drops trailing zeros.
         holds_bytes = _first(data)
         return np.array(data, dtype=object) if isinstance(holds_bytes, bytes | str) else np.asarray(data)
     except ValueError as err:
@@ -177,59 +178,59 @@ def _first(data: Any) -> Any:
     return data
 
 
-def fit(given: Given, metadata: ModelMetadata) -> Ready:
-    """The inputs by name, in the datatype that the model asks for, with the batch dimension that was left out.
+def fit(parsed: ParsedInput, metadata: ModelMetadata) -> RequestInputs:
+    """Return the inputs by name, with the model's datatypes and a batch dimension where it was left out.
 
     Raises:
-        InvalidArgument: names the input that the model does not have, or that needs a name.
+        InvalidArgument: the model does not have an input, or an input needs a name; the message names it.
     """
     known = {tensor.name: tensor for tensor in metadata.inputs}
-    takes = "; ".join(f"{each.name} {each.datatype} {list(each.shape)}" for each in metadata.inputs) or "nothing"
-    inputs = dict(given.inputs)
-    if given.alone is not None:
+    expected = "; ".join(f"{each.name} {each.datatype} {list(each.shape)}" for each in metadata.inputs) or "nothing"
+    inputs = dict(parsed.inputs)
+    if parsed.alone is not None:
         if len(known) != 1:
-            raise InvalidArgument(f"say which input that is: {metadata.name} takes {takes}")
-        inputs = {next(iter(known)): given.alone}
+            raise InvalidArgument(f"the input needs a name: {metadata.name} takes {expected}")
+        inputs = {next(iter(known)): parsed.alone}
     datatypes: dict[str, str] = {}
     for name, value in inputs.items():
         if name not in known:
-            raise InvalidArgument(f"{metadata.name} has no input {name!r}: it takes {takes}")
+            raise InvalidArgument(f"{metadata.name} has no input {name!r}: it takes {expected}")
         inputs[name] = _batched(as_array(name, value), known[name])
-        datatypes[name] = given.datatypes.get(name) or known[name].datatype
-    return Ready(inputs, datatypes)
+        datatypes[name] = parsed.datatypes.get(name) or known[name].datatype
+    return RequestInputs(inputs, datatypes)
 
 
-def _batched(array: Any, asked: TensorMetadata) -> Any:
-    """With a batch dimension of 1 in front, when that is all that is missing."""
-    fits = len(asked.shape) == array.ndim + 1 and asked.shape[0] in (-1, 1)
-    if fits and all(want in (-1, got) for want, got in zip(asked.shape[1:], array.shape, strict=True)):
+def _batched(array: Any, expected: TensorMetadata) -> Any:
+    """Return `array` with a batch dimension of 1 in front, when only that dimension is missing."""
+    fits = len(expected.shape) == array.ndim + 1 and expected.shape[0] in (-1, 1)
+    if fits and all(dim in (-1, size) for dim, size in zip(expected.shape[1:], array.shape, strict=True)):
         return array[np.newaxis]
     return array
 
 
-def of_options(given: Sequence[str], option: str) -> dict[str, Parameter]:
-    """`KEY=VALUE` options as parameters: true, false and numbers are what they look like, all else is text.
+def of_options(parsed: Sequence[str], option: str) -> dict[str, Parameter]:
+    """Return `KEY=VALUE` options as parameters: booleans and numbers in JSON's form are parsed, all else is text.
 
     Raises:
-        InvalidArgument: one is not of that form.
+        InvalidArgument: an option is not of that form.
     """
     from shoal.cli.output import pairs
 
     found: dict[str, Parameter] = {}
-    for key, value in pairs(given, option).items():
+    for key, value in pairs(parsed, option).items():
         try:
-            parsed = json.loads(value)
+            decoded = json.loads(value)
         except ValueError:
-            parsed = value
-        found[key] = parsed if isinstance(parsed, bool | int | float | str) else value
+            decoded = value
+        found[key] = decoded if isinstance(decoded, bool | int | float | str) else value
     return found
 
 
 def show_result(result: InferResult, *, as_json: bool, output: Path | None) -> None:
-    """Prints an answer, and writes it to `output` when that is given.
+    """Print a result, and write it to the file `output`, if any.
 
     Raises:
-        InvalidArgument, FailedPrecondition: it cannot be written there.
+        InvalidArgument, FailedPrecondition: the file cannot be written.
     """
     if output is not None:
         write(result, output)
@@ -244,14 +245,14 @@ def show_result(result: InferResult, *, as_json: bool, output: Path | None) -> N
     about = [f"{result.model_name} version {result.model_version or '?'}"]
     about += [f"{key} {text(value)}" for key, value in explanation.others(result.parameters).items()]
     console().print(", ".join(about), markup=False)
-    if told := explanation.rows(result.parameters):
-        show(("explained", ""), told)
+    if explained := explanation.rows(result.parameters):
+        show(("explained", ""), explained)
     if steps := explanation.steps(result.parameters):
         show(explanation.STEP_COLUMNS, steps)
 
 
 def as_document(result: InferResult) -> dict[str, Any]:
-    """The answer in the protocol's REST form, its data nested as its shape is."""
+    """Return a result in the protocol's REST form, with nested data."""
     return {
         "model_name": result.model_name,
         "model_version": result.model_version,
@@ -283,7 +284,7 @@ def _values(result: InferResult, name: str) -> str:
 
 
 def write(result: InferResult, path: Path) -> None:
-    """Writes the outputs to an .npz, one output to an .npy, or the whole answer to a .json file."""
+    """Write all outputs to an .npz file, a single output to an .npy file, or the whole result to a .json file."""
     try:
         if path.suffix == ".json":
             from shoal.cli.output import plain
@@ -302,5 +303,5 @@ def write(result: InferResult, path: Path) -> None:
 
 
 def _storable(array: Any) -> Any:
-    # Object arrays would be pickled, and no careful reader loads a pickle.
+    # NumPy would pickle an object array, and loading a pickle is unsafe.
     return array.astype(np.bytes_) if array.dtype == object else array

@@ -1,1 +1,1 @@
-"""One node on one machine: the parts it is made of, and what starts, watches and stops them."""
+"""Launcher of a node on one machine: its processes, their start, supervision and stop."""

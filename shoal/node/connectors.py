@@ -1,4 +1,4 @@
-"""Whether a file of connectors is right, before a node is started with it. Only ingest knows how to read one."""
+"""Check of a connectors file before a node starts with it. ingest's own code reads the file, in a process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _WITHIN_S = 60.0
 
 
 def check(path: Path) -> None:
-    """Has ingest's code look at the file.
+    """Check the file `path` with ingest's code.
 
     Raises:
-        InvalidArgument: a line for each mistake, with its key.
-        DeadlineExceeded: the file is no file, but something that never ends.
+        InvalidArgument: the file is invalid; the message has a line for each mistake, with its key.
+        DeadlineExceeded: reading the file did not end in time, as with a pipe.
     """
     argv = [sys.executable, "-P", "-m", "services.ingest.connectors", str(path)]
     try:

@@ -1,9 +1,9 @@
-"""Ties a process to the one that starts it: when the launcher dies, however it dies, the kernel signals the process.
+"""Script that ties a process to its launcher: when the launcher dies for any reason, the kernel signals the process.
 
-    python -I -S leash.py LAUNCHER_PID SIGNAL COMMAND [ARGUMENT...]
+    python -I -S die_with_parent.py LAUNCHER_PID SIGNAL COMMAND [ARGUMENT...]
 
-becomes COMMAND, with the same pid. A script of its own, not a function that runs between fork and exec: that is unsafe
-in a process with threads. It imports little, so that it costs some ten milliseconds.
+The script becomes COMMAND, with the same pid. A function that runs between fork and exec would be unsafe in a process
+with threads. The script imports little, so it takes about ten milliseconds.
 
 The kernel sends the signal when the *thread* that started the process ends (prctl(2), PR_SET_PDEATHSIG): the launcher
 starts everything from its main thread.
@@ -17,15 +17,17 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(launcher: int, number: int, command: list[str]) -> None:
-    """Becomes `command`. Exits 127 when there is no such command."""
+    """Become `command`, with the signal set. Exits with 127 when the command cannot be executed."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
-        print(f"leash: prctl: {os.strerror(ctypes.get_errno())}: {command[0]} outlives its launcher", file=sys.stderr)
+        why = os.strerror(ctypes.get_errno())
+        print(f"die_with_parent: prctl: {why}: {command[0]} outlives its launcher", file=sys.stderr)
+    # The launcher died before the signal was set.
     if os.getppid() != launcher:
-        sys.exit(0)  # It died before the leash was on.
+        sys.exit(0)
     try:
         os.execv(command[0], command)
     except OSError as err:
-        print(f"leash: cannot run {command[0]}: {err.strerror}", file=sys.stderr)
+        print(f"die_with_parent: cannot run {command[0]}: {err.strerror}", file=sys.stderr)
         sys.exit(127)
 
 

@@ -1,6 +1,6 @@
-"""What an Envoy is told at its start: who it is, where its admin endpoint is, and the way to coord. All else is ADS.
+"""Bootstrap configuration of a node's Envoy: its identity, admin endpoint and coord cluster. The rest arrives over ADS.
 
-Fields: envoy.config.bootstrap.v3.Bootstrap. Written as JSON: in YAML a node called `n` would be a boolean.
+Fields: envoy.config.bootstrap.v3.Bootstrap. The format is JSON, because in YAML a node called `n` would be a boolean.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ NODE_CLUSTER = "shoal"
 
 
 def bootstrap(*, node: str, gateway: str, outbound: str, admin: str, coords: Sequence[str]) -> str:
-    """The bootstrap of `node`'s Envoy, as JSON.
+    """Return the bootstrap of `node`'s Envoy, as JSON.
 
-    `gateway` and `admin` are `host:port`; `outbound` is the path of the socket where services reach each other;
-    `coords` are the paths of the sockets of the node's coord replicas, any of which serves the whole configuration.
+    `gateway` and `admin` are `host:port`. `outbound` is the path of the socket through which services call each other.
+    `coords` are the socket paths of the node's coord replicas; each replica serves the whole configuration.
     """
     host, _, port = admin.rpartition(":")
     document = {
         "node": {
             "id": node,
             "cluster": NODE_CLUSTER,
-            # From this coord makes the node's listeners.
+            # coord generates the node's listeners from this metadata.
             "metadata": {"shoal": {"gateway": gateway, "outbound": outbound}},
         },
         "admin": {"address": {"socket_address": {"address": host, "port_value": int(port)}}},
@@ -41,13 +41,13 @@ def _ads() -> dict[str, Any]:
     return {
         "api_type": "DELTA_GRPC",
         "transport_api_version": "V3",
-        # Else every request carries the whole node, all of Envoy's extensions: 13 ms of parsing each for coord.
+        # Otherwise every request carries the whole node with Envoy's extensions, which coord parses in 13 ms.
         "set_node_on_first_message_only": True,
         "grpc_services": [
             {
                 "envoy_grpc": {
                     "cluster_name": ADS_CLUSTER,
-                    # The default waits up to 30 s. A coord that comes back, or its twin, is asked within half of one.
+                    # The default waits up to 30 s. Envoy retries a restarted coord, or another replica, within 0.5 s.
                     "retry_policy": {"retry_back_off": {"base_interval": "0.1s", "max_interval": "0.5s"}},
                 }
             }
@@ -56,7 +56,7 @@ def _ads() -> dict[str, Any]:
 
 
 def _from_ads() -> dict[str, Any]:
-    # 0 s: not ready until coord has answered, however long that takes. The default goes live empty after 15 s.
+    # 0 s: Envoy is not ready before coord has answered. With the default, Envoy would serve no routes after 15 s.
     return {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
 
 
@@ -70,14 +70,14 @@ def _coord_cluster(coords: Sequence[str]) -> dict[str, Any]:
                 "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
                 "explicit_http_config": {
                     "http2_protocol_options": {
-                        # A coord that hangs, stopped or stuck, keeps its connection: without an answer to a ping in
-                        # time the stream moves to its twin.
+                        # A coord that hangs keeps its connection. When a PING is not answered in time, the stream moves
+                        # to another replica.
                         "connection_keepalive": {"interval": "2s", "timeout": "2s"}
                     }
                 },
             }
         },
-        # A connect is enough to tell a socket that a killed coord left from one that is served.
+        # A connect is enough to distinguish a served socket from one that a killed coord left behind.
         "health_checks": [
             {
                 "timeout": "1s",

@@ -1,9 +1,9 @@
-"""The Envoy in front of `shoal serve` where other machines can reach the address.
+"""Envoy in front of `shoal serve`, for addresses that other machines can reach.
 
     clients ──HTTP/2──> Envoy at the address ──unix sockets──> infer workers
 
-Its configuration is static: one listener, one cluster. It is written as plain JSON, because the generated classes of
-Envoy's messages take most of a second to import. Fields: envoy.config.bootstrap.v3.Bootstrap.
+The configuration is static: one listener, one cluster. It is written as plain JSON, because importing the generated
+classes of Envoy's messages takes most of a second. Fields: envoy.config.bootstrap.v3.Bootstrap.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _CONNECTION = "shoal.connection"
 
 _STREAM_WINDOW = 1 << 20
 _CONNECTION_WINDOW = 16 << 20
-# All calls to a worker share one connection. With a smaller window a few clients that do not read would fill it, and no
+# All calls to a worker share one connection. A few clients that do not read could fill a smaller window, and then no
 # other call to the worker would be answered.
 _WORKER_WINDOW = (1 << 31) - 1
-# Of one client's connection: beyond what a queue holds, more calls would only be refused.
+# Concurrent calls of one client connection. A worker's queue would reject more.
 _STREAMS = 4096
-# Messages pass as they come; no filter needs a whole one. Larger buffers would only hold more for clients that do not
-# read.
+# Messages are forwarded as they arrive; no filter needs a whole one. Larger buffers would only hold more data for
+# clients that do not read.
 _BUFFER_BYTES = 1 << 20
-# A request is held until its answer begins, for a retry at another worker. Larger ones pass, and are not retried.
+# A request is held until its response begins, for a retry at another worker. Larger requests are not retried.
 _RETRY_BYTES = 1 << 20
 
 _NOTICE_S = 0.3
 _FLUSH_S = 5.0
 # Longer than Envoy's drain_timeout: by then each connection that was used has got its last GOAWAY.
 _QUIET_S = 0.6
-_TURN_S = 0.02
-_TIMEOUT_S = 2.0
+_POLL_S = 0.02
+_ADMIN_TIMEOUT_S = 2.0
 _CONNECTIONS = f"http.{_STAT_PREFIX}.downstream_cx_active"
 _CALLS = f"http.{_STAT_PREFIX}.downstream_rq_total"
 _UNSENT = (
@@ -99,17 +99,17 @@ def _connection_manager(is_sticky: bool) -> dict[str, Any]:
             "max_outbound_frames": 100_000,
             # The default ends the whole connection at the second empty frame in a row. Some clients send such frames.
             "max_consecutive_inbound_frames_with_empty_payload": 64,
-            # A client that is gone without a word would keep its silent streams for ever.
+            # A client that disappears without closing the connection would keep its idle streams for ever.
             "connection_keepalive": {"interval": "30s", "timeout": "10s"},
         },
-        # Calls have deadlines of their own, and a stream may be silent for hours.
+        # Calls have deadlines of their own, and a stream may be idle for hours.
         "stream_idle_timeout": "0s",
         "drain_timeout": "0.5s",
         "generate_request_id": False,
         "server_header_transformation": "PASS_THROUGH",
         # No caller is internal: Envoy removes the x-envoy headers that would change retries and timeouts.
         "use_remote_address": True,
-        # Without a range, Envoy takes private addresses for internal. Nobody calls from this one.
+        # Without a range, Envoy treats private addresses as internal. No caller has this address.
         "internal_address_config": {"cidr_ranges": [{"address_prefix": "0.0.0.0", "prefix_len": 32}]},
         "skip_xff_append": True,
         "route_config": {
@@ -118,7 +118,7 @@ def _connection_manager(is_sticky: bool) -> dict[str, Any]:
                     "name": "all",
                     "domains": ["*"],
                     "request_body_buffer_limit": _RETRY_BYTES,
-                    # Envoy adds them itself; workers get the headers of the caller alone.
+                    # Envoy adds these headers; workers get the caller's headers alone.
                     "request_headers_to_remove": ["x-forwarded-proto", "x-envoy-external-address"],
                     "routes": [{"match": {"prefix": "/"}, "route": _route(is_sticky)}],
                 }
@@ -134,7 +134,7 @@ def _connection_manager(is_sticky: bool) -> dict[str, Any]:
 
 
 def _route(is_sticky: bool) -> dict[str, Any]:
-    # A sequence keeps to one connection (docs/sequences.md), so a connection keeps to one worker.
+    # A sequence uses one connection (docs/sequences.md), so a connection must keep to one worker.
     sticky = {"hash_policy": [{"filter_state": {"key": _CONNECTION}}]} if is_sticky else {}
     return {
         "cluster": _CLUSTER,
@@ -142,7 +142,7 @@ def _route(is_sticky: bool) -> dict[str, Any]:
         "idle_timeout": "0s",
         "max_stream_duration": {"grpc_timeout_header_max": "0s"},
         "retry_policy": {
-            # Only calls that no worker has begun.
+            # Only calls that no worker has begun are retried.
             "retry_on": "connect-failure,refused-stream",
             "num_retries": 3,
             "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
@@ -162,7 +162,7 @@ def _route(is_sticky: bool) -> dict[str, Any]:
 
 
 def _connection_name() -> dict[str, Any]:
-    """A network filter that names a connection by its remote address, for the hash of its calls."""
+    """Return a network filter that sets a connection's remote address as the hash key of its calls."""
     return {
         "name": "connection",
         "typed_config": {
@@ -192,17 +192,17 @@ def _cluster(workers: Sequence[str]) -> dict[str, Any]:
                     "http2_protocol_options": {
                         "initial_stream_window_size": _STREAM_WINDOW,
                         "initial_connection_window_size": _WORKER_WINDOW,
-                        # Loading a large model or compiling may hold a worker's loop for seconds; a minute is no load.
+                        # Loading a large model may block a worker's event loop for seconds, but never for a minute.
                         "connection_keepalive": {"interval": "10s", "timeout": "60s"},
                     }
                 },
             }
         },
         "circuit_breakers": {"thresholds": [_limits()]},
-        # While no worker is healthy, calls go to any: one that loads its models says so itself.
+        # While no worker is healthy, calls go to any worker: a worker that loads its models reports that itself.
         "common_lb_config": {
             "healthy_panic_threshold": {"value": 1},
-            # The default has a worker that comes back wait for a second.
+            # With the default, a recovered worker gets no calls for a second.
             "update_merge_window": "0s",
         },
         "health_checks": [
@@ -227,12 +227,12 @@ def _cluster(workers: Sequence[str]) -> dict[str, Any]:
 
 
 def _limits() -> dict[str, Any]:
-    """Limits that never bite: workers bound their own queues and say RESOURCE_EXHAUSTED with a time to come back."""
+    """Return limits that are never reached: workers bound their own queues, and reject with RESOURCE_EXHAUSTED."""
     return {
         "max_connections": 10_000,
         "max_pending_requests": 100_000,
         "max_requests": 100_000,
-        # The default allows 3 retries at once: kill a worker with 32 calls on their way, and 29 of them fail.
+        # The default allows 3 concurrent retries: of 32 calls in flight to a killed worker, 29 would fail.
         "retry_budget": {"budget_percent": {"value": 50}, "min_retry_concurrency": 1_000},
     }
 
@@ -241,12 +241,12 @@ class Edge:
     """Keeps an Envoy running in front of the workers, from `run` to `stop`.
 
     Args:
-        folder: a private folder with a short path, for its configuration and its admin socket.
+        folder: a private folder with a short path, for Envoy's configuration and admin socket.
         threads: Envoy's worker threads.
-        tell: is called with the name, the status and the pause before the restart of an Envoy that ended.
+        report: called when an Envoy has ended, with its name, its status and the seconds until its restart.
 
     Raises:
-        FailedPrecondition: there is no Envoy binary.
+        FailedPrecondition: no Envoy binary is installed.
     """
 
     def __init__(
@@ -257,16 +257,16 @@ class Edge:
         workers: Sequence[str],
         folder: Path,
         threads: int,
-        tell: Callable[[str, int, float], None],
+        report: Callable[[str, int, float], None],
     ) -> None:
         self._admin = str(folder / "admin.sock")
         config = folder / "envoy.json"
         config.write_text(json.dumps(bootstrap(host=host, port=port, workers=workers, admin=self._admin)))
         self._count = len(workers)
         self._was_ready = False
-        part = processes.envoy(config, f"unix:{self._admin}", threads, log_level="error")
+        spec = processes.envoy(config, f"unix:{self._admin}", threads, log_level="error")
         # One that never listened would only fail again: its configuration or its binary is wrong.
-        self._processes = Workers([part], tell, is_final=lambda status: not self._was_ready)
+        self._processes = Workers([spec], report, is_final=lambda status: not self._was_ready)
 
     @property
     def pid(self) -> int | None:
@@ -274,31 +274,31 @@ class Edge:
         return next(iter(self._processes.pids), None)
 
     async def run(self) -> int:
-        """Return the exit status once it has stopped, or cannot start."""
+        """Return the exit status when Envoy has stopped or cannot start."""
         return await self._processes.run()
 
     async def is_ready(self) -> bool:
-        """Return whether Envoy listens at its address."""
+        """Return True once Envoy listens at its address."""
         self._was_ready = self._was_ready or await probes.http_ok(f"unix:{self._admin}", "/ready")
         return self._was_ready
 
-    async def sees_all(self) -> bool:
-        """Return whether Envoy has found each worker healthy."""
+    async def all_healthy(self) -> bool:
+        """Return True when Envoy's health checks of all workers succeed."""
         return self._count in (await self._stats(f"cluster.{_CLUSTER}.membership_healthy")).values()
 
     async def drain(self) -> None:
-        """Accept no more connections, and send GOAWAY on each with its next answer. Return when most have got it."""
-        # Before it listens there is nothing to drain.
+        """Accept no more connections, and send GOAWAY with the next response on each. Wait until most have arrived."""
+        # Before Envoy listens there is nothing to drain.
         if not await self.is_ready():
             return
-        await self._ask("POST", "/drain_listeners?graceful&skip_exit")
-        await self._ask("POST", "/drain_listeners")
+        await self._call_admin("POST", "/drain_listeners?graceful&skip_exit")
+        await self._call_admin("POST", "/drain_listeners")
         await asyncio.sleep(_NOTICE_S)
 
     async def flush(self) -> None:
-        """Return when every answer is sent and no client calls any more, or after some seconds.
+        """Return when all responses are sent and no client calls any more, or after some seconds.
 
-        A client that has not read its GOAWAY yet may still send a call: it gets UNAVAILABLE, and is not cut.
+        A client that has not read its GOAWAY yet may still send a call; the answer is UNAVAILABLE, not a reset.
         """
         until = time.monotonic() + _FLUSH_S
         quiet_since, calls = time.monotonic(), -1
@@ -310,23 +310,23 @@ class Edge:
                 quiet_since, calls = time.monotonic(), values.get(_CALLS, 0)
             elif time.monotonic() - quiet_since >= _QUIET_S:
                 return
-            await asyncio.sleep(_TURN_S)
+            await asyncio.sleep(_POLL_S)
 
     def stop(self) -> None:
-        """Ask Envoy to end now."""
+        """Stop Envoy now, with SIGTERM."""
         self._processes.stop()
 
     async def _stats(self, *names: str) -> dict[str, int]:
         """Return the values of the counters and gauges that Envoy has."""
         pattern = "|".join(f"^{re.escape(name)}$" for name in names)
-        text = await self._ask("GET", f"/stats?filter={urllib.parse.quote(pattern)}")
+        text = await self._call_admin("GET", f"/stats?filter={urllib.parse.quote(pattern)}")
         return {name: int(value) for name, _, value in (line.partition(": ") for line in text.splitlines()) if value}
 
-    async def _ask(self, method: str, target: str) -> str:
-        """Return the body of the admin endpoint's answer; "" where there is none."""
+    async def _call_admin(self, method: str, target: str) -> str:
+        """Return the body of the admin endpoint's response; "" when there is no response."""
         request = f"{method} {target} HTTP/1.1\r\nhost: admin\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
         try:
-            async with asyncio.timeout(_TIMEOUT_S):
+            async with asyncio.timeout(_ADMIN_TIMEOUT_S):
                 reader, writer = await asyncio.open_unix_connection(self._admin)
                 try:
                     writer.write(request.encode())

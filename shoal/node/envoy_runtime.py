@@ -1,15 +1,16 @@
-"""How many calls of one connection may be reset by the caller before Envoy takes it for an attack.
+"""Envoy's runtime layer: its limit of calls that a client may reset on one connection.
 
-Envoy cuts a connection, and all calls on it, when half of its first 500 calls were reset within a second. Callers with
-deadlines and cancellations do that by trade: who gives up often would end the calls of all who share the connection.
+By default, Envoy closes a connection with all its calls when half of the first 500 calls were reset within a second.
+Callers with deadlines and cancellations reset many calls: one such caller would end the calls of all that share its
+connection.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+# A connection reaches this number of resets only after seconds.
 _CALLS = 50_000
-# By then a connection that resets most of its calls has been at it for seconds, and not for a moment.
 
 RUNTIME: dict[str, Any] = {
     "layers": [
@@ -17,4 +18,4 @@ RUNTIME: dict[str, Any] = {
         {"name": "admin", "admin_layer": {}},
     ]
 }
-"""Of envoy.config.bootstrap.v3.Bootstrap, the field `layered_runtime`."""
+"""Value of the field `layered_runtime` of envoy.config.bootstrap.v3.Bootstrap."""

@@ -1,7 +1,7 @@
-"""Runs one node, from the first process to the last: `shoal up` in all but what is on the screen.
+"""Life of one node, from start to stop: `shoal up` without its display.
 
-hold the folder, reserve the ports ──> start everything ──> ready? ──> write the ready files ──> wait for a signal
-     └── given back last                   └── stopped in reverse            └── removed first
+lock the folder, reserve the ports ──> start everything ──> ready? ──> write the ready files ──> wait for a signal
+     └── released last                     └── stopped in reverse            └── removed first
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from shoal.node.process import raise_file_limit
 from shoal.node.processes import ProcessSpec
 from shoal.node.ready import Ready, ReadyFiles
 from shoal.node.supervisor import Event, Started, Supervisor
-from shoal.node.unique_name import refuse_namesake
+from shoal.node.unique_name import check_unique
 
 _POLL_S = 0.1
-_PATIENCE_S = 20.0
+_SLOW_START_S = 20.0
 
 
 class Screen(Protocol):
-    """Where a node says how it is."""
+    """Display of a node's progress."""
 
     def waiting(self, names: Sequence[str]) -> None:
-        """These are not ready yet."""
+        """Show the processes that are not ready yet."""
 
     def still_waiting(self, names: Sequence[str], waited_s: float) -> None:
-        """It takes unusually long: these are to blame."""
+        """Show the processes that have delayed the start for unusually long."""
 
     def event(self, event: Event) -> None: ...
 
     def trouble(self, text: str) -> None:
-        """Something is wrong that does not end the node."""
+        """Show a problem that does not end the node."""
 
     def ready(self, ready: Ready, took_s: float) -> None: ...
 
     def stopping(self, number: int) -> None:
-        """The first signal came: everything stops in order."""
+        """Show that the first signal has arrived: everything stops in order."""
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP: the first asks for an orderly stop, the second ends everything at once."""
+    """SIGINT, SIGTERM and SIGHUP: the first asks for an orderly stop, the second ends everything immediately."""
 
     def __init__(self, screen: Screen) -> None:
         self.stop = asyncio.Event()
-        self.at_second: list[Callable[[], None]] = []
-        """What must be done before the process ends at a second signal."""
+        self.on_second_signal: list[Callable[[], None]] = []
+        """Clean-up steps before the process ends at a second signal; the last one added runs first."""
         self._screen = screen
 
     def _on_signal(self, number: int) -> None:
@@ -66,7 +66,7 @@ class Signals:
             self.stop.set()
             self._screen.stopping(number)
             return
-        for act in reversed(self.at_second):
+        for act in reversed(self.on_second_signal):
             with contextlib.suppress(Exception):
                 act()
         os._exit(128 + number)
@@ -85,25 +85,25 @@ class Signals:
 
 
 async def run(options: Options, ready_files: Sequence[Path], environ: Mapping[str, str], screen: Screen) -> None:
-    """Runs a node until a signal stops it. When this returns nothing of it is left but its data.
+    """Run a node until a signal stops it, then leave nothing behind but its data.
 
     Raises:
-        InvalidArgument: a folder or file that was named cannot be used.
-        FailedPrecondition: a port is in use, the data folder is another node's, a binary is missing.
+        InvalidArgument: a folder or file in the options cannot be used.
+        FailedPrecondition: a port is in use, another node uses the data folder, or a binary is missing.
     """
     signals = Signals(screen)
-    with contextlib.ExitStack() as held:
-        held.enter_context(folder.held(options.data_dir))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(folder.lock(options.data_dir))
         files = ReadyFiles([options.data_dir / "node.json", *ready_files])
         files.check()
-        layout = _reserve(options, held.enter_context(Ports()))
-        layout = replace(layout, run_dir=held.enter_context(folder.run_dir(options.data_dir, environ)))
-        signals.at_second.append(lambda: shutil.rmtree(layout.run_dir, ignore_errors=True))
+        layout = _reserve(options, stack.enter_context(Ports()))
+        layout = replace(layout, run_dir=stack.enter_context(folder.run_dir(options.data_dir, environ)))
+        signals.on_second_signal.append(lambda: shutil.rmtree(layout.run_dir, ignore_errors=True))
         groups = plan.groups(options, layout, environ, os.getpid())
         (layout.run_dir / "envoy.json").write_text(plan.envoy_bootstrap(options, layout))
-        held.enter_context(signals.caught())
+        stack.enter_context(signals.caught())
         if options.etcd is not None:
-            await refuse_namesake(options.etcd, options.name)
+            await check_unique(options.etcd, options.name)
         raise_file_limit()
         if not signals.stop.is_set():
             await _run(_Running(options, layout, files, screen), groups, signals)
@@ -113,20 +113,20 @@ async def _run(running: _Running, groups: Sequence[Sequence[ProcessSpec]], signa
     started = time.monotonic()
     async with Supervisor(running.options.data_dir / "logs", running.on_event) as supervisor:
         running.supervisor = supervisor
-        signals.at_second.append(supervisor.kill_all)
+        signals.on_second_signal.append(supervisor.kill_all)
         for group in groups:
             await supervisor.start(*group)
         with running.files:
-            signals.at_second.append(running.files.remove)
-            if await _before(signals.stop, running.until_ready(started)):
-                running.announce()
-                running.screen.ready(running.word(), time.monotonic() - started)
+            signals.on_second_signal.append(running.files.remove)
+            if await _finished_before(signals.stop, running.until_ready(started)):
+                running.write_ready_files()
+                running.screen.ready(running.ready_now(), time.monotonic() - started)
                 await signals.stop.wait()
                 running.is_ready = False
 
 
 class _Running:
-    """A node whose processes run."""
+    """Node whose processes run."""
 
     supervisor: Supervisor
 
@@ -137,71 +137,74 @@ class _Running:
         self.screen = screen
         self.is_ready = False
 
-    def word(self) -> Ready:
+    def ready_now(self) -> Ready:
         layout = self.layout
         return Ready(layout.gateway, layout.admin, self.options.data_dir, self.supervisor.pids())
 
-    def announce(self) -> None:
-        """Writes the ready files, now and at every new pid from here on."""
+    def write_ready_files(self) -> None:
+        """Write the ready files, now and again whenever a process gets a new pid."""
         self.is_ready = True
-        for trouble in self.files.write(self.word()):
+        for trouble in self.files.write(self.ready_now()):
             self.screen.trouble(trouble)
 
     def on_event(self, event: Event) -> None:
         self.screen.event(event)
         if self.is_ready and isinstance(event, Started):
-            self.announce()
+            self.write_ready_files()
 
     async def until_ready(self, started: float) -> None:
-        """Waits until every part is ready, the ones given by URL among them, and calls get through the gateway."""
-        waiting = {keeper.part.name: keeper.part.ready for keeper in self.supervisor.keepers} | self._given()
+        """Wait until every process and external server is ready and calls pass through the gateway."""
+        waiting = {keeper.spec.name: keeper.spec.ready for keeper in self.supervisor.keepers} | self._external_probes()
         await self._until_all(waiting, started)
         await self._until_all(gateway.probes(self.layout.gateway, tuple(self.options.replicas)), started)
 
-    def _given(self) -> dict[str, Callable[[], Awaitable[bool]]]:
-        given: dict[str, Callable[[], Awaitable[bool]]] = {}
+    def _external_probes(self) -> dict[str, Callable[[], Awaitable[bool]]]:
+        found: dict[str, Callable[[], Awaitable[bool]]] = {}
         if (etcd := self.options.etcd) is not None:
-            given[f"etcd at {etcd}"] = lambda: probes.etcd_answers(etcd)
-        if (mongo := self.options.mongo) is not None and plan.wants_mongo(self.options):
-            given[f"MongoDB at {mongo.rpartition('@')[2]}"] = lambda: probes.mongo_answers(mongo)
-        return given
+            found[f"etcd at {etcd}"] = lambda: probes.etcd_answers(etcd)
+        if (mongo := self.options.mongo) is not None and plan.needs_mongo(self.options):
+            found[f"MongoDB at {mongo.rpartition('@')[2]}"] = lambda: probes.mongo_answers(mongo)
+        return found
 
     async def _until_all(self, probes: Mapping[str, Callable[[], Awaitable[bool]]], started: float) -> None:
         waiting = list(probes)
 
         async def until(name: str) -> None:
-            while not await probes[name]():  # noqa: ASYNC110 - it is another process: there is nothing to wait on.
+            # Another process has no event to wait on.
+            while not await probes[name]():  # noqa: ASYNC110
                 await asyncio.sleep(_POLL_S)
             waiting.remove(name)
             self.screen.waiting(waiting)
 
         self.screen.waiting(waiting)
         async with asyncio.TaskGroup() as tasks:
-            complaining = tasks.create_task(self._complain(waiting, started))
+            reporting = tasks.create_task(self._report_slow_start(waiting, started))
             await asyncio.wait([tasks.create_task(until(name)) for name in probes])
-            complaining.cancel()
+            reporting.cancel()
 
-    async def _complain(self, waiting: Sequence[str], started: float) -> None:
+    async def _report_slow_start(self, waiting: Sequence[str], started: float) -> None:
         while True:
-            await asyncio.sleep(_PATIENCE_S)
+            await asyncio.sleep(_SLOW_START_S)
             self.screen.still_waiting(waiting, time.monotonic() - started)
 
 
 def _reserve(options: Options, ports: Ports) -> Layout:
-    """The ports of a node: the public ones as asked for, the private ones as last time where they are still free."""
+    """Reserve a node's ports: the requested public ones, and the last run's private ones where they are still free."""
     public = {}
     for option, port in (("--gateway-port", options.gateway_port), ("--admin-port", options.admin_port)):
         try:
             public[option] = ports.reserve(port)
         except PortInUse as err:
-            raise FailedPrecondition(f"{err}: is another node running? Give another with {option} (0: any)") from err
+            message = f"{err}: is another node running? Give another port with {option} (0: any free one)"
+            raise FailedPrecondition(message) from err
         except PermissionError as err:
-            raise FailedPrecondition(f"{option} {port}: only root may listen there: give one above 1023") from err
-    last = folder.remembered_ports(options.data_dir)
-    wanted = [] if options.etcd else ["etcd", "etcd-peer"]
-    wanted += ["mongod"] if options.mongo is None and plan.wants_mongo(options) else []
-    private = {name: ports.reserve_preferred(last.get(name)) for name in wanted}
-    folder.remember_ports(options.data_dir, {**last, **private})
+            message = f"{option} {port}: only root may listen there: give a port above 1023"
+            raise FailedPrecondition(message) from err
+    last = folder.last_ports(options.data_dir)
+    private_names = [] if options.etcd else ["etcd", "etcd-peer"]
+    private_names += ["mongod"] if options.mongo is None and plan.needs_mongo(options) else []
+    private = {name: ports.reserve_preferred(last.get(name)) for name in private_names}
+    folder.save_ports(options.data_dir, {**last, **private})
     return Layout(
         run_dir=Path(),
         gateway_port=public["--gateway-port"],
@@ -212,8 +215,8 @@ def _reserve(options: Options, ports: Ports) -> Layout:
     )
 
 
-async def _before(stop: asyncio.Event, work: Awaitable[None]) -> bool:
-    """Whether `work` is done before `stop` is set; it is cancelled otherwise. What it raises is raised."""
+async def _finished_before(stop: asyncio.Event, work: Awaitable[None]) -> bool:
+    """Return True when `work` finishes before `stop` is set; otherwise cancel it. Exceptions of `work` are raised."""
     working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait([working, stopped], return_when=asyncio.FIRST_COMPLETED)

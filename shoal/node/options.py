@@ -1,4 +1,4 @@
-"""What a node is asked to be, checked once: each mistake is named with the option that it came from."""
+"""Options of a node, validated once: each error names the option that caused it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from shoal.errors import InvalidArgument
 
 SERVICES = ("coord", "store", "infer", "ingest")
-"""In the order of their start: what others call comes first, and stops last."""
+"""Services in the order of their start: a service that others call starts earlier, and stops later."""
 MAX_REPLICAS = 64
 _NODE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
 _HOST_PORT = re.compile(r"^([^/:\s@,]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})$")
@@ -18,18 +18,18 @@ _HOST_PORT = re.compile(r"^([^/:\s@,]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})$")
 
 @dataclass(frozen=True)
 class Options:
-    """A node, as its user wants it."""
+    """Validated options of a node."""
 
     data_dir: Path
     gateway_port: int = 8080
     """0: any free one."""
     admin_port: int = 9901
     replicas: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SERVICES, 1))
-    """How many instances of each service; a service that is not here is not started. In the order of their start."""
+    """Instances of each service, in the order of their start. A service without an entry is not started."""
     etcd: str | None = None
-    """`host:port[,host:port...]` of an etcd that is there already."""
+    """`host:port[,host:port...]` of an etcd that runs already; None: the node starts one."""
     mongo: str | None = None
-    """URL of a MongoDB that is there already."""
+    """URL of a MongoDB that runs already; None: the node starts one."""
     name: str = "local"
     connectors: Path | None = None
     """A file of connectors, for every instance of ingest."""
@@ -47,10 +47,10 @@ def checked(
     name: str = "local",
     connectors: Path | None = None,
 ) -> Options:
-    """Options from what was typed.
+    """Return the options of a command line.
 
     Raises:
-        InvalidArgument: one of them is wrong; the message names it, what came and what is allowed.
+        InvalidArgument: an option is invalid; the message names it, its value and the allowed values.
     """
     if not _NODE_NAME.match(name):
         raise InvalidArgument(
@@ -63,7 +63,7 @@ def checked(
         raise InvalidArgument(f"--gateway-port and --admin-port are both {gateway_port}: they must differ")
     chosen = parse_services(services)
     if connectors is not None and "ingest" not in chosen:
-        raise InvalidArgument("--connectors is for ingest, which --services leaves out: name it there too")
+        raise InvalidArgument("--connectors is for ingest, which --services leaves out: add ingest to --services")
     return Options(
         data_dir=data_dir.expanduser().absolute(),
         gateway_port=gateway_port,
@@ -77,9 +77,9 @@ def checked(
 
 
 def parse_services(text: str) -> tuple[str, ...]:
-    """`infer,store` -> the services, in the order of their start, with coord; empty means all.
+    """Return the services of `infer,store`, in the order of their start; all for an empty text.
 
-    Coord is always among them: the node's Envoy takes its configuration from it.
+    coord is always included: the node's Envoy takes its configuration from coord.
     """
     if not text.strip():
         return SERVICES
@@ -90,7 +90,7 @@ def parse_services(text: str) -> tuple[str, ...]:
 
 
 def parse_replicas(text: str) -> dict[str, int]:
-    """`infer=2,coord=3` -> the counts."""
+    """Return the counts of `infer=2,coord=3`."""
     counts: dict[str, int] = {}
     for item in text.split(",") if text.strip() else ():
         name, equals, count = (part.strip() for part in item.partition("="))
@@ -98,21 +98,21 @@ def parse_replicas(text: str) -> dict[str, int]:
             raise InvalidArgument(f"--replicas {text!r}: expected SERVICE=COUNT[,SERVICE=COUNT...], such as infer=2")
         _known(name, "--replicas", text)
         if name in counts:
-            raise InvalidArgument(f"--replicas {text!r}: {name} is given twice")
+            raise InvalidArgument(f"--replicas {text!r}: {name} occurs twice")
         if not re.fullmatch(r"[0-9]{1,4}", count) or not 1 <= int(count) <= MAX_REPLICAS:
-            advice = "to leave a service out, name the others with --services" if count == "0" else "a whole number"
+            advice = "to leave a service out, list the others with --services" if count == "0" else "a whole number"
             raise InvalidArgument(f"--replicas {text!r}: {name}={count or '?'} is not 1 to {MAX_REPLICAS}: {advice}")
         counts[name] = int(count)
     return counts
 
 
 def parse_etcd(text: str) -> str:
-    """`http://a:2379,b:2379` -> `a:2379,b:2379`."""
+    """Return `a:2379,b:2379` for `http://a:2379,b:2379`."""
     addresses = []
     for item in text.split(","):
         address = item.strip().removeprefix("http://").rstrip("/")
         if address.startswith("https://"):
-            raise InvalidArgument(f"--etcd {text!r}: TLS to etcd is not supported: put a local proxy before it")
+            raise InvalidArgument(f"--etcd {text!r}: TLS to etcd is not supported: put a local proxy in front of it")
         match = _HOST_PORT.match(address)
         if not match or not 0 < int(match[2]) < 65536:
             raise InvalidArgument(f"--etcd {text!r}: expected http://HOST:PORT[,http://HOST:PORT...]")
@@ -121,7 +121,7 @@ def parse_etcd(text: str) -> str:
 
 
 def parse_mongo(text: str) -> str:
-    """A MongoDB URL, as it is."""
+    """Return a MongoDB URL unchanged. Raises InvalidArgument for a text that is no MongoDB URL."""
     if not re.match(r"^mongodb(\+srv)?://[^/\s]+", text.strip()):
         raise InvalidArgument(f"--mongo {text!r}: expected mongodb://HOST:PORT/?replicaSet=NAME")
     return text.strip()
@@ -129,13 +129,14 @@ def parse_mongo(text: str) -> str:
 
 def _known(name: str, option: str, text: str) -> None:
     if name not in SERVICES:
-        raise InvalidArgument(f"{option} {text!r}: no service is called {name!r}: there are {', '.join(SERVICES)}")
+        known = ", ".join(SERVICES)
+        raise InvalidArgument(f"{option} {text!r}: no service is called {name!r}: there are {known}")
 
 
 def _counted(services: Sequence[str], counts: Mapping[str, int]) -> dict[str, int]:
     for name in counts:
         if name not in services:
             raise InvalidArgument(
-                f"--replicas names {name}, which --services leaves out: name it in both or in neither"
+                f"--replicas names {name}, which --services leaves out: list it in both or in neither"
             )
     return {service: counts.get(service, 1) for service in services}

@@ -1,8 +1,8 @@
-"""Which processes a node is made of, in the order of their start, and what each is told. Starts nothing.
+"""Processes of a node in the order of their start, with the environment of each. This module starts nothing.
 
     etcd | mongod | envoy | coord-* | store-* | infer-* | ingest-*
 
-All start at once: a service comes up while what it needs is away, and retries.
+All start at the same time: a service starts while its dependencies are unavailable, and retries.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from shoal.node.options import Options
 from shoal.node.ports import HOST
 
 DRAIN_MS = 20_000
-"""How long calls in flight may take to finish when the node stops. Who cannot wait signals twice."""
+"""Longest time for calls in flight to finish when the node stops. A second signal ends the node immediately."""
+# Time beyond the drain, for the notice to Envoys, deregistration and closing of connections.
 _MARGIN_S = 5.0
-# On top of the drain: the notice, deregistering, closing what the calls needed.
 _WITH_MONGO = ("store", "ingest")
+# For backups and batches. The gateway listens on this machine only, and its callers may use whatever its user may use.
 _EVERYWHERE = "file:///,s3://,gs://,az://"
-# For backups and batches: whoever reaches the gateway, which listens on this machine only, may use what its user may.
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The ports and folders of a node. A port of a part that is given by URL is 0."""
+    """Ports and folders of a node. The port of an external etcd or MongoDB is 0."""
 
     run_dir: Path
     gateway_port: int
@@ -53,30 +53,32 @@ class Layout:
     def socket_of(self, instance: str) -> Path:
         return self.run_dir / f"{instance}.sock"
 
-    def flights_of(self, instance: str) -> Path:
-        """Where an instance says what it is executing."""
+    def crash_journal_of(self, instance: str) -> Path:
+        """Return the path of an instance's crash journal, its record of work in progress."""
         return self.run_dir / f"{instance}{crash_journal.SUFFIX}"
 
 
-def wants_mongo(options: Options) -> bool:
-    """Whether a service of this node keeps something in MongoDB."""
+def needs_mongo(options: Options) -> bool:
+    """Return True when a service of this node keeps data in MongoDB."""
     return any(service in options.replicas for service in _WITH_MONGO)
 
 
-def etcd_of(options: Options, layout: Layout) -> str:
-    """etcd's addresses, as services are told them."""
+def etcd_address(options: Options, layout: Layout) -> str:
+    """Return etcd's addresses for the services."""
     return options.etcd or f"{HOST}:{layout.etcd_port}"
 
 
-def mongo_of(options: Options, layout: Layout) -> str:
-    """MongoDB's URL, as services are told it."""
+def mongo_url(options: Options, layout: Layout) -> str:
+    """Return MongoDB's URL for the services."""
     return options.mongo or f"mongodb://{HOST}:{layout.mongod_port}/?replicaSet=rs0"
 
 
 def groups(
     options: Options, layout: Layout, environ: Mapping[str, str], launcher: int
 ) -> list[list[processes.ProcessSpec]]:
-    """The processes to start, group after group; they stop in reverse. `launcher` is the pid that they depend on.
+    """Return the processes to start, group after group; groups stop in reverse order.
+
+    `launcher` is the pid of the process that the services depend on.
 
     Raises:
         FailedPrecondition: a binary is missing.
@@ -84,7 +86,7 @@ def groups(
     found: list[list[processes.ProcessSpec]] = []
     if options.etcd is None:
         found.append([processes.etcd(options.data_dir / "etcd", layout.etcd_port, layout.etcd_peer_port)])
-    if options.mongo is None and wants_mongo(options):
+    if options.mongo is None and needs_mongo(options):
         found.append([processes.mongod(options.data_dir / "mongo", layout.mongod_port)])
     found.append([processes.envoy(layout.run_dir / "envoy.json", layout.admin, workers(os.cpu_count() or 1))])
     for service, count in options.replicas.items():
@@ -94,7 +96,7 @@ def groups(
 
 
 def envoy_bootstrap(options: Options, layout: Layout) -> str:
-    """What the node's Envoy starts from, as JSON."""
+    """Return the bootstrap configuration of the node's Envoy, as JSON."""
     coords = [str(layout.socket_of(f"coord-{number}")) for number in range(options.replicas["coord"])]
     return bootstrap(
         node=options.name, gateway=layout.gateway, outbound=str(layout.outbound), admin=layout.admin, coords=coords
@@ -102,7 +104,7 @@ def envoy_bootstrap(options: Options, layout: Layout) -> str:
 
 
 def workers(cores: int) -> int:
-    """Envoy's worker threads on a machine with so many cores: the rest is for the models."""
+    """Return the number of Envoy's worker threads on a machine with `cores`: the other cores are for the models."""
     return max(1, min(4, cores // 2))
 
 
@@ -111,31 +113,31 @@ def _service(
 ) -> processes.ProcessSpec:
     prefix = f"SHOAL_{service.upper()}_"
     path = layout.socket_of(instance)
-    told = {
+    settings = {
         "INSTANCE": instance,
         "NODE": options.name,
         "LISTEN": f"unix:{path}",
         "MESH": f"unix:{layout.outbound}",
-        "ETCD": etcd_of(options, layout),
+        "ETCD": etcd_address(options, layout),
         **_own_settings(service, instance, options, layout),
     }
-    # The user's environment decides over these: it passes through.
+    # The user's environment overrides these defaults: services inherit it.
     defaults = {"DRAIN_MS": str(DRAIN_MS), **_own_defaults(service, options)}
-    told |= {key: value for key, value in defaults.items() if prefix + key not in environ}
-    env = {prefix + key: value for key, value in told.items()} | {"SHOAL_PARENT_PID": str(launcher)}
-    told_in = layout.flights_of(instance) if service == "infer" else None
-    return processes.service(service, instance, path, env, _grace_s(environ.get(prefix + "DRAIN_MS", "")), told_in)
+    settings |= {key: value for key, value in defaults.items() if prefix + key not in environ}
+    env = {prefix + key: value for key, value in settings.items()} | {"SHOAL_PARENT_PID": str(launcher)}
+    journal = layout.crash_journal_of(instance) if service == "infer" else None
+    return processes.service(service, instance, path, env, _grace_s(environ.get(prefix + "DRAIN_MS", "")), journal)
 
 
 def _own_settings(service: str, instance: str, options: Options, layout: Layout) -> dict[str, str]:
     if service in _WITH_MONGO:
-        streams = {"CONNECTORS": str(options.connectors)} if service == "ingest" and options.connectors else {}
-        return {"MONGO": mongo_of(options, layout), **streams}
+        connectors = {"CONNECTORS": str(options.connectors)} if service == "ingest" and options.connectors else {}
+        return {"MONGO": mongo_url(options, layout), **connectors}
     if service == "infer":
         cache = options.data_dir / "cache" / "models"
-        # Of several, those on a GPU would each bring the weights there.
+        # Several instances share models on a GPU: otherwise each would load the weights there.
         shared = {"SHARED_DIR": str(layout.run_dir)} if options.replicas["infer"] > 1 else {}
-        return {"CACHE_DIR": str(cache), "FLIGHTS": str(layout.flights_of(instance)), **shared}
+        return {"CACHE_DIR": str(cache), "FLIGHTS": str(layout.crash_journal_of(instance)), **shared}
     return {}
 
 
@@ -145,7 +147,7 @@ def _own_defaults(service: str, options: Options) -> dict[str, str]:
         return {
             "DATABASE": "shoal",
             "BLOBS": (options.data_dir / "blobs").as_uri(),
-            # Buckets are open to whom the user's credentials are; of this machine only the node's own folder.
+            # Any bucket that the user's credentials open. On this machine, only the node's own folder.
             "EXPORTS": f"{exports},s3://,gs://,az://",
             "BACKUPS": _EVERYWHERE,
         }
@@ -153,5 +155,5 @@ def _own_defaults(service: str, options: Options) -> dict[str, str]:
 
 
 def _grace_s(drain_ms: str) -> float:
-    """Longer than the service's own drain; what it was told may be no number, which it says itself."""
+    """Return a grace period longer than the service's own drain. The service itself reports an invalid DRAIN_MS."""
     return (int(drain_ms) if drain_ms.isdecimal() else DRAIN_MS) / 1000 + _MARGIN_S

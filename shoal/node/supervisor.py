@@ -1,9 +1,9 @@
-"""Keeps the processes of a node running, and stops them in order.
+"""Supervisor of a node's processes: keeps them running, and stops them in order.
 
     start(etcd)  start(mongod)  start(envoy)  start(coord-0, coord-1)  ...      each call is a group
     stop         <-------------------------------------------------------      the last group first
 
-When a process ends is seen at once; when it starts again is decided by `restarts`; what happened is told as events.
+The end of a process is noticed immediately, `restarts` decides when the process starts again, and events report both.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from typing import TypeAlias
 
 from mesh.process import crash_journal
 from mesh.process.tasks import all_to_the_end, end
+from shoal.node.log_tail import last_lines
 from shoal.node.process import Process, spawn
 from shoal.node.processes import ProcessSpec
 from shoal.node.restarts import Restarts
-from shoal.node.tail import last_lines
 
 LOG_BYTES = 16 << 20
-"""A log is moved to `<name>.log.1` when it is larger; so a process has at most about twice this on disk."""
+"""Size at which a log is moved to `<name>.log.1`; a process has at most about twice this size on disk."""
 _LOG_CHECK_S = 2.0
 
 
 @dataclass(frozen=True)
 class Started:
-    """A process runs; with a new pid when `again`."""
+    """A process was started; restarted when `again`."""
 
     name: str
     pid: int
     again: bool
     in_loop: bool
-    """It is in a crash loop: not worth a word."""
+    """True in a crash loop, whose restarts are not shown."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A process ended that should not have; it is started again in `again_in_s`."""
+    """A process ended unexpectedly; it is restarted in `again_in_s`."""
 
     name: str
     status: int
@@ -55,7 +55,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class CrashLoop:
-    """A process keeps ending soon after its start. Its restarts go on, ever more slowly."""
+    """A process keeps exiting soon after its start. Restarts continue, with growing delays."""
 
     name: str
     status: int
@@ -66,14 +66,14 @@ class CrashLoop:
 
 @dataclass(frozen=True)
 class Recovered:
-    """A process that was in a crash loop has held."""
+    """A process that was in a crash loop runs steadily."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Killed:
-    """A process had to be killed: it did not stop within its grace."""
+    """A process was killed: it did not stop within its grace period."""
 
     name: str
     grace_s: float
@@ -85,45 +85,45 @@ Event: TypeAlias = Started | Ended | CrashLoop | Recovered | Killed
 class ProcessKeeper:
     """Keeps one process running from `start` to `stop`."""
 
-    def __init__(self, part: ProcessSpec, log: Path, restarts: Restarts, tell: Callable[[Event], None]) -> None:
-        self.part = part
+    def __init__(self, spec: ProcessSpec, log: Path, restarts: Restarts, report: Callable[[Event], None]) -> None:
+        self.spec = spec
         self.log = log
         self.is_looping = False
         self._restarts = restarts
-        self._tell = tell
+        self._report = report
         self._process: Process | None = None
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
-        """The pid of the process, or None while there is none."""
+        """Pid of the process, or None while none runs."""
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
-        """Starts the process for the first time.
+        """Start the process for the first time.
 
         Raises:
-            OSError: no process can be made.
+            OSError: no process can be created.
         """
         await self._spawn(again=False)
-        self._task = asyncio.create_task(self._keep(), name=f"keep {self.part.name}")
+        self._task = asyncio.create_task(self._keep(), name=f"keep {self.spec.name}")
 
     async def stop(self) -> None:
-        """Asks the process to stop, and kills it when it does not within its grace."""
+        """Stop the process with SIGTERM, and kill it when it does not end within its grace period."""
         self._stopping.set()
         if self._task is None:
             return
         if self._process:
             self._process.signal(signal.SIGTERM)
-        done, _ = await asyncio.wait([self._task], timeout=self.part.grace_s)
+        done, _ = await asyncio.wait([self._task], timeout=self.spec.grace_s)
         if not done:
-            self._tell(Killed(self.part.name, self.part.grace_s))
+            self._report(Killed(self.spec.name, self.spec.grace_s))
             self.kill()
             await self._task
 
     def kill(self) -> None:
-        """Kills the process now, for good."""
+        """Kill the process now, without a restart."""
         self._stopping.set()
         if self._process:
             self._process.kill()
@@ -134,47 +134,50 @@ class ProcessKeeper:
                 await self._respawn()
                 continue
             status = await self._until_end(self._process)
-            if self.part.flights is not None:  # At once: a retry of what it died of is waiting.
-                crash_journal.keep(self.part.flights, self._process.pid, status)
+            # Kept immediately: an instance may wait for the verdict on a retry of the same request.
+            if self.spec.crash_journal is not None:
+                crash_journal.keep(self.spec.crash_journal, self._process.pid, status)
             lived_s, self._process = self._process.lived_s, None
             if not self._stopping.is_set():
-                await self._take_down(status, lived_s)
+                await self._record_end(status, lived_s)
 
     async def _until_end(self, process: Process) -> int:
-        """Waits for the end of the process; says on the way that it recovered, when it did."""
+        """Wait for the end of the process; report a recovery from a crash loop meanwhile."""
         end = asyncio.ensure_future(process.wait())
         if self.is_looping:
             await asyncio.wait([end], timeout=self._restarts.steady_s)
             if not end.done():
                 self.is_looping = False
                 self._restarts = self._restarts.steady()
-                self._tell(Recovered(self.part.name))
+                self._report(Recovered(self.spec.name))
         return await end
 
-    async def _take_down(self, status: int, lived_s: float) -> None:
-        """Notes an end that nobody asked for, and waits until it is time to start again."""
+    async def _record_end(self, status: int, lived_s: float) -> None:
+        """Record and report an unexpected end, and wait until the restart."""
         self._restarts = self._restarts.after(lived_s)
-        if self._restarts.is_news:
+        if self._restarts.begins_loop:
             self.is_looping = True
             lines = tuple(last_lines(self.log))
-            self._tell(CrashLoop(self.part.name, status, self._restarts.young_deaths, self.log, lines))
+            self._report(CrashLoop(self.spec.name, status, self._restarts.early_exits, self.log, lines))
         elif not self._restarts.is_loop:
-            self._tell(Ended(self.part.name, status, lived_s, self._restarts.delay_s))
+            self._report(Ended(self.spec.name, status, lived_s, self._restarts.delay_s))
         await self._pause()
 
     async def _respawn(self) -> None:
         try:
             await self._spawn(again=True)
-        except OSError:  # No process can be made now (out of pids, of memory, of disk for the log): later.
+        # No process can be created now (out of pids, memory or disk for the log): retry later.
+        except OSError:
             self._restarts = self._restarts.after(0)
             await self._pause()
 
     async def _spawn(self, *, again: bool) -> None:
-        self._process = process = await spawn(self.part, self.log)
-        if self._stopping.is_set():  # The stop came while the process was made, and missed it.
+        self._process = process = await spawn(self.spec, self.log)
+        # A stop that arrived during `spawn` has missed the new process.
+        if self._stopping.is_set():
             process.signal(signal.SIGTERM)
         else:
-            self._tell(Started(self.part.name, process.pid, again, self.is_looping))
+            self._report(Started(self.spec.name, process.pid, again, self.is_looping))
 
     async def _pause(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -182,41 +185,41 @@ class ProcessKeeper:
 
 
 class Supervisor:
-    """Runs groups of processes for as long as the block lasts; what was started last stops first."""
+    """Runs groups of processes while the `async with` block lasts; the group that started last stops first."""
 
-    def __init__(self, logs: Path, tell: Callable[[Event], None], restarts: Restarts | None = None) -> None:
+    def __init__(self, logs: Path, report: Callable[[Event], None], restarts: Restarts | None = None) -> None:
         self._logs = logs
-        self._tell = tell
+        self._report = report
         self._restarts = restarts or Restarts()
         self._groups: list[list[ProcessKeeper]] = []
         self._bounding: asyncio.Task[None] | None = None
 
     @property
     def keepers(self) -> list[ProcessKeeper]:
-        """One for each process, in the order in which they were started."""
+        """Keepers of all processes, in the order of their start."""
         return [keeper for group in self._groups for keeper in group]
 
     def pids(self) -> dict[str, int]:
-        """The pid of each process that runs now, by name."""
-        return {keeper.part.name: keeper.pid for keeper in self.keepers if keeper.pid is not None}
+        """Return the pid of each process that runs now, by name."""
+        return {keeper.spec.name: keeper.pid for keeper in self.keepers if keeper.pid is not None}
 
-    async def start(self, *parts: ProcessSpec) -> None:
-        """Starts `parts` as one group, each with a fresh log (the last run's log is kept as `<name>.log.1`).
+    async def start(self, *specs: ProcessSpec) -> None:
+        """Start `specs` as one group, each with a new log; the last run's log is kept as `<name>.log.1`.
 
         Raises:
-            OSError: a process cannot be made.
+            OSError: a process cannot be created.
         """
         group: list[ProcessKeeper] = []
         self._groups.append(group)
-        for part in parts:
-            log = self._logs / f"{part.name}.log"
+        for spec in specs:
+            log = self._logs / f"{spec.name}.log"
             if log.exists():
                 log.replace(log.with_name(f"{log.name}.1"))
-            group.append(ProcessKeeper(part, log, self._restarts, self._tell))
+            group.append(ProcessKeeper(spec, log, self._restarts, self._report))
             await group[-1].start()
 
     def kill_all(self) -> None:
-        """Kills every process now."""
+        """Kill every process now."""
         for keeper in self.keepers:
             keeper.kill()
 
@@ -227,7 +230,8 @@ class Supervisor:
     async def __aexit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
-        async with contextlib.AsyncExitStack() as stack:  # One that cannot be stopped keeps no other running.
+        # The stack stops every group, also when stopping one of them fails.
+        async with contextlib.AsyncExitStack() as stack:
             if self._bounding:
                 stack.push_async_callback(end, self._bounding)
             for group in self._groups:
@@ -237,7 +241,8 @@ class Supervisor:
         while True:
             await asyncio.sleep(_LOG_CHECK_S)
             for keeper in self.keepers:
-                with contextlib.suppress(OSError):  # A full disk: the next turn tries again.
+                # On a full disk, the next check retries.
+                with contextlib.suppress(OSError):
                     bound(keeper.log, LOG_BYTES)
 
 
@@ -246,10 +251,10 @@ async def _stop(group: Sequence[ProcessKeeper]) -> None:
 
 
 def bound(log: Path, size_bytes: int) -> None:
-    """Moves what is in `log` to `<name>.log.1` when that is more than `size_bytes`.
+    """Move the content of `log` to `<name>.log.1` when it is larger than `size_bytes`.
 
-    The process holds the file open for appending, so the file stays and is cut to nothing. What is written between the
-    copy and the cut is lost: a few lines of millions.
+    The process has the file open for appending, so the content is copied and the file truncated. Lines written between
+    the two are lost: a few of millions.
     """
     if log.stat().st_size > size_bytes:
         shutil.copyfile(log, log.with_name(f"{log.name}.1"))

@@ -1,4 +1,4 @@
-"""Two nodes that share an etcd under one name would write over each other's instances: the second is refused."""
+"""Check that a node's name is unique in an etcd: nodes of one name would overwrite each other's registrations."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import time
 
 from shoal.errors import FailedPrecondition, ShoalError
 
-_PATIENCE_S = 5.0
-# A node of this name that was killed is forgotten when its leases end, after 3 s.
+# The registrations of a killed node of this name expire with its leases, after 3 s.
+_WAIT_S = 5.0
 _POLL_S = 0.3
 
 
-async def refuse_namesake(etcd: str, name: str) -> None:
-    """Returns when no instance of a node called `name` is registered at `etcd`, or when it cannot be asked.
+async def check_unique(etcd: str, name: str) -> None:
+    """Wait until no instance of a node called `name` is registered at `etcd`. Also return when etcd is unreachable.
 
     Raises:
-        FailedPrecondition: there is one, and it stays.
+        FailedPrecondition: an instance stays registered.
     """
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _WAIT_S
     while found := await _instances_of(etcd, name):
         if time.monotonic() > deadline:
             raise FailedPrecondition(
-                f"a node called {name!r} runs already with the etcd at {etcd} ({', '.join(found)}): "
-                "give this one another name with --node"
+                f"a node called {name!r} already runs with the etcd at {etcd} ({', '.join(found)}): "
+                "give this node another name with --node"
             )
         await asyncio.sleep(_POLL_S)
 
@@ -35,7 +35,8 @@ async def _instances_of(etcd: str, name: str) -> list[str]:
     try:
         async with Etcd(etcd) as client:
             entries = (await client.list(PREFIX)).entries
+    # etcd is unreachable: the node reports that itself while it waits.
     except ShoalError:
-        return []  # It is away: the node says so itself, while it waits.
+        return []
     keys = [entry.key.removeprefix(PREFIX).decode(errors="replace").split("/") for entry in entries]
     return [parts[2] for parts in keys if len(parts) == 3 and parts[1] == name]

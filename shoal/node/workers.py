@@ -1,4 +1,4 @@
-"""Processes that serve one address together; one that ends is started again."""
+"""Worker processes of `shoal serve`, which share one address; a process that ends is restarted."""
 
 from __future__ import annotations
 
@@ -14,49 +14,53 @@ from shoal.node.restarts import Restarts
 
 
 class Workers:
-    """Runs `parts` until `stop`, or until one ends for good.
+    """Keeps a process of each spec running until `stop`, or until one ends with a final status.
 
     Args:
-        tell: is called with the name, the status and the pause before each restart.
-        is_final: returns whether a process that ended with this status is not started again.
+        report: called before each restart, with the name, the exit status and the seconds until the restart.
+        is_final: returns True for an exit status after which a process is not restarted.
     """
 
     def __init__(
-        self, parts: Sequence[ProcessSpec], tell: Callable[[str, int, float], None], *, is_final: Callable[[int], bool]
+        self,
+        specs: Sequence[ProcessSpec],
+        report: Callable[[str, int, float], None],
+        *,
+        is_final: Callable[[int], bool],
     ) -> None:
-        self._parts = tuple(parts)
-        self._tell = tell
+        self._specs = tuple(specs)
+        self._report = report
         self._is_final = is_final
         self._running: dict[str, Process] = {}
         self._stopping = asyncio.Event()
 
     @property
     def pids(self) -> list[int]:
-        """The pids of the processes that run now."""
+        """Pids of the processes that run now."""
         return [process.pid for process in self._running.values()]
 
     def stop(self) -> None:
-        """Ask every process to stop; once more, to stop at once."""
+        """Send SIGTERM to every process. A second call makes them stop immediately."""
         self._stopping.set()
         for process in self._running.values():
             process.signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill every process now, for good."""
+        """Kill every process now, without restarts."""
         self._stopping.set()
         for process in self._running.values():
             process.kill()
 
     async def run(self) -> int:
-        """Return once all have ended: the exit status of the first that failed, 128 + N for signal N, else 0.
+        """Return when all processes have ended: the exit status of the first failure, 128 + N for signal N, else 0.
 
         Raises:
-            OSError: no process can be made.
+            OSError: no process can be created.
         """
-        keeping = [asyncio.create_task(self._keep(part), name=f"keep {part.name}") for part in self._parts]
+        keeping = [asyncio.create_task(self._keep(spec), name=f"keep {spec.name}") for spec in self._specs]
         try:
             first, _ = await asyncio.wait(keeping, return_when=asyncio.FIRST_COMPLETED)
-            # One has ended for good: the others would end for the same reason.
+            # One ended with a final status: the others would end for the same reason.
             if not self._stopping.is_set():
                 self.stop()
             # The first status is the cause of the others.
@@ -66,19 +70,19 @@ class Workers:
         failed = next((status for status in statuses if status), 0)
         return failed if failed >= 0 else 128 - failed
 
-    async def _keep(self, part: ProcessSpec) -> int:
+    async def _keep(self, spec: ProcessSpec) -> int:
         restarts = Restarts()
         while True:
-            self._running[part.name] = process = await spawn(part, None)
-            # A stop that came while the process was made has missed it.
+            self._running[spec.name] = process = await spawn(spec, None)
+            # A stop that arrived during `spawn` has missed the new process.
             if self._stopping.is_set():
                 process.signal(signal.SIGTERM)
             status = await process.wait()
-            del self._running[part.name]
+            del self._running[spec.name]
             if self._stopping.is_set() or self._is_final(status):
                 return status
             restarts = restarts.after(process.lived_s)
-            self._tell(part.name, status, restarts.delay_s)
+            self._report(spec.name, status, restarts.delay_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), restarts.delay_s)
                 return 0

@@ -1,4 +1,4 @@
-"""bfloat16 by its bits: NumPy has no such type."""
+"""Conversion between float32 and the bits of bfloat16, a type that NumPy does not have."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from shoal.oip.datatypes import BY_NAME, Datatype
 
 
 def converted(array: NDArray[Any], datatype: Datatype) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-    """Return `array` as the NumPy type of `datatype`, and where the conversion kept the element's meaning.
+    """Return `array` as the NumPy type of `datatype`, and a mask of the elements that kept their meaning.
 
-    None means everywhere. Rounding of fractions is no loss; a finite number that becomes infinite is, and so is a
-    fraction or an overflow in an integer type. `datatype` is not BYTES.
+    A mask of None means all elements. Rounding of fractions keeps the meaning. An overflow does not, and neither does a
+    fraction in an integer type. `datatype` is not BYTES.
     """
     if datatype.name == "BF16":
         wide, kept = converted(array, BY_NAME["FP32"])

@@ -36,13 +36,13 @@ def test_replicas_are_counted_by_service(tmp_path: Path) -> None:
         ("infer", "expected SERVICE=COUNT"),
         ("infer=2,", "expected SERVICE=COUNT"),
         ("infer=", "infer=? is not 1 to 64"),
-        ("infer=0", "infer=0 is not 1 to 64: to leave a service out, name the others with --services"),
+        ("infer=0", "infer=0 is not 1 to 64: to leave a service out, list the others with --services"),
         ("infer=-1", "infer=-1 is not 1 to 64"),
         ("infer=1.5", "infer=1.5 is not 1 to 64"),
         ("infer=65", "infer=65 is not 1 to 64"),
         ("infer=٣", "is not 1 to 64"),
         ("infer=99999999999999999999", "is not 1 to 64"),
-        ("infer=1,infer=2", "infer is given twice"),
+        ("infer=1,infer=2", "infer occurs twice"),
         ("envoy=2", "no service is called 'envoy': there are coord, store, infer, ingest"),
         ("=2", "no service is called ''"),
     ],
@@ -147,7 +147,7 @@ def test_a_gateway_port_in_use_is_named_before_anything_starts(tmp_path: Path) -
         port = str(sock.getsockname()[1])
         status, said = up("--data-dir", str(tmp_path), "--gateway-port", port, "--admin-port", "0")
     assert status == 1
-    assert f"port {port} of 127.0.0.1 is in use: is another node running? Give another with --gateway-port" in said
+    assert f"port {port} of 127.0.0.1 is in use: is another node running? Give another port with --gateway-port" in said
     assert not list((tmp_path / "logs").iterdir())
 
 

@@ -15,7 +15,7 @@ from shoal.node import die_with_parent
 LAUNCHER = """
 import asyncio, sys
 from pathlib import Path
-from shoal.node.processes import Part
+from shoal.node.processes import ProcessSpec
 from shoal.node.supervisor import Supervisor
 
 async def never(): return False
@@ -23,7 +23,7 @@ STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); 
 
 async def main():
     async with Supervisor(Path(sys.argv[1]), lambda event: None) as supervisor:
-        await supervisor.start(*(Part(f"a-{n}", (sys.executable, "-c", STUBBORN), never) for n in range(3)))
+        await supervisor.start(*(ProcessSpec(f"a-{n}", (sys.executable, "-c", STUBBORN), never) for n in range(3)))
         print(*supervisor.pids().values(), flush=True)
         await asyncio.sleep(600)
 

@@ -1,4 +1,4 @@
-"""A real Envoy starts from the bootstrap, gets all else over ADS, and finds another coord when its own is gone."""
+"""A real Envoy starts from the bootstrap, gets the rest over ADS, and fails over to another coord."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LISTENER = "type.googleapis.com/envoy.config.listener.v3.Listener"
 TYPES = "type.googleapis.com/envoy.extensions.filters"
 
 
-def test_it_says_who_the_node_is_and_where_coord_is_and_nothing_else() -> None:
+def test_the_bootstrap_has_the_node_and_the_coord_cluster_only() -> None:
     document = json.loads(
         bootstrap(node="n", gateway="127.0.0.1:80", outbound="/r/o.sock", admin="127.0.0.1:99", coords=["/r/a", "/r/b"])
     )

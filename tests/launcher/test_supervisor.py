@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from shoal.node import supervisor as supervisors
+from shoal.node.log_tail import last_lines
 from shoal.node.process import ending
 from shoal.node.processes import ProcessSpec
 from shoal.node.restarts import Restarts
 from shoal.node.supervisor import CrashLoop, Ended, Event, Killed, Recovered, Started, Supervisor, bound
-from shoal.node.tail import last_lines
 from tests.breakable import until
 
 # Says its name when it is stopped, so that the order of the stops can be read in one file.
@@ -40,7 +40,7 @@ async def never() -> bool:
     return False
 
 
-def part(name: str, code: str, *args: str, **options: Any) -> ProcessSpec:
+def spec(name: str, code: str, *args: str, **options: Any) -> ProcessSpec:
     return ProcessSpec(name, (sys.executable, "-c", code, *args), never, **options)
 
 
@@ -82,19 +82,19 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-async def test_one_that_cannot_be_stopped_keeps_no_other_running(
+async def test_a_failed_stop_does_not_prevent_other_stops(
     tmp_path: Path, supervised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = supervisors.ProcessKeeper.stop
 
     async def failing(self: supervisors.ProcessKeeper) -> None:
         await stop(self)
-        if self.part.name == "b-0":
-            raise OSError("no space left for its flights")
+        if self.spec.name == "b-0":
+            raise OSError("no space left for its crash journal")
 
     monkeypatch.setattr(supervisors.ProcessKeeper, "stop", failing)
     order = tmp_path / "order"
-    groups = [[part(name, POLITE, str(order), name) for name in group] for group in (["a-0"], ["b-0", "b-1"], ["c-0"])]
+    groups = [[spec(name, POLITE, str(order), name) for name in group] for group in (["a-0"], ["b-0", "b-1"], ["c-0"])]
     pids: dict[str, int] = {}
 
     async def live() -> None:
@@ -110,9 +110,9 @@ async def test_one_that_cannot_be_stopped_keeps_no_other_running(
     assert set(order.read_text().split()) == {"a-0", "b-0", "b-1", "c-0"}
 
 
-async def test_what_started_last_stops_first(tmp_path: Path, supervised: Any, story: Story) -> None:
+async def test_the_group_that_started_last_stops_first(tmp_path: Path, supervised: Any, story: Story) -> None:
     order = tmp_path / "order"
-    groups = [[part(name, POLITE, str(order), name) for name in group] for group in (["a-0"], ["b-0", "b-1"], ["c-0"])]
+    groups = [[spec(name, POLITE, str(order), name) for name in group] for group in (["a-0"], ["b-0", "b-1"], ["c-0"])]
     async with supervised(*groups) as supervisor:
         assert list(supervisor.pids()) == ["a-0", "b-0", "b-1", "c-0"]
         for name in supervisor.pids():
@@ -124,8 +124,8 @@ async def test_what_started_last_stops_first(tmp_path: Path, supervised: Any, st
     assert not story.of(Ended)
 
 
-async def test_a_killed_process_comes_back_with_another_pid(tmp_path: Path, supervised: Any, story: Story) -> None:
-    async with supervised([part("a-0", POLITE, str(tmp_path / "order"), "a-0")]) as supervisor:
+async def test_a_killed_process_is_restarted_with_another_pid(tmp_path: Path, supervised: Any, story: Story) -> None:
+    async with supervised([spec("a-0", POLITE, str(tmp_path / "order"), "a-0")]) as supervisor:
         old = supervisor.pids()["a-0"]
         os.kill(old, signal.SIGKILL)
         await until(lambda: supervisor.pids().get("a-0", old) != old)
@@ -134,10 +134,10 @@ async def test_a_killed_process_comes_back_with_another_pid(tmp_path: Path, supe
         assert is_alive(supervisor.pids()["a-0"])
 
 
-async def test_a_crash_loop_is_told_once_with_the_last_lines(tmp_path: Path, supervised: Any, story: Story) -> None:
+async def test_a_crash_loop_is_reported_once_with_the_last_lines(tmp_path: Path, supervised: Any, story: Story) -> None:
     fast = Restarts(first_s=0.01, last_s=0.01)
-    dying = part("bad-0", "import sys; print('no disk', flush=True); sys.exit(3)")
-    async with supervised([dying], [part("good-0", POLITE, str(tmp_path / "o"), "g")], restarts=fast) as supervisor:
+    dying = spec("bad-0", "import sys; print('no disk', flush=True); sys.exit(3)")
+    async with supervised([dying], [spec("good-0", POLITE, str(tmp_path / "o"), "g")], restarts=fast) as supervisor:
         good = supervisor.pids()["good-0"]
         await until(lambda: len(story.of(Started)) > 7)
         (loop,) = story.of(CrashLoop)
@@ -148,28 +148,28 @@ async def test_a_crash_loop_is_told_once_with_the_last_lines(tmp_path: Path, sup
         assert supervisor.pids()["good-0"] == good
 
 
-async def test_a_process_that_holds_again_after_a_crash_loop_is_told(
-    tmp_path: Path, supervised: Any, story: Story
-) -> None:
+async def test_recovery_from_a_crash_loop_is_reported(tmp_path: Path, supervised: Any, story: Story) -> None:
     mark = tmp_path / "enough"
     code = "import os, sys, time; os.path.exists(sys.argv[1]) or sys.exit(1); time.sleep(600)"
     fast = Restarts(first_s=0.01, last_s=0.05, steady_s=0.5, loop_after=2)
-    async with supervised([part("a-0", code, str(mark))], restarts=fast):
+    async with supervised([spec("a-0", code, str(mark))], restarts=fast):
         await until(lambda: bool(story.of(CrashLoop)))
         mark.touch()
         await until(lambda: bool(story.of(Recovered)))
 
 
-async def test_one_that_does_not_stop_is_killed_after_its_grace(tmp_path: Path, supervised: Any, story: Story) -> None:
-    async with supervised([part("a-0", STUBBORN, grace_s=0.2)]) as supervisor:
+async def test_a_process_that_does_not_stop_is_killed_after_its_grace_period(
+    tmp_path: Path, supervised: Any, story: Story
+) -> None:
+    async with supervised([spec("a-0", STUBBORN, grace_s=0.2)]) as supervisor:
         await until(lambda: says_up(tmp_path / "a-0.log"))
         pid = supervisor.pids()["a-0"]
     assert story.of(Killed) == [Killed("a-0", 0.2)]
     assert not is_alive(pid)
 
 
-async def test_one_that_is_frozen_is_killed_too(tmp_path: Path, supervised: Any, story: Story) -> None:
-    async with supervised([part("a-0", POLITE, str(tmp_path / "o"), "a", grace_s=0.2)]) as supervisor:
+async def test_a_frozen_process_is_killed(tmp_path: Path, supervised: Any, story: Story) -> None:
+    async with supervised([spec("a-0", POLITE, str(tmp_path / "o"), "a", grace_s=0.2)]) as supervisor:
         pid = supervisor.pids()["a-0"]
         await until(lambda: says_up(tmp_path / "a-0.log"))
         os.kill(pid, signal.SIGSTOP)
@@ -178,7 +178,7 @@ async def test_one_that_is_frozen_is_killed_too(tmp_path: Path, supervised: Any,
 
 
 async def test_kill_all_ends_everything_for_good(supervised: Any) -> None:
-    async with supervised([part("a-0", STUBBORN, grace_s=60)], [part("b-0", STUBBORN, grace_s=60)]) as supervisor:
+    async with supervised([spec("a-0", STUBBORN, grace_s=60)], [spec("b-0", STUBBORN, grace_s=60)]) as supervisor:
         pids = list(supervisor.pids().values())
         supervisor.kill_all()
         await until(lambda: not any(is_alive(pid) for pid in pids))
@@ -186,7 +186,7 @@ async def test_kill_all_ends_everything_for_good(supervised: Any) -> None:
 
 
 async def test_a_stop_during_the_wait_for_a_restart_does_not_wait(supervised: Any, story: Story) -> None:
-    async with supervised([part("a-0", "raise SystemExit(1)")], restarts=Restarts(first_s=3600, last_s=3600)):
+    async with supervised([spec("a-0", "raise SystemExit(1)")], restarts=Restarts(first_s=3600, last_s=3600)):
         await until(lambda: bool(story.of(Ended)))
     assert len(story.of(Started)) == 1
 
@@ -202,13 +202,13 @@ async def test_a_command_that_is_not_there_is_a_crash_loop_that_names_it(
 
 
 async def test_children_hear_no_ctrl_c_of_the_terminal(supervised: Any) -> None:
-    async with supervised([part("a-0", STUBBORN, grace_s=0.1)]) as supervisor:
+    async with supervised([spec("a-0", STUBBORN, grace_s=0.1)]) as supervisor:
         assert os.getsid(supervisor.pids()["a-0"]) != os.getsid(0)
 
 
 async def test_the_log_of_the_last_run_is_kept(tmp_path: Path, supervised: Any) -> None:
     (tmp_path / "a-0.log").write_text("the last run")
-    async with supervised([part("a-0", POLITE, str(tmp_path / "o"), "a")]):
+    async with supervised([spec("a-0", POLITE, str(tmp_path / "o"), "a")]):
         await until(lambda: says_up(tmp_path / "a-0.log"))
     assert (tmp_path / "a-0.log.1").read_text() == "the last run"
     assert "last run" not in (tmp_path / "a-0.log").read_text()
@@ -220,7 +220,7 @@ async def test_a_log_is_bounded_while_its_process_writes(
     monkeypatch.setattr(supervisors, "LOG_BYTES", 50_000)
     monkeypatch.setattr(supervisors, "_LOG_CHECK_S", 0.01)
     chatty = "import time\nwhile True: print('x' * 1000, flush=True); time.sleep(0.001)"
-    async with supervised([part("a-0", chatty, grace_s=1)]):
+    async with supervised([spec("a-0", chatty, grace_s=1)]):
         await until(lambda: (tmp_path / "a-0.log.1").exists())
         for _ in range(20):
             await asyncio.sleep(0.02)
@@ -233,7 +233,7 @@ def test_a_small_log_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.log"]
 
 
-def test_last_words_are_told_for_people(tmp_path: Path) -> None:
+def test_the_last_lines_of_a_log_are_shortened(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     log.write_text(
         '{"level": "ERROR", "message": "no store", "exception": "Traceback\\n  ...\\nOSError: gone"}\n'

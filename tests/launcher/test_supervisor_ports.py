@@ -1,4 +1,4 @@
-"""Reserved ports: nobody else is given one, and a part of ours can listen there."""
+"""Reserved ports: no other process gets one, and a process of the node can listen there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a process that ended is started again, told in ends and lifetimes."""
+"""Restart policy: delays after a sequence of exits and lifetimes."""
 
 from shoal.node.restarts import Restarts
 
@@ -11,11 +11,11 @@ def delays(*lives_s: float) -> list[float]:
     return found
 
 
-def test_one_that_was_killed_after_a_long_life_is_back_at_once() -> None:
+def test_a_process_killed_after_a_long_run_restarts_immediately() -> None:
     assert delays(3600) == [0.1]
 
 
-def test_one_that_keeps_ending_young_is_tried_ever_more_slowly_up_to_a_bound() -> None:
+def test_early_exits_double_the_delay_up_to_a_bound() -> None:
     assert delays(*[1.0] * 10) == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0, 10.0]
 
 
@@ -23,14 +23,14 @@ def test_the_wait_stays_bounded_for_ever() -> None:
     assert delays(*[0.0] * 5_000)[-1] == 10.0
 
 
-def test_one_that_held_is_forgiven() -> None:
+def test_a_steady_run_resets_the_early_exits() -> None:
     assert delays(1, 1, 1, 10.0, 1) == [0.1, 0.2, 0.4, 0.1, 0.1]
 
 
-def test_a_crash_loop_is_news_once() -> None:
+def test_a_crash_loop_begins_once() -> None:
     state, news = Restarts(), []
     for _ in range(5):
         state = state.after(0.5)
-        news.append((state.is_loop, state.is_news))
+        news.append((state.is_loop, state.begins_loop))
     assert news == [(False, False), (False, False), (True, True), (True, False), (True, False)]
     assert not state.steady().is_loop

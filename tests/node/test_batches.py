@@ -18,7 +18,7 @@ import pytest
 
 import shoal
 from shoal.errors import Unavailable
-from tests.weeds import WeedProcess
+from tests.seaweedfs import WeedProcess
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
 

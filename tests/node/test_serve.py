@@ -135,7 +135,7 @@ def test_one_bare_file_that_is_written_anew_is_taken_up(start: Start, onnx_model
         ("gone.onnx", "gone.onnx does not exist: expected a folder"),
         ("pipe.onnx", "pipe.onnx is no plain file: expected a folder"),
         ("notes.md", "notes.md is no .onnx file: expected a folder"),
-        ("forest.joblib", "make a folder to serve of it: shoal models convert "),
+        ("forest.joblib", "convert it to a folder to serve: shoal models convert "),
         ("net.pth", "torch.export.save"),
         ("file/x.onnx", "file/x.onnx does not exist"),
         (
@@ -169,7 +169,7 @@ def test_a_wrong_setting_is_named(onnx_models: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_front_is_chosen_and_said(start: Start, onnx_models: Path) -> None:
     process, said = start(str(onnx_models))
-    assert said["front"] == {"name": "h2", "why": "it is the fastest, and only this machine can reach the address"}
+    assert said["front"] == {"name": "h2", "why": "the fastest, and only this machine can reach the address"}
     assert said["envoy"] is None
     assert double(said["address"]) == [2, 4, 6, 8]
     process.kill()
@@ -181,7 +181,7 @@ def test_the_front_is_chosen_and_said(start: Start, onnx_models: Path) -> None:
 @pytest.mark.parametrize("front", FRONTS)
 def test_a_front_that_is_asked_for_is_taken(start: Start, onnx_models: Path, front: str) -> None:
     process, said = start(str(onnx_models), "--front", front)
-    assert said["front"] == {"name": front, "why": "it was asked for"}
+    assert said["front"] == {"name": front, "why": "requested"}
     assert double(said["address"]) == [2, 4, 6, 8]
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0

@@ -1,16 +1,17 @@
-"""A lean gRPC client over plaintext HTTP/2, for the hop to the own Envoy: one connection, few objects a call.
+"""Lean gRPC client over plaintext HTTP/2, for calls to the service's own Envoy: one connection, few objects a call.
 
-    caller ──> Channel ──call──> Line ──HEADERS, DATA in one write──> Envoy
-                  │  no line, or no room on it: the call waits          │
-                  └──connects, again after a loss       future, queue <─┘ answer
+    caller ──> Channel ──call──> ClientConnection ──HEADERS, DATA in one write──> Envoy
+                  │  no connection, or no capacity: the call waits                  │
+                  └──connects, and reconnects             future, queue <──response─┘
 
-The peer is trusted to be an HTTP/2 server of this machine: there is no TLS, no name resolution, no load balancing and
-no compression. It may restart, hang, or be broken: that ends its connection, and its calls with a clear error.
+The peer is an HTTP/2 server of this machine and is trusted: there is no TLS, name resolution, load balancing or
+compression. A peer that restarts, hangs or breaks the protocol loses its connection; its calls fail with a clear error.
 
-channel     what callers hold: a connection at a time, and those who wait for it
-line        one connection: frames in, answers out; streams, windows, keepalive, goodbyes
-calls       one call: unary (a future) or a stream (a queue)
-request     a call's headers
-failures    what a call fails with, and what HTTP's and HTTP/2's words mean in gRPC's
-stubs       what generated stubs ask of a channel
+channel     one connection at a time, and the calls that wait for it
+connection  streams of one connection: requests, responses, flow control, keepalive, GOAWAY
+calls       one call, unary: a future
+streams     one call with a stream of messages in both directions: a queue
+request     headers of a call
+failures    errors of calls; HTTP and HTTP/2 errors as gRPC statuses
+stubs       interface of a channel for generated stubs
 """

@@ -1,6 +1,6 @@
-"""One call, from when it is made to its end. It knows no frames: the line feeds it.
+"""One call from its start to its end. Calls know no frames: the connection passes data to them.
 
-Channel ──> [waits for a line] ──> go ──> take, take ... ──> end
+Channel ──> [waits for a connection] ──> start ──> receive, receive ... ──> end
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from shoal.errors import InvalidArgument
 S = grpc.StatusCode
 
 
-class Owner(Protocol):
-    """Where a call is, as it needs it: it waits in a channel, then runs on a line."""
+class CallOwner(Protocol):
+    """Current owner of a call: the channel while the call waits, then its connection."""
 
     def drop(self, call: Call) -> None:
-        """It is over, as nobody wants its answer any more."""
+        """Remove a call whose caller does not wait any more."""
 
     def open_window(self, call: Call) -> None:
-        """Some of what it received has been taken."""
+        """Give back flow-control credit: the reader has consumed some of the received data."""
 
 
 class Call(ABC):
-    """What both kinds have in common.
+    """Base class of unary calls and streams.
 
     Args:
-        fields: its headers but for the timeout, encoded.
-        timeout_s: seconds from now until it fails with DEADLINE_EXCEEDED, wherever it is then; None: it has no end.
+        fields: encoded headers, without the timeout.
+        timeout_s: seconds until the call fails with DEADLINE_EXCEEDED, waiting or running; None: no deadline.
     """
 
     __slots__ = (
@@ -58,7 +58,7 @@ class Call(ABC):
         "timeout_s",
     )
 
-    def __init__(self, owner: Owner, fields: bytes, timeout_s: float | None) -> None:
+    def __init__(self, owner: CallOwner, fields: bytes, timeout_s: float | None) -> None:
         self.owner = owner
         self._fields = fields
         self._loop = asyncio.get_running_loop()
@@ -69,37 +69,38 @@ class Call(ABC):
         self.number = 0
         self.has_headers = self.is_sent = self.is_over = False
         self.may_repeat = False
-        """Nobody has seen anything of it: it may begin once more, on another line."""
+        """True while the call may be repeated on another connection."""
         self.received = self.credited = self.held = 0
 
     def block(self, *, has_waited: bool) -> bytes:
-        """Its headers."""
+        """Return the encoded headers."""
         if self.timeout_s is None:
             return self._fields
         left_s = max(0.0, self.deadline - self._loop.time()) if has_waited else self.timeout_s
         return self._fields + request.timeout(left_s)
 
     @abstractmethod
-    def go(self, sender: Sender, block: bytes) -> None:
-        """Its line has given it a number: sends what there is to send."""
+    def start(self, sender: Sender, block: bytes) -> None:
+        """Send the request: the connection has assigned `number`."""
 
-    def take(self, data: bytes) -> None:
-        """A piece of the answer. Raises InvalidArgument or ResourceExhausted when it is none, or too large."""
+    def receive(self, data: bytes) -> None:
+        """Receive a piece of the response. Raises InvalidArgument or ResourceExhausted: malformed, or too large."""
         if self._deframer is None:
             size = len(data) - PREFIX_BYTES
             if size >= 0 and PREFIX.unpack_from(data) == (0, size) and size <= MESSAGE_BYTES:
-                self._came(data[PREFIX_BYTES:])  # Nearly always: a frame is a message.
+                # The common case: the frame is exactly one message.
+                self._on_message(data[PREFIX_BYTES:])
                 return
             self._deframer = Deframer(None, MESSAGE_BYTES)
         for message in self._deframer.feed(data):
-            self._came(message)
+            self._on_message(message)
 
     @abstractmethod
-    def _came(self, message: bytes) -> None:
-        """A whole message has come."""
+    def _on_message(self, message: bytes) -> None:
+        """Handle a whole message."""
 
     def end(self, failure: CallFailed | None) -> None:
-        """It is over: with an answer (None), or failed."""
+        """End the call: successfully (None), or with a failure."""
         if self.is_over:
             return
         if failure is None and self._deframer is not None and self._deframer.holds:
@@ -111,37 +112,37 @@ class Call(ABC):
 
     @abstractmethod
     def _end(self, failure: CallFailed | None) -> None:
-        """Tells the caller."""
+        """Deliver the outcome to the caller."""
 
     def cancel(self) -> None:
-        """The caller has lost interest: whoever serves it is told."""
-        self._give_up(CallFailed(S.CANCELLED, "Locally cancelled by application!", is_unprocessed=not self.number))
+        """Cancel the call, here and at the server."""
+        self._abort(CallFailed(S.CANCELLED, "Locally cancelled by application!", is_unprocessed=not self.number))
 
     def _expire(self) -> None:
-        self._give_up(deadline_exceeded(is_unprocessed=not self.number))
+        self._abort(deadline_exceeded(is_unprocessed=not self.number))
 
-    def _give_up(self, failure: CallFailed) -> None:
+    def _abort(self, failure: CallFailed) -> None:
         if not self.is_over:
             self.owner.drop(self)
             self.end(failure)
 
 
 class UnaryCall(Call):
-    """A message, and an answer: `future` has it."""
+    """Unary call; `future` gets the response message."""
 
     __slots__ = ("_answer", "_body", "future")
 
-    def __init__(self, owner: Owner, fields: bytes, timeout_s: float | None, message: bytes) -> None:
+    def __init__(self, owner: CallOwner, fields: bytes, timeout_s: float | None, message: bytes) -> None:
         super().__init__(owner, fields, timeout_s)
         self._body = framed(message)
         self._answer: bytes | None = None
         self.future: asyncio.Future[bytes] = self._loop.create_future()
         self.may_repeat = True
 
-    def go(self, sender: Sender, block: bytes) -> None:
+    def start(self, sender: Sender, block: bytes) -> None:
         sender.request(self.number, block, self._body)
 
-    def _came(self, message: bytes) -> None:
+    def _on_message(self, message: bytes) -> None:
         if self._answer is not None:
             raise InvalidArgument("a unary call was answered with more than one message")
         self._answer = message
@@ -158,11 +159,11 @@ class UnaryCall(Call):
 
 
 def deadline_exceeded(*, is_unprocessed: bool) -> CallFailed:
-    """What a call fails with whose time is up."""
+    """Return the failure of a call whose deadline has passed."""
     return CallFailed(S.DEADLINE_EXCEEDED, "Deadline Exceeded", is_unprocessed=is_unprocessed)
 
 
 def too_large(size: int) -> CallFailed:
-    """What a call fails with that would send `size` bytes."""
+    """Return the failure of a call whose message of `size` bytes is too large."""
     details = f"CLIENT: Sent message larger than max ({size} vs. {MESSAGE_BYTES})"
     return CallFailed(S.RESOURCE_EXHAUSTED, details, is_unprocessed=True)

@@ -1,10 +1,10 @@
-"""A channel to one peer of this machine: a connection at a time, made when a call needs it, and again after a loss.
+"""Channel to one peer of this machine: one connection at a time, opened on demand, and again after a loss.
 
-    unary, stream ──> line takes it ──> it goes
-                         └── no line, or no room: it waits, within its deadline ──connected, has_room──> it goes
+    unary, stream ──> connection accepts the call ──> begin
+                         └── no connection, or no capacity: the call waits ──connected, has_capacity──> begin
 
-While the peer cannot be reached, calls fail at once (nobody has seen them: `is_unprocessed`), and a new attempt is made
-only after a pause that grows; one caller's patience is not the next one's.
+A call waits at most until its deadline. While the peer is unreachable, calls fail immediately with `is_unprocessed`.
+The channel reconnects with exponential backoff.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mesh.rpc.client.connection import TICK_S, ClientConnection
 from mesh.rpc.client.failures import CallFailed
 from mesh.rpc.client.request import Metadata
 from mesh.rpc.client.streams import StreamCall
-from mesh.rpc.client.stubs import Stubbed
+from mesh.rpc.client.stubs import StubChannel
 from mesh.rpc.interceptors import trace_metadata
 from mesh.rpc.limits import MESSAGE_BYTES
 
@@ -35,18 +35,18 @@ log = logging.getLogger(__name__)
 S = grpc.StatusCode
 
 _CONNECT_S = 5.0
+# Envoy restarts within about a second.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
-# Envoy comes back within a second or so of a restart.
 
 
-class Channel(Stubbed):
-    """Calls to whatever listens at `address` (`unix:/path` or `host:port`). Use as `async with`.
+class Channel(StubChannel):
+    """Channel to the server at `address` (`unix:/path` or `host:port`). Use as `async with`.
 
     Args:
-        authority: of the calls.
-        sends_trace: the current trace goes along with a call. Else it is the caller's to put into the metadata.
-        tick_s: seconds between looks at a peer that says nothing.
-        draw: a random number, 0 to 1.
+        authority: value of `:authority`.
+        sends_trace: the channel adds the current trace to each call's metadata. Otherwise the caller does.
+        tick_s: seconds between checks of a silent peer.
+        draw: returns a random number, 0 to 1.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class Channel(Stubbed):
         self._sends_trace = sends_trace
         self._tick_s = tick_s
         self._draw = draw
-        self._line: ClientConnection | None = None
-        self._lines: set[ClientConnection] = set()
-        """Those that are not lost: beside the one in use, those whose last calls are under way."""
+        self._connection: ClientConnection | None = None
+        self._connections: set[ClientConnection] = set()
+        """Open connections: the one in use, and retired ones whose last calls are in flight."""
+        # At most one entry for each caller: a call leaves the queue at its deadline.
         self._waiting: deque[Call] = deque()
-        # As many as there are callers: each has its deadline, and takes itself out.
         self._connecting: asyncio.Task[None] | None = None
-        self._failed = 0
-        self._not_before = 0.0
-        self._why = ""
+        self._failures = 0
+        self._retry_at = 0.0
+        self._last_error = ""
         self._is_closed = False
 
     async def __aenter__(self) -> Channel:
@@ -83,32 +83,32 @@ class Channel(Stubbed):
         await self.close()
 
     async def close(self) -> None:
-        """Ends the calls that are under way or wait, and the connections."""
+        """End all calls, waiting or in flight, and all connections."""
         connecting = self._connecting
         self.abort()
         if connecting is not None:
             await end(connecting)
 
     def abort(self) -> None:
-        """Like `close`, for who cannot wait."""
+        """Close without waiting; see `close`."""
         self._is_closed = True
         if self._connecting is not None:
             self._connecting.cancel()
         self._fail_waiting("the channel is closed")
-        for line in tuple(self._lines):
-            line.abort("the channel is closed")
+        for connection in tuple(self._connections):
+            connection.abort("the channel is closed")
 
     # -- calls
 
     async def unary(self, path: str, message: bytes, *, timeout_s: float | None, metadata: Metadata = ()) -> bytes:
-        """Calls the method `path` (`/package.Service/Method`) with a serialised message, and gives the answer's.
+        """Call the method `path` (`/package.Service/Method`) with a serialized message; return the response message.
 
         Args:
-            timeout_s: seconds until DEADLINE_EXCEEDED, the wait for a connection with it. None: no deadline.
+            timeout_s: seconds until DEADLINE_EXCEEDED, including the wait for a connection. None: no deadline.
             metadata: values of names that end with `-bin` are bytes.
 
         Raises:
-            CallFailed: with the status that the call ended with.
+            CallFailed: the call failed; the error has its status.
             ValueError: metadata that no header can carry.
         """
         if len(message) > MESSAGE_BYTES:
@@ -120,11 +120,12 @@ class Channel(Stubbed):
         except asyncio.CancelledError:
             call.cancel()
             if not call.future.cancelled():
-                call.future.exception()  # It had just ended: nobody else hears of it.
+                # Retrieved, so that asyncio does not log it as unhandled.
+                call.future.exception()
             raise
 
     def stream(self, path: str, *, timeout_s: float | None, metadata: Metadata = ()) -> StreamCall:
-        """Begins a call of messages both ways. Arguments and errors as `unary`, the latter where the call is used."""
+        """Begin a call with messages in both directions. Arguments as `unary`; the call raises its errors in use."""
         call = StreamCall(self, self._fields(path, metadata), timeout_s)
         self._start(call)
         return call
@@ -138,11 +139,11 @@ class Channel(Stubbed):
         return fields
 
     def _start(self, call: Call) -> None:
-        line = self._line
+        connection = self._connection
         if call.timeout_s is not None and call.timeout_s <= 0:
             call.end(deadline_exceeded(is_unprocessed=True))
-        elif line is not None and not self._waiting and line.takes():
-            line.begin(call, has_waited=False)
+        elif connection is not None and not self._waiting and connection.accepts_calls():
+            connection.begin(call, has_waited=False)
         else:
             self._wait(call)
 
@@ -150,8 +151,8 @@ class Channel(Stubbed):
         if self._is_closed:
             call.end(self._unreached("the channel is closed"))
             return
-        if self._line is None and self._connecting is None and not self._connect():
-            call.end(self._unreached(self._why))
+        if self._connection is None and self._connecting is None and not self._connect():
+            call.end(self._unreached(self._last_error))
             return
         call.owner = self
         self._waiting.append(call)
@@ -164,103 +165,106 @@ class Channel(Stubbed):
         for call in waiting:
             call.end(self._unreached(why))
 
-    # -- as the owner of calls that wait
+    # -- owner of waiting calls
 
     def drop(self, call: Call) -> None:
-        """It waits no longer."""
+        """Remove a waiting call."""
         self._waiting.remove(call)
 
     def open_window(self, call: Call) -> None:
-        """Nothing has come for a call that waits."""
+        """Do nothing: a waiting call has received no data."""
 
-    # -- as the owner of lines
+    # -- owner of connections
 
-    def has_room(self) -> None:
-        """Those who wait begin, as many as there is room for."""
-        line = self._line
-        while self._waiting and line is not None and line.takes():
-            line.begin(self._waiting.popleft(), has_waited=True)
+    def has_capacity(self) -> None:
+        """Begin waiting calls, as many as the connection accepts."""
+        connection = self._connection
+        while self._waiting and connection is not None and connection.accepts_calls():
+            connection.begin(self._waiting.popleft(), has_waited=True)
 
     def repeat(self, call: Call) -> None:
-        """A call that nobody has begun begins again, ahead of those who wait."""
-        if self._is_closed or (self._line is None and self._connecting is None and not self._connect()):
-            call.end(self._unreached(self._why or "the channel is closed"))
+        """Begin a call again that no server has processed, before the waiting calls."""
+        if self._is_closed or (self._connection is None and self._connecting is None and not self._connect()):
+            call.end(self._unreached(self._last_error or "the channel is closed"))
             return
         call.owner, call.number = self, 0
         call.is_sent = False
         self._waiting.appendleft(call)
-        self.has_room()
+        self.has_capacity()
 
-    def retire(self, line: ClientConnection) -> None:
-        """It takes no more calls; those who wait get another."""
-        if line is not self._line:
+    def retire(self, connection: ClientConnection) -> None:
+        """Replace a connection that accepts no more calls; waiting calls get a new one."""
+        if connection is not self._connection:
             return
-        self._line = None
-        if line.has_answered:
-            self._failed = 0
+        self._connection = None
+        if connection.has_answered:
+            self._failures = 0
         else:
-            self._pause("it was lost before it answered anything")
+            self._back_off("the connection was lost before its first response")
         if self._waiting and not self._connect():
-            self._fail_waiting(self._why)
+            self._fail_waiting(self._last_error)
 
-    def lost(self, line: ClientConnection) -> None:
-        """It has ended."""
-        self._lines.discard(line)
+    def lost(self, connection: ClientConnection) -> None:
+        """Remove a connection that has ended."""
+        self._connections.discard(connection)
 
     # -- connecting
 
     def _connect(self) -> bool:
-        """Begins to connect. False when it is too early for that after an attempt that failed."""
+        """Begin to connect. Return False during the backoff after a failed attempt."""
         loop = asyncio.get_running_loop()
-        if self._is_closed or loop.time() < self._not_before:
+        if self._is_closed or loop.time() < self._retry_at:
             return False
         self._connecting = loop.create_task(self._open(), name=f"connect {self._address}")
         return True
 
     async def _open(self) -> None:
-        line = ClientConnection(self, self._address, self._tick_s)
+        connection = ClientConnection(self, self._address, self._tick_s)
         try:
             async with asyncio.timeout(_CONNECT_S):
-                await self._dial(line)
-                self._lines.add(line)
-                await line.ready
-                if line.is_retired:  # All of this may have come in one piece.
-                    raise ConnectionError("it said goodbye at once")
+                await self._connect_to(connection)
+                self._connections.add(connection)
+                await connection.ready
+                # SETTINGS and GOAWAY may arrive in one piece.
+                if connection.is_retired:
+                    raise ConnectionError("the peer sent GOAWAY immediately")
         except Exception as err:
-            if not isinstance(err, OSError):  # A fault of ours, or an address that is none: those who wait hear of it.
+            # A bug here, or an invalid address: the waiting calls fail with it.
+            if not isinstance(err, OSError):
                 log.exception("cannot connect to %s", self._address)
             self._connecting = None
             why = str(err) or f"no connection within {_CONNECT_S:.0f} s"
-            self._pause(why)
-            self._give_up(line, why)
+            self._back_off(why)
+            self._abandon(connection, why)
             self._fail_waiting(why)
         except asyncio.CancelledError:
             self._connecting = None
-            self._give_up(line, "the channel is closed")
+            self._abandon(connection, "the channel is closed")
             raise
         else:
             self._connecting = None
-            self._line = line
-            self.has_room()
+            self._connection = connection
+            self.has_capacity()
 
-    async def _dial(self, line: ClientConnection) -> None:
+    async def _connect_to(self, connection: ClientConnection) -> None:
         loop = asyncio.get_running_loop()
         if (path := sockets.path_of(self._address)) is not None:
-            await loop.create_unix_connection(lambda: line, str(path))
+            await loop.create_unix_connection(lambda: connection, str(path))
         else:
             host, _, port = self._address.rpartition(":")
-            await loop.create_connection(lambda: line, host.strip("[]"), int(port))
+            await loop.create_connection(lambda: connection, host.strip("[]"), int(port))
 
-    def _give_up(self, line: ClientConnection, why: str) -> None:
-        if line in self._lines:
-            line.abort(why)
-            self._lines.discard(line)
-        if line.ready.done() and not line.ready.cancelled():
-            line.ready.exception()  # Nobody else hears of it.
+    def _abandon(self, connection: ClientConnection, why: str) -> None:
+        if connection in self._connections:
+            connection.abort(why)
+            self._connections.discard(connection)
+        if connection.ready.done() and not connection.ready.cancelled():
+            # Retrieved, so that asyncio does not log it as unhandled.
+            connection.ready.exception()
 
-    def _pause(self, why: str) -> None:
-        """Sets when to try again: half of the pause is drawn."""
-        self._why = why
-        pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._failed)
-        self._failed = min(self._failed + 1, 10)
-        self._not_before = asyncio.get_running_loop().time() + pause_s * (0.5 + self._draw() / 2)
+    def _back_off(self, why: str) -> None:
+        """Set the time of the next attempt: exponential backoff, half of it random."""
+        self._last_error = why
+        pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._failures)
+        self._failures = min(self._failures + 1, 10)
+        self._retry_at = asyncio.get_running_loop().time() + pause_s * (0.5 + self._draw() / 2)

@@ -1,10 +1,10 @@
-"""One connection of a channel: calls out, answers in (RFC 9113, as a client).
+"""One client connection of a channel: requests out, responses in (RFC 9113).
 
-    begin ──HEADERS, DATA──> peer ──HEADERS, DATA, HEADERS──> call.take ... call.end
+    begin ──HEADERS, DATA──> peer ──HEADERS, DATA, HEADERS──> call.receive ... call.end
 
-It takes calls until it says so to its owner (`retire`): the peer said goodbye (GOAWAY), the ids of streams ran out, or
-it is lost. Calls under way may finish, except those that the peer said it never began, and those of a lost connection.
-A peer that says nothing while calls are under way is asked (PING), and given up soon after.
+The connection accepts calls until it retires: the peer sent GOAWAY, the stream ids are used up, or the connection is
+lost. Calls in flight may then finish, except those that the peer never began, and those of a lost connection.
+A peer that is silent while calls are in flight is sent a PING, and is disconnected when it stays silent.
 """
 
 from __future__ import annotations
@@ -31,51 +31,51 @@ log = logging.getLogger(__name__)
 S = grpc.StatusCode
 
 TICK_S = 5.0
-_ASK_AFTER, _GIVE_UP_AFTER = 2, 4
-# Ticks of silence: asked after 5 to 10 s, given up 10 s later. However long our own loop stands still, it is one tick.
+# Ticks of silence: PING after 5 to 10 s, disconnected 10 s later. A blocked event loop counts as one tick.
+_PING_AFTER, _GIVE_UP_AFTER = 2, 4
 
+# Envoy closes a connection with all its calls after 1,000 resets in a burst, or more than 33 a second after that.
 _RESETS, _RESETS_A_S = 900.0, 30.0
-# Envoy ends a connection, and all its calls, when more than 1,000 resets come at once and 33 a second after that.
 
+# Longest time to send the remaining data of a connection that ends.
 _CLOSE_S = 1.0
-# Longest for what a connection that ends still has to send.
 
 
-class Owner(Protocol):
-    """The channel, as a line needs it."""
+class ConnectionOwner(Protocol):
+    """Owner of a connection: the channel."""
 
-    def retire(self, line: ClientConnection) -> None:
-        """It takes no more calls."""
+    def retire(self, connection: ClientConnection) -> None:
+        """Handle a connection that accepts no more calls."""
 
-    def lost(self, line: ClientConnection) -> None:
-        """It has ended."""
+    def lost(self, connection: ClientConnection) -> None:
+        """Handle a connection that has ended."""
 
-    def has_room(self) -> None:
-        """A call has ended: another may begin."""
+    def has_capacity(self) -> None:
+        """Handle free capacity: a call has ended, and another may begin."""
 
     def repeat(self, call: Call) -> None:
-        """A call that the peer never began, and that may begin elsewhere."""
+        """Begin a call again that the peer never began."""
 
 
 class ClientConnection(Peer):
-    """A connection to `address`, a name for messages. `ready` is done once the peer's settings have come."""
+    """Client connection. `address` is for messages; `ready` is done when the peer's settings have arrived."""
 
-    def __init__(self, owner: Owner, address: str, tick_s: float = TICK_S) -> None:
+    def __init__(self, owner: ConnectionOwner, address: str, tick_s: float = TICK_S) -> None:
         super().__init__(awaits_preface=False)
         self._owner = owner
         self._address = address
         self._tick_s = tick_s
-        self._silent = 0
+        self._silent_ticks = 0
         self._calls: dict[int, Call] = {}
         self._half_open: list[int] = []
-        self._resets_left, self._reset_at = _RESETS, self._loop.time()
+        self._resets_left, self._resets_counted_at = _RESETS, self._loop.time()
         self._next = 1
-        self._most = 0
+        self._max_calls = 0
         self.is_retired = self._is_lost = False
         self.has_answered = False
         self.ready: asyncio.Future[None] = self._loop.create_future()
 
-    # -- the transport's side
+    # -- transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._begin(transport)
@@ -84,23 +84,23 @@ class ClientConnection(Peer):
         self._timer = self._loop.call_later(self._tick_s, self._tick)
 
     def data_received(self, data: bytes) -> None:
-        self._silent = 0
+        self._silent_ticks = 0
         super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lose("the connection was closed" if exc is None else str(exc) or type(exc).__name__)
+        self._on_lost("the connection was closed" if exc is None else str(exc) or type(exc).__name__)
 
     def _break(self, err: ConnectionBroken) -> None:
         super()._break(err)
         self._loop.call_later(_CLOSE_S, self._transport.abort)
-        self._lose(f"it broke HTTP/2, {err.reason.name}: {err}")
+        self._on_lost(f"the peer broke HTTP/2, {err.reason.name}: {err}")
 
     def abort(self, why: str) -> None:
-        """Ends it at once, and its calls."""
+        """End the connection and its calls immediately."""
         self._transport.abort()
-        self._lose(why)
+        self._on_lost(why)
 
-    def _lose(self, why: str) -> None:
+    def _on_lost(self, why: str) -> None:
         if self._is_lost:
             return
         self._is_lost = True
@@ -115,74 +115,79 @@ class ClientConnection(Peer):
             self.ready.set_exception(ConnectionError(why))
 
     def _tick(self) -> None:
-        self._silent = self._silent + 1 if self._calls else 0
-        if self._silent >= _GIVE_UP_AFTER:
-            self.abort(f"it has said nothing for {self._silent * self._tick_s:.0f} s, and does not answer PING")
+        self._silent_ticks = self._silent_ticks + 1 if self._calls else 0
+        if self._silent_ticks >= _GIVE_UP_AFTER:
+            silent_s = self._silent_ticks * self._tick_s
+            self.abort(f"the peer has sent nothing for {silent_s:.0f} s, and does not answer PING")
             return
-        if self._silent == _ASK_AFTER:
+        if self._silent_ticks == _PING_AFTER:
             self._sender.write(frames.frame(PING, 0, 0, b"shoal..."))
         self._timer = self._loop.call_later(self._tick_s, self._tick)
 
     # -- calls
 
-    def takes(self) -> bool:
-        """Whether a call can begin now."""
-        return len(self._calls) < self._most and not self.is_retired and not self._transport.is_closing()
+    def accepts_calls(self) -> bool:
+        """Return True when a call can begin now."""
+        return len(self._calls) < self._max_calls and not self.is_retired and not self._transport.is_closing()
 
     def begin(self, call: Call, *, has_waited: bool) -> None:
-        """Sends a call off. Only where `takes` says so."""
+        """Begin a call. Only when `accepts_calls` returns True."""
         number, self._next = self._next, self._next + 2
         call.owner, call.number = self, number
         self._calls[number] = call
         self._sender.open(number)
-        call.go(self._sender, call.block(has_waited=has_waited))
+        call.start(self._sender, call.block(has_waited=has_waited))
         if self._next > LARGEST_WINDOW:
             self._retire()
 
     def drop(self, call: Call) -> None:
-        """The caller has gone."""
-        self._forget(call, Reason.CANCEL)
+        """Cancel a call whose caller does not wait any more."""
+        self._remove(call, Reason.CANCEL)
 
     def open_window(self, call: Call) -> None:
-        """Some of what came for `call` has been taken: the peer may send as much again, in large steps."""
+        """Give the peer credit for the consumed data of `call`, in steps of CREDIT bytes."""
         size = call.received - call.credited - call.held
         if size >= CREDIT:
             call.credited += size
             self._sender.write(frames.window_update(call.number, size))
 
-    def _forget(self, call: Call, reason: Reason | None) -> None:
+    def _remove(self, call: Call, reason: Reason | None) -> None:
         if self._calls.pop(call.number, None) is None:
             return
         if reason is None and not call.is_sent:
             self._half_open.append(call.number)
         if reason is not None:
             self._reset(call.number, reason)
-        self._one_less()
+        self._on_call_removed()
 
     def _reset(self, number: int, reason: Reason) -> None:
-        """Tells the peer that nobody wants a stream's answer, as often as it bears that.
+        """Send RST_STREAM, as often as the peer tolerates.
 
-        Long before it does not, new calls go to another connection; what it is not told of ends with this one, soon.
+        Long before that limit, the connection retires. Streams that are not reset end with the connection.
         """
         self._sender.forget(number)
         now = self._loop.time()
-        self._resets_left = min(_RESETS, self._resets_left + (now - self._reset_at) * _RESETS_A_S)
-        self._reset_at = now
+        self._resets_left = min(_RESETS, self._resets_left + (now - self._resets_counted_at) * _RESETS_A_S)
+        self._resets_counted_at = now
         if self._resets_left >= 1:
             self._resets_left -= 1
             self._sender.write(frames.rst_stream(number, reason))
         if self._resets_left < _RESETS / 2:
-            self.has_answered = True  # It is not to blame.
+            # The peer works: the next connection needs no backoff.
+            self.has_answered = True
             self._retire()
 
-    def _take(self, data: bytes) -> None:
-        super()._take(data)
+    def _receive(self, data: bytes) -> None:
+        super()._receive(data)
         if self._half_open:
             self._close_half_open()
 
     def _close_half_open(self) -> None:
-        """Answers came before the ends of their requests. Peers say so themselves, mostly right behind (RST_STREAM):
-        else our side is ended here. Resets are for what would still be sent: Envoy takes many for an attack."""
+        """End our side of streams whose response ended before the request.
+
+        Most peers reset such a stream themselves, right after the response. Only unsent data needs a reset from here:
+        Envoy treats many resets as an attack.
+        """
         for number in self._half_open:
             if self._sender.has_unsent(number):
                 self._reset(number, Reason.NO_ERROR)
@@ -190,14 +195,14 @@ class ClientConnection(Peer):
                 self._sender.end_data(number)
         self._half_open.clear()
 
-    def _one_less(self) -> None:
+    def _on_call_removed(self) -> None:
         if self.is_retired:
             self._close_when_done()
         else:
-            self._owner.has_room()
+            self._owner.has_capacity()
 
     def _finish(self, call: Call, failure: CallFailed | None, reason: Reason | None = None) -> None:
-        self._forget(call, reason)
+        self._remove(call, reason)
         self.has_answered = True
         call.end(failure)
 
@@ -208,7 +213,7 @@ class ClientConnection(Peer):
         else:
             call.end(failure)
 
-    # -- what comes
+    # -- frames from the peer
 
     def _on_data(self, number: int, flags: int, payload: bytes, size: int) -> None:
         self._credited(size)
@@ -226,7 +231,7 @@ class ClientConnection(Peer):
             return
         try:
             if payload:
-                call.take(payload)
+                call.receive(payload)
         except ShoalError as err:
             code = S.RESOURCE_EXHAUSTED if isinstance(err, ResourceExhausted) else S.INTERNAL
             self._finish(call, CallFailed(code, err.message), Reason.CANCEL)
@@ -247,9 +252,10 @@ class ClientConnection(Peer):
                 self._finish(call, CallFailed(S.INTERNAL, "headers inside an answer"), Reason.PROTOCOL_ERROR)
         elif flags & END_STREAM:
             self._finish(call, failures.of_head(block))
-        elif failures.is_of_grpc(block):
+        elif failures.is_grpc_head(block):
             call.has_headers = True
-        elif not block.by_name.get(b":status", b"").startswith(b"1"):  # 100 to 199: the answer is still to come.
+        # After a status of 100 to 199 the response is still to come.
+        elif not block.by_name.get(b":status", b"").startswith(b"1"):
             self._finish(call, failures.of_head(block), Reason.CANCEL)
 
     def _on_reset(self, number: int, reason: int) -> None:
@@ -263,10 +269,10 @@ class ClientConnection(Peer):
             self._unprocessed(call, failure)
         else:
             call.end(failure)
-        self._one_less()
+        self._on_call_removed()
 
     def _check_known(self, number: int, what: str) -> None:
-        """What comes for a stream that has ended is dropped; there must have been one."""
+        """Raise ConnectionBroken for a stream that was never opened. Frames of ended streams are ignored."""
         if not number & 1 or not 0 < number < self._next:
             raise ConnectionBroken(Reason.PROTOCOL_ERROR, f"{what} on stream {number}, which was never opened")
 
@@ -286,10 +292,10 @@ class ClientConnection(Peer):
 
     def _settled(self, settings: Mapping[int, int]) -> None:
         if not self.ready.done():
-            self._most = LARGEST_WINDOW
+            self._max_calls = LARGEST_WINDOW
             self.ready.set_result(None)
-        self._most = settings.get(frames.MAX_STREAMS, self._most)
-        self._owner.has_room()
+        self._max_calls = settings.get(frames.MAX_STREAMS, self._max_calls)
+        self._owner.has_capacity()
 
     # -- the end
 
@@ -298,10 +304,11 @@ class ClientConnection(Peer):
         if call is None:
             return
         call.is_sent = True
-        if reason is not None:  # Its window was made larger than a window can be.
+        # The peer has made the stream's window larger than the maximum.
+        if reason is not None:
             del self._calls[number]
             call.end(CallFailed(S.INTERNAL, f"{self._address} broke HTTP/2: {reason.name}"))
-            self._one_less()
+            self._on_call_removed()
 
     def _retire(self) -> None:
         if not self.is_retired:

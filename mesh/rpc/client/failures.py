@@ -1,4 +1,4 @@
-"""What a call fails with; and what HTTP's and HTTP/2's words mean in gRPC's.
+"""Errors of calls, and the translation of HTTP and HTTP/2 errors to gRPC statuses.
 
 Mappings: the gRPC documents http-grpc-status-mapping.md, and PROTOCOL-HTTP2.md, "Errors".
 """
@@ -33,14 +33,15 @@ _BY_REASON = {
     Reason.REFUSED_STREAM: S.UNAVAILABLE,
     Reason.CANCEL: S.CANCELLED,
     Reason.ENHANCE_YOUR_CALM: S.RESOURCE_EXHAUSTED,
-    12: S.PERMISSION_DENIED,  # INADEQUATE_SECURITY
+    # INADEQUATE_SECURITY
+    12: S.PERMISSION_DENIED,
 }
 
 
 class CallFailed(grpc.aio.AioRpcError):
-    """A call of this client has failed; to whoever catches errors of grpc.aio, it is one of those.
+    """A call of this client has failed. A subclass of grpc.aio's error, for callers that catch those.
 
-    `is_unprocessed`: it is certain that no server has begun with it.
+    `is_unprocessed`: certainly, no server has begun to process the call.
     """
 
     def __init__(
@@ -56,27 +57,27 @@ class CallFailed(grpc.aio.AioRpcError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         trailing = tuple(self.trailing_metadata() or ())
-        return _again, (self.code(), self.details() or "", trailing, self.is_unprocessed)
+        return _restored, (self.code(), self.details() or "", trailing, self.is_unprocessed)
 
 
-def _again(code: grpc.StatusCode, details: str, trailing: Any, is_unprocessed: bool) -> CallFailed:
+def _restored(code: grpc.StatusCode, details: str, trailing: Any, is_unprocessed: bool) -> CallFailed:
     return CallFailed(code, details, trailing, is_unprocessed=is_unprocessed)
 
 
 def of_trailers(block: Block) -> CallFailed | None:
-    """What a call's last headers say: None when it went well."""
-    said = block.by_name.get(b"grpc-status")
-    if said == b"0":
+    """Return the failure in a response's trailers; None for grpc-status 0."""
+    status_text = block.by_name.get(b"grpc-status")
+    if status_text == b"0":
         return None
-    if said is None:
+    if status_text is None:
         return CallFailed(S.UNKNOWN, "the answer ended without a grpc-status")
-    code = _BY_NUMBER.get(int(said), S.UNKNOWN) if said.isdigit() and len(said) < 5 else S.UNKNOWN
+    code = _BY_NUMBER.get(int(status_text), S.UNKNOWN) if status_text.isdigit() and len(status_text) < 5 else S.UNKNOWN
     message = unquote_to_bytes(block.by_name.get(b"grpc-message", b"")).decode("utf-8", "replace")
     return CallFailed(code, message, _metadata(block))
 
 
 def of_head(block: Block) -> CallFailed | None:
-    """What headers that are no gRPC answer's, or that are all of an answer, say."""
+    """Return the failure in a response's head: a response without messages, or one that is not gRPC."""
     http = block.by_name.get(b":status", b"")
     if b"grpc-status" in block.by_name:
         return of_trailers(block)
@@ -88,14 +89,14 @@ def of_head(block: Block) -> CallFailed | None:
     return CallFailed(S.UNKNOWN, f"the answer is not gRPC's: content-type {kind}, and no grpc-status")
 
 
-def is_of_grpc(block: Block) -> bool:
-    """Whether these are the headers of an answer that goes on."""
+def is_grpc_head(block: Block) -> bool:
+    """Return True for the head of a gRPC response that has more to come."""
     fields = block.by_name
     return fields.get(b":status") == b"200" and fields.get(b"content-type", b"").startswith(b"application/grpc")
 
 
 def of_reset(reason: int) -> CallFailed:
-    """What it means that the peer has reset a stream."""
+    """Return the failure of a call whose stream the peer has reset."""
     is_refused = reason == Reason.REFUSED_STREAM
     code = _BY_REASON.get(reason, S.INTERNAL)
     return CallFailed(code, f"Received RST_STREAM with error code {reason}", is_unprocessed=is_refused)
@@ -104,5 +105,6 @@ def of_reset(reason: int) -> CallFailed:
 def _metadata(block: Block) -> Iterable[tuple[str, str | bytes]]:
     try:
         return status.metadata(block.fields)
-    except InvalidArgument:  # Base64 that is none: the rest is worth having.
+    # Invalid base64: the metadata without binary values is still useful.
+    except InvalidArgument:
         return status.metadata(field for field in block.fields if not field[0].endswith(b"-bin"))

@@ -1,4 +1,4 @@
-"""The headers of a call: those that all calls of a method share are encoded once."""
+"""Request headers of a call; the headers that all calls of a method share are encoded once."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 _NAME = re.compile(r"[0-9a-z_.-]+")
 _TEXT = re.compile(r"[\x20-\x7e]*")
-_KEPT = 1024
-# Of each kind: values that never come again (trace ids) push the others out now and then.
+# Cached encodings of each kind. Values that never repeat (trace ids) evict the others now and then.
+_CACHED = 1024
 
+# grpc-timeout has at most eight digits.
 _DIGITS = 10**8
-# grpc-timeout has eight at most.
 
 
-@lru_cache(_KEPT)
+@lru_cache(_CACHED)
 def head(path: str, authority: str) -> bytes:
-    """What begins every call of the method `path`."""
+    """Return the headers that every call of the method `path` begins with."""
     return encode(
         [
             (b":method", b"POST"),
@@ -37,23 +37,23 @@ def head(path: str, authority: str) -> bytes:
 
 
 def metadata(pairs: Metadata) -> bytes:
-    """A call's metadata. Raises ValueError for names and values that no header can carry."""
+    """Return a call's metadata as headers. Raises ValueError for names and values that no header can carry."""
     return b"".join([_pair(key, value) for key, value in pairs])
 
 
-@lru_cache(_KEPT)
+@lru_cache(_CACHED)
 def _pair(key: str, value: str | bytes) -> bytes:
     is_binary = key.endswith("-bin")
     if not _NAME.fullmatch(key) or key.startswith("grpc-"):
-        raise ValueError(f"metadata {key!r}: no name that a header may have")
+        raise ValueError(f"metadata {key!r}: not a valid header name")
     if not is_binary and (not isinstance(value, str) or not _TEXT.fullmatch(value)):
-        raise ValueError(f"metadata {key}: {value!r} is not printable ASCII: names that end with -bin take bytes")
+        raise ValueError(f"metadata {key}: {value!r} is not printable ASCII: use a name that ends with -bin for bytes")
     return encode(status.encoded([(key, value)]))
 
 
-@lru_cache(_KEPT)
+@lru_cache(_CACHED)
 def timeout(seconds: float) -> bytes:
-    """The header that says how long the caller waits, which is never less than it does."""
+    """Return the `grpc-timeout` header, rounded up: a server never gives up before the caller does."""
     micros = max(1, -int(-seconds * 1e6 // 1))
     if micros < _DIGITS:
         text = b"%du" % micros

@@ -1,8 +1,8 @@
-"""A call of messages both ways.
+"""Call with a stream of messages in both directions.
 
-    write ──windows──> peer        peer ──its window of the stream──> messages ──> whoever iterates
+    write ──windows──> peer        peer ──the stream's window──> messages ──> iteration
 
-A message counts against the window until its reader has taken it, so a slow reader slows the sender down.
+A message counts against the window until its reader has consumed it, so a slow reader slows the sender down.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import TracebackType
 import grpc
 
 from mesh.h2.sending import Sender
-from mesh.rpc.client.calls import Call, Owner, too_large
+from mesh.rpc.client.calls import Call, CallOwner, too_large
 from mesh.rpc.client.failures import CallFailed
 from mesh.rpc.framing import PREFIX_BYTES, framed
 from mesh.rpc.limits import MESSAGE_BYTES
@@ -23,12 +23,13 @@ S = grpc.StatusCode
 
 
 class StreamCall(Call):
-    """Iterate it for the answers, in one task; write in another, or in between. `async with` ends the call.
+    """Streaming call: iteration yields the responses, `write` sends requests. `async with` ends the call.
 
-    What it fails with (CallFailed) is raised by the iteration, after the answers that came before, and by `drain`.
+    One task iterates; the same task or another one writes. The iteration raises the call's failure (CallFailed) after
+    the responses that arrived before; `drain` raises it, too.
     """
 
-    def __init__(self, owner: Owner, fields: bytes, timeout_s: float | None) -> None:
+    def __init__(self, owner: CallOwner, fields: bytes, timeout_s: float | None) -> None:
         super().__init__(owner, fields, timeout_s)
         self._sender: Sender | None = None
         self._unsent: list[bytes] = []
@@ -46,17 +47,16 @@ class StreamCall(Call):
     ) -> None:
         self.cancel()
 
-    # -- what goes
+    # -- requests
 
     def write(self, message: bytes) -> None:
-        """Sends a message as windows allow, and keeps it until then: `drain` waits for that. Of a call that is over,
-        nothing is sent any more."""
+        """Send a message when windows allow; until then it is kept, and `drain` waits. Ignored after the end."""
         if self._is_half_closed:
-            raise RuntimeError("the call was half-closed: it takes no more messages")
+            raise RuntimeError("the call is half-closed: it accepts no more messages")
         if self.is_over:
             return
         if len(message) > MESSAGE_BYTES:
-            self._give_up(too_large(len(message)))
+            self._abort(too_large(len(message)))
         elif self._sender is None:
             self._unsent.append(message)
         else:
@@ -64,20 +64,20 @@ class StreamCall(Call):
             self._sender.data(self.number, framed(message), self._sent)
 
     def half_close(self) -> None:
-        """No more messages will be written."""
+        """End the requests: no more messages will be written."""
         self._is_half_closed = True
         if self._sender is not None and not self.is_over:
             self._sender.end_data(self.number)
 
     async def drain(self) -> None:
-        """Waits until all that was written has gone, or the call is over. Raises CallFailed."""
+        """Wait until everything written is sent, or the call is over. Raises CallFailed."""
         while not self.is_over and (self._sender is None or self._is_sending):
             self._drained.clear()
             await self._drained.wait()
         if self._failure is not None:
             raise self._failure
 
-    def go(self, sender: Sender, block: bytes) -> None:
+    def start(self, sender: Sender, block: bytes) -> None:
         self._sender = sender
         sender.headers(self.number, block)
         unsent, self._unsent = self._unsent, []
@@ -92,7 +92,7 @@ class StreamCall(Call):
         self._is_sending = False
         self._drained.set()
 
-    # -- what comes
+    # -- responses
 
     def __aiter__(self) -> StreamCall:
         return self
@@ -112,19 +112,19 @@ class StreamCall(Call):
         return message
 
     async def only(self) -> bytes:
-        """The answer of a call that has one. Raises CallFailed."""
+        """Return the only response of a call. Raises CallFailed, also for another number of responses."""
         messages = [message async for message in self]
         if len(messages) != 1:
             raise CallFailed(S.INTERNAL, f"a call that has one answer was answered with {len(messages)} messages")
         return messages[0]
 
-    def _came(self, message: bytes) -> None:
+    def _on_message(self, message: bytes) -> None:
         self.held += PREFIX_BYTES + len(message)
         self._messages.append(message)
         self._readable.set()
 
     def cancel(self) -> None:
-        """Ends the call: whoever serves it is told. What has come and was not taken is dropped."""
+        """Cancel the call, here and at the server. Unread responses are dropped."""
         self._messages.clear()
         super().cancel()
 

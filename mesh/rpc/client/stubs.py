@@ -1,9 +1,8 @@
-"""What generated stubs ask of a channel: each kind of method as a function of requests, `timeout` and `metadata`.
+"""Channel interface for generated stubs: each kind of method is a function of request, `timeout` and `metadata`.
 
     StoreServiceStub(channel).PutResults(request, timeout=10)
 
-Beside grpc.aio's, whose calls are objects, these are plain: awaited for an answer, or iterated for several. `timeout`
-has to be given.
+Calls of grpc.aio are objects; these are coroutines (one response) or async generators (several). `timeout` is required.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ One: TypeAlias = Callable[..., Coroutine[Any, Any, Any]]
 Many: TypeAlias = Callable[..., AsyncGenerator[Any, None]]
 
 
-def _as_it_is(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
-class Stubbed(ABC):
-    """A channel, with what stubs need."""
+class StubChannel(ABC):
+    """Base class of a channel, with the methods that generated stubs use."""
 
     @abstractmethod
     async def unary(self, path: str, message: bytes, *, timeout_s: float | None, metadata: Metadata = ()) -> bytes:
-        """Calls a method."""
+        """Call a unary method."""
 
     @abstractmethod
     def stream(self, path: str, *, timeout_s: float | None, metadata: Metadata = ()) -> StreamCall:
-        """Begins a call of messages both ways."""
+        """Begin a call with messages in both directions."""
 
     def unary_unary(
         self, path: str, request_serializer: Write = None, response_deserializer: Read = None, **_: Any
     ) -> One:
-        write, read = request_serializer or _as_it_is, response_deserializer or _as_it_is
+        write, read = request_serializer or _identity, response_deserializer or _identity
 
         async def call(request: Any, *, timeout: float, metadata: Metadata = ()) -> Any:
             return parsed(await self.unary(path, write(request), timeout_s=timeout, metadata=metadata), read)
@@ -55,7 +54,7 @@ class Stubbed(ABC):
     def unary_stream(
         self, path: str, request_serializer: Write = None, response_deserializer: Read = None, **_: Any
     ) -> Many:
-        write, read = request_serializer or _as_it_is, response_deserializer or _as_it_is
+        write, read = request_serializer or _identity, response_deserializer or _identity
 
         async def call(request: Any, *, timeout: float, metadata: Metadata = ()) -> AsyncGenerator[Any, None]:
             async with self.stream(path, timeout_s=timeout, metadata=metadata) as stream:
@@ -69,7 +68,7 @@ class Stubbed(ABC):
     def stream_unary(
         self, path: str, request_serializer: Write = None, response_deserializer: Read = None, **_: Any
     ) -> One:
-        write, read = request_serializer or _as_it_is, response_deserializer or _as_it_is
+        write, read = request_serializer or _identity, response_deserializer or _identity
 
         async def call(requests: AsyncIterator[Any], *, timeout: float, metadata: Metadata = ()) -> Any:
             async with self.stream(path, timeout_s=timeout, metadata=metadata) as stream:
@@ -81,14 +80,14 @@ class Stubbed(ABC):
     def stream_stream(
         self, path: str, request_serializer: Write = None, response_deserializer: Read = None, **_: Any
     ) -> Many:
-        write, read = request_serializer or _as_it_is, response_deserializer or _as_it_is
+        write, read = request_serializer or _identity, response_deserializer or _identity
 
         async def call(
             requests: AsyncIterator[Any], *, timeout: float, metadata: Metadata = ()
         ) -> AsyncGenerator[Any, None]:
             async with self.stream(path, timeout_s=timeout, metadata=metadata) as stream:
                 feeding = asyncio.create_task(feed(stream, requests, write), name="requests of a call")
-                feeding.add_done_callback(partial(fed, stream))
+                feeding.add_done_callback(partial(cancel_if_failed, stream))
                 try:
                     async for message in stream:
                         yield parsed(message, read)
@@ -99,7 +98,7 @@ class Stubbed(ABC):
 
 
 def parsed(message: bytes, read: Callable[[bytes], Any]) -> Any:
-    """The message that `read` makes of an answer. Raises CallFailed where it is none."""
+    """Return a response parsed by `read`. Raises CallFailed for a response that cannot be parsed."""
     try:
         return read(message)
     except Exception as err:
@@ -107,17 +106,18 @@ def parsed(message: bytes, read: Callable[[bytes], Any]) -> Any:
 
 
 async def feed(stream: StreamCall, requests: AsyncIterator[Any], write: Callable[[Any], bytes]) -> None:
-    """Sends all requests, as fast as they are taken. Raises what the call fails with, and what `requests` does."""
+    """Send all requests, as fast as flow control allows. Raises the call's failure, and errors of `requests`."""
     async for request in requests:
         stream.write(write(request))
         await stream.drain()
-        if stream.is_over:  # It was answered before all was asked.
+        # The response ended before the requests.
+        if stream.is_over:
             return
     stream.half_close()
 
 
-def fed(stream: StreamCall, feeding: asyncio.Task[None]) -> None:
-    """Requests that cannot be made end the call."""
+def cancel_if_failed(stream: StreamCall, feeding: asyncio.Task[None]) -> None:
+    """Cancel the call when iterating over its requests has failed; a done callback of the task of `feed`."""
     if not feeding.cancelled() and feeding.exception() is not None and not isinstance(feeding.exception(), CallFailed):
         log_failure(feeding)
         stream.cancel()

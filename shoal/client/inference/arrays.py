@@ -1,4 +1,4 @@
-"""NumPy arrays as inputs of a request: the datatype of an array, and conversion to the datatype that a model asks for.
+"""NumPy arrays as inputs of a request: the datatype of an array, and conversion to the datatype of a model's input.
 
 bool BOOL   int8..int64 INT8..INT64   uint8..uint64 UINT8..UINT64   float16 FP16   float32 FP32   float64 FP64
 text and bytes (object, str_, bytes_)  BYTES        BFloat16(uint16), ml_dtypes.bfloat16           BF16
@@ -20,28 +20,28 @@ from shoal.oip.datatypes import BY_NAME, Datatype, of_array
 from shoal.oip.tensors import Array, to_raw
 
 ArrayLike: TypeAlias = "Array | Sequence[Any] | BFloat16 | bool | int | float | str | bytes"
-"""What an input may be: an array, or (nested) lists and scalars, which take the datatype that the model asks for."""
+"""Types of an input: an array, or (nested) lists and scalars, which get the datatype of the model's input."""
 
 
 @dataclass(frozen=True, eq=False)
 class BFloat16:
-    """bfloat16 values by their bits: says that a uint16 array is BF16 and not UINT16."""
+    """bfloat16 values by their bits: marks a uint16 array as BF16."""
 
     bits: NDArray[np.uint16]
 
     @classmethod
     def of(cls, values: Any) -> BFloat16:
-        """Rounds `values` (anything that becomes float32) to the nearest bfloat16, ties to even; NaN stays NaN."""
+        """Round `values` (anything that becomes float32) to the nearest bfloat16, ties to even; NaN stays NaN."""
         return cls(bfloat16.to_bits(values))
 
     def float32(self) -> NDArray[np.float32]:
-        """The same values as float32: exact."""
+        """Return the same values as float32: exact."""
         return bfloat16.to_float32(self.bits)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as the wire has it."""
+    """Tensor in wire format."""
 
     datatype: str
     shape: tuple[int, ...]
@@ -49,28 +49,29 @@ class Tensor:
 
 
 def to_tensor(name: str, value: ArrayLike, datatype: str | None = None) -> Tensor:
-    """The tensor of `value`; `datatype` converts it first, where every element keeps its meaning.
+    """Return the tensor of `value`, converted to `datatype` if that is set. Every element keeps its meaning.
 
     Raises:
-        InvalidArgument: NumPy makes no array of it, its type has no datatype, or an element does not fit `datatype`.
+        InvalidArgument: NumPy cannot make an array of `value`, the array's type has no datatype, or an element does not
+            fit `datatype`.
     """
     if isinstance(value, BFloat16):
         array, natural = np.asarray(value.bits), BY_NAME["BF16"]
     else:
         array, natural = _array_of(name, value)
-    wanted = natural
+    target = natural
     if datatype is not None and datatype != natural.name:
-        array, wanted = convert(name, array, datatype), BY_NAME[datatype]
-    if not wanted.is_bytes:
-        array = array.astype(wanted.dtype, copy=False)
+        array, target = convert(name, array, datatype), BY_NAME[datatype]
+    if not target.is_bytes:
+        array = array.astype(target.dtype, copy=False)
     try:
-        return Tensor(wanted.name, array.shape, to_raw(array, wanted))
+        return Tensor(target.name, array.shape, to_raw(array, target))
     except TypeError as err:
         raise InvalidArgument(f"input {name!r}: {err}") from None
 
 
 def is_exact(value: ArrayLike) -> bool:
-    """True when `value` says itself which datatype it has; lists and scalars need the model's word."""
+    """Return True when `value` has a datatype of its own; lists and scalars take the model's datatype."""
     return isinstance(value, np.ndarray | np.generic | BFloat16) or hasattr(value, "__array__")
 
 
@@ -79,7 +80,7 @@ def _array_of(name: str, value: Any) -> tuple[Array, Datatype]:
         array = np.asarray(value)
     except (ValueError, TypeError) as err:
         raise InvalidArgument(
-            f"input {name!r}: NumPy makes no array of it ({err}): rows must have equal lengths"
+            f"input {name!r}: NumPy cannot make an array of the value ({err}): rows must have equal lengths"
         ) from err
     datatype = of_array(array)
     if datatype is None:
@@ -89,11 +90,11 @@ def _array_of(name: str, value: Any) -> tuple[Array, Datatype]:
 
 
 def convert(name: str, array: Array, datatype: str) -> Array:
-    """`array` as the NumPy type that carries `datatype`.
+    """Return `array` as the NumPy type that carries `datatype`.
 
     Raises:
-        InvalidArgument: `datatype` is unknown, or an element has no equal there (1.5 as INT32, 300 as UINT8).
-            Rounding of fractions to a narrower float is no loss; what becomes infinite is.
+        InvalidArgument: `datatype` is unknown, or cannot represent an element (1.5 as INT32, 300 as UINT8).
+            Rounding of fractions to a narrower float is allowed; an overflow to infinity is not.
     """
     if datatype == "BYTES":
         return _as_text(name, array)
@@ -103,9 +104,9 @@ def convert(name: str, array: Array, datatype: str) -> Array:
         raise InvalidArgument(f"input {name!r}: expected {datatype}, got {array.dtype} ({_first(array)!r} ...)")
     made, kept = converted(array, BY_NAME[datatype])
     if kept is not None and not kept.all():
-        place = np.argwhere(~np.atleast_1d(kept))[0]
-        element = np.atleast_1d(array)[tuple(place)]
-        raise InvalidArgument(f"input {name!r}: {element!r} at {place.tolist()} is not {datatype}")
+        index = np.argwhere(~np.atleast_1d(kept))[0]
+        element = np.atleast_1d(array)[tuple(index)]
+        raise InvalidArgument(f"input {name!r}: {element!r} at {index.tolist()} is not {datatype}")
     return made
 
 

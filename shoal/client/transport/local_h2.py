@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 from mesh.rpc.client.channel import Channel
 from mesh.rpc.client.streams import StreamCall
-from mesh.rpc.client.stubs import fed, feed, parsed
+from mesh.rpc.client.stubs import cancel_if_failed, feed, parsed
 from shoal.client.transport.methods import Method, Q, R
 from shoal.client.transport.transport import A, Bidi, Metadata, closed_in_flight, serialized
 
@@ -84,7 +84,7 @@ class _Stream(Bidi[A]):
             call.half_close()
         else:
             self._feeding = asyncio.create_task(feed(call, requests, serialized), name="requests of a call")
-            self._feeding.add_done_callback(partial(fed, call))
+            self._feeding.add_done_callback(partial(cancel_if_failed, call))
 
     async def read(self) -> A | None:
         with self._owner.closed_as_cancelled():

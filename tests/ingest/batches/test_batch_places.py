@@ -23,7 +23,7 @@ from shoal.ingest.v1 import ingest_pb2 as pb
 from tests.breakable import until
 from tests.ingest.batches.conftest import LEASE, BatchClient, BatchMesh
 from tests.ingest.conftest import IngestProcess, StartIngest
-from tests.weeds import WeedProcess
+from tests.seaweedfs import WeedProcess
 
 S = grpc.StatusCode
 

@@ -1,4 +1,4 @@
-"""A peer of the lean client that says exactly what a test tells it to, frame by frame."""
+"""Peer of the lean client that sends exactly the frames of a test's script."""
 
 from __future__ import annotations
 
@@ -149,11 +149,11 @@ async def scripted(**options: object) -> AsyncIterator[tuple[Channel, Scripted]]
     try:
         async with Channel(listener.address, **options) as channel:
             yield channel, listener
-            for line in channel._lines:
+            for line in channel._connections:
                 assert not line._calls
                 assert not line._sender._window_changes
                 assert not line._sender._waiting
             assert not channel._waiting
-        assert not channel._lines
+        assert not channel._connections
     finally:
         await listener.stop()

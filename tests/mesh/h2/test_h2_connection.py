@@ -279,7 +279,7 @@ async def heard(peer):
     peer.send(frames.frame(frames.PING, frames.ACK, 0, question))
 
 
-async def test_a_stop_says_goodbye_and_lets_the_call_in_flight_finish():
+async def test_a_stop_sends_goaway_and_lets_the_call_in_flight_finish():
     later = Later()
     async with stoppable(**{LATER: later}) as (peer, stop):
         call(peer, 1, LATER)
@@ -302,7 +302,7 @@ async def test_a_stop_says_goodbye_and_lets_the_call_in_flight_finish():
         await asyncio.wait_for(stopping, 20)
 
 
-async def test_what_a_peer_opens_before_it_has_read_the_goodbye_is_served():
+async def test_streams_opened_before_the_goaway_is_read_are_served():
     async with stoppable() as (peer, stop):
         stopping = stop()
         await asyncio.sleep(0.5)
@@ -386,7 +386,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-async def test_who_breaks_the_protocol_is_told_why_and_the_others_go_on(name):
+async def test_a_broken_connection_gets_a_reason_and_others_continue(name):
     data, reason = BROKEN[name]
     async with serving() as (server, _), wire(server) as good:
         host, _, port = server.address.rpartition(":")

@@ -1,4 +1,4 @@
-"""The decoder of header blocks, against two independent encoders; and its answers to what is no block."""
+"""Decoder of header blocks, against two independent encoders, and with invalid blocks."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_blocks_come_out_as_they_went_in_when_the_table_is_forbidden_on_the_way(
 
 
 @given(st.lists(FIELD, max_size=8))
-def test_what_we_encode_is_decoded_by_others(fields):
+def test_encoded_blocks_are_decoded_by_other_decoders(fields):
     assert [(bytes(n), bytes(v)) for n, v in hpack.Decoder().decode(encode(fields), raw=True)] == fields
 
 
 @given(st.binary(max_size=300))
-def test_what_is_no_block_ends_the_connection_and_nothing_else(data):
+def test_an_invalid_block_ends_only_its_connection(data):
     for decoder in (Decoder(), acknowledged()[0]):
         decoder.decode(b"\x20")
         try:

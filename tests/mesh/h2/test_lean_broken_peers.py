@@ -1,4 +1,4 @@
-"""Whatever the peer of the lean client does wrong, or does not do: a clear error for whom it concerns, and no other."""
+"""Broken or silent peers of the lean client: a clear error for the calls concerned, and for no others."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def test_an_answer_that_is_none_fails_its_call_and_no_other(name: str) -> 
         assert await other == b"fine"
 
 
-async def test_what_a_failure_brings_along() -> None:
+async def test_a_failure_has_its_trailing_metadata() -> None:
     async with scripted() as (channel, listener):
         call = ask(channel)
         peer = await listener.accept()
@@ -161,7 +161,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-async def test_who_breaks_the_protocol_loses_the_connection_and_the_next_call_gets_another(name: str) -> None:
+async def test_a_protocol_error_ends_the_connection_and_the_next_call_reconnects(name: str) -> None:
     said, reason = BROKEN[name]
     async with scripted(draw=lambda: 0.0) as (channel, listener):
         call = ask(channel)
@@ -216,7 +216,7 @@ async def test_a_stream_whose_window_is_made_too_large_is_reset() -> None:
         assert peer.requests[1].reset == Reason.FLOW_CONTROL_ERROR
 
 
-async def test_a_connection_that_is_lost_fails_what_was_under_way() -> None:
+async def test_a_lost_connection_fails_calls_in_flight() -> None:
     async with scripted() as (channel, listener):
         calls = [ask(channel) for _ in range(3)]
         stream = channel.stream("/t/T", timeout_s=60)
@@ -234,7 +234,7 @@ async def test_a_connection_that_is_lost_fails_what_was_under_way() -> None:
             await anext(stream)
 
 
-async def test_a_peer_that_says_nothing_is_asked_and_given_up() -> None:
+async def test_a_silent_peer_is_pinged_and_disconnected() -> None:
     async with scripted(tick_s=0.1) as (channel, listener):
         call = ask(channel)
         peer = await listener.accept()
@@ -263,7 +263,7 @@ async def test_a_peer_that_answers_pings_may_take_its_time_and_one_without_calls
         assert await again == b"still here"
 
 
-async def test_nobody_there_fails_at_once_and_a_server_that_comes_is_found(tmp_path: Path) -> None:
+async def test_calls_without_a_server_fail_immediately_and_a_later_server_is_found(tmp_path: Path) -> None:
     listener = Scripted()
     await listener.start()
     await listener.stop()
@@ -284,14 +284,14 @@ async def test_nobody_there_fails_at_once_and_a_server_that_comes_is_found(tmp_p
             await there.stop()
 
 
-async def test_an_address_that_is_none_fails_calls_at_once() -> None:
+async def test_an_invalid_address_fails_calls_immediately() -> None:
     async with Channel("127.0.0.1:http") as channel:
         for _ in range(3):
             failed = await failure(ask(channel))
             assert (failed.code(), failed.is_unprocessed) == (S.UNAVAILABLE, True)
 
 
-async def test_a_peer_that_never_greets_is_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_peer_that_never_sends_settings_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "_CONNECT_S", 0.3)
     async with scripted() as (channel, listener):
         call, short = ask(channel), ask(channel, timeout_s=0.05)
@@ -306,7 +306,7 @@ async def test_a_peer_that_never_greets_is_nobody(monkeypatch: pytest.MonkeyPatc
     "said", [frames.frame(frames.PING, 0, 0, bytes(8)), b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(99), b""],
     ids=["a ping", "http/1", "an end"],
 )  # fmt: skip
-async def test_a_peer_that_greets_with_something_else_is_nobody(said: bytes) -> None:
+async def test_a_peer_that_begins_with_another_frame_is_unreachable(said: bytes) -> None:
     async with scripted() as (channel, listener):
         call = ask(channel)
         peer = await listener.accept(greets=False)
@@ -317,7 +317,7 @@ async def test_a_peer_that_greets_with_something_else_is_nobody(said: bytes) -> 
         assert (failed.code(), failed.is_unprocessed) == (S.UNAVAILABLE, True)
 
 
-async def test_a_peer_that_says_goodbye_at_once_again_and_again_is_not_asked_without_pause() -> None:
+async def test_repeated_immediate_goaways_are_followed_by_backoff() -> None:
     async with scripted() as (channel, listener):
         connections = 0
 
@@ -334,7 +334,7 @@ async def test_a_peer_that_says_goodbye_at_once_again_and_again_is_not_asked_wit
             assert (failed.code(), failed.is_unprocessed) == (S.UNAVAILABLE, True)
         assert connections < 20
         task.cancel()
-        await until(lambda: not channel._lines, "none of these connections is kept")
+        await until(lambda: not channel._connections, "none of these connections is kept")
 
 
 @settings(max_examples=150, deadline=None)
@@ -353,7 +353,7 @@ async def test_whatever_bytes_come_the_call_ends(spots: list[tuple[float, bytes]
         for where, what in spots:
             at = int(where * (len(said) - 1))
             said[at : at + len(what)] = what
-        line, at = channel._line, int(cut * len(said))
+        line, at = channel._connection, int(cut * len(said))
         line.data_received(bytes(said[:at]))
         line.data_received(bytes(said[at:]))
         peer.writer.close()

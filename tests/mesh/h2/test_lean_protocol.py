@@ -1,4 +1,4 @@
-"""The lean client keeps to the protocol, and takes whatever a peer may do within it."""
+"""The lean client keeps to HTTP/2, and accepts everything that HTTP/2 allows a peer to do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def failure(call: asyncio.Task[bytes]):
     return failed.value
 
 
-async def test_what_a_call_looks_like() -> None:
+async def test_the_headers_of_a_call() -> None:
     async with scripted() as (channel, listener):
         call = ask(channel, metadata=[("x-a", "b c"), ("x-b-bin", b"\0\xff")], timeout_s=7)
         peer = await listener.accept()
@@ -136,7 +136,7 @@ async def test_more_calls_than_the_peer_takes_stand_in_line() -> None:
         await asyncio.gather(last, waiting, more)
 
 
-async def test_what_goes_keeps_to_the_windows_of_the_peer() -> None:
+async def test_sent_data_keeps_to_the_peers_windows() -> None:
     body = bytes(range(256)) * 400
     async with scripted() as (channel, listener):
         call = ask(channel, body)
@@ -189,7 +189,7 @@ async def test_pings_and_settings_are_acknowledged() -> None:
         await call
 
 
-async def test_windows_are_opened_as_messages_come_and_are_taken() -> None:
+async def test_windows_open_as_messages_are_consumed() -> None:
     async with scripted() as (channel, listener), channel.stream(PATH, timeout_s=60) as call:
         call.write(b"go")
         peer = await listener.accept()
@@ -262,7 +262,7 @@ async def test_an_answer_in_any_pieces(messages: list[bytes], pad: int, sizes: l
         peer = await listener.accept()
         await peer.request(3)
         data = whole(peer, 1, messages, pad, sizes) + whole(peer, 3, messages[:1], pad, sizes)
-        line, at = channel._line, 0
+        line, at = channel._connection, 0
         for cut in [*cuts, len(data)]:  # As the transport would, in pieces of these sizes.
             line.data_received(data[at : at + cut])
             at += cut
@@ -270,7 +270,7 @@ async def test_an_answer_in_any_pieces(messages: list[bytes], pad: int, sizes: l
         assert await unary == messages[0]
 
 
-async def test_a_cancelled_call_is_reset_and_what_still_comes_for_it_is_dropped() -> None:
+async def test_a_cancelled_call_is_reset_and_its_late_data_is_dropped() -> None:
     async with scripted() as (channel, listener):
         call = ask(channel)
         peer = await listener.accept()
@@ -285,7 +285,7 @@ async def test_a_cancelled_call_is_reset_and_what_still_comes_for_it_is_dropped(
         assert await other == b"other"
 
 
-async def test_callers_who_give_up_in_crowds_cost_the_others_nothing() -> None:
+async def test_many_cancelled_callers_do_not_affect_others() -> None:
     async with scripted() as (channel, listener):
         stays = ask(channel, b"stays")
         await asyncio.sleep(0)
@@ -355,7 +355,7 @@ async def test_a_deadline_resets_the_stream() -> None:
         assert list(peer.requests) == [1], "what is too late already is not sent"
 
 
-async def test_a_goodbye_lets_calls_finish_and_sends_others_elsewhere() -> None:
+async def test_a_goaway_lets_calls_finish_and_repeats_others_on_a_new_connection() -> None:
     async with scripted() as (channel, listener):
         calls = [ask(channel, b"%d" % n) for n in range(3)]
         await asyncio.sleep(0)  # They come first.
@@ -383,7 +383,7 @@ async def test_a_goodbye_lets_calls_finish_and_sends_others_elsewhere() -> None:
         peer.send(peer.answer(3, b"one"))
         assert await calls[1] == b"one"
         assert await peer.until_over() is None
-        await until(lambda: len(channel._lines) == 1, "only the new connection is left")
+        await until(lambda: len(channel._connections) == 1, "only the new connection is left")
 
 
 async def test_a_refused_stream_begins_once_more_and_then_fails_as_never_begun() -> None:
@@ -405,7 +405,7 @@ async def test_when_the_ids_of_streams_run_out_another_connection_is_made() -> N
         await peer.request(1)
         peer.send(peer.answer(1, b""))
         await first
-        channel._line._next = (1 << 31) - 1
+        channel._connection._next = (1 << 31) - 1
         last = ask(channel, b"last")
         assert (await peer.request((1 << 31) - 1)).body == framed(b"last")
         more = ask(channel, b"more")
@@ -435,7 +435,7 @@ async def test_messages_of_a_stream_that_has_not_begun_are_sent_when_it_does() -
             assert [message async for message in call] == [b"c", b"d"]
 
 
-async def test_answers_that_came_before_a_failure_are_given_first() -> None:
+async def test_responses_before_a_failure_are_delivered_first() -> None:
     async with scripted() as (channel, listener), channel.stream(PATH, timeout_s=60) as call:
         peer = await listener.accept()
         await peer.until(frames.HEADERS, 1)
@@ -466,7 +466,7 @@ async def test_a_message_that_is_too_large_is_not_sent(monkeypatch: pytest.Monke
         assert await good == bytes(1_000)
 
 
-async def test_closing_the_channel_ends_what_is_under_way_and_what_waits() -> None:
+async def test_closing_the_channel_ends_calls_in_flight_and_waiting_calls() -> None:
     async with scripted() as (channel, listener):
         going = ask(channel)
         peer = await listener.accept({frames.MAX_STREAMS: 1})
@@ -480,7 +480,7 @@ async def test_closing_the_channel_ends_what_is_under_way_and_what_waits() -> No
         assert await peer.until_over() is None
 
 
-async def test_a_call_without_a_deadline_says_nothing_of_one() -> None:
+async def test_a_call_without_a_deadline_has_no_timeout_header() -> None:
     async with scripted() as (channel, listener):
         unary = asyncio.create_task(channel.unary(PATH, b"q", timeout_s=None))
         peer = await listener.accept()

@@ -203,7 +203,7 @@ async def test_a_response_may_have_no_body(client: Client) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 16_384, 70_000, STREAM_WINDOW * 2 + 1])
-async def test_a_body_of_any_size_comes_whole(client: Client, size: int) -> None:
+async def test_a_body_of_any_size_arrives_whole(client: Client, size: int) -> None:
     body = bytes(range(256)) * (size // 256 + 1)
     head, got = await client.read_all(await client.request("POST", "/echo", body[:size]))
     assert (head[":status"], got == body[:size]) == ("200", True)
@@ -263,7 +263,7 @@ async def test_a_fault_resets_its_stream_and_no_other(client: Client, path: str,
     assert (await client.read_all(await client.request("HEAD", "/hello")))[0] == {":status": "204"}
 
 
-async def test_a_handler_is_told_once_that_its_client_has_gone(client: Client, app: App) -> None:
+async def test_a_handler_is_notified_once_of_a_disconnected_client(client: Client, app: App) -> None:
     number = await client.request("GET", "/wait")
     client.h2.reset_stream(number)
     await client.request("GET", "/wait")

@@ -1,4 +1,4 @@
-"""What a process was at when it died is known to the next that gets the work."""
+"""Crash journal: the next process that gets the work of a dead one knows that it was in progress."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def died(folder: Path, name: str, *slots: str, status: int | None = 3) -> None:
         crash_journal.keep(path, process.pid, status)
 
 
-async def test_what_was_done_alone_is_guilty_and_the_rest_is_not(tmp_path: Path) -> None:
+async def test_work_that_ran_alone_is_confirmed_and_other_work_is_not(tmp_path: Path) -> None:
     died(tmp_path, "infer-0", "a", "bc")
     crashes = Crashes(tmp_path)
     assert await crashes.verdict(A) is Verdict.CONFIRMED
@@ -79,7 +79,7 @@ async def test_one_of_several_is_guilty_the_second_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [-9, -15])
-async def test_a_kill_from_outside_is_nobodys_fault_the_first_time(tmp_path: Path, status: int) -> None:
+async def test_the_first_kill_from_outside_is_ambiguous(tmp_path: Path, status: int) -> None:
     died(tmp_path, "infer-0", "a", status=status)
     assert await Crashes(tmp_path).verdict(A) is Verdict.AMBIGUOUS
     died(tmp_path, "infer-0", "a", status=status)
@@ -93,7 +93,7 @@ async def test_it_is_forgotten_in_the_end(tmp_path: Path) -> None:
     assert await Crashes(tmp_path, lambda: kept.stat().st_mtime + 601).verdict(A) is Verdict.NOT_SEEN
 
 
-async def test_files_that_are_none_and_processes_nobody_watches_hold_up_nothing(tmp_path: Path) -> None:
+async def test_invalid_files_and_unwatched_processes_delay_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.flights").write_bytes(b"nonsense")
     (tmp_path / "y.flights").touch()
     (tmp_path / "infer-9.1.3.crash").write_bytes(b"nonsense" * 99)
@@ -101,7 +101,7 @@ async def test_files_that_are_none_and_processes_nobody_watches_hold_up_nothing(
     assert await Crashes(tmp_path).verdict(A) is Verdict.NOT_SEEN
 
 
-async def test_one_that_is_still_ending_is_in_question(tmp_path: Path) -> None:
+async def test_a_verdict_waits_for_the_exit_status_of_an_ending_process(tmp_path: Path) -> None:
     path = tmp_path / "infer-0.flights"
     reader, writer = os.pipe()
     command = [sys.executable, "-c", SLOW_TO_END, str(path), str(writer)]
@@ -115,7 +115,7 @@ async def test_one_that_is_still_ending_is_in_question(tmp_path: Path) -> None:
         assert await asked is Verdict.CONFIRMED
 
 
-async def test_one_that_lives_is_not_in_question(tmp_path: Path) -> None:
+async def test_the_work_of_a_running_process_is_not_seen(tmp_path: Path) -> None:
     with CrashJournal(tmp_path / "me.flights") as mine:
         slot = mine.slot()
         assert slot is not None
@@ -125,7 +125,7 @@ async def test_one_that_lives_is_not_in_question(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_seats_are_taken_and_given_back(tmp_path: Path) -> None:
+def test_slots_are_claimed_and_released(tmp_path: Path) -> None:
     with CrashJournal(tmp_path / "me.flights") as mine:
         slots = [mine.slot() for _ in range(128)]
         assert mine.slot() is None

@@ -1,4 +1,4 @@
-"""Tasks that are owned end when their owner says so, whatever they make of a cancellation."""
+"""Owned tasks end with their owner, whatever they do with a cancellation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mesh.process.tasks import Background, all_to_the_end, end, for_ever, togeth
 from shoal.errors import NotFound, Unavailable
 
 
-async def test_one_that_swallows_its_cancellation_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_task_that_swallows_its_cancellation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mesh.process.tasks._AGAIN_S", 0.01)
     swallowed = asyncio.Event()
 
@@ -29,7 +29,7 @@ async def test_one_that_swallows_its_cancellation_ends_all_the_same(monkeypatch:
     assert task.cancelled()
 
 
-async def test_one_that_has_ended_is_left_alone() -> None:
+async def test_a_task_that_has_ended_is_ignored() -> None:
     async def failing() -> None:
         raise ValueError("why")
 
@@ -39,7 +39,7 @@ async def test_one_that_has_ended_is_left_alone() -> None:
     assert isinstance(task.exception(), ValueError)
 
 
-async def test_a_background_lives_as_long_as_its_block_and_a_failure_is_told(
+async def test_a_background_task_ends_with_its_block_and_its_failure_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Ticking(Background):
@@ -59,7 +59,7 @@ async def test_a_background_lives_as_long_as_its_block_and_a_failure_is_told(
     assert "why" in caplog.text
 
 
-async def test_a_step_is_taken_again_whatever_it_raises_and_the_log_hears(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failed_step_is_repeated_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     came: list[str] = []
     third = asyncio.Event()
 
@@ -86,7 +86,7 @@ async def test_a_step_is_taken_again_whatever_it_raises_and_the_log_hears(caplog
     assert "a fault of ours" in caplog.text
 
 
-async def test_together_gives_what_each_gives_in_order() -> None:
+async def test_together_returns_results_in_order() -> None:
     async def one(n: int) -> int:
         for _ in range(9 - n):
             await asyncio.sleep(0)
@@ -134,7 +134,7 @@ async def test_together_that_is_cancelled_ends_all() -> None:
     assert sorted(ended) == list(range(4))
 
 
-async def test_good_byes_are_said_whatever_happens_to_one() -> None:
+async def test_clean_up_steps_run_to_their_end_when_one_fails() -> None:
     said: list[str] = []
 
     async def short() -> None:

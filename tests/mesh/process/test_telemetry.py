@@ -1,4 +1,4 @@
-"""Tracing ends with its process, whether or not the collector takes the last spans."""
+"""Tracing ends with its process, also when the collector does not accept the last spans."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _GONE = """
 import threading
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-from mesh import telemetry
+from mesh.process import telemetry
 
 class Away(SpanExporter):
     given_up, by = threading.Event(), []

@@ -1,4 +1,4 @@
-"""Blocking work beside the loop: a cancelled caller leaves no thread working behind its back."""
+"""Blocking work in threads: a cancelled caller waits for its thread."""
 
 from __future__ import annotations
 

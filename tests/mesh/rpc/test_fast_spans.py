@@ -28,7 +28,7 @@ def tracer(ratio: float, *, follows_parent: bool = True, exported: list[Readable
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.5, 1.0])
-def test_of_the_calls_without_a_trace_the_given_share_is_sampled(ratio: float) -> None:
+def test_the_configured_share_of_calls_without_a_trace_is_sampled(ratio: float) -> None:
     tracing = tracer(ratio)
     sampled = sum(tracing.begin({}) is not None for _ in range(20_000))
     # Five standard deviations of a binomial distribution.
@@ -104,7 +104,7 @@ def exported(headers: dict[bytes, bytes], code: int, message: str) -> ReadableSp
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "UNSET"), (3, "UNSET"), (1, "UNSET"), (13, "ERROR"), (15, "ERROR")])
-def test_a_finished_span_says_what_became_of_the_call(code: int, status: str) -> None:
+def test_a_finished_span_has_the_outcome_of_the_call(code: int, status: str) -> None:
     span = exported(header(), code, "why")
     assert span.name == PATH[1:]
     assert span.kind is SpanKind.SERVER

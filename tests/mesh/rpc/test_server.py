@@ -1,4 +1,4 @@
-"""The server under every service: errors reach the caller as they were meant, and a stop cuts nothing that runs."""
+"""Server of all services: errors reach the caller with their status, and a stop lets running calls finish."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ async def test_a_stop_lets_a_call_finish_and_ends_idle_watchers(run_dir: Path) -
     assert not (run_dir / "x.sock").exists()
 
 
-async def test_health_says_serving_only_when_told(run_dir: Path) -> None:
+async def test_health_is_serving_only_after_serve(run_dir: Path) -> None:
     async with server(Answers(), run_dir) as running, connect(running.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for name in ("", SERVICE.full_name):
@@ -130,7 +130,7 @@ async def test_health_says_serving_only_when_told(run_dir: Path) -> None:
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_a_taken_port_is_named() -> None:
+async def test_the_error_names_a_port_in_use() -> None:
     async with Server("127.0.0.1:0", [], drain_ms=0) as first:
         with pytest.raises(OSError, match="in use"):
             async with Server(first.address, [], drain_ms=0):
@@ -141,7 +141,7 @@ async def test_a_big_message_passes_and_a_bigger_one_is_refused(run_dir: Path) -
     servicer = Answers()
     async with server(servicer, run_dir) as running, connect(running.address) as channel:
         stub = rpc.CoordServiceStub(channel)
-        with pytest.raises(errors.Unimplemented, match="does not do"), translated():
+        with pytest.raises(errors.Unimplemented, match="does not implement"), translated():
             await stub.DrainInstance(pb.DrainInstanceRequest(name="x" * (100 << 20)))
         call = channel.unary_unary(f"/{SERVICE.full_name}/GetLeader")
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -106,7 +106,7 @@ class Mesh:
         endpoints = {i.address.removeprefix("unix:") for i in instances if i.state is not State.STARTING}
 
         async def has_all() -> bool:
-            clusters = await self.envoy.ask("/clusters")
+            clusters = await self.envoy.admin_get("/clusters")
             there = {name for name in wanted if f"{name}::" in clusters}
             known = {line.split("::")[1] for line in clusters.splitlines() if line.startswith("infer::/")}
             passed = {path for path in healthy if f"infer::{path}::health_flags::healthy" in clusters}
@@ -122,13 +122,13 @@ class Mesh:
         self.source.instances.set(())
 
         async def is_empty() -> bool:
-            lines = (await self.envoy.ask("/clusters")).splitlines()
+            lines = (await self.envoy.admin_get("/clusters")).splitlines()
             return not any(line.startswith(("model/", "infer::/")) for line in lines)
 
         await until(is_empty, "Envoy has forgotten all instances")
 
     async def _routes_ready(self, apart: set[str], everywhere: set[str]) -> bool:
-        dump = await self.envoy.ask("/config_dump?resource=dynamic_route_configs")
+        dump = await self.envoy.admin_get("/config_dump?resource=dynamic_route_configs")
         return all(f'"{name}"' in dump for name in apart) and not any(f'"{name}"' in dump for name in everywhere)
 
     async def infer(self, model: str, size: int = 0, **kwargs) -> pb.ModelInferResponse:
@@ -323,10 +323,10 @@ async def test_a_step_that_reached_its_replica_is_not_carried_to_another(mesh: M
     home = int(told(await mesh.stub.ModelInfer(asked), "replica").removeprefix("infer-"))
     asked.parameters["sleep_ms"].int64_param = 20_000
     running = asyncio.ensure_future(mesh.stub.ModelInfer(asked, timeout=30))
-    await until(lambda: mesh.envoy.ask("/clusters"), "Envoy answers")
+    await until(lambda: mesh.envoy.admin_get("/clusters"), "Envoy answers")
 
     async def is_there() -> bool:
-        lines = (await mesh.envoy.ask("/clusters")).splitlines()
+        lines = (await mesh.envoy.admin_get("/clusters")).splitlines()
         return any(f"infer-{home}.sock::rq_active::1" in line and line.startswith("model/s") for line in lines)
 
     await until(is_there, "the step is at its replica")
@@ -367,7 +367,7 @@ async def test_clients_that_do_not_read_hold_up_nobody_else(mesh: Mesh):
 
 
 async def is_healthy(mesh: Mesh, name: str) -> bool:
-    return f"{name}.sock::health_flags::healthy" in await mesh.envoy.ask("/clusters")
+    return f"{name}.sock::health_flags::healthy" in await mesh.envoy.admin_get("/clusters")
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
@@ -468,7 +468,7 @@ async def until_asked(mesh: Mesh, name: str) -> None:
     """Until a replica has the one call that is under way."""
 
     async def is_there() -> bool:
-        lines = (await mesh.envoy.ask("/clusters")).splitlines()
+        lines = (await mesh.envoy.admin_get("/clusters")).splitlines()
         return any(f"{name}.sock::rq_active::1" in line for line in lines)
 
     await until(is_there, f"the call is at {name}")
@@ -630,7 +630,7 @@ async def test_a_drained_replica_gets_nothing_new_and_finishes_what_it_has(mesh:
 
     await until(under_way, "the long call")
     await mesh.show(mesh.instance(0, "a", state=State.DRAINING), mesh.instance(1, "a"))
-    assert "draining" in await mesh.envoy.ask("/clusters")
+    assert "draining" in await mesh.envoy.admin_get("/clusters")
     for _ in range(30):
         assert told(await mesh.infer("a"), "replica") == "infer-1"
     assert told(await long, "replica") == "infer-0"
@@ -672,7 +672,7 @@ async def test_models_come_and_go_without_an_error(mesh: Mesh):
 
 
 async def gone(mesh: Mesh, cluster: str) -> bool:
-    return f"{cluster}::" not in await mesh.envoy.ask("/clusters")
+    return f"{cluster}::" not in await mesh.envoy.admin_get("/clusters")
 
 
 async def test_a_refused_resource_is_reported_and_its_neighbours_arrive(mesh: Mesh):

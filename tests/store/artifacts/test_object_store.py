@@ -16,10 +16,10 @@ from services.store.artifacts.artifacts import Artifacts
 from services.store.artifacts.object_blobs import PART_BYTES, ObjectBlobs, open_object_store
 from shoal.errors import DataLoss, FailedPrecondition, PermissionDenied, ShoalError, Unavailable
 from tests.breakable import until
+from tests.seaweedfs import WeedProcess
 from tests.store.artifacts.conftest import MakeArtifacts, read, uploaded
 from tests.store.artifacts.networks import Network
 from tests.store.conftest import sha256
-from tests.weeds import WeedProcess
 
 pytestmark = [pytest.mark.mongo, pytest.mark.s3]
 

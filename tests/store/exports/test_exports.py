@@ -24,10 +24,10 @@ from services.store.exports.table import table_of
 from shoal.errors import Aborted
 from shoal.store.v1 import store_pb2 as pb
 from tests.breakable import until
+from tests.seaweedfs import WeedProcess
 from tests.store.conftest import Store, refused, running_store
 from tests.store.test_result_rpc import BAD, FAILED, answer, get, put, result
 from tests.store.test_result_stream import large, rot
-from tests.weeds import WeedProcess
 
 pytestmark = pytest.mark.mongo
 

@@ -33,7 +33,7 @@ async def _run_behind_envoy(config: FrontsConfig) -> None:
     host, _, port = config.listen.rpartition(":")
     with folder.private(os.environ) as place:
         path = f"{place}/fronts-0.sock"
-        edge = Edge(host=host, port=int(port), workers=[path], folder=place, threads=1, tell=print)
+        edge = Edge(host=host, port=int(port), workers=[path], folder=place, threads=1, report=print)
         fronting = asyncio.create_task(edge.run())
         async with served.tasks, _server(config, served, f"unix:{path}") as server:
             await server.serve()

@@ -1,4 +1,4 @@
-"""An HTTP/2 client that does exactly what it is told: no deadline of its own, no checks, broken requests too."""
+"""HTTP/2 client without checks or deadlines of its own, which also sends broken requests."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ async def test_metadata_there_and_back(client: Client) -> None:
         assert [pair for pair in back if pair[0].startswith("x-")] == [*given]
 
 
-async def test_no_caller_tells_the_envoy_in_front_what_to_do(front: Front, client: Client) -> None:
+async def test_envoy_ignores_control_headers_of_callers(front: Front, client: Client) -> None:
     if front.transport != "envoy":
         pytest.skip("no Envoy in front")
     given = (("x-envoy-internal", "true"), ("x-envoy-retry-on", "5xx"), ("x-envoy-upstream-rq-timeout-ms", "1"))
@@ -188,7 +188,7 @@ async def test_reflection_lists_and_describes(client: Client) -> None:
 
 
 @pytest.mark.parametrize("method", UNARY)
-async def test_two_thousand_calls_at_once_on_one_connection(client: Client, method: str) -> None:
+async def test_two_thousand_concurrent_calls_on_one_connection(client: Client, method: str) -> None:
     calls = [client.call(method, str(n).encode(), {"do": "sleep", "ms": 20 + n % 50}) for n in range(2_000)]
     assert await asyncio.gather(*calls) == [str(n).encode() for n in range(2_000)]
 

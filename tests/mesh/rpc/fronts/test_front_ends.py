@@ -1,4 +1,4 @@
-"""Deadlines and callers that go: the server enforces the one itself, and tells the handler of the other."""
+"""Deadlines and disconnects: the server enforces deadlines itself, and notifies handlers of disconnected clients."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def test_the_deadline_holds_while_the_request_is_still_coming(
     assert answer.status == Code.DEADLINE_EXCEEDED
 
 
-async def test_the_handler_knows_how_long_it_has(client: Client) -> None:
+async def test_the_handler_knows_the_remaining_time(client: Client) -> None:
     # A client may round its timeout up.
     assert 0 < float(await client.call("Unary", order={"do": "left"}, timeout=5_000)) < 5_100
     assert await client.call("Unary", order={"do": "left"}) == b"None"

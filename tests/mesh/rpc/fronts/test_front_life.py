@@ -1,4 +1,4 @@
-"""How an instance comes and goes: stops that cut nothing, ends that are ends, nothing left over."""
+"""Start and stop of an instance: stops interrupt no call, kills end everything, nothing is left over."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_the_drain_has_an_end(make: Make, transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", ["unix", "envoy"])
-async def test_an_idle_instance_with_open_watches_stops_at_once(make: Make, transport: str) -> None:
+async def test_an_idle_instance_with_open_watches_stops_immediately(make: Make, transport: str) -> None:
     front = make(transport, shoal_fronts_drain_ms="60000")
     await front.until_serving()
     async with front.client() as client:
@@ -119,7 +119,7 @@ async def test_an_idle_instance_with_open_watches_stops_at_once(make: Make, tran
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_second_signal_ends_it_at_once(make: Make, number: int) -> None:
+async def test_a_second_signal_ends_the_instance_immediately(make: Make, number: int) -> None:
     front = make(shoal_fronts_drain_ms="60000")
     await front.until_serving()
     async with front.client() as client:
@@ -142,7 +142,7 @@ async def test_a_stop_at_any_moment_of_the_start_is_a_stop(make: Make, transport
         assert front.log.read_text().count("Traceback") == 0
 
 
-async def test_kill_9_leaves_nobody_and_the_socket_is_replaced(make: Make) -> None:
+async def test_kill_9_leaves_no_process_and_the_socket_is_replaced(make: Make) -> None:
     front = make()
     for _ in range(3):
         await front.until_serving()
@@ -182,7 +182,7 @@ async def test_a_port_in_use_is_one_clear_line(make: Make) -> None:
     assert front._popen.returncode == 1
 
 
-async def test_a_port_is_not_shared_unasked(make: Make) -> None:
+async def test_a_port_is_not_shared_by_default(make: Make) -> None:
     front = make("tcp")
     await front.until_serving()
     second = make(at=front.address)
@@ -227,7 +227,7 @@ async def test_nothing_is_left_after_a_stop(
     assert [path.name for path in run_dir.iterdir() if path.is_socket()] == []
 
 
-async def test_a_process_that_dies_in_a_call_says_unavailable(make: Make) -> None:
+async def test_the_death_of_the_process_fails_a_call_with_unavailable(make: Make) -> None:
     front = make()
     await front.until_serving()
     async with front.client() as client:

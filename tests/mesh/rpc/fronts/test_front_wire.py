@@ -1,4 +1,4 @@
-"""Requests as no library would send them: the server ends them with a status, and lives on."""
+"""Requests that no library sends: the server ends them with a status, and continues."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def test_headers_alone(raw: RawConnection, method: str) -> None:
         ("gzip", framed(gzip.compress(X, mtime=0)[:-9], 1), {Code.INVALID_ARGUMENT, Code.INTERNAL}),
     ],
 )
-async def test_compression_as_the_header_says(
+async def test_compression_follows_the_header(
     raw: RawConnection, method: str, encoding: str, body: bytes, codes: set[int]
 ) -> None:
     answer = await raw.call(method, body, grpc_encoding=encoding)
@@ -114,7 +114,7 @@ async def test_another_content_type_is_refused_by_http(raw: RawConnection, metho
 
 @pytest.mark.parametrize("kind", ["application/grpc+proto", "application/grpc; charset=utf-8"])
 @pytest.mark.parametrize("method", UNARY)
-async def test_content_types_of_grpc_are_taken(raw: RawConnection, method: str, kind: str) -> None:
+async def test_content_types_of_grpc_are_accepted(raw: RawConnection, method: str, kind: str) -> None:
     assert (await raw.call(method, framed(X), content_type=kind)).status == 0
 
 
@@ -191,7 +191,7 @@ async def test_random_bytes_end_nothing(front: Front, client: Client, method: st
 
 
 @pytest.mark.parametrize("method", UNARY)
-async def test_many_opened_and_reset_at_once(front: Front, client: Client, method: str) -> None:
+async def test_many_streams_opened_and_reset_immediately(front: Front, client: Client, method: str) -> None:
     for _ in range(5):
         async with front.raw() as connection:
             numbers = [await connection.open(method, {"do": "wait"}) for _ in range(90)]

@@ -1,4 +1,4 @@
-"""The lean client against the server: what grpc.aio's client gets from the same calls, it gets."""
+"""Lean client against the server: the same calls have the same outcome as with grpc.aio's client."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def channel(front: Front) -> AsyncIterator[Channel]:
     """Whatever a test does, nothing of its calls is left when it is over."""
     async with Channel(front.address) as channel:
         yield channel
-        line = channel._line
+        line = channel._connection
         assert not channel._waiting
         assert line is None or (not line._calls and not line._sender._window_changes and not line._sender._waiting)
 
@@ -80,7 +80,7 @@ async def test_failures_are_the_same(lean: Client, client: Client, method: str, 
     assert not ours.is_unprocessed
 
 
-async def test_a_method_that_nobody_does(channel: Channel, client: Client) -> None:
+async def test_an_unknown_method_is_unimplemented(channel: Channel, client: Client) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as theirs:
         await client.channel.unary_unary("/shoal.test.Fronts/Nonesuch")(b"", timeout=60)
     with pytest.raises(grpc.aio.AioRpcError) as ours:
@@ -103,7 +103,7 @@ async def test_a_deadline_ends_the_call_here_and_there(lean: Client, client: Cli
     await client.until_seen(f"cancelled {mark}")
 
 
-async def test_the_server_is_told_how_long_there_is(lean: Client) -> None:
+async def test_the_server_receives_the_timeout(lean: Client) -> None:
     (left,) = await answers(lean, "Unary", b"", order={"do": "left"})
     assert 30 < float(left) <= 60.001
 
@@ -160,12 +160,12 @@ async def test_many_streams_that_are_answered_before_their_end_keep_the_connecti
                     await anext(call)
 
     await one()
-    line = channel._line
+    line = channel._connection
     await asyncio.gather(*(one() for _ in range(20)))
-    assert channel._line is line
+    assert channel._connection is line
 
 
-async def test_crowds_that_give_up_cost_nobody_else_a_call(lean: Client, client: Client) -> None:
+async def test_many_cancelled_calls_fail_no_other_call(lean: Client, client: Client) -> None:
     stays = asyncio.create_task(lean.call("Unary", b"stays", {"do": "sleep", "ms": 2_000}, timeout=60))
     for number in range(4):
         order = {"do": "wait", "mark": f"lean-crowd {number}"}
@@ -186,7 +186,7 @@ async def test_16_mib_both_ways(lean: Client, method: str) -> None:
         assert await answers(lean, method, value, order={"do": "echo"}) == [value]
 
 
-async def test_a_thousand_calls_at_once(lean: Client) -> None:
+async def test_a_thousand_concurrent_calls(lean: Client) -> None:
     async def one(n: int) -> bool:
         method = KINDS[n % len(KINDS)]
         if method == "ClientStream":
@@ -196,7 +196,7 @@ async def test_a_thousand_calls_at_once(lean: Client) -> None:
     assert all(await asyncio.gather(*(one(n) for n in range(1000))))
 
 
-async def test_a_slow_reader_slows_the_sender_and_nobody_else(lean: Client, client: Client) -> None:
+async def test_a_slow_reader_slows_only_its_sender(lean: Client, client: Client) -> None:
     order = {"do": "size", "bytes": 1 << 19, "count": 200, "mark": "lean-slow"}
     call = lean.call("ServerStream", b"", order, timeout=100)
     sizes = [len(await anext(call))]
@@ -233,8 +233,8 @@ async def test_a_server_that_reads_slowly_slows_the_writer(channel: Channel, cli
 
 async def test_it_connects_again_after_a_loss(channel: Channel, lean: Client) -> None:
     assert await answers(lean, "Unary", b"1", order={"do": "echo"}) == [b"1"]
-    assert channel._line is not None
-    channel._line._transport.abort()
+    assert channel._connection is not None
+    channel._connection._transport.abort()
 
     async def is_back() -> bool:
         try:

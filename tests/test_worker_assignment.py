@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.lanes import LONG, PATIENT, SLOW, Lanes, is_slow
 from tests.test_layers import ROOT
+from tests.worker_assignment import LONG, PATIENT, SLOW, PatientScheduling, is_slow
 
 
 class Worker:
@@ -33,20 +33,20 @@ def run(files: dict[str, int], workers: int) -> dict[str, list[str]]:
     config: Any = SimpleNamespace(
         getvalue=lambda name: ["popen"] * workers, option=SimpleNamespace(loadscopereorder=True)
     )
-    lanes = Lanes(config)
+    scheduling = PatientScheduling(config)
     nodes: list[Any] = [Worker(f"gw{n}") for n in range(workers)]
     for node in nodes:
-        lanes.add_node(node)
+        scheduling.add_node(node)
     for node in nodes:
-        lanes.add_node_collection(node, tests)
-    lanes.schedule()
+        scheduling.add_node_collection(node, tests)
+    scheduling.schedule()
     ran: dict[str, list[str]] = {node.gateway.id: [] for node in nodes}
     # A worker begins a test only when it has the next one, or is to end.
     while able := [node for node in nodes if len(node.queue) > 1 or (node.queue and node.shutting_down)]:
         for node in able:
             index = node.queue.pop(0)
             ran[node.gateway.id].append(tests[index])
-            lanes.mark_test_complete(node, index)
+            scheduling.mark_test_complete(node, index)
     assert all(node.shutting_down for node in nodes)
     assert sorted(test for some in ran.values() for test in some) == sorted(tests)
     return ran
@@ -83,6 +83,6 @@ def test_every_test_is_run_once(files: dict[str, int], workers: int) -> None:
     run(files, workers)
 
 
-def test_the_fast_lane_leaves_out_what_waits_what_is_long_and_folders_that_are_slow() -> None:
+def test_make_test_fast_leaves_out_what_waits_what_is_long_and_folders_that_are_slow() -> None:
     assert all(map(is_slow, (*PATIENT, *LONG, "tests/node", "tests/node/test_serve.py")))
     assert not any(map(is_slow, ("tests", "tests/infer", "tests/test_layers.py", "tests/node_of_another_name.py")))

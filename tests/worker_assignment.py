@@ -1,13 +1,13 @@
-"""Which worker of a run with several gets which file: the one that waits gets the files that wait.
+"""Assignment of test files to the workers of a parallel run: the last worker runs the files that mostly wait.
 
     workers 1 to n - 1 ──> every other file, the longest first
     worker n ──> PATIENT, and nothing else
 
-Files that wait for a clock or for a broker hold a worker for minutes and a core for seconds: beside two workers on two
-cores, a third that has these alone fills what those leave idle, and takes next to nothing from them.
+Files that wait for a clock or for a broker occupy a worker for minutes and a core for seconds. Beside two workers on
+two cores, a third worker for these files uses idle time, and delays the others very little.
 
-`make test` asks for it (`pytest -n 3 --dist loadfile --patient`). `make test-fast` (`--fast`) runs neither the files
-that wait nor those that are slow.
+`make test` uses this schedule (`pytest -n 3 --dist loadfile --patient`). `make test-fast` (`--fast`) leaves out the
+files that wait and the files that are slow.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LONG = (
     "tests/node/test_shared_models.py",
     "tests/infer/test_soak.py",
 )
-"""Files of 30 s and more: begun last, one of them would be all that is left to do, for one worker."""
+"""Files of 30 s and more, which run first: started last, one of them would keep one worker busy at the end."""
 
 SLOW_MARKS = {"node", "envoy", "etcd", "s3"}
 SLOW = (
@@ -75,19 +75,20 @@ SLOW = (
     "tests/packaging",
     "tests/store/test_records_kills.py",
 )
-"""Files and folders that `make test-fast` leaves out, beside PATIENT and LONG and the marks above: they start processes
-for each test. A change is sent in after `make test`, which runs all of them."""
+"""Files and folders that `make test-fast` leaves out, besides PATIENT, LONG and the marks above: they start processes
+for each test. `make test` runs all of them, before a change is submitted."""
 
 
-class Lanes(LoadFileScheduling):
-    """The schedule of xdist, with a lane for those who wait."""
+class PatientScheduling(LoadFileScheduling):
+    """xdist's schedule by file, with the last worker reserved for PATIENT files."""
 
     def _assign_work_unit(self, node: Any) -> None:
-        mine = [scope for scope in self.workqueue if (scope in PATIENT) == self._is_patient(node)]
-        if not mine and self._is_patient(node):
+        files = [scope for scope in self.workqueue if (scope in PATIENT) == self._is_patient(node)]
+        if not files and self._is_patient(node):
             node.shutdown()
             return
-        first = min(mine or self.workqueue, key=_rank)  # Of equals the first, as xdist has them.
+        # Among equal ranks, xdist's order.
+        first = min(files or self.workqueue, key=_rank)
         self.workqueue.move_to_end(first, last=False)
         super()._assign_work_unit(node)
 
@@ -96,7 +97,7 @@ class Lanes(LoadFileScheduling):
 
 
 def is_slow(file: str) -> bool:
-    """Return whether `make test-fast` leaves out this file or folder, a path from the root of the checkout."""
+    """Return True when `make test-fast` leaves out this file or folder, a path from the root of the checkout."""
     return file in PATIENT or file in LONG or any(file == each or file.startswith(f"{each}/") for each in SLOW)
 
 

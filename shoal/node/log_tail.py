@@ -1,4 +1,4 @@
-"""The last words of a process: the end of its log, told so that a person reads it at a glance."""
+"""End of a process's log, shortened for a person."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _LINE_CHARS = 300
 
 
 def last_lines(log: Path, count: int = 8) -> list[str]:
-    """The last `count` lines of `log` that say something; structured ones as `LEVEL message`, with their error.
+    """Return the last `count` lines of `log` that are not empty; structured ones as `LEVEL message (error)`.
 
-    A log that cannot be read has none.
+    A log that cannot be read has no lines.
     """
     try:
         with log.open("rb") as file:
@@ -32,7 +32,8 @@ def _plain(line: str) -> str:
         return line
     if not isinstance(entry, dict):
         return line
-    if "msg" in entry and "s" in entry:  # mongod: severity and message, what matters in the attributes.
+    # mongod logs a severity and a message, with the details in attributes.
+    if "msg" in entry and "s" in entry:
         return f"{entry['s']} {entry['msg']} {json.dumps(entry.get('attr', ''))}"
     if "message" not in entry:
         return line

@@ -1,8 +1,8 @@
-"""A real object store for tests: SeaweedFS, which speaks S3, in one process of its own.
+"""Real object store for tests: SeaweedFS, which serves S3, in one process.
 
-weed (session)  one server for the whole run; a test takes a prefix of its own there (`weed.prefix()`), which costs
+weed (session)  one server for the whole run; a test uses a prefix of its own there (`weed.prefix()`), which costs
                 nothing, or a bucket of its own (`make_bucket`), which costs some volumes
-WeedProcess     one of the test's own, to be killed, frozen and brought back
+WeedProcess     a server for one test, which the test may kill, freeze and restart
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from obstore.store import S3Store
 from tests.breakable import PATIENCE_S, Process
 
 BUCKET = "shoal"
-"""The bucket that is there from the start."""
+"""Bucket that exists from the start."""
 KEY, SECRET = "shoal-key", "shoal-secret"
 _REGION = "us-east-1"
 _NAMES = ("master", "volume", "filer", "s3", "admin")
 
 
 class WeedProcess(Process):
-    """A SeaweedFS with one identity that may do everything. Its data lies in `folder` and outlives a kill."""
+    """A SeaweedFS with one identity that has all rights. Its data is in `folder` and survives a kill."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,12 +42,13 @@ class WeedProcess(Process):
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
-        for name, port in self._grpc_ports.items():  # A killed one leaves them, wherever TMPDIR is.
+        # A killed server leaves these sockets, whatever TMPDIR is.
+        for name, port in self._grpc_ports.items():
             Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
 
     @property
     def access(self) -> dict[str, str]:
-        """What a process needs to find and use it: the variables that every tool of S3 knows."""
+        """Environment variables for a process that uses the server, in the form that all S3 tools read."""
         return {
             "AWS_ENDPOINT": self.endpoint,
             "AWS_ALLOW_HTTP": "true",
@@ -59,13 +60,13 @@ class WeedProcess(Process):
         }
 
     def prefix(self, bucket: str = BUCKET) -> str:
-        """The URL of a place that no other test uses."""
+        """Return a URL that no other test uses."""
         return f"s3://{bucket}/{uuid.uuid4().hex[:16]}"
 
     def store(self, url: str, **changed: Any) -> S3Store:
-        """A store at `url` (`s3://bucket/prefix`) as obstore has it. `changed`: other credentials, another endpoint."""
+        """Return an obstore store at `url` (`s3://bucket/prefix`). `changed` overrides credentials or the endpoint."""
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        given: dict[str, Any] = {"endpoint": self.endpoint, "access_key_id": KEY, "secret_access_key": SECRET}
+        defaults: dict[str, Any] = {"endpoint": self.endpoint, "access_key_id": KEY, "secret_access_key": SECRET}
         return S3Store(
             bucket,
             prefix=prefix or None,
@@ -73,7 +74,7 @@ class WeedProcess(Process):
             client_options={"allow_http": True},
             retry_config={"retry_timeout": timedelta(seconds=2)},
             virtual_hosted_style_request=False,
-            **{**given, **changed},
+            **{**defaults, **changed},
         )
 
     def make_bucket(self, name: str) -> None:
@@ -81,13 +82,13 @@ class WeedProcess(Process):
             client.create_bucket(Bucket=name)
 
     def drop_bucket(self, name: str) -> None:
-        """Deletes a bucket with all that is in it."""
+        """Delete a bucket with its content."""
         with closing(self.client()) as client:
             client.delete_bucket(Bucket=name)
 
     def client(self) -> Any:
-        """botocore's client, for what obstore cannot do: buckets. The caller closes it."""
-        # Imported here: it takes half a second, and most tests need none.
+        """Return a botocore client, for buckets, which obstore cannot create. The caller closes the client."""
+        # Imported here: the import takes half a second, and most tests do not need it.
         from botocore.config import Config
         from botocore.session import Session
 
@@ -101,7 +102,7 @@ class WeedProcess(Process):
         )
 
     def wait_until_ready(self) -> None:
-        """Its ports are open long before a write works, so a write is what is tried."""
+        """Wait until a write succeeds: the ports are open long before that."""
         deadline = time.monotonic() + PATIENCE_S
         while not self._takes_a_write():
             assert self.is_running(), self.log.read_text()[-3000:]
@@ -129,17 +130,18 @@ def _command(folder: Path, ports: Mapping[str, int], grpc_ports: Mapping[str, in
     argv += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={identities}", "-s3.autoCreateBucket=false"]
     for name in _NAMES:
         argv += [f"-{name}.port={ports[name]}", f"-{name}.port.grpc={grpc_ports[name]}"]
-    # Nothing that listens elsewhere, nothing that calls home, nothing left in the temporary folder.
+    # No other listeners, no telemetry, no files in the temporary folder.
     argv += ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
-    argv += ["-master.electionTimeout=1s"]  # It is alone: nobody else would vote.
+    # A single master needs no votes of others.
+    argv += ["-master.electionTimeout=1s"]
     argv += [f"-filer.localSocket={folder}/f.sock", f"-s3.localSocket={folder}/s.sock"]
-    # One bucket takes several volumes at once: small ones, made as they are filled.
+    # One bucket uses several volumes at the same time: small ones, created as they are filled.
     argv += ["-master.volumeSizeLimitMB=64", "-volume.max=200"]
     return argv
 
 
 def _free_ports(count: int) -> Sequence[int]:
-    """So many different free ports, none handed out twice."""
+    """Return `count` different free ports."""
     socks = [socket.socket() for _ in range(count)]
     try:
         for sock in socks:
