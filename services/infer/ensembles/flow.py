@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from services.infer.ensembles import residence
+from services.infer.ensembles import gpu_residency
 from services.infer.ensembles.graph import PLATFORM, Graph, GraphStep
 from services.infer.ensembles.other_models import StepVersion
 from services.infer.ensembles.plan import EnsemblePlan, Feed, PlannedStep
@@ -215,7 +215,7 @@ class _Weaver:
         givers = tuple(self._graph.producers.get(name, ()) for name in places)
         specs = tuple(flow.spec for flow in self._flows.values())
         outputs = {places[spec.name] for spec in completed.signature.outputs}
-        stay = residence.staying(steps, takers, givers, outputs)
+        stay = gpu_residency.staying(steps, takers, givers, outputs)
         steps = tuple(_leaving(step, stay) for step in steps)
         return EnsemblePlan(self._graph, completed, steps, places, specs, takers, givers)
 
