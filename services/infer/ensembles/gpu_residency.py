@@ -1,7 +1,7 @@
-"""Which tensors stay on a GPU between two steps: those that only steps on the same GPU take, and nobody looks at. Pure.
+"""Choice of the tensors that stay on a GPU between two steps: all their consumers run on the producer's GPU. Pure.
 
-step on GPU 0 ──> tensor ──> step on GPU 0, step on GPU 0        stays
-                        └──> condition, output, step elsewhere   comes to the host
+step on GPU 0 ──> tensor ──> step on GPU 0, step on GPU 0        stays on the GPU
+                        └──> condition, output, step elsewhere   is copied to the host
 """
 
 from __future__ import annotations
@@ -13,32 +13,33 @@ from services.infer.ensembles.plan import PlannedStep
 from services.infer.runtimes.gpu_stream import GpuStream
 
 
-def staying(
+def resident_slots(
     steps: Sequence[PlannedStep],
-    takers: Sequence[Sequence[int]],
-    givers: Sequence[Sequence[int]],
+    consumers: Sequence[Sequence[int]],
+    producers: Sequence[Sequence[int]],
     outputs: Collection[int],
 ) -> frozenset[int]:
-    """The places of the tensors that stay.
+    """Return the slots of the tensors that stay on a GPU.
 
     Args:
-        takers, givers: steps by place.
-        outputs: places of what the ensemble answers.
+        consumers, producers: indices of steps, by slot.
+        outputs: slots of the ensemble's outputs.
     """
-    lanes = [_lane(step) for step in steps]
-    looked_at = {place for step in steps for place in step.looks_at.values()}
-    found = []
-    for place, (taking, giving) in enumerate(zip(takers, givers, strict=True)):
-        if len(giving) != 1 or not taking or place in outputs or place in looked_at:
+    streams = [_stream(step) for step in steps]
+    compared = {slot for step in steps for slot in step.condition_slots.values()}
+    resident = []
+    for slot, (users, makers) in enumerate(zip(consumers, producers, strict=True)):
+        if len(makers) != 1 or not users or slot in outputs or slot in compared:
             continue
-        there = lanes[giving[0]]
-        if there is not None and all(lanes[n] is there for n in taking) and _are_dense(steps, taking, giving[0], place):
-            found.append(place)
-    return frozenset(found)
+        stream = streams[makers[0]]
+        same_gpu = stream is not None and all(streams[n] is stream for n in users)
+        if same_gpu and _are_dense(steps, users, makers[0], slot):
+            resident.append(slot)
+    return frozenset(resident)
 
 
-def _lane(step: PlannedStep) -> GpuStream | None:
-    """Where a step takes tensors and leaves them: not where its model is called for each row, or answers are kept."""
+def _stream(step: PlannedStep) -> GpuStream | None:
+    """Return the GPU stream of a step's tensors; None for a step on the host, with row calls, cache or sequences."""
     version: StepVersion = step.version
     if step.step.each or version.response_cache is not None or version.loaded.sequences is not None:
         return None
@@ -46,9 +47,9 @@ def _lane(step: PlannedStep) -> GpuStream | None:
     return session.lane if session is not None else None
 
 
-def _are_dense(steps: Sequence[PlannedStep], taking: Sequence[int], giving: int, place: int) -> bool:
-    """Only tensors stay: no rows of several shapes, and no BYTES."""
-    specs = [feed.spec for n in taking for feed in steps[n].feeds if feed.place == place]
-    step = steps[giving]
-    specs += [wanted.spec for wanted, at in zip(step.wanted, step.places, strict=True) if at == place]
+def _are_dense(steps: Sequence[PlannedStep], users: Sequence[int], maker: int, slot: int) -> bool:
+    """Return True when the tensor is neither ragged nor BYTES: only such tensors can stay."""
+    specs = [feed.spec for n in users for feed in steps[n].feeds if feed.slot == slot]
+    step = steps[maker]
+    specs += [output.spec for output, at in zip(step.outputs, step.output_slots, strict=True) if at == slot]
     return not any(spec.is_ragged or spec.datatype.is_bytes for spec in specs)
