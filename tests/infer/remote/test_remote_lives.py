@@ -108,7 +108,7 @@ async def test_a_model_that_has_changed_is_refused_by_name(near: Serving, script
 async def test_a_changed_model_is_another_one_once_it_is_loaded_again(near: Serving, scripted: Scripted):
     scripted.outputs = [("z", "FP32", [-1, 4])]
     scripted.infer = refuse
-    with pytest.raises(FailedPrecondition, match="output 'y' is gone"):
+    with pytest.raises(FailedPrecondition, match="output 'y' no longer exists"):
         await doubled(near)
     await near.core.unload_model(pb.RepositoryModelUnloadRequest(model_name="m"))
     await near.core.load_model(pb.RepositoryModelLoadRequest(model_name="m"))
