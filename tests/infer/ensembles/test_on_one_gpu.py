@@ -120,7 +120,7 @@ async def test_tensors_stay_between_steps(models_folder, runtimes, memory, tmp_p
     check_same(got, await on_the_cpu(tmp_path, run_dir, (PIXELS_TO_NET, NET, BEST), ALL))
 
 
-async def test_what_the_caller_wants_comes_to_the_host(models_folder, runtimes, memory, tmp_path, run_dir):
+async def test_requested_outputs_are_copied_to_the_host(models_folder, runtimes, memory, tmp_path, run_dir):
     put(models_folder, gpu=True)
     models_folder.ensemble("all", PIXELS_TO_NET, NET, BEST, more=MIDDLE)
     names = ("scores", "indices", "logits")
@@ -141,7 +141,9 @@ async def test_what_the_caller_wants_comes_to_the_host(models_folder, runtimes, 
         ("row by row", [[True], [False], [False, False]]),
     ],
 )
-async def test_what_others_look_at_comes_to_the_host(models_folder, runtimes, tmp_path, run_dir, case, stays):
+async def test_tensors_that_other_steps_read_are_copied_to_the_host(
+    models_folder, runtimes, tmp_path, run_dir, case, stays
+):
     more = ALL
     net_more = {"own stream": ON_GPU, "kept answers": SHARED + "response_cache { enable: true }\n"}.get(case, "")
     best_more = "instance_group { kind: KIND_CPU }\n" if case == "step on the host" else ""
