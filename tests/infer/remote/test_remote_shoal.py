@@ -87,7 +87,7 @@ async def test_a_stopped_remote_server_times_out(python: str, tmp_path: Path, fa
 
 
 async def test_explain_and_statistics_count_remote_executions(python: str, tmp_path: Path, far: Infer):
-    async with near(python, tmp_path, far, "h2") as stub:
+    async with near(python, tmp_path, far) as stub:
         asked = request("scale", x=np.ones((3, 4), np.float32))
         asked.parameters["explain"].bool_param = True
         said = (await stub.ModelInfer(asked, timeout=PATIENCE_S)).parameters
