@@ -1,7 +1,7 @@
-"""Ensembles: models that are made of other models.
+"""Ensembles: models that are composed of other models.
 
-    configuration ──graph──> steps and tensors ──flow──> plan ──run──> one request's way through the steps
-                     ^ what is wrong by itself   ^ with the models that the steps are of
+    configuration ──graph──> steps and tensors ──flow──> plan ──run──> one request through the steps
+                     ^ errors of the configuration  ^ versions of the steps' models
 
-Every step is a call of its model like any other: batched with others, bounded, late or on time on its own.
+Each step is an ordinary request to its model: batched with other requests, and with a queue limit of its own.
 """

@@ -1,11 +1,11 @@
-"""The answer to a request: outputs made tensors, and the times of its steps added up."""
+"""The result of one ensemble request: output tensors, and the summed times of the steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from services.infer.ensembles import values
-from services.infer.ensembles.fan_out import Seen
+from services.infer.ensembles.fan_out import StepMeasurements
 from services.infer.ensembles.plan import EnsemblePlan
 from services.infer.ensembles.values import Skipped
 from services.infer.error_text import written
@@ -18,50 +18,65 @@ from services.infer.requests.tensors import Tensor
 from shoal.errors import InvalidArgument
 
 FIRED = "steps"
-"""In place of why a batch was run: each step says its own."""
+"""Stands for the reason why a batch was dispatched: each step reports its own reason."""
 
 
-def output(
-    plan: EnsemblePlan, call: InferenceRequest, found: Sequence[Value | Skipped | None], wanted: WantedOutput
+def output_tensor(
+    plan: EnsemblePlan,
+    request: InferenceRequest,
+    slot_values: Sequence[Value | Skipped | None],
+    requested: WantedOutput,
 ) -> Tensor:
-    """One output, of what was found by places.
+    """Return one requested output; `slot_values` are the values of the plan's slots.
 
     Raises:
-        InvalidArgument: it was skipped, or is no tensor, or not the one that the ensemble promises.
+        InvalidArgument: every producer of the output was skipped, the output is ragged, or its shape contradicts the
+            ensemble's signature.
     """
-    spec = wanted.spec
-    value = found[plan.places[spec.name]]
+    spec = requested.spec
+    value = slot_values[plan.slots[spec.name]]
     if value is None or isinstance(value, Skipped):
         if spec.name not in plan.graph.empty_if_skipped:
             raise InvalidArgument(
-                f"output '{spec.name}': every step that gives it was skipped for this request: ask for other "
-                f"outputs, or have it empty then (parameter skipped.{spec.name})"
+                f"output '{spec.name}': every step that gives it was skipped for this request: request other "
+                f"outputs, or set parameter skipped.{spec.name} to get an empty tensor"
             )
         batched = plan.completed.signature.max_batch_size > 0
-        return values.empty(spec.datatype, (call.rows, *spec.shape[1:]) if batched else spec.shape)
+        return values.empty(spec.datatype, (request.rows, *spec.shape[1:]) if batched else spec.shape)
     tensor = ragged.dense(value, spec, "output")
     if spec.shape and not fits(tensor.shape, spec.shape):
         raise InvalidArgument(f"output '{spec.name}' has shape {written(tensor.shape)}, expected {written(spec.shape)}")
     return tensor
 
 
-def answer(
-    plan: EnsemblePlan, call: InferenceRequest, outputs: Sequence[Tensor], seen: Mapping[int, Seen]
+def ensemble_result(
+    plan: EnsemblePlan,
+    request: InferenceRequest,
+    outputs: Sequence[Tensor],
+    measurements: Mapping[int, StepMeasurements],
 ) -> InferenceResult:
-    """All of them, and what the steps took; `seen` is by step, of those that called their model."""
-    took = seen.values()
+    """Return the result with the steps' times; `measurements` has the steps that called their model, by index."""
+    measured = measurements.values()
     times = ExecutionTimes(
-        call.rows,
-        sum([one.gather_ns for one in took]),
-        sum([one.compute_ns for one in took]),
-        sum([one.scatter_ns for one in took]),
+        request.rows,
+        sum([step.gather_ns for step in measured]),
+        sum([step.compute_ns for step in measured]),
+        sum([step.scatter_ns for step in measured]),
     )
-    made = InferenceResult(outputs, times, sum([one.queue_ns for one in took]), FIRED)
-    if call.parameters.explain:
-        made.steps = [_step_times(plan, n, seen.get(n, Seen())) for n in range(len(plan.steps))]
-    return made
+    result = InferenceResult(outputs, times, sum([step.queue_ns for step in measured]), FIRED)
+    if request.parameters.explain:
+        result.steps = [_step_times(plan, n, measurements.get(n, StepMeasurements())) for n in range(len(plan.steps))]
+    return result
 
 
-def _step_times(plan: EnsemblePlan, index: int, seen: Seen) -> StepTimes:
+def _step_times(plan: EnsemblePlan, index: int, measured: StepMeasurements) -> StepTimes:
     version = plan.steps[index].version
-    return StepTimes(version.name, version.number, seen.calls, seen.rows, seen.queue_ns, seen.compute_ns, seen.fired)
+    return StepTimes(
+        version.name,
+        version.number,
+        measured.calls,
+        measured.rows,
+        measured.queue_ns,
+        measured.compute_ns,
+        measured.fired,
+    )

@@ -1,7 +1,7 @@
-"""When a step is run: comparisons of tensors with constants, as the parameter `when.<step>` states them.
+"""Conditions of steps: comparisons of tensors with constants, from the parameter `when.<step>`.
 
 has_text > 0            every element of the tensor
-count(boxes) >= 1       how many rows it has
+count(boxes) >= 1       the number of rows
 language == 'de'        BYTES; == and != only
 is_colour == true and size < 640
 """
@@ -43,68 +43,72 @@ class Undecided(ValueError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor against one constant."""
+    """One comparison of a tensor with a constant."""
 
     tensor: str
     is_count: bool
-    """Its number of rows counts, not its elements."""
+    """The number of rows is compared, not the elements."""
     sign: str
     constant: int | float | bool | str
 
     def holds(self, value: Value, datatype: Datatype) -> bool:
-        """False without elements. Raises Undecided."""
+        """Return True when the comparison holds for all elements; False for a tensor without elements.
+
+        Raises:
+            Undecided: the comparison holds for some elements and not for others.
+        """
         compare = _SIGNS[self.sign]
         if self.is_count:
             return bool(compare(len(value), self.constant))
         verdicts = set()
-        for part in value if isinstance(value, list) else (value,):
-            verdicts.update(self._verdicts(part, datatype, compare))
+        for tensor in value if isinstance(value, list) else (value,):
+            verdicts.update(self._verdicts(tensor, datatype, compare))
         if len(verdicts) > 1:
             raise Undecided(f"{self} holds for some elements of '{self.tensor}' and not for others")
         return verdicts == {True}
 
-    def _verdicts(self, part: Tensor, datatype: Datatype, compare: Callable[[Any, Any], Any]) -> set[bool]:
+    def _verdicts(self, tensor: Tensor, datatype: Datatype, compare: Callable[[Any, Any], Any]) -> set[bool]:
         if datatype.is_bytes:
-            texts = (e if isinstance(e, str) else bytes(e).decode("utf-8", "replace") for e in part.reshape(-1))
+            texts = (e if isinstance(e, str) else bytes(e).decode("utf-8", "replace") for e in tensor.reshape(-1))
             return {bool(compare(text, self.constant)) for text in texts}
-        numbers = bfloat16.to_float32(part) if datatype.name == "BF16" else part
+        numbers = bfloat16.to_float32(tensor) if datatype.name == "BF16" else tensor
         return {bool(verdict) for verdict in np.unique(compare(numbers, self.constant))}
 
-    def wrong(self, datatype: Datatype) -> str:
-        """Why it cannot be asked of a tensor of this type; empty when it can."""
+    def misfit(self, datatype: Datatype) -> str:
+        """Return the reason why a tensor of this datatype cannot be compared; empty when it can."""
         is_text = isinstance(self.constant, str)
         if self.is_count:
             return "a count is a number" if is_text or isinstance(self.constant, bool) else ""
         if is_text != datatype.is_bytes:
-            return f"'{self.tensor}' is {datatype.name}, which is not compared with {self._written()}"
+            return f"'{self.tensor}' is {datatype.name}, which is not compared with {self._constant_text()}"
         return "texts are compared with == and != only" if is_text and self.sign not in ("==", "!=") else ""
 
-    def _written(self) -> str:
+    def _constant_text(self) -> str:
         if isinstance(self.constant, bool):
             return "true" if self.constant else "false"
         return f"'{self.constant}'" if isinstance(self.constant, str) else str(self.constant)
 
     def __str__(self) -> str:
-        what = f"count({self.tensor})" if self.is_count else self.tensor
-        return f"{what} {self.sign} {self._written()}"
+        compared = f"count({self.tensor})" if self.is_count else self.tensor
+        return f"{compared} {self.sign} {self._constant_text()}"
 
 
 Condition = tuple[Comparison, ...]
-"""All of them must hold."""
+"""Comparisons that must all hold."""
 
 
 def parse(text: str) -> Condition:
-    """Raises ValueError that says what was expected."""
-    found: list[Comparison] = []
+    """Return the condition that `text` states. Raises ValueError with the expected form."""
+    comparisons: list[Comparison] = []
     at = 0
     while True:
         match = _COMPARISON.match(text, at)
         if match is None:
             raise ValueError('expected "tensor > 0", "count(tensor) == 1" or "tensor == \'text\'", joined by and')
-        found.append(_comparison(match))
+        comparisons.append(_comparison(match))
         at = match.end()
         if at == len(text):
-            return tuple(found)
+            return tuple(comparisons)
         joined = _AND.match(text, at)
         if joined is None:
             raise ValueError(f"expected 'and' or the end after '{text[:at].strip()}'")

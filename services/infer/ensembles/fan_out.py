@@ -1,6 +1,6 @@
-"""A step whose model is called for each row: calls of all requests batch with each other, answers go back in order.
+"""Fan-out: one step whose model is called for each row. Rows of all requests batch together; results keep their order.
 
-rows ──> at most so many in flight ──> answers ──> [first, second, ...]     no rows: no call, and an empty list
+rows ──> a bounded number in flight ──> results ──> [first, second, ...]     no rows: no call, and an empty list
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.infer.ensembles import feeding
-from services.infer.ensembles.feeding import Given
+from services.infer.ensembles.feeding import StepInputs
 from services.infer.ensembles.plan import PlannedStep
-from services.infer.ensembles.step_call import StepCall, named
+from services.infer.ensembles.step_call import StepCall, located
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult
 from services.infer.requests.parameters import Parameters
 from services.infer.requests.ragged import Value
@@ -20,22 +20,22 @@ from services.infer.requests.request import InferenceRequest
 from services.infer.requests.tensors import Tensor
 from shoal.inference.v2 import inference_pb2 as pb
 
-_LEAST_IN_FLIGHT = 64
-# Rows of one request that wait or run at once, or twice the model's batches: a request of a thousand rows must not
-# fill the model's queue by itself, and should fill its batches.
+# Rows of one request that are queued or executed at the same time, or twice the model's batch size. A request of a
+# thousand rows must not fill the model's queue alone, and should fill its batches.
+_MIN_IN_FLIGHT = 64
 
 
-class Gathered(Protocol):
-    """Who waits for all rows. Exactly one of these is called, once."""
+class RowsReceiver(Protocol):
+    """Receiver of the results of all rows. A fan-out calls exactly one of these methods, once."""
 
-    def gathered(self, fan: FanOut, outputs: list[Value]) -> None: ...
+    def rows_answered(self, fan: FanOut, outputs: list[Value]) -> None: ...
 
     def row_failed(self, fan: FanOut, error: BaseException) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What all calls of one request say."""
+class RequestContext:
+    """Values that all step calls of one ensemble request share."""
 
     parameters: Parameters
     source: pb.ModelInferRequest | None
@@ -45,8 +45,8 @@ class Asked:
 
 
 @dataclass(eq=False, slots=True)
-class Seen:
-    """What the calls of one step took: of those that were run together, the longest."""
+class StepMeasurements:
+    """Times of one step's calls. Calls run in parallel, so each time is that of the slowest call."""
 
     calls: int = 0
     rows: int = 0
@@ -56,102 +56,104 @@ class Seen:
     scatter_ns: int = 0
     fired: str = ""
 
-    def add(self, answer: InferenceResult) -> None:
-        times: ExecutionTimes = answer.times
+    def add(self, result: InferenceResult) -> None:
+        times: ExecutionTimes = result.times
         self.calls += 1
         self.rows = max(self.rows, times.rows)
-        self.queue_ns = max(self.queue_ns, answer.queue_ns)
+        self.queue_ns = max(self.queue_ns, result.queue_ns)
         self.gather_ns = max(self.gather_ns, times.gather_ns)
         self.compute_ns = max(self.compute_ns, times.compute_ns)
         self.scatter_ns = max(self.scatter_ns, times.scatter_ns)
-        self.fired = answer.fired
+        self.fired = result.fired
 
 
 @dataclass(eq=False, slots=True)
 class FanOut:
-    """The calls of one step for one request. A `step_call.Told`."""
+    """All calls of one step for one request. Implements `step_call.StepReceiver`."""
 
-    told: Gathered
+    receiver: RowsReceiver
     index: int
-    """The step's."""
+    """Index of the step."""
     step: PlannedStep
-    given: Given
-    """As `feeding.by_row` makes it."""
+    inputs: StepInputs
+    """Inputs as `feeding.split_rows` returns them."""
     rows: int
-    asked: Asked
-    at_once: int
-    """Rows in flight; 0: enough for full batches."""
-    seen: Seen = field(default_factory=Seen)
-    _next: int = 0
-    _left: int = 0
-    _out: set[StepCall] = field(default_factory=set)
-    _parts: list[list[Tensor]] = field(default_factory=list)
+    context: RequestContext
+    max_in_flight: int
+    """Largest number of rows in flight; 0: enough for full batches."""
+    measurements: StepMeasurements = field(default_factory=StepMeasurements)
+    _next_row: int = 0
+    _rows_left: int = 0
+    _in_flight: set[StepCall] = field(default_factory=set)
+    _outputs_by_row: list[list[Tensor]] = field(default_factory=list)
     _is_starting: bool = False
     _is_over: bool = False
 
     def start(self) -> None:
-        self._left = self.rows
-        self._parts = [[]] * self.rows
-        self.at_once = self.at_once or max(_LEAST_IN_FLIGHT, 2 * self.step.max_rows)
-        self._go_on()
+        self._rows_left = self.rows
+        self._outputs_by_row = [[]] * self.rows
+        self.max_in_flight = self.max_in_flight or max(_MIN_IN_FLIGHT, 2 * self.step.max_rows)
+        self._advance()
 
     def abandon(self) -> None:
-        """Nobody waits any more."""
+        """Cancel all calls in flight; the receiver is not called any more."""
         self._is_over = True
-        for call in self._out:
+        for call in self._in_flight:
             call.abandon()
-        self._out.clear()
+        self._in_flight.clear()
 
     @property
     def is_waiting(self) -> bool:
-        """Whether no row's execution has begun."""
-        return not self.seen.calls and all(call.is_waiting for call in self._out)
+        """True while no row's execution has begun."""
+        return not self.measurements.calls and all(call.is_waiting for call in self._in_flight)
 
-    def _go_on(self) -> None:
-        if self._is_starting:  # A call that is answered at once: the loop below goes on.
+    def _advance(self) -> None:
+        """Start rows up to the limit; deliver the outputs after the last row."""
+        # A call was answered before its `start` returned: the loop below continues.
+        if self._is_starting:
             return
         self._is_starting = True
         try:
-            while self._next < self.rows and len(self._out) < self.at_once and not self._is_over:
-                row, self._next = self._next, self._next + 1
-                self._begin(row)
+            while self._next_row < self.rows and len(self._in_flight) < self.max_in_flight and not self._is_over:
+                row, self._next_row = self._next_row, self._next_row + 1
+                self._start_row(row)
         finally:
             self._is_starting = False
-        if not self._left and not self._is_over:
+        if not self._rows_left and not self._is_over:
             self._is_over = True
-            self.told.gathered(self, self._outputs())
+            self.receiver.rows_answered(self, self._outputs())
 
-    def _begin(self, row: int) -> None:
-        asked = self.asked
+    def _start_row(self, row: int) -> None:
+        context = self.context
         try:
-            made = feeding.row_call(self.step, self.given, row, asked.parameters, asked.source)
+            request = feeding.row_request(self.step, self.inputs, row, context.parameters, context.source)
         except Exception as err:
             self._fail(row, err)
             return
-        call = StepCall(self, row, self.step.version, made)
-        self._out.add(call)
-        call.start(asked.expires, asked.tenant, asked.check)
+        call = StepCall(self, row, self.step.version, request)
+        self._in_flight.add(call)
+        call.start(context.expires, context.tenant, context.check)
 
-    def came(self, call: StepCall, answer: InferenceResult) -> None:
-        self._out.discard(call)
+    def step_answered(self, call: StepCall, result: InferenceResult) -> None:
+        self._in_flight.discard(call)
         try:
-            self._parts[call.index] = feeding.row_checked(self.step, answer.outputs)
+            self._outputs_by_row[call.index] = feeding.row_outputs(self.step, result.outputs)
         except Exception as err:
             self._fail(call.index, err)
             return
-        self.seen.add(answer)
-        self._left -= 1
-        self._go_on()
+        self.measurements.add(result)
+        self._rows_left -= 1
+        self._advance()
 
-    def failed(self, call: StepCall, error: BaseException) -> None:
-        self._out.discard(call)
+    def step_failed(self, call: StepCall, error: BaseException) -> None:
+        self._in_flight.discard(call)
         self._fail(call.index, error)
 
     def _fail(self, row: int, error: BaseException) -> None:
         if not self._is_over:
             self.abandon()
-            self.told.row_failed(self, named(error, f"row {row} of {self.rows}"))
+            self.receiver.row_failed(self, located(error, f"row {row} of {self.rows}"))
 
     def _outputs(self) -> list[Value]:
-        """One list for each output, in the order of the rows."""
-        return [[parts[n] for parts in self._parts] for n in range(len(self.step.wanted))]
+        """Return one list for each output, in the order of the rows."""
+        return [[outputs[n] for outputs in self._outputs_by_row] for n in range(len(self.step.outputs))]

@@ -1,7 +1,7 @@
-"""Calls of a step's model, made of what flows to it; and its answers, held against what the model promises.
+"""Requests to a step's model, built from the step's tensors; and checks of the outputs against the model's signature.
 
-Nothing that came from a model or a request is passed on unseen: a tensor that does not fit would fail a whole batch of
-other callers' rows.
+Every tensor of a model or a request is checked before it is passed on: a tensor that does not fit would fail a whole
+batch with rows of other callers.
 """
 
 from __future__ import annotations
@@ -24,43 +24,46 @@ from services.infer.requests.tensors import Tensor
 from shoal.errors import Internal, InvalidArgument
 from shoal.inference.v2 import inference_pb2 as pb
 
-Given = Sequence[tuple[Feed, Value]]
-"""What flows to a step; its optional inputs may be missing."""
+StepInputs = Sequence[tuple[Feed, Value]]
+"""The inputs of a step with their values; optional inputs may be missing."""
 
 
-def whole_call(
-    step: PlannedStep, given: Given, asked: Parameters, source: pb.ModelInferRequest | None
+def whole_request(
+    step: PlannedStep, fed: StepInputs, parameters: Parameters, source: pb.ModelInferRequest | None
 ) -> InferenceRequest | None:
-    """The one call of a step; None when there are no rows to call its model with.
+    """Return the only request of a step; None when the inputs have no rows.
 
     Raises:
-        InvalidArgument: a tensor is not what the model takes.
+        InvalidArgument: a tensor does not fit the model's input.
     """
-    inputs = {feed.spec.name: _fed(feed, value, step) for feed, value in given}
+    inputs = {feed.spec.name: _converted(feed, value, step) for feed, value in fed}
     rows = _rows(step, inputs) if step.max_rows else 1
-    return _call(step, inputs, rows, asked, source) if rows else None
+    return _request(step, inputs, rows, parameters, source) if rows else None
 
 
-def row_call(
-    step: PlannedStep, given: Given, row: int, asked: Parameters, source: pb.ModelInferRequest | None
+def row_request(
+    step: PlannedStep, fed: StepInputs, row: int, parameters: Parameters, source: pb.ModelInferRequest | None
 ) -> InferenceRequest:
-    """The call for one row of what is given row by row. Raises InvalidArgument as `whole_call` does."""
+    """Return the request for one row of the inputs from `split_rows`. Raises InvalidArgument as `whole_request`."""
     inputs: dict[str, Value] = {}
-    for feed, value in given:
-        element = cast("Tensor", value[row] if feed.by_row else value)  # As `by_row` made it.
-        inputs[feed.spec.name] = _fed(feed, element[np.newaxis, ...] if step.max_rows else element, step)
-    return _call(step, inputs, 1, asked, source)
+    for feed, value in fed:
+        element = cast("Tensor", value[row] if feed.by_row else value)
+        inputs[feed.spec.name] = _converted(feed, element[np.newaxis, ...] if step.max_rows else element, step)
+    return _request(step, inputs, 1, parameters, source)
 
 
-def by_row(given: Given) -> tuple[Given, int]:
-    """The same, with the rows of what is given row by row in lists, and the rest as tensors; and how many rows.
+def split_rows(fed: StepInputs) -> tuple[StepInputs, int]:
+    """Return the inputs with each row-wise input split into a list of rows, and the number of rows.
+
+    The other inputs become tensors.
 
     Raises:
-        InvalidArgument: two tensors do not have the same number of rows, or rows differ where a tensor is needed.
+        InvalidArgument: two tensors have different numbers of rows, or the rows of a tensor that is used whole
+            differ in shape.
     """
     split: list[tuple[Feed, Value]] = []
     first: tuple[Feed, int] | None = None
-    for feed, value in given:
+    for feed, value in fed:
         if not feed.by_row:
             split.append((feed, value))
             continue
@@ -68,49 +71,49 @@ def by_row(given: Given) -> tuple[Given, int]:
         if first is not None and len(parts) != first[1]:
             raise InvalidArgument(
                 f"tensor '{feed.tensor}' has {len(parts)} rows, and tensor '{first[0].tensor}' has {first[1]}: "
-                "what is given row by row must have as many"
+                "tensors that are given row by row must have equal numbers of rows"
             )
         first = first or (feed, len(parts))
         split.append((feed, parts))
     if first is None or not first[1]:
         return split, 0
-    # Once, and not for each row.
+    # Here, once, rather than for each row.
     return [(feed, value if feed.by_row else _tensor(feed, value)) for feed, value in split], first[1]
 
 
-def none(step: PlannedStep) -> list[Value]:
-    """What a step gives when there are no rows to call its model with."""
+def outputs_without_rows(step: PlannedStep) -> list[Value]:
+    """Return the outputs of a step whose inputs have no rows: the model is not called."""
     if step.step.each:
-        return [[] for _ in step.wanted]
-    return [values.empty(wanted.spec.datatype, (0, *wanted.spec.shape[1:])) for wanted in step.wanted]
+        return [[] for _ in step.outputs]
+    return [values.empty(output.spec.datatype, (0, *output.spec.shape[1:])) for output in step.outputs]
 
 
-def checked(step: PlannedStep, outputs: Sequence[Value]) -> None:
-    """What a step's model gave, to be shared among those that take it.
+def check_outputs(step: PlannedStep, outputs: Sequence[Value]) -> None:
+    """Check the outputs of a step's model, and make their arrays read-only: several steps may share an array.
 
     Raises:
-        Internal: it is not what the model promises.
+        Internal: an output contradicts the model's signature.
     """
-    for wanted, output in zip(step.wanted, outputs, strict=True):
-        if reason := _misfit(wanted.spec, output):
-            raise Internal(f"output '{wanted.spec.name}' {reason}")
+    for expected, output in zip(step.outputs, outputs, strict=True):
+        if reason := _misfit(expected.spec, output):
+            raise Internal(f"output '{expected.spec.name}' {reason}")
         if is_resident(output):
             continue
         for array in ragged.arrays(output):
-            array.flags.writeable = False  # Several steps may look at it; none may write.
+            array.flags.writeable = False
 
 
-def row_checked(step: PlannedStep, outputs: Sequence[Value]) -> list[Tensor]:
-    """What a step's model gave for one row: each output without a batch dimension.
+def row_outputs(step: PlannedStep, outputs: Sequence[Value]) -> list[Tensor]:
+    """Return the outputs of a step's model for one row, without the batch dimension.
 
     Raises:
-        Internal: it is not what the model promises.
-        InvalidArgument: an output has rows of different shapes itself, and a row cannot.
+        Internal: an output contradicts the model's signature.
+        InvalidArgument: an output of one row is ragged itself.
     """
-    checked(step, outputs)
+    check_outputs(step, outputs)
     if step.max_rows:
         return [ragged.rows(value)[0] for value in outputs]
-    return [ragged.dense(value, wanted.spec, "output") for wanted, value in zip(step.wanted, outputs, strict=True)]
+    return [ragged.dense(value, output.spec, "output") for output, value in zip(step.outputs, outputs, strict=True)]
 
 
 def _misfit(spec: TensorSpec, value: Value) -> str:
@@ -122,7 +125,7 @@ def _misfit(spec: TensorSpec, value: Value) -> str:
 def _wrong(spec: TensorSpec, tensor: Tensor, shape: Sequence[int]) -> str:
     if tensor.dtype != spec.datatype.dtype:
         return f"is {tensor.dtype}, expected {spec.datatype.name}"
-    # The runtime says () of a tensor of which the model's file says nothing.
+    # A runtime reports the shape () for a tensor whose shape the model's file does not state.
     if spec.shape and not fits(tensor.shape, shape):
         return f"has shape {written(tensor.shape)}, expected {written(shape)}"
     return ""
@@ -137,17 +140,17 @@ def _tensor(feed: Feed, value: Value) -> Tensor:
     return ragged.dense(value, feed.spec, "input")
 
 
-def _fed(feed: Feed, value: Value, step: PlannedStep) -> Value:
+def _converted(feed: Feed, value: Value, step: PlannedStep) -> Value:
     if not feed.spec.is_ragged:
         value = _tensor(feed, value)
     if feed.changes_text:
-        value = _changed(feed, value, values.as_text if step.text else values.as_bytes)
+        value = _convert_text(feed, value, values.as_text if step.text else values.as_bytes)
     if reason := _misfit(feed.spec, value):
         raise InvalidArgument(f"input '{feed.spec.name}', tensor '{feed.tensor}' {reason}")
     return value
 
 
-def _changed(feed: Feed, value: Value, change: Callable[[Tensor], Tensor]) -> Value:
+def _convert_text(feed: Feed, value: Value, change: Callable[[Tensor], Tensor]) -> Value:
     try:
         return [change(row) for row in value] if isinstance(value, list) else change(value)
     except ValueError as err:
@@ -158,8 +161,8 @@ def _rows(step: PlannedStep, inputs: Mapping[str, Value]) -> int:
     counts = {name: len(tensor) for name, tensor in inputs.items()}
     rows = next(iter(counts.values()), 1)
     if len(set(counts.values())) > 1:
-        said = ", ".join(f"'{name}' {count}" for name, count in counts.items())
-        raise InvalidArgument(f"its inputs have different numbers of rows: {said}")
+        counted = ", ".join(f"'{name}' {count}" for name, count in counts.items())
+        raise InvalidArgument(f"its inputs have different numbers of rows: {counted}")
     if rows > step.max_rows:
         raise InvalidArgument(
             f"{rows} rows, its model takes {step.max_rows} at most: give them row by row (parameter each.<step>)"
@@ -167,8 +170,13 @@ def _rows(step: PlannedStep, inputs: Mapping[str, Value]) -> int:
     return rows
 
 
-def _call(
-    step: PlannedStep, inputs: Mapping[str, Value], rows: int, asked: Parameters, source: pb.ModelInferRequest | None
+def _request(
+    step: PlannedStep,
+    inputs: Mapping[str, Value],
+    rows: int,
+    parameters: Parameters,
+    source: pb.ModelInferRequest | None,
 ) -> InferenceRequest:
     size = sum([ragged.size_bytes(value) for value in inputs.values()])
-    return InferenceRequest(inputs, step.wanted, rows, size, key_of(inputs, step.wanted, step.signature), asked, source)
+    key = key_of(inputs, step.outputs, step.signature)
+    return InferenceRequest(inputs, step.outputs, rows, size, key, parameters, source)

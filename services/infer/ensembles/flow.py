@@ -1,7 +1,7 @@
-"""Whether tensors of one step are what the next one takes: datatypes and shapes, and what that makes the ensemble.
+"""Type check of an ensemble: follows datatypes and shapes through the steps, and derives the ensemble's signature.
 
-Every tensor has one type: its datatype and whole shape, batch dimension included, -1 where a dimension varies. A model
-that batches takes and gives [-1, ...]; a step that is called for each row takes [-1, ...] of what its model takes.
+Each tensor has one type: its datatype and whole shape, batch dimension included, -1 where a dimension varies. The
+tensors of a model that batches are [-1, ...]. A step that is called for each row has inputs [-1, *row of the model].
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from services.infer.ensembles import residence
+from services.infer.ensembles import gpu_residency
 from services.infer.ensembles.graph import PLATFORM, Graph, GraphStep
 from services.infer.ensembles.other_models import StepVersion
 from services.infer.ensembles.plan import EnsemblePlan, Feed, PlannedStep
@@ -23,63 +23,64 @@ from shoal.oip.datatypes import BY_NUMBER
 
 
 @dataclass(frozen=True)
-class Flow:
-    """The type of one tensor."""
+class TensorType:
+    """Datatype and shape of one tensor."""
 
     spec: TensorSpec
     origin: str
-    """Who gives it, for messages."""
+    """Producer of the tensor, for messages."""
     text: bool | None = None
-    """BYTES are `str`, or `bytes`; None: some are, some are not."""
+    """True: BYTES elements are `str`; False: `bytes`; None: one producer has `str`, another `bytes`."""
 
 
 def plan(graph: Graph, versions: Sequence[StepVersion], labels: Mapping[str, tuple[str, ...]]) -> EnsemblePlan:
-    """The plan with these versions, one for each step.
+    """Return the plan with these versions, one for each step.
 
     Args:
         labels: class names by output, from the ensemble's own files.
 
     Raises:
-        FailedPrecondition: they do not fit each other; the message names the step, tensor and model.
+        FailedPrecondition: the steps do not fit together; the message names the step, tensor and model.
     """
-    return _Weaver(graph, versions).plan(labels)
+    return _TypeChecker(graph, versions).plan(labels)
 
 
-class _Weaver:
-    """Follows the tensors through the steps."""
+class _TypeChecker:
+    """Follows the tensors through the steps; collects all errors before it raises."""
 
     def __init__(self, graph: Graph, versions: Sequence[StepVersion]) -> None:
         self._graph = graph
         self._versions = versions
         self._signatures = [version.loaded.model.signature for version in versions]
-        self._flows: dict[str, Flow] = {}
-        self._wrong: list[str] = []
+        self._types: dict[str, TensorType] = {}
+        self._errors: list[str] = []
 
     def plan(self, labels: Mapping[str, tuple[str, ...]]) -> EnsemblePlan:
         for step in self._graph.steps:
-            self._wrong += self._wrong_names(step)
+            self._errors += self._name_errors(step)
         self._check()
         rows = self._max_batch_size()
-        self._wrong += self._wrong_batches(rows)
+        self._errors += self._batch_errors(rows)
         for name in self._graph.inputs:
-            self._flows[name] = self._input(name, rows)
-        for given in self._graph.config.input:  # Those that only a condition looks at, too.
-            self._flows.setdefault(given.name, self._input(given.name, rows))
+            self._types[name] = self._input(name, rows)
+        # Inputs that only a condition compares are in no step's `inputs`.
+        for declared in self._graph.config.input:
+            self._types.setdefault(declared.name, self._input(declared.name, rows))
         for index in self._graph.order:
-            self._follow(self._graph.steps[index])
+            self._check_step(self._graph.steps[index])
         self._check()
         for step in self._graph.steps:
-            self._wrong += self._wrong_conditions(step)
+            self._errors += self._condition_errors(step)
         completed = self._completed(rows, labels)
-        self._wrong += self._wrong_if_skipped(completed.signature)
+        self._errors += self._skipped_errors(completed.signature)
         self._check()
-        return self._planned(completed)
+        return self._ensemble_plan(completed)
 
     def _check(self) -> None:
-        if self._wrong:
-            raise FailedPrecondition("the ensemble does not fit together: " + "; ".join(self._wrong))
+        if self._errors:
+            raise FailedPrecondition("the ensemble does not fit together: " + "; ".join(self._errors))
 
-    def _wrong_names(self, step: GraphStep) -> Iterator[str]:
+    def _name_errors(self, step: GraphStep) -> Iterator[str]:
         signature = self._signatures[step.index]
         if self._versions[step.index].decoupled is not None:
             yield f"{step.title} gives any number of responses (decoupled), which no ensemble can wait for"
@@ -92,12 +93,12 @@ class _Weaver:
 
     def _max_batch_size(self) -> int:
         config = self._graph.config
-        is_open = not (self._graph.says_batch or config.max_batch_size or config.input or config.output)
-        if not is_open or any(step.each for step in self._graph.steps):
+        is_derived = not (self._graph.says_batch or config.max_batch_size or config.input or config.output)
+        if not is_derived or any(step.each for step in self._graph.steps):
             return config.max_batch_size
         return min(signature.max_batch_size for signature in self._signatures)
 
-    def _wrong_batches(self, rows: int) -> Iterator[str]:
+    def _batch_errors(self, rows: int) -> Iterator[str]:
         for step in self._graph.steps:
             most = self._signatures[step.index].max_batch_size
             if rows > most and not step.each:
@@ -107,12 +108,12 @@ class _Weaver:
                     + f"; set max_batch_size to {most}"
                 )
 
-    def _input(self, name: str, rows: int) -> Flow:
-        for given in self._graph.config.input:
-            if given.name == name:
-                shape = ((-1,) if rows else ()) + tuple(given.dims)
-                spec = TensorSpec(name, BY_NUMBER[given.data_type], shape, is_optional=given.optional)
-                return Flow(spec, f"the ensemble's input '{name}'", text=False)
+    def _input(self, name: str, rows: int) -> TensorType:
+        for declared in self._graph.config.input:
+            if declared.name == name:
+                shape = ((-1,) if rows else ()) + tuple(declared.dims)
+                spec = TensorSpec(name, BY_NUMBER[declared.data_type], shape, is_optional=declared.optional)
+                return TensorType(spec, f"the ensemble's input '{name}'", text=False)
         expected = [(step, self._expected(step, key)) for step in self._graph.steps for key in _keys(step, name)]
         step, first = expected[0]
         shape = first.shape
@@ -121,10 +122,10 @@ class _Weaver:
                 shape = tuple(b if a == -1 else a for a, b in zip(shape, other.shape, strict=True))
         is_optional = all(spec.is_optional for _, spec in expected)
         spec = TensorSpec(name, first.datatype, shape, is_optional=is_optional)
-        return Flow(spec, f"{step.title}, which takes it", text=False)
+        return TensorType(spec, f"{step.title}, which takes it", text=False)
 
     def _expected(self, step: GraphStep, key: str) -> TensorSpec:
-        """What the step takes for its model's input `key`."""
+        """Return the type that the step needs for its model's input `key`."""
         spec = self._signatures[step.index].inputs_by_name[key]
         if not step.each:
             return spec
@@ -134,26 +135,26 @@ class _Weaver:
     def _element(self, step: GraphStep, spec: TensorSpec) -> tuple[int, ...]:
         return spec.shape[1:] if self._signatures[step.index].max_batch_size else spec.shape
 
-    def _follow(self, step: GraphStep) -> None:
+    def _check_step(self, step: GraphStep) -> None:
         for key, tensor in step.inputs.items():
-            self._wrong += _misfits(f"{step.title}, input '{key}'", self._expected(step, key), self._flows[tensor])
+            self._errors += _type_errors(f"{step.title}, input '{key}'", self._expected(step, key), self._types[tensor])
         for key, tensor in step.outputs.items():
             spec = self._signatures[step.index].outputs_by_name[key]
             shape = (-1, *self._element(step, spec)) if step.each else spec.shape
             text = self._signatures[step.index].text
-            flow = Flow(replace(spec, name=tensor, shape=shape), f"{step.title}, output '{key}'", text)
-            known = self._flows.get(tensor)
+            tensor_type = TensorType(replace(spec, name=tensor, shape=shape), f"{step.title}, output '{key}'", text)
+            known = self._types.get(tensor)
             if known is not None:
-                self._wrong += _misfits(f"{step.title}, output '{key}'", flow.spec, known)
-                flow = _merged(known, flow)
-            self._flows[tensor] = flow
+                self._errors += _type_errors(f"{step.title}, output '{key}'", tensor_type.spec, known)
+                tensor_type = _merged(known, tensor_type)
+            self._types[tensor] = tensor_type
 
-    def _wrong_conditions(self, step: GraphStep) -> Iterator[str]:
+    def _condition_errors(self, step: GraphStep) -> Iterator[str]:
         for comparison in step.when:
-            datatype = self._flows[comparison.tensor].spec.datatype
-            if reason := comparison.wrong(datatype):
+            datatype = self._types[comparison.tensor].spec.datatype
+            if reason := comparison.misfit(datatype):
                 yield f"{step.title}, its condition '{comparison}': {reason}"
-            if comparison.is_count and not self._flows[comparison.tensor].spec.shape:
+            if comparison.is_count and not self._types[comparison.tensor].spec.shape:
                 yield f"{step.title}, its condition '{comparison}': the tensor has no dimension, and so no rows"
 
     def _completed(self, rows: int, labels: Mapping[str, tuple[str, ...]]) -> Completed:
@@ -162,30 +163,30 @@ class _Weaver:
         config.platform, config.max_batch_size = PLATFORM, rows
         if not config.HasField("version_policy"):
             config.version_policy.latest.num_versions = 1
-        inputs = [given.name for given in config.input] or self._in_order(self._graph.inputs)
-        outputs = [given.name for given in config.output] or self._in_order(self._graph.last)
+        inputs = [declared.name for declared in config.input] or self._in_order(self._graph.inputs)
+        outputs = [declared.name for declared in config.output] or self._in_order(self._graph.last)
         if not config.input:
             for name in inputs:
-                spec = self._flows[name].spec
+                spec = self._types[name].spec
                 config.input.add(name=name, data_type=spec.datatype.config_name, dims=spec.shape[1 if rows else 0 :])
-        for given in config.output:
-            shape = ((-1,) if rows else ()) + tuple(given.dims)
-            spec = TensorSpec(given.name, BY_NUMBER[given.data_type], shape)
-            self._wrong += _misfits(f"the ensemble's output '{given.name}'", spec, self._flows[given.name])
+        for declared in config.output:
+            shape = ((-1,) if rows else ()) + tuple(declared.dims)
+            spec = TensorSpec(declared.name, BY_NUMBER[declared.data_type], shape)
+            self._errors += _type_errors(f"the ensemble's output '{declared.name}'", spec, self._types[declared.name])
         if not config.output:
             for name in outputs:
-                spec = self._flows[name].spec
+                spec = self._types[name].spec
                 config.output.add(name=name, data_type=spec.datatype.config_name, dims=spec.shape[1 if rows else 0 :])
         signature = Signature(
-            tuple(self._flows[name].spec for name in inputs),
-            tuple(self._promised(given, rows, labels) for given in config.output),
+            tuple(self._types[name].spec for name in inputs),
+            tuple(self._declared_spec(declared, rows, labels) for declared in config.output),
             rows,
         )
         given_outputs = frozenset(output.name for output in self._graph.config.output)
         return Completed(config, signature, is_batch_guessed=False, given_outputs=given_outputs)
 
     def _in_order(self, tensors: Sequence[str]) -> list[str]:
-        """By steps, and within each as its model has them: the configuration's maps have no order."""
+        """Return tensors ordered by step, then by the model's signature: the configuration's maps have no order."""
         found: dict[str, None] = {}
         for step, signature in zip(self._graph.steps, self._signatures, strict=True):
             found.update(dict.fromkeys(step.inputs[spec.name] for spec in signature.inputs if spec.name in step.inputs))
@@ -194,12 +195,12 @@ class _Weaver:
             )
         return [name for name in found if name in tensors]
 
-    def _promised(self, given: pb.ModelOutput, rows: int, labels: Mapping[str, tuple[str, ...]]) -> TensorSpec:
-        spec = self._flows[given.name].spec
-        shape = ((-1,) if rows else ()) + tuple(given.dims)
-        return replace(spec, shape=shape, labels=labels.get(given.name, spec.labels))
+    def _declared_spec(self, declared: pb.ModelOutput, rows: int, labels: Mapping[str, tuple[str, ...]]) -> TensorSpec:
+        spec = self._types[declared.name].spec
+        shape = ((-1,) if rows else ()) + tuple(declared.dims)
+        return replace(spec, shape=shape, labels=labels.get(declared.name, spec.labels))
 
-    def _wrong_if_skipped(self, signature: Signature) -> Iterator[str]:
+    def _skipped_errors(self, signature: Signature) -> Iterator[str]:
         for name in sorted(self._graph.empty_if_skipped & signature.outputs_by_name.keys()):
             spec = signature.outputs_by_name[name]
             if -1 not in spec.shape[1 if signature.max_batch_size else 0 :]:
@@ -208,69 +209,71 @@ class _Weaver:
                     "it has no dimension of -1"
                 )
 
-    def _planned(self, completed: Completed) -> EnsemblePlan:
-        places = {name: n for n, name in enumerate(self._flows)}
-        steps = tuple(self._planned_step(step, places) for step in self._graph.steps)
-        takers = tuple(tuple(s.step.index for s in steps if n in s.waits_for) for n in places.values())
-        givers = tuple(self._graph.producers.get(name, ()) for name in places)
-        specs = tuple(flow.spec for flow in self._flows.values())
-        outputs = {places[spec.name] for spec in completed.signature.outputs}
-        stay = residence.staying(steps, takers, givers, outputs)
-        steps = tuple(_leaving(step, stay) for step in steps)
-        return EnsemblePlan(self._graph, completed, steps, places, specs, takers, givers)
+    def _ensemble_plan(self, completed: Completed) -> EnsemblePlan:
+        slots = {name: n for n, name in enumerate(self._types)}
+        steps = tuple(self._planned_step(step, slots) for step in self._graph.steps)
+        consumers = tuple(tuple(s.step.index for s in steps if n in s.waits_for) for n in slots.values())
+        producers = tuple(self._graph.producers.get(name, ()) for name in slots)
+        specs = tuple(tensor_type.spec for tensor_type in self._types.values())
+        outputs = {slots[spec.name] for spec in completed.signature.outputs}
+        resident = gpu_residency.resident_slots(steps, consumers, producers, outputs)
+        steps = tuple(_with_resident_outputs(step, resident) for step in steps)
+        return EnsemblePlan(self._graph, completed, steps, slots, specs, consumers, producers)
 
-    def _planned_step(self, step: GraphStep, places: Mapping[str, int]) -> PlannedStep:
+    def _planned_step(self, step: GraphStep, slots: Mapping[str, int]) -> PlannedStep:
         signature = self._signatures[step.index]
         feeds = tuple(
             Feed(
                 signature.inputs_by_name[key],
                 tensor,
-                places[tensor],
+                slots[tensor],
                 tensor in step.each,
-                signature.inputs_by_name[key].datatype.is_bytes and self._flows[tensor].text is not signature.text,
+                signature.inputs_by_name[key].datatype.is_bytes and self._types[tensor].text is not signature.text,
             )
             for key, tensor in step.inputs.items()
         )
-        given = [spec for spec in signature.outputs if spec.name in step.outputs]
+        used = [spec for spec in signature.outputs if spec.name in step.outputs]
         return PlannedStep(
             step,
             self._versions[step.index],
             feeds,
-            tuple(WantedOutput(spec) for spec in given),
-            tuple(places[step.outputs[spec.name]] for spec in given),
-            {name: places[name] for name in step.asked},
+            tuple(WantedOutput(spec) for spec in used),
+            tuple(slots[step.outputs[spec.name]] for spec in used),
+            {name: slots[name] for name in step.condition_tensors},
         )
 
 
-def _leaving(step: PlannedStep, stay: frozenset[int]) -> PlannedStep:
-    """The step, with its outputs at these places left where they are made."""
-    pairs = zip(step.wanted, step.places, strict=True)
-    return replace(step, wanted=tuple(replace(wanted, stays=place in stay) for wanted, place in pairs))
+def _with_resident_outputs(step: PlannedStep, resident: frozenset[int]) -> PlannedStep:
+    """Return the step with its outputs in these slots left on their GPU."""
+    pairs = zip(step.outputs, step.output_slots, strict=True)
+    return replace(step, outputs=tuple(replace(output, stays=slot in resident) for output, slot in pairs))
 
 
 def _keys(step: GraphStep, tensor: str) -> list[str]:
-    return [key for key, given in step.inputs.items() if given == tensor]
+    return [key for key, name in step.inputs.items() if name == tensor]
 
 
-def _misfits(what: str, expected: TensorSpec, flow: Flow) -> Iterator[str]:
-    """Why a tensor cannot be taken where `expected` is; nothing when it can."""
-    got = flow.spec
+def _type_errors(what: str, expected: TensorSpec, found: TensorType) -> Iterator[str]:
+    """Yield the reason why a tensor of this type cannot be used where `expected` is; nothing when it can."""
+    got = found.spec
     if expected.datatype != got.datatype:
-        yield (f"{what} is {expected.datatype.name}, tensor {quoted(got.name)} is {got.datatype.name} by {flow.origin}")
-    elif not _may_fit(expected.shape, got.shape):
         yield (
-            f"{what} is {written(expected.shape)}, tensor {quoted(got.name)} is {written(got.shape)} by {flow.origin}"
+            f"{what} is {expected.datatype.name}, tensor {quoted(got.name)} is {got.datatype.name} by {found.origin}"
+        )
+    elif not _shapes_fit(expected.shape, got.shape):
+        yield (
+            f"{what} is {written(expected.shape)}, tensor {quoted(got.name)} is {written(got.shape)} by {found.origin}"
         )
 
 
-def _may_fit(one: Sequence[int], other: Sequence[int]) -> bool:
+def _shapes_fit(one: Sequence[int], other: Sequence[int]) -> bool:
     return len(one) == len(other) and all(-1 in (a, b) or a == b for a, b in zip(one, other, strict=True))
 
 
-def _merged(one: Flow, other: Flow) -> Flow:
-    """The type of a tensor that either of two steps gives."""
+def _merged(one: TensorType, other: TensorType) -> TensorType:
+    """Return the common type of a tensor that either of two steps produces."""
     if len(one.spec.shape) != len(other.spec.shape):
         return one
     shape = tuple(a if a == b else -1 for a, b in zip(one.spec.shape, other.spec.shape, strict=True))
     text = one.text if one.text is other.text else None
-    return Flow(replace(one.spec, shape=shape), one.origin, text)
+    return TensorType(replace(one.spec, shape=shape), one.origin, text)

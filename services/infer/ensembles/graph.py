@@ -1,7 +1,7 @@
-"""An ensemble's steps and the tensors between them, read from its configuration. What is wrong by itself is refused.
+"""Graph of an ensemble: its steps and the tensors between them, read from the configuration and validated.
 
-ensemble_scheduling              Triton's, with Triton's meaning: `model_config.proto`
-parameters, ours                 `own`
+ensemble_scheduling              as in Triton: `model_config.proto`
+parameters                       Shoal's own: `parameters`
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from services.infer.ensembles.conditions import Condition
-from services.infer.ensembles.parameters import EACH, WHEN, Own
+from services.infer.ensembles.parameters import EACH, WHEN, EnsembleParameters
 from services.infer.error_text import listed, quoted
 from services.infer.loading import model_config
 from services.infer.model_files.wanted_models import ModelFiles
@@ -20,7 +20,7 @@ from shoal.inference.v2 import model_config_pb2 as pb
 
 PLATFORM = "ensemble"
 
-_MOST_STEPS = 256
+_MAX_STEPS = 256
 
 
 @dataclass(frozen=True)
@@ -30,43 +30,43 @@ class GraphStep:
     index: int
     model: str
     version: str
-    """As a request writes it: empty for the default."""
+    """Version as in a request: empty for the default."""
     inputs: Mapping[str, str]
-    """The ensemble's tensor by the model's input."""
+    """Name of the ensemble's tensor, by the model's input."""
     outputs: Mapping[str, str]
-    """The ensemble's tensor by the model's output."""
+    """Name of the ensemble's tensor, by the model's output."""
     when: Condition = ()
     each: frozenset[str] = frozenset()
-    """Tensors whose rows are given one by one; none: the model is called once."""
+    """Tensors that are split into rows, one model call for each row; empty: the model is called once."""
 
     @property
     def title(self) -> str:
         return f"step {self.index}, model '{self.model}'"
 
     @cached_property
-    def asked(self) -> frozenset[str]:
-        """Tensors that its condition looks at."""
+    def condition_tensors(self) -> frozenset[str]:
+        """Tensors that the step's condition compares."""
         return frozenset(comparison.tensor for comparison in self.when)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The steps of one ensemble, which fit each other by their names."""
+    """The steps of one ensemble, connected by the names of their tensors."""
 
     config: pb.ModelConfig
-    """As it was written."""
+    """Configuration as in the file."""
     says_batch: bool
-    """`max_batch_size` was written, be it 0."""
+    """True when the file states `max_batch_size`, even as 0."""
     steps: tuple[GraphStep, ...]
     order: tuple[int, ...]
-    """Indices of steps: each comes after those whose tensors it needs."""
+    """Topological order of the steps, as indices."""
     empty_if_skipped: frozenset[str] = frozenset()
     max_in_flight: int = 0
-    """Of the whole ensemble; 0: the server's bound."""
+    """Largest number of requests in progress; 0: the server's limit."""
     rows_in_flight: int = 0
-    """Of one request at one `each` step; 0: enough for full batches."""
+    """Largest number of rows in flight of one request at one `each` step; 0: enough for full batches."""
     producers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """By tensor, the steps that give it, in order."""
+    """By tensor, the steps that produce the tensor, in order."""
 
     @property
     def name(self) -> str:
@@ -74,19 +74,19 @@ class Graph:
 
     @cached_property
     def models(self) -> tuple[str, ...]:
-        """What it is made of."""
+        """Models of the steps, each once."""
         return tuple(dict.fromkeys(step.model for step in self.steps))
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """Tensors that no step gives, in the order of their use."""
-        used = (tensor for step in self.steps for tensor in (*step.inputs.values(), *sorted(step.asked)))
+        """Tensors that no step produces, in the order of their use."""
+        used = (tensor for step in self.steps for tensor in (*step.inputs.values(), *sorted(step.condition_tensors)))
         return tuple(dict.fromkeys(tensor for tensor in used if tensor not in self.producers))
 
     @cached_property
     def last(self) -> tuple[str, ...]:
-        """Tensors that no step takes."""
-        used = {tensor for step in self.steps for tensor in (*step.inputs.values(), *step.asked)}
+        """Tensors that no step uses."""
+        used = {tensor for step in self.steps for tensor in (*step.inputs.values(), *step.condition_tensors)}
         return tuple(tensor for tensor in self.producers if tensor not in used)
 
 
@@ -95,10 +95,10 @@ def is_ensemble(config: pb.ModelConfig) -> bool:
 
 
 def read(name: str, files: ModelFiles) -> Graph | None:
-    """The ensemble that a model's files describe; None when it is another kind of model. Blocking.
+    """Return the graph of the ensemble that a model's files describe; None for another kind of model. Blocking.
 
     Raises:
-        FailedPrecondition: names everything that is wrong with the ensemble as such.
+        FailedPrecondition: the configuration is wrong; the message lists every error of the ensemble.
     """
     text = files.config_text()
     config = model_config.parse(text)
@@ -110,35 +110,35 @@ def read(name: str, files: ModelFiles) -> Graph | None:
 
 
 def graph_of(config: pb.ModelConfig, *, says_batch: bool = True) -> Graph:
-    """Raises FailedPrecondition that names everything that is wrong."""
+    """Return the graph of an ensemble's configuration. Raises FailedPrecondition that lists every error."""
     if config.platform not in ("", PLATFORM):
         raise FailedPrecondition(f"ensemble_scheduling: platform '{config.platform}': expected '{PLATFORM}'")
-    steps = config.ensemble_scheduling.step
-    if not 1 <= len(steps) <= _MOST_STEPS:
-        raise FailedPrecondition(f"ensemble_scheduling has {len(steps)} steps: expected 1 to {_MOST_STEPS}")
-    own = Own(config)
-    read = _with_parameters(config, own)
-    wrong = [*_wrong_steps(config), *own.wrong]
+    step_configs = config.ensemble_scheduling.step
+    if not 1 <= len(step_configs) <= _MAX_STEPS:
+        raise FailedPrecondition(f"ensemble_scheduling has {len(step_configs)} steps: expected 1 to {_MAX_STEPS}")
+    parameters = EnsembleParameters(config)
+    steps = _with_parameters(config, parameters)
+    errors = [*_step_errors(config), *parameters.errors]
     producers: dict[str, list[int]] = {}
-    for step in read:
+    for step in steps:
         for tensor in step.outputs.values():
             producers.setdefault(tensor, []).append(step.index)
-    wrong += _wrong_tensors(config, read, producers)
-    if wrong:
-        raise FailedPrecondition("ensemble_scheduling: " + "; ".join(wrong))
+    errors += _tensor_errors(config, steps, producers)
+    if errors:
+        raise FailedPrecondition("ensemble_scheduling: " + "; ".join(errors))
     return Graph(
         config,
         says_batch,
-        read,
-        _order(read, producers),
-        frozenset(own.skipped),
-        own.in_flight,
+        steps,
+        _order(steps, producers),
+        frozenset(parameters.skipped),
+        parameters.in_flight,
         config.ensemble_scheduling.max_inflight_requests,
         {tensor: tuple(indices) for tensor, indices in producers.items()},
     )
 
 
-def _wrong_steps(config: pb.ModelConfig) -> Iterator[str]:
+def _step_errors(config: pb.ModelConfig) -> Iterator[str]:
     for n, step in enumerate(config.ensemble_scheduling.step):
         if not step.model_name:
             yield f"step {n} has no model_name"
@@ -156,10 +156,10 @@ def _wrong_steps(config: pb.ModelConfig) -> Iterator[str]:
                     yield f"step {n}: {what} '{name}' to '{tensor}': expected two names"
 
 
-def _wrong_tensors(
+def _tensor_errors(
     config: pb.ModelConfig, steps: tuple[GraphStep, ...], producers: Mapping[str, list[int]]
 ) -> Iterator[str]:
-    declared, outputs = [given.name for given in config.input], [given.name for given in config.output]
+    declared, outputs = [tensor.name for tensor in config.input], [tensor.name for tensor in config.output]
     used = {tensor for step in steps for tensor in step.inputs.values()}
     for tensor, indices in producers.items():
         if len(set(indices)) < len(indices):
@@ -170,25 +170,25 @@ def _wrong_tensors(
                 f"of them has a parameter {WHEN}<step>"
             )
     for step in steps:
-        for tensor in sorted({*step.inputs.values(), *step.asked}):
+        for tensor in sorted({*step.inputs.values(), *step.condition_tensors}):
             if declared and tensor not in declared and tensor not in producers:
                 yield f"step {step.index} takes tensor {quoted(tensor)}, which no step gives and which is no input"
             elif not declared and tensor not in producers and tensor not in used:
                 yield f"step {step.index}: {WHEN}{step.index} looks at tensor {quoted(tensor)}, which there is not"
         for tensor in sorted(step.each - set(step.inputs.values())):
             yield f"step {step.index}: {EACH}{step.index} '{tensor}': expected one of {listed(step.inputs.values())}"
-    looked_at = {tensor for step in steps for tensor in step.asked}
+    compared = {tensor for step in steps for tensor in step.condition_tensors}
     for name in declared:
         if name in producers:
             yield f"input {quoted(name)} is given by step {producers[name][0]} as well"
-        elif name not in used and name not in looked_at:
+        elif name not in used and name not in compared:
             yield f"input {quoted(name)} is taken by no step"
     for name in outputs:
         if name not in producers:
             yield f"output {quoted(name)} is given by no step"
 
 
-def _with_parameters(config: pb.ModelConfig, own: Own) -> tuple[GraphStep, ...]:
+def _with_parameters(config: pb.ModelConfig, parameters: EnsembleParameters) -> tuple[GraphStep, ...]:
     return tuple(
         GraphStep(
             n,
@@ -196,25 +196,27 @@ def _with_parameters(config: pb.ModelConfig, own: Own) -> tuple[GraphStep, ...]:
             str(step.model_version) if step.model_version > 0 else "",
             dict(sorted(step.input_map.items())),
             dict(sorted(step.output_map.items())),
-            own.when.get(n, ()),
-            own.each.get(n, frozenset()),
+            parameters.when.get(n, ()),
+            parameters.each.get(n, frozenset()),
         )
         for n, step in enumerate(config.ensemble_scheduling.step)
     )
 
 
 def _order(steps: tuple[GraphStep, ...], producers: Mapping[str, list[int]]) -> tuple[int, ...]:
-    """Raises FailedPrecondition when steps wait for each other."""
+    """Return the topological order of the steps. Raises FailedPrecondition when the steps form a cycle."""
     needs = {
-        step.index: {n for tensor in (*step.inputs.values(), *step.asked) for n in producers.get(tensor, ())}
+        step.index: {
+            n for tensor in (*step.inputs.values(), *step.condition_tensors) for n in producers.get(tensor, ())
+        }
         for step in steps
     }
     order: list[int] = []
     while needs:
         free = [n for n, before in needs.items() if before.isdisjoint(needs)]
         if not free:
-            ring = ", ".join(str(n) for n in needs)
-            raise FailedPrecondition(f"ensemble_scheduling: among the steps {ring} are some that wait for each other")
+            cycle = ", ".join(str(n) for n in needs)
+            raise FailedPrecondition(f"ensemble_scheduling: among the steps {cycle} are some that wait for each other")
         order += free
         for n in free:
             del needs[n]

@@ -1,4 +1,4 @@
-"""From a graph to an ensemble that can be called: its steps' models are waited for, looked up, and fitted together."""
+"""Loading of an ensemble: waits for the steps' models, resolves their versions, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -19,100 +19,101 @@ Labels = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(Loaded):
-    """An ensemble that can be called."""
+    """An ensemble that is ready to run."""
 
     plan: EnsemblePlan
     renew: Callable[[EnsemblePlan], EnsemblePlan]
-    """The plan that holds now. Raises Unavailable, with a step's name, when none does."""
+    """Returns the current plan for an older one. Raises Unavailable, with a step's name, when there is none."""
 
 
 Seen = tuple[StepVersion | None, ...]
-"""The versions that the steps of a graph mean at some time, and the steps of these; None: none is ready."""
+"""The current versions of a graph's steps, nested ensembles included; None: the step has no ready version."""
 
 
-async def until_tried(graph: Graph, neighbours: OtherModels) -> None:
-    """Has the models that an ensemble is made of served, and waits for what comes of that.
+async def until_tried(graph: Graph, others: OtherModels) -> None:
+    """Request that an ensemble's models are served, and wait until each of them had its first load attempt.
 
     Raises:
-        FailedPrecondition: the ensemble is made of itself, through others.
+        FailedPrecondition: the ensemble calls itself, through other ensembles.
     """
     for name in graph.models:
-        if ring := _ring(name, graph.name, neighbours, set()):
-            raise FailedPrecondition(f"the ensemble calls itself: {' -> '.join(map(quoted, (graph.name, *ring)))}")
+        if path := _path(name, graph.name, others, set()):
+            raise FailedPrecondition(f"the ensemble calls itself: {' -> '.join(map(quoted, (graph.name, *path)))}")
     for name in graph.models:
-        await neighbours.need(name, graph.name)
+        await others.need(name, graph.name)
     for name in graph.models:
-        await neighbours.tried(name)
+        await others.tried(name)
 
 
-def _ring(name: str, target: str, neighbours: OtherModels, seen: set[str]) -> tuple[str, ...]:
-    """The way from `name` to `target`, both included; empty when there is none."""
+def _path(name: str, target: str, others: OtherModels, visited: set[str]) -> tuple[str, ...]:
+    """Return the path of dependencies from `name` to `target`, both included; empty when there is none."""
     if name == target:
         return (name,)
-    seen.add(name)
-    for other in neighbours.needs(name):
-        if other not in seen and (found := _ring(other, target, neighbours, seen)):
-            return (name, *found)
+    visited.add(name)
+    for other in others.needs(name):
+        if other not in visited and (rest := _path(other, target, others, visited)):
+            return (name, *rest)
     return ()
 
 
-def seen(graph: Graph, neighbours: OtherModels) -> Seen:
-    """What the steps mean now, and those of steps that are ensembles themselves. Raises nothing."""
-    found: list[StepVersion | None] = []
+def seen(graph: Graph, others: OtherModels) -> Seen:
+    """Return the current versions of the steps, and of the steps of nested ensembles. Raises nothing."""
+    current: list[StepVersion | None] = []
     left, entered = [graph], set[StepVersion]()
     while left:
-        versions = [_version(step, neighbours) for step in left.pop().steps]
-        found += versions
+        versions = [_version(step, others) for step in left.pop().steps]
+        current += versions
         for version in versions:
             if version is not None and version.graph is not None and version not in entered:
                 entered.add(version)
                 left.append(version.graph)
-    return tuple(found)
+    return tuple(current)
 
 
-def _version(step: GraphStep, neighbours: OtherModels) -> StepVersion | None:
+def _version(step: GraphStep, others: OtherModels) -> StepVersion | None:
     try:
-        return neighbours.find(step.model, step.version)
+        return others.find(step.model, step.version)
     except ShoalError:
         return None
 
 
-def composed(graph: Graph, neighbours: OtherModels, labels: Labels) -> Composed:
-    """The ensemble with the versions that its steps mean now.
+def composed(graph: Graph, others: OtherModels, labels: Labels) -> Composed:
+    """Return the ensemble with the current versions of its steps.
 
     Raises:
-        FailedPrecondition: one of them is not ready, or they do not fit together.
+        FailedPrecondition: a step's model is not ready, or the steps do not fit together.
     """
-    made = _plan(graph, neighbours, labels)
-    renew = partial(_renewed, neighbours=neighbours, labels=labels)
-    return Composed(made.completed, None, plan=made, renew=renew)
+    plan = _plan(graph, others, labels)
+    renew = partial(_renewed, others=others, labels=labels)
+    return Composed(plan.completed, None, plan=plan, renew=renew)
 
 
-def _plan(graph: Graph, neighbours: OtherModels, labels: Labels) -> EnsemblePlan:
+def _plan(graph: Graph, others: OtherModels, labels: Labels) -> EnsemblePlan:
     versions = []
     for step in graph.steps:
         try:
-            versions.append(neighbours.find(step.model, step.version))
+            versions.append(others.find(step.model, step.version))
         except ShoalError as err:
             raise FailedPrecondition(f"{step.title} is not ready: {err.message}") from err
     return flow.plan(graph, versions, labels)
 
 
-def _renewed(old: EnsemblePlan, *, neighbours: OtherModels, labels: Labels) -> EnsemblePlan:
+def _renewed(old: EnsemblePlan, *, others: OtherModels, labels: Labels) -> EnsemblePlan:
     try:
         for step in old.steps:
-            if neighbours.find(step.step.model, step.step.version) is not step.version:
+            if others.find(step.step.model, step.step.version) is not step.version:
                 break
         else:
             return old
     except ShoalError as err:
         raise Unavailable(f"in ensemble '{old.graph.name}', {step.title}: {err.message}") from err
     try:
-        new = _plan(old.graph, neighbours, labels)
+        new = _plan(old.graph, others, labels)
     except FailedPrecondition as err:
         raise Unavailable(f"in ensemble '{old.graph.name}': {err.message}") from err
     same = new.completed.signature == old.completed.signature and new.takes_numbers_only == old.takes_numbers_only
-    if not same:  # Then it is another model: it has to be loaded again, which is on its way.
+    # The ensemble has another signature and must be loaded again. The version does that on its own.
+    if not same:
         raise Unavailable(
             f"in ensemble '{old.graph.name}', {step.title}: the model was loaded with other inputs or outputs, "
             "and so the ensemble has others: it is loaded again"

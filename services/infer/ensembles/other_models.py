@@ -1,4 +1,4 @@
-"""The other models of the server, as an ensemble needs them."""
+"""Protocols for the server's other models and their versions, as an ensemble uses them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services.infer.sequences.arrival_order import ArrivalOrder
 
 
 class StepVersion(Protocol):
-    """One version of one model: a models.version.Version. While it is entered, it is not unloaded."""
+    """One version of one model: a models.version.Version. An entered version is not unloaded."""
 
     name: str
     statistics: Statistics
@@ -45,17 +45,16 @@ class StepVersion(Protocol):
 
 
 class OtherModels(Protocol):
-    """A models.models.Models."""
+    """The server's models: a models.models.Models."""
 
     def find(self, name: str, version: str) -> StepVersion:
-        """The version that a call means. Raises NotFound or Unavailable."""
+        """Return the version that a request to `name` and `version` reaches. Raises NotFound or Unavailable."""
 
     async def need(self, name: str, by: str) -> None:
-        """The model `name` should be served because the ensemble `by` is made of it, unless somebody said it should
-        not."""
+        """Request that the model `name` is served for the ensemble `by`. An explicit unload takes precedence."""
 
     def needs(self, name: str) -> Iterable[str]:
-        """The models that `name` is made of, as far as is known."""
+        """Return the models that `name` is known to call."""
 
     async def tried(self, name: str) -> None:
-        """Waits until all that is wanted of the model `name` has had its first attempt."""
+        """Wait until all desired versions of the model `name` had their first load attempt."""

@@ -1,11 +1,11 @@
-"""The parameters of an ensemble's configuration that are ours.
+"""Shoal's own parameters of an ensemble's configuration.
 
-    when.<step>        the step is run only if this holds (`conditions`)
+    when.<step>        condition: the step runs only if the condition holds (`conditions`)
     each.<step>        "crops": the step's model is called for each row of this tensor
-    skipped.<output>   "empty": an empty tensor, where no step gave the output
-    max_in_flight      requests that may be in work at the same time
+    skipped.<output>   "empty": an empty tensor where every step that produces the output was skipped
+    max_in_flight      largest number of requests in progress
 
-A step is named by its index from 0, or by its model where no other step has the same.
+A step is named by its index from 0, or by its model where no other step has the same model.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from shoal.inference.v2 import model_config_pb2 as pb
 
 WHEN, EACH, _SKIPPED, _IN_FLIGHT = "when.", "each.", "skipped.", "max_in_flight"
 
-_MOST_IN_FLIGHT = 1_000_000
+_MAX_IN_FLIGHT = 1_000_000
 
 
-class Own:
-    """What they say; `wrong`: everything that is none, by name."""
+class EnsembleParameters:
+    """The parsed parameters; `errors` has one message for each that is unknown or wrong."""
 
     def __init__(self, config: pb.ModelConfig) -> None:
-        self.wrong: list[str] = []
+        self.errors: list[str] = []
         self.when: dict[int, Condition] = {}
         self.each: dict[int, frozenset[str]] = {}
         self.skipped: list[str] = []
@@ -37,7 +37,7 @@ class Own:
             try:
                 self._read(key, config.parameters[key].string_value.strip())
             except ValueError as err:
-                self.wrong.append(f"parameter {quoted(key)} {quoted(config.parameters[key].string_value)}: {err}")
+                self.errors.append(f"parameter {quoted(key)} {quoted(config.parameters[key].string_value)}: {err}")
 
     def _read(self, key: str, text: str) -> None:
         if key.startswith(WHEN):
@@ -55,20 +55,21 @@ class Own:
                 raise ValueError(f"no step gives {quoted(output)}")
             self.skipped.append(output)
         elif key == _IN_FLIGHT:
-            if not (text.isdecimal() and text.isascii() and len(text) < 8 and 1 <= int(text) <= _MOST_IN_FLIGHT):
-                raise ValueError(f"expected a whole number from 1 to {_MOST_IN_FLIGHT}")
+            if not (text.isdecimal() and text.isascii() and len(text) < 8 and 1 <= int(text) <= _MAX_IN_FLIGHT):
+                raise ValueError(f"expected a whole number from 1 to {_MAX_IN_FLIGHT}")
             self.in_flight = int(text)
 
-    def _step(self, said: str, taken: Mapping[int, object]) -> int:
-        if said.isdecimal() and said.isascii() and len(said) < 8:
-            found = [int(said)] if int(said) < len(self._models) else []
+    def _step(self, name: str, known: Mapping[int, object]) -> int:
+        """Return the index of the step `name`. Raises ValueError when it is not one step, or is a key of `known`."""
+        if name.isdecimal() and name.isascii() and len(name) < 8:
+            found = [int(name)] if int(name) < len(self._models) else []
         else:
-            found = [n for n, model in enumerate(self._models) if model == said]
+            found = [n for n, model in enumerate(self._models) if model == name]
         if len(found) != 1:
             raise ValueError(
-                f"{quoted(said)} names {len(found) or 'no'} step{'s' * (len(found) > 1)}: "
+                f"{quoted(name)} names {len(found) or 'no'} step{'s' * (len(found) > 1)}: "
                 f"expected an index from 0 to {len(self._models) - 1}, or the model of one step only"
             )
-        if found[0] in taken:
-            raise ValueError(f"step {found[0]} has it already, by its index or its model")
+        if found[0] in known:
+            raise ValueError(f"step {found[0]} has this parameter already, by its index or its model")
         return found[0]

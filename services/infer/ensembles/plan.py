@@ -1,6 +1,6 @@
-"""A graph with the versions that its steps are of, ready to be run: tensors have places, steps know what they wait for.
+"""Execution plan of an ensemble: the graph with its steps' versions, a slot for each tensor, and the dependencies.
 
-A plan holds for as long as these versions are the ones that calls mean. It is never changed.
+A plan is immutable. It is valid as long as its versions are the current ones of their models.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from services.infer.loading.model_config import Completed
 from services.infer.requests.request import WantedOutput
 from services.infer.requests.signature import Signature, TensorSpec
 
-_MOST_ROUTES = 64
-# Sets of outputs that callers ask for.
+# Sets of outputs that callers request; each has a route that is computed once.
+_MAX_ROUTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,13 @@ class Feed:
     """One input of a step."""
 
     spec: TensorSpec
-    """The model's."""
+    """Spec of the model's input."""
     tensor: str
-    place: int
+    slot: int
     by_row: bool
-    """The model gets a row of it at a time."""
+    """The model gets one row of the tensor at a time."""
     changes_text: bool
-    """BYTES that come as the other of `str` and `bytes`, or may."""
+    """BYTES have to be converted between `str` and `bytes`, or may have to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +40,12 @@ class PlannedStep:
     step: GraphStep
     version: StepVersion
     feeds: tuple[Feed, ...]
-    wanted: tuple[WantedOutput, ...]
-    """In the model's order, so that these calls stack with those that ask for everything."""
-    places: tuple[int, ...]
-    """Where `wanted` go."""
-    looks_at: Mapping[str, int]
-    """Places of the tensors of its condition."""
+    outputs: tuple[WantedOutput, ...]
+    """In the model's order, so that these calls stack with calls that request all outputs."""
+    output_slots: tuple[int, ...]
+    """Slots of `outputs`, in the same order."""
+    condition_slots: Mapping[str, int]
+    """Slots of the condition's tensors, by name."""
 
     @property
     def title(self) -> str:
@@ -53,12 +53,12 @@ class PlannedStep:
 
     @cached_property
     def signature(self) -> Signature:
-        """Its model's."""
+        """Signature of the step's model."""
         return self.version.loaded.model.signature
 
     @cached_property
     def max_rows(self) -> int:
-        """Of its model; 0: it has no batch dimension."""
+        """Largest batch of the step's model; 0: the model has no batch dimension."""
         return self.signature.max_batch_size
 
     @property
@@ -67,62 +67,63 @@ class PlannedStep:
 
     @property
     def waits_for(self) -> frozenset[int]:
-        return frozenset((*(feed.place for feed in self.feeds), *self.looks_at.values()))
+        """Slots of the inputs and of the condition's tensors."""
+        return frozenset((*(feed.slot for feed in self.feeds), *self.condition_slots.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The steps that some outputs need."""
+    """The steps that a set of outputs needs."""
 
     steps: frozenset[int]
     missing: tuple[int, ...]
-    """How many tensors each step waits for at first, the ensemble's inputs among them."""
+    """By step, the number of tensors that the step waits for at the start, the ensemble's inputs included."""
     targets: frozenset[int]
-    """Places of the outputs."""
+    """Slots of the outputs."""
 
 
 @dataclass(frozen=True, eq=False)
 class EnsemblePlan:
-    """An ensemble that can be run."""
+    """An ensemble that is ready to run."""
 
     graph: Graph
     completed: Completed
     steps: tuple[PlannedStep, ...]
-    places: Mapping[str, int]
-    """By the tensor's name."""
+    slots: Mapping[str, int]
+    """Slot of each tensor, by name."""
     specs: tuple[TensorSpec, ...]
-    """What flows there, by place."""
-    takers: tuple[tuple[int, ...], ...]
-    """Steps that wait for a place."""
-    givers: tuple[tuple[int, ...], ...]
-    """Steps that give it, in order; several only where each has a condition."""
+    """Spec of each tensor, by slot."""
+    consumers: tuple[tuple[int, ...], ...]
+    """By slot, the steps that wait for the tensor."""
+    producers: tuple[tuple[int, ...], ...]
+    """By slot, the steps that produce the tensor, in order; several only where each has a condition."""
     _routes: dict[tuple[str, ...], Route] = field(default_factory=dict)
 
     @cached_property
     def versions(self) -> dict[StepVersion, None]:
-        """What has to stay loaded while it is run."""
+        """The versions that must stay loaded during a run."""
         return dict.fromkeys(step.version for step in self.steps)
 
     @property
     def takes_numbers_only(self) -> bool:
-        """Whether no model of it looks at the ids and parameters of requests."""
+        """True while none of the models reads the ids and parameters of requests."""
         return all(step.version.sees_numbers_only for step in self.steps)
 
     def route(self, outputs: tuple[WantedOutput, ...]) -> Route:
-        """How to come to these outputs, and no others."""
-        names = tuple([wanted.spec.name for wanted in outputs])
+        """Return the steps that these outputs need, and no others."""
+        names = tuple([output.spec.name for output in outputs])
         known = self._routes.get(names)
         if known is None:
-            if len(self._routes) >= _MOST_ROUTES:
+            if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
-            known = self._routes[names] = self._found(frozenset(self.places[name] for name in names))
+            known = self._routes[names] = self._compute_route(frozenset(self.slots[name] for name in names))
         return known
 
-    def _found(self, targets: frozenset[int]) -> Route:
+    def _compute_route(self, targets: frozenset[int]) -> Route:
         steps: set[int] = set()
         left = set(targets)
         while left:
-            for n in self.givers[left.pop()]:
+            for n in self.producers[left.pop()]:
                 if n not in steps:
                     steps.add(n)
                     left |= self.steps[n].waits_for

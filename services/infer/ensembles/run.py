@@ -1,10 +1,10 @@
-"""One request's way through the steps of an ensemble. No task and no coroutine: what comes back starts what waited.
+"""One ensemble request in execution. Driven by callbacks, without a task: each result starts the steps that need it.
 
-    inputs ──> steps that have all they wait for ──start──> answers ──> tensors ──> steps ... ──> outputs
-                 └── skipped: what they give is skipped, too
+    inputs ──> steps with all inputs present ──start──> results ──> tensors ──> steps ... ──> outputs
+                 └── skipped: the outputs are skipped, too
 
-A tensor that several steps may give is that of the first of them, in their order, that was not skipped. When one step
-fails the request fails: what waits is abandoned, and nothing more is started.
+Where several steps may produce a tensor, the first step in order that was not skipped provides the value. When one step
+fails, the request fails: calls in flight are abandoned, and no further step starts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Protocol
 
 from services.infer.ensembles import answering, feeding
 from services.infer.ensembles.conditions import Undecided
-from services.infer.ensembles.fan_out import Asked, FanOut, Seen
+from services.infer.ensembles.fan_out import FanOut, RequestContext, StepMeasurements
 from services.infer.ensembles.plan import EnsemblePlan, Feed, PlannedStep
-from services.infer.ensembles.step_call import StepCall, named
+from services.infer.ensembles.step_call import StepCall, located
 from services.infer.ensembles.values import SKIPPED, Skipped
 from services.infer.requests.outcome import InferenceResult
 from services.infer.requests.parameters import NONE
@@ -31,43 +31,43 @@ from shoal.errors import InvalidArgument
 log = logging.getLogger(__name__)
 
 
-class Owner(Protocol):
-    """Who admitted a request, and is told what became of it."""
+class RunOwner(Protocol):
+    """Owner of the runs: admits requests, and counts and releases their runs."""
 
-    def count(self, run: Run, answer: InferenceResult) -> None:
-        """It was answered."""
+    def record(self, run: EnsembleRun, result: InferenceResult) -> None:
+        """Record a successful result in the statistics."""
 
-    def forget(self, run: Run) -> None:
-        """It is over: whatever it held is free."""
+    def release(self, run: EnsembleRun) -> None:
+        """Release all that an ended run holds."""
 
 
-class Run:
-    """One request. A `step_call.Told` and a `fan_out.Gathered`."""
+class EnsembleRun:
+    """One request in execution. Implements `step_call.StepReceiver` and `fan_out.RowsReceiver`."""
 
     __slots__ = (
-        "_asked",
-        "_is_going",
-        "_left",
+        "_candidates",
+        "_context",
+        "_in_flight",
+        "_is_advancing",
+        "_measurements",
         "_missing",
-        "_out",
+        "_outputs_left",
         "_owner",
         "_ready",
         "_receiver",
         "_route",
-        "_seen",
-        "_settled",
         "_values",
         "arrived",
-        "call",
         "is_over",
         "plan",
+        "request",
     )
 
     def __init__(
         self,
-        owner: Owner,
+        owner: RunOwner,
         plan: EnsemblePlan,
-        call: InferenceRequest,
+        request: InferenceRequest,
         receiver: Receiver,
         *,
         arrived: float,
@@ -76,201 +76,208 @@ class Run:
     ) -> None:
         self._owner = owner
         self.plan = plan
-        self.call = call
+        self.request = request
         self.arrived = arrived
         self._receiver = receiver
-        asked = call.parameters
-        # `timeout` is in `expires`, which holds for all steps together.
-        said = NONE if asked is NONE else replace(asked, timeout_us=0, explain=False)
-        self._asked = Asked(said, call.source, call.check, expires, tenant)
-        self._route = plan.route(call.outputs)
-        self._left = len(self._route.targets)
+        parameters = request.parameters
+        # `expires` includes `timeout`, and holds for all steps together.
+        step_parameters = NONE if parameters is NONE else replace(parameters, timeout_us=0, explain=False)
+        self._context = RequestContext(step_parameters, request.source, request.check, expires, tenant)
+        self._route = plan.route(request.outputs)
+        self._outputs_left = len(self._route.targets)
         self._missing = list(self._route.missing)
+        # By slot.
         self._values: list[Value | Skipped | None] = [None] * len(plan.specs)
-        self._settled: dict[
-            int, list[Value | Skipped | None]
-        ] = {}  # What each step gave, where several may give a tensor.
+        # By slot, where several steps may produce the tensor: the value of each producer.
+        self._candidates: dict[int, list[Value | Skipped | None]] = {}
         self._ready: deque[int] = deque()
-        self._out: set[StepCall | FanOut] = set()
-        self._seen: dict[int, Seen] = {}
-        self._is_going = False
+        self._in_flight: set[StepCall | FanOut] = set()
+        self._measurements: dict[int, StepMeasurements] = {}
+        self._is_advancing = False
         self.is_over = False
 
     def begin(self) -> None:
-        """Starts. The receiver may be told before this returns."""
-        plan, given = self.plan, self.call.inputs
-        self._is_going = True
+        """Start the steps that need inputs only. The receiver may be called before this method returns."""
+        plan, inputs = self.plan, self.request.inputs
+        self._is_advancing = True
         for spec in plan.completed.signature.inputs:
-            self._put(plan.places[spec.name], given.get(spec.name, SKIPPED))
-        self._is_going = False
-        self._go_on()
+            self._store(plan.slots[spec.name], inputs.get(spec.name, SKIPPED))
+        self._is_advancing = False
+        self._advance()
 
     def abandon(self) -> None:
-        """Nobody waits for the answer any more."""
+        """Cancel all step calls in flight; the receiver is not called any more."""
         self.is_over = True
-        for work in self._out:
+        for work in self._in_flight:
             work.abandon()
-        self._out.clear()
+        self._in_flight.clear()
 
     @property
     def is_waiting(self) -> bool:
-        """Whether nothing of it was executed, and nothing is."""
-        return not self._seen and all(work.is_waiting for work in self._out)
+        """True while no step's execution has begun."""
+        return not self._measurements and all(work.is_waiting for work in self._in_flight)
 
-    # Forward
+    # Start steps and store their outputs
 
-    def _go_on(self) -> None:
-        if self._is_going:  # Something was answered at once: the loop below goes on.
+    def _advance(self) -> None:
+        """Start all ready steps; finish when all requested outputs are known."""
+        # A step was answered before its `start` returned: the loop below continues.
+        if self._is_advancing:
             return
-        self._is_going = True
+        self._is_advancing = True
         try:
             while self._ready and not self.is_over:
-                self._take(self._ready.popleft())
+                index = self._ready.popleft()
+                step = self.plan.steps[index]
+                try:
+                    self._start_step(index, step)
+                except Exception as err:
+                    self._fail(step, err)
         finally:
-            self._is_going = False
-        if not self._left and not self.is_over:
+            self._is_advancing = False
+        if not self._outputs_left and not self.is_over:
             self._finish()
 
-    def _take(self, index: int) -> None:
-        step = self.plan.steps[index]
-        try:
-            self._start(index, step)
-        except Exception as err:
-            self._fail(step, err)
-
-    def _start(self, index: int, step: PlannedStep) -> None:
+    def _start_step(self, index: int, step: PlannedStep) -> None:
+        """Call the step's model, or skip the step: its condition is false, or a required input was skipped."""
         if step.step.when and not self._holds(step):
             self._skip(index, step)
             return
-        given: list[tuple[Feed, Value]] = []
+        inputs: list[tuple[Feed, Value]] = []
         for feed in step.feeds:
-            value = self._values[feed.place]
+            value = self._values[feed.slot]
             if isinstance(value, Skipped) or value is None:
                 if feed.spec.is_optional and not feed.by_row:
                     continue
                 self._skip(index, step)
                 return
-            given.append((feed, value))
+            inputs.append((feed, value))
         if step.step.each:
-            self._start_rows(index, step, given)
+            self._start_rows(index, step, inputs)
             return
-        call = feeding.whole_call(step, given, self._asked.parameters, self._asked.source)
-        if call is None:
-            self._give(index, step, feeding.none(step))
+        request = feeding.whole_request(step, inputs, self._context.parameters, self._context.source)
+        if request is None:
+            self._store_outputs(index, step, feeding.outputs_without_rows(step))
             return
-        work = StepCall(self, index, step.version, call)
-        self._out.add(work)
-        work.start(self._asked.expires, self._asked.tenant, self._asked.check)
+        call = StepCall(self, index, step.version, request)
+        self._in_flight.add(call)
+        call.start(self._context.expires, self._context.tenant, self._context.check)
 
-    def _start_rows(self, index: int, step: PlannedStep, given: feeding.Given) -> None:
-        split, rows = feeding.by_row(given)
+    def _start_rows(self, index: int, step: PlannedStep, inputs: feeding.StepInputs) -> None:
+        split, rows = feeding.split_rows(inputs)
         if not rows:
-            self._give(index, step, feeding.none(step))
+            self._store_outputs(index, step, feeding.outputs_without_rows(step))
             return
-        fan = FanOut(self, index, step, split, rows, self._asked, self.plan.graph.rows_in_flight)
-        self._out.add(fan)
+        fan = FanOut(self, index, step, split, rows, self._context, self.plan.graph.rows_in_flight)
+        self._in_flight.add(fan)
         fan.start()
 
     def _holds(self, step: PlannedStep) -> bool:
+        """Return True when the step's condition holds; False when one of its tensors was skipped."""
         for comparison in step.step.when:
-            place = step.looks_at[comparison.tensor]
-            value = self._values[place]
+            slot = step.condition_slots[comparison.tensor]
+            value = self._values[slot]
             if value is None or isinstance(value, Skipped):
                 return False
             try:
-                if not comparison.holds(value, self.plan.specs[place].datatype):
+                if not comparison.holds(value, self.plan.specs[slot].datatype):
                     return False
             except Undecided as err:
-                raise InvalidArgument(f"{err}: send these rows apart") from err
+                raise InvalidArgument(f"{err}: send these rows in separate requests") from err
         return True
 
     def _skip(self, index: int, step: PlannedStep) -> None:
-        self._give(index, step, [SKIPPED] * len(step.wanted))
+        self._store_outputs(index, step, [SKIPPED] * len(step.outputs))
 
-    def _give(self, index: int, step: PlannedStep, outputs: Sequence[Value | Skipped]) -> None:
-        for place, value in zip(step.places, outputs, strict=True):
-            givers = self.plan.givers[place]
-            if len(givers) == 1:
-                self._put(place, value)
+    def _store_outputs(self, index: int, step: PlannedStep, outputs: Sequence[Value | Skipped]) -> None:
+        for slot, value in zip(step.output_slots, outputs, strict=True):
+            producers = self.plan.producers[slot]
+            if len(producers) == 1:
+                self._store(slot, value)
             else:
-                self._put_first(place, givers, index, value)
+                self._store_candidate(slot, producers, index, value)
 
-    def _put_first(self, place: int, givers: tuple[int, ...], index: int, value: Value | Skipped) -> None:
-        """What the first giver gave that was not skipped, as soon as that is known."""
-        settled = self._settled.setdefault(place, [None] * len(givers))
-        settled[givers.index(index)] = value
-        if self._values[place] is not None:
+    def _store_candidate(self, slot: int, producers: tuple[int, ...], index: int, value: Value | Skipped) -> None:
+        """Store the value of the first producer that was not skipped, once all producers before it were skipped."""
+        candidates = self._candidates.setdefault(slot, [None] * len(producers))
+        candidates[producers.index(index)] = value
+        if self._values[slot] is not None:
             return
-        for found in settled:
-            if found is None:
+        for candidate in candidates:
+            if candidate is None:
                 return
-            if not isinstance(found, Skipped):
-                self._put(place, found)
+            if not isinstance(candidate, Skipped):
+                self._store(slot, candidate)
                 return
-        self._put(place, SKIPPED)
+        self._store(slot, SKIPPED)
 
-    def _put(self, place: int, value: Value | Skipped) -> None:
-        self._values[place] = value
-        if place in self._route.targets:
-            self._left -= 1
+    def _store(self, slot: int, value: Value | Skipped) -> None:
+        """Store a tensor; steps whose last missing tensor it is become ready."""
+        self._values[slot] = value
+        if slot in self._route.targets:
+            self._outputs_left -= 1
         missing, steps = self._missing, self._route.steps
-        for index in self.plan.takers[place]:
+        for index in self.plan.consumers[slot]:
             missing[index] -= 1
             if not missing[index] and index in steps:
                 self._ready.append(index)
 
-    # Back
+    # Receive results
 
-    def came(self, call: StepCall, answer: InferenceResult) -> None:
-        self._out.discard(call)
+    def step_answered(self, call: StepCall, result: InferenceResult) -> None:
+        self._in_flight.discard(call)
         index, step = call.index, self.plan.steps[call.index]
         try:
-            feeding.checked(step, answer.outputs)
+            feeding.check_outputs(step, result.outputs)
         except Exception as err:
             self._fail(step, err)
             return
-        seen = self._seen[index] = Seen()
-        seen.add(answer)
-        self._give(index, step, list(answer.outputs))
-        self._go_on()
+        measured = self._measurements[index] = StepMeasurements()
+        measured.add(result)
+        self._store_outputs(index, step, list(result.outputs))
+        self._advance()
 
-    def failed(self, call: StepCall, error: BaseException) -> None:
-        self._out.discard(call)
+    def step_failed(self, call: StepCall, error: BaseException) -> None:
+        self._in_flight.discard(call)
         self._fail(self.plan.steps[call.index], error)
 
-    def gathered(self, fan: FanOut, outputs: list[Value]) -> None:
-        self._out.discard(fan)
-        self._seen[fan.index] = fan.seen
-        self._give(fan.index, fan.step, outputs)
-        self._go_on()
+    def rows_answered(self, fan: FanOut, outputs: list[Value]) -> None:
+        self._in_flight.discard(fan)
+        self._measurements[fan.index] = fan.measurements
+        self._store_outputs(fan.index, fan.step, outputs)
+        self._advance()
 
     def row_failed(self, fan: FanOut, error: BaseException) -> None:
-        self._out.discard(fan)
+        self._in_flight.discard(fan)
         self._fail(fan.step, error)
 
     # End
 
     def _finish(self) -> None:
+        request = self.request
         try:
-            outputs = [answering.output(self.plan, self.call, self._values, wanted) for wanted in self.call.outputs]
+            outputs = [
+                answering.output_tensor(self.plan, request, self._values, requested) for requested in request.outputs
+            ]
         except Exception as err:
-            self._end(named(err, f"in ensemble '{self.plan.graph.name}'"))
+            self._end(located(err, f"in ensemble '{self.plan.graph.name}'"))
             return
-        answer = answering.answer(self.plan, self.call, outputs, self._seen)
-        self._owner.count(self, answer)
-        self._end(answer)
+        result = answering.ensemble_result(self.plan, request, outputs, self._measurements)
+        self._owner.record(self, result)
+        self._end(result)
 
     def _fail(self, step: PlannedStep, error: BaseException) -> None:
         if not self.is_over:
-            self._end(named(error, f"in ensemble '{self.plan.graph.name}', {step.title}"))
+            self._end(located(error, f"in ensemble '{self.plan.graph.name}', {step.title}"))
 
     def _end(self, outcome: InferenceResult | BaseException) -> None:
         self.abandon()
-        self._owner.forget(self)
+        self._owner.release(self)
         try:
             if isinstance(outcome, InferenceResult):
                 self._receiver.answered(outcome)
             else:
                 self._receiver.failed(outcome)
-        except Exception:  # One caller's trouble is no other's.
-            log.exception("ensemble %s: an answer could not be given", self.plan.graph.name)
+        except Exception:
+            # An error in one caller's receiver must not affect other requests.
+            log.exception("ensemble %s: a result could not be delivered", self.plan.graph.name)

@@ -1,4 +1,4 @@
-"""One call of a step's model: to its scheduler, or to its response cache when it has one."""
+"""One call of a step's model, through its scheduler, or through its response cache when the model has one."""
 
 from __future__ import annotations
 
@@ -17,63 +17,67 @@ from shoal.errors import ShoalError
 Check: TypeAlias = Callable[[str, InferenceRequest], Awaitable[InferenceRequest]]
 
 
-class StepDelivery(Protocol):
-    """Who waits for a step's call. Exactly one of these is called, on the loop, once, maybe before `start` returns."""
+class StepReceiver(Protocol):
+    """Receiver of one step call's outcome.
 
-    def came(self, call: StepCall, answer: InferenceResult) -> None: ...
+    A call invokes exactly one of these methods once, on the event loop, possibly before `StepCall.start` returns.
+    """
 
-    def failed(self, call: StepCall, error: BaseException) -> None: ...
+    def step_answered(self, call: StepCall, result: InferenceResult) -> None: ...
+
+    def step_failed(self, call: StepCall, error: BaseException) -> None: ...
 
 
 class StepCall:
-    """A `queue.Receiver`."""
+    """One request to one version of a step's model. Implements `queue.Receiver`."""
 
-    __slots__ = ("_began", "_is_over", "_task", "_ticket", "call", "index", "told", "version")
+    __slots__ = ("_is_over", "_receiver", "_started_ns", "_task", "_ticket", "index", "request", "version")
 
-    def __init__(self, told: StepDelivery, index: int, version: StepVersion, call: InferenceRequest) -> None:
-        """`index` is for `told` to know it by."""
-        self.told = told
+    def __init__(self, receiver: StepReceiver, index: int, version: StepVersion, request: InferenceRequest) -> None:
+        """Store the call; `index` lets `receiver` identify it."""
+        self._receiver = receiver
         self.index = index
         self.version = version
-        self.call = call
+        self.request = request
         self._ticket: Ticket = None
         self._task: asyncio.Task[Any] | None = None
         self._is_over = False
 
     def start(self, expires: float, tenant: str, check: Check | None) -> None:
-        """Begins. It does not begin at or after `expires`, on the server's clock.
+        """Start the call. The model does not begin its execution at or after `expires`, on the server's clock.
 
         Args:
-            check: asked first, of a retry. Gives the call as it may be run, or raises.
+            check: for a retry: returns the request as it may be executed, or raises. Awaited before the execution.
         """
-        self._began = perf_counter_ns()
+        self._started_ns = perf_counter_ns()
         if check is not None or self.version.response_cache is not None:
-            self._task = asyncio.create_task(self._long(expires, tenant, check), name="step-call")
+            self._task = asyncio.create_task(self._run(expires, tenant, check), name="step-call")
             return
         try:
-            self._ticket = self.version.scheduler.start(self.call, expires, tenant, self)
+            self._ticket = self.version.scheduler.start(self.request, expires, tenant, self)
         except Exception as err:
             self.failed(err)
 
-    async def _long(self, expires: float, tenant: str, check: Check | None) -> None:
+    async def _run(self, expires: float, tenant: str, check: Check | None) -> None:
         try:
-            answer = await self._answer(expires, tenant, check)
+            result = await self._result(expires, tenant, check)
         except Exception as err:
             self.failed(err)
         else:
-            self.answered(answer)
+            self.answered(result)
 
-    async def _answer(self, expires: float, tenant: str, check: Check | None) -> InferenceResult:
-        call, cache = self.call, self.version.response_cache
+    async def _result(self, expires: float, tenant: str, check: Check | None) -> InferenceResult:
+        request, cache = self.request, self.version.response_cache
         if check is not None:
-            call = replace(await check(self.version.name, call), check=check)
+            request = replace(await check(self.version.name, request), check=check)
         if cache is None:
-            return await self.version.scheduler.submit(call, expires, tenant)
-        answer, _ = await cache.answer(call, call.source.parameters if call.source is not None else {}, expires, tenant)
-        return answer
+            return await self.version.scheduler.submit(request, expires, tenant)
+        wire_parameters = request.source.parameters if request.source is not None else {}
+        result, _ = await cache.answer(request, wire_parameters, expires, tenant)
+        return result
 
     def abandon(self) -> None:
-        """Nobody waits any more. Nothing happens when it is over."""
+        """Cancel the call; its receiver is not called any more. Does nothing after the call has ended."""
         if self._is_over:
             return
         self._is_over = True
@@ -84,23 +88,24 @@ class StepCall:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether its execution has not begun."""
-        return not self._is_over and self._task is None and self.version.scheduler.is_waiting(self.call)
+        """True while the execution of the call has not begun."""
+        return not self._is_over and self._task is None and self.version.scheduler.is_waiting(self.request)
 
-    def answered(self, answer: InferenceResult) -> None:
+    def answered(self, result: InferenceResult) -> None:
         if not self._is_over:
             self._is_over = True
-            self.told.came(self, answer)
+            self._receiver.step_answered(self, result)
 
     def failed(self, error: BaseException) -> None:
         if not self._is_over:
             self._is_over = True
-            self.version.statistics.failed(perf_counter_ns() - self._began)
-            self.told.failed(self, error)
+            self.version.statistics.failed(perf_counter_ns() - self._started_ns)
+            self._receiver.step_failed(self, error)
 
 
-def named(error: BaseException, where: str) -> BaseException:
-    """An error of a step as the ensemble's caller sees it: the same status, and `where` it was."""
+def located(error: BaseException, where: str) -> BaseException:
+    """Return a step's error for the ensemble's caller: the same status, and `where` before the message."""
+    # Unexpected errors keep their type: the log gets the details, the caller gets a fixed text.
     if not isinstance(error, ShoalError):
-        return error  # Unexpected: the log is told everything, the caller little.
+        return error
     return type(error)(f"{where}: {error.message}", retry_after_ms=error.retry_after_ms)

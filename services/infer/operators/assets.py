@@ -1,4 +1,4 @@
-"""The files that an operation needs: in the version's folder, or beside the model's configuration."""
+"""Files that an operation needs: in the version's folder, or beside the model's configuration."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ from services.infer.error_text import listed, quoted
 from services.infer.model_files.wanted_models import read_bytes, read_text
 from shoal.errors import FailedPrecondition
 
+# A tokenizer of a quarter of a million tokens has about twenty megabytes.
 _MAX_BYTES = 64 << 20
-# A tokenizer of a quarter of a million tokens has some twenty megabytes.
 
 
 class Assets:
-    """Reads files by name."""
+    """Reader of files by name."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        """Looks in these, the first one first."""
+        """Store the folders to search; an earlier folder takes precedence."""
         self._folders = tuple(folders)
 
     def has(self, name: str) -> bool:
         return any((folder / name).is_file() for folder in self._folders)
 
     def text(self, name: str) -> str:
-        """Raises FailedPrecondition when it is not there, not UTF-8, too large, or no plain file."""
+        """Return the text of a file.
+
+        Raises:
+            FailedPrecondition: the file is missing, not UTF-8, too large, or not a plain file.
+        """
         return read_text(self._file(name), _MAX_BYTES)
 
     def data(self, name: str) -> bytes:
-        """As `text`."""
+        """Return the bytes of a file. Raises FailedPrecondition as `text`."""
         return read_bytes(self._file(name), _MAX_BYTES)
 
     def lines(self, name: str) -> list[str]:
-        """The lines of a text, without what ends them; spaces count, and so do empty lines but for the last."""
+        """Return the lines of a text without line endings. Keeps spaces, and empty lines except the last."""
         text = self.text(name)
         lines = text.split("\n")
         if lines[-1] == "":
@@ -40,7 +44,7 @@ class Assets:
         return [line.removesuffix("\r") for line in lines]
 
     def first(self, names: Sequence[str]) -> str:
-        """The first of these that is there. Raises FailedPrecondition when none is."""
+        """Return the first of these names that exists. Raises FailedPrecondition when none does."""
         found = next((name for name in names if self.has(name)), None)
         if found is None:
             raise FailedPrecondition(f"none of the files {listed(names)} is in the version's folder")

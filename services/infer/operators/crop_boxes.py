@@ -1,8 +1,8 @@
-"""Boxes cut out of images: a list of crops, each of its own size.
+"""Operation `crop_boxes`: boxes cut out of images, as a list of crops with a size of their own.
 
-Quadrilaterals are warped to rectangles as wide as the longer of their two horizontal sides and as high as the longer of
-their two vertical ones; what is much higher than wide is turned, because it is text that runs down. Axis-aligned boxes
-are cut. A warp's pixels are OpenCV's (cubic, edges repeated), as the package `rapidocr-onnxruntime` has them.
+A quadrilateral is warped to a rectangle: as wide as its longer horizontal side, as high as its longer vertical side.
+A crop that is much higher than wide is turned, because it is vertical text. An axis-aligned box is cut. Warping is
+OpenCV's (cubic, edges repeated), as in the package `rapidocr-onnxruntime`.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ import numpy as np
 from pydantic import Field
 
 from services.infer.operators import extras
-from services.infer.operators.operation import Results, Setting, Unfit, spec
+from services.infer.operators.operation import OperationContext, Results, Unfit, spec
 from services.infer.operators.parameters import Parameters
 from services.infer.requests.ragged import Value, rows
 from services.infer.requests.tensors import Tensor
 
 
 class CropBoxesParameters(Parameters):
-    """Of `crop_boxes`."""
+    """Parameters of `crop_boxes`."""
 
     corners: bool = True
     """Boxes are four corners [4, 2], clockwise from the top left; else [x0, y0, x1, y1]."""
     turn_from: float = Field(1.5, ge=0)
-    """Crops this many times as high as wide are turned by 90 degrees, to the left; 0: none is."""
+    """Crops at least this many times as high as wide are turned by 90 degrees to the left; 0: no crop is turned."""
     max_boxes: int = Field(1000, ge=1, le=100_000)
-    """Of all images of a call."""
+    """Limit for all images of a request together."""
     max_pixels: int = Field(40_000_000, ge=1, le=1_000_000_000)
-    """Of all crops of a call."""
+    """Limit for all crops of a request together."""
 
 
 class CropBoxes:
-    """UINT8 images and FP32 boxes, a list for each image, to crops one after the other, and whose each is."""
+    """UINT8 images and FP32 boxes, a list for each image, to the crops and the image's index for each crop."""
 
     is_batched = False
     only_computes = False
     outputs = (spec("crops", "UINT8", -1, -1, 3, ragged=True), spec("row", "INT32"))
 
-    def __init__(self, parameters: CropBoxesParameters, setting: Setting) -> None:
+    def __init__(self, parameters: CropBoxesParameters, context: OperationContext) -> None:
         self._cv2 = extras.opencv()
-        self._asked, self._threads = parameters, setting.threads
+        self._parameters, self._threads = parameters, context.threads
         dims = (4, 2) if parameters.corners else (4,)
         self.inputs = (
             spec("image", "UINT8", -1, -1, 3, ragged=True),
@@ -54,23 +54,23 @@ class CropBoxes:
             crops = self._crops(images, boxes)
         except Unfit as err:
             return Results({"crops": [], "row": np.empty(0, np.int32)}, {0: str(err)})
-        row = np.repeat(np.arange(len(images), dtype=np.int32), [len(each) for each in boxes])
+        row = np.repeat(np.arange(len(images), dtype=np.int32), [len(of_image) for of_image in boxes])
         return Results({"crops": crops, "row": row})
 
     def example(self) -> Mapping[str, Value]:
         corners = np.array([[[0, 0], [4, 0], [4, 2], [0, 2]]], np.float32)
-        boxes = corners if self._asked.corners else corners[:, ::2].reshape(1, 4)
+        boxes = corners if self._parameters.corners else corners[:, ::2].reshape(1, 4)
         return {"image": [np.zeros((4, 6, 3), np.uint8)], "boxes": [boxes]}
 
     def _crops(self, images: list[Tensor], boxes: list[Tensor]) -> list[Tensor]:
         self._check(images, boxes)
-        wanted = [(image, box) for image, each in zip(images, boxes, strict=True) for box in each]
-        sizes = [self._size(image, box) for image, box in wanted]
+        pairs = [(image, box) for image, of_image in zip(images, boxes, strict=True) for box in of_image]
+        sizes = [self._size(image, box) for image, box in pairs]
         pixels = sum(height * width for height, width in sizes)
-        if pixels > self._asked.max_pixels:
-            raise Unfit(f"input 'boxes': crops of {pixels} pixels, more than max_pixels, {self._asked.max_pixels}")
-        cut = self._warped if self._asked.corners else self._cut
-        return self._threads.map(lambda work: cut(*work[0], work[1]), list(zip(wanted, sizes, strict=True)))
+        if pixels > self._parameters.max_pixels:
+            raise Unfit(f"input 'boxes': crops of {pixels} pixels, more than max_pixels, {self._parameters.max_pixels}")
+        cut = self._warped if self._parameters.corners else self._cut
+        return self._threads.map(lambda work: cut(*work[0], work[1]), list(zip(pairs, sizes, strict=True)))
 
     def _check(self, images: list[Tensor], boxes: list[Tensor]) -> None:
         if len(images) != len(boxes):
@@ -78,17 +78,18 @@ class CropBoxes:
                 f"input 'boxes' has {len(boxes)} rows, input 'image' {len(images)}: expected one for each image"
             )
         count = sum(map(len, boxes))
-        if count > self._asked.max_boxes:
-            raise Unfit(f"input 'boxes': {count} boxes, more than max_boxes, {self._asked.max_boxes}")
-        if not all(np.isfinite(each).all() for each in boxes):
+        if count > self._parameters.max_boxes:
+            raise Unfit(f"input 'boxes': {count} boxes, more than max_boxes, {self._parameters.max_boxes}")
+        if not all(np.isfinite(of_image).all() for of_image in boxes):
             raise Unfit("input 'boxes': expected numbers, got NaN or infinite ones")
         if any(not image.size for image in images):
             raise Unfit("input 'image' has no pixels")
 
     def _size(self, image: Tensor, box: Tensor) -> tuple[int, int]:
-        """Height and width of a crop. Raises Unfit when it has no area."""
-        if self._asked.corners:
-            box = box.astype(np.float64)  # Of any numbers: squares of large ones are no FP32.
+        """Return the height and width of a crop. Raises Unfit when the crop has no area."""
+        if self._parameters.corners:
+            # Callers send any numbers, and squares of large ones overflow FP32.
+            box = box.astype(np.float64)
             width = int(max(np.linalg.norm(box[0] - box[1]), np.linalg.norm(box[2] - box[3])))
             height = int(max(np.linalg.norm(box[0] - box[3]), np.linalg.norm(box[1] - box[2])))
         else:
@@ -114,12 +115,12 @@ class CropBoxes:
         return self._turned(image[top:bottom, left:right].copy())
 
     def _turned(self, crop: Tensor) -> Tensor:
-        is_turned = self._asked.turn_from and crop.shape[0] / crop.shape[1] >= self._asked.turn_from
+        is_turned = self._parameters.turn_from and crop.shape[0] / crop.shape[1] >= self._parameters.turn_from
         return np.rot90(crop) if is_turned else crop
 
 
 def _within(box: Tensor, image: Tensor) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom: whole pixels that the box touches, in the image."""
+    """Return left, top, right and bottom of the whole pixels in the image that the box touches."""
     height, width = image.shape[:2]
     left, top = (max(int(np.floor(min(max(value, -1), 1 << 30))), 0) for value in box[:2])
     right, bottom = (int(np.ceil(min(max(value, -1), 1 << 30))) for value in box[2:])

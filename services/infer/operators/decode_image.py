@@ -1,7 +1,7 @@
-"""Images as they are stored (JPEG, PNG, WebP, BMP) to pixels.
+"""Operation `decode_image`: JPEG, PNG, WebP and BMP files to pixels.
 
-OpenCV decodes: it gives Pillow's pixels bit for bit (both stand on libjpeg-turbo), takes half to a quarter of the time
-for JPEG, lets go of the interpreter's lock, and refuses what is truncated.
+OpenCV decodes. Its pixels equal Pillow's bit for bit (both use libjpeg-turbo), JPEG takes half to a quarter of
+Pillow's time, and OpenCV releases the interpreter's lock and rejects truncated files.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from services.infer.operators import extras, image_header
-from services.infer.operators.operation import Results, Setting, Unfit, each, spec
+from services.infer.operators.operation import OperationContext, Results, Unfit, map_rows, spec
 from services.infer.operators.parameters import Names, Parameters
 from services.infer.requests.ragged import Value, rows
 from services.infer.requests.tensors import Tensor
 
-_NOTHING: Tensor = np.zeros((1, 1, 3), np.uint8)
+_PLACEHOLDER: Tensor = np.zeros((1, 1, 3), np.uint8)
 
 
 class DecodeImageParameters(Parameters):
-    """Of `decode_image`."""
+    """Parameters of `decode_image`."""
 
     color: Literal["rgb", "bgr"] = "rgb"
     orientation: Literal["apply", "ignore"] = "apply"
-    """Whether an image is turned as its EXIF data say."""
+    """apply: an image is turned according to its EXIF data."""
     max_pixels: int = Field(40_000_000, ge=1, le=1_000_000_000)
     formats: Names = image_header.FORMATS
 
@@ -46,16 +46,16 @@ class DecodeImage:
     inputs = (spec("image", "BYTES", 1),)
     outputs = (spec("image", "UINT8", -1, -1, 3, ragged=True), spec("size", "INT32", 2))
 
-    def __init__(self, parameters: DecodeImageParameters, setting: Setting) -> None:
+    def __init__(self, parameters: DecodeImageParameters, context: OperationContext) -> None:
         self._cv2 = cv2 = extras.opencv()
-        self._parameters, self._threads = parameters, setting.threads
+        self._parameters, self._threads = parameters, context.threads
         self._flags = cv2.IMREAD_COLOR_RGB if parameters.color == "rgb" else cv2.IMREAD_COLOR
         if parameters.orientation == "ignore":
             self._flags |= cv2.IMREAD_IGNORE_ORIENTATION
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
         data = [row.item() for row in rows(inputs["image"])]
-        images, unfit = each(data, self._decoded, self._threads, _NOTHING)
+        images, unfit = map_rows(data, self._decode, self._threads, _PLACEHOLDER)
         sizes = np.array([image.shape[:2] for image in images], np.int32).reshape(-1, 2)
         return Results({"image": images, "size": sizes}, unfit)
 
@@ -63,8 +63,8 @@ class DecodeImage:
         image = self._cv2.imencode(f".{self._parameters.formats[0]}", np.zeros((2, 2, 3), np.uint8))[1]
         return {"image": np.array([[image.tobytes()]], object)}
 
-    def _decoded(self, data: bytes) -> Tensor:
-        form = self._checked(data)
+    def _decode(self, data: bytes) -> Tensor:
+        form = self._check_header(data)
         try:
             image: Any = self._cv2.imdecode(np.frombuffer(data, np.uint8), self._flags)
         except self._cv2.error as err:
@@ -74,8 +74,8 @@ class DecodeImage:
         decoded: Tensor = image
         return decoded
 
-    def _checked(self, data: bytes) -> str:
-        """The format. Raises Unfit when it is none that is decoded, or the image is too large."""
+    def _check_header(self, data: bytes) -> str:
+        """Return the name of the format. Raises Unfit when the format is not accepted or the image is too large."""
         formats, limit = self._parameters.formats, self._parameters.max_pixels
         expected = ", ".join(formats)
         if not data:

@@ -1,9 +1,9 @@
-"""Where an operation computes: on the host, or on a GPU. The arrays' place says which version of a kernel runs.
+"""Devices of operations: the host, or one GPU. The arrays' device selects the version of a kernel.
 
-    host arrays ──put──> kernel ──give──> Resident: for the next step there, or fetched by the session
-    Residents ────put──┘        └──get──> host arrays
+    host arrays ──to_device──> kernel ──to_value──> Resident: for the next step on the GPU, or fetched by the session
+    Residents ────to_device──┘        └──to_host──> host arrays
 
-On the host nothing is copied, and nothing is a Resident.
+On the host, arrays are passed on without a copy, and without a Resident.
 """
 
 from __future__ import annotations
@@ -19,69 +19,69 @@ from services.infer.requests.tensors import Tensor
 from services.infer.runtimes.gpu_stream import GpuStream
 
 
-class DeviceSlot(Protocol):
-    """The host, or a GPU. What it is given and gives is used within `computing`."""
+class OperationDevice(Protocol):
+    """The host, or one GPU. All methods but `computing` are called within `computing`."""
 
     @property
     def gpus(self) -> tuple[int, ...]: ...
 
     @property
-    def lane(self) -> GpuStream | None:
-        """None: the host."""
+    def stream(self) -> GpuStream | None:
+        """The GPU's stream; None: the host."""
 
     def computing(self) -> AbstractContextManager[Any]:
-        """Around all that is done there, on the thread that does it: which GPU is meant is said for each thread."""
+        """Return the context for all work on the device. Entered on the working thread: CUDA's device is per thread."""
 
-    def put(self, array: Value) -> Any:
-        """The tensor where the kernel wants it, contiguous."""
+    def to_device(self, array: Value) -> Any:
+        """Return the tensor on the device, contiguous, as a kernel needs it."""
 
-    def give(self, array: Any) -> Value:
-        """A result as it is passed on."""
+    def to_value(self, array: Any) -> Value:
+        """Return a kernel's result as an output value: it stays on the device."""
 
-    def get(self, array: Any) -> Tensor:
-        """A result on the host. Waits for what computes it."""
+    def to_host(self, array: Any) -> Tensor:
+        """Return a kernel's result on the host. Waits for the kernel."""
 
 
 class Host:
-    """Nothing is copied."""
+    """The host: arrays are passed on without a copy."""
 
     gpus: tuple[int, ...] = ()
-    lane: GpuStream | None = None
+    stream: GpuStream | None = None
 
     def computing(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def put(self, array: Value) -> Any:
+    def to_device(self, array: Value) -> Any:
         return np.ascontiguousarray(array)
 
-    def give(self, array: Any) -> Value:
+    def to_value(self, array: Any) -> Value:
         result: Tensor = array
         return result
 
-    def get(self, array: Any) -> Tensor:
+    def to_host(self, array: Any) -> Tensor:
         result: Tensor = array
         return result
 
 
 class Gpu:
-    """A lane."""
+    """One GPU, used through its stream."""
 
-    def __init__(self, lane: GpuStream) -> None:
-        self.lane: GpuStream | None = lane
-        self._lane = lane
-        self.gpus: tuple[int, ...] = (lane.gpu,)
+    def __init__(self, stream: GpuStream) -> None:
+        self.stream: GpuStream | None = stream
+        self._stream = stream
+        self.gpus: tuple[int, ...] = (stream.gpu,)
 
     def computing(self) -> AbstractContextManager[Any]:
-        return self._lane.using()
+        return self._stream.using()
 
-    def put(self, array: Value) -> Any:
+    def to_device(self, array: Value) -> Any:
         if is_resident(array):
-            return self._lane.memory.contiguous(cast("Resident", array).array)
-        return self._lane.uploaded(np.asarray(array))
+            return self._stream.memory.contiguous(cast("Resident", array).array)
+        return self._stream.uploaded(np.asarray(array))
 
-    def give(self, array: Any) -> Value:
-        # To all that pass it on it is a tensor: it has a shape, a datatype and rows.
-        return cast("Tensor", Resident(array, self._lane))
+    def to_value(self, array: Any) -> Value:
+        # A Resident has a shape, a datatype and rows: code that only passes it on treats it as a tensor.
+        return cast("Tensor", Resident(array, self._stream))
 
-    def get(self, array: Any) -> Tensor:
-        return self._lane.fetched([array])[0]
+    def to_host(self, array: Any) -> Tensor:
+        return self._stream.fetched([array])[0]

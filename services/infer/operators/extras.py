@@ -1,4 +1,4 @@
-"""Packages that only some operations need: imported when one of those is loaded, and named when they are missing."""
+"""Optional packages of some operations: imported when such an operation is loaded; the error names a missing one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from shoal.errors import FailedPrecondition
 
 @cache
 def opencv() -> Any:
-    """OpenCV. Raises FailedPrecondition when it is not installed."""
+    """Return the module of OpenCV. Raises FailedPrecondition when OpenCV is not installed."""
     cv2 = _imported("cv2", "vision", "OpenCV")
-    # Rows run side by side already: threads of its own within one would only get in their way.
+    # Rows run in parallel already: OpenCV's own threads within one row would compete with them.
     cv2.setNumThreads(1)
-    # What it says of a broken image is said to the caller, in our words.
+    # The caller gets an error for a damaged image; OpenCV's log lines repeat it.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return cv2
 
 
 @cache
 def tokenizers() -> Any:
-    """Hugging Face's tokenizers. Raises FailedPrecondition when they are not installed."""
-    # Its own threads are as many as there are cores, for each call: a model's executions have theirs.
+    """Return the module of Hugging Face's tokenizers. Raises FailedPrecondition when the package is not installed."""
+    # Rows run in parallel already; the package would start a thread for each core, for each execution.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return _imported("tokenizers", "text", "tokenizers")
 

@@ -1,7 +1,7 @@
-"""What the first bytes of an image say: its format, and how large it is, before anything is decoded.
+"""Image headers: format and size from the first bytes of a file, without decoding.
 
-A few hundred bytes can claim a gigapixel: who decodes first and measures then has spent the memory. So the size is read
-here, from the headers of the four formats that are decoded.
+A few hundred bytes can claim a gigapixel, and a decoder allocates the memory before the size is known. So the size is
+read here, from the headers of the four formats that are decoded.
 
 Formats: JPEG (ITU-T T.81, B.1), PNG (W3C, 11.2.2), WebP (RFC 9649), BMP (BITMAPINFOHEADER and BITMAPCOREHEADER).
 """
@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 FORMATS = ("jpeg", "png", "webp", "bmp")
 
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Markers of JPEG that begin a frame and carry its size.
-_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
-# Markers without a segment behind them.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Markers of JPEG that no segment follows.
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
 class Header(NamedTuple):
@@ -26,7 +26,7 @@ class Header(NamedTuple):
 
 
 def read(data: bytes) -> Header | None:
-    """The header; None when the bytes begin none of the four formats, or end before the size."""
+    """Return the header; None for bytes of another format, or bytes that end before the size."""
     try:
         if data[:3] == b"\xff\xd8\xff":
             return _jpeg(data)
@@ -44,7 +44,7 @@ def read(data: bytes) -> Header | None:
 def _jpeg(data: bytes) -> Header | None:
     at = 2
     while True:
-        # Any number of fill bytes may come before a marker.
+        # Any number of fill bytes may precede a marker.
         at = data.index(b"\xff", at) if data[at] != 0xFF else at
         while data[at] == 0xFF:
             at += 1
@@ -53,9 +53,10 @@ def _jpeg(data: bytes) -> Header | None:
         if marker in _FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 3)
             return Header("jpeg", width, height)
-        if marker in (0xD9, 0xDA):  # The image, or its end, before any frame.
+        # Image data, or the end of the image, before any frame.
+        if marker in (0xD9, 0xDA):
             return None
-        if marker not in _ALONE:
+        if marker not in _STANDALONE:
             at += max(struct.unpack_from(">H", data, at)[0], 2)
 
 
@@ -76,4 +77,5 @@ def _bmp(data: bytes) -> Header | None:
     if struct.unpack_from("<I", data, 14)[0] == 12:
         return Header("bmp", *struct.unpack_from("<HH", data, 18))
     width, height = struct.unpack_from("<ii", data, 18)
-    return Header("bmp", abs(width), abs(height))  # Rows from top to bottom have a negative height.
+    # A bitmap with rows from top to bottom has a negative height.
+    return Header("bmp", abs(width), abs(height))

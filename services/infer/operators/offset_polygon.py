@@ -1,8 +1,8 @@
-"""A polygon grown outwards by a distance, with round corners, on whole coordinates.
+"""Polygon offsetting: a convex polygon grown outwards by a distance, with round corners, on whole coordinates.
 
-For convex polygons it gives the corners that Clipper 6's ClipperOffset gives (JT_ROUND, ET_CLOSEDPOLYGON, arc tolerance
-0.25), on which post-processors of text detectors stand: the same cuts to whole numbers, the same steps of the arcs.
-Every edge moves along its normal; between two edges comes an arc, as chords that leave it by the tolerance at most.
+For convex polygons the corners equal those of Clipper 6's ClipperOffset (JT_ROUND, ET_CLOSEDPOLYGON, arc tolerance
+0.25), which post-processors of text detectors use: the same truncation to whole numbers, the same steps of the arcs.
+Each edge moves along its normal. An arc joins two edges, as chords that deviate from the arc by at most the tolerance.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Point = tuple[int, int]
 
 
 def offset_polygon(corners: Tensor, distance: float) -> Tensor:
-    """The grown polygon.
+    """Return the grown polygon.
 
     Args:
-        corners: [n, 2] of a convex polygon; fractions are cut off.
+        corners: [n, 2] of a convex polygon; fractions are truncated.
         distance: in the coordinates' unit, more than 0.
 
     Returns:
-        [m, 2] INT32; empty when fewer than three different corners are left without their fractions.
+        [m, 2] INT32; empty when fewer than three different corners remain after truncation.
     """
     points = _whole(corners)
     if len(points) < 3:
@@ -39,7 +39,8 @@ def offset_polygon(corners: Tensor, distance: float) -> Tensor:
     for point, after in zip(points, normals, strict=True):
         sine = before[0] * after[1] - after[0] * before[1]
         cosine = before[0] * after[0] + before[1] * after[1]
-        if abs(sine * distance) < 1 and cosine > 0:  # Nearly straight on.
+        # The edges are nearly parallel: one point replaces the arc.
+        if abs(sine * distance) < 1 and cosine > 0:
             grown.append(_moved(point, before, distance))
             continue
         if sine < 0:
@@ -52,7 +53,7 @@ def offset_polygon(corners: Tensor, distance: float) -> Tensor:
 
 
 def _whole(corners: Tensor) -> list[Point]:
-    """Whole coordinates, no corner twice in a row, counter-clockwise where y points up."""
+    """Return whole coordinates without repeated corners, counter-clockwise where y points up."""
     points: list[Point] = []
     for x, y in corners.tolist():
         if not points or points[-1] != (int(x), int(y)):
@@ -84,5 +85,5 @@ def _moved(point: Point, along: tuple[float, float], distance: float) -> Point:
 
 
 def _rounded(value: float) -> int:
-    """To the nearest; halves away from zero."""
+    """Return the nearest whole number; halves are rounded away from zero."""
     return math.floor(value + 0.5) if value >= 0 else -math.floor(0.5 - value)

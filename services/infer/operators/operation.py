@@ -1,9 +1,8 @@
-"""What an operation is: rows in, rows out.
+"""Protocol of an operation, with its results and its context.
 
-    inputs ──run──> Results: a value for each output, and what is wrong with the rows that could not be processed
+    inputs ──run──> Results: a value for each output, and an error for each row that could not be processed
 
-A row that is unfit (a broken image, text that is not UTF-8) fails its own request and nobody else's: nothing is run
-again for it.
+An unfit row (a damaged image, text that is not UTF-8) fails only its own request; the other rows are not run again.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from services.infer.operators.assets import Assets
-from services.infer.operators.devices import DeviceSlot
+from services.infer.operators.devices import OperationDevice
 from services.infer.operators.threads import RowThreads
 from services.infer.requests.ragged import Value
 from services.infer.requests.signature import TensorSpec
@@ -24,26 +23,26 @@ S = TypeVar("S")
 
 
 class Unfit(Exception):
-    """A row that cannot be processed. The message is for the caller: which input, what is wrong, what is expected."""
+    """A row that cannot be processed. The message is for the caller: the input, the error, the expected value."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What an operation made of its rows."""
+    """Outputs of an operation, and the errors of its unfit rows."""
 
     values: Mapping[str, Value]
-    """By output, one row for each row that came, also for those that are unfit: theirs mean nothing."""
+    """By output, one row for each input row. The rows of unfit inputs are placeholders."""
     unfit: Mapping[int, str] = field(default_factory=dict)
-    """What is wrong, by row."""
+    """Error message by unfit row."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Where an operation is, and what it has there."""
+class OperationContext:
+    """Resources of an operation: files, threads and the device."""
 
     assets: Assets
     threads: RowThreads
-    place: DeviceSlot
+    device: OperationDevice
 
 
 class Operation(Protocol):
@@ -57,37 +56,41 @@ class Operation(Protocol):
 
     @property
     def is_batched(self) -> bool:
-        """The first dimension is the rows of a batch, each independent of the others. Else a call is run by itself."""
+        """True when the first dimension is a batch of independent rows. Otherwise requests are not batched."""
 
     @property
     def only_computes(self) -> bool:
-        """Its time is in proportion to what it is given, and small: it may be run on the event loop."""
+        """True when the run time is short and proportional to the input: `run` may run on the event loop."""
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
-        """Runs the rows of one execution: `Rows` for each input that is ragged, tensors for the others."""
+        """Run the rows of one execution. Ragged inputs are `Rows`, other inputs tensors."""
 
     def example(self) -> Mapping[str, Value]:
-        """Inputs that suit it, small ones: it is run with them before it serves."""
+        """Return small valid inputs, for a run before the operation serves."""
 
 
 def spec(name: str, datatype: str, *dims: int, ragged: bool = False, optional: bool = False) -> TensorSpec:
-    """An input or output with rows of these dimensions."""
+    """Return the spec of an input or output with rows of these dimensions."""
     return TensorSpec(name, BY_NAME[datatype], (-1, *dims), is_ragged=ragged, is_optional=optional)
 
 
-def each(
-    rows: Sequence[S], work: Callable[[S], R], threads: RowThreads | None, instead: R
+def map_rows(
+    rows: Sequence[S], work: Callable[[S], R], threads: RowThreads | None, placeholder: R
 ) -> tuple[list[R], dict[int, str]]:
-    """`work` for each row, side by side, or without threads one by one; `instead` where it raises Unfit, and why."""
+    """Apply `work` to each row, in parallel when there are threads.
+
+    Returns:
+        the results, with `placeholder` for each row where `work` raises Unfit; and the error messages by unfit row.
+    """
     unfit: dict[int, str] = {}
 
-    def tried(numbered: tuple[int, S]) -> R:
+    def attempt(numbered: tuple[int, S]) -> R:
         number, row = numbered
         try:
             return work(row)
         except Unfit as err:
             unfit[number] = str(err)
-            return instead
+            return placeholder
 
     numbered = list(enumerate(rows))
-    return threads.map(tried, numbered) if threads is not None else [tried(row) for row in numbered], unfit
+    return threads.map(attempt, numbered) if threads is not None else [attempt(row) for row in numbered], unfit

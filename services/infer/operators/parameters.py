@@ -1,4 +1,4 @@
-"""An operation's parameters: texts in a model's configuration, read once into a frozen object, wrong ones named."""
+"""Parameters of an operation: parsed once from a model's configuration into a frozen object; errors name the key."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from shoal.errors import FailedPrecondition
 OPERATION = "operation"
 """The parameter that names the operation."""
 
-_OF_SERVING = frozenset({OPERATION, *rules.PARAMETERS, TTL_KEY, THREADS})
-# Parameters of a configuration that say how to serve a model, whatever it is.
+# Parameters that configure the serving of any model, and are not the operation's.
+_SERVING_KEYS = frozenset({OPERATION, *rules.PARAMETERS, TTL_KEY, THREADS})
 
 
 class Parameters(BaseModel):
-    """Base of all: what is not described is refused."""
+    """Base class of all operations' parameters; unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,14 +30,14 @@ P = TypeVar("P", bound=Parameters)
 
 
 def split(text: Any) -> Any:
-    """`a, b, c`, in brackets or not, as the list that it is."""
+    """Return `a, b, c`, with or without brackets, as a list."""
     if not isinstance(text, str):
         return text
     return [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
 
 
 def _size(text: Any) -> Any:
-    """`224`: as high as wide; `224, 320`: height and width."""
+    """Return `224` (a square) or `224, 320` (height and width) as a list of two."""
     parts = split(text)
     return parts * 2 if isinstance(parts, list) and len(parts) == 1 else parts
 
@@ -48,28 +48,29 @@ Size = Annotated[tuple[int, int], BeforeValidator(_size)]
 """Height and width in pixels."""
 
 
-def read(form: type[P], operation: str, given: Mapping[str, str]) -> P:
-    """The parameters in `given`, all of a configuration's.
+def read(form: type[P], operation: str, texts: Mapping[str, str]) -> P:
+    """Return the operation's parameters; `texts` has all parameters of the configuration.
 
     Raises:
-        FailedPrecondition: names each that is unknown, missing or wrong.
+        FailedPrecondition: the message names each parameter that is unknown, missing or wrong.
     """
-    values = {key: value for key, value in given.items() if key not in _OF_SERVING}
+    values = {key: value for key, value in texts.items() if key not in _SERVING_KEYS}
     try:
         return form.model_validate(values)
     except ValidationError as err:
-        wrong = "; ".join(dict.fromkeys(_wrong(dict(each), form, values) for each in err.errors()))
-        raise FailedPrecondition(f"operation {operation}: {wrong}") from err
+        errors = "; ".join(dict.fromkeys(_error_text(dict(error), form, values) for error in err.errors()))
+        raise FailedPrecondition(f"operation {operation}: {errors}") from err
 
 
-def _wrong(error: Mapping[str, Any], form: type[Parameters], values: Mapping[str, str]) -> str:
+def _error_text(error: Mapping[str, Any], form: type[Parameters], values: Mapping[str, str]) -> str:
     key = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
         known = f"it has {listed(form.model_fields)}" if form.model_fields else "it has none"
         return f"parameter {quoted(key)} is unknown: {known}"
     if error["type"] == "missing":
         return f"parameter {quoted(key)} is missing"
-    said = str(error["msg"]).removeprefix("Value error, ")
-    if not key:  # Of several together.
-        return said
-    return f"parameter {quoted(key)} {quoted(values.get(key, ''))}: {said[:1].lower()}{said[1:]}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    # An error of several parameters together has no key.
+    if not key:
+        return message
+    return f"parameter {quoted(key)} {quoted(values.get(key, ''))}: {message[:1].lower()}{message[1:]}"

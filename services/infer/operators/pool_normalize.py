@@ -1,4 +1,4 @@
-"""Embeddings of tokens to one embedding of the text, as sentence-transformers makes them."""
+"""Operation `pool_normalize`: token embeddings to one embedding of the text, as in sentence-transformers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from kernels.pool_normalize import l2_normalize, pool_normalize
-from services.infer.operators.operation import Results, Setting, spec
+from services.infer.operators.operation import OperationContext, Results, spec
 from services.infer.operators.parameters import Parameters
 from services.infer.requests.ragged import Value
 from services.infer.requests.tensors import Tensor
 
 
 class PoolNormalizeParameters(Parameters):
-    """Of `pool_normalize`."""
+    """Parameters of `pool_normalize`."""
 
     pooling: Literal["mean", "cls"] = "mean"
-    """The mean of the tokens that the mask counts, or the first token."""
+    """mean: the mean of the tokens in the mask; cls: the first token."""
     normalize: bool = True
-    """To length 1."""
+    """Scale the embedding to length 1."""
 
 
 class PoolNormalize:
@@ -31,28 +31,28 @@ class PoolNormalize:
     inputs = (spec("token_embeddings", "FP32", -1, -1), spec("attention_mask", "INT64", -1))
     outputs = (spec("embedding", "FP32", -1),)
 
-    def __init__(self, parameters: PoolNormalizeParameters, setting: Setting) -> None:
-        self._asked, self._place = parameters, setting.place
+    def __init__(self, parameters: PoolNormalizeParameters, context: OperationContext) -> None:
+        self._parameters, self._device = parameters, context.device
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
         tokens, mask = cast("Tensor", inputs["token_embeddings"]), cast("Tensor", inputs["attention_mask"])
         if tokens.shape[:2] != mask.shape:
             count = tokens.shape[1]
             return self._unfit(tokens, f"input 'attention_mask' is for {mask.shape[1]} tokens, there are {count}")
-        if self._asked.pooling == "cls" and not tokens.shape[1]:
-            return self._unfit(tokens, "input 'token_embeddings' has no token, and so no first one")
-        return Results({"embedding": self._place.give(self._pooled(tokens, mask))})
+        if self._parameters.pooling == "cls" and not tokens.shape[1]:
+            return self._unfit(tokens, "input 'token_embeddings' has no tokens: expected at least one")
+        return Results({"embedding": self._device.to_value(self._pooled(tokens, mask))})
 
     def example(self) -> Mapping[str, Value]:
         return {"token_embeddings": np.ones((1, 2, 4), np.float32), "attention_mask": np.ones((1, 2), np.int64)}
 
     def _pooled(self, tokens: Tensor, mask: Tensor) -> Any:
-        put, normalize = self._place.put, self._asked.normalize
-        if self._asked.pooling == "mean":
-            return pool_normalize(put(tokens), put(mask), normalize=normalize)
-        first = put(tokens)[:, 0].copy()
+        to_device, normalize = self._device.to_device, self._parameters.normalize
+        if self._parameters.pooling == "mean":
+            return pool_normalize(to_device(tokens), to_device(mask), normalize=normalize)
+        first = to_device(tokens)[:, 0].copy()
         return l2_normalize(first) if normalize else first
 
-    def _unfit(self, tokens: Tensor, why: str) -> Results:
-        nothing = np.zeros((len(tokens), tokens.shape[2]), np.float32)
-        return Results({"embedding": nothing}, dict.fromkeys(range(len(tokens)), why))
+    def _unfit(self, tokens: Tensor, reason: str) -> Results:
+        placeholder = np.zeros((len(tokens), tokens.shape[2]), np.float32)
+        return Results({"embedding": placeholder}, dict.fromkeys(range(len(tokens)), reason))

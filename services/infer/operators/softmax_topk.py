@@ -1,4 +1,4 @@
-"""The likeliest classes of a classifier's output, with probabilities and names."""
+"""Operation `softmax_topk`: the likeliest classes of a classifier's output, with probabilities and names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from kernels.softmax_topk import softmax_topk
 from kernels.top_k import top_k
-from services.infer.operators.operation import Results, Setting, spec
+from services.infer.operators.operation import OperationContext, Results, spec
 from services.infer.operators.parameters import Parameters
 from services.infer.requests.ragged import Value
 from services.infer.requests.resident import fetched
@@ -19,29 +19,29 @@ from services.infer.requests.tensors import Tensor
 
 
 class SoftmaxTopkParameters(Parameters):
-    """Of `softmax_topk`."""
+    """Parameters of `softmax_topk`."""
 
     k: int = Field(5, ge=1, le=10_000)
-    """More than there are classes: all of them."""
+    """Number of classes; all of them where the model has fewer."""
     labels: str = ""
-    """A file with the name of each class on a line; empty: there are no names."""
+    """File with the name of each class on a line; empty: there are no names."""
     activation: Literal["softmax", "sigmoid", "none"] = "softmax"
-    """What makes scores of the model's numbers; none: they are scores already."""
+    """Function that turns the model's output into scores; none: the output is scores."""
 
 
 class SoftmaxTopk:
-    """FP32 [classes] to the best k: scores, indices, and names where there are some."""
+    """FP32 [classes] to the best k: scores, indices, and names when there is a file of labels."""
 
     is_batched = True
     only_computes = True
     inputs = (spec("logits", "FP32", -1),)
 
-    def __init__(self, parameters: SoftmaxTopkParameters, setting: Setting) -> None:
-        self._asked, self._place = parameters, setting.place
+    def __init__(self, parameters: SoftmaxTopkParameters, context: OperationContext) -> None:
+        self._parameters, self._device = parameters, context.device
         self._labels: Tensor | None = None
         self.outputs: tuple[TensorSpec, ...] = (spec("scores", "FP32", -1), spec("indices", "INT64", -1))
         if parameters.labels:
-            lines = setting.assets.lines(parameters.labels)
+            lines = context.assets.lines(parameters.labels)
             self._labels = np.empty(len(lines), object)
             self._labels[:] = [line.encode() for line in lines]
             self.outputs = (*self.outputs, spec("labels", "BYTES", -1))
@@ -51,25 +51,26 @@ class SoftmaxTopk:
         count, classes = logits.shape
         unfit: dict[int, str] = {}
         if self._labels is not None and classes != len(self._labels):
-            why = f"input 'logits' has {classes} classes, '{self._asked.labels}' has {len(self._labels)} names"
-            unfit = dict.fromkeys(range(count), f"{why}: the file is not this model's")
+            reason = f"input 'logits' has {classes} classes, '{self._parameters.labels}' has {len(self._labels)} names"
+            unfit = dict.fromkeys(range(count), f"{reason}: the file is not this model's")
         scores, indices = self._best(logits)
         values: dict[str, Value] = {"scores": scores, "indices": indices}
         if self._labels is not None:
-            [known] = fetched([indices])
-            values["labels"] = np.full(known.shape, b"", object) if unfit else self._labels[known]
+            [on_host] = fetched([indices])
+            values["labels"] = np.full(on_host.shape, b"", object) if unfit else self._labels[on_host]
         return Results(values, unfit)
 
     def example(self) -> Mapping[str, Value]:
         return {"logits": np.zeros((1, 3 if self._labels is None else len(self._labels)), np.float32)}
 
     def _best(self, logits: Tensor) -> tuple[Value, Value]:
-        if self._asked.activation == "softmax":
-            give = self._place.give
-            scores, indices = softmax_topk(self._place.put(logits), self._asked.k)
-            return give(scores), give(indices)
-        scores, indices = top_k(fetched([logits])[0], self._asked.k)
-        if self._asked.activation == "sigmoid":
-            with np.errstate(over="ignore"):  # exp of a large number is infinite, and 1 over that is 0.
+        if self._parameters.activation == "softmax":
+            to_value = self._device.to_value
+            scores, indices = softmax_topk(self._device.to_device(logits), self._parameters.k)
+            return to_value(scores), to_value(indices)
+        scores, indices = top_k(fetched([logits])[0], self._parameters.k)
+        if self._parameters.activation == "sigmoid":
+            # exp of a large number is infinite, and 1 / infinity is 0.
+            with np.errstate(over="ignore"):
                 scores = 1 / (1 + np.exp(-scores))
         return scores.astype(np.float32), indices

@@ -1,4 +1,4 @@
-"""All operations, by name."""
+"""Table of all operations, by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.infer.operators.ctc_decode import CtcDecode, CtcDecodeParameters
 from services.infer.operators.db_boxes import DbBoxes, DbBoxesParameters
 from services.infer.operators.decode_image import DecodeImage, DecodeImageParameters
 from services.infer.operators.nms import Nms, NmsParameters
-from services.infer.operators.operation import Operation, Setting
+from services.infer.operators.operation import Operation, OperationContext
 from services.infer.operators.pad_tokens import PadTokens, PadTokensParameters
 from services.infer.operators.parameters import Parameters
 from services.infer.operators.pool_normalize import PoolNormalize, PoolNormalizeParameters
@@ -27,19 +27,20 @@ from services.infer.operators.turn_image import TurnImage, TurnImageParameters
 
 @dataclass(frozen=True)
 class Entry:
-    """One operation: what its parameters are, and how it is made of them."""
+    """One operation: the class of its parameters, and its constructor."""
 
     parameters: type[Parameters]
-    make: Callable[[Any, Setting], Operation]
-    """Raises FailedPrecondition when a file or package that it needs is missing or wrong."""
+    make: Callable[[Any, OperationContext], Operation]
+    """Raises FailedPrecondition when a required file or package is missing or wrong."""
     has_gpu: bool = False
-    """Whether it has a version for GPUs."""
+    """True when the operation has a version for GPUs."""
     batch_size: int = GUESSED_BATCH_SIZE
-    """Rows of one execution, where the configuration says none."""
+    """Rows of one execution, where the configuration has no max_batch_size."""
 
 
 OPERATIONS: Mapping[str, Entry] = {
-    # Its images are held together: more of them gain nothing, and a few bytes can become a hundred megabytes.
+    # All decoded images of a batch are in memory together, and a few bytes can become a hundred megabytes. Larger
+    # batches are not faster.
     "decode_image": Entry(DecodeImageParameters, DecodeImage, batch_size=16),
     "byte_windows": Entry(ByteWindowsParameters, ByteWindows),
     "crop_boxes": Entry(CropBoxesParameters, CropBoxes),

@@ -1,4 +1,4 @@
-"""Rows of a table as a model takes them: missing numbers filled, numbers standardised, categories one-hot.
+"""Operation `tabular`: table rows to features. Fills missing numbers, standardises numbers, one-hot encodes categories.
 
 The numbers come from a JSON file, most often scikit-learn's attributes:
 
@@ -15,18 +15,18 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kernels.tabular import Columns, columns, tabular
-from services.infer.operators.operation import Results, Setting, spec
+from services.infer.operators.operation import OperationContext, Results, spec
 from services.infer.operators.parameters import Parameters
 from services.infer.requests.ragged import Value
 from shoal.errors import FailedPrecondition
 
 
 class TabularParameters(Parameters):
-    """Of `tabular`."""
+    """Parameters of `tabular`."""
 
     file: str = "tabular.json"
     numbers: Literal["FP32", "FP64"] = "FP32"
-    """The datatype of the numbers, and of the arithmetic on them."""
+    """Datatype of the numbers and of the arithmetic."""
 
 
 class _Fitted(BaseModel):
@@ -45,35 +45,35 @@ class Tabular:
     is_batched = True
     only_computes = True
 
-    def __init__(self, parameters: TabularParameters, setting: Setting) -> None:
-        self._place = setting.place
-        self._columns = _columns(parameters, setting)
+    def __init__(self, parameters: TabularParameters, context: OperationContext) -> None:
+        self._device = context.device
+        self._columns = _columns(parameters, context)
         numbers, codes = self._columns.inputs
         self._dtype = self._columns.dtype
-        self._columns = self._columns.moved(setting.place.put)
-        # A table may have columns of one kind only: then the other input is not there.
-        has = {"numbers": numbers, "codes": codes}
+        self._columns = self._columns.moved(context.device.to_device)
+        # A table may have columns of one kind only: the other input is left out.
+        counts = {"numbers": numbers, "codes": codes}
         kinds = {"numbers": parameters.numbers, "codes": "INT64"}
-        self.inputs = tuple(spec(name, kinds[name], count) for name, count in has.items() if count)
+        self.inputs = tuple(spec(name, kinds[name], count) for name, count in counts.items() if count)
         self.outputs = (spec("features", "FP32", self._columns.width),)
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
         count = len(next(iter(inputs.values())))
         numbers = inputs.get("numbers", np.empty((count, 0), self._dtype))
         codes = inputs.get("codes", np.empty((count, 0), np.int64))
-        put, give = self._place.put, self._place.give
-        return Results({"features": give(tabular(self._columns, put(numbers), put(codes)))})
+        to_device, to_value = self._device.to_device, self._device.to_value
+        return Results({"features": to_value(tabular(self._columns, to_device(numbers), to_device(codes)))})
 
     def example(self) -> Mapping[str, Value]:
-        return {each.name: np.zeros((1, *each.shape[1:]), each.datatype.dtype) for each in self.inputs}
+        return {known.name: np.zeros((1, *known.shape[1:]), known.datatype.dtype) for known in self.inputs}
 
 
-def _columns(parameters: TabularParameters, setting: Setting) -> Columns:
+def _columns(parameters: TabularParameters, context: OperationContext) -> Columns:
     try:
-        fitted = _Fitted.model_validate(json.loads(setting.assets.text(parameters.file)))
+        fitted = _Fitted.model_validate(json.loads(context.assets.text(parameters.file)))
         if not fitted.mean and not fitted.categories:
             raise ValueError("it has neither 'mean' nor 'categories'")
-        fill = None if fitted.fill is None else [np.nan if each is None else each for each in fitted.fill]
+        fill = None if fitted.fill is None else [np.nan if value is None else value for value in fitted.fill]
         return columns(
             mean=fitted.mean,
             std=fitted.std,

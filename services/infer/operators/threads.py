@@ -1,4 +1,4 @@
-"""Threads for the rows of one execution, for work that lets go of the interpreter's lock."""
+"""Threads for the rows of one execution, for work that releases the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ S = TypeVar("S")
 
 
 class RowThreads:
-    """As many as a model may use for one execution. The calling thread waits; a single row is run on it."""
+    """Threads that one execution may use. The calling thread waits; a single row runs on the calling thread."""
 
     def __init__(self, count: int, name: str) -> None:
         self.count = count
         self.pool = ThreadPoolExecutor(count, thread_name_prefix=name) if count > 1 else None
-        """For kernels that share out their work themselves; None: there is one thread, the caller's."""
+        """For kernels that split their work themselves; None: only the calling thread is used."""
 
     def map(self, work: Callable[[S], R], rows: Sequence[S]) -> list[R]:
-        """The results in order. Raises what `work` raises first."""
+        """Return the results in the order of the rows. Raises the first error of `work`."""
         if self.pool is None or len(rows) < 2:
             return [work(row) for row in rows]
         return list(self.pool.map(work, rows))

@@ -1,7 +1,7 @@
-"""Text to the numbers of a tokenizer's vocabulary, with Hugging Face's tokenizers.
+"""Operation `tokenize`: text to token ids, with Hugging Face's tokenizers.
 
-`tokenizer.json` says all of it; `vocab.txt` is the vocabulary of a BERT, whose rules are then the usual ones. Rows have
-as many ids as their text needs: `pad_tokens` makes a batch of them.
+`tokenizer.json` is a complete tokenizer; `vocab.txt` is the vocabulary of a BERT, used with BERT's usual rules. Rows
+have as many ids as their text needs: `pad_tokens` pads them to a batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from services.infer.operators import extras
 from services.infer.operators.assets import Assets
-from services.infer.operators.operation import Results, Setting, Unfit, each, spec
+from services.infer.operators.operation import OperationContext, Results, Unfit, map_rows, spec
 from services.infer.operators.parameters import Parameters
 from services.infer.requests.ragged import Value, rows
 from services.infer.requests.tensors import Tensor
@@ -22,27 +22,27 @@ from shoal.errors import FailedPrecondition
 
 _FILES = ("tokenizer.json", "vocab.txt")
 
-_ROWS = 4
-# For fewer, a hop to a thread takes longer than short texts do.
+# For fewer short texts, the hand-over to a thread takes longer than the work.
+_MIN_ROWS_PER_THREAD = 4
 
 
 class TokenizeParameters(Parameters):
-    """Of `tokenize`."""
+    """Parameters of `tokenize`."""
 
     file: str = ""
-    """Of the version's folder; empty: `tokenizer.json`, else `vocab.txt`."""
+    """Name of the tokenizer's file in the version's folder; empty: `tokenizer.json`, else `vocab.txt`."""
     max_length: int = Field(512, ge=1, le=1 << 20)
-    """Ids of one row at most; what is longer is cut."""
+    """Largest number of ids in a row; longer rows are truncated."""
     cut: Literal["right", "left"] = "right"
     special_tokens: bool = True
     lowercase: bool = True
-    """For `vocab.txt` only."""
+    """Applies to `vocab.txt` only."""
     max_bytes: int = Field(1_000_000, ge=1, le=1 << 30)
-    """Of one text: all of it is tokenized before it is cut."""
+    """Largest size of a text: the whole text is tokenized before truncation."""
 
 
 class Tokenize:
-    """BYTES (UTF-8), and a second text where the model takes pairs, to INT64 ids of any length."""
+    """BYTES (UTF-8), and a second text for models of pairs, to INT64 ids of any length."""
 
     is_batched = True
     only_computes = False
@@ -52,14 +52,14 @@ class Tokenize:
         spec("token_type_ids", "INT64", -1, ragged=True),
     )
 
-    def __init__(self, parameters: TokenizeParameters, setting: Setting) -> None:
-        self._parameters, self._threads = parameters, setting.threads
-        self._tokenizer = tokenizer = _tokenizer(parameters, setting.assets)
+    def __init__(self, parameters: TokenizeParameters, context: OperationContext) -> None:
+        self._parameters, self._threads = parameters, context.threads
+        self._tokenizer = tokenizer = _tokenizer(parameters, context.assets)
         specials = tokenizer.num_special_tokens_to_add(True) if parameters.special_tokens else 0
         if parameters.max_length <= specials:
             raise FailedPrecondition(
-                f"operation tokenize: parameter 'max_length' {parameters.max_length}: the tokenizer's own marks take "
-                f"{specials}: expected more than that"
+                f"operation tokenize: parameter 'max_length' {parameters.max_length}: the tokenizer's special tokens "
+                f"take {specials}: expected a larger number"
             )
         tokenizer.enable_truncation(parameters.max_length, direction=parameters.cut)
         tokenizer.no_padding()
@@ -67,23 +67,25 @@ class Tokenize:
     def run(self, inputs: Mapping[str, Value]) -> Results:
         texts, unfit = self._texts("text", inputs["text"])
         if "pair" in inputs:
-            pairs, wrong = self._texts("pair", inputs["pair"])
-            unfit = wrong | unfit
-            given: list[Any] = list(zip(texts, pairs, strict=True))
+            pairs, unfit_pairs = self._texts("pair", inputs["pair"])
+            unfit = unfit_pairs | unfit
+            to_encode: list[Any] = list(zip(texts, pairs, strict=True))
         else:
-            given = texts
-        encodings = self._encoded(given)
+            to_encode = texts
+        encodings = self._encode(to_encode)
         ids: list[Tensor] = [np.array(encoding.ids, np.int64) for encoding in encodings]
         types: list[Tensor] = [np.array(encoding.type_ids, np.int64) for encoding in encodings]
         return Results({"input_ids": ids, "token_type_ids": types}, unfit)
 
-    def _encoded(self, given: list[Any]) -> list[Any]:
-        """Many rows in one call, which lets go of the interpreter's lock for all of them."""
-        size = max(-(-len(given) // self._threads.count), _ROWS)
-        parts = [given[at : at + size] for at in range(0, len(given), size)]
+    def _encode(self, texts: list[Any]) -> list[Any]:
+        """Encode texts or pairs, many in one call of the tokenizer, which releases the interpreter's lock once."""
+        size = max(-(-len(texts) // self._threads.count), _MIN_ROWS_PER_THREAD)
+        chunks = [texts[at : at + size] for at in range(0, len(texts), size)]
         special = self._parameters.special_tokens
-        done = self._threads.map(lambda part: self._tokenizer.encode_batch(part, add_special_tokens=special), parts)
-        return [encoding for part in done for encoding in part]
+        encoded = self._threads.map(
+            lambda chunk: self._tokenizer.encode_batch(chunk, add_special_tokens=special), chunks
+        )
+        return [encoding for chunk in encoded for encoding in chunk]
 
     def example(self) -> Mapping[str, Value]:
         return {"text": np.array([[b"a"]], object)}
@@ -100,8 +102,8 @@ class Tokenize:
             except UnicodeDecodeError as err:
                 raise Unfit(f"input '{name}' is not UTF-8: {err.reason} at byte {err.start}") from err
 
-        # A hop to a thread takes some microseconds for each row, and this is a fraction of one.
-        return each(rows(value), text, None, "")
+        # The hand-over to a thread takes some microseconds for each row, decoding a fraction of one.
+        return map_rows(rows(value), text, None, "")
 
 
 def _tokenizer(parameters: TokenizeParameters, assets: Assets) -> Any:
@@ -111,11 +113,13 @@ def _tokenizer(parameters: TokenizeParameters, assets: Assets) -> Any:
     if name.endswith(".json"):
         try:
             return library.Tokenizer.from_str(text)
-        except Exception as err:  # Exception itself is what it raises.
+        # The library raises plain Exception.
+        except Exception as err:
             raise FailedPrecondition(f"operation tokenize: {name} is no tokenizer: {err}") from err
-    vocabulary = {token: number for number, token in enumerate(assets.lines(name))}
+    vocabulary = {token: n for n, token in enumerate(assets.lines(name))}
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
     if missing:
         raise FailedPrecondition(f"operation tokenize: {name} is no vocabulary of a BERT: it has no {missing[0]}")
     bert = library.implementations.BertWordPieceTokenizer(vocab=vocabulary, lowercase=parameters.lowercase)
-    return bert._tokenizer  # As one that is read from a file: the face of this one can do less.
+    # The inner tokenizer has the same methods as one that is read from a file; its wrapper lacks some.
+    return bert._tokenizer

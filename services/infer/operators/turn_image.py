@@ -1,4 +1,4 @@
-"""Images turned upright, each as a classifier of angles says: lines of text that stand on their heads, photographs."""
+"""Operation `turn_image`: turns images (lines of text, photographs) upright by a classifier's angles."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic import Field, field_validator
 
-from services.infer.operators.operation import Results, Setting, spec
+from services.infer.operators.operation import OperationContext, Results, spec
 from services.infer.operators.parameters import Floats, Parameters
 from services.infer.requests.ragged import Value, rows
 from services.infer.requests.tensors import Tensor
 
 
 class TurnImageParameters(Parameters):
-    """Of `turn_image`."""
+    """Parameters of `turn_image`."""
 
     degrees: Floats = (0, 180)
-    """By class: how far its images are turned, clockwise."""
+    """By class, the clockwise turn of its images."""
     threshold: float = Field(0, ge=0, le=1)
     """An image is turned when the probability of its class is above this."""
 
     @field_validator("degrees")
     @classmethod
     def _are_quarters(cls, degrees: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(each in (0, 90, 180, 270) for each in degrees):
+        if not all(turn in (0, 90, 180, 270) for turn in degrees):
             raise ValueError("expected 0, 90, 180 or 270 for each class")
         return degrees
 
 
 class TurnImage:
-    """UINT8 images and the FP32 [classes] of each to images, and how far each was turned, INT32 [1]."""
+    """UINT8 images and FP32 [classes] probabilities to turned images and their degrees, INT32 [1]."""
 
     is_batched = True
     only_computes = True
     outputs = (spec("image", "UINT8", -1, -1, 3, ragged=True), spec("degrees", "INT32", 1))
 
-    def __init__(self, parameters: TurnImageParameters, setting: Setting) -> None:
+    def __init__(self, parameters: TurnImageParameters, context: OperationContext) -> None:
         self._degrees, self._threshold = np.array(parameters.degrees, np.int32), parameters.threshold
         self.inputs = (
             spec("image", "UINT8", -1, -1, 3, ragged=True),
@@ -45,8 +45,8 @@ class TurnImage:
 
     def run(self, inputs: Mapping[str, Value]) -> Results:
         probabilities = np.asarray(inputs["probabilities"])
-        wrong = np.flatnonzero(np.isnan(probabilities).any(axis=1))
-        unfit = dict.fromkeys(wrong.tolist(), "input 'probabilities': expected numbers, got NaN")
+        not_numbers = np.flatnonzero(np.isnan(probabilities).any(axis=1))
+        unfit = dict.fromkeys(not_numbers.tolist(), "input 'probabilities': expected numbers, got NaN")
         degrees = np.where(probabilities.max(axis=1) > self._threshold, self._degrees[probabilities.argmax(axis=1)], 0)
         images = [_turned(*pair) for pair in zip(rows(inputs["image"]), degrees.tolist(), strict=True)]
         return Results({"image": images, "degrees": degrees.astype(np.int32)[:, np.newaxis]}, unfit)

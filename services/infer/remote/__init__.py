@@ -1,5 +1,5 @@
-"""Models of other servers: one call of ours there, and what comes back. `runtimes.remote_runtime` loads them.
+"""Remote models: models of other servers, each batch one gRPC call. `remote_runtime` loads such models.
 
 settings ──> address, credentials ──> connection ──> session <── dialect: oip, tensorflow_serving, torchserve
-                                                        └── execution runs its batches, as tasks of the loop
+                                                        └── `scheduling.remote_execution` runs its batches, as tasks
 """

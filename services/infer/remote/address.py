@@ -1,4 +1,4 @@
-"""Where a remote server is: `grpc://host:port`, `grpcs://host:port` (TLS), `unix:/path`."""
+"""Address of a remote server: `grpc://host:port`, `grpcs://host:port` (TLS), `unix:/path`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _EXPECTED = "expected grpc://host:port, grpcs://host:port or unix:/path"
 
 @dataclass(frozen=True)
 class Address:
-    """One server."""
+    """Address of one server."""
 
     url: str
-    """As it was written."""
+    """URL as in the configuration."""
     target: str
-    """As gRPC wants it."""
+    """Target for gRPC's name resolution."""
     is_secure: bool = False
-    """Through TLS."""
+    """True for a connection through TLS."""
 
 
 def read(url: str) -> Address:
-    """Raises FailedPrecondition when it is none; the message says what was expected."""
+    """Return the address in `url`. Raises FailedPrecondition, with the expected form, when the URL is wrong."""
     if not url:
         raise FailedPrecondition(f"parameter url is missing: {_EXPECTED}")
     if not url.isascii() or not url.isprintable() or " " in url:
@@ -50,5 +50,5 @@ def _is_bare(parts: SplitResult) -> bool:
 
 
 def _wrong(url: str) -> FailedPrecondition:
-    # What stands before an @ is a password, for all we know: messages are seen by callers.
+    # The part before an @ may be a password, and callers see the message.
     return FailedPrecondition(f"parameter url {quoted(url.rpartition('@')[2])}: {_EXPECTED}")

@@ -1,4 +1,4 @@
-"""The connection to a remote server: bytes there, bytes back, and no thread for a call that is under way."""
+"""Connection to a remote server: sends and receives serialized messages; a call in progress needs no thread."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from shoal.errors import Unavailable
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
-_LOOK_S = 0.1
-# How often somebody who waits while a model loads looks whether that is still wanted.
+# A waiting load checks at this interval that the model is still desired.
+_POLL_S = 0.1
 
 
 class Connection:
-    """A channel of the blocking API, whose calls can also be awaited: one thread of gRPC's serves all of them, and any
-    event loop may use it. The caller closes it.
+    """Channel of gRPC's blocking API whose calls can also be awaited, from any event loop.
+
+    One thread of gRPC's serves all calls. The caller closes the connection.
     """
 
-    def __init__(self, model: str, settings: RemoteSettings, fault: str = "") -> None:
-        """`model` is its name here, `fault` is for `errors.of`.
+    def __init__(self, model: str, settings: RemoteSettings, fault_text: str = "") -> None:
+        """Open the channel. `model` is the local name of the model, `fault_text` is for `errors.of`.
 
         Raises:
-            FailedPrecondition: a header or a file of TLS cannot be had.
+            FailedPrecondition: a header or a TLS file cannot be read.
         """
-        self._model, self._settings, self._fault = model, settings, fault
+        self._model, self._settings, self._fault = model, settings, fault_text
         self._headers = settings.headers.read()
         options = _options(settings)
         target = settings.address.target
@@ -44,54 +45,59 @@ class Connection:
         self._methods: dict[str, Any] = {}
 
     def renew_headers(self) -> bool:
-        """Reads the headers again: whether a secret has been renewed. Raises as the constructor does."""
+        """Read the headers again; return True when a secret has changed. Raises as the constructor."""
         before, self._headers = self._headers, self._settings.headers.read()
         return self._headers != before
 
     def start(self, method: str, data: bytes, timeout_s: float) -> grpc.Future[bytes]:
-        """A call that is under way. Blocks no longer than `data` takes to be copied. `method`: `/<service>/<name>`."""
-        found = self._methods.get(method)
-        if found is None:
-            found = self._methods[method] = self._channel.unary_unary(method)
-        call: grpc.Future[bytes] = found.future(data, timeout=max(timeout_s, 0.0), metadata=self._headers)
+        """Start a call of `method`, `/<service>/<name>`, and return it. Blocks only while `data` is copied."""
+        callable_ = self._methods.get(method)
+        if callable_ is None:
+            callable_ = self._methods[method] = self._channel.unary_unary(method)
+        call: grpc.Future[bytes] = callable_.future(data, timeout=max(timeout_s, 0.0), metadata=self._headers)
         return call
 
-    def outcome(self, call: grpc.Future[bytes]) -> bytes:
-        """What a call that is over gave. Raises what `errors.of` says."""
+    def response_of(self, call: grpc.Future[bytes]) -> bytes:
+        """Return the response of a call that has ended. Raises the errors of `errors.of`."""
         try:
             data: bytes = call.result()
         except grpc.RpcError as err:
             raise errors.of(err, self._model, self._fault) from err
         except grpc.FutureCancelledError as err:
-            raise errors.NotToBlame(Unavailable(f"model '{self._model}': its remote call was ended")) from err
+            raise errors.BatchFailed(Unavailable(f"model '{self._model}': its remote call was cancelled")) from err
         return data
 
     def wait(self, call: grpc.Future[bytes], is_given_up: Callable[[], bool] = bool) -> bytes:
-        """Blocks until the call is over, or nobody wants it any more. Raises as `outcome` does."""
+        """Block until the call ends, and return its response. Cancels the call once `is_given_up` returns True.
+
+        Raises as `response_of`.
+        """
         while not call.done():
             if is_given_up():
                 call.cancel()
-            # The call's own errors are for `outcome`.
+            # `response_of` raises the call's own errors.
             with suppress(grpc.FutureTimeoutError, grpc.FutureCancelledError, grpc.RpcError):
-                call.result(timeout=_LOOK_S)
-        return self.outcome(call)
+                call.result(timeout=_POLL_S)
+        return self.response_of(call)
 
-    async def over(self, call: grpc.Future[bytes], then: Callable[[bytes], T]) -> T:
-        """What `then` makes of the answer, on gRPC's thread. Cancelled, it cancels the call. Raises as `outcome` does,
-        and what `then` raises.
+    async def result_of(self, call: grpc.Future[bytes], convert: Callable[[bytes], T]) -> T:
+        """Await the call, and return its response converted by `convert`, which runs on gRPC's thread.
+
+        Cancellation cancels the call. Raises as `response_of`, and what `convert` raises.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
-        def ended(_: object) -> None:
+        def on_done(_: object) -> None:
             try:
-                result, error = then(self.outcome(call)), None
+                result, error = convert(self.response_of(call)), None
             except Exception as err:
                 result, error = None, err
-            with suppress(RuntimeError):  # The loop is gone, and so is everybody who waited.
+            # A closed event loop has no waiting task.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(_settle, future, result, error)
 
-        call.add_done_callback(ended)
+        call.add_done_callback(on_done)
         try:
             return await future
         except asyncio.CancelledError:
@@ -99,14 +105,14 @@ class Connection:
             raise
 
     def close(self) -> None:
-        """Ends the calls that are under way."""
+        """Close the channel; calls in progress are cancelled."""
         self._channel.close()
 
 
-def parsed(data: bytes, kind: type[M]) -> M:
-    """The message. Raises ModelFailed when the bytes are none."""
+def parsed(data: bytes, response_type: type[M]) -> M:
+    """Return the parsed message. Raises ModelFailed when the bytes are not such a message."""
     try:
-        return kind.FromString(data)
+        return response_type.FromString(data)
     except DecodeError as err:
         raise ModelFailed(f"the remote server's answer of {len(data)} bytes is not what the protocol says") from err
 
@@ -124,10 +130,10 @@ def _options(settings: RemoteSettings) -> list[tuple[str, int | str]]:
     options: list[tuple[str, int | str]] = [
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
-        # A server that is back is found within about a second; gRPC's own backoff would wait up to two minutes.
+        # A restarted server is reconnected within about a second; gRPC's default backoff grows to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", errors.RETRY_AFTER_MS),
-        # Its own connection for each model: one that is unloaded takes nobody else's with it.
+        # One connection for each model: closing it does not end the calls of other models.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.keepalive_timeout_ms", settings.keepalive_timeout_ms),
     ]

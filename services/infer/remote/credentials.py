@@ -1,7 +1,7 @@
-"""What a remote server is shown: the headers of each call, and the files of TLS. Secrets stay out of the repository.
+"""Credentials for a remote server: the headers of each call, and the TLS files. References keep secrets out of configs.
 
-${env:NAME}    an environment variable of the server
-${file:PATH}   the text of a file, without the white space around it; from the model's folder, or absolute
+${env:NAME}    an environment variable of this server
+${file:PATH}   the text of a file, without surrounding white space; relative to the model's folder, or absolute
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ _REFERENCE = re.compile(r"\$\{([^}:]*)(?::([^}]*))?\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _RESERVED = ("grpc-", "content-type", "te", "user-agent", "host", "connection")
 _VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
-_MOST_BYTES = 64 << 10
+_MAX_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
 class Headers:
-    """The headers of every call, as they are written: read anew when the remote server does not accept them."""
+    """Headers of every call, with unresolved references: read again when the remote server rejects the credentials."""
 
     written: Mapping[str, str] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
     environ: Mapping[str, str] = field(default_factory=dict)
 
     def read(self) -> tuple[tuple[str, str], ...]:
-        """Names and values. Raises FailedPrecondition that names the parameter, and shows no secret."""
+        """Return names and values. Raises FailedPrecondition that names the parameter and contains no secret."""
         return tuple((name, self._value(name, text)) for name, text in self.written.items())
 
     def _value(self, name: str, text: str) -> str:
         what = f"parameter metadata.{name}"
-        value = _REFERENCE.sub(lambda found: self._referred(found[1], found[2], what), text)
+        value = _REFERENCE.sub(lambda found: self._resolve(found[1], found[2], what), text)
         if not _VALUE.fullmatch(value):
             raise FailedPrecondition(f"{what}: expected printable ASCII, at least one character")
         return value
 
-    def _referred(self, kind: str, name: str | None, what: str) -> str:
+    def _resolve(self, kind: str, name: str | None, what: str) -> str:
         if kind not in ("env", "file") or not name:
             raise FailedPrecondition(
                 f"{what}: expected ${{env:NAME}} or ${{file:PATH}} after a dollar sign and a brace"
@@ -53,13 +53,13 @@ class Headers:
                 raise FailedPrecondition(f"{what}: the environment variable {quoted(name)} is not set")
             return self.environ[name]
         try:
-            return read_text(self.folder / name, _MOST_BYTES).strip()
+            return read_text(self.folder / name, _MAX_BYTES).strip()
         except FailedPrecondition as err:
             raise FailedPrecondition(f"{what}: {err.message}") from err
 
 
 def check_name(name: str) -> None:
-    """Raises FailedPrecondition when no header can be called so."""
+    """Raise FailedPrecondition when `name` is not a valid header name."""
     if not _NAME.fullmatch(name) or name.endswith("-bin"):
         raise FailedPrecondition(
             f"parameter metadata.{name[:128]}: expected the name of a header in lower case, not one of bytes (-bin)"
@@ -70,24 +70,24 @@ def check_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Tls:
-    """The files of a connection through TLS, in PEM."""
+    """PEM files of a TLS connection."""
 
     ca_file: Path | None = None
-    """Who may sign the server's certificate; None: whom gRPC trusts by itself."""
+    """CA certificates for the server's certificate; None: gRPC's default roots."""
     certificate_file: Path | None = None
     key_file: Path | None = None
-    """What the server is shown, where it asks who calls."""
+    """The client's certificate and key, for servers that require mutual TLS."""
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Raises FailedPrecondition when a file cannot be read."""
+        """Return the channel's credentials. Raises FailedPrecondition when a file cannot be read."""
         return grpc.ssl_channel_credentials(_pem(self.ca_file), _pem(self.key_file), _pem(self.certificate_file))
 
 
 def _pem(file: Path | None) -> bytes | None:
     if file is None:
         return None
-    data = read_bytes(file, _MOST_BYTES * 16)
-    # gRPC takes anything, and says nothing when it cannot use it but that no connection comes about.
+    data = read_bytes(file, _MAX_BYTES * 16)
+    # gRPC accepts any bytes; with a wrong file, connecting fails without a reason.
     if b"-----BEGIN " not in data:
         raise FailedPrecondition(f"{file.name} is no PEM file: expected a line that starts with -----BEGIN")
     return data

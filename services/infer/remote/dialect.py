@@ -1,4 +1,4 @@
-"""What a remote server speaks: how it is asked about a model, and how tensors become its messages and come back."""
+"""Dialect: the protocol of a remote server. Queries a model's metadata, and converts tensors to and from messages."""
 
 from __future__ import annotations
 
@@ -17,81 +17,80 @@ from services.infer.runtimes.runtime import ModelFailed
 from shoal.errors import InvalidArgument
 
 
-class Question(NamedTuple):
-    """A small call."""
+class MetadataCall(NamedTuple):
+    """One small call of a metadata query."""
 
     method: str
     message: Message
-    kind: type[Message]
-    """What the answer is."""
+    response_type: type[Message]
 
 
-_MOST_DIMS = 64
-# NumPy's arrays have no more.
+# NumPy's limit for the dimensions of an array.
+_MAX_DIMS = 64
 
 
 @dataclass(frozen=True)
 class RemoteModelInfo:
-    """What a remote server says of a model."""
+    """Metadata of a model, as the remote server reports it."""
 
     inputs: tuple[TensorSpec, ...] = ()
-    """Whole shapes, with the batch dimension. Empty, with `outputs`: it says nothing."""
+    """Whole shapes, with the batch dimension. Empty, like `outputs`, when the server reports no tensors."""
     outputs: tuple[TensorSpec, ...] = ()
     max_batch_size: int | None = None
-    """None: it says nothing. 0: the first dimension is no batch dimension."""
+    """None: not reported. 0: the first dimension is no batch dimension."""
 
 
-Asking: TypeAlias = Generator[Question, Any, RemoteModelInfo]
+MetadataCalls: TypeAlias = Generator[MetadataCall, Any, RemoteModelInfo]
 
 
 class Dialect(Protocol):
-    """One protocol, for one model."""
+    """Protocol of one remote server, for one model."""
 
     method: str
-    """Of an inference: `/<service>/<name>`."""
+    """gRPC method of an inference: `/<service>/<name>`."""
     batches: bool
-    """Whether a call may carry several rows."""
-    fault: str
-    """What messages say when the model raised, where the status does not; empty: it does."""
+    """True when a request may have several rows."""
+    fault_text: str
+    """Text in the messages of errors that the model raised; empty: the status tells them apart."""
 
     def __init__(self, settings: RemoteSettings) -> None: ...
 
-    def facts(self) -> Asking:
-        """What the server says of the model: yields questions and is sent the answers (`steps`).
+    def model_info(self) -> MetadataCalls:
+        """Query the model's metadata: a generator that yields calls and is sent the responses (`sans_io`).
 
         Raises:
-            NotServable: it cannot be served from here; the message names why.
-            NotToBlame, ModelFailed, ShoalError: what calls raise.
+            NotServable: the model cannot be served from here; the message has the reason.
+            BatchFailed, ModelFailed, ShoalError: errors of the calls.
         """
 
     def request(
         self, specs: Mapping[str, TensorSpec], inputs: Mapping[str, Sequence[Tensor]], outputs: Sequence[str]
     ) -> Pieces:
-        """The message for the rows of several calls, in the order of their arrays."""
+        """Return the inference message for the rows of several requests, in the order of their arrays."""
 
     def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
-        """The outputs in an answer, in this order. Raises ModelFailed when they are not there."""
+        """Return these outputs of a serialized response. Raises ModelFailed when one is missing or wrong."""
 
 
 def shape_of(arrays: Sequence[Tensor]) -> tuple[int, ...]:
-    """Of the rows of all arrays behind each other."""
+    """Return the shape of all arrays concatenated along the first dimension."""
     first = arrays[0].shape
     return first if len(arrays) == 1 else (sum(array.shape[0] for array in arrays), *first[1:])
 
 
-def missing(name: str, there: Sequence[str]) -> ModelFailed:
-    """The error for an answer without an output."""
-    return ModelFailed(f"the remote server's answer has no output {quoted(name)}: it has {listed(there) or 'none'}")
+def missing(name: str, present: Sequence[str]) -> ModelFailed:
+    """Return the error for a response without the output `name`."""
+    return ModelFailed(f"the remote server's answer has no output {quoted(name)}: it has {listed(present) or 'none'}")
 
 
 def check_shape(shape: Sequence[int], spec: TensorSpec, what: str) -> None:
-    """Raises InvalidArgument when an output is not of the shape that was promised: before anything is made of it."""
-    if len(shape) > _MOST_DIMS or (spec.shape and not fits(shape, spec.shape)):
+    """Raise InvalidArgument when an output's shape contradicts the spec. Checked before the data is read."""
+    if len(shape) > _MAX_DIMS or (spec.shape and not fits(shape, spec.shape)):
         raise InvalidArgument(f"{what}: expected {written(spec.shape)}, got {written(shape)}")
 
 
 def changes(before: RemoteModelInfo, now: RemoteModelInfo) -> str:
-    """How a model has become another one, in words; empty when those who call the one can call the other."""
+    """Describe the incompatible changes of a model's metadata; empty when requests for `before` fit `now`."""
     found = [
         *_changed("input", before.inputs, now.inputs),
         *_changed("output", before.outputs, now.outputs),
@@ -105,16 +104,16 @@ def changes(before: RemoteModelInfo, now: RemoteModelInfo) -> str:
 
 
 def _changed(role: str, before: Sequence[TensorSpec], now: Sequence[TensorSpec]) -> list[str]:
-    there = {spec.name: spec for spec in now}
+    present = {spec.name: spec for spec in now}
     found = []
     for spec in before:
-        other = there.get(spec.name)
+        other = present.get(spec.name)
         if other is None:
-            found.append(f"{role} {quoted(spec.name)} is gone")
+            found.append(f"{role} {quoted(spec.name)} no longer exists")
         elif (other.datatype, other.shape) != (spec.datatype, spec.shape):
-            found.append(f"{role} {quoted(spec.name)} was {_said(spec)} and is {_said(other)}")
+            found.append(f"{role} {quoted(spec.name)} was {_spec_text(spec)} and is {_spec_text(other)}")
     return found
 
 
-def _said(spec: TensorSpec) -> str:
+def _spec_text(spec: TensorSpec) -> str:
     return f"{spec.datatype.name} {written(spec.shape)}"

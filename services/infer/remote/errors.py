@@ -1,12 +1,13 @@
-"""What the status of a remote call means here: whose fault it is, and what the caller is told.
+"""Errors of remote calls: maps a gRPC status to its cause and to the error for the caller.
 
-INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION      the request's: a batch is bisected, the guilty one hears it
-INTERNAL, UNKNOWN, DATA_LOSS, ABORTED, ALREADY_EXISTS    the model's: the same, as INTERNAL
-RESOURCE_EXHAUSTED for a message that is too large       the request's, if it is alone too large
-RESOURCE_EXHAUSTED, UNAVAILABLE                          nobody's: as they are, with a time to come back
-DEADLINE_EXCEEDED, UNIMPLEMENTED                         nobody's: as they are
-NOT_FOUND, CANCELLED                                     nobody's: UNAVAILABLE, for the model is one of ours
-UNAUTHENTICATED, PERMISSION_DENIED                       nobody's: FAILED_PRECONDITION, for it is not the caller's key
+status of the remote call                                cause      handling
+INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION      a request  the batch is bisected, that request gets the error
+INTERNAL, UNKNOWN, DATA_LOSS, ABORTED, ALREADY_EXISTS    the model  the batch is bisected, the error is INTERNAL
+RESOURCE_EXHAUSTED for a message that is too large       a request  the batch is bisected
+RESOURCE_EXHAUSTED, UNAVAILABLE                          server     the same status, with a retry time
+DEADLINE_EXCEEDED, UNIMPLEMENTED                         server     the same status
+NOT_FOUND, CANCELLED                                     server     UNAVAILABLE: callers know the model under our name
+UNAUTHENTICATED, PERMISSION_DENIED                       server     FAILED_PRECONDITION: the credentials are ours
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from shoal.errors import (
 )
 
 RETRY_AFTER_MS = 1000
-"""Where the remote server does not say: a connection is tried again within about so long."""
+"""Retry time where the remote server sends none: gRPC reconnects after about that time."""
 
-_TEXT = 1000
-# Characters of a remote message that are passed on: a status message travels in a header.
+# Characters of a remote message that are passed on: a status message is sent in a header.
+_MAX_TEXT = 1000
+# Text of gRPC's own libraries, on the client and on the server.
 _TOO_LARGE = "message larger than max"
-# What gRPC's own libraries say, on either side.
 
-_REQUESTS: dict[int, type[ShoalError]] = {
+_REQUEST_ERRORS: dict[int, type[ShoalError]] = {
     Code.INVALID_ARGUMENT: InvalidArgument,
     Code.OUT_OF_RANGE: OutOfRange,
     Code.FAILED_PRECONDITION: FailedPrecondition,
@@ -46,54 +47,58 @@ _REQUESTS: dict[int, type[ShoalError]] = {
 
 
 class NotServable(FailedPrecondition):
-    """What the remote server has cannot be served from here; another try would show the same."""
+    """The remote model cannot be served from here, and a retry would fail in the same way."""
 
 
-class NotToBlame(Exception):
-    """No call of the batch is at fault: all of them get `error`, and none is tried again."""
+class BatchFailed(Exception):
+    """The server failed, not a request of the batch: all requests get `error`, and none is retried."""
 
     def __init__(self, error: ShoalError) -> None:
         super().__init__(error.message)
         self.error = error
 
 
-class NotAccepted(NotToBlame):
-    """The remote server does not accept our credentials."""
+class CredentialsRejected(BatchFailed):
+    """The remote server rejects this server's credentials."""
 
 
-def of(error: grpc.RpcError, model: str, fault: str = "") -> Exception:
-    """The error of a call that failed: a ShoalError or ModelFailed is the request's or the model's own fault.
+def of(error: grpc.RpcError, model: str, fault_text: str = "") -> Exception:
+    """Return the error of a failed call: BatchFailed, ModelFailed (the model raised), or the ShoalError of a request.
 
     Args:
-        model: its name here.
-        fault: a server whose status does not tell says with this text that the model raised.
+        model: the local name of the model.
+        fault_text: text in the errors of a model, for a server whose status does not tell them apart.
     """
-    code, text = error.code(), (error.details() or "")[:_TEXT]
-    if fault and fault in text:
+    code, text = error.code(), (error.details() or "")[:_MAX_TEXT]
+    if fault_text and fault_text in text:
         return ModelFailed(text.partition("\n")[0])
     trailing = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
     return _of(int(code.value[0]), text, retry_after_of(trailing), f"model '{model}': the remote server")
 
 
-def _of(code: int, text: str, after_ms: int | None, who: str) -> Exception:
-    says = f"{who} says: {text}"
-    if code in _REQUESTS:
-        return _REQUESTS[code](says)
+def _of(code: int, text: str, after_ms: int | None, server: str) -> Exception:
+    quoted = f"{server} says: {text}"
+    if code in _REQUEST_ERRORS:
+        return _REQUEST_ERRORS[code](quoted)
     match code:
         case Code.RESOURCE_EXHAUSTED if _TOO_LARGE in text.lower():
-            return ResourceExhausted(f"{who} or its answer: {text}")
+            return ResourceExhausted(f"{server} or its answer: {text}")
         case Code.RESOURCE_EXHAUSTED:
-            return NotToBlame(ResourceExhausted(says, retry_after_ms=after_ms or RETRY_AFTER_MS))
+            return BatchFailed(ResourceExhausted(quoted, retry_after_ms=after_ms or RETRY_AFTER_MS))
         case Code.UNAVAILABLE:
-            return NotToBlame(Unavailable(f"{who} is unavailable: {text}", retry_after_ms=after_ms or RETRY_AFTER_MS))
+            return BatchFailed(
+                Unavailable(f"{server} is unavailable: {text}", retry_after_ms=after_ms or RETRY_AFTER_MS)
+            )
         case Code.NOT_FOUND:
-            return NotToBlame(Unavailable(f"{who} does not have it: {text}", retry_after_ms=RETRY_AFTER_MS))
+            return BatchFailed(Unavailable(f"{server} does not have it: {text}", retry_after_ms=RETRY_AFTER_MS))
         case Code.CANCELLED:
-            return NotToBlame(Unavailable(f"{who} ended the call: {text}", retry_after_ms=RETRY_AFTER_MS))
+            return BatchFailed(Unavailable(f"{server} ended the call: {text}", retry_after_ms=RETRY_AFTER_MS))
         case Code.DEADLINE_EXCEEDED:
-            return NotToBlame(DeadlineExceeded(f"{who} did not answer in time"))
+            return BatchFailed(DeadlineExceeded(f"{server} did not answer in time"))
         case Code.UNIMPLEMENTED:
-            return NotToBlame(Unimplemented(says))
+            return BatchFailed(Unimplemented(quoted))
         case Code.UNAUTHENTICATED | Code.PERMISSION_DENIED:
-            return NotAccepted(FailedPrecondition(f"{who} does not accept the credentials of this server: {text}"))
+            return CredentialsRejected(
+                FailedPrecondition(f"{server} does not accept the credentials of this server: {text}")
+            )
     return ModelFailed(text or f"the remote server answered {Code(code).name} without a message")

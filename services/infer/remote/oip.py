@@ -1,7 +1,7 @@
-"""The Open Inference Protocol v2: Triton, OpenVINO Model Server, MLServer, KServe's servers, another Shoal.
+"""Dialect of the Open Inference Protocol v2: Triton, OpenVINO Model Server, MLServer, KServe's servers, another Shoal.
 
-ModelMetadata says the inputs and outputs; ModelConfig, where the server has it, the batch size and which inputs may be
-left out. Tensors travel raw both ways; an answer with typed contents is read too.
+ModelMetadata has the inputs and outputs. ModelConfig, where the server has it, has the batch size and the optional
+inputs. Tensors are sent and requested as raw bytes; a response with typed contents is read, too.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from services.infer.error_text import quoted
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Asking, Question, RemoteModelInfo, check_shape, missing, shape_of
-from services.infer.remote.errors import NotServable, NotToBlame
+from services.infer.remote.dialect import MetadataCall, MetadataCalls, RemoteModelInfo, check_shape, missing, shape_of
+from services.infer.remote.errors import BatchFailed, NotServable
 from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces, raw
 from services.infer.requests import tensors
@@ -29,50 +29,54 @@ _RAW_INPUTS = pb.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents
 
 
 class Oip:
-    """A dialect.Dialect."""
+    """Dialect of the Open Inference Protocol. Implements dialect.Dialect."""
 
     method = _SERVICE + "ModelInfer"
     batches = True
-    fault = ""
+    fault_text = ""
 
     def __init__(self, settings: RemoteSettings) -> None:
         self._name, self._version = settings.model, settings.version
 
-    def facts(self) -> Asking:
+    def model_info(self) -> MetadataCalls:
         yield from self._check_ready()
         config = yield from self._config()
         if config is not None:
             self._check_config(config)
         try:
-            asked = pb.ModelMetadataRequest(name=self._name, version=self._version)
-            said = yield Question(_SERVICE + "ModelMetadata", asked, pb.ModelMetadataResponse)
-        except NotToBlame as err:
+            request = pb.ModelMetadataRequest(name=self._name, version=self._version)
+            metadata = yield MetadataCall(_SERVICE + "ModelMetadata", request, pb.ModelMetadataResponse)
+        except BatchFailed as err:
             if not isinstance(err.error, Unimplemented):
                 raise
             return RemoteModelInfo()
-        optional = {given.name for given in config.input if given.optional} if config is not None else set()
+        optional = {tensor.name for tensor in config.input if tensor.optional} if config is not None else set()
         return RemoteModelInfo(
-            tuple(replace(spec, is_optional=spec.name in optional) for spec in self._specs("input", said.inputs)),
-            self._specs("output", said.outputs),
+            tuple(replace(spec, is_optional=spec.name in optional) for spec in self._specs("input", metadata.inputs)),
+            self._specs("output", metadata.outputs),
             config.max_batch_size if config is not None else None,
         )
 
-    def _check_ready(self) -> Generator[Question, pb.ModelReadyResponse, None]:
-        """A server may know the metadata of a model long before it can run it."""
-        asked = pb.ModelReadyRequest(name=self._name, version=self._version)
-        said = yield Question(_SERVICE + "ModelReady", asked, pb.ModelReadyResponse)
-        if not said.ready:
+    def _check_ready(self) -> Generator[MetadataCall, pb.ModelReadyResponse, None]:
+        """Query the readiness: a server may have a model's metadata long before the model is ready.
+
+        Raises:
+            BatchFailed: the model is not ready.
+        """
+        request = pb.ModelReadyRequest(name=self._name, version=self._version)
+        readiness = yield MetadataCall(_SERVICE + "ModelReady", request, pb.ModelReadyResponse)
+        if not readiness.ready:
             version = f" version {quoted(self._version)}" if self._version else ""
-            raise NotToBlame(
+            raise BatchFailed(
                 Unavailable(f"the remote server says that model {quoted(self._name)}{version} is not ready")
             )
 
-    def _config(self) -> Generator[Question, pb.ModelConfigResponse, model_config_pb2.ModelConfig | None]:
+    def _config(self) -> Generator[MetadataCall, pb.ModelConfigResponse, model_config_pb2.ModelConfig | None]:
         try:
-            asked = pb.ModelConfigRequest(name=self._name, version=self._version)
-            said = yield Question(_SERVICE + "ModelConfig", asked, pb.ModelConfigResponse)
-            return said.config
-        except NotToBlame as err:
+            request = pb.ModelConfigRequest(name=self._name, version=self._version)
+            response = yield MetadataCall(_SERVICE + "ModelConfig", request, pb.ModelConfigResponse)
+            return response.config
+        except BatchFailed as err:
             if not isinstance(err.error, Unimplemented):
                 raise
             return None
@@ -84,14 +88,14 @@ class Oip:
         if config.HasField("sequence_batching"):
             raise NotServable(f"{what} keeps state between the requests of a sequence: it cannot be remote")
 
-    def _specs(self, role: str, given: Sequence[pb.ModelMetadataResponse.TensorMetadata]) -> tuple[TensorSpec, ...]:
-        for tensor in given:
+    def _specs(self, role: str, tensors_: Sequence[pb.ModelMetadataResponse.TensorMetadata]) -> tuple[TensorSpec, ...]:
+        for tensor in tensors_:
             if tensor.datatype not in BY_NAME:
                 raise NotServable(
                     f"{role} {quoted(tensor.name)} of the remote model has the datatype {quoted(tensor.datatype)}, "
                     "which the protocol does not have"
                 )
-        return tuple(TensorSpec(t.name, BY_NAME[t.datatype], tuple(t.shape)) for t in given)
+        return tuple(TensorSpec(t.name, BY_NAME[t.datatype], tuple(t.shape)) for t in tensors_)
 
     def request(
         self, specs: Mapping[str, TensorSpec], inputs: Mapping[str, Sequence[Tensor]], outputs: Sequence[str]
@@ -108,17 +112,17 @@ class Oip:
 
     def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
         response = parsed(data, pb.ModelInferResponse)
-        there = {output.name: index for index, output in enumerate(response.outputs)}
+        present = {output.name: index for index, output in enumerate(response.outputs)}
         try:
-            return [_tensor(response, spec, there) for spec in outputs]
+            return [_tensor(response, spec, present) for spec in outputs]
         except InvalidArgument as err:
             raise ModelFailed(f"the remote server's answer: {err.message}") from err
 
 
-def _tensor(response: pb.ModelInferResponse, spec: TensorSpec, there: Mapping[str, int]) -> Tensor:
-    if spec.name not in there:
-        raise missing(spec.name, list(there))
-    index = there[spec.name]
+def _tensor(response: pb.ModelInferResponse, spec: TensorSpec, present: Mapping[str, int]) -> Tensor:
+    if spec.name not in present:
+        raise missing(spec.name, list(present))
+    index = present[spec.name]
     output, what = response.outputs[index], f"output {quoted(spec.name)}"
     if output.datatype != spec.datatype.name:
         raise InvalidArgument(f"{what}: expected {spec.datatype.name}, got {quoted(output.datatype)}")

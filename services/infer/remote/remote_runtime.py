@@ -1,4 +1,4 @@
-"""Models of other servers, as a `Runtime`: what is loaded is a connection, and what the server says of the model."""
+"""Runtime `remote`: loads models of other servers, each as a connection and the metadata that the server reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DIALECTS: Mapping[str, Callable[[RemoteSettings], Dialect]] = {
 
 
 class RemoteRuntime:
-    """Connects to models. There is no file: what is to be known stands in their configuration."""
+    """Runtime whose sessions are models of other servers. Needs no model file, only the model's configuration."""
 
     platform = "remote"
     backend = "remote"
@@ -37,29 +37,34 @@ class RemoteRuntime:
     can_decouple = False
 
     def __init__(self, environ: Mapping[str, str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` is the one that deadlines are on."""
+        """Store the environment for references to secrets, and the clock of the deadlines."""
         self._environ = dict(os.environ if environ is None else environ)
         self._clock = clock
 
     def load(self, file: Path, options: SessionOptions) -> RemoteSession:
-        """Raises Unavailable, too: the server is away, or does not have the model yet."""
+        """Connect to the model's server, and return the session.
+
+        Raises:
+            FailedPrecondition: the configuration is wrong, or the remote model cannot be served.
+            Unavailable: the server is unreachable, or does not have the model yet.
+        """
         about = options.about or About(file.name)
-        said = settings.read(about, self._environ)
-        dialect, declared = _DIALECTS[said.protocol](said), _declared(about.config, said)
-        connection = Connection(about.name, said, dialect.fault)
+        remote = settings.read(about, self._environ)
+        dialect, declared = _DIALECTS[remote.protocol](remote), _declared(about.config, remote)
+        connection = Connection(about.name, remote, dialect.fault_text)
         try:
-            return RemoteSession(about.name, said, connection, dialect, declared, self._clock, about.is_given_up)
+            return RemoteSession(about.name, remote, connection, dialect, declared, self._clock, about.is_given_up)
         except BaseException:
             connection.close()
             raise
 
 
-def _declared(config: pb.ModelConfig, said: RemoteSettings) -> RemoteModelInfo:
-    """The inputs and outputs that are written down, for a server that says nothing of them."""
+def _declared(config: pb.ModelConfig, remote: RemoteSettings) -> RemoteModelInfo:
+    """Return the inputs and outputs of the configuration, for a server that reports none."""
     batch = (-1,) if config.max_batch_size else ()
     inputs = tuple(TensorSpec(t.name, BY_NUMBER[t.data_type], (*batch, *t.dims)) for t in config.input)
     outputs = tuple(TensorSpec(t.name, BY_NUMBER[t.data_type], (*batch, *t.dims)) for t in config.output)
-    if said.protocol != TORCHSERVE:
+    if remote.protocol != TORCHSERVE:
         return RemoteModelInfo(inputs, outputs)
     inputs, outputs = inputs or _one("data"), outputs or _one("prediction")
     _check_bytes("input", inputs)

@@ -1,19 +1,19 @@
-"""What a remote model's configuration says about its server: the `parameters` of config.pbtxt.
+"""Settings of a remote model: the `parameters` of its config.pbtxt.
 
     url                     grpc://host:port, grpcs://host:port (TLS), unix:/path
     protocol                oip (the default), tensorflow-serving, torchserve
-    remote_model            its name there; the same as here when unset
-    remote_version          its version there; the server's choice when unset
+    remote_model            name on the remote server; the local name when unset
+    remote_version          version on the remote server; the server's choice when unset
     signature_name          tensorflow-serving: serving_default when unset
-    timeout_ms              the longest that a call may take; 60000 when unset
-    max_message_bytes       the largest request and answer; 134217728 when unset
+    timeout_ms              timeout of a call; 60000 when unset
+    max_message_bytes       largest request and response; 134217728 when unset
     metadata.<header>       a header of every call: see `credentials`
-    ca_file, client_certificate_file, client_key_file, server_name      of TLS
-    keepalive_time_ms       a connection on which nothing comes for so long, while calls are under way, is asked for a
-                            sign of life; 0: never; when unset, 60000 or timeout_ms, whichever is more
-    keepalive_timeout_ms    how long that sign may take; 20000 when unset
+    ca_file, client_certificate_file, client_key_file, server_name      for TLS
+    keepalive_time_ms       idle time after which a connection with calls in progress sends an HTTP/2 ping; 0: never;
+                            when unset, 60000 or timeout_ms, whichever is larger
+    keepalive_timeout_ms    time limit of the ping's answer; 20000 when unset
 
-Files are named from the model's folder, or absolutely.
+File names are relative to the model's folder, or absolute.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ OIP, TENSORFLOW_SERVING, TORCHSERVE = PROTOCOLS = ("oip", "tensorflow-serving", 
 
 _TIMEOUT_MS = 60_000
 _DAY_MS = 86_400_000
-_LEAST_KEEPALIVE_MS = 10_000
-# gRPC's own bound.
+# gRPC's own lower limit.
+_MIN_KEEPALIVE_MS = 10_000
+# A server closes a connection after the third ping without data of its own in between (gRPC's default). An interval of
+# the call's timeout or more allows at most two.
 _KEEPALIVE_MS = 60_000
-# Servers end a connection after a third such question without an answer of theirs in between (gRPC's default): with
-# one within the time of a call, and one behind, there is no third.
 _KEEPALIVE_TIMEOUT_MS = 20_000
-_MOST_BYTES = 999_999_999
+_MAX_BYTES = 999_999_999
 
 _METADATA = "metadata."
 _TLS = ("ca_file", "client_certificate_file", "client_key_file", "server_name")
@@ -62,7 +62,7 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class RemoteSettings:
-    """How a model's server is reached, and what it is called there."""
+    """Address and connection settings of a model's server, and the model's name there."""
 
     address: Address
     headers: Headers
@@ -74,39 +74,39 @@ class RemoteSettings:
     timeout_s: float = _TIMEOUT_MS / 1000
     max_message_bytes: int = MESSAGE_BYTES
     keepalive_time_ms: int = _KEEPALIVE_MS
-    """0: no sign of life is asked for."""
+    """0: no keepalive pings."""
     keepalive_timeout_ms: int = _KEEPALIVE_TIMEOUT_MS
     tls: Tls | None = None
     server_name: str = ""
-    """What the server's certificate must be for; empty: the host of the address."""
+    """Expected host name of the server's certificate; empty: the host of the address."""
 
 
 def read(about: About, environ: Mapping[str, str]) -> RemoteSettings:
-    """Raises FailedPrecondition that names the parameter, and says what was expected."""
+    """Return the settings of a model. Raises FailedPrecondition with the parameter and the expected value."""
     values = {key: text.strip() for key, text in texts(about.config).items()}
     _check_keys(values, about)
-    where, folder = address.read(values.get("url", "")), about.folder or Path()
+    server, folder = address.read(values.get("url", "")), about.folder or Path()
     protocol = values.get("protocol") or OIP
     if protocol not in PROTOCOLS:
         raise FailedPrecondition(f"parameter protocol {quoted(protocol)}: expected one of {listed(PROTOCOLS)}")
     timeout_ms = number(values, "timeout_ms", _TIMEOUT_MS, 1, _DAY_MS)
     keepalive_ms = number(values, "keepalive_time_ms", max(_KEEPALIVE_MS, timeout_ms), 0, _DAY_MS)
-    if 0 < keepalive_ms < _LEAST_KEEPALIVE_MS:
+    if 0 < keepalive_ms < _MIN_KEEPALIVE_MS:
         raise FailedPrecondition(
-            f"parameter keepalive_time_ms '{keepalive_ms}': expected 0 (never), or {_LEAST_KEEPALIVE_MS} to {_DAY_MS}"
+            f"parameter keepalive_time_ms '{keepalive_ms}': expected 0 (never), or {_MIN_KEEPALIVE_MS} to {_DAY_MS}"
         )
     return RemoteSettings(
-        where,
+        server,
         _headers(values, folder, environ),
         protocol,
         values.get("remote_model") or about.name,
         _version(values, protocol),
         _signature_name(values, protocol),
         timeout_ms / 1000,
-        number(values, "max_message_bytes", MESSAGE_BYTES, 1024, _MOST_BYTES),
+        number(values, "max_message_bytes", MESSAGE_BYTES, 1024, _MAX_BYTES),
         keepalive_ms,
         number(values, "keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS, 1, _DAY_MS),
-        _tls(values, folder) if where.is_secure else None,
+        _tls(values, folder) if server.is_secure else None,
         values.get("server_name", ""),
     )
 
@@ -115,11 +115,11 @@ def _check_keys(values: Mapping[str, str], about: About) -> None:
     if about.config.default_model_filename:
         raise FailedPrecondition("default_model_filename does not go with backend 'remote': its file is elsewhere")
     for key in values:
-        # Other parameters are the model's owner's, or the scheduler's.
+        # Parameters of the scheduler, and free ones of the model's owner, are accepted unless they resemble a key here.
         if key in _KEYS or key.startswith(_METADATA):
             continue
-        if meant := difflib.get_close_matches(key, _KEYS, 1, 0.8):
-            raise FailedPrecondition(f"parameter {key[:128]} is unknown: is {meant[0]} meant?")
+        if similar := difflib.get_close_matches(key, _KEYS, 1, 0.8):
+            raise FailedPrecondition(f"parameter {key[:128]} is unknown: is {similar[0]} meant?")
     if not values.get("url", "").startswith("grpcs:"):
         for key in _TLS:
             if values.get(key):

@@ -1,7 +1,7 @@
-"""TensorFlow Serving: `tensorflow.serving.PredictionService`, with the signature of a SavedModel.
+"""Dialect of TensorFlow Serving: `tensorflow.serving.PredictionService`, with the signature of a SavedModel.
 
-GetModelMetadata says the inputs and outputs. It says nothing of a batch dimension: as for a file, it is guessed where
-all first dimensions are free, and tried.
+GetModelMetadata has the inputs and outputs, but no batch dimension. As for a model file, a batch dimension is guessed
+where all first dimensions vary, and verified by a trial.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from google.protobuf import wrappers_pb2
 from services.infer.error_text import listed, quoted
 from services.infer.remote import tensorflow_tensors
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Asking, Question, RemoteModelInfo, missing
+from services.infer.remote.dialect import MetadataCall, MetadataCalls, RemoteModelInfo, missing
 from services.infer.remote.errors import NotServable
 from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces
@@ -29,31 +29,31 @@ _INPUTS = pb.TensorFlowPredictRequest.DESCRIPTOR.fields_by_name["inputs"].number
 
 
 class TensorFlowServing:
-    """A dialect.Dialect."""
+    """Dialect of TensorFlow Serving. Implements dialect.Dialect."""
 
     method = _SERVICE + "Predict"
     batches = True
-    fault = ""
+    fault_text = ""
 
     def __init__(self, settings: RemoteSettings) -> None:
         version = wrappers_pb2.Int64Value(value=int(settings.version)) if settings.version else None
         self._model = pb.TensorFlowModel(name=settings.model, version=version, signature_name=settings.signature_name)
 
-    def facts(self) -> Asking:
-        # A signature's name is refused here by servers of late: the answer has all of them anyway.
+    def model_info(self) -> MetadataCalls:
+        # Recent servers reject a request with a signature's name, and the response has all signatures.
         model = pb.TensorFlowModel(name=self._model.name)
         if self._model.HasField("version"):
             model.version.CopyFrom(self._model.version)
-        asked = pb.TensorFlowMetadataRequest(model_spec=model, metadata_field=[_SIGNATURES])
-        said = yield Question(_SERVICE + "GetModelMetadata", asked, pb.TensorFlowMetadataResponse)
-        there = parsed(said.metadata[_SIGNATURES].value, pb.TensorFlowSignatures).signature_def
+        request = pb.TensorFlowMetadataRequest(model_spec=model, metadata_field=[_SIGNATURES])
+        response = yield MetadataCall(_SERVICE + "GetModelMetadata", request, pb.TensorFlowMetadataResponse)
+        present = parsed(response.metadata[_SIGNATURES].value, pb.TensorFlowSignatures).signature_def
         name = self._model.signature_name
-        if name not in there:
+        if name not in present:
             raise NotServable(
                 f"the remote model {quoted(model.name)} has no signature {quoted(name)}: it has "
-                f"{listed(sorted(there)) or 'none'}; choose one with parameter signature_name"
+                f"{listed(sorted(present)) or 'none'}; choose one with parameter signature_name"
             )
-        return RemoteModelInfo(_specs("input", there[name].inputs), _specs("output", there[name].outputs))
+        return RemoteModelInfo(_specs("input", present[name].inputs), _specs("output", present[name].outputs))
 
     def request(
         self, specs: Mapping[str, TensorSpec], inputs: Mapping[str, Sequence[Tensor]], outputs: Sequence[str]
@@ -65,21 +65,21 @@ class TensorFlowServing:
         return pieces
 
     def answer(self, data: bytes, outputs: Sequence[TensorSpec]) -> list[Tensor]:
-        there = parsed(data, pb.TensorFlowPredictResponse).outputs
+        present = parsed(data, pb.TensorFlowPredictResponse).outputs
         try:
-            return [_tensor(there, spec) for spec in outputs]
+            return [_tensor(present, spec) for spec in outputs]
         except InvalidArgument as err:
             raise ModelFailed(f"the remote server's answer: {err.message}") from err
 
 
-def _tensor(there: Mapping[str, pb.TensorFlowTensor], spec: TensorSpec) -> Tensor:
-    if spec.name not in there:
-        raise missing(spec.name, sorted(there))
-    return tensorflow_tensors.from_message(there[spec.name], spec, f"output {quoted(spec.name)}")
+def _tensor(present: Mapping[str, pb.TensorFlowTensor], spec: TensorSpec) -> Tensor:
+    if spec.name not in present:
+        raise missing(spec.name, sorted(present))
+    return tensorflow_tensors.from_message(present[spec.name], spec, f"output {quoted(spec.name)}")
 
 
-def _specs(role: str, given: Mapping[str, pb.TensorFlowTensorInfo]) -> tuple[TensorSpec, ...]:
-    return tuple(_spec(role, name, given[name]) for name in sorted(given))
+def _specs(role: str, infos: Mapping[str, pb.TensorFlowTensorInfo]) -> tuple[TensorSpec, ...]:
+    return tuple(_spec(role, name, infos[name]) for name in sorted(infos))
 
 
 def _spec(role: str, name: str, info: pb.TensorFlowTensorInfo) -> TensorSpec:
@@ -88,6 +88,6 @@ def _spec(role: str, name: str, info: pb.TensorFlowTensorInfo) -> TensorSpec:
         raise NotServable(f"{what} is sparse or made of several tensors, which requests cannot carry")
     datatype = tensorflow_tensors.datatype(info.dtype)
     if datatype is None:
-        named = tensorflow_tensors.named(info.dtype)
-        raise NotServable(f"{what} is of TensorFlow's type {named}, which requests cannot carry")
+        type_name = tensorflow_tensors.type_name(info.dtype)
+        raise NotServable(f"{what} is of TensorFlow's type {type_name}, which requests cannot carry")
     return TensorSpec(name, datatype, tuple(dim.size for dim in info.tensor_shape.dim))

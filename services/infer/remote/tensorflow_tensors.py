@@ -1,4 +1,4 @@
-"""TensorFlow's tensors, to arrays and back."""
+"""Conversion between TensorFlow's tensor messages and arrays."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ _VALUES = {
     "BOOL": "bool_val",
     "BYTES": "string_val",
 }
-_MOST_IMPLIED = 1 << 24
+_MAX_IMPLIED = 1 << 24
 
 _FIELDS = pb.TensorFlowTensor.DESCRIPTOR.fields_by_name
 _CONTENT, _STRINGS = _FIELDS["tensor_content"].number, _FIELDS["string_val"].number
 
 
 def datatype(dtype: pb.TensorFlowType) -> Datatype | None:
-    """What the Open Inference Protocol calls a type; None when it has none for it."""
+    """Return the Open Inference Protocol's datatype for a TensorFlow type; None when the protocol has none."""
     return BY_NAME[_NAMES[dtype]] if dtype in _NAMES else None
 
 
-def named(dtype: int) -> str:
-    """A type, for messages."""
+def type_name(dtype: int) -> str:
+    """Return the name of a TensorFlow type, for messages."""
     return enumerated(pb.TensorFlowType.DESCRIPTOR, dtype)
 
 
 def to_message(arrays: Sequence[Tensor], datatype: Datatype) -> Pieces:
-    """The rows of all arrays as one tensor."""
+    """Return one tensor message with the rows of all arrays."""
     shape = pb.TensorFlowShape(dim=[pb.TensorFlowShape.Dim(size=size) for size in shape_of(arrays)])
     pieces = Pieces(pb.TensorFlowTensor(dtype=_TYPES[datatype.name], tensor_shape=shape).SerializeToString())
     if datatype.is_bytes:
@@ -75,14 +75,14 @@ def to_message(arrays: Sequence[Tensor], datatype: Datatype) -> Pieces:
 
 
 def from_message(tensor: pb.TensorFlowTensor, spec: TensorSpec, what: str) -> Tensor:
-    """The array. `what` opens the message of an error.
+    """Return the array of a tensor message. `what` opens the message of an error.
 
     Raises:
-        InvalidArgument: it is of another type or shape than `spec`, or its elements are not exactly those of its shape.
+        InvalidArgument: the type or shape contradicts `spec`, or the number of elements contradicts the shape.
     """
     expected = spec.datatype
     if datatype(tensor.dtype) != expected:
-        raise InvalidArgument(f"{what}: expected {expected.name}, got {named(tensor.dtype)}")
+        raise InvalidArgument(f"{what}: expected {expected.name}, got {type_name(tensor.dtype)}")
     if tensor.tensor_shape.unknown_rank:
         raise InvalidArgument(f"{what} has no shape")
     shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
@@ -95,8 +95,8 @@ def from_message(tensor: pb.TensorFlowTensor, spec: TensorSpec, what: str) -> Te
 def _from_values(tensor: pb.TensorFlowTensor, expected: Datatype, shape: tuple[int, ...], what: str) -> Tensor:
     values = getattr(tensor, _VALUES.get(expected.name, "int_val"))
     elements = count_elements(shape, what, InvalidArgument)
-    # Those that are not there are as the last one that is; a few bytes must not become gigabytes.
-    if len(values) > elements or elements - len(values) > _MOST_IMPLIED:
+    # Missing values repeat the last one. The limit keeps a message of a few bytes from becoming gigabytes.
+    if len(values) > elements or elements - len(values) > _MAX_IMPLIED:
         raise InvalidArgument(f"{what}: shape {written(shape)} has {elements} elements, got {len(values)}")
     array = np.empty(elements, np.uint16 if expected.name in ("FP16", "BF16") else expected.dtype)
     if values and array.dtype.kind in "iu":

@@ -1,9 +1,8 @@
-"""TorchServe's standard inference service: `org.pytorch.serve.grpc.inference.InferenceAPIsService`.
+"""Dialect of TorchServe: `org.pytorch.serve.grpc.inference.InferenceAPIsService`.
 
-Each input is a field of bytes of the one request, the prediction is bytes. There is no metadata, and no batch:
-TorchServe puts calls together by itself. Without `input` and `output` in its configuration a model is `data` ->
-`prediction`. The status of a handler that raises is UNAVAILABLE, as of a model without workers: the message tells them
-apart.
+Each input is a bytes field of the request, the prediction is bytes. There is no metadata, and no batch: TorchServe
+batches requests itself. Without `input` and `output` in its configuration, a model is `data` -> `prediction`. Both a
+raising handler and a model without workers give UNAVAILABLE; only the message distinguishes them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 from google.protobuf.empty_pb2 import Empty
 
 from services.infer.remote.connection import parsed
-from services.infer.remote.dialect import Asking, Question, RemoteModelInfo
+from services.infer.remote.dialect import MetadataCall, MetadataCalls, RemoteModelInfo
 from services.infer.remote.settings import RemoteSettings
 from services.infer.remote.wire import Pieces
 from services.infer.requests.signature import TensorSpec
@@ -26,17 +25,17 @@ _INPUT = pb.TorchServePredictionsRequest.DESCRIPTOR.fields_by_name["input"].numb
 
 
 class TorchServe:
-    """A dialect.Dialect."""
+    """Dialect of TorchServe. Implements dialect.Dialect."""
 
     method = _SERVICE + "Predictions"
     batches = False
-    fault = "InternalServerException"
+    fault_text = "InternalServerException"
 
     def __init__(self, settings: RemoteSettings) -> None:
         self._head = pb.TorchServePredictionsRequest(model_name=settings.model, model_version=settings.version)
 
-    def facts(self) -> Asking:
-        yield Question(_SERVICE + "Ping", Empty(), pb.TorchServeHealthResponse)
+    def model_info(self) -> MetadataCalls:
+        yield MetadataCall(_SERVICE + "Ping", Empty(), pb.TorchServeHealthResponse)
         return RemoteModelInfo(max_batch_size=0)
 
     def request(

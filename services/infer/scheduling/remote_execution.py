@@ -9,8 +9,8 @@ from typing import cast
 
 from kernels.stack_rows import split_rows
 from services.infer.model_process.checks import check_outputs
-from services.infer.remote.errors import NotToBlame
-from services.infer.remote.session import Asked, RemoteSession
+from services.infer.remote.errors import BatchFailed
+from services.infer.remote.session import RemoteBatch, RemoteSession
 from services.infer.requests.outcome import ExecutionTimes, InferenceResult, Outcome
 from services.infer.requests.request import InferenceRequest
 from services.infer.requests.signature import Signature
@@ -49,7 +49,7 @@ class RemoteExecution(Execution):
             return [expired() for _ in batch]
         try:
             answers: Sequence[Outcome] = await self._answers(alive)
-        except NotToBlame as err:
+        except BatchFailed as err:
             answers = [err.error] * len(alive)
         found = dict(zip(map(id, alive), answers, strict=True))
         return [found[id(job)] if id(job) in found else expired() for job in batch]
@@ -57,7 +57,7 @@ class RemoteExecution(Execution):
     async def _answers(self, alive: Sequence[ExecutionItem]) -> list[Outcome]:
         start = perf_counter_ns()
         calls = [job.call for job in alive]
-        asked = Asked(
+        asked = RemoteBatch(
             {name: [cast("Tensor", call.inputs[name]) for call in calls] for name in calls[0].inputs},
             [output.spec.name for output in calls[0].outputs],
         )

@@ -87,7 +87,7 @@ async def test_branches_that_give_one_tensor(serve, models_folder):
     code, why = await refused(served, asked(1, 2))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "step 0, model 'double': kind == 1 holds for some elements" in why
-    assert "send these rows apart" in why
+    assert "send these rows in separate requests" in why
 
 
 async def test_the_first_that_ran_counts_when_several_did(serve, models_folder):

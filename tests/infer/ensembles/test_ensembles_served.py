@@ -354,7 +354,7 @@ async def test_so_many_requests_at_the_same_time(serve, models_folder):
         with pytest.raises(grpc.aio.AioRpcError) as err:
             await served.stub.ModelInfer(request("e", x=X))
         assert err.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "of ensemble 'e': 2 requests are in work" in (err.value.details() or "")
+        assert "of ensemble 'e': 2 requests are in progress" in (err.value.details() or "")
         assert "retry-after-ms" in dict(err.value.trailing_metadata() or ())
     await asyncio.gather(*calls)
     assert served.models.find("e", "").statistics.shed == 1

@@ -107,7 +107,7 @@ async def test_tensors_stay_between_steps(models_folder, runtimes, memory, tmp_p
     models_folder.ensemble("all", PIXELS_TO_NET, NET, BEST, more=ALL)
     async with over(models_folder, run_dir, runtimes) as served:
         steps = served.models.find("all", "").loaded.plan.steps
-        assert [[wanted.stays for wanted in each.wanted] for each in steps] == [[True], [True], [False, False]]
+        assert [[wanted.stays for wanted in each.outputs] for each in steps] == [[True], [True], [False, False]]
         memory.forget()
         await answers(served, "all", 1)
         # In: pixels and table of the images, and the slot of the model's, which has nothing in it. Out: the answer.
@@ -120,13 +120,13 @@ async def test_tensors_stay_between_steps(models_folder, runtimes, memory, tmp_p
     check_same(got, await on_the_cpu(tmp_path, run_dir, (PIXELS_TO_NET, NET, BEST), ALL))
 
 
-async def test_what_the_caller_wants_comes_to_the_host(models_folder, runtimes, memory, tmp_path, run_dir):
+async def test_requested_outputs_are_copied_to_the_host(models_folder, runtimes, memory, tmp_path, run_dir):
     put(models_folder, gpu=True)
     models_folder.ensemble("all", PIXELS_TO_NET, NET, BEST, more=MIDDLE)
     names = ("scores", "indices", "logits")
     async with over(models_folder, run_dir, runtimes) as served:
         steps = served.models.find("all", "").loaded.plan.steps
-        assert [[wanted.stays for wanted in each.wanted] for each in steps] == [[True], [False], [False, False]]
+        assert [[wanted.stays for wanted in each.outputs] for each in steps] == [[True], [False], [False, False]]
         got = await answers(served, "all", names=names)
     check_same(got, await on_the_cpu(tmp_path, run_dir, (PIXELS_TO_NET, NET, BEST), MIDDLE, names))
 
@@ -141,7 +141,9 @@ async def test_what_the_caller_wants_comes_to_the_host(models_folder, runtimes, 
         ("row by row", [[True], [False], [False, False]]),
     ],
 )
-async def test_what_others_look_at_comes_to_the_host(models_folder, runtimes, tmp_path, run_dir, case, stays):
+async def test_tensors_that_other_steps_read_are_copied_to_the_host(
+    models_folder, runtimes, tmp_path, run_dir, case, stays
+):
     more = ALL
     net_more = {"own stream": ON_GPU, "kept answers": SHARED + "response_cache { enable: true }\n"}.get(case, "")
     best_more = "instance_group { kind: KIND_CPU }\n" if case == "step on the host" else ""
@@ -155,7 +157,7 @@ async def test_what_others_look_at_comes_to_the_host(models_folder, runtimes, tm
     async with over(models_folder, run_dir, runtimes) as served:
         assert not [row for row in served.models.index() if row.reason]
         steps = served.models.find("all", "").loaded.plan.steps
-        assert [[wanted.stays for wanted in each.wanted] for each in steps] == stays
+        assert [[wanted.stays for wanted in each.outputs] for each in steps] == stays
         got = await answers(served, "all")
     check_same(got, await on_the_cpu(tmp_path, run_dir, (PIXELS_TO_NET, NET, BEST), more))
 
@@ -193,7 +195,7 @@ async def test_a_real_gpu_answers_as_the_cpu(models_folder, tmp_path, run_dir):
     runtimes = Runtimes([OnnxRuntime(lanes), KernelsRuntime(lanes=lanes)])
     async with over(models_folder, run_dir, runtimes) as served:
         steps = served.models.find("all", "").loaded.plan.steps
-        assert [[wanted.stays for wanted in each.wanted] for each in steps] == [[True], [True], [False, False]]
+        assert [[wanted.stays for wanted in each.outputs] for each in steps] == [[True], [True], [False, False]]
         got = [await answers(served, "all") for _ in range(20)]
     expected = await on_the_cpu(tmp_path, run_dir, (PIXELS_TO_NET, NET, BEST), ALL)
     for each in got:

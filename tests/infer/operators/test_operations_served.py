@@ -139,7 +139,7 @@ async def test_wrong_configurations_are_told_in_the_index(serve, models_folder, 
         "promise": (
             operation("resize_norm", fit="multiple")
             + ' output [ { name: "image" data_type: TYPE_FP32 dims: [ 3, 640, 640 ] } ]',
-            "output 'image': the configuration promises [3,640,640], operation resize_norm gives [3,-1,-1]",
+            "output 'image': the configuration has [3,640,640], operation resize_norm has [3,-1,-1]",
         ),
         "file": (DECODE + ' default_model_filename: "model.onnx"', "default_model_filename without a model file"),
         "reshape": (

@@ -88,7 +88,7 @@ async def refuses_negatives(asked: pb.ModelInferRequest, context: grpc.aio.Servi
     return await double(asked, context)
 
 
-async def test_only_the_guilty_one_of_a_batch_hears_of_it(near: Serving, scripted: Scripted):
+async def test_only_the_bad_request_of_a_batch_gets_the_error(near: Serving, scripted: Scripted):
     calls = await held(near, scripted, 1, 2, -3, 4, then=refuses_negatives)
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(results[2], InvalidArgument)

@@ -37,7 +37,7 @@ async def until_ready(near: Serving) -> None:
                 return
 
 
-async def test_a_server_that_is_away_is_tried_again_until_it_is_there(front, run_dir: Path, tmp_path: Path):
+async def test_loading_is_retried_until_the_server_is_reachable(front, run_dir: Path, tmp_path: Path):
     address = f"unix:{run_dir}/far.sock"
     configs.put(tmp_path / "models", "m", url=address)
     near = await front(tmp_path / "models")
@@ -59,7 +59,7 @@ async def test_a_server_that_does_not_have_the_model_yet(front, scripted: Script
     assert await doubled(near) == [[2, 4, 6, 8]]
 
 
-async def test_a_server_that_goes_away_and_comes_back(front, run_dir: Path, tmp_path: Path):
+async def test_a_model_recovers_after_a_restart_of_its_server(front, run_dir: Path, tmp_path: Path):
     address = f"unix:{run_dir}/far.sock"
     configs.put(tmp_path / "models", "m", url=address)
     async with Scripted().serving(address):
@@ -88,7 +88,7 @@ async def refuse(asked: pb.ModelInferRequest, context: grpc.aio.ServicerContext)
     return answer(asked, given(asked))
 
 
-async def test_a_model_that_has_changed_is_refused_by_name(near: Serving, scripted: Scripted, clock: Clock):
+async def test_a_changed_model_rejects_requests_and_names_the_change(near: Serving, scripted: Scripted, clock: Clock):
     assert await doubled(near) == [[2, 4, 6, 8]]
     double, scripted.infer = scripted.infer, refuse
     scripted.inputs = [("x", "INT32", [-1, 4]), ("mask", "BOOL", [-1, 1])]
@@ -108,7 +108,7 @@ async def test_a_model_that_has_changed_is_refused_by_name(near: Serving, script
 async def test_a_changed_model_is_another_one_once_it_is_loaded_again(near: Serving, scripted: Scripted):
     scripted.outputs = [("z", "FP32", [-1, 4])]
     scripted.infer = refuse
-    with pytest.raises(FailedPrecondition, match="output 'y' is gone"):
+    with pytest.raises(FailedPrecondition, match="output 'y' no longer exists"):
         await doubled(near)
     await near.core.unload_model(pb.RepositoryModelUnloadRequest(model_name="m"))
     await near.core.load_model(pb.RepositoryModelLoadRequest(model_name="m"))
@@ -116,7 +116,7 @@ async def test_a_changed_model_is_another_one_once_it_is_loaded_again(near: Serv
     assert [t.name for t in metadata.outputs] == ["z"]
 
 
-async def test_bad_requests_are_not_asked_about_each_time(near: Serving, scripted: Scripted):
+async def test_a_flood_of_bad_requests_queries_metadata_once(near: Serving, scripted: Scripted):
     asked: list[str] = []
     scripted.infer = refuse
     scripted.config = lambda said: asked.append("again")
@@ -251,7 +251,7 @@ async def test_a_key_that_is_wrong_at_first(front, scripted: Scripted, tmp_path:
     await until_ready(near)
 
 
-async def test_an_unknown_name_is_none_of_the_remote_servers_business(near: Serving):
+async def test_an_unknown_model_is_not_requested_from_the_remote_server(near: Serving):
     with pytest.raises(NotFound):
         await near.core.infer(request("other", x=X))
 

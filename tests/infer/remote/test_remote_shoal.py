@@ -76,7 +76,7 @@ async def test_a_remote_server_that_is_killed_under_load(python: str, tmp_path: 
         assert [await ask(stub, n) for n in range(20)] == ["OK"] * 20
 
 
-async def test_a_remote_server_that_stands_still(python: str, tmp_path: Path, far: Infer):
+async def test_a_stopped_remote_server_times_out(python: str, tmp_path: Path, far: Infer):
     async with near(python, tmp_path, far) as stub:
         assert await ask(stub, 1) == "OK"
         far.freeze()
@@ -86,8 +86,8 @@ async def test_a_remote_server_that_stands_still(python: str, tmp_path: Path, fa
         assert await ask(stub, 2) == "OK"
 
 
-async def test_it_can_be_told_who_computed_what(python: str, tmp_path: Path, far: Infer):
-    async with near(python, tmp_path, far, "h2") as stub:
+async def test_explain_and_statistics_count_remote_executions(python: str, tmp_path: Path, far: Infer):
+    async with near(python, tmp_path, far) as stub:
         asked = request("scale", x=np.ones((3, 4), np.float32))
         asked.parameters["explain"].bool_param = True
         said = (await stub.ModelInfer(asked, timeout=PATIENCE_S)).parameters

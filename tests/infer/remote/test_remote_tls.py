@@ -48,7 +48,7 @@ async def secure(certificates: Path) -> AsyncIterator[Scripted]:
         yield running
 
 
-async def test_both_sides_show_who_they_are(front, secure: Scripted, certificates: Path, tmp_path: Path):
+async def test_mutual_tls_authenticates_both_sides(front, secure: Scripted, certificates: Path, tmp_path: Path):
     folder = configs.put(
         *(tmp_path / "models", "m", ""),
         url=f"grpcs://{secure.address}",
@@ -73,7 +73,9 @@ async def test_both_sides_show_who_they_are(front, secure: Scripted, certificate
     ],
     ids=["another CA", "another name", "no client certificate", "plaintext"],
 )
-async def test_who_is_not_trusted_is_not_spoken_to(front, secure: Scripted, certificates: Path, tmp_path: Path, wrong):
+async def test_a_model_is_unavailable_and_gets_no_request_with_wrong_credentials(
+    front, secure: Scripted, certificates: Path, tmp_path: Path, wrong
+):
     given = {
         "ca_file": f"{certificates}/ca.pem",
         "client_certificate_file": f"{certificates}/client.pem",

@@ -52,7 +52,7 @@ async def test_a_real_triton(near: Serving):
     assert output(await near.core.infer(request("first", x=one)), "y").tolist() == one.tolist()
 
 
-async def test_every_kind_of_tensor_there_and_back(near: Serving):
+async def test_tensors_of_every_datatype_are_sent_and_received(near: Serving):
     words = np.array([["é".encode(), b""], [b"a\0b\xff", b"x" * 1000]], object)
     assert output(await near.core.infer(request("same_bytes", x=words)), "y").tolist() == words.tolist()
     for name in SAME[1:]:

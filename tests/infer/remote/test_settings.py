@@ -136,7 +136,7 @@ def headers(tmp_path: Path, value: str) -> str:
     return settings.read(said, {"TOKEN": "from-env", "EMPTY": ""}).headers.read()[0][1]
 
 
-def test_secrets_come_from_elsewhere(tmp_path: Path):
+def test_secrets_are_read_from_the_environment_and_files(tmp_path: Path):
     (tmp_path / "token").write_text("from-file\n")
     (tmp_path / "far").write_text(" absolute ")
     assert headers(tmp_path, "plain $x {y}") == "plain $x {y}"
@@ -163,7 +163,7 @@ def test_secrets_that_are_not_there(tmp_path: Path, value, says):
     assert says in caught.value.message
 
 
-def test_a_secret_that_cannot_travel_is_not_repeated(tmp_path: Path):
+def test_an_invalid_secret_is_not_in_the_error(tmp_path: Path):
     (tmp_path / "token").write_text("line one\nline two")
     with pytest.raises(FailedPrecondition) as caught:
         headers(tmp_path, "${file:token}")

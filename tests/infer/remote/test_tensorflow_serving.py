@@ -67,7 +67,7 @@ async def test_answers_that_do_not_fit(near: Serving):
         await near.core.infer(request("scale", x=ROWS + 4))
 
 
-async def test_only_the_guilty_one_of_a_batch_hears_of_it(near: Serving):
+async def test_only_the_bad_request_of_a_batch_gets_the_error(near: Serving):
     together = [ROWS[:1] - 9, ROWS[:1]]
     calls = [near.core.infer(request("scale", x=x)) for x in together]
     results = await asyncio.gather(*calls, return_exceptions=True)

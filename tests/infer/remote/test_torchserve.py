@@ -32,7 +32,7 @@ def said(**given: bytes) -> dict[str, np.ndarray]:
     return {name: np.array([value], object) for name, value in given.items()}
 
 
-async def test_bytes_there_and_bytes_back(front, torchserve: Replay, tmp_path: Path):
+async def test_bytes_are_sent_and_received(front, torchserve: Replay, tmp_path: Path):
     url = f"grpc://{torchserve.address}"
     configs.put(tmp_path / "models", "m", url=url, protocol="torchserve", remote_model="reverse")
     near = await front(tmp_path / "models")
