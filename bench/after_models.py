@@ -1,4 +1,4 @@
-"""What `kernels_cpu.py` compares for the operations behind a model: the work, and how a user would do it otherwise."""
+"""Cases of `kernels_cpu.py` for postprocessing operations: ours, and the usual alternatives of a user."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pool_normalize_cases(threads: int) -> Iterator[Case]:
         }
         if torch is not None:
             runs["PyTorch"] = partial(_pool_torch, torch, torch.from_numpy(tokens), torch.from_numpy(mask))
-        yield compared(f"pool_normalize: {n} texts of {t} tokens, {d} wide, 0.6 of them counted", n, "texts", runs)
+        yield compared(f"pool_normalize: {n} texts of {t} tokens, {d} wide, 0.6 of them unmasked", n, "texts", runs)
     for n in (32, 1024):
         x = rng.normal(size=(n, 768)).astype(np.float32)
         runs = {
@@ -100,20 +100,20 @@ def quantize_rows_cases(threads: int) -> Iterator[Case]:
     for n in (1, 32, 1024):
         x = rng.normal(size=(n, 768)).astype(np.float32)
         numbers, scales = quantize_rows(x)
-        there: Runs = {
+        forward: Runs = {
             "shoal": partial(quantize_rows, x, out=(np.empty_like(numbers), np.empty_like(scales))),
             "NumPy": partial(_quantize_numpy, x),
         }
-        back: Runs = {
+        backward: Runs = {
             "shoal": partial(dequantize_rows, numbers, scales, out=np.empty_like(x)),
             "NumPy": lambda numbers=numbers, scales=scales: numbers * scales[:, None],
         }
         if torch is not None:
-            there["PyTorch"] = partial(_quantize_torch, torch.from_numpy(x))
+            forward["PyTorch"] = partial(_quantize_torch, torch.from_numpy(x))
             pair = torch.from_numpy(numbers), torch.from_numpy(scales)
-            back["PyTorch"] = lambda pair=pair: pair[0] * pair[1][:, None]
-        yield compared(f"quantize_rows: {n} rows of 768 to int8", n, "rows", there)
-        yield compared(f"dequantize_rows: {n} rows of 768 back", n, "rows", back)
+            backward["PyTorch"] = lambda pair=pair: pair[0] * pair[1][:, None]
+        yield compared(f"quantize_rows: {n} rows of 768 to int8", n, "rows", forward)
+        yield compared(f"dequantize_rows: {n} rows of 768 back", n, "rows", backward)
 
 
 def _quantize_numpy(x: np.ndarray) -> Any:
@@ -143,7 +143,7 @@ def _scattered(rng: np.random.Generator, m: int) -> np.ndarray:
 
 
 def _clustered(rng: np.random.Generator, m: int) -> np.ndarray:
-    """What a detector puts out: many boxes about each object, a few pixels apart."""
+    """Return boxes such as a detector's: many around each object, a few pixels apart."""
     objects = _scattered(rng, max(m // 20, 1))
     boxes = objects[rng.integers(0, len(objects), m)] + rng.normal(0, 3, (m, 4))
     return boxes.astype(np.float32)
@@ -170,7 +170,8 @@ def _nms_peers(boxes: np.ndarray, scores: np.ndarray) -> Runs:
             ],
         )
         runs["ONNX Runtime"] = partial(session(model).run, None, {"boxes": boxes[None], "scores": scores[None, None]})
-    if cv2 is not None and len(boxes) <= 2000:  # Half a second a run above.
+    # With more boxes a run takes half a second.
+    if cv2 is not None and len(boxes) <= 2000:
         wide = boxes.copy()
         wide[:, 2:] -= wide[:, :2]
         runs["OpenCV NMSBoxes"] = lambda: cv2.dnn.NMSBoxes(wide, scores, 0.0, 0.5)

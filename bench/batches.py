@@ -1,11 +1,11 @@
-"""Batches: rows a second from files to Parquet, beside the loop that one would write by hand, and one job per row.
+"""Batches: rows per second from files to Parquet, beside a loop written by hand, and one job per row.
 
     python bench/batches.py [--rows 200000] [--width 4] [--rounds 3] [--growth 8]
 
-One tiny model (x [n, width] FP32 -> 2x), one replica, one ingest. The loop reads the same Parquet with pyarrow, asks
-the model through the gateway in stacks of 64 rows with 16 calls under way (as ingest does), and writes Parquet: what is
-between them is what durability costs. Rounds interleave the ways, and every row of every result is checked. Then come
-files `--growth` times as large: the memory of ingest must stay what it was.
+One tiny model (x [n, width] FP32 -> 2x), one replica, one ingest. The loop reads the same Parquet with pyarrow, and
+writes Parquet. Its calls go through the gateway, with 64 rows each and 16 in flight, as those of ingest. The difference
+is the cost of durability. Rounds interleave the methods, and every row of every result is checked. Finally, files are
+`--growth` times as large: the memory of ingest must not grow.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ async def _loop(gateway: str, source: Path, out: Path) -> None:
 
 
 def job_per_row(client: shoal.Client, rows: int, width: int) -> float:
-    """Until the last of `rows` jobs has ended."""
+    """Return the seconds until the last of `rows` jobs has ended."""
     x = numbers(rows, width)
     began = time.perf_counter()
     requests = (JobRequest("double", {"x": row[np.newaxis]}) for row in x)
@@ -119,15 +119,15 @@ def job_per_row(client: shoal.Client, rows: int, width: int) -> float:
 
 @contextmanager
 def highest_memory(pid: int) -> Any:
-    """A list that holds the most MiB that a process was seen to have, once the block has ended."""
+    """Sample the memory of a process during the block; yield a list of one element, the maximum in MiB."""
     seen, stop_it = [0.0], Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not stop_it.wait(0.05):
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
             seen[0] = max(seen[0], pages * 4096 / (1 << 20))
 
-    thread = Thread(target=look, daemon=True)
+    thread = Thread(target=sample, daemon=True)
     thread.start()
     try:
         yield seen

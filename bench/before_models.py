@@ -1,4 +1,4 @@
-"""What `kernels_cpu.py` compares for the operations before a model: the work, and how a user would do it otherwise."""
+"""Cases of `kernels_cpu.py` for preprocessing operations: ours, and the usual alternatives of a user."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _tabular_numpy(made: Any, numbers: np.ndarray, codes: np.ndarray, out: np.nd
 
 
 class _Sklearn:
-    """scikit-learn's pipeline, and the same as ONNX."""
+    """scikit-learn's pipeline, and the same pipeline converted to ONNX."""
 
     def __init__(self, numbers: np.ndarray, codes: np.ndarray) -> None:
         compose, impute = peer("sklearn.compose"), peer("sklearn.impute")

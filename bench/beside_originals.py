@@ -1,15 +1,16 @@
-"""The examples beside the packages whose models they serve, called for each request.
+"""The examples beside the packages of their models, with one call of the package per request.
 
     python bench/beside_originals.py [--rounds 5] [--texts 128] [--pages 16] [--threads 1] [--only ocr]
                                       [--triton-venv FOLDER]
 
 `embeddings`: texts of this repository's documentation through `shoal serve` (the ensemble of examples/embeddings, 32
-requests in flight, one text each), and through sentence-transformers, one call for each text. `ocr`: the images of
-examples/ocr, 4 in flight, and rapidocr-onnxruntime with its own settings, one call for each image. With --triton-venv,
-an environment with nvidia-pytriton and what the steps import, both also through an ensemble of a real Triton's python
-backend (beside_originals_triton.py), by the same client. All have as many threads for the model and take
-turns in each round; figures are medians of rounds. CPU is that of the server's processes without the client's, and of
-the package's process: on a machine with other load it is the figure to trust.
+requests in flight, one text each), and through sentence-transformers, one call per text. `ocr`: the images of
+examples/ocr, 4 in flight, and through rapidocr-onnxruntime with its default settings, one call per image.
+
+--triton-venv names an environment with nvidia-pytriton and the imports of the steps. Both workloads then also run in an
+ensemble of a real Triton's python backend (beside_originals_triton.py), with the same client. All contenders have equal
+numbers of threads for the model and run interleaved; figures are medians of rounds. CPU is the time of the server's
+processes without the client, or of the package's process. On a machine with other load, trust the CPU time.
 """
 
 from __future__ import annotations
@@ -49,20 +50,20 @@ PAGES_AT_ONCE = 4
 SHOAL, PACKAGE = "Shoal", "the package, called per request"
 
 TRITONS = {"batch": "Triton, a batch padded together", "own": "Triton, each length by itself"}
-"""Contenders by how beside_originals_triton.py pads."""
+"""Contenders by the padding mode of beside_originals_triton.py."""
 
 TRITONS_READING = {6: "Triton, six lines padded together", 1: "Triton, each line by itself"}
-"""The same by how many lines are recognised at once: six are the package's own way."""
+"""Contenders by the number of lines that are recognised together; six is the package's default."""
 
 Servers = dict[str, tuple[str, int]]
-"""Address and process by contender; Shoal is the first."""
+"""Address and pid by contender; Shoal is the first."""
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
 class Took:
-    """Seconds, and seconds of processor time, of each round."""
+    """Wall time and CPU time of each round, in seconds."""
 
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
@@ -73,31 +74,30 @@ class Took:
 
 
 def processor_s(pid: int) -> float:
-    """Of a process and all that it started, by /proc."""
+    """Return the CPU seconds of a process and its descendants, from /proc."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS + sum(map(processor_s, _children(pid)))
 
 
 def _children(pid: int) -> list[int]:
-    """Those that any of its threads started."""
+    """Return the child processes of all threads of a process."""
     found: list[int] = []
     for listed in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(
-            FileNotFoundError, ProcessLookupError
-        ):  # A thread that has ended since: another has its children.
+        # The children of a thread that has ended are listed at another thread.
+        with suppress(FileNotFoundError, ProcessLookupError):
             found += map(int, listed.read_text().split())
     return found
 
 
 def sentences(most: int, least_words: int, most_words: int) -> list[str]:
-    """Single sentences and parts of them: what a chat sends, and short ones what a search box does."""
+    """Return single sentences and parts of them: such as a chat sends, and short ones such as a search box sends."""
     found = [part.strip() for text in demo.paragraphs(10_000) for part in re.split(r"(?<=[.:;])\s+", text)]
     fit = [" ".join(part.split()) for part in found if least_words <= len(part.split()) <= most_words]
     return fit[:: max(1, len(fit) // most)][:most]
 
 
 def embeddings(rounds: int, texts: int, threads: int, triton: Path | None, out: Console) -> None:
-    """Through Shoal, through Triton where there is one, and by the package itself."""
+    """Measure texts through Shoal, through Triton if there is one, and with the package itself."""
     kinds = {
         "phrases of 2 to 7 words": sentences(texts, 2, 7),
         "sentences of 8 to 40 words": sentences(texts, 8, 40),
@@ -112,9 +112,9 @@ def embeddings(rounds: int, texts: int, threads: int, triton: Path | None, out: 
             servers[name] = stack.enter_context(beside_originals_triton.serving(triton, ensemble, work / padded))
         package = stack.enter_context(_package("beside_originals_embeddings.py", "sentence_transformers", threads))
         asyncio.run(_agree(servers, [*demo.ODD, *kinds["paragraphs"]]))
-        for kind, asked in kinds.items():
-            taken = asyncio.run(_rounds(servers, package, partial(demo.embed, texts=asked), asked, rounds))
-            _show(f"{len(asked)} {kind}, {threads} threads", "embedding", len(asked), taken, _left_out(triton), out)
+        for kind, some in kinds.items():
+            taken = asyncio.run(_rounds(servers, package, partial(demo.embed, texts=some), some, rounds))
+            _show(f"{len(some)} {kind}, {threads} threads", "embedding", len(some), taken, _left_out(triton), out)
 
 
 def _left_out(triton: Path | None) -> str:
@@ -122,7 +122,7 @@ def _left_out(triton: Path | None) -> str:
 
 
 async def _agree(servers: Servers, texts: Sequence[str]) -> None:
-    """Raises RuntimeError when a server's embeddings are not Shoal's."""
+    """Raise RuntimeError when a server's embeddings differ from Shoal's."""
     answers = {}
     for name, (address, _) in servers.items():
         async with shoal.AsyncClient(address) as client:
@@ -130,11 +130,11 @@ async def _agree(servers: Servers, texts: Sequence[str]) -> None:
     for name, vectors in answers.items():
         least = demo.cosines(answers[SHOAL], vectors).min()
         if not least > demo.LEAST_COSINE:
-            raise RuntimeError(f"{name}: its embeddings are not Shoal's: least cosine {least:.6f} of {len(texts)}")
+            raise RuntimeError(f"{name}: embeddings differ from Shoal's: least cosine {least:.6f} of {len(texts)}")
 
 
 def ocr(rounds: int, pages: int, threads: int, triton: Path | None, out: Console) -> None:
-    """The images of examples/ocr, again and again: as `embeddings`."""
+    """Measure the images of examples/ocr, repeated, as `embeddings` measures texts."""
     found = gather()
     images = [list(found.values())[n % len(found)] for n in range(pages)]
     sent = [base64.b64encode(image).decode() for image in images]
@@ -154,11 +154,11 @@ def ocr(rounds: int, pages: int, threads: int, triton: Path | None, out: Console
 
 
 async def _read(client: shoal.AsyncClient, images: Iterable[bytes]) -> list[list[Line]]:
-    """The lines on each image."""
-    places = asyncio.Semaphore(PAGES_AT_ONCE)
+    """Return the lines on each image."""
+    slots = asyncio.Semaphore(PAGES_AT_ONCE)
 
     async def one(image: bytes) -> list[Line]:
-        async with places:
+        async with slots:
             answer = await client.infer("ocr", {"image": np.array([[image]], object)}, timeout=120)
         texts, scores = answer["texts"].reshape(-1), answer["scores"].reshape(-1)
         lines = zip(texts, scores, answer["boxes"].reshape(-1, 4, 2), strict=True)
@@ -168,7 +168,7 @@ async def _read(client: shoal.AsyncClient, images: Iterable[bytes]) -> list[list
 
 
 async def _read_the_same(servers: Servers, images: Mapping[str, bytes]) -> None:
-    """Raises RuntimeError when a server reads something else than Shoal; but for spaces where padding moves them."""
+    """Raise RuntimeError when a server's text differs from Shoal's. Spaces may differ where padding affects them."""
     read = {}
     for name, (address, _) in servers.items():
         async with shoal.AsyncClient(address) as client:
@@ -177,9 +177,9 @@ async def _read_the_same(servers: Servers, images: Mapping[str, bytes]) -> None:
         spaceless = name == TRITONS_READING[6]
         for image, ours, theirs in zip(images, read[SHOAL], pages, strict=True):
             if _texts(ours, spaceless) != _texts(theirs, spaceless):
-                raise RuntimeError(f"{name} reads {image} otherwise than Shoal: {theirs}, not {ours}")
+                raise RuntimeError(f"{name}: the text of {image} differs from Shoal's: {theirs}, not {ours}")
             if any(np.abs(a.box - b.box).max() > LARGEST_OFF_PX for a, b in zip(ours, theirs, strict=True)):
-                raise RuntimeError(f"{name} finds the lines of {image} elsewhere than Shoal: {theirs}, not {ours}")
+                raise RuntimeError(f"{name}: the boxes of {image} differ from Shoal's: {theirs}, not {ours}")
 
 
 def _texts(lines: Sequence[Line], spaceless: bool) -> list[str]:
@@ -188,7 +188,7 @@ def _texts(lines: Sequence[Line], spaceless: bool) -> list[str]:
 
 @contextmanager
 def _package(script: str, package: str, threads: int) -> Iterator[subprocess.Popen[str]]:
-    """The original package in a process of its own, which answers a line of JSON with what it took."""
+    """Run the original package in a process of its own, which answers a line of JSON with its wall and CPU time."""
     python = originals.folder(package) and originals.VENV / "bin/python"
     environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [python, Path(__file__).with_name(script), str(threads)]
@@ -212,7 +212,8 @@ async def _rounds(
         clients = {
             name: await stack.enter_async_context(shoal.AsyncClient(address)) for name, (address, _) in servers.items()
         }
-        for number in range(rounds + 1):  # The first one warms all up.
+        # The first round warms up.
+        for number in range(rounds + 1):
             took = {name: await _server(clients[name], pid, ask) for name, (_, pid) in servers.items()}
             package.stdin.write(json.dumps(sent) + "\n")
             package.stdin.flush()
@@ -231,7 +232,7 @@ async def _server(
 
 
 def _show(title: str, item: str, count: int, taken: dict[str, Took], left_out: str, out: Console) -> None:
-    """A row for each; the ratios are medians of those of each round."""
+    """Print one row per contender; ratios are medians of the rounds' ratios."""
     table = Table(title=title, caption=left_out)
     for column in ("what", f"{item}s/s", f"CPU ms/{item}", "Shoal's rate to it", "its CPU to Shoal's"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -253,14 +254,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("embeddings", "ocr"))
     parser.add_argument("--triton-venv", type=Path, metavar="FOLDER")
-    asked = parser.parse_args()
-    if asked.triton_venv:
-        beside_originals_triton.check(asked.triton_venv)
+    options = parser.parse_args()
+    if options.triton_venv:
+        beside_originals_triton.check(options.triton_venv)
     out = Console(width=120)
-    if asked.only != "ocr":
-        embeddings(asked.rounds, asked.texts, asked.threads, asked.triton_venv, out)
-    if asked.only != "embeddings":
-        ocr(asked.rounds, asked.pages, asked.threads, asked.triton_venv, out)
+    if options.only != "ocr":
+        embeddings(options.rounds, options.texts, options.threads, options.triton_venv, out)
+    if options.only != "embeddings":
+        ocr(options.rounds, options.pages, options.threads, options.triton_venv, out)
 
 
 if __name__ == "__main__":

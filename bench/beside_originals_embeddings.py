@@ -1,7 +1,7 @@
-"""beside_originals.py runs this beside the original package: a line of JSON texts in, what it took to encode them out.
+"""Timer of sentence-transformers for beside_originals.py: reads lines of JSON texts, writes wall and CPU seconds.
 
-One call of the package for each text, one after the other, on so many threads: what a service does that calls it for
-each request, without the costs of the service.
+Calls the package once per text, one after the other, with argv[1] threads. A service that calls the package for each
+request does the same, plus the cost of the service.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""beside_originals.py runs this beside the original package: a line of JSON images (base64) in, what they took out.
+"""Timer of rapidocr-onnxruntime for beside_originals.py: reads lines of JSON images (base64), writes wall and CPU
+seconds.
 
-As beside_originals_embeddings.py, for rapidocr-onnxruntime, with the settings that it comes with but for the threads.
+Works as beside_originals_embeddings.py. All settings except the threads are the package's defaults.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""The steps of examples/embeddings and examples/ocr as ensembles of a real Triton: the binary in the wheel
-`nvidia-pytriton`.
+"""The steps of examples/embeddings and examples/ocr as ensembles of a real Triton, from the wheel `nvidia-pytriton`.
 
-That wheel has no ONNX Runtime backend, so every step is a model of Triton's python backend (triton_embeddings/,
-triton_ocr/): it calls tokenizers, ONNX Runtime and NumPy; for OCR, the parts of rapidocr-onnxruntime. Each has one
-instance, one process, and is given the requests that wait together. An ensemble of Triton's cannot call a model for
-each line of a page: lines travel packed, and a step unpacks them and runs those of several requests together.
+The wheel has no ONNX Runtime backend, so every step is a model of Triton's python backend (triton_embeddings/,
+triton_ocr/). A step calls tokenizers, ONNX Runtime and NumPy, or for OCR the components of rapidocr-onnxruntime. Each
+step has one instance in one process, and gets all waiting requests together. An ensemble of Triton cannot call a model
+per line of a page. So lines are packed into tensors; a step unpacks them and runs lines of several requests together.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What Triton is given."""
+    """Definition of an ensemble in Triton's model repository."""
 
     name: str
     folder: Path
-    """Where the steps' Python is: <step>.py."""
+    """Folder with the Python file of each step: <step>.py."""
     steps: Mapping[str, tuple[Sequence[str], Sequence[str]]]
     """Inputs and outputs by step. Between the steps, a tensor has the same name on both sides."""
     inputs: Sequence[str]
     outputs: Sequence[str]
     parameters: Mapping[str, str]
     files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
-    """More files of a step."""
+    """Further files by step."""
 
 
 _TEXT = '{ name: "text" data_type: TYPE_STRING dims: 1 }'
@@ -48,7 +47,8 @@ _TOKENS = '{ name: "token_embeddings" data_type: TYPE_FP32 dims: [ -1, 384 ] RAG
 
 
 def embeddings(shoals: Path, padded: str, threads: int) -> Ensemble:
-    """
+    """Return the ensemble that corresponds to examples/embeddings.
+
     Args:
         shoals: the repository that examples/embeddings/build.py wrote, for the ONNX file and the tokenizer.
         padded: `batch` or `own`, see triton_embeddings/minilm.py.
@@ -84,10 +84,11 @@ _BOXES = '{ name: "boxes" data_type: TYPE_FP32 dims: [ -1, 4, 2 ] }'
 
 
 def ocr(together: int, threads: int) -> Ensemble:
-    """The package's own parts, with the settings that it comes with but for the threads.
+    """Return the ensemble that corresponds to examples/ocr, made of the package's components with default settings.
 
     Args:
-        together: lines that are recognised at once, padded to the longest of them; the package's own is 6.
+        together: number of lines that are recognised together, padded to the longest; the package's default is 6.
+        threads: threads of each model.
     """
     folder = Path(__file__).with_name("triton_ocr")
     return Ensemble(
@@ -108,11 +109,11 @@ def ocr(together: int, threads: int) -> Ensemble:
 
 
 def check(environment: Path) -> None:
-    """Ends the program, with what to do, when a package is missing in `environment`."""
+    """Exit with instructions when a package is missing in `environment`."""
     missing = [name for name in NEEDED if not list(environment.glob(f"lib/python3*/site-packages/{name}"))]
     if missing:
         sys.exit(
-            f"--triton-venv {environment}: it has no {', '.join(missing)}: make one with tools/venv.sh FOLDER "
+            f"--triton-venv {environment} lacks {', '.join(missing)}: create an environment with tools/venv.sh FOLDER "
             "locks/triton.txt; with its pip, install onnxruntime tokenizers rapidocr-onnxruntime 'numpy<2', then with "
             "--no-deps the opencv-python of locks/originals.txt, which resizes as Shoal's does; and name that folder"
         )
@@ -120,10 +121,10 @@ def check(environment: Path) -> None:
 
 @contextmanager
 def serving(environment: Path, ensemble: Ensemble, work: Path) -> Iterator[tuple[str, int]]:
-    """Serves the ensemble until the block ends: its address and its process.
+    """Serve the ensemble during the block, and yield its address and pid.
 
     Args:
-        environment: the virtual environment with the wheel and what the steps import.
+        environment: the virtual environment with the wheel and the imports of the steps.
         work: an empty folder.
     """
     before = _children()

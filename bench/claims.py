@@ -1,12 +1,12 @@
-"""What claiming costs, by how many jobs wait: 1,000, 100,000 and 1,000,000, of one tenant and of ten.
+"""Cost of claims by the length of the queue: 1,000, 100,000 and 1,000,000 jobs, of one tenant and of ten.
 
     python bench/claims.py [--queued 1000 100000 1000000] [--tenants 1 10] [--bulk 256] [--rounds 12]
 
-A mongod of its own (one member, as a node starts it), jobs of 300 bytes. `jobs/s` and `ms` are of claims in bulk as the
-dispatcher makes them: lanes listed, their beginnings read, the jobs claimed and read with their requests; all writes
-majority and journaled. What was claimed is put back after each round, unmeasured, so that as many wait each time. `ten`
-is what a tenant that comes with ten jobs waits for: the claims until all ten are had, and the time of these.
-`two` is jobs/s of two claimers at once, together.
+A mongod of its own (one member, as a node starts it), jobs of 300 bytes. `jobs/s` and `ms` are of bulk claims as the
+dispatcher makes them: list the lanes, read their first jobs, claim jobs and read them with their requests. All writes
+are majority and journaled. Claimed jobs are released after each round, unmeasured, so all rounds have equal queues.
+`ten` is the wait of a new tenant with ten jobs: the number of claims until all ten are claimed, and their time. `two`
+is the combined jobs/s of two concurrent claimers.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ async def fill(jobs: Collection, queued: int, tenants: int) -> None:
         await jobs.insert_many([document_of(job(f"t{n % tenants}", now)) for n in some], ordered=False)
 
 
-async def put_back(jobs: Collection) -> None:
+async def release_all(jobs: Collection) -> None:
     back = {"$set": {"due_at": utc_now(), "state": "queued", "attempts": 0}, "$unset": {"lease": ""}}
     await jobs.update_many({"lease.expires_at": {"$exists": True}}, back)
 
@@ -106,12 +106,12 @@ async def drained(jobs: Collection, bulk: int, rounds: int, a_round: int) -> tup
             took.append((time.perf_counter() - started) * 1000)
             had += len(some)
         claimed += had
-        await put_back(jobs)
+        await release_all(jobs)
     return took, claimed
 
 
-async def ten_of_a_newcomer(jobs: Collection, bulk: int) -> tuple[int, float]:
-    """It comes while the others are being served."""
+async def claim_new_tenant(jobs: Collection, bulk: int) -> tuple[int, float]:
+    """Submit ten jobs of a new tenant during other claims; return the number of claims and ms until all are claimed."""
     claims = claimer(jobs, 0)
     await claims.claim_due(bulk, [])
     now = utc_now()
@@ -125,11 +125,11 @@ async def ten_of_a_newcomer(jobs: Collection, bulk: int) -> tuple[int, float]:
         calls += 1
     took_ms = (time.perf_counter() - started) * 1000
     await jobs.delete_many({"_id": {"$in": [one.id for one in ten]}})
-    await put_back(jobs)
+    await release_all(jobs)
     return calls, took_ms
 
 
-async def two_at_once(jobs: Collection, bulk: int, a_round: int) -> float:
+async def two_claimers(jobs: Collection, bulk: int, a_round: int) -> float:
     claimed = 0
 
     async def claim(claims: Claims) -> None:
@@ -141,7 +141,7 @@ async def two_at_once(jobs: Collection, bulk: int, a_round: int) -> float:
     started = time.perf_counter()
     await asyncio.gather(*(claim(claimer(jobs, n)) for n in range(2)))
     per_s = claimed / (time.perf_counter() - started)
-    await put_back(jobs)
+    await release_all(jobs)
     return per_s
 
 
@@ -149,13 +149,15 @@ async def measure(jobs: Collection, queued: int, tenants: int, args: argparse.Na
     await jobs.delete_many({})
     await fill(jobs, queued, tenants)
     a_round = min(queued // 2, 8 * args.bulk)
-    await drained(jobs, args.bulk, 1, a_round)  # Warm: the same for all sizes.
+    # Warm-up, equal for all sizes.
+    await drained(jobs, args.bulk, 1, a_round)
     took, claimed = await drained(jobs, args.bulk, args.rounds, a_round)
     fresh = claimer(jobs, 0)
-    listing_ms = await timed(fresh.claim_due(1, ["m"]))  # No model is open: it lists, and claims nothing.
+    # The only model is excluded, so this call lists lanes and claims nothing.
+    listing_ms = await timed(fresh.claim_due(1, ["m"]))
     counting_ms = await timed(jobs.count_documents(WAITING, hint="lanes"))
-    ten_claims, ten_ms = await ten_of_a_newcomer(jobs, args.bulk)
-    two = await two_at_once(jobs, args.bulk, a_round)
+    ten_claims, ten_ms = await claim_new_tenant(jobs, args.bulk)
+    two = await two_claimers(jobs, args.bulk, a_round)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return Row(queued, tenants, took, claimed, listing_ms, counting_ms, ten_claims, ten_ms, two, rss)
 
@@ -209,7 +211,7 @@ async def run(uri: str, args: argparse.Namespace) -> None:
 
 @contextmanager
 def mongod() -> Iterator[str]:
-    """A mongod; gives its address."""
+    """Run a mongod during the block, and yield its address."""
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         port = processes.free_port()
         part = processes.mongod(Path(folder), port)

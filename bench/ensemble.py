@@ -1,11 +1,11 @@
-"""What an ensemble costs over its steps: the same models called one after the other, and as an ensemble.
+"""Overhead of an ensemble: the same models called one after the other, and as an ensemble.
 
     python bench/ensemble.py [--calls 2000] [--rounds 7]
 
-Real ONNX models of a few microseconds (y = x + 1, [n,16]) in one process, without a front. `steps` is the least that a
-caller can do by itself: whoever is answered by one scheduler starts the next call with what came, with no task and no
-look at it. `ensemble` is one call. Both take turns in each round; the figures are medians of rounds. `chain` follows
-one model by the next; `fan` asks four models for the same tensor, and a fifth one for their sums.
+Real ONNX models of a few microseconds (y = x + 1, [n,16]) in one process, without a network server. `steps` is the
+least work of a caller without an ensemble: the callback of one scheduler starts the next call with the answer, without
+a task or a check. `ensemble` is one call. Rounds interleave both; figures are medians of rounds. `chain` calls one
+model after the other; `fan` calls four models with the same tensor, and a fifth one with their outputs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FAN = 4
 
 
 def save(root: Path) -> None:
-    """Models next0..next7 (y = x + 1) and sum4, the chains of them, and fan4."""
+    """Write the models next0..next7 (y = x + 1) and sum4, and the ensembles chainN and fan4."""
     dims = ("n", 16)
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name in "xy")
     one = numpy_helper.from_array(np.float32(1), "one")
@@ -75,8 +75,8 @@ def _onnx(
 
 def _ensemble(root: Path, name: str, steps: Sequence[tuple[str, dict[str, str], str]]) -> None:
     text = 'platform: "ensemble" ensemble_scheduling {'
-    for model, given, output in steps:
-        maps = " ".join(f'input_map {{ key: "{key}" value: "{tensor}" }}' for key, tensor in given.items())
+    for model, inputs, output in steps:
+        maps = " ".join(f'input_map {{ key: "{key}" value: "{tensor}" }}' for key, tensor in inputs.items())
         text += (
             f'step {{ model_name: "{model}" model_version: -1 {maps} output_map {{ key: "y" value: "{output}" }} }}\n'
         )
@@ -85,14 +85,14 @@ def _ensemble(root: Path, name: str, steps: Sequence[tuple[str, dict[str, str], 
 
 
 @dataclass(frozen=True)
-class To:
-    """A version, and what its calls have in common."""
+class Target:
+    """A model version to call, with the requested outputs."""
 
     version: Version
     outputs: tuple[WantedOutput, ...]
 
     @classmethod
-    def of(cls, version: Version) -> To:
+    def of(cls, version: Version) -> Target:
         return cls(version, tuple(WantedOutput(spec) for spec in version.loaded.model.signature.outputs))
 
     def call(self, **inputs: Value) -> InferenceRequest:
@@ -102,7 +102,7 @@ class To:
 
 
 class Caller:
-    """Asks again whenever it is answered, in the next round of the loop, as a front does."""
+    """Closed-loop caller: starts the next request in the loop iteration after an answer, as a network server does."""
 
     def __init__(self, calls: int, expected: float) -> None:
         self.left, self.expected = calls, expected
@@ -131,9 +131,9 @@ class Caller:
 
 
 class Whole(Caller):
-    """One call of a model or an ensemble."""
+    """Caller of one model or ensemble per request."""
 
-    def __init__(self, calls: int, expected: float, to: To) -> None:
+    def __init__(self, calls: int, expected: float, to: Target) -> None:
         super().__init__(calls, expected)
         self.to = to
         self.input = to.version.loaded.model.signature.inputs[0].name
@@ -146,9 +146,9 @@ class Whole(Caller):
 
 
 class Chain(Caller):
-    """One model after the other."""
+    """Caller of several models per request, one after the other."""
 
-    def __init__(self, calls: int, expected: float, models: Sequence[To]) -> None:
+    def __init__(self, calls: int, expected: float, models: Sequence[Target]) -> None:
         super().__init__(calls, expected)
         self.models = models
 
@@ -169,31 +169,31 @@ class Chain(Caller):
             self.over(y)
 
 
-class Part:
-    """One of the models that a fan asks."""
+class FanBranch:
+    """Receiver of the answer of one model of a fan."""
 
-    def __init__(self, fan: Fan, at: int) -> None:
-        self.fan, self.at = fan, at
+    def __init__(self, fan: Fan, index: int) -> None:
+        self.fan, self.index = fan, index
         self.failed = fan.failed
 
     def answered(self, answer: InferenceResult) -> None:
-        self.fan.came(self.at, answer.outputs[0])
+        self.fan.branch_answered(self.index, answer.outputs[0])
 
 
 class Fan(Caller):
-    """Several models, and one for what they gave."""
+    """Caller of several models with one tensor, and of a last model with their outputs."""
 
-    def __init__(self, calls: int, expected: float, models: Sequence[To], last: To) -> None:
+    def __init__(self, calls: int, expected: float, models: Sequence[Target], last: Target) -> None:
         super().__init__(calls, expected)
         self.models, self.last = models, last
 
     def ask(self) -> None:
         self.parts: dict[str, Value] = {}
         for n, to in enumerate(self.models):
-            to.version.scheduler.start(to.call(x=self.x), time.monotonic() + 30, "", Part(self, n))
+            to.version.scheduler.start(to.call(x=self.x), time.monotonic() + 30, "", FanBranch(self, n))
 
-    def came(self, at: int, y: Value) -> None:
-        self.parts[f"x{at}"] = y
+    def branch_answered(self, index: int, y: Value) -> None:
+        self.parts[f"x{index}"] = y
         if len(self.parts) == len(self.models):
             self.last.version.scheduler.start(self.last.call(**self.parts), time.monotonic() + 30, "", self)
 
@@ -202,7 +202,7 @@ class Fan(Caller):
 
 
 async def measure(make: Callable[[int], Caller], in_flight: int, calls: int) -> tuple[float, float]:
-    """Microseconds of processor a request, and the median latency in microseconds."""
+    """Return the CPU time per request and the median latency, both in microseconds."""
     callers = [make(max(calls // in_flight, 1)) for _ in range(in_flight)]
     cpu = time.process_time()
     for caller in callers:
@@ -222,7 +222,7 @@ async def run(options: argparse.Namespace, table: Table) -> None:
         models.want(repository.scan(root))
         await models.settled()
         assert models.is_ready(), models.index()
-        to = {name: To.of(models.find(name, "")) for name in models.names()}
+        to = {name: Target.of(models.find(name, "")) for name in models.names()}
         steps = [to[f"next{n}"] for n in range(MOST)]
         kinds: list[tuple[str, int, Callable[[int], Caller], Callable[[int], Caller]]] = [
             (
@@ -240,7 +240,8 @@ async def run(options: argparse.Namespace, table: Table) -> None:
                 rounds = []
                 for n in range(options.rounds + 1):
                     both = [await measure(make, in_flight, options.calls) for make in (apart, whole)]
-                    if n:  # The first one warms up.
+                    # The first round warms up.
+                    if n:
                         rounds.append((*both[0], *both[1]))
                 cpu_a, p50_a, cpu_b, p50_b = (statistics.median(column) for column in zip(*rounds, strict=True))
                 added = statistics.median((cpu - before) / count for before, _, cpu, _ in rounds)
@@ -252,7 +253,7 @@ async def run(options: argparse.Namespace, table: Table) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--calls", type=int, default=2_000, help="requests of each kind and round")
+    parser.add_argument("--calls", type=int, default=2_000, help="requests per kind and round")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     table = Table(

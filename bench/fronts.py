@@ -1,14 +1,15 @@
-"""Two checkouts of `shoal serve` side by side, and Triton: straight on loopback, and from another network namespace.
+"""Two checkouts of `shoal serve` side by side, and Triton: on loopback, and from another network namespace.
 
     python bench/fronts.py --before FOLDER [--after FOLDER] [--triton COMMAND] [--rounds 5] [--seconds 1.5]
 
-straight     `--host 127.0.0.1` of both checkouts
-elsewhere    the address of a veth pair, asked from its other end: each checkout with the front that it takes there, and
-             Triton straight. Both ends are in namespaces of this run.
+loopback     both checkouts with `--host 127.0.0.1`
+namespace    both checkouts, and Triton, at one end of a veth pair, with the clients at the other end. Both ends are in
+             namespaces of this run. Each checkout uses its default front for that address.
 
-Needs root, for the namespaces. Each checkout has its own .venv. COMMAND is run by a shell, and starts a Triton with the
-models tiny, mlp and cnn at $HOST:$PORT; $MODELS holds their ONNX files. Servers run on processor 0 with one thread for
-the model, the generator on the others. Rounds interleave the servers; a ratio is the median of those of each round.
+Needs root, for the namespaces. Each checkout has its own .venv. A shell runs COMMAND, which starts a Triton with the
+models tiny, mlp and cnn at $HOST:$PORT; $MODELS is the folder of their ONNX files. Servers run on processor 0 with one
+thread for the model, the generator on the other processors. Rounds interleave the servers; a ratio is the median of the
+rounds' ratios.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass
-class Place:
-    """Where servers run and where they are asked from: network namespaces, or this process's own for None."""
+class Network:
+    """Network namespaces of servers and clients; None is the namespace of this process."""
 
     host: str
     servers: str | None = None
     clients: str | None = None
 
     @contextlib.contextmanager
-    def asking(self) -> Iterator[None]:
+    def client_side(self) -> Iterator[None]:
         """Open the sockets of the block in the clients' namespace."""
         if self.clients is None:
             yield
@@ -76,8 +77,8 @@ def _enter(namespace: int) -> None:
 
 
 @contextlib.contextmanager
-def namespaces() -> Iterator[Place]:
-    """Make two namespaces with a veth pair between them, for as long as the block lasts."""
+def namespaces() -> Iterator[Network]:
+    """Create two namespaces with a veth pair between them, for the duration of the block."""
     servers, clients = (f"shoal-bench-{side}-{os.getpid()}" for side in ("s", "c"))
     ends = {servers: (f"sbs{os.getpid()}", SERVER_IP), clients: (f"sbc{os.getpid()}", CLIENT_IP)}
     try:
@@ -89,7 +90,7 @@ def namespaces() -> Iterator[Place]:
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
             for up in (link, "lo"):
                 _ip("-n", name, "link", "set", up, "up")
-        yield Place(SERVER_IP, servers, clients)
+        yield Network(SERVER_IP, servers, clients)
     finally:
         for name in ends:
             subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
@@ -101,10 +102,10 @@ def _ip(*arguments: str) -> None:
 
 @dataclass
 class Contender:
-    """A way to serve, and what was measured of it."""
+    """Server command, with its measurements."""
 
     name: str
-    place: Place
+    network: Network
     port: int
     command: Sequence[str]
     environ: dict[str, str]
@@ -116,12 +117,12 @@ class Contender:
 
     @contextlib.contextmanager
     def running(self, sample: Sample) -> Iterator[Server]:
-        """Run it until the block ends; note its start to the first right answer, and its memory then."""
+        """Run the server during the block; record the time until the first correct answer, and the memory then."""
         began = time.perf_counter()
         process = subprocess.Popen(
-            self.place.command(self.command), env={**os.environ, **self.environ}, cwd=self.folder, stdout=sys.stderr
+            self.network.command(self.command), env={**os.environ, **self.environ}, cwd=self.folder, stdout=sys.stderr
         )
-        server = Server(self.name, f"{self.place.host}:{self.port}", process.pid, process)
+        server = Server(self.name, f"{self.network.host}:{self.port}", process.pid, process)
         try:
             while not self._answers(server, sample):
                 if process.poll() is not None or time.perf_counter() - began > _READY_S:
@@ -136,42 +137,42 @@ class Contender:
             process.wait(60)
 
     def _answers(self, server: Server, sample: Sample) -> bool:
-        with self.place.asking():
+        with self.network.client_side():
             return uvloop.run(answers(server, sample))
 
 
 def _pss_mb(pid: int) -> float:
-    """Proportional memory of a process: pages that several share count in parts."""
+    """Return the proportional set size of a process, which counts shared pages in parts."""
     with contextlib.suppress(OSError):
         return int(re.findall(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[0]) / 1024
     return 0.0
 
 
-def shoal(name: str, folder: Path, models: Path, place: Place) -> Contender:
-    """`shoal serve` of the checkout `folder`."""
+def shoal(name: str, folder: Path, models: Path, network: Network) -> Contender:
+    """Return the contender `shoal serve` of the checkout `folder`."""
     port = free_port()
     python = str(folder / ".venv/bin/python")
-    command = [python, "-m", "shoal.cli.main", "serve", str(models), "--host", place.host, "--port", str(port)]
-    # Also where the environment was built for another checkout, its own modules come first.
+    command = [python, "-m", "shoal.cli.main", "serve", str(models), "--host", network.host, "--port", str(port)]
+    # The checkout's modules take precedence, even if its environment was built for another checkout.
     environ = {"PYTHONPATH": str(folder), "SHOAL_INFER_THREADS": "1"}
-    return Contender(name, place, port, command, environ, folder)
+    return Contender(name, network, port, command, environ, folder)
 
 
-def triton(command: str, models: Path, place: Place) -> Contender:
+def triton(command: str, models: Path, network: Network) -> Contender:
     port = free_port()
-    environ = {"HOST": place.host, "PORT": str(port), "MODELS": str(models)}
-    return Contender("Triton", place, port, ["sh", "-c", f"exec {command}"], environ, models)
+    environ = {"HOST": network.host, "PORT": str(port), "MODELS": str(models)}
+    return Contender("Triton", network, port, ["sh", "-c", f"exec {command}"], environ, models)
 
 
 def measure(contenders: Sequence[Contender], samples: dict[str, Sample], rounds: int, seconds: float) -> None:
-    """Load all of them in turns, round after round."""
+    """Load all contenders in interleaved rounds."""
     requests = {name: Requests.of(name, sample.inputs, sample.outputs) for name, sample in samples.items()}
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(contender.running(samples["tiny"])) for contender in contenders]
         for _ in range(rounds):
             for load in LOADS:
                 for contender, server in zip(contenders, servers, strict=True):
-                    with contender.place.asking():
+                    with contender.network.client_side():
                         count, cpu_s = uvloop.run(loaded(server, requests[load[0]], load[1], seconds))
                     contender.loads.setdefault(load, Measured()).add(count, cpu_s)
 
@@ -205,14 +206,14 @@ def _ratio(values: Sequence[float], firsts: Sequence[float]) -> str:
 
 
 def show_starts(contenders: Sequence[Contender], console: Console) -> None:
-    table = Table(title="start to the first right answer, and memory then of all processes", title_justify="left")
+    table = Table(title="start to the first correct answer, and memory of all processes then", title_justify="left")
     for column in ("server", "start s", "least", "most", "RSS MB", "PSS MB", "starts"):
         table.add_column(column, justify="left" if column == "server" else "right")
     for one in contenders:
         seconds = (statistics.median(one.starts_s), min(one.starts_s), max(one.starts_s))
         memory = (statistics.median(one.rss_mb), statistics.median(one.pss_mb))
         table.add_row(
-            f"{one.name} at {one.place.host}",
+            f"{one.name} at {one.network.host}",
             *(f"{value:.2f}" for value in seconds),
             *(f"{value:.0f}" for value in memory),
             str(len(one.starts_s)),
@@ -234,12 +235,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, namespaces() as elsewhere:
         models = Path(scratch)
         samples = save(models)
-        here = Place("127.0.0.1")
+        here = Network("127.0.0.1")
         groups: dict[str, list[Contender]] = {}
-        for title, place in (("straight on loopback", here), ("from another namespace", elsewhere)):
+        for title, network in (("on loopback", here), ("from another namespace", elsewhere)):
             groups[title] = [
-                shoal("before", args.before.resolve(), models, place),
-                shoal("after", args.after.resolve(), models, place),
+                shoal("before", args.before.resolve(), models, network),
+                shoal("after", args.after.resolve(), models, network),
             ]
         if args.triton:
             groups["from another namespace"].append(triton(args.triton, models, elsewhere))

@@ -1,14 +1,14 @@
-"""All that a machine with a GPU must show of the kernels, in one table with the card's name.
+"""Checks and measurements of the kernels on a GPU, in one table with the card's name.
 
     python bench/gpu.py [--rounds 9] [--threads 1,4,16] [--no-sanitizer]
 
-1  versions                what is installed, driver, card
-2  correctness             fresh random ragged batches of every operation, the tests marked gpu, compute-sanitizer
-3  floors                  copies in both directions, bandwidth, what a launch costs
-4  resize_norm             pixels on the device already, beside torch and torchvision on the same device
-5  from the host           CPU and upload of results, against upload and GPU: at how many threads the CPU is as fast
+1  versions                installed packages, driver, card
+2  correctness             new random ragged batches of every operation, the tests marked gpu, compute-sanitizer
+3  floors                  copies in both directions, bandwidth, cost of a launch
+4  resize_norm             with pixels on the device, beside torch and torchvision on the same device
+5  from the host           CPU and upload of results, against upload and GPU, by the number of CPU threads
 
-Ends with 1 when anything was wrong, and with 2 where there is no GPU. Times on the device are between CUDA events.
+Exits with 1 when a check failed, and with 2 without a GPU. Times on the device are between CUDA events.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ Row = tuple[str, str, str]
 
 
 class Clock:
-    """Seconds of the device, the median of several rounds."""
+    """Timer for work on the device; results are medians of several rounds, in seconds."""
 
     def __init__(self, cupy: Any, rounds: int) -> None:
         self._cupy = cupy
         self.rounds = rounds
 
     def device_s(self, run: Callable[[], Any], repeats: int = 10) -> float:
-        """Of one run, between events around `repeats` of them."""
+        """Return the device time of one run, between events around `repeats` runs."""
         cuda = self._cupy.cuda
         run()
         taken = []
@@ -79,7 +79,7 @@ class Clock:
         return statistics.median(taken)
 
     def wall_s(self, run: Callable[[], Any]) -> float:
-        """Until the device is done."""
+        """Return the wall time of one run until the device has finished."""
         run()
         taken = []
         for _ in range(self.rounds):
@@ -91,7 +91,7 @@ class Clock:
         return statistics.median(taken)
 
     def host_s(self, run: Callable[[], Any], repeats: int = 200) -> float:
-        """What the calling thread spends on one run that it does not wait for."""
+        """Return the time that the calling thread spends on one run, without waiting for the device."""
         run()
         taken = []
         for _ in range(self.rounds):
@@ -119,7 +119,7 @@ def versions(cupy: Any) -> Iterator[Row]:
 
 
 def correctness(seed: int, sanitizer: bool) -> Iterator[tuple[Row, bool]]:
-    """Rows, and whether each is right."""
+    """Yield rows of the table, each with True when its check passed."""
     for operation, (what, off, allowed) in gpu_checks.run(seed):
         right = off <= allowed
         yield (f"{operation}: {what}", f"off by {off:.4f}", f"{allowed} allowed, seed {seed}"), right
@@ -176,7 +176,7 @@ def floors(cupy: Any, clock: Clock) -> Iterator[Row]:
 
 
 def replayed(cupy: Any, clock: Clock) -> Iterator[Row]:
-    """A launch out of a CUDA graph: what is left when nothing is checked and nothing prepared."""
+    """Measure a launch from a CUDA graph, without checks and preparation."""
     stream = cupy.cuda.Stream(non_blocking=True)
     tiny = to_device(cupy, [np.zeros((4, 4, 3), np.uint8)], (2, 2))
     out = cupy.empty((1, 3, 2, 2), cupy.float16)
@@ -195,7 +195,10 @@ def to_device(cupy: Any, images: Sequence[np.ndarray], size: tuple[int, int], bo
 
 
 def on_device(cupy: Any, clock: Clock) -> Iterator[Row]:
-    """Pixels that are there already: nvJPEG's, a video decoder's, another model's. All batches exceed the L2 cache."""
+    """Measure pixels that are on the device already (from nvJPEG, a video decoder, another model).
+
+    All batches exceed the L2 cache.
+    """
     real = photographs() or synthetic(8)
     frames = [enlarged(real[n % len(real)], 1080, 1920) for n in range(64)]
     crop = (0.0625 * 1080, 420 + 0.0625 * 1080, 0.9375 * 1080, 1500 - 0.0625 * 1080)
@@ -215,8 +218,8 @@ def on_device(cupy: Any, clock: Clock) -> Iterator[Row]:
         packed = to_device(cupy, images, (224, 224), boxes)
         out = cupy.empty((len(images), 3, 224, 224), cupy.float16)
         ours = clock.device_s(partial(resize_norm, packed, out, mean=MEAN, std=STD))
-        looked_at = sum(_bytes_of(image, boxes[n] if boxes else None) for n, image in enumerate(images))
-        floor = (looked_at + out.nbytes) / bandwidth
+        bytes_read = sum(_bytes_of(image, boxes[n] if boxes else None) for n, image in enumerate(images))
+        floor = (bytes_read + out.nbytes) / bandwidth
         yield f"resize_norm, {name}, fp16", f"{1e3 * ours:.3f} ms", f"{floor / ours:.0%} of the bandwidth's floor"
         if boxes is None:
             for contender, run in torch_ways(images).items():
@@ -230,7 +233,7 @@ def _bytes_of(image: np.ndarray, box: Any) -> float:
 
 
 def torch_ways(images: Sequence[np.ndarray]) -> dict[str, Callable[[], Any]]:
-    """What a user of torch writes, on the device; none where torch has no CUDA."""
+    """Return the usual implementations in torch on the device; none if torch has no CUDA."""
     torch, functional = peer("torch"), peer("torchvision.transforms.v2.functional")
     if torch is None or not torch.cuda.is_available():
         return {}
@@ -258,7 +261,7 @@ def torch_ways(images: Sequence[np.ndarray]) -> dict[str, Callable[[], Any]]:
 
 
 def from_host(cupy: Any, clock: Clock, thread_counts: Sequence[int]) -> Iterator[Row]:
-    """64 decoded frames on the host until fp16 tensors are on the device."""
+    """Measure 64 decoded frames on the host until their fp16 tensors are on the device."""
     real = photographs() or synthetic(8)
     frames = [enlarged(real[n % len(real)], 1080, 1920) for n in range(64)]
     memory, stream = CudaMemory(), cupy.cuda.get_current_stream()
@@ -302,7 +305,7 @@ def _right(rows: Iterator[Row]) -> Iterator[tuple[Row, bool]]:
 
 
 def _guarded(section: Iterator[tuple[Row, bool]]) -> Iterator[tuple[Row, bool]]:
-    """A section that ends with an error says so, and the others still run."""
+    """Yield the rows of a section, or a FAILED row after an error, so that later sections still run."""
     try:
         yield from section
     except Exception as error:
@@ -318,12 +321,12 @@ def card(cupy: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", default="1,4,16", help="of the CPU, by comma")
+    parser.add_argument("--threads", default="1,4,16", help="numbers of CPU threads, comma-separated")
     parser.add_argument("--no-sanitizer", action="store_true", help="do not run compute-sanitizer")
     args = parser.parse_args()
     if not backend.device_available():
         print(
-            f"bench/gpu.py needs a CUDA device, and here {backend.why_no_device()}. Nothing was measured.",
+            f"bench/gpu.py needs a CUDA device, but {backend.why_no_device()}. Nothing was measured.",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -349,7 +352,7 @@ def main() -> None:
     console = Console(width=150)
     console.print(table)
     if MISSING:
-        console.print(f"not installed, so not compared: {', '.join(sorted(MISSING))}")
+        console.print(f"not compared, because not installed: {', '.join(sorted(MISSING))}")
     if failed:
         console.print(f"{failed} checks FAILED")
     sys.exit(1 if failed else 0)

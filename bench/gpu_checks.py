@@ -1,9 +1,9 @@
-"""Kernels on a GPU against the CPU, on fresh random ragged batches. An operation is one function, here
-or in `row_checks.py`.
+"""Comparison of kernels on a GPU with the CPU, on new random ragged batches.
 
     python bench/gpu_checks.py [SEED]
 
-For itself, so that compute-sanitizer can run it: exit 1 when a result is further off than its tolerance.
+Each operation has one function, in this file or in `row_checks.py`. A program of its own, so that compute-sanitizer can
+run it. Exits with 1 when the error of a result exceeds its tolerance.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from kernels import backend
 from kernels.resize_norm import pack, resize_norm
 
 Found = tuple[str, float, float]
-"""What was compared, how far it was off, and what is allowed."""
+"""The name of a comparison, the largest error, and the tolerance."""
 
 
 def resize_norm_checks(rng: np.random.Generator, cupy: Any) -> Iterator[Found]:
-    """In grey levels; the tolerances are those of tests/kernels/test_resize_norm.py."""
+    """Compare resize_norm in grey levels, with the tolerances of tests/kernels/test_resize_norm.py."""
     for dtype, allowed in ((np.float32, 0.02), (np.float16, 0.2), (np.uint8, 1.0)):
         for layout in ("CHW", "HWC"):
             for antialias in (True, False):
                 channels = int(rng.choice([1, 3]))
                 sides = rng.integers(1, 700, (12, 2))
-                sides[:3, 1] = 16 * rng.integers(1, 80, 3)  # Rows of a multiple of 16 bytes.
+                # Rows of a multiple of 16 bytes.
+                sides[:3, 1] = 16 * rng.integers(1, 80, 3)
                 images = [rng.integers(0, 256, (int(h), int(w), channels), dtype=np.uint8) for h, w in sides]
                 boxes = [_box(rng, *image.shape[:2]) if rng.random() < 0.5 else None for image in images]
                 size = (int(rng.integers(1, 230)), int(rng.integers(1, 230)))
@@ -89,7 +90,8 @@ def main() -> None:
     for operation, (what, off, allowed) in run(seed):
         bad = not off <= allowed
         wrong += bad
-        print(f"{'WRONG' if bad else 'right'}  {operation}: {what}: off by {off:.4f}, {allowed} allowed (seed {seed})")
+        verdict = "WRONG" if bad else "right"
+        print(f"{verdict}  {operation}: {what}: error {off:.4f}, tolerance {allowed} (seed {seed})")
     sys.exit(1 if wrong else 0)
 
 

@@ -3,10 +3,10 @@
     python bench/infer.py [--rounds 5] [--seconds 1.5] [--endpoints-only] [--overload]
                           [--endpoint triton=127.0.0.1:8001 --endpoint-pid triton=PID ...]
 
-Four models (`infer_models`), requests made once, every answer compared with its own request's. Each server runs on
-processor 0 with one thread for the model, the generator on the others. Rounds interleave the servers; medians are
-shown, and ratios to the first. An endpoint must serve tiny, mlp, cnn (and latent, for --overload) from
-`--models FOLDER` (written when missing).
+Four models (`infer_models`). Requests are encoded once, and every answer is compared with the expected one of its
+request. Each server runs on processor 0 with one thread for the model, the generator on the other processors. Rounds
+interleave the servers; the tables show medians, and ratios to the first server. An endpoint must serve tiny, mlp, cnn
+(and latent, for --overload) from `--models FOLDER` (written when missing).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DEADLINE_S = 0.05
 
 @dataclass
 class Server:
-    """One that is measured."""
+    """A server to measure."""
 
     name: str
     address: str
@@ -55,7 +55,7 @@ class Server:
 
 @dataclass
 class Measured:
-    """Of one server under one load, a value for each round."""
+    """Results of one server under one load, with one value per round."""
 
     rates: list[float] = field(default_factory=list)
     p50_ms: list[float] = field(default_factory=list)
@@ -130,7 +130,7 @@ def start(models: Path, port: int, samples: dict[str, Sample]) -> Server:
 
 
 async def answers(server: Server, sample: Sample) -> bool:
-    """Whether it answers rightly now."""
+    """Return True when the server gives a correct answer now."""
     try:
         async with asyncio.timeout(5):
             load = Load(server.address, Requests.of(sample.name, sample.inputs, sample.outputs))
@@ -140,7 +140,7 @@ async def answers(server: Server, sample: Sample) -> bool:
 
 
 def measure(servers: list[Server], samples: dict[str, Sample], rounds: int, seconds: float) -> dict[str, Measured]:
-    """By `<server> <model> <in flight>`."""
+    """Run all loads in interleaved rounds, and return the results by `<server> <model> <in flight>`."""
     found: dict[str, Measured] = {}
     requests = {name: Requests.of(name, sample.inputs, sample.outputs) for name, sample in samples.items()}
     for _ in range(rounds):
@@ -152,7 +152,7 @@ def measure(servers: list[Server], samples: dict[str, Sample], rounds: int, seco
 
 
 async def loaded(server: Server, requests: Requests, in_flight: int, seconds: float) -> tuple[Count, float]:
-    """What came of a load, and the processor time that the server took for it, in seconds."""
+    """Run a load, and return its counts and the server's CPU seconds."""
     load = Load(server.address, requests)
     before = 0.0
 
@@ -200,7 +200,7 @@ def show(servers: list[Server], found: dict[str, Measured], console: Console) ->
 
 
 def show_floor(models: Path, samples: dict[str, Sample], console: Console) -> None:
-    """What ONNX Runtime alone computes, in this process, on the same processor."""
+    """Print the rates of ONNX Runtime alone, in this process, on the same processor."""
     os.sched_setaffinity(0, {0})
     table = Table(title="ONNX Runtime in process, rows a second by rows a run")
     for column in ("model", "1", "8", "32", "64"):
@@ -221,11 +221,12 @@ def show_floor(models: Path, samples: dict[str, Sample], console: Console) -> No
 
 
 def show_overload(servers: list[Server], samples: dict[str, Sample], seconds: float, console: Console) -> None:
-    """Twice the capacity is offered, each request with a deadline."""
+    """Offer twice the capacity, with a deadline for each request, and print the results."""
     table = Table(title=f"overload: latent, twice the capacity offered, deadlines of {_DEADLINE_S * 1000:.0f} ms")
     for column in ("server", "capacity/s", "offered/s", "in time/s", "of capacity", "late", "refused", "wrong"):
         table.add_column(column, justify="left" if column == "server" else "right")
-    sample = samples["latent"]  # Small requests: what is refused costs the generator and the server little.
+    # Requests are small, so that rejected ones cost the generator and the server little.
+    sample = samples["latent"]
     requests = Requests.of(sample.name, sample.inputs, sample.outputs)
     for server in servers:
         capacity = uvloop.run(Load(server.address, requests).closed(32, seconds)).rate
@@ -260,10 +261,10 @@ def main() -> None:
         models = args.models or Path(scratch)
         models.mkdir(parents=True, exist_ok=True)
         samples = save(models)
-        pids = dict(given.split("=") for given in args.endpoint_pid)
+        pids = dict(pair.split("=") for pair in args.endpoint_pid)
         servers = []
-        for given in args.endpoint:
-            name, _, address = given.partition("=")
+        for pair in args.endpoint:
+            name, _, address = pair.partition("=")
             servers.append(Server(name, address, int(pids[name]) if name in pids else None))
         if len(os.sched_getaffinity(0)) > 1:
             os.sched_setaffinity(0, os.sched_getaffinity(0) - {0})
@@ -272,8 +273,8 @@ def main() -> None:
         try:
             for server in servers:
                 if server.process is not None:
-                    said = f"{server.name}: right answers of all models {server.start_s:.2f} s after its start"
-                    console.print(f"{said}, {server.memory_mb():.0f} MB resident")
+                    started = f"{server.name}: correct answers of all models {server.start_s:.2f} s after its start"
+                    console.print(f"{started}, {server.memory_mb():.0f} MB resident")
             show(servers, measure(servers, samples, args.rounds, args.seconds), console)
             if args.overload:
                 show_overload(servers, samples, args.seconds, console)

@@ -1,9 +1,9 @@
-"""Four ONNX models with seeded weights that an inference server's ways show on, and their answers.
+"""Four ONNX models with seeded weights for benchmarks of inference servers, and their expected answers.
 
-tiny   input [N,16] -> output [N,4]         a few microseconds a row: what the server itself costs
-mlp    input [N,256] -> output [N,10]       19 MB of weights: rows together cost far less than rows alone
-cnn    input [N,3,64,64] -> output [N,10]   about a millisecond a row: what the server leaves of a core
-latent input [N,16] -> output [N,10]        as cnn, drawn from a small input: much work, and little to send
+tiny   input [N,16] -> output [N,4]         a few microseconds per row: measures the server's own cost
+mlp    input [N,256] -> output [N,10]       19 MB of weights: batched rows cost far less than single rows
+cnn    input [N,3,64,64] -> output [N,10]   about a millisecond per row: measures the CPU time left for models
+latent input [N,16] -> output [N,10]        as cnn, but from a small input: much work, little to send
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 
 ROWS = 64
-"""Different requests of each model; each has its own answer, so that a mix-up shows."""
+"""Number of different requests per model, each with its own answer, so that swapped answers are detected."""
 
 _SHAPES = {"tiny": (16,), "mlp": (256,), "cnn": (3, 64, 64), "latent": (16,)}
 
@@ -32,12 +32,12 @@ class Sample:
 
 
 def save(folder: Path) -> dict[str, Sample]:
-    """Writes the models into `folder`, and computes what they answer, row by row."""
+    """Write the models to `folder`, and return their expected answers, computed row by row."""
     return {name: _save(name, folder / f"{name}.onnx") for name in _SHAPES}
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
-    """ONNX Runtime with one thread, as the servers are run."""
+    """Return a session of ONNX Runtime with one thread, as in the servers."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -111,8 +111,8 @@ class _Graph:
         weights = [self._weight(f"{output}.w", (rows, columns), rows), self._weight(f"{output}.b", (columns,), columns)]
         return self._node("Gemm", [source, *weights], output)
 
-    def _conv(self, source: str, output: str, given: int, made: int, stride: int) -> str:
-        weight = self._weight(f"{output}.w", (made, given, 3, 3), 9 * given)
+    def _conv(self, source: str, output: str, inputs: int, outputs: int, stride: int) -> str:
+        weight = self._weight(f"{output}.w", (outputs, inputs, 3, 3), 9 * inputs)
         return self._node("Conv", [source, weight], output, pads=[1, 1, 1, 1], strides=[stride, stride])
 
     def _relu(self, source: str, output: str) -> str:

@@ -1,23 +1,23 @@
-"""Shoal's jobs beside the job queues people use: how many are accepted and done a second, how soon, and at what length.
+"""Shoal's jobs beside other job queues: submit and drain rates, latency, and cost by the length of the queue.
 
     python bench/jobs.py [--jobs 5000] [--rounds 3] [--queued 1000,100000]
                          [--peers celery-redis,celery-rabbitmq,dramatiq,arq
                           --root UNPACKED --python VENV/bin/python --arq-python VENV/bin/python]
 
-Every queue runs the same tiny model (x [1,4] FP32 -> 2x), stores its results, and acknowledges what is on disk: MongoDB
-with w=majority, j=true; Redis with appendfsync always; RabbitMQ with publisher confirms. Clients, servers and workers
-share the machine.
+Every queue runs the same tiny model (x [1,4] FP32 -> 2x), stores its results, and acknowledges after the data is on
+disk: MongoDB with w=majority, j=true; Redis with appendfsync always; RabbitMQ with publisher confirms. Clients, servers
+and workers share the machine.
 
-    submit x1, x8    one client, or eight at once, that wait for each acknowledgement; no worker runs
-    stream           one stream of submits, 100 jobs a message, as the client library sends them
-    stream x1        the same with one job a message
+    submit x1, x8    one client, or eight concurrent ones, that wait for each acknowledgement; no worker runs
+    stream           one stream of submits, 100 jobs per message, as the client library sends them
+    stream x1        one stream of submits, one job per message
     Kafka            jobs accepted from a topic that is full before the node starts (broker: Tansu, in memory)
     drain            a queue that is full before its worker starts: jobs/s from the first stored result to the last
-    p50, p99         one job at a time, at most 20 a second, from submit to a result that was read
-    run p50          the same on a RunStream that is open already
-    grpc             the same with generated stubs over grpc.aio in place of Shoal's client library
+    p50, p99         one job at a time, at most 20 per second, from submit to the read result
+    run p50          as p50, on an open RunStream
+    grpc             as the column of that name, with generated stubs over grpc.aio instead of Shoal's client library
 
-Rounds take turns, so that a machine whose speed drifts treats all alike: trust the ratios.
+Rounds interleave the queues, so that drifting machine speed affects all alike: trust the ratios.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ COLUMNS = (
 )
 Measured = dict[str, list[float]]
 _STALLED_S = 60.0
+# Limit of a connector's unanswered messages. No worker answers in this benchmark, and a connector polls while a quarter
+# of the limit is free.
 _MOST_IN_FLIGHT, _FROM_KAFKA = 10_000, 7_000
-# What a connector may hold without an answer, which here nobody gives; it asks for more while a quarter is free.
 
 
-def drain(results: Callable[[], int], wanted: int, every_s: float) -> float:
-    """Jobs a second from the first result that is seen until `results`, which counts them, is `wanted`."""
+def drain(results: Callable[[], int], total: int, every_s: float) -> float:
+    """Return the jobs per second from the first result until `results()`, their number, reaches `total`."""
     first, began, seen, moved = 0, 0.0, results(), time.perf_counter()
     while True:
         count, now = results(), time.perf_counter()
@@ -70,10 +71,10 @@ def drain(results: Callable[[], int], wanted: int, every_s: float) -> float:
             seen, moved = count, now
             if not began:
                 first, began = count, now
-        if count >= wanted:
+        if count >= total:
             return (count - first) / max(now - began, 1e-9)
         if now - moved > _STALLED_S:
-            sys.exit(f"stalled at {count} of {wanted} results")
+            sys.exit(f"stalled at {count} of {total} results")
         time.sleep(every_s)
 
 
@@ -104,7 +105,7 @@ def shoal(folder: Path, jobs: int) -> Measured:
 
 
 def from_kafka(folder: Path, count: int) -> float:
-    """Jobs a second that become durable, of a topic of so many messages; nobody runs them meanwhile."""
+    """Return the jobs per second that become durable from a topic of `count` messages, without a worker."""
     folder.mkdir()
     connectors = folder / "streams.toml"
     with tansu(folder) as broker:
@@ -127,20 +128,21 @@ def peer(name: str, places: Places, folder: Path, jobs: int) -> Measured:
             if processes == 2:
                 other.call("submit", jobs, 8)
                 total = jobs
-            wanted = other.stored() + total
+            expected = other.stored() + total
             with other.working(processes):
-                rate = drain(other.stored, wanted, 0.01)
+                rate = drain(other.stored, expected, 0.01)
                 found.setdefault("drain /s", []).append(rate)
                 if processes == 1:
                     took = other.call("latency", 100)
                     found["p50 ms"], found["p99 ms"] = [took["p50"]], [took["p99"]]
-        found["drain /s"] = [max(found["drain /s"])]  # With one worker process or two: the better.
+        # The better of one and two worker processes.
+        found["drain /s"] = [max(found["drain /s"])]
     return found
 
 
 def lengths(folder: Path, queued: list[int]) -> Table:
-    """What a job costs, and what memory is taken, by how many wait."""
-    table = Table("queued", "drained", "jobs/s", "CPU us a job", *ours.PARTS, "ingest MB", "mongod MB")
+    """Return a table of the cost per job and the memory, by the length of the queue."""
+    table = Table("queued", "drained", "jobs/s", "CPU us per job", *ours.PARTS, "ingest MB", "mongod MB")
     for count in queued:
         place = folder / f"queued-{count}"
         place.mkdir()
@@ -152,12 +154,12 @@ def lengths(folder: Path, queued: list[int]) -> Table:
         with ours.node(place) as node:
             already, cpu = node.results(), node.cpu_s()
             rate = drain(node.results, min(count, 20_000), 0.02)
-            wanted = node.results() - already
-            spent = {part: (after - cpu[part]) / wanted * 1e6 for part, after in node.cpu_s().items()}
+            drained = node.results() - already
+            spent = {part: (after - cpu[part]) / drained * 1e6 for part, after in node.cpu_s().items()}
             memory = (node.rss_mb("ingest-0"), node.rss_mb("mongod"))
             table.add_row(
                 f"{count:,}",
-                f"{wanted:,}",
+                f"{drained:,}",
                 f"{rate:,.0f}",
                 f"{sum(spent.values()):,.0f}",
                 *(f"{spent.get(part, 0):,.0f}" for part in ours.PARTS),
@@ -187,10 +189,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=5_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--queued", default="1000,100000")
-    parser.add_argument("--peers", default="", help="of celery-redis, celery-rabbitmq, dramatiq, arq")
-    parser.add_argument("--root", type=Path, help="where the Debian packages of Redis and RabbitMQ are unpacked")
-    parser.add_argument("--python", type=Path, help="of an environment with celery[redis], dramatiq[redis]")
-    parser.add_argument("--arq-python", type=Path, help="of an environment with arq")
+    parser.add_argument("--peers", default="", help="comma-separated: celery-redis, celery-rabbitmq, dramatiq, arq")
+    parser.add_argument("--root", type=Path, help="folder of the unpacked Debian packages of Redis and RabbitMQ")
+    parser.add_argument("--python", type=Path, help="interpreter of an environment with celery[redis], dramatiq[redis]")
+    parser.add_argument("--arq-python", type=Path, help="interpreter of an environment with arq")
     args = parser.parse_args()
     args.peers = [name for name in args.peers.split(",") if name]
     with tempfile.TemporaryDirectory(prefix="jobs-") as name:

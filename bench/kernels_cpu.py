@@ -1,10 +1,10 @@
-"""Kernels on this machine's CPU beside what a user would pick instead: OpenCV, Pillow, torchvision, ONNX Runtime.
+"""Kernels on this machine's CPU beside the usual alternatives: OpenCV, Pillow, torchvision, ONNX Runtime.
 
     python bench/kernels_cpu.py [OPERATION ...] [--rounds 7] [--threads 1]
 
-Peers are used where they are installed, and named where not. Ours is the first row; every row says how far its result
-is from the float64 reference, or from ours, so that what does less work is seen to. With one thread processor time is
-measured, with more the clock on the wall. An operation is one function, here, in `before_models.py` or in
+Installed alternatives are measured, missing ones listed. Ours is the first row. Every row shows the error of its result
+against the float64 reference, or against ours, because an alternative may do less work. With one thread the CPU time is
+measured, with more threads the wall time. Each operation has one function, in this file, in `before_models.py` or in
 `after_models.py`.
 """
 
@@ -31,7 +31,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224,
 
 
 def resize_norm_cases(threads: int) -> Iterator[Case]:
-    """Ragged pictures to 224 x 224 float32 CHW, normalised: the whole way from the decoded picture to the model."""
+    """Yield cases of ragged pictures to 224 x 224 float32 CHW, normalised: all steps between decoder and model."""
     real = photographs()
     sets = {
         "32 synthetic, 400 to 1200 pixels a side": synthetic(32),
@@ -54,7 +54,7 @@ def _resize_case(name: str, pictures: list[np.ndarray], antialias: bool, threads
         runs[peer_name] = partial(_each, one, out, pool)
     cv2 = peer("cv2")
     if cv2 is not None and not antialias:
-        # Of blobFromImages only the scaling: it knows no standard deviation.
+        # blobFromImages only scales: it does not support a standard deviation.
         runs["OpenCV blobFromImages"] = partial(_blob, cv2, pictures, out)
     if antialias and peer("onnx") is not None and peer("onnxruntime") is not None:
         runs["ONNX Runtime Resize"] = partial(_each, _ort_resize(pictures, threads), out, None)
@@ -111,7 +111,7 @@ def _blob(cv2: Any, pictures: list[np.ndarray], out: np.ndarray) -> None:
 
 
 def _ort_resize(pictures: list[np.ndarray], threads: int) -> Callable[[int], np.ndarray]:
-    """A model that a user would put before theirs: float, resize with antialias, normalise."""
+    """Return the runner of a preprocessing model such as users write: float, resize with antialias, normalise."""
     make, numbers = peer("onnx").helper, peer("onnx").numpy_helper.from_array
     model = onnx_model(
         [
@@ -163,11 +163,11 @@ OPERATIONS: dict[str, Callable[[int], Iterable[Case]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operations", nargs="*", choices=[*OPERATIONS, []], help="all when none is named")
+    parser.add_argument("operations", nargs="*", choices=[*OPERATIONS, []], help="default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    # A peer's own pool would run beside ours: pictures are shared out, and each is one thread's.
+    # Our pool has one task per picture. A library's own thread pool would run in addition.
     os.environ["OMP_NUM_THREADS"] = "1"
     with suppress(AttributeError):
         peer("torch").set_num_threads(1)
@@ -175,8 +175,7 @@ def main() -> None:
         peer("cv2").setNumThreads(args.threads)
     console = Console(width=130)
     clock = processor if args.threads == 1 else wall
-    told = f"{os.cpu_count()} processors; {args.rounds} rounds, interleaved; medians of {clock.__name__} time"
-    console.print(told)
+    console.print(f"{os.cpu_count()} processors; {args.rounds} rounds, interleaved; medians of {clock.__name__} time")
     for name in args.operations or OPERATIONS:
         show(OPERATIONS[name](args.threads), args.rounds, console, clock)
 

@@ -1,12 +1,12 @@
-"""The kill test of job queues: who works on jobs is killed, all of it at once, again and again; ours beside others.
+"""Kill test of job queues, ours beside others: all worker processes are killed together, repeatedly.
 
     python bench/kill_jobs.py [--jobs 500] [--peers celery-redis,celery-rabbitmq,dramatiq,arq
                               --root UNPACKED --python VENV/bin/python --arq-python VENV/bin/python]
 
-Jobs of 20 ms, two workers. After each further 60 that ended, kill -9 of the whole tree of workers, and a restart: five
-times. Each start and each end of a job's work is a line of a file, written at once, so what ran twice is seen. For ours
-the tree is ingest, which hands jobs out, and both infer, which run them. Recovery timeouts of the others are shortened
-to 5 to 10 s (`queues/tasks.py`); their defaults are a minute to an hour.
+Jobs of 20 ms, two workers. Five times, after 60 more jobs have ended, the whole tree of workers is killed with kill -9
+and restarted. Each start and each end of a job's work is written to a file in one unbuffered line, so duplicate runs
+are visible. Shoal's tree is ingest, which dispatches jobs, and both infer, which run them. Recovery timeouts of the
+others are shortened to 5 to 10 s (`queues/tasks.py`); their defaults are a minute to an hour.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ def counted(marks: Path, what: str) -> Counter[int]:
     return Counter(int(number) for kind, number in lines if kind == what and int(number) >= 0)
 
 
-def killed(marks: Path, results: Callable[[], int], wanted: int, restart: Callable[[], object]) -> tuple[float, int]:
-    """Kills as the test says. Gives the seconds from the last kill to the last result, and how many there are."""
+def killed(marks: Path, results: Callable[[], int], total: int, restart: Callable[[], object]) -> tuple[float, int]:
+    """Kill the workers KILLS times; return the seconds from the last kill to the last result, and the results."""
     for kill in range(1, KILLS + 1):
         while len(counted(marks, "end")) < kill * BETWEEN:
             time.sleep(0.05)
         restart()
     last = moved = time.perf_counter()
     seen = results()
-    while seen < wanted and time.perf_counter() - moved < _STALLED_S:
+    while seen < total and time.perf_counter() - moved < _STALLED_S:
         time.sleep(0.05)
         if (now := results()) > seen:
             seen, moved = now, time.perf_counter()
@@ -90,7 +90,8 @@ def shoal(folder: Path, jobs: int) -> tuple[Path, float, int]:
     (folder / "slow" / "config.pbtxt").write_text(f'backend: "python"\n{isolation}\n')
     with ours.node(folder, "--replicas", "infer=2") as node:
         node.push(folder / "slow")
-        marks.unlink(missing_ok=True)  # Of its warm-up.
+        # Discard the lines of the warm-up.
+        marks.unlink(missing_ok=True)
 
         def restart() -> None:
             for name, pid in node.pids().items():
@@ -118,10 +119,10 @@ def peer(name: str, places: Places, folder: Path, jobs: int) -> tuple[Path, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=500)
-    parser.add_argument("--peers", default="", help="of celery-redis, celery-rabbitmq, dramatiq, arq")
-    parser.add_argument("--root", type=Path, help="where the Debian packages of Redis and RabbitMQ are unpacked")
-    parser.add_argument("--python", type=Path, help="of an environment with celery[redis], dramatiq[redis]")
-    parser.add_argument("--arq-python", type=Path, help="of an environment with arq")
+    parser.add_argument("--peers", default="", help="comma-separated: celery-redis, celery-rabbitmq, dramatiq, arq")
+    parser.add_argument("--root", type=Path, help="folder of the unpacked Debian packages of Redis and RabbitMQ")
+    parser.add_argument("--python", type=Path, help="interpreter of an environment with celery[redis], dramatiq[redis]")
+    parser.add_argument("--arq-python", type=Path, help="interpreter of an environment with arq")
     args = parser.parse_args()
     table = Table("queue", "results", "never ended", "ended twice", "started twice", "last result after last kill, s")
     with tempfile.TemporaryDirectory(prefix="kill-jobs-") as name:

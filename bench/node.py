@@ -1,9 +1,9 @@
-"""What a node costs and carries: start, calls through the gateway beside calls straight to an instance, and jobs.
+"""Start time of a node, calls through the gateway beside direct calls to an instance, and jobs per second.
 
     python bench/node.py [--rounds 5] [--seconds 3] [--in-flight 32] [--jobs 2000]
 
-One tiny model (x [1,4] FP32 -> 2x), one replica. Rounds interleave the ways, so that a machine whose speed drifts
-treats them alike: trust the ratios. Client and node share the machine's processors.
+One tiny model (x [1,4] FP32 -> 2x), one replica. Rounds interleave the measurements, so that drifting machine speed
+affects all alike: trust the ratios. Client and node share the machine's processors.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from shoal.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from shoal.store.v1 import store_pb2, store_pb2_grpc
 
 MODEL = "double"
-_ASKED = 100
-# Results looked for in one question.
+# Number of results per query.
+_QUERY_SIZE = 100
 
 
 def save_model(path: Path) -> None:
@@ -57,7 +57,7 @@ def question() -> oip.ModelInferRequest:
 
 
 def start(folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, object], float]:
-    """A node on `folder`; its ready document, and the seconds from the command to ready."""
+    """Start a node on `folder`; return its process, its ready document, and the seconds until ready."""
     ready = folder / "ready.json"
     ready.unlink(missing_ok=True)
     command = [sys.executable, "-m", "shoal.cli.main", "up", "--data-dir", str(folder / "data"), "--gateway-port", "0"]
@@ -80,13 +80,13 @@ def stop(node: subprocess.Popen[bytes]) -> float:
 
 
 def socket_of(pid: object) -> str:
-    """Where an instance listens: it was told by its environment."""
+    """Return the listen address of an instance, from its environment."""
     environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return next(v.partition(b"=")[2].decode() for v in environ if v.startswith(b"SHOAL_INFER_LISTEN="))
 
 
 async def calls_per_second(address: str, in_flight: int, seconds: float) -> tuple[float, float]:
-    """(calls/s, median latency in ms) of `in_flight` callers that never pause."""
+    """Return calls/s and the median latency in ms of `in_flight` callers that never pause."""
     async with connect(address) as channel:
         stub, request, latencies = oip_grpc.GRPCInferenceServiceStub(channel), question(), list[float]()
         await stub.ModelInfer(request)
@@ -102,7 +102,7 @@ async def calls_per_second(address: str, in_flight: int, seconds: float) -> tupl
 
 
 async def jobs_per_second(gateway: str, count: int) -> tuple[float, float]:
-    """(acknowledged/s, ended/s) of `count` jobs submitted on one stream; every one must have its result."""
+    """Submit `count` jobs on one stream and wait for all results; return acknowledged/s and ended/s."""
     async with connect(gateway) as channel:
         ingest = ingest_pb2_grpc.IngestServiceStub(channel)
 
@@ -115,22 +115,23 @@ async def jobs_per_second(gateway: str, count: int) -> tuple[float, float]:
         ids = [answer.job_id async for answer in ingest.SubmitStream(requests())]
         accepted = time.perf_counter() - began
         store = store_pb2_grpc.StoreServiceStub(channel)
-        for last in range(count, 0, -_ASKED):  # The last ones first: once they are there, so is nearly all.
-            await are_there(store, ids[max(0, last - _ASKED) : last])
+        # Start with the last jobs: once they have results, almost all others have, too.
+        for last in range(count, 0, -_QUERY_SIZE):
+            await wait_for_results(store, ids[max(0, last - _QUERY_SIZE) : last])
         return count / accepted, count / (time.perf_counter() - began)
 
 
-async def are_there(store: store_pb2_grpc.StoreServiceStub, ids: list[str]) -> None:
-    asked = store_pb2.QueryResultsRequest(job_ids=ids, omit_response=True, page_size=len(ids))
+async def wait_for_results(store: store_pb2_grpc.StoreServiceStub, ids: list[str]) -> None:
+    query = store_pb2.QueryResultsRequest(job_ids=ids, omit_response=True, page_size=len(ids))
     while True:
-        found = await store.QueryResults(asked)
+        found = await store.QueryResults(query)
         if len(found.results) == len(ids):
             return
         await asyncio.sleep(0.01)
 
 
 async def job_latency_ms(gateway: str, count: int) -> float:
-    """Median from submit to a result that can be read, one job at a time."""
+    """Return the median time from submit to a readable result, one job at a time."""
     async with connect(gateway) as channel:
         ingest, store = ingest_pb2_grpc.IngestServiceStub(channel), store_pb2_grpc.StoreServiceStub(channel)
         latencies = []
@@ -166,11 +167,11 @@ def measure(rounds: int, seconds: float, in_flight: int, jobs: int) -> list[tupl
         run: Callable[..., tuple[float, float]] = lambda *a: asyncio.run(calls_per_second(*a))  # noqa: E731
         for _ in range(rounds):
             straight, through = run(direct, in_flight, seconds), run(gateway, in_flight, seconds)
-            note(f"calls/s straight to the instance, {in_flight} in flight", straight[0], "{:,.0f}")
+            note(f"calls/s directly to the instance, {in_flight} in flight", straight[0], "{:,.0f}")
             note(f"calls/s through the gateway, {in_flight} in flight", through[0], "{:,.0f}")
-            note("gateway over straight", through[0] / straight[0], "{:.2f}")
+            note("ratio of gateway to direct", through[0] / straight[0], "{:.2f}")
             alone, behind = run(direct, 1, seconds / 3), run(gateway, 1, seconds / 3)
-            note("one in flight, p50 ms, straight", alone[1], "{:.2f}")
+            note("one in flight, p50 ms, direct", alone[1], "{:.2f}")
             note("one in flight, p50 ms, through the gateway", behind[1], "{:.2f}")
             accepted, ended = asyncio.run(jobs_per_second(gateway, jobs))
             note("jobs acknowledged/s, one stream", accepted, "{:,.0f}")

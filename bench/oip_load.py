@@ -1,9 +1,10 @@
-"""A load generator for ModelInfer: few microseconds a request, so that it is the server that is measured.
+"""Load generator for ModelInfer with a cost of a few microseconds per request, so that the server is the bottleneck.
 
-Requests are made once, as bytes; what comes back is compared with each request's own answer. One thread, one process.
+Requests are encoded once, and each response is compared with the expected answer of its request. One thread, one
+process.
 
-    closed loop   so many requests are always in flight (`in_flight`)
-    open loop     so many requests a second are due, whatever the server does (`rate`), each with a deadline
+    closed loop   a constant number of requests in flight (`in_flight`)
+    open loop     a constant rate of requests (`rate`), independent of the server, each with a deadline
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from shoal.inference.v2 import inference_pb2 as oip
 
 _PATH = "/inference.GRPCInferenceService/ModelInfer"
 _TOLERANCE = 1e-3
+# Up to 8 requests in flight use one connection, more use eight.
 _ON_ONE = 8
 _CONNECTIONS = 8
-# In flight: up to 8 go over one connection, more over eight.
 
 DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE = 4, 8, 14
 
 
 @dataclass
 class Count:
-    """What came of a load."""
+    """Counts of the responses to one load."""
 
     seconds: float = 0.0
     good: int = 0
     wrong: int = 0
-    """Answers that are another request's, or nobody's."""
+    """Responses that do not match their request."""
     late: int = 0
-    """Right, and after the deadline."""
+    """Correct responses after the deadline."""
     by_status: dict[int, int] = field(default_factory=dict)
-    """Requests that were refused, by gRPC status."""
+    """Failed requests, by gRPC status."""
     latencies_s: list[float] = field(default_factory=list)
 
     @property
@@ -56,7 +57,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Requests:
-    """Bodies, and what each should be answered with."""
+    """Encoded requests with their expected answers."""
 
     bodies: Sequence[bytes]
     answers: Sequence[np.ndarray[Any, np.dtype[np.float32]]]
@@ -79,7 +80,7 @@ class Requests:
 
 
 class Load:
-    """One run of load on one server."""
+    """One load on one server."""
 
     def __init__(self, address: str, requests: Requests, *, deadline_s: float = math.inf) -> None:
         self._address = address
@@ -103,14 +104,14 @@ class Load:
         self.is_closed_loop = True
 
     async def closed(self, in_flight: int, seconds: float, warm_up_s: float = 0.4) -> Count:
-        """Runs with `in_flight` requests at every moment."""
+        """Run a closed loop with `in_flight` requests in flight."""
         connections = await self._connect(1 if in_flight <= _ON_ONE else _CONNECTIONS)
         for n in range(in_flight):
             connections[n % len(connections)].ask()
         return await self._measured(connections, seconds, warm_up_s)
 
     async def open(self, rate: float, seconds: float, warm_up_s: float = 0.5) -> Count:
-        """Runs with `rate` requests a second, due at random moments."""
+        """Run an open loop with `rate` requests per second, at random times."""
         self.is_closed_loop = False
         connections = await self._connect(_CONNECTIONS)
         asking = asyncio.create_task(self._ask_at(rate, connections))
@@ -149,7 +150,7 @@ class Load:
         return self.count
 
     def next(self) -> tuple[int, bytes]:
-        """The number and body of the next request."""
+        """Return the number and body of the next request."""
         number = self._next % len(self._requests.bodies)
         self._next += 1
         return number, self._requests.bodies[number]
@@ -170,7 +171,7 @@ class Load:
 
 
 class _Connection(asyncio.Protocol):
-    """Asks, and listens: only what a load needs of HTTP/2."""
+    """HTTP/2 client connection, with only the features that a load needs."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -195,7 +196,7 @@ class _Connection(asyncio.Protocol):
         self._transport.close()
 
     def ask(self) -> None:
-        """Sends the next request, as soon as the window has room."""
+        """Send the next request, or hold it until the flow-control window has capacity."""
         number, body = self._load.next()
         stream, self._number = self._number, self._number + 2
         self._open[stream] = number, time.perf_counter()

@@ -1,11 +1,11 @@
-"""JPEGs of mixed sizes to what an image model takes: decode_image and resize_norm, and what else does it.
+"""Preprocessing of JPEGs of mixed sizes for an image model: decode_image and resize_norm beside other libraries.
 
     python bench/operations.py [--rounds 7] [--images 32] [--threads 2]
 
-All in this process, so that it is the work that is compared and not a transport: sessions of the runtime `kernels` as
-an ensemble would call them, OpenCV and Pillow as one would write it by hand, torchvision where it is installed. Rounds
-are interleaved; figures are medians. On a machine with other load, trust the processor's time. How far the pixels of
-each are from Pillow's is shown: OpenCV's own resizes are other filters.
+All contenders run in this process, without a transport: sessions of the runtime `kernels` as an ensemble calls them,
+OpenCV and Pillow in handwritten code, torchvision if installed. Rounds are interleaved; figures are medians. On a
+machine with other load, trust the CPU time. The table shows the difference of each contender's pixels to Pillow's:
+OpenCV's resizes use other filters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Work = Callable[[Sequence[bytes]], Any]
 
 
 def jpegs(count: int) -> list[bytes]:
-    """JPEGs of 400 to 1200 pixels to a side: waves, edges and noise."""
+    """Return JPEGs of 400 to 1200 pixels per side: waves, edges and noise."""
     rng = np.random.default_rng(0)
     files = []
     for _ in range(count):
@@ -53,8 +53,8 @@ def jpegs(count: int) -> list[bytes]:
 
 
 def session(operation: str, threads: int, **parameters: str) -> OperationSession:
-    said = {"operation": operation, **parameters}
-    config = pb.ModelConfig(parameters={key: {"string_value": value} for key, value in said.items()})
+    values = {"operation": operation, **parameters}
+    config = pb.ModelConfig(parameters={key: {"string_value": value} for key, value in values.items()})
     return KernelsRuntime().load(Path("1"), SessionOptions(threads, about=About("m", config=config)))
 
 
@@ -115,7 +115,8 @@ def contenders(threads: int, images: int, pool: ThreadPoolExecutor) -> dict[str,
     if importlib.util.find_spec("torchvision") is not None:
         import torch
 
-        torch.set_num_threads(1)  # The pool has the threads.
+        # The pool provides the threads.
+        torch.set_num_threads(1)
         found["torchvision v2"] = partial(each, pool, with_torchvision)
     return found
 
@@ -125,18 +126,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
-    asked = parser.parse_args()
-    files = jpegs(asked.images)
-    with ThreadPoolExecutor(asked.threads) as pool:
-        works = contenders(asked.threads, asked.images, pool)
+    options = parser.parse_args()
+    files = jpegs(options.images)
+    with ThreadPoolExecutor(options.threads) as pool:
+        works = contenders(options.threads, options.images, pool)
         results = {name: work(files) for name, work in works.items()}
         took: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
-        for _ in range(asked.rounds):
+        for _ in range(options.rounds):
             for name, work in works.items():
                 start, processor = time.perf_counter(), time.process_time()
                 work(files)
                 took[name].append((time.perf_counter() - start, time.process_time() - processor))
-    show(files, results, took, asked.threads)
+    show(files, results, took, options.threads)
 
 
 def show(

@@ -1,4 +1,4 @@
-"""Pictures to measure with: real photographs out of packages' own sample data, and synthetic ones."""
+"""Pictures for benchmarks: real photographs from the sample data of packages, and synthetic ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _SAMPLES = {
 
 
 def photographs() -> list[np.ndarray]:
-    """uint8 [h, w, 3]: up to eleven, 451 x 300 to 1411 x 1411, from scikit-learn's and scikit-image's wheels."""
+    """Return up to eleven photographs, uint8 [h, w, 3], 451 x 300 to 1411 x 1411.
+
+    They are from the wheels of scikit-learn and scikit-image.
+    """
     pillow = peer("PIL.Image")
     found = []
     for package, (folder, names) in _SAMPLES.items():
@@ -44,14 +47,14 @@ def photographs() -> list[np.ndarray]:
 
 
 def enlarged(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A photograph as a camera's frame: what large inputs look like, where only small ones are at hand."""
+    """Enlarge a photograph to the size of a camera's frame, as a substitute for large photographs."""
     pillow = peer("PIL.Image")
     made = pillow.fromarray(picture).resize((width, height), pillow.Resampling.LANCZOS)
     return np.asarray(made).copy()
 
 
 def synthetic(count: int, low: int = 400, high: int = 1200, seed: int = 0) -> list[np.ndarray]:
-    """Waves, noise and rectangles with hard edges, of random sizes."""
+    """Return pictures of random sizes with waves, noise and hard-edged rectangles."""
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):

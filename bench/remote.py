@@ -1,4 +1,4 @@
-"""What a remote model costs: the same models asked directly, and through another Shoal in front of their server.
+"""Cost of a remote model: the same models called directly, and through another Shoal in front of their server.
 
     python bench/remote.py [--rounds 5] [--seconds 1.5]
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", default="5")
     parser.add_argument("--seconds", default="1.5")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         far, near = Path(folder, "far"), Path(folder, "near")
         far.mkdir()
@@ -39,7 +39,7 @@ def main() -> None:
                 for name, (address, process) in (("direct", (direct, pid)), ("through", through)):
                     command += ["--endpoint", f"{name}={address}"]
                     command += ["--endpoint-pid", f"{name}={process}"]
-                subprocess.run([*command, "--rounds", given.rounds, "--seconds", given.seconds], check=True)
+                subprocess.run([*command, "--rounds", args.rounds, "--seconds", args.seconds], check=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `gpu_checks.py` compares for the operations on rows: the GPU's results with the CPU's. 0 allowed means equal."""
+"""Comparisons of `gpu_checks.py` for the operations on rows. A tolerance of 0 requires equal results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Found = tuple[str, float, float]
 
 
 def off(made: Any, expected: np.ndarray) -> float:
-    """The largest difference; infinite where shapes, NaN or infinities differ."""
+    """Return the largest difference; infinite if shapes, NaN or infinities differ."""
     got = np.asarray(made, np.float64)
     if got.shape != expected.shape or not np.array_equal(np.isfinite(got), np.isfinite(expected)):
         return float("inf")
@@ -68,7 +68,7 @@ def tabular_checks(rng: np.random.Generator, cupy: Any) -> Iterator[Found]:
 
 
 def pool_normalize_checks(rng: np.random.Generator, cupy: Any) -> Iterator[Found]:
-    """Unit vectors: a sum over tokens rounds 600 times at 2^-24 of it at most, whatever the order."""
+    """Compare unit vectors. A sum over tokens rounds up to 600 times, by at most 2^-24 of the sum, in any order."""
     for dtype in (np.float32, np.float16):
         for mask_dtype in (np.int64, np.int32, np.bool_):
             n, t, d = (int(rng.integers(1, most)) for most in (40, 600, 1100))
@@ -116,9 +116,9 @@ def nms_checks(rng: np.random.Generator, cupy: Any) -> Iterator[Found]:
         scores[::17] = np.nan
         for groups in (None, rng.integers(0, 4, m).astype(np.int32)):
             for most in (m, 50):
-                there = None if groups is None else cupy.asarray(groups)
+                device_groups = None if groups is None else cupy.asarray(groups)
                 out = cupy.full(most, 77, np.int64)
-                nms(cupy.asarray(boxes), cupy.asarray(scores), 0.4, groups=there, out=out)
+                nms(cupy.asarray(boxes), cupy.asarray(scores), 0.4, groups=device_groups, out=out)
                 expected = np.full(most, -1, np.int64)
                 kept = nms(boxes, scores, 0.4, groups=groups, out=np.empty(most, np.int64))
                 expected[: kept.size] = kept

@@ -1,10 +1,10 @@
-"""What the scheduler costs a call beside the model's own time: submit, queue, batch, split, hand-out.
+"""Cost of the scheduler per call, without the model's own time: submit, queue, batch, split, deliver.
 
     python bench/scheduler.py [--calls 20000] [--rounds 5] [--thread]
 
-The model is a stand-in that takes about 10 us for any batch (a NumPy addition and a wait). So many callers submit one
-row each, again and again. `--thread` keeps it off the event loop, as a longer model is. The figures are of processor
-time (all threads), without the model's; `p50` is what one caller sees.
+A substitute for a model takes about 10 us for any batch (a NumPy addition and a busy wait). A fixed number of callers
+submit one row each in a closed loop. `--thread` runs the model off the event loop, like a longer model. Figures are CPU
+time of all threads, without the model's; `p50` is the latency of one caller.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ X, Y = TensorSpec("x", BY_NAME["FP32"], (-1, 16)), TensorSpec("y", BY_NAME["FP32
 
 
 class Model(Session):
-    """y = x + 1, in MODEL_NS of processor time."""
+    """Session that computes y = x + 1 in MODEL_NS of CPU time."""
 
     inputs, outputs, text = (X,), (Y,), False
 
@@ -61,7 +61,7 @@ class Model(Session):
 
 
 class Caller:
-    """Submits again whenever it is answered: as a front without tasks does."""
+    """Closed-loop caller without tasks: submits again after each answer, as a network server does."""
 
     def __init__(self, scheduler: Scheduler, calls: int, done: asyncio.Event, tenant: str, deadline_s: float) -> None:
         self.scheduler, self.left, self.done, self.tenant, self.deadline_s = scheduler, calls, done, tenant, deadline_s
@@ -77,7 +77,7 @@ class Caller:
         self.seconds.append(time.perf_counter() - self.began)
         self.left -= 1
         if self.left > 0:
-            # The next request is read in another round of the loop.
+            # A server reads the next request in another iteration of the event loop.
             asyncio.get_running_loop().call_soon(self.go)
         else:
             self.done.set()
@@ -87,7 +87,7 @@ class Caller:
 
 
 async def measure(in_flight: int, calls: int, options: argparse.Namespace) -> tuple[float, float, float]:
-    """Microseconds of processor a call, rows a batch, and the median latency in microseconds."""
+    """Return the CPU microseconds per call, the rows per batch, and the median latency in microseconds."""
     model = Model(only_computes=not options.thread)
     signature = Signature((X,), (Y,), 64)
     scheduler = Scheduler(
@@ -119,7 +119,7 @@ async def measure(in_flight: int, calls: int, options: argparse.Namespace) -> tu
 
 
 async def submitted(in_flight: int, calls: int, options: argparse.Namespace) -> float:
-    """The same with `await submit` in tasks."""
+    """Return the CPU microseconds per call of tasks that `await submit`."""
     model = Model(only_computes=not options.thread)
     signature = Signature((X,), (Y,), 64)
     policy = BatchPolicy(64, 1 << 26)

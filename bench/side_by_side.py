@@ -1,4 +1,4 @@
-"""Contenders side by side: interleaved rounds, medians, ratios to the first; and which peers are missing here."""
+"""Comparison of contenders: interleaved rounds, medians, ratios to the first, and the list of missing packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MISSING: set[str] = set()
 
 
 def peer(name: str) -> Any:
-    """A package to compare with; None, and remembered, where it is not installed."""
+    """Return a package to compare with, or add it to MISSING and return None if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -31,19 +31,19 @@ Runs = dict[str, Callable[[], Any]]
 
 @dataclass
 class Case:
-    """One piece of work that several do. The first contender is ours."""
+    """One piece of work for several contenders. The first contender is ours."""
 
     title: str
     items: int
-    """What a run makes, for a rate."""
+    """Number of items per run, for a rate."""
     item: str
     runs: Runs
     notes: dict[str, str] = field(default_factory=dict)
-    """By contender: how far its result is from the truth, or what it does not do."""
+    """Error of the result, or missing features, by contender."""
 
 
 def measure(case: Case, rounds: int, clock: Clock | None = None) -> dict[str, list[float]]:
-    """Seconds by contender, one for each round; each contender runs once before."""
+    """Return the seconds of each round by contender. Each contender runs once before."""
     clock = clock or wall
     for run in case.runs.values():
         run()
@@ -58,12 +58,12 @@ LEAST_SECONDS = 0.001
 
 
 def wall(run: Callable[[], Any]) -> float:
-    """Seconds of one run; what is short is repeated until a millisecond has passed."""
+    """Return the wall seconds of one run. A short run is repeated for a millisecond."""
     return _seconds(run, time.perf_counter)
 
 
 def processor(run: Callable[[], Any]) -> float:
-    """As `wall`, of this process's processor time, all threads: on a busy machine it says more than the clock."""
+    """Return the CPU seconds of one run, of all threads: more reliable than the wall time on a busy machine."""
     return _seconds(run, time.process_time)
 
 
@@ -97,11 +97,11 @@ def show(cases: Iterable[Case], rounds: int, console: Console, clock: Clock | No
             )
         console.print(table)
     if MISSING:
-        console.print(f"not installed, so not compared: {', '.join(sorted(MISSING))}")
+        console.print(f"not compared, because not installed: {', '.join(sorted(MISSING))}")
 
 
 def compared(title: str, items: int, item: str, runs: Runs) -> Case:
-    """A case that says how far each result is from ours, of which there is one called shoal."""
+    """Return a case with notes on the difference of each result to ours, the run with the name shoal."""
     results = {name: _first(run()) for name, run in runs.items()}
     ours = results["shoal"]
     notes = {name: _difference(ours, result) for name, result in results.items() if name != "shoal"}
@@ -109,7 +109,7 @@ def compared(title: str, items: int, item: str, runs: Runs) -> Case:
 
 
 def _first(result: Any) -> np.ndarray:
-    """The numbers of a result; in front of others where it is a tuple."""
+    """Return the array of a result, or the first array of a tuple."""
     array = np.asarray(result[0] if isinstance(result, tuple | list) else result)
     return array.copy()
 
@@ -123,7 +123,7 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> str:
 
 
 def onnx_model(nodes: list[Any], inputs: list[Any], outputs: list[Any], initializers: list[Any]) -> bytes:
-    """A graph as a file of ONNX, which must be installed."""
+    """Return a serialized ONNX model of a graph. The package onnx must be installed."""
     make = peer("onnx").helper
     graph = make.make_graph(nodes, "peer", inputs, outputs, initializers)
     model: bytes = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9).SerializeToString()
@@ -131,7 +131,7 @@ def onnx_model(nodes: list[Any], inputs: list[Any], outputs: list[Any], initiali
 
 
 def session(model: bytes, threads: int = 1) -> Any:
-    """ONNX Runtime's, which must be installed."""
+    """Return a session of ONNX Runtime, which must be installed."""
     ort = peer("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

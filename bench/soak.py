@@ -1,14 +1,15 @@
-"""Load on a served process until it is known to hold: every answer checked, memory flat, nothing lost or left over.
+"""Soak test of `shoal serve`: every answer is checked, memory must not grow, and no call or resource may be lost.
 
     python bench/soak.py [--seconds 600] [--front auto|h2|envoy] [--in-flight 32] [--seed 1]
 
-Nine models (ONNX batched, unbatched, of text, cached, slow, raising, reloaded under load; Python; decoupled), callers
-that cancel, hurry, blunder, stream, compress and leave. Ends with 1, and says why, when an answer was wrong, a call was
-lost, a status was one that its call cannot have, the memory grew, threads or descriptors were left, or the counters of
-the server do not add up.
+Nine models (ONNX batched, unbatched, of text, cached, slow, raising, reloaded under load; Python; decoupled). Callers
+cancel, set short deadlines, send bad requests, stream, compress and disconnect. Exits with 1 and a reason after a wrong
+answer, a lost call or an impossible status. The same holds when memory grew, threads or descriptors leaked, or the
+server's counters are inconsistent.
 
-Bounds: memory may grow by 24 MiB and 5 % from the second quarter of the time to the last; once all callers have gone, 2
-threads and 8 descriptors more than before they came. The first quarter warms up: pools fill, buffers reach their size.
+Limits: memory may grow by 24 MiB and 5 % from the second to the last quarter of the time. After all callers have
+disconnected, 2 more threads and 8 more descriptors than before are accepted. The first quarter is the warm-up, in which
+pools and buffers reach their size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import soak_models
 from rich.console import Console
 from rich.table import Table
 from soak_callers import Caller, Tally
-from soak_watch import Held, Memory, held
+from soak_watch import Memory, Resources, resources
 
 from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2 as pb
@@ -42,15 +43,15 @@ GROWTH_BYTES, GROWTH_SHARE = 24 * MIB, 0.05
 MORE_THREADS, MORE_DESCRIPTORS = 2, 8
 RELOAD_EVERY_S = 4.0
 SAMPLE_EVERY_S = 0.5
+# Time for the server to release the resources of its callers.
 QUIET_S = 20.0
-"""How long the server has to give back what its callers held."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--front", choices=("auto", "h2", "envoy"), default="auto")
-    parser.add_argument("--in-flight", type=int, default=32, help="callers; each has one thing under way")
+    parser.add_argument("--in-flight", type=int, default=32, help="number of callers, each with one call in flight")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shoal-soak-") as folder:
@@ -111,23 +112,24 @@ def start(root: Path, front: str) -> tuple[subprocess.Popen[str], int, str]:
 
 
 def stop(server: subprocess.Popen[str], log: Path) -> list[str]:
-    """Ends it in order. Its log must not tell of a fault."""
+    """Stop the server, and return problems: a bad exit status, or errors in its log."""
     server.terminate()
     status = server.wait(60)
     problems = [] if status == 0 else [f"the server ended with {status}"]
     for line in log.read_text().splitlines():
+        # Lines of the runtimes are not JSON.
         try:
-            told = json.loads(line)
+            record = json.loads(line)
         except ValueError:
-            continue  # A runtime's own words.
-        is_expected = "Failed to process the request(s) for model 'table'" in told.get("message", "")
-        if told.get("level") in ("ERROR", "CRITICAL") and not is_expected:
-            problems.append(f"the log: {told['message'][:300]} {told.get('exception', '')[-500:]}")
+            continue
+        is_expected = "Failed to process the request(s) for model 'table'" in record.get("message", "")
+        if record.get("level") in ("ERROR", "CRITICAL") and not is_expected:
+            problems.append(f"the log: {record['message'][:300]} {record.get('exception', '')[-500:]}")
     return problems
 
 
 async def soak(address: str, pid: int, seconds: float, in_flight: int, seed: int) -> list[str]:
-    """Runs the load, prints the table, returns what is wrong."""
+    """Run the load, print the table, and return the problems."""
     tally, memory = Tally(), Memory(time.monotonic)
     await load(address, tally, in_flight, seed, for_s(min(3.0, seconds / 10)))
     before = await quiet(pid)
@@ -160,13 +162,13 @@ async def watching(pid: int, memory: Memory, is_over: Callable[[], bool]) -> Non
 
 
 async def reloading(address: str, is_over: Callable[[], bool], tally: Tally) -> None:
-    """Loads a model again and again while it is called: no call may notice."""
+    """Reload a model repeatedly while it is called. No call may fail."""
     async with connect(address) as channel:
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
         while not is_over():
             await asyncio.sleep(RELOAD_EVERY_S)
             request = pb.RepositoryModelLoadRequest(model_name="reloaded")
-            # Another queue's length: another configuration, or there would be nothing to load.
+            # Each load changes the length of the queue; an unchanged configuration would not be loaded again.
             calls = 1000 + len(tally.outcomes) + tally.outcomes["reload", "OK"]
             config = {"max_batch_size": 8, "dynamic_batching": {"default_queue_policy": {"max_queue_size": calls}}}
             request.parameters["config"].string_param = json.dumps(config)
@@ -178,49 +180,53 @@ async def reloading(address: str, is_over: Callable[[], bool], tally: Tally) -> 
                 tally.wrong.append(f"reload: {err}")
 
 
-async def quiet(pid: int, before: Held | None = None) -> Held:
-    """What it holds once nobody calls: at the latest after a while."""
+async def quiet(pid: int, before: Resources | None = None) -> Resources:
+    """Wait until the server has released its resources, or for QUIET_S; return the resources."""
     end = for_s(QUIET_S if before else 2.0)
     while True:
-        now = held(pid)
-        if end() or (before is not None and not _left(before, now)):
+        now = resources(pid)
+        if end() or (before is not None and not _leaked(before, now)):
             return now
         await asyncio.sleep(0.2)
 
 
-def _left(before: Held, after: Held) -> list[str]:
-    left = []
+def _leaked(before: Resources, after: Resources) -> list[str]:
+    leaked = []
     if after.threads > before.threads + MORE_THREADS:
-        left.append(f"threads: {before.threads} before, {after.threads} after")
+        leaked.append(f"threads: {before.threads} before, {after.threads} after")
     if after.descriptors > before.descriptors + MORE_DESCRIPTORS:
-        left.append(f"descriptors: {before.descriptors} before, {after.descriptors} after")
-    return left
+        leaked.append(f"descriptors: {before.descriptors} before, {after.descriptors} after")
+    return leaked
 
 
-def leaks(memory: Memory, before: Held, after: Held) -> list[str]:
-    found, growth = _left(before, after), memory.growth_bytes()
-    may = GROWTH_BYTES + GROWTH_SHARE * before.rss_bytes
-    if growth > may:
-        found.append(f"the memory grew by {growth / MIB:.0f} MiB, of {may / MIB:.0f} that it may")
+def leaks(memory: Memory, before: Resources, after: Resources) -> list[str]:
+    found, growth = _leaked(before, after), memory.growth_bytes()
+    limit = GROWTH_BYTES + GROWTH_SHARE * before.rss_bytes
+    if growth > limit:
+        found.append(f"the memory grew by {growth / MIB:.0f} MiB; the limit is {limit / MIB:.0f} MiB")
     return found
 
 
 async def counters(address: str) -> dict[str, Any]:
     async with connect(address) as channel:
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
-        told = await stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=30)
-    return {each.name: each for each in told.model_stats}
+        response = await stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=30)
+    return {each.name: each for each in response.model_stats}
 
 
 def inconsistencies(tally: Tally, statistics: dict[str, Any]) -> list[str]:
-    """The server counts at least what its callers have seen; what was cancelled may have been answered nevertheless."""
+    """Return contradictions between the server's counters and the callers' counts.
+
+    The server may count more answers than its callers, because a cancelled call may have been answered.
+    """
     found = []
     for name, seen in tally.answered.items():
         stats = statistics[name].inference_stats
-        if name != "reloaded" and stats.success.count < seen:  # A reload begins to count anew.
-            found.append(f"{name}: {seen} right answers were seen, {stats.success.count} are counted")
+        # A reload resets the counters.
+        if name != "reloaded" and stats.success.count < seen:
+            found.append(f"{name}: callers received {seen} correct answers, the server counts {stats.success.count}")
         if stats.compute_infer.count + stats.cache_hit.count != stats.success.count:
-            found.append(f"{name}: answers executed and cached are not all the answers: {stats}")
+            found.append(f"{name}: executed and cached answers do not add up to all answers: {stats}")
     cached = statistics["triple"].inference_stats
     if not cached.cache_hit.count or abs(cached.cache_miss.count - cached.compute_infer.count) > tally.outcomes.total():
         found.append(f"triple: the response cache does not add up: {cached}")
@@ -229,7 +235,7 @@ def inconsistencies(tally: Tally, statistics: dict[str, Any]) -> list[str]:
     return found
 
 
-def show(tally: Tally, memory: Memory, before: Held, after: Held, took: float) -> None:
+def show(tally: Tally, memory: Memory, before: Resources, after: Resources, took: float) -> None:
     table = Table(title=f"{sum(tally.outcomes.values())} outcomes in {took:.0f} s", title_justify="left")
     for column in ("calls", "outcomes"):
         table.add_column(column)

@@ -1,4 +1,4 @@
-"""The callers of the soak: what they ask at random, what they may get, and whether that is what they asked for."""
+"""Callers of the soak test: random requests, the statuses that each may get, and checks of the answers."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 Array = Any
 Check = Callable[[pb.ModelInferResponse], None]
 
-_PATIENCE_S = 60.0
-# Longer than any answer takes: a call that is not over by then was lost.
+# Longer than any answer takes: a call without an answer after this time counts as lost.
+_LOST_AFTER_S = 60.0
 
 _TENANTS = ("", "", "ant", "bee", "cat")
 _COMPRESSIONS = (None, None, grpc.Compression.Gzip, grpc.Compression.Deflate)
-_WHO_LEAVES = {grpc.StatusCode.CANCELLED}
-_WHO_HURRIES = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
-# Beside the right answer.
+# Statuses that a cancelled call, and one with a short deadline, may get instead of a correct answer.
+_IF_CANCELLED = {grpc.StatusCode.CANCELLED}
+_IF_SHORT_DEADLINE = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
 class Wrong(Exception):
-    """An answer that is not the request's, or a status that it cannot have."""
+    """An answer does not match its request, or the status is impossible for the request."""
 
 
 @dataclass
 class Tally:
-    """What came of all calls."""
+    """Outcomes of all calls."""
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By kind of call and outcome."""
+    """Number of calls by kind and outcome."""
     answered: Counter[str] = field(default_factory=Counter)
-    """Right answers, by model."""
+    """Number of correct answers by model."""
     wrong: list[str] = field(default_factory=list)
 
     def add(self, kind: str, outcome: str) -> None:
@@ -49,7 +49,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Question:
-    """A request, and the check of its answer."""
+    """A request with the check of its answer."""
 
     model: str
     request: pb.ModelInferRequest
@@ -57,7 +57,7 @@ class Question:
 
 
 class Caller:
-    """Asks for as long as it is told to, one thing after the other."""
+    """Caller with one action at a time, chosen at random."""
 
     def __init__(self, address: str, seed: int, tally: Tally) -> None:
         self._address = address
@@ -67,7 +67,7 @@ class Caller:
         self._serial = 0
 
     async def run(self, is_over: Callable[[], bool]) -> None:
-        """Calls until `is_over()`, over a connection that is thrown away now and then, with calls under way."""
+        """Call until `is_over()`; sometimes drop the connection with calls in flight, and open a new one."""
         while not is_over():
             async with connect(self._address) as channel:
                 stub = pb_grpc.GRPCInferenceServiceStub(channel)
@@ -80,42 +80,43 @@ class Caller:
     async def _one(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
         kind, act = self._rng.choices(_ACTS, _WEIGHTS)[0]
         try:
-            await asyncio.wait_for(act(self, stub), _PATIENCE_S)
+            await asyncio.wait_for(act(self, stub), _LOST_AFTER_S)
         except Wrong as err:
             self._tally.add(kind, "WRONG")
             self._tally.wrong.append(f"{kind}: {err}")
         except TimeoutError:
             self._tally.add(kind, "LOST")
-            self._tally.wrong.append(f"{kind}: no answer within {_PATIENCE_S:.0f} s")
+            self._tally.wrong.append(f"{kind}: no answer within {_LOST_AFTER_S:.0f} s")
         except grpc.aio.AioRpcError as err:
             self._tally.add(kind, err.code().name)
             self._tally.wrong.append(f"{kind}: {err.code().name} {(err.details() or '')[:200]}")
 
     async def ask(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
         question = self._question()
-        answer = await stub.ModelInfer(question.request, timeout=_PATIENCE_S, **self._extras())
-        self._right("unary", question, answer)
+        answer = await stub.ModelInfer(question.request, timeout=_LOST_AFTER_S, **self._extras())
+        self._check("unary", question, answer)
 
-    async def hurry(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
-        """With a deadline that it may or may not make."""
+    async def ask_with_deadline(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+        """Send a request with a short deadline."""
         question = self._question("slow" if self._rng.random() < 0.6 else "")
         seconds = self._rng.choice((0.0005, 0.002, 0.01, 0.05))
         if self._rng.random() < 0.3:
             question.request.parameters["timeout"].int64_param = int(seconds * 1e6)
-            seconds = _PATIENCE_S
-        await self._perhaps("deadline", question, stub.ModelInfer(question.request, timeout=seconds), _WHO_HURRIES)
+            seconds = _LOST_AFTER_S
+        call = stub.ModelInfer(question.request, timeout=seconds)
+        await self._answer_or("deadline", question, call, _IF_SHORT_DEADLINE)
 
     async def cancel(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
         question = self._question(self._rng.choice(("slow", "slow", "triple", "python", "")))
-        call = stub.ModelInfer(question.request, timeout=_PATIENCE_S, **self._extras())
+        call = stub.ModelInfer(question.request, timeout=_LOST_AFTER_S, **self._extras())
         asyncio.get_running_loop().call_later(self._rng.uniform(0, 0.01), call.cancel)
-        await self._perhaps("cancelled", question, call, _WHO_LEAVES)
+        await self._answer_or("cancelled", question, call, _IF_CANCELLED)
 
-    async def blunder(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
-        """What must be refused, by name."""
-        request, code = self._spoiled()
+    async def send_bad(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+        """Send a bad request, which must be rejected with the right status."""
+        request, code = self._bad_request()
         try:
-            await stub.ModelInfer(request, timeout=_PATIENCE_S)
+            await stub.ModelInfer(request, timeout=_LOST_AFTER_S)
         except grpc.aio.AioRpcError as err:
             if err.code() is not code or not err.details():
                 raise Wrong(f"expected {code.name}, got {err.code().name} {err.details()}") from err
@@ -123,39 +124,39 @@ class Caller:
         else:
             raise Wrong(f"a bad request was answered: {str(request)[:200]}")
 
-    async def converse(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
-        """A stream of requests, good and bad; now and then left in the middle."""
-        asked: list[Question | None] = []
+    async def stream(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
+        """Send a stream of good and bad requests; sometimes cancel it midway."""
+        sent: list[Question | None] = []
 
         async def requests() -> AsyncIterator[pb.ModelInferRequest]:
             for _ in range(self._rng.randint(1, 12)):
                 good = self._rng.random() < 0.85
-                asked.append(self._question() if good else None)
-                yield asked[-1].request if asked[-1] is not None else self._spoiled()[0]
+                sent.append(self._question() if good else None)
+                yield sent[-1].request if sent[-1] is not None else self._bad_request()[0]
 
-        call, stay = stub.ModelStreamInfer(requests(), timeout=_PATIENCE_S), self._rng.random() < 0.8
+        call, stay = stub.ModelStreamInfer(requests(), timeout=_LOST_AFTER_S), self._rng.random() < 0.8
         count = 0
         async for answer in call:
-            question, count = asked[count], count + 1
+            question, count = sent[count], count + 1
             if question is None:
                 if not answer.error_message:
                     raise Wrong("a bad request of a stream was answered")
                 continue
             if answer.error_message:
-                raise Wrong(f"a good request of a stream was refused: {answer.error_message}")
-            self._right("stream", question, answer.infer_response)
+                raise Wrong(f"a good request of a stream was rejected: {answer.error_message}")
+            self._check("stream", question, answer.infer_response)
             if not stay:
                 call.cancel()
                 self._tally.add("stream", "left")
                 return
-        if count != len(asked):
-            raise Wrong(f"{len(asked)} requests on a stream, {count} answers")
+        if count != len(sent):
+            raise Wrong(f"{len(sent)} requests on a stream, {count} answers")
 
     async def count(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
-        """A decoupled model; now and then left in the middle."""
+        """Call a decoupled model; sometimes cancel midway."""
         many, leave_at = self._rng.randint(0, 40), self._rng.choice((None, None, 0, 5))
         request = _request("counting", n=np.array([many], np.int32))
-        call = stub.ModelStreamInfer(_only(request), timeout=_PATIENCE_S)
+        call = stub.ModelStreamInfer(_only(request), timeout=_LOST_AFTER_S)
         got = []
         async for answer in call:
             if answer.error_message:
@@ -167,21 +168,21 @@ class Caller:
                 self._tally.add("decoupled", "left")
                 return
         if got != list(range(many)):
-            raise Wrong(f"decoupled: asked for {many}, got {got[:50]}")
+            raise Wrong(f"decoupled: requested {many}, got {got[:50]}")
         self._tally.add("decoupled", "OK")
 
     async def _leave(self, stub: pb_grpc.GRPCInferenceServiceAsyncStub) -> None:
-        """Goes with calls under way."""
+        """Start calls that are in flight when the connection is closed."""
         for _ in range(self._rng.randint(0, 5)):
             question = self._question("slow")
-            asyncio.ensure_future(stub.ModelInfer(question.request)).add_done_callback(_look)
+            asyncio.ensure_future(stub.ModelInfer(question.request)).add_done_callback(_ignore_result)
         await asyncio.sleep(self._rng.uniform(0, 0.005))
         self._tally.add("connection", "left")
 
-    async def _perhaps(
+    async def _answer_or(
         self, kind: str, question: Question, call: Awaitable[pb.ModelInferResponse], may: set[grpc.StatusCode]
     ) -> None:
-        """A right answer, or one of these statuses."""
+        """Wait for a correct answer or one of the statuses in `may`."""
         try:
             answer = await call
         except asyncio.CancelledError:
@@ -193,11 +194,11 @@ class Caller:
                 raise
             self._tally.add(kind, err.code().name)
         else:
-            self._right(kind, question, answer)
+            self._check(kind, question, answer)
 
-    def _right(self, kind: str, question: Question, answer: pb.ModelInferResponse) -> None:
+    def _check(self, kind: str, question: Question, answer: pb.ModelInferResponse) -> None:
         if answer.id != question.request.id or answer.model_name != question.model:
-            raise Wrong(f"asked {question.model} {question.request.id}, got {answer.model_name} {answer.id}")
+            raise Wrong(f"called {question.model} {question.request.id}, got {answer.model_name} {answer.id}")
         question.check(answer)
         self._tally.answered[question.model] += 1
         self._tally.add(kind, "OK")
@@ -224,7 +225,7 @@ class Caller:
                 x = self._numbers.random((2, 3), np.float32)
                 request, check = _request(model, x=x), _same("y", 5 * x)
             case "triple":
-                # Few values, so that many ask the same; and in shapes of the same bytes.
+                # Few values, so that many requests are equal; and several shapes with the same bytes.
                 x = np.full(self._rng.choice(((1, 4), (2, 2), (4, 1))), self._rng.randint(0, 9), np.float32)
                 request, check = _request(model, x=x), _same("y", 3 * x)
             case _:
@@ -235,7 +236,7 @@ class Caller:
             request.parameters["explain"].bool_param = True
         return Question(model, request, check)
 
-    def _spoiled(self) -> tuple[pb.ModelInferRequest, grpc.StatusCode]:
+    def _bad_request(self) -> tuple[pb.ModelInferRequest, grpc.StatusCode]:
         invalid = grpc.StatusCode.INVALID_ARGUMENT
         request = _request("double", x=self._numbers.random((1, 4), np.float32))
         match self._rng.randint(0, 6):
@@ -266,10 +267,10 @@ _OF: dict[str, Callable[[Array], Array]] = {
 _MODELS = ("double", "double", "triple", "triple", "fixed", "text", "table", "reloaded", "python", "slow")
 _ACTS = (
     ("unary", Caller.ask),
-    ("deadline", Caller.hurry),
+    ("deadline", Caller.ask_with_deadline),
     ("cancelled", Caller.cancel),
-    ("bad", Caller.blunder),
-    ("stream", Caller.converse),
+    ("bad", Caller.send_bad),
+    ("stream", Caller.stream),
     ("decoupled", Caller.count),
 )
 _WEIGHTS = (60, 10, 10, 8, 8, 4)
@@ -317,6 +318,7 @@ async def _only(request: pb.ModelInferRequest) -> AsyncIterator[pb.ModelInferReq
     yield request
 
 
-def _look(task: asyncio.Future[Any]) -> None:
+def _ignore_result(task: asyncio.Future[Any]) -> None:
+    # Read the exception, so that asyncio does not log it: the call was abandoned on purpose.
     if not task.cancelled():
-        task.exception()  # It was left: what became of it is nobody's business.
+        task.exception()

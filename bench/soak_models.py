@@ -1,4 +1,4 @@
-"""The models of the soak: one of each kind, every one with an answer that the caller can compute."""
+"""Models of the soak test: one of each kind, each with an answer that the caller can compute."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ model_transaction_policy { decoupled: true }
 
 
 def write(root: Path) -> None:
-    """The repository.
+    """Write the model repository.
 
     `double` y = 2x, batched; `triple` y = 3x, with a response cache; `fixed` y = 5x of [2, 3], never batched; `text`
     y = x, BYTES; `slow` y = 2x after some milliseconds; `table` y = 10, 20 or 30 for i = 0, 1, 2, and raises for
@@ -103,7 +103,7 @@ def _table() -> onnx.ModelProto:
 
 
 def _slow(rounds: int = 150) -> onnx.ModelProto:
-    # It starts from x, or it would be computed once and for all when the model is loaded.
+    # The chain depends on x; otherwise ONNX Runtime would compute it once at load.
     nodes = [
         helper.make_node("ReduceMax", ["x"], ["max"], keepdims=0),
         helper.make_node("Mul", ["max", "nought"], ["none"]),

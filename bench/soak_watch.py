@@ -1,4 +1,4 @@
-"""What a server and its children hold: memory, threads, descriptors."""
+"""Resources of a server and its child processes: memory, threads, descriptors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _PAGE = os.sysconf("SC_PAGESIZE")
 
 
 @dataclass(frozen=True)
-class Held:
-    """Of a process and all that it has started."""
+class Resources:
+    """Resources of a process and its descendants."""
 
     rss_bytes: int
     threads: int
     descriptors: int
 
 
-def held(pid: int) -> Held:
-    """What is held now. Processes that end meanwhile count for nothing."""
+def resources(pid: int) -> Resources:
+    """Return the current resources. Processes that end during the call are not counted."""
     rss = threads = descriptors = 0
     for each in _family(pid):
         try:
@@ -30,7 +30,7 @@ def held(pid: int) -> Held:
             descriptors += len(os.listdir(f"/proc/{each}/fd"))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-    return Held(rss, threads, descriptors)
+    return Resources(rss, threads, descriptors)
 
 
 def _family(pid: int) -> Sequence[int]:
@@ -53,10 +53,13 @@ class Memory:
     samples: list[tuple[float, int]] = field(default_factory=list)
 
     def sample(self, pid: int) -> None:
-        self.samples.append((self.clock(), held(pid).rss_bytes))
+        self.samples.append((self.clock(), resources(pid).rss_bytes))
 
     def growth_bytes(self) -> int:
-        """From the second quarter of the time (the first warms up) to the last: medians, so that no peak decides."""
+        """Return the growth from the second quarter of the time to the last, of medians, to ignore peaks.
+
+        The first quarter is the warm-up.
+        """
         count = len(self.samples)
         early, late = self.samples[count // 4 : count // 2], self.samples[-(count // 4) :]
         if not early or not late:
@@ -64,7 +67,7 @@ class Memory:
         return int(statistics.median(rss for _, rss in late) - statistics.median(rss for _, rss in early))
 
     def slope_bytes_a_minute(self) -> float:
-        """Of the line through all samples after the first quarter."""
+        """Return the slope of a regression line through all samples after the first quarter."""
         kept = self.samples[len(self.samples) // 4 :]
         if len(kept) < 2:
             return 0.0

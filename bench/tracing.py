@@ -1,10 +1,10 @@
-"""What tracing costs: processor time of the inference server a call, with and without a collector, in one run.
+"""Cost of tracing: CPU time of the inference server per call, with and without a collector, in one run.
 
     .venv/bin/python bench/tracing.py --rounds 5 --calls 20000
 
-One server for each setting runs at the same time, all on the same model; rounds of load take turns between them. The
-table shows the median over the rounds of each setting's time divided by the time without a collector in the same round.
-The collector is a gRPC server in this process: what it costs is not counted, what the exporter costs is.
+One server per setting, all running at the same time with the same model; rounds interleave the servers. The table shows
+the median over the rounds of each setting's time divided by the time without a collector in the same round. The
+collector is a gRPC server in this process: its cost is not counted, the cost of the exporter is.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from shoal.inference.v2 import inference_pb2 as pb
 from shoal.inference.v2 import inference_pb2_grpc as pb_grpc
 
 RATIOS: tuple[float | None, ...] = (None, 0.0, 0.001, 0.01, 0.1, 1.0)
-"""Sampled shares; None: no collector is named."""
+"""Sampled shares; None is no collector."""
 MODEL = """<ir_version: 10, opset_import: ["": 20]> tiny (float[n, 16] x) => (float[n, 16] y) { y = Add(x, x) }"""
 
 
 class Collector(otlp_grpc.TraceServiceServicer):
-    """Counts the spans that it receives."""
+    """Collector that counts its spans."""
 
     spans = 0
 
@@ -52,7 +52,7 @@ class Collector(otlp_grpc.TraceServiceServicer):
 
 @contextlib.contextmanager
 def collecting() -> Iterator[tuple[Collector, str]]:
-    """Run a collector; yields it and its address."""
+    """Run a collector; yield the collector and its address."""
     server, collector = grpc.server(futures.ThreadPoolExecutor(2)), Collector()
     otlp_grpc.add_TraceServiceServicer_to_server(collector, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -75,16 +75,16 @@ class Served:
         command = [sys.executable, "-m", "shoal.cli.main", "serve", str(models), "--port", "0", "--json"]
         self._process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
-        # An indented object: its last line is the first that begins with a brace and ends it.
-        said = json.loads("".join(iter(self._process.stdout.readline, "}\n")) + "}")
-        self.address: str = said["address"]
-        self.pid: int = said["pid"]
+        # The server prints an indented JSON object; its last line is a single brace.
+        ready = json.loads("".join(iter(self._process.stdout.readline, "}\n")) + "}")
+        self.address: str = ready["address"]
+        self.pid: int = ready["pid"]
         if processor is not None:
             for task in Path(f"/proc/{self.pid}/task").iterdir():
                 os.sched_setaffinity(int(task.name), {processor})
 
     def cpu_s(self) -> float:
-        """Processor time of the server so far, with all its threads."""
+        """Return the CPU seconds of the server so far, of all its threads."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -94,7 +94,7 @@ class Served:
 
 
 async def load(address: str, calls: int, in_flight: int) -> float:
-    """Make `calls` calls; returns the seconds that they took. Raises when an answer is wrong."""
+    """Make `calls` calls, and return their duration in seconds. Raises AssertionError for a wrong answer."""
     request = pb.ModelInferRequest(model_name="tiny")
     request.inputs.add(name="x", datatype="FP32", shape=[1, 16])
     request.raw_input_contents.append(bytes(64))
@@ -113,7 +113,7 @@ async def load(address: str, calls: int, in_flight: int) -> float:
 
 
 def measured(served: Served, calls: int, in_flight: int) -> tuple[float, float]:
-    """Processor time of the server a call, in us, and the rate."""
+    """Return the server's CPU time per call, in us, and the rate."""
     before = served.cpu_s()
     took = asyncio.run(load(served.address, calls, in_flight))
     return (served.cpu_s() - before) / calls * 1e6, calls / took
@@ -123,7 +123,7 @@ def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--calls", type=int, default=20_000, help="a round and setting")
+    parser.add_argument("--calls", type=int, default=20_000, help="calls per round and setting")
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--server-cpu", type=int, default=None, help="pin the servers to this processor")
     options = parser.parse_args()
@@ -148,7 +148,7 @@ def main() -> None:
 def show(found: dict[float | None, list[tuple[float, float]]], options: argparse.Namespace, spans: int) -> None:
     """Print medians, and ratios to the rounds without a collector."""
     print(f"{options.rounds} rounds of {options.calls} calls, {options.in_flight} in flight; {spans} spans received")
-    print(f"{'sampled':>14} {'us a call':>10} {'ratio':>7} {'min':>6} {'max':>6} {'calls/s':>9}")
+    print(f"{'sampled':>14} {'us/call':>10} {'ratio':>7} {'min':>6} {'max':>6} {'calls/s':>9}")
     base = [cpu for cpu, _ in found[None]]
     for ratio, rows in found.items():
         ratios = [cpu / without for (cpu, _), without in zip(rows, base, strict=True)]

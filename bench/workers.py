@@ -1,15 +1,15 @@
-"""Several infer processes at one address: how two do beside one, and what it costs to share a model between them.
+"""Several infer processes at one address: two workers beside one, and the cost of sharing a model between them.
 
     python bench/workers.py [--rounds 5] [--seconds 2] [--in-flight 32]
 
     one            --workers 1
     two            --workers 2, each with the models
-    two, shared    --workers 2, and the models once, in processes that both feed (isolation: shared)
+    two, shared    --workers 2, with each model in one process that both workers feed (isolation: shared)
 
-Every execution has one thread. The generator has the same processors as the servers: where there are no more of them
-than two, requests a second say little of two workers, and the processor time of a request says what is left. Rounds
-interleave the servers, which all run; every answer is compared with its own request's. The models are `latent` (much
-work, little to send) and `mlp` (rows together cost far less than alone).
+Every execution has one thread. The generator shares the processors with the servers. With only two processors, the rate
+of two workers means little; use the CPU time per request instead. All servers run, and rounds interleave them. Every
+answer is compared with the expected one of its request. The models are `latent` (much work, little to send) and `mlp`
+(batched rows cost far less than single rows).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SHARED = 'max_batch_size: 64\nparameters { key: "isolation" value { string_valu
 
 
 def shared(models: Path, folder: Path) -> Path:
-    """The models again, to be shared."""
+    """Write a second repository of the models, with shared isolation."""
     for name in _MODELS:
         version = folder / name / "1"
         version.mkdir(parents=True)
@@ -46,7 +46,7 @@ def shared(models: Path, folder: Path) -> Path:
 
 
 def start(name: str, models: Path, workers: int, port: int, samples: dict[str, Sample]) -> Server:
-    """`shoal serve`, once it has answered rightly."""
+    """Start `shoal serve`, and wait for correct answers."""
     command = [sys.executable, "-m", "shoal.cli.main", "serve", str(models), "--port", str(port)]
     env = {**os.environ, "SHOAL_INFER_THREADS": "1"}
     process = subprocess.Popen([*command, "--workers", str(workers)], env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -95,10 +95,10 @@ def main() -> None:
         models = Path(scratch, "models")
         models.mkdir()
         samples = save(models)
-        wanted = [("one", models, 1), ("two", models, 2), ("two, shared", shared(models, Path(scratch, "shared")), 2)]
+        variants = [("one", models, 1), ("two", models, 2), ("two, shared", shared(models, Path(scratch, "shared")), 2)]
         servers: list[Server] = []
         try:
-            for n, (name, folder, workers) in enumerate(wanted):
+            for n, (name, folder, workers) in enumerate(variants):
                 servers.append(start(name, folder, workers, args.port + n, samples))
             found = {(server.name, model): Measured() for server in servers for model in _MODELS}
             for _ in range(args.rounds):

@@ -1,4 +1,4 @@
-"""A node for as long as a block lasts: the real `shoal up`, in a folder that is gone afterwards."""
+"""A real node (`shoal up`) for the examples, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from pathlib import Path
 from shoal.errors import ShoalError
 
 READY_S = 60.0
-"""It takes seconds; a machine that is busy may take longer."""
+"""Timeout of the start, which takes seconds on an idle machine."""
 
 STOP_S = 30.0
-"""In order: calls in flight end, then each process is waited for."""
+"""Timeout of a stop, in which calls in flight finish and processes end."""
 
 
 class NotReady(Exception):
-    """The node did not come up; the message has the end of its log."""
+    """The node did not become ready; the message contains the end of its log."""
 
 
 @contextmanager
 def running(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a node that keeps everything in `folder`; stops it when the block ends, however it ends."""
+    """Start a node with all its data in `folder`, and stop it at the end of the block, also after an error."""
     command = [sys.executable, "-m", "shoal.cli.main", "up", "--data-dir", str(folder / "data")]
     command += ["--gateway-port", "0", "--admin-port", "0", "--ready-file", str(folder / "ready.json"), *options]
     with (folder / "up.log").open("wb") as log:
-        # A session of its own: Ctrl-C is for the demo, which then stops the node in order.
+        # In a session of its own, the node does not receive Ctrl-C. The demo does, and stops the node gracefully.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -43,13 +43,14 @@ def running(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the node: in order, else at once."""
+    """Stop the node: gracefully, then immediately, then with SIGKILL."""
     if process.poll() is None:
         process.terminate()
     try:
         process.wait(STOP_S)
     except subprocess.TimeoutExpired:
-        process.terminate()  # The second signal: at once.
+        # The second signal stops the node immediately.
+        process.terminate()
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -58,24 +59,24 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], folder: Path) -> str:
-    """The gateway's address, once the node is ready.
+    """Wait until the node is ready, and return the gateway's address.
 
     Raises:
-        NotReady: it ended, or takes too long.
+        NotReady: the node ended, or the start took too long.
     """
     ready = folder / "ready.json"
     deadline = time.monotonic() + READY_S
     while not ready.exists():
         if process.poll() is not None:
-            raise NotReady(f"the node ended with status {process.returncode} before it was ready\n{story(folder)}")
+            raise NotReady(f"the node ended with status {process.returncode} before it was ready\n{log_tails(folder)}")
         if time.monotonic() > deadline:
-            raise NotReady(f"the node was not ready after {READY_S:.0f} s\n{story(folder)}")
+            raise NotReady(f"the node was not ready after {READY_S:.0f} s\n{log_tails(folder)}")
         time.sleep(0.02)
     return str(json.loads(ready.read_text())["gateway"])
 
 
-def story(folder: Path) -> str:
-    """The end of what the node and its processes said."""
+def log_tails(folder: Path) -> str:
+    """Return the last lines of the logs of the node and its processes."""
     logs = [folder / "up.log", *sorted(folder.glob("data/logs/*.log"))]
     return "\n".join(f"--- {log.name}\n{_tail(log)}" for log in logs if log.exists())
 
@@ -85,31 +86,33 @@ def _tail(log: Path) -> str:
 
 
 def with_node(example: Callable[[str, Path], int], *options: str) -> int:
-    """Runs `example(gateway, folder)` beside a node of its own, in a folder that is gone afterwards; its exit status.
+    """Run `example(gateway, folder)` with a node in a temporary folder, and return the exit status.
 
-    1 when the node fails, or a call to it does; 130 when it was interrupted.
+    The status is that of the example, 1 when the node or a call failed, or 130 after an interrupt.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         with tempfile.TemporaryDirectory(prefix="shoal-example-") as name:
             folder = Path(name)
-            os.environ["TMPDIR"] = name  # What anyone writes to the temporary folder goes with ours.
+            # Temporary files of other packages are removed with the folder.
+            os.environ["TMPDIR"] = name
             print("starting a node ...", flush=True)
             with running(folder, *options) as process:
                 gateway = wait_until_ready(process, folder)
                 try:
                     return example(gateway, folder)
                 except ShoalError:
-                    print(story(folder), file=sys.stderr)
+                    print(log_tails(folder), file=sys.stderr)
                     raise
     except NotReady as err:
         print(err, file=sys.stderr)
     except ShoalError as err:
         print(f"the example failed: {err.message}", file=sys.stderr)
-    except RuntimeError as err:  # The original package's.
+    # Raised by `originals.ask`.
+    except RuntimeError as err:
         print(f"the example failed: {err}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted: everything is stopped")
+        print("interrupted: the node is stopped")
         return 130
     return 1

@@ -1,4 +1,4 @@
-"""The original packages, in an environment of their own: their files, and their own answers."""
+"""The original packages, in an environment of their own: access to their files and to their answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VENV = ROOT / ".venv-originals"
 
 
 def folder(package: str) -> Path:
-    """Where the package lies. Ends the program, with what to do, when it is not there."""
+    """Return the folder of a package, or exit with instructions if the package is not installed."""
     found = next(VENV.glob(f"lib/python3*/site-packages/{package}"), None)
     if found is None:
         sys.exit(f"{package} is not installed in {VENV}: run `make {VENV.name}/.installed` (or `make test`) first")
@@ -22,10 +22,10 @@ def folder(package: str) -> Path:
 
 
 def ask(script: Path, question: Any) -> Any:
-    """What `script` answers in that environment: JSON in on its stdin, JSON out on its stdout. One thread, no network.
+    """Run `script` in that environment, with JSON on stdin and stdout, one thread and no network; return its answer.
 
     Raises:
-        RuntimeError: it failed; the message has the end of what it said.
+        RuntimeError: the script failed; the message contains the end of its stderr.
     """
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Model repositories of the examples: configurations that lie in the example, and files that lie elsewhere."""
+"""Model repositories of the examples: the example's configurations, with model files from other sources."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def build(models: Path, into: Path, files: Mapping[str, Path | bytes]) -> Path:
-    """Copies the configurations of `models` to `into`, gives each model a version 1, and puts `files` in.
+    """Copy the configurations of `models` to `into`, create version 1 of each model, add `files`, and return `into`.
 
-    `files` are by path in the repository (`minilm/1/model.onnx`): a file to copy, or content. Returns `into`.
+    `files` maps a path in the repository (`minilm/1/model.onnx`) to a file to copy, or to content.
     """
     shutil.copytree(models, into, dirs_exist_ok=True)
     for model in models.iterdir():

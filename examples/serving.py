@@ -1,4 +1,4 @@
-"""`shoal serve` for as long as a block lasts."""
+"""A real `shoal serve` for the examples."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from typing import IO
 
 @contextmanager
 def serving(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
-    """Serves the folder `models` on a free port, with `settings` in its environment: its address and its process.
+    """Serve the folder `models` on a free port during the block; yield the address and the pid.
+
+    `settings` are environment variables of the server.
 
     Raises:
-        RuntimeError: it ended before it served; the message has the end of what it said.
+        RuntimeError: the server ended before it was ready; the message contains the end of its output.
     """
     command = [sys.executable, "-m", "shoal.cli.main", "serve", str(models), "--port", "0", "--json"]
     with tempfile.TemporaryFile("w+") as log:
@@ -39,10 +41,11 @@ def serving(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
 
 def _address(server: subprocess.Popen[str], log: IO[str]) -> str:
     assert server.stdout is not None
-    said = ""
+    text = ""
     for line in server.stdout:
-        said += line
-        if line.rstrip() == "}":  # The end of the object that says that it serves.
-            return str(json.loads(said)["address"])
+        text += line
+        # The end of the JSON object that the server prints when it is ready.
+        if line.rstrip() == "}":
+            return str(json.loads(text)["address"])
     log.seek(0)
-    raise RuntimeError(f"shoal serve ended before it served:\n{said}{log.read()[-4000:]}")
+    raise RuntimeError(f"shoal serve ended before it was ready:\n{text}{log.read()[-4000:]}")

@@ -1,7 +1,7 @@
-"""Arrays in, arrays out: no gRPC, no asyncio. One operation per file, or per folder where it has several versions.
+"""Array operations for CPU and GPU, without gRPC or asyncio: one file per operation, or a folder for several versions.
 
-Importing this package, or the front of an operation, imports neither numba nor CuPy: `backend` loads a version when
-it first runs, and `operations.warm_up` makes that happen at start instead of in the first request.
+Importing this package, or the package of an operation, imports neither numba nor CuPy. `backend` imports a version at
+its first run; `operations.warm_up` moves that cost from the first request to the start.
 """
 
 # shoal/own_packages.py tells this package by this line from a foreign one of the same name.

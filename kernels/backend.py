@@ -1,4 +1,4 @@
-"""Which version of an operation runs: the arrays say so, and `KERNELS_BACKEND` may insist.
+"""Selection of an operation's version, by the device of its arrays; `KERNELS_BACKEND` forces a version.
 
     KERNELS_BACKEND   host arrays (NumPy)   device arrays (CuPy)
     not set           cpu                   cuda
@@ -6,8 +6,8 @@
     cpu               cpu                   error
     reference         reference             error
 
-Nothing is copied between host and device, and nothing falls back: arrays of both kinds in one call are an error, and
-so is asking for `cuda` where CuPy sees no device. The variable and the device are looked at once in a process.
+Nothing is copied between host and device, and there is no fallback. Host and device arrays in one call are an error.
+`KERNELS_BACKEND=cuda` without a device is an error too. A process reads the variable and detects the device once.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ _ON_HOST = {np.ndarray, type(None)}
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for cannot run here."""
+    """The requested backend cannot run on this machine, or on these arrays."""
 
 
 @cache
 def device_available() -> bool:
-    """Whether CuPy is installed and sees a GPU with a working driver."""
+    """Return True when CuPy is installed and finds a GPU with a working driver."""
     if importlib.util.find_spec("cupy") is None:
         return False
     try:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
-        # Installed and broken: most often two of its builds in one environment.
+        # The usual cause of a broken installation is two builds of CuPy in one environment.
         warnings.warn(f"cupy is installed but cannot be imported, kernels run on the CPU: {error}", stacklevel=2)
         return False
     return bool(cupy.cuda.is_available())
 
 
 @cache
-def wanted() -> Backend | None:
-    """What `KERNELS_BACKEND` insists on; None when it is not set.
+def forced() -> Backend | None:
+    """Return the backend that `KERNELS_BACKEND` names, or None when the variable is not set.
 
     Raises:
-        BackendError: the variable names no backend, or `cuda` and there is no device.
+        BackendError: the variable names no backend, or names `cuda` on a machine without a device.
     """
     value = os.environ.get(VARIABLE, "")
     match value:
@@ -67,31 +67,31 @@ def wanted() -> Backend | None:
 
 
 def choice() -> Backend:
-    """Where a caller should put its arrays: what is wanted, else `cuda` with a device and `cpu` without.
+    """Return the backend for new arrays: the forced one, else `cuda` with a device and `cpu` without.
 
     Raises:
-        BackendError: as `wanted`.
+        BackendError: as `forced`.
     """
-    return wanted() or ("cuda" if device_available() else "cpu")
+    return forced() or ("cuda" if device_available() else "cpu")
 
 
 def forget() -> None:
-    """Looks at the variable and the device again: for tests."""
+    """Clear the cached variable and device, so that the next call reads them again. For tests."""
     device_available.cache_clear()
-    wanted.cache_clear()
+    forced.cache_clear()
 
 
 def on_device(array: object) -> bool:
-    """Whether an array lies on a GPU. NumPy has no such attribute, and CuPy need not be imported to ask."""
+    """Return True when an array is on a GPU. The check does not import CuPy: NumPy arrays lack the attribute."""
     return not isinstance(array, np.ndarray) and hasattr(array, "__cuda_array_interface__")
 
 
 class Operation:
-    """The versions of one operation, each imported when it first runs.
+    """The versions of one operation, each imported at its first run.
 
     Args:
-        package: of the operation, whose modules `reference`, `cpu`, and `cuda` or `numba_cuda` are its versions.
-        gpu: which module is the GPU's.
+        package: package of the operation. The modules `reference`, `cpu`, and `cuda` or `numba_cuda` are its versions.
+        gpu: name of the GPU's module.
     """
 
     def __init__(self, package: str, gpu: Literal["cuda", "numba_cuda"]) -> None:
@@ -101,11 +101,11 @@ class Operation:
         self._loaded: dict[Backend, Any] = {}
 
     def version(self, stream: object = None, **arrays: object) -> Any:
-        """The module that runs on these arrays; those that are None do not count.
+        """Return the module that runs on these arrays. Arguments that are None are ignored.
 
         Raises:
-            TypeError: host and device arrays in one call, something that is no array, or a stream for host arrays.
-            BackendError: `KERNELS_BACKEND` insists on another place than where the arrays are.
+            TypeError: host and device arrays in one call, an argument that is no array, or a stream for host arrays.
+            BackendError: `KERNELS_BACKEND` forces a backend on another device than that of the arrays.
         """
         device = self._device(arrays)
         if stream is not None and not device:
@@ -113,7 +113,7 @@ class Operation:
         return self.load(self._backend(device))
 
     def load(self, backend: Backend) -> Any:
-        """The module of one version."""
+        """Return the module of one version, imported if necessary."""
         module = self._loaded.get(backend)
         if module is None:
             name = self._gpu if backend == "cuda" else backend
@@ -121,15 +121,16 @@ class Operation:
         return module
 
     def _device(self, arrays: dict[str, object]) -> bool:
+        # Fast path for the common case: a sixth of the time of the general check.
         if _ON_HOST.issuperset(map(type, arrays.values())):
-            return False  # As nearly always: a sixth of the time of what follows.
-        places = {name: self._place(name, array) for name, array in arrays.items() if array is not None}
-        if len(set(places.values())) > 1:
-            told = ", ".join(f"{name} on the {place}" for name, place in places.items())
-            raise TypeError(f"{self.name}: host and device arrays in one call ({told}); copy them to one place first")
-        return "device" in places.values()
+            return False
+        locations = {name: self._location(name, array) for name, array in arrays.items() if array is not None}
+        if len(set(locations.values())) > 1:
+            listed = ", ".join(f"{name} on the {location}" for name, location in locations.items())
+            raise TypeError(f"{self.name}: host and device arrays in one call ({listed}); copy them to one place first")
+        return "device" in locations.values()
 
-    def _place(self, name: str, array: object) -> str:
+    def _location(self, name: str, array: object) -> str:
         if isinstance(array, np.ndarray):
             return "host"
         if type(array).__module__.partition(".")[0] == "cupy":
@@ -141,13 +142,13 @@ class Operation:
         raise TypeError(f"{self.name}: {name} must be a NumPy or CuPy array, not {_kind(array)}")
 
     def _backend(self, device: bool) -> Backend:
-        insisted = wanted()
-        if insisted is None:
+        backend = forced()
+        if backend is None:
             return "cuda" if device else "cpu"
-        if (insisted == "cuda") != device:
-            where = "on a GPU" if device else "on the host"
-            raise BackendError(f"{self.name}: the arrays are {where}, but {VARIABLE}={insisted}")
-        return insisted
+        if (backend == "cuda") != device:
+            location = "on a GPU" if device else "on the host"
+            raise BackendError(f"{self.name}: the arrays are {location}, but {VARIABLE}={backend}")
+        return backend
 
 
 def _imported(name: str) -> Any:
@@ -156,8 +157,8 @@ def _imported(name: str) -> Any:
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
-        # Neither this package, nor a home, nor NUMBA_CACHE_DIR can be written: a container whose files are read-only.
-        # The folder is fresh and this process's own, because numba unpickles what it finds there.
+        # A container may have a read-only package, home folder and NUMBA_CACHE_DIR. The folder must be new and private
+        # to this process, because numba unpickles the files in it.
         importlib.import_module("numba").config.CACHE_DIR = tempfile.mkdtemp(prefix="shoal-numba-")
         return importlib.import_module(name)
 
@@ -167,7 +168,7 @@ def _kind(array: object) -> str:
 
 
 def why_no_device() -> str:
-    """For messages, where `device_available` is false."""
+    """Return the reason for a message when `device_available` is False."""
     if importlib.util.find_spec("cupy") is None:
         return "cupy is not installed (extras cuda12 and cuda13)"
     return "cupy finds no GPU with a working driver"

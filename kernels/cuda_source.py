@@ -1,6 +1,6 @@
-"""A CUDA C++ file beside its operation, compiled by CuPy (NVRTC) when it is first launched on a device.
+"""CUDA C++ source file of an operation, compiled by CuPy (NVRTC) at the first launch on a device.
 
-Arguments are what `cupy.RawKernel` takes: CuPy arrays, and NumPy scalars of exactly the parameter's type.
+Launch arguments are those of `cupy.RawKernel`: CuPy arrays, and NumPy scalars of exactly the parameter's type.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 OPTIONS = ("-std=c++17",)
 _FREE_SHARED_BYTES = 48 * 1024
-"""Above this a kernel has to ask for shared memory; how much more there is depends on the device."""
+"""Shared memory of a block without an opt-in. A kernel must request more; the maximum depends on the device."""
 Extent = tuple[int, int, int]
 Launch = Callable[[str, Extent, Extent, Sequence[Any], int, Any], None]
 
@@ -25,9 +25,9 @@ class CudaSource:
 
     path: Path
     kernels: tuple[str, ...]
-    """Name expressions, `resize<float, true>`: each is compiled, and the compile-only test walks over all of them."""
+    """Name expressions such as `resize<float, true>`. All are compiled, also by the compile-only test."""
     registers: int
-    """The most that a thread of any of them may use on sm_80 and sm_90: a test holds it."""
+    """Limit of registers per thread for every kernel on sm_80 and sm_90. A test checks it."""
 
     def launch(
         self,
@@ -38,7 +38,7 @@ class CudaSource:
         shared_bytes: int = 0,
         stream: Any = None,
     ) -> None:
-        """Puts one launch on `stream`, a `cupy.cuda.Stream`, or on CuPy's current one. Waits for nothing."""
+        """Enqueue one launch on `stream`, a `cupy.cuda.Stream`, or on CuPy's current stream. Does not wait."""
         self._launcher(kernel, grid, block, args, shared_bytes, stream)
 
     @cached_property
@@ -51,9 +51,9 @@ class CudaSource:
 
 
 def launcher(source: CudaSource) -> Launch:
-    """How kernels of a source are launched. Tests put a compiler for the CPU in this place."""
+    """Return a function that launches the kernels of `source`. Tests replace it by a compiler for the CPU."""
     cupy = importlib.import_module("cupy")
-    # CuPy finds the compiler in NVIDIA's wheels, but for CUDA 12 not the headers beside it (cuda_fp16.h).
+    # CuPy finds the compiler in NVIDIA's wheels, but for CUDA 12 not their headers (cuda_fp16.h).
     headers = importlib.import_module("cuda.pathfinder").find_nvidia_header_directory("cudart")
     options = (*OPTIONS, f"-I{headers}") if headers else OPTIONS
     module = cupy.RawModule(code=source.text, options=options, name_expressions=source.kernels)
@@ -63,10 +63,10 @@ def launcher(source: CudaSource) -> Launch:
         function = found.get(kernel)
         if function is None:
             function = found[kernel] = module.get_function(kernel)
-        here = cupy.cuda.runtime.getDevice()
+        current = cupy.cuda.runtime.getDevice()
         for arg in args:
-            if isinstance(arg, cupy.ndarray) and arg.data.device_id != here:
-                raise ValueError(f"{kernel}: an array is on GPU {arg.data.device_id}, the current device is {here}")
+            if isinstance(arg, cupy.ndarray) and arg.data.device_id != current:
+                raise ValueError(f"{kernel}: an array is on GPU {arg.data.device_id}, the current device is {current}")
         if shared_bytes > _FREE_SHARED_BYTES and function.max_dynamic_shared_size_bytes < shared_bytes:
             function.max_dynamic_shared_size_bytes = shared_bytes
         if stream is None:

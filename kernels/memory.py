@@ -1,6 +1,6 @@
-"""Where arrays lie and how they move, behind one door: a GPU by CuPy, or the host with plain NumPy.
+"""Memory of the device that runs kernels, with one interface for a GPU (CuPy) and for the host (NumPy).
 
-On the host a stream is None, and copies and events are done when they return.
+On the host a stream is None, and copies and events are complete when their calls return.
 """
 
 from __future__ import annotations
@@ -20,56 +20,56 @@ Array = npt.NDArray[Any]
 
 
 class Event(Protocol):
-    """A mark in a stream."""
+    """Marker in a stream."""
 
     def record(self, stream: Any) -> None: ...
 
     def synchronize(self) -> None:
-        """Waits until the stream has come to the mark; returns at once when nothing was recorded."""
+        """Wait until the stream has passed the marker; return immediately when none was recorded."""
 
 
 class Memory(Protocol):
-    """One place where kernels run."""
+    """Memory, streams and copies of one device that runs kernels."""
 
     name: str
-    """`cuda` or `cpu`, as ONNX Runtime names devices."""
+    """`cuda` or `cpu`, as in ONNX Runtime's device names."""
     device_id: int
 
     def stream(self) -> Any:
-        """A new stream that waits for no other."""
+        """Return a new stream that does not wait for other streams."""
 
     def event(self) -> Event: ...
 
     def pinned(self, nbytes: int) -> Array:
-        """uint8 [nbytes] on the host, which the device copies from and to by itself."""
+        """Return pinned host memory, uint8 [nbytes], that the device reads and writes asynchronously."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array where the kernels run."""
+        """Return a new array on the device."""
 
     def using(self, stream: Any) -> AbstractContextManager[Any]:
-        """Within it, on the calling thread, what is made and computed is here, and on this stream."""
+        """Return a context in which the calling thread allocates and computes on this device and `stream`."""
 
     def at(self, pointer: int, shape: tuple[int, ...], dtype: Any, owner: Any) -> Any:
-        """An array over memory here that somebody else made, and that `owner` keeps."""
+        """Return an array over existing device memory at `pointer`; `owner` keeps the memory alive."""
 
     def pointer(self, array: Any) -> int:
-        """Where it begins."""
+        """Return the address of an array's first byte."""
 
     def contiguous(self, array: Any) -> Any:
-        """The array in C order: itself, or a copy on the stream that is `using`."""
+        """Return the array in C order: itself, or a copy made on the stream of `using`."""
 
     def join(self, arrays: Sequence[Any]) -> Any:
-        """The rows of several arrays, one behind the other, as a new one; on the stream that is `using`."""
+        """Concatenate the rows of several arrays into a new array, on the stream of `using`."""
 
     def copy_in(self, host: Array, into: Any, stream: Any) -> None:
-        """Puts one copy on the stream, of contiguous arrays of one size, and does not wait for it."""
+        """Enqueue a copy from host to device on the stream, of contiguous arrays of equal size. Does not wait."""
 
     def copy_out(self, array: Any, into: Array, stream: Any) -> None:
-        """The same, back to the host."""
+        """Enqueue a copy from device to host on the stream, of contiguous arrays of equal size. Does not wait."""
 
 
 class HostMemory:
-    """No GPU: NumPy arrays, and nothing that has to be waited for."""
+    """Memory without a GPU: NumPy arrays, with every operation complete on return."""
 
     name = "cpu"
     device_id = 0
@@ -78,7 +78,7 @@ class HostMemory:
         return None
 
     def event(self) -> Event:
-        return _Past()
+        return _PassedEvent()
 
     def pinned(self, nbytes: int) -> Array:
         return np.empty(nbytes, np.uint8)
@@ -93,9 +93,8 @@ class HostMemory:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         if not nbytes:
             return np.empty(shape, dtype)
-        held = _Held(pointer, nbytes, owner)
-        found: Array = np.asarray(held).view(dtype).reshape(shape)
-        return found
+        array: Array = np.asarray(_BorrowedBytes(pointer, nbytes, owner)).view(dtype).reshape(shape)
+        return array
 
     def pointer(self, array: Array) -> int:
         return int(array.ctypes.data)
@@ -113,15 +112,15 @@ class HostMemory:
         np.copyto(into, array)
 
 
-class _Held:
-    """Bytes that somebody else made, as NumPy takes them: an array over it keeps it, and it keeps their owner."""
+class _BorrowedBytes:
+    """Existing memory with NumPy's array interface. An array over it keeps this object, which keeps the owner."""
 
     def __init__(self, pointer: int, nbytes: int, owner: Any) -> None:
         self.owner = owner
         self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (pointer, False), "version": 3}
 
 
-class _Past:
+class _PassedEvent:
     def record(self, stream: Any) -> None: ...
 
     def synchronize(self) -> None: ...
@@ -143,7 +142,7 @@ class CudaMemory:
 
     def event(self) -> Event:
         with self._device:
-            # Who waits sleeps: a spinning thread would take a core from the decoders.
+            # A blocking wait sleeps. A spinning thread would take a core from the decoders.
             event: Event = self._cupy.cuda.Event(block=True, disable_timing=True)
             return event
 
@@ -184,7 +183,7 @@ class CudaMemory:
 
 
 def memory(device_id: int = 0) -> Memory:
-    """Where `backend.choice` puts arrays.
+    """Return the memory of the device that `backend.choice` selects.
 
     Raises:
         BackendError: as `choice`.

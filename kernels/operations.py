@@ -1,4 +1,4 @@
-"""The operations that have several versions: their folders, and how to compile them before the first request."""
+"""List of the operations that have several versions, and their compilation before the first request."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ ROOT = Path(__file__).resolve().parent
 
 @cache
 def names() -> tuple[str, ...]:
-    """Every operation's folder, sorted."""
+    """Return the name of every operation's folder, sorted."""
     return tuple(sorted(path.parent.name for path in ROOT.glob("*/reference.py")))
 
 
 def package(name: str) -> ModuleType:
-    """The front of one operation.
+    """Return the package of one operation.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no operation has that name.
     """
     if name not in names():
         raise ValueError(f"no operation {name!r}; there are {', '.join(names())}")
     return importlib.import_module(f"kernels.{name}")
 
 
-def warm_up(*wanted: str) -> None:
-    """Compiles operations (all when none is named) for where `backend.choice` puts arrays: no request waits for it.
+def warm_up(*operations: str) -> None:
+    """Compile operations, or all of them, for the backend of `backend.choice`, so that no request waits for it.
 
-    The machine code is kept (numba's cache: beside the source, or in `NUMBA_CACHE_DIR`; CuPy's: `CUPY_CACHE_DIR`):
-    seconds the first time on a machine, a fraction of one after.
+    The machine code is cached on disk. numba's cache is beside the source or in `NUMBA_CACHE_DIR`, CuPy's in
+    `CUPY_CACHE_DIR`. The first warm-up on a machine takes seconds, later ones a fraction of a second.
 
     Raises:
         ValueError: an unknown name.
-        BackendError: `KERNELS_BACKEND` asks for what is not there.
+        BackendError: `KERNELS_BACKEND` names a backend that cannot run on this machine.
     """
-    for name in wanted or names():
+    for name in operations or names():
         package(name).warm_up()

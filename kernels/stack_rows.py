@@ -1,16 +1,15 @@
-"""Rows of many arrays, stacked into one buffer, and given back as views: how a batch is put together and taken apart.
+"""Assembly of a batch from the rows of many arrays in one buffer, and its split into views.
 
     parts [r0, ...], [r1, ...], ...  ──stack_rows──>  out [r0 + r1 + ..., ...]  ──split_rows──>  views [r0, ...], ...
 
-Stacking is one `numpy.concatenate` into memory that is there already. Measured on one core (Zen 4,
-float32, microseconds):
+Stacking is one `numpy.concatenate` into existing memory. Measured on one core (Zen 4, float32, microseconds):
 
-    parts x row            into `out`   slice by slice   into fresh memory
+    parts x row            into `out`   slice by slice   into new memory
     64 x [1, 16]                    9               28                   9
     64 x [1, 2048]                 29               52                  29
     64 x [1, 150528]            4,150            4,130               7,140
 
-A compiled loop was tried and loses: building its table of addresses takes longer than these copies.
+A compiled loop is slower: building its table of addresses takes longer than these copies.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ Array = npt.NDArray[Any]
 
 
 def stack_rows(parts: Sequence[Array], out: Array) -> Array:
-    """Copies the rows of `parts`, in order, into the first rows of `out`; returns those rows as a view of it.
+    """Copy the rows of `parts`, in order, into the first rows of `out`, and return a view of these rows.
 
     Args:
-        parts: one or more arrays [r_i, ...] of `out`'s dtype that agree in all dimensions but the first.
-        out: [r, ...] with r >= the sum of all r_i, its other dimensions those of the parts.
+        parts: one or more arrays [r_i, ...] of `out`'s dtype, equal in all dimensions except the first.
+        out: [r, ...] with r >= the sum of all r_i; the other dimensions equal those of the parts.
 
     Raises:
-        ValueError: no part, `out` is too small, or dtypes or dimensions disagree. `out` is unchanged then.
+        ValueError: no part, `out` is too small, or dtypes or dimensions differ. `out` is unchanged then.
     """
     if not parts:
         raise ValueError("stack_rows: no parts")
@@ -51,16 +50,16 @@ def stack_rows(parts: Sequence[Array], out: Array) -> Array:
 
 
 def stack_rows_reference(parts: Sequence[Array]) -> Array:
-    """What `stack_rows` must equal, row by row."""
+    """Reference version of `stack_rows`, row by row."""
     rows = [row for part in parts for row in part]
     return np.array(rows, dtype=parts[0].dtype).reshape(len(rows), *parts[0].shape[1:])
 
 
 def split_rows(batch: Array, counts: Sequence[int]) -> list[Array]:
-    """The rows of `batch` as views of `counts` rows each, in order: nothing is copied.
+    """Split `batch` into views of `counts` rows each, in order, without a copy.
 
     Raises:
-        ValueError: the counts do not add up to the rows of `batch`, or `batch` has no dimension.
+        ValueError: the sum of the counts is not the number of rows of `batch`, or `batch` has no dimension.
     """
     if batch.ndim == 0 or sum(counts) != batch.shape[0]:
         raise ValueError(f"split_rows: shape {list(batch.shape)} is not {sum(counts)} rows")

@@ -1,11 +1,11 @@
-"""A ring of host buffers between the threads that decode and the device that reads.
+"""Ring of pinned host buffers between decoder threads and the device.
 
     decoders ──take──> slot 0 | slot 1 | slot 2 ──send: one copy on the stream──> device
                           ^                          |
-                          └── free again when the event behind its copy has passed
+                          └── free again when the event after its copy has passed
 
-Decoders write straight into pinned memory: no other copy is made on the host. Two slots keep the device busy while the
-next batch is decoded; a third hides a slow batch. The ring never grows: who wants a slot when all are in use waits.
+Decoders write directly into pinned memory, without another copy on the host. Two slots keep the device busy while the
+next batch is decoded; a third hides a slow batch. The ring never grows: a caller waits while all slots are in use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kernels.memory import Memory
 
 Array = npt.NDArray[Any]
 ALIGNMENT = 16
-"""Bytes. What `take` gives begins at a multiple of it: the GPU reads 16 bytes at a time."""
+"""Alignment in bytes of each view from `take`: the GPU reads 16 bytes at a time."""
 
 
 class Slot:
@@ -39,17 +39,17 @@ class Slot:
 
     @property
     def filled(self) -> Array:
-        """uint8 [bytes]: what was taken so far, as a view; its size is a multiple of ALIGNMENT."""
+        """View of all bytes taken so far, uint8; its size is a multiple of ALIGNMENT."""
         return self._buffer[: self._used]
 
     def take(self, nbytes: int) -> tuple[int, Array]:
-        """Where the next `nbytes` go, and the view to write them into. From any thread.
+        """Reserve the next `nbytes` of the slot; return their offset, and a view to write to. Thread-safe.
 
-        The bytes between two that were taken are zeros.
+        Padding between two reservations is zero.
 
         Raises:
-            ValueError: they do not fit any more, or are less than one.
-            RuntimeError: the slot was sent or given back.
+            ValueError: `nbytes` is below 1, or larger than the free space.
+            RuntimeError: the slot was sent or released.
         """
         with self._lock:
             self._check_held()
@@ -64,33 +64,33 @@ class Slot:
             return start, self._buffer[start:end]
 
     def send(self, into: Any, stream: Any) -> int:
-        """Puts one copy of what was taken on `stream`, to the first bytes of `into`, and gives the slot back.
+        """Enqueue one copy of the taken bytes on `stream`, to the start of `into`, and release the slot.
 
-        Returns at once. The slot is written again only after the copy. Every `take` must have been written.
+        Does not wait; the slot is reused only after the copy. All views from `take` must be written before the call.
 
         Args:
-            into: uint8 [bytes], where the kernels run.
+            into: uint8 [bytes] on the device.
 
         Returns:
-            how many bytes.
+            The number of bytes.
 
         Raises:
             ValueError: `into` is too small; the slot is still held.
-            RuntimeError: the slot was sent or given back.
+            RuntimeError: the slot was sent or released.
         """
         with self._lock:
             self._check_held()
             filled = self.filled
             if into.ndim != 1 or into.dtype != np.uint8 or into.size < filled.size:
-                told = f"{into.dtype}{list(into.shape)}"
-                raise ValueError(f"slot {self.number}: {filled.size} bytes do not fit into {told}")
+                found = f"{into.dtype}{list(into.shape)}"
+                raise ValueError(f"slot {self.number}: {filled.size} bytes do not fit into {found}")
             self._held = False
         try:
             if filled.size:
                 self._ring.memory.copy_in(filled, into[: filled.size], stream)
             self._event.record(stream)
         finally:
-            self._ring.give_back(self)
+            self._ring.release(self)
         return int(filled.size)
 
     def __enter__(self) -> Slot:
@@ -99,28 +99,28 @@ class Slot:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Gives the slot back unsent, when it was not sent."""
+        """Release the slot, unless `send` has released it."""
         with self._lock:
             held, self._held = self._held, False
         if held:
-            self._ring.give_back(self)
+            self._ring.release(self)
 
     def begin(self) -> None:
-        """For the ring: waits until the device has read what was sent, and starts anew."""
+        """Wait until the device has read the last copy, then empty the slot. Called by the ring."""
         self._event.synchronize()
         self._used, self._held = 0, True
 
     def _check_held(self) -> None:
         if not self._held:
-            raise RuntimeError(f"slot {self.number} was sent or given back")
+            raise RuntimeError(f"slot {self.number} was sent or released: take a new slot from the ring")
 
 
 class Ring:
-    """The slots of one model.
+    """Fixed set of slots, for one model.
 
     Args:
-        memory: where the slots are, `kernels.memory.memory()` for the place that this process uses.
-        slot_bytes: of each slot, rounded up to a multiple of 16: the most that a batch needs.
+        memory: memory of the slots; `kernels.memory.memory()` returns that of this process's device.
+        slot_bytes: size of each slot, rounded up to a multiple of 16; the largest batch must fit.
         slots: 2 or more.
 
     Raises:
@@ -133,29 +133,29 @@ class Ring:
         self.memory = memory
         self.slot_bytes = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
         self._free = deque(Slot(self, number) for number in range(slots))
-        self._given_back = threading.Condition()
+        self._released = threading.Condition()
 
     def slot(self, timeout_s: float | None = None) -> Slot:
-        """The slot that has been free the longest, empty. Blocks: not for an event loop.
+        """Return the slot that has been free for the longest time, empty. Blocks; do not call it on an event loop.
 
-        Waits until one is given back, then until the device has read it.
+        Waits until a slot is released, then until the device has read it.
 
         Raises:
-            TimeoutError: none was given back in time.
+            TimeoutError: no slot was released in time.
         """
-        with self._given_back:
-            if not self._given_back.wait_for(lambda: bool(self._free), timeout_s):
+        with self._released:
+            if not self._released.wait_for(lambda: bool(self._free), timeout_s):
                 raise TimeoutError(f"all slots of the ring are in use, for {timeout_s} s")
             slot = self._free.popleft()
         try:
             slot.begin()
         except BaseException:
-            self.give_back(slot)
+            self.release(slot)
             raise
         return slot
 
-    def give_back(self, slot: Slot) -> None:
-        """For slots."""
-        with self._given_back:
+    def release(self, slot: Slot) -> None:
+        """Make a slot available again. Called by slots."""
+        with self._released:
             self._free.append(slot)
-            self._given_back.notify()
+            self._released.notify()

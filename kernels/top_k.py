@@ -1,8 +1,8 @@
-"""The k largest of each row: what the classification extension answers with.
+"""Top k: the k largest values of each row, for the classification extension.
 
-Order: larger first; equal values by index, lower first; NaN after every number, -inf included.
+Order: larger first; equal values by ascending index; NaN after every number, -inf included.
 
-For long rows a partition finds the k-th largest, and only what is not smaller is sorted. Measured on one core (Zen 4,
+For long rows a partition finds the k-th largest value, and only values >= it are sorted. Measured on one core (Zen 4,
 float32, k = 5, microseconds for one row):
 
     row length       sort all   partition
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 
 def top_k(rows: Array, k: int) -> tuple[Array, npt.NDArray[np.int64]]:
-    """The k largest values of each row and where they are.
+    """Return the k largest values of each row and their indices.
 
     Args:
         rows: [n, m] of booleans, integers or floats.
@@ -33,8 +33,8 @@ def top_k(rows: Array, k: int) -> tuple[Array, npt.NDArray[np.int64]]:
         values [n, min(k, m)] of the rows' dtype, and their indices, int64 of the same shape.
 
     Raises:
-        ValueError: `rows` has not two dimensions, or k is less than 1.
-        TypeError: values that have no order.
+        ValueError: `rows` does not have two dimensions, or k is below 1.
+        TypeError: values without an order.
     """
     if rows.ndim != 2 or k < 1:
         raise ValueError(f"top_k: expected rows [n, m] and k >= 1, got {list(rows.shape)} and {k}")
@@ -48,25 +48,26 @@ def top_k(rows: Array, k: int) -> tuple[Array, npt.NDArray[np.int64]]:
 
 
 def _descending(rows: Array) -> Array:
-    """Keys whose ascending order is the descending order of `rows`; NaN stays NaN, which NumPy sorts last."""
+    """Return keys whose ascending order is the descending order of `rows`. NaN stays NaN, which NumPy sorts last."""
     if rows.dtype.kind == "f":
         return np.negative(rows)
+    # -1 - x, or `not x` for booleans. Unlike -x it cannot overflow.
     if rows.dtype.kind in "biu":
-        return np.invert(rows)  # -1 - x, which unlike -x cannot overflow; for booleans `not x`.
+        return np.invert(rows)
     raise TypeError(f"top_k: {rows.dtype} values have no order")
 
 
 def _smallest(key: Array, k: int) -> Array:
     bound = np.partition(key, k - 1)[k - 1]
-    # Ascending indices, so that the stable sort keeps equal values in the order of their index. A NaN bound means that
-    # fewer than k are numbers: then all are sorted.
+    # Ascending indices, so that the stable sort keeps equal values in the order of their index. A NaN bound means fewer
+    # than k numbers: then all are sorted.
     candidates = np.arange(key.size) if bound != bound else np.flatnonzero(key <= bound)
     order: Array = candidates[np.argsort(key[candidates], kind="stable")[:k]]
     return order
 
 
 def top_k_reference(rows: Array, k: int) -> tuple[Array, npt.NDArray[np.int64]]:
-    """What `top_k` must equal: a plain sort of Python numbers."""
+    """Reference version of `top_k`: a plain sort of Python numbers."""
     best = []
     for row in rows.tolist():
         order = sorted(range(len(row)), key=lambda i: (row[i] != row[i], -row[i] if row[i] == row[i] else 0, i))

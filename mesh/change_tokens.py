@@ -1,7 +1,7 @@
-"""Resume tokens of MongoDB's change streams, as clients carry them: checked when they come back, errors explained.
+"""Resume tokens of MongoDB's change streams in the form for clients: encoding, validation, and errors about them.
 
-A token is opaque to clients: base64 of BSON. What comes back may be anything, so only the form that MongoDB gives out
-is passed on to it.
+A token is opaque to clients: base64 of BSON. A client may send anything as a token, so only tokens in MongoDB's own
+form are passed to MongoDB.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from shoal.errors import InvalidArgument, OutOfRange
 
 _MAX_TOKEN_CHARACTERS = 8_192
 # https://github.com/mongodb/mongo/blob/v6.0/src/mongo/base/error_codes.yml
-_HISTORY_LOST = frozenset({286, 136})  # ChangeStreamHistoryLost, CappedPositionLost.
-_FATAL = 280  # ChangeStreamFatalError: the token's place is not in the stream (any more).
+# ChangeStreamHistoryLost, CappedPositionLost.
+_HISTORY_LOST = frozenset({286, 136})
+# ChangeStreamFatalError: the token's position is not in the stream, or no longer.
+_FATAL = 280
 _BAD_TOKEN = frozenset({2, 9, 14, 260, 50811, 40649, 40647, 8704900})
 
 
-def written(document: Mapping[str, Any]) -> str:
-    """A document as a client carries it."""
+def encode(document: Mapping[str, Any]) -> str:
+    """Return a document as text for clients."""
     return base64.urlsafe_b64encode(bson.encode(document)).decode()
 
 
-def read(text: str) -> Document:
-    """The document that `written` made a text of.
+def decode(text: str) -> Document:
+    """Return the document that `encode` converted to `text`.
 
     Raises:
-        InvalidArgument: it did not.
+        InvalidArgument: `text` is not a result of `encode`.
     """
     try:
         if len(text) > _MAX_TOKEN_CHARACTERS:
@@ -45,11 +47,11 @@ def read(text: str) -> Document:
         raise _not_ours() from err
 
 
-def checked(token: object) -> Document:
-    """A change stream's token, in the form that MongoDB gives out.
+def validated(token: object) -> Document:
+    """Return a change stream's token after a check of its form.
 
     Raises:
-        InvalidArgument: it has another.
+        InvalidArgument: the token does not have MongoDB's form.
     """
     if not isinstance(token, Mapping) or not isinstance(token.get("_data"), str):
         raise _not_ours()
@@ -58,10 +60,12 @@ def checked(token: object) -> Document:
     return dict(token)
 
 
-def explained(err: OperationFailure) -> Exception:
-    """What MongoDB says about a token, as its client should hear it; `err` itself when it is about something else."""
+def client_error(err: OperationFailure) -> Exception:
+    """Return the error for the client if MongoDB's error is about the token, else `err` itself."""
     if err.code in _HISTORY_LOST or err.code == _FATAL:
-        return OutOfRange("resume_token: its place is no longer in MongoDB's log: query what was missed, watch anew")
+        return OutOfRange(
+            "resume_token: its position is no longer in MongoDB's log: query the missed changes, then watch anew"
+        )
     if err.code in _BAD_TOKEN:
         return InvalidArgument("resume_token: not a token of this watch: leave it out to watch from now on")
     return err

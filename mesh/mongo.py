@@ -1,7 +1,7 @@
-"""MongoDB as every service uses it: durable writes, bounded waits, collections made at start, errors translated once.
+"""MongoDB client of every service: durable writes, bounded waits, collections created at start, translated errors.
 
-A write that returns is on the disk of a majority, and a read sees only what a majority has: nothing that was seen or
-acknowledged can be rolled back.
+A write returns after a majority of members has it on disk, and a read sees only data of a majority. So neither an
+acknowledged write nor data that was read can be rolled back.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ Document: TypeAlias = dict[str, Any]
 T = TypeVar("T")
 
 
-async def _waited_for(awaitable: Awaitable[T], timeout: float | None) -> T:
+async def _wait_for(awaitable: Awaitable[T], timeout: float | None) -> T:
     async with asyncio.timeout(timeout):
         return await awaitable
 
 
 if sys.version_info < (3, 12):
-    # Until 3.12 asyncio.wait_for waits in a task of its own. Cancelled while that task takes the lock of a condition
-    # again, it leaves the task to take it for nobody: pymongo's topology is then locked for ever, and with it every
-    # operation of the client. It happens when calls are cancelled (deadlines, a stop) while MongoDB is away.
-    setattr(pymongo.lock, "wait_for", _waited_for)  # noqa: B010
+    # Before 3.12, asyncio.wait_for waits in a task of its own. A cancellation while that task reacquires the lock of a
+    # condition leaves the lock acquired without an owner. Then pymongo's topology, and every operation of the client,
+    # blocks forever. This happens when calls are cancelled (deadline, stop) while MongoDB is unreachable.
+    setattr(pymongo.lock, "wait_for", _wait_for)  # noqa: B010
 
 TIMEOUT_MS = 6_000
-"""Longest wait for one operation, retries included. An election in a healthy set is done within 3 s with the timeouts
-that we start it with, so one operation outlives it; a set that is gone is reported before most callers give up.
-`with pymongo.timeout(seconds)` gives a big one longer."""
+"""Timeout of one operation, retries included. With our timeouts, an election in a healthy replica set takes up to 3 s,
+so an operation survives it. An unreachable set is reported before most deadlines of callers.
+`with pymongo.timeout(seconds)` allows a longer operation."""
 
-_FAREWELL_S = 1.0
+_CLOSE_S = 1.0
 
 _DURABLE: Mapping[str, Any] = {
     "w": "majority",
@@ -76,9 +76,9 @@ _DEFAULTS: Mapping[str, Any] = {
     "appname": "shoal",
     "timeoutMS": TIMEOUT_MS,
     "connectTimeoutMS": 2_000,
-    # Half of pymongo's own: a primary that comes back is seen soon, and a monitor costs one call in this time.
+    # Half of pymongo's default, to detect a recovered primary sooner. A monitor costs one call per interval.
     "heartbeatFrequencyMS": 5_000,
-    # A burst of calls shares these; the rest wait in line, within their timeout.
+    # Operations beyond this number wait in a queue, within their timeout.
     "maxPoolSize": 50,
 }
 
@@ -90,18 +90,19 @@ _DUPLICATE_KEY = 11000
 _CONFLICTING_OPERATION = 117
 _INDEX_CONFLICTS = frozenset({85, 86})
 _OUT_OF_DISK_SPACE = 14031
-_NOT_ALLOWED = frozenset({13, 18, 8000})  # Unauthorized, AuthenticationFailed, Atlas' own.
-_AWAY = frozenset({6, 7, 50, 64, 89, 91, 112, 134, 189, 202, 225, 226, 237, 251, 262, 317}) | frozenset(
+# Unauthorized, AuthenticationFailed, and Atlas' own code.
+_NOT_ALLOWED = frozenset({13, 18, 8000})
+# HostUnreachable, timeouts, shutdown, no primary, write conflicts: the same operation may succeed a moment later.
+_RETRYABLE = frozenset({6, 7, 50, 64, 89, 91, 112, 134, 189, 202, 225, 226, 237, 251, 262, 317}) | frozenset(
     {9001, 10058, 10107, 11600, 11602, 13388, 13435, 13436}
 )
-"""HostUnreachable, timeouts, shutdown, no primary, write conflicts: the same operation may succeed a moment later."""
 
 
 class _Checkout:
-    """A connection in use, which is not kept when it was made before its server could do transactions.
+    """Use of a pooled connection that closes a connection from before its server supported transactions.
 
-    A URI with directConnection=true reaches a member in any state, and pymongo goes by what the member said when the
-    connection was made: one from before an election would refuse transactions for as long as it lives.
+    A URI with directConnection=true reaches a member in any state, and pymongo keeps the member's first answer for the
+    life of the connection. A connection from before an election would reject transactions for as long as it is open.
     """
 
     __slots__ = ("_checkout", "_connection")
@@ -120,29 +121,30 @@ class _Checkout:
 
 
 class Client(AsyncMongoClient[Document]):
-    """pymongo's client, but its end is bounded too: a good-bye to a MongoDB that is away would take 30 s."""
+    """pymongo's client with a bounded `close`, which takes 30 s by default while MongoDB is unreachable."""
 
+    # pymongo has no public hook for connections.
     def _checkout(self, server: Any, session: Any) -> Any:
-        return _Checkout(super()._checkout(server, session))  # pymongo has no public way.
+        return _Checkout(super()._checkout(server, session))
 
     async def close(self) -> None:
-        with pymongo.timeout(_FAREWELL_S):
+        with pymongo.timeout(_CLOSE_S):
             await super().close()
 
     aclose = close
 
 
 def connect(uri: str, *, max_connections: int | None = None) -> AsyncMongoClient[Document]:
-    """A client for `uri`; connects lazily, so MongoDB may be away now. The caller closes it, best with `async with`.
+    """Return a client for `uri`. The client connects lazily; the caller closes it, preferably with `async with`.
 
-    Writes: w=majority, journaled. Reads: majority. Times are aware, in UTC. Waits that `uri` sets itself are kept. An
-    open change stream takes a connection for itself most of the time: many of them want `max_connections`.
+    Writes: w=majority, journaled. Reads: majority. Times are timezone-aware, in UTC. Timeouts in `uri` override the
+    defaults. Each open change stream occupies a connection most of the time, so many streams need `max_connections`.
 
     Raises:
         InvalidArgument: `uri` is not a MongoDB URI.
     """
-    given = {key.lower() for key, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}
-    options = {key: value for key, value in _DEFAULTS.items() if key.lower() not in given}
+    in_uri = {key.lower() for key, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)}
+    options = {key: value for key, value in _DEFAULTS.items() if key.lower() not in in_uri}
     if max_connections is not None:
         options["maxPoolSize"] = max_connections
     try:
@@ -159,14 +161,14 @@ async def ensure_collection(
     indexes: Sequence[IndexModel],
     retired: Sequence[str] = (),
 ) -> AsyncCollection[Document]:
-    """Makes collection `name` with its validator and indexes, or brings the one that is there up to them.
+    """Create collection `name` with its validator and indexes, or update the existing collection.
 
-    Idempotent, and safe when several processes do it at once. Indexes that are no longer listed stay, except those
-    whose names are `retired`: they go once the others are there.
+    Idempotent, and safe when several processes call it concurrently. Unlisted indexes are kept, except the names in
+    `retired`, which are dropped after the listed indexes exist.
 
     Raises:
-        FailedPrecondition: an index of that name or those keys is there with other options.
-        Unavailable: MongoDB is away.
+        FailedPrecondition: an index with the same name or keys exists with other options.
+        Unavailable: MongoDB is unreachable.
     """
     with translated(f"preparing collection {db.name}.{name}"):
         try:
@@ -184,9 +186,10 @@ async def ensure_collection(
                     hint = "drop the old index, then start again"
                     raise FailedPrecondition(f"an index of {db.name}.{name} has changed: {err}: {hint}") from err
                 raise
-        # Dropping wants the collection alone, found or not, and a transaction of a killed process may hold it a while.
-        there = await collection.index_information() if retired else {}
-        for old in set(retired) & set(there):
+        # Check for the index first: a drop locks the whole collection even if the index does not exist, and waits for a
+        # transaction of a killed process.
+        existing = await collection.index_information() if retired else {}
+        for old in set(retired) & set(existing):
             await _drop_index(collection, old)
         return collection
 
@@ -201,8 +204,9 @@ async def _drop_index(collection: AsyncCollection[Document], name: str) -> None:
 
 async def _update_validator(db: AsyncDatabase[Document], name: str, validator: Mapping[str, Any]) -> None:
     found = await (await db.list_collections(filter={"name": name})).to_list()
+    # Without this check, collMod would lock the collection at each start of each instance.
     if found and found[0].get("options", {}).get("validator") == validator:
-        return  # collMod would lock the collection for nothing, at each start of each instance.
+        return
     for attempt in range(5):
         try:
             await db.command("collMod", name, validator=dict(validator), validationLevel="strict")
@@ -215,10 +219,10 @@ async def _update_validator(db: AsyncDatabase[Document], name: str, validator: M
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Raises pymongo's errors inside the block as ShoalError, the cause kept. `doing` opens the message.
+    """Raise pymongo's errors inside the block as ShoalError, with the cause. The message starts with `doing`.
 
-    pymongo now and then takes the cancellation of its caller for a broken connection. Then CancelledError is raised, as
-    it should have been: otherwise a loop that tries again after an error could not be stopped.
+    pymongo sometimes reports a cancellation of its caller as a broken connection. The block then raises CancelledError;
+    otherwise a loop that retries after errors could not be cancelled.
     """
     try:
         yield
@@ -230,7 +234,7 @@ def translated(doing: str) -> Iterator[None]:
 
 
 async def next_change(stream: AsyncChangeStream[Document]) -> Document | None:
-    """`stream.try_next()`, but a cancellation that pymongo takes for a broken connection, and mends, still counts."""
+    """Return `stream.try_next()`, or raise CancelledError if pymongo handled a cancellation as a broken connection."""
     try:
         change = await stream.try_next()
     except PyMongoError as err:
@@ -243,14 +247,15 @@ async def next_change(stream: AsyncChangeStream[Document]) -> Document | None:
 def _raise_if_cancelled(cause: Exception | None) -> None:
     try:
         task = asyncio.current_task()
+    # Without a running event loop there is no cancellation.
     except RuntimeError:
-        return  # No loop runs here, so nothing was cancelled.
+        return
     if task is not None and task.cancelling():
         raise asyncio.CancelledError from cause
 
 
 def translate(error: PyMongoError, doing: str) -> ShoalError:
-    """The ShoalError that says what `error` means for a caller."""
+    """Return the ShoalError for a caller that corresponds to `error`."""
     if isinstance(error, ConnectionFailure) or error.timeout or _is_starting(error):
         return Unavailable(f"{doing}: MongoDB does not answer ({_brief(error)}): retry in a moment")
     if not isinstance(error, OperationFailure):
@@ -258,10 +263,10 @@ def translate(error: PyMongoError, doing: str) -> ShoalError:
     codes = _codes(error)
     if _OUT_OF_DISK_SPACE in codes:
         return ResourceExhausted(f"{doing}: MongoDB's disk is full: free some space there")
-    if codes & _AWAY or isinstance(error, (ExecutionTimeout, WriteConcernError)):
+    if codes & _RETRYABLE or isinstance(error, (ExecutionTimeout, WriteConcernError)):
         return Unavailable(f"{doing}: MongoDB cannot do it just now ({_brief(error)}): retry in a moment")
     if _labelled_transient(error):
-        return Unavailable(f"{doing}: MongoDB gave up an operation ({_brief(error)}): retry")
+        return Unavailable(f"{doing}: MongoDB aborted the operation ({_brief(error)}): retry")
     if codes & _NOT_ALLOWED:
         return PermissionDenied(f"{doing}: MongoDB refuses this user: check the URI's user, password and role")
     if _DUPLICATE_KEY in codes:
@@ -272,12 +277,12 @@ def translate(error: PyMongoError, doing: str) -> ShoalError:
 
 
 def _is_starting(error: PyMongoError) -> bool:
-    """A mongod that has not joined its set yet has no sessions, as pymongo says."""
+    """Return True for pymongo's error about a mongod that has not joined its replica set and has no sessions yet."""
     return isinstance(error, ConfigurationError) and "Sessions are not supported" in str(error)
 
 
 def _codes(error: OperationFailure) -> set[int]:
-    """The codes of an error and, for a bulk write, of each of its writes."""
+    """Return the codes of an error; for a bulk write, also those of each write."""
     codes = {error.code or 0}
     if isinstance(error, BulkWriteError):
         codes |= {entry.get("code", 0) for entry in error.details.get("writeErrors", ())}
@@ -290,7 +295,7 @@ def _labelled_transient(error: PyMongoError) -> bool:
 
 
 def _brief(error: PyMongoError) -> str:
-    """The first line of an error, without the topology dump that pymongo appends."""
+    """Return the first line of an error, without the topology dump that pymongo appends."""
     text = str(error).split(", full error:")[0].split(", Topology Description:")[0]
     text = text.split(" (configured timeouts:")[0]
     return text.splitlines()[0][:300] if text else type(error).__name__

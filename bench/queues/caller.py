@@ -1,7 +1,7 @@
-"""Calls one of the other queues, in its own environment: `python caller.py submit N CLIENTS`, `latency N`.
+"""Client of one of the other queues, for its own environment: `python caller.py submit N CLIENTS`, `latency N`.
 
-Prints one JSON document. `submit` times N jobs of so many clients at once (threads; asyncio tasks for arq); `latency`
-is from submit to a result that was read, one job at a time.
+Prints one JSON document. `submit` times N jobs of CLIENTS concurrent clients (threads; asyncio tasks for arq).
+`latency` is the time from submit to the read result, one job at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def wait(sent: Any) -> Any:
 
 
 def submit(count: int, clients: int) -> float:
-    send(-1)  # Connects.
+    # Connect before the measurement.
+    send(-1)
     with ThreadPoolExecutor(clients) as pool:
         began = time.perf_counter()
         list(pool.map(send, range(count)))
@@ -76,13 +77,13 @@ async def latency_arq(count: int) -> list[float]:
 
 
 def main() -> None:
-    what, *numbers = sys.argv[1:]
-    given = [int(number) for number in numbers]
+    what, *texts = sys.argv[1:]
+    numbers = [int(text) for text in texts]
     is_arq = tasks.KIND == "arq"
     if what == "submit":
-        found: Any = asyncio.run(submit_arq(*given)) if is_arq else submit(*given)
+        found: Any = asyncio.run(submit_arq(*numbers)) if is_arq else submit(*numbers)
     else:
-        found = sorted(asyncio.run(latency_arq(*given)) if is_arq else latency(*given))
+        found = sorted(asyncio.run(latency_arq(*numbers)) if is_arq else latency(*numbers))
         found = {"p50": statistics.median(found), "p99": found[int(len(found) * 0.99) - 1]}
     print(json.dumps(found))
 

@@ -1,4 +1,4 @@
-"""Our side: a node, what its processes cost, and jobs submitted as clients submit them."""
+"""Shoal's side of the comparison: a node, the CPU time and memory of its processes, and clients that submit jobs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from shoal.store.v1 import store_pb2, store_pb2_grpc
 PARTS = ("mongod", "envoy", "ingest-0", "infer-0", "store-0")
 
 EACH = 100
-"""Jobs a message of a stream, as the client library sends them."""
+"""Jobs per message of a stream, as the client library sends them."""
 
 
 def question(model: str, number: float = 1.0) -> oip.ModelInferRequest:
@@ -40,7 +40,7 @@ def question(model: str, number: float = 1.0) -> oip.ModelInferRequest:
 
 
 def row(number: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-    """The same inputs as the client library takes them."""
+    """Return the inputs of `question` in the form for the client library."""
     return {"x": np.full((1, 4), number, np.float32)}
 
 
@@ -79,15 +79,15 @@ class Node:
         subprocess.run(push, check=True, stdout=subprocess.DEVNULL, env=self.environ)
 
     def results(self) -> int:
-        """How many results are stored: a counter of the database's, which costs it nothing."""
+        """Return the number of stored results, from a counter of the database, without a scan."""
         return self.mongo["shoal"]["results"].estimated_document_count()
 
     def jobs(self) -> int:
-        """How many jobs are stored, likewise."""
+        """Return the number of stored jobs, from a counter of the database, without a scan."""
         return self.mongo["shoal"]["jobs"].estimated_document_count()
 
     def cpu_s(self) -> dict[str, float]:
-        """Processor time of each part so far."""
+        """Return the CPU seconds of each process so far."""
         found = {}
         for name, pid in self.pids().items():
             if name in PARTS:
@@ -116,7 +116,7 @@ def node(folder: Path, *args: str) -> Iterator[Node]:
 
 
 async def unary(gateway: str, model: str, clients: int, count: int) -> float:
-    """Accepted a second of `clients` that each wait for an answer before they call again, each with its connection."""
+    """Return accepted jobs/s of concurrent clients that wait for each answer, each with its own connection."""
     numbers = iter(range(count))
 
     async def client() -> None:
@@ -130,7 +130,7 @@ async def unary(gateway: str, model: str, clients: int, count: int) -> float:
 
 
 async def unary_grpc(gateway: str, model: str, clients: int, count: int) -> float:
-    """The same with generated stubs over grpc.aio, and without idempotency keys."""
+    """Return the rate of `unary` with generated stubs over grpc.aio, and without idempotency keys."""
     numbers = iter(range(count))
 
     async def client() -> None:
@@ -145,7 +145,7 @@ async def unary_grpc(gateway: str, model: str, clients: int, count: int) -> floa
 
 
 async def streamed(gateway: str, model: str, count: int, *, each: int = EACH) -> float:
-    """Acknowledged a second, on one stream, of messages of `each` jobs."""
+    """Return acknowledged jobs/s on one stream, with `each` jobs per message."""
     submit = ingest_pb2.SubmitRequest(request=question(model))
     async with connect(gateway) as channel:
         began = time.perf_counter()
@@ -162,15 +162,15 @@ def messages(submits: list[ingest_pb2.SubmitRequest], each: int = EACH) -> Itera
 
 
 async def acknowledged(channel: grpc.aio.Channel, requests: Iterator[ingest_pb2.SubmitStreamRequest]) -> None:
-    """Sends one stream of jobs, all of which must be accepted."""
+    """Send one stream of jobs; exit if a job is rejected."""
     async for answer in ingest_pb2_grpc.IngestServiceStub(channel).SubmitStream(requests):
         for ack in answer.acknowledgements or (answer,):
             if not ack.job_id:
-                sys.exit(f"job {ack.sequence} was refused: {ack.message}")
+                sys.exit(f"job {ack.sequence} was rejected: {ack.message}")
 
 
 async def latency(gateway: str, model: str, count: int) -> dict[str, float]:
-    """From submit to a result that was read, one job at a time, at most 20 a second: p50 and p99 in ms."""
+    """Return p50 and p99 in ms from submit to the read result, one job at a time, at most 20 per second."""
     took = []
     async with shoal.AsyncClient(gateway) as node:
         for number in range(count):
@@ -183,7 +183,7 @@ async def latency(gateway: str, model: str, count: int) -> dict[str, float]:
 
 
 async def latency_grpc(gateway: str, model: str, count: int) -> dict[str, float]:
-    """The same with generated stubs over grpc.aio. The store is asked to wait for the result, as the client does."""
+    """Return the latency as `latency`, with generated stubs over grpc.aio; the store waits for the result."""
     took = []
     wait = Duration(seconds=5)
     async with connect(gateway) as channel:
@@ -198,7 +198,7 @@ async def latency_grpc(gateway: str, model: str, count: int) -> dict[str, float]
 
 
 async def stream_latency(gateway: str, model: str, count: int) -> dict[str, float]:
-    """The same on one RunStream over grpc.aio that stays open: its result comes by itself."""
+    """Return the latency as `latency`, on one open RunStream over grpc.aio, which delivers the result."""
     took = []
     async with connect(gateway) as channel:
         call = ingest_pb2_grpc.IngestServiceStub(channel).RunStream()
@@ -220,7 +220,7 @@ def _quantiles(took: list[float]) -> dict[str, float]:
 
 
 async def numbered(gateway: str, model: str, count: int) -> None:
-    """Submits `count` jobs on one stream, each with its own number."""
+    """Submit `count` jobs on one stream, each with its own number."""
     submits = [ingest_pb2.SubmitRequest(request=question(model, number)) for number in range(count)]
     async with connect(gateway) as channel:
         await acknowledged(channel, messages(submits))

@@ -1,7 +1,7 @@
-"""Other job queues, as processes: their servers, their workers, and calls of them.
+"""Other job queues as processes: servers, workers and clients.
 
-Servers come from unpacked Debian packages (`apt-get download redis-server ...; dpkg-deb -x X.deb ROOT`), the queues
-from environments of their own: none of it is installed here.
+Servers are from unpacked Debian packages (`apt-get download redis-server ...; dpkg-deb -x X.deb ROOT`). The queues are
+from environments of their own; the project's environment contains none of them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _START_S = 60.0
 
 @dataclass(frozen=True)
 class Places:
-    """Where the parts of others are."""
+    """Paths of the other queues' packages and interpreters."""
 
     root: Path
-    """The unpacked packages: usr/bin/redis-server, usr/lib/rabbitmq, usr/lib/erlang."""
+    """Folder of the unpacked packages: usr/bin/redis-server, usr/lib/rabbitmq, usr/lib/erlang."""
     python: Path
-    """Of an environment with celery[redis], dramatiq[redis], onnxruntime."""
+    """Interpreter of an environment with celery[redis], dramatiq[redis], onnxruntime."""
     arq_python: Path
-    """Of one with arq, which wants an older redis, and onnxruntime."""
+    """Interpreter of an environment with onnxruntime and arq, which needs an older redis."""
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def process(argv: Sequence[str], log: Path, **env: str) -> Iterator[subprocess.P
 
 
 def stop(running: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
-    """Signals it and all that it started (it leads a group of its own), and waits for it."""
+    """Signal the process group of `running`, which it leads, and wait for the process."""
     if running.poll() is None:
         os.killpg(running.pid, number)
     running.wait(30)
@@ -63,12 +63,12 @@ def wait_for_port(port: int, log: Path) -> None:
                 return
         except OSError:
             time.sleep(0.05)
-    raise TimeoutError(f"nobody listens at {port}:\n{log.read_text()[-2000:]}")
+    raise TimeoutError(f"no process listens at port {port} after {_START_S:.0f} s:\n{log.read_text()[-2000:]}")
 
 
 @contextmanager
 def redis(places: Places, folder: Path) -> Iterator[str]:
-    """A Redis that syncs each write to disk before it answers; gives its URL."""
+    """Run a Redis that syncs each write to disk before it answers; yield its URL."""
     folder.mkdir()
     port, log = free_port(), folder / "redis.log"
     argv = [str(places.root / "usr/bin/redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
@@ -80,11 +80,12 @@ def redis(places: Places, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def rabbitmq(places: Places, folder: Path) -> Iterator[str]:
-    """A RabbitMQ, from its unpacked package; gives its URL."""
+    """Run a RabbitMQ from its unpacked package; yield its URL."""
     folder.mkdir()
     port, log = free_port(), folder / "rabbitmq.log"
     erlang, home = places.root / "usr/lib/erlang", places.root / "usr/lib/rabbitmq/lib"
-    erl = erlang / "bin/erl"  # Its own path is written into it.
+    # The script contains its installation path.
+    erl = erlang / "bin/erl"
     erl.write_text(erl.read_text().replace("ROOTDIR=/usr/lib/erlang", f"ROOTDIR={erlang}"))
     server = next(home.glob("rabbitmq_server-*"))
     epmd, dist = free_port(), free_port()
@@ -109,7 +110,7 @@ def rabbitmq(places: Places, folder: Path) -> Iterator[str]:
 
 @dataclass
 class Queue:
-    """One of the others, with its server up. `environ` tells its processes where all is."""
+    """One of the other queues, with a running server. `environ` configures its workers and clients."""
 
     name: str
     python: Path
@@ -118,7 +119,7 @@ class Queue:
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def call(self, *args: object) -> Any:
-        """What `caller.py` says."""
+        """Run `caller.py` and return its output."""
         argv = [str(self.python), str(HERE / "caller.py"), *map(str, args)]
         env = {**os.environ, **self.environ}
         done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=600, check=False)
@@ -127,20 +128,22 @@ class Queue:
         return json.loads(done.stdout)
 
     def stored(self) -> int:
-        """How many results are stored, less a constant: asked of Redis itself, which costs it next to nothing."""
+        """Return the number of stored results plus a constant, from counters of Redis, at almost no cost."""
         host, port = self.environ["RESULTS_URL"].removeprefix("redis://").partition("/")[0].split(":")
         with socket.create_connection((host, int(port)), 10) as redis:
-            if self.name == "arq":  # What has a result is not in its queue any more.
+            # A job of arq leaves its queue when it has a result.
+            if self.name == "arq":
                 redis.sendall(b"ZCARD arq:queue\r\n")
                 return -int(redis.makefile("rb").readline()[1:])
-            redis.sendall(b"SELECT 1\r\nDBSIZE\r\n")  # Its results have a database of their own.
+            # The results of the other queues are in a database of their own.
+            redis.sendall(b"SELECT 1\r\nDBSIZE\r\n")
             lines = redis.makefile("rb")
             lines.readline()
             return int(lines.readline()[1:])
 
     @contextmanager
     def working(self, processes: int = 1) -> Iterator[Callable[[], None]]:
-        """Workers run in the block; what it gives kills all of them at once, and starts them again."""
+        """Run workers during the block; yield a function that kills and restarts all of them."""
         with ExitStack() as stack:
             running = [stack.enter_context(process(self._command(processes), self._log(), **self.environ))]
 
@@ -164,11 +167,12 @@ class Queue:
 
 @contextmanager
 def queue(name: str, places: Places, folder: Path, model: Path, **env: str) -> Iterator[Queue]:
-    """The queue `name`: celery-redis, celery-rabbitmq, dramatiq or arq."""
+    """Run the servers of the queue `name`: celery-redis, celery-rabbitmq, dramatiq or arq."""
     folder.mkdir()
     with ExitStack() as stack:
         results = stack.enter_context(redis(places, folder / "redis"))
         url = stack.enter_context(rabbitmq(places, folder / "rabbitmq")) if name == "celery-rabbitmq" else results
-        kept = results if name == "arq" else results[:-1] + "1"  # A database of their own, where that can be.
-        environ = {"QUEUE": name, "QUEUE_URL": url, "RESULTS_URL": kept, "MODEL": str(model), **env}
+        # A database of their own for results, except for arq, which cannot.
+        results_url = results if name == "arq" else results[:-1] + "1"
+        environ = {"QUEUE": name, "QUEUE_URL": url, "RESULTS_URL": results_url, "MODEL": str(model), **env}
         yield Queue(name, places.arq_python if name == "arq" else places.python, environ, folder)

@@ -1,7 +1,7 @@
-"""The tasks of the other queues: runs in their own environment, with Celery, Dramatiq or arq, onnxruntime and numpy.
+"""Tasks of the other queues, for their own environments with Celery, Dramatiq or arq, onnxruntime and numpy.
 
-Told by the environment: QUEUE (celery-redis, celery-rabbitmq, dramatiq, arq), QUEUE_URL, RESULTS_URL, MODEL (an .onnx
-file), and for the kill test MARKS (a file that gets a line for each start and each end) and WORK_MS.
+Environment variables: QUEUE (celery-redis, celery-rabbitmq, dramatiq, arq), QUEUE_URL, RESULTS_URL, MODEL (an .onnx
+file), and for the kill test MARKS (a file with a line for each start and each end) and WORK_MS.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _session: Any = None
 
 
 def mark(what: str, number: int) -> None:
-    """One line, in one write: what is killed leaves no half of it."""
+    """Append one line to MARKS in one write, so that a killed process leaves no partial line."""
     if _MARKS:
         with open(_MARKS, "ab", buffering=0) as out:
             out.write(f"{what} {number}\n".encode())
 
 
 def infer(number: int) -> list[float]:
-    """The tiny model on four numbers, as every queue here runs it."""
+    """Run the tiny model on four numbers, as every queue of the comparison does."""
     global _session
     import numpy as np
     import onnxruntime

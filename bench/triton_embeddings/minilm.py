@@ -1,7 +1,7 @@
-"""A model of Triton's python backend: the tokens of a batch's requests through ONNX Runtime.
+"""Model of Triton's python backend that runs the tokens of a batch's requests in ONNX Runtime.
 
-Parameter `padded`: `batch` pads all requests of a batch to the longest of them and runs them at once; `own` pads each
-to its own length, rounded up to a multiple of 4, and runs those of one length together, as Shoal does.
+Parameter `padded`: `batch` pads all requests of a batch to the longest and runs them together. `own` pads each request
+to its own length, rounded up to a multiple of 4, and runs requests of equal length together, as Shoal does.
 """
 
 # ruff: noqa: I001
@@ -27,30 +27,30 @@ class TritonPythonModel:
         self._own = parameters["padded"]["string_value"] == "own"
 
     def execute(self, requests: list) -> list:
-        given = [
+        inputs = [
             [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("input_ids", "attention_mask")]
             for request in requests
         ]
-        together: dict[int, list[int]] = {}
-        longest = max(ids.shape[1] for ids, _ in given)
-        for n, (ids, _) in enumerate(given):
-            together.setdefault(-(-ids.shape[1] // MULTIPLE_OF) * MULTIPLE_OF if self._own else longest, []).append(n)
-        answers: list[object] = [None] * len(given)
-        for length, places in together.items():
-            tokens = self._run([given[n] for n in places], length)
-            for n, answer in zip(places, tokens, strict=True):
+        groups: dict[int, list[int]] = {}
+        longest = max(ids.shape[1] for ids, _ in inputs)
+        for n, (ids, _) in enumerate(inputs):
+            groups.setdefault(-(-ids.shape[1] // MULTIPLE_OF) * MULTIPLE_OF if self._own else longest, []).append(n)
+        answers: list[object] = [None] * len(inputs)
+        for length, group in groups.items():
+            tokens = self._run([inputs[n] for n in group], length)
+            for n, answer in zip(group, tokens, strict=True):
                 answers[n] = pb_utils.InferenceResponse([pb_utils.Tensor("token_embeddings", answer)])
         return answers
 
-    def _run(self, given: list[list[np.ndarray]], length: int) -> list[np.ndarray]:
-        rows = [len(ids) for ids, _ in given]
+    def _run(self, inputs: list[list[np.ndarray]], length: int) -> list[np.ndarray]:
+        rows = [len(ids) for ids, _ in inputs]
         padded = np.zeros((2, sum(rows), length), np.int64)
         ends = np.cumsum(rows)
-        for end, (ids, mask) in zip(ends, given, strict=True):
-            place = slice(end - len(ids), end), slice(ids.shape[1])
-            padded[0][place], padded[1][place] = ids, mask
+        for end, (ids, mask) in zip(ends, inputs, strict=True):
+            where = slice(end - len(ids), end), slice(ids.shape[1])
+            padded[0][where], padded[1][where] = ids, mask
         [tokens] = self._session.run(["token_embeddings"], {"input_ids": padded[0], "attention_mask": padded[1]})
         return [
             np.ascontiguousarray(part[:, : ids.shape[1]])
-            for part, (ids, _) in zip(np.split(tokens, ends[:-1]), given, strict=True)
+            for part, (ids, _) in zip(np.split(tokens, ends[:-1]), inputs, strict=True)
         ]

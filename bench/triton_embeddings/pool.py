@@ -1,4 +1,4 @@
-"""A model of Triton's python backend: the mean over a text's tokens, of length 1."""
+"""Model of Triton's python backend that averages a text's tokens and scales the mean to length 1."""
 
 # ruff: noqa: I001
 # Triton's module comes first: its import decides which NumPy is found.
@@ -14,7 +14,7 @@ class TritonPythonModel:
     def _answer(request: object) -> object:
         tokens = pb_utils.get_input_tensor_by_name(request, "token_embeddings").as_numpy()
         mask = pb_utils.get_input_tensor_by_name(request, "attention_mask").as_numpy().astype(np.float32)
-        # A mean's divisor would not outlive the normalization.
+        # The sum suffices: the normalization cancels the divisor of a mean.
         sums = np.matmul(mask[:, None, :], tokens)[:, 0]
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
         return pb_utils.InferenceResponse([pb_utils.Tensor("embedding", sums / np.maximum(norms, 1e-12))])

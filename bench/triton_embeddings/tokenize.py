@@ -1,4 +1,4 @@
-"""A model of Triton's python backend: texts [n, 1] to their tokens [n, length], padded for each request by itself."""
+"""Model of Triton's python backend that converts texts [n, 1] to tokens [n, length], padded per request."""
 
 # ruff: noqa: I001
 # Triton's module comes first: its import decides which NumPy is found.
@@ -19,9 +19,9 @@ class TritonPythonModel:
         self._tokenizer.no_padding()
 
     def execute(self, requests: list) -> list:
-        given = [pb_utils.get_input_tensor_by_name(request, "text").as_numpy().reshape(-1) for request in requests]
-        encodings = iter(self._tokenizer.encode_batch([text.decode() for texts in given for text in texts]))
-        return [self._answer([next(encodings).ids for _ in texts]) for texts in given]
+        inputs = [pb_utils.get_input_tensor_by_name(request, "text").as_numpy().reshape(-1) for request in requests]
+        encodings = iter(self._tokenizer.encode_batch([text.decode() for texts in inputs for text in texts]))
+        return [self._answer([next(encodings).ids for _ in texts]) for texts in inputs]
 
     @staticmethod
     def _answer(rows: list[list[int]]) -> object:

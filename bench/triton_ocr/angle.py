@@ -1,4 +1,4 @@
-"""A model of Triton's python backend: turns lines that are upside down; those of all requests of a batch together."""
+"""Model of Triton's python backend that turns upside-down lines, for all requests of a batch together."""
 
 # ruff: noqa: I001
 # Triton's module comes first: its import decides which NumPy is found.
@@ -15,13 +15,13 @@ class TritonPythonModel:
         self._engine = RapidOCR(intra_op_num_threads=threads, inter_op_num_threads=1)
 
     def execute(self, requests: list) -> list:
-        given = [
+        inputs = [
             unpacked(*(pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("pixels", "sizes")))
             for request in requests
         ]
-        together = [line for lines in given for line in lines]
+        together = [line for lines in inputs for line in lines]
         turned = iter(self._engine.text_cls(together)[0] if together else [])
-        return [self._answer([next(turned) for _ in lines]) for lines in given]
+        return [self._answer([next(turned) for _ in lines]) for lines in inputs]
 
     @staticmethod
     def _answer(lines: list) -> object:

@@ -1,4 +1,4 @@
-"""A model of Triton's python backend: each line of a page as an image, and where it lies on the image that was sent."""
+"""Model of Triton's python backend that crops each line of a page, and returns its corners on the original image."""
 
 # ruff: noqa: I001
 # Triton's module comes first: its import decides which NumPy is found.

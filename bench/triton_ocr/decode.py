@@ -1,4 +1,4 @@
-"""A model of Triton's python backend: an image's bytes to the page that the package works on, and how they lie."""
+"""Model of Triton's python backend that decodes an image to the package's page, with the scale between the two."""
 
 # ruff: noqa: I001
 # Triton's module comes first: its import decides which NumPy is found.

@@ -1,4 +1,4 @@
-"""A model of Triton's python backend: a page to the corners of its lines, in reading order."""
+"""Model of Triton's python backend that detects the corners of a page's lines, in reading order."""
 
 # ruff: noqa: I001
 # Triton's module comes first: its import decides which NumPy is found.

@@ -1,5 +1,7 @@
-"""The lines of an image as two tensors, since an ensemble has none for images of several sizes: pixels, one line behind
-the other, and height and width of each. Copied beside each step that needs it."""
+"""Encoding of an image's lines as two tensors: the concatenated pixels, and the height and width of each line.
+
+An ensemble has no tensor for images of several sizes. This file is copied to each step that imports it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import numpy as np
 
 
 def packed(lines: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Of images [height, width, 3], as a batch of one."""
+    """Return the two tensors of images [height, width, 3], as a batch of one."""
     pixels = np.concatenate([line.reshape(-1) for line in lines]) if lines else np.empty(0, np.uint8)
     return pixels[None], sizes(lines)
 
@@ -17,7 +19,7 @@ def sizes(lines: list[np.ndarray]) -> np.ndarray:
 
 
 def unpacked(pixels: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    """The images again: views of `pixels`."""
+    """Return the images as views of `pixels`."""
     ends = np.cumsum(sizes[0].astype(np.int64).prod(1) * 3)
     parts = np.split(pixels[0], ends[:-1]) if len(ends) else []
     return [part.reshape(height, width, 3) for part, (height, width) in zip(parts, sizes[0], strict=True)]

@@ -1,7 +1,7 @@
-"""A model of Triton's python backend: the text of each line.
+"""Model of Triton's python backend that recognises the text of each line.
 
-Those of all requests of a batch go to the package together, which sorts them by width and runs so many at once as
-parameter `together` says, padded to the longest of them.
+The package gets the lines of all requests of a batch together. It sorts them by width and runs `together` lines (a
+parameter) at a time, padded to the longest.
 """
 
 # ruff: noqa: I001
@@ -22,13 +22,13 @@ class TritonPythonModel:
         self._engine.text_rec.rec_batch_num = int(parameters["together"]["string_value"])
 
     def execute(self, requests: list) -> list:
-        given = [
+        inputs = [
             unpacked(*(pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("upright", "sizes")))
             for request in requests
         ]
-        together = [line for lines in given for line in lines]
+        together = [line for lines in inputs for line in lines]
         read = iter(self._engine.text_rec(together)[0] if together else [])
-        return [self._answer([next(read) for _ in lines]) for lines in given]
+        return [self._answer([next(read) for _ in lines]) for lines in inputs]
 
     @staticmethod
     def _answer(read: list) -> object:

@@ -1,9 +1,9 @@
-"""A BERT encoder as an ONNX graph, from the tensors of its safetensors file: no framework is needed.
+"""Conversion of a BERT encoder to an ONNX graph, from the tensors of its safetensors file, without a framework.
 
     ids, mask ── embeddings ── layers: attention + feed-forward, each added and normalised ── token_embeddings
 
-The names of the tensors are those of Hugging Face's BertModel. Query, key and value are one product here, and the scale
-of the scores, 1 / sqrt(size of a head), is in the weights of the query.
+Tensor names are those of Hugging Face's BertModel. One product computes query, key and value. The weights of the query
+include the scale of the scores, 1 / sqrt(size of a head).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the encoder, as its config.json says."""
+    """Dimensions of the encoder, from its config.json."""
 
     layers: int
     heads: int
@@ -34,15 +34,16 @@ class Shape:
 
     @classmethod
     def read(cls, config: Path) -> Shape:
-        said = json.loads(config.read_text())
-        if (said["model_type"], said["hidden_act"]) != ("bert", "gelu"):
-            raise ValueError(f"{config}: expected a BERT with gelu, got {said['model_type']} with {said['hidden_act']}")
+        values = json.loads(config.read_text())
+        model, activation = values["model_type"], values["hidden_act"]
+        if (model, activation) != ("bert", "gelu"):
+            raise ValueError(f"{config}: expected a BERT with gelu, got {model} with {activation}")
         names = "num_hidden_layers", "num_attention_heads", "hidden_size", "layer_norm_eps"
-        return cls(*(said[name] for name in names))
+        return cls(*(values[name] for name in names))
 
 
 def read_safetensors(path: Path) -> Weights:
-    """The float32 tensors of the file: the length of a JSON header (uint64), the header, the data."""
+    """Read the float32 tensors of a file: the length of a JSON header (uint64), the header, the data."""
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     weights: Weights = {}
@@ -54,7 +55,7 @@ def read_safetensors(path: Path) -> Weights:
 
 
 class Graph:
-    """The nodes and weights, as they are added."""
+    """Builder of the ONNX graph, with its nodes and weights."""
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
         self._shape, self._weights = shape, weights
@@ -62,7 +63,7 @@ class Graph:
         self._kept: dict[str, onnx.TensorProto] = {}
 
     def model(self) -> onnx.ModelProto:
-        """The encoder: `input_ids`, `attention_mask` INT64 [batch, length] to `token_embeddings` FP32."""
+        """Build the encoder: `input_ids`, `attention_mask` INT64 [batch, length] to `token_embeddings` FP32."""
         x = self._embeddings()
         masked = self._add("Cast", ["attention_mask"], to=TensorProto.FLOAT)
         masked = self._add("Sub", [masked, self._keep("one", np.float32(1))])
@@ -84,13 +85,13 @@ class Graph:
 
     def _embeddings(self) -> str:
         words = self._add("Gather", [self._weight("embeddings.word_embeddings.weight"), "input_ids"])
-        # One text: every token is of the first kind, whose embedding is part of that of the place.
-        places = self._weights["embeddings.position_embeddings.weight"]
-        kinds = self._weights["embeddings.token_type_embeddings.weight"]
+        # An input is one text, so every token has type 0. Its embedding is added to the position embeddings here.
+        positions = self._weights["embeddings.position_embeddings.weight"]
+        types = self._weights["embeddings.token_type_embeddings.weight"]
         length = self._add("Shape", ["input_ids"], start=1, end=2)
         zero = self._keep("zero", np.array([0]))
-        there = self._add("Slice", [self._keep("places", places + kinds[0]), zero, length, zero])
-        return self._normalised(self._add("Add", [words, there]), "embeddings.LayerNorm")
+        used = self._add("Slice", [self._keep("positions", positions + types[0]), zero, length, zero])
+        return self._normalised(self._add("Add", [words, used]), "embeddings.LayerNorm")
 
     def _attention(self, x: str, masked: str, name: str) -> str:
         heads, size = self._shape.heads, self._shape.width // self._shape.heads

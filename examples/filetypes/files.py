@@ -1,7 +1,7 @@
-"""Real files of as many kinds as this machine offers, picked the same way each time, and a few made here.
+"""Real files of many kinds from this machine, in a deterministic selection, and a few generated ones.
 
-A kind is a file's suffix, or what its first bytes say when it has none. Kinds take turns until there are enough files,
-so that rare kinds come before the hundredth Python file.
+A file's kind is its suffix, or follows from its first bytes if it has no suffix. Files are selected round-robin over
+the kinds, so that rare kinds are selected before the hundredth Python file.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 
+# The model uses the first and last few thousand bytes, so larger files would only take longer to read.
 LARGEST_BYTES = 4 << 20
-# The model looks at the first and last few thousand bytes: larger files would only take time to read.
 
+# Limit of a walk: /usr/share alone may have hundreds of thousands of files.
 _ENTRIES_PER_FOLDER = 1_500
-# Walking ends there: /usr/share alone may have hundreds of thousands of files.
 
 _PER_KIND = 20
+
+# Number of files without a suffix per folder, which must be opened to determine their kind.
 _PEEKED = 60
-# Files without a suffix have to be opened to tell their kind: so many of each folder.
 
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9+]{0,5}$")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A file and its bytes, read once, so that everyone judges the same."""
+    """A file with its bytes, read once, so that all answers are about the same bytes."""
 
     name: str
     content: bytes
 
 
 def gather(folders: Iterable[Path], count: int) -> Iterator[Sample]:
-    """Up to `count` files: those made here first, then the kinds of the folders in turn."""
-    made = [Sample(f"made here/{name}", content) for name, content in make()]
+    """Yield up to `count` files: first the generated ones, then files of the folders, round-robin over the kinds."""
+    made = [Sample(f"generated/{name}", content) for name, content in make()]
     yield from islice(made, count)
     kinds: dict[str, list[Path]] = {}
     for folder in folders:
@@ -68,7 +69,7 @@ def gather(folders: Iterable[Path], count: int) -> Iterator[Sample]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Regular files in and below `folder`, in the order of their names: no links, no caches, no more than so many."""
+    """Yield regular files in and below `folder` by name, without links and caches, up to _ENTRIES_PER_FOLDER."""
     left = _ENTRIES_PER_FOLDER
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__pycache__")
@@ -91,7 +92,7 @@ def _peek(path: Path) -> str:
 
 
 def _read(path: Path) -> Sample | None:
-    """The file, or None when it is empty, huge, or not for us to read."""
+    """Return the file, or None when the file is empty, too large or unreadable."""
     try:
         size = path.stat().st_size
         return Sample(str(path), path.read_bytes()) if 0 < size <= LARGEST_BYTES else None
@@ -100,7 +101,7 @@ def _read(path: Path) -> Sample | None:
 
 
 def make() -> Iterator[tuple[str, bytes]]:
-    """Small, valid files of kinds that a bare machine may lack: name and content."""
+    """Yield name and content of small, valid files of kinds that a minimal machine may lack."""
     text = "".join(f"line {n}: the quick brown fox jumps over the lazy dog\n" for n in range(60))
     yield "archive.zip", _zip({"a.txt": text, "b/c.txt": text * 2})
     yield "archive.tar", _tar({"a.txt": text, "b.txt": text})

@@ -1,8 +1,8 @@
-"""What the magika package says of a file by itself, and what it makes of the model's answer.
+"""The magika package's own answer for a file, and its interpretation of the model's answer.
 
-The node turns the bytes of a file into 2,048 numbers, those into 214 scores, and those into the best guess and its
-score. Which files are worth asking for, and that a score below the threshold of its type becomes plain `txt` or
-`unknown`, is the package's own code here.
+The node converts the bytes of a file to 2,048 numbers, these to 214 scores, and these to the best guess and its score.
+The package's own code decides which files need the model. It replaces a guess by `txt` or `unknown` when the score is
+below the threshold of the type.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a file is."""
+    """Type of a file."""
 
     model_label: str
     """The model's best guess."""
     score: float
     label: str
-    """What magika answers: the guess, unless its score is too low."""
+    """magika's answer: the guess, unless its score is too low."""
 
 
 class Judge:
-    """The magika package."""
+    """Interface to the magika package."""
 
     def __init__(self) -> None:
         self._magika = magika.Magika()
@@ -42,20 +42,20 @@ class Judge:
         """Names of the model's classes."""
 
     def features(self, content: bytes) -> NDArray[np.int32] | None:
-        """What the model is asked about the file, int32 [2048]; None when magika answers by rule (tiny, blank)."""
+        """Return the model's input for a file, int32 [2048], or None if magika answers by rule (tiny, blank)."""
         seekable = Seekable(io.BytesIO(content))
         _, found = self._magika._get_result_or_features_from_seekable(seekable)
         return None if found is None else np.array([*found.beg, *found.end], dtype=np.int32)
 
     def alone(self, content: bytes) -> Verdict:
-        """magika's answer to one file by itself."""
+        """Return magika's answer for one file, in a run of the model for this file only."""
         return _of_prediction(self._magika.identify_bytes(content).prediction)
 
     def together(self, features: Sequence[NDArray[np.int32]]) -> list[Verdict]:
-        """magika's answers to many files in one run of the model, as `identify_paths` gives them.
+        """Return magika's answers for many files in one run of the model, as `identify_paths` does.
 
-        They are not quite those of `alone`: for one row ONNX Runtime computes in another order than for two or more,
-        and this model makes up to 0.002 of score of that.
+        The scores differ from those of `alone` by up to 0.002: for one row, ONNX Runtime computes in another order than
+        for two or more rows.
         """
         half = len(features[0]) // 2
         rows = [(Path(str(n)), _as_features(row[:half], row[half:])) for n, row in enumerate(features)]
@@ -63,7 +63,7 @@ class Judge:
         return [_of_prediction(found[str(n)].prediction) for n in range(len(features))]
 
     def of_guess(self, label: str, score: float) -> Verdict:
-        """What magika would make of the model's best guess."""
+        """Return magika's answer for the model's best guess."""
         answer, _ = self._magika._get_output_label_from_dl_label_and_score(ContentTypeLabel(label), score)
         return Verdict(label, score, str(answer))
 

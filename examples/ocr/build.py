@@ -1,4 +1,4 @@
-"""Writes the model repository: configurations from models/, the three models from the wheel rapidocr-onnxruntime.
+"""Build of the model repository: configurations from models/, the three models from the wheel rapidocr-onnxruntime.
 
 python -m examples.ocr.build FOLDER      then: shoal models push FOLDER, or shoal serve FOLDER
 """
@@ -14,7 +14,7 @@ from examples import originals, repository
 
 
 def build(into: Path) -> Path:
-    """The repository in `into`; returns it."""
+    """Write the repository to `into`, and return `into`."""
     wheel = originals.folder("rapidocr_onnxruntime") / "models"
     recogniser = wheel / "ch_PP-OCRv4_rec_infer.onnx"
     files = {
@@ -27,7 +27,7 @@ def build(into: Path) -> Path:
 
 
 def characters(model: Path) -> str:
-    """One on a line, in the order of the classes: the model has them in its metadata."""
+    """Return the characters in the model's metadata, one per line, in the order of the classes."""
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
     return session.get_modelmeta().custom_metadata_map["character"] + "\n"
 

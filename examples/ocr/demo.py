@@ -1,10 +1,10 @@
-"""`make ocr`: the text on real images, read by one ensemble, and held against what the original package reads.
+"""`make ocr`: read the text on real images with one ensemble, and compare it with the original package's text.
 
     bytes ──> decode ──> detect ──> boxes ──> crop ─┬─> angle ──> turn ──> recognise ──> text      (models/)
-                                                    └─ each line on its own, batched with those of other images
+                                                    └─ each line on its own, batched with lines of other images
 
-Without FILES: a photographed page and some drawn ones. Exits 0 when all agree with rapidocr-onnxruntime, 1 when one
-does not: texts are equal, corners within 2 pixels, scores within 0.02.
+The default images are a photographed page and several drawn ones. Exits with 0 when all agree with
+rapidocr-onnxruntime, else with 1. Texts must be equal, corners within 2 pixels, scores within 0.02.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AT_ONCE = 4
 
 
 def main() -> int:
-    """Runs the example; returns the exit status."""
+    """Run the example, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="images of your own")
     files: list[Path] = parser.parse_args().files
@@ -39,7 +39,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="shoal-ocr-") as folder:
             print("starting shoal serve ...", flush=True)
             with serving(build(Path(folder) / "models")) as (address, _):
-                ours = ask(address, images)
+                ours = read_all(address, images)
     except ShoalError as err:
         print(f"the example failed: {err.message}", file=sys.stderr)
         return 1
@@ -47,13 +47,13 @@ def main() -> int:
         print(f"the example failed: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: everything is stopped")
+        print("interrupted: the server is stopped")
         return 130
     return report(images, ours)
 
 
-def ask(address: str, images: Mapping[str, bytes]) -> list[list[Line]]:
-    """What Shoal reads on each, several at a time."""
+def read_all(address: str, images: Mapping[str, bytes]) -> list[list[Line]]:
+    """Return Shoal's lines on each image, with several requests in flight."""
     with shoal.Client(address) as client, ThreadPoolExecutor(AT_ONCE) as pool:
         found = list(pool.map(partial(read, client), images.values()))
         for model in ("ocr_detect", "ocr_angle", "ocr_recognise"):
@@ -63,7 +63,7 @@ def ask(address: str, images: Mapping[str, bytes]) -> list[list[Line]]:
 
 
 def report(images: Mapping[str, bytes], ours: list[list[Line]]) -> int:
-    """Prints what was read, and what the package reads otherwise; 0 when they agree."""
+    """Print the lines and the differences from the package; return 0 when there are none, else 1."""
     theirs = by_the_package(list(images.values()))
     compared = [compare(*pair) for pair in zip(ours, theirs, strict=True)]
     for name, lines, found in zip(images, ours, compared, strict=True):

@@ -1,4 +1,4 @@
-"""Runs where rapidocr-onnxruntime is installed: images (base64 in JSON, stdin) in, what the package reads out."""
+"""Lines of rapidocr-onnxruntime, in an environment that has it: images on stdin (JSON, base64), lines on stdout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rapidocr_onnxruntime import RapidOCR
 
 
 def main() -> None:
-    # A line alone: by default it is padded to the longest of six, and its score depends on its neighbours.
+    # Recognise each line alone. By default a line is padded to the longest of six, which affects its score.
     engine = RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1)
     engine.text_rec.rec_batch_num = 1
     answers = [engine(base64.b64decode(image))[0] or [] for image in json.load(sys.stdin)]

@@ -1,4 +1,4 @@
-"""Images with text on them: a photographed page out of scikit-image's wheel, and some drawn here."""
+"""Images with text: a photographed page from scikit-image's wheel, and several drawn ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WHITE, INK = (255, 255, 255), (20, 20, 40)
 
 
 def gather() -> dict[str, bytes]:
-    """The files' bytes, by name."""
+    """Return the bytes of the image files by name."""
     data = originals.folder("skimage") / "data"
     receipt = ("Harbour Cafe", "2 Espresso 5.60", "1 Fish soup 12.50", "Total 18.10 EUR", "Thank you!")
     notice = drawn(("Moving as one:", "many requests, one batch", "open daily from 9 to 17"), (900, 420), 52)
@@ -32,7 +32,7 @@ def gather() -> dict[str, bytes]:
 
 
 def drawn(lines: Sequence[str], size: tuple[int, int], height: int) -> Image.Image:
-    """Lines one below the other, in the typeface that Pillow brings, on an image of this width and height."""
+    """Draw lines of text, `height` pixels high, in Pillow's own typeface on an image of `size` (width, height)."""
     image = Image.new("RGB", size, WHITE)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(height)
     for n, line in enumerate(lines):
@@ -41,7 +41,7 @@ def drawn(lines: Sequence[str], size: tuple[int, int], height: int) -> Image.Ima
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
-    """The file's bytes."""
+    """Return the image as the bytes of a file."""
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""What is read on an image: through Shoal, or by the original package; and whether the two agree."""
+"""Lines of text on an image, read by Shoal or by the original package, and their comparison."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from examples import originals
 MODEL = "ocr"
 
 LEAST_SCORE = 0.5
-"""The package's: what is read with less is no text. Below it the model guesses, and a grey level changes its guess."""
+"""Lowest score of a line; equal to the package's limit. Below it the model guesses, and one grey level may matter."""
 
+# Resized pixels differ by up to a grey level from OpenCV's. This may move a side of a box by about one pixel of the
+# image, and both results are rounded to whole pixels.
 LARGEST_OFF_PX = 2.0
-# Resized pixels differ by a grey level from OpenCV's, which may move a side by a pixel of the map: no larger than about
-# one of the image. Then both round to whole pixels.
 
+# The same grey levels matter, and the package makes lines a pixel narrower: it rounds down, Shoal up.
 LARGEST_OFF_SCORE = 0.02
-# The same grey levels, and lines that the package makes a pixel narrower (it rounds down, Shoal up).
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Line:
     text: str
     score: float
     box: NDArray[np.float32]
-    """Corners [4, 2] in pixels (x, y), clockwise from the line's top left."""
+    """Corners [4, 2] in pixels (x, y), clockwise from the line's top left corner."""
 
 
 def read(client: shoal.Client, image: bytes) -> list[Line]:
-    """The lines on an image, in reading order, but for those that are hardly text.
+    """Return the lines on an image with a score of LEAST_SCORE or more, in reading order.
 
     Raises:
-        shoal.errors.InvalidArgument: it is no image, or a broken one.
+        shoal.errors.InvalidArgument: the bytes are not an image, or a damaged one.
     """
     answer = client.infer(MODEL, {"image": np.array([[image]], object)})
     texts, scores = answer["texts"][:, 0], answer["scores"][:, 0]
@@ -49,25 +49,25 @@ def read(client: shoal.Client, image: bytes) -> list[Line]:
 
 
 def by_the_package(images: Sequence[bytes]) -> list[list[Line]]:
-    """What rapidocr-onnxruntime reads on the same files."""
-    asked = [base64.b64encode(image).decode() for image in images]
-    answers = originals.ask(Path(__file__).with_name("original.py"), asked)
+    """Return the lines that rapidocr-onnxruntime reads on the same files."""
+    encoded = [base64.b64encode(image).decode() for image in images]
+    answers = originals.ask(Path(__file__).with_name("original.py"), encoded)
     return [[Line(text, score, np.array(box, np.float32)) for box, text, score in lines] for lines in answers]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two readings of one image differ."""
+    """Differences between two readings of one image."""
 
     wrong: tuple[str, ...]
-    """In words; none when they agree."""
+    """Descriptions of the differences that exceed the limits."""
     off_px: float = 0.0
-    """The farthest corner, along x or y."""
+    """Largest distance of two corners, along x or y."""
     off_score: float = 0.0
 
 
 def compare(ours: Sequence[Line], theirs: Sequence[Line]) -> Comparison:
-    """Line by line."""
+    """Compare two readings line by line."""
     if len(ours) != len(theirs):
         return Comparison((f"{len(ours)} lines, the package has {len(theirs)}: {[line.text for line in theirs]}",))
     pairs = [_compare(*pair) for pair in zip(ours, theirs, strict=True)]

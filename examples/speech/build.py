@@ -1,9 +1,9 @@
-"""Writes the model repository: the configuration from models/, and silero-vad's ONNX file as a model that remembers.
+"""Build of the model repository: the configuration from models/, and silero-vad's ONNX file as a stateful model.
 
     python -m examples.speech.build FOLDER      then: shoal models push FOLDER, or shoal serve FOLDER
 
-The package's file takes a batch as the second dimension of its state, and leaves it to the package's Python code to put
-the last 64 samples before the next 512. A few nodes around it say both in the graph, so that the server can keep them:
+The package's file has the batch as the second dimension of its state. The package's Python code prepends the last 64
+samples to the next 512. A few added nodes do both in the graph, so that the server can keep the state and the samples:
 
     context_in ──┐                          ┌── speech
     audio ───────┴ Concat ── silero-vad ────┤
@@ -27,18 +27,18 @@ CONTEXT = 64
 
 
 def build(into: Path) -> Path:
-    """The repository in `into`; returns it."""
+    """Write the repository to `into`, and return `into`."""
     original = onnx.load(originals.folder("silero_vad") / "data" / "silero_vad.onnx")
-    files = {"speech/1/model.onnx": remembering(original).SerializeToString()}
+    files = {"speech/1/model.onnx": with_state(original).SerializeToString()}
     return repository.build(Path(__file__).parent / "models", into, files)
 
 
-def remembering(model: onnx.ModelProto) -> onnx.ModelProto:
-    """silero-vad at 16 kHz with `state_in`, `context_in` and their outputs, each with the batch as first dimension."""
+def with_state(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return silero-vad at 16 kHz with inputs and outputs for its state and context, with the batch first."""
     graph = model.graph
     names = {value.name for value in [*graph.input, *graph.output]}
     if names != {"input", "state", "sr", "output", "stateN"}:
-        raise ValueError(f"this is not the silero-vad that is known here: its inputs and outputs are {sorted(names)}")
+        raise ValueError(f"unknown version of silero-vad, with the inputs and outputs {sorted(names)}")
     before = [
         helper.make_node("Concat", ["context_in", "audio"], ["input"], axis=1),
         helper.make_node("Transpose", ["state_in"], ["state"], perm=[1, 0, 2]),

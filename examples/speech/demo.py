@@ -1,9 +1,9 @@
-"""`make speech`: who speaks when, while it is spoken. Twelve streams at once, each with its own state in the server.
+"""`make speech`: detect speech in twelve concurrent streams of sound, each with its own state in the server.
 
     recording ── 32 ms ──> ModelStreamInfer, a sequence each ──> speech (silero-vad) ──> probability ──> segments
 
-Segments and probabilities are compared with those of the original package, which hears the recordings one by one.
-Exits 0 when all agree, 1 when one does not. recordings/make.sh says how the recordings were made.
+Segments and probabilities are compared with those of the original package, which processes the recordings one by one.
+Exits with 0 when all agree, else with 1. recordings/make.sh generated the recordings.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from shoal.client import InferRequest
 MODEL = "speech"
 HERE = Path(__file__).parent
 STREAMS = 12
+# Chunks of a stream in flight. A microphone sends one at a time; a file can be sent slightly ahead.
 AHEAD = 4
-# Chunks of a stream that are under way: a microphone sends one at a time, a file may run ahead a little.
 
+# Tolerance of a probability: a batch adds float32 in another order than a single row, and the state carries the error.
 TOLERANCE = 1e-4
-# Of a probability: a batch adds float32 in another order than a row alone, and the state carries that on.
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What the server said of one stream."""
+class StreamResult:
+    """Answers of the server to the chunks of one stream."""
 
     probabilities: list[float]
     batch_sizes: list[int]
 
 
 def read(path: Path) -> NDArray[np.float32]:
-    """The samples of a WAV file, between -1 and 1.
+    """Return the samples of a WAV file, between -1 and 1.
 
     Raises:
-        ValueError: it is not mono, of 16 bits, at 16 kHz.
+        ValueError: the file is not mono, 16 bits, 16 kHz.
     """
     with wave.open(str(path)) as sound:
         kind = sound.getnchannels(), sound.getsampwidth() * 8, sound.getframerate()
@@ -60,14 +60,14 @@ def read(path: Path) -> NDArray[np.float32]:
         return np.frombuffer(sound.readframes(sound.getnframes()), "<i2").astype(np.float32) / 32768
 
 
-async def listen(client: shoal.AsyncClient, sound: NDArray[np.float32], sequence: int) -> Heard:
-    """Streams the sound chunk by chunk, the last one filled up with zeros."""
+async def listen(client: shoal.AsyncClient, sound: NDArray[np.float32], sequence: int) -> StreamResult:
+    """Stream the sound chunk by chunk, with the last chunk padded with zeros, and return the answers."""
     chunks = np.pad(sound, (0, -len(sound) % CHUNK)).reshape(-1, 1, CHUNK)
-    under_way = asyncio.Semaphore(AHEAD)
+    in_flight = asyncio.Semaphore(AHEAD)
 
     async def requests() -> AsyncIterator[InferRequest]:
         for number, chunk in enumerate(chunks):
-            await under_way.acquire()
+            await in_flight.acquire()
             step = {
                 "sequence_id": sequence,
                 "sequence_start": number == 0,
@@ -76,33 +76,35 @@ async def listen(client: shoal.AsyncClient, sound: NDArray[np.float32], sequence
             }
             yield InferRequest(MODEL, {"audio": chunk}, parameters=step)
 
-    heard = Heard([], [])
-    async for answer in client.infer_stream(requests()):  # A sequence's answers come in the order of its steps.
-        heard.probabilities.append(answer["speech"].item())
-        heard.batch_sizes.append(int(answer.parameters["batch_size"]))
-        under_way.release()
-    return heard
+    result = StreamResult([], [])
+    # The answers of a sequence arrive in the order of its steps.
+    async for answer in client.infer_stream(requests()):
+        result.probabilities.append(answer["speech"].item())
+        result.batch_sizes.append(int(answer.parameters["batch_size"]))
+        in_flight.release()
+    return result
 
 
-def compare(name: str, heard: Heard, samples: int, original: dict[str, Any]) -> bool:
-    """Says whether the server's answers are the original package's."""
-    ours = segments(heard.probabilities, samples)
+def compare(name: str, result: StreamResult, samples: int, original: dict[str, Any]) -> bool:
+    """Print a comparison with the original package, and return True when the answers agree."""
+    ours = segments(result.probabilities, samples)
     theirs = [Segment(*each) for each in original["segments"]]
-    same_length = len(heard.probabilities) == len(original["probabilities"])
-    off = np.abs(np.subtract(heard.probabilities, original["probabilities"])).max() if same_length else np.inf
-    agrees = ours == theirs and bool(off <= TOLERANCE)  # NaN is no agreement.
+    same_length = len(result.probabilities) == len(original["probabilities"])
+    off = np.abs(np.subtract(result.probabilities, original["probabilities"])).max() if same_length else np.inf
+    # False for NaN.
+    agrees = ours == theirs and bool(off <= TOLERANCE)
     spoken = ", ".join(f"{each.start / RATE:.2f}-{each.end / RATE:.2f} s" for each in ours)
-    batch = sum(heard.batch_sizes) / max(len(heard.batch_sizes), 1)
+    batch = sum(result.batch_sizes) / max(len(result.batch_sizes), 1)
     print(
         f"{name}: {spoken}; probabilities within {off:.1e}; batches of {batch:.1f}: {'agrees' if agrees else 'DIFFERS'}"
     )
     if ours != theirs:
-        print(f"    the original: {theirs}\n    here:         {ours}")
+        print(f"    the original: {theirs}\n    Shoal:        {ours}")
     return agrees
 
 
 def main() -> int:
-    """Runs the example; returns the exit status."""
+    """Run the example, and return the exit status."""
     originals.folder("silero_vad")
     return with_node(lambda gateway, folder: asyncio.run(_ask(gateway, folder)))
 
@@ -115,19 +117,19 @@ async def _ask(gateway: str, folder: Path) -> int:
     async with shoal.AsyncClient(gateway) as client:
         await client.models.push(build(folder / "models"))
         start = time.monotonic()
-        heard = await _listen_to_all(client, [sounds[n] for n in played])
+        results = await _listen_to_all(client, [sounds[n] for n in played])
         took = time.monotonic() - start
     seconds = sum(len(sounds[n]) for n in played) / RATE
     print(f"{STREAMS} streams, {seconds:.0f} s of sound in {took:.1f} s")
     agree = [
-        compare(f"stream {k + 1}, {recordings[n].stem}", heard[k], len(sounds[n]), theirs[n])
+        compare(f"stream {k + 1}, {recordings[n].stem}", results[k], len(sounds[n]), theirs[n])
         for k, n in enumerate(played)
     ]
     print(f"{sum(agree)} of {STREAMS} streams agree with silero-vad")
     return 0 if all(agree) else 1
 
 
-async def _listen_to_all(client: shoal.AsyncClient, sounds: Sequence[NDArray[np.float32]]) -> list[Heard]:
+async def _listen_to_all(client: shoal.AsyncClient, sounds: Sequence[NDArray[np.float32]]) -> list[StreamResult]:
     return await asyncio.gather(*(listen(client, sound, n + 1) for n, sound in enumerate(sounds)))
 
 

@@ -1,4 +1,4 @@
-"""Runs where silero-vad is installed: paths of recordings in (JSON, stdin), the original package's own answers out."""
+"""Answers of silero-vad, in an environment that has it: paths of recordings on stdin (JSON), answers on stdout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def read(path: str) -> torch.Tensor:
-    """The samples, between -1 and 1. The package's own reader needs torchaudio, which nothing else here does."""
+    """Return the samples, between -1 and 1. The package's own reader would need torchaudio."""
     with wave.open(path) as sound:
         return torch.from_numpy(np.frombuffer(sound.readframes(sound.getnframes()), "<i2").astype(np.float32) / 32768)
 

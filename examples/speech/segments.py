@@ -1,8 +1,8 @@
-"""Where somebody speaks, from a probability for each chunk: the rule of silero-vad with its default settings.
+"""Segments of speech from the probability of each chunk, by the rule of silero-vad with its default settings.
 
-Speech begins with a chunk of 0.5 or more, and ends where it fell below 0.35, once it has not come back for 100 ms. What
-is not longer than 250 ms is no speech. 30 ms are added at both ends, or half of the pause between two where that is
-shorter.
+A segment begins with a chunk of probability 0.5 or more. It ends where the probability fell below 0.35 and did not
+reach 0.5 again for 100 ms. Segments of up to 250 ms are dropped. 30 ms are added at both ends, or half of the pause
+between two segments if that is shorter.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MARGIN = RATE * 30 // 1000
 
 @dataclass(frozen=True)
 class Segment:
-    """From `start` to `end`, in samples."""
+    """Segment of speech from `start` to `end`, in samples."""
 
     start: int
     end: int
 
 
 def segments(probabilities: Iterable[float], samples: int) -> list[Segment]:
-    """The segments of a recording of so many samples."""
+    """Return the segments of a recording with this number of samples."""
     found = [each for each in _spoken(probabilities, samples) if each.end - each.start > LEAST_SPEECH]
     ends = [0, *(at for each in found for at in (each.start, each.end)), samples]
     margins = [_margin(ends[n + 1] - ends[n], n in (0, len(ends) - 2)) for n in range(0, len(ends), 2)]
@@ -50,5 +50,5 @@ def _spoken(probabilities: Iterable[float], samples: int) -> Iterator[Segment]:
 
 
 def _margin(pause: int, is_outer: bool) -> int:
-    """What a segment gets of the pause beside it; an outer one is shared with nobody."""
+    """Return the part of a pause that is added to a segment; an inner pause is shared by two segments."""
     return min(MARGIN, pause if is_outer else pause // 2)

@@ -1,10 +1,10 @@
-"""Non-maximum suppression: of boxes that overlap, the one with the highest score.
+"""Non-maximum suppression: keep the box with the highest score among overlapping boxes.
 
     best first:  keep a box  <=>  no kept box of its group has IoU with it above the threshold
 
-    IoU = both / (area a + area b - both)     areas and overlaps with no negative side
+    IoU = both / (area a + area b - both)     negative sides of areas and overlaps count as 0
 
-Every step is one float32 operation in this order, so that all versions, and torchvision, take the same decision.
+Every step is one float32 operation in this order, so that all versions and torchvision keep the same boxes.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ def nms(
     out: Any = None,
     stream: Any = None,
 ) -> Any:
-    """Indices of the kept boxes, highest score first; equal scores by index, lower first.
+    """Return the indices of the kept boxes, highest score first; equal scores by ascending index.
 
-    A box whose score is NaN is dropped. A box with a NaN coordinate, or without an area, overlaps nothing: it is kept.
+    A box whose score is NaN is dropped. A box with a NaN coordinate or an empty area overlaps nothing and is kept.
 
     Args:
         boxes: [m, 4] float32, (x1, y1, x2, y2), C-contiguous.
         scores: [m] float32.
-        threshold: IoU in [0, 1]; what is above it is suppressed.
-        groups: [m] int32, or None. Boxes of different groups never suppress each other: classes, or for a batch of
-            images image * classes + class.
-        least_score: boxes below it are dropped.
-        out: [l] int64: where the best l kept boxes are written, which also ends the work early. [m] when None.
-        stream: the `cupy.cuda.Stream` to run on, CuPy's current one when None. Nothing waits for it.
+        threshold: IoU in [0, 1]; boxes with a larger overlap are suppressed.
+        groups: [m] int32, or None. Boxes of different groups never suppress each other. A group is a class, or for a
+            batch of images, image * classes + class.
+        least_score: boxes with a lower score are dropped.
+        out: [l] int64 for the best l kept boxes; a smaller l ends the work earlier. [m] when None.
+        stream: the `cupy.cuda.Stream` to run on; None is CuPy's current one. The call does not wait for it.
 
     Returns:
-        On the CPU a view of `out`, as long as there are kept boxes. On a GPU, where their number is not known without
-        waiting, all of `out`, -1 behind the last.
+        On the CPU, a view of the filled part of `out`. On a GPU, all of `out` with -1 behind the last box, because the
+        number of kept boxes is unknown without waiting.
 
     Raises:
-        ValueError: a threshold outside of [0, 1], a `least_score` that is NaN, a wrong shape or order of memory.
+        ValueError: a threshold outside [0, 1], a `least_score` that is NaN, a wrong shape or memory order.
         TypeError: a wrong dtype, or host and device arrays in one call.
     """
     version = OPERATION.version(stream, boxes=boxes, scores=scores, groups=groups, out=out)
@@ -69,17 +69,17 @@ def nms(
 
 
 def _not_above(value: float) -> np.float32:
-    """The largest float32 <= value: a float32 is above it exactly when it is above `value`."""
+    """Return the largest float32 <= value. A float32 is above the result exactly when it is above `value`."""
     near = np.float32(value)
     return np.nextafter(near, np.float32(-np.inf)) if float(near) > value else near
 
 
 def _not_below(value: float) -> np.float32:
-    """The smallest float32 >= value."""
+    """Return the smallest float32 >= value."""
     return -_not_above(-value)
 
 
 def warm_up() -> None:
-    """Compiles what a call would compile."""
+    """Compile every variant of the chosen backend."""
     boxes, scores = arrays.at_choice(np.zeros((1, 4), np.float32)), arrays.at_choice(np.zeros(1, np.float32))
     nms(boxes, scores, 0.5, groups=arrays.at_choice(np.zeros(1, np.int32)))

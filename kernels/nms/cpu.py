@@ -1,9 +1,9 @@
-"""nms on the CPU: each box, best first, is compared with those kept so far, 16 at a time.
+"""nms on the CPU: compares each box, best first, with the kept boxes, 16 at a time.
 
-The kept boxes' coordinates lie each in an array of its own, so that 16 comparisons are one vector's; the first 16 among
-which one suppresses the box end it. Always 16: behind the last kept box are some that overlap nothing. With a loop that
-ends at the last one, box by box in its end, it was 4 times slower. NumPy brings the boxes into order: a score and its
-index make one whole number, and its sort of those is a vector's too.
+Each coordinate of the kept boxes has its own array, so 16 comparisons are one vector operation. The search ends at the
+first 16 boxes that contain a suppressing one. The arrays are padded with boxes that overlap nothing, so that every step
+compares 16 boxes; a loop with a scalar remainder was 4 times slower. Score and index of a box are packed into one
+integer, because NumPy's integer sort is vectorised.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ NO_GROUPS = frozen(np.empty(0, np.int32))
 
 @njit(nogil=True, cache=True)
 def order_of(scores, bits, least, out):
-    """Writes a number for each box that has at least `least`: it sorts higher scores first, equal ones by index."""
+    """Write a sort key for each box with a score >= `least`, and return their number.
+
+    Ascending keys order the boxes by descending score, equal scores by ascending index.
+    """
     count = 0
     for i in range(scores.size):
-        if scores[i] >= least:  # NaN has not.
+        # False for NaN.
+        if scores[i] >= least:
             sign = bits[i] >> np.int32(31)
-            key = np.int64(((bits[i] & MAGNITUDE) ^ sign) - sign)  # In the order of floats, both zeros equal.
+            # Integers in the order of the floats; both zeros are equal.
+            key = np.int64(((bits[i] & MAGNITUDE) ^ sign) - sign)
             out[count] = np.uint64(np.int64(MAGNITUDE) - key) << np.uint64(32) | np.uint64(i)
             count += 1
     return count
@@ -46,7 +51,7 @@ def side_of(low, high):
 
 @njit(nogil=True, cache=True)
 def area_of(x1, y1, x2, y2):
-    """NaN with any coordinate: it makes every IoU NaN, which is above nothing."""
+    """Return the area of a box; NaN when a coordinate is NaN. A NaN area makes every IoU NaN, and no box suppressed."""
     if x1 != x1 or y1 != y1 or x2 != x2 or y2 != y2:
         return NAN
     return side_of(x1, x2) * side_of(y1, y2)
@@ -54,11 +59,12 @@ def area_of(x1, y1, x2, y2):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def any_suppresses(first, kept, group_of, box, area, group, threshold):
-    """Whether one of 16 kept boxes suppresses the box. No branch, and a constant length: one vector."""
+    """Return True when one of 16 kept boxes suppresses the box. The loop is vectorised: no branch, constant length."""
     x1, y1, x2, y2 = box
     found = np.int32(0)
     for j in range(TOGETHER):
-        at = first + np.uint64(j)  # Unsigned: no index counts from the end.
+        # An unsigned index needs no check for negative values.
+        at = first + np.uint64(j)
         w = side_of(max(x1, kept[0, at]), min(x2, kept[2, at]))
         h = side_of(max(y1, kept[1, at]), min(y2, kept[3, at]))
         both = w * h
@@ -68,9 +74,9 @@ def any_suppresses(first, kept, group_of, box, area, group, threshold):
 
 @njit(nogil=True, cache=True)
 def suppress(order, boxes, groups, threshold, out):
-    """Writes the kept boxes' indices; returns how many."""
+    """Write the indices of the kept boxes, and return their number."""
     most = min(order.size, out.size)
-    # Corners and areas. A box of NaN overlaps nothing.
+    # Corners and areas. The padding is NaN, which overlaps nothing.
     kept = np.full((5, most + TOGETHER), NAN, np.float32)
     group_of = np.zeros(most + TOGETHER, np.int32)
     count = 0

@@ -1,4 +1,4 @@
-"""nms on a GPU, in three launches: order, who suppresses whom (a matrix of bits), one block that goes through it."""
+"""nms on a GPU, in three launches: sort, bit matrix of suppressing pairs, and one block that sweeps the matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREADS = 256
 def run(
     boxes: Any, scores: Any, groups: Any, threshold: np.float32, least: np.float32, out: Any, stream: Any = None
 ) -> Any:
-    """Takes m * m / 8 bytes, and 28 m more, from the stream's memory pool for as long as the kernels run."""
+    """Run the three kernels with m * m / 8 + 28 m bytes of scratch from the stream's memory pool."""
     m = boxes.shape[0]
     words = -(-m // WORD)
     corners = arrays.empty(boxes, (m, 4), arrays.FLOAT32, stream)
@@ -26,7 +26,7 @@ def run(
     matrix = arrays.empty(boxes, (m, words), np.dtype(np.uint64), stream)
     size = np.int32(m)
     if m:
-        # A kernel takes no "no array": the scores stand in for groups that nobody reads.
+        # A kernel argument cannot be None: without groups, pass the scores, which the kernel does not read as groups.
         grouped = (scores.view(np.int32), np.int32(0)) if groups is None else (groups, np.int32(1))
         order = (boxes, scores, *grouped, least, size, corners, group_of, index, count)
         SOURCE.launch("nms_order", (-(-m // THREADS), 1, 1), (THREADS, 1, 1), order, 0, stream)

@@ -1,11 +1,11 @@
 typedef unsigned long long Word;
 
-// Each thread counts the boxes that come before its own, and puts it there: equal scores by index, with no sort. The
-// number of boxes with at least `least` (NaN has not) goes to `count`.
+// Rank sort: each thread counts the boxes with a higher score, or an equal score and a lower index. The count is the
+// position of its own box. `count` receives the number of boxes with a score >= `least` (never NaN).
 __global__ void nms_order(const float* __restrict__ boxes, const float* __restrict__ scores,
                           const int* __restrict__ groups, int grouped, float least, int m, float4* __restrict__ corners,
                           int* __restrict__ group_of, int* __restrict__ index, int* __restrict__ count) {
-    __shared__ float tile[256];  // blockDim.x of it.
+    __shared__ float tile[256];  // Uses blockDim.x elements.
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     float mine = i < m ? scores[i] : 0.f;
     int before = 0, all = 0;
@@ -34,8 +34,8 @@ __device__ __forceinline__ float side(float low, float high) {
     return side > 0.f ? side : 0.f;
 }
 
-// NaN with any coordinate: it makes every IoU NaN, which is above nothing. __fmul_rn, here and below: the compiler would
-// make one operation of a product and a sum, round once less, and now and then decide otherwise than the CPU.
+// NaN when a coordinate is NaN: then every IoU is NaN, and suppresses nothing. __fmul_rn, here and below, prevents a
+// fused multiply-add, whose different rounding would sometimes keep other boxes than the CPU.
 __device__ __forceinline__ float area_of(float4 b) {
     if (b.x != b.x || b.y != b.y || b.z != b.z || b.w != b.w) return __int_as_float(0x7fffffff);
     return __fmul_rn(side(b.x, b.z), side(b.y, b.w));
@@ -47,15 +47,16 @@ __device__ __forceinline__ bool overlaps(float4 a, float area_a, float4 b, float
     return both / (area_a + area_b - both) > threshold;
 }
 
-// Bit c of matrix[r][b]: box r suppresses box 64 b + c, which comes after it. A block of 64 threads does 64 x 64 pairs;
-// words before the diagonal are not written, nor read.
+// Bit c of matrix[r][b] is set when box r suppresses the later box 64 b + c. A block of 64 threads computes 64 x 64
+// pairs. Words before the diagonal are neither written nor read.
 __global__ void nms_matrix(const float4* __restrict__ corners, const int* __restrict__ group_of,
                            const int* __restrict__ count, float threshold, int m, Word* __restrict__ matrix) {
     __shared__ float4 box[64];
     __shared__ float area[64];
     __shared__ int group[64];
     int boxes = *count, first = blockIdx.x * 64, row = blockIdx.y * 64 + threadIdx.x;
-    if (blockIdx.x < blockIdx.y || first >= boxes) return;  // The whole block.
+    // The whole block returns, so that no thread waits at the barrier below.
+    if (blockIdx.x < blockIdx.y || first >= boxes) return;
     int here = min(64, boxes - first);
     if ((int)threadIdx.x < here) {
         box[threadIdx.x] = corners[first + threadIdx.x];
@@ -74,8 +75,8 @@ __global__ void nms_matrix(const float4* __restrict__ corners, const int* __rest
     matrix[(long long)row * ((m + 63) / 64) + blockIdx.x] = word;
 }
 
-// One block, 64 boxes at a time: one thread decides among them by the words on the diagonal, then all threads suppress
-// what comes later. Shared memory: one word for each 64 boxes.
+// One block, 64 boxes per step: one thread selects the kept boxes by the words on the diagonal, then all threads mark
+// the later boxes that these suppress. Shared memory: one word for each 64 boxes.
 __global__ void nms_sweep(const Word* __restrict__ matrix, const int* __restrict__ index, const int* __restrict__ count,
                           int m, long long* __restrict__ out, int most) {
     extern __shared__ Word suppressed[];
@@ -89,11 +90,11 @@ __global__ void nms_sweep(const Word* __restrict__ matrix, const int* __restrict
         if ((int)threadIdx.x < here) diagonal[threadIdx.x] = rows[(long long)threadIdx.x * stride + b];
         __syncthreads();
         if (threadIdx.x == 0) {
-            Word gone = suppressed[b], kept = 0;
+            Word dropped = suppressed[b], kept = 0;
             for (int r = 0; r < here; ++r)
-                if (!(gone >> r & 1)) {
+                if (!(dropped >> r & 1)) {
                     kept |= 1ull << r;
-                    gone |= diagonal[r];
+                    dropped |= diagonal[r];
                 }
             decided = kept;
         }
@@ -109,7 +110,7 @@ __global__ void nms_sweep(const Word* __restrict__ matrix, const int* __restrict
                 word |= rows[(long long)(__ffsll((long long)left) - 1) * stride + w];
             suppressed[w] = word;
         }
-        // No barrier here: the next one comes before anyone reads `suppressed` or writes `decided`.
+        // No barrier here: the next barrier precedes every read of `suppressed` and every write of `decided`.
         total += __popcll(kept);
     }
     for (int i = min(total, most) + threadIdx.x; i < most; i += blockDim.x) out[i] = -1;

@@ -1,4 +1,4 @@
-"""nms in NumPy, box by box: what the other versions must equal. float32, because a decision must round alike."""
+"""Reference version of nms in NumPy, box by box. float32, so that every comparison rounds as in the other versions."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def run(
 
 
 def overlaps(box: Array, others: Array) -> Array:
-    """IoU with each of the others; NaN, which is above nothing, where a coordinate is NaN or both have no area."""
-    with np.errstate(over="ignore", invalid="ignore"):  # Infinite boxes, and such.
+    """Return the IoU of `box` with each of `others`; NaN for a NaN coordinate, and for two empty boxes."""
+    # Infinite boxes overflow.
+    with np.errstate(over="ignore", invalid="ignore"):
         sides = np.maximum(np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2]), ZERO)
         both = sides[:, 0] * sides[:, 1]
         ratios: Array = both / (_areas(box[None]) + _areas(others) - both)
@@ -43,6 +44,6 @@ def overlaps(box: Array, others: Array) -> Array:
 
 
 def _areas(boxes: Array) -> Array:
-    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], ZERO)  # NaN stays.
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], ZERO)
     areas: Array = np.where(np.isnan(boxes).any(axis=1), NAN, sides[:, 0] * sides[:, 1])
     return areas

@@ -1,4 +1,4 @@
-"""Ragged token sequences as one padded batch and its attention mask.
+"""Padding of ragged token sequences to one batch with an attention mask.
 
     flat      a a a b c c            ids   a a a     mask   1 1 1
     offsets   0     3 4   6                b 0 0            1 0 0
@@ -31,28 +31,28 @@ def pad_tokens(
     out: tuple[Any, Any] | None = None,
     stream: Any = None,
 ) -> tuple[Any, Any]:
-    """Token ids [n, width], padded, and their mask: 1 for a token, 0 for padding.
+    """Return padded token ids [n, width] and their mask: 1 for a token, 0 for padding.
 
     Args:
-        flat: [t] int32 or int64, the sequences one after the other.
-        offsets: [n + 1] int64, 0 <= offsets[0] <= offsets[1] <= ... <= t. What lies before the first and behind the
-            last is not read.
-        width: the columns of the batch. When None: those of `out`, else the longest sequence's length, which only the
-            host can know without waiting.
+        flat: [t] int32 or int64, the concatenated sequences.
+        offsets: [n + 1] int64, 0 <= offsets[0] <= offsets[1] <= ... <= t. Tokens before the first and behind the last
+            offset are not read.
+        width: number of columns of the batch. None: the columns of `out`, else the length of the longest sequence,
+            which only the host knows without waiting.
         pad_id: fills the rest of a row.
-        side: where the padding is. Decoders that go on from the last token want it left.
-        truncate: cut longer sequences after `width` tokens; else they are an error.
-        out: ids and mask, both [n, width] and each int32 or int64 (ids not narrower than `flat`). Allocated as int64
-            when None, which is what exported models take.
-        stream: the `cupy.cuda.Stream` to run on, CuPy's current one when None. Nothing waits for it.
+        side: side of the padding. Decoders that continue from the last token need "left".
+        truncate: cut longer sequences after `width` tokens; otherwise they are an error.
+        out: ids and mask, both [n, width], each int32 or int64; ids must not be narrower than `flat`. When None, both
+            are allocated as int64, the usual type of exported models.
+        stream: the `cupy.cuda.Stream` to run on; None is CuPy's current one. The call does not wait for it.
 
     Returns:
         ids and mask: `out`.
 
     Raises:
-        ValueError: offsets that are out of order or outside of `flat`, a sequence longer than `width`, a `pad_id` that
-            the ids' dtype cannot hold, a wrong shape. On a GPU offsets cannot be looked at without waiting: there
-            sequences are cut to what is in `flat` and to `width`, so that nothing outside of the arrays is touched.
+        ValueError: offsets out of order or outside `flat`, a sequence longer than `width`, a `pad_id` that the ids'
+            dtype cannot hold, a wrong shape. On a GPU the offsets cannot be checked without waiting. There, sequences
+            are cut to `flat` and to `width`, so that nothing outside the arrays is read or written.
         TypeError: a wrong dtype, or host and device arrays in one call.
     """
     ids, mask = out or (None, None)
@@ -89,7 +89,7 @@ def _columns(ids: Any) -> int:
 
 
 def _longest(version: Any, flat: Any, offsets: Any) -> Any:
-    """The longest sequence; None on a GPU."""
+    """Return the length of the longest sequence; None on a GPU."""
     longest, bad = version.survey(offsets, flat.size)
     if bad >= 0:
         begin, end = offsets[bad].item(), offsets[min(bad + 1, offsets.size - 1)].item()
@@ -105,7 +105,7 @@ def _check_range(flat: Any, ids: Any, pad_id: int) -> None:
 
 
 def warm_up() -> None:
-    """Compiles what a call would compile."""
+    """Compile every variant of the chosen backend."""
     offsets = arrays.at_choice(np.array([0, 1], np.int64))
     for tokens in ("int32", "int64"):
         for ids in ("int32", "int64")[tokens == "int64" :]:

@@ -1,4 +1,4 @@
-"""pad_tokens on the CPU: a sequence is one copy, the rest of its row one fill. Serial: threads lost at 2 MB a batch."""
+"""pad_tokens on the CPU: one copy and one fill per row. Single-threaded: threads were slower for batches of 2 MB."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def survey_offsets(offsets, size):
     if offsets[0] < 0 or offsets[0] > size:
         return longest, 0
     for i in range(offsets.size - 1):
-        # Bounds first: the difference of two int64 may overflow.
+        # Check the bounds first, because the difference of two int64 may overflow.
         if offsets[i + 1] < offsets[i] or offsets[i + 1] > size:
             return longest, i
         longest = max(longest, offsets[i + 1] - offsets[i])
@@ -30,8 +30,8 @@ def survey_offsets(offsets, size):
 def pad_row(tokens, pad, first, ids, mask):
     last = first + tokens.size
     row = ids[first:last]
-    # A loop, because it may widen int32 to int64: numba's `row[:] = tokens` does that one by one. Unsigned: no index
-    # counts from the end.
+    # The copy may widen int32 to int64; this loop is vectorised, numba's `row[:] = tokens` is not. An unsigned index
+    # needs no check for negative values.
     for j in range(tokens.size):
         row[np.uint64(j)] = tokens[np.uint64(j)]
     mask[first:last] = 1
@@ -51,7 +51,7 @@ def pad_rows(flat, offsets, pad, left, ids, mask):
 
 
 def survey(offsets: Array, size: int) -> tuple[int, int]:
-    """The longest sequence, and the first bad one or -1."""
+    """Return the length of the longest sequence, and the index of the first invalid one or -1."""
     longest, bad = survey_offsets(frozen(offsets), size)
     return longest, bad
 

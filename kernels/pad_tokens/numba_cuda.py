@@ -26,7 +26,7 @@ def pad(flat, offsets, pad_id, left, ids, mask):
     if column >= width:
         return
     for i in range(cuda.blockIdx.y, n, cuda.gridDim.y):
-        # Nobody has looked at the offsets: whatever they say, only `flat` is read.
+        # The offsets are unchecked on a GPU: clamp them, so that only `flat` is read.
         begin = min(max(offsets[i], 0), flat.size)
         end = min(max(offsets[i + 1], begin), flat.size)
         length = min(end - begin, width)
@@ -40,7 +40,7 @@ def pad(flat, offsets, pad_id, left, ids, mask):
 
 
 def survey(offsets: Any, size: int) -> tuple[None, int]:
-    """Nothing: to look would be to wait."""
+    """Return no result: reading the offsets would wait for the device."""
     return None, -1
 
 

@@ -1,4 +1,4 @@
-"""pad_tokens, sequence by sequence: what the other versions must equal."""
+"""Reference version of pad_tokens, sequence by sequence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Array = npt.NDArray[Any]
 
 
 def survey(offsets: Array, size: int) -> tuple[int, int]:
-    """The longest sequence, and the first bad one or -1."""
+    """Return the length of the longest sequence, and the index of the first invalid one or -1."""
     begin, end = offsets[:-1], offsets[1:]
     bad = np.flatnonzero((begin < 0) | (end < begin) | (end > size))
     if offsets.size == 1 and not 0 <= offsets[0] <= size:

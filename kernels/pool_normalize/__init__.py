@@ -1,6 +1,6 @@
-"""Token embeddings to one vector a text: the mean of the tokens that count, of length 1, as in sentence-transformers.
+"""Pooling of token embeddings: the mean of a text's unmasked tokens, scaled to length 1, as in sentence-transformers.
 
-pooled[i] = sum of tokens[i, t] where mask[i, t] / number of those
+pooled[i] = sum of tokens[i, t] where mask[i, t] / number of unmasked tokens
 out[i]    = pooled[i] / max(|pooled[i]|, eps)
 """
 
@@ -21,25 +21,25 @@ MASKS = (arrays.INT64, arrays.INT32, arrays.BOOL)
 def pool_normalize(
     tokens: Any, mask: Any, *, normalize: bool = True, eps: float = EPS, out: Any = None, stream: Any = None
 ) -> Any:
-    """Masked mean over tokens, then L2 normalisation.
+    """Return the masked mean over tokens, with L2 normalisation.
 
-    A text of which no token counts gives zeros. Tokens that do not count are not read: NaN in padding does no harm
-    (a product with the mask would spread it). NaN in one that counts makes its column, and normalised the row, NaN.
-    A vector whose squares sum to more than float32 holds (about 1.8e19 long) becomes zeros, as in PyTorch.
+    A text without unmasked tokens gives zeros. Masked tokens are not read, so NaN in padding has no effect; a product
+    with the mask would spread it. NaN in an unmasked token makes its column NaN, and with `normalize` the whole row.
+    A vector longer than about 1.8e19, whose sum of squares overflows float32, becomes zeros, as in PyTorch.
 
     Args:
         tokens: [n, t, d] float32 or float16, C-contiguous. On the CPU float16 is copied to float32 first.
-        mask: [n, t] int64, int32 or bool: what is not 0 counts.
-        normalize: False leaves the mean as it is.
-        eps: the least length to divide by.
+        mask: [n, t] int64, int32 or bool; 0 masks a token.
+        normalize: False skips the normalisation.
+        eps: smallest length to divide by.
         out: [n, d] float32; allocated when None.
-        stream: the `cupy.cuda.Stream` to run on, CuPy's current one when None. Nothing waits for it.
+        stream: the `cupy.cuda.Stream` to run on; None is CuPy's current one. The call does not wait for it.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: a wrong shape or order of memory, an `eps` that is not above 0.
+        ValueError: a wrong shape or memory order, an `eps` that is not above 0.
         TypeError: a wrong dtype, or host and device arrays in one call.
     """
     version = OPERATION.version(stream, tokens=tokens, mask=mask, out=out)
@@ -56,11 +56,11 @@ def pool_normalize(
 
 
 def l2_normalize(x: Any, *, eps: float = EPS, out: Any = None, stream: Any = None) -> Any:
-    """Each row divided by max(its length, eps). A row of zeros stays zeros.
+    """Divide each row by max(its length, eps). A row of zeros stays zeros.
 
     Args:
         x: [n, d] float32 or float16, C-contiguous.
-        eps: the least length to divide by.
+        eps: smallest length to divide by.
         out: [n, d] float32, which may be `x` itself; allocated when None.
         stream: as in `pool_normalize`.
 
@@ -89,7 +89,7 @@ def _least(operation: str, eps: float) -> np.float32:
 
 
 def warm_up() -> None:
-    """Compiles what a call would compile."""
+    """Compile every variant of the chosen backend."""
     for dtype in (np.float32, np.float16):
         l2_normalize(arrays.at_choice(np.zeros((1, 1), dtype)))
         for mask in MASKS:

@@ -1,6 +1,7 @@
-"""pool_normalize on the CPU: tokens that count are added up, a row of numbers at a time; then one pass for the length.
+"""pool_normalize on the CPU: adds the unmasked tokens, one row of numbers at a time, then scales in a second pass.
 
-Only the sum of squares may be reordered (`reassoc`), which makes it a vector's; NaN and infinities keep their meaning.
+Only the sum of squares may be reordered (`reassoc`), which lets LLVM vectorise it. NaN and infinities keep their
+meaning.
 """
 
 from __future__ import annotations

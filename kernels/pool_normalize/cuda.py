@@ -1,6 +1,6 @@
-"""pool_normalize on a GPU: means of 64 columns in each block, then the rows' lengths in a second launch.
+"""pool_normalize on a GPU: each block computes the means of 64 columns; a second launch normalises the rows.
 
-One launch could do both only with a block a text, and 32 texts would keep a quarter of an H100 busy.
+A single launch would need one block per text, and 32 texts would use a quarter of an H100.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SOURCE = CudaSource(
     + tuple(f"l2_normalize<{number}>" for number in NUMBERS.values()),
     registers=40,
 )
-# As in the source.
+# Equal to the constants in pool_normalize.cu.
 COLUMNS, SPLITS = 64, 4
 THREADS = 128
 

@@ -5,7 +5,7 @@ __device__ __forceinline__ float number(__half x) { return __half2float(x); }
 
 const int COLUMNS = 64, SPLITS = 4;
 
-// blockIdx.x: text. A block has COLUMNS columns of it; each of its SPLITS rows of threads adds every SPLITS-th token.
+// blockIdx.x is the text. A block computes COLUMNS columns; each of its SPLITS thread rows adds every SPLITS-th token.
 template <class T, class M>
 __global__ void mean_of_tokens(const T* __restrict__ tokens, const M* __restrict__ mask, float* __restrict__ out, int t,
                                int d) {
@@ -33,7 +33,8 @@ __global__ void mean_of_tokens(const T* __restrict__ tokens, const M* __restrict
     out[(long long)blockIdx.x * d + column] = count ? sum / (float)count : 0.f;
 }
 
-// One block of 32 to 1024 threads, a multiple of 32, for each row. `out` may be `x`: no thread reads what another writes.
+// One block per row, of 32 to 1024 threads, a multiple of 32. `out` may be `x`: a thread writes only elements that no
+// other thread reads.
 template <class T> __global__ void l2_normalize(const T* x, float* out, int d, float eps) {
     __shared__ float sums[32];
     const T* row = x + (long long)blockIdx.x * d;
@@ -48,6 +49,6 @@ template <class T> __global__ void l2_normalize(const T* x, float* out, int d, f
     squares = 0.f;
     for (int w = 0; w < (int)blockDim.x / 32; ++w) squares += sums[w];
     float length = sqrtf(squares);
-    float factor = 1.f / (length < eps ? eps : length);  // NaN is not less.
+    float factor = 1.f / (length < eps ? eps : length);  // A NaN length stays NaN.
     for (int j = threadIdx.x; j < d; j += blockDim.x) out[(long long)blockIdx.x * d + j] = number(row[j]) * factor;
 }

@@ -1,4 +1,4 @@
-"""pool_normalize in float64: what the other versions must equal."""
+"""Reference version of pool_normalize, in float64."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ Array = npt.NDArray[Any]
 
 
 def pool(tokens: Array, mask: Array, eps: np.float32, normalize: bool, out: Array, stream: None = None) -> None:
-    for row, text, counts in zip(out, tokens, mask != 0, strict=True):
-        pooled = text[counts].sum(axis=0, dtype=np.float64) / max(np.count_nonzero(counts), 1)
-        row[:] = _divided(pooled, eps) if normalize else pooled
+    for row, text, unmasked in zip(out, tokens, mask != 0, strict=True):
+        pooled = text[unmasked].sum(axis=0, dtype=np.float64) / max(np.count_nonzero(unmasked), 1)
+        row[:] = _normalized(pooled, eps) if normalize else pooled
 
 
 def l2(x: Array, eps: np.float32, out: Array, stream: None = None) -> None:
-    for row, given in zip(out, x, strict=True):
-        row[:] = _divided(given.astype(np.float64), eps)
+    for row, source in zip(out, x, strict=True):
+        row[:] = _normalized(source.astype(np.float64), eps)
 
 
-def _divided(row: Array, eps: np.float32) -> Array:
+def _normalized(row: Array, eps: np.float32) -> Array:
     squares = np.square(row).sum()
-    # The others add in float32, and have no more room.
+    # The other versions add in float32, where this sum overflows.
     length = np.inf if squares > np.finfo(np.float32).max else np.sqrt(squares)
     with np.errstate(invalid="ignore"):
         return row / (float(eps) if length < eps else length)

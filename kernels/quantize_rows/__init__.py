@@ -1,8 +1,8 @@
-"""Rows of float32 as int8 and one scale each: a quarter of the bytes to store and to send.
+"""Quantization of float32 rows to int8 with one scale per row: a quarter of the bytes to store and to send.
 
-    scale = max |x| / 127     q = round(x / scale)     x ~ q * scale, at most about scale / 2 off
+    scale = max |x| / 127     q = round(x / scale)     x ~ q * scale, with an error of about scale / 2 at most
 
-Every step is one float32 operation, rounded to nearest even: all versions give the same bits, NumPy's of this formula.
+Every step is one float32 operation, rounded to nearest even. All versions give the same bits as NumPy for this formula.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ OPERATION = Operation(__name__, gpu="numba_cuda")
 
 
 def quantize_rows(x: Any, *, out: tuple[Any, Any] | None = None, stream: Any = None) -> tuple[Any, Any]:
-    """Each row as int8 in [-127, 127], and its scale.
+    """Return each row as int8 in [-127, 127], with its scale.
 
-    A row that holds NaN or an infinity cannot be scaled: its scale is NaN and its numbers are 0, so that it comes back
-    as NaN and not as something plausible. A row whose largest magnitude is below 1.5e-36 (127 times the smallest
-    normal float32), zeros included, is all 0 with scale 0.
+    A row with NaN or an infinity has the scale NaN and the numbers 0, so `dequantize_rows` returns NaN instead of
+    plausible values. A row whose largest magnitude is below 1.5e-36 (127 times the smallest normal float32) has the
+    scale 0 and the numbers 0.
 
     Args:
         x: [n, m] float32, C-contiguous.
         out: numbers, int8 [n, m], and scales, float32 [n]; allocated when None.
-        stream: the `cupy.cuda.Stream` to run on, CuPy's current one when None. Nothing waits for it.
+        stream: the `cupy.cuda.Stream` to run on; None is CuPy's current one. The call does not wait for it.
 
     Returns:
         numbers and scales: `out`.
 
     Raises:
-        ValueError: a wrong shape or order of memory.
+        ValueError: a wrong shape or memory order.
         TypeError: a wrong dtype, or host and device arrays in one call.
     """
     numbers, scales = out or (None, None)
@@ -49,7 +49,7 @@ def quantize_rows(x: Any, *, out: tuple[Any, Any] | None = None, stream: Any = N
 
 
 def dequantize_rows(numbers: Any, scales: Any, *, out: Any = None, stream: Any = None) -> Any:
-    """numbers * scales, row by row: what `quantize_rows` was given, nearly.
+    """Return numbers * scales, row by row: approximately the input of `quantize_rows`.
 
     Args:
         numbers: [n, m] int8, C-contiguous.
@@ -74,5 +74,5 @@ def dequantize_rows(numbers: Any, scales: Any, *, out: Any = None, stream: Any =
 
 
 def warm_up() -> None:
-    """Compiles what a call would compile."""
+    """Compile every variant of the chosen backend."""
     dequantize_rows(*quantize_rows(arrays.at_choice(np.zeros((1, 1), np.float32))))

@@ -1,7 +1,7 @@
-"""quantize_rows on the CPU: each row read twice, both times in vectors of 8 or 16.
+"""quantize_rows on the CPU: reads each row twice, both times in vectors of 8 or 16.
 
-The largest magnitude is taken of integers, since a maximum of floats becomes a vector only where NaN may be ignored.
-Rounding is one addition: 1.5 * 2^23 + y has no room for a fraction, and its low bits are y, rounded to nearest even.
+The largest magnitude is computed on integers, because LLVM vectorises a maximum of floats only if NaN may be ignored.
+One addition rounds: 1.5 * 2^23 + y has no fraction bits, and its low bits are y rounded to nearest even.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def round_row(row, scale, numbers):
 
 @njit(nogil=True, cache=True)
 def quantize_all(x, bits, numbers, scales):
-    """`bits` is `x` seen as int32."""
+    """Quantize all rows of `x`; `bits` is a view of `x` as int32."""
     for i in range(x.shape[0]):
         most = largest_of(bits[i])
         if LEAST <= most < np.inf:

@@ -1,4 +1,4 @@
-"""quantize_rows on a GPU: one block of threads for each row; back again, one thread for each element."""
+"""quantize_rows on a GPU: one block of threads per row to quantize, one thread per element to dequantize."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from numba import cuda, float32
 from kernels import numba_launch
 from kernels.quantize_rows.reference import LEAST, LEVELS
 
+# A power of two, because the maximum is reduced by halves.
 THREADS = 128
-"""A power of two: the maximum is found in halves."""
 REGISTERS = 40
 INFINITY = np.float32(np.inf)
 NAN = np.float32(np.nan)
+# Floats near this value have no fraction bits, so adding it rounds to nearest even. `round` would use double precision.
 ROUNDER = np.float32(1.5 * 2**23)
-"""A float32 beside it has no fraction: adding it rounds to nearest even. `round` would go over double precision."""
 SIGNATURES = {
     "quantize_row": ["void(float32[:,::1], int8[:,::1], float32[::1])"],
     "dequantize_element": ["void(int8[:,::1], float32[::1], float32[:,::1])"],
@@ -31,7 +31,7 @@ def quantize_row(x, numbers, scales):
     most = np.float32(0)
     for j in range(t, m, THREADS):
         magnitude = abs(x[i, j])
-        # NaN is not below infinity, and nothing is above it: it stays.
+        # NaN is not below infinity: it becomes infinity, which no later element exceeds.
         if not magnitude < INFINITY:
             magnitude = INFINITY
         if magnitude > most:

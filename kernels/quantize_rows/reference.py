@@ -1,4 +1,4 @@
-"""quantize_rows in NumPy: what the other versions must equal, bit for bit. float32 throughout, as the formula says."""
+"""Reference version of quantize_rows in NumPy; the other versions give the same bits. float32 throughout."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 LEVELS = np.float32(127)
+# A smaller maximum would give a subnormal scale, or 0.
 LEAST = LEVELS * np.finfo(np.float32).tiny
-"""A row below it has a scale that is no normal number, or none."""
 
 
 def quantize(x: Array, numbers: Array, scales: Array, stream: None = None) -> None:

@@ -1,4 +1,4 @@
-"""Resize, crop, normalise and lay out a batch of images of different sizes, in one call or one launch.
+"""Resizing, cropping, normalisation and layout of a batch of images of different sizes, in one call or one launch.
 
 uint8 images, any sizes ──box──> triangle filter ──> (x / 255 - mean) / std ──> [n, 3, h, w] float16
 """
@@ -22,8 +22,8 @@ from kernels.resize_norm.images import (
     Affine,
     Array,
     Box,
-    Loose,
     Packed,
+    Unpacked,
     channels_of,
     check_packed,
     layout_table,
@@ -53,38 +53,38 @@ def resize_norm(
     stream: Any = None,
     pool: Executor | None = None,
 ) -> Any:
-    """Every image to one size; with `out` nothing is allocated but scratch lines.
+    """Resize every image to one size; with `out`, only scratch lines are allocated.
 
     out = (x / 255 - mean) / std with x the filtered pixel, 0 to 255. uint8 outputs are x itself, rounded to nearest.
-    With antialias the result is Pillow's `resize(size, BILINEAR, box=box)` but for Pillow's rounding between its two
-    passes: at most one grey level. Without, it is plain bilinear, OpenCV's INTER_LINEAR.
+    With antialias the result equals Pillow's `resize(size, BILINEAR, box=box)`, except that Pillow rounds between its
+    two passes: at most one grey level. Without antialias the result is plain bilinear, as OpenCV's INTER_LINEAR.
 
     Args:
-        images: uint8 arrays [h, w, 3], or all [h, w, 1] or [h, w], on the host: read where they are (a view that is not
-            C-contiguous is copied). Or `Packed`, on the host or the device; a device's table is trusted, not read.
+        images: uint8 arrays [h, w, 3], or all [h, w, 1] or [h, w], on the host, read in place (a view that is not
+            C-contiguous is copied). Or `Packed`, on the host or the device; a device's table is not checked.
         out: [n, c, h, w] for layout "CHW", [n, h, w, c] for "HWC", C-contiguous, float32, float16 or uint8, on the
-            images' side. Fresh when None: then `size` and `dtype` say what.
+            device of the images. When None, a new array of `size` and `dtype`.
         size: height and width of the outputs. Only needed without `out`.
-        boxes: for each image (y0, x0, y1, x1) in source pixels, fractions allowed, or None for all of it. A crop costs
-            nothing; the filter reaches over its edge, as Pillow's does. `Packed` has its boxes already.
+        boxes: for each image (y0, x0, y1, x1) in source pixels, fractions allowed, or None for the whole image. A crop
+            costs nothing; the filter reads pixels beyond the box, as Pillow's does. `Packed` contains its boxes.
         mean, std: per source channel, of values between 0 and 1; None is 0 and 1.
         antialias: widen the filter when shrinking.
         swap: reverse the three channels: BGR to RGB.
-        channels: of `Packed` images: 1 or 3.
-        stream: of CuPy, for device arrays; the launch is put there and nothing waits for it. None is the current one.
-        pool: threads to share host images out to, and to wait for. Not from a task of the same pool.
+        channels: number of channels of `Packed` images: 1 or 3.
+        stream: CuPy stream for device arrays; the call does not wait for it. None is the current one.
+        pool: threads that process host images while the call waits. Must not be the pool that runs the call.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError, TypeError: an argument is not as above; the message names it.
+        ValueError, TypeError: an argument violates the description above; the message names it.
         BackendError: see `kernels.backend`.
     """
     if layout not in (CHANNELS_FIRST, CHANNELS_LAST):
         raise ValueError(f"resize_norm: layout {layout!r} is neither CHW nor HWC")
     size = _size(out, size, layout)
-    batch: Packed | Loose
+    batch: Packed | Unpacked
     if isinstance(images, Packed):
         if boxes is not None:
             raise ValueError("resize_norm: packed images have their boxes in the table; give boxes to pack()")
@@ -95,21 +95,21 @@ def resize_norm(
         table = layout_table(images, size, boxes)
         channels = channels_of(images)
         version = _OPERATION.version(stream=stream, images=images[0], out=out)
-        batch, like = Loose([np.ascontiguousarray(image) for image in images], table), images[0]
+        batch, like = Unpacked([np.ascontiguousarray(image) for image in images], table), images[0]
     if pool is not None and not isinstance(like, np.ndarray):
         raise TypeError("resize_norm: pool= is for images on the host; these are on a GPU")
     shape = (batch.table.shape[0], *((channels, *size) if layout == CHANNELS_FIRST else (*size, channels)))
     if out is None:
         out = arrays.empty(like, shape, np.dtype(dtype), stream)
     _check_out(out, shape)
-    affine = _affine(channels, _given(mean), _given(std), swap, out.dtype == np.uint8)
+    affine = _affine(channels, _floats(mean), _floats(std), swap, out.dtype == np.uint8)
     if shape[0]:
         version.run(batch, out, affine=affine, antialias=antialias, layout=layout, stream=stream, pool=pool)
     return out
 
 
 def warm_up() -> None:
-    """Compiles the version that runs here, for every kind of output."""
+    """Compile the version of the chosen backend, for every output dtype."""
     for channels in (1, 3):
         batch = pack([np.zeros((4, 4, channels), np.uint8)], (2, 2)).moved(arrays.at_choice)
         for dtype in _DTYPES:
@@ -131,12 +131,12 @@ def _size(out: Any, size: tuple[int, int] | None, layout: str) -> tuple[int, int
 
 def _check_out(out: Any, shape: tuple[int, ...]) -> None:
     if out.dtype.type not in _DTYPES or tuple(out.shape) != shape or not out.flags.c_contiguous:
-        told = f"{out.dtype}{list(out.shape)}{'' if out.flags.c_contiguous else ', not contiguous'}"
-        raise ValueError(f"resize_norm: out is {told}; expected float32, float16 or uint8 {list(shape)}, contiguous")
+        found = f"{out.dtype}{list(out.shape)}{'' if out.flags.c_contiguous else ', not contiguous'}"
+        raise ValueError(f"resize_norm: out is {found}; expected float32, float16 or uint8 {list(shape)}, contiguous")
     arrays.expect_writable("resize_norm", "out", out)
 
 
-def _given(values: Sequence[float] | None) -> tuple[float, ...] | None:
+def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
     return None if values is None else tuple(float(value) for value in values)
 
 

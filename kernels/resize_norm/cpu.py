@@ -1,11 +1,12 @@
-"""For CPUs: the vertical filter first, along rows of the source, then the horizontal one with a constant tap count.
+"""resize_norm on the CPU: a vertical filter along source rows, then a horizontal filter with a constant tap count.
 
-The vertical pass reads each source row in order, four rows at a time, so that the line of sums is loaded and stored a
-quarter as often; compilers turn it into wide vector code. The horizontal pass has the same number of taps for every
-pixel (weights of zero fill up) and sums the three channels in one vector.
+The vertical pass reads four source rows at a time in order, so the line of sums is loaded and stored a quarter as
+often. LLVM vectorises its loop. The horizontal pass has the same number of taps for every pixel, padded with zero
+weights, and sums the three channels in one vector.
 
-A call is one thread that holds no GIL. With a pool, images (or bands of rows, when there are few) are shared out to it.
-numba's own threading is not used: its layers abort or hang when several threads or a forked child meet in them.
+A call is one thread that does not hold the GIL. With a pool, each image, or each band of rows when there are few
+images, is one task. numba's own threading is not used: its threading layers abort or hang when several threads or a
+forked child use them.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels.resize_norm.images import CHANNELS_FIRST, Affine, Array, Loose, Packed
+from kernels.resize_norm.images import CHANNELS_FIRST, Affine, Array, Packed, Unpacked
 
-# Sums may be taken in any order; NaN and infinity keep their meaning.
+# Sums may be reordered; NaN and infinity keep their meaning.
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
+# Number of tasks per image when a pool gets few images.
 _BANDS = 4
-"""Tasks an image is cut into when a pool has few images to share."""
 
 
 def run(
-    images: Packed | Loose,
+    images: Packed | Unpacked,
     out: Array,
     *,
     affine: Affine,
@@ -39,15 +40,16 @@ def run(
     **_: Any,
 ) -> None:
     table = images.table
+    # A read-only or unaligned array has another numba type, which would be compiled during the request.
     if not (table.flags.writeable and table.flags.aligned):
-        table = table.copy()  # To numba another type: it would compile again, in the middle of a request.
-    if isinstance(images, Loose):  # Where they are: nothing is packed.
+        table = table.copy()
+    if isinstance(images, Unpacked):
         addresses = np.array([array.ctypes.data for array in images.arrays], np.int64)
     else:
         addresses = images.pixels.ctypes.data + table["offset"]
     channels_first = layout == CHANNELS_FIRST
     out_h, out_w = out.shape[2:] if channels_first else out.shape[1:3]
-    # numba knows no float16 on CPUs: its bits are computed.
+    # numba does not support float16 on CPUs: the kernel computes its bits as uint16.
     flat = (out.view(np.uint16) if out.dtype == np.float16 else out).reshape(len(table), -1)
     order = np.array(affine.order, np.int64)
     arguments = (addresses, table, affine.scale, affine.bias, order, antialias, channels_first, out_h, out_w, flat)
@@ -66,7 +68,7 @@ def run(
 
 @intrinsic
 def _pointer(typing_context: Any, address: Any) -> Any:
-    """An address as a pointer to bytes, for `carray`."""
+    """Convert an address to a pointer to bytes, for `carray`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], cgutils.voidptr_t)
@@ -76,9 +78,9 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def taps_of(size, start, scale, count, antialias, first, weights):
-    """The triangle filter: output i sums weights[i] over source first[i] and the following; returns how many at most.
+    """Compute the taps of the triangle filter: output i sums weights[i] * source[first[i]:first[i] + taps].
 
-    `first` is such that this many lie inside of the source for every i.
+    Returns the number of taps, equal for all outputs. `first` is chosen so that all taps are inside the source.
     """
     reach = max(scale, 1.0) if antialias else 1.0
     most = 0
@@ -101,11 +103,11 @@ def taps_of(size, start, scale, count, antialias, first, weights):
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def blend_rows(source, start, pitch, weights, count, line):
-    """line = the weighted sum of `count` stretches of the source, the first of which begins at `start`."""
+    """Compute line = the weighted sum of `count` source rows; the first begins at `start`."""
     size = line.size
     k = 0
     while k < count:
-        # Slices that begin at 0: only then does the compiler see that no index wraps around.
+        # With slices that begin at 0, the compiler can prove that no index is negative.
         a = source[start + k * pitch :][:size]
         b = source[start + min(k + 1, count - 1) * pitch :][:size]
         wa = weights[k]
@@ -126,7 +128,7 @@ def blend_rows(source, start, pitch, weights, count, line):
                     )
             k += 4
         else:
-            # Two rows; of the last one alone the second has no weight.
+            # Two rows per step; after a single last row, the second weight is 0.
             wb = weights[k + 1] if left >= 2 else np.float32(0)
             if k:
                 for x in range(size):
@@ -139,10 +141,11 @@ def blend_rows(source, start, pitch, weights, count, line):
 
 @intrinsic
 def _blend_pixels(typing_context: Any, line: Any, at: Any, weights: Any, z: Any, taps: Any, sums: Any, x: Any) -> Any:
-    """sums[x : x + 4] = the weighted sum of `taps` times four floats, each three floats behind the one before.
+    """Compute sums[x : x + 4] = the weighted sum of `taps` vectors of four floats, at a distance of three floats.
 
-    Three channels in a vector of four; the fourth is the next pixel's, and is not looked at. The compiler does not find
-    this by itself: a row of 224 pixels with 8 taps takes 0.95 us, and 1.9 us as a loop over three sums.
+    A vector holds three channels of a pixel. Its fourth float belongs to the next pixel, and its sum is not used. LLVM
+    does not find this vectorisation. A row of 224 pixels with 8 taps takes 0.95 us, and 1.9 us as a loop over three
+    sums.
     """
     vector = ir.VectorType(ir.FloatType(), 4)
 
@@ -151,15 +154,15 @@ def _blend_pixels(typing_context: Any, line: Any, at: Any, weights: Any, z: Any,
             data = context.make_array(signature.args[n])(context, builder, args[n]).data
             return builder.gep(data, [index])
 
-        def as_vector(place: Any) -> Any:
-            return builder.bitcast(place, vector.as_pointer())
+        def as_vector(address: Any) -> Any:
+            return builder.bitcast(address, vector.as_pointer())
 
         three = ir.Constant(args[1].type, 3)
         total = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * 4))
-        place = cgutils.alloca_once_value(builder, args[1])
+        position = cgutils.alloca_once_value(builder, args[1])
         with cgutils.for_range(builder, args[4]) as loop:
-            here = builder.load(place)
-            pixel = builder.load(as_vector(pointer(0, here)), align=4)
+            index = builder.load(position)
+            pixel = builder.load(as_vector(pointer(0, index)), align=4)
             weight = builder.load(pointer(2, builder.add(args[3], loop.index)))
             spread = builder.insert_element(ir.Constant(vector, ir.Undefined), weight, ir.Constant(ir.IntType(32), 0))
             spread = builder.shuffle_vector(
@@ -167,7 +170,7 @@ def _blend_pixels(typing_context: Any, line: Any, at: Any, weights: Any, z: Any,
             )
             product = builder.fmul(spread, pixel, flags=("contract",))
             builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-            builder.store(builder.add(here, three), place)
+            builder.store(builder.add(index, three), position)
         builder.store(builder.load(total), as_vector(pointer(5, args[6])), align=4)
         return context.get_dummy_value()
 
@@ -176,7 +179,7 @@ def _blend_pixels(typing_context: Any, line: Any, at: Any, weights: Any, z: Any,
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def blend_columns(line, begin, weights, taps, channels, sums):
-    """sums[4 x + c] = the weighted sum of `taps` pixels of the line, the first of which begins at begin[x]."""
+    """Compute sums[4 x + c] = the weighted sum of `taps` pixels of the line; the first begins at begin[x]."""
     if channels == 3:
         for x in range(begin.size):
             _blend_pixels(line, begin[x], weights, x * taps, taps, sums, 4 * x)
@@ -195,12 +198,13 @@ def blend_columns(line, begin, weights, taps, channels, sums):
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def round_line(values, scratch, out):
-    """Finite float32 to out's dtype: float32, uint8 (nearest, 0 to 255), or float16 as its bits in uint16."""
+    """Convert finite float32 to out's dtype: float32, uint8 (nearest, 0 to 255), or float16 as its bits in uint16."""
     if isinstance(out[0], np.uint8):
         for x in range(values.size):
             out[x] = np.uint8(min(max(values[x] + np.float32(0.5), np.float32(0)), np.float32(255)))
     elif isinstance(out[0], np.uint16):
-        for x in range(values.size):  # Below 2^-14 the adder rounds: the last place of 0.5 is 2^-24.
+        # For subnormal halves, below 2^-14, this addition rounds: the last place of 0.5 is 2^-24.
+        for x in range(values.size):
             scratch[x] = abs(values[x]) + np.float32(0.5)
         bits = values.view(np.uint32)
         small = scratch.view(np.uint32)
@@ -233,7 +237,7 @@ def resize_images(
     first_row,
     end_row,
 ):
-    """Rows [first_row, end_row) of images [first_image, end_image) into out [n, pixels of an output]."""
+    """Write rows [first_row, end_row) of images [first_image, end_image) to out [n, pixels of an output]."""
     channels = scale.size
     sums = np.empty(4 * out_w, np.float32)
     line_out = np.empty(channels * out_w, np.float32)
@@ -259,9 +263,10 @@ def resize_images(
         down = np.empty((out_h, 2 * int(max(sy, 1.0) + 1) + 2), np.float32)
         top = np.empty(out_h, np.int64)
         rows = taps_of(height, float(table[n]["y0"]), sy, out_h, antialias, top, down)
-        line = np.zeros(high - low + 1, np.float32)  # One more: a vector of four at the last pixel.
+        # One extra float for the vector of four at the last pixel.
+        line = np.zeros(high - low + 1, np.float32)
         for y in range(first_row, end_row):
-            # Weights of zero at either end are left out: they are there for the constant count.
+            # Skip the zero weights at both ends, which pad the number of taps.
             begin_k, end_k = 0, rows
             while begin_k < end_k - 1 and down[y, begin_k] == 0:
                 begin_k += 1

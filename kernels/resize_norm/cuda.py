@@ -1,4 +1,4 @@
-"""For NVIDIA GPUs: one launch for the whole ragged batch (resize_norm.cu). Neither copies nor waits."""
+"""resize_norm on NVIDIA GPUs: one launch for the whole ragged batch (resize_norm.cu), without copies or waits."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Any
 import numpy as np
 
 from kernels.cuda_source import CudaSource
-from kernels.resize_norm.images import ALIGNMENT, CHANNELS_FIRST, Affine, Loose, Packed
+from kernels.resize_norm.images import ALIGNMENT, CHANNELS_FIRST, Affine, Packed, Unpacked
 
 _ROWS, _COLUMNS = 8, 32
-_MOST_IMAGES = 65_535  # Of the grid's third dimension.
+# Limit of a grid's third dimension.
+_MOST_IMAGES = 65_535
 _TYPES = {"float32": "float", "float16": "__half", "uint8": "unsigned char"}
 SOURCE = CudaSource(
     Path(__file__).with_name("resize_norm.cu"),
     tuple(f"resize_norm<{name}, {channels}>" for name in _TYPES.values() for channels in (1, 3)),
-    registers=64,  # Four blocks of 256 threads on a multiprocessor.
+    # Allows four blocks of 256 threads per multiprocessor.
+    registers=64,
 )
 
 
 def run(
-    images: Packed | Loose, out: Any, *, affine: Affine, antialias: bool, layout: str, stream: Any, **_: Any
+    images: Packed | Unpacked, out: Any, *, affine: Affine, antialias: bool, layout: str, stream: Any, **_: Any
 ) -> None:
-    packed = images.packed() if isinstance(images, Loose) else images
+    packed = images.packed() if isinstance(images, Unpacked) else images
     _check_alignment(packed.pixels)
     channels = affine.scale.size
     count = out.shape[0]

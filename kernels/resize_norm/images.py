@@ -1,10 +1,10 @@
-"""A ragged batch of images: one flat buffer of bytes and a table with 32 bytes an image.
+"""Ragged batch of images: one flat buffer of bytes and a table with 32 bytes per image.
 
     pixels  | image 0, rows of width x channels bytes | image 1 ... |  a multiple of 16 bytes
-    table   | offset i64 | height, width i32 | y0, x0, sy, sx f32 |    a row an image
+    table   | offset i64 | height, width i32 | y0, x0, sy, sx f32 |    one row per image
 
-An output pixel (y, x) looks at the source around (y0 + (y + 0.5) sy, x0 + (x + 0.5) sx). A device's table is the same
-bytes, uint8 [n, 32]: one copy, one kernel argument.
+Output pixel (y, x) has its centre at (y0 + (y + 0.5) sy, x0 + (x + 0.5) sx) in the source. On a device the table is the
+same bytes as uint8 [n, 32]: one copy, one kernel argument.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ IMAGE = np.dtype(
     [("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("y0", "<f4"), ("x0", "<f4"), ("sy", "<f4"), ("sx", "<f4")]
 )
 ALIGNMENT = 16
-"""Bytes. Images begin at multiples of it, and the buffer ends at one: the GPU reads 16 bytes at a time."""
+"""Alignment in bytes of each image and of the buffer's end: the GPU reads 16 bytes at a time."""
 CHANNELS_FIRST, CHANNELS_LAST = "CHW", "HWC"
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A ragged batch in one place: NumPy arrays, or CuPy arrays."""
+    """A ragged batch in one buffer, on the host (NumPy arrays) or on a device (CuPy arrays)."""
 
     pixels: Any
     """uint8 [bytes]."""
@@ -39,23 +39,23 @@ class Packed:
     """[n] of IMAGE on the host; uint8 [n, 32] on a device."""
 
     def table_bytes(self) -> Array:
-        """A host's table as a device takes it, without a copy."""
+        """Return a view of a host's table in the form for a device."""
         return np.asarray(self.table).view(np.uint8).reshape(-1, IMAGE.itemsize)
 
     def moved(self, move: Callable[[Array], Any]) -> Packed:
-        """A host's batch elsewhere: `move` copies bytes to a device, or to other memory of the host."""
+        """Return a copy of a host's batch; `move` copies bytes to a device, or to other memory of the host."""
         table = move(self.table_bytes())
         return Packed(move(self.pixels), table.view(IMAGE).reshape(-1) if isinstance(table, np.ndarray) else table)
 
 
 @dataclass(frozen=True)
-class Loose:
-    """A ragged batch of host arrays where they are."""
+class Unpacked:
+    """A ragged batch of separate host arrays."""
 
     arrays: Sequence[Array]
     """C-contiguous."""
     table: Array
-    """Its offsets are those that `packed` has."""
+    """Table with the offsets for `packed`."""
 
     def packed(self) -> Packed:
         return Packed(fill(self.arrays, self.table, np.empty(packed_bytes(self.arrays), np.uint8)), self.table)
@@ -63,7 +63,7 @@ class Loose:
 
 @dataclass(frozen=True)
 class Affine:
-    """Output channel c is source channel order[c], times scale[order[c]], plus bias[order[c]]."""
+    """Affine map: output channel c is source channel order[c], times scale[order[c]], plus bias[order[c]]."""
 
     scale: npt.NDArray[np.float32]
     bias: npt.NDArray[np.float32]
@@ -76,16 +76,16 @@ def pack(
     boxes: Sequence[Box | None] | None = None,
     out: Array | None = None,
 ) -> Packed:
-    """Copies images into one buffer, for `resize_norm` to outputs of one size.
+    """Copy images into one buffer, as input of `resize_norm` for outputs of one size.
 
     Args:
         images: uint8 [h, w, c] or [h, w], all of the same number of channels.
         size: height and width of every output.
-        boxes: as of `resize_norm`.
-        out: uint8 [bytes] to put them into, pinned memory for example; fresh memory when None.
+        boxes: as in `resize_norm`.
+        out: uint8 [bytes], for example pinned memory; allocated when None.
 
     Raises:
-        TypeError, ValueError: an image, a box or `out` is not as above; the message names it.
+        TypeError, ValueError: an image, a box or `out` violates the description above; the message names it.
     """
     table = layout_table(images, size, boxes)
     end = packed_bytes(images)
@@ -97,7 +97,7 @@ def pack(
 
 
 def fill(images: Sequence[Array], table: Array, out: Array) -> Array:
-    """Images into a buffer, where the table says; zeros between them."""
+    """Copy images into a buffer at the offsets of the table, with zeros between them."""
     for image, row in zip(images, table, strict=True):
         at = int(row["offset"])
         np.copyto(out[at : at + image.size].reshape(image.shape), image)
@@ -106,12 +106,12 @@ def fill(images: Sequence[Array], table: Array, out: Array) -> Array:
 
 
 def packed_bytes(images: Sequence[Array]) -> int:
-    """How large the buffer of `pack` must be."""
+    """Return the size of `pack`'s buffer, in bytes."""
     return sum(_aligned(image.size) for image in images)
 
 
 def layout_table(images: Sequence[Array], size: tuple[int, int], boxes: Sequence[Box | None] | None) -> Array:
-    """The table of images laid one after the other, each at a multiple of ALIGNMENT."""
+    """Return the table for consecutive images, each at a multiple of ALIGNMENT."""
     channels_of(images)
     if min(size) < 1:
         raise ValueError(f"resize_norm: an output of {size[0]} x {size[1]} pixels")
@@ -128,23 +128,23 @@ def layout_table(images: Sequence[Array], size: tuple[int, int], boxes: Sequence
 
 
 def channels_of(images: Sequence[Array]) -> int:
-    """The number of channels that all images share: 1 or 3.
+    """Return the number of channels of all images: 1 or 3.
 
     Raises:
-        TypeError, ValueError: no images, or one that is no uint8 [h, w, c] or [h, w]; the message names it.
+        TypeError, ValueError: no images, or an image that is not uint8 [h, w, c] or [h, w]; the message names it.
     """
     if not images:
         raise ValueError("resize_norm: no images")
     found = set()
     for n, image in enumerate(images):
         if on_device(image):
-            raise TypeError(f"resize_norm: image {n} is on a GPU; images there come as Packed, in one buffer")
+            raise TypeError(f"resize_norm: image {n} is on a GPU; pass images on a GPU as Packed, in one buffer")
         if not isinstance(image, np.ndarray):
             raise TypeError(f"resize_norm: image {n} must be a NumPy array, not {type(image).__name__}")
         channels = 1 if image.ndim == 2 else image.shape[2] if image.ndim == 3 else 0
         if image.dtype != np.uint8 or channels not in (1, 3) or image.size == 0:
-            told = f"{image.dtype}{list(image.shape)}"
-            raise ValueError(f"resize_norm: image {n} is {told}; expected uint8 [h, w, 3], [h, w, 1] or [h, w]")
+            shown = f"{image.dtype}{list(image.shape)}"
+            raise ValueError(f"resize_norm: image {n} is {shown}; expected uint8 [h, w, 3], [h, w, 1] or [h, w]")
         found.add(channels)
     if len(found) > 1:
         raise ValueError("resize_norm: images of 1 and of 3 channels in one call")
@@ -152,10 +152,12 @@ def channels_of(images: Sequence[Array]) -> int:
 
 
 def check_packed(images: Packed, channels: int, size: tuple[int, int]) -> None:
-    """What can be checked where the batch is: a device's table is not read, because that would wait for the device.
+    """Check the buffer and the table of a packed batch.
+
+    The contents of a device's table are not checked, because reading them would wait for the device.
 
     Raises:
-        TypeError, ValueError: buffer or table are not as `Packed` says, or an image lies outside of the buffer.
+        TypeError, ValueError: buffer or table are not as described in `Packed`, or an image is outside the buffer.
     """
     pixels, table = images.pixels, images.table
     if pixels.dtype != np.uint8 or pixels.ndim != 1 or not pixels.flags.c_contiguous:
@@ -172,10 +174,11 @@ def check_packed(images: Packed, channels: int, size: tuple[int, int]) -> None:
         raise ValueError(f"resize_norm: the table must be [n] of IMAGE, not {table.dtype}{list(table.shape)}")
     height, width, offset = (table[name].astype(np.int64) for name in ("height", "width", "offset"))
     inside = (height > 0) & (width > 0) & (offset >= 0) & (offset <= pixels.size)
-    inside &= height * width <= (pixels.size - offset) // channels  # Times `channels` could overflow.
+    # A product with `channels` could overflow, so divide instead.
+    inside &= height * width <= (pixels.size - offset) // channels
     for start, step, length, count in (("y0", "sy", height, size[0]), ("x0", "sx", width, size[1])):
         end = table[start].astype(np.float64) + table[step].astype(np.float64) * count
-        # A box's end comes back from float32: it may be off by some of its last places.
+        # The end of a box is computed from float32 values, with a rounding error.
         inside &= (table[start] >= 0) & (table[step] > 0) & (end <= length * (1 + 1e-6) + 1e-3)
     if not inside.all():
         n = int(np.argmin(inside))

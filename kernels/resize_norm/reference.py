@@ -1,4 +1,4 @@
-"""The truth: both filters as dense matrices in float64, one image after the other."""
+"""Reference version of resize_norm: both filters as dense matrices in float64, one image after the other."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels.resize_norm.images import CHANNELS_LAST, Affine, Array, Loose, Packed
+from kernels.resize_norm.images import CHANNELS_LAST, Affine, Array, Packed, Unpacked
 
 
-def run(images: Packed | Loose, out: Array, *, affine: Affine, antialias: bool, layout: str, **_: Any) -> None:
-    packed = images.packed() if isinstance(images, Loose) else images
+def run(images: Packed | Unpacked, out: Array, *, affine: Affine, antialias: bool, layout: str, **_: Any) -> None:
+    packed = images.packed() if isinstance(images, Unpacked) else images
     pixels = packed.pixels
     rows_at = 1 if layout == CHANNELS_LAST else 2
     out_h, out_w = out.shape[rows_at : rows_at + 2]
@@ -29,10 +29,10 @@ def run(images: Packed | Loose, out: Array, *, affine: Affine, antialias: bool, 
 
 
 def filter_matrix(size: int, start: float, scale: float, count: int, antialias: bool) -> npt.NDArray[np.float64]:
-    """Weights [count, size] of a triangle filter, as Pillow's `resize(..., BILINEAR, box=...)` has them.
+    """Return the weights [count, size] of a triangle filter, equal to Pillow's `resize(..., BILINEAR, box=...)`.
 
-    The triangle reaches one source pixel to either side, and with antialiasing one output pixel where that is more. It
-    is cut off at the edge of the image, not of the box, and what is left sums to one.
+    The triangle extends one source pixel to each side, or with antialiasing one output pixel if that is larger. The
+    filter is cut at the edge of the image, not of the box, and the remaining weights are scaled to the sum 1.
     """
     reach = max(scale, 1.0) if antialias else 1.0
     centre = start + (np.arange(count)[:, None] + 0.5) * scale

@@ -1,17 +1,17 @@
-// Ragged batch of uint8 images to one size: triangle filter, scale and bias, layout; one launch.
+// Resize of a ragged batch of uint8 images to one size, with scale, bias and layout, in one launch: triangle filter.
 //
-// A block makes 8 rows x 32 columns of one output, a warp a row:
+// A block computes 8 rows x 32 columns of one output, one row per warp:
 //
-//   source rows ──128-bit loads, a lane 16 columns of bytes──> 16 sums a lane ──> shared line of floats     (vertical)
-//   shared lines ──a thread one pixel, 8 rows x 4 columns a warp──> pixel ──> shared ──> coalesced stores   (horizontal)
+//   vertical    source rows ──128-bit loads, 16 columns of bytes per lane──> 16 sums per lane ──> shared line of floats
+//   horizontal  shared lines ──a pixel per thread, 8 rows x 4 columns per warp──> pixel ──> shared ──> coalesced stores
 //
-// Rows of the source are read by the two warps whose filters overlap: the second finds them in L1. Lines of different
-// rows lie 4 banks apart, and the threads that read at the same time are of 8 rows: they never meet in a bank, whatever
-// the scale. Of three channels a pixel takes 4 words of a line, and is read with one 128-bit load.
+// Two warps with overlapping filters read the same source rows; the second read hits L1. Lines of different rows start
+// 4 banks apart, and concurrent reads are from 8 rows, so there are no bank conflicts at any scale. A pixel of three
+// channels occupies 4 words of a line and is read with one 128-bit load.
 //
-// Rows whose length is a multiple of 16 bytes (widths of a multiple of 16 pixels: 640, 1280, 1920) are all aligned
-// alike; others are put together from two loads (Shifted). Of 64 frames 1920 x 1080 to 224 x 224 about 1400 instructions
-// a warp and row are to be expected, 880 of them vertical: 64 byte-sums in 176. Never run on a GPU so far.
+// Rows of a multiple of 16 bytes (widths of a multiple of 16 pixels: 640, 1280, 1920) have equal alignment. Other rows
+// are assembled from two loads (Shifted). For 64 frames of 1920 x 1080 to 224 x 224, the estimate is 1400
+// instructions per warp and row, 880 of them vertical: 64 byte-sums in 176. Never run on a GPU so far.
 #include <cuda_fp16.h>
 
 struct Image {  // 32 bytes, a row of the table.
@@ -22,11 +22,11 @@ struct Image {  // 32 bytes, a row of the table.
 
 
 constexpr int kRows = 8, kColumns = 32;
-constexpr int kSlots = 2;           // Loads a lane makes of one source row before the horizontal pass.
+constexpr int kSlots = 2;           // Loads per lane of one source row before the horizontal pass.
 constexpr int kLineWords = 1380;    // 4 modulo 32, see above; 320 pixels of 4 words, and 4 words for every 16 pixels.
 
-// x as a float, from byte `at` of a word. Exact: 2^23 + x less 2^23. Fast: 2^15 + x, which is exact too; the sum of
-// weights times 2^15 is taken off once at the end, and costs at most 0.02 grey levels of rounding with 10 rows.
+// Converts x, byte `at` of a word, to float. Exact: (2^23 + x) - 2^23. Fast: 2^15 + x, also exact; the caller subtracts
+// 2^15 times the sum of weights once at the end, with a rounding error of at most 0.02 grey levels for 10 rows.
 template <bool Exact> __device__ __forceinline__ float byte_as_float(unsigned word, int at) {
     if (Exact) return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + at)) - 8388608.f;
     return __uint_as_float(__byte_perm(word, 0x47000000u, 0x7404 + (at << 4)));
@@ -44,7 +44,7 @@ __device__ __forceinline__ float triangle(int at, float centre, float inverse_re
 
 __device__ __forceinline__ uint4 load(const unsigned char* at) { return __ldg(reinterpret_cast<const uint4*>(at)); }
 
-// 16 bytes from anywhere, of which the first at least lies before `end`. The shift is the same for a whole warp.
+// Loads 16 bytes from an unaligned address; at least the first byte is before `end`. A warp has one shift.
 __device__ __forceinline__ uint4 load_shifted(const unsigned char* at, const unsigned char* end) {
     const int shift = (int)((size_t)at & 15);
     at -= shift;
@@ -63,12 +63,11 @@ __device__ __forceinline__ uint4 load_shifted(const unsigned char* at, const uns
                       __funnelshift_r(low.z, low.w, bits), __funnelshift_r(low.w, high.x, bits));
 }
 
-// Adds rows [first, last) to the sums, the bytes at `at` of row 0 and as many rows of `pitch` further; returns the sum
-// of weights.
+// Adds the 16 bytes at `at` + row * `pitch`, for rows [first, last), to the sums, and returns the sum of weights.
 template <bool Shifted, bool Exact>
 __device__ __forceinline__ float vertical(float (&sums)[16], const unsigned char* at, const unsigned char* end, int pitch,
                                           int first, int last, float centre, float inverse_reach) {
-    // Rows in flight for each lane. Two shifted ones at once would spill on sm_80.
+    // Rows in flight per lane. Two shifted rows would spill registers on sm_80.
     constexpr int kAtOnce = Shifted ? 1 : 4;
     float total = 0.f;
     at += (long long)first * pitch;
@@ -94,8 +93,8 @@ __device__ __forceinline__ float vertical(float (&sums)[16], const unsigned char
     return total;
 }
 
-// A line in shared memory: the 16 sums of each lane go in, pixels come out. Every 16 pixels 4 words are left free, so
-// that lanes that write at the same time meet no bank more than twice.
+// Line in shared memory: lanes write 16 sums each, threads read pixels. 4 words of padding after every 16 pixels limit
+// bank conflicts of concurrent writes to two-way.
 template <int Channels> struct Pixel {};
 
 __device__ __forceinline__ void put(float* line, int slot, int lane, const float (&sums)[16], Pixel<1>) {
@@ -104,7 +103,7 @@ __device__ __forceinline__ void put(float* line, int slot, int lane, const float
     for (int i = 0; i < 4; ++i) to[i] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
 }
 
-// Three lanes are 16 pixels. Byte n of them is word n + n / 3; which of a lane's bytes begin a pixel depends on lane % 3.
+// Three lanes hold 16 pixels. Byte n of the 48 goes to word n + n / 3; lane % 3 determines which bytes begin a pixel.
 __device__ __forceinline__ void put(float* line, int slot, int lane, const float (&sums)[16], Pixel<3>) {
     const int phase = lane % 3, byte = phase * 16;
     line += (slot * 10 + lane / 3) * 68 + byte + byte / 3;
@@ -135,18 +134,18 @@ __global__ void __launch_bounds__(256, 4)
     resize_norm(const unsigned char* __restrict__ pixels, const Image* __restrict__ table, T* __restrict__ out,
                 long long bytes, int out_h, int out_w, int antialias, int channels_first, int swap, float scale0,
                 float scale1, float scale2, float bias0, float bias1, float bias2) {
-    constexpr bool kExact = sizeof(T) == 4;  // Half precision has steps of 0.06 grey levels and more.
-    // 30 lanes of 16 bytes are 160 pixels of three channels: no pixel is cut in two.
+    constexpr bool kExact = sizeof(T) == 4;  // Half precision has a resolution of 0.06 grey levels at best.
+    // 30 lanes of 16 bytes are exactly 160 pixels of three channels.
     constexpr int kLanes = Channels == 3 ? 30 : 32;
     constexpr int kSlotPixels = kLanes * 16 / Channels;
     constexpr int kStripPixels = kSlots * kSlotPixels;
     __shared__ __align__(16) float lines[kRows * kLineWords];
-    __shared__ __align__(16) float made[kRows * kColumns * 4];  // Of a pixel its channels, and its sum of weights.
+    __shared__ __align__(16) float made[kRows * kColumns * 4];  // Per pixel: up to three channels, and the weight sum.
     __shared__ Image shared_image;
 
     const int lane = threadIdx.x, warp = threadIdx.y;
     const int column0 = blockIdx.x * kColumns, row0 = blockIdx.y * kRows;
-    // In shared memory, so that what only the horizontal pass needs takes no registers from the vertical one.
+    // In shared memory, so that values of the horizontal pass occupy no registers during the vertical pass.
     if (lane == 0 && warp == 0) shared_image = table[blockIdx.z];
     __syncthreads();
     const Image image = shared_image;
@@ -159,18 +158,19 @@ __global__ void __launch_bounds__(256, 4)
     const int top = max(__float2int_rz(centre_y - reach_y + 0.5f), 0);
     const int bottom = row < out_h ? min(__float2int_rz(centre_y + reach_y + 0.5f), image.height) : top;
 
-    // Source columns that this block's outputs look at.
+    // Range of source columns under this block's filters.
     const float reach_x = antialias ? fmaxf(image.sx, 1.f) : 1.f;
     const int last_column = min(column0 + kColumns, out_w) - 1;
     int left = max(__float2int_rz(fmaf((float)column0 + 0.5f, image.sx, image.x0) - reach_x + 0.5f), 0);
     const int right =
         min(__float2int_rz(fmaf((float)last_column + 0.5f, image.sx, image.x0) + reach_x + 0.5f), image.width);
-    if (aligned) {  // A little further left, to a pixel that begins at a multiple of 16 bytes. 11 x 3 = 1 modulo 16.
+    // Move `left` to a pixel that begins at a multiple of 16 bytes. 11 is the inverse of 3 modulo 16.
+    if (aligned) {
         const int shift = (int)((image.offset + (long long)left * Channels) & 15);
         left -= Channels == 3 ? (shift * 11) & 15 : shift;
     }
 
-    // The pixel that this thread makes in the horizontal pass.
+    // Pixel that this thread computes in the horizontal pass.
     const int my_row = lane & 7, my_column = warp * 4 + (lane >> 3);
     float* const mine = made + (my_row * kColumns + my_column) * 4;
 #pragma unroll
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(256, 4)
         for (int slot = 0; slot < kSlots; ++slot) {
             const int from = strip + slot * kSlotPixels;
             if (from >= right) break;
-            // Lanes that have no byte of [0, right) load nothing: what the others load lies inside of the buffer.
+            // Lanes without a byte of [0, right) skip the load, so that all loads stay inside the buffer.
             if (lane < kLanes && lane * 16 < (right - from) * Channels && lane * 16 + 16 > -from * Channels && row < out_h) {
                 float sums[16];
 #pragma unroll
@@ -190,9 +190,9 @@ __global__ void __launch_bounds__(256, 4)
                     aligned
                         ? vertical<false, kExact>(sums, at, pixels + bytes, pitch, top, bottom, centre_y, inverse_y)
                         : vertical<true, kExact>(sums, at, pixels + bytes, pitch, top, bottom, centre_y, inverse_y);
-                const float inverse = 1.f / total, taken = kExact ? 0.f : -32768.f * total;
+                const float inverse = 1.f / total, offset = kExact ? 0.f : -32768.f * total;
 #pragma unroll
-                for (int i = 0; i < 16; ++i) sums[i] = (sums[i] + taken) * inverse;
+                for (int i = 0; i < 16; ++i) sums[i] = (sums[i] + offset) * inverse;
                 put(lines + warp * kLineWords, slot, lane, sums, Pixel<Channels>());
             }
         }
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(256, 4)
     for (int c = 0; c < Channels; ++c) mine[c] = fmaf(mine[c] * inverse, scales[c], biases[c]);
     __syncthreads();
 
-    // Neighbouring threads write neighbouring values.
+    // Coalesced stores: neighbouring threads write neighbouring values.
     const long long plane = (long long)out_h * out_w;
     T* const result = out + (long long)blockIdx.z * plane * Channels;
     for (unsigned i = warp * 32 + lane; i < kRows * kColumns * Channels; i += 256) {

@@ -1,8 +1,8 @@
-"""The k likeliest classes of each row of logits, with their probabilities.
+"""Softmax and top k: the k most probable classes of each row of logits, with their probabilities.
 
     probability[i] = exp(x[i] - max(x)) / sum_j exp(x[j] - max(x))
 
-The whole row is never written: only k numbers of it leave.
+Only k probabilities of a row are written, never the whole row.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ OPERATION = Operation(__name__, gpu="cuda")
 
 
 def softmax_topk(logits: Any, k: int, *, out: tuple[Any, Any] | None = None, stream: Any = None) -> tuple[Any, Any]:
-    """The k largest probabilities of each row and where they are.
+    """Return the k largest probabilities of each row and their indices.
 
-    Order: larger logits first; equal ones by index, lower first; NaN after every number. A row that holds NaN or +inf,
-    or nothing but -inf, has no softmax: its probabilities are all NaN, as `torch.softmax` has it, and its indices are
-    in the order above. A probability below 2**-126 may be 0.
+    Order: larger logits first; equal logits by ascending index; NaN after every number. A row that contains NaN or
+    +inf, or only -inf, has no softmax: its probabilities are all NaN, as in `torch.softmax`, and its indices are in the
+    order above. A probability below 2**-126 may be 0.
 
     Args:
         logits: [n, m] float32 or float16, C-contiguous. On the CPU float16 is copied to float32 first.
-        k: 1 or more; more than m means m. On a GPU a row is gone over once for each of the k: meant for tens.
+        k: 1 or more; more than m means m. A GPU reads a row once for each of the k, so k should be in the tens.
         out: probabilities, float32, and indices, int64, both [n, min(k, m)]; allocated when None.
-        stream: the `cupy.cuda.Stream` to run on, CuPy's current one when None. Nothing waits for it.
+        stream: the `cupy.cuda.Stream` to run on; None is CuPy's current one. The call does not wait for it.
 
     Returns:
         probabilities and indices: `out`.
 
     Raises:
-        ValueError: k below 1, a wrong shape or order of memory.
+        ValueError: k below 1, a wrong shape or memory order.
         TypeError: a wrong dtype, or host and device arrays in one call.
     """
     k = operator.index(k)
@@ -58,6 +58,6 @@ def softmax_topk(logits: Any, k: int, *, out: tuple[Any, Any] | None = None, str
 
 
 def warm_up() -> None:
-    """Compiles what a call would compile."""
+    """Compile every variant of the chosen backend."""
     for dtype in (np.float32, np.float16):
         softmax_topk(arrays.at_choice(np.zeros((1, 2), dtype)), 1)

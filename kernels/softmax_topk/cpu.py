@@ -1,18 +1,18 @@
-"""softmax_topk on the CPU: one row after the other, read twice.
+"""softmax_topk on the CPU: reads each row twice.
 
-First a row is cut into eight stretches, laid over each other:
+The first pass treats a row as a matrix of eight stretches, and computes the maximum of each column:
 
     stretch 0   x[0]     x[1]     x[2]     ...  x[L-1]
     stretch 1   x[L]     x[L+1]   x[L+2]   ...  x[2L-1]
     ...
-    maxima      ^ of the column                          and one of the up to seven logits that are left
+    maxima      ^ of the column                          and one of the remaining logits, seven at most
 
-The k-th largest of these maxima is a bound: at least k logits reach it. So only columns whose maximum reaches it are
-looked at again, and what reaches it in them is sorted. Then the sum of exponentials.
+The k-th largest of these maxima is a bound: at least k logits reach it. Only columns whose maximum reaches the bound
+are read again, and only their logits that reach it are sorted. The second pass sums the exponentials.
 
-Both loops are vectors of 8 or 16 lanes. LLVM makes vectors of a maximum or a sum of floats only where it may ignore NaN
-and infinities, and those count here. So maxima are taken of integers in the floats' order, and the sum alone may be
-reordered (`reassoc`). `math.exp` would be a call for each logit; `_exp` is a polynomial.
+Both loops use vectors of 8 or 16 lanes. LLVM vectorises a maximum or a sum of floats only if NaN and infinities may be
+ignored, which would be wrong here. Therefore maxima are computed on integers in the order of the floats, and only the
+sum may be reordered (`reassoc`). `math.exp` would be a function call per logit; `exp` is a polynomial.
 """
 
 from __future__ import annotations
@@ -32,24 +32,25 @@ LOWEST = np.int32(-0x80000000)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY = np.int32(0x7F800000)
 INDEX = np.uint64(0xFFFFFFFF)
-# So many are sorted by insertion: two to four times as fast as a general sort of that few.
+# Largest number of candidates for an insertion sort, two to four times as fast as a general sort at this size.
 FEW = 32
 
 LOG2E = np.float32(1.44269504)
-# ln 2 in two parts: the first has few bits, so that its product with a small whole number is exact.
+# ln 2 in two parts. The first has few bits, so that its product with a small integer is exact.
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 # exp(r) on [-ln 2 / 2, ln 2 / 2], minimax of degree 7: S. Moshier's Cephes, expf.
 C5, C4, C3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 C2, C1, C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-# exp of less is below the smallest normal float32.
+# exp(LEAST) is the smallest normal float32.
 LEAST = np.float32(-87.33654)
 
 
 @njit(nogil=True, cache=True)
 def exp(x):
-    """exp(x) of a float32 <= 0: within 1 ulp where the result is a normal float32, else 0."""
+    """Return exp(x) for a float32 <= 0: within 1 ulp if the result is a normal float32, else 0."""
     inside = x if x > LEAST else LEAST
-    n = np.int32(inside * LOG2E - np.float32(0.5))  # Cut off towards zero: the nearest whole number.
+    # Truncation towards zero gives the nearest integer.
+    n = np.int32(inside * LOG2E - np.float32(0.5))
     r = inside - np.float32(n) * LN2_HIGH - np.float32(n) * LN2_LOW
     p = ((((C5 * r + C4) * r + C3) * r + C2) * r + C1) * r + C0
     power = np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
@@ -66,7 +67,7 @@ def sum_of_exp(row, top):
 
 @njit(nogil=True, cache=True)
 def key_of(bits):
-    """A float's bits as an integer of the same order, both zeros equal. NaN is not in order."""
+    """Map a float's bits to an integer of the same order, equal for both zeros. NaN has no defined order."""
     sign = bits >> np.int32(31)
     return ((bits & MAGNITUDE) ^ sign) - sign
 
@@ -83,10 +84,10 @@ def further_of(bits, a, b):
 
 @njit(nogil=True, cache=True)
 def maxima_of(bits, maxima):
-    """Writes the largest key of each column; returns the largest magnitude of the row: above INFINITY where NaN is.
+    """Write the largest key of each column; return the largest magnitude of the row, above INFINITY if it contains NaN.
 
-    Written out because a loop over the stretches inside is not made a vector, and outside is half as fast. Unsigned:
-    no index counts from the end, so none is compared on its way into memory.
+    The stretches are unrolled by hand: an inner loop over them is not vectorised, and an outer loop is half as fast.
+    Unsigned indices need no check for negative values.
     """
     most = np.int32(0)
     length = np.uint64(bits.size // STRETCHES)
@@ -111,7 +112,7 @@ def maxima_of(bits, maxima):
 
 @njit(nogil=True, cache=True)
 def kth_largest(keys, best):
-    """The best.size-th largest key, or LOWEST where there are fewer."""
+    """Return the best.size-th largest key, or LOWEST if there are fewer keys."""
     last = best.size - 1
     if best.size > keys.size:
         return LOWEST
@@ -130,14 +131,14 @@ def kth_largest(keys, best):
 
 @njit(nogil=True, cache=True)
 def candidate_of(bits, at):
-    """A logit as one number that sorts larger logits first, NaN last, equals by index."""
+    """Return a sort key for a logit: ascending keys order larger logits first, NaN last, equal logits by index."""
     key = key_of(bits[at]) if bits[at] & MAGNITUDE <= INFINITY else LOWEST
     return np.uint64(np.int64(MAGNITUDE) - np.int64(key)) << np.uint64(32) | np.uint64(at)
 
 
 @njit(nogil=True, cache=True)
 def candidates_of(bits, maxima, bound, found):
-    """Writes every logit that reaches the bound; returns how many."""
+    """Write the sort key of every logit that reaches the bound, and return their number."""
     count = 0
     worst = np.uint64(np.int64(MAGNITUDE) - np.int64(bound)) << np.uint64(32) | np.uint64(0xFFFFFFFF)
     length = bits.size // STRETCHES
@@ -172,7 +173,7 @@ def sort_few(found):
 
 @njit(nogil=True, cache=True)
 def rows(logits, bits, probabilities, indices):
-    """`bits` is `logits` seen as int32."""
+    """Compute all rows; `bits` is a view of `logits` as int32."""
     n, m = logits.shape
     k = indices.shape[1]
     maxima, best = np.empty(m // STRETCHES + 1, np.int32), np.empty(k, np.int32)
@@ -187,7 +188,7 @@ def rows(logits, bits, probabilities, indices):
         chosen = found[: candidates_of(bits[i], maxima, bound, found)]
         sort_few(chosen)
         top = logits[i, chosen[0] & INDEX]
-        # NaN where the formula is: a NaN or +inf in the row, or nothing but -inf.
+        # The formula gives NaN for a row with NaN or +inf, and for a row of only -inf.
         total = sum_of_exp(logits[i], top) if numbers and abs(top) < np.inf else np.float32(np.nan)
         for j in range(k):
             at = chosen[j] & INDEX

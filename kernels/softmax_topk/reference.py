@@ -1,4 +1,4 @@
-"""softmax_topk in float64: what the other versions must equal."""
+"""Reference version of softmax_topk, in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Array = npt.NDArray[Any]
 
 def run(logits: Array, probabilities: Array, indices: Array, stream: None = None) -> None:
     x = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # Rows that have no softmax.
+    # Rows without a softmax give NaN.
+    with np.errstate(invalid="ignore"):
         powers = np.exp(x - x.max(axis=1, keepdims=True))
         softmax = powers / powers.sum(axis=1, keepdims=True)
     indices[:] = top_k_reference(logits, indices.shape[1])[1]

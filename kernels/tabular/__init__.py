@@ -1,9 +1,9 @@
-"""Table rows as a model takes them: missing numbers filled, numbers standardised, categories one-hot.
+"""Preprocessing of table rows for a model: fills missing numbers, standardises numbers, encodes categories one-hot.
 
     numbers [n, f] ──  ((NaN -> fill) - mean) * 1/std   ──> out[:, :f]
     codes   [n, c] ──  1 where equal to the known value ──> out[:, f:], one column for each value of each category
 
-What scikit-learn's SimpleImputer, StandardScaler and OneHotEncoder(handle_unknown="ignore") do, in one pass.
+One pass equals scikit-learn's SimpleImputer, StandardScaler and OneHotEncoder(handle_unknown="ignore").
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ OPERATION = Operation(__name__, gpu="numba_cuda")
 
 
 def tabular(columns: Columns, numbers: Any, codes: Any = None, *, out: Any = None, stream: Any = None) -> Any:
-    """The rows, [n, columns.width] float32.
+    """Return the encoded rows, [n, columns.width] float32.
 
-    A value that is not among a column's categories gives zeros. Infinities stay infinite, NaN without a `fill` NaN.
-    The arithmetic is that of the numbers' dtype: give float64 where a mean is large beside the spread (times, ids).
+    A value outside a column's categories gives zeros. Infinities stay infinite, and NaN without a `fill` stays NaN. The
+    arithmetic uses the numbers' dtype: use float64 when a mean is large beside the spread (times, ids).
 
     Args:
-        columns: what to do, in the same place as the rows (`Columns.on_device`).
+        columns: parameters of the columns, on the device of the rows (`Columns.on_device`).
         numbers: [n, f] of `columns.dtype`, NaN where missing.
-        codes: [n, c] int64 or int32; None where there are no categories.
+        codes: [n, c] int64 or int32; None without categories.
         out: [n, columns.width] float32; allocated when None.
-        stream: the `cupy.cuda.Stream` to run on, CuPy's current one when None. Nothing waits for it.
+        stream: the `cupy.cuda.Stream` to run on; None is CuPy's current one. The call does not wait for it.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: a wrong shape or order of memory.
+        ValueError: a wrong shape or memory order.
         TypeError: a wrong dtype, or host and device arrays in one call.
     """
     version = OPERATION.version(stream, numbers=numbers, codes=codes, out=out, columns=columns.mean)
@@ -56,9 +56,9 @@ def tabular(columns: Columns, numbers: Any, codes: Any = None, *, out: Any = Non
 
 
 def warm_up() -> None:
-    """Compiles what a call would compile."""
+    """Compile every variant of the chosen backend."""
     for dtype in ("float32", "float64"):
         for code in ("int32", "int64"):
-            given = columns(mean=[0], categories=[[0]], dtype=dtype)
+            parameters = columns(mean=[0], categories=[[0]], dtype=dtype)
             numbers, codes = arrays.at_choice(np.zeros((1, 1), dtype)), arrays.at_choice(np.zeros((1, 1), code))
-            tabular(given if isinstance(numbers, np.ndarray) else given.on_device(), numbers, codes)
+            tabular(parameters if isinstance(numbers, np.ndarray) else parameters.on_device(), numbers, codes)

@@ -1,4 +1,4 @@
-"""What `tabular` does to each column: fitted elsewhere, from scikit-learn's attributes or any numbers."""
+"""Parameters of `tabular` for each column, from scikit-learn's fitted attributes or any numbers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kernels.arrays import frozen
 
 @dataclass(frozen=True)
 class Columns:
-    """Arrays in one place, the host's or a GPU's. Made by `columns`; nothing here may be changed."""
+    """Parameters of all columns, as arrays on the host or on a GPU. Made by `columns`; must not be changed."""
 
     fill: Any
-    """[f] what a missing number becomes; NaN leaves it missing."""
+    """[f] replacement of a missing number; NaN leaves the number missing."""
     mean: Any
     """[f]"""
     scale: Any
@@ -26,32 +26,32 @@ class Columns:
     categories: Any
     """int64 [k], all known values of all categorical columns, one output column each."""
     starts: Any
-    """int64 [c + 1]: column c's are categories[starts[c]:starts[c + 1]]."""
+    """int64 [c + 1]: categories[starts[c]:starts[c + 1]] are the values of column c."""
     owners: Any
-    """int32 [k]: which categorical column a value belongs to."""
+    """int32 [k]: index of the categorical column of each value."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the numbers, and of the arithmetic on them."""
+        """Dtype of the numbers, and of the arithmetic on them."""
         dtype: np.dtype[Any] = self.mean.dtype
         return dtype
 
     @property
     def inputs(self) -> tuple[int, int]:
-        """How many numeric and how many categorical columns come in."""
+        """Number of numeric and of categorical input columns."""
         return self.mean.size, self.starts.size - 1
 
     @property
     def width(self) -> int:
-        """How many columns come out."""
+        """Number of output columns."""
         return int(self.mean.size + self.categories.size)
 
     def on_device(self) -> Columns:
-        """A copy on the current GPU."""
+        """Return a copy on the current GPU."""
         return self.moved(importlib.import_module("cupy").asarray)
 
     def moved(self, move: Callable[[Any], Any]) -> Columns:
-        """The same where `move` puts arrays."""
+        """Return a copy whose arrays are the results of `move`."""
         return Columns(**{name: move(array) for name, array in vars(self).items()})
 
 
@@ -63,23 +63,22 @@ def columns(
     categories: Sequence[npt.ArrayLike] = (),
     dtype: Literal["float32", "float64"] = "float32",
 ) -> Columns:
-    """Columns on the host.
+    """Check parameters and return Columns on the host.
 
     From scikit-learn: `fill=imputer.statistics_, mean=scaler.mean_, std=scaler.scale_, categories=encoder.categories_`.
 
     Args:
         mean: [f], subtracted from the f numeric columns.
-        std: [f], what they are divided by then; 1 when None. A column without spread, 0, is divided by 1, as
-            scikit-learn does.
-        fill: [f], what NaN becomes before that; None leaves NaN.
-        categories: for each categorical column its known values, distinct whole numbers. Each value is one output
-            column, in this order.
-        dtype: of the numeric columns.
+        std: [f], divisor after the subtraction; 1 when None. A std of 0, of a constant column, counts as 1, as in
+            scikit-learn.
+        fill: [f], replacement of NaN before the subtraction; None leaves NaN.
+        categories: the known values of each categorical column, distinct integers. Each value is one output column, in
+            this order.
+        dtype: dtype of the numeric columns.
 
     Raises:
-        ValueError: lengths that disagree, a mean or std that is no finite number of the dtype, std below 0, a value
-            named twice.
-        TypeError: categories that are no whole numbers, another dtype.
+        ValueError: lengths that differ, a mean or std that is not finite in the dtype, std below 0, a duplicate value.
+        TypeError: categories that are not integers, another dtype.
     """
     if dtype not in ("float32", "float64"):
         raise TypeError(f"columns: dtype must be float32 or float64, not {dtype}")
@@ -116,12 +115,12 @@ def _vector(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 
 def _known(number: int, values: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    given = np.asarray(values)
-    whole = given.astype(np.int64) if given.dtype.kind in "iuf" else np.empty(0, np.int64)
-    if given.size and not (whole.size and (whole == given).all()):
+    known = np.asarray(values)
+    whole = known.astype(np.int64) if known.dtype.kind in "iuf" else np.empty(0, np.int64)
+    if known.size and not (whole.size and (whole == known).all()):
         raise TypeError(
-            f"columns: categories[{number}] holds what is no whole number of 64 bits: give strings numbers first"
+            f"columns: categories[{number}] has a value that is not a 64-bit integer: map strings to integers first"
         )
-    if given.ndim != 1 or np.unique(whole).size != whole.size:
+    if known.ndim != 1 or np.unique(whole).size != whole.size:
         raise ValueError(f"columns: categories[{number}] must be a list of distinct values")
     return whole

@@ -1,7 +1,7 @@
-"""tabular on the CPU: row by row, each output column written once.
+"""tabular on the CPU: row by row, with each output column written once.
 
-A category's columns are one comparison each, 8 or 16 at a time: no search, and no more work than writing them is.
-No `fastmath`: `v != v` is how a missing number is told.
+Each column of a category is one comparison, 8 or 16 at a time: no search, and no more work than writing the output. No
+`fastmath`, because `v != v` detects a missing number.
 """
 
 from __future__ import annotations

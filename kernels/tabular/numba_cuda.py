@@ -1,4 +1,4 @@
-"""tabular on a GPU: one thread for each element of the output."""
+"""tabular on a GPU: one thread per element of the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kernels.tabular.columns import Columns
 
 THREADS = 128
 REGISTERS = 40
-# Of float32 numbers: the compile-only test refuses double precision, which is what float64 numbers ask for.
+# Signatures for float32 numbers only: the compile-only test rejects double precision, which float64 numbers need.
 SIGNATURES = {
     "element": [
         f"void(float32[:,::1], {code}[:,::1], float32[::1], float32[::1], float32[::1], int64[::1], int32[::1], "

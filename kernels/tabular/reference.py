@@ -1,4 +1,4 @@
-"""tabular in float64: what the other versions must equal."""
+"""Reference version of tabular, in float64."""
 
 from __future__ import annotations
 
@@ -15,5 +15,6 @@ Array = npt.NDArray[Any]
 def run(columns: Columns, numbers: Array, codes: Array, out: Array, stream: None = None) -> None:
     filled = np.where(np.isnan(numbers), columns.fill, numbers).astype(np.float64)
     known = columns.categories == codes[:, columns.owners]
-    with np.errstate(over="ignore"):  # What float32 cannot hold is infinite.
+    # Values beyond float32 become infinite.
+    with np.errstate(over="ignore"):
         out[:] = np.concatenate([(filled - columns.mean) * columns.scale.astype(np.float64), known], axis=1)

@@ -1,4 +1,4 @@
-"""What Envoy is told: resources built by pure functions, and the protocol (delta ADS) that keeps each Envoy up to date.
+"""Envoy's configuration: pure functions build resources, and delta ADS keeps each Envoy up to date with them.
 
 instances, drains, routes ──snapshot──> Snapshot of a node ──delta.Session──> responses ──ads.AdsServer──> Envoy
 """

@@ -1,7 +1,7 @@
 """Clusters: one for each service, one for each model, and their endpoints.
 
-Fields: envoy.config.cluster.v3.Cluster and envoy.config.endpoint.v3.ClusterLoadAssignment. The numbers were chosen with
-a real Envoy and `kill -9` of one of two replicas under load: no call failed.
+Fields: envoy.config.cluster.v3.Cluster and envoy.config.endpoint.v3.ClusterLoadAssignment. The timeouts and limits were
+tuned with a real Envoy and `kill -9` of one of two replicas under load: no call failed.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from mesh.xds.resource import CLUSTER, ENDPOINTS, Resource, pack, pack_serialize
 
 MODEL_PREFIX = "model/"
 STREAM_WINDOW = 1 << 20
+# All calls to an instance share one connection. Unread data of a slow client uses a stream's window, and counts against
+# the connection's window too. With Envoy's default, two slow clients would block all other calls.
 CONNECTION_WINDOW = (1 << 31) - 1
-# All calls to an instance share one connection. What has come for a client that does not read takes up a stream's
-# window of the connection's: by default two such clients take all of it, and no call there is answered any more.
+# Number of packed resources to cache. Building one blocks the event loop for up to a millisecond.
 _CACHED = 8192
-# Resources that are kept packed. Building one costs up to a millisecond of the event loop's time.
 
 
 @dataclass(frozen=True, order=True)
 class Endpoint:
-    """Where one instance is reached: `unix:/path` or `host:port`."""
+    """Address of one instance, and its drain state."""
 
     address: str
+    """`unix:/path` or `host:port`."""
     draining: bool = False
-    """It gets nothing new; what runs there may finish."""
+    """True when the endpoint gets no new calls; running calls may finish."""
 
 
 def model_cluster(model: str) -> str:
-    """The name of a model's cluster."""
+    """Return the name of a model's cluster."""
     return MODEL_PREFIX + model
 
 
 def address(text: str) -> dict[str, Any]:
-    """envoy.config.core.v3.Address of `unix:/path` or `host:port`."""
+    """Return the envoy.config.core.v3.Address of `unix:/path` or `host:port`, as a dict."""
     if text.startswith("unix:"):
         return {"pipe": {"path": text.removeprefix("unix:")}}
     host, _, port = text.rpartition(":")
@@ -50,30 +51,33 @@ def address(text: str) -> dict[str, Any]:
 
 @lru_cache(_CACHED)
 def cluster(name: str, *, is_sticky: bool = False) -> Resource:
-    """The cluster `name`; its endpoints come over EDS. `is_sticky`: equal hashes go to one endpoint."""
+    """Build the cluster `name`, whose endpoints Envoy gets over EDS.
+
+    With `is_sticky`, all calls with one hash go to one endpoint.
+    """
     common = _cluster(is_model=name.startswith(MODEL_PREFIX), is_sticky=is_sticky)
     return pack_serialized(CLUSTER, name, bytes(Cluster(name=name)) + common)
 
 
 @lru_cache(4)
 def _cluster(*, is_model: bool, is_sticky: bool) -> bytes:
-    """All of a cluster but its name, serialized."""
+    """Return the serialized fields of a cluster, without its name."""
     message = Cluster.from_dict(
         {
             "type": "EDS",
             "eds_cluster_config": {"eds_config": {"ads": {}, "resource_api_version": "V3"}},
             "connect_timeout": "1s",
-            # A ring: when an endpoint comes or goes, the least possible moves to another one.
+            # With a hash ring, a new or removed endpoint moves the fewest sequences.
             "lb_policy": "RING_HASH" if is_sticky else "LEAST_REQUEST",
             "typed_extension_protocol_options": http2(),
             "circuit_breakers": {"thresholds": [_limits("DEFAULT"), _limits("HIGH")]},
             "health_checks": [] if is_model else [_health_check()],
-            # Without this an endpoint that coord has taken out stays in until its health check fails.
+            # Otherwise Envoy keeps an endpoint that coord has removed until its health check fails.
             "ignore_health_on_host_removal": True,
             "common_lb_config": {
-                # Panic mode would send calls to drained endpoints and to dead ones.
+                # Panic mode would send calls to drained and dead endpoints.
                 "healthy_panic_threshold": {"value": 0},
-                # One change of the endpoints at a time is enough to see each at once.
+                # Apply each change of the endpoints immediately, without merging.
                 "update_merge_window": "0s",
             },
         }
@@ -84,7 +88,7 @@ def _cluster(*, is_model: bool, is_sticky: bool) -> bytes:
 
 @lru_cache(_CACHED)
 def endpoints(name: str, found: tuple[Endpoint, ...]) -> Resource:
-    """The endpoints of cluster `name`."""
+    """Build the endpoints resource (ClusterLoadAssignment) of cluster `name`."""
     lb_endpoints = [
         {
             "endpoint": {"address": address(endpoint.address)},
@@ -97,9 +101,9 @@ def endpoints(name: str, found: tuple[Endpoint, ...]) -> Resource:
 
 
 def http2() -> dict[str, Any]:
-    """Typed options of a cluster that speaks HTTP/2, and notices an upstream that is frozen."""
+    """Return the typed options of a cluster that uses HTTP/2, with pings that detect a frozen upstream."""
     options = {
-        # Not more often than every second: our servers take that for abuse and close the connection.
+        # Our servers treat more than one ping per second as abuse and close the connection.
         "connection_keepalive": {"interval": "2s", "timeout": "5s"},
         "initial_stream_window_size": STREAM_WINDOW,
         "initial_connection_window_size": CONNECTION_WINDOW,
@@ -109,15 +113,15 @@ def http2() -> dict[str, Any]:
 
 
 def _health_check() -> dict[str, Any]:
-    """Asks each instance itself whether it serves.
+    """Return an active gRPC health check of each instance, for clusters of services only.
 
-    For clusters of services only: a node may have hundreds of models, each with a cluster of the same few instances.
-    Those rely on membership (an instance names a model once it is ready), outlier detection and retries.
+    A node may have hundreds of models, each with a cluster of the same few instances. Model clusters rely on membership
+    (an instance lists a model once the model is ready), outlier detection and retries.
     """
     return {
         "interval": "0.5s",
         "no_traffic_interval": "0.5s",
-        # A killed process refuses at once; this is for one that is busy, whose calls would be cut for nothing.
+        # A dead process refuses connections immediately. The timeout tolerates a busy one, whose calls would be cut.
         "timeout": "2s",
         "unhealthy_threshold": 2,
         "healthy_threshold": 1,
@@ -126,10 +130,10 @@ def _health_check() -> dict[str, Any]:
 
 
 def _limits(priority: str) -> dict[str, Any]:
-    """Limits that never bite: services bound their own queues and say RESOURCE_EXHAUSTED with a time to come back.
+    """Return limits that are never reached: services bound their own queues and answer RESOURCE_EXHAUSTED.
 
-    `max_retries` is 3 by default, for the whole cluster at once: kill one with 32 calls in flight, and 29 of
-    them fail.
+    The default of `max_retries` is 3 concurrent retries for the whole cluster. When an instance with 32 calls in flight
+    was killed, 29 of the calls failed.
     """
     return {
         "priority": priority,
@@ -141,13 +145,13 @@ def _limits(priority: str) -> dict[str, Any]:
 
 
 def _outlier_detection() -> OutlierDetection:
-    """Leaves an endpoint out for a moment when connections to it fail.
+    """Return settings that eject an endpoint for a moment when connections to it fail.
 
-    Statuses do not count. Envoy reads INTERNAL and DEADLINE_EXCEEDED as 5xx: five bad requests of one client would take
-    a good instance from all.
+    Statuses of calls do not count. Envoy maps INTERNAL and DEADLINE_EXCEEDED to 5xx, so five bad requests of one client
+    would eject a good instance for all clients.
     """
     return OutlierDetection(
-        # Built, not `from_dict`, which cannot spell consecutive_5xx.
+        # Built with the constructor, because `from_dict` cannot spell consecutive_5xx.
         split_external_local_origin_errors=True,
         consecutive_local_origin_failure=2,
         enforcing_consecutive_local_origin_failure=100,
@@ -155,7 +159,8 @@ def _outlier_detection() -> OutlierDetection:
         enforcing_consecutive_gateway_failure=0,
         enforcing_success_rate=0,
         enforcing_local_origin_success_rate=0,
-        max_ejection_percent=50,  # Never the last one: better a try than no try.
+        # The last endpoint is never ejected.
+        max_ejection_percent=50,
         interval=timedelta(seconds=1),
         base_ejection_time=timedelta(seconds=1),
         max_ejection_time=timedelta(seconds=5),

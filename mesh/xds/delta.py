@@ -1,16 +1,17 @@
-"""The delta protocol, seen from one Envoy: what it wants, what it has, what it is sent next. Pure: no I/O, no clock.
+"""State machine of the delta xDS protocol for one Envoy stream: subscriptions, acknowledged resources, next responses.
 
-One Session is one stream. Each type has at most one response on its way; what changes meanwhile is sent with the next.
+Pure: no I/O, no clock. A Session is one stream. Each type has at most one response in flight; later changes go into the
+next response.
 
-    Envoy ── subscribe, unsubscribe, "I have these versions" ──> receive
-    Envoy <── resources that it wants and has not, names that are gone ── due(snapshot)
-    Envoy ── ACK: it has them; NACK: it has none of them for sure ──> receive
+    Envoy ── subscribe, unsubscribe, initial_resource_versions ──> receive
+    Envoy <── subscribed resources that are new or changed, removed names ── due(snapshot)
+    Envoy ── ACK: all resources are applied; NACK: any of them may be missing ──> receive
 
-Order (make before break): clusters, then endpoints, then listeners, then routes; a resource that names clusters waits
-until Envoy has them and their endpoints, and a cluster goes only after what named it.
+Order (make before break): clusters, endpoints, listeners, routes. A resource that names clusters waits until Envoy has
+these clusters and their endpoints. A cluster is removed only after every resource that names it.
 
-After a NACK Envoy may have taken some of the response and refused the rest. So each of its resources is sent again, one
-by one; what is refused alone is not sent again until it changes.
+After a NACK, Envoy may have applied some resources of the response and rejected others. Therefore each resource of the
+response is sent again in a response of its own. A resource that is rejected alone is not sent again until it changes.
 
 Protocol: https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol#incremental-xds
 """
@@ -30,7 +31,7 @@ _ANY = "*"
 
 @dataclass(frozen=True)
 class Request:
-    """A DeltaDiscoveryRequest, as far as it matters."""
+    """The fields of a DeltaDiscoveryRequest that Session uses."""
 
     type_url: str
     subscribe: tuple[str, ...] = ()
@@ -38,12 +39,12 @@ class Request:
     initial_versions: Mapping[str, str] = field(default_factory=dict)
     nonce: str = ""
     error: str | None = None
-    """Set in a NACK: Envoy's own words."""
+    """Envoy's error message; set in a NACK only."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """A DeltaDiscoveryResponse, as far as it matters."""
+    """The fields of a DeltaDiscoveryResponse that Session sets."""
 
     type_url: str
     resources: tuple[Resource, ...]
@@ -54,14 +55,14 @@ class Response:
 
 @dataclass(frozen=True)
 class TypeStatus:
-    """What one Envoy has of one type."""
+    """Resources of one type that one Envoy has, and its last ACK or NACK."""
 
     type_url: str
     names: tuple[str, ...]
     acked_version: str
     nack: str
     at: float
-    """When the last ACK or NACK came, unix seconds; 0: none did yet."""
+    """Arrival time of the last ACK or NACK, unix seconds; 0 before the first one."""
 
 
 @dataclass
@@ -70,24 +71,24 @@ class _Type:
 
     type_url: str
     is_wildcard: bool = False
-    is_known: bool = False
-    """Envoy has asked for this type."""
-    is_greeted: bool = False
-    """It has had a response: to a wildcard there is one even when there is nothing to send, for Envoy waits for it."""
+    is_requested: bool = False
+    """True once Envoy has sent a request for this type."""
+    has_response: bool = False
+    """True once a response was sent. Envoy waits for a first response to a wildcard, even an empty one."""
     names: set[str] = field(default_factory=set)
-    """Subscribed by name."""
-    held: dict[str, Resource | str] = field(default_factory=dict)
-    """What Envoy acknowledged, by name: the resource, or (from before a reconnect) only its version."""
-    sent: Response | None = None
-    """On its way: neither acknowledged nor refused."""
-    suspects: set[str] = field(default_factory=set)
-    """Were in a refused response: each is sent alone."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Versions that Envoy refused when they were sent alone."""
-    doubtful: dict[str, tuple[Resource | str, ...]] = field(default_factory=dict)
-    """What Envoy may have of names whose last response it refused: what it had before, or what it was sent."""
-    unknown: set[str] = field(default_factory=set)
-    """Subscribed, not there, and Envoy has been told so."""
+    """Names that Envoy subscribes to explicitly."""
+    acked: dict[str, Resource | str] = field(default_factory=dict)
+    """Acknowledged resources by name; only the version for a resource from before a reconnect."""
+    in_flight: Response | None = None
+    """The response that Envoy has neither acknowledged nor rejected."""
+    retried_alone: set[str] = field(default_factory=set)
+    """Names from a rejected response: each is sent again in a response of its own."""
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Versions, by name, that Envoy rejected when they were sent alone."""
+    ambiguous: dict[str, tuple[Resource | str, ...]] = field(default_factory=dict)
+    """For each name whose last response was rejected, the resources that Envoy may have now."""
+    reported_missing: set[str] = field(default_factory=set)
+    """Subscribed names that the snapshot lacks, and that a response has listed as removed."""
     acked_version: str = ""
     nack: str = ""
     at: float = 0.0
@@ -96,177 +97,180 @@ class _Type:
         return self.is_wildcard or name in self.names
 
     def has(self, resource: Resource) -> bool:
-        held = self.held.get(resource.name)
-        return (held if isinstance(held, str | None) else held.version) == resource.version
+        acked = self.acked.get(resource.name)
+        return (acked if isinstance(acked, str | None) else acked.version) == resource.version
 
 
 class Session:
-    """What one Envoy wants and has, on one stream."""
+    """Subscriptions and acknowledged resources of one Envoy, on one stream."""
 
     def __init__(self) -> None:
         self._types = {type_url: _Type(type_url) for type_url in TYPES}
         self._nonces = 0
 
     def receive(self, request: Request, now: float) -> None:
-        """Takes note of a request. Types that are not served are ignored: Envoy waits for them in vain, as it may."""
+        """Record a request of Envoy. Requests for unknown types are ignored and get no response."""
         state = self._types.get(request.type_url)
         if state is None:
             return
         if request.nonce:
-            self._answered(state, request, now)
-        self._subscribed(state, request)
+            self._record_answer(state, request, now)
+        self._record_subscriptions(state, request)
 
     def due(self, snapshot: Snapshot) -> list[Response]:
-        """What is to be sent now so that Envoy comes to have `snapshot`; it counts as sent."""
+        """Return the responses to send now to bring Envoy closer to `snapshot`, and record them as in flight."""
         for state in self._types.values():
-            self._recognise(state, snapshot)
+            self._match_versions(state, snapshot)
         responses = []
         for state in self._types.values():
-            if state.sent is None and (response := self._next(state, snapshot)) is not None:
-                state.sent = response
+            if state.in_flight is None and (response := self._next(state, snapshot)) is not None:
+                state.in_flight = response
                 responses.append(response)
         return responses
 
     def status(self) -> tuple[TypeStatus, ...]:
-        """What Envoy has, type by type, of those that it asked for."""
+        """Return the status of each type that Envoy has requested."""
         return tuple(
-            TypeStatus(state.type_url, tuple(sorted(state.held)), state.acked_version, state.nack, state.at)
+            TypeStatus(state.type_url, tuple(sorted(state.acked)), state.acked_version, state.nack, state.at)
             for state in self._types.values()
-            if state.is_known
+            if state.is_requested
         )
 
-    def _answered(self, state: _Type, request: Request, now: float) -> None:
-        sent = state.sent
-        if sent is None or sent.nonce != request.nonce:
-            return  # An answer to something older: the newer one decides.
-        state.sent = None
-        state.at = now
-        names = {resource.name for resource in sent.resources}
-        for name in sent.removed:
-            state.held.pop(name, None)
-            state.doubtful.pop(name, None)
-        if request.error is not None:
-            state.nack = request.error or "refused without a reason"
-            for resource in sent.resources:
-                before = state.held.pop(resource.name, None)
-                maybe = state.doubtful.get(resource.name, ()) + (() if before is None else (before,))
-                # What it had at first, and the last few that it was sent: bounded, however often it refuses.
-                state.doubtful[resource.name] = (*maybe[:1], *maybe[1:][-7:], resource)
-                if len(names) == 1:
-                    state.refused[resource.name] = resource.version
-            state.suspects |= names
+    def _record_answer(self, state: _Type, request: Request, now: float) -> None:
+        response = state.in_flight
+        # An ACK or NACK of an older response is ignored.
+        if response is None or response.nonce != request.nonce:
             return
-        state.acked_version = sent.version
-        state.suspects -= names
-        for resource in sent.resources:
-            self._acknowledged(state, resource)
-        if not state.refused and not state.suspects:
+        state.in_flight = None
+        state.at = now
+        names = {resource.name for resource in response.resources}
+        for name in response.removed:
+            state.acked.pop(name, None)
+            state.ambiguous.pop(name, None)
+        if request.error is not None:
+            state.nack = request.error or "rejected without a reason"
+            for resource in response.resources:
+                before = state.acked.pop(resource.name, None)
+                candidates = state.ambiguous.get(resource.name, ()) + (() if before is None else (before,))
+                # Bounded, however often Envoy rejects: the oldest candidate and the latest few.
+                state.ambiguous[resource.name] = (*candidates[:1], *candidates[1:][-7:], resource)
+                if len(names) == 1:
+                    state.rejected[resource.name] = resource.version
+            state.retried_alone |= names
+            return
+        state.acked_version = response.version
+        state.retried_alone -= names
+        for resource in response.resources:
+            self._record_ack(state, resource)
+        if not state.rejected and not state.retried_alone:
             state.nack = ""
 
-    def _acknowledged(self, state: _Type, resource: Resource) -> None:
-        state.refused.pop(resource.name, None)
-        state.doubtful.pop(resource.name, None)
+    def _record_ack(self, state: _Type, resource: Resource) -> None:
+        state.rejected.pop(resource.name, None)
+        state.ambiguous.pop(resource.name, None)
         if not state.wants(resource.name):
             return
         if state.type_url == CLUSTER and not state.has(resource):
-            # A cluster that is replaced starts without endpoints, and not every Envoy asks for them again.
-            self._types[ENDPOINTS].held.pop(resource.name, None)
-        state.held[resource.name] = resource
+            # A replaced cluster starts without endpoints, and not every Envoy version requests them again.
+            self._types[ENDPOINTS].acked.pop(resource.name, None)
+        state.acked[resource.name] = resource
 
-    def _subscribed(self, state: _Type, request: Request) -> None:
-        is_first = not state.is_known
-        state.is_known = True
-        wanted = set(request.subscribe)
-        if _ANY in wanted or (is_first and not wanted and state.type_url in _WILDCARD_TYPES):
+    def _record_subscriptions(self, state: _Type, request: Request) -> None:
+        is_first = not state.is_requested
+        state.is_requested = True
+        subscribed = set(request.subscribe)
+        if _ANY in subscribed or (is_first and not subscribed and state.type_url in _WILDCARD_TYPES):
             state.is_wildcard = True
-        for name in wanted - {_ANY}:
-            # Whoever subscribes again has forgotten what it had.
-            state.held.pop(name, None)
-            state.unknown.discard(name)
+        for name in subscribed - {_ANY}:
+            # An Envoy that subscribes again has dropped the resource.
+            state.acked.pop(name, None)
+            state.reported_missing.discard(name)
             state.names.add(name)
         for name in request.unsubscribe:
             if name == _ANY:
                 state.is_wildcard = False
             state.names.discard(name)
-            state.unknown.discard(name)
-        for name in [name for name in (*state.held, *state.doubtful) if not state.wants(name)]:
-            state.held.pop(name, None)
-            state.doubtful.pop(name, None)
+            state.reported_missing.discard(name)
+        for name in [name for name in (*state.acked, *state.ambiguous) if not state.wants(name)]:
+            state.acked.pop(name, None)
+            state.ambiguous.pop(name, None)
         if is_first:
-            state.held |= {name: version for name, version in request.initial_versions.items() if state.wants(name)}
+            state.acked |= {name: version for name, version in request.initial_versions.items() if state.wants(name)}
 
     def _next(self, state: _Type, snapshot: Snapshot) -> Response | None:
-        there = snapshot.of(state.type_url)
+        current = snapshot.of(state.type_url)
         changed = [
             resource
-            for resource in there.values()
+            for resource in current.values()
             if state.wants(resource.name)
             and not state.has(resource)
-            and state.refused.get(resource.name) != resource.version
+            and state.rejected.get(resource.name) != resource.version
             and self._is_ready_for(resource, snapshot)
         ]
-        alone = next((resource for resource in changed if resource.name in state.suspects), None)
+        alone = next((resource for resource in changed if resource.name in state.retried_alone), None)
         if alone is not None:
             changed = [alone]
-        had = (*state.held, *state.doubtful)
-        removed = [name for name in had if name not in there and not self._is_in_use(state, name)]
-        removed += [name for name in state.names if name not in there and name not in state.unknown]
-        if not changed and not removed and (state.is_greeted or not state.is_wildcard):
+        had = (*state.acked, *state.ambiguous)
+        removed = [name for name in had if name not in current and not self._is_in_use(state, name)]
+        removed += [name for name in state.names if name not in current and name not in state.reported_missing]
+        if not changed and not removed and (state.has_response or not state.is_wildcard):
             return None
-        state.is_greeted = True
-        state.unknown |= {name for name in removed if name in state.names}
-        state.unknown -= {resource.name for resource in changed}
-        state.suspects &= there.keys()
-        for name in [name for name in state.refused if name not in there]:
-            del state.refused[name]
+        state.has_response = True
+        state.reported_missing |= {name for name in removed if name in state.names}
+        state.reported_missing -= {resource.name for resource in changed}
+        state.retried_alone &= current.keys()
+        for name in [name for name in state.rejected if name not in current]:
+            del state.rejected[name]
         self._nonces += 1
         return Response(
             state.type_url,
             tuple(changed),
             tuple(sorted(set(removed))),
             f"{self._nonces}",
-            _version_of(there.values()),
+            _version_of(current.values()),
         )
 
-    def _recognise(self, state: _Type, snapshot: Snapshot) -> None:
-        """What Envoy has from before a reconnect is known again if it is what the snapshot has."""
-        there = snapshot.of(state.type_url)
-        for name, held in state.held.items():
-            if isinstance(held, str) and name in there and there[name].version == held:
-                state.held[name] = there[name]
-                state.acked_version = state.acked_version or _version_of(there.values())
+    def _match_versions(self, state: _Type, snapshot: Snapshot) -> None:
+        """Replace versions from before a reconnect by the snapshot's resources, where the versions are equal."""
+        current = snapshot.of(state.type_url)
+        for name, acked in state.acked.items():
+            if isinstance(acked, str) and name in current and current[name].version == acked:
+                state.acked[name] = current[name]
+                state.acked_version = state.acked_version or _version_of(current.values())
 
     def _is_ready_for(self, resource: Resource, snapshot: Snapshot) -> bool:
-        """Whether Envoy has each cluster that `resource` names, with its endpoints, or will never have it."""
+        """Return True when Envoy has, or has rejected, each cluster that `resource` names, and its endpoints."""
         clusters, assignments = self._types[CLUSTER], self._types[ENDPOINTS]
         with_endpoints = snapshot.of(ENDPOINTS)
         for name in resource.needs:
-            if clusters.refused.get(name) is not None:
-                continue  # Its calls will fail. All others go on.
-            if name not in clusters.held:
+            # Calls to a rejected cluster fail; it must not block the routes of the others.
+            if clusters.rejected.get(name) is not None:
+                continue
+            if name not in clusters.acked:
                 return False
-            if name in with_endpoints and name not in assignments.held and name not in assignments.refused:
+            if name in with_endpoints and name not in assignments.acked and name not in assignments.rejected:
                 return False
         return True
 
     def _is_in_use(self, state: _Type, name: str) -> bool:
-        """Whether something that Envoy has, or is just being sent, names the cluster `name`."""
+        """Return True when a listener or route that Envoy has, may have or is being sent names the cluster `name`."""
         if state.type_url != CLUSTER:
             return False
         for other in (self._types[LISTENER], self._types[ROUTES]):
-            if not other.is_known:
-                return True  # It may have some from before a reconnect, and will say so.
-            sent = other.sent.resources if other.sent is not None else ()
-            doubtful = (one for several in other.doubtful.values() for one in several)
-            for held in [*other.held.values(), *doubtful, *sent]:
-                # Of an older version that it has from before a reconnect, nobody knows what it names.
-                if isinstance(held, str) or name in held.needs:
+            # Before its first request for the type, Envoy may have resources from before a reconnect.
+            if not other.is_requested:
+                return True
+            in_flight = other.in_flight.resources if other.in_flight is not None else ()
+            ambiguous = (one for several in other.ambiguous.values() for one in several)
+            for resource in [*other.acked.values(), *ambiguous, *in_flight]:
+                # Of a resource from before a reconnect only the version is known, not the clusters that it names.
+                if isinstance(resource, str) or name in resource.needs:
                     return True
         return False
 
 
 def _version_of(resources: Iterable[Resource]) -> str:
-    """Of all resources of a type: for people, Envoy only repeats it."""
+    """Return a version of all resources of a type, for people to compare: Envoy only logs and repeats it."""
     digest = hashlib.sha256()
     for resource in sorted(resources, key=lambda resource: resource.name):
         digest.update(f"{resource.name}\0{resource.version}\0".encode())

@@ -1,6 +1,6 @@
-"""Listeners: the gateway, where clients come in, and the outbound socket, where services reach each other.
+"""Listeners: the gateway for clients, and the outbound socket through which services call each other.
 
-Fields: envoy.config.listener.v3.Listener. Both route alike, over RDS, and find the model that a call names:
+Fields: envoy.config.listener.v3.Listener. Both listeners get the same routes over RDS, and extract the model of a call:
 
     (gateway: drop x-shoal-model) ──> grpc_field_extraction ──> Lua: metadata to headers, route again ──> router
 """
@@ -35,15 +35,15 @@ from mesh.xds.routes import (
     SEQUENCE_HEADER,
     STEP_EXTRACTION_FILTER,
     ModelRoutes,
-    Table,
+    RouteTable,
 )
 from mesh.xds.tracing import OTEL, Tracing, connection_manager_tracing
 
 GATEWAY = "gateway"
 OUTBOUND = "outbound"
 
-# Only names that a header may carry, and that a cluster can have: see routes.MODEL_NAME. A step's sequence is the value
-# of the parameter `sequence_id`, an InferParameter: numbers get one form, whatever the field that they came in.
+# The script accepts only names that are valid in a header and as a cluster name: see routes.MODEL_NAME. The sequence of
+# a step is the parameter `sequence_id`, an InferParameter. A number has one form, whichever field carries it.
 _LUA = """
 local KEY = "\\10\\11sequence_id\\18"
 
@@ -76,11 +76,11 @@ end
 
 
 @lru_cache(64)
-def listener(name: str, place: str, table: Table, tracing: Tracing | None) -> Resource:
-    """The listener `name` at `place`, `unix:/path` or `host:port`."""
-    where = address(place)
-    if "pipe" in where:
-        where["pipe"]["mode"] = 0o600
+def listener(name: str, listen: str, table: RouteTable, tracing: Tracing | None) -> Resource:
+    """Build the listener `name` at the address `listen`, `unix:/path` or `host:port`."""
+    listen_address = address(listen)
+    if "pipe" in listen_address:
+        listen_address["pipe"]["mode"] = 0o600
     manager = HttpConnectionManager.from_dict(_connection_manager(name, table, tracing))
     if table.models is not None:
         manager.http_filters[:0] = [_extraction(table.models, has_steps=has_steps) for has_steps in (False, True)]
@@ -88,9 +88,9 @@ def listener(name: str, place: str, table: Table, tracing: Tracing | None) -> Re
     message = Listener.from_dict(
         {
             "name": name,
-            "address": where,
+            "address": listen_address,
             "filter_chains": [filter_chain],
-            # With SO_REUSEPORT a second Envoy on the same port would not fail: it would take every other connection.
+            # With SO_REUSEPORT a second Envoy on the port would start and accept half of the connections.
             "enable_reuse_port": False,
             "per_connection_buffer_limit_bytes": 1 << 20,
         }
@@ -99,7 +99,7 @@ def listener(name: str, place: str, table: Table, tracing: Tracing | None) -> Re
     return pack(LISTENER, name, message, frozenset({OTEL} if tracing is not None else ()))
 
 
-def _connection_manager(name: str, table: Table, tracing: Tracing | None) -> dict[str, Any]:
+def _connection_manager(name: str, table: RouteTable, tracing: Tracing | None) -> dict[str, Any]:
     removed = (SEQUENCE_HEADER,) if name == OUTBOUND else (MODEL_HEADER, SEQUENCE_HEADER)
     document: dict[str, Any] = {
         "stat_prefix": name,
@@ -108,15 +108,15 @@ def _connection_manager(name: str, table: Table, tracing: Tracing | None) -> dic
             "route_config_name": NAME,
             "config_source": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"},
         },
-        # Watches may be quiet for days. Who is gone without a word is noticed by pings.
+        # Watches may be idle for days. Pings detect a client that has disappeared without closing its connection.
         "stream_idle_timeout": "0s",
         "http2_protocol_options": {"connection_keepalive": {"interval": "30s", "timeout": "10s"}},
         "use_remote_address": True,
-        # Who speaks at the outbound socket is a service of this node, which may say that Envoy shall not retry.
+        # Clients of the outbound socket are services of this node, which may forbid Envoy to retry a call.
         **({"internal_address_config": {"unix_sockets": True}, "skip_xff_append": True} if name == OUTBOUND else {}),
-        # A fresh id in each call's headers is of use to traces only, and makes every call's headers new to read.
+        # Only traces use a request id. Without it, repeated calls have equal headers, which servers parse from a cache.
         "generate_request_id": tracing is not None,
-        # No client says which model a call is for, and of which sequence. Services of the mesh may say the model.
+        # Clients must not set the model or the sequence of a call. Services of the mesh may set the model.
         "early_header_mutation_extensions": [
             {
                 "name": "envoy.http.early_header_mutation.header_mutation",
@@ -134,7 +134,7 @@ def _router() -> dict[str, Any]:
     return {"name": "envoy.filters.http.router", "typed_config": typed(Router, {"suppress_envoy_headers": True})}
 
 
-def _lua(table: Table) -> list[dict[str, Any]]:
+def _lua(table: RouteTable) -> list[dict[str, Any]]:
     if table.models is None:
         return []
     code = _LUA % {
@@ -148,9 +148,11 @@ def _lua(table: Table) -> list[dict[str, Any]]:
 
 
 def _extraction(models: ModelRoutes, *, has_steps: bool) -> HttpFilter:
-    """Routes say which of the two is used, so that nobody pays for sequences while no model has them.
+    """Return the extraction filter, with or without sequences. Each route enables one of the two.
 
-    Built, not `from_dict`: the descriptors are bytes, and the keys of its maps are not field names."""
+    Calls pay for the extraction of sequences only while a model has sequences. The message is not built with
+    `from_dict`: the descriptors are bytes, and the keys of its maps are not field names.
+    """
     config = GrpcFieldExtractionConfig.from_dict({"descriptor_set": {}})
     assert config.descriptor_set is not None
     config.descriptor_set.inline_bytes = models.descriptors

@@ -1,7 +1,7 @@
-"""A resource as it goes over the wire: packed once, its version taken from its content.
+"""Resource in the form of the wire: packed once, with a version that is a hash of its content.
 
-A version that comes from the content is the same in every coord replica and after every restart: an Envoy that
-reconnects says which versions it has, and only what differs is sent.
+A content hash is equal in every coord replica and after every restart. An Envoy that reconnects lists its versions, and
+coord sends only the resources that differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LISTENER = _PREFIX + "envoy.config.listener.v3.Listener"
 ROUTES = _PREFIX + "envoy.config.route.v3.RouteConfiguration"
 
 TYPES = (CLUSTER, ENDPOINTS, LISTENER, ROUTES)
-"""In the order in which they must be sent: a cluster and its endpoints before the route that names it."""
+"""All types in the order of sending: a cluster and its endpoints before the route that names the cluster."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +32,29 @@ class Resource:
     type_url: str
     name: str
     version: str
-    """From the content."""
+    """Hash of the content."""
     packed: Packed = field(compare=False, repr=False)
     needs: frozenset[str] = frozenset()
-    """The clusters that it names: Envoy must have them first, and may lose them only after it."""
+    """Clusters that the resource names. Envoy must have them before the resource, and lose them only after it."""
 
 
 def pack(type_url: str, name: str, message: Any, needs: frozenset[str] = frozenset()) -> Resource:
-    """Packs an Envoy message. Equal messages give equal versions."""
+    """Pack an Envoy message. Equal messages give equal versions."""
     return pack_serialized(type_url, name, bytes(message), needs)
 
 
 def pack_serialized(type_url: str, name: str, value: bytes, needs: frozenset[str] = frozenset()) -> Resource:
-    """Packs a message that is serialized already.
+    """Pack a serialized message.
 
-    Serializing is what costs (3 ms a cluster or a route): of hundreds that differ by a name, the common part is done
-    once. The wire format makes it easy: serialized messages, one after the other, are the serialized merge of both.
+    Serializing is expensive (3 ms per cluster or route), so hundreds of messages that differ by a name share the bytes
+    of their common fields. In protobuf's wire format, two concatenated messages decode to the merge of both.
     """
     version = hashlib.sha256(value).hexdigest()[:16]
     return Resource(type_url, name, version, Packed(type_url=type_url, value=value), needs)
 
 
 def nested(field: int, value: bytes) -> bytes:
-    """The message `value`, serialized, as field `field` (1 to 15) of another."""
+    """Return the bytes of field `field` (1 to 15) of a message, whose value is the serialized message `value`."""
     size, length = bytearray(), len(value)
     while length > 0x7F:
         size.append(length & 0x7F | 0x80)
@@ -63,10 +63,10 @@ def nested(field: int, value: bytes) -> bytes:
 
 
 def typed(cls: type, fields: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """The fields of a message that goes into an Any, with its type; for `from_dict`."""
+    """Return the fields of a message inside an Any, with the message's type, for `from_dict`."""
     return {"@type": default_message_pool.type_to_url[cls], **fields}
 
 
 def short_type(type_url: str) -> str:
-    """`Cluster` of `type.googleapis.com/envoy.config.cluster.v3.Cluster`."""
+    """Return the last name of a type URL: `Cluster` of `type.googleapis.com/envoy.config.cluster.v3.Cluster`."""
     return type_url.rpartition(".")[2]

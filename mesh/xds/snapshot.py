@@ -1,7 +1,7 @@
-"""The snapshot: everything that one node's Envoy is to have, as of one view of the cluster. Made by a pure function.
+"""Snapshot: the complete configuration of one node's Envoy, built by a pure function from one view of the cluster.
 
-Immutable, and swapped whole. Resources are cached by their inputs (see the builders): a new snapshot shares all that
-did not change, so the next one costs what changed.
+A snapshot is immutable and replaced as a whole. The builders cache resources by their inputs, so a new snapshot shares
+all unchanged resources and costs only the changed ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mesh.cluster.membership import Instance, State
 from mesh.xds.clusters import MODEL_PREFIX, Endpoint, cluster, endpoints, model_cluster
 from mesh.xds.listeners import GATEWAY, OUTBOUND, listener
 from mesh.xds.resource import TYPES, Resource
-from mesh.xds.routes import MODEL_NAME, Table, route_configuration
+from mesh.xds.routes import MODEL_NAME, RouteTable, route_configuration
 from mesh.xds.tracing import Tracing, collector_cluster
 from shoal.errors import InvalidArgument
 
@@ -24,17 +24,17 @@ _MAX_PIPE_PATH = 107
 
 @dataclass(frozen=True)
 class EnvoyNode:
-    """An Envoy, and where it is to listen: from its own bootstrap file."""
+    """Id and listen addresses of an Envoy, from its bootstrap file."""
 
     id: str
     gateway: str
     """`host:port`."""
     outbound: str
-    """The path of a unix socket."""
+    """Path of a unix socket."""
 
 
 def envoy_node(id: str, metadata: Mapping[str, Any]) -> EnvoyNode:
-    """Reads `{"shoal": {"gateway": "127.0.0.1:8080", "outbound": "/run/outbound.sock"}}`.
+    """Parse node metadata such as `{"shoal": {"gateway": "127.0.0.1:8080", "outbound": "/run/outbound.sock"}}`.
 
     Raises:
         InvalidArgument: something is missing or malformed.
@@ -63,11 +63,11 @@ class Snapshot:
 
 
 def clusters_of(
-    instances: Iterable[Instance], drained: frozenset[str], node: str, table: Table
+    instances: Iterable[Instance], drained: frozenset[str], node: str, table: RouteTable
 ) -> dict[str, set[Endpoint]]:
-    """The endpoints on `node` by cluster: of each service of the table, and of each model that an instance has.
+    """Return the endpoints on `node` by cluster, for each service of the table and each model that an instance has.
 
-    `drained`: names of instances that an operator has taken out. Instances that are starting are left out.
+    `drained` holds the names of instances that an operator has drained. Starting instances are left out.
     """
     found: dict[str, set[Endpoint]] = {service.cluster: set() for service in table.services}
     for instance in instances:
@@ -83,7 +83,7 @@ def clusters_of(
 
 
 def _is_address(text: str) -> bool:
-    """Whether Envoy will take it: one that it refuses would hold up all endpoints of the cluster."""
+    """Return True when Envoy will accept the address: an invalid one would block all endpoints of the cluster."""
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
         return path.startswith("/") and "\0" not in path and len(path.encode()) <= _MAX_PIPE_PATH
@@ -94,38 +94,38 @@ def snapshot(
     instances: Iterable[Instance],
     drained: frozenset[str],
     node: EnvoyNode,
-    table: Table,
+    table: RouteTable,
     tracing: Tracing | None = None,
 ) -> Snapshot:
-    """What the Envoy of `node` is to have. Every cluster that a route or listener names is in it.
+    """Build the configuration of the Envoy of `node`, with every cluster that a route or listener names.
 
     Raises:
-        LookupError: it is not. A fault of the builders: Envoy would take such routes and fail the calls.
+        LookupError: a named cluster is missing, a bug of the builders. Envoy would accept the routes but fail the calls
+            to it.
     """
     instances = list(instances)
     found = clusters_of(instances, drained, node.id, table)
-    sequenced = _sequenced(instances) & {name.removeprefix(MODEL_PREFIX) for name in found}
+    sequenced = _sequence_models(instances) & {name.removeprefix(MODEL_PREFIX) for name in found}
     sticky = {model_cluster(model) for model in sequenced}
     built = [cluster(name, is_sticky=name in sticky) for name in sorted(found)]
     built += [endpoints(name, tuple(sorted(found[name]))) for name in sorted(found)]
     built += [
         listener(GATEWAY, node.gateway, table, tracing),
         listener(OUTBOUND, f"unix:{node.outbound}", table, tracing),
-        route_configuration(table, _models_apart(found, sequenced, table), sequenced),
+        route_configuration(table, _routed_models(found, sequenced, table), sequenced),
     ]
     if tracing is not None:
         built.append(collector_cluster(tracing))
     return checked(built)
 
 
-def _sequenced(instances: Iterable[Instance]) -> frozenset[str]:
-    """The models whose requests are steps of sequences."""
+def _sequence_models(instances: Iterable[Instance]) -> frozenset[str]:
+    """Return the names of models whose requests are steps of sequences."""
     return frozenset(model.name for instance in instances for model in instance.models if model.has_sequences)
 
 
-def _models_apart(found: Mapping[str, set[Endpoint]], sequenced: frozenset[str], table: Table) -> tuple[str, ...]:
-    """The models that not every instance has, and those with sequences. Only their calls need routes of their own;
-    mostly there are none."""
+def _routed_models(found: Mapping[str, set[Endpoint]], sequenced: frozenset[str], table: RouteTable) -> tuple[str, ...]:
+    """Return the models that need routes of their own: with sequences, or not loaded by every instance. Mostly none."""
     if table.models is None:
         return ()
     everywhere = [found[service.cluster] for service in table.services if service.prefix == table.models.prefix]
@@ -134,7 +134,11 @@ def _models_apart(found: Mapping[str, set[Endpoint]], sequenced: frozenset[str],
 
 
 def checked(resources: Iterable[Resource]) -> Snapshot:
-    """The snapshot of `resources`, with its references checked."""
+    """Return the snapshot of `resources`.
+
+    Raises:
+        LookupError: a resource names a cluster that is not among `resources`.
+    """
     by_type: dict[str, dict[str, Resource]] = {type_url: {} for type_url in TYPES}
     for resource in resources:
         by_type[resource.type_url][resource.name] = resource
@@ -142,6 +146,6 @@ def checked(resources: Iterable[Resource]) -> Snapshot:
     for resource in (resource for of_type in by_type.values() for resource in of_type.values()):
         if missing := resource.needs - clusters.keys():
             raise LookupError(
-                f"{resource.type_url} {resource.name!r} names clusters that are not there: {sorted(missing)}"
+                f"{resource.type_url} {resource.name!r} names clusters that the snapshot lacks: {sorted(missing)}"
             )
     return Snapshot(MappingProxyType({type_url: MappingProxyType(of_type) for type_url, of_type in by_type.items()}))

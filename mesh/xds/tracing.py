@@ -1,4 +1,4 @@
-"""Spans of Envoy: where they go, by the standard OTEL_* variables that the services read too."""
+"""Export of Envoy's spans to a collector, configured by the same standard OTEL_* variables as the services."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _DEFAULT_PORTS = {"grpc": 4317, "http/protobuf": 4318}
 
 @dataclass(frozen=True)
 class Tracing:
-    """Where Envoy sends its spans."""
+    """Collector and sampling of Envoy's spans."""
 
     url: str
     protocol: str = "grpc"
     """`grpc` or `http/protobuf`."""
     headers: tuple[tuple[str, str], ...] = ()
     sampled_percent: float = 100.0
-    """Of the calls that come without a trace of their own."""
+    """Share of the calls without a trace context that are sampled."""
 
 
 def tracing_of(environ: Mapping[str, str]) -> Tracing | None:
-    """What the environment asks for. None: no tracing."""
+    """Return the tracing that the environment configures, or None for no tracing."""
     endpoint = collector(environ)
     if endpoint is None:
         return None
@@ -52,8 +52,8 @@ def tracing_of(environ: Mapping[str, str]) -> Tracing | None:
     return Tracing(endpoint, protocol, headers, 100 * sampling_of(environ).ratio)
 
 
-def _place(tracing: Tracing) -> tuple[str, bool]:
-    """The collector's address, `unix:/path` or `host:port`, and whether it speaks TLS."""
+def _collector_address(tracing: Tracing) -> tuple[str, bool]:
+    """Return the collector's address, `unix:/path` or `host:port`, and True when the collector uses TLS."""
     if tracing.url.startswith("unix:"):
         return "unix:" + tracing.url.removeprefix("unix:").replace("//", "", 1), False
     parts = urlsplit(tracing.url if "://" in tracing.url else f"http://{tracing.url}")
@@ -61,18 +61,18 @@ def _place(tracing: Tracing) -> tuple[str, bool]:
 
 
 def collector_cluster(tracing: Tracing) -> Resource:
-    """The cluster of the collector. Nothing waits for it: spans are dropped while it is away."""
-    place, tls = _place(tracing)
-    host = place.rpartition(":")[0]
+    """Build the cluster of the collector. Envoy drops spans while the collector is unreachable; no call waits."""
+    collector_address, tls = _collector_address(tracing)
+    host = collector_address.rpartition(":")[0]
     document: dict[str, Any] = {
         "name": OTEL,
-        "type": "STATIC" if place.startswith("unix:") or _is_ip(host) else "STRICT_DNS",
+        "type": "STATIC" if collector_address.startswith("unix:") or _is_ip(host) else "STRICT_DNS",
         "connect_timeout": "1s",
         "load_assignment": {
             "cluster_name": OTEL,
-            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(place)}}]}],
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(collector_address)}}]}],
         },
-        # Envoy is ready whether or not the collector's name can be looked up.
+        # Envoy becomes ready even when the collector's host name cannot be resolved.
         "wait_for_warm_on_init": False,
     }
     if tracing.protocol == "grpc":
@@ -101,7 +101,7 @@ def _is_ip(host: str) -> bool:
 
 
 def connection_manager_tracing(tracing: Tracing) -> dict[str, Any]:
-    """HttpConnectionManager.Tracing: a span for the call as it came in, and one for each try upstream."""
+    """Return HttpConnectionManager.Tracing: one span for the incoming call, and one for each upstream attempt."""
     config = typed(OpenTelemetryConfig, {"service_name": SERVICE})
     if tracing.protocol == "grpc":
         config["grpc_service"] = {

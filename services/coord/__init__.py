@@ -1,1 +1,1 @@
-"""coord: the control plane. Who is here, who leads, and what each Envoy is told."""
+"""coord: the control plane, with cluster membership, leader election and the configuration of every Envoy."""

@@ -1,4 +1,4 @@
-"""`python -m services.coord`: runs the coord service until SIGTERM."""
+"""Entry point `python -m services.coord`: run the coord service until SIGTERM."""
 
 from mesh.process.main import main
 from services.coord.app import run

@@ -1,4 +1,4 @@
-"""The cluster as etcd has it: instances, drain marks and the leader, all at one revision."""
+"""View of the cluster in etcd: instances, drain marks and the leader, all at one revision."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ PREFIX = b"/shoal/"
 
 @dataclass(frozen=True)
 class Cluster:
-    """One view of everything, immutable."""
+    """Immutable view of the whole cluster."""
 
     instances: tuple[Instance, ...] = ()
     """Sorted by service and name."""
     marks: tuple[DrainMark, ...] = ()
     drained: frozenset[str] = frozenset()
-    """Names of instances that an operator has taken out."""
+    """Names of instances that an operator has drained."""
     leader: Leader | None = None
     revision: int = 0
     stale: bool = True
 
     def of_service(self, service: str) -> tuple[Instance, ...]:
-        """The instances of a service; of all for an empty name."""
+        """Return the instances of a service; an empty name selects all services."""
         return tuple(i for i in self.instances if not service or i.service == service)
 
     def state_of(self, instance: Instance) -> State:
-        """DRAINING for what an operator has drained, whatever the process says."""
+        """Return the state of an instance: DRAINING if an operator has drained it, else the state that it publishes."""
         return State.DRAINING if instance.name in self.drained else instance.state
 
     def is_ready(self, service: str) -> bool:
-        """Whether some instance of `service` takes traffic."""
+        """Return True when at least one instance of `service` accepts traffic."""
         return any(self.state_of(i) is State.READY for i in self.of_service(service))
 
 
 def cluster_of(copy: Copy) -> Cluster:
-    """Reads a copy of all keys under PREFIX."""
+    """Parse a copy of all keys under PREFIX."""
     view = view_of(copy)
     marks = marks_of(copy.entries)
     election = {key: entry for key, entry in copy.entries.items() if key.startswith(LEADER)}

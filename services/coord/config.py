@@ -1,4 +1,4 @@
-"""What the coord service is told: `SHOAL_COORD_<FIELD>`. The listeners of an Envoy come from its own node metadata."""
+"""Configuration of the coord service: `SHOAL_COORD_<FIELD>`. An Envoy's node metadata defines its listeners."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CoordConfig(ServiceConfig):
     """Configuration of the coord service. Units are in the names."""
 
     etcd: Annotated[str, AfterValidator(_checked)]
-    """etcd's client addresses, `host:port[,host:port...]`. Coord has nothing to do without it."""
+    """Client addresses of etcd, `host:port[,host:port...]`; required."""
     settle_ms: Annotated[int, Field(ge=0, le=60_000)] = 5_000
-    """After an outage of etcd longer than their leases, instances have so long to register again before Envoy loses
+    """After an outage of etcd longer than the leases, the time for instances to register again before Envoy removes
     them."""

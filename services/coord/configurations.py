@@ -1,4 +1,4 @@
-"""Each Envoy's snapshot, kept up to date with the cluster."""
+"""Snapshots of the cluster for each Envoy, updated after each change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from mesh.cluster.mirror import Mirror
 from mesh.process.tasks import Background
 from mesh.process.watched import Watched
-from mesh.xds.routes import Table
+from mesh.xds.routes import RouteTable
 from mesh.xds.snapshot import EnvoyNode, Snapshot, snapshot
 from mesh.xds.tracing import Tracing
 from services.coord.cluster import cluster_of
@@ -16,12 +16,12 @@ from services.coord.presence import Presence, observe
 
 
 class Configurations(Background):
-    """Follows the cluster for as long as the `async with` block lasts, and makes snapshots of it for each Envoy."""
+    """Source of snapshots for every Envoy. Follows the cluster during the `async with` block."""
 
     def __init__(
         self,
         mirror: Mirror,
-        table: Table,
+        table: RouteTable,
         tracing: Tracing | None,
         *,
         settle_s: float,
@@ -35,15 +35,15 @@ class Configurations(Background):
         self._presence: Watched[Presence] = Watched(Presence())
 
     async def follow(self, node: EnvoyNode) -> AsyncIterator[Snapshot]:
-        """The node's snapshot once the cluster is known, and again after each change that concerns it. Never ends."""
+        """Yield the node's snapshot once the cluster is known, and after each change of the snapshot. Never ends."""
         last: Snapshot | None = None
         async for presence in self._presence.follow():
             if not presence.is_known:
                 continue
-            made = snapshot(presence.instances, presence.drained, node, self._table, self._tracing)
-            if made != last:
-                yield made
-            last = made
+            new = snapshot(presence.instances, presence.drained, node, self._table, self._tracing)
+            if new != last:
+                yield new
+            last = new
 
     async def _run(self) -> None:
         while True:

@@ -1,6 +1,6 @@
-"""Drain marks: an operator takes one process out of traffic. Pure.
+"""Drain marks, with which an operator takes one process out of traffic. Pure.
 
-A mark is a key in etcd that names the process: whoever replaces that process under its name is not drained.
+A mark is a key in etcd that identifies the process. A later process under the same name is not drained.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PREFIX = b"/shoal/drains/"
 
 @dataclass(frozen=True)
 class DrainMark:
-    """One drained process."""
+    """Identity of one drained process."""
 
     name: str
     """`<node>/<service>-<n>`."""
@@ -34,7 +34,7 @@ class DrainMark:
         return key_of(self.name)
 
     def is_on(self, instance: Instance) -> bool:
-        """Whether it is this very process that is drained."""
+        """Return True when the mark drains this process, not an earlier one of the same name."""
         return (self.name, self.pid, self.started_at) == (instance.name, instance.pid, instance.started_at)
 
 
@@ -43,7 +43,7 @@ def key_of(name: str) -> bytes:
 
 
 def mark_of(instance: Instance) -> DrainMark:
-    """The mark that drains the process behind `instance`."""
+    """Return the mark that drains the process of `instance`."""
     return DrainMark(instance.name, instance.pid, instance.started_at)
 
 
@@ -52,8 +52,8 @@ def encode(mark: DrainMark) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _readable(key: bytes, value: bytes) -> DrainMark | None:
-    """Cached, so that an unreadable key is logged once and not at each change of another."""
+def _decode(key: bytes, value: bytes) -> DrainMark | None:
+    """Parse a mark, or log an unreadable value and return None. The cache prevents repeated log lines."""
     try:
         raw = json.loads(value)
         return DrainMark(key.removeprefix(PREFIX).decode(), int(raw["pid"]), float(raw["started_at"]))
@@ -63,33 +63,33 @@ def _readable(key: bytes, value: bytes) -> DrainMark | None:
 
 
 def marks_of(entries: Mapping[bytes, Entry]) -> tuple[DrainMark, ...]:
-    """The marks among the entries of etcd. What cannot be read is logged and left out."""
-    found = (_readable(key, entry.value) for key, entry in entries.items() if key.startswith(PREFIX))
+    """Return the marks among the entries of etcd, by name. Unreadable marks are logged and left out."""
+    found = (_decode(key, entry.value) for key, entry in entries.items() if key.startswith(PREFIX))
     return tuple(sorted((mark for mark in found if mark is not None), key=lambda mark: mark.name))
 
 
 def drained(instances: Iterable[Instance], marks: Iterable[DrainMark]) -> frozenset[str]:
-    """The names of the instances that are drained."""
+    """Return the names of the drained instances."""
     by_name = {mark.name: mark for mark in marks}
     return frozenset(i.name for i in instances if i.name in by_name and by_name[i.name].is_on(i))
 
 
 def resolve(name: str, instances: Iterable[Instance]) -> Instance:
-    """The instance called `name`: in full, or without its node where that is unambiguous.
+    """Return the instance with this name: the full name, or without the node if that is unambiguous.
 
     Raises:
         InvalidArgument: the name is empty or ambiguous.
-        NotFound: no such instance.
+        NotFound: no instance has the name.
     """
     if not name:
         raise InvalidArgument("name: expected an instance such as local/infer-0, got nothing")
-    there = tuple(instances)
-    found = [i for i in there if i.name == name] or [i for i in there if i.instance == name]
+    known = tuple(instances)
+    found = [i for i in known if i.name == name] or [i for i in known if i.instance == name]
     if len(found) > 1:
         raise InvalidArgument(f"{name} is on several nodes, say which: {', '.join(sorted(i.name for i in found))}")
     if not found:
-        known = ", ".join(i.name for i in there[:20]) or "none"
-        raise NotFound(f"no instance {name[:100]!r}; there are: {known}{', ...' if len(there) > 20 else ''}")
+        listed = ", ".join(i.name for i in known[:20]) or "none"
+        raise NotFound(f"no instance {name[:100]!r}; there are: {listed}{', ...' if len(known) > 20 else ''}")
     return found[0]
 
 
@@ -100,15 +100,17 @@ def obsolete(
     now: float,
     patience_s: float,
 ) -> tuple[DrainMark, ...]:
-    """Marks whose process is gone: replaced by another, or absent for `patience_s` (after an outage of etcd everybody
-    is absent for a moment). `absent_since`: when each mark's process was first missed.
+    """Return the marks whose process has ended: replaced by another, or absent for `patience_s`.
+
+    After an outage of etcd all instances are absent for a moment, hence the grace time. `absent_since` maps the name of
+    each mark to the time at which its process was first found absent.
     """
     by_name = {instance.name: instance for instance in instances}
-    gone = []
+    found = []
     for mark in marks:
         instance = by_name.get(mark.name)
         replaced = instance is not None and not mark.is_on(instance)
         absent = instance is None and now - absent_since.get(mark.name, now) >= patience_s
         if replaced or absent:
-            gone.append(mark)
-    return tuple(gone)
+            found.append(mark)
+    return tuple(found)

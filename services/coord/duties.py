@@ -1,6 +1,7 @@
-"""What the leader does, and only the leader: it clears drain marks whose process is gone.
+"""Background duty of the leader: delete drain marks whose process has ended.
 
-Each act is a transaction that demands the leader's own key: an old leader that has not yet noticed changes nothing.
+Each deletion is a transaction that requires the leader's own key. A former leader that does not know of its successor
+changes nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from shoal.errors import ShoalError
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 10.0
-"""So long a drained process may be absent (etcd was away, it registers again) before its mark is cleared."""
-_LOOK_S = 1.0
+"""Grace time of a drained process without a registration (as after an outage of etcd) before its mark is deleted."""
+_POLL_S = 1.0
 
 
 class Duties(Background):
-    """Runs the leader's duties whenever `election` makes this replica the leader, while the `async with` lasts."""
+    """Background task of the leader. Runs while `election` makes this replica the leader, in the `async with` block."""
 
     def __init__(
         self,
@@ -49,22 +50,21 @@ class Duties(Background):
                 copy = self._mirror.copy
                 cluster = cluster_of(copy)
                 if not cluster.stale:
-                    self._miss(cluster, absent_since)
+                    self._note_absent(cluster, absent_since)
                     await self._clear_drains(term, cluster, absent_since)
-                await self._mirror.after(copy, _LOOK_S)
+                await self._mirror.after(copy, _POLL_S)
 
-    def _miss(self, cluster: Cluster, absent_since: dict[str, float]) -> None:
-        """Notes since when the processes of marks are absent."""
-        here = {instance.name for instance in cluster.instances}
-        absent = {mark.name for mark in cluster.marks} - here
+    def _note_absent(self, cluster: Cluster, absent_since: dict[str, float]) -> None:
+        """Update `absent_since`, the time since when the process of each mark is absent."""
+        present = {instance.name for instance in cluster.instances}
+        absent = {mark.name for mark in cluster.marks} - present
         for name in [name for name in absent_since if name not in absent]:
             del absent_since[name]
         for name in absent:
             absent_since.setdefault(name, self._clock())
 
     async def _clear_drains(self, term: Term, cluster: Cluster, absent_since: dict[str, float]) -> None:
-        gone = obsolete(cluster.marks, cluster.instances, absent_since, self._clock(), self._patience_s)
-        for mark in gone:
+        for mark in obsolete(cluster.marks, cluster.instances, absent_since, self._clock(), self._patience_s):
             try:
                 entry = await self._etcd.get(mark.key)
                 if entry is None or not term.is_current():
@@ -73,8 +73,9 @@ class Duties(Background):
                     [term.fence, Modified(mark.key, entry.mod_revision)], [Delete(mark.key)]
                 )
             except ShoalError as err:
-                log.warning("the drain mark of %s stays for now: %s", mark.name, err)
-            except Exception:  # A fault of ours must not end the duties for ever.
-                log.exception("clearing the drain mark of %s", mark.name)
+                log.warning("cannot delete the drain mark of %s, will retry: %s", mark.name, err)
+            # A bug must not end the duties for the rest of the process.
+            except Exception:
+                log.exception("deleting the drain mark of %s failed", mark.name)
             else:
-                log.info("drain mark of %s: %s", mark.name, "cleared" if done.succeeded else "changed meanwhile")
+                log.info("drain mark of %s: %s", mark.name, "deleted" if done.succeeded else "changed meanwhile")

@@ -1,7 +1,7 @@
-"""grpc.health.v1 for the whole mesh: coord answers, at the gateway, for every public service.
+"""Health service (grpc.health.v1) for the whole mesh: at the gateway, coord answers for every public service.
 
-"" is coord itself: SERVING while it is up, etcd or not, for Envoy's own health check asks for it. A public service is
-SERVING while some instance of it takes traffic.
+The name "" is coord itself. It is SERVING while coord accepts calls, with or without etcd, because Envoy's own health
+check requests it. A public service is SERVING while at least one of its instances accepts traffic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 def status_of(name: str, cluster: Cluster, services: Mapping[str, str], is_up: bool) -> int:
-    """The status of the gRPC service `name`. `services`: which service serves each; `is_up`: coord takes calls."""
+    """Return the status of the gRPC service `name`.
+
+    `services` maps each public gRPC service to the service that serves it. `is_up` is True while coord accepts calls.
+    """
     if name == "":
         return SERVING if is_up else NOT_SERVING
     if name not in services:
@@ -32,7 +35,7 @@ def status_of(name: str, cluster: Cluster, services: Mapping[str, str], is_up: b
 
 
 class MeshHealth(health_pb2_grpc.HealthServicer):
-    """Answers health checks from membership."""
+    """Health servicer that answers from cluster membership."""
 
     def __init__(self, mirror: Mirror, services: Mapping[str, str]) -> None:
         self._mirror = mirror
@@ -40,11 +43,11 @@ class MeshHealth(health_pb2_grpc.HealthServicer):
         self._is_up = Watched(False)
 
     def serve(self) -> None:
-        """From now on coord takes calls."""
+        """Report coord as SERVING."""
         self._is_up.set(True)
 
     def leave(self) -> None:
-        """From now on it does not."""
+        """Report coord as NOT_SERVING."""
         self._is_up.set(False)
 
     async def Check(self, request: health_pb2.HealthCheckRequest, ctx: Context) -> health_pb2.HealthCheckResponse:

@@ -1,4 +1,4 @@
-"""What operators ask of coord: who is here, who leads, drain and undrain."""
+"""Operations for operators: list and watch instances, get the leader, drain and undrain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CATCH_UP_S = 2.0
 
 
 class Instances:
-    """Reads from the live copy, writes to etcd."""
+    """Reads and drains of instances for operators. Reads use the live copy; writes go to etcd."""
 
     def __init__(self, etcd: Etcd, mirror: Mirror) -> None:
         self._etcd = etcd
@@ -26,11 +26,11 @@ class Instances:
 
     @property
     def cluster(self) -> Cluster:
-        """The newest view."""
+        """Latest view of the cluster."""
         return cluster_of(self._mirror.copy)
 
     async def watch(self, service: str) -> AsyncIterator[Cluster]:
-        """The view as it is now, and again whenever what it says of `service` (of all, if empty) has changed."""
+        """Yield the current view, and again after each change of `service`; an empty name watches all services."""
         last: tuple[object, ...] | None = None
         async for copy in self._mirror.follow():
             cluster = cluster_of(copy)
@@ -41,20 +41,20 @@ class Instances:
             last = now
 
     def leader(self) -> Leader:
-        """Who leads.
+        """Return the current leader.
 
         Raises:
-            Unavailable: nobody does, or it cannot be known.
+            Unavailable: there is no leader, or etcd is unreachable.
         """
         cluster = self.cluster
         if cluster.stale:
-            raise Unavailable("etcd cannot be reached: nobody can say who leads; traffic goes on without")
+            raise Unavailable("etcd cannot be reached: the leader is unknown; traffic continues without etcd")
         if cluster.leader is None:
-            raise Unavailable("nobody leads at present: an election is under way, ask again in a moment")
+            raise Unavailable("there is no leader at present: an election is in progress, retry in a moment")
         return cluster.leader
 
     async def drain(self, name: str) -> tuple[Cluster, Instance]:
-        """Takes an instance out of traffic. Returns the view after it, and the instance.
+        """Take an instance out of traffic. Return the view after the change, and the instance.
 
         Raises:
             NotFound, InvalidArgument: see `resolve`.
@@ -62,25 +62,26 @@ class Instances:
         """
         instance = resolve(name, self.cluster.instances)
         mark = mark_of(instance)
-        return await self._seen(await self._etcd.put(mark.key, encode(mark))), instance
+        return await self._after_write(await self._etcd.put(mark.key, encode(mark))), instance
 
     async def undrain(self, name: str) -> tuple[Cluster, Instance]:
-        """Puts an instance back; no error when it was not drained. Raises as `drain`."""
+        """Return an instance to traffic; no error when it was not drained. Raises as `drain`."""
         instance = resolve(name, self.cluster.instances)
         cluster = self.cluster
         if await self._etcd.delete(key_of(instance.name)):
-            cluster = await self._gone(key_of(instance.name))
+            cluster = await self._after_delete(key_of(instance.name))
         return cluster, instance
 
-    async def _seen(self, revision: int) -> Cluster:
-        """The view once it has come to `revision`, so that whoever drained an instance sees it drained."""
+    async def _after_write(self, revision: int) -> Cluster:
+        """Return the view once it includes `revision`, so that the caller of a drain sees the instance drained."""
         copy = self._mirror.copy
         deadline = asyncio.get_running_loop().time() + _CATCH_UP_S
         while copy.revision < revision and asyncio.get_running_loop().time() < deadline:
             copy = await self._mirror.after(copy, _CATCH_UP_S)
         return cluster_of(copy)
 
-    async def _gone(self, key: bytes) -> Cluster:
+    async def _after_delete(self, key: bytes) -> Cluster:
+        """Return the view once it no longer contains `key`."""
         copy = self._mirror.copy
         deadline = asyncio.get_running_loop().time() + _CATCH_UP_S
         while key in copy.entries and asyncio.get_running_loop().time() < deadline:

@@ -1,4 +1,4 @@
-"""Between what coord knows and the messages of shoal.coord.v1."""
+"""Conversion of coord's values to the messages of shoal.coord.v1."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STATES = {
 
 
 def timestamp(seconds: float) -> Timestamp:
-    """Of unix seconds."""
+    """Return the Timestamp of unix seconds."""
     nanos = round(seconds * 1e9)
     return Timestamp(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)
 

@@ -1,4 +1,4 @@
-"""shoal.coord.v1 over gRPC. Only translates."""
+"""gRPC servicer of shoal.coord.v1: translates messages, without logic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shoal.coord.v1 import coord_pb2_grpc as pb_grpc
 
 
 class CoordRpc(pb_grpc.CoordServiceServicer):
-    """The servicer."""
+    """Servicer of CoordService."""
 
     def __init__(self, name: str, instances: Instances, ads: AdsServer) -> None:
         self._name = name

@@ -1,7 +1,7 @@
-"""The traffic policy: which calls go to which service, what may be retried, what names a model.
+"""Traffic policy: the service of each call, the methods that may be retried, and the fields that name a model.
 
-A method may be retried after an instance died on it only if running it twice does no harm. Submit is not among them:
-its caller decides, with an idempotency key.
+Envoy retries a method after an instance died while running it only if running it twice is harmless. Submit is not
+retried by Envoy: the client decides, with an idempotency key.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorSet
 from grpc_health.v1 import health_pb2
 
-from mesh.xds.routes import ModelRoutes, ServiceRoutes, Table
+from mesh.xds.routes import ModelRoutes, RouteTable, ServiceRoutes
 from shoal.coord.v1 import coord_pb2
 from shoal.inference.v2 import bulk_pb2, inference_pb2
 from shoal.ingest.v1 import ingest_pb2
@@ -31,7 +31,7 @@ PUBLIC: dict[str, str] = {
     COORD.full_name: "coord",
     INFER.full_name: "infer",
 }
-"""The gRPC services that a client finds at the gateway, and who serves them."""
+"""The gRPC services at the gateway, each with the service that serves it."""
 
 _STORE_IDEMPOTENT = (
     "StatArtifact",
@@ -48,9 +48,20 @@ _STORE_IDEMPOTENT = (
     "ListRetention",
     "ListUsage",
 )
-_OF_BATCHES = ("GetBatch", "ListBatches", "WatchBatch")
-_OF_LIFE = ("ListDeadLetters", "WatchJobs", "GetSchedule", "ListSchedules", "ListJobRetention")
-_INGEST_IDEMPOTENT = ("GetJob", "GetPayload", "ListJobs", "WatchJob", *_OF_LIFE, *_OF_BATCHES)
+_INGEST_IDEMPOTENT = (
+    "GetJob",
+    "GetPayload",
+    "ListJobs",
+    "WatchJob",
+    "ListDeadLetters",
+    "WatchJobs",
+    "GetSchedule",
+    "ListSchedules",
+    "ListJobRetention",
+    "GetBatch",
+    "ListBatches",
+    "WatchBatch",
+)
 _COORD_IDEMPOTENT = ("ListInstances", "WatchInstances", "GetLeader", "GetMeshStatus")
 
 _MODEL_FIELDS = {
@@ -68,18 +79,18 @@ _PARAMETERS = "parameters"
 
 
 def paths(service: ServiceDescriptor, methods: tuple[str, ...]) -> tuple[str, ...]:
-    """The HTTP/2 paths of a service's methods.
+    """Return the HTTP/2 paths of a service's methods.
 
     Raises:
-        KeyError: it has no such method.
+        KeyError: the service has no such method.
     """
     return tuple(f"/{service.full_name}/{service.methods_by_name[method].name}" for method in methods)
 
 
-def table() -> Table:
-    """All routes of a node."""
+def table() -> RouteTable:
+    """Return all routes of a node."""
     inference = f"/{INFER.full_name}/"
-    return Table(
+    return RouteTable(
         services=(
             ServiceRoutes(
                 f"/{BULK.full_name}/", "infer", streaming=paths(BULK, ("InferBulk",)), names_model_itself=True
@@ -98,7 +109,7 @@ def table() -> Table:
                 streaming=paths(INGEST, ("SubmitStream",)),
             ),
             ServiceRoutes("/shoal.coord.v1.", "coord", idempotent=paths(COORD, _COORD_IDEMPOTENT)),
-            # Coord answers for all: from membership it knows who is ready.
+            # Coord answers for all services, from membership.
             ServiceRoutes("/grpc.health.v1.", "coord", all_idempotent=True, traced=False),
             ServiceRoutes("/grpc.reflection.", "coord", all_idempotent=True, traced=False),
         ),
@@ -113,10 +124,10 @@ def table() -> Table:
 
 
 def _with_raw_entries(serialized: bytes) -> bytes:
-    """The descriptors with the parameters of an inference request as bytes, entry by entry.
+    """Return the descriptors with the parameters of an inference request declared as bytes, one value per map entry.
 
-    Envoy's filter cannot pick an entry of a map by its key. On the wire an entry is a message like any other, and a
-    message the same as bytes: so it takes them out whole, and the Lua filter looks for the key.
+    Envoy's filter cannot select a map entry by its key. On the wire, a map entry is a message, and a message has the
+    encoding of bytes. So the filter extracts whole entries, and the Lua filter searches for the key.
     """
     found = FileDescriptorSet.FromString(serialized)
     for file in found.file:
@@ -129,7 +140,7 @@ def _with_raw_entries(serialized: bytes) -> bytes:
 
 
 def descriptors(file: FileDescriptor) -> bytes:
-    """A serialized FileDescriptorSet of `file` and all that it imports, imports first."""
+    """Return a serialized FileDescriptorSet of `file` and all its imports, imports first."""
     found = FileDescriptorSet()
     seen: set[str] = set()
 

@@ -1,8 +1,8 @@
-"""ONNX models made smaller: int8, float16, without what nobody reads. Each is measured beside the original.
+"""Compression of ONNX models: int8, float16, or pruning. Each result is measured beside the original.
 
     model.onnx ──method──> smaller.onnx
         │                     │         rows: recorded requests, a file, or random
-        └──answers, clock─────┴──> Report: size, latency, drift, label changes
+        └──answers, clock─────┴──> Compression: size, latency, drift, label changes
 
-Nothing here is imported unless a model is compressed. It knows no node.
+This package is imported only to compress a model, and does not depend on a node.
 """

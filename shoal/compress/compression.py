@@ -1,4 +1,4 @@
-"""A model becomes a smaller one, and a report says what that costs and what it gives."""
+"""Compression of one model, with a report of the smaller size, the latency and the drift of the answers."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from shoal.convert.verdict import Bounds, refusal
 from shoal.errors import FailedPrecondition
 
 BATCHES = (1, 16)
-"""Rows of the calls that are timed."""
+"""Numbers of rows of the timed calls."""
 CALIBRATION_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What both models are asked."""
+    """Input rows for both models."""
 
     calls: Sequence[Tensors]
     source: str
     """`rows.npz`, `200 recorded requests`, `random`."""
     is_real: bool = True
-    """False: they are random, and drift on them says little about drift on data."""
+    """False for random rows, whose drift says little about drift on real data."""
 
 
 @dataclass(frozen=True)
 class Compression:
-    """What was made of a model."""
+    """Report on a compressed model."""
 
     source: str
     method: Method
@@ -49,41 +49,41 @@ class Compression:
     rows: str
     is_real: bool
     calibrated_on: int
-    """Rows that static int8 took its ranges from; 0 for the other methods."""
+    """Number of calibration rows of static int8; 0 for the other methods."""
     processor: Processor
-    """The processor that drift and latencies were measured on."""
+    """Processor of the measurements of drift and latencies."""
     drift: Drift
     latencies: Sequence[Latency]
     threads: int
     bounds: Bounds | None
-    """None: nobody said what is too much."""
+    """Accepted drift; None when the caller set no bounds."""
     refused: str
-    """Why it is too much; empty when it is not."""
+    """Reason why the drift exceeds the bounds; empty when it does not."""
     notes: Sequence[str]
 
 
 def run(
     method: Method, source: Path, target: Path, rows: Rows, *, name: str, bounds: Bounds | None, threads: int
 ) -> Compression:
-    """Writes `target` and measures it beside `source`.
+    """Write the compressed model to `target` and measure it beside `source`.
 
-    Half of the rows are for the ranges of static int8, the other half for the report: drift on rows that the ranges
-    were taken from would be flattered.
+    For static int8, half of the rows calibrate the ranges, and the other half is for the report: drift on the
+    calibration rows would be too small.
 
     Raises:
-        FailedPrecondition: the method does not suit the model.
+        FailedPrecondition: the method cannot be used on the model, or on these rows.
     """
     original = OnnxModel(source, threads=threads)
     if method is Method.STATIC and not rows.is_real:
         raise FailedPrecondition(
-            "static int8 takes ranges from real rows: give --data, or name a model of a node that kept requests of it "
+            "static int8 is calibrated on real rows: give --data, or name a model of a node that kept requests of it "
             "(`shoal jobs submit --keep-request`)"
         )
     calibration, checked = split(rows.calls) if method is Method.STATIC else ([], list(rows.calls))
     notes = compress(method, source, target, calibration)
     compressed = OnnxModel(target, threads=threads)
-    if changed := _changed(original, compressed):
-        raise FailedPrecondition(f"{method} changed what the model takes or gives: {changed}")
+    if changed := _changed_ports(original, compressed):
+        raise FailedPrecondition(f"{method} changed the inputs or outputs of the model: {changed}")
     try:
         answers = [Answers(original.answer(call), compressed.answer(call)) for call in checked]
         drift = measure(answers, scores=_scores(original))
@@ -94,8 +94,8 @@ def run(
         method=method,
         target=target,
         packages=versions("onnxruntime", "onnx"),
-        original_bytes=weight(source),
-        compressed_bytes=weight(target),
+        original_bytes=model_bytes(source),
+        compressed_bytes=model_bytes(target),
         rows=rows.source,
         is_real=rows.is_real,
         calibrated_on=sum(row_count(call) for call in calibration),
@@ -110,39 +110,40 @@ def run(
 
 
 def split(calls: Sequence[Tensors]) -> tuple[list[Tensors], list[Tensors]]:
-    """Every other row for calibration, 1,024 at most; the rest for the check.
+    """Return every other row for calibration, 1,024 at most, and the remaining rows for the check.
 
     Raises:
-        FailedPrecondition: there is only one.
+        FailedPrecondition: there is only one row.
     """
-    taken: list[Tensors] = []
+    calibration: list[Tensors] = []
     rest: list[Tensors] = []
     for call in calls:
         if row_count(call) > 1:
             halves = [{name: array[start::2] for name, array in call.items()} for start in (0, 1)]
         else:
-            halves = [call, {}] if len(taken) <= len(rest) else [{}, call]
-        if sum(map(row_count, taken)) + row_count(halves[0] or call) > CALIBRATION_ROWS:
+            halves = [call, {}] if len(calibration) <= len(rest) else [{}, call]
+        if sum(map(row_count, calibration)) + row_count(halves[0] or call) > CALIBRATION_ROWS:
             halves = [{}, call]
-        taken += [halves[0]] if halves[0] else []
+        calibration += [halves[0]] if halves[0] else []
         rest += [halves[1]] if halves[1] else []
-    if not taken or not rest:
-        raise FailedPrecondition("static int8 needs at least 2 rows: one to take ranges from, one to check on")
-    return taken, rest
+    if not calibration or not rest:
+        raise FailedPrecondition("static int8 needs at least 2 rows: one to calibrate on, one to check on")
+    return calibration, rest
 
 
 def random_rows(inputs: Sequence[Port], *, is_batched: bool, seed: int) -> Rows:
-    """Rows for a model of which there are no data: standard normal numbers; whole numbers 0 and 1.
+    """Return random rows for a model without data: standard normal floats, and integers 0 and 1.
 
     Raises:
-        FailedPrecondition: an input is text, or has no size to be guessed.
+        FailedPrecondition: an input is text, or has an unknown size.
     """
     generator = np.random.default_rng(seed)
     sizes = (1, 2, 7, 54) if is_batched else (1,) * 8
-    return Rows([_drawn(inputs, rows, generator, is_batched=is_batched) for rows in sizes], "random", is_real=False)
+    calls = [_random_call(inputs, rows, generator, is_batched=is_batched) for rows in sizes]
+    return Rows(calls, "random", is_real=False)
 
 
-def _drawn(inputs: Sequence[Port], rows: int, generator: np.random.Generator, *, is_batched: bool) -> Tensors:
+def _random_call(inputs: Sequence[Port], rows: int, generator: np.random.Generator, *, is_batched: bool) -> Tensors:
     call = {}
     for port in inputs:
         shape = [rows if is_batched and n == 0 else size for n, size in enumerate(port.shape)]
@@ -155,8 +156,8 @@ def _drawn(inputs: Sequence[Port], rows: int, generator: np.random.Generator, *,
     return call
 
 
-def weight(file: Path) -> int:
-    """Bytes of an .onnx file with the weights beside it."""
+def model_bytes(file: Path) -> int:
+    """Return the size of an .onnx file and its external weight files."""
     return file.stat().st_size + sum(side.stat().st_size for side in file.parent.glob(f"{file.name}*data"))
 
 
@@ -168,7 +169,7 @@ def _scores(model: OnnxModel) -> frozenset[str]:
     )
 
 
-def _changed(original: OnnxModel, compressed: OnnxModel) -> str:
+def _changed_ports(original: OnnxModel, compressed: OnnxModel) -> str:
     before = [f"{port.name} {port.dtype.name}" for port in (*original.inputs, *original.outputs)]
     after = [f"{port.name} {port.dtype.name}" for port in (*compressed.inputs, *compressed.outputs)]
     return "" if before == after else f"{', '.join(before)} became {', '.join(after)}"
@@ -181,6 +182,6 @@ def _latencies(original: OnnxModel, compressed: OnnxModel, calls: Sequence[Tenso
 
 
 def _rows_of(calls: Sequence[Tensors], rows: int) -> Tensors:
-    """A call of `rows` rows, made of the largest, again and again."""
+    """Return a call of `rows` rows: the rows of the largest call, repeated."""
     largest = max(calls, key=row_count)
     return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in largest.items()}

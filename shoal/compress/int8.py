@@ -1,12 +1,12 @@
-"""int8, by ONNX Runtime's own tools.
+"""Quantization to int8 with ONNX Runtime's tools.
 
-Static: weights by channel, activations by the range that each took on the rows given, as quantize and dequantize pairs
-around each operator (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). ONNX Runtime
-1.32's tool makes models that do not load of some whose biases are reshaped when weights go by channel, so such a model
-is made anew by tensor.
+Static quantization scales weights per channel, and activations by their ranges on the calibration rows. The result has
+quantize and dequantize pairs around each operator
+(https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). For some models with reshaped biases,
+the per-channel output of ONNX Runtime 1.32's tool does not load. Such a model is quantized again per tensor.
 
 Weights and activations are unsigned bytes; weights have the zero point 128. Products of signed weights saturate on
-x86-64 processors without VNNI (saturation.py), and 7 bits would cost accuracy everywhere.
+x86-64 processors without VNNI (saturation.py), and 7 bits would cost accuracy on all processors.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from shoal.convert.onnx_model import OnnxModel, cast
 from shoal.convert.original import Tensors
 from shoal.errors import FailedPrecondition
 
+# Unsigned weights with the zero point 128: ONNX Runtime's convolutions accept one zero point for all channels.
 _CENTRED = {"WeightSymmetric": True}
-"""Unsigned weights with the zero point 128. ONNX Runtime's convolutions take one zero point for all channels."""
 
 DYNAMIC_OPERATORS = ("MatMul", "Gemm", "Gather", "LSTM", "GRU", "Attention", "EmbedLayerNormalization")
-"""Without Conv: ONNX Runtime runs a dynamically quantized convolution slower than a float one."""
+"""Operators to quantize. No Conv: ONNX Runtime runs a dynamically quantized convolution slower than a float one."""
 
 
 def dynamic(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
-    """Writes `target` with int8 weights. Raises FailedPrecondition when nothing in it can be quantized so."""
+    """Write `target` with int8 weights.
+
+    Raises:
+        FailedPrecondition: the model has no operator with weights that can be quantized.
+    """
     with _prepared(source) as prepared, _quiet():
         quantize_dynamic(
             prepared,
@@ -45,8 +49,8 @@ def dynamic(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
             op_types_to_quantize=list(DYNAMIC_OPERATORS),
             per_channel=True,
             weight_type=QuantType.QUInt8,
-            # A MatMul of two activations has no weights to make smaller. Behind operators of ai.onnx.ml, whose results
-            # onnx does not infer, numbers are float32.
+            # A MatMul of two activations has no weights. onnx does not infer the results of operators of ai.onnx.ml,
+            # which are float32.
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT, **_CENTRED},
         )
     _check_gain(source, target, "it has no MatMul, Gemm, Gather, LSTM, GRU or Attention with fixed weights: try static")
@@ -55,20 +59,26 @@ def dynamic(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
 
 
 STATIC_OPERATORS = ("Conv", "MatMul", "Gemm")
-"""Those with weights. The tool would do others too, and fails on the activations of some models."""
+"""Operators to quantize: only those with weights. With others too, the tool fails on the activations of some models."""
 
 
 def static(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
-    """Writes `target` with int8 weights and activations. Raises FailedPrecondition when there are no rows, or no
-    gain."""
+    """Write `target` with int8 weights and activations.
+
+    Raises:
+        FailedPrecondition: the model has no operator with weights that can be quantized.
+    """
     notes = []
     with _prepared(source) as prepared, _quiet():
         try:
             _quantize(source, prepared, target, calls, per_channel=True)
             OnnxModel(target).answer(calls[0])
-        except Exception:  # Whatever the tool, or ONNX Runtime with what it made, comes across.
+        # The tool, and ONNX Runtime with the tool's output, raise errors of any class.
+        except Exception:
             _quantize(source, prepared, target, calls, per_channel=False)
-            notes.append("weights were quantized by tensor: ONNX Runtime's tool cannot do this model by channel")
+            notes.append(
+                "weights were quantized per tensor: ONNX Runtime's tool cannot quantize this model per channel"
+            )
     _check_gain(source, target, "it has no Conv, MatMul or Gemm with fixed weights")
     return notes + _portability(target)
 
@@ -88,7 +98,7 @@ def _quantize(source: Path, prepared: Path, target: Path, calls: Sequence[Tensor
 
 
 class _Rows(CalibrationDataReader):
-    """Calls, one after the other, as the calibration wants them."""
+    """Calibration reader that returns one call after the other."""
 
     def __init__(self, source: Path, calls: Sequence[Tensors]) -> None:
         inputs = OnnxModel(source).inputs
@@ -100,10 +110,10 @@ class _Rows(CalibrationDataReader):
 
 @contextmanager
 def _prepared(source: Path) -> Iterator[Path]:
-    """The model with its shapes inferred and its operators fused, as the tools want it."""
+    """Yield a temporary copy of the model with inferred shapes and fused operators, as the tools require."""
     with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
         prepared = Path(folder) / "prepared.onnx"
-        # The symbolic inference needs sympy, and finds more shapes only in models of transformers.
+        # Symbolic inference needs sympy, and finds more shapes only in transformer models.
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         yield prepared
 
@@ -114,19 +124,19 @@ def _check_gain(source: Path, target: Path, otherwise: str) -> None:
         raise FailedPrecondition(f"nothing of {source.name} was quantized: {otherwise}")
 
 
+# Inputs of DynamicQuantizeLSTM (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
 _LSTM_WEIGHTS, _LSTM_ZERO_POINTS = (1, 2), (9, 11)
-"""Inputs of DynamicQuantizeLSTM (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md)."""
 
 
 def _make_lstm_weights_unsigned(target: Path) -> None:
-    """Add 128 to the weights and zero points of each DynamicQuantizeLSTM: the tool makes them signed in any case."""
+    """Add 128 to the weights and zero points of each DynamicQuantizeLSTM, which the tool always makes signed."""
     model = onnx.load(target)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     names = {
-        node.input[place]
+        node.input[index]
         for node in model.graph.node
         if node.op_type == "DynamicQuantizeLSTM"
-        for place in (*_LSTM_WEIGHTS, *_LSTM_ZERO_POINTS)
+        for index in (*_LSTM_WEIGHTS, *_LSTM_ZERO_POINTS)
     }
     if not names:
         return
@@ -138,20 +148,20 @@ def _make_lstm_weights_unsigned(target: Path) -> None:
 
 
 def _portability(target: Path) -> list[str]:
-    """Return a note about factors that can saturate: the tools make none, but the source may have had some."""
+    """Return a note about factors that can saturate. The tools make none, but the source model may contain some."""
     factors = saturating_factors(onnx.load(target))
     if not factors:
         return []
-    named = ", ".join(factors[:3]) + (f" and {len(factors) - 3} others" if len(factors) > 3 else "")
+    listed = ", ".join(factors[:3]) + (f" and {len(factors) - 3} others" if len(factors) > 3 else "")
     return [
-        f"answers depend on the processor: without VNNI, products with {named} can saturate. The source has these "
+        f"answers depend on the processor: without VNNI, products with {listed} can saturate. The source has these "
         "signed 8-bit factors already: quantize the float model instead"
     ]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tools' advice to their callers, which goes to the root logger and to ONNX Runtime's."""
+    """Suppress the tools' messages to the root logger and to ONNX Runtime's logger."""
     onnxruntime.set_default_logger_severity(4)
     root = logging.getLogger()
     level = root.level

@@ -1,5 +1,4 @@
-"""How long two models take, side by side: a call of one, a call of the other, again and again, so that whatever else
-the machine does meets both alike."""
+"""Latency of two models in interleaved calls, so that other load on the machine affects both alike."""
 
 from __future__ import annotations
 
@@ -11,30 +10,30 @@ from statistics import median
 from shoal.convert.onnx_model import OnnxModel
 from shoal.convert.original import Tensors
 
+# Numbers of rounds: not counted, and the least and most counted.
 WARM_UP, FEWEST, MOST = 3, 15, 400
-"""Rounds that are not counted, and those that are."""
+# Time for one batch size. Rounds end after it, once there are FEWEST.
 BUDGET_S = 1.5
-"""For one batch size: rounds end then, when there are enough."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians over the rounds, of one call."""
+    """Median latencies of one call, over all rounds."""
 
     rows: int
     rounds: int
     original_ms: float
     compressed_ms: float
     speedup: float
-    """Median of each round's own ratio: above 1, the compressed one is faster."""
+    """Median of the rounds' ratios; above 1 when the compressed model is faster."""
 
 
 def compare(original: OnnxModel, compressed: OnnxModel, call: Tensors, rows: int) -> Latency:
-    """Times both on `call`, which has `rows` rows."""
+    """Time both models on `call`, which has `rows` rows."""
     pairs: list[tuple[float, float]] = []
     until = time.perf_counter() + BUDGET_S
     for n in range(WARM_UP + MOST):
-        # The order changes, or the second would always find warmer caches.
+        # The order alternates; otherwise the second model would always have warmer caches.
         first, second = (original, compressed) if n % 2 == 0 else (compressed, original)
         a, b = _timed(lambda first=first: first.answer(call)), _timed(lambda second=second: second.answer(call))  # type: ignore[misc]
         if n >= WARM_UP:

@@ -1,4 +1,4 @@
-"""Names of the ways to make a model smaller. methods.py does them, and imports what that takes."""
+"""Names of the compression methods, without their imports. methods.py implements them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from enum import StrEnum
 
 
 class Method(StrEnum):
-    """What is done to a model."""
+    """Compression method."""
 
     DYNAMIC = "dynamic"
-    """Weights of MatMul, Gemm, LSTM, GRU, Attention and Gather as int8; activations become int8 call by call."""
+    """int8 weights of MatMul, Gemm, LSTM, GRU, Attention and Gather; activations are quantized in each call."""
     STATIC = "static"
-    """Weights and activations as int8, by ranges that were seen on given rows; convolutions too."""
+    """int8 weights and activations, with ranges from calibration rows; convolutions too."""
     FLOAT16 = "float16"
-    """Weights and arithmetic as float16; inputs and outputs stay float32."""
+    """float16 weights and arithmetic; inputs and outputs stay float32."""
     PRUNE = "prune"
-    """Only what nobody reads is left out: the answers stay the same bits."""
+    """Removal of unused nodes and initializers; the answers are bit-identical."""

@@ -1,5 +1,4 @@
-"""The ways to make a model smaller, by name. Each reads one .onnx file and writes another with the same inputs and
-outputs."""
+"""Compression methods by name. Each reads one .onnx file and writes another with the same inputs and outputs."""
 
 from __future__ import annotations
 
@@ -16,8 +15,9 @@ from shoal.errors import FailedPrecondition
 
 
 def compress(method: Method, source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
-    """Writes `target`. `calls` are what static int8 takes its ranges from. Returns what the reader of a report
-    should know.
+    """Write the compressed model to `target`, and return notes for the report.
+
+    `calls` are the calibration rows of static int8.
 
     Raises:
         FailedPrecondition: the method cannot be used on this model; the message says why.
@@ -26,14 +26,15 @@ def compress(method: Method, source: Path, target: Path, calls: Sequence[Tensors
         return _METHODS[method](source, target, calls)
     except FailedPrecondition:
         raise
-    except Exception as err:  # ONNX Runtime's tools raise what they come across.
+    # ONNX Runtime's tools raise errors of any class.
+    except Exception as err:
         message = " ".join(str(err).split())[:400]
-        raise FailedPrecondition(f"{method}: ONNX Runtime's tool gave up: {type(err).__name__}: {message}") from err
+        raise FailedPrecondition(f"{method}: ONNX Runtime's tool failed: {type(err).__name__}: {message}") from err
 
 
 def _float16(source: Path, target: Path, calls: Sequence[Tensors]) -> list[str]:
     onnx.save_model(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
-    return ["ONNX Runtime computes most of float16 in float32 on a CPU: expect less memory there, not less time"]
+    return ["ONNX Runtime computes most of float16 in float32 on a CPU: expect less memory on it, not less time"]
 
 
 _METHODS: dict[Method, Callable[[Path, Path, Sequence[Tensors]], list[str]]] = {

@@ -1,4 +1,4 @@
-"""The processor that a report was measured on: times, and the last bits of float answers, depend on it."""
+"""Description of this machine's processor for a report: times and the last bits of float answers depend on it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+# Flags of /proc/cpuinfo by which ONNX Runtime chooses its kernels, with the manufacturers' names.
 _INSTRUCTION_SETS = {
     "avx2": "AVX2",
     "avx_vnni": "AVX-VNNI",
@@ -13,12 +14,11 @@ _INSTRUCTION_SETS = {
     "avx512_vnni": "AVX-512 VNNI",
     "amx_int8": "AMX",
 }
-"""Flags of /proc/cpuinfo by which ONNX Runtime chooses its kernels, and the makers' names of them."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A processor by its model name, with those of its instruction sets that 8-bit and float products use."""
+    """Model name of a processor, with the instruction sets that 8-bit and float products use."""
 
     name: str
     instruction_sets: tuple[str, ...]
@@ -28,7 +28,7 @@ class Processor:
 
 
 def this_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
-    """Return the processor of this machine; only its architecture where the system does not say more."""
+    """Return the processor of this machine, or only its architecture if the system does not provide more."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
@@ -36,7 +36,7 @@ def this_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
     fields: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(":")
-        # The first core's; the others repeat it.
+        # Use the first core; the others repeat the values.
         fields.setdefault(key.strip(), value.strip())
     flags = set(fields.get("flags", "").split())
     name = fields.get("model name") or platform.processor() or platform.machine()

@@ -1,5 +1,4 @@
-"""What nobody reads: nodes whose results go nowhere, initializers that no node takes, and copies of the same
-weights."""
+"""Pruning: removal of nodes with unused results, of unused initializers, and of duplicate weights."""
 
 from __future__ import annotations
 
@@ -12,22 +11,20 @@ from shoal.convert.original import Tensors
 
 
 def prune(source: Path, target: Path, calls: Sequence[Tensors] = ()) -> list[str]:
-    """Writes `target`, whose answers are those of `source`, bit for bit. Returns what was left out."""
+    """Write the pruned model to `target`, with bit-identical answers, and return a note about the removed parts."""
     model = onnx.load(source)
     copies = _merge_copies(model.graph)
     nodes = _drop_nodes(model.graph)
-    unread = _drop_initializers(model.graph)
+    unused = _drop_initializers(model.graph)
     onnx.save_model(model, target)
-    return [
-        f"left out: {nodes} nodes and {unread} initializers that nobody reads, {copies} copies of other initializers"
-    ]
+    return [f"removed: {nodes} unused nodes, {unused} unused initializers, {copies} copies of other initializers"]
 
 
 def _merge_copies(graph: onnx.GraphProto) -> int:
-    """Has one of several equal initializers read by all. Returns how many are unread since."""
+    """Replace equal initializers by the first of them, and return the number of removed copies."""
     first: dict[bytes, str] = {}
     instead: dict[str, str] = {}
-    # An initializer that is an input too may be given another value by a caller.
+    # A caller may override an initializer that is also an input.
     open_names = {value.name for value in (*graph.input, *graph.output)}
     for tensor in graph.initializer:
         if tensor.name in open_names:
@@ -50,8 +47,8 @@ def _merge_copies(graph: onnx.GraphProto) -> int:
 def _drop_nodes(graph: onnx.GraphProto) -> int:
     dropped = 0
     while True:
-        read = _read(graph)
-        kept = [node for node in graph.node if any(name in read for name in node.output if name)]
+        used = _used_names(graph)
+        kept = [node for node in graph.node if any(name in used for name in node.output if name)]
         if len(kept) == len(graph.node):
             return dropped
         dropped += len(graph.node) - len(kept)
@@ -59,15 +56,15 @@ def _drop_nodes(graph: onnx.GraphProto) -> int:
 
 
 def _drop_initializers(graph: onnx.GraphProto) -> int:
-    read = _read(graph) | {value.name for value in graph.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    used = _used_names(graph) | {value.name for value in graph.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
     dropped = len(graph.initializer) - len(kept)
     _replace(graph.initializer, kept)
     return dropped
 
 
-def _read(graph: onnx.GraphProto) -> set[str]:
-    """Names that a node, at any depth, or the caller reads."""
+def _used_names(graph: onnx.GraphProto) -> set[str]:
+    """Return the names that a node at any depth reads, and the names of outputs."""
     names = {value.name for value in graph.output}
     for inner in _graphs(graph):
         names.update(value.name for value in inner.output)

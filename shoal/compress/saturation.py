@@ -1,12 +1,12 @@
-"""Check that 8-bit products of a model cannot saturate: then it answers alike on every x86-64 processor.
+"""Check that 8-bit products of a model cannot saturate. Such a model answers alike on every x86-64 processor.
 
-ONNX Runtime multiplies activations as unsigned bytes. For signed weights a processor without VNNI uses `vpmaddubsw`,
+ONNX Runtime multiplies activations as unsigned bytes. For signed weights, a processor without VNNI uses `vpmaddubsw`,
 which adds two neighbouring products in 16 bits and saturates:
 
-    255 * 127 + 255 * 127 = 64770, and 32767 is what it keeps
+    255 * 127 + 255 * 127 = 64770, saturated to 32767
 
-VNNI adds four in 32 bits, and is exact. For unsigned weights ONNX Runtime widens both sides to 16 bits and uses
-`vpmaddwd`, which adds in 32 bits: exact everywhere. Signed weights of 7 bits (-64 to 64) are exact, too.
+VNNI adds four products in 32 bits, and is exact. For unsigned weights, ONNX Runtime widens both sides to 16 bits and
+uses `vpmaddwd`, which adds in 32 bits: exact on every processor. Signed weights of 7 bits (-64 to 64) are exact, too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from shoal.convert.original import Array
 _ACTIVATION = 255
 _LOWEST, _HIGHEST = -(2**15), 2**15 - 1
 
+# For each operator that multiplies, the inputs at which signed bytes stay signed. ONNX Runtime makes the first factor
+# unsigned.
 _SECOND_FACTOR = {
     "MatMul": (1,),
     "Gemm": (1,),
@@ -37,17 +39,15 @@ _SECOND_FACTOR = {
     "ConvInteger": (1,),
     "QLinearConv": (3,),
 }
-"""Inputs of each operator that multiplies at which signed bytes stay signed. ONNX Runtime makes the first factor
-unsigned."""
 
 
 def saturating_factors(model: onnx.ModelProto) -> list[str]:
     """Return the names of the signed 8-bit weights and activations of `model` whose products can saturate.
 
-    Empty: the model answers alike on every x86-64 processor, but for the rounding of float arithmetic.
+    An empty list means equal answers on every x86-64 processor, except for the rounding of float arithmetic.
     """
     signed = {each.name: each for each in model.graph.initializer if each.data_type == onnx.TensorProto.INT8}
-    # ONNX Runtime makes one operator on bytes of a float operator and the DequantizeLinear before it.
+    # ONNX Runtime fuses a float operator and the DequantizeLinear before it to one operator on bytes.
     dequantized = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     found: dict[str, None] = {}
     for node in model.graph.node:
@@ -57,16 +57,16 @@ def saturating_factors(model: onnx.ModelProto) -> list[str]:
             if factor in signed:
                 if can_saturate(_by_output(node, numpy_helper.to_array(signed[factor]))):
                     found[factor] = None
-            # Activations have no known values: signed ones, told by their zero point, can have any.
+            # The values of activations are unknown: signed ones, which have a signed zero point, may have any value.
             elif source is not None and len(source.input) > 2 and source.input[2] in signed:
                 found[factor] = None
     return list(found)
 
 
 def can_saturate(by_output: Array) -> bool:
-    """Return whether two weights of one row of `by_output`, INT8 [outputs, weights], can saturate.
+    """Return True when two weights of one row of `by_output`, INT8 [outputs, weights], can saturate.
 
-    The order in which the kernel pairs weights depends on the operator and its packing, so any two count.
+    The kernel's pairs of weights depend on the operator and its packing, so all pairs are considered.
     """
     if by_output.shape[1] < 2:
         return False
@@ -76,9 +76,9 @@ def can_saturate(by_output: Array) -> bool:
 
 
 def _second_factors(node: onnx.NodeProto) -> Iterator[str]:
-    for place in _SECOND_FACTOR.get(node.op_type, ()):
-        if place < len(node.input):
-            yield node.input[place]
+    for index in _SECOND_FACTOR.get(node.op_type, ()):
+        if index < len(node.input):
+            yield node.input[index]
 
 
 def _by_output(node: onnx.NodeProto, weights: Array) -> Array:

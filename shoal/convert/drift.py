@@ -1,9 +1,9 @@
-"""How far two models' answers to the same rows are apart.
+"""Drift: the differences between two models' answers to the same rows.
 
-Relative drift is |got - want| / max(|want|, rms(want)): elements that are small beside the others of their output do
-not blow it up, and neither does the scale of the output. A row flips when its label, or the place of its largest score,
-differs. It is only a tie when the original's two best scores are within the tolerance of each other: no arithmetic
-decides such a row, so ties are told and not held against the model.
+Relative drift is |got - want| / max(|want|, rms(want)). It does not depend on the scale of an output, and stays small
+for elements that are small beside the others of their output. A row flips when its label, or the index of its largest
+score, differs. The flip is a tie when the original's two best scores differ by less than the tolerance: rounding
+decides the label of such a row. Ties are reported, but do not count against the model.
 """
 
 from __future__ import annotations
@@ -21,27 +21,26 @@ _SMALL = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class OutputDrift:
-    """Of one output, over all rows."""
+    """Drift of one output, over all rows."""
 
     name: str
     max_abs: float
-    """Infinite where one answer is a number and the other is not."""
+    """Infinite when one answer is a number and the other is NaN."""
     mean_abs: float
     max_relative: float
     cosine: float
-    """Of all elements as one vector; 1 where both are zero."""
+    """Cosine similarity of all elements as one vector; 1 when both vectors are zero."""
     flips: int | None
-    """Rows whose label changes. None: the output has no labels."""
+    """Number of rows with another label, without ties; None for an output without labels."""
     ties: int = 0
-    """Further rows whose label changes, and whose two best scores the original tells apart by less than the
-    tolerance."""
+    """Number of rows with another label whose two best scores in the original differ by less than the tolerance."""
     is_number: bool = True
-    """False: it is a label itself, and only flips say anything of it."""
+    """False for an output that is a label: only `flips` and `ties` describe its drift."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Of all outputs. `rows` is the number of calls where the model has no batch dimension."""
+    """Drift of all outputs. `rows` is the number of calls for a model without a batch dimension."""
 
     rows: int
     outputs: tuple[OutputDrift, ...]
@@ -64,7 +63,7 @@ class Drift:
 
     @property
     def flips(self) -> int | None:
-        """Of the output with the most; None where no output has labels."""
+        """Flips of the output with the most; None when no output has labels."""
         return max((output.flips for output in self.outputs if output.flips is not None), default=None)
 
     @property
@@ -73,19 +72,19 @@ class Drift:
 
 
 class Mismatch(Exception):
-    """The answers cannot be compared: another output, shape or kind. The text says which."""
+    """Answers cannot be compared: an output, shape or kind differs. The message says which."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What both models answered to one call, by output name."""
+    """Answers of both models to one call, by output name."""
 
     want: Mapping[str, Array]
     got: Mapping[str, Array]
 
 
 def measure(calls: Sequence[Answers], *, scores: Set[str] = frozenset(), tolerance: float = 0.0) -> Drift:
-    """Compares `got` with `want` over all calls, which have the same outputs.
+    """Compare `got` with `want` over all calls, which have the same outputs.
 
     Raises:
         Mismatch: an output is missing, or has another shape or kind.
@@ -119,38 +118,38 @@ def _rows(call: Answers) -> int:
 def _of_output(name: str, pairs: Sequence[tuple[Array, Array]], ties: Sequence[Array], is_scores: bool) -> OutputDrift:
     flips, tied = None, 0
     if is_scores or not _is_float(pairs[0][0]):
-        flipped = [_flipped(want, got, is_scores) for want, got in pairs]
+        flipped = [_flipped_rows(want, got, is_scores) for want, got in pairs]
         tied = sum(int((rows & tie).sum()) for rows, tie in _aligned(flipped, ties))
         flips = sum(int(rows.sum()) for rows in flipped) - tied
     if not _is_float(pairs[0][0]):
         return OutputDrift(name, 0.0, 0.0, 0.0, 1.0, flips, tied, is_number=False)
     want = np.concatenate([want.reshape(-1) for want, _ in pairs]).astype(np.float64)
     got = np.concatenate([got.reshape(-1) for _, got in pairs]).astype(np.float64)
-    apart = _apart(want, got)
+    difference = _absolute_difference(want, got)
     scale = np.maximum(np.abs(np.where(np.isfinite(want), want, 0)), max(_rms(want), _SMALL))
     return OutputDrift(
         name,
-        float(apart.max(initial=0.0)),
-        float(apart.mean()) if apart.size else 0.0,
-        float((apart / scale).max(initial=0.0)),
+        float(difference.max(initial=0.0)),
+        float(difference.mean()) if difference.size else 0.0,
+        float((difference / scale).max(initial=0.0)),
         _cosine(want, got),
         flips,
         tied,
     )
 
 
-def _apart(want: Array, got: Array) -> Array:
-    """|got - want|: 0 where both are the same infinity or no number, infinite where only one is."""
+def _absolute_difference(want: Array, got: Array) -> Array:
+    """Return |got - want|: 0 for equal infinities and for two NaN, infinity if only one value is NaN."""
     with np.errstate(invalid="ignore"):
-        apart = np.abs(got - want)
+        difference = np.abs(got - want)
     same = (want == got) | (np.isnan(want) & np.isnan(got))
-    return np.where(same, 0.0, np.where(np.isnan(apart), math.inf, apart))
+    return np.where(same, 0.0, np.where(np.isnan(difference), math.inf, difference))
 
 
-def _flipped(want: Array, got: Array, is_scores: bool) -> Array:
-    """By row: whether the label differs."""
+def _flipped_rows(want: Array, got: Array, is_scores: bool) -> Array:
+    """Return True for each row whose label differs."""
     if is_scores:
-        # A NaN would be the largest: both then point at it, and drift tells of it.
+        # argmax selects a NaN in both arrays. The drift of the output reports such a NaN.
         return np.asarray(want.argmax(axis=1) != got.argmax(axis=1))
     differs = want.astype(str) != got.astype(str) if _is_text(want) else want != got
     rows = want.shape[0] if want.ndim else 1
@@ -158,7 +157,7 @@ def _flipped(want: Array, got: Array, is_scores: bool) -> Array:
 
 
 def _ties(call: Answers, scores: Set[str], tolerance: float) -> Array:
-    """By row: whether the original's two best scores are as good as equal."""
+    """Return True for each row whose two best scores in the original are equal within the tolerance."""
     tied = np.zeros(_rows(call), dtype=np.bool_)
     for name in scores & call.want.keys():
         two = np.sort(call.want[name].astype(np.float64), axis=1)[:, -2:]
@@ -168,7 +167,7 @@ def _ties(call: Answers, scores: Set[str], tolerance: float) -> Array:
 
 
 def _aligned(flipped: Iterable[Array], ties: Iterable[Array]) -> Iterable[tuple[Array, Array]]:
-    """Pairs whose rows are the same rows; an output with other rows than the scores has no ties."""
+    """Return pairs of equal length. An output with another number of rows than the scores has no ties."""
     return ((rows, tie) for rows, tie in zip(flipped, ties, strict=True) if rows.shape == tie.shape)
 
 

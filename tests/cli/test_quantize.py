@@ -35,22 +35,22 @@ def test_a_file_becomes_a_smaller_file(folder: Path) -> None:
     assert "m.onnx, static" in done.stdout
     assert "times smaller" in done.stdout
     assert re.search(r"measured on: \S.*", done.stdout)
-    assert "drift from the original on 29 rows (rows.npz, ranges from 31 others)" in done.stdout
+    assert "drift from the original on 29 rows (rows.npz, calibrated on 31 other rows)" in done.stdout
     assert "accepted: allowed are any relative drift and 20% of the labels changed" in done.stdout
     assert (folder / "m.static.onnx").stat().st_size < (folder / "m.onnx").stat().st_size
     again = quantize(folder, "m.onnx", "--method", "static", "--data", "rows.npz")
     assert again.returncode == 1
-    assert "m.static.onnx is there already" in again.stderr
+    assert "m.static.onnx exists already" in again.stderr
 
 
 def test_without_data_it_says_so(folder: Path) -> None:
     done = quantize(folder, "m.onnx")
     assert done.returncode == 0, done.stderr
-    assert "the rows are random, and drift on your data may be another: give --data" in done.stdout
+    assert "the rows are random, and drift on your data may differ: give --data" in done.stdout
     assert "not judged: no --max-drift or --max-flips" in done.stdout
     refused = quantize(folder, "m.onnx", "--method", "static")
     assert refused.returncode == 1
-    assert "static int8 takes ranges from real rows" in refused.stderr
+    assert "static int8 is calibrated on real rows" in refused.stderr
 
 
 def test_lines_of_requests_and_json(folder: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_folder_of_tritons_layout(folder: Path) -> None:
 def test_too_much_drift_is_refused(folder: Path) -> None:
     done = quantize(folder, "m.onnx", "--data", "rows.npz", "--max-drift", "1e-9")
     assert done.returncode == 1
-    assert "m.onnx made smaller is refused: scores drifts by" in done.stderr
+    assert "the compressed m.onnx is rejected: scores drifts by" in done.stderr
     assert "max relative" in done.stdout
     assert not (folder / "m.dynamic.onnx").exists()
 
@@ -89,16 +89,16 @@ def test_too_much_drift_is_refused(folder: Path) -> None:
     ("args", "status", "says"),
     [
         (["m.onnx", "--push"], 2, "--push needs --max-drift or --max-flips"),
-        (["m.onnx", "--name", "n"], 2, "it goes with --push"),
+        (["m.onnx", "--name", "n"], 2, "use it with --push"),
         (["m.onnx", "--name", "../n", "--push", "--max-drift", "1"], 2, "model name '../n': use letters"),
         (["m.onnx", "--max-flips", "x"], 2, "--max-flips 'x': expected a number of rows (3) or percent of them (0.5%)"),
         (["m.onnx", "--max-flips", "101%"], 2, "--max-flips '101%'"),
         (["rows.npz"], 2, "rows.npz: expected a .onnx file"),
         (["gone.onnx"], 1, "gone.onnx: no such file or folder"),
-        (["gone", "--gateway", "127.0.0.1:1"], 1, "no file 'gone' here, and no node to ask for a model of that name"),
+        (["gone", "--gateway", "127.0.0.1:1"], 1, "no local file 'gone', and no node to read that model from"),
         (["m.onnx", "--data", "gone.jsonl"], 1, "gone.jsonl: no such file"),
         (["m.onnx", "-o", "no/such/out.onnx"], 1, "no such folder"),
-        (["m.onnx", "--max-drift", "1", "--push", "-o", "x.onnx"], 2, "--output and --push: one of them"),
+        (["m.onnx", "--max-drift", "1", "--push", "-o", "x.onnx"], 2, "--output and --push exclude each other"),
     ],
 )
 def test_what_is_wrong_is_said(folder: Path, args: list[str], status: int, says: str) -> None:

@@ -52,7 +52,7 @@ def test_pruning_leaves_out_what_nobody_reads_and_no_bit_changes(tmp_path: Path)
     made = run(Method.PRUNE, models.perceptron(tmp_path / "m.onnx", dead=True), bounds=Bounds(0.0, 0))
     assert made.refused == ""
     assert (made.drift.max_abs, made.drift.flips) == (0.0, 0)
-    assert made.notes == ["left out: 2 nodes and 1 initializers that nobody reads, 2 copies of other initializers"]
+    assert made.notes == ["removed: 2 unused nodes, 1 unused initializers, 2 copies of other initializers"]
     names = {tensor.name for tensor in onnx.load(tmp_path / "out.onnx").graph.initializer}
     assert names == {"first", "last", "bias"}
 
@@ -88,7 +88,7 @@ def test_convolutions_become_int8_only_the_static_way(tmp_path: Path) -> None:
 def test_static_wants_real_rows_and_two_of_them(tmp_path: Path) -> None:
     source = models.perceptron(tmp_path / "m.onnx")
     model = OnnxModel(source)
-    with pytest.raises(FailedPrecondition, match=r"takes ranges from real rows.*--data.*--keep-request"):
+    with pytest.raises(FailedPrecondition, match=r"is calibrated on real rows.*--data.*--keep-request"):
         run(Method.STATIC, source, random_rows(model.inputs, is_batched=True, seed=0))
     with pytest.raises(FailedPrecondition, match="at least 2 rows"):
         run(Method.STATIC, source, Rows([{"x": np.ones((1, 16), "f4")}], "one"))

@@ -12,8 +12,8 @@ import pytest
 
 from examples import originals
 from examples.speech import demo
-from examples.speech.build import CHUNK, build, remembering
-from examples.speech.demo import Heard, compare, read
+from examples.speech.build import CHUNK, build, with_state
+from examples.speech.demo import StreamResult, compare, read
 from examples.speech.segments import Segment, segments
 from tests.examples.conftest import Run
 
@@ -54,10 +54,10 @@ def test_the_check_fails_when_a_stream_differs(capsys: pytest.CaptureFixture[str
     samples = CHUNK * len(probabilities)
     original = {"segments": [[10 * CHUNK - 480, 30 * CHUNK + 480]], "probabilities": probabilities}
     assert segments(probabilities, samples) == [Segment(*original["segments"][0])]
-    assert compare("s", Heard(probabilities, [1] * 40), samples, original)
+    assert compare("s", StreamResult(probabilities, [1] * 40), samples, original)
     for other in ([*probabilities[:-1], 0.01], probabilities[:-1], [*probabilities[:-1], float("nan")]):
-        assert not compare("s", Heard(other, [1] * len(other)), samples, original)
-    assert not compare("s", Heard(probabilities, [1] * 40), samples, {**original, "segments": []})
+        assert not compare("s", StreamResult(other, [1] * len(other)), samples, original)
+    assert not compare("s", StreamResult(probabilities, [1] * 40), samples, {**original, "segments": []})
     assert "DIFFERS" in capsys.readouterr().out
 
 
@@ -65,8 +65,8 @@ def test_the_repository_has_a_checked_graph(tmp_path) -> None:
     graph = onnx.load(build(tmp_path / "models") / "speech/1/model.onnx")
     onnx.checker.check_model(graph)
     assert [value.name for value in graph.graph.input] == ["audio", "state_in", "context_in"]
-    with pytest.raises(ValueError, match="not the silero-vad that is known here"):
-        remembering(graph)
+    with pytest.raises(ValueError, match="unknown version of silero-vad"):
+        with_state(graph)
 
 
 def test_a_recording_of_another_kind_is_refused(tmp_path) -> None:

@@ -80,7 +80,7 @@ def askew(size: int) -> np.ndarray:
 def test_outputs_must_be_writable_and_aligned() -> None:
     arrays.expect("op", "x", askew(3), (3,), arrays.FLOAT32)
     for out in (askew(3), np.frombuffer(b"123456789012", np.float32)):
-        with pytest.raises(ValueError, match="op: out is read-only, or does not lie at a multiple of its 4 bytes"):
+        with pytest.raises(ValueError, match="op: out is read-only, or its address is not a multiple of its 4 bytes"):
             arrays.expect_output("op", "out", out, (3,), arrays.FLOAT32)
 
 

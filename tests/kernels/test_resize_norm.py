@@ -272,7 +272,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"images": [np.zeros((4, 4, 3), np.float32)]}, ValueError, r"image 0 is float32\[4, 4, 3\]"),
     ({"images": [np.zeros((4, 4, 4), np.uint8)]}, ValueError, r"image 0 is uint8\[4, 4, 4\]"),
     ({"images": [np.zeros((0, 4, 3), np.uint8)]}, ValueError, r"image 0 is uint8\[0, 4, 3\]"),
-    ({"images": [OnDevice()]}, TypeError, "image 0 is on a GPU; images there come as Packed"),
+    ({"images": [OnDevice()]}, TypeError, "image 0 is on a GPU; pass images on a GPU as Packed"),
     ({"images": ["a.jpg"]}, TypeError, "image 0 must be a NumPy array, not str"),
     ({"images": [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)]}, ValueError, "of 1 and of 3 channels"),
     ({"size": None}, ValueError, "without out, size must be"),

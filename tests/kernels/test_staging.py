@@ -134,7 +134,7 @@ def test_misuse_is_told() -> None:
         slot.send(np.zeros(16, np.uint8), None)
     slot.send(np.zeros(32, np.uint8), None)
     for call in (lambda: slot.take(1), lambda: slot.send(np.zeros(32, np.uint8), None)):
-        with pytest.raises(RuntimeError, match="was sent or given back"):
+        with pytest.raises(RuntimeError, match="was sent or released"):
             call()
     for sizes in ((0, 2), (16, 1)):
         with pytest.raises(ValueError, match="two slots or more"):

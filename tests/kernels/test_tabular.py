@@ -120,10 +120,10 @@ def test_random_tables_on_the_cpu(data: st.DataObject) -> None:
         (
             {"categories": [["red"]]},
             TypeError,
-            r"categories\[0\] holds what is no whole number of 64 bits: give strings",
+            r"categories\[0\] has a value that is not a 64-bit integer: map strings",
         ),
-        ({"categories": [[0.5]]}, TypeError, r"categories\[0\] holds what is no whole number"),
-        ({"categories": [[2**63]]}, TypeError, r"categories\[0\] holds what is no whole number"),
+        ({"categories": [[0.5]]}, TypeError, r"categories\[0\] has a value that is not a 64-bit integer"),
+        ({"categories": [[2**63]]}, TypeError, r"categories\[0\] has a value that is not a 64-bit integer"),
         ({"dtype": "float16"}, TypeError, "dtype must be float32 or float64, not float16"),
     ],
 )

@@ -1,5 +1,5 @@
 #!/bin/sh
-# How the recordings here were made, with Debian 13's espeak-ng 1.52 and sox 14.4: sentences, pauses, a little noise.
+# Generates the recordings with Debian 13's espeak-ng 1.52 and sox 14.4: sentences, pauses, a little noise.
 set -eu
 cd "$(dirname "$0")"
 folder=$(mktemp -d)

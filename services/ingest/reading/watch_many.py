@@ -139,14 +139,14 @@ class WatchMany:
                 wanted.pipeline(), full_document="updateLookup", resume_after=after, max_await_time_ms=_AWAIT_MS
             )
         except OperationFailure as err:
-            raise change_tokens.explained(err) from err
+            raise change_tokens.client_error(err) from err
 
 
 async def _next(stream: AsyncChangeStream[Document]) -> Document | None:
     try:
         return await next_change(stream)
     except OperationFailure as err:
-        raise change_tokens.explained(err) from err
+        raise change_tokens.client_error(err) from err
 
 
 def _views(change: Document, wanted: JobFilter) -> list[Job]:
@@ -175,12 +175,12 @@ def _written(place: StreamPosition, wanted: JobFilter) -> str:
         document["listed"] = place.listed
     if place.told:
         document["told"] = place.told
-    return change_tokens.written(document)
+    return change_tokens.encode(document)
 
 
 def _place(token: str, wanted: JobFilter) -> StreamPosition:
-    document = change_tokens.read(token)
-    log, listed, told = change_tokens.checked(document.get("log")), document.get("listed"), document.get("told", 0)
+    document = change_tokens.decode(token)
+    log, listed, told = change_tokens.validated(document.get("log")), document.get("listed"), document.get("told", 0)
     is_listed = listed is None or listed == "" or (isinstance(listed, str) and is_ulid(listed))
     if not is_listed or type(told) is not int or not 0 <= told <= _MOST_AT_ONCE:
         raise InvalidArgument("resume_token: not a token of this service: leave it out to watch from now on")

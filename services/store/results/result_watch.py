@@ -46,7 +46,7 @@ class ResultWatch:
             Unavailable: MongoDB went away: go on with the last token.
         """
         pipeline = _pipeline(request)
-        after = change_tokens.checked(change_tokens.read(request.resume_token)) if request.resume_token else None
+        after = change_tokens.validated(change_tokens.decode(request.resume_token)) if request.resume_token else None
         if self._open >= self._max_watches:
             raise ResourceExhausted(f"{self._open} watches are open, the most there may be", retry_after_ms=1_000)
         self._open += 1
@@ -98,14 +98,14 @@ async def _opened(
     try:
         return await collection.watch(pipeline, resume_after=after, max_await_time_ms=_AWAIT_MS)
     except OperationFailure as err:
-        raise change_tokens.explained(err) from err
+        raise change_tokens.client_error(err) from err
 
 
 async def _next(stream: AsyncCollectionChangeStream[Document]) -> Document | None:
     try:
         return await next_change(stream)
     except OperationFailure as err:
-        raise change_tokens.explained(err) from err
+        raise change_tokens.client_error(err) from err
 
 
 def _pipeline(request: WatchResultsRequest) -> list[Document]:
@@ -125,7 +125,7 @@ def _pipeline(request: WatchResultsRequest) -> list[Document]:
 
 
 def _written(token: object) -> str:
-    return change_tokens.written(_token(token))
+    return change_tokens.encode(_token(token))
 
 
 def _token(token: object) -> Document:

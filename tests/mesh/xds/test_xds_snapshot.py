@@ -12,7 +12,7 @@ from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 from mesh.cluster.membership import Instance, ReadyModel, State
 from mesh.xds.clusters import Endpoint, cluster, model_cluster
 from mesh.xds.resource import CLUSTER, ENDPOINTS, LISTENER, ROUTES, pack
-from mesh.xds.routes import NAME, ModelRoutes, ServiceRoutes, Table
+from mesh.xds.routes import NAME, ModelRoutes, RouteTable, ServiceRoutes
 from mesh.xds.snapshot import EnvoyNode, checked, clusters_of, envoy_node, snapshot
 from mesh.xds.tracing import OTEL, Tracing, collector_cluster, tracing_of
 from shoal.errors import InvalidArgument
@@ -23,7 +23,7 @@ INFERENCE = "/inference.GRPCInferenceService/"
 INFER = "inference.GRPCInferenceService.ModelInfer"
 MODEL_FINDER, STEP_FINDER = "envoy.filters.http.grpc_field_extraction", "shoal.steps"
 LUA = "envoy.filters.http.lua"
-TABLE = Table(
+TABLE = RouteTable(
     (
         ServiceRoutes(BULK, "infer", streaming=(BULK + "InferBulk",), names_model_itself=True),
         ServiceRoutes(INFERENCE, "infer", all_idempotent=True),
