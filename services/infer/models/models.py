@@ -172,7 +172,7 @@ class Models:
         return _found(name, model, version_number(version))
 
     def use(self, name: str, version: str) -> Version:
-        """Return the version of `find`, to be used in a `with` block that keeps it loaded. Raises what `find` raises."""
+        """Return the version of `find`, for a `with` block that keeps it loaded. Raises what `find` raises."""
         return self.find(name, version)
 
     async def _publish(self) -> None:

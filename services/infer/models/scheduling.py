@@ -2,7 +2,7 @@
 
 model_transaction_policy.decoupled ──> DecoupledScheduler    any number of responses
 ensemble_scheduling                ──> EnsembleScheduler     requests to other models
-sequence_batching                  ──> SequenceScheduler     steps of sequences, in order, with the state of the last one
+sequence_batching                  ──> SequenceScheduler     steps of sequences, in order, each with the last state
 nothing                            ──> Scheduler             batches, one result for each request
 """
 
