@@ -141,7 +141,8 @@ async def _registry(config: InferConfig, control: Control) -> AsyncIterator[Regi
 
 async def _first_attempts(registry: Registry, models: Models) -> None:
     await registry.is_tried.wait()
-    if models.is_told:  # Else the store is away and nothing is remembered: it serves as soon as it hears of a model.
+    # Otherwise the store is unavailable and no registry was saved: serve as soon as the first snapshot arrives.
+    if models.has_desired:
         await models.settled()
 
 

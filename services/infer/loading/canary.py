@@ -1,7 +1,7 @@
-"""The first answers of a new version, held against what its signature promises: names, datatypes and shapes.
+"""Canary check: the first outputs of a new version are compared with its signature's names, datatypes and shapes.
 
-What the configuration promises must hold, or the version is not served. A shape that only the model's file states may
-be wrong there, as exporters leave it: then the promise is loosened to what was seen, and clients are told the truth.
+Outputs that contradict the configuration keep the version from being served. A shape that only the model's file states
+may be wrong there, as exporters leave it: the signature is then loosened to the observed shape, and clients see that.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def checked(name: str, model: Completed, results: Sequence[Tensor], rows: int | None) -> Completed:
-    """The model with a promise that holds for `results`, all of its outputs in order; `rows`: None without a batch.
+    """Return the model with a signature that fits `results`, all of its outputs in order.
+
+    Args:
+        rows: rows of the batch; None without a batch dimension.
 
     Raises:
-        FailedPrecondition: they are not what was promised; the message names the output.
+        FailedPrecondition: the results contradict the configuration; the message names the output.
     """
     if len(results) != len(model.signature.outputs):
         raise FailedPrecondition(f"the model gave {len(results)} outputs, expected {len(model.signature.outputs)}")

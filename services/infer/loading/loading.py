@@ -1,4 +1,4 @@
-"""From files to a model that has been shown to run. Blocking: for a worker thread."""
+"""Load one model version from its files, and prove by trial runs that it works. Blocking: for a worker thread."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from shoal.inference.v2 import model_config_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+# Inputs gathered for one execution: beyond this, copying rows together costs more than one execution saves.
 _BATCH_BYTES = 64 << 20
-# Inputs gathered for one execution: beyond this, copying rows together costs more than running them together gives.
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that runs. Who has it closes its session."""
+    """A loaded model. Its owner closes the session."""
 
     model: Completed
     session: Session | None
-    """None for an ensemble: its models have theirs."""
+    """None for an ensemble, whose models have sessions of their own."""
     cost: CostCurve = field(default_factory=CostCurve, kw_only=True)
-    """What trials took."""
+    """Durations of the trial runs, by rows."""
     sequences: Stateful | None = field(default=None, kw_only=True)
     """Only for a model whose configuration has sequence_batching."""
 
     def batch_policy(self) -> BatchPolicy:
-        """How its calls are put together."""
+        """Return the limits for batches of this model."""
         batching = self.model.config.dynamic_batching
         return BatchPolicy(
             max_rows=max(self.model.signature.max_batch_size, 1),
@@ -66,11 +66,15 @@ def load(
     is_given_up: Callable[[], bool] = bool,
     digest: str = "",
 ) -> Loaded:
-    """Loads one version of the model `name` and warms it up. `threads`: for one execution, unless it says otherwise.
-    Loading ends early when `is_given_up`, where the runtime can. `digest` stands for what the files are.
+    """Load one version of the model `name` and warm it up.
+
+    Args:
+        threads: threads of one execution, unless the configuration sets them.
+        is_given_up: ends the load early when it returns True, where the runtime can.
+        digest: identifies the content of the files.
 
     Raises:
-        FailedPrecondition: it cannot be served; the message says why, and names the setting, tensor or file.
+        FailedPrecondition: the model cannot be served; the message says why, and names the setting, tensor or file.
     """
     text = files.config_text()
     config = model_config.parse(text)
@@ -117,7 +121,8 @@ def load(
         return Loaded(model, session, cost=cost, sequences=sequences)
     except BaseException as err:
         session.close()
-        if isinstance(err, StopIteration):  # No future takes one: whoever waits would wait for ever.
+        # A future cannot carry StopIteration: its waiter would wait for ever.
+        if isinstance(err, StopIteration):
             raise RuntimeError("a model's session ended an iteration that is not its own") from err
         raise
 
@@ -129,7 +134,7 @@ def _options(config: pb.ModelConfig, threads: int, runtime: Runtime) -> SessionO
 
 
 def _hidden(config: pb.ModelConfig) -> frozenset[str]:
-    """What the server fills in and keeps: no client sends or sees it, unless the configuration says so."""
+    """Return the control and state tensors that the server fills in, without those that the configuration exposes."""
     given = config.sequence_batching
     names = {each.name for each in given.control_input}
     names |= {name for state in given.state for name in (state.input_name, state.output_name)}
@@ -137,7 +142,7 @@ def _hidden(config: pb.ModelConfig) -> frozenset[str]:
 
 
 def _inputs(session: Session, config: pb.ModelConfig) -> tuple[TensorSpec, ...]:
-    """All inputs that the model can take."""
+    """Return all inputs that the model accepts."""
     inputs = (*session.inputs, *session.optional_inputs)
     if not session.sees_missing:
         return inputs
@@ -160,7 +165,7 @@ def _model_file(config: pb.ModelConfig, files: ModelFiles, runtime: Runtime) -> 
 
 
 def labels_of(config: pb.ModelConfig, folder: Path | None) -> Mapping[str, tuple[str, ...]]:
-    """Class names by output. Raises FailedPrecondition when a file of them cannot be read."""
+    """Return class names by output. Raises FailedPrecondition when a label file cannot be read."""
     labels = {}
     for output in config.output:
         if not output.label_filename:

@@ -52,12 +52,12 @@ def parse(text: str, where: str = "config.pbtxt") -> pb.ModelConfig:
 
 
 def says_max_batch_size(text: str) -> bool:
-    """Whether the text sets max_batch_size, be it to 0: the parsed message cannot tell."""
+    """Return True when the text sets max_batch_size, also to 0, which the parsed message cannot tell from unset."""
     return re.search(r"^[^#\"']*\bmax_batch_size\s*:", text, re.MULTILINE) is not None
 
 
 def served_versions(config: pb.ModelConfig, available: Collection[int], stable: int | None = None) -> tuple[int, ...]:
-    """Which of the available versions the policy picks, ascending; always the one that the alias `stable` names."""
+    """Return the available versions that the policy selects, ascending; always with that of the alias `stable`."""
     policy = config.version_policy
     newest_first = sorted(available, reverse=True)
     match policy.WhichOneof("policy_choice"):
@@ -119,7 +119,7 @@ def _not_done(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
 
 
 def _unsupported(config: pb.ModelConfig, *, can_be_ragged: bool = False) -> Iterator[str]:
-    """What no kind of model does."""
+    """Yield the settings that no kind of model supports."""
     unsupported = {
         "response_cache of a decoupled model": config.response_cache.enable
         and config.model_transaction_policy.decoupled,
@@ -166,7 +166,7 @@ def _odd_group(group: pb.ModelInstanceGroup) -> Iterator[str]:
 
 
 def _only_for_onnx(config: pb.ModelConfig, runtime: Runtime) -> Iterator[str]:
-    """What the other runtimes do not do."""
+    """Yield the settings that only ONNX models support."""
     is_on_gpu = any(group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus for group in config.instance_group)
     if is_on_gpu and runtime.backend != KERNELS:
         where = "its own server decides where it runs" if runtime.backend == REMOTE else "models run on the CPU"
@@ -224,12 +224,12 @@ class Completed:
     config: pb.ModelConfig
     signature: Signature
     is_batch_guessed: bool
-    """Nobody said that the first dimension is a batch: a trial run has to show it, or `unbatched` holds."""
+    """True when the batch dimension is a guess that a trial run must confirm; otherwise `unbatched` applies."""
     given_outputs: frozenset[str] = frozenset()
-    """Outputs that the configuration describes; the others are as the file says."""
+    """Outputs that the configuration describes; the others come from the model's file."""
 
     def unbatched(self) -> Completed:
-        """The same model, taken as one without a batch dimension."""
+        """Return the same model without a batch dimension."""
         config = pb.ModelConfig()
         config.CopyFrom(self.config)
         config.max_batch_size = 0
@@ -326,7 +326,7 @@ def _agreed(given: pb.ModelInput | pb.ModelOutput, specs: Sequence[TensorSpec], 
 
 
 def _place(group: pb.ModelInstanceGroup, gpus: Collection[int]) -> None:
-    """Writes down where the instances of `group` run, which may have been left open."""
+    """Set the device of the instances of `group` where the configuration leaves it open."""
     is_gpu = bool(group.gpus) or group.kind == pb.ModelInstanceGroup.KIND_GPU
     if gpus and (is_gpu or group.kind == pb.ModelInstanceGroup.KIND_AUTO):
         group.kind = pb.ModelInstanceGroup.KIND_GPU
@@ -360,5 +360,5 @@ def _as_output(spec: TensorSpec, batched: int) -> pb.ModelOutput:
 
 
 def instances(config: pb.ModelConfig) -> int:
-    """How many executions of the model may run at the same time."""
+    """Return the number of executions of the model that may run at the same time."""
     return sum((group.count or 1) * (len(group.gpus) or 1) for group in config.instance_group) or 1

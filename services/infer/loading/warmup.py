@@ -1,13 +1,13 @@
-"""The runs before a model counts as ready: they show that it works and batches, and make the first call fast.
+"""Warm-up: runs before a model is ready, which prove that it works and batches, and make the first request fast.
 
-    1  one row, made up from the signature. A free dimension is tried at a few sizes, because a model may need room
-    2  a guessed batch dimension is put to the test: two different rows together must give what each gives alone
-    3  the answer to 1 must be what the signature promises (`canary`)
+    1  one row, made up from the signature; a free dimension is tried at a few sizes, because a model may need some
+    2  a guessed batch dimension is tested: two different rows together must give the results of each row alone
+    3  the result of 1 must fit the signature (`canary`)
     4  the samples of the configuration's `model_warmup`, which must succeed
     5  a batch of each size 2, 4, 8, ... up to max_batch_size, as far as memory and time allow, on each device
 
-A model that fails the first step with nothing left to guess is broken, and is not served. Where sizes had to be guessed
-and none worked, nothing is known: it is served as it is, unbatched unless its configuration says otherwise.
+A model that fails the first step with nothing left to guess is broken and is not served. When sizes had to be guessed
+and none worked, the model is served anyway, unbatched unless its configuration sets max_batch_size.
 """
 
 from __future__ import annotations
@@ -37,19 +37,16 @@ from shoal.oip.tensors import count_elements
 
 log = logging.getLogger(__name__)
 
+# Sizes tried for dimensions that vary: of a text, a small image, the most common image.
 _FREE_SIZES = (1, 8, 64, 224)
-# Sizes tried for dimensions that vary: a text's, a small image's, the most common image's.
-
+# Bounds of the trial batches, so that a start takes neither long nor a gigabyte.
 _LARGEST_BYTES = 64 << 20
 _BATCHES_S = 0.2
-# Bounds of the batches that are tried: a start should not take long, nor a gigabyte for nothing.
-
+# Maximal size of a request: larger inputs are neither made up nor read from a sample.
 _MAX_CALL_BYTES = 256 << 20
-# What a call can carry: larger inputs are neither made up nor taken from a sample.
-
+# A batch is computed in another order than a row, at times in half precision. Rounding stays far below this; rows that
+# influence each other differ by far more.
 _TOLERANCE = 0.02
-# A batch is computed in another order than a row, and in half precision at times: rounding stays far below this, rows
-# that are mixed with each other stand far above it.
 
 Inputs = Mapping[str, Tensor]
 Clock = Callable[[], float]
@@ -65,14 +62,14 @@ def run(
     made_up: bool = True,
     cost: CostCurve | None = None,
 ) -> Completed:
-    """Runs the model `name` on made-up data, and on the samples of its `folder`. Returns what is now known of it.
+    """Run the model `name` on made-up data and on the samples of its `folder`. Return the confirmed configuration.
 
     Args:
-        made_up: made-up data must suit it. If not, only a guessed batch dimension is tried with it.
-        cost: told what batches took.
+        made_up: True when made-up data must work. Otherwise it is only used to test a guessed batch dimension.
+        cost: receives the durations of the batches.
 
     Raises:
-        FailedPrecondition: it cannot be run; the message says what it said and what to do.
+        FailedPrecondition: the model cannot run; the message has the model's error and says what to do.
     """
     first = _first_run(name, model, session, clock, must_suit=made_up) if made_up or model.is_batch_guessed else None
     if model.is_batch_guessed:
@@ -90,12 +87,12 @@ def run(
 
 @dataclass(frozen=True)
 class First:
-    """A first run that went well."""
+    """Result of a successful first run."""
 
     size: int
-    """Of the dimensions that vary."""
+    """Size used for the dimensions that vary."""
     took_s: float
-    """Once warm."""
+    """Duration of the second run, in seconds."""
     outputs: Sequence[Tensor]
 
 
@@ -110,7 +107,8 @@ def _first_run(name: str, model: Completed, session: Session, clock: Clock, *, m
             break
         try:
             inputs = _zeros(model, rows, size)
-            _run(model, session, inputs)  # The first run also allocates: the second is timed.
+            # The first run also allocates memory, so the second one is timed.
+            _run(model, session, inputs)
             start = clock()
             outputs = _run(model, session, inputs)
             return First(size, clock() - start, outputs)
@@ -121,14 +119,14 @@ def _first_run(name: str, model: Completed, session: Session, clock: Clock, *, m
             f"the model failed its warm-up run (zeros in every input): {failure}; "
             "if it needs other data, give it as model_warmup in config.pbtxt"
         )
-    log.warning("model %s: no made-up input suits it, so it is not warm: %s", name, failure)
+    log.warning("model %s: not warmed up, because every made-up input failed: %s", name, failure)
     return None
 
 
 def _with_batch_tested(name: str, model: Completed, session: Session, size: int | None) -> Completed:
-    """The model as it is when its rows are independent, else without a batch dimension."""
+    """Return the model unchanged when its rows are independent, otherwise without a batch dimension."""
     if size is None:
-        why = "no made-up input suits it"
+        why = "every made-up input failed"
     else:
         try:
             why = _mixed_rows(model, session, size)
@@ -141,7 +139,7 @@ def _with_batch_tested(name: str, model: Completed, session: Session, size: int 
 
 
 def _mixed_rows(model: Completed, session: Session, size: int) -> str:
-    """Why two rows are not independent of each other; empty when they are."""
+    """Return the reason why two rows are not independent of each other; empty when they are independent."""
     rng = np.random.default_rng(0)
     pair = {spec.name: _random(spec.datatype, _shape(spec, 2, size), rng) for spec in _needed(model)}
     together = _run(model, session, pair)
@@ -165,7 +163,7 @@ def _alike(one: Tensor, other: Tensor, datatype: Datatype) -> bool:
 
 
 def batch_sizes(largest: int) -> Iterator[int]:
-    """What is run before READY, ascending: 2, 4, 8, ... and the largest."""
+    """Yield the batch sizes of the warm-up, ascending: 2, 4, 8, ... and `largest`."""
     rows = 2
     while rows < largest:
         yield rows
@@ -226,7 +224,7 @@ def _zero(datatype: Datatype, shape: tuple[int, ...], text: bool) -> Tensor:
 
 
 def _random(datatype: Datatype, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
-    """Values that most models can stand: small, and different from row to row."""
+    """Return values that most models accept: small, and different from row to row."""
     if datatype.is_bytes:
         return rng.choice(np.array(["a", "b", "c", "1", "2"], object), shape)
     if datatype.name == "BF16":
@@ -250,12 +248,12 @@ def _with_sample_run(
 
 
 def sample_rows(sample: pb.ModelWarmup) -> int:
-    """How many rows a sample of `model_warmup` has."""
+    """Return the number of rows of a `model_warmup` sample."""
     return sample.batch_size or 1
 
 
 def sample_inputs(sample: pb.ModelWarmup, model: Completed, folder: Path | None) -> Inputs:
-    """The inputs of a sample. Raises InvalidArgument when they are not those of the model, or cannot be made."""
+    """Return the inputs of a sample. Raises InvalidArgument when they do not fit the model or cannot be made."""
     batched, rows = model.signature.max_batch_size, sample_rows(sample)
     if rows > max(batched, 1):
         raise InvalidArgument(f"batch_size {rows} is over max_batch_size {batched}")

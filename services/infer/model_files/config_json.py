@@ -1,6 +1,6 @@
-"""A model's configuration in the JSON form that Triton gives to its Python models, and back.
+"""Conversion of a model's configuration to and from the JSON form that Triton gives to its Python models.
 
-Unlike protobuf's own JSON, numbers of 64 bits are numbers, and fields that say nothing are there.
+Unlike in protobuf's own JSON, 64-bit numbers are numbers, and plain fields without a value are present.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shoal.inference.v2 import model_config_pb2 as pb
 
 
 def as_json(message: Message) -> dict[str, Any]:
-    """Every field that has a value, and every plain field that has none."""
+    """Return all fields with a value, and all plain fields without one."""
     found: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         if field.message_type is not None and not field.is_repeated and not message.HasField(field.name):
@@ -46,7 +46,7 @@ def _single(field: Any, value: Any) -> Any:
 
 
 def from_json(said: Mapping[str, Any]) -> pb.ModelConfig:
-    """Raises FailedPrecondition when it is no configuration; the message names the field."""
+    """Parse a configuration. Raises FailedPrecondition for an invalid one; the message names the field."""
     try:
         return json_format.ParseDict(dict(said), pb.ModelConfig())
     except (json_format.ParseError, TypeError, ValueError) as err:

@@ -1,11 +1,11 @@
-"""Which models are served, and in which form: the operator's word over what the source of models offers.
+"""Model control: the operator's commands (load, unload, override) take precedence over the source of models.
 
     source (a folder, the store) ──offer──┐
                                           ├──> models.want
     operator ──load, unload, overrides ───┘
 
-Without a word, what is offered is served; or, in explicit mode, nothing but the models named at the start. A word
-holds until the next one, or until the source offers the model no more; no word outlives the process.
+Without a command, all offered models are served; in explicit mode, only the models named at the start. A command holds
+until the next one, or until the source no longer offers the model; no command outlives the process.
 """
 
 from __future__ import annotations
@@ -33,34 +33,35 @@ from shoal.inference.v2 import inference_pb2 as pb
 log = logging.getLogger(__name__)
 
 ALL = "*"
-"""Names every model that there is at the start."""
+"""Stands for every model that exists at the start."""
 
+# Longest wait of an unload for the requests that use the model. Afterwards the unload goes on in the background, and
+# the index shows its state.
 _UNLOAD_S = 5.0
-# An unload waits so long for the calls that hold the model. After that it goes on by itself, and the index tells.
 
 Look = Callable[[str], WantedModel | None]
-"""What the source has of one model at this moment. Blocking; raises nothing."""
+"""Reads one model from the source now. Blocking; raises nothing."""
 
 
 @dataclass(eq=False)
-class Word:
-    """What an operator said of one model."""
+class Command:
+    """Last command of an operator for one model."""
 
     is_served: bool
     override: Override | None = None
     beside: frozenset[int] = frozenset()
-    """Versions that served when it was said: they go on until one of those that are wanted now is ready."""
+    """Versions that served before the command: they go on until one of the desired versions is ready."""
     number: int = field(default_factory=count().__next__)
-    """A later word has a higher one."""
+    """Grows with each command."""
 
 
 class Control:
-    """Use as `async with`, within that of its `models`: leaving ends the loads under way.
+    """Applies commands and offers to `models`. Use as `async with` inside that of `models`; leaving ends pending loads.
 
     Args:
-        look: asks the source again before a load; None: the source tells of every change by itself.
-        initially: the models that are served before anybody loads any; None: all of them.
-        folder: where the files of overrides are kept; None: with the temporary files of this machine.
+        look: reads the source before a load; None when the source reports every change by itself.
+        initially: models that are served without a command; None: all of them.
+        folder: folder for the files of overrides; None: the machine's temporary folder.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Control:
         self._initially = initially
         self._folder = folder or Path(tempfile.gettempdir())
         self._offered: dict[str, WantedModel] = {}
-        self._words: dict[str, Word] = {}
+        self._commands: dict[str, Command] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._loads: set[asyncio.Task[None]] = set()
         models.on_need = self.need
@@ -89,39 +90,41 @@ class Control:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         await end(*self._loads)
-        for word in self._words.values():
-            _release(word)
+        for command in self._commands.values():
+            _release(command)
 
     def offer(self, models: Sequence[WantedModel]) -> None:
-        """What the source has, all of it. Returns at once."""
+        """Replace the models that the source offers. Returns immediately."""
         self._offered = {model.name: model for model in models}
-        for name, word in list(self._words.items()):
-            if name not in self._offered and (word.override is None or word.override.model is None):
-                _release(self._words.pop(name))
-        names = [*self._offered, *(name for name in self._words if name not in self._offered)]
+        for name, command in list(self._commands.items()):
+            if name not in self._offered and (command.override is None or command.override.model is None):
+                _release(self._commands.pop(name))
+        names = [*self._offered, *(name for name in self._commands if name not in self._offered)]
         missing = [name for name in self._initially or () if name != ALL and name not in names]
         self._models.want([*map(self._wanted, names), *map(_missing, missing)])
 
     async def need(self, name: str, by: str) -> None:
-        """Serves a model because the ensemble `by` is made of it; not one that was unloaded after `by` was loaded."""
-        word, asker = self._words.get(name), self._words.get(by)
-        if word is None:
+        """Serve a model that the ensemble `by` needs, unless it was unloaded after `by` was loaded."""
+        command, asker = self._commands.get(name), self._commands.get(by)
+        if command is None:
             if name in self._offered and self._is_initial(name):
                 return
-        elif word.is_served or asker is None or not asker.is_served or asker.number < word.number:
+        elif command.is_served or asker is None or not asker.is_served or asker.number < command.number:
             return
-        if await self._looked(name) is not None and self._words.get(name) is word:
-            self._words[name] = Word(is_served=True)
+        if await self._looked(name) is not None and self._commands.get(name) is command:
+            self._commands[name] = Command(is_served=True)
             self._models.want_one(self._wanted(name))
 
     async def load(self, asked: pb.RepositoryModelLoadRequest) -> None:
-        """Serves a model as the source has it now, or as the call's parameters override that. What serves already
-        goes on until all of the new is ready; when that fails, it stays. Who goes away does not stop it.
+        """Serve a model as the source has it now, or as the request's parameters override it.
+
+        Serving versions go on until all new ones are ready; when the load fails, they stay. A client that disconnects
+        does not stop the load.
 
         Raises:
-            InvalidArgument: a parameter is none of ours; or a version of the model cannot be served.
-            Internal: there is no such model, or what was given in its place is none.
-            Aborted: meanwhile another word was said of the same model.
+            InvalidArgument: an unknown parameter, or a version of the model cannot be served.
+            Internal: no such model exists, or the files given in its place are not a model.
+            Aborted: another command for the same model arrived meanwhile.
         """
         try:
             given = override.read(asked.parameters)
@@ -133,11 +136,12 @@ class Control:
         await asyncio.shield(task)
 
     async def unload(self, asked: pb.RepositoryModelUnloadRequest) -> None:
-        """Serves the model no more, until it is loaded again. Calls that hold it finish; for a while that is waited
-        for. A model that is not there is unloaded already.
+        """Stop serving the model until it is loaded again. An unknown model counts as unloaded.
+
+        Requests that use the model finish; the call waits for them up to `_UNLOAD_S` seconds.
 
         Raises:
-            InvalidArgument: a parameter is none of ours.
+            InvalidArgument: an unknown parameter.
         """
         with_dependents = _with_dependents(asked)
         if not self._models.knows(asked.model_name):
@@ -154,12 +158,12 @@ class Control:
             log.info("model %s: still in use; it is unloaded after its last call", asked.model_name)
 
     def _unwanted(self, name: str) -> Model:
-        replaced, self._words[name] = self._words.get(name), Word(is_served=False)
+        replaced, self._commands[name] = self._commands.get(name), Command(is_served=False)
         _release(replaced)
         return self._models.want_one(self._wanted(name))
 
     def _made_of(self, name: str) -> list[str]:
-        """The models that an ensemble is made of, and those that these are made of."""
+        """Return the models that an ensemble needs, directly and through other ensembles."""
         found: dict[str, None] = {}
         left = [name]
         while left:
@@ -176,25 +180,27 @@ class Control:
                 raise _not_there(name, "the repository has no such model")
             kept = await self._kept(name, given)
             serving = frozenset(version.number for version in self._models.versions(name))
-            before, word = self._words.get(name), Word(is_served=True, override=kept, beside=serving)
-            self._words[name] = word
+            before, command = self._commands.get(name), Command(is_served=True, override=kept, beside=serving)
+            self._commands[name] = command
             try:
-                await self._attempt(name, word, before)
+                await self._attempt(name, command, before)
             finally:
-                for said in (before, word):
-                    if self._words.get(name) is not said:
+                for said in (before, command):
+                    if self._commands.get(name) is not said:
                         _release(said)
 
-    async def _attempt(self, name: str, word: Word, before: Word | None) -> None:
+    async def _attempt(self, name: str, command: Command, before: Command | None) -> None:
         model = self._models.want_one(self._wanted(name), again=True)
         await model.is_settled.wait()
-        if self._words.get(name) is not word:
+        if self._commands.get(name) is not command:
             raise Aborted(f"load of model '{name}': it was unloaded meanwhile, or loaded otherwise")
         if not (failure := model.failure()):
-            word.beside = frozenset()
-            await self._models.followed()  # Ensembles that it is a step of serve again, too.
+            command.beside = frozenset()
+            # Ensembles with this model as a step serve again, too.
+            await self._models.followed()
             return
-        if word.override is not None:  # It was for this load alone. Without one, the source's model is what failed.
+        # An override holds for this load only. Without one, the source's own model has failed.
+        if command.override is not None:
             self._put(name, before)
             self._models.want_one(self._wanted(name))
         raise InvalidArgument(f"load failed for model '{name}': {failure}")
@@ -215,21 +221,21 @@ class Control:
         except OSError as err:
             raise _not_there(name, f"its files cannot be kept: {err.strerror or err}") from err
 
-    def _put(self, name: str, word: Word | None) -> None:
-        if word is None:
-            self._words.pop(name, None)
+    def _put(self, name: str, command: Command | None) -> None:
+        if command is None:
+            self._commands.pop(name, None)
         else:
-            self._words[name] = word
+            self._commands[name] = command
 
     def _wanted(self, name: str) -> WantedModel:
-        word, base = self._words.get(name), self._offered.get(name)
-        is_served = word.is_served if word is not None else base is None or self._is_initial(name)
+        command, base = self._commands.get(name), self._offered.get(name)
+        is_served = command.is_served if command is not None else base is None or self._is_initial(name)
         if not is_served:
             return WantedModel(name, (), is_unloaded=True)
-        wanted = word.override.over(base) if word is not None and word.override is not None else base
+        wanted = command.override.over(base) if command is not None and command.override is not None else base
         if wanted is None:
             return WantedModel(name, ())
-        return wanted if word is None else replace(wanted, available=wanted.available | word.beside)
+        return wanted if command is None else replace(wanted, available=wanted.available | command.beside)
 
     def _is_initial(self, name: str) -> bool:
         return self._initially is None or ALL in self._initially or name in self._initially
@@ -237,7 +243,8 @@ class Control:
     def _ended(self, load: asyncio.Task[None]) -> None:
         self._loads.discard(load)
         if not load.cancelled() and isinstance(error := load.exception(), ShoalError):
-            log.warning("%s", error.message)  # Its caller may be gone.
+            # The client may have disconnected.
+            log.warning("%s", error.message)
 
 
 def _with_dependents(asked: pb.RepositoryModelUnloadRequest) -> bool:
@@ -249,9 +256,9 @@ def _with_dependents(asked: pb.RepositoryModelUnloadRequest) -> bool:
     return asked.parameters["unload_dependents"].bool_param if asked.parameters else False
 
 
-def _release(word: Word | None) -> None:
-    if word is not None and word.override is not None:
-        word.override.release()
+def _release(command: Command | None) -> None:
+    if command is not None and command.override is not None:
+        command.override.release()
 
 
 def _missing(name: str) -> WantedModel:

@@ -1,4 +1,4 @@
-"""What every version of every model is loaded and run with."""
+"""Context shared by the loads of all versions: runtimes, threads, limits, caches."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from services.infer.scheduling.queue import QueueLimits
 
 
 def identity(model: str, execution: Execution) -> Executor:
-    """Puts nothing around an execution."""
+    """Return `execution` unchanged."""
     return execution
 
 
 @dataclass(frozen=True)
 class LoadContext:
-    """What every version is loaded and run with."""
+    """Parts that every version is loaded and run with."""
 
     runtime: Runtime | Runtimes
     threads: int
-    """For one execution, where the model does not say."""
+    """Threads of one execution, unless the model's configuration sets them."""
     limits: QueueLimits
     at_once: asyncio.Semaphore
-    """Loading takes cores and memory: so many at a time."""
+    """Bounds the loads at the same time, because loading takes cores and memory."""
     clock: Callable[[], float] = time.monotonic
     responses: ResponseStore = field(default_factory=ResponseStore)
-    """Where the models with a response cache keep answers."""
+    """Results of all models with a response cache."""
     around: Callable[[str, Execution], Executor] = identity
-    """What stands around each execution of a model, by the model's name."""
+    """Wraps each execution of a model, by the model's name."""
     neighbours: OtherModels | None = None
     """The other models, for ensembles."""
 
@@ -49,6 +49,6 @@ class LoadContext:
         response_cache_bytes: int = DEFAULT_BYTES,
         around: Callable[[str, Execution], Executor] = identity,
     ) -> LoadContext:
-        """With `threads` 0: as many as this process may use cores."""
+        """Return a context. `threads` 0 means the number of cores that this process may use."""
         cores, responses = len(os.sched_getaffinity(0)), ResponseStore(response_cache_bytes)
         return cls(runtime, threads or cores, limits, asyncio.Semaphore(cores), responses=responses, around=around)

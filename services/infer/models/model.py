@@ -1,11 +1,11 @@
-"""One model with its versions, and the task that makes them what is wanted.
+"""One model with its versions, and the task that makes them match the desired ones.
 
-    want(...) ──> load what is missing ──> all that replaces something is ready? ──> let go of what is not wanted
-                                                     └── no: what was there goes on, and the index says why
+    want(...) ──> load missing versions ──> all replacements ready? ──> unload versions that are not desired
+                                                  └── no: the old versions go on serving, and the index says why
 
-A new version is loaded beside the old one. The old one goes only when a wanted one is ready in its place, and only
-after the calls that hold it: nobody notices the change. New content under the number of a version that serves takes
-over only when everything that was loaded with it is ready: a model is never half the old and half the new one.
+A new version is loaded beside the old one. The old version is unloaded only when a desired one is ready in its place,
+and after the requests that use the old one: clients notice nothing. New content under the number of a serving version
+takes over only when everything that was loaded with it is ready, so a model never mixes old and new content.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from services.infer.models.version import State, Version
 
 log = logging.getLogger(__name__)
 
+# Delays between retries of a failed load: short at first, because the store or a remote server may be restarting.
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.2, 10.0
-# What could not be had is asked for again: soon, because the store, or a remote server, may only be restarting; then at
-# leisure.
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class IndexRow:
 
 @dataclass(eq=False)
 class Model:
-    """One model. `versions`, `refused` and `default` are replaced whole, never changed: calls see them complete."""
+    """One model. `versions`, `refused` and `default` are replaced, never mutated, so requests see them complete."""
 
     wanted: WantedModel
     means: LoadContext
@@ -49,23 +48,23 @@ class Model:
     """Set whenever a state changes."""
     versions: Mapping[int, Version] = field(default_factory=dict)
     refused: Mapping[int, Version] = field(default_factory=dict)
-    """What should have replaced a version that serves, and could not."""
+    """Versions that should have replaced a serving version, and failed."""
     default: Version | None = None
-    """The version for calls that name none: the alias `stable` if it is ready, else the newest that is."""
+    """The version of requests that name none: that of the alias `stable` if it is ready, else the newest ready one."""
     loading: tuple[Version, ...] = ()
     leaving: set[Version] = field(default_factory=set)
     is_settled: asyncio.Event = field(default_factory=asyncio.Event)
-    """Everything that is wanted has had its first attempt."""
+    """Set when every desired version has had its first attempt."""
     _unloaded: tuple[int, ...] = ()
     _is_again: bool = False
     _rewanted: asyncio.Event = field(default_factory=asyncio.Event)
     _unloads: set[asyncio.Task[None]] = field(default_factory=set)
 
     def want(self, wanted: WantedModel, *, again: bool = False) -> None:
-        """Another wish. The same one again changes nothing, but tries at once what is to be tried again.
+        """Replace the desired state. An equal state changes nothing, but starts pending retries immediately.
 
         Args:
-            again: try everything again that has failed.
+            again: retry everything that has failed.
         """
         self.is_settled.clear()
         self.wanted = wanted
@@ -74,28 +73,28 @@ class Model:
         self._rewanted.set()
 
     def ready(self) -> list[Version]:
-        """Ascending."""
+        """Return the ready versions, ascending."""
         return [version for _, version in sorted(self.versions.items()) if version.is_ready]
 
     def is_as_wanted(self) -> bool:
-        """Whether it serves, and nothing that is wanted has failed, but for what an older content stands in for."""
+        """Return True when the model serves and no desired version has failed (refused new content does not count)."""
         failed = [version for version in self.versions.values() if version.state is State.UNAVAILABLE]
         return bool(self.ready()) and not failed
 
     def is_gone(self) -> bool:
-        """Nothing of it is loaded, loads or leaves."""
+        """Return True when no version is loaded, loading or unloading."""
         return not self.versions and not self.leaving and not self.loading
 
     def may_retry(self) -> bool:
-        """Whether something has failed for a cause that may pass."""
+        """Return True when a version has failed for a cause that may be temporary."""
         return any(version.may_retry for version in (*self.versions.values(), *self.refused.values()))
 
     def needs(self) -> set[str]:
-        """The models that its versions are made of."""
+        """Return the models that this ensemble's versions need."""
         return {name for version in (*self.versions.values(), *self.loading) for name in version.needs}
 
     def look_again(self, neighbours: OtherModels) -> bool:
-        """Whether something changed because models changed that it is made of: it may be loaded again, then."""
+        """Check the versions of an ensemble after other models changed. Return True when one must be loaded again."""
         looked = [version.look_again(neighbours) for version in (*self.versions.values(), *self.refused.values())]
         if any(looked):
             self.want(self.wanted, again=True)
@@ -103,7 +102,7 @@ class Model:
         return any(looked)
 
     def failure(self) -> str:
-        """Why something that is wanted is not served; empty when all of it is."""
+        """Return the reason why a desired version is not served; empty when all are served."""
         wrong = [v for v in self.wanted.versions if not _is_ready(self.versions.get(v.version), v)]
         said = ((v.version, self.refused.get(v.version) or self.versions.get(v.version)) for v in wrong)
         return self.wanted.problem or "; ".join(
@@ -112,7 +111,7 @@ class Model:
         )
 
     def rows(self) -> Iterator[IndexRow]:
-        """Its lines of the index: the state that counts for each version."""
+        """Yield the model's rows of the repository index, one for each version."""
         seen: dict[int, IndexRow] = {}
         for version in (*self.leaving, *self.loading, *self.versions.values()):
             refused = self.refused.get(version.number)
@@ -128,7 +127,7 @@ class Model:
             yield IndexRow(self.wanted.name, None, State.UNKNOWN, "")
 
     async def converge(self) -> None:
-        """Makes it what is wanted, again and again, until it is cancelled."""
+        """Make the versions match the desired state, again and again, until cancelled."""
         backoff = Backoff(_RETRY_FIRST_S, _RETRY_MAX_S)
         while True:
             self._rewanted.clear()
@@ -136,7 +135,7 @@ class Model:
             await self._load_missing(wanted)
             if self.wanted is not wanted:
                 continue
-            self._let_go(wanted)
+            self._unload_undesired(wanted)
             self.is_settled.set()
             self.on_change.set()
             failed = self.may_retry()
@@ -156,7 +155,7 @@ class Model:
             return
         self.on_change.set()
         try:
-            # Newest first: it is the one that calls will want.
+            # Newest first, because requests without a version use the newest.
             await together(self._load(version) for version in reversed(fresh))
             self._replace(fresh)
         finally:
@@ -173,7 +172,7 @@ class Model:
             self._put(version)
 
     def _replace(self, fresh: Sequence[Version]) -> None:
-        """All of what was loaded takes the place of what serves under the same numbers; or none of it."""
+        """Replace the serving versions of the same numbers by all freshly loaded ones, or by none of them."""
         waiting = [version for version in fresh if self.versions.get(version.number) is not version]
         failed = [version for version in fresh if not version.is_ready]
         for version in waiting:
@@ -210,7 +209,7 @@ class Model:
         digests = {version.version: version.digest for version in wanted.versions}
         self.refused = {n: other for n, other in self.refused.items() if digests.get(n) == other.wanted.digest}
 
-    def _let_go(self, wanted: WantedModel) -> None:
+    def _unload_undesired(self, wanted: WantedModel) -> None:
         numbers = {version.version for version in wanted.versions}
         has_taken_over = any(version.is_ready for number, version in self.versions.items() if number in numbers)
         if wanted.is_unloaded:
@@ -240,12 +239,12 @@ class Model:
             self.on_change.set()
 
     async def left(self) -> None:
-        """Waits until what leaves now has left. Who gives up waiting stops nothing."""
+        """Wait until the versions that are unloading now have ended. Cancelling the wait stops no unload."""
         if self._unloads:
             await asyncio.wait(self._unloads)
 
     async def close(self) -> None:
-        """Unloads all of it, after the calls that hold it."""
+        """Unload all versions, each after the requests that use it."""
         for version in self.versions.values():
             self._unload(version)
         self.versions = {}

@@ -1,8 +1,8 @@
-"""All models of this instance: what is wanted is made so, one model at a time of its own, and calls find their version.
+"""All models of this instance: a task per model makes the served versions match the desired ones.
 
-want(...) ──> a task for each model (`model`): load what is missing ──> let go of what is not wanted
+want(...) ──> a task for each model (`model`): load missing versions ──> unload versions that are not desired
                                           |
-                    calls: use(name, version)   index, readiness
+                    requests: use(name, version)   index, readiness
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from shoal.errors import InvalidArgument, NotFound, Unavailable
 _NUMBER = re.compile(r"[0-9]{1,19}")
 
 ReadySet = tuple[tuple[str, tuple[int, ...], bool, str], ...]
-"""Models with their ready versions, both ascending, and whether one of them has sequences."""
+"""For each model: name, ready versions (both ascending), True for sequences, and the slow path's reason or ''."""
 
 
 def version_number(text: str) -> int | None:
-    """The version that a call names; None for an empty text.
+    """Return the version number that a request names; None for an empty text.
 
     Raises:
         InvalidArgument: it is not a number from 1 to 2**63 - 1.
@@ -50,13 +50,13 @@ class Models:
     def __init__(self, means: LoadContext) -> None:
         self._means = replace(means, neighbours=self)
         self.on_need: Callable[[str, str], Awaitable[None]] | None = None
-        """Asked to have a model served that an ensemble is made of: its name, and the ensemble's."""
+        """Callback that has a model served because an ensemble needs it; takes the model's and the ensemble's name."""
         self._models: dict[str, Model] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
-        self._is_told = asyncio.Event()
+        self._has_desired = asyncio.Event()
         self.ready_set: Watched[ReadySet] = Watched(())
-        """What is ready now, for those who follow it."""
+        """The models that are ready now, as a watched value."""
 
     async def __aenter__(self) -> Models:
         self._publisher = asyncio.create_task(self._publish(), name="ready-set")
@@ -69,7 +69,7 @@ class Models:
         await all_to_the_end(model.close() for model in self._models.values())
 
     def want(self, wanted: Sequence[WantedModel]) -> None:
-        """These models should be served, and no others. Returns at once; `settled` waits for what comes of it."""
+        """Serve exactly these models. Returns immediately; `settled` waits for the first attempts."""
         by_name = {model.name: model for model in wanted}
         for name in self._models.keys() - by_name.keys():
             by_name[name] = WantedModel(name, ())
@@ -77,14 +77,14 @@ class Models:
             known = self._models.get(name)
             if known is None or known.wanted != model or known.may_retry():
                 self.want_one(model)
-        self._is_told.set()
+        self._has_desired.set()
         self._changed.set()
 
     def want_one(self, wanted: WantedModel, *, again: bool = False) -> Model:
-        """This model should be served so; of the others nothing is said.
+        """Serve this model as described; the other models stay as they are.
 
         Args:
-            again: try everything again that has failed.
+            again: retry everything that has failed.
         """
         model = self._models.get(wanted.name)
         if model is None:
@@ -96,88 +96,91 @@ class Models:
         return model
 
     @property
-    def is_told(self) -> bool:
-        """Whether it was ever said what should be served."""
-        return self._is_told.is_set()
+    def has_desired(self) -> bool:
+        """True once `want` has been called."""
+        return self._has_desired.is_set()
 
     async def settled(self) -> None:
-        """Waits until everything that is wanted has had its first attempt, successful or not."""
-        await self._is_told.wait()
+        """Wait until every desired version has had its first attempt, successful or not."""
+        await self._has_desired.wait()
         while waiting := [model for model in self._models.values() if not model.is_settled.is_set()]:
             await asyncio.gather(*(model.is_settled.wait() for model in waiting))
 
     async def need(self, name: str, by: str) -> None:
-        """The ensemble `by` is made of the model `name`, which should be served unless somebody said otherwise."""
+        """Have the model `name` served for the ensemble `by`, unless an operator has unloaded it."""
         if self.on_need is not None:
             await self.on_need(name, by)
 
     def needs(self, name: str) -> set[str]:
-        """The models that `name` is made of, as far as is known; none for a model that is no ensemble."""
+        """Return the models that the ensemble `name` needs, as far as known; an empty set for any other model."""
         model = self._models.get(name)
         return model.needs() if model else set()
 
     async def tried(self, name: str) -> None:
-        """Waits until all that is wanted of one model has had its first attempt. Not for one that is not here."""
+        """Wait until every desired version of one model has had its first attempt. Returns for an unknown model."""
         model = self._models.get(name)
         if model is not None:
             await model.is_settled.wait()
 
     async def followed(self) -> None:
-        """Waits until ensembles are what the models make of them that are ready now."""
-        self._look_again()
+        """Wait until the ensembles reflect the models that are ready now."""
+        self._update_ensembles()
         while waiting := [m for m in self._models.values() if m.needs() and not m.is_settled.is_set()]:
             await asyncio.gather(*(model.is_settled.wait() for model in waiting))
-            self._look_again()
+            self._update_ensembles()
 
-    def _look_again(self) -> None:
-        # What becomes of one ensemble may matter to another that it is a step of.
+    def _update_ensembles(self) -> None:
+        # Repeated, because an ensemble that changes may be a step of another one.
         while [model for model in list(self._models.values()) if model.look_again(self)]:
             pass
 
     def is_ready(self) -> bool:
-        """Whether it is known what to serve, every model of that serves, and no version of it has failed."""
-        return self.is_told and all(model.is_as_wanted() for model in self._models.values() if model.wanted.is_served)
+        """True when the desired models are known, each of them serves, and none of their versions has failed."""
+        return self.has_desired and all(
+            model.is_as_wanted() for model in self._models.values() if model.wanted.is_served
+        )
 
     def index(self) -> list[IndexRow]:
-        """Every version of every model, sorted by name and version."""
+        """Return every version of every model, sorted by name and version."""
         return [row for name in sorted(self._models) for row in self._models[name].rows()]
 
     def knows(self, name: str) -> bool:
-        """Whether anything was ever wanted of the model, or is left of it."""
+        """Return True when the model is desired, or something of it is still loaded."""
         return name in self._models
 
     def versions(self, name: str) -> list[Version]:
-        """The ready versions of one model, ascending; none for a model that is not here."""
+        """Return the ready versions of one model, ascending; an empty list for an unknown model."""
         model = self._models.get(name)
         return model.ready() if model else []
 
     def names(self) -> list[str]:
-        """Models with a ready version, sorted."""
+        """Return the names of the models with a ready version, sorted."""
         return [name for name, *_ in self.ready_set.value]
 
     def find(self, name: str, version: str) -> Version:
-        """The version of a model that a call means; an empty `version` leaves the choice to us.
+        """Return the version of a model that a request names; an empty `version` selects the default version.
 
         Raises:
-            InvalidArgument: `version` is no number.
-            NotFound: there is no such model or version.
-            Unavailable: there is, but it is not ready.
+            InvalidArgument: `version` is not a number.
+            NotFound: no such model or version exists.
+            Unavailable: the version exists and is not ready.
         """
         model = self._models.get(name)
+        # Nearly every request: two look-ups.
         if not version and model is not None and (found := model.default) is not None:
-            return found  # What nearly every call wants, at the price of two look-ups.
+            return found
         return _found(name, model, version_number(version))
 
     def use(self, name: str, version: str) -> Version:
-        """The version that `find` finds; `with` it, it stays loaded until the block ends. Raises what `find` does."""
+        """Return the version of `find`, for a `with` block that keeps it loaded. Raises what `find` raises."""
         return self.find(name, version)
 
     async def _publish(self) -> None:
-        """Tells followers what is ready, and forgets models of which nothing is left."""
+        """Publish the ready set after each change, and drop models of which nothing is loaded or desired."""
         while True:
             await self._changed.wait()
             self._changed.clear()
-            self._look_again()
+            self._update_ensembles()
             for name, model in list(self._models.items()):
                 if not model.wanted.is_served and not model.wanted.is_unloaded and model.is_gone():
                     del self._models[name]

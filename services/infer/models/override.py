@@ -1,9 +1,9 @@
-"""What a caller of RepositoryModelLoad gives in place of what the repository has, for this load.
+"""Override of a RepositoryModelLoad request: configuration and files that replace those of the repository.
 
     config                       a ModelConfig as JSON: it holds in place of config.pbtxt
     file:<version>/<name>        bytes: with any of these, the given files are all that the model consists of
 
-The files are kept in a folder of their own for as long as a version that is made of them is loaded, or may be again.
+The files are kept in a folder of their own while a version made of them is loaded, or may be loaded again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 
 @dataclass(frozen=True)
 class Given:
-    """What came with the call."""
+    """Override parameters of one request."""
 
     config: str
     """As the text of a config.pbtxt."""
@@ -56,11 +56,12 @@ class Given:
 
 
 def read(parameters: Mapping[str, pb.ModelRepositoryParameter]) -> Given | None:
-    """The override that a call carries; None when it carries none.
+    """Return the override that a request carries, or None.
 
     Raises:
         InvalidArgument: an unknown parameter, or one of another type.
-        FailedPrecondition: the configuration is none, a path leads out of the model's folder, or files come alone.
+        FailedPrecondition: the configuration is invalid, a path leads out of the model's folder, or files are given
+            without a configuration.
     """
     files: dict[PurePosixPath, bytes] = {}
     config: str | None = None
@@ -97,7 +98,7 @@ def _config_text(text: str) -> str:
         config = json_format.ParseDict(fields, model_config_pb2.ModelConfig())
     except (ValueError, RecursionError, json_format.ParseError) as err:
         raise FailedPrecondition(f"config is no ModelConfig in JSON: {str(err)[:500]}") from err
-    # A message cannot tell 0 from nothing, and here the difference counts: nothing is guessed, 0 is meant.
+    # A parsed message cannot tell 0 from unset, and here the difference counts: unset is guessed, 0 is kept.
     is_zero = not config.max_batch_size and not fields.keys().isdisjoint(("max_batch_size", "maxBatchSize"))
     return ("max_batch_size: 0\n" if is_zero else "") + text_format.MessageToString(config)
 
@@ -115,7 +116,7 @@ def _path(parameter: str) -> PurePosixPath:
 
 @dataclass(eq=False)
 class Folder:
-    """A folder of ours, removed once it is released and nobody holds it. Only the event loop's thread touches it."""
+    """Temporary folder, removed once it is released and has no holder. Used by the event loop's thread only."""
 
     path: Path
     _lock: int
@@ -124,7 +125,7 @@ class Folder:
 
     @asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
-        """It stays until the block ends."""
+        """Keep the folder until the block ends."""
         self._holders += 1
         try:
             yield
@@ -133,7 +134,7 @@ class Folder:
             self._remove()
 
     def release(self) -> None:
-        """It is needed no more, but by those who hold it."""
+        """Remove the folder as soon as it has no holder."""
         self._is_released = True
         self._remove()
 
@@ -146,16 +147,16 @@ class Folder:
 
 @dataclass(frozen=True)
 class Override:
-    """One load's own configuration, and its own files if it has any."""
+    """Configuration of one load, and its files if the request had any."""
 
     given_config: str
     digest: str
     model: WantedModel | None = field(default=None)
-    """The model that the files are; None: the configuration alone is overridden."""
+    """The model made of the files; None when only the configuration is overridden."""
     folder: Folder | None = None
 
     def over(self, base: WantedModel | None) -> WantedModel:
-        """What should be served when the repository has `base`; that is needed where there are no files."""
+        """Return the desired model when the repository has `base`, which must not be None for a configuration alone."""
         if self.model is not None:
             return self.model
         assert base is not None, "a configuration alone is given for a model that is there"
@@ -171,13 +172,13 @@ class Override:
         return WantedVersion(version.version, f"{version.digest}+{self.digest}", opener)
 
     def release(self) -> None:
-        """It holds no more."""
+        """End the override, and release its folder."""
         if self.folder is not None:
             self.folder.release()
 
 
 def keep(name: str, given: Given, root: Path) -> Override:
-    """Makes an override of what was given to the model `name`; files go into a new folder in `root`. Blocking.
+    """Make an override for the model `name`; files go into a new folder in `root`. Blocking.
 
     Raises:
         FailedPrecondition: the configuration is another model's, one path is another's folder, there is no version.

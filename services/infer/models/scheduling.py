@@ -1,9 +1,9 @@
-"""How the calls of a loaded version are run: the kind of scheduler that its configuration asks for.
+"""Choice of a loaded version's scheduler by its configuration.
 
 model_transaction_policy.decoupled ──> DecoupledScheduler    any number of responses
-ensemble_scheduling                ──> EnsembleScheduler     calls of other models
-sequence_batching                  ──> SequenceScheduler     steps of sequences, in order, each after what the last left
-nothing                            ──> Scheduler             batches, one answer for each call
+ensemble_scheduling                ──> EnsembleScheduler     requests to other models
+sequence_batching                  ──> SequenceScheduler     steps of sequences, in order, each with the last state
+nothing                            ──> Scheduler             batches, one result for each request
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from services.infer.sequences.stateful import Stateful
 def scheduler_of(
     name: str, number: int, loaded: Loaded, means: LoadContext, statistics: Statistics
 ) -> RequestScheduler | DecoupledScheduler:
-    """What runs the calls of version `number` of the model `name`. Nothing is started yet: enter it."""
+    """Return the scheduler for version `number` of the model `name`. Entering the scheduler starts it."""
     if isinstance(loaded, Composed):
         return _ensemble(loaded, means, statistics)
     if loaded.model.config.model_transaction_policy.decoupled and isinstance(loaded.session, ProcessSession):
@@ -77,7 +77,8 @@ def _worker(execution: Executor, loop: asyncio.AbstractEventLoop, name: str) -> 
 def _execution(name: str, number: int, loaded: Loaded, means: LoadContext) -> Executor:
     session, signature = loaded.session, loaded.model.signature
     assert session is not None, "only ensembles have none"
-    if isinstance(session, RemoteSession):  # What it computes ends no process of ours: nothing to remember.
+    # No crash journal: a remote model's requests cannot crash this process.
+    if isinstance(session, RemoteSession):
         return RemoteExecution(name, session, signature, means.clock)
     if isinstance(session, ProcessSession):
         made: Execution = ProcessExecution(name, number, session, signature, means.clock)

@@ -1,7 +1,7 @@
-"""One version of one model, from its files to its end.
+"""One version of one model, from its files to its unload.
 
-LOADING ──> READY ──> UNLOADING ──> gone      (UNLOADING: taken from the table; calls that hold it finish first)
-   └──> UNAVAILABLE, with the reason          (an ensemble also from READY, when a model that it is made of goes)
+LOADING ──> READY ──> UNLOADING ──> unloaded  (UNLOADING: out of the table; requests that use the version finish first)
+   └──> UNAVAILABLE, with the reason          (an ensemble also from READY, when one of its models is unloaded)
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 
 
 class State(StrEnum):
-    """As the repository index says it."""
+    """State of a version, as in the repository index."""
 
     LOADING = "LOADING"
     READY = "READY"
     UNLOADING = "UNLOADING"
     UNAVAILABLE = "UNAVAILABLE"
     UNKNOWN = ""
-    """The repository has it, and it was never loaded: an empty text, as clients expect."""
+    """In the repository and never loaded; an empty text, as clients of Triton expect."""
 
 
 @dataclass(eq=False)
@@ -56,18 +56,18 @@ class Version:
     state: State = State.LOADING
     reason: str = ""
     may_retry: bool = False
-    """It is UNAVAILABLE for a cause that may pass: its files, or its remote server, could not be had."""
+    """True when the cause of UNAVAILABLE may be temporary: files or remote server were unreachable."""
     statistics: Statistics = field(default_factory=Statistics)
     response_cache: ResponseCache | None = None
-    """Only for a model whose configuration asks for it."""
+    """Only for a model whose configuration enables it."""
     decoupled: DecoupledScheduler | None = None
-    """In place of the scheduler, for a model that gives any number of responses."""
+    """In place of the scheduler, for a model that sends any number of responses to a request."""
     graph: Graph | None = None
-    """Of an ensemble, as soon as it is read."""
+    """Steps of an ensemble, once its configuration is read."""
     _seen: Seen = ()
-    """What an ensemble's steps meant when they were last looked up."""
+    """Versions that an ensemble's steps resolved to at the last check."""
     line: ArrivalOrder | None = None
-    """Only for a model with sequences, or an ensemble with such a step: keeps those of each in their order."""
+    """Only for a model with sequences, or an ensemble with such a step: keeps each sequence's requests in order."""
     _loaded: Loaded | None = None
     _scheduler: RequestScheduler | None = None
     _resources: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -84,12 +84,12 @@ class Version:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether it holds what it would need to answer: it is READY, or an ensemble that lacks a step."""
+        """True while the version holds its resources: READY, or an ensemble that lacks a step."""
         return self._loaded is not None and self.state is not State.UNLOADING
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The models that it is made of."""
+        """Models that this ensemble needs; empty for any other model."""
         return self.graph.models if self.graph is not None else ()
 
     @property
@@ -135,18 +135,18 @@ class Version:
 
     @property
     def loaded(self) -> Loaded:
-        assert self._loaded is not None, "only a version that was READY is asked"
+        assert self._loaded is not None, "only a version that was READY is used"
         return self._loaded
 
     @property
     def scheduler(self) -> RequestScheduler:
-        """Only a version that was READY is asked. Raises Unimplemented when it is decoupled."""
+        """Scheduler of a version that was READY. Raises Unimplemented for a decoupled model."""
         if self._scheduler is None:
             raise Unimplemented("ModelInfer RPC doesn't support models with decoupled transaction policy")
         return self._scheduler
 
     async def load(self, means: LoadContext) -> None:
-        """Makes it READY, or UNAVAILABLE with a reason. Raises nothing but cancellation."""
+        """Load the version: READY afterwards, or UNAVAILABLE with a reason. Raises nothing but cancellation."""
         start = means.clock()
         try:
             await self._load(means)
@@ -169,7 +169,7 @@ class Version:
             files = await self._resources.enter_async_context(self.wanted.open())
             self.graph = await asyncio.to_thread(graph.read, self.name, files)
             loaded = await self._ran(files, means) if self.graph is None else None
-        # Out of the way of others: the models of its steps have to be loaded, too.
+        # Outside of the semaphore: the models of an ensemble's steps must be loaded, too.
         loaded = loaded or await self._composed(files, means)
         await self._schedule(loaded, means)
         if self.graph is not None:
@@ -181,7 +181,7 @@ class Version:
         given_up = threading.Event()
         loaded = await _finished(self._loading(files, means, given_up), given_up)
         if loaded.session is not None:
-            # On a thread: a model's own good-bye may take a while.
+            # In a thread: a model's own finalizer may take long.
             self._resources.push_async_callback(asyncio.to_thread, loaded.session.close)
         return loaded
 
@@ -227,10 +227,10 @@ class Version:
         return ResponseCache(keys, self.scheduler, means.responses, self.statistics, ttl_s=ttl, clock=means.clock)
 
     def look_again(self, neighbours: OtherModels) -> bool:
-        """An ensemble whose models may have changed: True when it should be loaded again.
+        """Check an ensemble after other models changed. Return True when the ensemble must be loaded again.
 
-        One that serves goes on with the new versions of its models, if they are as the old ones to callers; else it is
-        UNAVAILABLE, and says why.
+        A serving ensemble goes on with the new versions of its models if their signatures are equal to callers;
+        otherwise it becomes UNAVAILABLE, with the reason.
         """
         if self.graph is None or self.state in (State.LOADING, State.UNLOADING):
             return False
@@ -240,10 +240,10 @@ class Version:
 
     def _goes_on(self, *, is_other: bool) -> bool:
         scheduler = self._scheduler
-        assert isinstance(scheduler, EnsembleScheduler), "what an ensemble gets"
+        assert isinstance(scheduler, EnsembleScheduler), "every ensemble has one"
         try:
             scheduler.refresh()
-            # Not for its own plan alone: a call may have renewed that, and a step of a step is not in it.
+            # Even when the plan is unchanged: a request may have renewed it, and nested steps are not in it.
             if is_other and self.response_cache is not None:
                 self.response_cache.forget()
             return True
@@ -253,7 +253,7 @@ class Version:
             return False
 
     def __enter__(self) -> Version:
-        """For as long as the block lasts, it is not unloaded. No generator: every call comes this way."""
+        """Keep the version loaded for the block. Not a generator, because every request passes here."""
         self._users += 1
         return self
 
@@ -263,7 +263,7 @@ class Version:
             self._is_idle.set()
 
     async def unload(self) -> None:
-        """Waits for the calls that hold it, then gives everything back. Nobody can find it any more."""
+        """Wait for the requests that use the version, then release its resources. `find` no longer returns it."""
         self.state = State.UNLOADING
         while self._users:
             self._is_idle.clear()
@@ -272,7 +272,7 @@ class Version:
         self._loaded = self._scheduler = self.decoupled = self.response_cache = self.line = None
         if self.statistics.expired_executed:
             rows = self.statistics.expired_executed
-            log.error("model %s version %d: %d rows were run after their time was over", self.name, self.number, rows)
+            log.error("model %s version %d: %d rows were executed after their deadline", self.name, self.number, rows)
         log.info("model %s version %d is unloaded", self.name, self.number)
 
 
@@ -283,7 +283,7 @@ def _has_sequences(loaded: Loaded) -> bool:
 
 
 async def _finished(work: asyncio.Future[Loaded], given_up: threading.Event) -> Loaded:
-    """Waits for a thread that can only be told. When cancelled, it still sees that the session is closed."""
+    """Wait for a loading thread. When cancelled, signal the thread and close its session once it ends."""
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -294,7 +294,7 @@ async def _finished(work: asyncio.Future[Loaded], given_up: threading.Event) -> 
 
 def _close(work: asyncio.Future[Loaded]) -> None:
     if not work.cancelled() and work.exception() is None and (session := work.result().session) is not None:
-        # On a thread: a model's own good-bye may take a while.
+        # In a thread: a model's own finalizer may take long.
         work.get_loop().run_in_executor(None, session.close)
 
 

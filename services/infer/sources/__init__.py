@@ -1,1 +1,1 @@
-"""Where models come from: a folder (`repository`, `poll`), or the store's registry and a cache of its files."""
+"""Sources of models: a folder (`repository`, `poll`), or the store's registry with a cache of its files."""

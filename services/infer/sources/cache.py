@@ -1,12 +1,12 @@
-"""Files of the store on this machine's disk, named by their digest; all instances of a node share the folder.
+"""Disk cache of the store's files, named by digest; all instances of a node share the folder.
 
-    CACHE/blobs/<sha256>             whole and verified: it gets this name by a rename, after its digest was checked
-    CACHE/blobs/<sha256>.part        what has arrived so far; a broken download goes on where it stopped
-    CACHE/blobs/<sha256>.lock        held by the process that downloads it; the others wait, then find the work done
-    CACHE/open/<instance>/<name>...  the files of loaded versions, as links to blobs, in a repository's layout
-    CACHE/registry.binpb             the last registry that was seen: what to serve while the store is away
+    CACHE/blobs/<sha256>             complete and verified: renamed to this name after its digest was checked
+    CACHE/blobs/<sha256>.part        the bytes received so far; a broken download resumes there
+    CACHE/blobs/<sha256>.lock        held by the process that downloads the blob; the others wait for it
+    CACHE/open/<instance>/<name>...  files of loaded versions, as links to blobs, in a repository's layout
+    CACHE/registry.binpb             the last registry snapshot, served while the store is unavailable
 
-Every blob is hashed again when a version is opened: a disk that lies is noticed before a wrong model answers.
+Every blob is hashed again when a version is opened, so that a damaged file is found before a wrong model answers.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 20
 _LOCK_POLL_S = 0.1
+# A blob that no registered version needs is kept this long after its last use, so that roll-backs are quick.
 _UNUSED_S = 7 * 24 * 3600
-# A blob that no registered version needs is kept for so long after its last use: roll-backs are quick that way.
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Blobs(Protocol):
-    """Where files come from."""
+    """Source of blobs."""
 
     def read(self, sha256: str, offset: int) -> AsyncIterator[bytes]:
-        """The bytes of an artifact from `offset` on. Raises ShoalError: OutOfRange beyond its end."""
+        """Yield the bytes of an artifact from `offset` on. Raises ShoalError; OutOfRange beyond its end."""
         ...
 
 
 class Cache:
-    """One folder, used by one instance of this process, and by its siblings."""
+    """Cache folder, as one instance uses it; the node's other instances share it."""
 
     def __init__(self, root: Path, instance: str, blobs: Blobs) -> None:
         self._blobs_folder = root / "blobs"
@@ -55,7 +55,7 @@ class Cache:
         self._opened = 0
 
     def start(self) -> None:
-        """Makes the folders, and clears away what an earlier process of this instance had open.
+        """Make the folders, and remove the links that an earlier process of this instance left.
 
         Raises:
             OSError: the folder cannot be written.
@@ -66,14 +66,14 @@ class Cache:
 
     @asynccontextmanager
     async def open(self, name: str, version: int, files: Iterable[tuple[str, str, int]]) -> AsyncIterator[Path]:
-        """A model's folder with the `files` (path, sha256, size in bytes) of one version, until the block ends.
+        """Provide a model's folder with the `files` (path, sha256, size in bytes) of one version in the block.
 
         Paths are as in the registry: relative to `<version>/`, or to the model's folder when they start with `../`.
 
         Raises:
-            FailedPrecondition: a path or digest is not what a registry may hold.
-            DataLoss: what was downloaded is not what was stored.
-            ShoalError: the store cannot be asked; OSError: the disk is full or broken.
+            FailedPrecondition: a path or digest is invalid.
+            DataLoss: the downloaded bytes do not match the digest.
+            ShoalError: the store is unavailable; OSError: the disk is full or broken.
         """
         self._opened += 1
         folder = self._open_folder / f"{name}-{version}-{self._opened}" / name
@@ -83,14 +83,14 @@ class Cache:
                 blob = await self.fetch(sha256, size_bytes)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _link(blob, target)
-            # A version may have no file of its own: its configuration says all of it.
+            # A version may consist of its configuration only, and have no file.
             (folder / str(version)).mkdir(parents=True, exist_ok=True)
             yield folder
         finally:
             await asyncio.to_thread(shutil.rmtree, folder.parent, ignore_errors=True)
 
     async def fetch(self, sha256: str, size_bytes: int) -> Path:
-        """The blob, downloaded if need be, and verified. Raises as `open` does."""
+        """Return the verified blob, downloaded if necessary. Raises as `open` does."""
         if not _SHA256.fullmatch(sha256):
             raise FailedPrecondition(f"the registry names a file by {quoted(sha256)}, which is no SHA-256 digest")
         blob = self._blobs_folder / sha256
@@ -119,27 +119,28 @@ class Cache:
         if at < size_bytes:
             raise DataLoss(f"artifact {sha256} ended after {at} of {size_bytes} bytes")
         if digest.hexdigest() != sha256:
-            part.unlink()  # Nothing of it can be trusted: the next try starts from the beginning.
+            # No part of the file can be trusted: the next try starts from the beginning.
+            part.unlink()
             raise DataLoss(
                 f"artifact {sha256} arrived as {digest.hexdigest()}: it was damaged on its way or in the store"
             )
         part.rename(blob)
 
     def remember(self, registry: bytes) -> None:
-        """Keeps the registry for a start without the store."""
+        """Save the registry snapshot for a start without the store."""
         draft = self._registry_file.with_name(f"{self._registry_file.name}.{os.getpid()}")
         draft.write_bytes(registry)
         draft.rename(self._registry_file)
 
     def remembered(self) -> bytes | None:
-        """What `remember` kept last; None when there is nothing."""
+        """Return the snapshot that `remember` saved last, or None."""
         try:
             return self._registry_file.read_bytes()
         except FileNotFoundError:
             return None
 
     def prune(self, needed: frozenset[str], now: float) -> None:
-        """Removes blobs that are not `needed` and were not used for a week. `now`: unix seconds."""
+        """Remove blobs that are not `needed` and were not used for a week. `now`: unix seconds."""
         for file in self._blobs_folder.iterdir():
             if file.name[:64] not in needed and file.stat().st_mtime < now - _UNUSED_S:
                 log.info("removing %s from the cache: no registered model needs it", file.name)
@@ -156,10 +157,11 @@ def _inside(path: str, version: int) -> PurePosixPath:
 
 
 def _link(blob: Path, target: Path) -> None:
-    # A link and not a symlink: ONNX Runtime refuses weights whose real path is outside of the model's folder.
+    # A hard link: ONNX Runtime rejects weights whose real path is outside of the model's folder.
     try:
         os.link(blob, target)
-    except FileExistsError:  # Never written over: it is a link to another blob.
+    # Never overwritten: the file is a link to another blob.
+    except FileExistsError:
         raise FailedPrecondition(f"the registry names the file {quoted(target.name)} twice") from None
     except OSError:
         shutil.copyfile(blob, target)
@@ -172,14 +174,15 @@ def _is_whole(blob: Path, sha256: str) -> bool:
     except FileNotFoundError:
         return False
     if is_whole:
-        os.utime(blob)  # The time of its last use, for `prune`.
+        # The time of the last use, for `prune`.
+        os.utime(blob)
     else:
         log.error("%s in the cache is damaged: it is downloaded again", blob)
     return is_whole
 
 
 def _digest(file: BinaryIO) -> hashlib._Hash:
-    """The hash of the whole file; leaves it at its end."""
+    """Return the hash of the whole file, and leave the file's position at its end."""
     digest = hashlib.sha256()
     file.seek(0)
     while block := file.read(_BLOCK_BYTES):
@@ -199,7 +202,7 @@ def _sync(file: BinaryIO) -> None:
 
 @asynccontextmanager
 async def _locked(path: Path) -> AsyncIterator[None]:
-    """Holds a lock among the processes of this machine; it is let go when its holder dies."""
+    """Hold a lock among the processes of this machine; the kernel releases it when its holder dies."""
     with path.open("wb") as file:
         while True:
             try:

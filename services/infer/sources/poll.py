@@ -1,6 +1,6 @@
-"""A repository that is looked at again and again: what changed in it is served, once it has stood still for one look.
+"""Polling of a repository: a change is served once two scans in a row find it alike.
 
-Files are copied piece by piece. A model that is another at each look is still being written, and is left as it was.
+Files are copied piece by piece. A model that differs at each scan is still being written, and keeps its old form.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Found = Mapping[str, WantedModel]
 
 
 def stood_still(offered: Found, before: Found, now: Found) -> dict[str, WantedModel]:
-    """What to offer after two looks: what both found alike, or missed alike, is so; the rest is as `offered`."""
+    """Return the models to offer after two scans: where the scans agree, the newer one; otherwise as `offered`."""
     models = {}
     for name in offered.keys() | now.keys():
         model = now.get(name) if before.get(name) == now.get(name) else offered.get(name)
@@ -29,13 +29,13 @@ def stood_still(offered: Found, before: Found, now: Found) -> dict[str, WantedMo
 
 
 class Poll(Background):
-    """Use as `async with`.
+    """Polls a repository. Use as `async with`.
 
     Args:
-        scan: what is in the repository now. Blocking. A look that raises ShoalError changes nothing.
-        offer: is told what is in it, whenever that has changed.
-        offered: what was told already.
-        pause: waits for the next look.
+        scan: reads the repository. Blocking. A scan that raises ShoalError changes nothing.
+        offer: called with all models after each change.
+        offered: models that were offered already.
+        pause: waits until the next scan is due.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Poll(Background):
             try:
                 now = _by_name(await asyncio.to_thread(self._scan))
             except ShoalError as err:
-                log.warning("%s: what is served stays as it is", err.message)
+                log.warning("%s: the served models stay as they are", err.message)
                 continue
             models = stood_still(self._offered, before, now)
             before = now

@@ -1,10 +1,10 @@
-"""The store's registry, turned into what should be served.
+"""Desired models from the store's registry.
 
-    remembered snapshot ──> wanted          at once: a restart serves even while the store is away
-    watch ──snapshot──> wanted, remembered  again and again; when the watch breaks, a new one after a backoff
+    saved snapshot ──> desired models       immediately: a restarted instance serves while the store is unavailable
+    watch ──snapshot──> desired, saved      again and again; after a broken watch, a new one with backoff
 
-Which versions are served is said by the newest one's configuration (`version_policy`; unset: the newest), and the
-version that the alias `stable` points at is always among them.
+The newest version's configuration selects the served versions (`version_policy`; unset: the newest). The version of
+the alias `stable` is always among them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from shoal.store.v1 import store_pb2 as pb
 log = logging.getLogger(__name__)
 
 STABLE = "stable"
-"""The alias whose version answers calls that name none."""
+"""Alias of the version that serves requests without a version."""
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.1, 2.0
 # A new watch costs the store little, and a model that was pushed should be there soon.
@@ -51,15 +51,15 @@ _MAX_CONFIG_BYTES = 4 << 20
 
 
 class Registered(Protocol):
-    """Where the registry is watched."""
+    """Source of registry snapshots."""
 
     def watch(self) -> AsyncIterator[pb.WatchModelsResponse]:
-        """The whole registry now and after each change. Raises ShoalError when the watch breaks."""
+        """Yield the whole registry now and after each change. Raises ShoalError when the watch breaks."""
         ...
 
 
 class Registry:
-    """Follows the registry, for as long as `follow` runs."""
+    """Follows the registry while `follow` runs."""
 
     def __init__(
         self,
@@ -68,17 +68,17 @@ class Registry:
         want: Callable[[Sequence[WantedModel]], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`want` is told what should be served; `clock` gives unix seconds."""
+        """Store the parts. `want` receives the desired models; `clock` returns unix seconds."""
         self._store = store
         self._cache = cache
         self._want = want
         self._clock = clock
         self.is_tried = asyncio.Event()
-        """Set once what can be known at first is known: a snapshot was seen, or the store could not be asked."""
+        """Set after the first snapshot, or the first failure to reach the store."""
 
     async def follow(self) -> None:
-        """Says what should be served, from now on. Ends only when it is cancelled."""
-        await self._remembered()
+        """Report the desired models to `want` until cancelled."""
+        await self._take_saved()
         backoff = Backoff(_RETRY_FIRST_S, _RETRY_MAX_S)
         while True:
             try:
@@ -89,19 +89,20 @@ class Registry:
                 log.info("the watch of the registry ended: watching again")
             except ShoalError as err:
                 log.warning("the registry cannot be watched: %s", err.message)
-            except Exception:  # A fault of ours in one snapshot must not end the watch for good.
+            # A bug met in one snapshot must not end the watch for ever.
+            except Exception:
                 log.exception("unexpected error while following the registry")
             self.is_tried.set()
             await asyncio.sleep(backoff.next_s())
 
-    async def _remembered(self) -> None:
+    async def _take_saved(self) -> None:
         data = self._cache.remembered()
         if data is None:
             return
         try:
             snapshot = pb.WatchModelsResponse.FromString(data).snapshot
         except DecodeError:
-            log.warning("the registry in the cache is damaged, and is left out")
+            log.warning("the saved registry in the cache is damaged and ignored")
             return
         log.info("serving the %d model versions of the last known registry until the store answers", len(snapshot))
         await self._take(snapshot)
@@ -137,7 +138,7 @@ class Registry:
             text = read_text(await self._cache.fetch(file.sha256, file.size_bytes))
             return model_config.served_versions(model_config.parse(text), numbers, stable)
         except (ShoalError, OSError):
-            # Loading it will fail for the same reason, and say so in the index.
+            # The load will fail for the same reason, and the index will show it.
             return model_config.served_versions(model_config.parse(""), numbers, stable)
 
     def _opener(self, version: pb.ModelVersion) -> Callable[[], AbstractAsyncContextManager[ModelFiles]]:
@@ -154,5 +155,5 @@ async def _opened(cache: Cache, version: pb.ModelVersion) -> AsyncIterator[Model
 def _is_named(version: pb.ModelVersion) -> bool:
     is_named = _NAME.fullmatch(version.name) is not None and version.version > 0
     if not is_named:
-        log.error("the registry holds a model named %s: it is left out", quoted(version.name))
+        log.error("the registry has a model with the invalid name %s, which is ignored", quoted(version.name))
     return is_named

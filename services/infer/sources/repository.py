@@ -1,13 +1,13 @@
-"""A folder of models, as `shoal serve` takes it.
+"""Model repository: a folder of models, as `shoal serve` takes it.
 
     REPO/<model>/config.pbtxt          optional
     REPO/<model>/<version>/model.onnx  one folder for each version: 1, 2, ...
     REPO/<model>.onnx                  a bare file: version 1 of a model of that name
 
-A model that has no files (backend "remote") may do without a folder of its version: then it is version 1.
+A model without files (backend "remote") needs no version folder: it is version 1.
 
-A model that is wrong does not keep the others from being served: it is UNAVAILABLE, and the repository index says why.
-Files are followed through symbolic links; what is no plain file (a pipe, a device) is not read.
+An invalid model does not keep the others from being served: it is UNAVAILABLE, and the repository index says why.
+Symbolic links are followed; only plain files are read, no pipes or devices.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from shoal.errors import FailedPrecondition, ShoalError
 
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _BARE = ".onnx"
+# In bytes: the limit of file systems.
 _LONGEST_NAME = 255 - len(_BARE)
-# In bytes: what file systems allow.
+# Python writes this folder when it runs a model: no change of the model.
 _COMPILED = "__pycache__"
-# What Python writes when it runs a model is no change of the model.
+# Files of one version that are checked for changes. No model has more; a huge folder would slow every scan.
 _MOST_FILES = 10_000
-# Files of one version that are looked at for changes. No model has so many; a folder that does would hold up a look.
 
 
 def check(root: Path) -> None:
-    """Raises FailedPrecondition when `root` is no repository: the message says what to give."""
+    """Check that `root` is a repository. Raises FailedPrecondition otherwise; the message says what to give."""
     try:
         if root.is_file() and root.suffix == _BARE:
             return
@@ -48,10 +48,10 @@ def check(root: Path) -> None:
 
 
 def scan(root: Path) -> list[WantedModel]:
-    """The models of the repository `root`, sorted by name. A file `x.onnx` is a repository of one model.
+    """Return the models of the repository `root`, sorted by name. A file `x.onnx` is a repository of one model.
 
     Raises:
-        FailedPrecondition: it is not there, cannot be read, or is one model's folder; the message says what to give.
+        FailedPrecondition: `root` is missing, unreadable, or the folder of one model; the message says what to give.
     """
     check(root)
     if root.is_file():
@@ -70,7 +70,7 @@ def scan(root: Path) -> list[WantedModel]:
 
 
 def look(root: Path, name: str) -> WantedModel | None:
-    """The model `name` of the repository, as it is now; None when there is none. Raises nothing."""
+    """Return the model `name` of the repository as it is now, or None. Raises nothing."""
     if root.is_file():
         return _entry(root) if root.stem == name else None
     if not name or name.startswith(".") or "/" in name or "\0" in name or len(name.encode()) > _LONGEST_NAME:
@@ -82,7 +82,7 @@ def look(root: Path, name: str) -> WantedModel | None:
 
 
 def model_in(folder: Path, name: str) -> WantedModel:
-    """The model that lies in `folder`, under the name `name`."""
+    """Return the model in `folder`, under the name `name`."""
     try:
         versions = dict(_version_folders(folder))
         stamp = _stamp(entry for entry in _entries(folder) if entry.name not in {str(n) for n in versions})
@@ -96,13 +96,14 @@ def model_in(folder: Path, name: str) -> WantedModel:
     there = {n: WantedVersion(n, stamps[n], _opener(ModelFiles(folder, versions[n]))) for n in sorted(versions)}
     try:
         config = model_config.parse(ModelFiles(folder, folder).config_text())
-    except ShoalError:  # Loading the newest version says the same, as the reason of that version.
+    # The load of the newest version reports the same error as its reason.
+    except ShoalError:
         config = model_config.parse("")
     return picked(name, there, model_config.served_versions(config, there), None)
 
 
 def _has_no_files(folder: Path) -> bool:
-    """Whether its configuration is all that there is of a model."""
+    """Return True when a model consists of its configuration only."""
     try:
         return model_config.parse(ModelFiles(folder, folder).config_text()).backend == model_config.REMOTE
     except ShoalError:
@@ -110,7 +111,7 @@ def _has_no_files(folder: Path) -> bool:
 
 
 def _entry(path: Path) -> WantedModel | None:
-    """The model that `path` is; None when it is something else."""
+    """Return the model at `path`, or None when `path` is no model."""
     name = os.fsencode(path.name).decode("utf-8", "backslashreplace")
     try:
         return _model_at(path, name)
@@ -152,7 +153,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _stamp(entries: Iterable[os.DirEntry[str]]) -> str:
-    """What tells one state of files from another: their names, times and sizes, also of the folders below."""
+    """Return a digest of the files' names, times and sizes, with those of the folders below."""
     lines: list[str] = []
     left = [entry for entry in entries if entry.name != _COMPILED]
     while left and len(lines) < _MOST_FILES:
@@ -162,7 +163,8 @@ def _stamp(entries: Iterable[os.DirEntry[str]]) -> str:
                 left.extend(below for below in _entries(Path(entry.path)) if below.name != _COMPILED)
                 continue
             status = entry.stat()
-        except OSError:  # It goes away or is not ours to read: if it matters, loading says so.
+        # Deleted or unreadable: if the file matters, the load reports it.
+        except OSError:
             continue
         lines.append(f"{entry.path!r} {_state(status)}")
     return hashlib.blake2b("\n".join(sorted(lines)).encode(), digest_size=16).hexdigest()

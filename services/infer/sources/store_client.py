@@ -1,4 +1,4 @@
-"""The store, as this service needs it: the registry watched, artifacts read; over the mesh."""
+"""Client of the store, over the mesh: watches the registry and reads artifacts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from shoal.errors import DeadlineExceeded
 from shoal.store.v1 import store_pb2 as pb
 from shoal.store.v1 import store_pb2_grpc as pb_grpc
 
+# A download without data for this long is broken, and is resumed on a new call.
 _SILENCE_S = 30.0
-# An artifact's download that brings nothing for so long is broken: it is resumed on a new call.
 
 
 class StoreClient:
-    """Talks to the store over `channel`, which its owner closes."""
+    """Calls the store over `channel`, which its owner closes."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = pb_grpc.StoreServiceStub(channel)
 
     async def watch(self) -> AsyncIterator[pb.WatchModelsResponse]:
-        """The registry, and again after each change. Raises ShoalError when the store cannot be watched any more."""
+        """Yield the registry now and after each change. Raises ShoalError when the watch breaks."""
         with translated("watching the registry"):
             call = self._stub.WatchModels(pb.WatchModelsRequest())
             try:
@@ -33,7 +33,7 @@ class StoreClient:
                 call.cancel()
 
     async def read(self, sha256: str, offset: int) -> AsyncIterator[bytes]:
-        """The bytes of an artifact from `offset` on. Raises ShoalError, DeadlineExceeded after a long silence."""
+        """Yield the bytes of an artifact from `offset` on. Raises ShoalError; DeadlineExceeded after a long silence."""
         with translated(f"reading artifact {sha256}"):
             call = self._stub.GetArtifact(pb.GetArtifactRequest(sha256=sha256, offset=offset))
             try:
@@ -44,6 +44,6 @@ class StoreClient:
                         break  # grpc.aio.EOF
                     yield part.chunk
             except TimeoutError as err:
-                raise DeadlineExceeded(f"reading artifact {sha256}: nothing came for {_SILENCE_S:.0f} s") from err
+                raise DeadlineExceeded(f"reading artifact {sha256}: no data for {_SILENCE_S:.0f} s") from err
             finally:
                 call.cancel()

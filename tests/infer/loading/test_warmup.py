@@ -121,7 +121,7 @@ async def test_what_cannot_be_served_is_unavailable_with_a_reason(serve, models_
     assert "config.pbtxt: 1:" in reason(served, "pbtxt")
     assert "cannot read config.pbtxt" in reason(served, "latin")
     assert "cannot read labels.txt: No such file" in reason(served, "labels")
-    assert "picks none" in reason(served, "none")
+    assert "selects none" in reason(served, "none")
     assert reason(served, "odd")
     assert {row.name for row in served.models.index()} == {
         *("empty", "filed", "pbtxt", "latin", "labels", "none", "odd")

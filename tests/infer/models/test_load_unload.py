@@ -221,7 +221,7 @@ BAD = {
     "no such version": (
         {"config": '{"version_policy": {"specific": {"versions": [9]}}}'},
         CODE.INVALID_ARGUMENT,
-        "picks none",
+        "selects none",
     ),
 }
 

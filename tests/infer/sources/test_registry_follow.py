@@ -99,7 +99,7 @@ async def test_the_newest_versions_configuration_picks(bench):
         nothing = bench.store.file("../config.pbtxt", b"version_policy { specific { versions: [9] } }")
         bench.store.said.put_nowait([version("a", 4, nothing)])
         await until(lambda: bench.wanted() == {"a": ()})
-        assert "picks none" in bench.heard[-1][0].problem
+        assert "selects none" in bench.heard[-1][0].problem
 
 
 async def test_a_watch_that_breaks_is_opened_again(bench):
