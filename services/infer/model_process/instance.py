@@ -18,7 +18,7 @@ from mesh.process.backoff import Backoff
 from services.infer.model_process.channel import ChannelClosed
 from services.infer.model_process.model_runner import NotLoaded
 from services.infer.model_process.process import Process
-from services.infer.model_process.shared.shared import Shared
+from services.infer.model_process.shared.shared_process import Shared
 from services.infer.model_process.thread_runner import ThreadRunner
 from shoal.errors import FailedPrecondition, Unavailable
 

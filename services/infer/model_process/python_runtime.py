@@ -25,7 +25,7 @@ from services.infer.model_process.instance import Instance, Running
 from services.infer.model_process.process import OWNER, Process, program
 from services.infer.model_process.session import InnerCall, Limits, ProcessSession
 from services.infer.model_process.shared.owners import Owners, key_of
-from services.infer.model_process.shared.shared import Shared
+from services.infer.model_process.shared.shared_process import Shared
 from services.infer.model_process.thread_runner import ThreadRunner
 from services.infer.runtimes.onnx_devices import Device
 from services.infer.runtimes.onnx_runtime import devices

@@ -22,7 +22,7 @@ import numpy as np
 from services.infer.model_files.config_json import from_json
 from services.infer.model_process import payload
 from services.infer.model_process.channel import ChannelClosed, Message
-from services.infer.model_process.decoupled_link import DecoupledStreams
+from services.infer.model_process.decoupled_streams import DecoupledStreams
 from services.infer.model_process.instance import Instance, Running
 from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.poison import Poison

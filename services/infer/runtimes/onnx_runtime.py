@@ -10,11 +10,11 @@ import onnxruntime
 
 from services.infer.runtimes import gpus, onnx_devices
 from services.infer.runtimes.gpu_stream import GpuStreams
+from services.infer.runtimes.multi_device import SpreadSession
 from services.infer.runtimes.onnx_devices import CUDA, Device
 from services.infer.runtimes.onnx_gpu_session import LaneSession
 from services.infer.runtimes.onnx_session import OnnxSession, plain
 from services.infer.runtimes.runtime import Session, SessionOptions
-from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 
 # What it reports of its use to its makers is not ours to give away.

@@ -21,7 +21,7 @@ from typing import Any
 from services.infer.model_process import payload, request_info
 from services.infer.model_process.channel import Message
 from services.infer.model_process.checks import check_outputs
-from services.infer.model_process.decoupled_link import DecoupledStreams
+from services.infer.model_process.decoupled_streams import DecoupledStreams
 from services.infer.model_process.session import ProcessSession, error_of
 from services.infer.requests.outcome import ExecutionTimes
 from services.infer.requests.request import InferenceRequest

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from services.infer.loading import model_config
+from services.infer.runtimes.multi_device import SpreadSession
 from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, Device, resolved
 from services.infer.runtimes.onnx_settings import session_options
 from services.infer.runtimes.runtime import Provider, Session, SessionOptions, TensorPlacement
-from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files

@@ -17,10 +17,10 @@ from onnx import TensorProto, helper
 from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.operators.kernels_runtime import KernelsRuntime
 from services.infer.remote.remote_runtime import RemoteRuntime
+from services.infer.runtimes.multi_device import SpreadSession
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.reshape import ReshapedSession, Reshapes
 from services.infer.runtimes.runtime import About, ModelFailed, Runtime, Session, SessionOptions
-from services.infer.runtimes.spread import SpreadSession
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from shoal.oip.datatypes import BY_NAME, DTYPES

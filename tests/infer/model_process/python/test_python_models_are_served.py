@@ -6,7 +6,7 @@ from mesh.rpc.channel import connect
 from shoal.inference.v2 import inference_pb2_grpc
 from tests.breakable import until
 from tests.infer.conftest import floats, output, request
-from tests.infer.model_process.python.test_python_model_lives import PID, is_alive
+from tests.infer.model_process.python.test_python_model_lifecycle import PID, is_alive
 from tests.infer.test_infer_process import Infer
 
 SMALL = PID.replace("200 << 20", "1")
