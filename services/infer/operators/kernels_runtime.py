@@ -71,9 +71,9 @@ class OperationSession(Session):
 
     text = False
     takes_rows = True
-    is_tried = False
+    allows_trial_run = False
     """It was, with an example of its own: made-up bytes are no image."""
-    says_batch = True
+    sets_max_batch_size = True
 
     def __init__(
         self, name: str, operation: Operation, threads: RowThreads, place: devices.DeviceSlot, batch_size: int
@@ -83,7 +83,7 @@ class OperationSession(Session):
         self._batch_size = batch_size
         self.inputs, self.outputs = operation.inputs, operation.outputs
         self.only_computes = operation.only_computes and place.lane is None
-        self.lane = place.lane
+        self.gpu_stream = place.lane
         self.gpus = place.gpus
         self._inputs = {spec.name: spec for spec in self.inputs}
         self._outputs = {spec.name: spec for spec in self.outputs}
@@ -91,7 +91,7 @@ class OperationSession(Session):
             if unfit := self._run(example).unfit:
                 raise FailedPrecondition(f"operation {name} fails with an example of its own: {unfit[0]}")
 
-    def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
+    def completed(self, config: pb.ModelConfig, *, sets_max_batch_size: bool) -> pb.ModelConfig:
         """The configuration with the batch size that the operation wants where it says none.
 
         What is said of outputs is held against the operation here: nothing is made up to try it with.
@@ -136,11 +136,11 @@ class OperationSession(Session):
     def run_rows(self, inputs: Mapping[str, Value], outputs: Sequence[str], stay: Collection[str] = ()) -> RowResults:
         results = self._run(inputs)
         found = [results.values[name] for name in outputs]
-        if self.lane is not None:
+        if self.gpu_stream is not None:
             read = iter(fetched([value for name, value in zip(outputs, found, strict=True) if name not in stay]))
             found = [value if name in stay else next(read) for name, value in zip(outputs, found, strict=True)]
             # What an execution takes is what it took: queues count on it.
-            self.lane.wait()
+            self.gpu_stream.wait()
         return RowResults(found, results.unfit)
 
     def _run(self, inputs: Mapping[str, Value]) -> Results:
@@ -161,7 +161,7 @@ def _read_only(inputs: Mapping[str, Value]) -> Mapping[str, Value]:
 
 def _place(options: SessionOptions, name: str, lanes: GpuStreams, *, has_gpu: bool) -> devices.DeviceSlot:
     """The host, or the one GPU that the configuration asks for."""
-    asked = [place for place in options.places if place.kind == "gpu"]
+    asked = [place for place in options.placements if place.kind == "gpu"]
     if not asked:
         return devices.Host()
     if not has_gpu:
@@ -171,6 +171,6 @@ def _place(options: SessionOptions, name: str, lanes: GpuStreams, *, has_gpu: bo
         lane = lanes.of(number)
     except FailedPrecondition as err:
         raise FailedPrecondition(f"instance_group: KIND_GPU: {err.message}") from err
-    if len(options.places) > 1 or (asked[0].gpu is None and lanes.count() > 1):
+    if len(options.placements) > 1 or (asked[0].gpu is None and lanes.count() > 1):
         raise FailedPrecondition(f"instance_group: operation {name} runs in one place: name one GPU, gpus: [ 0 ]")
     return devices.Gpu(lane)

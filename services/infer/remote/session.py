@@ -53,8 +53,8 @@ class RemoteSession(Session):
     """One model of one server. Owns the connection. Any thread may run it; one event loop may execute it."""
 
     text = False
-    sees_missing = True
-    is_tried = False
+    handles_missing_inputs = True
+    allows_trial_run = False
     """Made-up inputs are not sent to a server that others use, too."""
 
     def __init__(
@@ -83,7 +83,7 @@ class RemoteSession(Session):
                 f"the remote server at {settings.address.url} says nothing of the model's inputs and outputs: "
                 "write input and output into config.pbtxt"
             )
-        self.says_batch = self._facts.max_batch_size is not None
+        self.sets_max_batch_size = self._facts.max_batch_size is not None
         self._inputs_by_name = {spec.name: spec for spec in self.inputs}
         self._outputs_by_name = {spec.name: spec for spec in self.outputs}
         self._change = ""
@@ -112,7 +112,7 @@ class RemoteSession(Session):
         timeout_s = min(self._settings.timeout_s, _ASK_S)
         return self._connection.start(question.method, question.message.SerializeToString(), timeout_s)
 
-    def completed(self, config: pb.ModelConfig, *, says_batch: bool) -> pb.ModelConfig:
+    def completed(self, config: pb.ModelConfig, *, sets_max_batch_size: bool) -> pb.ModelConfig:
         """The configuration with what the server says. Raises FailedPrecondition when the two contradict each other."""
         done = pb.ModelConfig()
         done.CopyFrom(config)
@@ -122,7 +122,7 @@ class RemoteSession(Session):
                 f"max_batch_size {config.max_batch_size}: protocol '{self._settings.protocol}' carries one row in a "
                 "request, and its server batches by itself: set it to 0"
             )
-        if rows is not None and not says_batch:
+        if rows is not None and not sets_max_batch_size:
             done.max_batch_size = rows
         if rows and done.max_batch_size > rows:
             raise FailedPrecondition(f"max_batch_size {done.max_batch_size}: the remote model takes {rows} at most")

@@ -88,7 +88,7 @@ DEATHS = {
     "kill -9 of itself": ("os.kill(os.getpid(), signal.SIGKILL)", r"process died \(signal 9, SIGKILL\)"),
     "closed socket": ("os.closerange(3, 100)", "process died"),
     "no frame": ("[os.write(fd, b'x' * 64) for fd in range(3, 300) if os.path.exists(f'/proc/self/fd/{fd}') and "
-                 "'socket' in os.readlink(f'/proc/self/fd/{fd}')]", "process died .it broke off: the other end sent"),
+                 "'socket' in os.readlink(f'/proc/self/fd/{fd}')]", "process died .its channel failed: the other"),
 }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_while_it_is_started_again_calls_are_told_when_to_come_back(load, tmp_pa
     gate.touch()
     with pytest.raises(ModelDied):
         run(session, X * 0 + 13)
-    with pytest.raises(Unavailable, match=r"started again \(exit code 1\); retry after \d+ ms") as err:
+    with pytest.raises(Unavailable, match=r"restarting \(exit code 1\); retry after \d+ ms") as err:
         session.run_requests({"x": [X]}, ["y"], [1], [])
     assert err.value.retry_after_ms
     gate.unlink()
@@ -178,13 +178,13 @@ def test_loading_that_does_not_end_is_ended(load):
         ("raise ValueError('no such number')", r"ValueError: no such number \(model.py, line \d+\)"),
         ("raise SystemExit(5)", r"called sys.exit\(5\)"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-        ("return {'z': x}", "gave no output 'y': it gave 'z'"),
+        ("return {'z': x}", "returned no output 'y': it returned 'z'"),
         ("return [x]", "predict returned a list, expected a dict"),
         ("return None", "predict returned a NoneType"),
         ("return {'y': x.astype(np.float64)}", "output 'y' is FP64, expected FP32"),
         ("return {'y': x.astype(complex)}", "output 'y' is complex64, expected FP32|complex128"),
         ("return {'y': np.array([object()])}", "output 'y' is BYTES, expected FP32|object"),
-        ("return {'y': [[1], [2, 3]]}", "output 'y' is no array"),
+        ("return {'y': [[1], [2, 3]]}", "output 'y' is not an array"),
         ("return (i for i in range(3))", "predict returned a generator"),
     ],
 )

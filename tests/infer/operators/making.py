@@ -10,7 +10,7 @@ import numpy as np
 from services.infer.operators.kernels_runtime import KernelsRuntime, OperationSession
 from services.infer.requests import ragged
 from services.infer.runtimes.gpu_stream import GpuStreams
-from services.infer.runtimes.runtime import About, RowResults, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import About, ExecutionPlacement, RowResults, SessionOptions
 from shoal.inference.v2 import model_config_pb2 as pb
 
 
@@ -18,7 +18,7 @@ def session(
     folder: Path,
     operation: str,
     /,
-    places: Sequence[TensorPlacement] = (TensorPlacement("cpu"),),
+    places: Sequence[ExecutionPlacement] = (ExecutionPlacement("cpu"),),
     lanes: GpuStreams | None = None,
     **parameters: str,
 ) -> OperationSession:

@@ -9,7 +9,7 @@ import pytest
 from services.infer.model_process.python_runtime import IsolatedOnnxRuntime
 from services.infer.runtimes import choice
 from services.infer.runtimes.choice import Runtimes
-from services.infer.runtimes.onnx_devices import CUDA, resolved
+from services.infer.runtimes.onnx_devices import CUDA, resolve_devices
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
@@ -29,7 +29,7 @@ def chosen(kind: int, isolation: str = "", *, several: bool = True) -> object:
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """As ONNX Runtime with CUDA sees a machine with two GPUs."""
     providers = [CUDA, "CPUExecutionProvider"]
-    monkeypatch.setattr(choice, "devices", lambda options: resolved(options, providers, lambda: 2))
+    monkeypatch.setattr(choice, "devices", lambda options: resolve_devices(options, providers, lambda: 2))
 
 
 def test_what_would_run_on_a_gpu_is_shared_by_several_infer_processes(gpus):

@@ -1,4 +1,4 @@
-"""ONNX Runtime on a lane: rows are written once, copied once, joined where they are, and waited for once."""
+"""ONNX Runtime on a GPU stream: rows are written once, copied once, joined where they are, and waited for once."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from services.infer.requests.resident import Resident, fetched, joined
 from services.infer.runtimes import onnx_gpu_session
 from services.infer.runtimes.gpu_stream import GpuStreams
 from services.infer.runtimes.onnx_devices import CUDA, TENSORRT, Device
-from services.infer.runtimes.onnx_gpu_session import LaneSession
+from services.infer.runtimes.onnx_gpu_session import GpuStreamSession
 from services.infer.runtimes.onnx_runtime import OnnxRuntime
 from services.infer.runtimes.onnx_settings import session_options
-from services.infer.runtimes.runtime import ModelFailed, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import ExecutionPlacement, ModelFailed, SessionOptions
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from tests.infer import onnx_files
 from tests.infer.conftest import floats
-from tests.infer.runtimes.simulated_gpu import LaneOnnx, SimulatedMemory, lanes_of
+from tests.infer.runtimes.simulated_gpu import SimulatedGpuOnnx, SimulatedMemory, gpu_streams_of
 
-ON_GPU = SessionOptions(1, shares_stream=True, places=(TensorPlacement("gpu", 0, 2),))
+ON_GPU = SessionOptions(1, shares_stream=True, placements=(ExecutionPlacement("gpu", 0, 2),))
 
 
 @pytest.fixture
@@ -31,15 +31,15 @@ def memory() -> SimulatedMemory:
 
 
 @pytest.fixture
-def add(memory: SimulatedMemory, tmp_path: Path) -> LaneSession:
+def add(memory: SimulatedMemory, tmp_path: Path) -> GpuStreamSession:
     """sum = a + b, difference = a - b."""
     return loaded(memory, tmp_path, onnx_files.add())
 
 
-def loaded(memory: SimulatedMemory, folder: Path, model) -> LaneSession:
+def loaded(memory: SimulatedMemory, folder: Path, model) -> GpuStreamSession:
     (folder / "model.onnx").write_bytes(model.SerializeToString())
-    session = LaneOnnx(lanes_of(memory)).load(folder / "model.onnx", ON_GPU)
-    assert isinstance(session, LaneSession)
+    session = SimulatedGpuOnnx(gpu_streams_of(memory)).load(folder / "model.onnx", ON_GPU)
+    assert isinstance(session, GpuStreamSession)
     return session
 
 
@@ -143,23 +143,23 @@ def test_what_it_does_not_go_with_is_named(tmp_path):
     assert Device([(CUDA, {"device_id": "0"})], 0).with_option(CUDA, "a", "b").providers == [
         (CUDA, {"device_id": "0", "a": "b"})
     ]
-    with pytest.raises(FailedPrecondition, match=r"GPU 3 is not there: this process may use 1 GPUs"):
-        lanes_of(SimulatedMemory()).of(3)
+    with pytest.raises(FailedPrecondition, match=r"GPU 3 does not exist: this process may use 1 GPUs"):
+        gpu_streams_of(SimulatedMemory()).of(3)
     with pytest.raises(FailedPrecondition, match="this process may use 2 GPUs, and cupy"):
         GpuStreams(lambda: 2, lambda gpu: SimulatedMemory(), lambda: False).of(0)
 
 
 def test_one_lane_for_each_gpu():
-    lanes = GpuStreams(lambda: 2, lambda gpu: SimulatedMemory(), lambda: True)
-    assert lanes.of(0) is lanes.of(0)
-    assert lanes.of(0) is not lanes.of(1)
+    gpu_streams = GpuStreams(lambda: 2, lambda gpu: SimulatedMemory(), lambda: True)
+    assert gpu_streams.of(0) is gpu_streams.of(0)
+    assert gpu_streams.of(0) is not gpu_streams.of(1)
 
 
 @pytest.mark.gpu
 def test_a_real_gpu_gives_what_the_cpu_gives(tmp_path):
     (tmp_path / "model.onnx").write_bytes(onnx_files.add().SerializeToString())
     there = OnnxRuntime().load(tmp_path / "model.onnx", ON_GPU)
-    assert isinstance(there, LaneSession)
+    assert isinstance(there, GpuStreamSession)
     rng = np.random.default_rng(0)
     for rows in (1, 7, 300):
         a, b = rng.random((rows, 5), np.float32), rng.random((rows, 5), np.float32)

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from services.infer.loading import model_config
-from services.infer.runtimes.multi_device import SpreadSession
-from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, Device, resolved
+from services.infer.runtimes.multi_device import MultiDeviceSession
+from services.infer.runtimes.onnx_devices import CUDA, OPENVINO, TENSORRT, Device, resolve_devices
 from services.infer.runtimes.onnx_settings import session_options
-from services.infer.runtimes.runtime import Provider, Session, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import ExecutionPlacement, Provider, Session, SessionOptions
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import inference_pb2 as pb
 from tests.infer import onnx_files
@@ -31,12 +31,12 @@ def parameter(key: str, value: str) -> str:
 
 
 def devices(text: str, available=ALL, gpus: int = 2) -> list[tuple[int | None, tuple[str, ...], int]]:
-    found = resolved(options(text), available, lambda: gpus)
+    found = resolve_devices(options(text), available, lambda: gpus)
     return [(device.gpu, tuple(name for name, _ in device.providers), count) for device, count in found]
 
 
 def test_nothing_said():
-    assert options("") == SessionOptions(2, places=(TensorPlacement("auto"),))
+    assert options("") == SessionOptions(2, placements=(ExecutionPlacement("auto"),))
 
 
 def test_what_is_said_is_done():
@@ -105,7 +105,7 @@ def test_accelerators():
     trt = {"trt_fp16_enable": "1", "trt_max_workspace_size": "1000", "trt_dla_core": "1"}
     cuda = {"cudnn_conv_algo_search": "HEURISTIC", "gpu_mem_limit": "7", "use_tf32": "0"}
     assert asked.gpu_providers == (Provider("tensorrt", TENSORRT, trt), Provider("cuda", CUDA, cuda))
-    found = resolved(asked, ALL, lambda: 1)
+    found = resolve_devices(asked, ALL, lambda: 1)
     assert found == [
         (Device([(TENSORRT, {**trt, "device_id": "0"}), (CUDA, {**cuda, "device_id": "0"}), (CPU, {})], 0), 1)
     ]
@@ -143,9 +143,9 @@ def test_auto_is_the_cpu_where_there_is_no_gpu():
     ("text", "available", "gpus", "named"),
     [
         ("instance_group [{ kind: KIND_GPU }]", (CPU,), 0, "KIND_GPU is not supported by this ONNX Runtime"),
-        ("instance_group [{ kind: KIND_GPU }]", ALL, 0, "KIND_GPU is not there"),
-        ("instance_group [{ kind: KIND_GPU gpus: [2] }]", ALL, 2, "GPU 2 is not there: this process may use 2"),
-        ("instance_group [{ kind: KIND_GPU gpus: [-1] }]", ALL, 2, "GPU -1 is not there"),
+        ("instance_group [{ kind: KIND_GPU }]", ALL, 0, "KIND_GPU needs a GPU"),
+        ("instance_group [{ kind: KIND_GPU gpus: [2] }]", ALL, 2, "GPU 2 does not exist: this process may use 2"),
+        ("instance_group [{ kind: KIND_GPU gpus: [-1] }]", ALL, 2, "GPU -1 does not exist"),
         (ACCELERATED, (CPU,), 0, "accelerator 'tensorrt' is not supported by this ONNX Runtime: it needs Tensorrt"),
         (ACCELERATED, (TENSORRT, CPU), 0, "accelerator 'cuda' is not supported"),
         (ACCELERATED + "instance_group [{ kind: KIND_CPU }]", ALL, 2, "'tensorrt' and 'cuda' is for GPUs"),
@@ -232,7 +232,7 @@ class Counting(Session):
 
 def test_runs_are_spread_over_the_devices():
     first, second = Counting(), Counting()
-    spread = SpreadSession([(first, 1), (second, 3)])
+    spread = MultiDeviceSession([(first, 1), (second, 3)])
     assert [spread.run({}, [])[0] for _ in range(4)] == [first, second, second, second]
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(lambda _: spread.run({}, []), range(400)))

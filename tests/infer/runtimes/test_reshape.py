@@ -53,7 +53,7 @@ def test_another_shape_is_the_models_fault():
 )
 def test_what_is_wrong_is_named(dims, shape, named):
     tensor = model_config.parse(f'input {{ name: "x" dims: {dims} reshape {{ shape: {shape} }} }}').input[0]
-    (wrong,) = reshape.wrong("input", tensor)
+    (wrong,) = reshape.reshape_errors("input", tensor)
     assert named in wrong
 
 

@@ -1,7 +1,7 @@
-"""A connection to the owner of a model. To the instance that keeps it, it is the process that runs the model.
+"""Connection to the owner of a model. Its instance uses the connection like a process that runs the model.
 
-It is *left* when the model is unloaded here, and the owner goes on for others. It is *killed* when the owner does not
-do its work: then it ends for everybody, and everybody's instances start, or find, the next one.
+`release` ends the connection when the model is unloaded here; the owner keeps serving its other users. `kill` ends the
+owner when it does not work: all users lose it, and their instances start, or join, the next owner.
 """
 
 from __future__ import annotations
@@ -13,65 +13,68 @@ import time
 from typing import Any
 
 from services.infer.model_process.channel import Channel, ChannelClosed, Message
-from services.infer.model_process.model_runner import NotLoaded, Signalled
-from services.infer.model_process.process import Program, how
+from services.infer.model_process.model_runner import NotLoaded, SignalledProcess
+from services.infer.model_process.process import Program, exit_text
 from services.infer.model_process.shared.owners import Owners
 from services.infer.model_process.shared.progress_mark import ProgressMark
 
 log = logging.getLogger(__name__)
 
+# Longest wait for the exit of an owner that has closed the connection.
 _END_S = 2.0
-# An owner that has closed a connection should end, or have been asked to close it: it is given so long.
+# An owner that was already running may crash on another user's request just when it is joined: then the next is joined.
 _TRIES = 3
-# An owner that was found, not started, may die of another's doing just then: so often, the next one is taken.
 
 
-class Shared(Signalled):
-    """A connection that is used, or was; see `isolation.process.Process`."""
+class SharedProcess(SignalledProcess):
+    """A connection to an owner; see `process.Process` for the interface."""
 
     def __init__(self, owners: Owners, key: str, program: Program, title: str) -> None:
-        """Joins the owner that `key` stands for. `title` names the model in the log. Raises OSError."""
+        """Join the owner with this `key`. `title` names the model in the log. Raises OSError."""
         super().__init__(title)
         self._owners, self._key, self._program = owners, key, program
-        self._left_for = ""
+        self._released_for = ""
         self._join()
 
     def _join(self) -> None:
-        joined = self._owners.join(self._key, self._program)
-        self.pid, self._pidfd, self.is_new = joined.pid, joined.pidfd, joined.is_new
-        self.channel = Channel(joined.sock)
+        connection = self._owners.join(self._key, self._program)
+        self.pid, self._pidfd, self.is_new = connection.pid, connection.pidfd, connection.is_new
+        self.channel = Channel(connection.sock)
         try:
-            self._mark = ProgressMark.sent(joined.sock)
-        except BrokenPipeError:  # It is gone again: `load` will see.
-            joined.sock.close()
+            self._mark = ProgressMark.sent(connection.sock)
+        # The owner has ended already: `load` will find the channel closed.
+        except BrokenPipeError:
+            connection.sock.close()
         except BaseException:
-            joined.sock.close()
+            connection.sock.close()
             os.close(self._pidfd)
             raise
 
     def load(self, header: dict[str, Any], timeout_s: float) -> None:
-        """Has the owner load the model, if it has not; `facts` says what is known then.
+        """Send the load request and wait until the owner has loaded the model; sets `model_info`.
+
+        `model_info` stays empty when the owner ends meanwhile.
 
         Raises:
-            NotLoaded: it could not, or took too long, or ended. It is to be reaped all the same.
+            NotLoaded: loading failed, or took longer than `timeout_s`. The runner must be reaped all the same.
         """
         deadline = time.monotonic() + timeout_s
         for is_last in (*(False,) * (_TRIES - 1), True):
-            message = self._first_word(header, deadline)
-            if message is not None or self.is_new or is_last or self._left_for or self._killed_for:
+            message = self._first_message(header, deadline)
+            if message is not None or self.is_new or is_last or self._released_for or self._killed_for:
                 break
             log.info(
-                "model %s: its process, %d, died before it said anything; the next one is taken", self.title, self.pid
+                "model %s: shared process %d died before its first message; joining the next one", self.title, self.pid
             )
             with self._signalling:
                 os.close(self._pidfd)
                 self.channel.close()
                 self._join()
-        if message is None:
-            return  # It has ended: `reap` knows how.
-        self.learn(message)
+        # Without a message the owner has ended: `reap` finds out how.
+        if message is not None:
+            self.accept_loaded(message)
 
-    def _first_word(self, header: dict[str, Any], deadline: float) -> Message | None:
+    def _first_message(self, header: dict[str, Any], deadline: float) -> Message | None:
         try:
             self.channel.send(header)
             message = self.channel.receive(max(deadline - time.monotonic(), 0.0))
@@ -81,59 +84,62 @@ class Shared(Signalled):
             raise NotLoaded("loading took too long: see parameter load_timeout_ms")
         return message
 
-    def attend(self) -> None:
-        """Waits until the owner ends, or has let go of this connection."""
+    def watch(self) -> None:
+        """Wait until the owner ends or closes this connection, then reap the runner."""
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         poll.register(self.channel.fileno(), select.POLLRDHUP)
         poll.poll()
         self.reap()
 
-    def leave(self, reason: str) -> None:
-        """Uses it no more; the owner goes on for others."""
+    def release(self, reason: str) -> None:
+        """Shut the connection; the owner keeps serving its other users."""
         with self._signalling:
-            self._left_for = self._left_for or reason
+            self._released_for = self._released_for or reason
             self.channel.shut()
 
-    def say_goodbye(self) -> None:
-        """Uses it no more; the last one to say so waits for its end. Raises ChannelClosed or OSError: it is gone."""
-        self._left_for = self._left_for or "the model is unloaded"
+    def request_close(self) -> None:
+        """Ask the owner to close the connection; for the last user, the connection closes when the owner ends.
+
+        Raises ChannelClosed or OSError when the connection is closed already.
+        """
+        self._released_for = self._released_for or "the model is unloaded"
         self.channel.send({"op": "close"})
 
     def reap(self) -> None:
-        """Sees how it ended, and gives back everything that was held for it."""
+        """Set `end` and `died`, and close the descriptors."""
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        # One that has closed the connection may be about to end. Who has left does not wait for that.
-        has_ended = bool(poll.poll(0 if self._left_for else _END_S * 1000))
+        # An owner that has closed the connection may be about to exit. A released connection does not wait for that.
+        has_ended = bool(poll.poll(0 if self._released_for else _END_S * 1000))
         with self._signalling:
-            self.end = self._killed_for or self._left_for or self._told(has_ended=has_ended)
+            self.end = self._killed_for or self._released_for or self._end_text(has_ended=has_ended)
             self.died.set()
             os.close(self._pidfd)
         self.channel.shut()
 
-    def _told(self, *, has_ended: bool) -> str:
+    def _end_text(self, *, has_ended: bool) -> str:
         if not has_ended:
-            return "it let go of the connection"
+            return "it closed the connection"
         code = self._owners.ending(self._key, self.pid)
-        # Only the process that started it is told by the kernel, and may itself be gone.
-        return "it ended; how, nobody saw" if code is None else how(code)
+        # Only the infer process that started the owner learns the exit status, and may have ended itself.
+        return "it ended; its exit status is unknown" if code is None else exit_text(code)
 
-    def has_begun(self) -> bool:
-        """Whether what it was sent last is being executed, or was when it died."""
+    def has_started(self) -> bool:
+        """Return True when the last batch sent is in execution, or was when the owner ended."""
         return self._mark.started_ns != 0
 
-    def runs_s(self, sent: float, now: float) -> float:
-        """For how long the batch has been executed: not while those of others are."""
+    def running_s(self, sent: float, now: float) -> float:
+        """Return for how many seconds the batch has been in execution; waiting for others' batches does not count."""
         started = self._mark.started_ns
         return max(now - max(started / 1e9, sent), 0.0) if started else 0.0
 
     def is_alone(self) -> bool:
-        """Whether it worked for nobody else, as far as is known."""
+        """Return True when no batch of another user was executed at the same time."""
         return not self._mark.is_together
 
-    def is_own_doing(self) -> bool:
-        """Whether it died of what it was sent from here: nobody ended it, and nothing else was executed."""
+    def is_own_crash(self) -> bool:
+        """Return True when this instance's batch crashed the owner: no other batch ran, and no outsider killed it."""
         is_by_itself = self.end.startswith(("exit code", "signal")) and not any(
             name in self.end for name in ("SIGKILL", "SIGTERM")
         )

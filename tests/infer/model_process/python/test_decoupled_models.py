@@ -231,7 +231,7 @@ async def test_the_death_of_the_process_is_told_and_the_request_not_carried_on(r
     assert len(answers) == 702 or len(answers) > 600
     assert "process died (exit code 7)" in answers[-1].error_message
     (answer,) = await collected(serving.stub, count(701, "k"))
-    assert "it is refused for" in answer.error_message
+    assert "it is rejected for" in answer.error_message
 
     async def is_back() -> bool:
         return [a.error_message for a in await collected(serving.stub, count(2))] == ["", ""]

@@ -81,7 +81,7 @@ async def test_a_new_version_takes_over_without_a_failed_call(repo, serve):
 
 
 async def test_a_model_that_hangs_is_unloaded_once_nobody_waits_for_it(repo, serve, monkeypatch):
-    monkeypatch.setattr("services.infer.model_process.session._UNWANTED_S", 0.5)
+    monkeypatch.setattr("services.infer.model_process.session._ABANDONED_S", 0.5)
     repo.python("m", PID)
     serving = await serve()
     pid = await pid_of(serving.stub)
@@ -190,8 +190,8 @@ GIVING = "return [pb_utils.InferenceResponse([pb_utils.Tensor('y', {})])]"
     ("execute", "told"),
     [
         ("return []", "execute returned 0 responses for 1 requests"),
-        ("return None", "execute gave no response to this request"),
-        ("return [None]", "execute gave no response to this request"),
+        ("return None", "execute sent no response to this request"),
+        ("return [None]", "execute sent no response to this request"),
         ("return [5]", "execute returned a int in its list"),
         ("return 5", "execute returned a int"),
         ("return [pb_utils.InferenceResponse([])]", "the response has no output 'y'"),
@@ -202,7 +202,7 @@ GIVING = "return [pb_utils.InferenceResponse([pb_utils.Tensor('y', {})])]"
         ("raise pb_utils.TritonModelException('mine')", "TritonModelException: mine"),
         ("requests[0].set_release_flags(2)", "set_release_flags) is not supported"),
         ("pb_utils.MetricFamily()", "custom metrics from a Python model are not supported by Shoal"),
-        ("requests[0].get_response_sender().send(flags=1)", "execute gave no response"),
+        ("requests[0].get_response_sender().send(flags=1)", "execute sent no response"),
     ],
 )  # fmt: skip
 async def test_what_execute_does_wrong_is_named(repo, serve, execute, told):

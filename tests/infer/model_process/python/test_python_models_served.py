@@ -132,7 +132,7 @@ async def test_calls_share_an_execution_and_only_the_guilty_one_fails(repo, serv
     # What killed the process is not carried to the next one.
     code, details = await ask(15)
     assert code == Code.INTERNAL
-    assert "it is refused for" in details
+    assert "it is rejected for" in details
 
     async def is_back() -> bool:  # Until then, calls are told when to come back.
         return await ask(16) == [[32]]
@@ -186,7 +186,7 @@ async def test_a_model_calls_another_one(repo, serve):
         ("class Model:\n  pass", "class Model has no method predict(self, batch)"),
         ("class Model:\n  def predict(self): pass", "Model.predict(self) cannot be called as predict(self, batch)"),
         ("class Model:\n  async def predict(self, batch): pass", "Model.predict is async: expected def"),
-        ("class Model:\n  def predict(self, batch): pass", "nobody says what the inputs are"),
+        ("class Model:\n  def predict(self, batch): pass", "the inputs are not declared"),
         (OWN.replace("FP32", "FP33", 1), "unknown datatype 'FP33'"),
         (OWN + "        def load(self, folder, config): raise RuntimeError('no weights')", "RuntimeError: no weights"),
         ("class TritonPythonModel: pass", "TritonPythonModel has no method execute(self, requests)"),

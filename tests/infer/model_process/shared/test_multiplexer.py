@@ -30,9 +30,9 @@ class Peer:
         stack.callback(self.connection.close)
         self.connection.worker = worker  # All of them are this process: told apart as if they were not.
 
-    def run(self, junction: Multiplexer, number: int, given: list[float], **said: Any) -> None:
+    def run(self, multiplexer: Multiplexer, number: int, given: list[float], **said: Any) -> None:
         header = {"op": "run", "id": number, "outputs": ["y"], "rows": [len(given)], "most": 8, **said}
-        junction.take(self.connection, Message(header, [("x", "FP32", np.array(given, np.float32)[:, None])]))
+        multiplexer.receive(self.connection, Message(header, [("x", "FP32", np.array(given, np.float32)[:, None])]))
 
     def heard(self) -> Message:
         message = self.channel.receive(5)
@@ -55,119 +55,119 @@ def rows_of(message: Message) -> list[float]:
     return message.tensors[0][2].reshape(-1).tolist()
 
 
-def answer(junction: Multiplexer, message: Message) -> None:
+def answer(multiplexer: Multiplexer, message: Message) -> None:
     part = payload.part("y", "FP32", [2 * message.tensors[0][2]])
-    junction.send({"op": "result", "id": message.header["id"]}, [part])
+    multiplexer.send({"op": "result", "id": message.header["id"]}, [part])
 
 
 def test_infer_processes_take_turns_whatever_each_has_waiting(peers):
-    junction = Multiplexer()
+    multiplexer = Multiplexer()
     for number in range(3):
-        peers[0].run(junction, number, [number], most=0)
-    peers[1].run(junction, 7, [10], most=0)
-    peers[2].run(junction, 7, [20], most=0)
+        peers[0].run(multiplexer, number, [number], most=0)
+    peers[1].run(multiplexer, 7, [10], most=0)
+    peers[2].run(multiplexer, 7, [20], most=0)
     order = []
     for _ in range(5):
-        message = junction.next()
+        message = multiplexer.next()
         order += rows_of(message)
-        answer(junction, message)
+        answer(multiplexer, message)
     assert order == [0, 10, 20, 1, 2]
     assert [peers[0].rows() for _ in range(3)] == [(0, [0]), (1, [2]), (2, [4])]
     assert (peers[1].rows(), peers[2].rows()) == ((7, [20]), (7, [40]))
 
 
 def test_what_waits_and_can_be_stacked_runs_as_one_and_each_has_its_own_rows_back(peers):
-    junction = Multiplexer()
-    peers[0].run(junction, 1, [1, 2])
-    peers[1].run(junction, 2, [3])
-    peers[2].run(junction, 3, [4, 5, 6])
-    message = junction.next()
+    multiplexer = Multiplexer()
+    peers[0].run(multiplexer, 1, [1, 2])
+    peers[1].run(multiplexer, 2, [3])
+    peers[2].run(multiplexer, 3, [4, 5, 6])
+    message = multiplexer.next()
     assert (rows_of(message), message.header["rows"]) == ([1, 2, 3, 4, 5, 6], [2, 1, 3])
     assert all(peer.mark.started_ns and peer.mark.is_together for peer in peers)
-    answer(junction, message)
+    answer(multiplexer, message)
     assert [peer.rows() for peer in peers] == [(1, [2, 4]), (2, [6]), (3, [8, 10, 12])]
     assert not any(peer.mark.started_ns for peer in peers)
-    assert junction.poll() is None
+    assert multiplexer.poll() is None
 
 
 @pytest.mark.parametrize(
     "said", [{"outputs": ["z"]}, {"rows": []}, {"most": 0}], ids=["other outputs", "no batch", "not wanted"]
 )
 def test_what_does_not_fit_together_runs_apart(peers, said):
-    junction = Multiplexer()
-    peers[0].run(junction, 1, [1])
-    peers[1].run(junction, 2, [2], **said)
-    assert (rows_of(junction.next()), rows_of(junction.next())) == ([1], [2])
+    multiplexer = Multiplexer()
+    peers[0].run(multiplexer, 1, [1])
+    peers[1].run(multiplexer, 2, [2], **said)
+    assert (rows_of(multiplexer.next()), rows_of(multiplexer.next())) == ([1], [2])
 
 
 def test_no_more_rows_run_together_than_the_model_takes(peers):
-    junction = Multiplexer()
-    peers[0].run(junction, 1, [1] * 5)
-    peers[1].run(junction, 2, [2] * 4)
-    peers[2].run(junction, 3, [3] * 3)
-    assert (rows_of(junction.next()), rows_of(junction.next())) == ([1] * 5 + [3] * 3, [2] * 4)
+    multiplexer = Multiplexer()
+    peers[0].run(multiplexer, 1, [1] * 5)
+    peers[1].run(multiplexer, 2, [2] * 4)
+    peers[2].run(multiplexer, 3, [3] * 3)
+    assert (rows_of(multiplexer.next()), rows_of(multiplexer.next())) == ([1] * 5 + [3] * 3, [2] * 4)
 
 
 def test_when_a_stacked_batch_fails_each_part_of_it_runs_alone(peers):
-    junction = Multiplexer()
-    peers[0].run(junction, 1, [1])
-    peers[1].run(junction, 2, [2])
-    junction.send({"op": "error", "id": junction.next().header["id"], "error": "no", "code": "INTERNAL"})
+    multiplexer = Multiplexer()
+    peers[0].run(multiplexer, 1, [1])
+    peers[1].run(multiplexer, 2, [2])
+    multiplexer.send({"op": "error", "id": multiplexer.next().header["id"], "error": "no", "code": "INTERNAL"})
     found = []
     for _ in range(2):
-        message = junction.next()
+        message = multiplexer.next()
         found += rows_of(message)
-        answer(junction, message)
+        answer(multiplexer, message)
     assert sorted(found) == [1, 2]
     assert (peers[0].rows(), peers[1].rows()) == ((1, [2]), (2, [4]))
 
 
 def test_what_nobody_waits_for_any_more_does_not_run_alone(peers):
-    junction = Multiplexer()
-    peers[0].run(junction, 1, [1])
-    peers[1].run(junction, 2, [2])
-    number = junction.next().header["id"]
-    junction.leave(peers[0].connection)
-    junction.send({"op": "error", "id": number, "error": "no", "code": "INTERNAL"})
-    assert rows_of(junction.next()) == [2]
-    assert junction.poll() is None
+    multiplexer = Multiplexer()
+    peers[0].run(multiplexer, 1, [1])
+    peers[1].run(multiplexer, 2, [2])
+    number = multiplexer.next().header["id"]
+    multiplexer.disconnect(peers[0].connection)
+    multiplexer.send({"op": "error", "id": number, "error": "no", "code": "INTERNAL"})
+    assert rows_of(multiplexer.next()) == [2]
+    assert multiplexer.poll() is None
 
 
 def test_answers_that_are_not_a_row_for_each_row_are_not_parted(peers):
-    junction = Multiplexer()
-    peers[0].run(junction, 1, [1])
-    peers[1].run(junction, 2, [2])
+    multiplexer = Multiplexer()
+    peers[0].run(multiplexer, 1, [1])
+    peers[1].run(multiplexer, 2, [2])
     part = payload.part("y", "FP32", [np.zeros((3, 1), np.float32)])
-    junction.send({"op": "result", "id": junction.next().header["id"]}, [part])
-    assert [len(rows_of(junction.next())) for _ in range(2)] == [1, 1]
+    multiplexer.send({"op": "result", "id": multiplexer.next().header["id"]}, [part])
+    assert [len(rows_of(multiplexer.next())) for _ in range(2)] == [1, 1]
 
 
 def test_the_mark_says_whose_batch_is_executed_and_whether_another_is(peers):
-    junction = Multiplexer()
-    peers[0].run(junction, 1, [1], most=0)
-    peers[1].run(junction, 2, [2], most=0)
-    first = junction.next()
+    multiplexer = Multiplexer()
+    peers[0].run(multiplexer, 1, [1], most=0)
+    peers[1].run(multiplexer, 2, [2], most=0)
+    first = multiplexer.next()
     assert (bool(peers[0].mark.started_ns), peers[0].mark.is_together) == (True, False)
     assert not peers[1].mark.started_ns
-    second = junction.next()
+    second = multiplexer.next()
     assert peers[0].mark.is_together
     assert peers[1].mark.is_together
-    answer(junction, first)
-    answer(junction, second)
-    peers[0].run(junction, 3, [1])
-    junction.next()
+    answer(multiplexer, first)
+    answer(multiplexer, second)
+    peers[0].run(multiplexer, 3, [1])
+    multiplexer.next()
     assert not peers[0].mark.is_together
 
 
 def test_what_waits_can_be_taken_back_and_goes_with_its_connection(peers):
-    junction = Multiplexer()
-    peers[0].run(junction, 1, [1])
-    junction.take(peers[0].connection, Message({"op": "cancel", "id": 1}, []))
-    assert (peers[0].heard().header["code"], junction.poll()) == ("CANCELLED", None)
-    peers[0].run(junction, 2, [2])
-    peers[1].run(junction, 2, [3])
-    junction.leave(peers[0].connection)
-    assert rows_of(junction.next()) == [3]
+    multiplexer = Multiplexer()
+    peers[0].run(multiplexer, 1, [1])
+    multiplexer.receive(peers[0].connection, Message({"op": "cancel", "id": 1}, []))
+    assert (peers[0].heard().header["code"], multiplexer.poll()) == ("CANCELLED", None)
+    peers[0].run(multiplexer, 2, [2])
+    peers[1].run(multiplexer, 2, [3])
+    multiplexer.disconnect(peers[0].connection)
+    assert rows_of(multiplexer.next()) == [3]
 
 
 def test_a_stacked_batch_is_cancelled_when_the_last_that_waits_for_it_has_gone(peers):
@@ -179,37 +179,37 @@ def test_a_stacked_batch_is_cancelled_when_the_last_that_waits_for_it_has_gone(p
 
         def credit(self, more: int) -> None: ...
 
-    junction, heard = Multiplexer(), Heard()
-    peers[0].run(junction, 1, [1])
-    peers[1].run(junction, 2, [2])
-    message = junction.next()
+    multiplexer, heard = Multiplexer(), Heard()
+    peers[0].run(multiplexer, 1, [1])
+    peers[1].run(multiplexer, 2, [2])
+    message = multiplexer.next()
     assert rows_of(message) == [1, 2]
-    junction.hearers[message.header["id"]] = heard
-    junction.leave(peers[0].connection)
+    multiplexer.listeners[message.header["id"]] = heard
+    multiplexer.disconnect(peers[0].connection)
     assert not heard.is_cancelled
-    junction.leave(peers[1].connection)
+    multiplexer.disconnect(peers[1].connection)
     assert heard.is_cancelled
-    answer(junction, message)  # What goes on for half a minute now would end this process, as an owner.
+    answer(multiplexer, message)  # What goes on for half a minute now would end this process, as an owner.
 
 
 def test_a_model_calls_others_of_the_server_whose_request_it_executes(peers):
-    junction = Multiplexer()
+    multiplexer = Multiplexer()
     with pytest.raises(RunFailed, match="only while a request is executed"):
-        junction.call({"model": "other"}, ())
-    peers[1].run(junction, 1, [1])
-    junction.next()
-    junction.leave(peers[0].connection)
+        multiplexer.call({"model": "other"}, ())
+    peers[1].run(multiplexer, 1, [1])
+    multiplexer.next()
+    multiplexer.disconnect(peers[0].connection)
     with ExitStack() as stack:
-        asked = stack.enter_context(ThreadPoolExecutor(1)).submit(junction.call, {"model": "other"}, ())
+        asked = stack.enter_context(ThreadPoolExecutor(1)).submit(multiplexer.call, {"model": "other"}, ())
         call = peers[1].heard()
         assert (call.op, call.header["model"]) == ("call", "other")
         reply = Message({"op": "answer", "id": call.header["id"], "said": 5}, [])
-        junction.take(peers[0].connection, reply)  # Not the one that was asked.
-        junction.take(peers[1].connection, reply)
+        multiplexer.receive(peers[0].connection, reply)  # Not the one that was asked.
+        multiplexer.receive(peers[1].connection, reply)
         assert asked.result(5)[0]["said"] == 5
 
 
 def test_when_it_is_over_the_engine_is_told(peers):
-    junction = Multiplexer()
-    junction.close()
-    assert (junction.next().op, junction.poll().op) == ("close", "close")
+    multiplexer = Multiplexer()
+    multiplexer.close()
+    assert (multiplexer.next().op, multiplexer.poll().op) == ("close", "close")

@@ -18,7 +18,7 @@ import pytest
 from services.infer.model_process.python_runtime import IsolatedOnnxRuntime, PythonRuntime
 from services.infer.model_process.session import ModelDied, ProcessSession
 from services.infer.model_process.shared.owners import Owners
-from services.infer.runtimes.runtime import About, ModelFailed, SessionOptions, TensorPlacement
+from services.infer.runtimes.runtime import About, ExecutionPlacement, ModelFailed, SessionOptions
 from shoal.errors import FailedPrecondition
 from shoal.inference.v2 import model_config_pb2 as pb
 from tests.breakable import PATIENCE_S
@@ -118,7 +118,7 @@ def test_who_only_waits_when_it_dies_is_run_again_and_not_blamed(load, tmp_path)
         innocent = threads.submit(run, two)
         with pytest.raises(ModelDied, match="exit code 3") as err:
             guilty.result(PATIENCE_S)
-        assert (err.value.is_sure, err.value.is_alone) == (True, True)
+        assert (err.value.is_confirmed, err.value.is_alone) == (True, True)
         assert innocent.result(PATIENCE_S) == [[2, 4]]
 
 
@@ -153,7 +153,9 @@ def test_an_onnx_model_is_one_session_that_takes_several_runs_at_a_time(folder: 
     file = tmp_path / "model.onnx"
     file.write_bytes(onnx_files.scale().SerializeToString())
     config = pb.ModelConfig(name="m", parameters={"isolation": {"string_value": "shared"}})
-    options = SessionOptions(1, places=(TensorPlacement("cpu", None, 3),), about=About("m", config=config, instances=3))
+    options = SessionOptions(
+        1, placements=(ExecutionPlacement("cpu", None, 3),), about=About("m", config=config, instances=3)
+    )
     with ExitStack() as stack:
         sessions = []
         for _ in range(2):
