@@ -40,7 +40,7 @@ class ModelRunner:
     def accept_loaded(self, message: Message) -> None:
         """Read the reply to the load request and set `model_info`. Raises NotLoaded when loading failed."""
         if message.op != "loaded":
-            raise NotLoaded(str(message.header.get("error", "the model process did not say how loading went")))
+            raise NotLoaded(str(message.header.get("error", "loading failed without a message from the model process")))
         self.model_info = message.header
 
 

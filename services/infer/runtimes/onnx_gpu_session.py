@@ -105,7 +105,7 @@ class GpuStreamSession(OnnxSession):
         }
 
     def _run_bound(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
-        """Enqueue the run and return its outputs on the GPU. Until a wait, only the same stream may read the outputs."""
+        """Enqueue the run and return its outputs on the GPU. Until a wait, only the same stream may read them."""
         memory = self._gpu_stream.memory
         device = (memory.name, memory.device_id)
         binding = self._session.io_binding()

@@ -55,7 +55,7 @@ class OnnxRuntime:
         return sessions[0][0] if len(sessions) == 1 else MultiDeviceSession(sessions)
 
     def devices(self, options: SessionOptions) -> list[tuple[Device, int]]:
-        """Return the devices of a model with `options`, each with its concurrent executions. For tests to override."""
+        """Return the devices of a model with `options`, each with its concurrent executions."""
         return devices(options)
 
     def _on(self, device: Device, file: Path, options: SessionOptions, runs: int) -> OnnxSession:

@@ -38,7 +38,7 @@ def model_info(*, wants_requests: bool) -> HostedModelInfo:
 
 
 @pytest.mark.parametrize("wants_requests", [False, True])
-def test_a_cancellation_that_comes_too_late_ends_no_process(wants_requests: bool) -> None:
+def test_a_late_cancellation_does_not_end_the_process(wants_requests: bool) -> None:
     one, other = socket.socketpair()
     server, channel = Channel(one), Channel(other)
     model = Doubling(model_info(wants_requests=wants_requests))

@@ -35,11 +35,11 @@ def devices(text: str, available=ALL, gpus: int = 2) -> list[tuple[int | None, t
     return [(device.gpu, tuple(name for name, _ in device.providers), count) for device, count in found]
 
 
-def test_nothing_said():
+def test_the_defaults():
     assert options("") == SessionOptions(2, placements=(ExecutionPlacement("auto"),))
 
 
-def test_what_is_said_is_done():
+def test_all_settings_are_applied():
     said = options(
         parameter("intra_op_thread_count", "3")
         + parameter("inter_op_thread_count", "4")
@@ -86,7 +86,7 @@ def test_what_is_said_is_done():
         ),
     ],
 )
-def test_what_is_wrong_is_named(text, named):
+def test_an_invalid_value_is_named(text, named):
     with pytest.raises(FailedPrecondition, match=named):
         options(text)
 
@@ -130,11 +130,11 @@ def test_accelerators():
         ),
     ],
 )
-def test_places(text, expected):
+def test_instance_groups_are_resolved_to_devices(text, expected):
     assert devices(text) == expected
 
 
-def test_auto_is_the_cpu_where_there_is_no_gpu():
+def test_kind_auto_is_the_cpu_without_a_gpu():
     assert devices("", (CPU,)) == [(None, (CPU,), 1)]
     assert devices("", ALL, 0) == [(None, (CPU,), 1)]
 
@@ -164,7 +164,7 @@ def test_auto_is_the_cpu_where_there_is_no_gpu():
         ),
     ],
 )
-def test_what_is_not_there_is_refused_by_name(text, available, gpus, named):
+def test_a_missing_gpu_or_provider_is_rejected_by_name(text, available, gpus, named):
     with pytest.raises(FailedPrecondition, match=named):
         devices(text, available, gpus)
 
@@ -189,7 +189,7 @@ REFUSED = {
 }
 
 
-async def test_a_server_does_it_or_says_why_not(serve, models_folder: Repository):
+async def test_a_server_applies_the_settings_or_reports_why_not(serve, models_folder: Repository):
     for name, text in SETTINGS.items():
         models_folder.put(name, onnx_files.scale(2), config=text)
     for name, (text, _) in REFUSED.items():
@@ -230,7 +230,7 @@ class Counting(Session):
         self.is_closed = True
 
 
-def test_runs_are_spread_over_the_devices():
+def test_runs_are_distributed_over_the_devices():
     first, second = Counting(), Counting()
     spread = MultiDeviceSession([(first, 1), (second, 3)])
     assert [spread.run({}, [])[0] for _ in range(4)] == [first, second, second, second]

@@ -151,7 +151,7 @@ def load(kind: str, runtime: Runtime, tmp_path_factory: pytest.TempPathFactory, 
         yield load
 
 
-def test_a_session_knows_its_inputs_and_outputs(load, models):
+def test_a_session_has_its_inputs_and_outputs(load, models):
     session = load(models.add())
     assert [(s.name, s.datatype.name, s.shape) for s in session.inputs] == [
         ("a", "FP32", (-1, -1)),
@@ -160,7 +160,7 @@ def test_a_session_knows_its_inputs_and_outputs(load, models):
     assert [s.name for s in session.outputs] == ["sum", "difference"]
 
 
-def test_it_gives_the_outputs_that_are_asked_for(load, models):
+def test_run_returns_the_requested_outputs(load, models):
     session = load(models.add())
     a, b = np.array([[1, 2]], np.float32), np.array([[10, 20]], np.float32)
     difference, total = session.run({"b": b, "a": a}, ["difference", "sum"])
@@ -168,7 +168,7 @@ def test_it_gives_the_outputs_that_are_asked_for(load, models):
     assert len(session.run({"a": a, "b": b}, ["sum"])) == 1
 
 
-def test_read_only_inputs_and_outputs_of_their_own(load, models):
+def test_outputs_do_not_share_memory_with_read_only_inputs(load, models):
     session = load(models.identity())
     given = np.ones((2, 4), np.float32)
     given.flags.writeable = False
@@ -176,7 +176,7 @@ def test_read_only_inputs_and_outputs_of_their_own(load, models):
     assert not np.shares_memory(given, got)
 
 
-def test_every_kind_of_number_comes_back_as_it_went(kind, load, models):
+def test_every_numeric_datatype_is_preserved(kind, load, models):
     names = [name for name in DTYPES if name != "BF16"]
     given = {name: np.array([[0, 1, 1], [1, 0, 1]], DTYPES[name]) for name in names}
     if kind == "kernels":
@@ -230,7 +230,7 @@ def test_a_hundred_megabytes_there_and_back(kind, load, models):
         ("reshaping", {"x": np.ones(4, np.float32), "shape": np.array([3, 3])}),
     ],
 )
-def test_a_model_that_raises_says_so_in_its_own_words(load, models, name, inputs):
+def test_an_error_of_the_model_keeps_its_own_text(load, models, name, inputs):
     session = load(getattr(models, name)())
     for _ in range(2):
         with pytest.raises(ModelFailed) as err:
@@ -243,13 +243,13 @@ def test_a_model_that_raises_says_so_in_its_own_words(load, models, name, inputs
 
 @of_kinds([kind for kind in WITH_FILES if kind != "remote"])
 @pytest.mark.parametrize("data", [b"", b"no model", bytes(1000)])
-def test_a_file_that_is_no_model_is_refused(load, runtime, data):
+def test_an_invalid_model_file_is_rejected(load, runtime, data):
     with pytest.raises(FailedPrecondition, match=r"model\.(onnx|py)"):
         load(data)
 
 
 @of_kinds(ONNX)
-def test_what_is_no_tensor_is_refused_by_name(load):
+def test_an_input_that_is_not_a_tensor_is_rejected_by_name(load):
     value = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)
     model = onnx_files.identity()
     del model.graph.node[:], model.graph.output[:]
@@ -279,14 +279,14 @@ def test_many_threads_may_run_one_session(load, models):
 
 
 @of_kinds(["kernels"])
-def test_without_a_file_it_is_the_configuration_that_is_refused(load):
+def test_a_runtime_without_files_rejects_an_invalid_configuration(load):
     with pytest.raises(FailedPrecondition, match="operation 'nothing' is unknown: there are 'add', 'identity'"):
         load(OperationModels()._config("nothing"))
     with pytest.raises(FailedPrecondition, match="operation add: parameter 'size' is unknown: it has none"):
         load(OperationModels()._config("add", size="3"))
 
 
-def test_what_it_can_do_is_said_by_its_members(kind, load, models):
+def test_optional_abilities_are_declared_by_members(kind, load, models):
     session = load(models.scale())
     assert isinstance(session, Session)
     assert {
@@ -305,7 +305,7 @@ def test_what_it_can_do_is_said_by_its_members(kind, load, models):
     assert (session.gpu_stream is not None) == (kind == "onnx on a GPU stream")
 
 
-def test_its_parts_are_the_whole_on_each_device(kind, load, models):
+def test_device_sessions_run_the_whole_model_on_each_device(kind, load, models):
     session = load(models.scale())
     assert len(session.device_sessions()) == (2 if kind == "onnx on two devices" else 1)
     for part in session.device_sessions():
@@ -314,7 +314,7 @@ def test_its_parts_are_the_whole_on_each_device(kind, load, models):
         assert part.run({"x": np.ones((3, 4), np.float32)}, ["y"])[0].tolist() == [[2.0] * 4] * 3
 
 
-def test_what_the_configuration_says_is_left(load, models):
+def test_completion_does_not_change_its_argument(load, models):
     session = load(models.scale(), ONE_THREAD)  # It is changed below.
     config = text_format.Parse('parameters { key: "k" value { string_value: "v" } }', pb.ModelConfig())
     before = config.SerializeToString(deterministic=True)
@@ -325,7 +325,7 @@ def test_what_the_configuration_says_is_left(load, models):
     assert session.run({"x": np.ones((1, 4), np.float32)}, ["y"])[0].tolist() == [[2.0] * 4]
 
 
-def test_only_who_takes_rows_is_given_rows(load, models):
+def test_run_rows_is_supported_only_with_takes_rows(load, models):
     session = load(models.scale())
     given = {"x": np.ones((2, 4), np.float32)}
     if session.takes_rows:
@@ -337,7 +337,7 @@ def test_only_who_takes_rows_is_given_rows(load, models):
 
 
 @of_kinds(ONNX)
-def test_what_the_file_has_a_value_for_may_be_left_out(load):
+def test_an_input_with_a_default_in_the_file_is_optional(load):
     session = load(with_default().SerializeToString())
     assert [(spec.name, spec.is_optional) for spec in session.optional_inputs] == [("b", True)]
     x = np.ones((1, 4), np.float32)

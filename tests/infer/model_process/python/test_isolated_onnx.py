@@ -34,7 +34,7 @@ async def test_shapes_are_those_of_the_configuration(repo, serve, isolation):
     np.testing.assert_array_equal(output(answer, "f"), x)
 
 
-async def test_a_shape_that_the_model_has_not_is_named(repo, serve, isolation):
+async def test_a_reshape_that_contradicts_the_model_is_named(repo, serve, isolation):
     repo.put("m", sums(), config=BATCHED.replace("[2, 2]", "[4, 1]") + APART % isolation)
     served = await serve()
     (row,) = served.models.index()
@@ -77,7 +77,7 @@ async def test_an_input_may_be_left_out(repo, serve, isolation):
         ),
     ],
 )
-def test_each_process_has_one_place(text, expected):
+def test_each_process_has_one_device(text, expected):
     options = session_options(model_config.parse(text), 1)
     everything = (CUDA, TENSORRT, OPENVINO)
     alone = per_process_options(options, resolve_devices(options, everything, lambda: 2))

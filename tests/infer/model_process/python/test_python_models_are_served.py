@@ -12,7 +12,7 @@ from tests.infer.test_infer_process import Infer
 SMALL = PID.replace("200 << 20", "1")
 
 
-async def test_it_is_served_and_ends_with_the_server(repo, python, tmp_path):
+async def test_a_python_model_is_served_and_its_process_ends_with_the_server(repo, python, tmp_path):
     repo.python("m", SMALL)
     repo.python("stream", SMALL.replace("return {", "yield {"))
     with Infer(python, tmp_path / "log", repository=str(repo.root)) as infer:

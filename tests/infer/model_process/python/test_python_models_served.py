@@ -82,7 +82,7 @@ async def test_tritons_add_sub_as_it_is_published(repo, serve):
     assert output(response, "OUTPUT1").tolist() == [-10, -9, -8, -7]
 
 
-async def test_calls_share_an_execution_and_only_the_guilty_one_fails(repo, serve):
+async def test_requests_share_an_execution_and_only_the_failing_one_fails(repo, serve):
     repo.python(
         "m",
         """
@@ -196,7 +196,7 @@ async def test_a_model_calls_another_one(repo, serve):
         ),
     ],
 )
-async def test_a_model_that_is_none_says_why(repo, serve, source, reason):
+async def test_an_invalid_model_file_is_reported_with_the_reason(repo, serve, source, reason):
     repo.python("m", source)
     repo.python("good", OWN)
     serving = await serve()
@@ -206,7 +206,7 @@ async def test_a_model_that_is_none_says_why(repo, serve, source, reason):
     assert index["good"].state == "READY"
 
 
-async def test_nothing_is_made_up_for_a_model_that_does_not_ask_for_it(repo, serve):
+async def test_a_python_model_gets_no_trial_run(repo, serve):
     fussy = OWN.replace("return", "assert batch['x'].all(), 'no zeros please'\n            return")
     repo.python("guessed", fussy)
     repo.python("told", fussy.replace("def predict", "max_batch_size = 4\n        def predict"))

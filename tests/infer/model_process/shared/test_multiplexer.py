@@ -60,7 +60,7 @@ def answer(multiplexer: Multiplexer, message: Message) -> None:
     multiplexer.send({"op": "result", "id": message.header["id"]}, [part])
 
 
-def test_infer_processes_take_turns_whatever_each_has_waiting(peers):
+def test_infer_processes_are_served_round_robin(peers):
     multiplexer = Multiplexer()
     for number in range(3):
         peers[0].run(multiplexer, number, [number], most=0)
@@ -76,7 +76,7 @@ def test_infer_processes_take_turns_whatever_each_has_waiting(peers):
     assert (peers[1].rows(), peers[2].rows()) == ((7, [20]), (7, [40]))
 
 
-def test_what_waits_and_can_be_stacked_runs_as_one_and_each_has_its_own_rows_back(peers):
+def test_queued_batches_are_stacked_and_each_connection_gets_its_rows(peers):
     multiplexer = Multiplexer()
     peers[0].run(multiplexer, 1, [1, 2])
     peers[1].run(multiplexer, 2, [3])
@@ -93,14 +93,14 @@ def test_what_waits_and_can_be_stacked_runs_as_one_and_each_has_its_own_rows_bac
 @pytest.mark.parametrize(
     "said", [{"outputs": ["z"]}, {"rows": []}, {"most": 0}], ids=["other outputs", "no batch", "not wanted"]
 )
-def test_what_does_not_fit_together_runs_apart(peers, said):
+def test_batches_that_cannot_be_stacked_run_separately(peers, said):
     multiplexer = Multiplexer()
     peers[0].run(multiplexer, 1, [1])
     peers[1].run(multiplexer, 2, [2], **said)
     assert (rows_of(multiplexer.next()), rows_of(multiplexer.next())) == ([1], [2])
 
 
-def test_no_more_rows_run_together_than_the_model_takes(peers):
+def test_a_stacked_batch_has_at_most_max_batch_size_rows(peers):
     multiplexer = Multiplexer()
     peers[0].run(multiplexer, 1, [1] * 5)
     peers[1].run(multiplexer, 2, [2] * 4)
@@ -108,7 +108,7 @@ def test_no_more_rows_run_together_than_the_model_takes(peers):
     assert (rows_of(multiplexer.next()), rows_of(multiplexer.next())) == ([1] * 5 + [3] * 3, [2] * 4)
 
 
-def test_when_a_stacked_batch_fails_each_part_of_it_runs_alone(peers):
+def test_a_failed_stacked_batch_is_rerun_batch_by_batch(peers):
     multiplexer = Multiplexer()
     peers[0].run(multiplexer, 1, [1])
     peers[1].run(multiplexer, 2, [2])
@@ -122,7 +122,7 @@ def test_when_a_stacked_batch_fails_each_part_of_it_runs_alone(peers):
     assert (peers[0].rows(), peers[1].rows()) == ((1, [2]), (2, [4]))
 
 
-def test_what_nobody_waits_for_any_more_does_not_run_alone(peers):
+def test_a_batch_of_a_disconnected_connection_is_not_rerun(peers):
     multiplexer = Multiplexer()
     peers[0].run(multiplexer, 1, [1])
     peers[1].run(multiplexer, 2, [2])
@@ -133,7 +133,7 @@ def test_what_nobody_waits_for_any_more_does_not_run_alone(peers):
     assert multiplexer.poll() is None
 
 
-def test_answers_that_are_not_a_row_for_each_row_are_not_parted(peers):
+def test_an_answer_without_one_row_for_each_row_is_not_split(peers):
     multiplexer = Multiplexer()
     peers[0].run(multiplexer, 1, [1])
     peers[1].run(multiplexer, 2, [2])
@@ -142,7 +142,7 @@ def test_answers_that_are_not_a_row_for_each_row_are_not_parted(peers):
     assert [len(rows_of(multiplexer.next())) for _ in range(2)] == [1, 1]
 
 
-def test_the_mark_says_whose_batch_is_executed_and_whether_another_is(peers):
+def test_the_progress_mark_records_running_batches_and_concurrency(peers):
     multiplexer = Multiplexer()
     peers[0].run(multiplexer, 1, [1], most=0)
     peers[1].run(multiplexer, 2, [2], most=0)
@@ -159,7 +159,7 @@ def test_the_mark_says_whose_batch_is_executed_and_whether_another_is(peers):
     assert not peers[0].mark.is_together
 
 
-def test_what_waits_can_be_taken_back_and_goes_with_its_connection(peers):
+def test_a_queued_batch_can_be_cancelled_and_is_dropped_on_disconnect(peers):
     multiplexer = Multiplexer()
     peers[0].run(multiplexer, 1, [1])
     multiplexer.receive(peers[0].connection, Message({"op": "cancel", "id": 1}, []))
@@ -170,7 +170,7 @@ def test_what_waits_can_be_taken_back_and_goes_with_its_connection(peers):
     assert rows_of(multiplexer.next()) == [3]
 
 
-def test_a_stacked_batch_is_cancelled_when_the_last_that_waits_for_it_has_gone(peers):
+def test_a_stacked_batch_is_cancelled_when_its_last_connection_disconnects(peers):
     class Heard:
         is_cancelled = False
 
@@ -192,7 +192,7 @@ def test_a_stacked_batch_is_cancelled_when_the_last_that_waits_for_it_has_gone(p
     answer(multiplexer, message)  # What goes on for half a minute now would end this process, as an owner.
 
 
-def test_a_model_calls_others_of_the_server_whose_request_it_executes(peers):
+def test_an_inner_call_runs_on_the_infer_process_of_the_running_batch(peers):
     multiplexer = Multiplexer()
     with pytest.raises(RunFailed, match="only while a request is executed"):
         multiplexer.call({"model": "other"}, ())
@@ -209,7 +209,7 @@ def test_a_model_calls_others_of_the_server_whose_request_it_executes(peers):
         assert asked.result(5)[0]["said"] == 5
 
 
-def test_when_it_is_over_the_engine_is_told(peers):
+def test_closing_the_multiplexer_ends_the_engine(peers):
     multiplexer = Multiplexer()
     multiplexer.close()
     assert (multiplexer.next().op, multiplexer.poll().op) == ("close", "close")
