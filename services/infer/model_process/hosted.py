@@ -100,10 +100,10 @@ class Sender(Protocol):
         """Return True when the caller waits for no more responses."""
 
 
-ModelCall = Callable[
+MakeInnerCall = Callable[
     [Mapping[str, Any], Sequence[TensorPart]], "tuple[Mapping[str, Any], list[tuple[str, str, Tensor]]]"
 ]
-"""Calls another model of the server: takes a header and tensors, returns a header and tensors."""
+"""Makes an inner call (of another model): takes a header and tensors, returns a header and tensors."""
 
 
 @dataclass

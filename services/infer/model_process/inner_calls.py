@@ -37,7 +37,7 @@ class Core(Protocol):
 
 
 class InnerCalls:
-    """A `session.InnerCall` that runs calls on a core; rejects calls until `bind`."""
+    """A `session.RunInnerCall` that runs calls on a core; rejects calls until `bind`."""
 
     def __init__(self) -> None:
         self._core: Core | None = None

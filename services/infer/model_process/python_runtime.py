@@ -23,7 +23,7 @@ from services.infer.model_files.config_json import as_json
 from services.infer.model_process import interpreter
 from services.infer.model_process.instance import Instance, Runner
 from services.infer.model_process.process import OWNER, Process, program
-from services.infer.model_process.session import InnerCall, Limits, ProcessSession
+from services.infer.model_process.session import Limits, ProcessSession, RunInnerCall
 from services.infer.model_process.shared.owners import Owners, key_of
 from services.infer.model_process.shared.shared_process import SharedProcess
 from services.infer.model_process.thread_runner import ThreadRunner
@@ -52,7 +52,7 @@ class PythonRuntime:
     def __init__(
         self,
         environ: Mapping[str, str] | None = None,
-        call: InnerCall | None = None,
+        call: RunInnerCall | None = None,
         owners: Owners | None = None,
         isolation: str = "process",
     ) -> None:

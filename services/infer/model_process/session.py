@@ -78,8 +78,8 @@ class Limits:
     """Concurrent requests of one instance of a decoupled model."""
 
 
-InnerCall = Callable[[Message, Callable[[dict[str, Any], Sequence[TensorPart]], None]], None]
-"""Runs a call that a model makes of another model; passes the answer to the function, later and from any thread."""
+RunInnerCall = Callable[[Message, Callable[[dict[str, Any], Sequence[TensorPart]], None]], None]
+"""Runs an inner call (of another model); passes the answer to the function, later and from any thread."""
 
 
 class ProcessSession(Session):
@@ -93,7 +93,7 @@ class ProcessSession(Session):
         title: str,
         instances: Sequence[Instance],
         limits: Limits,
-        call: InnerCall | None = None,
+        call: RunInnerCall | None = None,
         clock: Callable[[], float] = time.monotonic,
         is_given_up: Callable[[], bool] = bool,
     ) -> None:

@@ -20,7 +20,7 @@ from typing import NoReturn
 from services.infer.model_process.channel import Channel, ChannelClosed, Message
 from services.infer.model_process.child.engine import serve
 from services.infer.model_process.child.mailbox import Mailbox
-from services.infer.model_process.hosted import Hosted, Load, LoadFailed, ModelCall
+from services.infer.model_process.hosted import Hosted, Load, LoadFailed, MakeInnerCall
 
 _PR_SET_PDEATHSIG = 1
 MAX_LOAD_ERROR_CHARACTERS = 2000
@@ -70,7 +70,7 @@ def serve_one(channel: Channel) -> None:
             traceback.print_exc()
 
 
-def load_hosted(message: Message, call: ModelCall) -> Hosted:
+def load_hosted(message: Message, call: MakeInnerCall) -> Hosted:
     """Load and return the model of a load request; `call` runs calls of other models. Raises LoadFailed."""
     fields = message.header["load"]
     load = Load(**{**fields, "file": Path(fields["file"]), "folder": Path(fields["folder"])})

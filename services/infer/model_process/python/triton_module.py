@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from services.infer.model_process.hosted import ModelCall
+from services.infer.model_process.hosted import MakeInnerCall
 from services.infer.model_process.python import triton_types
 from services.infer.model_process.python.triton_config import ModelConfig
 from services.infer.model_process.python.triton_request import (
@@ -91,7 +91,7 @@ def using_decoupled_model_transaction_policy(model_config: Mapping[str, Any]) ->
     return bool(model_config.get("model_transaction_policy", {}).get("decoupled", False))
 
 
-def provide(version_folder: Path, call: ModelCall | None) -> ModuleType:
+def provide(version_folder: Path, call: MakeInnerCall | None) -> ModuleType:
     """Make the module importable. `call` runs calls of other models; None: such calls are rejected."""
     module = ModuleType(NAME, "Triton's utilities for Python models.")
     contents: dict[str, Any] = {

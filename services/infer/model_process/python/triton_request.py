@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.infer.model_process.hosted import ModelCall, RunFailed, Sender
+from services.infer.model_process.hosted import MakeInnerCall, RunFailed, Sender
 from services.infer.model_process.payload import TensorPart
 from services.infer.model_process.python.triton_tensor import TritonTensor
 from services.infer.model_process.python.triton_types import CODE_OF, STATUS_OF, TritonError, TritonModelException
@@ -112,7 +112,7 @@ class ResponseSender:
 class InferenceRequest:
     """`pb_utils.InferenceRequest`: a request to a model, or a model's own request to another model of this server."""
 
-    _call: ModelCall | None = None
+    _call: MakeInnerCall | None = None
     _why_no_call = "only a model can call another one"
 
     def __init__(

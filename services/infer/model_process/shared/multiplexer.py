@@ -42,7 +42,7 @@ class ForwardedBatch:
     number: int
     """The id that the infer process has given to the batch."""
     message: Message
-    is_apart: bool = False
+    runs_alone: bool = False
     """True after a stacked batch with this batch in it has failed: this batch runs alone then."""
     arrived_ns: int = field(default_factory=time.monotonic_ns)
     waited_ns: int = 0
@@ -192,11 +192,11 @@ class Multiplexer:
         worker = next(iter(self._queues))
         first = self._pop_first(worker)
         batches, rows, most = [first], merging.rows_of(first.message), merging.most_rows(first.message)
-        if first.is_apart or not most:
+        if first.runs_alone or not most:
             return batches
         for other in [queue[0] for queue in self._queues.values()]:
             more = merging.rows_of(other.message)
-            if not other.is_apart and rows + more <= most and merging.can_stack(first.message, other.message):
+            if not other.runs_alone and rows + more <= most and merging.can_stack(first.message, other.message):
                 self._drop(other)
                 batches.append(other)
                 rows += more
@@ -252,7 +252,7 @@ class Multiplexer:
         except ValueError:
             with self._changed:
                 for batch in [batch for batch in batches if not batch.connection.is_disconnected]:
-                    batch.is_apart = True
+                    batch.runs_alone = True
                     self._queues.setdefault(batch.connection.worker, deque()).appendleft(batch)
                 self._changed.notify_all()
             return
