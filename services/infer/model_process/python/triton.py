@@ -57,8 +57,8 @@ class TritonModel:
         if len(responses) != count:
             raise RunFailed(f"execute returned {len(responses)} responses for {count} requests")
         parts: list[TensorPart] = []
-        told_of = [_taken(r, s, batch.outputs, parts) for r, s in zip(responses, senders, strict=True)]
-        return BatchResult(parts, told_of)
+        entries = [_response_entry(r, s, batch.outputs, parts) for r, s in zip(responses, senders, strict=True)]
+        return BatchResult(parts, entries)
 
     def start(self, batch: Batch, sender: Sender) -> Iterator[None] | None:
         response_sender = ResponseSender(sender, batch.outputs)
@@ -130,7 +130,9 @@ class _OneResponse:
         return response
 
 
-def _taken(response: Any, sender: _OneResponse, outputs: Sequence[str], parts: list[TensorPart]) -> dict[str, Any]:
+def _response_entry(
+    response: Any, sender: _OneResponse, outputs: Sequence[str], parts: list[TensorPart]
+) -> dict[str, Any]:
     """Append a response's tensors to `parts` and return the response's entry for `BatchResult.responses`."""
     try:
         if response is None:
