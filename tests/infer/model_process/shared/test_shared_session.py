@@ -178,7 +178,7 @@ def test_a_shared_onnx_model_is_one_session_with_concurrent_runs(folder: Path, t
 
 def test_a_shared_folder_with_access_for_others_is_rejected(tmp_path: Path):
     tmp_path.chmod(0o755)
-    with pytest.raises(FailedPrecondition, match="no other can use"):
+    with pytest.raises(FailedPrecondition, match="belongs to this user, with mode 0700"):
         Owners(tmp_path)
     with pytest.raises(FailedPrecondition, match="No such file"):
         Owners(tmp_path / "nowhere")
